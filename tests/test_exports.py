@@ -1,0 +1,63 @@
+"""The public face: every module says what is public, and importing flowtrain does nothing but define it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import flowtrain
+
+MODULES = ["flowtrain", *(found.name for found in pkgutil.walk_packages(flowtrain.__path__, "flowtrain."))]
+
+# Slow to import or not installed everywhere, so imported by who uses them.
+LAZY = ["dask", "distributed", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]
+IMPORT = """
+import json, sys, threading
+started, start = [], threading.Thread.start
+threading.Thread.start = lambda thread: (started.append(thread.name), start(thread))
+import flowtrain
+print(json.dumps({"modules": list(sys.modules), "threads": started}))
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "._" not in name])
+def test_exports_are_sorted_and_resolve(name: str) -> None:
+    module = importlib.import_module(name)
+    assert hasattr(module, "__all__"), f"{name} does not say what is public: give it an __all__"
+    exported: list[str] = module.__all__
+    assert exported == sorted(exported, key=isort_style)
+    assert len(exported) == len(set(exported)), f"{name}.__all__ names something twice"
+    missing = [export for export in exported if not hasattr(module, export)]
+    assert not missing, f"{name}.__all__ names what is not there: {missing}"
+
+
+def test_the_face_exports_all_that_it_holds() -> None:
+    public = {name for name, held in vars(flowtrain).items() if name[0] != "_" and not isinstance(held, ModuleType)}
+    public.discard("annotations")  # left behind by `from __future__ import annotations`
+    forgotten = sorted(public - set(flowtrain.__all__))
+    assert not forgotten, f"export it, or import it under a name with an underscore: {forgotten}"
+
+
+def test_importing_starts_no_thread_and_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], stdout=subprocess.PIPE, check=True, text=True)
+    seen = json.loads(done.stdout)
+    heavy = sorted(set(LAZY) & set(seen["modules"]))
+    assert (heavy, seen["threads"]) == ([], [])
+
+
+def test_isort_style() -> None:
+    names = ["MAX", "Read", "Step2", "Step10", "accuracy", "on"]
+    assert sorted(sorted(names, key=str.lower), key=isort_style) == names
+
+
+def isort_style(name: str) -> tuple[int, list[str | int]]:
+    """The order of ruff's RUF022: CONSTANTS, then Classes, then the rest; by case, with numbers as numbers."""
+    kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
+    return kind, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
