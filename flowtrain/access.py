@@ -1,0 +1,222 @@
+"""What a callback declares: `Read` and `Write` on dotted paths, and when two paths meet.
+
+A declaration maps paths to access, dotted or nested; both of these mean the same::
+
+    {"batch.loss": Read(), "cbstate.best": Write()}
+    {"batch": {"loss": Read()}, "cbstate": {"best": Write()}}
+
+A path covers everything below it, so two paths meet when one is a prefix of the other. Two callbacks conflict where
+their paths meet and at least one of them writes. Some state has two names; `canonical` gives the name that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, Union
+
+from flowtrain.errors import AccessError, nearest
+
+__all__ = [
+    "ROOTS",
+    "Access",
+    "Declaration",
+    "Meeting",
+    "Path",
+    "Read",
+    "Write",
+    "canonical",
+    "declare",
+    "dotted",
+    "granted",
+    "meet",
+    "meetings",
+    "render",
+    "union",
+]
+
+Path: TypeAlias = tuple[str, ...]
+
+ROOTS = ("model", "lossfn", "optimizer", "data", "params", "batch", "cbstate", "callbacks", "resource")
+"""The first parts that a path can have: the learner's state, and ``resource`` for what no path can name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Declare that a handler reads what is at a path, and below it.
+
+    Args:
+        optional: Give ``None`` where there is nothing (yet), in place of a `MissingStateError`.
+    """
+
+    optional: bool = False
+
+    def __repr__(self) -> str:
+        return "Read(optional=True)" if self.optional else "Read()"
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Declare that a handler writes, and may read, what is at a path and below it."""
+
+    def __repr__(self) -> str:
+        return "Write()"
+
+
+# typing.Union, because a forward reference in quotes does not take the | operator.
+Access: TypeAlias = Mapping[str, Union[Read, Write, "Access"]]
+Declaration: TypeAlias = tuple[tuple[Path, Read | Write], ...]
+"""A declaration in normal form: sorted, one entry a path, hashable."""
+
+
+def declare(access: Access, owner: str) -> Declaration:
+    """Bring a declaration into normal form.
+
+    Args:
+        access: As a callback returns it, dotted or nested.
+        owner: Who declares it, for messages: ``"Printer.state_access()"``.
+
+    Raises:
+        AccessError: For anything but `Read()` or `Write()` at a path, an unknown first part, or an empty part.
+    """
+    found: dict[Path, Read | Write] = {}
+    for path, kind in _flatten(access, (), owner):
+        if path[0] not in ROOTS:
+            raise AccessError(
+                f"{owner} declares {dotted(path)!r}, but a learner has no {path[0]!r}.{nearest(path[0], ROOTS)} "
+                f"A path begins with one of: {', '.join(ROOTS)}."
+            )
+        if path[0] == "resource" and (len(path) == 1 or isinstance(kind, Read)):
+            raise AccessError(
+                f"{owner} declares {dotted(path)!r}: {kind!r}. A resource has a name and is used or not used: "
+                f'write {{"{dotted(path) if len(path) > 1 else "resource.rng"}": Write()}}.'
+            )
+        found[path] = _stronger(found.get(path), kind)
+    return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, Read | Write]]:
+    if not isinstance(access, Mapping):
+        where = f"{owner} declares {dotted(prefix)!r}: " if prefix else f"{owner} is "
+        if access is Read or access is Write:
+            name = "Read" if access is Read else "Write"
+            raise AccessError(f"{where}{name} without parentheses. Write {name}(), an instance of it.")
+        raise AccessError(
+            f"{where}{access!r}, which is neither Read(), Write() nor a mapping. "
+            f'Write a mapping such as {{"batch.loss": Read()}}.'
+        )
+    for key, value in access.items():
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise AccessError(f'{owner} declares the path {key!r}. A path is names joined by dots, as "batch.loss".')
+        path = (*prefix, *key.split("."))
+        if isinstance(value, (Read, Write)):
+            yield path, value
+        else:
+            yield from _flatten(value, path, owner)
+
+
+def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
+    if one is None or isinstance(other, Write):
+        return other
+    return one if isinstance(one, Write) or not one.optional else other
+
+
+def union(declarations: Iterable[Declaration]) -> Declaration:
+    """Return what any of the declarations allows; for one path `Write` beats `Read` beats an optional read."""
+    found: dict[Path, Read | Write] = {}
+    for declaration in declarations:
+        for path, kind in declaration:
+            found[path] = _stronger(found.get(path), kind)
+    return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def granted(declaration: Declaration, path: Path) -> Read | Write | None:
+    """Return the strongest access that the declaration gives at `path`, or ``None``."""
+    found: Read | Write | None = None
+    for declared, kind in declaration:
+        if path[: len(declared)] == declared:
+            found = _stronger(found, kind)
+    return found
+
+
+def dotted(path: Path) -> str:
+    """Write a path as the user does.
+
+    >>> dotted(("batch", "loss"))
+    'batch.loss'
+    """
+    return ".".join(path)
+
+
+def render(declaration: Declaration) -> str:
+    """Write a declaration as source code to paste.
+
+    >>> render(declare({"batch": {"loss": Read()}}, "example"))
+    '{"batch.loss": Read()}'
+    """
+    return "{" + ", ".join(f'"{dotted(path)}": {kind!r}' for path, kind in declaration) + "}"
+
+
+def canonical(path: Path) -> Path:
+    """Return the name under which a path conflicts: ``params`` are the parameters of ``model``.
+
+    >>> canonical(("params", "0", "weight"))
+    ('model', '0', 'weight')
+    """
+    return ("model", *path[1:]) if path[0] == "params" else path
+
+
+def meet(one: Path, other: Path) -> bool:
+    """Tell whether two canonical paths overlap: one is a prefix of the other, or they are equal."""
+    return one[: len(other)] == other[: len(one)]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Two declarations that overlap, at least one of them writing.
+
+    Attributes:
+        first: Position of the one declaration, the smaller of the two.
+        second: Position of the other.
+        paths: What each declares, in the same order.
+        writes: Whether each writes, in the same order.
+    """
+
+    first: int
+    second: int
+    paths: tuple[Path, Path]
+    writes: tuple[bool, bool]
+
+
+def meetings(declarations: Sequence[Declaration]) -> Iterator[Meeting]:
+    """Yield every pair of positions whose declarations overlap with a write, once for each pair of paths.
+
+    The paths are indexed, and each is looked up under its own prefixes: the cost grows with the number of paths and
+    of meetings, not with the square of the declarations.
+    """
+    readers: dict[Path, list[tuple[int, Path]]] = {}
+    writers: dict[Path, list[tuple[int, Path]]] = {}
+    for position, declaration in enumerate(declarations):
+        for path, kind in declaration:
+            index = writers if isinstance(kind, Write) else readers
+            index.setdefault(canonical(path), []).append((position, path))
+    for path in readers.keys() | writers.keys():
+        for length in range(1, len(path) + 1):
+            prefix = path[:length]
+            above, below = writers.get(prefix, ()), writers.get(path, ())
+            for one in above:
+                for other in readers.get(path, ()):
+                    yield from _meeting(one, other, (True, False))
+            for one in readers.get(prefix, ()):
+                for other in below:
+                    yield from _meeting(one, other, (False, True)) if prefix != path else ()
+            for number, one in enumerate(above):
+                for other in below[number + 1 :] if prefix == path else below:
+                    yield from _meeting(one, other, (True, True))
+
+
+def _meeting(one: tuple[int, Path], other: tuple[int, Path], writes: tuple[bool, bool]) -> Iterator[Meeting]:
+    if one[0] < other[0]:
+        yield Meeting(one[0], other[0], (one[1], other[1]), writes)
+    elif other[0] < one[0]:
+        yield Meeting(other[0], one[0], (other[1], one[1]), (writes[1], writes[0]))

@@ -1,0 +1,234 @@
+"""Callbacks: objects with handlers for events, and declarations of the state that the handlers touch.
+
+A handler is a method marked with `on`, or a function added to an existing callback type. For a fired event and phase a
+callback runs at most one handler, the most specific; `find_handler` decides. Two callbacks that touch the same state
+get an order from what they declare; where that is not enough they answer with a `Resolution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, overload
+
+from flowtrain.access import Access
+from flowtrain.errors import AmbiguousHandlerError, HandlerError
+from flowtrain.events import Event, FitBegin, FitEnd
+from flowtrain.handler import Handler, Marked, mark
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+from flowtrain.resolution import Resolution
+
+__all__ = ["Callback", "Condition", "check_handlers", "find_handler", "on"]
+
+C = TypeVar("C")
+CB = TypeVar("CB", bound="Callback")
+E = TypeVar("E", bound=Event)
+P = TypeVar("P", bound=Phase)
+
+
+class Condition:
+    """Whether a handler of a callback runs at an event; asked on the training thread, before anything else.
+
+    `flowtrain.callbacks.throttle` attaches conditions. A subclass overrides `ready`.
+
+    Attributes:
+        event_type: The events that it decides about; other events are not asked.
+    """
+
+    def __init__(self, event_type: type[Event]) -> None:
+        self.event_type = event_type
+
+    def ready(self, phase: Phase) -> bool:
+        """Return whether the handler runs now. Called once for each such event."""
+        raise NotImplementedError(f"{type(self).__name__} does not define ready(phase)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `ready` needs to go on from here, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
+class Callback:
+    """Base of all callbacks: subclass it, mark methods with `on`, declare what they touch in `state_access`.
+
+    A callback in a learner has a unique `name`: its type's name, with ``#2`` and so on for further ones, unless it
+    sets one itself. The name is the key of its state in checkpoints and reports.
+    """
+
+    name: str = ""
+    _handlers: ClassVar[dict[str, Handler]] = {}
+    _conditions: tuple[Condition, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._handlers = {}
+        for base in reversed([base for base in cls.__mro__ if base is cls or not issubclass(base, Callback)]):
+            for attribute, value in list(vars(base).items()):
+                if isinstance(value, Marked):
+                    cls._handlers[attribute] = value.handler(cls.__name__, attribute)
+                    setattr(cls, attribute, value.function)
+
+    def state_access(self) -> Access:
+        """Return what the handlers touch. Called once when a learner is built; a handler's ``access=`` goes first."""
+        return {}
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        """Return the types of callbacks, subclasses included, that run before this one at every shared event."""
+        return ()
+
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        """Answer for a conflict with `other`: `RunFirst`, `NoConflict`, `Unresolvable`, or ``None`` for no answer."""
+        return None
+
+    def setup(self, learner: LearnerView) -> None:
+        """Prepare, once, when the learner is built: make the ``cbstate`` entries that others read.
+
+        The view allows what `state_access` and all handlers declare.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold for this callback: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers of this callback, each with the type that registers it, most derived type first.
+
+        A method that overrides a handler without `on` keeps the inherited registration; one with `on` replaces it.
+        """
+        taken: set[str] = set()
+        for base in type(self).__mro__:
+            for attribute, handler in base.__dict__.get("_handlers", {}).items():
+                if attribute not in taken:
+                    taken.add(attribute)
+                    yield base, handler
+
+    def __repr__(self) -> str:
+        return f"<{self.name or type(self).__name__}>"
+
+
+def find_handler(
+    handlers: Sequence[tuple[type, Handler]], event_type: type[Event], phase_type: type[Phase]
+) -> Handler | None:
+    """Return the handler that a callback runs for an event and phase, or ``None``.
+
+    The handlers of the most derived type that has a fitting one are compared; among them the one whose event type and
+    phase type are both at least as specific as every other's.
+
+    Args:
+        handlers: What `Callback.handlers` yields.
+        event_type: The event.
+        phase_type: The phase.
+
+    Raises:
+        AmbiguousHandlerError: No handler is the most specific one.
+    """
+    owner: type | None = None
+    fitting: list[Handler] = []
+    for base, handler in handlers:
+        if fitting and base is not owner:
+            break
+        if issubclass(event_type, handler.event_type) and issubclass(phase_type, handler.phase_type):
+            owner = base
+            fitting.append(handler)
+    if len(fitting) < 2:
+        return fitting[0] if fitting else None
+    best = [handler for handler in fitting if all(handler.covers(other) for other in fitting)]
+    if best:
+        return best[0]
+    one, other = fitting[:2]
+    raise AmbiguousHandlerError(
+        f"{one.callback_type} has two handlers for ({event_type.__name__}, {phase_type.__name__}) and neither is "
+        f"more specific: {one} and {other}. Remove one, or add a handler with "
+        f"@on({event_type.__name__}, {phase_type.__name__})."
+    )
+
+
+@overload
+def on(
+    event_type: type[E], *, access: Access | None = None
+) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]: ...
+@overload
+def on(
+    event_type: type[E], phase_type: type[P], *, access: Access | None = None
+) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]: ...
+@overload
+def on(
+    event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: Access | None = None
+) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]: ...
+def on(
+    event_type: type[Event],
+    phase_type: type[Phase] = Phase,
+    callback_type: type[Callback] | None = None,
+    *,
+    access: Access | None = None,
+) -> Callable[[Any], Any]:
+    """Mark a method as the handler of an event, or add a function as handler to an existing callback type.
+
+    A handler takes ``(self, event, phase, learner)``, positionally, and returns nothing.
+
+    Args:
+        event_type: The event; subclasses of it too.
+        phase_type: The phase; subclasses of it too. `Phase` is any phase.
+        callback_type: With it, the decorated function becomes a handler of that type. Learners that were built
+            before do not change.
+        access: What this handler touches, in place of `Callback.state_access`.
+
+    Raises:
+        HandlerError: The types are none, the function does not take four arguments, or it is marked already.
+    """
+    if not (isinstance(event_type, type) and issubclass(event_type, Event)):
+        raise HandlerError(f"on() takes an event type first, got {event_type!r}. Write @on(BatchEnd, TrainingPhase).")
+    if not (isinstance(phase_type, type) and issubclass(phase_type, Phase)):
+        raise HandlerError(f"on() takes a phase type second, got {phase_type!r}. Write @on(BatchEnd, TrainingPhase).")
+    marked = mark(event_type, phase_type, access)
+    if callback_type is None:
+        return marked
+    if not (isinstance(callback_type, type) and issubclass(callback_type, Callback)) or callback_type is Callback:
+        raise HandlerError(
+            f"on() adds handlers to a subclass of Callback, got {callback_type!r}. "
+            f"Write @on({event_type.__name__}, {phase_type.__name__}, MyCallback)."
+        )
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        wanted = marked(function).handler(callback_type.__name__, function.__name__)
+        # A cell that is run again replaces its handler; the key cannot clash with a method's name.
+        callback_type._handlers[f"{function.__module__}:{function.__qualname__}"] = wanted.as_function(function)
+        return function
+
+    return add
+
+
+def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
+    """Check that every handler of a callback can run.
+
+    Raises:
+        AmbiguousHandlerError: Two handlers fit equally well.
+        HandlerError: A handler is shadowed, or the phase never fires its event.
+    """
+    for _, handler in handlers:
+        first = find_handler(handlers, handler.event_type, handler.phase_type)
+        if first is not None and first is not handler:
+            raise HandlerError(
+                f"{handler} can never run: {first} goes before it. To replace an inherited handler override "
+                f"{handler.attribute}; to run both, give the new one a more specific event or phase."
+            )
+        if handler.event_type in (FitBegin, FitEnd) and handler.phase_type is not Phase:
+            raise HandlerError(
+                f"{handler} can never run: {handler.event_type.__name__} is fired with Phase(), not with "
+                f"{handler.phase_type.__name__}. Write @on({handler.event_type.__name__})."
+            )
+        fires = handler.phase_type.events
+        ours = handler.event_type.__module__ == Event.__module__
+        if handler.phase_type is Phase or fires is None or not ours:
+            continue  # any phase, a phase that does not say what it fires, or an event that anybody may fire
+        if not any(issubclass(event, handler.event_type) for event in fires):
+            listed = ", ".join(event.__name__ for event in fires)
+            raise HandlerError(
+                f"{handler} can never run: {handler.phase_type.__name__} does not fire {handler.event_type.__name__}. "
+                f"It fires: {listed}."
+            )

@@ -1,0 +1,30 @@
+"""The callbacks that come with flowtrain.
+
+A learner has `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` unless told otherwise. All of
+them use only what any callback can: handlers, declared state, ``run_after``.
+"""
+
+from __future__ import annotations
+
+from flowtrain.callbacks.custom import CustomCallback
+from flowtrain.callbacks.metrics import Metric, Metrics
+from flowtrain.callbacks.nan import StopOnNaNLoss
+from flowtrain.callbacks.printer import MetricsPrinter
+from flowtrain.callbacks.progress import ProgressBar
+from flowtrain.callbacks.recorder import Recorder
+from flowtrain.callbacks.smooth import SmoothLoss
+from flowtrain.callbacks.throttle import throttle
+from flowtrain.callbacks.traces import Traces
+
+__all__ = [
+    "CustomCallback",
+    "Metric",
+    "Metrics",
+    "MetricsPrinter",
+    "ProgressBar",
+    "Recorder",
+    "SmoothLoss",
+    "StopOnNaNLoss",
+    "Traces",
+    "throttle",
+]

@@ -1,0 +1,65 @@
+"""CustomCallback: a function as a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flowtrain.access import Access
+from flowtrain.callback import Callback
+from flowtrain.errors import HandlerError
+from flowtrain.events import Event
+from flowtrain.handler import Handler
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["CustomCallback"]
+
+
+class CustomCallback(Callback):
+    """Call a function at an event.
+
+    Args:
+        f: Called with the learner's view.
+        event_type: The event, subclasses included.
+        phase_type: The phase, subclasses included.
+        access: What `f` touches.
+
+    Raises:
+        HandlerError: `f` is not callable, or the types are none.
+
+    >>> from flowtrain import EpochEnd, Read, TrainingPhase
+    >>> CustomCallback(lambda learner: print(learner.batch.loss), EpochEnd, TrainingPhase, {"batch.loss": Read()})
+    <CustomCallback>
+    """
+
+    def __init__(
+        self,
+        f: Callable[[LearnerView], Any],
+        event_type: type[Event],
+        phase_type: type[Phase] = Phase,
+        access: Access | None = None,
+    ) -> None:
+        if not callable(f):
+            raise HandlerError(f"CustomCallback({f!r}, ...) takes a function of the learner first.")
+        for kind, base in ((event_type, Event), (phase_type, Phase)):
+            if not (isinstance(kind, type) and issubclass(kind, base)):
+                raise HandlerError(
+                    f"CustomCallback got {kind!r} where a subclass of {base.__name__} belongs. "
+                    f"Write CustomCallback(f, EpochEnd, TrainingPhase, access={{...}})."
+                )
+        self.f = f
+        self.event_type = event_type
+        self.phase_type = phase_type
+        self._access: Access = {} if access is None else access
+
+    def state_access(self) -> Access:
+        return self._access
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the one handler of this callback."""
+        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "call")
+
+    def call(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        """Call the function."""
+        self.f(learner)

@@ -1,0 +1,33 @@
+"""MetricsPrinter: the metrics of each epoch, as a line of text."""
+
+from __future__ import annotations
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.events import EpochEnd
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["MetricsPrinter"]
+
+
+class MetricsPrinter(Callback):
+    """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.history": Read(), "cbstate.metrics_epoch": Read(), "resource.terminal": Write()}
+
+    @on(EpochEnd)
+    def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        import rich  # only when there is something to print
+
+        epochs = learner.cbstate.history[phase].epochs
+        series = learner.cbstate.metrics_epoch[phase]
+        values = [f"{name} {_number(series[name].last()[1])}" for name in series if series[name].last()[0] == epochs]
+        if values:
+            line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(values)}"
+            rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+"""SmoothLoss: a running mean of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError
+from flowtrain.events import BatchEnd
+from flowtrain.phases import AbstractTrainingPhase, Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["SmoothLoss"]
+
+
+class SmoothLoss(Callback):
+    """Keep an exponential moving average of the training loss in ``cbstate.smooth_loss[phase]``.
+
+    The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3).
+
+    Args:
+        beta: How much of the average is kept at each batch, from 0 (no smoothing) to below 1.
+
+    Raises:
+        UsageError: `beta` is outside of that range.
+    """
+
+    def __init__(self, beta: float = 0.98) -> None:
+        if not 0 <= beta < 1:
+            raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1.")
+        self.beta = beta
+        self._averages: dict[str, tuple[float, int]] = {}
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read(), "cbstate.history": Read(), "cbstate.smooth_loss": Write()}
+
+    @on(BatchEnd, AbstractTrainingPhase)
+    def smooth(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        average, count = self._averages.get(repr(phase), (0.0, 0))
+        average = self.beta * average + (1 - self.beta) * learner.batch.loss.item()
+        count += 1
+        self._averages[repr(phase)] = average, count
+        step = learner.cbstate.history[phase].steps
+        learner.cbstate.smooth_loss[phase].push(average / (1 - self.beta**count), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages by phase, each with the number of batches in it."""
+        return {"averages": dict(self._averages)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._averages = {phase: (average, count) for phase, (average, count) in state["averages"].items()}

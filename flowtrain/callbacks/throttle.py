@@ -1,0 +1,94 @@
+"""throttle: let a callback handle an event only now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from flowtrain.callback import Callback, Condition
+from flowtrain.errors import UsageError
+from flowtrain.events import Event
+from flowtrain.phases import Phase
+
+__all__ = ["Every", "EverySeconds", "throttle"]
+
+CB = TypeVar("CB", bound=Callback)
+
+
+class Every(Condition):
+    """Let the n-th, 2n-th, ... event pass, counted for each phase."""
+
+    def __init__(self, event_type: type[Event], every: int) -> None:
+        super().__init__(event_type)
+        self.every = every
+        self._counts: dict[str, int] = {}
+
+    def ready(self, phase: Phase) -> bool:
+        """Count the event, and tell whether it is a multiple of n."""
+        count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
+        return count % self.every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts by phase."""
+        return {"counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._counts = dict(state["counts"])
+
+
+class EverySeconds(Condition):
+    """Let an event pass if enough time has gone by since the last one that passed; the first one passes."""
+
+    def __init__(self, event_type: type[Event], seconds: float) -> None:
+        super().__init__(event_type)
+        self.seconds = seconds
+        self._next = float("-inf")
+
+    def ready(self, phase: Phase) -> bool:
+        """Look at the clock."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self.seconds
+        return True
+
+
+def throttle(
+    callback: CB, event_type: type[Event], *, every: int | None = None, seconds: float | None = None
+) -> CB:
+    """Let a callback handle an event only every n-th time, or at most once in some seconds; return the callback.
+
+    The condition is attached to the callback, which stays what it is: ``run_after``, conflicts and `get_callback`
+    see its own type.
+
+    Args:
+        callback: The callback.
+        event_type: The event, subclasses included; other events are not throttled.
+        every: Let the n-th, 2n-th, ... event pass, counted for each phase over the callback's life.
+        seconds: Let an event pass when this much time has gone by since the last that passed. The result of such a
+            run depends on the clock.
+
+    Raises:
+        UsageError: Not exactly one of the two, a value that means nothing, or an event that the callback does not
+            handle.
+    """
+    if not isinstance(callback, Callback):
+        raise UsageError(f"throttle() takes a callback first, got {callback!r}. Write throttle(Printer(), BatchEnd, every=10).")
+    if (every is None) == (seconds is None):
+        raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise UsageError(f"throttle(every={every!r}): every is a whole number, at least 1.")
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
+    handled = [handler.event_type for _, handler in callback.handlers()]
+    if not any(issubclass(kind, event_type) or issubclass(event_type, kind) for kind in handled):
+        listed = ", ".join(dict.fromkeys(kind.__name__ for kind in handled)) or "nothing"
+        raise UsageError(
+            f"throttle({type(callback).__name__}(), {event_type.__name__}): the callback does not handle "
+            f"{event_type.__name__}; it handles {listed}."
+        )
+    condition = Every(event_type, every) if every is not None else EverySeconds(event_type, seconds or 0.0)
+    callback._conditions = (*callback._conditions, condition)
+    return callback

@@ -1,0 +1,66 @@
+"""Traces: values over time, by functions of the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback
+from flowtrain.errors import HandlerError
+from flowtrain.events import BatchEnd, Event
+from flowtrain.handler import Handler
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["Traces"]
+
+
+class Traces(Callback):
+    """Record what functions of the learner return: ``cbstate.tracehistory[phase][name]``.
+
+    Args:
+        traces: Functions by name; each is called with the learner's view and returns one number.
+        phase_type: The phase, subclasses included.
+        event_type: The event.
+        access: What the functions read.
+
+    Raises:
+        HandlerError: No functions, or a name with a dot.
+
+    >>> from flowtrain import TrainingPhase
+    >>> Traces({"LossSquared": lambda learner: learner.batch.loss**2}, TrainingPhase)
+    <Traces>
+    """
+
+    def __init__(
+        self,
+        traces: Mapping[str, Callable[[LearnerView], Any]],
+        phase_type: type[Phase],
+        event_type: type[Event] = BatchEnd,
+        access: Access | None = None,
+    ) -> None:
+        if not isinstance(traces, Mapping) or not traces or not all(callable(trace) for trace in traces.values()):
+            raise HandlerError(f"Traces({traces!r}, ...) takes functions by name: Traces({{'Norm': f}}, TrainingPhase).")
+        for name in traces:
+            if not name or "." in name:
+                raise HandlerError(f"The trace {name!r} needs a name without dots, because it is part of a path.")
+        self.traces = dict(traces)
+        self.event_type = event_type
+        self.phase_type = phase_type
+        self._access: Access = {"batch": Read()} if access is None else access
+
+    def state_access(self) -> Access:
+        writes = {f"cbstate.tracehistory.{name}": Write() for name in self.traces}
+        return {**self._access, "cbstate.history": Read(), **writes}
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the one handler of this callback."""
+        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "trace")
+
+    def trace(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        """Call the functions and record what they return."""
+        step = learner.cbstate.history[phase].steps
+        series = learner.cbstate.tracehistory[phase]
+        for name, function in self.traces.items():
+            series.push(name, function(learner), step)

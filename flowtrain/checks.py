@@ -1,0 +1,139 @@
+"""What is declared must exist: entries of the batch that the phase provides, entries of ``cbstate`` that somebody writes.
+
+All of it is checked when the learner is built or its callbacks change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
+from flowtrain.errors import AccessError, MissingStateError, nearest
+from flowtrain.events import Event
+from flowtrain.graph import Node
+from flowtrain.handler import Handler
+from flowtrain.phases import Phase
+from flowtrain.providers import PROVIDERS
+from flowtrain.state import State
+
+__all__ = ["check_batch", "check_cbstate", "check_made"]
+
+
+def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
+    """Yield the paths below `root` that must be there to be read."""
+    return [path for path, kind in declaration if kind == Read() and path[0] == root and len(path) > 1]
+
+
+def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
+    return [
+        (node, canonical(path))
+        for node in nodes
+        for path, kind in node.union
+        if isinstance(kind, Write) and path[0] == root
+    ]
+
+
+def check_batch(
+    phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]
+) -> None:
+    """Check that what handlers read of the batch is there when they run.
+
+    A declaration counts as met if at one of the events where its handlers run the entry is there: the phase provides
+    it from that event or an earlier one on, or a callback writes it there or earlier.
+
+    Args:
+        phase_type: The phase; one without `Phase.provides` is not checked.
+        meeting: For each event, the handlers that run at it.
+
+    Raises:
+        AccessError: An entry that the phase never provides and nobody writes.
+        MissingStateError: An entry that is there only later.
+    """
+    provides, fires = phase_type.provides, phase_type.events
+    if provides is None or fires is None:
+        return
+    rank = {event: place for place, event in enumerate(fires)}
+    there: dict[str, int] = {name: rank[event] for name, event in provides.items()}
+    first_writer: dict[str, int] = {}
+    for event, participants in meeting.items():
+        for node, handler in participants:
+            for path, kind in node.access[handler]:
+                if path[0] == "batch" and isinstance(kind, Write):
+                    for name in path[1:2] or ("",):
+                        first_writer[name] = min(first_writer.get(name, len(rank)), rank.get(event, 0))
+    for name, place in first_writer.items():
+        there[name] = min(there.get(name, len(rank)), place)
+    runs: dict[tuple[Node, Declaration], list[type[Event]]] = {}
+    for event, participants in meeting.items():
+        for node, handler in participants:
+            runs.setdefault((node, node.access[handler]), []).append(event)
+    for (node, declaration), events in runs.items():
+        latest = max(rank.get(event, len(rank)) for event in events)
+        for path in _reads(declaration, "batch"):
+            place = min(there.get(path[1], len(rank) + 1), there.get("", len(rank) + 1))
+            if place <= latest:
+                continue
+            names = ", ".join(event.__name__ for event in events)
+            if path[1] in provides:
+                raise MissingStateError(
+                    dotted(path),
+                    f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), and it is not there yet: "
+                    f"{phase_type.__name__} has it from {provides[path[1]].__name__} on. Handle a later event, or "
+                    f'declare {{"{dotted(path)}": Read(optional=True)}} and handle None.',
+                )
+            raise AccessError(
+                f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), but {phase_type.__name__} "
+                f"provides {', '.join(provides)}, and no callback writes {dotted(path)}."
+                f"{nearest(path[1], there)}"
+            )
+
+
+def check_cbstate(nodes: Sequence[Node], cbstate: State) -> None:
+    """Check that every entry of ``cbstate`` that is read is written by some callback, or there already.
+
+    Raises:
+        MissingStateError: Nobody writes it.
+    """
+    writes = _writes(nodes, "cbstate")
+    names = sorted({path[1] for _, path in writes if len(path) > 1} | set(cbstate))
+    # Every writer counts, the reader itself too: it may write at one event what it reads at another.
+    written = {path for _, path in writes}
+    for node in nodes:
+        for path in _reads(node.union, "cbstate"):
+            if any(path[:length] in written for length in range(1, len(path) + 1)) or path[1] in cbstate:
+                continue
+            if any(meet(path, other) for other in written):
+                continue
+            siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == path[1]})
+            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(path[1], names)
+            provider = PROVIDERS.get(path[1])
+            remedy = (
+                f"Add flowtrain.callbacks.{provider}, which provides {dotted(path[:2])}."
+                if provider and path[1] not in {other[1] for other in written if len(other) > 1}
+                else f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
+            )
+            raise MissingStateError(
+                dotted(path),
+                f"{node.name} reads {dotted(path)}, and no callback declares to write it.{hint} {remedy}",
+            )
+
+
+def check_made(nodes: Sequence[Node], cbstate: State) -> None:
+    """Check, after `setup`, that every entry of ``cbstate`` that is read exists.
+
+    Raises:
+        MissingStateError: The declared writer did not make it.
+    """
+    for node in nodes:
+        for path in _reads(node.union, "cbstate"):
+            if path[1] in cbstate:
+                continue
+            writers = [writer for writer, written in _writes(nodes, "cbstate") if meet(path, written)]
+            names = ", ".join(dict.fromkeys(writer.name for writer in writers))
+            kind = type(writers[0].callback).__name__
+            raise MissingStateError(
+                dotted(path),
+                f"{node.name} reads {dotted(path)}, which {names} declares to write but has not made. Make it in "
+                f"{kind}.setup:\n\n    def setup(self, learner: LearnerView) -> None:\n"
+                f"        learner.{dotted(path[:2])} = ...\n",
+            )

@@ -1,0 +1,406 @@
+"""The torch core: the one place that knows devices, precision, gradients and optimizers.
+
+`TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass,
+counts accumulation groups, clips, and steps the optimizers. A step with nothing of that (fp32, no accumulation, no
+clipping, one optimizer) is *plain*: then the names that a step calls are torch's own functions, and the core costs
+nothing.
+
+Order of an update: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, then clipping, the
+optimizer's step, and handlers of `UpdateEnd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+
+from flowtrain.batch import BatchState
+from flowtrain.errors import CoreError, nearest
+from flowtrain.optimizers import OptimizerParts
+from flowtrain.state import LearnerState, Named
+
+__all__ = ["Gradients", "OptimizerFactory", "Parameters", "Precision", "TorchCore"]
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Parameters(Mapping[str, torch.nn.Parameter]):
+    """Parameters by name, looked up in the live modules; with several models the name begins with the model's."""
+
+    __slots__ = ("_models",)
+
+    def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
+        self._models = models
+
+    def _items(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for prefix, model in self._models.items():
+            yield from model.named_parameters(prefix)
+
+    def __getitem__(self, name: str) -> torch.nn.Parameter:
+        found = dict(self._items()).get(name)
+        if found is None:
+            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._items())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._items())
+
+
+class Gradients(Mapping[str, torch.Tensor]):
+    """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient."""
+
+    __slots__ = ("_params",)
+
+    def __init__(self, params: Parameters) -> None:
+        self._params = params
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        gradient = self._params[name].grad
+        if gradient is None:
+            raise KeyError(f"{name} has no gradient: it took no part in the loss, or it is frozen")
+        return gradient
+
+    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        self._params[name].grad = gradient
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, param in self._params.items() if param.grad is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class TorchCore:
+    """How a learner computes: device, precision, accumulation, clipping, compilation.
+
+    Args:
+        device: ``"auto"`` (where the model is, if that is not the CPU, otherwise the first accelerator, otherwise the
+            CPU), or a device.
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run forward and loss under autocast, and ``"fp16"`` scales the
+            loss (https://docs.pytorch.org/docs/stable/amp.html). The parameters stay in their own type.
+        accumulate: Batches in an accumulation group, which makes one update. The loss is divided by it for the
+            backward pass; the last group of an epoch may be shorter, and its gradients are divided by its own length.
+        clip_grad_norm: Scale the gradients of an update to at most this total 2-norm.
+        compile: Run the model through `torch.compile`; a mapping gives its keyword arguments.
+        clip_grad_value: Clamp each element of the gradients to plus or minus this value, after `clip_grad_norm`.
+        init_scale: The first scale of the loss with ``"fp16"``.
+
+    Raises:
+        CoreError: A value that means nothing, or a device that is not there.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "auto",
+        precision: Precision = "fp32",
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002  # torch's own word for it
+        *,
+        clip_grad_value: float | None = None,
+        init_scale: float = 65536.0,
+    ) -> None:
+        if precision not in _DTYPES:
+            raise CoreError(f"precision={precision!r} is unknown. It is one of: {', '.join(map(repr, _DTYPES))}.")
+        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+            raise CoreError(f"accumulate is a number of batches, at least 1; got {accumulate!r}.")
+        for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+            if limit is not None and not limit > 0:
+                raise CoreError(f"{name} must be positive, or None for no clipping; got {limit!r}.")
+        self._wanted_device = device
+        self.precision = precision
+        self.accumulate = accumulate
+        self.clip_grad_norm = clip_grad_norm
+        self.clip_grad_value = clip_grad_value
+        self._compile = compile
+        self._init_scale = init_scale
+        self._state: LearnerState | None = None
+        self._needs_norm = False
+
+    # --- made once, by the learner
+
+    def attach(self, state: LearnerState, optimizer: Any) -> None:
+        """Move models and loss to the device and make the optimizers. Called once, by the learner.
+
+        Args:
+            state: Its ``model`` and ``lossfn`` are there; ``optimizer``, ``optimizers`` and ``params`` are set here.
+            optimizer: An optimizer, a callable that makes one from parameters, or a mapping of either by name.
+
+        Raises:
+            CoreError: The core belongs to another learner, or the optimizer does not fit the models.
+        """
+        if self._state is not None:
+            raise CoreError("This TorchCore belongs to another learner. Give each learner a core of its own.")
+        self.models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+        self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
+        self.device = _find_device(self._wanted_device, self.models.values())
+        for module in (*self.models.values(), *self._loss_modules):
+            module.to(self.device)
+        self._optimizers = _make_optimizers(optimizer, self.models, self._loss_modules)
+        self._state = state
+        state.params = self.params = Parameters(self.models)
+        self.grads = Gradients(self.params)
+        one = self._optimizers.get("")
+        parts = {name: OptimizerParts(made, f"optimizer.{name}") for name, made in self._optimizers.items() if name}
+        state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
+        state.optimizers = OptimizerParts(one) if one is not None else Named("optimizer", parts)
+        self.optimizer = state.optimizer
+        self._autocast_dtype = _DTYPES[self.precision]
+        self._scaler = (
+            torch.amp.GradScaler(self.device.type, init_scale=self._init_scale) if self.precision == "fp16" else None
+        )
+        self._counts = dict.fromkeys(self._optimizers, 0)
+        self._complete = dict.fromkeys(self._optimizers, True)
+        self.last_batch = False
+        self.places = self.device.type != "cpu"
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take torch's own functions where nothing comes between them and the step."""
+        model = self.models.get("")
+        if model is not None and self._compile:
+            options = {} if self._compile is True else dict(self._compile)
+            model = torch.compile(model, **options)
+        self._model = model
+        self.plain = (
+            len(self._optimizers) == 1
+            and self.accumulate == 1
+            and self._autocast_dtype is None
+            and self.clip_grad_norm is None
+            and self.clip_grad_value is None
+            and not self._needs_norm
+        )
+        lossfn = self._state.lossfn if self._state is not None else None
+        self.model: Any = model if self._autocast_dtype is None else self._forward
+        self.lossfn: Any = lossfn if self._autocast_dtype is None else self._loss
+        self.begin: Callable[[], Any] = self._begin
+        self.backward: Callable[[torch.Tensor], Any] = self._backward
+        if self.plain:
+            self.begin = self.optimizer.zero_grad
+            self.backward = torch.Tensor.backward
+
+    def need_grad_norm(self, needed: bool) -> None:
+        """Say whether some callback declares ``batch.grad_norm``, so that it is computed without clipping too."""
+        if needed != self._needs_norm:
+            self._needs_norm = needed
+            self._choose()
+
+    # --- each batch
+
+    def place(self, data: Any) -> Any:
+        """Return the data on the device: tensors in tuples, lists, dicts and objects with ``.to(device)``."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.device, non_blocking=True)
+        if isinstance(data, tuple):
+            moved = [self.place(item) for item in data]
+            return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
+        if isinstance(data, list):
+            return [self.place(item) for item in data]
+        if isinstance(data, dict):
+            made = {key: self.place(item) for key, item in data.items()}
+            return made if type(data) is dict else _rebuild(data, made)
+        to = getattr(data, "to", None)
+        return to(self.device) if callable(to) and not isinstance(data, torch.nn.Module) else data
+
+    def show(self, batch: BatchState) -> None:
+        """Let handlers that read this batch see read-only twins of the containers in it."""
+        if self._state is not None and self._state.batch is batch:
+            self._state.show(batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of the forward pass."""
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    def _forward(self, inputs: Any) -> Any:
+        with torch.autocast(self.device.type, self._autocast_dtype):
+            return self._model(inputs)  # type: ignore[misc]  # a phase that calls it was checked to have one model
+
+    def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        with torch.autocast(self.device.type, self._autocast_dtype):
+            loss: torch.Tensor = self._state.lossfn(outputs, targets)  # type: ignore[union-attr]  # attached
+            return loss
+
+    def _begin(self) -> None:
+        """Zero the gradients of every optimizer whose next accumulation group begins here."""
+        for name, complete in self._complete.items():
+            if complete:
+                self._optimizers[name].zero_grad()
+                self._complete[name] = False
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def due(self, name: str | None) -> list[str]:
+        """Count a batch for one optimizer, or for all, and return those whose group is complete.
+
+        Raises:
+            CoreError: There is no optimizer of that name.
+        """
+        if name is not None and name not in self._optimizers:
+            known = ", ".join(repr(known) for known in self._optimizers if known) or "one without a name"
+            raise CoreError(f"update(name={name!r}): there is no such optimizer; the learner has {known}.")
+        names = list(self._optimizers) if name is None else [name]
+        for each in names:
+            self._counts[each] += 1
+        return [each for each in names if self.last_batch or self._counts[each] >= self.accumulate]
+
+    def unscale(self, names: Iterable[str]) -> None:
+        """Bring the gradients to what one batch of the whole group would have given."""
+        for name in names:
+            optimizer = self._optimizers[name]
+            if self._scaler is not None:
+                self._scaler.unscale_(optimizer)
+            if self._counts[name] < self.accumulate:
+                # The group turned out shorter than the number that each loss was divided by.
+                torch._foreach_mul_(_gradients(optimizer), self.accumulate / self._counts[name])
+
+    def clip(self, names: Iterable[str]) -> torch.Tensor | None:
+        """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
+        params = [param for name in names for param in _params(self._optimizers[name]) if param.grad is not None]
+        norm: torch.Tensor | None = None
+        if self._needs_norm or self.clip_grad_norm is not None:
+            norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        if self.clip_grad_norm is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, self.clip_grad_norm, norm)
+        if self.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(params, self.clip_grad_value)
+        return norm
+
+    def step(self, names: Iterable[str]) -> None:
+        """Step the optimizers, and end their groups."""
+        for name in names:
+            optimizer = self._optimizers[name]
+            if self._scaler is None:
+                optimizer.step()
+            else:
+                self._scaler.step(optimizer)
+            self._counts[name] = 0
+            self._complete[name] = True
+        if self._scaler is not None:
+            self._scaler.update()
+
+    def discard(self) -> None:
+        """Throw away the gradients of the groups that are open; the next batch begins new ones."""
+        for name, optimizer in self._optimizers.items():
+            optimizer.zero_grad()
+            self._counts[name] = 0
+            self._complete[name] = True
+        if self._scaler is not None:
+            # Forget gradients that were unscaled for an update that never came.
+            self._scaler._per_optimizer_states.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what of the core a checkpoint must hold: the scaler's state."""
+        return {"scaler": self._scaler.state_dict() if self._scaler is not None else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(dict(state["scaler"]))
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The models, and the loss function where it is a module."""
+        return [*self.models.values(), *self._loss_modules]
+
+    def __repr__(self) -> str:
+        device = self.device if self._state is not None else self._wanted_device
+        return f"TorchCore(device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate})"
+
+
+def _rebuild(data: dict[Any, Any], made: dict[Any, Any]) -> Any:
+    """Return a dict of the same type as `data`, such as a model's output class, with other values."""
+    copy = data.copy()
+    for key, item in made.items():
+        copy[key] = item
+    return copy
+
+
+def _find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:
+    if wanted != "auto":
+        try:
+            device = torch.device(wanted)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise CoreError(f"device={str(wanted)!r} cannot be used: {error}") from error
+        return device
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type not in ("cpu", "meta"):
+                return tensor.device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _params(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _gradients(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [param.grad for param in _params(optimizer) if param.grad is not None]
+
+
+def _make_optimizers(
+    wanted: Any, models: Mapping[str, torch.nn.Module], loss_modules: Iterable[torch.nn.Module]
+) -> dict[str, Optimizer]:
+    """Return the optimizers by name; a single one has the empty name."""
+    loss_params = [param for module in loss_modules for param in module.parameters()]
+    everything = [param for model in models.values() for param in model.parameters()] + loss_params
+    if not isinstance(wanted, Mapping):
+        return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
+    made: dict[str, Optimizer] = {}
+    for name, each in wanted.items():
+        if name not in models and not isinstance(each, Optimizer):
+            known = ", ".join(repr(known) for known in models if known)
+            raise CoreError(
+                f"optimizer[{name!r}] is called with the parameters of model {name!r}, and there is no such model"
+                f"{f' ({known} are there)' if known else ', but one without a name'}.{nearest(name, models)} "
+                f"Use the models' names, or pass an optimizer instance."
+            )
+        own = list(models[name].parameters()) if name in models else everything
+        # The loss function's parameters, if any, go to the first optimizer that is made here.
+        extra = loss_params if not made else []
+        made[name] = _make_optimizer(each, [*own, *extra], everything, f"optimizer[{name!r}]")
+    if not made:
+        raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
+    return made
+
+
+def _make_optimizer(wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str) -> Optimizer:
+    if isinstance(wanted, Optimizer):
+        ids = {id(param) for param in known}
+        for number, group in enumerate(wanted.param_groups):
+            for param in group["params"]:
+                if id(param) not in ids:
+                    raise CoreError(
+                        f"{what} ({type(wanted).__name__}) has, in group {number}, a parameter of shape "
+                        f"{tuple(param.shape)} that is neither the model's nor the loss function's, so training would "
+                        f"not change the model. Make the optimizer from this model's parameters, or pass a function: "
+                        f"optimizer=partial(torch.optim.{type(wanted).__name__}, lr=...)."
+                    )
+        return wanted
+    if not callable(wanted):
+        raise CoreError(
+            f"{what} is {wanted!r}. Pass an optimizer, or a function of the parameters such as "
+            f"partial(torch.optim.AdamW, lr=1e-3)."
+        )
+    if not params:
+        raise CoreError(f"{what} has nothing to train: the model has no parameters.")
+    made = wanted(params)
+    if not isinstance(made, Optimizer):
+        raise CoreError(f"{what} was called with the parameters and returned {made!r}, which is no torch optimizer.")
+    return made

@@ -1,0 +1,118 @@
+"""Data: loaders by phase, checked as early as their kind allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from flowtrain.errors import DataError
+from flowtrain.phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+    describe,
+)
+from flowtrain.series import PhaseMap
+
+__all__ = ["check_gave", "loaders", "stream"]
+
+_EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
+
+
+def loaders(data: Any) -> PhaseMap[Any]:
+    """Return the loaders by phase.
+
+    Args:
+        data: ``None``; one loader, for training; a tuple of a training and a validation loader; or a mapping from
+            phases or phase types to loaders, in the order in which an epoch of each is run.
+
+    Raises:
+        DataError: Not that, or a loader that is a tensor, a dataset, or empty.
+    """
+    found: PhaseMap[Any] = PhaseMap("data")
+    if data is None:
+        return found
+    if isinstance(data, Mapping):
+        pairs = [(_phase(key), loader) for key, loader in data.items()]
+    elif isinstance(data, tuple):
+        if all(isinstance(item, torch.Tensor) for item in data):
+            raise DataError(
+                f"data is {describe(data)}: tensors, not loaders. Make batches of them: "
+                f"DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass {_EXAMPLE}."
+            )
+        if not 1 <= len(data) <= 2:
+            raise DataError(f"data is a tuple of {len(data)} loaders. Pass {_EXAMPLE}.")
+        pairs = list(zip((TrainingPhase(), ValidationPhase()), data, strict=False))
+    else:
+        pairs = [(TrainingPhase(), data)]
+    for phase, loader in pairs:
+        check_loader(loader, phase)
+        found[phase] = loader
+    return found
+
+
+def _phase(key: object) -> Phase:
+    phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
+    if not isinstance(phase, Phase):
+        raise DataError(f"data has the key {key!r}, which is no phase. Pass {_EXAMPLE}.")
+    if type(phase) in (Phase, AbstractTrainingPhase, AbstractValidationPhase):
+        raise DataError(f"data has the key {phase!r}, which is abstract. Use TrainingPhase, or a subclass of {phase!r}.")
+    return phase
+
+
+def check_loader(loader: Any, phase: Phase) -> None:
+    """Check what can be told of a loader without taking a batch from it.
+
+    Raises:
+        DataError: It is a tensor, a dataset, not iterable, or says that it is empty.
+    """
+    if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
+        raise DataError(
+            f"The data for {phase!r} is a {type(loader).__name__}, a dataset of single samples. "
+            f"Make batches of it: DataLoader(dataset, batch_size=32)."
+        )
+    if isinstance(loader, (torch.Tensor, str, bytes)) or not (
+        isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
+    ):
+        raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        return  # a loader need not know its length
+    if length == 0:
+        raise DataError(_empty(phase, loader))
+
+
+def check_gave(count: int, phase: Phase, loader: object) -> None:
+    """Check, after an epoch, that the loader gave at least one batch.
+
+    Raises:
+        DataError: It gave none.
+    """
+    if not count:
+        raise DataError(_empty(phase, loader))
+
+
+def _empty(phase: Phase, loader: object) -> str:
+    text = f"The loader for {phase!r} ({type(loader).__name__}) gives no batch."
+    if isinstance(loader, Iterator):
+        return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or anything iterable again."
+    return f"{text} Is the dataset empty, or smaller than one batch with drop_last=True?"
+
+
+def stream(loader: Iterable[Any], phase: Phase) -> Iterator[Any]:
+    """Yield the batches of a loader, pass after pass, without end.
+
+    Raises:
+        DataError: A pass gives no batch.
+    """
+    while True:
+        count = 0
+        for raw in loader:
+            count += 1
+            yield raw
+        check_gave(count, phase, loader)

@@ -1,0 +1,132 @@
+"""Events: types that say which moment of training it is.
+
+The loop fires an instance of an event type; a callback's handlers are chosen by the type. An event of the library
+carries no data and exists once; `FitBegin` says how long the fit will be. An event of your own is a subclass, as a frozen dataclass if it carries something::
+
+    @dataclass(frozen=True)
+    class Improved(Event):
+        loss: float
+
+One fit fires, for each epoch and batch::
+
+    FitBegin
+      EpochBegin
+        BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd   (or BatchCancelled)
+      EpochEnd                                                                                (or EpochCancelled)
+    FitEnd
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "BackwardBegin",
+    "BackwardEnd",
+    "BatchBegin",
+    "BatchCancelled",
+    "BatchEnd",
+    "EpochBegin",
+    "EpochCancelled",
+    "EpochEnd",
+    "Event",
+    "FitBegin",
+    "FitEnd",
+    "LossBegin",
+    "UpdateBegin",
+    "UpdateEnd",
+]
+
+
+class Event:
+    """Base of all events. A handler on `Event` itself is called for every event."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+@dataclass(frozen=True)
+class FitBegin(Event):
+    """`Learner.fit` begins. Fired with `Phase()`.
+
+    Attributes:
+        epochs: How many epochs of each phase the fit asks for; ``None`` if it counts steps.
+        steps: How many training steps the fit asks for; ``None`` if it counts epochs.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+
+
+class FitEnd(Event):
+    """`Learner.fit` ends, whatever ended it. Fired with `Phase()`; every handler runs, also after failures."""
+
+    __slots__ = ()
+
+
+class EpochBegin(Event):
+    """An epoch begins. There is no batch yet."""
+
+    __slots__ = ()
+
+
+class EpochEnd(Event):
+    """An epoch ended, normally or by `CancelEpochException`. The batch state is that of the last completed batch."""
+
+    __slots__ = ()
+
+
+class EpochCancelled(Event):
+    """An error or `CancelFittingException` ended the epoch."""
+
+    __slots__ = ()
+
+
+class BatchBegin(Event):
+    """A batch begins: its data is there, on the device."""
+
+    __slots__ = ()
+
+
+class LossBegin(Event):
+    """The model has run; the loss comes next."""
+
+    __slots__ = ()
+
+
+class BackwardBegin(Event):
+    """The loss is there, with its graph; the backward pass comes next."""
+
+    __slots__ = ()
+
+
+class BackwardEnd(Event):
+    """The gradients of this batch are there. They are added to those of its accumulation group."""
+
+    __slots__ = ()
+
+
+class UpdateBegin(Event):
+    """The gradients of the group are complete, unscaled and not yet clipped; the optimizer's step comes next."""
+
+    __slots__ = ()
+
+
+class UpdateEnd(Event):
+    """The optimizer has stepped."""
+
+    __slots__ = ()
+
+
+class BatchEnd(Event):
+    """A batch ended normally."""
+
+    __slots__ = ()
+
+
+class BatchCancelled(Event):
+    """A cancel or an error ended the batch. Some of the batch state may be missing."""
+
+    __slots__ = ()

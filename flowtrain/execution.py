@@ -1,0 +1,200 @@
+"""Executors: who runs a plan. The serial one, the seam for others, and how they are found by name.
+
+An executor turns each plan into a *runner*, a function of ``(event, phase)`` that runs the plan's handlers and returns
+when all of them have. What every executor promises is in ``docs/rules.md``: the result is the serial result.
+
+Executors are found by name in a built-in table, then in the entry-point group ``flowtrain.executors``::
+
+    [project.entry-points."flowtrain.executors"]
+    mine = "my_package:MyExecutor"
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from flowtrain.errors import ExecutorError, nearest
+from flowtrain.events import Event
+from flowtrain.phases import Phase
+from flowtrain.plan import Plan, Step
+
+__all__ = ["EXECUTORS", "Executor", "Runner", "SerialExecutor", "Site", "find_executor"]
+
+Runner: TypeAlias = Callable[[Event, Phase], None]
+
+EXECUTORS: dict[str, tuple[str, str]] = {"serial": ("flowtrain.execution:SerialExecutor", "")}
+"""The executors that come with flowtrain: name to where they are and how to install what they need."""
+
+_GROUP = "flowtrain.executors"
+
+
+class Site(Protocol):
+    """What an executor gets from the loop that it works for."""
+
+    @property
+    def fired(self) -> list[tuple[str, Event]]:
+        """The events that handlers asked to fire next, each with the name of the callback that asked."""
+
+    def drain(self, phase: Phase) -> None:
+        """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
+
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+        """Raise for the handlers that failed, given in serial order; returns where every failure means nothing now."""
+
+    def swap(self, plan: Plan, runner: Runner) -> None:
+        """Use another runner for a plan from its next event on."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs plans. `flowtrain.testing` has a test for each promise in ``docs/rules.md``.
+
+    A runner calls every handler of its plan with ``(event, phase, view)`` and returns when all have returned. It keeps
+    the order of the plan's edges; when handlers raise, those with no failed ancestor still run, then it hands the
+    failures to `Site.fail`. At the end it calls `Site.drain` if `Site.fired` holds something.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which it is found and reported."""
+
+    def bind(self, site: Site) -> None:
+        """Belong to one loop from now on.
+
+        Raises:
+            ExecutorError: It belongs to another one, or is closed.
+        """
+
+    def compile(self, plan: Plan) -> Runner:
+        """Return what runs a plan that has at least one step. Called once for each plan."""
+
+    def explain(self, plan: Plan) -> str:
+        """Say in one line how a plan is run; empty where there is nothing to say."""
+
+    def flush(self) -> None:
+        """Return when everything that was handed out is done."""
+
+    def close(self) -> None:
+        """Flush, and give back every resource. A closed executor runs nothing more."""
+
+
+class SerialExecutor:
+    """Run handlers one after the other on the training thread, in the serial order. The default."""
+
+    name = "serial"
+
+    def __init__(self) -> None:
+        self._site: Site | None = None
+
+    def bind(self, site: Site) -> None:
+        """Belong to one loop."""
+        if self._site is not None and self._site is not site:
+            raise ExecutorError("This SerialExecutor belongs to another learner. Give each learner its own.")
+        self._site = site
+
+    def compile(self, plan: Plan) -> Runner:
+        """Return a loop over the plan's calls."""
+        site = self._site
+        if site is None:
+            raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
+        calls = plan.calls
+        fired = site.fired
+
+        def run(event: Event, phase: Phase) -> None:
+            call: Any = None
+            try:
+                for call, view in calls:
+                    call(event, phase, view)
+            except Exception as failure:
+                failures = _finish(plan, call, failure, event, phase)
+            else:
+                if fired:
+                    site.drain(phase)
+                return
+            # Outside of the except block, so that the exception raised keeps its own context.
+            site.fail(plan, event, phase, failures)
+            if fired:
+                site.drain(phase)
+
+        return run
+
+    def explain(self, plan: Plan) -> str:
+        """Nothing to say: the order printed is the order run."""
+        return ""
+
+    def flush(self) -> None:
+        """Nothing is ever pending."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def _finish(plan: Plan, call: Any, failure: Exception, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
+    """After the failure of one call, run the later ones that do not depend on a failed or skipped one."""
+    start = next(position for position, step in enumerate(plan.steps) if step.call is call)
+    failures = [(plan.steps[start], failure)]
+    lost = 1 << start
+    for position in range(start + 1, len(plan.steps)):
+        step = plan.steps[position]
+        if plan.ancestors[position] & lost and not plan.always:
+            lost |= 1 << position
+            continue
+        try:
+            step.call(event, phase, step.view)
+        except Exception as another:  # noqa: BLE001  # whatever a handler raises is collected, then raised
+            failures.append((step, another))
+            lost |= 1 << position
+    return failures
+
+
+def find_executor(executor: object) -> Executor:
+    """Return the executor for a name, or an executor that is given as one.
+
+    Args:
+        executor: A name (``"serial"``), or an object that implements `Executor`.
+
+    Raises:
+        ExecutorError: The name is unknown, what it needs is not installed, or the object is no executor.
+    """
+    if isinstance(executor, str):
+        return _by_name(executor)
+    if isinstance(executor, concurrent.futures.Executor):
+        raise ExecutorError(
+            f"{type(executor).__name__} is an executor of concurrent.futures: it runs functions and knows nothing of "
+            f"the order between callbacks. Pass one by name instead: {_known()}."
+        )
+    if isinstance(executor, type):
+        raise ExecutorError(f"executor={executor.__name__} is a class. Pass an instance: {executor.__name__}().")
+    if not isinstance(executor, Executor):
+        needed = "name, bind, compile, explain, flush and close"
+        raise ExecutorError(
+            f"executor={executor!r} is no executor: it needs {needed}. Pass one by name instead: {_known()}."
+        )
+    return executor
+
+
+def _by_name(name: str) -> Executor:
+    if name in EXECUTORS:
+        where, install = EXECUTORS[name]
+        module, _, attribute = where.partition(":")
+        try:
+            made: Executor = getattr(importlib.import_module(module), attribute)()
+        except ImportError as error:
+            raise ExecutorError(f"executor={name!r} needs {error.name}, which is not installed: {install}") from error
+        return made
+    found = entry_points(group=_GROUP, name=name)
+    if found:
+        return find_executor(next(iter(found)).load()())
+    raise ExecutorError(f"There is no executor {name!r}.{nearest(name, _names())} Known are: {_known()}.")
+
+
+def _names() -> list[str]:
+    return sorted({*EXECUTORS, *(point.name for point in entry_points(group=_GROUP))})
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in _names())

@@ -1,0 +1,393 @@
+"""The learner: one object that holds the state of training and hands the work to its parts.
+
+State is in `LearnerState`, callbacks in `Callbacks`, computing in `TorchCore`, running in `Loop`. The learner checks
+what a user passes, joins these parts, and delegates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from flowtrain.batch import BatchState
+from flowtrain.callback import Callback
+from flowtrain.callbacks import MetricsPrinter, Metrics, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.core import TorchCore
+from flowtrain.data import loaders
+from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
+from flowtrain.events import Event
+from flowtrain.execution import Executor, find_executor
+from flowtrain.loop import Loop, RunBatch
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase
+from flowtrain.registry import Callbacks
+from flowtrain.state import LearnerState, Named, State
+from flowtrain.strict import watch
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Trains a model.
+
+    Args:
+        model: A module, or a mapping of several by name (then ``learner.model.gen``, and a phase with a step of its
+            own).
+        lossfn: Called with ``(batch.outputs, batch.targets)``; returns a tensor with one element. If it is a module,
+            its parameters are trained too.
+        data: Loaders: one for training; ``(training, validation)``; or a mapping from phases.
+        optimizer: Called with the parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; or an optimizer; or a
+            mapping of either by name. With several models, a name is that of the model whose parameters it gets.
+        callbacks: In the order that decides where their declarations leave a choice.
+        default_callbacks: ``True`` adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter`
+            after them, each unless one of its type is there; ``"quiet"`` leaves out the last two, which print.
+        executor: ``"serial"``, the name of another, or an `Executor`.
+        core: How to compute; `TorchCore()` if not given.
+        strict: Check around every handler that it changed only what it declares, tensors included. Slow.
+
+    Raises:
+        FlowtrainError: Something of this does not fit; nothing has run then but `setup`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.nn.Module],
+        lossfn: Callable[..., Any],
+        *,
+        data: Any = None,
+        optimizer: Any = torch.optim.AdamW,
+        callbacks: Iterable[Callback] = (),
+        default_callbacks: bool | Literal["quiet"] = True,
+        executor: str | Executor = "serial",
+        core: TorchCore | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.state = LearnerState()
+        self.state.model = _check_model(model)
+        self.state.lossfn = _check_lossfn(lossfn)
+        self.state.data = loaders(data)
+        self.strict = strict
+        self.stopped: BaseException | None = None
+        self._closed = False
+        found = find_executor(executor)
+        chosen = [*_as_list(callbacks)]
+        chosen += _defaults(default_callbacks, chosen)
+        self.core = TorchCore() if core is None else core
+        self.core.attach(self.state, optimizer)
+        self._check_phases(self.state.data)
+        self.loop = Loop(self.state, self.core, found)
+        self._use(chosen)
+
+    # --- what is trained
+
+    @property
+    def model(self) -> Any:
+        """The module that was passed, or all of them by name."""
+        return self.state.model
+
+    @property
+    def lossfn(self) -> Any:
+        """The loss function."""
+        return self.state.lossfn
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or all of them by name."""
+        return self.state.optimizer
+
+    @property
+    def data(self) -> Any:
+        """The loaders by phase: ``learner.data[TrainingPhase]``."""
+        return self.state.data
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters of the model by name; with several models the name begins with the model's."""
+        return self.state.params
+
+    @property
+    def batch(self) -> BatchState:
+        """The state of the current, or last, batch."""
+        return self.state.batch
+
+    @property
+    def cbstate(self) -> State:
+        """What callbacks share with each other."""
+        return self.state.cbstate
+
+    @property
+    def callbacks(self) -> Callbacks:
+        """The callbacks: iterable, with ``graph``, ``plan`` and ``explain``."""
+        callbacks: Callbacks = self.state.callbacks
+        return callbacks
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the callbacks."""
+        return self.loop.executor
+
+    # --- training
+
+    def fit(
+        self,
+        epochs: int | None = None,
+        *,
+        steps: int | None = None,
+        validate_every: int | None = None,
+        data: Any = None,
+    ) -> None:
+        """Train.
+
+        Give `epochs`, or `steps`. By epochs, each epoch runs one epoch of every phase in `data`, in order. By steps,
+        the training loader is gone through again and again until `steps` batches were run; each `validate_every`
+        batches (without it: each pass of the loader) are one training epoch and are followed by one epoch of every
+        other phase.
+
+        Args:
+            epochs: How many epochs.
+            steps: How many training batches.
+            validate_every: Training batches in an epoch; only with `steps`.
+            data: Loaders for this fit, as for `Learner`.
+
+        Raises:
+            UsageError: Called inside a handler or a step, or with counts that mean nothing.
+            DataError: There is no data.
+            Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
+                has a note that says which. `CancelFittingException` is not raised: see `stopped`.
+        """
+        self._ready("fit()")
+        _check_counts(epochs, steps, validate_every)
+        chosen = self.state.data if data is None else loaders(data)
+        self._check_fit_data(chosen, by_steps=steps is not None)
+        before, self.state.data = self.state.data, chosen
+        self.stopped = None
+        try:
+            self.stopped = self.loop.fit(self, chosen, epochs, steps, validate_every)
+        except BaseException as failure:
+            self.stopped = failure
+            raise
+        finally:
+            self.state.data = before
+
+    def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:
+        """Run one epoch of a phase, over its loader or over `data`.
+
+        Raises:
+            CancelFittingException: A handler ended training; only `fit` has something to end.
+        """
+        self._ready("epoch()")
+        phase = _as_phase(phase, "epoch")
+        if data is None and phase not in self.state.data:
+            raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
+        chosen = loaders({phase: self.state.data[phase] if data is None else data})
+        self._check_phases(chosen)
+        self.loop.epoch(self, phase, chosen[phase])
+
+    def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
+        """Run one batch of a phase on what a loader would give, and return the batch state."""
+        self._ready("step()")
+        phase = _as_phase(phase, "step")
+        self._check_phases([phase])
+        return self.loop.step(self, phase, raw)
+
+    def validate(self) -> None:
+        """Run one epoch of every phase in `data` that does not train."""
+        self._ready("validate()")
+        phases = [phase for phase in self.state.data if not isinstance(phase, AbstractTrainingPhase)]
+        if not phases:
+            raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
+        for phase in phases:
+            self.loop.epoch(self, phase, self.state.data[phase])
+
+    def flush(self) -> None:
+        """Return when everything that the executor was given is done."""
+        self.loop.executor.flush()
+
+    def close(self) -> None:
+        """Flush the executor and give back what it holds. The learner can still be read."""
+        if not self._closed:
+            self._closed = True
+            self.loop.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- for the steps of custom phases
+
+    def run_batch(self, phase: Phase, **state: Any) -> RunBatch:
+        """Return the context of one batch: it gives the batch state, and fires `BatchBegin` and `BatchEnd`.
+
+        Args:
+            phase: The phase whose step calls this.
+            state: The first entries of the batch state; they are moved to the device.
+        """
+        return self.loop.run_batch(phase, state)
+
+    def fire(self, event: Event, phase: Phase) -> None:
+        """Fire an event. In a handler call ``learner.fire(event)`` of the handler's own `learner`."""
+        self.loop.fire_from_outside(event, phase)
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Return the context of a forward pass: autocast, if the precision asks for it."""
+        return self.loop.forward()
+
+    def backward(self, phase: Phase, loss: torch.Tensor) -> None:
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`."""
+        self.loop.backward(phase, loss)
+
+    def update(self, phase: Phase, name: str | None = None) -> None:
+        """Step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its accumulation group is complete.
+
+        Args:
+            phase: The phase whose step calls this.
+            name: Which of several optimizers.
+        """
+        self.loop.update(phase, name)
+
+    # --- callbacks
+
+    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        return self.callbacks.find(wanted)
+
+    def add_callback(self, callback: Callback) -> None:
+        """Add a callback at the end of the list. A refused change leaves everything as it was; so with the next."""
+        self._use([*self.callbacks, callback])
+
+    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
+        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
+        self._use(_as_list(callbacks))
+
+    def replace_callback(self, new: Callback) -> Callback:
+        """Replace the callback of the same type, and return it.
+
+        Raises:
+            CallbackError: There is none of exactly that type, or more than one.
+        """
+        same = [callback for callback in self.callbacks if type(callback) is type(new)]
+        if len(same) != 1:
+            raise CallbackError(
+                f"replace_callback({new!r}) needs exactly one {type(new).__name__} to replace; there are {len(same)}. "
+                f"Use set_callbacks(...) or add_callback(...)."
+            )
+        self._use([new if callback is same[0] else callback for callback in self.callbacks])
+        return same[0]
+
+    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
+        """Remove the first callback of a type, subclasses included, or of a name, and return it.
+
+        Raises:
+            CallbackError: There is none.
+        """
+        found = self.callbacks.must_find(wanted)
+        self._use([callback for callback in self.callbacks if callback is not found])
+        return found
+
+    def suggest_access(self, callback: Callback) -> str:
+        """Return (as text to print) the least that each handler of a callback must declare, found by a dry run.
+
+        The callback, copied, is run for one batch of every phase on copies of everything, next to copies of the
+        learner's callbacks; the learner does not change.
+        """
+        from flowtrain.recording import suggest
+
+        return suggest(self, callback)
+
+    def _use(self, callbacks: list[Callback]) -> None:
+        self.loop.scopes.refuse_nested("Changing the callbacks")
+        phases = [type(phase) for phase in self.state.data]
+        before = self.state.callbacks
+        made = Callbacks(callbacks, self.state, phases, before, watch(self.state) if self.strict else None)
+        made.annotate(self.loop.executor.explain)
+        self.state.callbacks = made
+        named = (path for node in made.nodes for path, _ in node.union)
+        self.core.need_grad_norm(("batch", "grad_norm") in named)
+        self.loop.use(made)
+
+    # --- checks
+
+    def _ready(self, what: str) -> None:
+        if self._closed:
+            raise ExecutorError(f"{what} on a closed learner: its executor has given back what it held. Make a new one.")
+        self.loop.scopes.refuse_nested(what)
+
+    def _check_phases(self, phases: Iterable[Phase]) -> None:
+        supervised = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
+        for phase in phases:
+            if isinstance(self.state.model, Named) and type(phase).step in supervised:
+                raise CoreError(
+                    f"{phase!r} runs one model, and the learner has {', '.join(self.state.model)}. Write a phase with "
+                    f"a step of its own: class MyPhase(AbstractTrainingPhase): def step(self, learner, raw): ..."
+                )
+
+    def _check_fit_data(self, data: Any, *, by_steps: bool) -> None:
+        if not data:
+            raise UsageError("fit() has no data. Pass data=(train_loader, valid_loader) to Learner or to fit.")
+        training = [repr(phase) for phase in data if isinstance(phase, AbstractTrainingPhase)]
+        if by_steps and len(training) != 1:
+            raise UsageError(
+                f"fit(steps=...) counts the batches of one training phase; the data has "
+                f"{', '.join(training) or 'none'}. Use fit(epochs), or data with one."
+            )
+        self._check_phases(data)
+
+    def __repr__(self) -> str:
+        return f"Learner({type(self.state.model).__name__}, {self.core!r}, executor={self.executor.name!r})"
+
+
+def _check_model(model: Any) -> Any:
+    if isinstance(model, torch.nn.Module):
+        return model
+    if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
+        return Named("model", model)
+    raise CoreError(f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules.")
+
+
+def _check_lossfn(lossfn: Any) -> Any:
+    if isinstance(lossfn, type) or not callable(lossfn):
+        made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
+        raise CoreError(f"lossfn={lossfn!r} is not a function of (outputs, targets).{made}")
+    return lossfn
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise CallbackError(f"callbacks={callbacks!r} is not a list. Write callbacks=[...].")
+    return list(callbacks)
+
+
+def _as_phase(phase: Any, what: str) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, type) and issubclass(phase, Phase):
+        return phase()
+    raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
+
+
+def _defaults(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
+    if wanted not in (True, False, "quiet"):
+        raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
+    if not wanted:
+        return []
+    kinds: list[type[Callback]] = [Recorder, Metrics, StopOnNaNLoss]
+    if wanted != "quiet":
+        kinds += [ProgressBar, MetricsPrinter]
+    return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
+
+
+def _check_counts(epochs: object, steps: object, validate_every: object) -> None:
+    if (epochs is None) == (steps is None):
+        raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
+    for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"fit({name}={value!r}): {name} is a whole number, at least 1.")
+    if validate_every is not None and steps is None:
+        raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")

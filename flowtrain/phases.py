@@ -1,0 +1,382 @@
+"""Phases: types that say what kind of epoch runs, and own its step.
+
+A phase has no data of its own: there is one instance of each type, and the type works as a key wherever the instance
+does. A phase of your own is a subclass. To run the usual supervised step on other data, subclass and write nothing::
+
+    class OODPhase(AbstractValidationPhase):
+        "Validate on data from elsewhere."
+
+To run a step of your own, override `step` (see `StepContext` for what it may use)::
+
+    class GANPhase(AbstractTrainingPhase):
+        def step(self, learner, raw):
+            with learner.run_batch(self, real=raw) as batch:
+                ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+
+from flowtrain.batch import BatchState
+from flowtrain.errors import DataError, LossError, UsageError
+from flowtrain.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchCancelled,
+    BatchEnd,
+    EpochBegin,
+    EpochCancelled,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
+
+__all__ = [
+    "CLOSED",
+    "CLOSING",
+    "OPEN",
+    "AbstractTrainingPhase",
+    "AbstractValidationPhase",
+    "Phase",
+    "StepContext",
+    "StepRunners",
+    "TrainingPhase",
+    "ValidationPhase",
+]
+
+CLOSED, OPEN, CLOSING = 0, 1, 2
+"""Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
+
+_BATCH_BEGIN, _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = BatchBegin(), LossBegin(), BackwardBegin(), BackwardEnd()
+_UPDATE_BEGIN, _UPDATE_END, _BATCH_END = UpdateBegin(), UpdateEnd(), BatchEnd()
+
+
+class StepRunners:
+    """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
+
+    A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
+    """
+
+    __slots__ = (
+        "backward_begin",
+        "backward_end",
+        "batch_begin",
+        "batch_end",
+        "loss_begin",
+        "update_begin",
+        "update_end",
+    )
+    events: ClassVar[Mapping[str, type[Event]]] = {
+        "batch_begin": BatchBegin,
+        "loss_begin": LossBegin,
+        "backward_begin": BackwardBegin,
+        "backward_end": BackwardEnd,
+        "update_begin": UpdateBegin,
+        "update_end": UpdateEnd,
+        "batch_end": BatchEnd,
+    }
+
+    batch_begin: Any
+    loss_begin: Any
+    backward_begin: Any
+    backward_end: Any
+    update_begin: Any
+    update_end: Any
+    batch_end: Any
+
+
+class StepContext(Protocol):
+    """What a step may use of the learner.
+
+    A step of your own needs ``model``, ``lossfn``, ``optimizer``, ``batch`` and ``cbstate``, and these methods:
+
+    - ``run_batch(phase, **state)``: a context that gives the batch state, with `state` moved to the device; it fires
+      `BatchBegin` and `BatchEnd`.
+    - ``forward()``: a context for the forward pass: autocast, if the precision asks for it.
+    - ``backward(phase, loss)``: the backward pass with its events, scaled and divided as the core is set up.
+    - ``update(phase, name=None)``: the optimizer's step with its events, clipping and accumulation; `name` says which
+      one of several.
+    - ``fire(event, phase)``: fire an event of your own.
+    """
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def lossfn(self) -> Any: ...
+    @property
+    def optimizer(self) -> Any: ...
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+    @property
+    def batch(self) -> BatchState: ...
+    @property
+    def cbstate(self) -> Any: ...
+    @property
+    def loop(self) -> Any: ...
+    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]: ...
+    def forward(self) -> AbstractContextManager[None]: ...
+    def backward(self, phase: Phase, loss: torch.Tensor) -> None: ...
+    def update(self, phase: Phase, name: str | None = None) -> None: ...
+    def fire(self, event: Event, phase: Phase) -> None: ...
+
+
+class Phase:
+    """What kind of epoch runs. `FitBegin` and `FitEnd` are fired with `Phase()` itself.
+
+    Attributes:
+        events: The library's events that the phase fires, in order; ``None`` where that is not known.
+        provides: What the phase puts into the batch state, each entry with the event from which on it is there.
+            ``None`` where that is not known: then a missing entry is found when it is read, not before.
+    """
+
+    events: ClassVar[tuple[type[Event], ...] | None] = (FitBegin, FitEnd)
+    provides: ClassVar[Mapping[str, type[Event]] | None] = None
+
+    def __new__(cls) -> Self:
+        instance = cls.__dict__.get("_instance")
+        if instance is None:
+            instance = super().__new__(cls)
+            cls._instance = instance  # type: ignore[attr-defined]  # kept per class on purpose, not inherited
+        return instance  # type: ignore[no-any-return]  # what __dict__ holds is Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            raise UsageError(
+                f"{cls.__name__} defines __init__, but a phase has no fields: there is one instance of each type. "
+                f"Keep such values in the learner's cbstate or in a callback."
+            )
+        # A step of its own fires events and fills the batch in its own way: what is inherited would be wrong.
+        if "step" in cls.__dict__:
+            for name in ("events", "provides"):
+                if name not in cls.__dict__:
+                    setattr(cls, name, None)
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Run one batch. `raw` is what the loader gave."""
+        raise UsageError(
+            f"{self!r} has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."
+        )
+
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Return the context in which an epoch of this phase runs, handlers included."""
+        return nullcontext()
+
+    def __reduce__(self) -> tuple[type[Phase], tuple[()]]:
+        return type(self), ()
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+class _Supervised(Phase):
+    """What training and validation on pairs have in common."""
+
+    def split(self, raw: Any) -> tuple[Any, Any]:
+        """Return ``(inputs, targets)`` of what the loader gave. Override it for data that is no pair.
+
+        Raises:
+            DataError: `raw` is not a tuple or list of two.
+        """
+        if type(raw) not in (tuple, list) or len(raw) != 2:
+            raise DataError(
+                f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
+                f"Let the dataset return pairs, or override {self!r}.split(raw) to return (inputs, targets)."
+            )
+        return raw[0], raw[1]
+
+
+class AbstractTrainingPhase(_Supervised):
+    """Train: train mode, gradients, an update. The events of one batch, in order, and what each makes available:
+
+    - `BatchBegin`: ``batch.inputs``, ``batch.targets``, on the device
+    - `LossBegin`: ``batch.outputs``
+    - `BackwardBegin`: ``batch.loss``, with its graph, not divided by the size of the accumulation group
+    - `BackwardEnd`: ``batch.grads``; from here on ``batch.loss`` is detached
+    - `UpdateBegin`: gradients accumulated and unscaled, before clipping (not fired where a batch only accumulates)
+    - `UpdateEnd`: ``batch.grad_norm``, before clipping (where clipping or a declaration asks for it)
+    - `BatchEnd`, or `BatchCancelled`
+
+    The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).
+    """
+
+    events = (
+        EpochBegin, BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd,
+        BatchCancelled, EpochEnd, EpochCancelled,
+    )  # fmt: skip
+    provides = {  # noqa: RUF012  # a constant of the class, typed in Phase
+        "inputs": BatchBegin,
+        "targets": BatchBegin,
+        "outputs": LossBegin,
+        "loss": BackwardBegin,
+        "grads": BackwardEnd,
+        "grad_norm": UpdateEnd,
+    }
+
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Train mode for all modules; their modes before are put back."""
+        return _mode(modules, training=True)
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Run one batch: forward, loss, backward, update. Entries of the batch are read again after each event."""
+        loop = learner.loop
+        on, core, scopes = loop.runners[self], loop.core, loop.scopes
+        batch = _begin(self, loop, on, raw)
+        core.begin()
+        _evaluate(self, core, on, batch)
+        scopes.backward = True
+        if on.backward_begin is not None:
+            on.backward_begin(_BACKWARD_BEGIN, self)
+        core.backward(batch.loss)
+        batch.loss = batch.loss.detach()
+        batch.grads = core.grads
+        if on.backward_end is not None:
+            on.backward_end(_BACKWARD_END, self)
+        if core.plain:
+            if on.update_begin is not None:
+                on.update_begin(_UPDATE_BEGIN, self)
+            core.optimizer.step()
+            if on.update_end is not None:
+                on.update_end(_UPDATE_END, self)
+        else:
+            learner.update(self)
+        scopes.batch = CLOSING
+        if on.batch_end is not None:
+            on.batch_end(_BATCH_END, self)
+        scopes.batch = CLOSED
+        scopes.completed = batch
+
+
+class TrainingPhase(AbstractTrainingPhase):
+    """Train on the first loader. See `AbstractTrainingPhase` for its events and state."""
+
+
+class AbstractValidationPhase(_Supervised):
+    """Evaluate: eval mode, no gradients. The events of one batch, in order, and what each makes available:
+
+    - `BatchBegin`: ``batch.inputs``, ``batch.targets``, on the device
+    - `LossBegin`: ``batch.outputs``
+    - `BatchEnd`: ``batch.loss``, or `BatchCancelled`
+
+    The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).
+    """
+
+    events = (EpochBegin, BatchBegin, LossBegin, BatchEnd, BatchCancelled, EpochEnd, EpochCancelled)
+    provides = {  # noqa: RUF012  # a constant of the class, typed in Phase
+        "inputs": BatchBegin,
+        "targets": BatchBegin,
+        "outputs": LossBegin,
+        "loss": BatchEnd,
+    }
+
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Eval mode for all modules and no gradients; their modes before are put back."""
+        return _mode(modules, training=False)
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Run one batch: forward and loss."""
+        loop = learner.loop
+        on, scopes = loop.runners[self], loop.scopes
+        batch = _begin(self, loop, on, raw)
+        _evaluate(self, loop.core, on, batch)
+        scopes.batch = CLOSING
+        if on.batch_end is not None:
+            on.batch_end(_BATCH_END, self)
+        scopes.batch = CLOSED
+        scopes.completed = batch
+
+
+class ValidationPhase(AbstractValidationPhase):
+    """Evaluate on the second loader. See `AbstractValidationPhase` for its events and state."""
+
+
+def _begin(phase: _Supervised, loop: Any, on: StepRunners, raw: Any) -> BatchState:
+    """Open the batch: its data, on the device, and `BatchBegin`."""
+    if loop.core.places:
+        raw = loop.core.place(raw)
+    inputs, targets = phase.split(raw)
+    batch = BatchState()
+    batch.inputs = inputs
+    batch.targets = targets
+    state = loop.state
+    if type(inputs) is torch.Tensor is type(targets):
+        state.batch = state.batch_twin = batch
+    else:
+        state.show(batch)
+    loop.scopes.backward = False
+    loop.scopes.batch = OPEN
+    if on.batch_begin is not None:
+        on.batch_begin(_BATCH_BEGIN, phase)
+    return batch
+
+
+def _evaluate(phase: _Supervised, core: Any, on: StepRunners, batch: BatchState) -> None:
+    """Run the model and the loss function, with `LossBegin` between them."""
+    try:
+        outputs = batch.outputs = core.model(batch.inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
+        raise
+    if type(outputs) is not torch.Tensor:
+        core.show(batch)
+    if on.loss_begin is not None:
+        on.loss_begin(_LOSS_BEGIN, phase)
+    try:
+        loss = batch.loss = core.lossfn(batch.outputs, batch.targets)
+        scalar = loss.numel() == 1
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
+    if not scalar:
+        raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
+
+
+def _loss_error(phase: Phase, core: Any, batch: BatchState, what: str) -> LossError:
+    name = getattr(core.lossfn, "__name__", type(core.lossfn).__name__)
+    return LossError(
+        f"The loss function {name} {what}\n"
+        f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
+        f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
+        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+    )
+
+
+@contextmanager
+def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Iterator[None]:
+    roots = list(modules)
+    before = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
+        root.train(training)
+    try:
+        with torch.set_grad_enabled(training):
+            yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what a piece of data is: type, shape and dtype, or length and first parts.
+
+    >>> describe(torch.zeros(2, 3))
+    'Tensor of shape (2, 3), float32'
+    """
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
+    if isinstance(value, (tuple, list)):
+        parts = ", ".join(describe(part) for part in value[:3])
+        return f"{type(value).__name__} of {len(value)}" + (f": {parts}{', ...' if len(value) > 3 else ''}" if parts else "")
+    return f"{type(value).__name__} {value!r:.60}"

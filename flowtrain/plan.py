@@ -1,0 +1,142 @@
+"""The plan: what runs for one event type and phase type, bound and ready to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from flowtrain.callback import Callback, Condition
+from flowtrain.events import Event, FitEnd
+from flowtrain.graph import Edge, Node, Order
+from flowtrain.handler import Handler
+from flowtrain.part import Owner
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView, bind_view
+from flowtrain.state import LearnerState
+
+__all__ = ["Call", "Plan", "Step", "make_plan"]
+
+Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One handler in a plan.
+
+    Attributes:
+        node: Its callback in the graph.
+        handler: Its registration.
+        call: What to call with ``(event, phase, view)``; asks the callback's conditions first, where it has some.
+        view: What the handler sees.
+    """
+
+    node: Node
+    handler: Handler
+    call: Call
+    view: LearnerView
+
+    @property
+    def callback(self) -> Callback:
+        """The callback."""
+        return self.node.callback
+
+    @property
+    def label(self) -> str:
+        """The callback's name and the handler's, as ``"Printer.show"``."""
+        return f"{self.node.name}.{self.handler.attribute}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What runs for one (event type, phase type). Every executor takes the same plan.
+
+    Attributes:
+        event_type: The event.
+        phase_type: The phase.
+        steps: The handlers in serial order.
+        edges: What must run before what, by position in `steps`, with the reasons.
+        ancestors: For each position, the positions that must run before it, as the bits of an integer.
+        calls: ``(call, view)`` of each step: all that a serial run needs.
+        always: Whether handlers run also when one that they depend on failed (`FitEnd`).
+    """
+
+    event_type: type[Event]
+    phase_type: type[Phase]
+    steps: tuple[Step, ...]
+    edges: tuple[Edge, ...]
+    ancestors: tuple[int, ...]
+    calls: tuple[tuple[Call, LearnerView], ...]
+    always: bool = False
+
+    def explain(self) -> Iterator[str]:
+        """Yield a line for each step: its place, its handler, and after whom it runs and why."""
+        width = max((len(step.label) for step in self.steps), default=0)
+        for position, step in enumerate(self.steps):
+            reasons = [
+                f"after {self.steps[edge.before].node.name}: {reason}"
+                for edge in self.edges
+                if edge.after == position
+                for reason in edge.reasons
+            ]
+            first, *rest = reasons or [""]
+            yield f"{position + 1:3}. {step.label:{width}}  {first}".rstrip()
+            yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def make_plan(
+    event_type: type[Event],
+    phase_type: type[Phase],
+    order: Order,
+    state: LearnerState,
+    watch: Callable[[Step], Call] | None = None,
+) -> Plan:
+    """Bind the handlers of an order to their callbacks and to views of the state.
+
+    Args:
+        event_type: The event.
+        phase_type: The phase.
+        order: The callbacks in serial order.
+        state: What the views show.
+        watch: Wraps each step's call; strict mode does.
+    """
+    steps = []
+    for node, handler in zip(order.nodes, order.handlers, strict=True):
+        view = bind_view(node.access[handler], state, owner_of(node, handler))
+        step = Step(node, handler, handler.bind(node.callback), view)
+        if watch is not None:
+            step = Step(node, handler, watch(step), view)
+        asked = tuple(c for c in node.callback._conditions if issubclass(event_type, c.event_type))
+        if asked:
+            step = Step(node, handler, _conditional(step.call, asked), view)
+        steps.append(step)
+    return Plan(
+        event_type,
+        phase_type,
+        tuple(steps),
+        order.edges,
+        order.ancestors,
+        tuple((step.call, step.view) for step in steps),
+        always=issubclass(event_type, FitEnd),
+    )
+
+
+def owner_of(node: Node, handler: Handler | None) -> Owner:
+    """Return whose view a handler gets, or `setup` where there is no handler."""
+    type_name = type(node.callback).__name__
+    if handler is None or handler.access is None:
+        access = node.union if handler is None else node.access[handler]
+        return Owner(node.name, type_name, "state_access", access)
+    return Owner(node.name, type_name, handler.attribute, node.access[handler], handler.decorator())
+
+
+def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
+    def ask(event: Event, phase: Phase, view: Any) -> None:
+        # Every condition counts the event, also when an earlier one has said no.
+        if all([condition.ready(phase) for condition in conditions]):
+            call(event, phase, view)
+
+    return ask

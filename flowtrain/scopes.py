@@ -1,0 +1,98 @@
+"""Scopes: which of fit, epoch and batch are open, where training is, and what an exception means there.
+
+Every Begin gets exactly one End or Cancelled. While a scope's End or Cancelled event is fired it is *closing*: a cancel
+of that scope has nothing left to cancel then, and neither has a cancel of a scope that never opened.
+"""
+
+from __future__ import annotations
+
+from flowtrain.batch import BatchState
+from flowtrain.errors import UsageError
+from flowtrain.events import Event
+from flowtrain.phases import CLOSED, CLOSING, OPEN, Phase
+from flowtrain.plan import Step
+from flowtrain.signals import CancelException
+
+__all__ = ["Scopes"]
+
+
+class Scopes:
+    """The open scopes of one learner.
+
+    Attributes:
+        fit: `CLOSED`, `OPEN` or `CLOSING`.
+        epoch: The same for the epoch.
+        batch: The same for the batch.
+        backward: Whether the backward pass of the open batch has begun.
+        firing: Whether an event that was fired from outside of the loop is being handled.
+        completed: The batch state of the last batch that was completed in this epoch.
+        phase: The phase of the current or last epoch.
+        epoch_number: The number of the current epoch of that phase, from 1.
+        batch_number: The number of the current batch in that epoch, from 1.
+    """
+
+    __slots__ = (
+        "backward",
+        "batch",
+        "batch_number",
+        "completed",
+        "epoch",
+        "epoch_number",
+        "firing",
+        "fit",
+        "numbers",
+        "phase",
+    )
+
+    def __init__(self) -> None:
+        self.fit = self.epoch = self.batch = CLOSED
+        self.backward = False
+        self.firing = False
+        self.completed: BatchState | None = None
+        self.phase: Phase = Phase()
+        self.epoch_number = 0
+        self.batch_number = 0
+        self.numbers: dict[Phase, int] = {}
+
+    def open_epoch(self, phase: Phase) -> None:
+        """Begin an epoch of `phase`."""
+        self.epoch = OPEN
+        self.phase = phase
+        self.numbers[phase] = self.epoch_number = self.numbers.get(phase, 0) + 1
+        self.batch_number = 0
+        self.completed = None
+
+    def means_something(self, failure: BaseException) -> bool:
+        """Tell whether an exception from a handler has any effect: every error, and a cancel of an open scope."""
+        if not isinstance(failure, CancelException):
+            return True
+        if failure.scope == "batch":
+            return self.batch == OPEN
+        if failure.scope == "epoch":
+            return self.epoch == OPEN
+        # A direct `epoch` or `step` lets the cancel of a fit through to its caller.
+        return self.fit != CLOSING
+
+    def note(self, failure: BaseException, step: Step, event: Event, phase: Phase) -> None:
+        """Write on an exception where it was raised."""
+        where = f"in {step.label} at ({type(event).__name__}, {phase!r})"
+        if self.epoch != CLOSED:
+            where += f", epoch {self.epoch_number}"
+            if self.batch_number:
+                where += f", batch {self.batch_number}"
+        failure.add_note(f"raised {where}")
+
+    def refuse_nested(self, what: str) -> None:
+        """Raise if training is running already, because then a handler (or a step) is calling.
+
+        Raises:
+            UsageError: A scope is open, or an event is being handled.
+        """
+        if self.fit == self.epoch == self.batch == CLOSED and not self.firing:
+            return
+        inside = "fit" if self.fit else f"an epoch of {self.phase!r}" if self.epoch else "a batch or an event"
+        raise UsageError(
+            f"{what} was called inside {inside}, from a handler or a step. Training is already running. In a handler "
+            f"raise CancelBatchException, CancelEpochException or CancelFittingException, or fire an event; do the "
+            f"rest after fit returns."
+        )

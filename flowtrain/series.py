@@ -1,0 +1,310 @@
+"""Values over time, shared through ``cbstate``: series by name, by phase, and the counters of training.
+
+======================  =======================================  =====================================
+entry                   what it is                               who writes it
+======================  =======================================  =====================================
+``history``             `PhaseMap` of `Counts`                   `Recorder`
+``metrics_step``        `PhaseMap` of `SeriesMap`                `Metrics`, for each batch
+``metrics_epoch``       `PhaseMap` of `SeriesMap`                `Metrics`, for each epoch
+``tracehistory``        `PhaseMap` of `SeriesMap`                `Traces`
+``smooth_loss``         `PhaseMap` of `Series`                   `SmoothLoss`
+``hyperparams``         `SeriesMap`                              schedules
+======================  =======================================  =====================================
+
+The learner makes these containers (`CONTAINERS`) when somebody declares to write into them. They are never replaced,
+only filled. A series only grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+
+from flowtrain.phases import Phase
+from flowtrain.readonly import readonly, refuse
+
+__all__ = ["CONTAINERS", "Counts", "CountsMap", "PhaseMap", "Series", "SeriesMap"]
+
+V = TypeVar("V")
+
+
+class Counts(tuple[int, int, int, int]):
+    """How far training in one phase is. Immutable: a new one replaces the old.
+
+    Built from one tuple, ``Counts((epochs, steps, steps_epoch, updates))``.
+    """
+
+    __slots__ = ()
+
+    epochs = property(itemgetter(0), doc="Epochs that ended normally.")
+    steps = property(itemgetter(1), doc="Batches that were completed.")
+    steps_epoch = property(itemgetter(2), doc="Batches completed in the current epoch, or in the last one.")
+    updates = property(itemgetter(3), doc="Updates of an optimizer.")
+
+    def __repr__(self) -> str:
+        return f"Counts(epochs={self[0]}, steps={self[1]}, steps_epoch={self[2]}, updates={self[3]})"
+
+
+class Series:
+    """Values with the step at which each was recorded, in order.
+
+    Iterating gives ``(step, value)`` pairs; ``len`` is their number.
+
+    >>> series = Series("cbstate.example")
+    >>> series.push(0.5, step=1)
+    >>> series.last()
+    (1, 0.5)
+    """
+
+    __slots__ = ("_path", "_steps", "_values")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._steps: list[int] = []
+        self._values: list[Any] = []
+
+    def push(self, value: Any, step: int) -> None:
+        """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read."""
+        if type(value) is torch.Tensor:
+            value = value.item() if value.device.type == "cpu" else value.detach()
+        self._values.append(value)
+        self._steps.append(step)
+
+    def last(self) -> tuple[int, Any]:
+        """Return the newest ``(step, value)``.
+
+        Raises:
+            LookupError: The series is empty.
+        """
+        if not self._steps:
+            raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
+        return self._steps[-1], self._settle(len(self._values) - 1)
+
+    def since(self, start: int) -> list[Any]:
+        """Return the values from position `start` on, without their steps."""
+        for index in range(start, len(self._values)):
+            self._settle(index)
+        return self._values[start:]
+
+    def _settle(self, index: int) -> Any:
+        value = self._values[index]
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = self._values[index] = value.item()
+        return value
+
+    def _twin(self) -> ReadOnlySeries:
+        return ReadOnlySeries(self)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return zip(list(self._steps), self.since(0), strict=False)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {len(self)} values>"
+
+
+class ReadOnlySeries(Series):
+    """The twin of a series: it shows the live values and refuses to `push`."""
+
+    __slots__ = ()
+
+    def __init__(self, series: Series) -> None:
+        self._path, self._steps, self._values = series._path, series._steps, series._values
+
+    def push(self, value: Any, step: int) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
+
+class SeriesMap(Mapping[str, Series]):
+    """Series by name. `push` makes a series when its name is new."""
+
+    __slots__ = ("_path", "_series")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._series: dict[str, Series] = {}
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Append a value to the series `name`."""
+        series = self._series.get(name)
+        if series is None:
+            series = self.series(name)
+        series.push(value, step)
+
+    def series(self, name: str) -> Series:
+        """Return the series `name`, made if it is new."""
+        return self._series.setdefault(name, Series(f"{self._path}.{name}"))
+
+    def _twin(self) -> ReadOnlySeriesMap:
+        return ReadOnlySeriesMap(self)
+
+    def __getitem__(self, name: str) -> Series:
+        return self._series[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._series))
+
+    def __len__(self) -> int:
+        return len(self._series)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {', '.join(self) or 'empty'}>"
+
+
+class ReadOnlySeriesMap(SeriesMap):
+    """The twin of a `SeriesMap`."""
+
+    __slots__ = ()
+
+    def __init__(self, series: SeriesMap) -> None:
+        self._path, self._series = series._path, series._series
+
+    def __getitem__(self, name: str) -> Series:
+        return self._series[name]._twin()
+
+    def series(self, name: str) -> Series:
+        """Return the twin of a series that is there."""
+        return self[name]
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Refuse."""
+        raise refuse(f"{self._path}.{name}")
+
+
+class PhaseMap(dict[Phase, V]):
+    """A value for each phase. The phase itself and its type are the same key.
+
+    Args:
+        path: Where it lives, for messages.
+        make: Makes the value for a phase that is met for the first time; without it such a phase is a `KeyError`.
+
+    >>> from flowtrain.phases import TrainingPhase
+    >>> seen = PhaseMap("cbstate.seen", make=lambda: 0)
+    >>> seen[TrainingPhase] += 1
+    >>> seen[TrainingPhase()]
+    1
+    """
+
+    def __init__(self, path: str, make: Callable[[], V] | None = None) -> None:
+        super().__init__()
+        self._path = path
+        self._make = make
+        self._twins: ReadOnlyPhaseMap[V] | None = None
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
+        key = _phase(phase, self._path)
+        if key not in self:
+            if self._make is None:
+                known = ", ".join(repr(known) for known in self) or "none yet"
+                raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
+            dict.__setitem__(self, key, self._make())
+        return dict.__getitem__(self, key)
+
+    def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
+        key = _phase(phase, self._path)
+        dict.__setitem__(self, key, value)
+        if self._twins is not None:
+            dict.__setitem__(self._twins, key, readonly(value, self._path))
+
+    def __delitem__(self, phase: Phase | type[Phase]) -> None:
+        key = _phase(phase, self._path)
+        dict.__delitem__(self, key)
+        if self._twins is not None:
+            dict.pop(self._twins, key, None)
+
+    def __contains__(self, phase: object) -> bool:
+        return dict.__contains__(self, phase() if isinstance(phase, type) and issubclass(phase, Phase) else phase)
+
+    def get(self, phase: Any, default: Any = None) -> Any:
+        """Return the value for a phase or phase type, or the default; nothing is made."""
+        return self[phase] if phase in self else default
+
+    def _twin(self) -> Mapping[Phase, V]:
+        # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
+        if self._twins is None:
+            self._twins = ReadOnlyPhaseMap(self)
+        return self._twins
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {dict.__repr__(self)}>"
+
+
+class CountsMap(PhaseMap[Counts]):
+    """`Counts` for each phase. They are immutable, so the twin is a plain proxy and writing is a plain dict write.
+
+    Phases are the keys; a phase type works for reading.
+    """
+
+    __setitem__ = dict.__setitem__
+    __delitem__ = dict.__delitem__
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lambda: Counts((0, 0, 0, 0)))
+
+    def _twin(self) -> Mapping[Phase, Counts]:
+        return MappingProxyType(self)
+
+
+class ReadOnlyPhaseMap(PhaseMap[V]):
+    """The twin of a `PhaseMap`; its values are twins too."""
+
+    def __init__(self, original: PhaseMap[V]) -> None:
+        super().__init__(original._path)
+        self._original = original
+        for phase, value in original.items():
+            dict.__setitem__(self, phase, readonly(value, self._path))
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        key = _phase(phase, self._path)
+        if not dict.__contains__(self, key):
+            dict.__setitem__(self, key, readonly(self._original[key], self._path))
+        return dict.__getitem__(self, key)
+
+    def __contains__(self, phase: object) -> bool:
+        return phase in self._original
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def _twin(self) -> ReadOnlyPhaseMap[V]:
+        return self
+
+    def _refused(self, *args: Any, **kwargs: Any) -> Any:
+        raise refuse(self._path)
+
+    __setitem__ = __delitem__ = __ior__ = _refused
+    pop = popitem = clear = update = setdefault = _refused  # pyright: ignore[reportAssignmentType]  # they only refuse
+
+
+def _phase(phase: object, path: str) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, type) and issubclass(phase, Phase):
+        return phase()
+    raise KeyError(f"{path} is kept by phase; {phase!r} is none. Write {path}[phase] or {path}[TrainingPhase].")
+
+
+def _by_phase(path: str) -> PhaseMap[SeriesMap]:
+    return PhaseMap(path, lambda: SeriesMap(path))
+
+
+CONTAINERS: Mapping[str, Callable[[str], Any]] = {
+    "history": CountsMap,
+    "hyperparams": SeriesMap,
+    "metrics_epoch": _by_phase,
+    "metrics_step": _by_phase,
+    "smooth_loss": lambda path: PhaseMap(path, lambda: Series(path)),
+    "tracehistory": _by_phase,
+}
+"""The entries of ``cbstate`` that the learner makes, each with what makes it from its path."""

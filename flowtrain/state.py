@@ -1,0 +1,257 @@
+"""The learner's state: what handlers see, and nothing else.
+
+`LearnerState` is a plain object that the learner, the loop, the core and the compiled views share. It holds no
+behaviour. What can change between two reads of a handler is replaced as a whole (`batch`), what is shared by
+callbacks keeps a read-only twin beside it (`State`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flowtrain.batch import BatchState, ReadOnlyBatch
+from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.readonly import readonly, refuse
+from flowtrain.series import PhaseMap, Series, SeriesMap
+
+__all__ = ["LearnerState", "Named", "State", "Twins", "restore_point"]
+
+
+class State:
+    """A namespace of entries that keeps a read-only twin of each: `cbstate`.
+
+    Entries are attributes. A `PhaseMap`, `SeriesMap` or `Series` is filled, never replaced, so that everybody who
+    holds a view of it sees the same.
+    """
+
+    __slots__ = ("__dict__", "_path", "_twins")
+
+    _path: str
+    _twins: Twins
+
+    def __init__(self, path: str) -> None:
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_twins", Twins(path))
+
+    def __getattr__(self, name: str) -> Any:
+        raise _missing(self._path, name, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get(name)
+        if isinstance(old, (PhaseMap, SeriesMap, Series)) and old is not value:
+            raise UsageError(
+                f"{self._path}.{name} is a {type(old).__name__} and is filled, never replaced: others hold it. "
+                f"Write into it, as {self._path}.{name}[phase] = ... or .push(...)."
+            )
+        self.__dict__[name] = value
+        self._twins.__dict__[name] = readonly(value, f"{self._path}.{name}")
+
+    def _twin(self) -> Twins:
+        return self._twins
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise _missing(self._path, name, self)
+        del self.__dict__[name]
+        del self._twins.__dict__[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.__dict__))
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"State({self._path}: {', '.join(self) or 'empty'})"
+
+
+class Twins:
+    """The read-only side of a `State`: the same entries as attributes, none of which can be assigned."""
+
+    __slots__ = ("__dict__", "_path")
+
+    _path: str
+
+    def __init__(self, path: str) -> None:
+        object.__setattr__(self, "_path", path)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _missing(self._path, name, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise refuse(f"{self._path}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise refuse(f"{self._path}.{name}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.__dict__))
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"Twins({self._path}: {', '.join(self) or 'empty'})"
+
+
+def _missing(path: str, name: str, known: Any) -> MissingStateError:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MissingStateError(
+        f"{path}.{name}",
+        f"{path}.{name} does not exist (yet). {path} has: {', '.join(known) or 'nothing'}.{nearest(name, known)}",
+    )
+
+
+class Named(Mapping[str, Any]):
+    """Several models or optimizers by name: ``learner.model.gen`` and ``learner.model["gen"]`` are the same."""
+
+    def __init__(self, what: str, members: Mapping[str, Any]) -> None:
+        self.__dict__.update(members)
+        self.__dict__["_what"] = what
+        self.__dict__["_members"] = dict(members)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._members[name]
+        except KeyError:
+            raise KeyError(self._unknown(name)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(self._unknown(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{self._what}.{name} cannot be replaced; pass the {self._what}s to Learner.")
+
+    def _unknown(self, name: str) -> str:
+        return (
+            f"there is no {self._what} {name!r}; the learner has: {', '.join(self._members)}."
+            f"{nearest(name, self._members)}"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        return f"Named({self._what}: {', '.join(self._members)})"
+
+
+class LearnerState:
+    """What a learner trains and what its handlers can be given.
+
+    Attributes:
+        model: The user's module, or a `Named` of several.
+        lossfn: The loss function, a callable or module.
+        optimizer: The user's optimizer, or a `Named` of several.
+        optimizers: The same as handlers see it, with ``hyperparams`` and ``state`` apart.
+        data: Loaders by phase.
+        params: Parameters by name, read-only as a mapping.
+        batch: The current batch.
+        batch_twin: What handlers with `Read` see of it; the batch itself while it holds only tensors.
+        cbstate: What callbacks share.
+        callbacks: The learner's callbacks.
+        fired: Events that handlers of the current event asked to fire next, each with the name of who asked.
+    """
+
+    __slots__ = (
+        "batch",
+        "batch_twin",
+        "callbacks",
+        "cbstate",
+        "data",
+        "fired",
+        "lossfn",
+        "model",
+        "optimizer",
+        "optimizers",
+        "params",
+    )
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.lossfn: Any = None
+        self.optimizer: Any = None
+        self.optimizers: Any = None
+        self.data: PhaseMap[Any] = PhaseMap("data")
+        self.params: Mapping[str, Any] = {}
+        self.batch: BatchState = BatchState()
+        self.batch_twin: BatchState | ReadOnlyBatch = self.batch
+        self.cbstate = State("cbstate")
+        self.callbacks: Any = ()
+        self.fired: list[tuple[str, Any]] = []
+
+    def show(self, batch: BatchState) -> None:
+        """Make `batch` the current one, with a twin for what it may come to hold."""
+        self.batch = batch
+        self.batch_twin = ReadOnlyBatch(batch)
+
+
+def restore_point(state: State) -> Callable[[], None]:
+    """Remember the entries of `state` and what its containers hold; the function returned puts all of it back.
+
+    Containers (lists, dicts, sets, maps and series) are restored in place, because views hold them. Other values are
+    put back by reference.
+    """
+    contents: dict[int, tuple[Any, Any]] = {}
+
+    def remember(value: Any) -> None:
+        if id(value) in contents:
+            return
+        if isinstance(value, (dict, list, set)):
+            contents[id(value)] = (value, value.copy() if type(value) in (dict, list, set) else _plain_copy(value))
+            for inner in value.values() if isinstance(value, dict) else value:
+                remember(inner)
+        elif isinstance(value, SeriesMap):
+            contents[id(value)] = (value, dict(value._series))
+            for series in value._series.values():
+                remember(series)
+        elif isinstance(value, Series):
+            contents[id(value)] = (value, len(value))
+
+    entries = dict(state.__dict__)
+    for value in entries.values():
+        remember(value)
+
+    def restore() -> None:
+        for value, content in contents.values():
+            _refill(value, content)
+        state.__dict__.clear()
+        state._twins.__dict__.clear()
+        for name, value in entries.items():
+            setattr(state, name, value)
+
+    return restore
+
+
+def _plain_copy(value: Any) -> Any:
+    return dict(dict.items(value)) if isinstance(value, dict) else type(value)(value)
+
+
+def _refill(value: Any, content: Any) -> None:
+    if isinstance(value, Series):
+        del value._values[content:], value._steps[content:]
+    elif isinstance(value, SeriesMap):
+        value._series.clear()
+        value._series.update(content)
+    elif isinstance(value, PhaseMap):
+        for phase in list(value):
+            del value[phase]
+        for phase, item in content.items():
+            value[phase] = item
+    elif isinstance(value, list):
+        value[:] = content
+    else:
+        value.clear()
+        value.update(content)
