@@ -1,0 +1,140 @@
+"""Train a small network to read handwritten digits: ``python -m flowtrain.examples.digits``.
+
+The data comes with scikit-learn: 1,797 grey images of 8 by 8 pixels. A quarter of them is held out for validation.
+The program has the parts that every flowtrain program has: loaders, a model with its loss, metrics, a callback of its
+own, and a `Learner` that joins them. It writes no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flowtrain import Access, Callback, EpochEnd, ExecutorError, Learner, LearnerView, Read, ValidationPhase, on
+from flowtrain.callbacks import Metrics
+from flowtrain.metrics import accuracy
+
+__all__ = ["BestEpoch", "main"]
+
+Loader = DataLoader[tuple[torch.Tensor, ...]]
+
+
+class BestEpoch(Callback):
+    """Remember the epoch with the highest accuracy on the held-out digits.
+
+    It declares what it reads. `Metrics` declares to write that entry, so flowtrain runs `Metrics` first.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.accuracy = 0.0
+
+    def state_access(self) -> Access:
+        return {"cbstate.metrics_epoch.Accuracy": Read()}
+
+    @on(EpochEnd, ValidationPhase)
+    def compare(self, event: EpochEnd, phase: ValidationPhase, learner: LearnerView) -> None:
+        epoch, value = learner.cbstate.metrics_epoch[phase]["Accuracy"].last()
+        if value > self.accuracy:
+            self.epoch, self.accuracy = epoch, value
+
+
+def load_data(batch_size: int = 32) -> tuple[Loader, Loader]:
+    """Return the loaders for training and validation. Their batches are pairs.
+
+    Inputs have shape ``(batch, 1, 8, 8)`` and values from 0 to 1, targets have shape ``(batch,)``.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise SystemExit(
+            "This example needs scikit-learn, because the digits come with it. Install it and run this again:\n\n"
+            "    pip install scikit-learn"
+        ) from None
+    pixels, labels = load_digits(return_X_y=True)  # 64 numbers from 0 to 16 for each image
+    images = (pixels / 16).astype("float32").reshape(-1, 1, 8, 8)
+    split: list[Any] = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    train_images, valid_images, train_labels, valid_labels = (torch.from_numpy(array) for array in split)
+    train = TensorDataset(train_images, train_labels)
+    valid = TensorDataset(valid_images, valid_labels)
+    return DataLoader(train, batch_size, shuffle=True), DataLoader(valid, batch_size)
+
+
+def make_model() -> nn.Module:
+    """Return a network from ``(batch, 1, 8, 8)`` to ten scores for each image."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 10),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, and print what happened.
+
+    Args:
+        arguments: Those of the command line; `sys.argv` if not given.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m flowtrain.examples.digits", description="Train a small network on scikit-learn's digits."
+    )
+    parser.add_argument("--epochs", type=_at_least_one, default=10, metavar="N", help="how long to train (default: 10)")
+    parser.add_argument("--executor", default="serial", metavar="NAME", help="what runs callbacks (default: serial)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--quiet", action="store_true", help="print the final accuracy only")
+    output.add_argument("--explain", action="store_true", help="print the order of the callbacks at every event")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)  # the same weights and the same order of the data in each run
+    train_loader, valid_loader = load_data()
+    best = BestEpoch()
+    try:
+        learner = Learner(
+            make_model(),
+            nn.functional.cross_entropy,
+            data=(train_loader, valid_loader),
+            optimizer=partial(torch.optim.AdamW, lr=2e-3),
+            callbacks=[Metrics(accuracy), best],
+            default_callbacks="quiet" if options.quiet else True,  # quiet: no progress bar, no line for each epoch
+            executor=options.executor,
+        )
+    except ExecutorError as error:
+        parser.error(str(error))
+
+    with learner:
+        if options.explain:
+            print("The order of the callbacks at every event, and why:\n")
+            print(learner.callbacks.explain(), end="\n\n")
+        elif not options.quiet:
+            print("The order of the callbacks when a validation epoch ends, and why (--explain prints every event):\n")
+            print("\n".join(learner.callbacks.plan(EpochEnd, ValidationPhase).explain()), end="\n\n")
+        learner.fit(options.epochs)
+
+    _, final = learner.cbstate.metrics_epoch[ValidationPhase]["Accuracy"].last()
+    if not options.quiet:
+        print(f"\nBest epoch: {best.epoch}, with {best.accuracy:.1%}")
+    print(f"Accuracy on held-out digits: {final:.1%}")
+    if not options.quiet:
+        print("\nWhere to look next: docs/callbacks.md builds a callback step by step, from nothing to tested.")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    main()
