@@ -200,7 +200,7 @@ def meetings(declarations: Sequence[Declaration]) -> Iterator[Meeting]:
         for path, kind in declaration:
             index = writers if isinstance(kind, Write) else readers
             index.setdefault(canonical(path), []).append((position, path))
-    for path in readers.keys() | writers.keys():
+    for path in sorted(readers.keys() | writers.keys()):  # sorted: messages and `explain` are the same in every run
         for length in range(1, len(path) + 1):
             prefix = path[:length]
             above, below = writers.get(prefix, ()), writers.get(path, ())
