@@ -303,6 +303,17 @@ class TorchCore:
             # Forget gradients that were unscaled for an update that never came.
             self._scaler._per_optimizer_states.clear()
 
+    def like(self) -> TorchCore:
+        """Return a core of the same settings that belongs to nobody yet; it does not compile."""
+        return TorchCore(
+            self._wanted_device,
+            self.precision,
+            self.accumulate,
+            self.clip_grad_norm,
+            clip_grad_value=self.clip_grad_value,
+            init_scale=self._init_scale,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what of the core a checkpoint must hold: the scaler's state."""
         return {"scaler": self._scaler.state_dict() if self._scaler is not None else {}}

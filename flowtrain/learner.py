@@ -18,6 +18,7 @@ from flowtrain.callback import Callback
 from flowtrain.callbacks import MetricsPrinter, Metrics, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core import TorchCore
 from flowtrain.data import loaders
+from flowtrain.dryrun import Recording, record
 from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
 from flowtrain.events import Event
 from flowtrain.execution import Executor, find_executor
@@ -291,15 +292,22 @@ class Learner:
         self._use([callback for callback in self.callbacks if callback is not found])
         return found
 
-    def suggest_access(self, callback: Callback) -> str:
-        """Return (as text to print) the least that each handler of a callback must declare, found by a dry run.
+    def suggest_access(self, callback: Callback) -> Recording:
+        """Find the least that each handler of a callback must declare, and print it, ready to paste.
 
-        The callback, copied, is run for one batch of every phase on copies of everything, next to copies of the
-        learner's callbacks; the learner does not change.
+        The callback, copied, is run for one batch of every phase, on copies of the model, the optimizer and the
+        learner's callbacks. The learner does not change.
+
+        Args:
+            callback: One of the learner's, or one that it does not have yet; it need not declare anything.
+
+        Raises:
+            UsageError: The learner has no data, or something cannot be copied.
         """
-        from flowtrain.recording import suggest
-
-        return suggest(self, callback)
+        self._ready("suggest_access()")
+        found = record(self, callback)
+        print(found)
+        return found
 
     def _use(self, callbacks: list[Callback]) -> None:
         self.loop.scopes.refuse_nested("Changing the callbacks")

@@ -64,7 +64,7 @@ class Callbacks(Sequence[Callback]):
         self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
         self._notes: Callable[[Plan], str] = lambda plan: ""
         names = _unique_names(list(callbacks))
-        self._nodes = [_node(callback, name, place) for place, (callback, name) in enumerate(names)]
+        self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
         check_cbstate(self._nodes, state.cbstate)
@@ -181,6 +181,20 @@ class Callbacks(Sequence[Callback]):
                 yield event, phase
         yield FitEnd, Phase
 
+    def _make_node(self, callback: Callback, name: str, position: int) -> Node:
+        handlers = tuple(callback.handlers())
+        check_handlers(handlers)
+        type_name = type(callback).__name__
+        shared = declare(callback.state_access(), f"{type_name}.state_access()")
+        access: dict[Handler, Declaration] = {}
+        for _, handler in handlers:
+            where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
+            access[handler] = shared if handler.access is None else declare(handler.access, where)
+        return Node(callback, name, position, handlers, access, union([shared, *access.values()]))
+
+    def _call_setup(self, node: Node) -> None:
+        node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+
     def _set_up(self, known: set[int]) -> None:
         cbstate = self._state.cbstate
         restore = restore_point(cbstate)
@@ -192,25 +206,11 @@ class Callbacks(Sequence[Callback]):
                 if id(node.callback) not in known and type(node.callback).setup is not Callback.setup
             ]
             for node in order_setup(new):
-                node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+                self._call_setup(node)
             check_made(self._nodes, cbstate)
         except BaseException:
             restore()
             raise
-
-
-def _node(callback: Callback, name: str, position: int) -> Node:
-    handlers = tuple(callback.handlers())
-    check_handlers(handlers)
-    type_name = type(callback).__name__
-    shared = declare(callback.state_access(), f"{type_name}.state_access()")
-    access: dict[Handler, Declaration] = {}
-    for _, handler in handlers:
-        if handler.access is None:
-            access[handler] = shared
-        else:
-            access[handler] = declare(handler.access, f"{type_name}.{handler.attribute} ({handler.decorator()}...))")
-    return Node(callback, name, position, handlers, access, union([shared, *access.values()]))
 
 
 def _unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:

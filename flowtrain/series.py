@@ -27,7 +27,7 @@ import torch
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly, refuse
 
-__all__ = ["CONTAINERS", "Counts", "CountsMap", "PhaseMap", "Series", "SeriesMap"]
+__all__ = ["CONTAINERS", "Counts", "CountsMap", "PhaseMap", "Series", "SeriesMap", "holds_series"]
 
 V = TypeVar("V")
 
@@ -293,6 +293,14 @@ def _phase(phase: object, path: str) -> Phase:
     if isinstance(phase, type) and issubclass(phase, Phase):
         return phase()
     raise KeyError(f"{path} is kept by phase; {phase!r} is none. Write {path}[phase] or {path}[TrainingPhase].")
+
+
+def holds_series(value: object) -> bool:
+    """Tell whether a container holds series by name, directly or for each phase."""
+    if isinstance(value, PhaseMap):
+        made = value._make() if value._make is not None else next(iter(value.values()), None)
+        return isinstance(made, SeriesMap)
+    return isinstance(value, SeriesMap)
 
 
 def _by_phase(path: str) -> PhaseMap[SeriesMap]:

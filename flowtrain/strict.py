@@ -1,1 +1,70 @@
-def watch(state): return None
+"""Strict mode: prove for every handler that it changed only what it declares to write.
+
+`Learner(strict=True)` compares fingerprints of the whole state around each handler. It finds what no view can refuse:
+in-place operations on tensors, writes through an object that was read, and random numbers drawn without
+``resource.rng``. It is slow, and meant for tests and for a first run of a new callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet, render, union
+from flowtrain.errors import UndeclaredWriteError
+from flowtrain.events import Event
+from flowtrain.fingerprint import changes, fingerprints
+from flowtrain.phases import Phase
+from flowtrain.plan import Call, Step
+from flowtrain.protect import LearnerView
+from flowtrain.state import LearnerState
+
+__all__ = ["declarable", "undeclared", "watch"]
+
+
+def watch(state: LearnerState) -> Callable[[Step], Call]:
+    """Return what wraps the call of a step, so that it raises for undeclared writes.
+
+    Args:
+        state: The state to watch.
+    """
+
+    def wrap(step: Step) -> Call:
+        declaration = step.node.access[step.handler]
+
+        def call(event: Event, phase: Phase, view: LearnerView) -> None:
+            before = fingerprints(state)
+            step.call(event, phase, view)
+            found = undeclared(changes(before, fingerprints(state)), declaration)
+            if found:
+                raise _error(step, event, phase, found, declaration)
+
+        return call
+
+    return wrap
+
+
+def undeclared(changed: Sequence[Path], declaration: Declaration) -> list[Path]:
+    """Return the paths that changed and that no declared `Write` covers."""
+    written = [canonical(path) for path, kind in declaration if isinstance(kind, Write)]
+    return [path for path in changed if not any(meet(path, other) for other in written)]
+
+
+def declarable(path: Path) -> Path:
+    """Return what to declare for a path that changed: whole models, entries of the rest."""
+    depth = {"model": 1, "lossfn": 1, "batch": 2, "resource": 2}.get(path[0], 3)
+    return path[:depth]
+
+
+def _error(
+    step: Step, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
+) -> UndeclaredWriteError:
+    paths = tuple(dotted(path) for path in found)
+    wanted = union([declaration, tuple((path, Write()) for path in sorted({declarable(path) for path in found}))])
+    shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+    rng = " It drew random numbers." if ("resource", "rng") in found else ""
+    return UndeclaredWriteError(
+        step.label,
+        paths,
+        f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it.{rng} "
+        f"It declares {render(declaration)}. Work on a copy (tensor.clone()), or declare:\n\n    {render(wanted)}\n",
+    )

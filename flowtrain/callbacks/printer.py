@@ -7,6 +7,7 @@ from flowtrain.callback import Callback, on
 from flowtrain.events import EpochEnd
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
+from flowtrain.terminal import console
 
 __all__ = ["MetricsPrinter"]
 
@@ -19,14 +20,12 @@ class MetricsPrinter(Callback):
 
     @on(EpochEnd)
     def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        import rich  # only when there is something to print
-
         epochs = learner.cbstate.history[phase].epochs
         series = learner.cbstate.metrics_epoch[phase]
         values = [f"{name} {_number(series[name].last()[1])}" for name in series if series[name].last()[0] == epochs]
         if values:
             line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(values)}"
-            rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+            console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _number(value: object) -> str:

@@ -10,6 +10,7 @@ from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
+from flowtrain.terminal import console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -79,11 +80,9 @@ class ProgressBar(Callback):
         if self._progress is not None:
             self._progress.update(self._task, completed=steps, loss=loss, refresh=True)
         elif not self._terminal:
-            import rich
-
             total = f"/{self._total}" if self._total is not None else ""
             line = f"{self._title}  batch {steps}{total}  {loss}".rstrip()
-            rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+            console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     @on(EpochEnd, access={"cbstate.history": Read(), "resource.terminal": Write()})
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -104,10 +103,8 @@ class ProgressBar(Callback):
         self._stop()
 
     def _start(self) -> None:
-        import rich  # only when there is something to show
-
-        console = rich.get_console()
-        self._terminal = console.is_terminal
+        terminal = console()
+        self._terminal = terminal.is_terminal
         if self._progress is not None or not self._terminal:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -118,7 +115,7 @@ class ProgressBar(Callback):
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(),
-            console=console,
+            console=terminal,
             auto_refresh=False,  # no thread beside the training: handlers redraw
             transient=True,
         )

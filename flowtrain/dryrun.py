@@ -1,0 +1,306 @@
+"""Find the least that a callback must declare, by running it for one batch of every phase on copies.
+
+The model, the optimizer, the other callbacks and the callback itself are copied; the learner does not change, and
+neither do the random number generators. Reads are logged by a `RecordingView`; writes are what the fingerprints before
+and after each handler differ in, so in-place changes are found too. Resources other than ``resource.rng`` leave no
+trace, so those that are declared are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet, render, union
+from flowtrain.callback import Callback
+from flowtrain.core import TorchCore
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.events import Event
+from flowtrain.fingerprint import changes, fingerprints
+from flowtrain.graph import Node
+from flowtrain.handler import Handler
+from flowtrain.phases import Phase
+from flowtrain.plan import Call, Step, owner_of
+from flowtrain.protect import LearnerView
+from flowtrain.recording import Log, RecordingView
+from flowtrain.registry import Callbacks
+from flowtrain.series import PhaseMap
+from flowtrain.state import LearnerState, Named
+from flowtrain.strict import declarable
+
+__all__ = ["Recording", "record"]
+
+
+class _Learner(Protocol):
+    """What is used of a learner, which lies in a later layer."""
+
+    state: LearnerState
+    core: TorchCore
+
+    def fit(self, epochs: int) -> None: ...
+
+
+@dataclass
+class Recording:
+    """What a callback was seen to touch.
+
+    Attributes:
+        callback: The callback's type name.
+        handlers: For each handler that ran, what it must declare at least; also ``"setup"``, if there is one.
+        idle: The handlers that no event of the dry run reached.
+        failure: What a handler raised, which may have kept it from touching more; or ``None``.
+    """
+
+    callback: str
+    handlers: dict[str, Declaration]
+    idle: tuple[str, ...] = ()
+    failure: BaseException | None = None
+    decorators: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def union(self) -> Declaration:
+        """What `state_access` must return at least if no handler has an ``access=`` of its own."""
+        return _minimal(dict(union(self.handlers.values())))
+
+    def __str__(self) -> str:
+        lines = [f"{self.callback} needs, for all handlers together:", "", "    def state_access(self) -> Access:"]
+        lines += [f"        return {render(self.union)}", ""]
+        if len(self.decorators) > 1:
+            lines += ["or, for each handler alone (setup then gets all of it):", ""]
+            for name, declaration in self.handlers.items():
+                if name in self.decorators:
+                    lines += [f"    {self.decorators[name]}access={render(declaration)})", f"    def {name}(...)", ""]
+        if self.idle:
+            lines += [f"No event of the dry run reached: {', '.join(self.idle)}. They may need more.", ""]
+        if self.failure is not None:
+            kind = type(self.failure).__name__
+            lines += [f"The dry run ended with {kind}: {self.failure}", "The callback may need more.", ""]
+        return "\n".join(lines)
+
+
+def record(learner: _Learner, callback: Callback) -> Recording:
+    """Run a callback for one batch of every phase of a learner, on copies, and say what it touches.
+
+    Args:
+        learner: Whose model, data and other callbacks to use. A callback of the same type is left out.
+        callback: The callback; it need not be one of the learner's, and need not declare anything yet.
+
+    Raises:
+        UsageError: The learner has no data, a loader can be gone through only once, or something cannot be copied.
+    """
+    if not isinstance(callback, Callback):
+        raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
+    with _same_random_numbers():
+        data = _first_batches(learner.state.data)
+        try:
+            return _dry_run(learner, data, callback, declared=True)
+        except _NotBuilt:
+            # What it declares now does not fit; it may be what the user wants to find out.
+            return _dry_run(learner, data, callback, declared=False)
+
+
+class _NotBuilt(Exception):
+    """The scratch learner could not be built."""
+
+
+def _dry_run(learner: _Learner, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
+    subject, model, lossfn, optimizer, others = _copies(learner, callback)
+    probe = _Probe(subject, declared=declared)
+    scratch = type(learner).__new__(type(learner))
+    try:
+        scratch.__init__(  # type: ignore[misc]  # in two steps, so that the probe is there when callbacks are built
+            model,
+            lossfn,
+            data=data,
+            optimizer=optimizer,
+            callbacks=(),
+            default_callbacks=False,
+            core=learner.core.like(),
+        )
+        built = _Probed([*others, subject], scratch.state, probe)
+    except FlowtrainError as error:
+        if declared:
+            raise _NotBuilt from error
+        raise
+    scratch.core.need_grad_norm(True)
+    scratch.state.callbacks = built
+    scratch.loop.use(built)  # type: ignore[attr-defined]  # a learner's loop, in a later layer
+    failure: BaseException | None = None
+    try:
+        scratch.fit(1)
+    except Exception as error:  # noqa: BLE001  # reported with what was found until then
+        failure = error
+    return probe.recording(failure)
+
+
+def _copies(learner: _Learner, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:
+    state = learner.state
+    others = [
+        other
+        for other in state.callbacks
+        # Those that only consume would print or write files once more.
+        if type(other) is not type(callback)
+        and any(isinstance(kind, Write) and path[0] != "resource" for path, kind in _node_of(state, other).union)
+    ]
+    models = dict(state.model) if isinstance(state.model, Named) else state.model
+    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
+    try:
+        subject, model, lossfn, optimizer, others = copy.deepcopy(
+            (callback, models, state.lossfn, optimizers, others), {id(state): state}
+        )
+    except Exception as error:
+        raise UsageError(
+            f"The dry run works on copies, and something cannot be copied: {type(error).__name__}: {error}. Open "
+            f"files and connections in setup or at FitBegin, not in __init__."
+        ) from error
+    return subject, model, lossfn, optimizer, others
+
+
+def _node_of(state: LearnerState, callback: Callback) -> Node:
+    callbacks: Callbacks = state.callbacks
+    return next(node for node in callbacks.nodes if node.callback is callback)
+
+
+class _Probe:
+    """Collects what one callback touches, by handler."""
+
+    def __init__(self, subject: Callback, *, declared: bool) -> None:
+        self.subject = subject
+        self.declared = declared
+        self.logs: dict[str, Log] = {}
+        self.handlers: dict[str, Handler] = {}
+        self.resources: dict[str, Log] = {}
+
+    def watch(self, state: LearnerState) -> Callable[[Step], Call]:
+        """Return what wraps a step's call: the subject's handlers get a recording view."""
+
+        def wrap(step: Step) -> Call:
+            if step.callback is not self.subject:
+                return step.call
+            name = step.handler.attribute
+
+            def call(event: Event, phase: Phase, view: LearnerView) -> None:
+                with self.recorded(name, state, view) as recording:
+                    step.call(event, phase, recording)
+
+            return call
+
+        return wrap
+
+    @contextmanager
+    def recorded(self, name: str, state: LearnerState, view: LearnerView) -> Iterator[RecordingView]:
+        """Give the view for one call, and log what it reads and what has changed after it."""
+        log = self.logs.setdefault(name, {})
+        before = fingerprints(state)
+        try:
+            yield RecordingView(state, view._owner, log)
+        finally:
+            for path in changes(before, fingerprints(state)):
+                _log_write(log, path)
+
+    def recording(self, failure: BaseException | None) -> Recording:
+        """Return what was found."""
+        declared = {
+            handler.attribute: dict(_resources(handler.access or self.subject.state_access(), handler.attribute))
+            for _, handler in self.subject.handlers()
+        }
+        handlers = {
+            name: _minimal({**declared.get(name, {}), **log}) for name, log in self.logs.items()
+        }
+        decorators = {handler.attribute: handler.decorator() for _, handler in self.subject.handlers()}
+        return Recording(
+            type(self.subject).__name__,
+            handlers,
+            tuple(name for name in decorators if name not in self.logs),
+            failure,
+            decorators,
+        )
+
+
+class _Probed(Callbacks):
+    """Callbacks of a scratch learner, one of which is being probed."""
+
+    def __init__(self, callbacks: Sequence[Callback], state: LearnerState, probe: _Probe) -> None:
+        self._probe = probe
+        super().__init__(callbacks, state, [type(phase) for phase in state.data], (), probe.watch(state))
+
+    def _make_node(self, callback: Callback, name: str, position: int) -> Node:
+        node = super()._make_node(callback, name, position)
+        if callback is not self._probe.subject or self._probe.declared:
+            return node
+        return Node(callback, name, position, node.handlers, dict.fromkeys(node.access, ()), ())
+
+    def _call_setup(self, node: Node) -> None:
+        if node.callback is not self._probe.subject:
+            super()._call_setup(node)
+            return
+        log_view = RecordingView(self._state, owner_of(node, None), {})
+        with self._probe.recorded("setup", self._state, log_view) as view:
+            node.callback.setup(view)
+
+
+def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
+    from flowtrain.access import declare
+
+    for path, kind in declare(access, owner):
+        if path[0] == "resource" and path != ("resource", "rng"):
+            yield path, kind
+
+
+def _log_write(log: Log, changed: Path) -> None:
+    """Log a change: as a write of what the handler read to get there, if it did."""
+    for path in list(log):
+        target = canonical(path)
+        if changed[: len(target)] == target:
+            log[path] = Write()
+            return
+    log[declarable(changed)] = Write()
+
+
+def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
+    """Leave out what a shorter path covers."""
+    kept: dict[Path, Read | Write] = {}
+    for path, kind in sorted(log.items(), key=lambda item: len(item[0])):
+        above = [kept[path[:length]] for length in range(1, len(path)) if path[:length] in kept]
+        if any(isinstance(other, Write) or isinstance(kind, Read) for other in above):
+            continue
+        kept[path] = kind
+    return tuple(sorted(kept.items(), key=lambda item: item[0]))
+
+
+def _first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
+    if not data:
+        raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
+    found: PhaseMap[Any] = PhaseMap("data")
+    for phase, loader in data.items():
+        if isinstance(loader, Iterator):
+            raise UsageError(
+                f"The data for {phase!r} is an iterator: the dry run would use up its first batch. Pass a list, a "
+                f"DataLoader, or anything that can be iterated again."
+            )
+        for raw in loader:
+            found[phase] = [raw]
+            break
+    return found
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Put the states of torch's, Python's and numpy's generators back."""
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numbers = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numbers)

@@ -1,0 +1,148 @@
+"""Fingerprints of the learner's state: what changed between two moments, by path.
+
+A view can refuse an assignment, not an in-place operation on a tensor that was read. So strict mode, and the dry run
+that suggests declarations, take a fingerprint of everything before and after a handler and compare. A tensor's
+fingerprint is its identity, its version counter (https://docs.pytorch.org/docs/stable/notes/autograd.html, "In-place
+correctness checks") and a checksum of its content, because writes through ``.data`` or a shared numpy array leave the
+counter alone. This costs a pass over all of the state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from flowtrain.access import Path
+from flowtrain.series import PhaseMap, Series, SeriesMap, holds_series
+from flowtrain.state import LearnerState, Named, State
+
+__all__ = ["changes", "fingerprint", "fingerprints", "rng_state"]
+
+_DEPTH = 6
+"""How deep attributes of unknown objects and nested containers are followed."""
+
+
+def fingerprints(state: LearnerState) -> dict[Path, object]:
+    """Return a fingerprint for each path of the state that holds something, in canonical paths."""
+    found: dict[Path, object] = {("resource", "rng"): rng_state()}
+    models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+    for name, model in models.items():
+        found.update(_module(("model", name) if name else ("model",), model))
+    if isinstance(state.lossfn, torch.nn.Module):
+        found.update(_module(("lossfn",), state.lossfn))
+    several = isinstance(state.optimizer, Named)
+    for name, optimizer in dict(state.optimizer).items() if several else (("", state.optimizer),):
+        root: Path = ("optimizer", name) if name else ("optimizer",)
+        if optimizer is not None:
+            found[*root, "hyperparams"] = tuple(
+                (key, fingerprint(value)) for group in optimizer.param_groups for key, value in group.items() if key != "params"
+            )
+            found[*root, "state"] = tuple(fingerprint(entry) for entry in optimizer.state.values())
+    found["batch", "grads"] = tuple((name, fingerprint(param.grad)) for name, param in state.params.items())
+    for name, value in vars(state.batch).items():
+        if name != "grads":
+            found["batch", name] = fingerprint(value)
+    for name in state.cbstate:
+        found.update(_entry(("cbstate", name), state.cbstate.__dict__[name]))
+    return found
+
+
+def changes(before: Mapping[Path, object], after: Mapping[Path, object]) -> list[Path]:
+    """Return the paths whose fingerprints differ, sorted."""
+    return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+
+
+def fingerprint(value: Any, depth: int = _DEPTH) -> object:
+    """Return something that compares equal as long as the value, and what it holds, stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return (type(value), repr(value))  # repr, since NaN does not equal itself
+    if isinstance(value, Series):
+        return (id(value), len(value), repr(value.last()) if len(value) else "")
+    if isinstance(value, SeriesMap):
+        return tuple((name, fingerprint(series)) for name, series in value.items() if len(series))
+    if isinstance(value, PhaseMap):
+        return tuple(item for item in sorted(_by_phase(value), key=repr))
+    if isinstance(value, State):
+        return tuple((name, fingerprint(value.__dict__[name], depth - 1)) for name in value)
+    if isinstance(value, torch.nn.Module):
+        return tuple(_module((), value).items())
+    if depth == 0:
+        return id(value)
+    if isinstance(value, Mapping):
+        return (id(value), tuple((repr(key), fingerprint(item, depth - 1)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (id(value), tuple(fingerprint(item, depth - 1) for item in value))
+    if isinstance(value, (set, frozenset)):
+        return (id(value), tuple(sorted(repr(item) for item in value)))
+    if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
+        return (id(value), getattr(value, "shape", None), zlib.crc32(value.tobytes()))
+    attributes = getattr(value, "__dict__", None)
+    return (id(value), fingerprint(dict(attributes), depth - 1)[1:] if attributes else None)  # type: ignore[index]
+
+
+def rng_state() -> object:
+    """Return a fingerprint of the random number generators: torch's, Python's, and numpy's where it is imported."""
+    states: list[object] = [zlib.crc32(_bytes(torch.get_rng_state())), hash(random.getstate())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += [zlib.crc32(_bytes(each)) for each in torch.cuda.get_rng_state_all()]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states.append((kind, zlib.crc32(keys.tobytes()), *rest))
+    return tuple(states)
+
+
+def _tensor(value: torch.Tensor) -> object:
+    version = -1 if value.is_inference() else value._version
+    content: object = None
+    if value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized:
+        content = zlib.crc32(_bytes(value))
+    return (id(value), version, tuple(value.shape), str(value.dtype), content)
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    flat = value.detach().cpu().contiguous()
+    size = flat.numel() * flat.element_size()
+    return ctypes.string_at(flat.data_ptr(), size) if size else b""
+
+
+def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {(*root, *name.split(".")): _tensor(value) for name, value in named}
+
+
+def _entry(path: Path, value: Any) -> dict[Path, object]:
+    """Return the fingerprints below one entry of ``cbstate``: by name where it holds things by name."""
+    if isinstance(value, State):
+        found: dict[Path, object] = {path: None}
+        for name in value:
+            found.update(_entry((*path, name), value.__dict__[name]))
+        return found
+    if isinstance(value, SeriesMap):
+        return {path: None, **{(*path, name): fingerprint(series) for name, series in value.items() if len(series)}}
+    if isinstance(value, PhaseMap) and holds_series(value):
+        found = {path: None}
+        for phase, item in value.items():
+            for name, series in item.items():
+                if len(series):
+                    known = found.get((*path, name), ())
+                    found[*path, name] = (*known, (repr(phase), fingerprint(series)))  # type: ignore[misc]  # a tuple
+        return found
+    return {path: fingerprint(value)}
+
+
+def _by_phase(value: PhaseMap[Any]) -> Iterator[object]:
+    """Yield the items of a map by phase; one that was only made by being looked up says nothing."""
+    fresh = None if value._make is None else fingerprint(value._make())
+    for phase, item in value.items():
+        found = fingerprint(item)
+        if found != fresh and not (isinstance(item, (Series, SeriesMap)) and not len(item)):
+            yield (repr(phase), found)

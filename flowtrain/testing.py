@@ -1,0 +1,103 @@
+"""What a test of a callback needs: a learner that is built in a millisecond, and a way to see what a callback touches.
+
+::
+
+    def test_counts_batches():
+        counter = Counter()
+        learner = tiny_learner(counter, n_batches=4)
+        learner.fit(2)
+        assert counter.seen == 8
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from flowtrain.callback import Callback
+from flowtrain.core import TorchCore
+from flowtrain.dryrun import Recording, record
+from flowtrain.learner import Learner
+
+__all__ = ["TinyModel", "record_access", "tiny_batches", "tiny_learner"]
+
+
+class TinyModel(torch.nn.Module):
+    """The model ``y = coeff * x`` with one parameter, which starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coeff = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``coeff * x``; both have the shape of `x`."""
+        return self.coeff * x
+
+
+def tiny_batches(coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pairs of ``(x, coeff * x)``, each of shape ``(batch_size, 1)``; always the same ones.
+
+    >>> x, y = tiny_batches(coeff=2.0)[0]
+    >>> torch.equal(y, 2 * x)
+    True
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(batch_size, 1, generator=generator) for _ in range(n_batches)]
+    return [(x, coeff * x) for x in inputs]
+
+
+def tiny_learner(
+    *callbacks: Callback, coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8, **learner_kwargs: Any
+) -> Learner:
+    """Return a learner that fits ``y = coeff * x`` on the CPU, quietly, with the same result every time.
+
+    Args:
+        callbacks: Its callbacks, before the default ones that do not print.
+        coeff: What the one parameter should come to.
+        n_batches: Batches in an epoch, for training and for validation.
+        batch_size: Samples in a batch.
+        learner_kwargs: Anything that `Learner` takes, in place of what is chosen here.
+
+    >>> learner = tiny_learner()
+    >>> learner.fit(2)
+    >>> round(float(learner.model.coeff), 2)
+    3.0
+    """
+    batches = tiny_batches(coeff, n_batches, batch_size)
+    chosen: dict[str, Any] = {
+        "data": (batches, batches),
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "callbacks": callbacks,
+        "default_callbacks": "quiet",
+        **learner_kwargs,
+    }
+    chosen.setdefault("core", TorchCore(device="cpu"))
+    model = chosen.pop("model", None) or TinyModel()
+    return Learner(model, chosen.pop("lossfn", torch.nn.functional.mse_loss), **chosen)
+
+
+def record_access(callback: Callback, *others: Callback, **learner_kwargs: Any) -> Recording:
+    """Run a callback in a `tiny_learner` for one batch of each phase, and print and return the least it must declare.
+
+    Args:
+        callback: The callback; it need not declare anything yet.
+        others: Callbacks that make what it reads.
+        learner_kwargs: As for `tiny_learner`.
+
+    >>> from flowtrain import EpochEnd, LearnerView, on
+    >>> class Printer(Callback):
+    ...     @on(EpochEnd)
+    ...     def show(self, event, phase, learner: LearnerView) -> None:
+    ...         self.last = float(learner.batch.loss)
+    >>> found = record_access(Printer())
+    Printer needs, for all handlers together:
+    <BLANKLINE>
+        def state_access(self) -> Access:
+            return {"batch.loss": Read()}
+    <BLANKLINE>
+    """
+    found = record(tiny_learner(*others, **learner_kwargs), callback)
+    print(found)
+    return found
