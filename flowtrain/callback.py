@@ -7,6 +7,7 @@ get an order from what they declare; where that is not enough they answer with a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -64,10 +65,18 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._handlers = {}
-        for base in reversed([base for base in cls.__mro__ if base is cls or not issubclass(base, Callback)]):
+        inherited = {base for parent in cls.__bases__ if issubclass(parent, Callback) for base in parent.__mro__}
+        taken: set[str] = set()
+        for base in cls.__mro__:  # the most derived first: it decides, as for every attribute
+            if base in inherited:
+                taken.update(base.__dict__.get("_handlers", ()))
+                continue
             for attribute, value in list(vars(base).items()):
-                if isinstance(value, Marked):
-                    cls._handlers[attribute] = value.handler(cls.__name__, attribute)
+                if not isinstance(value, Marked) or attribute in taken:
+                    continue
+                taken.add(attribute)
+                cls._handlers[attribute] = value.handler(cls.__name__, attribute)
+                if inspect.getattr_static(cls, attribute) is value:  # not overridden without a mark
                     setattr(cls, attribute, value.function)
 
     def state_access(self) -> Access:

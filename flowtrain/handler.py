@@ -76,8 +76,12 @@ class Marked:
         """Return the registration for the class that has it."""
         return Handler(self.event_type, self.phase_type, self.access, callback_type, attribute)
 
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """Bind like a method: in a class that is no `Callback`, as a mixin for one, the mark has no effect."""
+        return self if instance is None else self.function.__get__(instance, owner)
+
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Call the function: in a class that is no `Callback` the mark has no effect."""
+        """Call the function, as when a method of the class itself is called."""
         self.function(*args, **kwargs)
 
 
