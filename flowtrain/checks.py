@@ -126,7 +126,9 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
     """
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
-            if path[1] in cbstate:
+            inside = cbstate.__dict__.get(path[1])
+            known = path[:3] if isinstance(inside, State) else path[:2]  # series inside a container come as they come
+            if path[1] in cbstate and (not isinstance(inside, State) or len(path) < 3 or path[2] in inside):
                 continue
             writers = [writer for writer, written in _writes(nodes, "cbstate") if meet(path, written)]
             names = ", ".join(dict.fromkeys(writer.name for writer in writers))
@@ -135,5 +137,5 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
                 dotted(path),
                 f"{node.name} reads {dotted(path)}, which {names} declares to write but has not made. Make it in "
                 f"{kind}.setup:\n\n    def setup(self, learner: LearnerView) -> None:\n"
-                f"        learner.{dotted(path[:2])} = ...\n",
+                f"        learner.{dotted(known)} = ...\n",
             )

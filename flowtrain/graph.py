@@ -146,11 +146,9 @@ class Resolver:
 
 def _winner(answer: RunFirst, one: Node, other: Node, source: str) -> Node:
     named = answer.callback
-    fits = [
-        node
-        for node in (one, other)
-        if node.callback is named or (isinstance(named, type) and isinstance(node.callback, named))
-    ]
+    fits = [node for node in (one, other) if node.callback is named or type(node.callback) is named]
+    if not fits and isinstance(named, type):  # a type names its own callbacks before those of its subclasses
+        fits = [node for node in (one, other) if isinstance(node.callback, named)]
     if len(fits) != 1:
         which = "both of them" if fits else "neither of them"
         raise ResolutionError(
@@ -307,14 +305,20 @@ def _cycle_error(draft: _Draft, stuck: set[int]) -> CycleError:
         f"  {draft.name(before)} before {draft.name(after)}: {'; '.join(map(str, draft.hard[before, after]))}"
         for before, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True)
     ]
-    one, other = (type(draft.nodes[position].callback).__name__ for position in (cycle[0], cycle[1 % len(cycle)]))
+    advice = "take a type out of run_after, change a resolution, declare less, or give a handler an access= of its own"
+    for before, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
+        if all(reason.kind == "access" for reason in draft.hard[before, after]):
+            kinds = [type(draft.nodes[position].callback) for position in (before, after)]
+            one, other = (kind.__name__ for kind in kinds)
+            answer = "NoConflict()" if kinds[0] is kinds[1] else f"RunFirst({other})"
+            advice += f"; or turn one edge around: resolve({one}, {other}, {answer})"
+            break
     return CycleError(
         names,
         draft.where,
         f"The callbacks {', '.join(names)} wait for each other at ({draft.where}):\n"
         + "\n".join(lines)
-        + f"\nBreak one of these: take a type out of run_after, declare less, give a handler an access= of its own, or "
-        f"answer for one pair that conflicts, as resolve({one}, {other}, RunFirst({other})).",
+        + f"\nBreak the circle at one of these: {advice}.",
     )
 
 
@@ -338,23 +342,29 @@ def _check_writers(draft: _Draft, ancestors: Sequence[int]) -> None:
     ]
     if not conflicts:
         return
-    first, second, meeting = conflicts[0]
+    first, second, meeting = min(conflicts, key=lambda conflict: conflict[:2])
     names = (draft.name(first), draft.name(second))
-    one, other = (type(draft.nodes[position].callback).__name__ for position in (first, second))
+    types = [type(draft.nodes[position].callback) for position in (first, second)]
+    one, other = (kind.__name__ for kind in types)
     paths = (dotted(meeting.paths[0]), dotted(meeting.paths[1]))
     pairs = len({(first, second) for first, second, _ in conflicts})
     more = f" ({pairs - 1} more such pairs at this event.)" if pairs > 1 else ""
+    if types[0] is types[1]:  # a type cannot go before itself
+        remedy = f"    resolve({one}, {one}, NoConflict())      # each two of them run in the order of the list\n"
+    else:
+        remedy = (
+            f"    def run_after(self) -> tuple[type[Callback], ...]:      # in {other}\n"
+            f"        return ({one},)\n\n"
+            f"    def resolve_conflict(self, other: Callback) -> Resolution | None:      # in {other}\n"
+            f"        return RunFirst(other) if isinstance(other, {one}) else None       # or NoConflict()\n\n"
+            f"    resolve({one}, {other}, RunFirst({one}))      # for types that you do not own\n"
+        )
     raise WriteConflictError(
         names,
         paths,
         draft.where,
         f"{names[0]} and {names[1]} both write at ({draft.where}), and nothing says which goes first: "
-        f"{names[0]} writes {paths[0]}, {names[1]} writes {paths[1]}.{more} Say it, in one of these ways:\n\n"
-        f"    def run_after(self) -> tuple[type[Callback], ...]:      # in {other}\n"
-        f"        return ({one},)\n\n"
-        f"    def resolve_conflict(self, other: Callback) -> Resolution | None:      # in {other}\n"
-        f"        return RunFirst(other) if isinstance(other, {one}) else None       # or NoConflict()\n\n"
-        f"    resolve({one}, {other}, RunFirst({one}))      # for types that you do not own\n",
+        f"{names[0]} writes {paths[0]}, {names[1]} writes {paths[1]}.{more} Say it, in one of these ways:\n\n{remedy}",
     )
 
 
@@ -394,15 +404,14 @@ def order_setup(nodes: Sequence[Node]) -> list[Node]:
     order: list[Node] = []
     while left:
         ready = next((position for position in left if not before.get(position, set()) & left.keys()), None)
-        if ready is None:
-            ready = _first_in_circle(left, before)
-        del left[ready]
-        order.append(nodes[ready])
+        for position in _circle(left, before) if ready is None else [ready]:
+            del left[position]
+            order.append(nodes[position])
     return order
 
 
-def _first_in_circle(left: Iterable[int], before: Mapping[int, set[int]]) -> int:
-    """Return the first position that waits only for positions that wait for it too."""
+def _circle(left: Iterable[int], before: Mapping[int, set[int]]) -> list[int]:
+    """Return, in list order, the first positions that wait only for each other."""
     remaining = set(left)
     waits: dict[int, set[int]] = {}
     for position in remaining:
@@ -413,10 +422,13 @@ def _first_in_circle(left: Iterable[int], before: Mapping[int, set[int]]) -> int
             found |= new
             ahead.extend(new)
         waits[position] = found
-    return next(position for position in left if all(position in waits[other] for other in waits[position]))
+    first = next(position for position in left if all(position in waits[other] for other in waits[position]))
+    return sorted(waits[first])
 
 
-def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[Phase]], Order]) -> networkx.DiGraph[Any]:
+def to_networkx(
+    nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[Phase]], Order]
+) -> networkx.DiGraph[Any]:
     """Return one graph over all events: callbacks by name, each edge with its reasons and events.
 
     Node attributes: ``callback``. Edge attributes: ``reason`` (text) and ``events`` (a tuple of pairs of types).
@@ -426,11 +438,13 @@ def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[P
     graph: networkx.DiGraph[Any] = networkx.DiGraph()
     for node in nodes:
         graph.add_node(node.name, callback=node.callback)
+    found: dict[tuple[str, str], tuple[list[str], list[tuple[type[Event], type[Phase]]]]] = {}
     for where, order in orders.items():
         for edge in order.edges:
             before, after = order.nodes[edge.before].name, order.nodes[edge.after].name
-            known = graph.edges[before, after] if graph.has_edge(before, after) else {"reason": "", "events": ()}
-            texts = [text for text in known["reason"].split("; ") if text]
+            texts, events = found.setdefault((before, after), ([], []))
             texts += [str(reason) for reason in edge.reasons if str(reason) not in texts]
-            graph.add_edge(before, after, reason="; ".join(texts), events=(*known["events"], where))
+            events.append(where)
+    for (before, after), (texts, events) in found.items():
+        graph.add_edge(before, after, reason="; ".join(texts), events=tuple(events))
     return graph

@@ -213,6 +213,10 @@ def restore_point(state: State) -> Callable[[], None]:
             contents[id(value)] = (value, value.copy() if type(value) in (dict, list, set) else _plain_copy(value))
             for inner in value.values() if isinstance(value, dict) else value:
                 remember(inner)
+        elif isinstance(value, State):
+            contents[id(value)] = (value, dict(value.__dict__))
+            for inner in value.__dict__.values():
+                remember(inner)
         elif isinstance(value, SeriesMap):
             contents[id(value)] = (value, dict(value._series))
             for series in value._series.values():
@@ -227,10 +231,7 @@ def restore_point(state: State) -> Callable[[], None]:
     def restore() -> None:
         for value, content in contents.values():
             _refill(value, content)
-        state.__dict__.clear()
-        state._twins.__dict__.clear()
-        for name, value in entries.items():
-            setattr(state, name, value)
+        _refill(state, entries)
 
     return restore
 
@@ -242,6 +243,11 @@ def _plain_copy(value: Any) -> Any:
 def _refill(value: Any, content: Any) -> None:
     if isinstance(value, Series):
         del value._values[content:], value._steps[content:]
+    elif isinstance(value, State):
+        value.__dict__.clear()
+        value._twins.__dict__.clear()
+        for name, item in content.items():
+            setattr(value, name, item)
     elif isinstance(value, SeriesMap):
         value._series.clear()
         value._series.update(content)
