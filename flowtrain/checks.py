@@ -1,4 +1,4 @@
-"""What is declared must exist: entries of the batch that the phase provides, entries of ``cbstate`` that somebody writes.
+"""What is declared must exist: batch entries that the phase provides, entries of ``cbstate`` that somebody writes.
 
 All of it is checked when the learner is built or its callbacks change.
 """
@@ -33,9 +33,7 @@ def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
     ]
 
 
-def check_batch(
-    phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]
-) -> None:
+def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:
     """Check that what handlers read of the batch is there when they run.
 
     A declaration counts as met if at one of the events where its handlers run the entry is there: the phase provides
@@ -88,6 +86,12 @@ def check_batch(
             )
 
 
+def _exists(path: Path, cbstate: State) -> bool:
+    """Tell whether an entry is there. In a namespace that is looked up; what a container holds may still come."""
+    inside = cbstate.__dict__.get(path[1])
+    return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
+
+
 def check_cbstate(nodes: Sequence[Node], cbstate: State) -> None:
     """Check that every entry of ``cbstate`` that is read is written by some callback, or there already.
 
@@ -100,7 +104,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State) -> None:
     written = {path for _, path in writes}
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
-            if any(path[:length] in written for length in range(1, len(path) + 1)) or path[1] in cbstate:
+            if any(path[:length] in written for length in range(1, len(path) + 1)) or _exists(path, cbstate):
                 continue
             if any(meet(path, other) for other in written):
                 continue
@@ -126,10 +130,9 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
     """
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
-            inside = cbstate.__dict__.get(path[1])
-            known = path[:3] if isinstance(inside, State) else path[:2]  # series inside a container come as they come
-            if path[1] in cbstate and (not isinstance(inside, State) or len(path) < 3 or path[2] in inside):
+            if _exists(path, cbstate):
                 continue
+            entry = path[:3] if path[1] in cbstate else path[:2]
             writers = [writer for writer, written in _writes(nodes, "cbstate") if meet(path, written)]
             names = ", ".join(dict.fromkeys(writer.name for writer in writers))
             kind = type(writers[0].callback).__name__
@@ -137,5 +140,5 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
                 dotted(path),
                 f"{node.name} reads {dotted(path)}, which {names} declares to write but has not made. Make it in "
                 f"{kind}.setup:\n\n    def setup(self, learner: LearnerView) -> None:\n"
-                f"        learner.{dotted(known)} = ...\n",
+                f"        learner.{dotted(entry)} = ...\n",
             )
