@@ -1,0 +1,193 @@
+"""What the loop costs: a learner's epoch beside the hand-written loop that does the same.
+
+``python -m bench.bench_loop`` from the root of the checkout.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import rich
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+from bench.pairs import Report, in_turns, seconds
+from flowtrain import Learner, TrainingPhase
+from flowtrain.callbacks import Metrics
+from flowtrain.metrics import accuracy
+
+FEATURES = 32
+SHORT, LONG = 200, 1500
+"""Batches in one timed epoch: short epochs make many pairs; what shows a bar is timed over at least two redraws."""
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+SGD = partial(torch.optim.SGD, lr=0.01)
+
+
+def main() -> None:
+    report = Report("The loop", "python -m bench.bench_loop", "the hand-written loop in the same file")
+    width = calibrate()
+    short, long = batches(SHORT), batches(LONG)
+
+    plain = in_turns([partial(bare, parts(width), short), epoch(width, short, default_callbacks=False)], 60)
+    report.ratio(f"no callbacks (32-{width}-10, batch 16)", plain, 1.04, steps=SHORT)
+
+    quiet = in_turns([partial(with_loss, parts(width), short), epoch(width, short, default_callbacks="quiet")], 60)
+    report.ratio('default_callbacks="quiet"', quiet, 1.10, steps=SHORT)
+
+    with open(os.devnull, "w") as nowhere:
+        rich.reconfigure(file=nowhere, force_terminal=False)
+        shown = in_turns([partial(with_loss, parts(width), long), fit(width, long)], 30)
+    report.ratio("default_callbacks=True, no terminal", shown, 1.10, steps=LONG)
+
+    rich.reconfigure(file=io.StringIO(), force_terminal=True, width=100)
+    drawn = in_turns([partial(with_loss, parts(width), long), fit(width, long)], 30)
+    report.ratio("default_callbacks=True, progress bar on a terminal", drawn, 1.10, steps=LONG)
+    rich.reconfigure()
+
+    train, valid = digits()
+    steps = len(train) + len(valid)
+    report.ratio("digits, tensors in memory", digits_pairs(train, valid), 1.12, steps=steps)
+    report.ratio("digits, `DataLoader`", digits_pairs(loader(train), loader(valid)), 1.12, steps=steps)
+
+
+# --- a step of about 150 microseconds
+
+
+def model_of(inputs: int, width: int, outputs: int = 10) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(inputs, width), torch.nn.ReLU(), torch.nn.Linear(width, outputs))
+
+
+def batches(count: int) -> Batches:
+    torch.manual_seed(1)
+    return [(torch.randn(16, FEATURES), torch.randint(10, (16,))) for _ in range(count)]
+
+
+def parts(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = model_of(FEATURES, width)
+    return model, SGD(model.parameters())
+
+
+def calibrate() -> int:
+    """Return the hidden width with which the hand-written step comes closest to 150 microseconds."""
+    data = batches(SHORT)
+
+    def step(width: int) -> float:
+        made = parts(width)
+        bare(made, data)
+        return statistics.median(seconds(lambda: bare(made, data)) for _ in range(9)) / SHORT
+
+    return min((16, 32, 64, 128, 192, 256, 384, 512), key=lambda width: abs(step(width) - 150e-6))
+
+
+def bare(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> None:
+    """The floor without callbacks."""
+    model, optimizer = made
+    model.train()
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = F.cross_entropy(outputs, targets)
+        loss.backward()
+        optimizer.step()
+
+
+def with_loss(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> float:
+    """The floor with the default callbacks: the loss of each batch is kept."""
+    model, optimizer = made
+    losses: list[float] = []
+    model.train()
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = F.cross_entropy(outputs, targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def epoch(width: int, data: Batches, default_callbacks: bool | Literal["quiet"]) -> Callable[[], None]:
+    learner = Learner(
+        model_of(FEATURES, width), F.cross_entropy, data=data, optimizer=SGD, default_callbacks=default_callbacks
+    )
+    return partial(learner.epoch, TrainingPhase)
+
+
+def fit(width: int, data: Batches) -> Callable[[], None]:
+    return partial(Learner(model_of(FEATURES, width), F.cross_entropy, data=data, optimizer=SGD).fit, 1)
+
+
+# --- real data with a metric
+
+
+def digits() -> tuple[Batches, Batches]:
+    """Return scikit-learn's digits in batches of 32, a fifth of them for validation."""
+    bunch: Any = load_digits()
+    inputs = torch.tensor(bunch.data, dtype=torch.float32) / 16
+    targets = torch.tensor(bunch.target)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    pairs = list(zip(inputs[order].split(32), targets[order].split(32), strict=True))
+    cut = len(pairs) * 4 // 5
+    return pairs[:cut], pairs[cut:]
+
+
+def loader(data: Batches) -> Any:
+    inputs, targets = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=32)
+
+
+def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) -> list[tuple[float, ...]]:
+    """Time a bare loop and a learner, for training and validation; seconds of one epoch of both."""
+    model = model_of(64, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    learner = Learner(
+        model_of(64, 128),
+        F.cross_entropy,
+        data=(train, valid),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        callbacks=[Metrics(accuracy)],
+        default_callbacks="quiet",
+    )
+    times = in_turns([lambda: bare_digits(model, optimizer, train, valid, epochs), lambda: learner.fit(epochs)], 60)
+    return [(floor / epochs, ours / epochs) for floor, ours in times]
+
+
+def bare_digits(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: Iterable[Any], valid: Iterable[Any], epochs: int
+) -> list[tuple[float, float]]:
+    """The floor with metrics: loss and accuracy of each batch, and their means over each epoch."""
+    means: list[tuple[float, float]] = []
+    for _ in range(epochs):
+        losses: list[float] = []
+        accuracies: list[float] = []
+        model.train()
+        for inputs, targets in train:
+            optimizer.zero_grad()
+            outputs = model(inputs)
+            loss = F.cross_entropy(outputs, targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            accuracies.append(accuracy(outputs, targets).item())
+        means.append((sum(losses) / len(losses), sum(accuracies) / len(accuracies)))
+        losses, accuracies = [], []
+        model.eval()
+        with torch.no_grad():
+            for inputs, targets in valid:
+                outputs = model(inputs)
+                losses.append(F.cross_entropy(outputs, targets).item())
+                accuracies.append(accuracy(outputs, targets).item())
+        means.append((sum(losses) / len(losses), sum(accuracies) / len(accuracies)))
+    return means
+
+
+if __name__ == "__main__":
+    main()

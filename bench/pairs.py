@@ -1,0 +1,150 @@
+"""How the benchmarks measure: the thing and its floor in turns, and medians with an interval.
+
+Two things that are timed one after the other in a busy machine differ by what else the machine did. Here they take
+turns (A B A B ...), each turn gives one figure (a ratio or a difference), and what is reported is the median of the
+figures with a 95% confidence interval of that median. The garbage collector is off during each timing, torch has one
+thread, and the clock is `time.perf_counter`.
+
+A report is Markdown, ready for ``bench/results/``.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "ratios", "seconds"]
+
+REPETITIONS = 40
+"""How often each pair is timed, unless a benchmark says otherwise; never below 30."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A median with its 95% interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, scale: float = 1.0, digits: int = 3) -> str:
+        """Write it as ``1.021 [1.018, 1.025]``, multiplied by `scale`."""
+        median, low, high = (f"{value * scale:.{digits}f}" for value in (self.median, self.low, self.high))
+        return f"{median} [{low}, {high}]"
+
+
+def figure(values: Sequence[float]) -> Figure:
+    """Return the median and the order statistics that enclose the true median with 95% confidence.
+
+    >>> figure(list(range(1, 31)))
+    Figure(median=15.5, low=10, high=21)
+    """
+    ordered, n = sorted(values), len(values)
+    if n < 30:
+        raise ValueError(f"{n} repetitions are too few for an interval; take at least 30.")
+    # The largest k for which fewer than k of n values lie below the true median in at most 2.5% of all runs.
+    k, below = 0, 0.0
+    while below + math.comb(n, k) / 2**n <= 0.025:
+        below += math.comb(n, k) / 2**n
+        k += 1
+    return Figure(statistics.median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time one call, with the garbage collector off."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def in_turns(
+    runs: Sequence[Callable[[], object]], repetitions: int = REPETITIONS, warmup: int = 3
+) -> list[tuple[float, ...]]:
+    """Time several things in turns; return for each repetition the seconds of each."""
+    for _ in range(warmup):
+        for run in runs:
+            run()
+    return [tuple(seconds(run) for run in runs) for _ in range(repetitions)]
+
+
+def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:
+    """Return how many times as long as `floor` one of the things took, repetition by repetition."""
+    return figure([row[which] / row[floor] for row in times])
+
+
+def differences(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0, calls: int = 1) -> Figure:
+    """Return how much longer than `floor` one of the things took, in seconds for each of its `calls`."""
+    return figure([(row[which] - row[floor]) / calls for row in times])
+
+
+def median(times: Sequence[tuple[float, ...]], which: int) -> float:
+    """Return the median of the seconds that one of the things took."""
+    return statistics.median(row[which] for row in times)
+
+
+class Report:
+    """Prints a benchmark's table as Markdown, with all that is needed to compare it with another run."""
+
+    def __init__(self, title: str, command: str, floor: str) -> None:
+        torch.set_num_threads(1)
+        print(f"## {title}\n")
+        print(f"- command: `{command}`")
+        print(f"- date: {date.today().isoformat()}")
+        print(f"- hardware: {os.cpu_count()} cores, {_processor()}; torch on 1 thread")
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "rich"))
+        print(f"- versions: flowtrain {_own_version()}, Python {platform.python_version()}, {packages}")
+        print(f"- floor: {floor}")
+        print("- figures: median of the pairs [95% interval of the median]\n")
+        print("| what | floor | ours | figure | goal | |")
+        print("| --- | ---: | ---: | ---: | ---: | --- |", flush=True)
+
+    def row(self, what: str, floor: str, ours: str, found: str, goal: str = "", *, reached: bool | None = None) -> None:
+        """Print one line; `reached` says whether the goal is, ``None`` that there is none."""
+        verdict = "" if reached is None else "reached" if reached else "**missed**"
+        print(f"| {what} | {floor} | {ours} | {found} | {goal} | {verdict} |", flush=True)
+
+    def ratio(
+        self, what: str, times: Sequence[tuple[float, ...]], goal: float | None, *, steps: int, which: int = 1
+    ) -> None:
+        """Print a line for a ratio to the floor, with the microseconds of one of the `steps` of a run."""
+        found = ratios(times, which)
+        self.row(
+            what,
+            f"{median(times, 0) / steps * 1e6:.1f} µs",
+            f"{median(times, which) / steps * 1e6:.1f} µs",
+            found.text(),
+            "" if goal is None else f"{goal:.2f}",
+            reached=None if goal is None else found.median <= goal,
+        )
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    if described.exists():
+        for line in described.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _own_version() -> str:
+    # A checkout that is not installed has no metadata.
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    line = next(line for line in project.read_text().splitlines() if line.startswith("version"))
+    return line.split('"')[1]
