@@ -105,12 +105,12 @@ class SerialExecutor:
         fired = site.fired
 
         def run(event: Event, phase: Phase) -> None:
-            call: Any = None
+            view: Any = None
             try:
                 for call, view in calls:
                     call(event, phase, view)
             except Exception as failure:
-                failures = _finish(plan, call, failure, event, phase)
+                failures = _finish(plan, view, failure, event, phase)
             else:
                 if fired:
                     site.drain(phase)
@@ -133,9 +133,10 @@ class SerialExecutor:
         """Nothing to give back."""
 
 
-def _finish(plan: Plan, call: Any, failure: Exception, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
+def _finish(plan: Plan, view: Any, failure: Exception, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
     """After the failure of one call, run the later ones that do not depend on a failed or skipped one."""
-    start = next(position for position, step in enumerate(plan.steps) if step.call is call)
+    # By the view, which each step has for itself; two steps may share a function.
+    start = next(position for position, step in enumerate(plan.steps) if step.view is view)
     failures = [(plan.steps[start], failure)]
     lost = 1 << start
     for position in range(start + 1, len(plan.steps)):
@@ -145,7 +146,7 @@ def _finish(plan: Plan, call: Any, failure: Exception, event: Event, phase: Phas
             continue
         try:
             step.call(event, phase, step.view)
-        except Exception as another:  # noqa: BLE001  # whatever a handler raises is collected, then raised
+        except Exception as another:  # whatever a handler raises is collected, then raised
             failures.append((step, another))
             lost |= 1 << position
     return failures
@@ -187,8 +188,16 @@ def _by_name(name: str) -> Executor:
             raise ExecutorError(f"executor={name!r} needs {error.name}, which is not installed: {install}") from error
         return made
     found = entry_points(group=_GROUP, name=name)
-    if found:
-        return find_executor(next(iter(found)).load()())
+    for point in found:
+        try:
+            made = point.load()()
+        except ImportError as error:
+            owner = point.dist.name if point.dist is not None else point.value
+            raise ExecutorError(
+                f"executor={name!r} is {point.value} of {owner}, and it cannot be imported: {error}. "
+                f"Install what {owner} needs."
+            ) from error
+        return find_executor(made)
     raise ExecutorError(f"There is no executor {name!r}.{nearest(name, _names())} Known are: {_known()}.")
 
 

@@ -87,8 +87,7 @@ class Callbacks(Sequence[Callback]):
         key = (event_type, phase_type)
         if key not in self._plans:
             if key not in self._known:
-                check_batch(phase_type, {event_type: self._meeting(event_type, phase_type)})
-                self._known[key] = self._order(event_type, phase_type)
+                self._learn(event_type, phase_type)
             self._plans[key] = make_plan(event_type, phase_type, self._known[key], self._state, self._watch)
         return self._plans[key]
 
@@ -165,6 +164,13 @@ class Callbacks(Sequence[Callback]):
                     found.append((node, handler))
             self._handlers_for[key] = found
         return self._handlers_for[key]
+
+    def _learn(self, event_type: type[Event], phase_type: type[Phase]) -> None:
+        """Check what is seen for the first time: an event, or a phase with all its events before it fires one."""
+        events = list(dict.fromkeys([*_step_events(phase_type, self._nodes), event_type]))
+        check_batch(phase_type, {event: self._meeting(event, phase_type) for event in events})
+        wanted = [event_type] if phase_type in _ABSTRACT else events
+        self._known |= {(event, phase_type): self._order(event, phase_type) for event in wanted}
 
     def _order(self, event: type[Event], phase: type[Phase]) -> Order:
         participants = self._meeting(event, phase)
