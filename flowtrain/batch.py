@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowtrain.errors import MissingStateError, nearest
 from flowtrain.readonly import PLAIN, readonly
@@ -12,6 +12,10 @@ __all__ = ["BatchState", "ReadOnlyBatch"]
 
 class BatchState:
     """What is known about one batch: ``inputs``, ``outputs``, ``loss`` and whatever a phase or callback adds."""
+
+    if TYPE_CHECKING:  # at run time plain attributes, which are the fastest
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, overload
 
 from flowtrain.access import Access
-from flowtrain.errors import AmbiguousHandlerError, HandlerError
+from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type
 from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.handler import Handler, Marked, mark
 from flowtrain.phases import Phase
@@ -60,7 +60,7 @@ class Callback:
 
     name: str = ""
     _handlers: ClassVar[dict[str, Handler]] = {}
-    _conditions: tuple[Condition, ...] = ()
+    conditions: tuple[Condition, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,6 +78,11 @@ class Callback:
                 cls._handlers[attribute] = value.handler(cls.__name__, attribute)
                 if inspect.getattr_static(cls, attribute) is value:  # not overridden without a mark
                     setattr(cls, attribute, value.function)
+
+    @classmethod
+    def add_handler(cls, key: str, handler: Handler) -> None:
+        """Register a handler for this type, in place of an earlier one with the same key; `on` calls this."""
+        cls._handlers[key] = handler
 
     def state_access(self) -> Access:
         """Return what the handlers touch. Called once when a learner is built; a handler's ``access=`` goes first."""
@@ -190,14 +195,14 @@ def on(
     Raises:
         HandlerError: The types are none, the function does not take four arguments, or it is marked already.
     """
-    if not (isinstance(event_type, type) and issubclass(event_type, Event)):
+    if not is_type(event_type, Event):
         raise HandlerError(f"on() takes an event type first, got {event_type!r}. Write @on(BatchEnd, TrainingPhase).")
-    if not (isinstance(phase_type, type) and issubclass(phase_type, Phase)):
+    if not is_type(phase_type, Phase):
         raise HandlerError(f"on() takes a phase type second, got {phase_type!r}. Write @on(BatchEnd, TrainingPhase).")
     marked = mark(event_type, phase_type, access)
     if callback_type is None:
         return marked
-    if not (isinstance(callback_type, type) and issubclass(callback_type, Callback)) or callback_type is Callback:
+    if not is_type(callback_type, Callback) or callback_type is Callback:
         raise HandlerError(
             f"on() adds handlers to a subclass of Callback, got {callback_type!r}. "
             f"Write @on({event_type.__name__}, {phase_type.__name__}, MyCallback)."
@@ -206,7 +211,7 @@ def on(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         wanted = marked(function).handler(callback_type.__name__, function.__name__)
         # A cell that is run again replaces its handler; the key cannot clash with a method's name.
-        callback_type._handlers[f"{function.__module__}:{function.__qualname__}"] = wanted.as_function(function)
+        callback_type.add_handler(f"{function.__module__}:{function.__qualname__}", wanted.as_function(function))
         return function
 
     return add

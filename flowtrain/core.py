@@ -19,8 +19,9 @@ import torch
 from torch.optim import Optimizer
 
 from flowtrain.batch import BatchState
-from flowtrain.errors import CoreError, nearest
+from flowtrain.errors import CoreError, is_a, nearest
 from flowtrain.optimizers import OptimizerParts
+from flowtrain.readonly import refuse
 from flowtrain.state import LearnerState, Named
 
 __all__ = ["Gradients", "OptimizerFactory", "Parameters", "Precision", "TorchCore"]
@@ -44,10 +45,12 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
             yield from model.named_parameters(prefix)
 
     def __getitem__(self, name: str) -> torch.nn.Parameter:
-        found = dict(self._items()).get(name)
-        if found is None:
-            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}")
-        return found
+        # Not by a search through all: whoever goes through this mapping would pay for it at every parameter.
+        prefix, _, rest = ("", "", name) if "" in self._models else name.partition(".")
+        try:
+            return self._models[prefix].get_parameter(rest)
+        except (AttributeError, KeyError):
+            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self._items())
@@ -57,12 +60,20 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
 
 
 class Gradients(Mapping[str, torch.Tensor]):
-    """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient."""
+    """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient.
 
-    __slots__ = ("_params",)
+    Attributes:
+        twin: The same, read-only.
+    """
 
-    def __init__(self, params: Parameters) -> None:
+    __slots__ = ("_params", "twin")
+
+    def __init__(self, params: Parameters, *, writable: bool = True) -> None:
         self._params = params
+        self.twin = Gradients(params, writable=False) if writable else self
+
+    def __twin__(self) -> Gradients:
+        return self.twin
 
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
@@ -71,6 +82,8 @@ class Gradients(Mapping[str, torch.Tensor]):
         return gradient
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        if self.twin is self:
+            raise refuse("batch.grads")
         self._params[name].grad = gradient
 
     def __iter__(self) -> Iterator[str]:
@@ -112,13 +125,15 @@ class TorchCore:
     ) -> None:
         if precision not in _DTYPES:
             raise CoreError(f"precision={precision!r} is unknown. It is one of: {', '.join(map(repr, _DTYPES))}.")
-        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        if not is_a(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
             raise CoreError(f"accumulate is a number of batches, at least 1; got {accumulate!r}.")
         for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
             if limit is not None and not limit > 0:
                 raise CoreError(f"{name} must be positive, or None for no clipping; got {limit!r}.")
+        if not isinstance(compile, (bool, Mapping)):
+            raise CoreError(f"compile is True, False or a mapping of arguments for torch.compile; got {compile!r}.")
         self._wanted_device = device
-        self.precision = precision
+        self.precision: Precision = precision
         self.accumulate = accumulate
         self.clip_grad_norm = clip_grad_norm
         self.clip_grad_value = clip_grad_value
@@ -155,23 +170,28 @@ class TorchCore:
         state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
         state.optimizers = OptimizerParts(one) if one is not None else Named("optimizer", parts)
         self.optimizer = state.optimizer
+        model = self.models.get("")
+        if self._compile is not False:
+            if model is None:
+                raise CoreError(
+                    f"compile={self._compile!r} compiles the model that a phase of the library runs, and there are "
+                    f"several: {', '.join(self.models)}. Pass them compiled: torch.compile(model)."
+                )
+            model = torch.compile(model, **(self._compile if isinstance(self._compile, Mapping) else {}))
+        self._model: Any = model
         self._autocast_dtype = _DTYPES[self.precision]
-        self._scaler = (
-            torch.amp.GradScaler(self.device.type, init_scale=self._init_scale) if self.precision == "fp16" else None
-        )
+        self._scaler = self._make_scaler() if self.precision == "fp16" else None
         self._counts = dict.fromkeys(self._optimizers, 0)
         self._complete = dict.fromkeys(self._optimizers, True)
         self.last_batch = False
         self.places = self.device.type != "cpu"
         self._choose()
 
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, init_scale=self._init_scale)
+
     def _choose(self) -> None:
         """Take torch's own functions where nothing comes between them and the step."""
-        model = self.models.get("")
-        if model is not None and self._compile:
-            options = {} if self._compile is True else dict(self._compile)
-            model = torch.compile(model, **options)
-        self._model = model
         self.plain = (
             len(self._optimizers) == 1
             and self.accumulate == 1
@@ -181,9 +201,9 @@ class TorchCore:
             and not self._needs_norm
         )
         lossfn = self._state.lossfn if self._state is not None else None
-        self.model: Any = model if self._autocast_dtype is None else self._forward
+        self.model: Any = self._model if self._autocast_dtype is None else self._forward
         self.lossfn: Any = lossfn if self._autocast_dtype is None else self._loss
-        self.begin: Callable[[], Any] = self._begin
+        self.begin: Callable[[], Any] = self.begin_groups
         self.backward: Callable[[torch.Tensor], Any] = self._backward
         if self.plain:
             self.begin = self.optimizer.zero_grad
@@ -201,6 +221,9 @@ class TorchCore:
         """Return the data on the device: tensors in tuples, lists, dicts and objects with ``.to(device)``."""
         if isinstance(data, torch.Tensor):
             return data.to(self.device, non_blocking=True)
+        to = getattr(data, "to", None)
+        if callable(to) and not isinstance(data, torch.nn.Module):
+            return to(self.device)  # its own way goes first: a PackedSequence is a tuple, and knows what stays
         if isinstance(data, tuple):
             moved = [self.place(item) for item in data]
             return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
@@ -209,8 +232,7 @@ class TorchCore:
         if isinstance(data, dict):
             made = {key: self.place(item) for key, item in data.items()}
             return made if type(data) is dict else _rebuild(data, made)
-        to = getattr(data, "to", None)
-        return to(self.device) if callable(to) and not isinstance(data, torch.nn.Module) else data
+        return data
 
     def show(self, batch: BatchState) -> None:
         """Let handlers that read this batch see read-only twins of the containers in it."""
@@ -225,19 +247,24 @@ class TorchCore:
 
     def _forward(self, inputs: Any) -> Any:
         with torch.autocast(self.device.type, self._autocast_dtype):
-            return self._model(inputs)  # type: ignore[misc]  # a phase that calls it was checked to have one model
+            return self._model(inputs)
 
     def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, self._autocast_dtype):
             loss: torch.Tensor = self._state.lossfn(outputs, targets)  # type: ignore[union-attr]  # attached
             return loss
 
-    def _begin(self) -> None:
+    def begin_groups(self) -> None:
         """Zero the gradients of every optimizer whose next accumulation group begins here."""
         for name, complete in self._complete.items():
             if complete:
                 self._optimizers[name].zero_grad()
                 self._complete[name] = False
+
+    def end_groups(self) -> None:
+        """Throw away the gradients of a group that a cancelled batch left open; a group lies within one epoch."""
+        if torch.is_grad_enabled() and not all(self._complete.values()):
+            self.discard()
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.accumulate > 1:
@@ -266,7 +293,8 @@ class TorchCore:
                 self._scaler.unscale_(optimizer)
             if self._counts[name] < self.accumulate:
                 # The group turned out shorter than the number that each loss was divided by.
-                torch._foreach_mul_(_gradients(optimizer), self.accumulate / self._counts[name])
+                for gradient in _gradients(optimizer):
+                    gradient.mul_(self.accumulate / self._counts[name])
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
         """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
@@ -300,8 +328,9 @@ class TorchCore:
             self._counts[name] = 0
             self._complete[name] = True
         if self._scaler is not None:
-            # Forget gradients that were unscaled for an update that never came.
-            self._scaler._per_optimizer_states.clear()
+            # A new one with the same state: the old one may remember that gradients were unscaled for this update.
+            before, self._scaler = self._scaler.state_dict(), self._make_scaler()
+            self._scaler.load_state_dict(before)
 
     def like(self) -> TorchCore:
         """Return a core of the same settings that belongs to nobody yet; it does not compile."""
@@ -346,8 +375,8 @@ def _find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) 
         try:
             device = torch.device(wanted)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise CoreError(f"device={str(wanted)!r} cannot be used: {error}") from error
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise CoreError(f"device={wanted!r} cannot be used: {error}") from error
         return device
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):

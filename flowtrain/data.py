@@ -80,7 +80,7 @@ def check_loader(loader: Any, phase: Phase) -> None:
     ):
         raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
     try:
-        length = len(loader)
+        length = len(loader)  # pyright: ignore[reportArgumentType]  # a loader without a length is what TypeError is for
     except (TypeError, NotImplementedError):
         return  # a loader need not know its length
     if length == 0:

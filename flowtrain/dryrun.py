@@ -11,17 +11,17 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet, render, union
+from flowtrain.access import Declaration, Path, Read, Write, canonical, declare, render, union
 from flowtrain.callback import Callback
 from flowtrain.core import TorchCore
-from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.errors import FlowtrainError, UsageError, is_a
 from flowtrain.events import Event
 from flowtrain.fingerprint import changes, fingerprints
 from flowtrain.graph import Node
@@ -95,7 +95,7 @@ def record(learner: _Learner, callback: Callback) -> Recording:
     Raises:
         UsageError: The learner has no data, a loader can be gone through only once, or something cannot be copied.
     """
-    if not isinstance(callback, Callback):
+    if not is_a(callback, Callback):
         raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
     with _same_random_numbers():
         data = _first_batches(learner.state.data)
@@ -135,7 +135,7 @@ def _dry_run(learner: _Learner, data: PhaseMap[Any], callback: Callback, *, decl
     failure: BaseException | None = None
     try:
         scratch.fit(1)
-    except Exception as error:  # noqa: BLE001  # reported with what was found until then
+    except Exception as error:  # reported with what was found until then
         failure = error
     return probe.recording(failure)
 
@@ -195,7 +195,7 @@ class _Probe:
         return wrap
 
     @contextmanager
-    def recorded(self, name: str, state: LearnerState, view: LearnerView) -> Iterator[RecordingView]:
+    def recorded(self, name: str, state: LearnerState, view: LearnerView) -> Generator[RecordingView]:
         """Give the view for one call, and log what it reads and what has changed after it."""
         log = self.logs.setdefault(name, {})
         before = fingerprints(state)
@@ -247,8 +247,6 @@ class _Probed(Callbacks):
 
 
 def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
-    from flowtrain.access import declare
-
     for path, kind in declare(access, owner):
         if path[0] == "resource" and path != ("resource", "rng"):
             yield path, kind
@@ -292,7 +290,7 @@ def _first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def _same_random_numbers() -> Generator[None]:
     """Put the states of torch's, Python's and numpy's generators back."""
     python = random.getstate()
     numpy = sys.modules.get("numpy")

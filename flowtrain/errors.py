@@ -26,7 +26,7 @@ The values that a message shows are also fields of the exception.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "AccessError",
@@ -45,12 +45,18 @@ __all__ = [
     "UndeclaredWriteError",
     "UsageError",
     "WriteConflictError",
+    "is_a",
+    "is_type",
     "nearest",
 ]
 
 
 class FlowtrainError(Exception):
     """Base of every error that flowtrain raises about the way it is used."""
+
+    def __reduce__(self) -> tuple[Callable[..., FlowtrainError], tuple[object, ...]]:
+        # Pickled by its fields: an error may come from another process, and constructors here take more than a text.
+        return _restore, (type(self), self.args, dict(vars(self)))
 
 
 class AccessError(FlowtrainError):
@@ -162,6 +168,25 @@ class ExecutorError(FlowtrainError):
 
 class UsageError(FlowtrainError):
     """A call at the wrong moment, or with an argument that means nothing."""
+
+
+def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Tell whether what a user passed is what its annotation promises.
+
+    The same as ``isinstance``, for values whose annotation is no proof: a type checker may not have been run.
+    """
+    return isinstance(value, kind)
+
+
+def is_type(value: object, base: type) -> bool:
+    """Tell whether what a user passed is a type, and `base` or a subclass of it."""
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _restore(kind: type[FlowtrainError], args: tuple[object, ...], fields: dict[str, object]) -> FlowtrainError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(fields)
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

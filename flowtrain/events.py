@@ -1,7 +1,8 @@
 """Events: types that say which moment of training it is.
 
-The loop fires an instance of an event type; a callback's handlers are chosen by the type. An event of the library
-carries no data and exists once; `FitBegin` says how long the fit will be. An event of your own is a subclass, as a frozen dataclass if it carries something::
+The loop fires an instance of an event type; a callback's handlers are chosen by the type. Events of the library carry
+nothing and exist once; only `FitBegin` says how long the fit will be. An event of your own is a subclass, as a frozen
+dataclass if it carries something::
 
     @dataclass(frozen=True)
     class Improved(Event):

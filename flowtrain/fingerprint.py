@@ -41,7 +41,10 @@ def fingerprints(state: LearnerState) -> dict[Path, object]:
         root: Path = ("optimizer", name) if name else ("optimizer",)
         if optimizer is not None:
             found[*root, "hyperparams"] = tuple(
-                (key, fingerprint(value)) for group in optimizer.param_groups for key, value in group.items() if key != "params"
+                (key, fingerprint(value))
+                for group in optimizer.param_groups
+                for key, value in group.items()
+                if key != "params"
             )
             found[*root, "state"] = tuple(fingerprint(entry) for entry in optimizer.state.values())
     found["batch", "grads"] = tuple((name, fingerprint(param.grad)) for name, param in state.params.items())
@@ -141,7 +144,7 @@ def _entry(path: Path, value: Any) -> dict[Path, object]:
 
 def _by_phase(value: PhaseMap[Any]) -> Iterator[object]:
     """Yield the items of a map by phase; one that was only made by being looked up says nothing."""
-    fresh = None if value._make is None else fingerprint(value._make())
+    fresh = None if value.make is None else fingerprint(value.make())
     for phase, item in value.items():
         found = fingerprint(item)
         if found != fresh and not (isinstance(item, (Series, SeriesMap)) and not len(item)):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowtrain.access import Declaration, Meeting, dotted, meetings
 from flowtrain.callback import Callback
-from flowtrain.errors import CallbackError, CycleError, ResolutionError, WriteConflictError
+from flowtrain.errors import CallbackError, CycleError, ResolutionError, WriteConflictError, is_a
 from flowtrain.events import Event
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
@@ -134,7 +134,7 @@ class Resolver:
                         f"{winner.name} run first. Both are heard, so they must agree."
                     )
                 first = (winner, answer, source)
-            elif isinstance(answer, NoConflict):
+            elif is_a(answer, NoConflict):
                 first = first or (None, answer, source)
             else:
                 raise ResolutionError(
@@ -225,7 +225,7 @@ def _add_run_after(draft: _Draft) -> None:
     instances: dict[type, list[int]] = {}
     for after, node in enumerate(draft.nodes):
         types = node.callback.run_after()
-        if not isinstance(types, tuple) or not all(isinstance(kind, type) for kind in types):
+        if not is_a(types, tuple) or not all(is_a(kind, type) for kind in types):
             raise CallbackError(
                 f"{node.name}.run_after() returned {types!r}. Return a tuple of callback types, as (Recorder,)."
             )

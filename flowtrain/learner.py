@@ -15,7 +15,7 @@ import torch
 
 from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
-from flowtrain.callbacks import MetricsPrinter, Metrics, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core import TorchCore
 from flowtrain.data import loaders
 from flowtrain.dryrun import Recording, record
@@ -23,7 +23,7 @@ from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
 from flowtrain.events import Event
 from flowtrain.execution import Executor, find_executor
 from flowtrain.loop import Loop, RunBatch
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState, Named, State
 from flowtrain.strict import watch

@@ -17,7 +17,7 @@ import torch
 from flowtrain.batch import BatchState
 from flowtrain.core import TorchCore
 from flowtrain.data import check_gave, stream
-from flowtrain.errors import CoreError, UsageError
+from flowtrain.errors import CoreError, UsageError, is_a
 from flowtrain.events import (
     BackwardBegin,
     BackwardEnd,
@@ -48,6 +48,8 @@ _FIT_END, _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = FitEnd(), EpochBegin(), E
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _BACKWARD_BEGIN, _BACKWARD_END = BackwardBegin(), BackwardEnd()
 _UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
+
+_LEFT_OPEN = "the step caught an exception and left its batch open"
 
 _MOST_FIRED = 10_000
 """Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
@@ -121,7 +123,7 @@ class Loop:
         try:
             runner = self._by_type[type(event), type(phase)]
         except KeyError:
-            if not isinstance(event, Event) or not isinstance(phase, Phase):
+            if not is_a(event, Event) or not is_a(phase, Phase):
                 raise UsageError(
                     f"fire() takes an event and a phase, got {event!r} and {phase!r}. "
                     f"Write fire(MyEvent(), TrainingPhase())."
@@ -154,7 +156,7 @@ class Loop:
                 self._kept = len(self.fired)
                 try:
                     self.fire(event, phase)
-                except Exception as failure:  # noqa: BLE001  # collected, and raised when the others have run
+                except Exception as failure:  # collected, and raised when the others have run
                     failures.append(failure)
         finally:
             self._draining = False
@@ -195,13 +197,13 @@ class Loop:
                         self.epoch(learner, phase, loader)
             else:
                 self._fit_steps(learner, data, steps or 0, validate_every)
-        except BaseException as failure:  # noqa: BLE001  # raised below, when the fit is closed
+        except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
         self.scopes.fit = CLOSING
         for close in (lambda: self.fire(_FIT_END, Phase()), self.executor.flush):
             try:
                 close()
-            except BaseException as failure:  # noqa: BLE001  # everything is closed first
+            except BaseException as failure:  # everything is closed first
                 failures.append(failure)
         self.scopes.fit = CLOSED
         if not failures:
@@ -229,23 +231,26 @@ class Loop:
     def epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
         scopes = self.scopes
-        scopes.open_epoch(phase)
         failures: list[BaseException] = []
         with phase.mode(self.core.modules):
+            scopes.open_epoch(phase)
+            self.state.show(BatchState())
+            self.core.end_groups()
             try:
                 self.fire(_EPOCH_BEGIN, phase)
                 self._run(learner, phase, loader, most)
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
-            except BaseException as failure:  # noqa: BLE001  # raised below, when the epoch is closed
+            except BaseException as failure:  # raised below, when the epoch is closed
                 failures.append(failure)
             self.core.last_batch = False
+            self.core.end_groups()
             self._show(scopes.completed)
             scopes.epoch = CLOSING
             try:
                 self.fire(_EPOCH_CANCELLED if failures else _EPOCH_END, phase)
-            except BaseException as failure:  # noqa: BLE001
+            except BaseException as failure:
                 failures.append(failure)
             scopes.epoch = CLOSED
         if failures:
@@ -264,8 +269,12 @@ class Loop:
             scopes.batch_number += 1
             try:
                 step(learner, raw)
-            except BaseException as failure:  # noqa: BLE001  # closes the batch, then raises what is left
-                self._close_batch(phase, failure)
+                if scopes.batch != CLOSED:
+                    raise CancelBatchException(_LEFT_OPEN)
+            except BaseException as failure:  # closes the batch, then raises what is left
+                worst = self.close_batch(phase, failure)
+                if not isinstance(worst, CancelBatchException):
+                    raise worst
 
     def _mark_last(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Tell the core which batch is the last of the epoch: it ends an accumulation group that is not full."""
@@ -281,8 +290,8 @@ class Loop:
         self.core.last_batch = True
         yield held
 
-    def _close_batch(self, phase: Phase, failure: BaseException) -> None:
-        """Close the batch after an exception in its step; return if that exception ends with the batch."""
+    def close_batch(self, phase: Phase, failure: BaseException) -> BaseException:
+        """Close the batch, if one is open, after an exception; return what to raise unless it ends with the batch."""
         scopes = self.scopes
         failures = [failure]
         if scopes.batch == OPEN:
@@ -291,27 +300,30 @@ class Loop:
                 self.core.discard()
             try:
                 self.fire(_BATCH_CANCELLED, phase)
-            except BaseException as another:  # noqa: BLE001
+            except BaseException as another:
                 failures.append(another)
         elif scopes.batch == CLOSING:
             scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
         scopes.batch = CLOSED
-        worst = merge(failures)
-        if not isinstance(worst, CancelBatchException):
-            raise worst
+        return merge(failures)
 
     # --- one batch
 
     def step(self, learner: StepContext, phase: Phase, raw: Any) -> BatchState:
         """Run one batch outside of an epoch, in the phase's mode; return its state."""
-        with phase.mode(self.core.modules):
-            try:
-                phase.step(learner, raw)
-            except BaseException as failure:  # noqa: BLE001
+        self.scopes.firing = True  # a step may not begin another one, nor a fit
+        try:
+            with phase.mode(self.core.modules):
                 try:
-                    self._close_batch(phase, failure)
-                except CancelEpochException:
-                    pass  # there is no epoch to cancel
+                    phase.step(learner, raw)
+                    if self.scopes.batch != CLOSED:
+                        raise CancelBatchException(_LEFT_OPEN)
+                except BaseException as failure:  # closes the batch, then raises what is left
+                    worst = self.close_batch(phase, failure)
+                    if not isinstance(worst, (CancelBatchException, CancelEpochException)):
+                        raise worst  # there is no epoch to cancel
+        finally:
+            self.scopes.firing = False
         return self.state.batch
 
     def forward(self) -> AbstractContextManager[None]:
@@ -327,7 +339,7 @@ class Loop:
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, phase)
             loss = batch.loss if shared else loss
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        if not is_a(loss, torch.Tensor) or loss.numel() != 1:
             raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
         self.core.backward(loss)
         if shared:
@@ -338,11 +350,11 @@ class Loop:
 
     def update(self, phase: Phase, name: str | None = None) -> None:
         """Step the optimizer `name`, or all of them, if its accumulation group is complete, with its events."""
+        self._need_batch("update")
         core = self.core
         names = core.due(name)
         if not names:
             return
-        self._need_batch("update")
         on = self.runners[phase]
         core.unscale(names)
         if on.update_begin is not None:
@@ -366,7 +378,7 @@ class Loop:
 class RunBatch:
     """The context of one batch: it makes the batch state, and fires `BatchBegin` and `BatchEnd`.
 
-    An exception in its body goes on to the loop, which closes the batch.
+    An exception in its body closes the batch and goes on, so a step may catch it.
     """
 
     __slots__ = ("_entries", "_loop", "_phase")
@@ -385,16 +397,25 @@ class RunBatch:
         loop.state.show(batch)
         scopes.backward = False
         scopes.batch = OPEN
-        loop.fire(_BATCH_BEGIN, self._phase)
+        try:
+            loop.fire(_BATCH_BEGIN, self._phase)
+        except BaseException as failure:  # closed first
+            worst = loop.close_batch(self._phase, failure)
+            raise worst
         if torch.is_grad_enabled():
-            loop.core.begin()
+            loop.core.begin_groups()
         return batch
 
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
-        if failure is not None:
-            return
         loop = self._loop
+        if failure is not None:
+            worst = loop.close_batch(self._phase, failure)
+            if worst is not failure:
+                raise worst
+            return
         loop.scopes.batch = CLOSING
-        loop.fire(_BATCH_END, self._phase)
-        loop.scopes.batch = CLOSED
-        loop.scopes.completed = loop.state.batch
+        try:
+            loop.fire(_BATCH_END, self._phase)
+        finally:
+            loop.scopes.batch = CLOSED
+            loop.scopes.completed = loop.state.batch

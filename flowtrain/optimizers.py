@@ -7,11 +7,12 @@ parameters, which belong to ``model``. Both are paths of their own, and bare ``o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
-from flowtrain.errors import ProtectedException
+from flowtrain.errors import ProtectedException, UsageError
 from flowtrain.readonly import readonly, refuse
 
 __all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts"]
@@ -32,7 +33,8 @@ class HyperParamGroup(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name == "params":
             raise KeyError("params: the parameters are at learner.params; a group here has hyperparameters only")
-        return self._group[name]
+        value = self._group[name]
+        return value if self._writable else readonly(value, self._path)
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not self._writable:
@@ -42,7 +44,9 @@ class HyperParamGroup(MutableMapping[str, Any]):
         self._group[name] = value
 
     def __delitem__(self, name: str) -> None:
-        raise KeyError(f"{name}: a hyperparameter cannot be deleted, the optimizer needs it")
+        if not self._writable:
+            raise refuse(self._path)
+        raise UsageError(f"{self._path}: {name!r} cannot be deleted, the optimizer needs it. Assign another value.")
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._group if name != "params")
@@ -73,6 +77,9 @@ class HyperParams(Sequence[HyperParamGroup]):
     def __len__(self) -> int:
         return len(self._optimizer.param_groups)
 
+    def __twin__(self) -> HyperParams:
+        return HyperParams(self._optimizer, self._path, writable=False)
+
     def __repr__(self) -> str:
         return f"HyperParams({[dict(group) for group in self]})"
 
@@ -85,14 +92,24 @@ class OptimizerParts:
         state: The optimizer's state by parameter.
     """
 
-    __slots__ = ("_optimizer", "_path", "_twins", "_writable", "hyperparams")
+    __slots__ = ("__twins__", "_optimizer", "_path", "_writable", "hyperparams")
+
+    __twins__: OptimizerParts
+    _optimizer: Optimizer
+    _path: str
+    _writable: bool
+    hyperparams: HyperParams
 
     def __init__(self, optimizer: Optimizer, path: str = "optimizer", *, writable: bool = True) -> None:
-        self._optimizer = optimizer
-        self._path = path
-        self._writable = writable
-        self.hyperparams = HyperParams(optimizer, f"{path}.hyperparams", writable=writable)
-        self._twins = OptimizerParts(optimizer, path, writable=False) if writable else self
+        keep = partial(object.__setattr__, self)
+        keep("_optimizer", optimizer)
+        keep("_path", path)
+        keep("_writable", writable)
+        keep("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
+        keep("__twins__", OptimizerParts(optimizer, path, writable=False) if writable else self)
+
+    def __twin__(self) -> OptimizerParts:
+        return self.__twins__
 
     @property
     def state(self) -> Mapping[Any, Any]:
@@ -107,6 +124,12 @@ class OptimizerParts:
             raise ProtectedException("Write", self._path, f'{name}() writes. Declare {{"{self._path}": Write()}}.')
         value = getattr(self._optimizer, name)
         return value if self._writable else readonly(value, f"{self._path}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UsageError(
+            f"{self._path}.{name} cannot be replaced: the training core holds the optimizer. Change it in place, as "
+            f'{self._path}.hyperparams[0]["lr"] = 0.1.'
+        )
 
     def __repr__(self) -> str:
         return f"OptimizerParts({type(self._optimizer).__name__})"

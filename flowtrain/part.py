@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
-from flowtrain.access import Declaration, Path, Read, Write, declare, dotted, granted, render, union
+from flowtrain.access import Declaration, Path, Read, Write, dotted, granted, render, union
 from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly
@@ -25,6 +25,7 @@ Tree: TypeAlias = "dict[str, Tree | Read | Write]"
 def tree(declaration: Declaration) -> Tree:
     """Nest a declaration by the parts of its paths. What a declared path covers already is left out.
 
+    >>> from flowtrain.access import declare
     >>> tree(declare({"batch.loss": Read(), "batch.inputs": Read()}, "example"))
     {'batch': {'inputs': Read(), 'loss': Read()}}
     """
@@ -72,7 +73,8 @@ class Owner:
             paste = f"{self.decorator}access={wanted})"
         else:
             paste = f"def state_access(self) -> Access:\n        return {wanted}"
-        raise ProtectedException(access, dotted(path), f"{what} In {self.type_name}.{self.where} write:\n\n    {paste}\n")
+        remedy = f"{what} In {self.type_name}.{self.where} write:\n\n    {paste}\n"
+        raise ProtectedException(access, dotted(path), remedy)
 
     def missing(self, path: Path, cause: BaseException | None) -> NoReturn:
         """Raise the `MissingStateError` for a declared path with nothing there."""

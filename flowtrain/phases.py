@@ -16,7 +16,7 @@ To run a step of your own, override `step` (see `StepContext` for what it may us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, Self
 
@@ -141,13 +141,13 @@ class Phase:
 
     events: ClassVar[tuple[type[Event], ...] | None] = (FitBegin, FitEnd)
     provides: ClassVar[Mapping[str, type[Event]] | None] = None
+    _instance: ClassVar[Any]
 
     def __new__(cls) -> Self:
         instance = cls.__dict__.get("_instance")
         if instance is None:
-            instance = super().__new__(cls)
-            cls._instance = instance  # type: ignore[attr-defined]  # kept per class on purpose, not inherited
-        return instance  # type: ignore[no-any-return]  # what __dict__ holds is Any
+            instance = cls._instance = super().__new__(cls)
+        return instance
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -353,7 +353,7 @@ def _loss_error(phase: Phase, core: Any, batch: BatchState, what: str) -> LossEr
 
 
 @contextmanager
-def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Iterator[None]:
+def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Generator[None]:
     roots = list(modules)
     before = [(module, module.training) for root in roots for module in root.modules()]
     for root in roots:
@@ -377,6 +377,6 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
     if isinstance(value, (tuple, list)):
-        parts = ", ".join(describe(part) for part in value[:3])
-        return f"{type(value).__name__} of {len(value)}" + (f": {parts}{', ...' if len(value) > 3 else ''}" if parts else "")
+        parts = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
     return f"{type(value).__name__} {value!r:.60}"

@@ -109,7 +109,7 @@ def make_plan(
         step = Step(node, handler, handler.bind(node.callback), view)
         if watch is not None:
             step = Step(node, handler, watch(step), view)
-        asked = tuple(c for c in node.callback._conditions if issubclass(event_type, c.event_type))
+        asked = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
         if asked:
             step = Step(node, handler, _conditional(step.call, asked), view)
         steps.append(step)
@@ -136,7 +136,8 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
 def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
     def ask(event: Event, phase: Phase, view: Any) -> None:
         # Every condition counts the event, also when an earlier one has said no.
-        if all([condition.ready(phase) for condition in conditions]):
+        ready = [condition.ready(phase) for condition in conditions]
+        if all(ready):
             call(event, phase, view)
 
     return ask

@@ -14,9 +14,9 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowtrain.access import ROOTS, Declaration, Path, Read, Write, granted
+from flowtrain.access import ROOTS, Declaration, Read, Write, granted
 from flowtrain.batch import ReadOnlyBatch
-from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.errors import MissingStateError, UsageError, is_a, nearest
 from flowtrain.events import Event
 from flowtrain.part import Owner, Part, Tree, tree
 from flowtrain.readonly import PLAIN
@@ -27,10 +27,9 @@ __all__ = ["LearnerView", "Namespace", "bind_view", "compile_view"]
 _SOURCES = {
     # root: (where Read looks, where Write looks), from the state on
     "batch": ("batch_twin", "batch"),
-    "cbstate": ("cbstate._twins", "cbstate"),
-    "optimizer": ("optimizers._twins", "optimizers"),
+    "cbstate": ("cbstate.__twins__", "cbstate"),
+    "optimizer": ("optimizers.__twins__", "optimizers"),
 }
-_SINGLE = {"data": ("data._twin", "data")}
 _LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
 
 
@@ -64,7 +63,7 @@ class LearnerView:
         The events that several handlers ask for are fired in serial order of who asked, first in, first out. They
         are dropped if the current event raises.
         """
-        if not isinstance(event, Event):
+        if not is_a(event, Event):
             raise UsageError(f"fire() takes an event, got {event!r}. Write learner.fire(MyEvent()).")
         self._state.fired.append((self._owner.callback, event))
 
@@ -185,7 +184,7 @@ class CbstateNamespace(Namespace):
             cbstate = self._state.cbstate
             entries = cbstate.__dict__
             if type(value) in PLAIN and type(entries.get(name)) in PLAIN:
-                entries[name] = cbstate._twins.__dict__[name] = value
+                entries[name] = cbstate.__twins__.__dict__[name] = value
                 return
         Namespace.__setattr__(self, name, value)
 
@@ -245,7 +244,7 @@ def compile_view(declaration: Declaration) -> type[LearnerView]:
             members["_trees"][root] = inside
             slots.append(root)
     if isinstance(members["_whole"].get("data"), Read):
-        members["data"] = property(lambda view: view._state.data._twin())
+        members["data"] = property(lambda view: view._state.data.__twin__())
     members["__slots__"] = tuple(slots)
     return type("LearnerView", (LearnerView,), members)
 

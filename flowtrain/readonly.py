@@ -7,7 +7,7 @@ and other objects cannot be protected and are handed out as they are; strict mod
 
 from __future__ import annotations
 
-from collections import deque
+from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -23,8 +23,11 @@ PLAIN: frozenset[type] = frozenset(
 """Types whose twin is the value itself; tested by exact type, which is quick."""
 
 _CHANGES = frozenset(
-    "append appendleft add clear discard extend extendleft insert move_to_end pop popitem popleft remove reverse "
-    "rotate setdefault sort update difference_update intersection_update symmetric_difference_update".split()
+    (
+        "append", "appendleft", "add", "clear", "discard", "extend", "extendleft", "insert", "move_to_end", "pop",
+        "popitem", "popleft", "remove", "reverse", "rotate", "setdefault", "sort", "subtract", "update",
+        "difference_update", "intersection_update", "symmetric_difference_update",
+    )
 )
 
 
@@ -67,6 +70,9 @@ class _Twin:
     def __setattr__(self, name: str, value: Any) -> None:
         raise refuse(self._path)
 
+    def __delattr__(self, name: str) -> None:
+        raise refuse(self._path)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         raise refuse(self._path)
 
@@ -76,8 +82,18 @@ class _Twin:
     def __iadd__(self, other: Any) -> Any:
         raise refuse(self._path)
 
-    def __ior__(self, other: Any) -> Any:
-        raise refuse(self._path)
+    __imul__ = __ior__ = __iand__ = __isub__ = __ixor__ = __iadd__
+
+    def __copy__(self) -> Any:
+        return self.copy()
+
+    def copy(self) -> Any:
+        """Return a copy that may be changed; what is nested in it is shown by twins still."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        # Deep copies and pickles are of the container: nobody else sees those, so nobody has to protect them.
+        return _itself, (self._container,)
 
 
 class ReadOnlyList(_Twin, Sequence[Any]):
@@ -91,6 +107,10 @@ class ReadOnlyList(_Twin, Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (readonly(item, self._path) for item in self._container)
 
+    def copy(self) -> list[Any]:
+        """Return a list of the items."""
+        return list(self)
+
 
 class ReadOnlyDict(_Twin, Mapping[Any, Any]):
     """The twin of a dict, or of a subclass of dict with attributes of its own."""
@@ -98,10 +118,21 @@ class ReadOnlyDict(_Twin, Mapping[Any, Any]):
     __slots__ = ()
 
     def __getitem__(self, key: Any) -> Any:
-        return readonly(self._container[key], self._path)
+        container = self._container
+        if isinstance(container, defaultdict) and key not in container and container.default_factory is not None:
+            return readonly(container.default_factory(), self._path)  # shown, not entered: reading changes nothing
+        return readonly(container[key], self._path)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the value for a key, or the default."""
+        return self[key] if key in self._container else default
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._container)
+
+    def copy(self) -> dict[Any, Any]:
+        """Return a dict of the items."""
+        return dict(self)
 
 
 class ReadOnlySet(_Twin, Set[Any]):
@@ -116,10 +147,18 @@ class ReadOnlySet(_Twin, Set[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._container)
 
+    def copy(self) -> set[Any]:
+        """Return a set of the items."""
+        return set(self)
+
+
+def _itself(container: Any) -> Any:
+    return container
+
 
 _TWINS: tuple[tuple[type | tuple[type, ...], Callable[[Any, str], Any]], ...] = (
-    (dict, ReadOnlyDict),
-    ((list, deque), ReadOnlyList),
+    ((dict, UserDict), ReadOnlyDict),
+    ((list, deque, UserList), ReadOnlyList),
     (set, ReadOnlySet),
 )
 
@@ -136,17 +175,19 @@ def readonly(value: Any, path: str) -> Any:
     """
     if type(value) in PLAIN:
         return value
-    own = getattr(type(value), "_twin", None)
+    own = getattr(type(value), "__twin__", None)
     if own is not None:
         return own(value)
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    if type(value) is tuple:
-        twins = tuple(readonly(item, path) for item in value)
-        return value if all(a is b for a, b in zip(value, twins, strict=True)) else twins
+    if type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make")):
+        twins = [readonly(item, path) for item in value]
+        if all(a is b for a, b in zip(value, twins, strict=True)):
+            return value
+        return tuple(twins) if type(value) is tuple else value._make(twins)
     flags = getattr(value, "flags", None)
-    if hasattr(flags, "writeable"):  # a numpy array, without importing numpy
+    if getattr(flags, "writeable", False):  # a numpy array, without importing numpy; its scalars cannot be written
         view = value.view()
         view.flags.writeable = False
         return view

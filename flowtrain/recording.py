@@ -101,10 +101,11 @@ class RecordedMapping(Mapping[Any, Any]):
         self._log = log
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, Phase) or isinstance(key, type):
+        if isinstance(key, (Phase, type)):
             return RecordedMapping(self._target[key], self._path, self._log)
-        _read(self._log, (*self._path, *str(key).split(".")), optional=key not in self._target)
-        return self._target[key] if key in self._target else None
+        found = self._target.get(key)
+        _read(self._log, (*self._path, *str(key).split(".")), optional=found is None)
+        return found
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return what is at a key."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
 from flowtrain.checks import check_batch, check_cbstate, check_made
-from flowtrain.errors import CallbackError, nearest
+from flowtrain.errors import CallbackError, is_a, is_type, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.graph import Node, Order, Resolver, order_event, order_setup, to_networkx
 from flowtrain.handler import Handler
@@ -107,7 +107,7 @@ class Callbacks(Sequence[Callback]):
         """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
         if isinstance(wanted, str):
             return next((node.callback for node in self._nodes if node.name == wanted), None)
-        if not isinstance(wanted, type):
+        if not is_a(wanted, type):
             raise CallbackError(f"A callback is found by its type or name, got {wanted!r}.")
         return next((node.callback for node in self._nodes if isinstance(node.callback, wanted)), None)
 
@@ -226,9 +226,10 @@ def _unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
         CallbackError: Not a callback, the same one twice, or two with one name of their own.
     """
     for callback in callbacks:
-        if isinstance(callback, type) and issubclass(callback, Callback):
-            raise CallbackError(f"{callback.__name__} is a class. Pass an instance: {callback.__name__}().")
-        if not isinstance(callback, Callback):
+        if is_type(callback, Callback):
+            name = getattr(callback, "__name__", "")
+            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
+        if not is_a(callback, Callback):
             raise CallbackError(
                 f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
                 f"CustomCallback(f, EpochEnd, TrainingPhase)."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from flowtrain.errors import ResolutionError
+from flowtrain.errors import ResolutionError, is_a
 
 __all__ = ["NoConflict", "Resolution", "RunFirst", "Unresolvable", "resolutions_for", "resolve"]
 
@@ -51,13 +51,13 @@ def resolve(one: type, other: type, resolution: Resolution | None) -> None:
     Raises:
         ResolutionError: The arguments are no types, or no resolution, or `RunFirst` names a third type.
     """
-    if not (isinstance(one, type) and isinstance(other, type)):
+    if not (is_a(one, type) and is_a(other, type)):
         raise ResolutionError(f"resolve() takes two callback types and a resolution, got {one!r} and {other!r}.")
     if resolution is None:
         _RESOLVED.pop((one, other), None)
         _RESOLVED.pop((other, one), None)
         return
-    if not isinstance(resolution, (RunFirst, NoConflict, Unresolvable)):
+    if not is_a(resolution, (RunFirst, NoConflict, Unresolvable)):
         raise ResolutionError(
             f"resolve({one.__name__}, {other.__name__}, ...) got {resolution!r}. "
             f"Write RunFirst({one.__name__}), NoConflict() or Unresolvable()."

@@ -17,10 +17,10 @@ only filled. A series only grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -68,9 +68,17 @@ class Series:
         self._values: list[Any] = []
 
     def push(self, value: Any, step: int) -> None:
-        """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read."""
-        if type(value) is torch.Tensor:
-            value = value.item() if value.device.type == "cpu" else value.detach()
+        """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
+
+        A tensor with more elements is copied, so that what is done to it later does not change what was recorded.
+        """
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                value = value.detach().clone()
+            elif value.device.type == "cpu":
+                value = value.item()
+            else:
+                value = value.detach() if type(value) is torch.Tensor else value.detach().clone()
         self._values.append(value)
         self._steps.append(step)
 
@@ -90,13 +98,21 @@ class Series:
             self._settle(index)
         return self._values[start:]
 
+    def snapshot(self) -> int:
+        """Return what `restore` needs to come back to here."""
+        return len(self._steps)
+
+    def restore(self, snapshot: int) -> None:
+        """Take back what was recorded after a snapshot."""
+        del self._values[snapshot:], self._steps[snapshot:]
+
     def _settle(self, index: int) -> Any:
         value = self._values[index]
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = self._values[index] = value.item()
         return value
 
-    def _twin(self) -> ReadOnlySeries:
+    def __twin__(self) -> ReadOnlySeries:
         return ReadOnlySeries(self)
 
     def __len__(self) -> int:
@@ -121,6 +137,10 @@ class ReadOnlySeries(Series):
         """Refuse."""
         raise refuse(self._path)
 
+    def restore(self, snapshot: int) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
 
 class SeriesMap(Mapping[str, Series]):
     """Series by name. `push` makes a series when its name is new."""
@@ -142,8 +162,17 @@ class SeriesMap(Mapping[str, Series]):
         """Return the series `name`, made if it is new."""
         return self._series.setdefault(name, Series(f"{self._path}.{name}"))
 
-    def _twin(self) -> ReadOnlySeriesMap:
+    def __twin__(self) -> ReadOnlySeriesMap:
         return ReadOnlySeriesMap(self)
+
+    def snapshot(self) -> dict[str, Series]:
+        """Return what `restore` needs to come back to here; the series themselves have snapshots of their own."""
+        return dict(self._series)
+
+    def restore(self, snapshot: Mapping[str, Series]) -> None:
+        """Forget the series that came after a snapshot."""
+        self._series.clear()
+        self._series.update(snapshot)
 
     def __getitem__(self, name: str) -> Series:
         return self._series[name]
@@ -167,7 +196,7 @@ class ReadOnlySeriesMap(SeriesMap):
         self._path, self._series = series._path, series._series
 
     def __getitem__(self, name: str) -> Series:
-        return self._series[name]._twin()
+        return self._series[name].__twin__()
 
     def series(self, name: str) -> Series:
         """Return the twin of a series that is there."""
@@ -177,6 +206,10 @@ class ReadOnlySeriesMap(SeriesMap):
         """Refuse."""
         raise refuse(f"{self._path}.{name}")
 
+    def restore(self, snapshot: Mapping[str, Series]) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
 
 class PhaseMap(dict[Phase, V]):
     """A value for each phase. The phase itself and its type are the same key.
@@ -184,6 +217,7 @@ class PhaseMap(dict[Phase, V]):
     Args:
         path: Where it lives, for messages.
         make: Makes the value for a phase that is met for the first time; without it such a phase is a `KeyError`.
+            Kept as an attribute.
 
     >>> from flowtrain.phases import TrainingPhase
     >>> seen = PhaseMap("cbstate.seen", make=lambda: 0)
@@ -195,17 +229,17 @@ class PhaseMap(dict[Phase, V]):
     def __init__(self, path: str, make: Callable[[], V] | None = None) -> None:
         super().__init__()
         self._path = path
-        self._make = make
+        self.make = make
         self._twins: ReadOnlyPhaseMap[V] | None = None
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
         # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
         key = _phase(phase, self._path)
         if key not in self:
-            if self._make is None:
+            if self.make is None:
                 known = ", ".join(repr(known) for known in self) or "none yet"
                 raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
-            dict.__setitem__(self, key, self._make())
+            self[key] = self.make()
         return dict.__getitem__(self, key)
 
     def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
@@ -227,7 +261,28 @@ class PhaseMap(dict[Phase, V]):
         """Return the value for a phase or phase type, or the default; nothing is made."""
         return self[phase] if phase in self else default
 
-    def _twin(self) -> Mapping[Phase, V]:
+    def pop(self, phase: Any, *default: Any) -> Any:
+        """Remove a phase and return its value, or the default."""
+        if phase not in self and default:
+            return default[0]
+        value = self[phase]
+        del self[phase]
+        return value
+
+    # Those of a dict would write past `__setitem__`.
+    clear: Any = MutableMapping.clear
+    popitem: Any = MutableMapping.popitem
+    setdefault: Any = MutableMapping.setdefault
+    update: Any = MutableMapping.update
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]  # a dict's takes no phase types
+        self.update(other)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_twins": None}  # a copy gets readers, and so a twin, of its own
+
+    def __twin__(self) -> Mapping[Phase, V]:
         # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
         if self._twins is None:
             self._twins = ReadOnlyPhaseMap(self)
@@ -243,13 +298,14 @@ class CountsMap(PhaseMap[Counts]):
     Phases are the keys; a phase type works for reading.
     """
 
-    __setitem__ = dict.__setitem__
-    __delitem__ = dict.__delitem__
+    # The slots of dict itself: a write makes no Python call. Nobody needs to be told, the twin is a proxy.
+    __setitem__ = dict.__setitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
+    __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
 
     def __init__(self, path: str) -> None:
         super().__init__(path, lambda: Counts((0, 0, 0, 0)))
 
-    def _twin(self) -> Mapping[Phase, Counts]:
+    def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
 
 
@@ -277,14 +333,21 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
     def __len__(self) -> int:
         return len(self._original)
 
-    def _twin(self) -> ReadOnlyPhaseMap[V]:
+    def __twin__(self) -> ReadOnlyPhaseMap[V]:
         return self
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self._original,)  # as of other twins: a deep copy is one of the container
 
     def _refused(self, *args: Any, **kwargs: Any) -> Any:
         raise refuse(self._path)
 
     __setitem__ = __delitem__ = __ior__ = _refused
     pop = popitem = clear = update = setdefault = _refused  # pyright: ignore[reportAssignmentType]  # they only refuse
+
+
+def _itself(container: Any) -> Any:
+    return container
 
 
 def _phase(phase: object, path: str) -> Phase:
@@ -298,7 +361,7 @@ def _phase(phase: object, path: str) -> Phase:
 def holds_series(value: object) -> bool:
     """Tell whether a container holds series by name, directly or for each phase."""
     if isinstance(value, PhaseMap):
-        made = value._make() if value._make is not None else next(iter(value.values()), None)
+        made = value.make() if value.make is not None else next(iter(value.values()), None)
         return isinstance(made, SeriesMap)
     return isinstance(value, SeriesMap)
 

@@ -67,8 +67,9 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
     """
     distinct = list({id(failure): failure for failure in failures}.values())
     worst, *others = sorted(distinct, key=_rank)
+    known: tuple[BaseException, ...] = getattr(worst, "others", ())
+    others = [other for other in others if all(other is not each for each in known)]
     if others:
-        known: tuple[BaseException, ...] = getattr(worst, "others", ())
         worst.others = (*known, *others)  # type: ignore[attr-defined]  # any exception may carry them
         for other in others:
             worst.add_note(f"also raised: {type(other).__name__}: {other}")

@@ -7,7 +7,9 @@ callbacks keeps a read-only twin beside it (`State`).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from flowtrain.batch import BatchState, ReadOnlyBatch
@@ -25,14 +27,14 @@ class State:
     holds a view of it sees the same.
     """
 
-    __slots__ = ("__dict__", "_path", "_twins")
+    __slots__ = ("__dict__", "__twins__", "_path")
 
     _path: str
-    _twins: Twins
+    __twins__: Twins
 
     def __init__(self, path: str) -> None:
         object.__setattr__(self, "_path", path)
-        object.__setattr__(self, "_twins", Twins(path))
+        object.__setattr__(self, "__twins__", Twins(path))
 
     def __getattr__(self, name: str) -> Any:
         raise _missing(self._path, name, self)
@@ -45,16 +47,16 @@ class State:
                 f"Write into it, as {self._path}.{name}[phase] = ... or .push(...)."
             )
         self.__dict__[name] = value
-        self._twins.__dict__[name] = readonly(value, f"{self._path}.{name}")
+        self.__twins__.__dict__[name] = readonly(value, f"{self._path}.{name}")
 
-    def _twin(self) -> Twins:
-        return self._twins
+    def __twin__(self) -> Twins:
+        return self.__twins__
 
     def __delattr__(self, name: str) -> None:
         if name not in self:
             raise _missing(self._path, name, self)
         del self.__dict__[name]
-        del self._twins.__dict__[name]
+        del self.__twins__.__dict__[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.__dict__
@@ -131,6 +133,10 @@ class Named(Mapping[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{self._what}.{name} cannot be replaced; pass the {self._what}s to Learner.")
+
+    @cached_property
+    def __twins__(self) -> Named:
+        return Named(self._what, {name: readonly(each, f"{self._what}.{name}") for name, each in self.items()})
 
     def _unknown(self, name: str) -> str:
         return (
@@ -209,17 +215,20 @@ def restore_point(state: State) -> Callable[[], None]:
     def remember(value: Any) -> None:
         if id(value) in contents:
             return
-        if isinstance(value, (dict, list, set)):
-            contents[id(value)] = (value, value.copy() if type(value) in (dict, list, set) else _plain_copy(value))
+        if isinstance(value, (dict, list, set, deque)):
+            contents[id(value)] = (value, dict(dict.items(value)) if isinstance(value, dict) else list(value))
             for inner in value.values() if isinstance(value, dict) else value:
+                remember(inner)
+        elif isinstance(value, tuple):
+            for inner in value:
                 remember(inner)
         elif isinstance(value, State):
             contents[id(value)] = (value, dict(value.__dict__))
             for inner in value.__dict__.values():
                 remember(inner)
         elif isinstance(value, SeriesMap):
-            contents[id(value)] = (value, dict(value._series))
-            for series in value._series.values():
+            contents[id(value)] = (value, value.snapshot())
+            for series in value.values():
                 remember(series)
         elif isinstance(value, Series):
             contents[id(value)] = (value, len(value))
@@ -236,21 +245,16 @@ def restore_point(state: State) -> Callable[[], None]:
     return restore
 
 
-def _plain_copy(value: Any) -> Any:
-    return dict(dict.items(value)) if isinstance(value, dict) else type(value)(value)
-
-
 def _refill(value: Any, content: Any) -> None:
     if isinstance(value, Series):
-        del value._values[content:], value._steps[content:]
+        value.restore(content)
     elif isinstance(value, State):
         value.__dict__.clear()
-        value._twins.__dict__.clear()
+        value.__twins__.__dict__.clear()
         for name, item in content.items():
             setattr(value, name, item)
     elif isinstance(value, SeriesMap):
-        value._series.clear()
-        value._series.update(content)
+        value.restore(content)
     elif isinstance(value, PhaseMap):
         for phase in list(value):
             del value[phase]
@@ -258,6 +262,9 @@ def _refill(value: Any, content: Any) -> None:
             value[phase] = item
     elif isinstance(value, list):
         value[:] = content
+    elif isinstance(value, deque):
+        value.clear()
+        value.extend(content)
     else:
         value.clear()
         value.update(content)

@@ -18,8 +18,6 @@ def console() -> Console:
     """Return rich's global console, which a user may have set up with ``rich.reconfigure``."""
     before = random.getstate()
     import rich
-    import rich.progress  # noqa: F401  # imported here too, since importing it is what draws
-
     found = rich.get_console()
     random.setstate(before)  # rich draws from Python's generator when it is imported; printing must not change a run
     return found

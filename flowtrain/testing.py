@@ -36,7 +36,9 @@ class TinyModel(torch.nn.Module):
         return self.coeff * x
 
 
-def tiny_batches(coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def tiny_batches(
+    coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return pairs of ``(x, coeff * x)``, each of shape ``(batch_size, 1)``; always the same ones.
 
     >>> x, y = tiny_batches(coeff=2.0)[0]

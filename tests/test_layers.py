@@ -15,12 +15,15 @@ import pytest
 
 # A package stands here as one module, and ``flowtrain`` is ``flowtrain/__init__.py``, the public face.
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "signals", "events", "state", "access", "phases"),  # the words: nothing here runs a callback
-    1: ("protect", "records"),  # what leaves the training loop: views for handlers, records for sinks
-    2: ("callback", "providers"),  # what a user writes
+    # the words: what there is and what may be said of it; nothing here runs a callback
+    0: (
+        "errors", "signals", "events", "access", "readonly", "batch", "phases", "optimizers", "series", "state",
+    ),  # fmt: skip
+    1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
+    2: ("resolution", "handler", "callback", "providers"),  # what a user writes
     3: ("graph",),  # from declarations to an order, with reasons
-    4: ("plan", "registry", "execution"),  # from an order to something that runs
-    5: ("core", "scopes", "loop"),  # training itself
+    4: ("checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
+    5: ("core", "data", "scopes", "loop", "dryrun"),  # training itself
     6: ("logging", "metrics"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
     8: ("learner", "flowtrain"),  # all of it in one object, and what users import

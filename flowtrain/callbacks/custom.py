@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtrain.access import Access
 from flowtrain.callback import Callback
-from flowtrain.errors import HandlerError
+from flowtrain.errors import HandlerError, is_type
 from flowtrain.events import Event
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
@@ -43,7 +43,7 @@ class CustomCallback(Callback):
         if not callable(f):
             raise HandlerError(f"CustomCallback({f!r}, ...) takes a function of the learner first.")
         for kind, base in ((event_type, Event), (phase_type, Phase)):
-            if not (isinstance(kind, type) and issubclass(kind, base)):
+            if not is_type(kind, base):
                 raise HandlerError(
                     f"CustomCallback got {kind!r} where a subclass of {base.__name__} belongs. "
                     f"Write CustomCallback(f, EpochEnd, TrainingPhase, access={{...}})."

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flowtrain.callback import Callback, Condition
-from flowtrain.errors import UsageError
+from flowtrain.errors import UsageError, is_a
 from flowtrain.events import Event
 from flowtrain.phases import Phase
 
@@ -74,11 +74,11 @@ def throttle(
         UsageError: Not exactly one of the two, a value that means nothing, or an event that the callback does not
             handle.
     """
-    if not isinstance(callback, Callback):
+    if not is_a(callback, Callback):
         raise UsageError(f"throttle() takes a callback first, got {callback!r}. Write throttle(Printer(), BatchEnd, every=10).")
     if (every is None) == (seconds is None):
         raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+    if every is not None and (not is_a(every, int) or isinstance(every, bool) or every < 1):
         raise UsageError(f"throttle(every={every!r}): every is a whole number, at least 1.")
     if seconds is not None and not seconds > 0:
         raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
@@ -90,5 +90,5 @@ def throttle(
             f"{event_type.__name__}; it handles {listed}."
         )
     condition = Every(event_type, every) if every is not None else EverySeconds(event_type, seconds or 0.0)
-    callback._conditions = (*callback._conditions, condition)
+    callback.conditions = (*callback.conditions, condition)
     return callback

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback
-from flowtrain.errors import HandlerError
+from flowtrain.errors import HandlerError, is_a
 from flowtrain.events import BatchEnd, Event
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
@@ -40,7 +40,7 @@ class Traces(Callback):
         event_type: type[Event] = BatchEnd,
         access: Access | None = None,
     ) -> None:
-        if not isinstance(traces, Mapping) or not traces or not all(callable(trace) for trace in traces.values()):
+        if not is_a(traces, Mapping) or not traces or not all(callable(trace) for trace in traces.values()):
             raise HandlerError(f"Traces({traces!r}, ...) takes functions by name: Traces({{'Norm': f}}, TrainingPhase).")
         for name in traces:
             if not name or "." in name:
