@@ -1,0 +1,174 @@
+"""The documents run: every ```python block is executed, and what it prints is compared with the text that follows it.
+
+The blocks of one document are executed in order in one namespace. What a block prints, and the exception that it
+raises, is what the next ```text block says, character for character; a block with neither has no ```text block.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two fences.
+
+    Attributes:
+        line: The number of the line after the opening fence.
+        language: What the fence says: ``python``, ``text``, ``sh``, ...
+        source: The lines between the fences, with indentation.
+    """
+
+    line: int
+    language: str
+    source: str
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng():
+        execute(document.read_text("utf-8"), document.name, monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    text = document.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = str(target).partition("#")
+        if "://" in path:
+            continue
+        linked = (document.parent / path).resolve() if path else document
+        assert linked.exists(), f"{document.name} links to {target}, and there is no such file"
+        if heading:
+            assert heading in anchors(linked.read_text("utf-8")), f"{document.name} links to {target}: no such heading"
+
+
+def test_readme_shows_a_program_and_its_output_at_once() -> None:
+    program, output = [block for block in blocks((ROOT / "README.md").read_text("utf-8")) if block.language != "sh"][:2]
+    assert (program.language, output.language) == ("python", "text")
+    assert "learner.fit(" in program.source
+    assert output.line + output.source.count("\n") < 30
+
+
+def test_rules_are_numbered_without_a_gap() -> None:
+    text = (ROOT / "docs" / "rules.md").read_text("utf-8")
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 19))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("```python\nprint(2)\n```\n```text\n1\n```", "README.md:2 printed something else"),
+        ("```python\nx = 1\n```\n```text\n1\n```", "README.md:2 printed something else"),
+        ("```python\nprint(1)\n```", "README.md:2 prints and no ```text block says what"),
+        ("```python\nprint(1)\n```\n```python\nx = 1\n```\n", "README.md:2 prints and no ```text block says what"),
+        ("```python\n1 / 0\n```", "README.md:2 prints and no ```text block says what"),
+        ("```python\n1 / 0\n```\n```text\nZeroDivisionError: by one\n```", "README.md:2 printed something else"),
+        ("```text\n1\n```", "README.md:2 is a ```text block without a ```python block before it"),
+        ("```python\nx = 1\n```\n```text\n```\n```text\n```", "README.md:7 is a ```text block without"),
+        ("```py\nprint(1)\n```", "README.md:2 is a ```py block; known are python, text and sh"),
+        ("text\n```\nprint(1)\n```", "README.md:3 is a ``` block; known are python, text and sh"),
+        ("```python\nprint(1)\n", "README.md:2 begins a block that does not end"),
+    ],
+)
+def test_a_document_that_is_wrong_fails(document: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError) as failed:
+        execute(document, "README.md", monkeypatch)
+    assert str(failed.value).startswith(message)
+
+
+def test_blocks_share_a_namespace_and_raise_what_the_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (
+        "```python\nfrom flowtrain import UsageError\nn = 2\nprint(n)\n```\nprints:\n```text\n2\n```\n"
+        "```sh\nexit 1\n```\n"
+        "```python\nprint('first')\nraise UsageError(f'{n}\\nlines')\n```\n"
+        "```text\nfirst\nflowtrain.errors.UsageError: 2\nlines\n```\n"
+    )
+    execute(document, "README.md", monkeypatch)
+
+
+def execute(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute the ```python blocks of a document, and compare each with the ```text block after it.
+
+    Args:
+        text: The document.
+        name: What it is called in messages.
+        monkeypatch: Makes the namespace a module, so that its classes are found as those of a program are.
+    """
+    module = ModuleType("docs_" + name.removesuffix(".md"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block, expected in pairs(text, name):
+        printed = run(block, name, module)
+        where = f"{name}:{block.line}"
+        assert expected is not None or not printed, f"{where} prints and no ```text block says what:\n{printed}"
+        said = expected.source if expected is not None else ""
+        assert printed == said, f"{where} printed something else:\n{printed}\n--- the document says:\n{said}"
+
+
+def run(block: Block, name: str, module: ModuleType) -> str:
+    """Execute one block; return what it prints, and after it the exception as Python prints it, without a traceback."""
+    code = compile("\n" * (block.line - 1) + block.source, name, "exec")
+    output = io.StringIO()
+    with redirect_stdout(output):
+        try:
+            exec(code, module.__dict__)
+        except Exception as error:  # whatever a block raises is compared with the text after it
+            output.writelines(traceback.format_exception_only(error))
+    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+
+
+def pairs(text: str, name: str) -> Iterator[tuple[Block, Block | None]]:
+    """Yield each ```python block with the ```text block that follows it, if one does before the next ```python."""
+    waiting: Block | None = None
+    for block in blocks(text):
+        where = f"{name}:{block.line}"
+        if block.language == "python":
+            if waiting is not None:
+                yield waiting, None
+            waiting = block
+        elif block.language == "text":
+            assert waiting is not None, f"{where} is a ```text block without a ```python block before it"
+            yield waiting, block
+            waiting = None
+        elif block.language == "unclosed":
+            raise AssertionError(f"{where} begins a block that does not end")
+        else:
+            assert block.language == "sh", f"{where} is a ```{block.language} block; known are python, text and sh"
+    if waiting is not None:
+        yield waiting, None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """Yield the fenced blocks of a document; the last one as ``unclosed`` if its fence is missing."""
+    begun: tuple[int, str] | None = None
+    inside: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if begun is None and line.startswith("```"):
+            begun, inside = (number + 1, line[3:].strip()), []
+        elif begun is not None and line == "```":
+            yield Block(*begun, "\n".join(inside).rstrip())
+            begun = None
+        elif begun is not None:
+            inside.append(line)
+    if begun is not None:
+        yield Block(begun[0], "unclosed", "")
+
+
+def anchors(text: str) -> set[str]:
+    """Return the link targets that GitHub makes of the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", str(heading).lower()).replace(" ", "-") for heading in headings}
