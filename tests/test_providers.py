@@ -1,0 +1,44 @@
+"""The table of who provides an entry of ``cbstate``: names only, so held against the bundled callbacks here."""
+
+from __future__ import annotations
+
+import pytest
+
+import flowtrain.callbacks
+from flowtrain import Callback, TrainingPhase, Write
+from flowtrain.access import declare
+from flowtrain.providers import PROVIDERS
+from flowtrain.series import CONTAINERS
+
+EXAMPLES = {"Traces": lambda: flowtrain.callbacks.Traces({"One": lambda learner: 1.0}, TrainingPhase)}
+"""How to make a provider that takes arguments."""
+
+
+def written(callback: Callback) -> set[str]:
+    """The entries of ``cbstate`` that a callback declares to write."""
+    found = declare(callback.state_access(), callback.name)
+    return {path[1] for path, kind in found if path[0] == "cbstate" and isinstance(kind, Write)}
+
+
+@pytest.mark.parametrize(("entry", "name"), sorted(PROVIDERS.items()))
+def test_the_provider_is_bundled_and_writes_the_entry(entry: str, name: str) -> None:
+    """Rule 10: the message for a missing entry names a callback that really makes it."""
+    assert name in flowtrain.callbacks.__all__
+    provider: Callback = EXAMPLES.get(name, getattr(flowtrain.callbacks, name))()
+    assert entry in written(provider)
+
+
+@pytest.mark.parametrize("entry", sorted(PROVIDERS))
+def test_the_entry_is_one_that_the_learner_makes(entry: str) -> None:
+    assert entry in CONTAINERS
+
+
+def test_no_bundled_entry_is_without_provider() -> None:
+    """Every default callback's own entries are in the table."""
+    made = {entry for name in ("Recorder", "Metrics", "SmoothLoss") for entry in written(of(name))}
+    assert made <= PROVIDERS.keys()
+
+
+def of(name: str) -> Callback:
+    made: Callback = getattr(flowtrain.callbacks, name)()
+    return made
