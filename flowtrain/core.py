@@ -157,6 +157,7 @@ class TorchCore:
         if self._state is not None:
             raise CoreError("This TorchCore belongs to another learner. Give each learner a core of its own.")
         self.models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+        self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.device = _find_device(self._wanted_device, self.models.values())
         for module in (*self.models.values(), *self._loss_modules):

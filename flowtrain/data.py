@@ -39,7 +39,7 @@ def loaders(data: Any) -> PhaseMap[Any]:
     if isinstance(data, Mapping):
         pairs = [(_phase(key), loader) for key, loader in data.items()]
     elif isinstance(data, tuple):
-        if all(isinstance(item, torch.Tensor) for item in data):
+        if data and all(isinstance(item, torch.Tensor) for item in data):
             raise DataError(
                 f"data is {describe(data)}: tensors, not loaders. Make batches of them: "
                 f"DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass {_EXAMPLE}."

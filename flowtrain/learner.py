@@ -355,6 +355,9 @@ def _check_model(model: Any) -> Any:
     if isinstance(model, torch.nn.Module):
         return model
     if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
+        for name in model:
+            if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or hasattr(Mapping, name):
+                raise CoreError(f"model has the name {name!r}, which learner.model.<name> cannot be. Choose another.")
         return Named("model", model)
     raise CoreError(f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules.")
 

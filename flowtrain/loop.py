@@ -199,6 +199,7 @@ class Loop:
                 self._fit_steps(learner, data, steps or 0, validate_every)
         except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
+            self.fired.clear()
         self.scopes.fit = CLOSING
         for close in (lambda: self.fire(_FIT_END, Phase()), self.executor.flush):
             try:
@@ -244,6 +245,7 @@ class Loop:
                 pass
             except BaseException as failure:  # raised below, when the epoch is closed
                 failures.append(failure)
+                self.fired.clear()
             self.core.last_batch = False
             self.core.end_groups()
             self._show(scopes.completed)
@@ -272,9 +274,7 @@ class Loop:
                 if scopes.batch != CLOSED:
                     raise CancelBatchException(_LEFT_OPEN)
             except BaseException as failure:  # closes the batch, then raises what is left
-                worst = self.close_batch(phase, failure)
-                if not isinstance(worst, CancelBatchException):
-                    raise worst
+                self.close_batch(phase, failure, CancelBatchException)
 
     def _mark_last(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Tell the core which batch is the last of the epoch: it ends an accumulation group that is not full."""
@@ -290,10 +290,11 @@ class Loop:
         self.core.last_batch = True
         yield held
 
-    def close_batch(self, phase: Phase, failure: BaseException) -> BaseException:
-        """Close the batch, if one is open, after an exception; return what to raise unless it ends with the batch."""
+    def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
+        """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
         scopes = self.scopes
         failures = [failure]
+        self.fired.clear()  # an interrupt leaves behind what its event had asked for
         if scopes.batch == OPEN:
             scopes.batch = CLOSING
             if scopes.backward:
@@ -305,7 +306,9 @@ class Loop:
         elif scopes.batch == CLOSING:
             scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
         scopes.batch = CLOSED
-        return merge(failures)
+        worst = merge(failures)
+        if not isinstance(worst, ends):
+            raise worst
 
     # --- one batch
 
@@ -319,9 +322,8 @@ class Loop:
                     if self.scopes.batch != CLOSED:
                         raise CancelBatchException(_LEFT_OPEN)
                 except BaseException as failure:  # closes the batch, then raises what is left
-                    worst = self.close_batch(phase, failure)
-                    if not isinstance(worst, (CancelBatchException, CancelEpochException)):
-                        raise worst  # there is no epoch to cancel
+                    # There is no epoch to cancel.
+                    self.close_batch(phase, failure, CancelBatchException, CancelEpochException)
         finally:
             self.scopes.firing = False
         return self.state.batch
@@ -400,8 +402,7 @@ class RunBatch:
         try:
             loop.fire(_BATCH_BEGIN, self._phase)
         except BaseException as failure:  # closed first
-            worst = loop.close_batch(self._phase, failure)
-            raise worst
+            loop.close_batch(self._phase, failure)
         if torch.is_grad_enabled():
             loop.core.begin_groups()
         return batch
@@ -409,10 +410,7 @@ class RunBatch:
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
         loop = self._loop
         if failure is not None:
-            worst = loop.close_batch(self._phase, failure)
-            if worst is not failure:
-                raise worst
-            return
+            loop.close_batch(self._phase, failure)
         loop.scopes.batch = CLOSING
         try:
             loop.fire(_BATCH_END, self._phase)

@@ -343,9 +343,8 @@ def _evaluate(phase: _Supervised, core: Any, on: StepRunners, batch: BatchState)
 
 
 def _loss_error(phase: Phase, core: Any, batch: BatchState, what: str) -> LossError:
-    name = getattr(core.lossfn, "__name__", type(core.lossfn).__name__)
     return LossError(
-        f"The loss function {name} {what}\n"
+        f"The loss function {core.loss_name} {what}\n"
         f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
         f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
         f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
