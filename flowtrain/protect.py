@@ -10,7 +10,8 @@ learner and a frozen copy of its state.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,14 +23,8 @@ from flowtrain.part import Owner, Part, Tree, tree
 from flowtrain.readonly import PLAIN
 from flowtrain.state import LearnerState
 
-__all__ = ["LearnerView", "Namespace", "bind_view", "compile_view"]
+__all__ = ["CompiledView", "LearnerView", "Namespace", "bind_view", "compile_view"]
 
-_SOURCES = {
-    # root: (where Read looks, where Write looks), from the state on
-    "batch": ("batch_twin", "batch"),
-    "cbstate": ("cbstate.__twins__", "cbstate"),
-    "optimizer": ("optimizers.__twins__", "optimizers"),
-}
 _LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
 
 
@@ -45,7 +40,6 @@ class LearnerView:
     _owner: Owner
     _state: LearnerState
     _whole: ClassVar[dict[str, Read | Write]] = {}
-    _trees: ClassVar[dict[str, Tree]] = {}
 
     if TYPE_CHECKING:
         model: Any
@@ -80,6 +74,8 @@ class LearnerView:
                 raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, [*ROOTS, 'fire'])}")
             if name in self._whole:
                 self._owner.missing((name,), None)
+            if name in _SOURCES:  # nothing in it is declared: what is touched next is refused, by its own path
+                return _compile_namespace(name, {})(self._state, self._owner)
             self._owner.refuse("Read", (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -98,73 +94,82 @@ class LearnerView:
 class Namespace:
     """The base of compiled views of ``batch``, ``cbstate`` and ``optimizer``.
 
-    A compiled subclass has a C getter for each declared entry. What lands in ``__getattr__`` is an entry under a
-    declaration for the whole namespace, an entry that is not there, or one that is not declared.
+    A compiled subclass has a C getter for each declared entry, and a slot with a `Part` for each entry of which only
+    something inside is declared. What lands in ``__getattr__`` is an entry under a declaration for the whole
+    namespace, an entry that is not there, or one that is not declared.
     """
 
-    __slots__ = ("_owner", "_parts", "_state")
+    __slots__ = ("_live", "_owner", "_state", "_twins")
 
+    _live: Any
     _owner: Owner
     _state: LearnerState
-    _parts: dict[str, Part]
+    _twins: Any
     _root: ClassVar[str]
-    _read: ClassVar[attrgetter[Any]]
-    _write: ClassVar[attrgetter[Any]]
     _writable: ClassVar[frozenset[str]]
     _trees: ClassVar[dict[str, Tree]]
 
     def __init__(self, state: LearnerState, owner: Owner) -> None:
-        object.__setattr__(self, "_state", state)
-        object.__setattr__(self, "_owner", owner)
-        parts = {name: _part(self, owner, name, inside) for name, inside in self._trees.items()}
-        object.__setattr__(self, "_parts", parts)
+        place = object.__setattr__
+        place(self, "_state", state)
+        place(self, "_owner", owner)
+        for slot, source in zip(("_twins", "_live"), _STABLE.get(self._root, ()), strict=False):
+            place(self, slot, source(state))
+        for name, inside in self._trees.items():
+            place(self, name, Part(owner, (self._root, name), inside, partial(self._find, name)))
+
+    def _find(self, name: str) -> Any:
+        return getattr(self._source(writing=True), name)
+
+    def _source(self, *, writing: bool) -> Any:
+        """Return the object that holds the entries, or the twins of them."""
+        return self._live if writing else self._twins
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        part = self._parts.get(name)
-        if part is not None:
-            return part
         path = (self._root, name)
         access = granted(self._owner.declaration, path)
         if access is None:
             self._owner.refuse("Read", path)
-        source = type(self)._write if isinstance(access, Write) else type(self)._read
         try:
-            return getattr(source(self), name)
+            return getattr(self._source(writing=isinstance(access, Write)), name)
         except MissingStateError as error:
             if isinstance(access, Read) and access.optional:
                 return None
             self._owner.missing(path, error)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._writable and not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
-            self._owner.refuse("Write", (self._root, name))
-        self._assign(name, value)
+        self._check_write(name)
+        setattr(self._source(writing=True), name, value)
 
     def __delattr__(self, name: str) -> None:
-        if not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
+        self._check_write(name)
+        delattr(self._source(writing=True), name)
+
+    def _check_write(self, name: str) -> None:
+        if name not in self._writable and not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
             self._owner.refuse("Write", (self._root, name))
-        delattr(type(self)._write(self), name)
 
     def __contains__(self, name: object) -> bool:
-        return granted(self._owner.declaration, (self._root, str(name))) is not None and name in vars(
-            type(self)._write(self)
-        )
-
-    def _assign(self, name: str, value: Any) -> None:
-        setattr(type(self)._write(self), name, value)
+        if granted(self._owner.declaration, (self._root, str(name))) is None:
+            return False
+        return name in vars(self._source(writing=True))
 
     def __repr__(self) -> str:
         return f"Learner.{self._root} as {self._owner.callback} sees it"
 
 
 class BatchNamespace(Namespace):
-    """``batch``: one that only ever held tensors gets its twin when a container is assigned."""
+    """``batch``: a new object for each batch; one that only ever held tensors gets its twin with the first container."""
 
     __slots__ = ()
 
-    def _assign(self, name: str, value: Any) -> None:
+    def _source(self, *, writing: bool) -> Any:
+        return self._state.batch if writing else self._state.batch_twin
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_write(name)
         state = self._state
         setattr(state.batch, name, value)
         if type(value) not in PLAIN and state.batch_twin is state.batch:
@@ -172,21 +177,24 @@ class BatchNamespace(Namespace):
 
 
 class CbstateNamespace(Namespace):
-    """``cbstate``: a plain value that replaces a plain value is its own twin."""
+    """``cbstate``: a plain value that replaces a plain value is its own twin, and takes a short way."""
 
-    __slots__ = ()
+    __slots__ = ("_entries", "_twin_entries")
 
-    def _assign(self, name: str, value: Any) -> None:
-        setattr(self._state.cbstate, name, value)
+    _entries: dict[str, Any]
+    _twin_entries: dict[str, Any]
+
+    def __init__(self, state: LearnerState, owner: Owner) -> None:
+        super().__init__(state, owner)
+        object.__setattr__(self, "_entries", vars(self._live))
+        object.__setattr__(self, "_twin_entries", vars(self._twins))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._writable:
-            cbstate = self._state.cbstate
-            entries = cbstate.__dict__
-            if type(value) in PLAIN and type(entries.get(name)) in PLAIN:
-                entries[name] = cbstate.__twins__.__dict__[name] = value
-                return
-        Namespace.__setattr__(self, name, value)
+        entries = self._entries
+        if name in self._writable and type(value) in PLAIN and type(entries.get(name)) in PLAIN:
+            entries[name] = self._twin_entries[name] = value
+        else:
+            Namespace.__setattr__(self, name, value)
 
 
 _NAMESPACES: dict[str, type[Namespace]] = {
@@ -194,74 +202,81 @@ _NAMESPACES: dict[str, type[Namespace]] = {
     "cbstate": CbstateNamespace,
     "optimizer": Namespace,
 }
-
-
-def _part(namespace: Namespace, owner: Owner, name: str, inside: Tree) -> Part:
-    source = type(namespace)._write
-
-    def find() -> Any:
-        return getattr(source(namespace), name)
-
-    return Part(owner, (namespace._root, name), inside, find)
+_STABLE: dict[str, tuple[attrgetter[Any], attrgetter[Any]]] = {
+    # Objects that stay the same as long as the learner lives: their twins, and they themselves.
+    "cbstate": (attrgetter("cbstate.__twins__"), attrgetter("cbstate")),
+    "optimizer": (attrgetter("optimizers.__twins__"), attrgetter("optimizers")),
+}
 
 
 def _compile_namespace(root: str, inside: Tree) -> type[Namespace]:
     """Make the class for one root: a C getter for each declared entry, a `Part` for what is declared deeper."""
-    read, write = _SOURCES[root]
-    members: dict[str, Any] = {
-        "__slots__": (),
-        "_root": root,
-        "_read": attrgetter(f"_state.{read}"),
-        "_write": attrgetter(f"_state.{write}"),
-        "_writable": frozenset(name for name, kind in inside.items() if isinstance(kind, Write)),
-        "_trees": {name: kind for name, kind in inside.items() if isinstance(kind, dict) and "" not in kind},
-    }
+    read, write = ("_twins", "_live") if root in _STABLE else ("_state.batch_twin", "_state.batch")
+    trees: dict[str, Tree] = {}
+    members: dict[str, Any] = {}
     for name, kind in inside.items():
         covering = kind.get("") if isinstance(kind, dict) else kind
-        if name and not isinstance(covering, (dict, type(None))):
-            source = write if isinstance(covering, Write) else read
-            members[name] = property(attrgetter(f"_state.{source}.{name}"))
+        if isinstance(kind, dict) and not isinstance(covering, Write):
+            trees[name] = kind
+        elif name:
+            members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}"))
+    members |= {
+        "__slots__": tuple(trees),
+        "_root": root,
+        "_writable": frozenset(name for name, kind in inside.items() if isinstance(kind, Write)),
+        "_trees": trees,
+    }
     return type(f"{root.capitalize()}View", (_NAMESPACES[root],), members)
 
 
+@dataclass(frozen=True)
+class CompiledView:
+    """A view class and what its slots hold.
+
+    Attributes:
+        view_class: The class, with a C getter for each root that is declared as a whole.
+        namespaces: The class for each root that is a namespace.
+        trees: What is declared inside each other root that is not declared as a whole.
+    """
+
+    view_class: type[LearnerView]
+    namespaces: dict[str, type[Namespace]]
+    trees: dict[str, Tree]
+
+
 @lru_cache(maxsize=4096)
-def compile_view(declaration: Declaration) -> type[LearnerView]:
+def compile_view(declaration: Declaration) -> CompiledView:
     """Return the view class for a declaration; equal declarations share it."""
-    members: dict[str, Any] = {"_whole": {}, "_trees": {}}
-    slots: list[str] = []
+    namespaces: dict[str, type[Namespace]] = {}
+    trees: dict[str, Tree] = {}
+    whole: dict[str, Read | Write] = {}
+    members: dict[str, Any] = {"_whole": whole}
     for root, inside in tree(declaration).items():
-        if root == "resource":
-            continue
-        whole = inside.get("") if isinstance(inside, dict) else inside
-        if isinstance(whole, (Read, Write)):
-            members["_whole"][root] = whole
-        if root in _SOURCES:
-            members["_trees"][root] = _compile_namespace(root, inside if isinstance(inside, dict) else {})
-            slots.append(root)
-        elif isinstance(whole, (Read, Write)):
-            members[root] = property(attrgetter(f"_state.{root}"))
+        covering = inside.get("") if isinstance(inside, dict) else inside
+        if isinstance(covering, (Read, Write)):
+            whole[root] = covering
+        if root in _NAMESPACES:
+            namespaces[root] = _compile_namespace(root, inside if isinstance(inside, dict) else {})
+        elif isinstance(inside, dict) and not isinstance(covering, (Read, Write)):
+            if root != "resource":
+                trees[root] = inside
+        elif root == "data" and isinstance(covering, Read):
+            members[root] = property(lambda view: view._state.data.__twin__())
         else:
-            members["_trees"][root] = inside
-            slots.append(root)
-    if isinstance(members["_whole"].get("data"), Read):
-        members["data"] = property(lambda view: view._state.data.__twin__())
-    members["__slots__"] = tuple(slots)
-    return type("LearnerView", (LearnerView,), members)
+            members[root] = property(attrgetter(f"_state.{root}"))
+    members["__slots__"] = (*namespaces, *trees)
+    return CompiledView(type("LearnerView", (LearnerView,), members), namespaces, trees)
 
 
 def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> LearnerView:
     """Return a view of `state` that allows what is declared, and refuses in the name of `owner`."""
-    view = compile_view(declaration)()
-    object.__setattr__(view, "_state", state)
-    object.__setattr__(view, "_owner", owner)
-    for root, inside in view._trees.items():
-        if isinstance(inside, type):
-            part: Any = inside(state, owner)
-        else:
-            part = Part(owner, (root,), inside, _root_of(state, root))
-        object.__setattr__(view, root, part)
+    compiled = compile_view(declaration)
+    view = compiled.view_class()
+    place = object.__setattr__
+    place(view, "_state", state)
+    place(view, "_owner", owner)
+    for root, namespace in compiled.namespaces.items():
+        place(view, root, namespace(state, owner))
+    for root, inside in compiled.trees.items():
+        place(view, root, Part(owner, (root,), inside, partial(getattr, state, root)))
     return view
-
-
-def _root_of(state: LearnerState, root: str) -> Any:
-    return lambda: getattr(state, root)
