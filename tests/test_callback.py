@@ -44,7 +44,7 @@ class Base(Callback):
         self.ran.append("Base.anything")
 
     @on(BatchEnd)
-    def batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         self.ran.append("Base.batch")
 
     @on(BatchEnd, AbstractTrainingPhase)
@@ -184,7 +184,7 @@ class Shows:
     ran: list[str]
 
     @on(BatchEnd)
-    def show(self: Any, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+    def show(self: Any, event: Event, phase: Phase, learner: LearnerView) -> None:
         self.ran.append("Shows.show")
 
 
@@ -207,7 +207,7 @@ def test_a_callback_overrides_its_mixin() -> None:
         def __init__(self) -> None:
             self.ran = []
 
-        def show(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        def show(self, event: Event, phase: Phase, learner: LearnerView) -> None:
             super().show(event, phase, learner)
             self.ran.append("Printer.show")
 
