@@ -154,7 +154,12 @@ def render(declaration: Declaration) -> str:
     >>> render(declare({"batch": {"loss": Read()}}, "example"))
     '{"batch.loss": Read()}'
     """
-    return "{" + ", ".join(f'"{dotted(path)}": {kind!r}' for path, kind in declaration) + "}"
+    return "{" + ", ".join(f"{_quoted(path)}: {kind!r}" for path, kind in declaration) + "}"
+
+
+def _quoted(path: Path) -> str:
+    text = dotted(path)
+    return f'"{text}"' if text.isprintable() and not set(text) & {'"', "\\"} else repr(text)
 
 
 def canonical(path: Path) -> Path:

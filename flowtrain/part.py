@@ -17,7 +17,7 @@ from flowtrain.phases import Phase
 from flowtrain.readonly import readonly
 from flowtrain.series import PhaseMap, Series, SeriesMap
 
-__all__ = ["Owner", "Part", "Tree", "tree"]
+__all__ = ["Owner", "Part", "Tree", "tree", "writes"]
 
 Tree: TypeAlias = "dict[str, Tree | Read | Write]"
 
@@ -106,8 +106,7 @@ class Part(Mapping[Any, Any]):
             container = self._find()
             if not isinstance(container, SeriesMap):
                 raise TypeError(f"Learner.{dotted(self._path)} is a {type(container).__name__}; only series take push")
-            if not isinstance(granted(self._owner.declaration, (*self._path, name)), Write):
-                self._owner.refuse("Write", (*self._path, name))
+            self._must_write(name)
             series = self._open[name] = container.series(name)
         series.push(value, step)
 
@@ -115,7 +114,7 @@ class Part(Mapping[Any, Any]):
         part = self._by_phase.get(key)
         if part is not None:
             return part
-        if isinstance(key, Phase) or (isinstance(key, type) and issubclass(key, Phase)):
+        if _is_phase(key):
             phase = key if isinstance(key, Phase) else key()
             part = Part(self._owner, self._path, self._tree, lambda: self._find()[phase])
             self._by_phase[phase] = part
@@ -130,13 +129,16 @@ class Part(Mapping[Any, Any]):
     def _item(self, name: str) -> Any:
         path = (*self._path, *name.split("."))
         access = granted(self._owner.declaration, path)
+        inner = self._tree.get(name)
+        if isinstance(inner, dict) and (access is None or (isinstance(access, Read) and writes(inner))):
+            return Part(self._owner, path, inner, lambda: _look(self._find(), name))
         if access is None:
-            inner = self._tree.get(name)
-            if isinstance(inner, dict):
-                return Part(self._owner, path, inner, lambda: _look(self._find(), name))
             self._owner.refuse("Read", path)
         try:
-            value = _look(self._find(), name)
+            container = self._find()
+            if isinstance(container, SeriesMap) and isinstance(access, Write):
+                return container.series(name)
+            value = _look(container, name)
         except (KeyError, AttributeError) as error:
             if isinstance(access, Read) and access.optional:
                 return None
@@ -144,19 +146,43 @@ class Part(Mapping[Any, Any]):
         return value if isinstance(access, Write) else readonly(value, dotted(path))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        path = (*self._path, str(key))
-        if not isinstance(granted(self._owner.declaration, path), Write):
-            self._owner.refuse("Write", path)
+        self._must_write(key)
         self._find()[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        self._must_write(key)
+        del self._find()[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Part.__slots__:
             object.__setattr__(self, name, value)
             return
-        path = (*self._path, name)
+        self._must_write(name)
+        setattr(self._find(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._must_write(name)
+        delattr(self._find(), name)
+
+    def _must_write(self, key: Any) -> None:
+        # The phase is left out of a path, so who writes a whole phase writes the container.
+        path = self._path if _is_phase(key) else (*self._path, *str(key).split("."))
         if not isinstance(granted(self._owner.declaration, path), Write):
             self._owner.refuse("Write", path)
-        setattr(self._find(), name, value)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return what is at a key, or the default where nothing is there."""
+        return self[key] if key in self else default  # noqa: SIM401  # this is `get` itself
+
+    def __contains__(self, key: object) -> bool:
+        path = (*self._path, *str(key).split("."))
+        if not _is_phase(key) and str(key) not in self._tree and granted(self._owner.declaration, path) is None:
+            self._owner.refuse("Read", path)
+        try:
+            container = self._find()
+        except (KeyError, AttributeError):
+            return False
+        return key in container if isinstance(container, Mapping) else hasattr(container, str(key))
 
     def __iter__(self) -> Iterator[Any]:
         container = self._find()
@@ -171,6 +197,15 @@ class Part(Mapping[Any, Any]):
 
     def __repr__(self) -> str:
         return f"Part(Learner.{dotted(self._path)}: {', '.join(name for name in self._tree if name)})"
+
+
+def writes(inside: Tree) -> bool:
+    """Tell whether anything in a nested declaration is a `Write`."""
+    return any(writes(kind) if isinstance(kind, dict) else isinstance(kind, Write) for kind in inside.values())
+
+
+def _is_phase(key: object) -> bool:
+    return isinstance(key, Phase) or (isinstance(key, type) and issubclass(key, Phase))
 
 
 def _look(container: Any, name: str) -> Any:
