@@ -91,6 +91,8 @@ def declare(access: Access, owner: str) -> Declaration:
                 f"{owner} declares {dotted(path)!r}: {kind!r}. A resource has a name and is used or not used: "
                 f'write {{"{dotted(path) if len(path) > 1 else "resource.rng"}": Write()}}.'
             )
+        if path[0] in ("batch", "cbstate", "optimizer") and len(path) > 1 and path[1].startswith("_"):
+            raise AccessError(f"{owner} declares {dotted(path)!r}: an entry's name does not begin with an underscore.")
         found[path] = _stronger(found.get(path), kind)
     return tuple(sorted(found.items(), key=lambda item: item[0]))
 

@@ -15,12 +15,12 @@ from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowtrain.access import ROOTS, Declaration, Read, Write, granted
+from flowtrain.access import ROOTS, Declaration, Read, Write, dotted, granted
 from flowtrain.batch import ReadOnlyBatch
 from flowtrain.errors import MissingStateError, UsageError, is_a, nearest
 from flowtrain.events import Event
-from flowtrain.part import Owner, Part, Tree, tree
-from flowtrain.readonly import PLAIN
+from flowtrain.part import Owner, Part, Tree, tree, writes
+from flowtrain.readonly import PLAIN, readonly
 from flowtrain.state import LearnerState
 
 __all__ = ["CompiledView", "LearnerView", "Namespace", "bind_view", "compile_view"]
@@ -74,18 +74,23 @@ class LearnerView:
                 raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, [*ROOTS, 'fire'])}")
             if name in self._whole:
                 self._owner.missing((name,), None)
-            if name in _SOURCES:  # nothing in it is declared: what is touched next is refused, by its own path
+            if name in _NAMESPACES:  # nothing in it is declared: what is touched next is refused, by its own path
                 return _compile_namespace(name, {})(self._state, self._owner)
             self._owner.refuse("Read", (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self._whole.get(name)
-        if isinstance(kind, Write) and name != "batch":
+        if name not in ROOTS or name == "resource":
+            raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, ROOTS)}")
+        if isinstance(kind, Write):
             raise UsageError(
                 f"{self._owner.callback} replaces learner.{name}; a handler changes it in place, since the training "
                 f"core, the optimizer and other views hold it."
             )
         self._owner.refuse("Write", (name,))
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __repr__(self) -> str:
         return f"LearnerView of {self._owner.callback}"
@@ -126,14 +131,15 @@ class Namespace:
         return self._live if writing else self._twins
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         path = (self._root, name)
         access = granted(self._owner.declaration, path)
         if access is None:
             self._owner.refuse("Read", path)
         try:
-            return getattr(self._source(writing=isinstance(access, Write)), name)
+            value = getattr(self._source(writing=isinstance(access, Write)), name)
+            return value if isinstance(access, Write) else readonly(value, dotted(path))
         except MissingStateError as error:
             if isinstance(access, Read) and access.optional:
                 return None
@@ -149,12 +155,15 @@ class Namespace:
 
     def _check_write(self, name: str) -> None:
         if name not in self._writable and not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
+            if name.startswith("_"):
+                raise AttributeError(f"{self._root}.{name}: no entry begins with an underscore")
             self._owner.refuse("Write", (self._root, name))
 
     def __contains__(self, name: object) -> bool:
-        if granted(self._owner.declaration, (self._root, str(name))) is None:
-            return False
-        return name in vars(self._source(writing=True))
+        if granted(self._owner.declaration, (self._root, str(name))) is None and name not in self._trees:
+            self._owner.refuse("Read", (self._root, str(name)))
+        source = self._source(writing=True)
+        return name in vars(source) if hasattr(source, "__dict__") else hasattr(source, str(name))
 
     def __repr__(self) -> str:
         return f"Learner.{self._root} as {self._owner.callback} sees it"
@@ -216,10 +225,12 @@ def _compile_namespace(root: str, inside: Tree) -> type[Namespace]:
     members: dict[str, Any] = {}
     for name, kind in inside.items():
         covering = kind.get("") if isinstance(kind, dict) else kind
-        if isinstance(kind, dict) and not isinstance(covering, Write):
+        if isinstance(kind, dict) and (covering is None or (isinstance(covering, Read) and writes(kind))):
             trees[name] = kind
         elif name:
-            members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}"))
+            # The gradients are not the batch's own, so they bring their twin along.
+            twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
+            members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}"))
     members |= {
         "__slots__": tuple(trees),
         "_root": root,
