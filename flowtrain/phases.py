@@ -188,7 +188,7 @@ class _Supervised(Phase):
         Raises:
             DataError: `raw` is not a tuple or list of two.
         """
-        if type(raw) not in (tuple, list) or len(raw) != 2:
+        if not isinstance(raw, (tuple, list)) or len(raw) != 2:
             raise DataError(
                 f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
                 f"Let the dataset return pairs, or override {self!r}.split(raw) to return (inputs, targets)."
