@@ -90,13 +90,15 @@ class Series:
         """
         if not self._steps:
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
-        return self._steps[-1], self._settle(len(self._values) - 1)
+        value = self._values[-1] = self._settled(self._values[-1])
+        return self._steps[-1], value
 
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
-        for index in range(start, len(self._values)):
-            self._settle(index)
-        return self._values[start:]
+        values = self._values[start:]
+        if torch.Tensor in map(type, values):  # on an accelerator, where they are read now
+            self._values[start:] = values = [self._settled(value) for value in values]
+        return values
 
     def snapshot(self) -> int:
         """Return what `restore` needs to come back to here."""
@@ -106,11 +108,9 @@ class Series:
         """Take back what was recorded after a snapshot."""
         del self._values[snapshot:], self._steps[snapshot:]
 
-    def _settle(self, index: int) -> Any:
-        value = self._values[index]
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = self._values[index] = value.item()
-        return value
+    @staticmethod
+    def _settled(value: Any) -> Any:
+        return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
     def __twin__(self) -> ReadOnlySeries:
         return ReadOnlySeries(self)
