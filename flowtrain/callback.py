@@ -43,6 +43,9 @@ class Condition:
         """Return whether the handler runs now. Called once for each such event."""
         raise NotImplementedError(f"{type(self).__name__} does not define ready(phase)")
 
+    def passed(self, phase: Phase) -> None:
+        """Learn that the handler runs now: every condition that was asked is ready."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what `ready` needs to go on from here, as plain values."""
         return {}

@@ -1,6 +1,7 @@
 """Metrics of a batch: functions of ``(outputs, targets)`` that return a tensor with one element.
 
-For more than these, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
+Each refuses shapes that do not fit, because broadcasting would make a number of them all the same. For more than
+these, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from flowtrain.errors import UsageError, is_a
 
 __all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "top_k_accuracy"]
 
@@ -19,26 +22,41 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         outputs: Scores or probabilities, of shape ``(batch, classes, ...)``.
         targets: Class numbers of shape ``(batch, ...)``, or probabilities of the shape of `outputs`.
 
+    Raises:
+        UsageError: There are less than two classes, or the shapes do not fit.
+
     >>> accuracy(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]))
     tensor(0.5000)
     """
-    if targets.shape == outputs.shape:
-        targets = targets.argmax(1)
-    return (outputs.argmax(1) == targets).float().mean()
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        raise UsageError(
+            f"accuracy needs outputs of shape (batch, classes, ...), got {tuple(outputs.shape)}. For one score per "
+            f"sample write a function, such as lambda outputs, targets: ((outputs > 0) == targets).float().mean()."
+        )
+    found = outputs.argmax(1)
+    wanted = targets.argmax(1) if targets.shape == outputs.shape else targets
+    _check_shapes("accuracy", found, wanted, "the largest outputs")
+    return (found == wanted).float().mean()
 
 
 def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return a metric named ``top_k_accuracy``: the share of samples with the target among the `k` largest outputs.
+    """Return a metric, the share of samples with the target among the `k` largest outputs, named ``top_<k>_accuracy``.
 
-    The outputs have shape ``(batch, classes)``, the targets ``(batch,)``.
+    The metric takes outputs of shape ``(batch, classes)`` and targets, class numbers, of shape ``(batch,)``.
 
     Raises:
-        ValueError: `k` is below 1.
+        UsageError: `k` is no whole number, or below 1.
+
+    >>> top_k_accuracy(2)(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]), torch.tensor([1, 2]))
+    tensor(0.5000)
     """
-    if k < 1:
-        raise ValueError(f"top_k_accuracy(k={k}): k is at least 1.")
+    if not is_a(k, int) or k < 1:
+        raise UsageError(f"top_k_accuracy(k={k!r}): k is a whole number, at least 1.")
 
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if outputs.ndim != 2:
+            raise UsageError(f"top_{k}_accuracy needs outputs of shape (batch, classes), got {tuple(outputs.shape)}.")
+        _check_shapes(f"top_{k}_accuracy", outputs[:, 0], targets, "outputs without their classes")
         best = outputs.topk(min(k, outputs.shape[1]), dim=1).indices
         return (best == targets.unsqueeze(1)).any(1).float().mean()
 
@@ -47,10 +65,34 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
 
 
 def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``|outputs - targets|``; both have the same shape."""
+    """Return the mean of ``|outputs - targets|``; both have the same shape.
+
+    Raises:
+        UsageError: They have not.
+
+    >>> mean_absolute_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(1.)
+    """
+    _check_shapes("mean_absolute_error", outputs, targets)
     return (outputs - targets).abs().mean()
 
 
 def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``(outputs - targets)**2``; both have the same shape."""
+    """Return the mean of ``(outputs - targets)**2``; both have the same shape.
+
+    Raises:
+        UsageError: They have not.
+
+    >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(2.)
+    """
+    _check_shapes("mean_squared_error", outputs, targets)
     return (outputs - targets).square().mean()
+
+
+def _check_shapes(name: str, outputs: torch.Tensor, targets: torch.Tensor, what: str = "outputs") -> None:
+    if outputs.shape != targets.shape:
+        raise UsageError(
+            f"{name} compares values of one shape: {what} of {tuple(outputs.shape)} with targets of "
+            f"{tuple(targets.shape)}. Change the model's last layer or the targets, as with .squeeze(1)."
+        )

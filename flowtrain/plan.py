@@ -138,6 +138,8 @@ def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
         # Every condition counts the event, also when an earlier one has said no.
         ready = [condition.ready(phase) for condition in conditions]
         if all(ready):
+            for condition in conditions:
+                condition.passed(phase)
             call(event, phase, view)
 
     return ask

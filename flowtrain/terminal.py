@@ -1,23 +1,118 @@
 """The terminal that callbacks print to: rich's own console, imported when there is something to print.
 
-Whoever prints declares ``resource.terminal``, so that two never print at the same time.
+Whoever prints declares ``resource.terminal``, so that two never print at the same time. What is to stay in sight while
+others print, as a progress bar, goes to the `BottomLine`: the lines above it become the region that scrolls, as when a
+package manager installs. So whatever is printed, by whomever and through whichever stream, goes above it, and no
+stream has to be replaced.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import io
+import os
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console"]
+__all__ = ["BottomLine", "console"]
 
 
 def console() -> Console:
     """Return rich's global console, which a user may have set up with ``rich.reconfigure``."""
+    with _generator_kept():
+        import rich
+
+        return rich.get_console()
+
+
+@contextlib.contextmanager
+def _generator_kept() -> Generator[None]:
+    """Keep Python's generator as it is: rich draws from it, already when imported, and printing must change no run."""
     before = random.getstate()
-    import rich
-    found = rich.get_console()
-    random.setstate(before)  # rich draws from Python's generator when it is imported; printing must not change a run
-    return found
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+class BottomLine:
+    """The last line of a terminal, kept out of what scrolls while something is shown on it.
+
+    There is one such line, so showing something takes it from whoever had it, as when a handler trains another
+    learner; the other one takes it back when it next has something to show.
+
+    Args:
+        console: The terminal.
+    """
+
+    _holder: ClassVar[BottomLine | None] = None
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._file = console.file  # may be replaced meanwhile; the terminal is the same
+        self._size: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, console: Console) -> Self | None:
+        """Return the last line of a terminal, or ``None`` where the output is none that can move its cursor."""
+        # FORCE_COLOR makes rich take a file for a terminal; it asks for colours, not for a cursor that moves.
+        only_colours = "FORCE_COLOR" in os.environ and not console.file.isatty()
+        able = console.is_interactive and console.is_terminal and not console.legacy_windows and not only_colours
+        return cls(console) if able and console.size.height > 2 else None
+
+    def show(self, content: Callable[[], Any]) -> None:
+        """Show something that rich can draw, cut to one line. The cursor stays where it is."""
+        if BottomLine._holder is not self:
+            if BottomLine._holder is not None:
+                BottomLine._holder.close()
+            BottomLine._holder = self
+            atexit.register(self.close)  # a terminal must not keep a smaller region when the program has ended
+        width, height = self.console.size
+        with _generator_kept():
+            text = self._render(content(), width)
+        self._file.write(f"{self._reserve(width, height)}\x1b7\x1b[{height};1H\x1b[2K{text}\x1b8")
+        self._file.flush()
+
+    def _reserve(self, width: int, height: int) -> str:
+        """Return what makes the lines above the last one the region that scrolls; nothing if they are already."""
+        before, self._size = self._size, (width, height)
+        if before == self._size:
+            return ""
+        # Down and up again: if the cursor is on the last line, its line moves up. Setting a region moves the cursor
+        # to its top, so the position is saved around it.
+        region = f"\x1bD\x1b[A\x1b7\x1b[1;{height - 1}r\x1b8"
+        return region if before is None else f"\x1b7\x1b[r\x1b8\x1b[J{region}"  # the window has another size now
+
+    def _render(self, content: Any, width: int) -> str:
+        from rich.console import Console
+
+        output = io.TextIOWrapper(io.BytesIO(), self.console.encoding, errors="replace", newline="")
+        painter = Console(
+            file=output,
+            force_terminal=True,
+            color_system=self.console.color_system,  # type: ignore[arg-type]  # a str; one of those it takes
+            no_color=self.console.no_color,
+            legacy_windows=False,
+            width=width - 1,  # a full line would wrap on some terminals
+        )
+        painter.print(content, no_wrap=True, overflow="ellipsis", crop=True)
+        output.seek(0)
+        return output.read().split("\n", 1)[0]
+
+    def close(self) -> None:
+        """Clear the line and let the whole terminal scroll again."""
+        if BottomLine._holder is self:
+            BottomLine._holder = None
+            atexit.unregister(self.close)
+        if self._size is None:
+            return
+        height = self._size[1]
+        self._size = None
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone needs no cleaning
+            self._file.write(f"\x1b7\x1b[{height};1H\x1b[2K\x1b[r\x1b8")
+            self._file.flush()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import mul
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
-from flowtrain.errors import UsageError
+from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
+from flowtrain.resolution import NoConflict, Resolution
 
 __all__ = ["Metric", "Metrics"]
 
@@ -22,10 +24,17 @@ __all__ = ["Metric", "Metrics"]
 class _Accumulator(Protocol):
     """What is used of a torchmetrics object (https://lightning.ai/docs/torchmetrics)."""
 
-    def __call__(self, outputs: Any, targets: Any) -> Any: ...
-    def clone(self) -> Any: ...
-    def compute(self) -> Any: ...
-    def reset(self) -> None: ...
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """Take a batch in, and return the value of this batch alone."""
+
+    def clone(self) -> Any:
+        """Return a copy that accumulates for itself."""
+
+    def compute(self) -> Any:
+        """Return the value over all batches since `reset`."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
 
 
 class Metric:
@@ -34,28 +43,35 @@ class Metric:
     Args:
         f: A function of ``(outputs, targets)`` that returns one number, or a torchmetrics object.
         name: What it is called in ``cbstate`` and in logs; without it, the function's name in the form ``TopAccuracy``.
+            The values of a torchmetrics collection keep the names that they have in it.
         phase: The phases in which it is computed, subclasses included.
 
     Raises:
-        UsageError: `f` cannot be called, or there is no name that could be used.
+        UsageError: `f` cannot be called, there is no name that could be used, or `phase` is no phase type.
+
+    >>> from flowtrain.metrics import top_k_accuracy
+    >>> Metric(top_k_accuracy(3))
+    Metric(Top3Accuracy)
     """
 
     def __init__(self, f: Callable[[Any, Any], Any], name: str | None = None, phase: type[Phase] = Phase) -> None:
-        if not callable(f) or isinstance(f, type):
+        if not callable(f) or is_a(f, type):
             made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
             raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
-        self.f = f
+        if not is_type(phase, Phase):
+            raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
+        self.f: Any = f
         self.phase = phase
         self.accumulates = isinstance(f, _Accumulator)
         self.name = name if name is not None else _name(f)
-        if not self.name or "." in self.name or self.name == "<lambda>":
-            raise UsageError(f"The metric {f!r} needs a name without dots. Write Metric(f, name='MyMetric').")
+        for each in self.names:
+            if not is_a(each, str) or not each or "." in each or each == "<lambda>":
+                raise UsageError(f"The metric {f!r} needs a name without dots. Write Metric(f, name='MyMetric').")
 
     @property
     def names(self) -> list[str]:
         """The names of its values: several for a torchmetrics collection."""
-        keys = getattr(self.f, "keys", None)
-        return [str(key) for key in keys()] if self.accumulates and callable(keys) else [self.name]
+        return [*self.f.keys()] if self.accumulates and hasattr(self.f, "keys") else [self.name]
 
     def __repr__(self) -> str:
         return f"Metric({self.name})"
@@ -64,22 +80,31 @@ class Metric:
 def _name(f: Any) -> str:
     inner = getattr(f, "func", f)  # a functools.partial
     name = str(getattr(inner, "__name__", type(f).__name__))
-    return name if "_" not in name and name[:1].isupper() else "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    if "_" not in name and name[:1].isupper():
+        return name
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 
 class Metrics(Callback):
     """Record the loss, as ``"Loss"``, and metrics: each batch in ``metrics_step``, each epoch in ``metrics_epoch``.
 
-    The value of an epoch is the mean over its batches, weighted by batch size (the length of ``batch.inputs``); for a
-    torchmetrics object it is what that object computes over the epoch. Metrics are computed without gradients, in
-    phases that have outputs and targets. An epoch without a completed batch records nothing.
+    The value of an epoch is the mean over its batches, weighted by batch size (the length of the first tensor in
+    ``batch.inputs``); for a torchmetrics object it is what that object computes over the epoch. Metrics are computed
+    without gradients, in phases that have outputs and targets. An epoch without a completed batch records nothing.
+
+    Several of them can be in a learner if their metrics have different names; the first one records the loss.
 
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
-            torchmetrics object is cloned for each phase.
+            torchmetrics object is cloned for each phase. Outputs that are a tensor come without their graph.
 
     Raises:
         UsageError: Something that is no metric, or two with one name.
+
+    >>> from flowtrain import ValidationPhase
+    >>> from flowtrain.metrics import accuracy
+    >>> Metrics(accuracy, Metric(lambda outputs, targets: outputs.mean(), name="Bias", phase=ValidationPhase)).metrics
+    (Metric(Accuracy), Metric(Bias))
     """
 
     def __init__(self, *metrics: Any) -> None:
@@ -90,7 +115,8 @@ class Metrics(Callback):
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
         self._names = names
         self._sizes: dict[str, list[int]] = {name: [] for name in names}
-        self._clones: dict[tuple[str, Phase], Any] = {}
+        self._clones: dict[tuple[Metric, Phase], Any] = {}
+        self._loss_may_be_there = False
 
     def state_access(self) -> Access:
         access: dict[str, Read | Write] = {
@@ -104,8 +130,16 @@ class Metrics(Callback):
             access |= {f"cbstate.metrics_step.{name}": Write(), f"cbstate.metrics_epoch.{name}": Write()}
         return access
 
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        """Share the loss, and nothing else, with another `Metrics`."""
+        if not isinstance(other, Metrics) or set(self._names) & set(other._names) != {"Loss"}:
+            return None
+        self._loss_may_be_there = True
+        return NoConflict()
+
     @on(EpochBegin)
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        """Forget the batches of the epoch before, also of one that was cancelled."""
         for sizes in self._sizes.values():
             sizes.clear()
         for (_, owner), clone in self._clones.items():
@@ -114,10 +148,11 @@ class Metrics(Callback):
 
     @on(BatchEnd)
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Record the loss and the metrics of the batch."""
         batch = learner.batch
         loss, inputs = batch.loss, batch.inputs
         size = inputs.shape[0] if type(inputs) is torch.Tensor and inputs.ndim else _size(inputs)
-        if loss is not None:
+        if loss is not None and not (self._loss_may_be_there and _has_loss(phase, learner)):
             value = loss.item() if loss.device.type == "cpu" else loss.detach()
             learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
             self._sizes["Loss"].append(size)
@@ -128,6 +163,8 @@ class Metrics(Callback):
         outputs, targets = learner.batch.outputs, learner.batch.targets
         if outputs is None or targets is None:
             return
+        if isinstance(outputs, torch.Tensor):
+            outputs = outputs.detach()  # a torchmetrics object may keep them for the epoch, but not with their graph
         steps, series = learner.cbstate.history[phase].steps, learner.cbstate.metrics_step[phase]
         with torch.no_grad():
             for metric in self.metrics:
@@ -139,53 +176,83 @@ class Metrics(Callback):
                     self._sizes[name].append(size)
 
     def _clone(self, metric: Metric, phase: Phase, outputs: Any) -> Any:
-        clone = self._clones.get((metric.name, phase))
+        clone = self._clones.get((metric, phase))
         if clone is None:
-            clone = metric.f.clone()  # type: ignore[attr-defined]  # an _Accumulator
+            clone = metric.f.clone()
+            clone.reset()  # the user's may have seen data
             if isinstance(outputs, torch.Tensor) and hasattr(clone, "to"):
                 clone = clone.to(outputs.device)
-            self._clones[metric.name, phase] = clone
+            self._clones[metric, phase] = clone
         return clone
 
     @on(EpochEnd)
     def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        epochs, steps, means = learner.cbstate.history[phase].epochs, learner.cbstate.metrics_step, learner.cbstate.metrics_epoch
+        """Record the values of the epoch."""
+        epochs, steps = learner.cbstate.history[phase].epochs, learner.cbstate.metrics_step
+        means = learner.cbstate.metrics_epoch[phase]
         accumulated: dict[str, Any] = {}
         for metric in self.metrics:
-            clone = self._clones.get((metric.name, phase))
-            if clone is not None and self._sizes[metric.names[0]]:
+            clone = self._clones.get((metric, phase))
+            if clone is not None and any(self._sizes[name] for name in metric.names):
                 accumulated |= _values(metric, clone.compute())
-        for name in self._names:
-            sizes = self._sizes[name]
+        for name, sizes in self._sizes.items():
             if name in accumulated:
-                means[phase].push(name, accumulated[name], epochs)
+                means.push(name, accumulated[name], epochs)
             elif sizes:
                 series = steps[phase][name]
-                values = series.since(len(series) - len(sizes))
-                weighted = math.fsum(value * size for value, size in zip(values, sizes, strict=True))
-                means[phase].push(name, weighted / sum(sizes), epochs)
+                means.push(name, _mean(series.since(len(series) - len(sizes)), sizes), epochs)
 
 
 def _values(metric: Metric, value: Any) -> dict[str, Any]:
     """Return the values of a metric by name, checked to be single numbers."""
     values = {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {metric.name: value}
+    if set(values) != set(metric.names):
+        raise UsageError(
+            f"The metric {metric.name} returned values named {', '.join(values) or 'nothing'}; a metric is one number. "
+            f"Pass a function for each of them: Metric(f, name='...')."
+        )
     for name, item in values.items():
-        if isinstance(item, torch.Tensor) and item.numel() != 1:
-            raise UsageError(
-                f"The metric {name} returned a tensor of shape {tuple(item.shape)}; a metric is one number. "
-                f"Reduce it, as with .mean()."
-            )
+        if isinstance(item, torch.Tensor):
+            if item.numel() != 1:
+                raise UsageError(
+                    f"The metric {name} returned a tensor of shape {tuple(item.shape)}; a metric is one number. "
+                    f"Reduce it, as with .mean()."
+                )
+        elif not isinstance(item, (float, int)):
+            try:
+                values[name] = float(item)
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"The metric {name} returned {item!r}; a metric is one number, or a tensor with one element."
+                ) from None
     return values
 
 
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the mean of values weighted by sizes; rounded once, so that it does not depend on their order."""
+    total = sum(sizes)
+    products = list(map(mul, values, sizes))
+    try:
+        return math.fsum(products) / total if total else math.nan
+    except (OverflowError, ValueError):  # too large, or infinite with both signs
+        return float(sum(products)) / total
+
+
+def _has_loss(phase: Phase, learner: LearnerView) -> bool:
+    """Tell whether another `Metrics` has recorded the loss of this batch."""
+    series = learner.cbstate.metrics_step[phase]
+    return "Loss" in list(series) and series["Loss"].last()[0] == learner.cbstate.history[phase].steps
+
+
 def _size(inputs: Any) -> int:
-    """Return the batch size: the length of the first tensor, wherever it is; 1 where there is none."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs.shape[0] if inputs.ndim else 1
-    if isinstance(inputs, Mapping):
-        inputs = list(inputs.values())
-    if isinstance(inputs, (list, tuple)) or hasattr(inputs, "__iter__"):
-        for item in inputs:
-            if isinstance(item, (torch.Tensor, Mapping, list, tuple)):
-                return _size(item)
-    return 1
+    """Return the batch size: the length of the first array, wherever it is; of the list where there is none; or 1."""
+    shape = getattr(inputs, "shape", None)
+    if isinstance(shape, (tuple, torch.Size)):
+        return int(shape[0]) if shape else 1
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(parts, Sequence) or isinstance(parts, (str, bytes)):
+        return 1
+    for part in parts:
+        if hasattr(part, "shape") or (isinstance(part, (Mapping, Sequence)) and not isinstance(part, (str, bytes))):
+            return _size(part)
+    return max(len(parts), 1) if parts is inputs else 1

@@ -18,15 +18,20 @@ class StopOnNaNLoss(Callback):
     """End training, with a warning that says where, before a NaN loss reaches the gradients.
 
     Raises `CancelFittingException` at `BackwardBegin`, so the parameters stay what they were after the last update.
+    A phase of one's own that has no ``batch.loss`` is not watched.
     """
 
     def state_access(self) -> Access:
-        return {"batch.loss": Read(), "cbstate.history": Read(optional=True)}
+        return {"batch.loss": Read(optional=True), "cbstate.history": Read(optional=True)}
 
     @on(BackwardBegin, AbstractTrainingPhase)
     def check(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        loss = learner.batch.loss.item()
-        if loss == loss:  # the one value that does not equal itself is NaN
+        """End training if the loss is NaN."""
+        loss = learner.batch.loss
+        if loss is None:
+            return
+        value = loss.item()
+        if value == value:  # the one value that does not equal itself is NaN
             return
         history = learner.cbstate.history
         where = f" of {phase!r}"

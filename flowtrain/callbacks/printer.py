@@ -20,9 +20,10 @@ class MetricsPrinter(Callback):
 
     @on(EpochEnd)
     def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Print the line, if anything was recorded for this epoch."""
         epochs = learner.cbstate.history[phase].epochs
-        series = learner.cbstate.metrics_epoch[phase]
-        values = [f"{name} {_number(series[name].last()[1])}" for name in series if series[name].last()[0] == epochs]
+        newest = {name: series.last() for name, series in learner.cbstate.metrics_epoch[phase].items() if len(series)}
+        values = [f"{name} {_number(value)}" for name, (epoch, value) in newest.items() if epoch == epochs]
         if values:
             line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(values)}"
             console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,30 +1,25 @@
 """ProgressBar: how far the epoch is.
 
-On a terminal the bar has the last line for itself: the lines above it become the region that scrolls, as when a
-package manager installs. So whatever is printed, by whomever and through whichever stream, goes above the bar, and no
-stream has to be replaced. Where the output is no terminal, long epochs print plain lines.
+On a terminal the bar has the last line for itself (`flowtrain.terminal.BottomLine`). Where the output is no terminal,
+long epochs print plain lines.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import io
 import math
-import os
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
-from flowtrain.errors import UsageError
+from flowtrain.errors import UsageError, is_a
 from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
 from flowtrain.series import Counts
+from flowtrain.terminal import BottomLine, console
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
 
 __all__ = ["ProgressBar"]
@@ -48,7 +43,7 @@ class ProgressBar(Callback):
 
     def __init__(self, redraw: float = 0.2, report: float = 60.0) -> None:
         for name, seconds in (("redraw", redraw), ("report", report)):
-            if not isinstance(seconds, (int, float)) or not seconds >= 0:
+            if not is_a(seconds, (int, float)) or not seconds >= 0:
                 raise UsageError(f"ProgressBar({name}={seconds!r}): {name} is a number of seconds, at least 0.")
         self.redraw = redraw
         self.report = report
@@ -57,7 +52,7 @@ class ProgressBar(Callback):
         self._title = ""
         self._total: int | None = None
         self._since: int | None = None  # count the steps from this one on, not those of the epoch
-        self._line: _BottomLine | None = None  # none: plain lines
+        self._line: BottomLine | None = None  # none: plain lines
         self._progress: Progress | None = None
         self._drawn = -math.inf
         self._next = math.inf  # no epoch is open: nothing to show
@@ -82,7 +77,7 @@ class ProgressBar(Callback):
         self._progress = None
         now = time.monotonic()
         if self._line is None:
-            self._line = _bottom_line()
+            self._line = BottomLine.of(console())
         if self._line is None:
             self._next = now + self.report
         elif now >= self._drawn + self.redraw:
@@ -134,11 +129,15 @@ class ProgressBar(Callback):
             # By steps an epoch is not a pass of the loader: show how far the fit is.
             self._title, self._total, self._since = f"{phase!r} steps", self._fit.steps, before.steps
 
-    def _draw(self, line: _BottomLine, now: float, done: int, loss: str) -> None:
+    def _draw(self, line: BottomLine, now: float, done: int, loss: str) -> None:
+        self._drawn, self._next = now, now + self.redraw
+        line.show(lambda: self._bar(line, done, loss))
+
+    def _bar(self, line: BottomLine, done: int, loss: str) -> Any:
+        """Return what rich draws."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._drawn, self._next = now, now + self.redraw
-        if self._progress is None:  # the arithmetic and the columns; it is never started, so it draws nothing itself
+        if self._progress is None:  # it has the columns and the estimate; never started, it draws nothing by itself
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -148,17 +147,14 @@ class ProgressBar(Callback):
                 console=line.console,
             )
             self._progress.add_task(self._title, total=self._total, completed=done, loss=loss)
-        task = self._progress.task_ids[0]
-        self._progress.update(task, completed=done, loss=loss)
-        line.show(self._progress.get_renderable())
+        self._progress.update(self._progress.task_ids[0], completed=done, loss=loss)
+        return self._progress.get_renderable()
 
     def _print(self, now: float, done: int, loss: str) -> None:
-        import rich  # only when there is something to print
-
         self._next = now + self.report
         total = f"/{self._total}" if self._total is not None else ""
         line = f"{self._title}  batch {done}{total}  {loss}".rstrip()
-        rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _close_epoch(self) -> None:
         self._next = math.inf
@@ -166,86 +162,6 @@ class ProgressBar(Callback):
         if self._fit is None and self._line is not None:
             self._line.close()
             self._line = None
-
-
-class _BottomLine:
-    """The last line of a terminal, kept out of what scrolls while something is shown on it.
-
-    There is one such line, so showing something takes it from whoever had it, as when a handler trains another
-    learner; the other one takes it back when it next has something to show.
-
-    Args:
-        console: The terminal.
-    """
-
-    _holder: ClassVar[_BottomLine | None] = None
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._file = console.file  # may be replaced meanwhile; the terminal is the same
-        self._size: tuple[int, int] | None = None
-
-    def show(self, content: Any) -> None:
-        """Show one line of content, cut at the width of the terminal. The cursor stays where it is."""
-        if _BottomLine._holder is not self:
-            if _BottomLine._holder is not None:
-                _BottomLine._holder.close()
-            _BottomLine._holder = self
-            atexit.register(self.close)  # a terminal must not keep a smaller region when the program has ended
-        width, height = self.console.size
-        reserve = self._reserve(width, height)
-        self._file.write(f"{reserve}\x1b7\x1b[{height};1H\x1b[2K{self._render(content, width)}\x1b8")
-        self._file.flush()
-
-    def _reserve(self, width: int, height: int) -> str:
-        """Return what makes the lines above the last one the region that scrolls; nothing if they are already."""
-        before, self._size = self._size, (width, height)
-        if before == self._size:
-            return ""
-        # Down and up again: if the cursor is on the last line, its line moves up. Setting a region moves the cursor
-        # to its top, so the position is saved around it.
-        region = f"\x1bD\x1b[A\x1b7\x1b[1;{height - 1}r\x1b8"
-        return region if before is None else f"\x1b7\x1b[r\x1b8\x1b[J{region}"  # the window has another size now
-
-    def _render(self, content: Any, width: int) -> str:
-        from rich.console import Console
-
-        output = io.TextIOWrapper(io.BytesIO(), self.console.encoding, errors="replace", newline="")
-        painter = Console(
-            file=output,
-            force_terminal=True,
-            color_system=self.console.color_system,  # type: ignore[arg-type]  # a str; one of those it takes
-            no_color=self.console.no_color,
-            legacy_windows=False,
-            width=width - 1,  # a full line would wrap on some terminals
-        )
-        painter.print(content, no_wrap=True, overflow="ellipsis", crop=True)
-        output.seek(0)
-        return output.read().split("\n", 1)[0]
-
-    def close(self) -> None:
-        """Clear the line and let the whole terminal scroll again."""
-        if _BottomLine._holder is self:
-            _BottomLine._holder = None
-            atexit.unregister(self.close)
-        if self._size is None:
-            return
-        height = self._size[1]
-        self._size = None
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone needs no cleaning
-            self._file.write(f"\x1b7\x1b[{height};1H\x1b[2K\x1b[r\x1b8")
-            self._file.flush()
-
-
-def _bottom_line() -> _BottomLine | None:
-    """Return the last line of the terminal, or ``None`` where the output is none that can move its cursor."""
-    import rich  # only when there is something to show
-
-    console = rich.get_console()
-    # FORCE_COLOR makes rich take a file for a terminal; it asks for colours, not for a cursor that moves.
-    only_colours = "FORCE_COLOR" in os.environ and not console.file.isatty()
-    able = console.is_interactive and console.is_terminal and not console.legacy_windows and not only_colours
-    return _BottomLine(console) if able and console.size.height > 2 else None
 
 
 def _length(loader: Any) -> int | None:

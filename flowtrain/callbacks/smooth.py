@@ -38,6 +38,7 @@ class SmoothLoss(Callback):
 
     @on(BatchEnd, AbstractTrainingPhase)
     def smooth(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Take in the loss of a batch."""
         average, count = self._averages.get(repr(phase), (0.0, 0))
         average = self.beta * average + (1 - self.beta) * learner.batch.loss.item()
         count += 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flowtrain.callback import Callback, Condition
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import Event
 from flowtrain.phases import Phase
 
@@ -48,20 +48,19 @@ class EverySeconds(Condition):
 
     def ready(self, phase: Phase) -> bool:
         """Look at the clock."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + self.seconds
-        return True
+        return time.monotonic() >= self._next
+
+    def passed(self, phase: Phase) -> None:
+        """Begin to wait, now that the handler runs; another condition may have kept it from running before."""
+        self._next = time.monotonic() + self.seconds
 
 
-def throttle(
-    callback: CB, event_type: type[Event], *, every: int | None = None, seconds: float | None = None
-) -> CB:
+def throttle(callback: CB, event_type: type[Event], *, every: int | None = None, seconds: float | None = None) -> CB:
     """Let a callback handle an event only every n-th time, or at most once in some seconds; return the callback.
 
     The condition is attached to the callback, which stays what it is: ``run_after``, conflicts and `get_callback`
-    see its own type.
+    see its own type. Several conditions on one callback all count, and its handler runs where all of them agree.
+    Throttle a callback before a learner gets it.
 
     Args:
         callback: The callback.
@@ -73,14 +72,22 @@ def throttle(
     Raises:
         UsageError: Not exactly one of the two, a value that means nothing, or an event that the callback does not
             handle.
+
+    >>> from flowtrain import EpochEnd
+    >>> from flowtrain.callbacks import MetricsPrinter
+    >>> throttle(MetricsPrinter(), EpochEnd, every=10)
+    <MetricsPrinter>
     """
+    example = "throttle(Printer(), BatchEnd, every=10)"
     if not is_a(callback, Callback):
-        raise UsageError(f"throttle() takes a callback first, got {callback!r}. Write throttle(Printer(), BatchEnd, every=10).")
+        raise UsageError(f"throttle() takes a callback first, got {callback!r}. Write {example}.")
+    if not is_type(event_type, Event):
+        raise UsageError(f"throttle() takes an event type second, got {event_type!r}. Write {example}.")
     if (every is None) == (seconds is None):
-        raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
+        raise UsageError(f"throttle() takes either every= or seconds=: {example}.")
     if every is not None and (not is_a(every, int) or isinstance(every, bool) or every < 1):
         raise UsageError(f"throttle(every={every!r}): every is a whole number, at least 1.")
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and (not is_a(seconds, (int, float)) or not seconds > 0):
         raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
     handled = [handler.event_type for _, handler in callback.handlers()]
     if not any(issubclass(kind, event_type) or issubclass(event_type, kind) for kind in handled):

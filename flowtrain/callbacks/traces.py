@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback
-from flowtrain.errors import HandlerError, is_a
+from flowtrain.errors import HandlerError, is_a, is_type
 from flowtrain.events import BatchEnd, Event
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
@@ -20,13 +20,14 @@ class Traces(Callback):
     """Record what functions of the learner return: ``cbstate.tracehistory[phase][name]``.
 
     Args:
-        traces: Functions by name; each is called with the learner's view and returns one number.
+        traces: Functions by name; each is called with the learner's view and returns a number, or a tensor. A tensor
+            with one element is recorded as a number, one with more as a copy.
         phase_type: The phase, subclasses included.
-        event_type: The event.
-        access: What the functions read.
+        event_type: The event, subclasses included.
+        access: What the functions read; without it, all of ``batch``.
 
     Raises:
-        HandlerError: No functions, or a name with a dot.
+        HandlerError: No functions, a name with a dot, or types that are none.
 
     >>> from flowtrain import TrainingPhase
     >>> Traces({"LossSquared": lambda learner: learner.batch.loss**2}, TrainingPhase)
@@ -41,9 +42,16 @@ class Traces(Callback):
         access: Access | None = None,
     ) -> None:
         if not is_a(traces, Mapping) or not traces or not all(callable(trace) for trace in traces.values()):
-            raise HandlerError(f"Traces({traces!r}, ...) takes functions by name: Traces({{'Norm': f}}, TrainingPhase).")
+            example = "Traces({'Norm': f}, TrainingPhase)"
+            raise HandlerError(f"Traces({traces!r}, ...) takes functions by name: {example}.")
+        for kind, base in ((phase_type, Phase), (event_type, Event)):
+            if not is_type(kind, base):
+                raise HandlerError(
+                    f"Traces got {kind!r} where a subclass of {base.__name__} belongs. "
+                    f"Write Traces({{'Norm': f}}, TrainingPhase, BatchEnd)."
+                )
         for name in traces:
-            if not name or "." in name:
+            if not is_a(name, str) or not name or "." in name:
                 raise HandlerError(f"The trace {name!r} needs a name without dots, because it is part of a path.")
         self.traces = dict(traces)
         self.event_type = event_type
@@ -59,7 +67,7 @@ class Traces(Callback):
         yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "trace")
 
     def trace(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """Call the functions and record what they return."""
+        """Call the functions and record what they return, each at the number of batches completed."""
         step = learner.cbstate.history[phase].steps
         series = learner.cbstate.tracehistory[phase]
         for name, function in self.traces.items():
