@@ -131,7 +131,9 @@ def test_an_override_without_on_keeps_the_registration() -> None:
 def test_an_override_with_on_replaces_the_registration() -> None:
     class Derived(Base):
         @on(EpochEnd, TrainingPhase)
-        def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        def batch(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # another event
+            self, event: Event, phase: Phase, learner: LearnerView
+        ) -> None:
             self.ran.append("Derived.batch")
 
     assert run(Derived(), EpochEnd(), TrainingPhase()) == ["Derived.batch"]
@@ -207,7 +209,7 @@ def test_a_callback_overrides_its_mixin() -> None:
         def __init__(self) -> None:
             self.ran = []
 
-        def show(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        def show(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
             super().show(event, phase, learner)
             self.ran.append("Printer.show")
 
@@ -220,7 +222,9 @@ def test_a_callback_overrides_its_mixin() -> None:
 def test_a_subclass_does_not_fall_back_to_the_mixin() -> None:
     class Printer(Shows, Callback):
         @on(EpochEnd)
-        def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+        def show(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # another event
+            self, event: Event, phase: Phase, learner: LearnerView
+        ) -> None: ...
 
     class Louder(Printer): ...
 
@@ -233,7 +237,8 @@ def test_a_base_that_goes_before_the_mixin_decides() -> None:
         @on(EpochEnd)
         def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
-    class Both(First, Shows): ...
+    class Both(First, Shows):  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]  # on purpose
+        """Two bases with a `show`."""
 
     assert [str(handler) for _, handler in Both().handlers()] == ["First.show on (EpochEnd, Phase)"]
     assert Both.show is First.show

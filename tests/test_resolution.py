@@ -51,14 +51,16 @@ def test_every_answer_that_fits_is_heard() -> None:
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_later_answer_replaces_an_earlier_one(turned: bool) -> None:
     resolve(One, Other, RunFirst(One))
-    resolve(*((Other, One) if turned else (One, Other)), RunFirst(Other))
+    one, other = (Other, One) if turned else (One, Other)
+    resolve(one, other, RunFirst(Other))
     assert heard(One(), Other()) == [RunFirst(Other)]
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_an_answer_is_taken_back(turned: bool) -> None:
     resolve(One, Other, NoConflict())
-    resolve(*((Other, One) if turned else (One, Other)), None)
+    one, other = (Other, One) if turned else (One, Other)
+    resolve(one, other, None)
     assert heard(One(), Other()) == []
 
 
