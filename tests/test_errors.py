@@ -1,0 +1,114 @@
+"""The tree of errors: drawn as it is, exported as a whole, and able to travel between processes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+
+import pytest
+
+import flowtrain
+from flowtrain import errors
+from flowtrain.errors import (
+    CycleError,
+    FlowtrainError,
+    MissingStateError,
+    ProtectedException,
+    UndeclaredWriteError,
+    WriteConflictError,
+    nearest,
+)
+
+CLASSES = [
+    each
+    for each in vars(errors).values()
+    if inspect.isclass(each) and issubclass(each, FlowtrainError) and each.__module__ == errors.__name__
+]
+
+
+def drawn(text: str) -> dict[str, str]:
+    """The parent of each class in a tree that is drawn with box characters."""
+    stack: list[tuple[int, str]] = []
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        match = re.match(r"^( {4}(?:[│ ] {3})*(?:[├└]── )?)(\w+)(?: {2,}\S.*)?$", line)
+        if match is None:
+            continue
+        depth, name = len(match[1]), match[2]
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        found[name] = stack[-1][1] if stack else "Exception"
+        stack.append((depth, name))
+    return found
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    real = {each.__name__: each.__bases__[0].__name__ for each in CLASSES}
+    assert drawn(errors.__doc__ or "") == real
+    assert len(real) == 16
+
+
+def test_the_drawing_says_what_each_error_means() -> None:
+    for each in CLASSES:
+        assert each.__doc__, each
+        if each is not FlowtrainError:
+            assert re.search(rf"── {each.__name__} +\S", errors.__doc__ or ""), f"{each.__name__} is drawn without a word"
+
+
+@pytest.mark.parametrize("each", CLASSES, ids=lambda each: each.__name__)
+def test_every_error_is_exported(each: type[FlowtrainError]) -> None:
+    assert each.__name__ in errors.__all__
+    assert each.__name__ in flowtrain.__all__
+    assert getattr(flowtrain, each.__name__) is each
+
+
+def test_a_missing_entry_is_an_attribute_error_too() -> None:
+    """`hasattr` and `getattr` with a default work on learner state."""
+    assert issubclass(MissingStateError, AttributeError)
+
+
+def test_a_refusal_says_what_first_and_then_what_to_do() -> None:
+    """Rule 3: the first line is fixed."""
+    assert str(ProtectedException("Read", "batch.loss")) == "Read access to Learner.batch.loss disallowed."
+    assert str(ProtectedException("Write", "cbstate.x", "Do this.")) == (
+        "Write access to Learner.cbstate.x disallowed.\nDo this."
+    )
+
+
+SAMPLES: list[FlowtrainError] = [
+    ProtectedException("Write", "batch.loss", "Declare it."),
+    UndeclaredWriteError("A.h", ("batch.loss",), "changed"),
+    WriteConflictError(("A", "B"), ("batch.x", "batch"), "BatchEnd, TrainingPhase", "both write"),
+    CycleError(("A", "B"), "BatchEnd, TrainingPhase", "a circle"),
+    MissingStateError("cbstate.x", "nobody wrote it"),
+    *[each("text") for each in CLASSES if "__init__" not in vars(each)],
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_travel_with_their_fields(error: FlowtrainError) -> None:
+    """An error from another process or thread arrives as it was raised: type, text, fields, notes."""
+    error.add_note("raised in A.h")
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(other) is type(error)
+        assert str(other) == str(error)
+        assert vars(other) == vars(error)
+        assert other.__notes__ == error.__notes__
+
+
+def test_every_error_has_a_sample() -> None:
+    assert {type(error) for error in SAMPLES} == set(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("outptus", ["inputs", "outputs"], " Did you mean 'outputs'?"),
+        ("zzz", ["inputs", "outputs"], ""),
+        ("anything", [], ""),
+    ],
+)
+def test_nearest(name: str, known: list[str], hint: str) -> None:
+    assert nearest(name, known) == hint
