@@ -376,7 +376,7 @@ def _find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) 
         try:
             device = torch.device(wanted)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             raise CoreError(f"device={wanted!r} cannot be used: {error}") from error
         return device
     for model in models:
@@ -443,5 +443,5 @@ def _make_optimizer(wanted: Any, params: list[torch.nn.Parameter], known: list[t
         raise CoreError(f"{what} has nothing to train: the model has no parameters.")
     made = wanted(params)
     if not isinstance(made, Optimizer):
-        raise CoreError(f"{what} was called with the parameters and returned {made!r}, which is no torch optimizer.")
+        raise CoreError(f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer.")
     return made
