@@ -300,6 +300,8 @@ def _cycle_error(draft: _Draft, stuck: set[int]) -> CycleError:
             cycle = seen[seen.index(position) :][::-1]
             break
         seen.append(position)
+    first = cycle.index(min(cycle))
+    cycle = [*cycle[first:], *cycle[:first]]  # from the one that comes first in the list
     names = tuple(draft.name(position) for position in cycle)
     lines = [
         f"  {draft.name(before)} before {draft.name(after)}: {'; '.join(map(str, draft.hard[before, after]))}"
