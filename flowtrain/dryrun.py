@@ -207,13 +207,12 @@ class _Probe:
 
     def recording(self, failure: BaseException | None) -> Recording:
         """Return what was found."""
+        shared = self.subject.state_access()
         declared = {
-            handler.attribute: dict(_resources(handler.access or self.subject.state_access(), handler.attribute))
+            handler.attribute: dict(_resources(shared if handler.access is None else handler.access, handler.attribute))
             for _, handler in self.subject.handlers()
         }
-        handlers = {
-            name: _minimal({**declared.get(name, {}), **log}) for name, log in self.logs.items()
-        }
+        handlers = {name: _minimal({**declared.get(name, {}), **log}) for name, log in self.logs.items()}
         decorators = {handler.attribute: handler.decorator() for _, handler in self.subject.handlers()}
         return Recording(
             type(self.subject).__name__,

@@ -64,7 +64,7 @@ def tiny_learner(
 
     >>> learner = tiny_learner()
     >>> learner.fit(2)
-    >>> round(float(learner.model.coeff), 2)
+    >>> round(learner.model.coeff.item(), 2)
     3.0
     """
     batches = tiny_batches(coeff, n_batches, batch_size)

@@ -1,0 +1,54 @@
+"""The tools for tests of callbacks: small, quiet, and the same every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowtrain import TrainingPhase, ValidationPhase
+from flowtrain.callbacks import CustomCallback, Metrics
+from flowtrain.events import EpochEnd
+from flowtrain.testing import record_access, tiny_batches, tiny_learner
+
+
+def test_a_tiny_learner_learns_its_coefficient_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    learner = tiny_learner(coeff=-2.0, n_batches=8, batch_size=4)
+    learner.fit(5)
+    assert learner.model.coeff.item() == pytest.approx(-2.0, abs=1e-3)
+    assert learner.core.device == torch.device("cpu")
+    assert [len(learner.data[phase]) for phase in (TrainingPhase, ValidationPhase)] == [8, 8]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_is_the_same_every_time() -> None:
+    coeffs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        learner = tiny_learner()
+        learner.fit(1)
+        coeffs.append(learner.model.coeff.item())
+    assert coeffs[0] == coeffs[1]
+
+
+def test_every_choice_can_be_replaced() -> None:
+    model = torch.nn.Linear(1, 1)
+    seen: list[int] = []
+    learner = tiny_learner(
+        CustomCallback(lambda learner: seen.append(1), EpochEnd),
+        model=model,
+        lossfn=torch.nn.functional.l1_loss,
+        data=tiny_batches(n_batches=2),
+        optimizer=torch.optim.Adam,
+        default_callbacks=False,
+    )
+    learner.fit(3)
+    assert learner.model is model
+    assert learner.lossfn is torch.nn.functional.l1_loss
+    assert isinstance(learner.optimizer, torch.optim.Adam)
+    assert len(learner.callbacks) == 1
+    assert seen == [1, 1, 1]
+
+
+def test_record_access_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    found = record_access(Metrics())
+    assert capsys.readouterr().out == f"{found}\n"

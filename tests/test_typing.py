@@ -1,0 +1,63 @@
+"""The public types, by both type checkers: what they must accept in ``tests/typing/``, and what they must reject."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "typing"
+ROOT = FOLDER.parents[1]
+
+
+@pytest.fixture(scope="module", params=["mypy", "pyright"])
+def complaints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[int]]:
+    """The lines that a checker complains about, by file."""
+    found: dict[str, set[int]] = {path.name: set() for path in FOLDER.glob("*.py")}
+    for name, line in _mypy(tmp_path_factory.mktemp("mypy")) if request.param == "mypy" else _pyright():
+        found[name].add(line)
+    return found
+
+
+def _mypy(cache: Path) -> list[tuple[str, int]]:
+    files = sorted(str(path) for path in FOLDER.glob("*.py"))
+    options = ["--strict", "--follow-imports=silent", "--no-pretty", "--hide-error-context", f"--cache-dir={cache}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *options, *files],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    rows = re.findall(r"^(?:.*/)?(\w+\.py):(\d+): error: ", done.stdout, re.MULTILINE)
+    assert rows or done.returncode == 0, done.stdout + done.stderr
+    return [(name, int(line)) for name, line in rows]
+
+
+def _pyright() -> list[tuple[str, int]]:
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    report = json.loads(done.stdout)
+    assert report["summary"]["filesAnalyzed"] >= 2, done.stdout + done.stderr
+    return [
+        (Path(each["file"]).name, each["range"]["start"]["line"] + 1)
+        for each in report["generalDiagnostics"]
+        if each["severity"] == "error"
+    ]
+
+
+def marked(name: str) -> set[int]:
+    """The lines of a file that are marked as rejected."""
+    lines = (FOLDER / name).read_text("utf-8").splitlines()
+    return {number for number, line in enumerate(lines, start=1) if "# rejected: " in line}
+
+
+def test_what_works_is_accepted(complaints: dict[str, set[int]]) -> None:
+    assert complaints["accepted.py"] == set()
+
+
+def test_what_cannot_work_is_rejected_and_nothing_else(complaints: dict[str, set[int]]) -> None:
+    wanted = marked("rejected.py")
+    assert len(wanted) >= 12
+    assert complaints["rejected.py"] == wanted
