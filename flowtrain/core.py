@@ -184,6 +184,7 @@ class TorchCore:
         self._scaler = self._make_scaler() if self.precision == "fp16" else None
         self._counts = dict.fromkeys(self._optimizers, 0)
         self._complete = dict.fromkeys(self._optimizers, True)
+        self._spent: set[str] = set()  # stepped in this batch: their gradients belong to no group any more
         self.last_batch = False
         self.places = self.device.type != "cpu"
         self._choose()
@@ -257,10 +258,17 @@ class TorchCore:
 
     def begin_groups(self) -> None:
         """Zero the gradients of every optimizer whose next accumulation group begins here."""
+        self._spent.clear()
         for name, complete in self._complete.items():
             if complete:
                 self._optimizers[name].zero_grad()
                 self._complete[name] = False
+
+    def drop_spent(self) -> None:
+        """Zero the gradients that an optimizer has stepped with in this batch, before a further backward pass in it."""
+        for name in self._spent:
+            self._optimizers[name].zero_grad()
+        self._spent.clear()
 
     def end_groups(self) -> None:
         """Throw away the gradients of a group that a cancelled batch left open; a group lies within one epoch."""
@@ -319,6 +327,7 @@ class TorchCore:
                 self._scaler.step(optimizer)
             self._counts[name] = 0
             self._complete[name] = True
+            self._spent.add(name)
         if self._scaler is not None:
             self._scaler.update()
 

@@ -343,6 +343,7 @@ class Loop:
             loss = batch.loss if shared else loss
         if not is_a(loss, torch.Tensor) or loss.numel() != 1:
             raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
+        self.core.drop_spent()
         self.core.backward(loss)
         if shared:
             batch.loss = loss.detach()
