@@ -1,0 +1,486 @@
+"""Metrics: values of batches and epochs, against an independent computation and against torchmetrics itself."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+import weakref
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flowtrain import (
+    Access,
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFittingException,
+    EpochBegin,
+    Learner,
+    LearnerView,
+    LossBegin,
+    MissingStateError,
+    Phase,
+    Read,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+    WriteConflictError,
+    on,
+)
+from flowtrain.callbacks import Metric, Metrics, Recorder
+from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
+from flowtrain.testing import tiny_batches, tiny_learner
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
+    import torchmetrics
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def labelled(sizes: list[int], seed: int = 0) -> list[Pair]:
+    """Batches of the given sizes, with three features and three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 3, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
+
+
+def classifier(*callbacks: Callback, train: list[Pair], valid: list[Pair], lr: float = 0.1, **kwargs: Any) -> Learner:
+    torch.manual_seed(0)
+    return Learner(
+        torch.nn.Linear(3, 3),
+        torch.nn.functional.cross_entropy,
+        data=(train, valid),
+        optimizer=partial(torch.optim.SGD, lr=lr),
+        callbacks=callbacks,
+        default_callbacks="quiet",
+        **kwargs,
+    )
+
+
+def steps_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, float]]:
+    return list(learner.cbstate.metrics_step[phase][name])
+
+
+def epochs_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, float]]:
+    return list(learner.cbstate.metrics_epoch[phase][name])
+
+
+class CancelAt(Callback):
+    """Raise in the given batches, counted from 1 over the whole training."""
+
+    def __init__(self, cancels: dict[int, type[Exception]]) -> None:
+        self.cancels = cancels
+        self.batches = 0
+
+    @on(BatchBegin, TrainingPhase)
+    def cancel(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.batches += 1
+        if self.batches in self.cancels:
+            raise self.cancels[self.batches]("on purpose")
+
+
+# --- values
+
+
+def test_epoch_values_are_means_over_samples_also_with_a_smaller_last_batch() -> None:
+    train, valid = labelled([8, 8, 3]), labelled([5, 1], seed=1)
+    learner = classifier(Metrics(accuracy), train=train, valid=valid)
+    learner.fit(1)
+
+    torch.manual_seed(0)  # the same by hand
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, right = [], 0
+    for inputs, targets in train:
+        outputs = model(inputs)
+        loss = torch.nn.functional.cross_entropy(outputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        right += int((outputs.argmax(1) == targets).sum())
+    assert steps_of(learner, "Loss") == list(enumerate(losses, start=1))
+    mean = (8 * losses[0] + 8 * losses[1] + 3 * losses[2]) / 19
+    assert epochs_of(learner, "Loss") == [(1, pytest.approx(mean, abs=1e-12))]
+    assert epochs_of(learner, "Accuracy") == [(1, pytest.approx(right / 19))]
+
+    inputs, targets = torch.cat([x for x, _ in valid]), torch.cat([y for _, y in valid])
+    outputs = model(inputs)
+    whole = torch.nn.functional.cross_entropy(outputs, targets).item()
+    assert epochs_of(learner, "Loss", ValidationPhase) == [(1, pytest.approx(whole))]
+    assert epochs_of(learner, "Accuracy", ValidationPhase) == [(1, pytest.approx(accuracy(outputs, targets).item()))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_the_mean_of_a_metric_over_any_batches_is_that_over_all_samples(sizes: list[int]) -> None:
+    data = labelled(sizes)
+    learner = classifier(Metrics(Metric(mean_of_outputs, name="Mean")), train=data, valid=data)
+    learner.validate()
+    whole = learner.model(torch.cat([inputs for inputs, _ in data])).mean().item()
+    [(epoch, value)] = epochs_of(learner, "Mean", ValidationPhase)
+    assert (epoch, value) == (1, pytest.approx(whole, abs=1e-6))
+
+
+def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.mean()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=4))
+@example([math.inf, -math.inf])
+@example([3.0e38, 3.0e38])
+def test_no_value_breaks_the_mean(values: list[float]) -> None:
+    left = iter(values)
+    learner = tiny_learner(Metrics(Metric(lambda outputs, targets: next(left), name="Given")), n_batches=len(values))
+    learner.epoch(ValidationPhase)
+    [(_, mean)] = epochs_of(learner, "Given", ValidationPhase)
+    expected = sum(values) / len(values)
+    assert mean == pytest.approx(expected, nan_ok=True, rel=1e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weight"),
+    [
+        ({"x": torch.zeros(7, 1), "mask": torch.zeros(7)}, 7),
+        ([torch.zeros(4, 1), torch.zeros(9, 1)], 4),
+        (({"x": [torch.zeros(6, 1)]},), 6),
+        ({"name": "a", "x": torch.zeros(5)}, 5),
+        (torch.zeros(()), 1),
+        (["one", "two", "three"], 3),
+        ("one text", 1),
+        (None, 1),
+        ([], 1),
+    ],
+)
+def test_the_weight_of_a_batch_is_the_length_of_its_first_tensor(inputs: Any, weight: int) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs: Any) -> torch.Tensor:
+            return self.scale * (10.0 if inputs is probe else 1.0)
+
+    probe = torch.zeros(1)
+    data = [(inputs, torch.zeros(())), (probe, torch.zeros(()))]
+    loaders = {ValidationPhase: data}
+    learner = tiny_learner(Metrics(), model=Model(), lossfn=lambda outputs, targets: outputs, data=loaders)
+    learner.validate()
+    assert epochs_of(learner, "Loss", ValidationPhase) == [(1, pytest.approx((weight * 1.0 + 10.0) / (weight + 1)))]
+
+
+def test_metrics_of_some_phases_only() -> None:
+    data = labelled([4, 4])
+    learner = classifier(Metrics(Metric(accuracy, phase=ValidationPhase)), train=data, valid=data)
+    learner.fit(1)
+    assert list(learner.cbstate.metrics_epoch[TrainingPhase]) == ["Loss"]
+    assert list(learner.cbstate.metrics_epoch[ValidationPhase]) == ["Loss", "Accuracy"]
+
+
+def test_step_numbers_go_on_over_epochs_and_without_cancelled_batches() -> None:
+    learner = tiny_learner(CancelAt({2: CancelBatchException}), n_batches=3)
+    learner.fit(2)
+    assert [step for step, _ in steps_of(learner, "Loss")] == [1, 2, 3, 4, 5]
+    losses = [value for _, value in steps_of(learner, "Loss")]
+    assert epochs_of(learner, "Loss") == [
+        (1, pytest.approx(sum(losses[:2]) / 2)),
+        (2, pytest.approx(sum(losses[2:]) / 3)),
+    ]
+
+
+def test_an_epoch_without_a_completed_batch_records_nothing() -> None:
+    cancels: dict[int, type[Exception]] = {1: CancelBatchException, 2: CancelEpochException}
+    data = labelled([4, 4])
+    metrics = Metrics(accuracy)
+    learner = classifier(CancelAt(cancels), metrics, train=data, valid=data)
+    learner.fit(2)
+    assert [epoch for epoch, _ in epochs_of(learner, "Loss")] == [2]
+    assert [epoch for epoch, _ in epochs_of(learner, "Accuracy")] == [2]
+    assert [epoch for epoch, _ in epochs_of(learner, "Loss", ValidationPhase)] == [1, 2]
+
+
+def test_an_epoch_after_one_that_ended_early_begins_anew() -> None:
+    """Neither the batches of the broken epoch nor direct steps count in the next one."""
+    data = labelled([4, 4, 2])
+    metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
+    cancel = CancelAt({3: CancelFittingException})
+    learner = classifier(cancel, Metrics(mean_of_outputs, metric), train=data, valid=data, lr=0.0)
+    learner.fit(1)
+    assert len(learner.cbstate.metrics_epoch[TrainingPhase]) == 0
+    learner.step(TrainingPhase, data[0])
+    learner.fit(1)
+    outputs = learner.model(torch.cat([inputs for inputs, _ in data]))
+    right = accuracy(outputs, torch.cat([targets for _, targets in data])).item()
+    assert epochs_of(learner, "MulticlassAccuracy") == [(1, pytest.approx(right))]
+    assert epochs_of(learner, "MeanOfOutputs") == [(1, pytest.approx(outputs.mean().item()))]
+
+
+def test_a_phase_without_a_loss_or_outputs_records_what_there_is() -> None:
+    class Looking(ValidationPhase):
+        def step(self, learner: Any, raw: Any) -> None:
+            with learner.run_batch(self, inputs=raw[0]):
+                pass
+
+    learner = tiny_learner(Metrics(mean_of_outputs), data={Looking: tiny_batches()})
+    learner.validate()
+    assert len(learner.cbstate.metrics_step[Looking]) == len(learner.cbstate.metrics_epoch[Looking]) == 0
+
+
+# --- torchmetrics
+
+
+def test_torchmetrics_objects_give_their_own_result() -> None:
+    train, valid = labelled([8, 8, 3]), labelled([6, 5], seed=3)
+    f1 = torchmetrics.classification.MulticlassF1Score(3, average="macro")
+    both = torchmetrics.MetricCollection(
+        {
+            "Precision": torchmetrics.classification.MulticlassPrecision(3, average="macro"),
+            "Recall": torchmetrics.classification.MulticlassRecall(3, average="macro"),
+        },
+        prefix="My",
+    )
+    learner = classifier(Metrics(Metric(f1, name="F1"), both), train=train, valid=valid)
+    learner.fit(2)
+    assert sorted(learner.cbstate.metrics_epoch[ValidationPhase]) == ["F1", "Loss", "MyPrecision", "MyRecall"]
+    # The validation of the last epoch ran with the final parameters.
+    expected_f1, expected = f1.clone(), both.clone()
+    for inputs, targets in valid:
+        expected_f1.update(learner.model(inputs), targets)
+        expected.update(learner.model(inputs), targets)
+    (_, newest) = epochs_of(learner, "F1", ValidationPhase)[-1]
+    assert newest == expected_f1.compute().item()
+    for name, value in expected.compute().items():
+        assert epochs_of(learner, name, ValidationPhase)[-1] == (2, value.item())
+    # A mean of the batches would be another number: these metrics are no means.
+    batches = [value for _, value in steps_of(learner, "F1", ValidationPhase)[-2:]]
+    assert newest != pytest.approx((6 * batches[0] + 5 * batches[1]) / 11)
+
+
+def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch() -> None:
+    train, valid = labelled([4, 4]), labelled([4], seed=1)
+
+    class Samples(torchmetrics.Metric):
+        """How many samples it has seen."""
+
+        full_state_update = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("seen", default=torch.zeros(()), dist_reduce_fx="sum")
+
+        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+            self.seen: torch.Tensor = self.seen + len(targets)
+
+        def compute(self) -> torch.Tensor:
+            return self.seen
+
+    users = Samples()
+    users.update(torch.zeros(100), torch.zeros(100))  # what the user's object has seen is not ours
+    learner = classifier(Metrics(users), train=train, valid=valid)
+    learner.fit(2)
+    assert epochs_of(learner, "Samples") == [(1, 8.0), (2, 8.0)]
+    assert epochs_of(learner, "Samples", ValidationPhase) == [(1, 4.0), (2, 4.0)]
+    assert steps_of(learner, "Samples") == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 4.0)]
+    assert users.compute() == 100
+
+
+def test_two_collections_keep_apart() -> None:
+    data = labelled([8, 8])
+    one = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassPrecision(3, average="macro")])
+    two = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassRecall(3, average="macro")])
+    learner = classifier(Metrics(one, two), train=data, valid=data)
+    learner.validate()
+    for collection in (one, two):
+        for inputs, targets in data:
+            collection.update(learner.model(inputs), targets)
+        [(name, value)] = collection.compute().items()
+        assert epochs_of(learner, name, ValidationPhase) == [(1, value.item())]
+
+
+def test_no_graph_is_kept() -> None:
+    """Neither by values nor by a torchmetrics object that keeps the outputs of the epoch."""
+    kept: list[torch.Tensor] = []
+
+    class Keeping(torchmetrics.Metric):
+        """Keeps what it is given, as metrics over curves do."""
+
+        full_state_update = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("outputs", default=[], dist_reduce_fx="cat")
+
+        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+            kept.append(outputs)
+            self.outputs.append(outputs)  # type: ignore[operator,union-attr]  # add_state made it
+
+        def compute(self) -> torch.Tensor:
+            return torch.zeros(())
+
+    graphs: list[weakref.ref[torch.Tensor]] = []
+
+    class Watch(Callback):
+        def state_access(self) -> Access:
+            return {"batch.outputs": Read()}
+
+        @on(LossBegin, TrainingPhase)
+        def look(self, event: LossBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            assert learner.batch.outputs.grad_fn is not None
+            graphs.append(weakref.ref(learner.batch.outputs))
+
+    data = labelled([4, 4, 4])
+    metrics = Metrics(Metric(lambda outputs, targets: outputs.sum(), name="Sum"), Keeping())
+    learner = classifier(Watch(), metrics, train=data, valid=data)
+    learner.epoch(TrainingPhase)
+    gc.collect()
+    assert [output.grad_fn for output in kept] == [None] * 3
+    assert [graph() is None for graph in graphs] == [True, True, False]  # the last batch is still the learner's
+    assert all(type(value) is float for name in ("Loss", "Sum") for _, value in steps_of(learner, name))
+
+
+# --- several in a learner
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_two_with_different_metrics_live_side_by_side(strict: bool) -> None:
+    data = labelled([8, 3])
+    first, second = Metrics(accuracy), Metrics(mean_of_outputs)
+    learner = classifier(first, second, train=data, valid=data, strict=strict)
+    learner.fit(2)
+    alone = classifier(Metrics(accuracy, mean_of_outputs), train=data, valid=data)
+    alone.fit(2)
+    for phase in (TrainingPhase, ValidationPhase):
+        assert sorted(learner.cbstate.metrics_epoch[phase]) == ["Accuracy", "Loss", "MeanOfOutputs"]
+        for name in ("Accuracy", "Loss", "MeanOfOutputs"):
+            assert steps_of(learner, name, phase) == steps_of(alone, name, phase)
+            assert epochs_of(learner, name, phase) == epochs_of(alone, name, phase)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_two_stay_right_when_one_of_them_goes(position: int) -> None:
+    data = labelled([8, 3])
+    learner = classifier(Metrics(accuracy), Metrics(mean_of_outputs), train=data, valid=data)
+    learner.fit(1)
+    learner.remove_callback(("Metrics", "Metrics#2")[position])
+    learner.fit(1)
+    assert [step for step, _ in steps_of(learner, "Loss")] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in epochs_of(learner, "Loss")] == [1, 2]
+
+
+def test_two_with_one_name_conflict() -> None:
+    """Rule 7."""
+    message = r"(?s)Metrics .*Metrics#2.*cbstate\.metrics_(step|epoch)\.(Accuracy|Loss)"
+    with pytest.raises(WriteConflictError, match=message) as caught:
+        tiny_learner(Metrics(accuracy), Metrics(mean_of_outputs, accuracy))
+    assert caught.value.callbacks == ("Metrics", "Metrics#2")
+
+
+def test_a_reader_sees_the_value_of_this_very_batch() -> None:
+    class Other(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.metrics_step.Accuracy": Read()}
+
+        @on(BatchEnd)
+        def read(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            self.seen = learner.cbstate.metrics_step[phase]["Accuracy"].last()
+
+    data = labelled([4])
+    learner = classifier(other := Other(), Metrics(accuracy), train=data, valid=data)
+    learner.epoch(TrainingPhase)
+    assert other.seen == steps_of(learner, "Accuracy")[0]  # rule 7
+
+
+# --- names and mistakes
+
+
+class Squares:
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        (Metric(accuracy), "Accuracy"),
+        (Metric(mean_absolute_error), "MeanAbsoluteError"),
+        (Metric(top_k_accuracy(3)), "Top3Accuracy"),
+        (Metric(partial(mean_absolute_error)), "MeanAbsoluteError"),
+        (Metric(Squares()), "Squares"),
+        (Metric(accuracy, name="acc@1"), "acc@1"),
+        (Metric(lambda outputs, targets: 1.0, name="One"), "One"),
+    ],
+)
+def test_names(metric: Metric, name: str) -> None:
+    assert metric.names == [name]
+    assert repr(metric) == f"Metric({name})"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Metrics(lambda outputs, targets: 0.0), r"a name without dots. Write Metric\(f, name='MyMetric'\)"),
+        (lambda: Metric(accuracy, name="a.b"), "needs a name without dots"),
+        (lambda: Metric(accuracy, name=""), "needs a name without dots"),
+        (lambda: Metric(accuracy, name=3), "needs a name without dots"),  # type: ignore[arg-type]  # what is tested
+        (lambda: Metrics("accuracy"), r"'accuracy' is no metric: a metric is a function of \(outputs, targets\)"),
+        (lambda: Metrics(Squares), r"is no metric: .* Write Squares\(\), an instance."),
+        (lambda: Metrics(accuracy, accuracy), r"Two metrics are called 'Accuracy'. Give one another name: Metric\(f"),
+        (lambda: Metrics(Metric(accuracy, name="Loss")), "Two metrics are called 'Loss'"),
+        (lambda: Metric(accuracy, phase=BatchEnd), r"phase=<class .*BatchEnd'>\) is no phase type. Write .*Validation"),  # type: ignore[arg-type]  # what is tested
+        (lambda: Metric(accuracy, phase=ValidationPhase()), "is no phase type"),  # type: ignore[arg-type]  # what is tested
+    ],
+)
+def test_mistakes_are_named_when_it_is_made(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(3, 1), r"The metric Wrong returned a tensor of shape \(3, 1\); a metric is one number. Reduce it"),
+        (None, "The metric Wrong returned None; a metric is one number, or a tensor with one element."),
+        ("high", "The metric Wrong returned 'high'"),
+        ([0.5, 0.5], r"The metric Wrong returned \[0.5, 0.5\]"),
+        ({"a": 0.5, "b": 0.1}, r"Wrong returned values named a, b; .* Pass a function for each of them: Metric\("),
+    ],
+)
+def test_a_metric_that_is_no_number_is_named(result: Any, message: str) -> None:
+    learner = tiny_learner(Metrics(Metric(lambda outputs, targets: result, name="Wrong")))
+    with pytest.raises(UsageError, match=message) as caught:
+        learner.fit(1)
+    assert any("raised in Metrics.record at (BatchEnd, TrainingPhase)" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("result", [1, True, 0.5, torch.tensor([[0.5]]), torch.tensor(3)])
+def test_a_metric_may_be_any_single_number(result: Any) -> None:
+    learner = tiny_learner(Metrics(Metric(lambda outputs, targets: result, name="Given")), n_batches=2)
+    learner.epoch(ValidationPhase)
+    assert epochs_of(learner, "Given", ValidationPhase) == [(1, float(result))]
+
+
+def test_without_a_recorder_the_error_names_it() -> None:
+    with pytest.raises(MissingStateError, match=r"Add flowtrain\.callbacks\.Recorder, which provides cbstate\.history"):
+        tiny_learner(Metrics(), default_callbacks=False)
+    assert tiny_learner(Metrics(), Recorder(), default_callbacks=False).callbacks
+
+
+def test_a_failed_epoch_begin_leaves_no_batches_behind() -> None:
+    class Refuse(Callback):
+        @on(EpochBegin, TrainingPhase)
+        def refuse(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            raise CancelEpochException("no epoch")
+
+    learner = tiny_learner(Refuse())
+    learner.step(TrainingPhase, tiny_batches()[0])
+    learner.fit(1)
+    assert len(learner.cbstate.metrics_epoch[TrainingPhase]) == 0

@@ -1,0 +1,78 @@
+"""The metric functions: against torchmetrics and plain sums, and what shapes they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchmetrics.functional as reference
+
+from flowtrain import UsageError
+from flowtrain.metrics import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def scores(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def classes(count: int, *shape: int) -> torch.Tensor:
+    return torch.randint(count, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", [(31, 5), (7, 5, 4), (3, 5, 4, 2)])
+def test_accuracy_is_that_of_torchmetrics(shape: tuple[int, ...]) -> None:
+    outputs, targets = scores(*shape), classes(5, shape[0], *shape[2:])
+    expected = reference.accuracy(outputs, targets, "multiclass", num_classes=5, average="micro")
+    assert accuracy(outputs, targets).item() == pytest.approx(expected.item())
+
+
+def test_accuracy_takes_probabilities_as_targets() -> None:
+    outputs, targets = scores(9, 4), classes(4, 9)
+    assert accuracy(outputs, torch.nn.functional.one_hot(targets, 4).float()) == accuracy(outputs, targets)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+def test_top_k_accuracy_is_that_of_torchmetrics(k: int) -> None:
+    outputs, targets = scores(40, 5), classes(5, 40)
+    metric = top_k_accuracy(k)
+    most = min(k, 5)
+    expected = reference.accuracy(outputs, targets, "multiclass", num_classes=5, average="micro", top_k=most)
+    assert metric(outputs, targets).item() == pytest.approx(expected.item())
+    assert metric.__name__ == f"top_{k}_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(mean_absolute_error, reference.mean_absolute_error), (mean_squared_error, reference.mean_squared_error)],
+)
+def test_errors_are_those_of_torchmetrics(ours: Function, theirs: Function) -> None:
+    outputs, targets = scores(6, 3), scores(6, 3) ** 2
+    assert ours(outputs, targets).item() == pytest.approx(theirs(outputs, targets).item())
+
+
+@pytest.mark.parametrize(
+    ("metric", "outputs", "targets", "message"),
+    [
+        (accuracy, (8, 1), (8, 1), r"accuracy needs outputs of shape \(batch, classes, ...\), got \(8, 1\). For one"),
+        (accuracy, (8,), (8,), r"got \(8,\)"),
+        (accuracy, (8, 3), (8, 1), r"the largest outputs of \(8,\) with targets of \(8, 1\). Change .* \.squeeze\(1\)"),
+        (top_k_accuracy(2), (8, 3), (8, 1), r"top_2_accuracy compares .* \(8,\) with targets of \(8, 1\)"),
+        (top_k_accuracy(2), (8, 3, 2), (8, 2), r"top_2_accuracy needs outputs of shape \(batch, classes\), got"),
+        (mean_absolute_error, (8,), (8, 1), r"mean_absolute_error compares .* outputs of \(8,\) with .* \(8, 1\)"),
+        (mean_squared_error, (8, 1), (8,), r"mean_squared_error compares .* outputs of \(8, 1\) with .* \(8,\)"),
+    ],
+)
+def test_shapes_that_would_only_broadcast_are_refused(
+    metric: Function, outputs: tuple[int, ...], targets: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        metric(torch.zeros(outputs), torch.zeros(targets))
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, None])
+def test_top_k_needs_a_whole_number(k: int) -> None:
+    with pytest.raises(UsageError, match=rf"top_k_accuracy\(k={k!r}\): k is a whole number, at least 1."):
+        top_k_accuracy(k)
