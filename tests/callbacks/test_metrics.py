@@ -41,7 +41,7 @@ from flowtrain.testing import tiny_batches, tiny_learner
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
-    import torchmetrics
+    import torchmetrics.classification
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,11 +65,11 @@ def classifier(*callbacks: Callback, train: list[Pair], valid: list[Pair], lr: f
     )
 
 
-def steps_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, float]]:
+def steps_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, Any]]:
     return list(learner.cbstate.metrics_step[phase][name])
 
 
-def epochs_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, float]]:
+def epochs_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, Any]]:
     return list(learner.cbstate.metrics_epoch[phase][name])
 
 
@@ -170,10 +170,13 @@ def test_the_weight_of_a_batch_is_the_length_of_its_first_tensor(inputs: Any, we
         def forward(self, inputs: Any) -> torch.Tensor:
             return self.scale * (10.0 if inputs is probe else 1.0)
 
+    def first(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs
+
     probe = torch.zeros(1)
     data = [(inputs, torch.zeros(())), (probe, torch.zeros(()))]
     loaders = {ValidationPhase: data}
-    learner = tiny_learner(Metrics(), model=Model(), lossfn=lambda outputs, targets: outputs, data=loaders)
+    learner = tiny_learner(Metrics(), model=Model(), lossfn=first, data=loaders)
     learner.validate()
     assert epochs_of(learner, "Loss", ValidationPhase) == [(1, pytest.approx((weight * 1.0 + 10.0) / (weight + 1)))]
 
@@ -427,7 +430,7 @@ def test_names(metric: Metric, name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Metrics(lambda outputs, targets: 0.0), r"a name without dots. Write Metric\(f, name='MyMetric'\)"),
+        (lambda: Metrics(lambda: 0.0), r"a name without dots. Write Metric\(f, name='MyMetric'\)"),
         (lambda: Metric(accuracy, name="a.b"), "needs a name without dots"),
         (lambda: Metric(accuracy, name=""), "needs a name without dots"),
         (lambda: Metric(accuracy, name=3), "needs a name without dots"),  # type: ignore[arg-type]  # what is tested
