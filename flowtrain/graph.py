@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flowtrain.access import Declaration, Meeting, dotted, meetings
+from flowtrain.access import Declaration, Meeting, Path, dotted, meetings
 from flowtrain.callback import Callback
 from flowtrain.errors import CallbackError, CycleError, ResolutionError, WriteConflictError, is_a
 from flowtrain.events import Event
@@ -206,8 +206,10 @@ def order_event(
     nodes = [node for node, _ in participants]
     draft = _Draft(nodes, f"{event_type.__name__}, {phase_type.__name__}")
     _add_run_after(draft)
-    _add_conflicts(draft, [node.access[handler] for node, handler in participants], resolver)
+    declarations = [node.access[handler] for node, handler in participants]
+    _add_conflicts(draft, declarations, resolver)
     sequence = _topological(draft)
+    _add_resources(draft, declarations, sequence)
     _check_writers(draft, _ancestors(sequence, draft.hard))
     place = {position: index for index, position in enumerate(sequence)}
     edges = {(place[before], place[after]): reasons for (before, after), reasons in draft.hard.items()}
@@ -239,12 +241,8 @@ def _add_run_after(draft: _Draft) -> None:
 
 
 def _add_conflicts(draft: _Draft, declarations: Sequence[Declaration], resolver: Resolver) -> None:
-    for meeting in meetings(declarations):
+    for meeting in meetings([tuple(item for item in each if item[0][0] != "resource") for each in declarations]):
         first, second = meeting.first, meeting.second
-        if meeting.paths[0][0] == "resource":
-            shared = dotted(max(meeting.paths, key=len))
-            draft.pair(first, second, "resource", f"both use {shared}")
-            continue
         answer = resolver.answer(draft.nodes[first], draft.nodes[second])
         if answer is not None:
             winner, resolution, source = answer
@@ -264,6 +262,22 @@ def _add_conflicts(draft: _Draft, declarations: Sequence[Declaration], resolver:
             what = "it" if written == read else dotted(read)
             text = f"{draft.name(before)} writes {dotted(written)}, {draft.name(after)} reads {what}"
             draft.edge(before, after, "access", text)
+
+
+def _add_resources(draft: _Draft, declarations: Sequence[Declaration], sequence: Iterable[int]) -> None:
+    """Pair each user of a resource with the last one before it. That is a chain, and needs no pair for every two."""
+    last: dict[Path, int] = {}
+    below: dict[Path, set[Path]] = {}
+    for position in sequence:
+        used = [path for path, _ in declarations[position] if path[0] == "resource"]
+        for path in used:
+            for other in (*(path[:length] for length in range(2, len(path))), *below.get(path, ())):
+                if other in last:
+                    draft.pair(last[other], position, "resource", f"both use {dotted(max(path, other, key=len))}")
+        for path in used:
+            last[path] = position
+            for length in range(2, len(path) + 1):
+                below.setdefault(path[:length], set()).add(path)
 
 
 def _topological(draft: _Draft) -> list[int]:

@@ -9,6 +9,7 @@ is put back. A type met later is checked before its first event is fired.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
@@ -242,14 +243,16 @@ def _unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
         if own.count(name) > 1:
             raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
     taken = set(own)
+    numbers: dict[str, Iterator[int]] = {}
     named = []
     for callback in callbacks:
         name = callback.name
         if _is_automatic(callback):
             kind = type(callback).__name__
-            candidates = (kind if number == 1 else f"{kind}#{number}" for number in range(1, len(callbacks) + 2))
             # A name from before is kept as long as it is free.
-            name = name if name and name not in taken else next(free for free in candidates if free not in taken)
+            while not name or name in taken:
+                number = next(numbers.setdefault(kind, count(1)))
+                name = kind if number == 1 else f"{kind}#{number}"
         taken.add(name)
         named.append((callback, name))
     return named
