@@ -96,7 +96,7 @@ def test_explain_prints_every_event(capsys: pytest.CaptureFixture[str]) -> None:
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
         (["--epochs", "-3"], "argument --epochs: '-3' is not a whole number of at least 1"),
         (["--epochs", "many"], "argument --epochs: 'many' is not a whole number of at least 1"),
-        (["--executor", "seriall"], "There is no executor 'seriall'. Did you mean 'serial'? Known are: 'serial'"),
+        (["--executor", "seriall"], "There is no executor 'seriall'. Did you mean 'serial'? Known are: "),
         (["--quiet", "--explain"], "argument --explain: not allowed with argument --quiet"),
     ],
 )
