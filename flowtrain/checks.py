@@ -61,11 +61,13 @@ def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[
                         first_writer[name] = min(first_writer.get(name, len(rank)), rank.get(event, 0))
     for name, place in first_writer.items():
         there[name] = min(there.get(name, len(rank)), place)
-    runs: dict[tuple[Node, Declaration], list[type[Event]]] = {}
+    # Handlers without an access= share one declaration, which is for all of their events together.
+    runs: dict[tuple[Node, Handler | None], tuple[Declaration, list[type[Event]]]] = {}
     for event, participants in meeting.items():
         for node, handler in participants:
-            runs.setdefault((node, node.access[handler]), []).append(event)
-    for (node, declaration), events in runs.items():
+            key = (node, None if handler.access is None else handler)
+            runs.setdefault(key, (node.access[handler], []))[1].append(event)
+    for (node, _), (declaration, events) in runs.items():
         latest = max(rank.get(event, len(rank)) for event in events)
         for path in _reads(declaration, "batch"):
             place = min(there.get(path[1], len(rank) + 1), there.get("", len(rank) + 1))
