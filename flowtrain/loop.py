@@ -7,7 +7,7 @@ for (`drain`) and decides what their failures mean (`fail`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
@@ -34,11 +34,11 @@ from flowtrain.events import (
     UpdateEnd,
 )
 from flowtrain.execution import Executor, Runner
+from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import CLOSED, CLOSING, OPEN, AbstractTrainingPhase, Phase, StepContext, StepRunners
 from flowtrain.plan import Plan, Step
 from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
-from flowtrain.series import PhaseMap
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, merge
 from flowtrain.state import LearnerState
 
@@ -201,12 +201,14 @@ class Loop:
             failures.append(failure)
             self.fired.clear()
         self.scopes.fit = CLOSING
-        for close in (lambda: self.fire(_FIT_END, Phase()), self.executor.flush):
+        closing: list[Callable[[], None]] = [lambda: self.fire(_FIT_END, Phase()), self.executor.flush]
+        for close in closing:
             try:
                 close()
             except BaseException as failure:  # everything is closed first
                 failures.append(failure)
-        self.scopes.fit = CLOSED
+        # All three: an interrupt can strike while an epoch is being closed.
+        self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
         if not failures:
             return None
         worst = merge(failures)
