@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import DataError
+from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -16,7 +17,6 @@ from flowtrain.phases import (
     ValidationPhase,
     describe,
 )
-from flowtrain.series import PhaseMap
 
 __all__ = ["check_gave", "loaders", "stream"]
 

@@ -26,12 +26,12 @@ from flowtrain.events import Event
 from flowtrain.fingerprint import changes, fingerprints
 from flowtrain.graph import Node
 from flowtrain.handler import Handler
+from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Step, owner_of
 from flowtrain.protect import LearnerView
 from flowtrain.recording import Log, RecordingView
 from flowtrain.registry import Callbacks
-from flowtrain.series import PhaseMap
 from flowtrain.state import LearnerState, Named
 from flowtrain.strict import declarable
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from flowtrain.access import Path
-from flowtrain.series import PhaseMap, Series, SeriesMap, holds_series
+from flowtrain.containers import holds_series
+from flowtrain.phasemap import PhaseMap
+from flowtrain.series import Series, SeriesMap
 from flowtrain.state import LearnerState, Named, State
 
 __all__ = ["changes", "fingerprint", "fingerprints", "rng_state"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowtrain.access import Declaration, Meeting, Path, dotted, meetings
 from flowtrain.callback import Callback
@@ -31,7 +31,9 @@ from flowtrain.resolution import NoConflict, Resolution, RunFirst, Unresolvable,
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Edge", "Node", "Order", "Reason", "Resolver", "order_event", "order_setup", "to_networkx"]
+CallbackGraph: TypeAlias = "networkx.DiGraph[Any]"
+
+__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "Resolver", "order_event", "order_setup", "to_networkx"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,14 +446,14 @@ def _circle(left: Iterable[int], before: Mapping[int, set[int]]) -> list[int]:
 
 def to_networkx(
     nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[Phase]], Order]
-) -> networkx.DiGraph[Any]:
+) -> CallbackGraph:
     """Return one graph over all events: callbacks by name, each edge with its reasons and events.
 
     Node attributes: ``callback``. Edge attributes: ``reason`` (text) and ``events`` (a tuple of pairs of types).
     """
     import networkx  # only here: it takes longer to import than everything else of flowtrain
 
-    graph: networkx.DiGraph[Any] = networkx.DiGraph()
+    graph: CallbackGraph = networkx.DiGraph()
     for node in nodes:
         graph.add_node(node.name, callback=node.callback)
     found: dict[tuple[str, str], tuple[list[str], list[tuple[type[Event], type[Phase]]]]] = {}

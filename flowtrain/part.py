@@ -13,9 +13,10 @@ from typing import Any, NoReturn, TypeAlias
 
 from flowtrain.access import Declaration, Path, Read, Write, dotted, granted, render, union
 from flowtrain.errors import MissingStateError, ProtectedException
+from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly
-from flowtrain.series import PhaseMap, Series, SeriesMap
+from flowtrain.series import Series, SeriesMap
 
 __all__ = ["Owner", "Part", "Tree", "tree", "writes"]
 
@@ -183,6 +184,10 @@ class Part(Mapping[Any, Any]):
         except (KeyError, AttributeError):
             return False
         return key in container if isinstance(container, Mapping) else hasattr(container, str(key))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: to call a module is to read all of it."""
+        self._owner.refuse("Read", self._path)
 
     def __iter__(self) -> Iterator[Any]:
         container = self._find()

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from flowtrain.access import Path, Read, Write
+from flowtrain.containers import CONTAINERS, holds_series
 from flowtrain.part import Owner
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
-from flowtrain.series import CONTAINERS, holds_series
 from flowtrain.state import LearnerState, Named, State
 
 __all__ = ["Log", "RecordingView"]

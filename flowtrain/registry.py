@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
 from flowtrain.checks import check_batch, check_cbstate, check_made
+from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, is_type, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
-from flowtrain.graph import Node, Order, Resolver, order_event, order_setup, to_networkx
+from flowtrain.graph import CallbackGraph, Node, Order, Resolver, order_event, order_setup, to_networkx
 from flowtrain.handler import Handler
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.plan import Call, Plan, Step, make_plan, owner_of
 from flowtrain.protect import bind_view
-from flowtrain.series import CONTAINERS, SeriesMap
+from flowtrain.series import SeriesMap
 from flowtrain.state import LearnerState, State, restore_point
-
-if TYPE_CHECKING:
-    import networkx
 
 __all__ = ["Callbacks", "callback_graph"]
 
@@ -79,7 +77,7 @@ class Callbacks(Sequence[Callback]):
     # --- what a user asks for
 
     @property
-    def graph(self) -> networkx.DiGraph[Any]:
+    def graph(self) -> CallbackGraph:
         """The graph over all known events: callbacks by name, each edge with ``reason`` and ``events``."""
         return to_networkx(self._nodes, {key: order for key, order in self._known.items() if order.nodes})
 
@@ -299,7 +297,7 @@ def _make_containers(nodes: Iterable[Node], cbstate: State) -> None:
             cbstate.__dict__[path[1]].series(path[2])
 
 
-def callback_graph(callbacks: Iterable[Callback]) -> networkx.DiGraph[Any]:
+def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:
     """Return the graph of a list of callbacks without a learner, for training and validation and what handlers name.
 
     Nothing is set up. Node attribute: ``callback``; edge attributes: ``reason`` and ``events``.

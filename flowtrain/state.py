@@ -14,8 +14,9 @@ from typing import Any
 
 from flowtrain.batch import BatchState, ReadOnlyBatch
 from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.phasemap import PhaseMap
 from flowtrain.readonly import readonly, refuse
-from flowtrain.series import PhaseMap, Series, SeriesMap
+from flowtrain.series import Series, SeriesMap
 
 __all__ = ["LearnerState", "Named", "State", "Twins", "restore_point"]
 

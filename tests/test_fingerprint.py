@@ -12,8 +12,8 @@ import torch
 
 from flowtrain import TrainingPhase
 from flowtrain.access import Path
+from flowtrain.containers import CONTAINERS
 from flowtrain.fingerprint import changes, fingerprint, fingerprints
-from flowtrain.series import CONTAINERS
 from flowtrain.state import LearnerState, State
 from flowtrain.testing import tiny_learner
 

@@ -17,8 +17,9 @@ import pytest
 LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
-        "errors", "signals", "events", "access", "readonly", "batch", "phases", "optimizers", "series", "state",
-    ),  # fmt: skip
+        "errors", "signals", "events", "access", "readonly", "batch", "phases", "optimizers", "phasemap",
+        "series", "containers", "state",
+    ),
     1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
     2: ("resolution", "handler", "callback", "providers"),  # what a user writes
     3: ("graph",),  # from declarations to an order, with reasons

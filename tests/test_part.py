@@ -12,7 +12,8 @@ from flowtrain import TrainingPhase, ValidationPhase
 from flowtrain.access import Access, Read, Write, declare
 from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.part import Owner, Part, tree, writes
-from flowtrain.series import PhaseMap, SeriesMap
+from flowtrain.phasemap import PhaseMap
+from flowtrain.series import SeriesMap
 from flowtrain.state import State
 
 

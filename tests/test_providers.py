@@ -7,8 +7,8 @@ import pytest
 import flowtrain.callbacks
 from flowtrain import Callback, TrainingPhase, Write
 from flowtrain.access import declare
+from flowtrain.containers import CONTAINERS
 from flowtrain.providers import PROVIDERS
-from flowtrain.series import CONTAINERS
 
 
 def make(name: str) -> Callback:

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, ValidationPhase
 from flowtrain.batch import ReadOnlyBatch
 from flowtrain.errors import MissingStateError, ProtectedException, UsageError
+from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.readonly import ReadOnlyList
-from flowtrain.series import Counts, CountsMap, PhaseMap, Series, SeriesMap
+from flowtrain.series import Series, SeriesMap
 from flowtrain.state import LearnerState, Named, State, Twins, restore_point
 
 # --- entries and their twins
@@ -244,6 +245,7 @@ def damage(draw: st.DrawFn, value: Any) -> None:
         value.push(draw(st.sampled_from(["a", "new"])), 5, 5)
 
 
+@settings(deadline=None)
 @given(states(), st.data())
 def test_a_restore_point_gives_back_exactly_what_was_there(state: State, data: st.DataObject) -> None:
     """Rule 11: a refused change puts `cbstate` back; the containers stay the same objects, since views hold them."""

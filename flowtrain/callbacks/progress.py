@@ -14,9 +14,9 @@ from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
+from flowtrain.phasemap import Counts
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
-from flowtrain.series import Counts
 from flowtrain.terminal import BottomLine, console
 
 if TYPE_CHECKING:

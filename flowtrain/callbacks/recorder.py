@@ -5,9 +5,9 @@ from __future__ import annotations
 from flowtrain.access import Access, Write
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd, UpdateEnd
+from flowtrain.phasemap import Counts
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
-from flowtrain.series import Counts
 
 __all__ = ["Recorder"]
 

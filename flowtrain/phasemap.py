@@ -1,0 +1,181 @@
+"""A value for each phase, and the counters of training, which are kept that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
+
+from flowtrain.phases import Phase
+from flowtrain.readonly import readonly, refuse
+
+__all__ = ["Counts", "CountsMap", "PhaseMap"]
+
+V = TypeVar("V")
+
+
+class Counts(tuple[int, int, int, int]):
+    """How far training in one phase is. Immutable: a new one replaces the old.
+
+    Built from one tuple, ``Counts((epochs, steps, steps_epoch, updates))``.
+    """
+
+    __slots__ = ()
+
+    epochs = property(itemgetter(0), doc="Epochs that ended normally.")
+    steps = property(itemgetter(1), doc="Batches that were completed.")
+    steps_epoch = property(itemgetter(2), doc="Batches completed in the current epoch, or in the last one.")
+    updates = property(itemgetter(3), doc="Updates of an optimizer.")
+
+    def __repr__(self) -> str:
+        return f"Counts(epochs={self[0]}, steps={self[1]}, steps_epoch={self[2]}, updates={self[3]})"
+
+
+class PhaseMap(dict[Phase, V]):
+    """A value for each phase. The phase itself and its type are the same key.
+
+    Args:
+        path: Where it lives, for messages.
+        make: Makes the value for a phase that is met for the first time; without it such a phase is a `KeyError`.
+            Kept as an attribute.
+
+    >>> from flowtrain.phases import TrainingPhase
+    >>> seen = PhaseMap("cbstate.seen", make=lambda: 0)
+    >>> seen[TrainingPhase] += 1
+    >>> seen[TrainingPhase()]
+    1
+    """
+
+    def __init__(self, path: str, make: Callable[[], V] | None = None) -> None:
+        super().__init__()
+        self._path = path
+        self.make = make
+        self._twins: ReadOnlyPhaseMap[V] | None = None
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
+        key = _phase(phase, self._path)
+        if key not in self:
+            if self.make is None:
+                known = ", ".join(repr(known) for known in self) or "none yet"
+                raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
+            self[key] = self.make()
+        return dict.__getitem__(self, key)
+
+    def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
+        key = _phase(phase, self._path)
+        dict.__setitem__(self, key, value)
+        if self._twins is not None:
+            dict.__setitem__(self._twins, key, readonly(value, self._path))
+
+    def __delitem__(self, phase: Phase | type[Phase]) -> None:
+        key = _phase(phase, self._path)
+        dict.__delitem__(self, key)
+        if self._twins is not None:
+            dict.pop(self._twins, key, None)
+
+    def __contains__(self, phase: object) -> bool:
+        return dict.__contains__(self, phase() if isinstance(phase, type) and issubclass(phase, Phase) else phase)
+
+    def get(self, phase: Any, default: Any = None) -> Any:
+        """Return the value for a phase or phase type, or the default; nothing is made."""
+        if phase in self:
+            return self[phase]
+        return default
+
+    def pop(self, phase: Any, *default: Any) -> Any:
+        """Remove a phase and return its value, or the default."""
+        if phase not in self and default:
+            return default[0]
+        value = self[phase]
+        del self[phase]
+        return value
+
+    # Those of a dict would write past `__setitem__`.
+    clear: Any = MutableMapping.clear
+    popitem: Any = MutableMapping.popitem
+    setdefault: Any = MutableMapping.setdefault
+    update: Any = MutableMapping.update
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]  # a dict's takes no phase types
+        self.update(other)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_twins": None}  # a copy gets readers, and so a twin, of its own
+
+    def __twin__(self) -> Mapping[Phase, V]:
+        # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
+        if self._twins is None:
+            self._twins = ReadOnlyPhaseMap(self)
+        return self._twins
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {dict.__repr__(self)}>"
+
+
+class CountsMap(PhaseMap[Counts]):
+    """`Counts` for each phase. They are immutable, so the twin is a plain proxy and writing is a plain dict write.
+
+    Phases are the keys; a phase type works for reading.
+    """
+
+    # The slots of dict itself: a write makes no Python call. Nobody needs to be told, the twin is a proxy.
+    __setitem__ = dict.__setitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
+    __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lambda: Counts((0, 0, 0, 0)))
+
+    def __twin__(self) -> Mapping[Phase, Counts]:
+        return MappingProxyType(self)
+
+
+class ReadOnlyPhaseMap(PhaseMap[V]):
+    """The twin of a `PhaseMap`; its values are twins too."""
+
+    def __init__(self, original: PhaseMap[V]) -> None:
+        super().__init__(original._path)
+        self._original = original
+        for phase, value in original.items():
+            dict.__setitem__(self, phase, readonly(value, self._path))
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        key = _phase(phase, self._path)
+        if not dict.__contains__(self, key):
+            dict.__setitem__(self, key, readonly(self._original[key], self._path))
+        return dict.__getitem__(self, key)
+
+    def __contains__(self, phase: object) -> bool:
+        return phase in self._original
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __twin__(self) -> ReadOnlyPhaseMap[V]:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self._original,)  # as of other twins: a deep copy is one of the container
+
+    def _refused(self, *args: Any, **kwargs: Any) -> Any:
+        raise refuse(self._path)
+
+    __setitem__ = __delitem__ = __ior__ = _refused
+    pop = popitem = clear = update = setdefault = _refused  # pyright: ignore[reportAssignmentType]  # they only refuse
+
+
+def _itself(container: Any) -> Any:
+    return container
+
+
+def _phase(phase: object, path: str) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, type) and issubclass(phase, Phase):
+        return phase()
+    raise KeyError(f"{path} is kept by phase; {phase!r} is none. Write {path}[phase] or {path}[TrainingPhase].")
