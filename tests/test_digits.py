@@ -6,16 +6,27 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowtrain.examples.digits import main
 
 pytest.importorskip("sklearn", reason="the example's extra is not installed")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_torch() -> Iterator[None]:
+    """Put back what the example sets for its whole process."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
