@@ -110,12 +110,13 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State) -> None:
                 continue
             if any(meet(path, other) for other in written):
                 continue
-            siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == path[1]})
-            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(path[1], names)
-            provider = PROVIDERS.get(path[1])
+            entry = path[1]
+            siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
+            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(entry, names)
+            provider = PROVIDERS.get(entry)
             remedy = (
-                f"Add flowtrain.callbacks.{provider}, which provides {dotted(path[:2])}."
-                if provider and path[1] not in {other[1] for other in written if len(other) > 1}
+                f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
+                if provider and entry not in {other[1] for other in written if len(other) > 1}
                 else f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
             )
             raise MissingStateError(
