@@ -225,6 +225,8 @@ def _compile_namespace(root: str, inside: Tree) -> type[Namespace]:
     members: dict[str, Any] = {}
     for name, kind in inside.items():
         covering = kind.get("") if isinstance(kind, dict) else kind
+        if isinstance(inside.get(""), Write):
+            covering = inside[""]  # a `Read` of an entry takes nothing from a `Write` of all
         if isinstance(kind, dict) and (covering is None or (isinstance(covering, Read) and writes(kind))):
             trees[name] = kind
         elif name:
