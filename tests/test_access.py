@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowtrain.access import (
@@ -67,6 +67,7 @@ def test_dotted_and_nested_mean_the_same(access: Access) -> None:
     )
 
 
+@settings(deadline=None)
 @given(declarations, st.data())
 def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declaration, data: st.DataObject) -> None:
     """Each path is cut into dotted keys at random, in random order; the normal form does not notice."""
@@ -93,6 +94,7 @@ def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declara
     assert declare({dotted(path): kind for path, kind in order}, "me") == declaration
 
 
+@settings(deadline=None)
 @given(declarations)
 def test_a_rendered_declaration_reads_back(declaration: Declaration) -> None:
     assert declare(eval(render(declaration), {"Read": Read, "Write": Write}), "me") == declaration
@@ -202,6 +204,7 @@ def test_a_path_covers_what_lies_below_it() -> None:
     assert granted((), ("batch",)) is None
 
 
+@settings(deadline=None)
 @given(st.lists(declarations, max_size=4), paths)
 def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path: Path) -> None:
     """Rule 3: `setup` gets the union."""
@@ -220,6 +223,7 @@ def test_aliases_are_one_path() -> None:
         assert canonical(path) == path
 
 
+@settings(deadline=None)
 @given(paths, paths)
 def test_paths_meet_when_one_is_a_prefix(one: Path, other: Path) -> None:
     shorter, longer = sorted([one, other], key=len)
@@ -241,6 +245,7 @@ def ordered(found: list[Meeting]) -> list[tuple[Any, ...]]:
     return sorted((each.first, each.second, each.paths, each.writes) for each in found)
 
 
+@settings(deadline=None)
 @given(st.lists(declarations, max_size=8))
 @example([declare({"params": Write(), "model.a": Write()}, "1"), declare({"model": Read(), "params.a.b": Write()}, "2")])
 @example([declare({"batch": Write(), "batch.a": Write()}, "1"), declare({"batch": Write(), "batch.a": Read()}, "2")])

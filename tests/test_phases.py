@@ -1,0 +1,320 @@
+"""Phases: one instance of each type, what they promise, and the mode that they set."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    BatchBegin,
+    BatchEnd,
+    DataError,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossError,
+    Phase,
+    StepContext,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.phases import StepRunners, describe
+from flowtrain.testing import TinyModel, tiny_learner
+
+TYPES = [Phase, AbstractTrainingPhase, TrainingPhase, AbstractValidationPhase, ValidationPhase]
+SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+]
+
+
+class GANPhase(AbstractTrainingPhase):
+    """A step of its own."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Do nothing."""
+
+
+class SaysWhat(AbstractTrainingPhase):
+    """A step of its own, with what it promises."""
+
+    events = (BatchBegin, BatchEnd)
+    provides = {"fake": BatchBegin}  # noqa: RUF012  # a constant of the class, typed in Phase
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Do nothing."""
+
+
+# --- singletons
+
+
+@pytest.mark.parametrize("kind", [*TYPES, GANPhase], ids=lambda kind: kind.__name__)
+def test_one_instance_of_each_type(kind: type[Phase]) -> None:
+    one = kind()
+    assert type(one) is kind
+    assert kind() is one
+    assert copy.copy(one) is one
+    assert copy.deepcopy({one: [one]}) == {one: [one]}
+    assert pickle.loads(pickle.dumps(one)) is one
+    assert repr(one) == kind.__name__
+
+
+def test_a_subclass_has_an_instance_of_its_own() -> None:
+    base = TrainingPhase()
+
+    class Mine(TrainingPhase):
+        """Nothing else."""
+
+    assert type(Mine()) is Mine
+    assert len({base, Mine(), TrainingPhase()}) == 2
+
+
+def test_a_phase_has_no_fields() -> None:
+    with pytest.raises(UsageError) as caught:
+
+        class Mine(TrainingPhase):
+            """With a field."""
+
+            def __init__(self, weight: float) -> None:
+                self.weight = weight
+
+    assert str(caught.value) == (
+        "Mine defines __init__, but a phase has no fields: there is one instance of each type. Keep such values in "
+        "the learner's cbstate or in a callback."
+    )
+    with pytest.raises(TypeError):
+        TrainingPhase(1)  # type: ignore[call-arg]  # that is the point
+
+
+# --- what a phase promises
+
+
+def bullets(kind: type[Phase]) -> list[str]:
+    return re.findall(r"^ +- (.+)$", kind.__doc__ or "", flags=re.MULTILINE)
+
+
+def named(text: str) -> list[str]:
+    return re.findall(r"`([A-Z]\w+)`", text)
+
+
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_the_docstring_lists_the_events_in_order(kind: type[Phase]) -> None:
+    """A phase's docstring lists its events in order, and the code fires just these."""
+    listed = [name for line in bullets(kind) for name in named(line)]
+    *_, last = (kind.__doc__ or "").strip().splitlines()
+    begin, *ends = named(last)
+    assert [begin, *listed, *ends] == [event.__name__ for event in kind.events or ()]
+
+
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_the_docstring_says_what_each_event_makes_available(kind: type[Phase]) -> None:
+    first: dict[str, str] = {}
+    for line in bullets(kind):
+        for entry in re.findall(r"``batch\.(\w+)``", line):
+            first.setdefault(entry, named(line)[0])
+    assert first == {entry: event.__name__ for entry, event in (kind.provides or {}).items()}
+
+
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_what_is_provided_comes_with_an_event_that_is_fired(kind: type[Phase]) -> None:
+    assert kind.events is not None
+    assert kind.provides is not None
+    assert set(kind.provides.values()) <= set(kind.events)
+
+
+def test_every_phase_has_the_promises_of_its_base() -> None:
+    assert Phase.events == (FitBegin, FitEnd)
+    assert Phase.provides is None
+    assert TrainingPhase.events is AbstractTrainingPhase.events
+    assert ValidationPhase.provides is AbstractValidationPhase.provides
+    assert set(StepRunners.events) == set(StepRunners.__slots__)
+    assert set(StepRunners.events.values()) <= set(AbstractTrainingPhase.events or ())
+
+
+def test_a_step_of_ones_own_takes_the_promises_back() -> None:
+    """What is inherited would be wrong: nothing is known until the phase says it."""
+    assert (GANPhase.events, GANPhase.provides) == (None, None)
+    assert SaysWhat.events == (BatchBegin, BatchEnd)
+    assert SaysWhat.provides == {"fake": BatchBegin}
+
+    class Further(GANPhase):
+        """The same step."""
+
+    class Half(AbstractValidationPhase):
+        """It says the one and not the other."""
+
+        events = (BatchEnd,)
+
+        def step(self, learner: StepContext, raw: Any) -> None:
+            """Do nothing."""
+
+    assert (Further.events, Further.provides) == (None, None)
+    assert (Half.events, Half.provides) == ((BatchEnd,), None)
+
+
+def test_another_split_keeps_the_promises() -> None:
+    class FromDict(TrainingPhase):
+        """Data that is no pair."""
+
+        def split(self, raw: Any) -> tuple[Any, Any]:
+            """Take a dict."""
+            return raw["x"], raw["y"]
+
+    assert FromDict.provides is TrainingPhase.provides
+    learner = tiny_learner(data={FromDict: [{"x": torch.ones(2, 1), "y": torch.ones(2, 1)}]})
+    batch = learner.step(FromDict, {"x": torch.ones(2, 1), "y": 3 * torch.ones(2, 1)})
+    assert batch.targets.tolist() == [[3], [3]]
+
+
+def test_a_phase_without_a_step() -> None:
+    learner = tiny_learner()
+    with pytest.raises(UsageError) as caught:
+        learner.step(Phase, None)
+    assert str(caught.value) == (
+        "Phase has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."
+    )
+
+
+# --- mode
+
+
+def test_mode_restores_the_mode_of_each_module() -> None:
+    """A frozen layer stays in eval mode after an epoch, whatever the epoch did."""
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(1))
+    shared = torch.nn.ModuleList([model[0]])
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    assert before == [True, True, False]
+    for phase, training in ((TrainingPhase(), True), (ValidationPhase(), False)):
+        with torch.enable_grad(), phase.mode([model, shared]):
+            assert [module.training for module in model.modules()] == [training] * 3
+            assert torch.is_grad_enabled() is training
+        assert [module.training for module in model.modules()] == before
+
+
+def test_mode_is_restored_when_the_epoch_fails() -> None:
+    model = TinyModel()
+    with pytest.raises(ZeroDivisionError), ValidationPhase().mode([model]):
+        raise ZeroDivisionError
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_training_has_gradients_also_where_the_caller_has_none() -> None:
+    with torch.no_grad():
+        with TrainingPhase().mode([]):
+            assert torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()
+
+
+def test_a_bare_phase_changes_nothing() -> None:
+    model = TinyModel().eval()
+    with torch.no_grad(), Phase().mode([model]):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+
+
+# --- data
+
+
+Batch = namedtuple("Batch", ["x", "y"])  # noqa: PYI024  # as a loader's collate function gives it
+
+
+@pytest.mark.parametrize("raw", [(1, 2), [1, 2], Batch(1, 2)])
+def test_a_pair_is_inputs_and_targets(raw: Any) -> None:
+    assert TrainingPhase().split(raw) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (torch.ones(2, 3), "Tensor of shape (2, 3), float32"),
+        ((torch.ones(2),), "tuple of 1: Tensor of shape (2,), float32"),
+        ([1, 2, 3], "list of 3: int 1, int 2, int 3"),
+        ({"x": 1, "y": 2}, "dict with keys 'x', 'y'"),
+        (None, "NoneType None"),
+        ("ab", "str 'ab'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TrainingPhase, ValidationPhase])
+def test_what_is_no_pair_is_said(kind: type[TrainingPhase | ValidationPhase], raw: Any, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        kind().split(raw)
+    name = kind.__name__
+    assert str(caught.value) == (
+        f"{name} needs (inputs, targets) from its loader and got {said}. Let the dataset return pairs, or override "
+        f"{name}.split(raw) to return (inputs, targets)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(2, dtype=torch.int64), "Tensor of shape (2,), int64"),
+        (torch.nn.Parameter(torch.zeros(())), "Parameter of shape (), float32"),
+        ((), "tuple of 0"),
+        ([torch.zeros(1), [1]], "list of 2: Tensor of shape (1,), float32, list of 1: int 1"),
+        ([1, 2, 3, 4], "list of 4: int 1, int 2, int 3, ..."),
+        ({}, "dict with keys "),
+        ({number: 0 for number in range(9)}, "dict with keys 0, 1, 2, 3, 4, 5"),
+        ("x" * 100, f"str '{'x' * 59}"),
+    ],
+)
+def test_describe(value: Any, said: str) -> None:
+    assert describe(value) == said
+
+
+# --- the step
+
+
+def quiet(lossfn: Any, **more: Any) -> Any:
+    return tiny_learner(lossfn=lossfn, default_callbacks=False, **more)
+
+
+def half(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("kind", [TrainingPhase, ValidationPhase])
+def test_a_loss_that_is_no_single_number(kind: type[Phase]) -> None:
+    with pytest.raises(LossError) as caught:
+        quiet(half).step(kind, (torch.ones(2, 1), torch.ones(2, 1)))
+    assert str(caught.value) == (
+        f"The loss function half returned Tensor of shape (2, 1), float32, which is no single number\n"
+        f"In {kind.__name__} it was called with batch.outputs: Tensor of shape (2, 1), float32 and batch.targets: "
+        f"Tensor of shape (2, 1), float32. The model and the loss must fit: change the model's last layer, the targets "
+        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+    )
+
+
+def test_a_loss_that_does_not_fit_the_model() -> None:
+    with pytest.raises(LossError, match=r"The loss function cross_entropy raised RuntimeError: ") as caught:
+        quiet(F.cross_entropy).step(TrainingPhase, (torch.ones(2, 1), torch.tensor(["0", "1"] and [[0.5], [1.5]]).int()))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "batch.targets: Tensor of shape (2, 1), int32" in str(caught.value)
+
+
+def test_a_model_that_fails_keeps_its_error() -> None:
+    learner = quiet(F.mse_loss, model=torch.nn.Linear(3, 1))
+    with pytest.raises(RuntimeError, match="shapes") as caught:
+        learner.step(TrainingPhase, (torch.ones(2, 1), torch.ones(2, 1)))
+    assert caught.value.__notes__[0] == (
+        "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 1), float32"
+    )
+
+
+def test_a_user_can_name_an_event_that_no_phase_promises() -> None:
+    class Mine(Event):
+        """Not in any list."""
+
+    assert Mine not in (AbstractTrainingPhase.events or ())

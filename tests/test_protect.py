@@ -1,0 +1,502 @@
+"""Protected views: what is declared works, everything else is refused with the declaration to paste (rules 3 to 5)."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flowtrain import Access, Event, Read, TrainingPhase, ValidationPhase, Write
+from flowtrain.access import ROOTS, Declaration, Path, declare, dotted, granted, meet, union
+from flowtrain.containers import CONTAINERS
+from flowtrain.core import TorchCore
+from flowtrain.errors import FlowtrainError, MissingStateError, ProtectedException, UsageError
+from flowtrain.part import Owner
+from flowtrain.protect import LearnerView, bind_view, compile_view
+from flowtrain.readonly import ReadOnlyDict, ReadOnlyList
+from flowtrain.state import LearnerState, Named, State
+
+
+class Model(torch.nn.Module):
+    """Two layers by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(2, 2)
+        self.head = torch.nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return one number for each sample."""
+        found: torch.Tensor = self.head(self.encoder(x))
+        return found
+
+
+def made(models: Named | None = None, optimizer: Any = torch.optim.SGD) -> LearnerState:
+    """The state of a learner in the middle of a batch."""
+    state = LearnerState()
+    state.model = Model() if models is None else models
+    state.lossfn = torch.nn.functional.mse_loss
+    core = TorchCore(device="cpu")
+    core.attach(state, optimizer)
+    for param in state.params.values():
+        param.grad = torch.ones_like(param)
+    state.batch.inputs = {"x": torch.ones(2)}
+    state.batch.loss = torch.ones(())
+    state.batch.grads = core.grads
+    state.show(state.batch)
+    state.data[TrainingPhase] = [1, 2]
+    state.cbstate.best = 0.5
+    state.cbstate.seen = [1]
+    state.cbstate.mine = State("cbstate.mine")
+    state.cbstate.mine.p = [1]
+    state.cbstate.mine.q = 2
+    state.cbstate.tracehistory = CONTAINERS["tracehistory"]("cbstate.tracehistory")
+    state.cbstate.tracehistory[TrainingPhase].push("Norm", 1.0, 1)
+    return state
+
+
+def view_of(access: Access | Declaration, state: LearnerState, decorator: str = "") -> LearnerView:
+    declaration = access if isinstance(access, tuple) else declare(access, "Mine.state_access()")
+    return bind_view(declaration, state, Owner("Mine", "Mine", "state_access", declaration, decorator))
+
+
+# --- the property: granted or refused, and what is refused can be declared
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Something that a handler does, and the access that it needs."""
+
+    path: Path
+    access: str
+    do: str
+
+    def __call__(self, learner: LearnerView) -> None:
+        exec(self.do, {"learner": learner, "P": TrainingPhase, "one": torch.ones(1), "torch": torch})
+
+    def allowed(self, declaration: Declaration) -> bool:
+        kind = granted(declaration, self.path)
+        return kind is not None and (self.access == "Read" or isinstance(kind, Write))
+
+
+TOUCHES = [
+    Touch(tuple(path.split(".")), access, do)
+    for path, access, do in [
+        ("model", "Read", "learner.model(torch.ones(1, 2))"),
+        ("model.encoder", "Read", "learner.model.encoder"),
+        ("lossfn", "Read", "learner.lossfn"),
+        ("callbacks", "Read", "learner.callbacks"),
+        ("data", "Read", "learner.data[P][0]"),
+        ("data", "Write", "learner.data[P] = [3]"),
+        ("params.encoder.weight", "Read", "learner.params['encoder.weight']"),
+        ("params.head.bias", "Read", "learner.params['head.bias'].sum()"),
+        ("optimizer.hyperparams", "Read", "learner.optimizer.hyperparams[0]['lr']"),
+        ("optimizer.hyperparams", "Write", "learner.optimizer.hyperparams[0]['lr'] = 0.5"),
+        ("optimizer.state", "Read", "len(learner.optimizer.state)"),
+        ("optimizer", "Write", "learner.optimizer.step()"),
+        ("batch.loss", "Read", "learner.batch.loss"),
+        ("batch.loss", "Read", "'loss' in learner.batch"),
+        ("batch.loss", "Write", "learner.batch.loss = one"),
+        ("batch.loss", "Write", "del learner.batch.loss"),
+        ("batch.inputs", "Read", "learner.batch.inputs['x']"),
+        ("batch.inputs", "Write", "learner.batch.inputs['x'] = one"),
+        ("batch.new", "Write", "learner.batch.new = [1]"),
+        ("batch.grads.encoder.weight", "Read", "learner.batch.grads['encoder.weight']"),
+        ("batch.grads.head.bias", "Write", "learner.batch.grads['head.bias'] = one"),
+        ("cbstate.best", "Read", "learner.cbstate.best"),
+        ("cbstate.best", "Write", "learner.cbstate.best = 0.1"),
+        ("cbstate.best", "Write", "learner.cbstate.best = []"),
+        ("cbstate.seen", "Read", "len(learner.cbstate.seen)"),
+        ("cbstate.seen", "Write", "learner.cbstate.seen.append(2)"),
+        ("cbstate.seen", "Write", "learner.cbstate.seen += [2]"),
+        ("cbstate.new", "Write", "learner.cbstate.new = {}"),
+        ("cbstate.mine.p", "Read", "learner.cbstate.mine.p[0]"),
+        ("cbstate.mine.p", "Write", "learner.cbstate.mine.p.append(2)"),
+        ("cbstate.mine.q", "Write", "learner.cbstate.mine.q = 3"),
+        ("cbstate.mine.q", "Write", "del learner.cbstate.mine.q"),
+        ("cbstate.tracehistory.Norm", "Read", "learner.cbstate.tracehistory[P]['Norm'].last()"),
+        ("cbstate.tracehistory.Norm", "Write", "learner.cbstate.tracehistory[P].push('Norm', 1.0, 2)"),
+        ("cbstate.tracehistory.Norm", "Write", "learner.cbstate.tracehistory[P]['Norm'].push(1.0, 2)"),
+        ("cbstate.tracehistory.New one", "Write", "learner.cbstate.tracehistory[P].push('New one', 1.0, 2)"),
+    ]
+]
+
+PATHS = sorted({touch.path[:length] for touch in TOUCHES for length in range(1, len(touch.path) + 1)})
+declarations = st.dictionaries(
+    st.sampled_from(PATHS), st.sampled_from([Read(), Read(optional=True), Write()]), max_size=6
+).map(lambda found: union([((path, kind),) for path, kind in found.items()]))
+
+
+def pasted(message: str) -> Declaration:
+    """The declaration in a refusal, run as the source code that it is."""
+    names = {"Read": Read, "Write": Write, "Access": dict}
+    code = textwrap.dedent(message.partition("\n\n")[2])
+    if code.startswith("def state_access"):
+        exec(code, names)
+        function: Any = names["state_access"]
+        return declare(function(None), "pasted")
+    if code.startswith("@on("):
+        names["on"] = lambda *args, access: access  # type: ignore[assignment]  # in place of the real decorator
+        return declare(eval(code[1:], {**names, "BatchEnd": None}), "pasted")
+    # A twin knows the path and not the callback: it says what to add.
+    [found] = re.findall(r"[Dd]eclare (\{.*\})\.", message)
+    return declare(eval(found, names), "pasted")
+
+
+@settings(max_examples=300, deadline=None)
+@given(declarations, st.sampled_from(TOUCHES), st.sampled_from(["", "@on(BatchEnd, "]))
+@example(declare({"cbstate.tracehistory": Read()}, ""), TOUCHES[-2], "")
+@example(declare({"cbstate.mine.p": Read(), "cbstate": Write()}, ""), TOUCHES[-7], "")
+@example(declare({"optimizer": Write(), "optimizer.step": Read()}, ""), TOUCHES[11], "")
+def test_an_access_is_granted_or_its_declaration_is_printed(
+    declaration: Declaration, touch: Touch, decorator: str
+) -> None:
+    """Rules 3 and 4: just what is declared works; pasting what a refusal prints makes it work, and keeps the rest."""
+    while not touch.allowed(declaration):
+        with pytest.raises(ProtectedException) as caught:
+            touch(view_of(declaration, made(), decorator))
+        refused, text = caught.value, str(caught.value)
+        assert meet(tuple(refused.path.split(".")), touch.path)
+        assert text.startswith(f"{refused.access} access to Learner.{refused.path} disallowed.\n")
+        wider = pasted(text)
+        if "The container was read" in text or "() writes." in text:
+            wider = union([declaration, wider])
+        assert wider != declaration
+        assert all(granted(wider, path) in (kind, Read(), Write()) for path, kind in declaration)
+        declaration = wider
+    touch(view_of(declaration, made(), decorator))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: f"{touch.access} {touch.do}")
+def test_without_a_declaration_nothing_is_allowed(touch: Touch) -> None:
+    with pytest.raises(ProtectedException):
+        touch(view_of({}, made()))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: f"{touch.access} {touch.do}")
+def test_the_declaration_of_the_path_alone_is_enough(touch: Touch) -> None:
+    touch(view_of({dotted(touch.path): Write()}, made()))
+    if touch.access == "Read":
+        touch(view_of({dotted(touch.path): Read()}, made()))
+    else:
+        with pytest.raises(ProtectedException):
+            touch(view_of({dotted(touch.path): Read()}, made()))
+
+
+def test_a_refusal_in_full() -> None:
+    """Rule 3: the path that was touched, also where nothing of it is declared, and the callback's own name."""
+    with pytest.raises(ProtectedException) as caught:
+        _ = view_of({}, made()).batch.loss
+    text = str(caught.value)
+    assert text.startswith("Read access to Learner.batch.loss disallowed.\n")
+    assert text.endswith(
+        'In Mine.state_access write:\n\n    def state_access(self) -> Access:\n        return {"batch.loss": Read()}\n'
+    )
+
+
+# --- whole namespaces
+
+
+@pytest.mark.parametrize("root", ["batch", "cbstate"])
+def test_a_whole_namespace_to_read(root: str) -> None:
+    state = made()
+    learner = view_of({root: Read()}, state)
+    space = getattr(learner, root)
+    name = {"batch": "inputs", "cbstate": "seen"}[root]
+    assert getattr(space, name) == getattr(getattr(state, root), name)
+    assert isinstance(getattr(space, name), (ReadOnlyDict, ReadOnlyList))
+    assert name in space
+    assert "absent" not in space
+    for change in (lambda: setattr(space, name, 1), lambda: setattr(space, "new", 1), lambda: delattr(space, name)):
+        with pytest.raises(ProtectedException, match="Write access"):
+            change()
+    with pytest.raises(MissingStateError) as caught:
+        _ = space.absent
+    said = f"Mine reads Learner.{root}.absent, and there is nothing. {root}.absent does not exist (yet). "
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("root", ["batch", "cbstate"])
+def test_a_whole_namespace_to_write(root: str) -> None:
+    state = made()
+    space = getattr(view_of({root: Write()}, state), root)
+    target = getattr(state, root)
+    space.new = [1]
+    space.new.append(2)
+    assert target.new == [1, 2]
+    assert "new" in space
+    del space.new
+    assert "new" not in vars(target)
+    with pytest.raises(MissingStateError):
+        _ = space.new
+
+
+@pytest.mark.parametrize("root", ["batch", "cbstate"])
+@pytest.mark.parametrize("value", [[1], {"a": [1]}, ({"a": 1}, 2)], ids=["list", "dict", "tuple"])
+def test_an_assigned_container_is_raw_to_writers_and_read_only_to_readers(root: str, value: Any) -> None:
+    """Rule 3: wrapped when it is assigned; a batch that only held tensors gets its twin then."""
+    state = made()
+    state.batch = state.batch_twin = type(state.batch)()
+    readers = [view_of({f"{root}.mine": Read()}, state), view_of({root: Read()}, state)]
+    writer = view_of({f"{root}.mine": Write()}, state)
+    getattr(writer, root).mine = value
+    assert getattr(writer, root).mine is value
+    for reader in readers:
+        seen = getattr(reader, root).mine
+        assert seen is not value
+        assert seen == value
+    getattr(writer, root).mine = 5
+    assert all(getattr(reader, root).mine == 5 for reader in readers)
+    getattr(writer, root).mine = torch.ones(2)
+    assert all(getattr(reader, root).mine is getattr(writer, root).mine for reader in readers)
+    delattr(getattr(writer, root), "mine")
+    for reader in readers:
+        with pytest.raises(MissingStateError):
+            _ = getattr(reader, root).mine
+
+
+def test_a_view_shows_the_batch_of_the_moment() -> None:
+    state = made()
+    learner = view_of({"batch.loss": Read()}, state)
+    batch = type(state.batch)()
+    batch.loss = torch.zeros(())
+    state.show(batch)
+    assert learner.batch.loss is batch.loss
+
+
+# --- optional reads
+
+
+@pytest.mark.parametrize("entry", ["batch.absent", "cbstate.absent", "cbstate.mine.absent", "cbstate.absent.deep",
+                                   "cbstate.tracehistory.Absent", "batch.grads.absent"])  # fmt: skip
+def test_an_optional_read_of_nothing_is_none(entry: str) -> None:
+    def read(access: Access) -> Any:
+        found: Any = view_of(access, made())
+        for name in entry.split("."):
+            found = found[name] if name in ("Absent", "absent") and "grads" in entry else getattr(found, name)
+            if name == "tracehistory":
+                found = found[TrainingPhase]
+        return found
+
+    assert read({entry: Read(optional=True)}) is None
+    with pytest.raises(MissingStateError) as caught:
+        read({entry: Read()})
+    assert caught.value.path == entry
+    assert f'declare {{"{entry}": Read(optional=True)}} and handle None.' in str(caught.value)
+
+
+def test_an_optional_read_of_what_is_there_is_the_plain_getter() -> None:
+    """Rule 4."""
+    state = made()
+    plain, optional = (view_of({"batch.loss": kind}, state) for kind in (Read(), Read(optional=True)))
+    assert optional.batch.loss is plain.batch.loss is state.batch.loss
+    getters = [type(view.batch).__dict__["loss"] for view in (plain, optional)]
+    assert [type(getter.fget).__name__ for getter in getters] == ["attrgetter", "attrgetter"]
+
+
+def test_a_whole_optional_read() -> None:
+    learner = view_of({"cbstate": Read(optional=True)}, made())
+    assert learner.cbstate.absent is None
+    assert learner.cbstate.best == 0.5
+
+
+# --- compiled once, shared
+
+
+def test_equal_declarations_share_one_class() -> None:
+    """Rule 5: compiled once per declaration and cached by it."""
+    one = declare({"batch.loss": Read(), "cbstate.best": Write()}, "one")
+    other = declare({"cbstate": {"best": Write()}, "batch": {"loss": Read()}}, "other")
+    assert compile_view(one) is compile_view(other)
+    state = made()
+    first, second = view_of(one, state), view_of(other, made())
+    assert type(first) is type(second)
+    assert type(first.batch) is type(second.batch)
+    assert type(first) is not type(view_of({"batch.loss": Read()}, state))
+    assert first.cbstate.best == second.cbstate.best
+    first.cbstate.best = 7
+    assert (first.cbstate.best, second.cbstate.best) == (7, 0.5)
+
+
+def test_a_declared_entry_is_read_without_a_python_call() -> None:
+    state = made()
+    state.batch.inputs = torch.ones(2)
+    state.batch_twin = state.batch  # as the phases do where a batch holds tensors only
+    learner = view_of({"batch.loss": Read(), "batch.inputs": Write(), "cbstate.seen": Read()}, state)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    _, _, _ = learner.batch.loss, learner.batch.inputs, learner.cbstate.seen
+    sys.setprofile(None)
+    assert calls == []
+
+
+# --- aliases and resources
+
+
+def test_parameters_are_a_read_only_mapping() -> None:
+    """Rule 5."""
+    learner = view_of({"params": Write()}, made())
+    assert list(learner.params) == ["encoder.weight", "encoder.bias", "head.weight", "head.bias"]
+    with pytest.raises(TypeError):
+        learner.params["encoder.weight"] = torch.ones(1)
+
+
+def test_the_model_does_not_open_its_parameters_path() -> None:
+    with pytest.raises(ProtectedException, match=r"Read access to Learner\.params disallowed"):
+        _ = view_of({"model": Write()}, made()).params
+
+
+@pytest.mark.parametrize(
+    ("access", "lr", "state"),
+    [
+        ({"optimizer.hyperparams": Write()}, True, False),
+        ({"optimizer.hyperparams": Write(), "optimizer.state": Read()}, True, True),
+        ({"optimizer.state": Write()}, False, True),
+        ({"optimizer": Read()}, False, True),
+        ({"optimizer": Write()}, True, True),
+        ({"optimizer": Read(), "optimizer.hyperparams": Write()}, True, True),
+    ],
+)
+def test_the_parts_of_an_optimizer(access: Access, lr: bool, state: bool) -> None:
+    """Rule 5: each a path of its own, and bare `optimizer` covers both."""
+    learner = view_of(access, made())
+
+    def works(do: Callable[[], Any]) -> bool:
+        try:
+            do()
+        except ProtectedException:
+            return False
+        return True
+
+    assert works(lambda: learner.optimizer.hyperparams[0].update(lr=0.5)) is lr
+    assert works(lambda: len(learner.optimizer.state)) is state
+
+
+def test_several_optimizers_by_name() -> None:
+    models = Named("model", {"gen": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
+    state = made(models, {"gen": torch.optim.SGD, "critic": torch.optim.SGD})
+    writer = view_of({"optimizer.gen.hyperparams": Write()}, state)
+    writer.optimizer.gen.hyperparams[0]["lr"] = 0.5
+    for access in ({"optimizer.gen.hyperparams": Read()}, {"optimizer.gen": Read()}, {"optimizer": Read()}):
+        reader = view_of(access, state)
+        assert reader.optimizer.gen.hyperparams[0]["lr"] == 0.5
+        with pytest.raises(ProtectedException, match=r"Learner\.optimizer\.gen\.hyperparams"):
+            reader.optimizer.gen.hyperparams[0]["lr"] = 1
+    for undeclared in (lambda: writer.optimizer.critic, lambda: writer.optimizer.gen.state):
+        with pytest.raises(ProtectedException):
+            undeclared()
+    assert view_of({"model.gen": Read()}, state).model.gen is models.gen
+
+
+def test_gradients_to_read_cannot_be_replaced() -> None:
+    """Rule 5: a path of its own. Both ways to read it are read-only."""
+    state = made()
+    for access in ({"batch.grads": Read()}, {"batch": Read()}, {"batch.grads.head": Read()}):
+        learner = view_of(access, state)
+        assert torch.equal(learner.batch.grads["head.bias"], torch.ones(1))
+        with pytest.raises(ProtectedException, match=r"Write access to Learner\.batch\.grads"):
+            learner.batch.grads["head.bias"] = torch.zeros(1)
+    view_of({"batch.grads": Write()}, state).batch.grads["head.bias"] = torch.zeros(1)
+    assert state.model.head.bias.grad.item() == 0
+
+
+def test_gradients_that_a_phase_keeps_in_a_dict() -> None:
+    state = made()
+    state.batch.grads = {"w": torch.ones(1)}
+    for access in ({"batch.grads": Read()}, {"batch": Read()}):
+        assert view_of(access, state).batch.grads["w"] == 1
+
+
+def test_resources_are_no_attributes() -> None:
+    """Rule 6: what no path can name."""
+    learner = view_of({"resource.rng": Write(), "resource.pyplot": Write()}, made())
+    with pytest.raises(AttributeError, match="a handler's learner has no 'resource'"):
+        _ = learner.resource  # type: ignore[attr-defined]  # that is the point
+
+
+def test_data_by_phase() -> None:
+    state = made()
+    reader, writer = view_of({"data": Read()}, state), view_of({"data": Write()}, state)
+    assert type(reader.data[TrainingPhase]) is ReadOnlyList
+    writer.data[ValidationPhase] = [1]
+    assert ValidationPhase in reader.data
+    with pytest.raises(ProtectedException):
+        del reader.data[TrainingPhase]
+
+
+# --- the view itself
+
+
+@pytest.mark.parametrize("name", ["fit", "epoch", "step", "validate", "run_batch"])
+def test_the_loop_is_not_a_handlers_to_run(name: str) -> None:
+    """Rule 18."""
+    with pytest.raises(UsageError) as caught:
+        getattr(view_of({"model": Write()}, made()), name)
+    assert str(caught.value) == (
+        f"Mine calls learner.{name}() in a handler, but the loop is running. Raise CancelBatchException, "
+        f"CancelEpochException or CancelFittingException to end a part of training, or fire an event with "
+        f"learner.fire(...)."
+    )
+
+
+def test_a_name_that_no_learner_has() -> None:
+    learner: Any = view_of({"batch": Write()}, made())
+    with pytest.raises(AttributeError) as caught:
+        _ = learner.btach
+    assert str(caught.value) == "a handler's learner has no 'btach'. Did you mean 'batch'?"
+    assert not isinstance(caught.value, FlowtrainError)
+    with pytest.raises(AttributeError, match=r"^a handler's learner has no 'modle'\. Did you mean 'model'\?$"):
+        learner.modle = 1
+
+
+@pytest.mark.parametrize("root", [root for root in ROOTS if root != "resource"])
+def test_nothing_of_the_learner_is_replaced(root: str) -> None:
+    """Pasting a declaration would not help, so none is printed where `Write` is declared already."""
+    for change in (lambda view: setattr(view, root, 1), lambda view: delattr(view, root)):
+        with pytest.raises(ProtectedException, match=rf"Write access to Learner\.{root} disallowed"):
+            change(view_of({root: Read()}, made()))
+        with pytest.raises(UsageError) as caught:
+            change(view_of({root: Write()}, made()))
+        assert str(caught.value) == (
+            f"Mine replaces learner.{root}; a handler changes it in place, since the training core, the optimizer "
+            f"and other views hold it."
+        )
+
+
+def test_an_entry_with_an_underscore_is_none() -> None:
+    learner = view_of({"cbstate.best": Read(), "batch.loss": Read()}, made())
+    for space in (learner.cbstate, learner.batch):
+        with pytest.raises(AttributeError):
+            _ = space._mine
+        with pytest.raises(AttributeError, match="no entry begins with an underscore"):
+            space._mine = 1
+
+
+def test_fire_puts_an_event_in_the_queue() -> None:
+    """Rule 18."""
+
+    class Improved(Event):
+        """A user's event."""
+
+    state, event = made(), Improved()
+    learner = view_of({}, state)
+    learner.fire(event)
+    assert state.fired == [("Mine", event)]
+    with pytest.raises(UsageError) as caught:
+        learner.fire(Improved)  # type: ignore[arg-type]  # that is the point
+    assert str(caught.value) == f"fire() takes an event, got {Improved!r}. Write learner.fire(MyEvent())."
+
+
+def test_what_a_view_says_of_itself() -> None:
+    learner = view_of({"batch.loss": Read()}, made())
+    assert isinstance(learner, LearnerView)
+    assert repr(learner) == "LearnerView of Mine"
+    assert repr(learner.batch) == "Learner.batch as Mine sees it"
