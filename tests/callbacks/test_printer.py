@@ -1,0 +1,118 @@
+"""MetricsPrinter: one readable line for each epoch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import rich
+import torch
+
+from flowtrain import (
+    BatchBegin,
+    Callback,
+    CancelEpochException,
+    LearnerView,
+    MissingStateError,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+)
+from flowtrain.callbacks import Metric, Metrics, MetricsPrinter, Recorder
+from flowtrain.testing import tiny_learner
+
+
+@pytest.fixture(params=[False, True], ids=["file", "terminal"])
+def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """What rich's console prints, as a file and as a terminal."""
+    before = dict(rich.get_console().__dict__)
+    written = io.StringIO()
+    rich.reconfigure(file=written, force_terminal=request.param, width=40, _environ={})
+    yield written
+    rich.get_console().__dict__ = before
+
+
+def constant(value: float) -> Any:
+    def metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return value
+
+    return metric
+
+
+def printing(*callbacks: Callback, metrics: Metrics, n_batches: int = 2) -> Any:
+    return tiny_learner(*callbacks, metrics, MetricsPrinter(), n_batches=n_batches)
+
+
+def test_one_plain_line_for_each_epoch(output: io.StringIO) -> None:
+    """Longer than the terminal is wide, and with what rich would take for markup: neither changes the line."""
+    large = Metric(constant(1234567.0), name="B", phase=ValidationPhase)
+    metrics = Metrics(Metric(constant(0.123456), name="[bold]A"), large)
+    learner = printing(metrics=metrics)
+    learner.fit(2)
+    train = [value for _, value in learner.cbstate.metrics_epoch[TrainingPhase]["Loss"]]
+    valid = [value for _, value in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"]]
+    assert output.getvalue().splitlines() == [
+        f"epoch   1  TrainingPhase     Loss {train[0]:.4g}  [bold]A 0.1235",
+        f"epoch   1  ValidationPhase   Loss {valid[0]:.4g}  [bold]A 0.1235  B 1.235e+06",
+        f"epoch   2  TrainingPhase     Loss {train[1]:.4g}  [bold]A 0.1235",
+        f"epoch   2  ValidationPhase   Loss {valid[1]:.4g}  [bold]A 0.1235  B 1.235e+06",
+    ]
+
+
+def test_an_epoch_that_recorded_nothing_prints_nothing(output: io.StringIO) -> None:
+    class Cancel(Callback):
+        epochs = 0
+
+        @on(BatchBegin, TrainingPhase)
+        def cancel(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+            self.epochs += 1
+            if self.epochs == 3:  # the first batch of the second epoch
+                raise CancelEpochException("no")
+
+    learner = printing(Cancel(), metrics=Metrics())
+    learner.epoch(TrainingPhase)
+    learner.epoch(TrainingPhase)
+    learner.epoch(TrainingPhase)
+    assert [line[:9] for line in output.getvalue().splitlines()] == ["epoch   1", "epoch   3"]
+
+
+def test_two_metrics_share_a_line(output: io.StringIO) -> None:
+    one, two = Metrics(Metric(constant(1.0), name="One")), Metrics(Metric(constant(2), name="Two"))
+    learner = tiny_learner(MetricsPrinter(), two, one, n_batches=2)
+    learner.epoch(ValidationPhase)
+    [line] = output.getvalue().splitlines()
+    assert "  One 1" in line
+    assert "  Two 2" in line
+    assert line.count("Loss") == 1
+
+
+def test_without_metrics_the_error_names_them() -> None:
+    message = r"Add flowtrain\.callbacks\.Metrics, which provides cbstate\.metrics_epoch"
+    with pytest.raises(MissingStateError, match=message):
+        tiny_learner(Recorder(), MetricsPrinter(), default_callbacks=False)
+
+
+def test_quiet_prints_nothing_at_all(capfd: pytest.CaptureFixture[str]) -> None:
+    learner = tiny_learner(Metrics(Metric(constant(1.0), name="One")))
+    learner.fit(2)
+    learner.validate()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_by_default_it_prints_to_standard_output(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    learner = tiny_learner(default_callbacks=True, n_batches=2)
+    learner.fit(1)
+    output, errors = capfd.readouterr()
+    assert [line[:28] for line in output.splitlines()] == [
+        "epoch   1  TrainingPhase    ",
+        "epoch   1  ValidationPhase  ",
+    ]
+    assert errors == ""
+    assert output.replace("\n", "").isprintable()
