@@ -183,9 +183,13 @@ class Learner:
         phase = _as_phase(phase, "epoch")
         if data is None and phase not in self.state.data:
             raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
-        chosen = loaders({phase: self.state.data[phase] if data is None else data})
-        self._check_phases(chosen)
-        self.loop.epoch(self, phase, chosen[phase])
+        chosen = self.state.data if data is None else loaders({**self.state.data, phase: data})
+        self._check_phases([phase])
+        before, self.state.data = self.state.data, chosen
+        try:
+            self.loop.epoch(self, phase, chosen[phase])
+        finally:
+            self.state.data = before
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase on what a loader would give, and return the batch state."""

@@ -334,6 +334,15 @@ def test_a_direct_epoch_has_a_bar_of_its_own(terminal: Terminal) -> None:
 
 
 @on_terminal
+def test_a_direct_epoch_over_other_data_shows_their_length(terminal: Terminal) -> None:
+    seen: list[str] = []
+    learner = showing(At(BatchEnd, lambda count: seen.append(terminal.last)), n_batches=2)
+    learner.epoch(ValidationPhase, tiny_batches(n_batches=3))
+    assert [line.split(" Loss")[0].split()[-1] for line in seen] == ["1/3", "2/3", "3/3"]
+    assert len(learner.data[ValidationPhase]) == 2
+
+
+@on_terminal
 def test_a_direct_step_shows_nothing(terminal: Terminal) -> None:
     learner = showing()
     learner.step(TrainingPhase, tiny_batches()[0])
