@@ -38,6 +38,7 @@ class Site(Protocol):
     @property
     def fired(self) -> list[tuple[str, Event]]:
         """The events that handlers asked to fire next, each with the name of the callback that asked."""
+        ...
 
     def drain(self, phase: Phase) -> None:
         """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
@@ -61,6 +62,7 @@ class Executor(Protocol):
     @property
     def name(self) -> str:
         """The name under which it is found and reported."""
+        ...
 
     def bind(self, site: Site) -> None:
         """Belong to one loop from now on.
@@ -71,9 +73,11 @@ class Executor(Protocol):
 
     def compile(self, plan: Plan) -> Runner:
         """Return what runs a plan that has at least one step. Called once for each plan."""
+        ...
 
     def explain(self, plan: Plan) -> str:
         """Say in one line how a plan is run; empty where there is nothing to say."""
+        ...
 
     def flush(self) -> None:
         """Return when everything that was handed out is done."""

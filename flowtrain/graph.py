@@ -148,7 +148,7 @@ class Resolver:
 
 def _winner(answer: RunFirst, one: Node, other: Node, source: str) -> Node:
     named = answer.callback
-    fits = [node for node in (one, other) if node.callback is named or type(node.callback) is named]
+    fits = [node for node in (one, other) if any(named is each for each in (node.callback, type(node.callback)))]
     if not fits and isinstance(named, type):  # a type names its own callbacks before those of its subclasses
         fits = [node for node in (one, other) if isinstance(node.callback, named)]
     if len(fits) != 1:

@@ -94,10 +94,11 @@ def mark(event_type: type[Event], phase_type: type[Phase], access: Access | None
                 f"{function.function.__qualname__} is marked by two @on; a method handles one event. Write two methods "
                 f"for {function.event_type.__name__} and {event_type.__name__}, and call what they share."
             )
+        method: Callable[..., None] = function
         if not callable(function):
             raise HandlerError(f"@on({event_type.__name__}) marks a method, got {function!r}.")
-        _check_arity(function)
-        return Marked(event_type, phase_type, access, function)
+        _check_arity(method)
+        return Marked(event_type, phase_type, access, method)
 
     return decorate
 
