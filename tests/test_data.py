@@ -1,0 +1,254 @@
+"""Data: what a learner takes for loaders, and what it says to everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    DataError,
+    Learner,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.data import check_gave, loaders, stream
+from flowtrain.testing import tiny_batches, tiny_learner
+
+Pairs = list[tuple[Tensor, Tensor]]
+X, Y = torch.zeros(6, 1), torch.ones(6, 1)
+HOW = "Pass data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}."
+
+
+class OODPhase(AbstractValidationPhase):
+    """A third phase."""
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Single samples, as a dataset gives them."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= len(self):
+            raise IndexError(index)
+        return X[index], Y[index]
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(list(zip(X, Y, strict=True)))
+
+
+class OldStyle:
+    """Iterable only by index."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return tiny_batches(n_batches=2)[index]
+
+
+def learner_on(data: Any) -> Learner:
+    return tiny_learner(data=data, default_callbacks=False)
+
+
+# --- what is taken
+
+
+@pytest.mark.parametrize(
+    ("data", "phases"),
+    [
+        (None, []),
+        ({}, []),
+        (tiny_batches(), ["TrainingPhase"]),
+        ((tiny_batches(),), ["TrainingPhase"]),
+        ((tiny_batches(), tiny_batches()), ["TrainingPhase", "ValidationPhase"]),
+        ({OODPhase: tiny_batches(), TrainingPhase(): tiny_batches()}, ["OODPhase", "TrainingPhase"]),
+    ],
+)
+def test_loaders_by_phase(data: Any, phases: list[str]) -> None:
+    assert [repr(phase) for phase in loaders(data)] == phases
+
+
+def test_a_phase_and_its_type_are_one_key() -> None:
+    train = tiny_batches()
+    found: Any = loaders((train, OldStyle()))
+    assert found[TrainingPhase] is found[TrainingPhase()] is train
+    assert OODPhase not in found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(Samples(), batch_size=2),
+        DataLoader(Endless(), batch_size=4),
+        OldStyle(),
+        [[X, Y], (X, Y)],
+        (pair for pair in tiny_batches(n_batches=2)),
+    ],
+    ids=["DataLoader", "DataLoader without length", "by index", "lists and tuples", "generator"],
+)
+def test_anything_that_gives_pairs_is_trained_on(data: Any) -> None:
+    learner = learner_on(data)
+    learner.fit(1)
+    assert learner.loop.scopes.batch_number in (2, 3)
+
+
+class Pair(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+def test_a_named_pair_is_a_pair() -> None:
+    learner_on([Pair(X, Y)]).fit(1)
+
+
+# --- what is refused when the learner is built
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (
+            (X, Y),
+            "data is tuple of 2: Tensor of shape (6, 1), float32, Tensor of shape (6, 1), float32: tensors, not "
+            "loaders. Make batches of them: DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass "
+            "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (X, f"The data for TrainingPhase is Tensor of shape (6, 1), float32, not a loader of batches. {HOW}"),
+        ((), f"data is a tuple of 0 loaders. {HOW}"),
+        ((1, 2, 3), f"data is a tuple of 3 loaders. {HOW}"),
+        (
+            TensorDataset(X, Y),
+            "The data for TrainingPhase is a TensorDataset, a dataset of single samples. Make batches of it: "
+            "DataLoader(dataset, batch_size=32).",
+        ),
+        (
+            (tiny_batches(), Samples()),
+            "The data for ValidationPhase is a Samples, a dataset of single samples. Make batches of it: "
+            "DataLoader(dataset, batch_size=32).",
+        ),
+        (
+            (tiny_batches(), None),
+            f"The data for ValidationPhase is NoneType None, not a loader of batches. {HOW}",
+        ),
+        ("mnist", f"The data for TrainingPhase is str 'mnist', not a loader of batches. {HOW}"),
+        (7, f"The data for TrainingPhase is int 7, not a loader of batches. {HOW}"),
+        (
+            [],
+            "The loader for TrainingPhase (list) gives no batch. Is the dataset empty, or smaller than one batch with "
+            "drop_last=True?",
+        ),
+        (
+            (tiny_batches(), DataLoader(Samples(), batch_size=32, drop_last=True)),
+            "The loader for ValidationPhase (DataLoader) gives no batch. Is the dataset empty, or smaller than one "
+            "batch with drop_last=True?",
+        ),
+        ({"train": tiny_batches()}, f"data has the key 'train', which is no phase. {HOW}"),
+        (
+            {Phase: tiny_batches()},
+            "data has the key Phase, which is abstract. Use TrainingPhase, or a subclass of Phase.",
+        ),
+        (
+            {AbstractTrainingPhase: tiny_batches()},
+            "data has the key AbstractTrainingPhase, which is abstract. Use TrainingPhase, or a subclass of "
+            "AbstractTrainingPhase.",
+        ),
+    ],
+)
+def test_data_that_is_refused_at_once(data: Any, text: str) -> None:
+    with pytest.raises(DataError) as raised:
+        learner_on(data)
+    assert str(raised.value) == text
+    with pytest.raises(DataError) as again:
+        tiny_learner(default_callbacks=False).fit(1, data=data)
+    assert str(again.value) == text
+
+
+def test_data_for_a_direct_epoch_is_checked_alike() -> None:
+    learner = learner_on(None)
+    with pytest.raises(DataError, match=r"^The loader for OODPhase \(list\) gives no batch"):
+        learner.epoch(OODPhase, [])
+    with pytest.raises(DataError, match="The data for TrainingPhase is a TensorDataset"):
+        learner.epoch(TrainingPhase, TensorDataset(X, Y))
+    with pytest.raises(DataError, match="data has the key Phase, which is abstract"):
+        learner.epoch(Phase, tiny_batches())
+
+
+# --- what only a batch can tell
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (X, "Tensor of shape (6, 1), float32"),
+        ((X,), "tuple of 1: Tensor of shape (6, 1), float32"),
+        ((X, Y, Y), "tuple of 3: Tensor of shape (6, 1), float32, Tensor of shape (6, 1), float32, Tensor of shape"),
+        ({"x": X, "y": Y}, "dict with keys 'x', 'y'"),
+        ([], "list of 0"),
+        (None, "NoneType None"),
+        (DataLoader(Samples()), "DataLoader <torch.utils.data."),
+    ],
+)
+@pytest.mark.parametrize("phase", [TrainingPhase, OODPhase])
+def test_a_batch_that_is_no_pair(batch: Any, got: str, phase: type[Phase]) -> None:
+    learner = learner_on({phase: [batch]})
+    with pytest.raises(DataError) as raised:
+        learner.fit(1)
+    text = str(raised.value)
+    assert text.startswith(f"{phase.__name__} needs (inputs, targets) from its loader and got {got}")
+    assert text.endswith(
+        f"Let the dataset return pairs, or override {phase.__name__}.split(raw) to return (inputs, targets)."
+    )
+    with pytest.raises(DataError, match=r"needs \(inputs, targets\)"):
+        learner.step(phase, batch)
+
+
+def test_a_loader_that_turns_out_empty() -> None:
+    learner = learner_on(pair for pair in tiny_batches(n_batches=0))
+    with pytest.raises(DataError) as raised:
+        learner.fit(1)
+    assert str(raised.value) == (
+        "The loader for TrainingPhase (generator) gives no batch. It is an iterator, used up after one pass: pass a "
+        "list, a DataLoader, or anything iterable again."
+    )
+
+
+@pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 3}, {"steps": 3, "validate_every": 3}], ids=str)
+def test_a_generator_lasts_one_pass(how: dict[str, int]) -> None:
+    learner = learner_on(pair for pair in tiny_batches(n_batches=2))
+    with pytest.raises(DataError, match=r"^The loader for TrainingPhase \(generator\) gives no batch\. It is an it"):
+        learner.fit(**how)
+    assert learner.loop.scopes.numbers[TrainingPhase()] == (1 if "validate_every" in how else 2)
+
+
+def test_data_is_put_back_after_a_fit_of_its_own() -> None:
+    own = tiny_batches(n_batches=3)
+    learner = learner_on(own)
+    learner.fit(1, data=tiny_batches(n_batches=1))
+    assert learner.data[TrainingPhase] is own
+    with pytest.raises(DataError):
+        learner.fit(1, data=[X])
+    assert learner.data[TrainingPhase] is own
+    with pytest.raises(UsageError, match=r"^fit\(\) has no data\. Pass data=\(train_loader, valid_loader\) to Learner"):
+        learner_on(None).fit(1)
+    with pytest.raises(UsageError, match=r"^There is no data for OODPhase\. Pass it: learner\.epoch\(OODPhase"):
+        learner.epoch(OODPhase)
+
+
+def test_stream_goes_round() -> None:
+    assert list(islice(stream([1, 2], TrainingPhase()), 5)) == [1, 2, 1, 2, 1]
+    with pytest.raises(DataError, match="gives no batch"):
+        next(stream([], TrainingPhase()))
+    check_gave(1, ValidationPhase(), [])
