@@ -20,7 +20,7 @@ from flowtrain.core import TorchCore
 from flowtrain.data import loaders
 from flowtrain.dryrun import Recording, record
 from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
-from flowtrain.events import Event
+from flowtrain.events import EpochBegin, Event
 from flowtrain.execution import Executor, find_executor
 from flowtrain.loop import Loop, RunBatch
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
@@ -339,6 +339,8 @@ class Learner:
                     f"{phase!r} runs one model, and the learner has {', '.join(self.state.model)}. Write a phase with "
                     f"a step of its own: class MyPhase(AbstractTrainingPhase): def step(self, learner, raw): ..."
                 )
+            if self.state.callbacks:
+                self.callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
 
     def _check_fit_data(self, data: Any, *, by_steps: bool) -> None:
         if not data:

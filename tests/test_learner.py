@@ -1,0 +1,596 @@
+"""The learner: how long it trains, on what, with which callbacks; and what bad input gets."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Access,
+    AccessError,
+    BatchEnd,
+    Callback,
+    CallbackError,
+    CancelEpochException,
+    CancelFittingException,
+    CoreError,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    ExecutorError,
+    FitBegin,
+    FlowtrainError,
+    Learner,
+    LearnerView,
+    LossError,
+    Phase,
+    Read,
+    SerialExecutor,
+    TorchCore,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+    Write,
+    WriteConflictError,
+    on,
+)
+from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+
+
+class OODPhase(AbstractValidationPhase):
+    """A third phase."""
+
+
+class Count(Callback):
+    """Count batches, and note the epochs as ``T3`` (training, three batches)."""
+
+    def __init__(self) -> None:
+        self.epochs: list[str] = []
+        self.batches = 0
+        self.fit: FitBegin | None = None
+
+    @on(FitBegin)
+    def keep(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        self.fit = event
+
+    @on(EpochBegin)
+    def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        self.batches = 0
+
+    @on(BatchEnd)
+    def count(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.batches += 1
+
+    @on(EpochEnd)
+    def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        self.epochs.append(f"{repr(phase)[0]}{self.batches}")
+
+
+def counted(train: int = 3, valid: int | None = 2, *callbacks: Callback, **options: Any) -> tuple[Count, Learner]:
+    count = Count()
+    data: dict[type[Phase], Any] = {TrainingPhase: tiny_batches(n_batches=train)}
+    if valid is not None:
+        data[ValidationPhase] = tiny_batches(n_batches=valid)
+    chosen: dict[str, Any] = {"data": data, **options}
+    return count, tiny_learner(count, *callbacks, **chosen)
+
+
+# --- fit, epoch, step, validate
+
+
+@pytest.mark.parametrize(
+    ("how", "epochs"),
+    [
+        ({"epochs": 2}, "T3 V2 T3 V2"),
+        ({"steps": 3}, "T3 V2"),
+        ({"steps": 7}, "T3 V2 T3 V2 T1 V2"),
+        ({"steps": 2}, "T2 V2"),
+        ({"steps": 4, "validate_every": 2}, "T2 V2 T2 V2"),
+        ({"steps": 5, "validate_every": 2}, "T2 V2 T2 V2 T1 V2"),
+        ({"steps": 8, "validate_every": 4}, "T4 V2 T4 V2"),
+        ({"steps": 1, "validate_every": 100}, "T1 V2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_how_long_a_fit_is(how: dict[str, int], epochs: str, accumulate: int) -> None:
+    count, learner = counted(core=TorchCore(device="cpu", accumulate=accumulate))
+    learner.fit(**how)
+    assert " ".join(count.epochs) == epochs
+    assert count.fit == FitBegin(how.get("epochs"), how.get("steps"))
+    assert learner.stopped is None
+
+
+def test_fit_by_steps_goes_on_in_the_loader_after_each_validation() -> None:
+    data = tiny_batches(n_batches=3)
+    seen: list[int] = []
+
+    class Which(Callback):
+        def state_access(self) -> Access:
+            return {"batch.inputs": Read()}
+
+        @on(BatchEnd, TrainingPhase)
+        def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            seen.append(next(number for number, (x, _) in enumerate(data) if x is learner.batch.inputs))
+
+    tiny_learner(Which(), data=data).fit(steps=7, validate_every=2)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_training_goes_on_in_a_second_fit() -> None:
+    _, once = counted()
+    once.fit(2)
+    _, twice = counted()
+    twice.fit(1)
+    twice.fit(1)
+    assert torch.equal(once.model.coeff, twice.model.coeff)
+    assert twice.cbstate.history[TrainingPhase].epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((), {}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
+        ((1,), {"steps": 2}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
+        ((0,), {}, "fit(epochs=0): epochs is a whole number, at least 1."),
+        ((-3,), {}, "fit(epochs=-3): epochs is a whole number, at least 1."),
+        ((1.5,), {}, "fit(epochs=1.5): epochs is a whole number, at least 1."),
+        ((True,), {}, "fit(epochs=True): epochs is a whole number, at least 1."),
+        (("3",), {}, "fit(epochs='3'): epochs is a whole number, at least 1."),
+        ((), {"steps": 0}, "fit(steps=0): steps is a whole number, at least 1."),
+        ((), {"steps": 5, "validate_every": 0}, "fit(validate_every=0): validate_every is a whole number, at least 1."),
+        ((2,), {"validate_every": 5}, "fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100)."),
+    ],
+)
+def test_counts_that_mean_nothing(args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> None:
+    count, learner = counted()
+    with pytest.raises(UsageError) as raised:
+        learner.fit(*args, **kwargs)
+    assert str(raised.value) == text
+    assert count.fit is None, "nothing ran"
+
+
+def test_steps_need_one_training_phase() -> None:
+    _, learner = counted()
+    with pytest.raises(UsageError, match=r"counts the batches of one training phase; the data has none\. Use fit\(epo"):
+        learner.fit(steps=3, data={ValidationPhase: tiny_batches()})
+
+    class Other(TrainingPhase):
+        """A second training phase."""
+
+    with pytest.raises(UsageError, match="the data has TrainingPhase, Other"):
+        learner.fit(steps=3, data={TrainingPhase: tiny_batches(), Other: tiny_batches()})
+
+
+def test_direct_epochs_and_validation() -> None:
+    count, learner = counted()
+    learner.epoch(TrainingPhase)
+    learner.epoch(ValidationPhase())
+    learner.validate()
+    learner.epoch(OODPhase, tiny_batches(n_batches=5))
+    assert count.epochs == ["T3", "V2", "V2", "O5"]
+    assert count.fit is None
+    _, lonely = counted(3, None)
+    with pytest.raises(UsageError, match=r"validate\(\) has no data\. Pass data=\(train_loader, valid_loader\)"):
+        lonely.validate()
+
+
+def test_a_direct_step_returns_the_batch() -> None:
+    _, learner = counted()
+    x, y = tiny_batches(n_batches=1)[0]
+    batch = learner.step(ValidationPhase, (x, y))
+    assert batch is learner.batch
+    assert torch.equal(batch.outputs, torch.zeros_like(x))
+    assert torch.equal(batch.loss, mse_loss(torch.zeros_like(x), y))
+    before = learner.model.coeff.detach().clone()
+    assert not torch.equal(learner.step(TrainingPhase, (x, y)).grads["coeff"], torch.zeros(()))
+    assert not torch.equal(learner.model.coeff, before)
+
+
+@pytest.mark.parametrize("what", ["epoch", "step"])
+@pytest.mark.parametrize("phase", ["train", None, BatchEnd])
+def test_epoch_and_step_take_a_phase(what: str, phase: Any) -> None:
+    _, learner = counted()
+    with pytest.raises(UsageError) as raised:
+        getattr(learner, what)(phase, [])
+    expected = f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...)."
+    assert str(raised.value) == expected
+
+
+def test_stopped_says_what_ended_the_last_fit() -> None:
+    class Stop(Callback):
+        error: Exception | None = None
+
+        @on(EpochEnd, TrainingPhase)
+        def maybe(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            if self.error is not None:
+                raise self.error
+
+    stop = Stop()
+    _, learner = counted(3, 2, stop)
+    stop.error = CancelFittingException("flat")
+    learner.fit(5)
+    assert learner.stopped is stop.error
+    assert learner.cbstate.history[TrainingPhase].epochs == 1
+    stop.error = ValueError("broken")
+    with pytest.raises(ValueError, match="broken"):
+        learner.fit(5)
+    assert repr(learner.stopped) == "ValueError('broken')"
+    stop.error = CancelEpochException("that is not early")
+    learner.fit(1)
+    assert learner.stopped is None
+
+
+def test_a_nan_loss_stops_training_with_a_warning() -> None:
+    data = tiny_batches(n_batches=3)
+    data[1] = (data[1][0], data[1][1] * float("nan"))
+    learner = tiny_learner(data=data)
+    with pytest.warns(RuntimeWarning, match=r"The loss is NaN in batch 2 of epoch 1 of TrainingPhase \(step 2\)"):
+        learner.fit(1)
+    assert isinstance(learner.stopped, CancelFittingException)
+    assert learner.model.coeff.isfinite()
+
+
+# --- callbacks
+
+
+class First(Callback):
+    """A callback that counts how often it is set up."""
+
+    setups = 0
+
+    def state_access(self) -> Access:
+        return {"cbstate.first": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        self.setups += 1
+        learner.cbstate.first = self.setups
+
+    @on(BatchEnd)
+    def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.cbstate.first = 0
+
+
+class Rival(First):
+    """Writes what `First` writes."""
+
+
+def names(learner: Learner) -> list[str]:
+    return [callback.name for callback in learner.callbacks]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds"),
+    [
+        (True, [Recorder, Metrics, StopOnNaNLoss, ProgressBar, MetricsPrinter]),
+        ("quiet", [Recorder, Metrics, StopOnNaNLoss]),
+        (False, []),
+    ],
+)
+def test_default_callbacks(wanted: Any, kinds: list[type[Callback]]) -> None:
+    first = First()
+    learner = tiny_learner(first, default_callbacks=wanted)
+    assert [type(callback) for callback in learner.callbacks] == [First, *kinds], "after the user's"
+
+
+def test_a_default_callback_is_left_out_where_the_user_passes_one() -> None:
+    class MyRecorder(Recorder):
+        """One's own."""
+
+    metrics, recorder = Metrics(), MyRecorder()
+    learner = tiny_learner(metrics, recorder)
+    assert list(learner.callbacks) == [metrics, recorder, learner.get_callback(StopOnNaNLoss)]
+
+
+@pytest.mark.parametrize("wanted", ["silent", 2, None])
+def test_default_callbacks_are_true_false_or_quiet(wanted: Any) -> None:
+    with pytest.raises(UsageError, match=rf'^default_callbacks={wanted!r} is not True, False or "quiet"\.'):
+        tiny_learner(default_callbacks=wanted)
+
+
+def test_get_callback() -> None:
+    first, other = First(), First()
+    other.name = "Mine"
+    learner = tiny_learner(first, Recorder(), default_callbacks=False)
+    assert learner.get_callback(First) is learner.get_callback("First") is learner.get_callback(Callback) is first
+    assert learner.get_callback(Rival) is None
+    assert learner.get_callback("Rival") is None
+    with pytest.raises(CallbackError, match="A callback is found by its type or name, got <First>"):
+        learner.get_callback(first)  # type: ignore[arg-type]  # what is tested
+
+
+def test_add_set_replace_and_remove() -> None:
+    first, recorder = First(), Recorder()
+    learner = tiny_learner(recorder, default_callbacks=False)
+    learner.add_callback(first)
+    assert names(learner) == ["Recorder", "First"]
+    assert (first.setups, learner.cbstate.first) == (1, 1)
+    learner.fit(1)
+    assert learner.cbstate.first == 0
+
+    new = First()
+    assert learner.replace_callback(new) is first
+    assert list(learner.callbacks) == [recorder, new]
+    assert learner.remove_callback("First") is new
+    assert learner.remove_callback(Recorder) is recorder
+    assert names(learner) == []
+    learner.set_callbacks([first, Recorder()])
+    assert names(learner) == ["First", "Recorder"]
+    learner.set_callbacks(reversed(learner.callbacks))
+    assert names(learner) == ["Recorder", "First"]
+    assert first.setups == 2, "set up when it came, and when it came back; not when it only moved"
+    learner.fit(1)
+    assert learner.cbstate.history[TrainingPhase].epochs == 2, "cbstate outlives the callbacks"
+
+
+REFUSED: dict[str, tuple[Callable[[Learner], object], type[FlowtrainError], str]] = {
+    "conflict": (lambda learner: learner.add_callback(Rival()), WriteConflictError, "First and Rival"),
+    "a class": (lambda learner: learner.add_callback(First), CallbackError, "First is a class. Pass an instance"),  # type: ignore[arg-type]  # what is tested
+    "no callback": (lambda learner: learner.add_callback(print), CallbackError, "<built-in function print> is no call"),  # type: ignore[arg-type]  # what is tested
+    "twice": (
+        lambda learner: learner.add_callback(learner.callbacks[0]), CallbackError, "<First> is in the list twice",
+    ),
+    "set": (lambda learner: learner.set_callbacks([Rival(), First()]), WriteConflictError, "Rival and First"),
+    "no list": (lambda learner: learner.set_callbacks(First()), CallbackError, r"<First> is not a list. Write callb"),  # type: ignore[arg-type]  # what is tested
+    "replace": (
+        lambda learner: learner.replace_callback(Rival()), CallbackError,
+        r"replace_callback(<Rival>) needs exactly one Rival to replace; there are 0. Use set_callbacks(...) or",
+    ),
+    "remove": (
+        lambda learner: learner.remove_callback("Frist"), CallbackError,
+        "There is no callback Frist. Did you mean 'First'? The learner has: First, Recorder.",
+    ),
+    "remove type": (
+        lambda learner: learner.remove_callback(Metrics), CallbackError,
+        "There is no callback Metrics. The learner has: First, Recorder.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "text"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_change_leaves_everything_as_it_was(
+    change: Callable[[Learner], object], error: type[FlowtrainError], text: str
+) -> None:
+    """Rule 11."""
+    first = First()
+    learner = tiny_learner(first, Recorder(), default_callbacks=False)
+    learner.fit(1)
+    before, explained, state = list(learner.callbacks), learner.callbacks.explain(), dict(vars(learner.cbstate))
+    with pytest.raises(error) as raised:
+        change(learner)
+    assert text in str(raised.value)
+    assert list(learner.callbacks) == before
+    assert learner.callbacks.explain() == explained
+    assert vars(learner.cbstate) == state
+    assert first.setups == 1
+    learner.fit(1)
+    assert learner.cbstate.history[TrainingPhase].epochs == 2
+
+
+def test_a_setup_that_fails_takes_the_change_back() -> None:
+    """Rule 11."""
+
+    class Broken(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.made": Write()}
+
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.made = 1
+            raise OSError("no folder")
+
+    learner = tiny_learner(default_callbacks=False)
+    with pytest.raises(OSError, match="no folder"):
+        learner.add_callback(Broken())
+    assert len(learner.callbacks) == len(learner.cbstate) == 0
+
+
+def test_a_phase_met_later_is_checked_before_its_first_event() -> None:
+    """Rule 11."""
+    fired: list[str] = []
+
+    class Watch(Callback):
+        @on(Event)
+        def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            fired.append(type(event).__name__)
+
+    class Reader(Callback):
+        def state_access(self) -> Access:
+            return {"batch.grads": Read()}
+
+        @on(BatchEnd)
+        def read(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            _ = learner.batch.grads
+
+    learner = tiny_learner(Watch(), Reader(), data=tiny_batches(), default_callbacks=False)
+    refused = r"Reader reads batch\.grads at \(BatchEnd, OODPhase\), but OODPhase provides"
+    for begin in (
+        lambda: learner.epoch(OODPhase, tiny_batches()),
+        lambda: learner.fit(1, data={TrainingPhase: tiny_batches(), OODPhase: tiny_batches()}),
+        lambda: learner.step(OODPhase, tiny_batches()[0]),
+    ):
+        with pytest.raises(AccessError, match=refused):
+            begin()
+        assert fired == []
+    learner.fit(1)
+
+
+# --- several models and optimizers
+
+
+def test_several_optimizers_each_with_its_own_parameters() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow, self.fast = TinyModel(), TinyModel()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.slow.coeff * x + self.fast.coeff * x
+
+    model = Two()
+    optimizer = {
+        "slow": torch.optim.SGD(model.slow.parameters(), lr=0.01),
+        "fast": torch.optim.SGD(model.fast.parameters(), lr=0.1),
+    }
+    learner = tiny_learner(model=model, optimizer=optimizer)
+    learner.fit(1)
+    assert float(model.fast.coeff.detach()) == pytest.approx(10 * float(model.slow.coeff.detach()), rel=1e-5)
+    assert learner.optimizer.fast is optimizer["fast"]
+    assert list(learner.params) == ["slow.coeff", "fast.coeff"]
+    assert learner.cbstate.history[TrainingPhase].updates == 16, "one update of both is one update"
+
+
+def test_several_models_share_one_optimizer() -> None:
+    class Both(AbstractTrainingPhase):
+        def step(self, learner: Any, raw: Any) -> None:
+            with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+                outputs = learner.model.head(learner.model.body(batch.inputs))
+                batch.loss = learner.lossfn(outputs, batch.targets)
+                learner.backward(self, batch.loss)
+                learner.update(self)
+
+    torch.manual_seed(0)
+    models = {"body": nn.Linear(1, 4), "head": nn.Linear(4, 1)}
+    expected = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
+    expected[0].load_state_dict(models["body"].state_dict())
+    expected[1].load_state_dict(models["head"].state_dict())
+    tiny_learner(model=models, data={Both: tiny_batches()}).fit(2)
+    tiny_learner(model=expected, data=tiny_batches()).fit(2)
+    assert torch.equal(models["body"].weight, expected.get_parameter("0.weight"))
+    assert torch.equal(models["head"].bias, expected.get_parameter("1.bias"))
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "_hidden", "two words", 3, "a.b", ""])
+def test_a_model_needs_a_name_that_can_be_written(name: Any) -> None:
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(model={name: TinyModel()}, data=None)
+    assert str(raised.value).startswith(f"model has the name {name!r}, which learner.model.<name> cannot be.")
+
+
+# --- what bad input gets
+
+
+BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
+    "no module": (
+        lambda: tiny_learner(model=print),
+        CoreError, "model=<built-in function print> is no torch.nn.Module, nor a mapping of names to modules.",
+    ),
+    "no modules": (lambda: tiny_learner(model={"a": 1}), CoreError, "model={'a': 1} is no torch.nn.Module, nor a map"),
+    "no models": (lambda: Learner({}, mse_loss), CoreError, "model={} is no torch.nn.Module"),
+    "loss class": (
+        lambda: tiny_learner(lossfn=nn.MSELoss),
+        CoreError, "MSELoss'> is not a function of (outputs, targets). Write MSELoss(), an instance.",
+    ),
+    "no loss": (lambda: Learner(TinyModel(), None), CoreError, "lossfn=None is not a function of (outputs, targets)."),  # type: ignore[arg-type]  # what is tested
+    "unknown executor": (
+        lambda: tiny_learner(executor="serail"),
+        ExecutorError, "There is no executor 'serail'. Did you mean 'serial'? Known are: ",
+    ),
+    "futures": (
+        lambda: tiny_learner(executor=concurrent.futures.ThreadPoolExecutor(1)),
+        ExecutorError, "ThreadPoolExecutor is an executor of concurrent.futures: it runs functions and knows nothing",
+    ),
+    "executor class": (
+        lambda: tiny_learner(executor=SerialExecutor),
+        ExecutorError, "executor=SerialExecutor is a class. Pass an instance: SerialExecutor().",
+    ),
+    "no executor": (lambda: tiny_learner(executor=3), ExecutorError, "executor=3 is no executor: it needs name, bind"),
+    "callbacks no list": (
+        lambda: tiny_learner(callbacks=First()),
+        CallbackError, "callbacks=<First> is not a list. Write callbacks=[...].",
+    ),
+    "callback class": (
+        lambda: tiny_learner(callbacks=[First]), CallbackError, "First is a class. Pass an instance: First().",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD.values(), ids=BAD)
+def test_what_bad_input_gets(make: Callable[[], object], error: type[FlowtrainError], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        make()
+
+
+def test_the_known_executors_are_listed() -> None:
+    with pytest.raises(ExecutorError, match=r"Known are: .*'serial'"):
+        tiny_learner(executor="nope")
+
+
+def test_an_executor_belongs_to_one_learner() -> None:
+    executor = SerialExecutor()
+    tiny_learner(executor=executor)
+    with pytest.raises(ExecutorError, match=r"belongs to another learner\. Give each learner its own"):
+        tiny_learner(executor=executor)
+
+
+@pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
+def test_a_model_and_a_loss_that_do_not_fit(phase: type[Phase]) -> None:
+    data = {phase: [(torch.zeros(4, 6), torch.zeros(4, 2))]}
+    learner = tiny_learner(model=nn.Linear(6, 3), lossfn=cross_entropy, data=data)
+    with pytest.raises(LossError) as raised:
+        learner.fit(1)
+    lines = str(raised.value).splitlines()
+    assert lines[0].startswith("The loss function cross_entropy raised RuntimeError: ")
+    assert lines[-1] == (
+        f"In {phase.__name__} it was called with batch.outputs: Tensor of shape (4, 3), float32 and batch.targets: "
+        "Tensor of shape (4, 2), float32. The model and the loss must fit: change the model's last layer, the targets "
+        "that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+    )
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def half(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    return 0.5
+
+
+def mean(outputs: torch.Tensor) -> torch.Tensor:
+    return outputs.mean()
+
+
+@pytest.mark.parametrize(
+    ("lossfn", "text"),
+    [
+        (nn.MSELoss(reduction="none"), "function MSELoss returned Tensor of shape (8, 1), float32, which is no single"),
+        (half, "The loss function half raised AttributeError: 'float' object has no attribute"),
+        (mean, "The loss function mean raised TypeError: "),
+        (partial(mse_loss, reduction="none"), "function partial returned Tensor of shape (8, 1), float32, which is"),
+    ],
+    ids=["no reduction", "a float", "one argument", "partial"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_is_no_single_number(lossfn: Any, text: str, precision: Any) -> None:
+    learner = tiny_learner(lossfn=lossfn, core=TorchCore(device="cpu", precision=precision))
+    with pytest.raises(LossError, match=re.escape(text)):
+        learner.fit(1)
+    learner.close()
+
+
+def test_a_closed_learner_trains_no_more() -> None:
+    with tiny_learner(data=tiny_batches()) as learner:
+        learner.fit(1)
+        learner.flush()
+    learner.close()
+    assert learner.cbstate.history[TrainingPhase].epochs == 1, "it can still be read"
+    for call in (lambda: learner.fit(1), learner.validate, lambda: learner.step(TrainingPhase, None)):
+        with pytest.raises(ExecutorError, match="on a closed learner: its executor has given back"):
+            call()
+
+
+def test_what_a_learner_is() -> None:
+    learner = tiny_learner()
+    core = "TorchCore(device='cpu', precision='fp32', accumulate=1)"
+    assert repr(learner) == f"Learner(TinyModel, {core}, executor='serial')"
+    assert learner.lossfn is mse_loss
+    assert learner.params["coeff"] is learner.model.coeff
+    assert learner.executor.name == "serial"
+    assert repr(learner.callbacks) == "<Callbacks: Recorder, Metrics, StopOnNaNLoss>"
