@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import mul
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,9 +14,10 @@ from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd
+from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
-from flowtrain.resolution import NoConflict, Resolution
+from flowtrain.resolution import Resolution, Unresolvable
 
 __all__ = ["Metric", "Metrics"]
 
@@ -92,7 +94,7 @@ class Metrics(Callback):
     ``batch.inputs``); for a torchmetrics object it is what that object computes over the epoch. Metrics are computed
     without gradients, in phases that have outputs and targets. An epoch without a completed batch records nothing.
 
-    Several of them can be in a learner if their metrics have different names; the first one records the loss.
+    A learner has one of them, with all metrics: two would both record the loss.
 
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
@@ -116,26 +118,25 @@ class Metrics(Callback):
         self._names = names
         self._sizes: dict[str, list[int]] = {name: [] for name in names}
         self._clones: dict[tuple[Metric, Phase], Any] = {}
-        self._loss_may_be_there = False
 
-    def state_access(self) -> Access:
-        access: dict[str, Read | Write] = {
-            "batch.inputs": Read(optional=True),
-            "batch.loss": Read(optional=True),
-            "cbstate.history": Read(),
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers, each with what it touches: that depends on the metrics."""
+        batch = ("inputs", "loss", "outputs", "targets") if self.metrics else ("inputs", "loss")
+        steps = [f"cbstate.metrics_step.{name}" for name in self._names]
+        epochs = [f"cbstate.metrics_epoch.{name}" for name in self._names]
+        history: Access = {"cbstate.history": Read()}
+        entries: Access = {f"batch.{name}": Read(optional=True) for name in batch}
+        access: dict[str, Access] = {
+            "begin": {},
+            "record": {**history, **entries, **dict.fromkeys(steps, Write())},
+            "end": {**history, **dict.fromkeys(steps, Read()), **dict.fromkeys(epochs, Write())},
         }
-        if self.metrics:
-            access |= {"batch.outputs": Read(optional=True), "batch.targets": Read(optional=True)}
-        for name in self._names:
-            access |= {f"cbstate.metrics_step.{name}": Write(), f"cbstate.metrics_epoch.{name}": Write()}
-        return access
+        for owner, handler in super().handlers():
+            yield owner, replace(handler, access=access.get(handler.attribute, handler.access))
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Share the loss, and nothing else, with another `Metrics`."""
-        if not isinstance(other, Metrics) or set(self._names) & set(other._names) != {"Loss"}:
-            return None
-        self._loss_may_be_there = True
-        return NoConflict()
+        """Refuse another `Metrics`: both would record the loss. One takes any number of metrics."""
+        return Unresolvable() if isinstance(other, Metrics) else None
 
     @on(EpochBegin)
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
@@ -152,7 +153,7 @@ class Metrics(Callback):
         batch = learner.batch
         loss, inputs = batch.loss, batch.inputs
         size = inputs.shape[0] if type(inputs) is torch.Tensor and inputs.ndim else _size(inputs)
-        if loss is not None and not (self._loss_may_be_there and _has_loss(phase, learner)):
+        if loss is not None:
             value = loss.item() if loss.device.type == "cpu" else loss.detach()
             learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
             self._sizes["Loss"].append(size)
@@ -236,12 +237,6 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
         return math.fsum(products) / total if total else math.nan
     except (OverflowError, ValueError):  # too large, or infinite with both signs
         return float(sum(products)) / total
-
-
-def _has_loss(phase: Phase, learner: LearnerView) -> bool:
-    """Tell whether another `Metrics` has recorded the loss of this batch."""
-    series = learner.cbstate.metrics_step[phase]
-    return "Loss" in list(series) and series["Loss"].last()[0] == learner.cbstate.history[phase].steps
 
 
 def _size(inputs: Any) -> int:

@@ -29,10 +29,11 @@ from flowtrain import (
     MissingStateError,
     Phase,
     Read,
+    ResolutionError,
     TrainingPhase,
     UsageError,
     ValidationPhase,
-    WriteConflictError,
+    Write,
     on,
 )
 from flowtrain.callbacks import Metric, Metrics, Recorder
@@ -350,41 +351,45 @@ def test_no_graph_is_kept() -> None:
     assert all(type(value) is float for name in ("Loss", "Sum") for _, value in steps_of(learner, name))
 
 
-# --- several in a learner
+# --- beside other callbacks
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_two_with_different_metrics_live_side_by_side(strict: bool) -> None:
+def test_a_learner_has_one_of_them() -> None:
+    """Rule 8: both would record the loss, and no order of the two helps."""
+    with pytest.raises(ResolutionError, match=r"Metrics and Metrics#2 cannot be used together: .*Unresolvable\(\)"):
+        tiny_learner(Metrics(accuracy), Metrics(mean_of_outputs))
+
+
+def test_another_callback_can_write_a_series_beside_it() -> None:
+    class Mine(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.metrics_step.Mine": Write(), "cbstate.history": Read()}
+
+        @on(BatchEnd, TrainingPhase)
+        def record(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            learner.cbstate.metrics_step[phase].push("Mine", 7.0, learner.cbstate.history[phase].steps)
+
     data = labelled([8, 3])
-    first, second = Metrics(accuracy), Metrics(mean_of_outputs)
-    learner = classifier(first, second, train=data, valid=data, strict=strict)
-    learner.fit(2)
-    alone = classifier(Metrics(accuracy, mean_of_outputs), train=data, valid=data)
-    alone.fit(2)
-    for phase in (TrainingPhase, ValidationPhase):
-        assert sorted(learner.cbstate.metrics_epoch[phase]) == ["Accuracy", "Loss", "MeanOfOutputs"]
-        for name in ("Accuracy", "Loss", "MeanOfOutputs"):
-            assert steps_of(learner, name, phase) == steps_of(alone, name, phase)
-            assert epochs_of(learner, name, phase) == epochs_of(alone, name, phase)
-
-
-@pytest.mark.parametrize("position", [0, 1])
-def test_two_stay_right_when_one_of_them_goes(position: int) -> None:
-    data = labelled([8, 3])
-    learner = classifier(Metrics(accuracy), Metrics(mean_of_outputs), train=data, valid=data)
+    learner = classifier(Mine(), Metrics(accuracy), train=data, valid=data, strict=True)
     learner.fit(1)
-    learner.remove_callback(("Metrics", "Metrics#2")[position])
-    learner.fit(1)
-    assert [step for step, _ in steps_of(learner, "Loss")] == [1, 2, 3, 4]
-    assert [epoch for epoch, _ in epochs_of(learner, "Loss")] == [1, 2]
+    assert steps_of(learner, "Mine") == [(1, 7.0), (2, 7.0)]
+    assert [step for step, _ in steps_of(learner, "Accuracy")] == [1, 2]
 
 
-def test_two_with_one_name_conflict() -> None:
-    """Rule 7."""
-    message = r"(?s)Metrics .*Metrics#2.*cbstate\.metrics_(step|epoch)\.(Accuracy|Loss)"
-    with pytest.raises(WriteConflictError, match=message) as caught:
-        tiny_learner(Metrics(accuracy), Metrics(mean_of_outputs, accuracy))
-    assert caught.value.callbacks == ("Metrics", "Metrics#2")
+def test_each_handler_declares_only_what_it_touches() -> None:
+    """So that nobody waits for it at an event where it does not touch what they do (rule 7)."""
+    learner = tiny_learner(Metrics(mean_of_outputs))
+    node = next(node for node in learner.callbacks.nodes if isinstance(node.callback, Metrics))
+    at = {handler.attribute: {".".join(path) for path, _ in node.access[handler]} for _, handler in node.handlers}
+    assert at["begin"] == set()
+    assert at["record"] == {
+        "batch.inputs", "batch.loss", "batch.outputs", "batch.targets", "cbstate.history",
+        "cbstate.metrics_step.Loss", "cbstate.metrics_step.MeanOfOutputs",
+    }  # fmt: skip
+    assert at["end"] == {
+        "cbstate.history", "cbstate.metrics_step.Loss", "cbstate.metrics_step.MeanOfOutputs",
+        "cbstate.metrics_epoch.Loss", "cbstate.metrics_epoch.MeanOfOutputs",
+    }  # fmt: skip
 
 
 def test_a_reader_sees_the_value_of_this_very_batch() -> None:
