@@ -6,7 +6,7 @@ parameters, which belong to ``model``. Both are paths of their own, and bare ``o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -112,9 +112,9 @@ class OptimizerParts:
         return self.__twins__
 
     @property
-    def state(self) -> Mapping[Any, Any]:
+    def state(self) -> Any:
         """The optimizer's state by parameter; load_state_dict replaces it, so it is looked up each time."""
-        state: Mapping[Any, Any] = self._optimizer.state
+        state = self._optimizer.state
         return state if self._writable else readonly(state, f"{self._path}.state")
 
     def __getattr__(self, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly, refuse
@@ -52,6 +52,10 @@ class PhaseMap(dict[Phase, V]):
         self._path = path
         self.make = make
         self._twins: ReadOnlyPhaseMap[V] | None = None
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, phase: Phase | type[Phase], /) -> V: ...
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
         # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.

@@ -210,11 +210,11 @@ class AbstractTrainingPhase(_Supervised):
     The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).
     """
 
-    events = (
+    events: ClassVar[tuple[type[Event], ...] | None] = (
         EpochBegin, BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd,
         BatchCancelled, EpochEnd, EpochCancelled,
     )  # fmt: skip
-    provides = {  # noqa: RUF012  # a constant of the class, typed in Phase
+    provides: ClassVar[Mapping[str, type[Event]] | None] = {
         "inputs": BatchBegin,
         "targets": BatchBegin,
         "outputs": LossBegin,
@@ -271,8 +271,10 @@ class AbstractValidationPhase(_Supervised):
     The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).
     """
 
-    events = (EpochBegin, BatchBegin, LossBegin, BatchEnd, BatchCancelled, EpochEnd, EpochCancelled)
-    provides = {  # noqa: RUF012  # a constant of the class, typed in Phase
+    events: ClassVar[tuple[type[Event], ...] | None] = (
+        EpochBegin, BatchBegin, LossBegin, BatchEnd, BatchCancelled, EpochEnd, EpochCancelled,
+    )  # fmt: skip
+    provides: ClassVar[Mapping[str, type[Event]] | None] = {
         "inputs": BatchBegin,
         "targets": BatchBegin,
         "outputs": LossBegin,

@@ -181,11 +181,10 @@ def readonly(value: Any, path: str) -> Any:
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    if type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make")):
+    named: Any = type(value)
+    if named is tuple or (issubclass(named, tuple) and hasattr(named, "_make")):
         twins = [readonly(item, path) for item in value]
-        if all(a is b for a, b in zip(value, twins, strict=True)):
-            return value
-        return tuple(twins) if type(value) is tuple else value._make(twins)
+        return value if all(a is b for a, b in zip(value, twins, strict=True)) else getattr(named, "_make", tuple)(twins)
     flags = getattr(value, "flags", None)
     if getattr(flags, "writeable", False):  # a numpy array, without importing numpy; its scalars cannot be written
         view = value.view()

@@ -37,7 +37,7 @@ paths = st.tuples(roots, st.lists(st.sampled_from(NAMES), max_size=3)).map(lambd
 
 
 def _legal(entry: tuple[Path, Read | Write]) -> tuple[Path, Read | Write]:
-    path, kind = entry
+    path = entry[0]
     return ((*path, "rng") if len(path) == 1 else path, Write()) if path[0] == "resource" else entry
 
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_said(access: Any, message: str) -> None:
 
 def test_declarations_are_values() -> None:
     assert (repr(Read()), repr(Read(optional=True)), repr(Write())) == ("Read()", "Read(optional=True)", "Write()")
-    assert Read() != Write()
+    assert len({Read(), Read(), Read(optional=True), Write(), Write()}) == 3
     assert len({declare({"batch.x": Read()}, "one"), declare({"batch": {"x": Read()}}, "other")}) == 1
 
 
@@ -247,7 +247,7 @@ def ordered(found: list[Meeting]) -> list[tuple[Any, ...]]:
 
 @settings(deadline=None)
 @given(st.lists(declarations, max_size=8))
-@example([declare({"params": Write(), "model.a": Write()}, "1"), declare({"model": Read(), "params.a.b": Write()}, "2")])
+@example([declare({"params": Write(), "model.a": Write()}, "1"), declare({"model": Read(), "params.a": Write()}, "2")])
 @example([declare({"batch": Write(), "batch.a": Write()}, "1"), declare({"batch": Write(), "batch.a": Read()}, "2")])
 def test_meetings_are_those_of_all_pairs(several: list[Declaration]) -> None:
     """Rule 7: two handlers meet where one path is a prefix of the other, and one of them writes. Each pair once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,15 +98,15 @@ def test_a_reader_of_the_state_makes_no_entry() -> None:
         twin.state[params[0]] = {}
 
 
-@pytest.mark.parametrize("call", [
-    lambda x: x.step(), lambda x: x.zero_grad(), lambda x: x.load_state_dict({}), lambda x: x.add_param_group({}),
-])  # fmt: skip
-def test_a_reader_cannot_step(call: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("name", ["step", "zero_grad", "load_state_dict", "add_param_group"])
+def test_a_reader_cannot_step(name: str) -> None:
     optimizer, params = two_groups()
     params[0].grad = torch.ones(1)
-    with pytest.raises(ProtectedException, match=r"Write access to Learner\.optimizer disallowed\.\n\w+\(\) writes\. Declare "
-                       r'\{"optimizer": Write\(\)\}\.'):  # fmt: skip
-        call(OptimizerParts(optimizer).__twins__)
+    with pytest.raises(ProtectedException) as caught:
+        getattr(OptimizerParts(optimizer).__twins__, name)
+    assert str(caught.value) == (
+        "Write access to Learner.optimizer disallowed.\n" + name + '() writes. Declare {"optimizer": Write()}.'
+    )
     assert params[0] == 1
     OptimizerParts(optimizer).step()
     assert params[0].item() == pytest.approx(0.9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -30,13 +29,14 @@ def test_a_phase_and_its_type_are_one_key() -> None:
     seen: PhaseMap[int] = PhaseMap("cbstate.seen")
     seen[TrainingPhase] = 1
     seen[ValidationPhase()] = 2
-    for key in (TrainingPhase, TrainingPhase()):
+    keys: list[Any] = [TrainingPhase, TrainingPhase()]
+    for key in keys:
         assert seen[key] == 1
         assert key in seen
         assert seen.get(key) == 1
     assert list(seen) == [TrainingPhase(), ValidationPhase()]
     del seen[TrainingPhase]
-    assert TrainingPhase not in seen
+    assert all(key not in seen for key in keys)
     assert seen.get(TrainingPhase, "none") == "none"
 
 
@@ -60,7 +60,7 @@ def test_a_key_that_is_not_there() -> None:
 
 def test_asking_makes_nothing_and_looking_up_makes_the_value() -> None:
     seen: PhaseMap[list[int]] = PhaseMap("cbstate.seen", list)
-    assert TrainingPhase not in seen
+    assert TrainingPhase() not in seen
     assert seen.get(TrainingPhase) is None
     assert len(seen) == 0
     seen[TrainingPhase].append(1)
@@ -68,30 +68,20 @@ def test_asking_makes_nothing_and_looking_up_makes_the_value() -> None:
 
 
 PHASES: list[Any] = [TrainingPhase, TrainingPhase(), ValidationPhase, OODPhase()]
-Change = Callable[[PhaseMap[Any]], Any]
-changes: st.SearchStrategy[Change] = st.one_of(
-    st.builds(lambda phase, value: lambda seen: seen.__setitem__(phase, [value]), st.sampled_from(PHASES), st.integers()),
-    st.builds(lambda phase: lambda seen: seen[phase].append(0), st.sampled_from(PHASES)),
-    st.builds(lambda phase: lambda seen: phase in seen and seen.__delitem__(phase), st.sampled_from(PHASES)),
-    st.builds(lambda phase: lambda seen: seen.pop(phase, None), st.sampled_from(PHASES)),
-    st.builds(lambda phase: lambda seen: seen.setdefault(phase, [1]), st.sampled_from(PHASES)),
-    st.builds(lambda phase: lambda seen: seen.update({phase: [2]}), st.sampled_from(PHASES)),
-    st.builds(lambda phase: lambda seen: seen.__ior__({phase: [3]}), st.sampled_from(PHASES)),
-    st.just(lambda seen: len(seen) and seen.popitem()),
-    st.just(lambda seen: seen.clear()),
-)
+CHANGES = ["x[P] = [0]", "x[P].append(0)", "if P in x: del x[P]", "x.pop(P, None)", "x.setdefault(P, [1])",
+           "x.update({P: [2]})", "x |= {P: [3]}", "if x: x.popitem()", "x.clear()"]  # fmt: skip
 
 
 @settings(deadline=None)
-@given(st.lists(changes, max_size=12), st.integers(0, 12))
-def test_twins_stay_in_step(steps: list[Change], watched_from: int) -> None:
+@given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PHASES)), max_size=12), st.integers(0, 12))
+def test_twins_stay_in_step(steps: list[tuple[str, Any]], watched_from: int) -> None:
     """Whatever is done to the original, and whenever the twin was made, it shows the same by every way to look."""
     seen: PhaseMap[Any] = PhaseMap("cbstate.seen", list)
-    for number, change in enumerate(steps):
+    for number, (statement, phase) in enumerate(steps):
         if number == watched_from:
             readonly(seen, "")
-        change(seen)
-        assert all(type(key) is not type for key in dict.keys(seen))
+        exec(statement, {"x": seen, "P": phase})
+        assert not any(isinstance(key, type) for key in list[Any](seen))
     twin = readonly(seen, "")
     assert readonly(seen, "") is twin
     assert list(twin) == list(seen)
@@ -106,10 +96,8 @@ def test_twins_stay_in_step(steps: list[Change], watched_from: int) -> None:
             twin[phase].append(9)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    ["x[P] = 1", "del x[P]", "x.pop(P)", "x.popitem()", "x.clear()", "x.update({P: 1})", "x.setdefault(P, 1)", "x |= {}"],
-)
+@pytest.mark.parametrize("statement", ["x[P] = 1", "del x[P]", "x.pop(P)", "x.popitem()", "x.clear()", "x |= {P: 1}",
+                                       "x.update({P: 1})", "x.setdefault(P, 1)"])  # fmt: skip
 def test_the_twin_of_a_map_by_phase_refuses_changes(statement: str) -> None:
     seen: PhaseMap[int] = PhaseMap("cbstate.seen")
     seen[TrainingPhase] = 5
@@ -149,17 +137,17 @@ def test_counts() -> None:
     assert (counts.epochs, counts.steps, counts.steps_epoch, counts.updates) == (1, 20, 4, 5)
     assert repr(counts) == "Counts(epochs=1, steps=20, steps_epoch=4, updates=5)"
     with pytest.raises(AttributeError):
-        counts.steps = 2  # type: ignore[misc]  # that is the point
+        counts.steps = 2
 
 
 def test_counts_by_phase_begin_at_zero_and_are_shown_live() -> None:
     history = CountsMap("cbstate.history")
-    twin = readonly(history, "")
-    assert type(twin) is MappingProxyType
+    twin: Any = readonly(history, "")
+    assert isinstance(twin, MappingProxyType)
     assert twin[TrainingPhase] == Counts((0, 0, 0, 0))
     history[TrainingPhase()] = Counts((1, 2, 2, 2))
     assert twin[TrainingPhase].steps == twin[TrainingPhase()].steps == 2
     assert TrainingPhase in twin
     assert twin.get(OODPhase) is None
     with pytest.raises(TypeError):
-        twin[TrainingPhase()] = Counts((0, 0, 0, 0))
+        exec("x[P] = 1", {"x": twin, "P": TrainingPhase()})

@@ -132,7 +132,7 @@ TOUCHES = [
 PATHS = sorted({touch.path[:length] for touch in TOUCHES for length in range(1, len(touch.path) + 1)})
 declarations = st.dictionaries(
     st.sampled_from(PATHS), st.sampled_from([Read(), Read(optional=True), Write()]), max_size=6
-).map(lambda found: union([((path, kind),) for path, kind in found.items()]))
+).map(lambda found: tuple(sorted(found.items())))
 
 
 def pasted(message: str) -> Declaration:
@@ -215,7 +215,12 @@ def test_a_whole_namespace_to_read(root: str) -> None:
     assert isinstance(getattr(space, name), (ReadOnlyDict, ReadOnlyList))
     assert name in space
     assert "absent" not in space
-    for change in (lambda: setattr(space, name, 1), lambda: setattr(space, "new", 1), lambda: delattr(space, name)):
+    changes: list[Callable[[], None]] = [
+        lambda: setattr(space, name, 1),
+        lambda: setattr(space, "new", 1),
+        lambda: delattr(space, name),
+    ]
+    for change in changes:
         with pytest.raises(ProtectedException, match="Write access"):
             change()
     with pytest.raises(MissingStateError) as caught:
@@ -390,7 +395,8 @@ def test_several_optimizers_by_name() -> None:
         assert reader.optimizer.gen.hyperparams[0]["lr"] == 0.5
         with pytest.raises(ProtectedException, match=r"Learner\.optimizer\.gen\.hyperparams"):
             reader.optimizer.gen.hyperparams[0]["lr"] = 1
-    for undeclared in (lambda: writer.optimizer.critic, lambda: writer.optimizer.gen.state):
+    refused: list[Callable[[], Any]] = [lambda: writer.optimizer.critic, lambda: writer.optimizer.gen.state]
+    for undeclared in refused:
         with pytest.raises(ProtectedException):
             undeclared()
     assert view_of({"model.gen": Read()}, state).model.gen is models.gen
@@ -460,7 +466,8 @@ def test_a_name_that_no_learner_has() -> None:
 @pytest.mark.parametrize("root", [root for root in ROOTS if root != "resource"])
 def test_nothing_of_the_learner_is_replaced(root: str) -> None:
     """Pasting a declaration would not help, so none is printed where `Write` is declared already."""
-    for change in (lambda view: setattr(view, root, 1), lambda view: delattr(view, root)):
+    changes: list[Callable[[LearnerView], None]] = [lambda x: setattr(x, root, 1), lambda x: delattr(x, root)]
+    for change in changes:
         with pytest.raises(ProtectedException, match=rf"Write access to Learner\.{root} disallowed"):
             change(view_of({root: Read()}, made()))
         with pytest.raises(UsageError) as caught:

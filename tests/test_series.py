@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,10 +41,16 @@ def test_an_empty_series_has_no_last_value() -> None:
     assert str(caught.value) == "cbstate.smooth_loss is empty: nothing has been recorded yet. Test len() first."
 
 
-@pytest.mark.parametrize("make", [torch.tensor, lambda value: torch.nn.Parameter(torch.tensor(value)),
-                                  lambda value: torch.tensor([[value]]) * torch.nn.Parameter(torch.ones(()))])  # fmt: skip
-def test_a_tensor_is_recorded_as_the_number_it_is_now(make: Callable[[float], torch.Tensor]) -> None:
-    value = make(0.5)
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(0.5),
+        torch.nn.Parameter(torch.tensor(0.5)),
+        torch.tensor([[0.5]]) * torch.nn.Parameter(torch.ones(1)),
+    ],
+    ids=["tensor", "parameter", "result"],
+)
+def test_a_tensor_is_recorded_as_the_number_it_is_now(value: torch.Tensor) -> None:
     series = Series("s")
     series.push(value, step=1)
     value.detach().add_(1)
@@ -59,7 +66,7 @@ def test_a_larger_tensor_is_copied() -> None:
     found = series.last()[1]
     assert found.tolist() == [0, 0, 0]
     assert not found.requires_grad
-    assert list(series)[0][1] is found
+    assert next(iter(series))[1] is found
 
 
 def test_what_is_pushed_while_iterating_comes_with_the_next_iteration() -> None:
@@ -94,7 +101,8 @@ def test_the_twin_of_a_series_is_live_and_refuses_to_push() -> None:
     assert list(twin) == [(1, 1.0)]
     assert twin.last() == (1, 1.0)
     assert isinstance(twin, Series)
-    for refused in (lambda: twin.push(2.0, 2), lambda: twin.restore(0)):
+    refusals: list[Callable[[], Any]] = [lambda: twin.push(2.0, 2), lambda: twin.restore(0)]
+    for refused in refusals:
         with pytest.raises(ProtectedException, match=r"Write access to Learner\.cbstate\.smooth_loss disallowed"):
             refused()
     assert len(series) == 1
@@ -121,7 +129,7 @@ def test_the_twin_of_series_by_name_is_live_and_protected() -> None:
     metrics.push("Loss", 0.5, 1)
     assert list(twin) == ["Loss"]
     assert twin["Loss"].last() == (1, 0.5)
-    refusals = {
+    refusals: dict[str, list[Callable[[], Any]]] = {
         "cbstate.metrics_step.Loss": [
             lambda: twin.push("Loss", 1.0, 2),
             lambda: twin["Loss"].push(1.0, 2),

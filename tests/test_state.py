@@ -97,8 +97,9 @@ def test_a_namespace_inside_has_twins_too() -> None:
     assert twin.seen == [1]
     with pytest.raises(ProtectedException, match=r"Learner\.cbstate\.mine\.seen"):
         twin.seen = [2]
-    with pytest.raises(MissingStateError, match=r"^cbstate\.mine\.other does not exist \(yet\)\. cbstate\.mine has: seen\.$"):
+    with pytest.raises(MissingStateError) as caught:
         _ = twin.other
+    assert str(caught.value) == "cbstate.mine.other does not exist (yet). cbstate.mine has: seen."
 
 
 def test_a_new_batch_is_shown_with_a_twin() -> None:
@@ -215,11 +216,13 @@ def content(value: Any) -> Any:
     return value
 
 
-def damage(draw: st.DrawFn, value: Any) -> None:
+def damage(draw: Any, value: Any) -> None:
     """Change a value, or something in it, in place, in a random way."""
-    inside = [*value.values()] if isinstance(value, dict) else [*value] if isinstance(value, (list, deque, tuple)) else []
-    if isinstance(value, State):
-        inside = list(value.__dict__.values())
+    inside: list[Any] = []
+    if isinstance(value, (State, dict)):
+        inside = list((vars(value) if isinstance(value, State) else value).values())
+    elif isinstance(value, (list, deque, tuple)):
+        inside = list(value)
     for item in inside:
         if draw(st.booleans()):
             damage(draw, item)
@@ -232,13 +235,13 @@ def damage(draw: st.DrawFn, value: Any) -> None:
     elif isinstance(value, CountsMap):
         value[ValidationPhase()] = Counts((9, 9, 9, 9))
     elif isinstance(value, PhaseMap):
-        draw(st.sampled_from([value.clear, lambda: value[ValidationPhase], lambda: value.update({TrainingPhase: 1})]))()
+        exec(draw(st.sampled_from(["x.clear()", "x[P]", "x.update({P: 1})"])), {"x": value, "P": ValidationPhase})
     elif isinstance(value, dict):
-        draw(st.sampled_from([value.clear, lambda: value.update(z=[1]), lambda: value.pop("a", None)]))()
+        exec(draw(st.sampled_from(["x.clear()", "x.update(z=[1])", "x.pop('a', 0)"])), {"x": value})
     elif isinstance(value, (list, deque)):
-        draw(st.sampled_from([value.clear, lambda: value.append([1]), value.reverse]))()
+        exec(draw(st.sampled_from(["x.clear()", "x.append([1])", "x.reverse()"])), {"x": value})
     elif isinstance(value, set):
-        draw(st.sampled_from([value.clear, lambda: value.add(77)]))()
+        exec(draw(st.sampled_from(["x.clear()", "x.add(77)"])), {"x": value})
     elif isinstance(value, Series):
         value.push(5, 5)
     elif isinstance(value, SeriesMap):
@@ -285,8 +288,8 @@ def test_other_values_come_back_by_reference(make: Callable[[], Any]) -> None:
 
 def test_a_container_that_holds_itself_is_no_trap() -> None:
     state = State("cbstate")
-    state.x = [1]
-    state.x.append(state.x)
+    state.x = found = list[Any]([1])
+    found.append(found)
     restore = restore_point(state)
     state.x.clear()
     restore()
