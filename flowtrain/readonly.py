@@ -181,10 +181,10 @@ def readonly(value: Any, path: str) -> Any:
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    named: Any = type(value)
-    if named is tuple or (issubclass(named, tuple) and hasattr(named, "_make")):
+    cls: Any = type(value)
+    if cls is tuple or (issubclass(cls, tuple) and hasattr(cls, "_make")):
         twins = [readonly(item, path) for item in value]
-        return value if all(a is b for a, b in zip(value, twins, strict=True)) else getattr(named, "_make", tuple)(twins)
+        return value if all(a is b for a, b in zip(value, twins, strict=True)) else getattr(cls, "_make", tuple)(twins)
     flags = getattr(value, "flags", None)
     if getattr(flags, "writeable", False):  # a numpy array, without importing numpy; its scalars cannot be written
         view = value.view()
