@@ -6,7 +6,7 @@ import pytest
 
 import flowtrain.callbacks
 from flowtrain import Callback, TrainingPhase, Write
-from flowtrain.access import declare
+from flowtrain.access import declare, union
 from flowtrain.containers import CONTAINERS
 from flowtrain.providers import PROVIDERS
 
@@ -20,8 +20,9 @@ def make(name: str) -> Callback:
 
 
 def written(callback: Callback) -> set[str]:
-    """The entries of ``cbstate`` that a callback declares to write."""
-    found = declare(callback.state_access(), callback.name)
+    """The entries of ``cbstate`` that a callback, or one of its handlers, declares to write."""
+    every = [callback.state_access(), *(handler.access or {} for _, handler in callback.handlers())]
+    found = union([declare(access, callback.name) for access in every])
     return {path[1] for path, kind in found if path[0] == "cbstate" and isinstance(kind, Write)}
 
 
