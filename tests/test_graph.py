@@ -618,7 +618,9 @@ def test_the_graph_has_reasons_and_events_on_every_edge() -> None:
 
 PATHS = ["batch", "batch.loss", "batch.outputs", "cbstate", "cbstate.x", "cbstate.x.y", "model", "params", "params.w"]
 ACCESS = st.dictionaries(
-    st.sampled_from([*PATHS, "resource.rng", "resource.plot"]), st.sampled_from([R, W]), max_size=3
+    st.sampled_from([*PATHS, "resource.rng", "resource.plot", "resource.plot.one", "resource.plot.two"]),
+    st.sampled_from([R, W]),
+    max_size=3,
 )
 KINDS = [type(f"K{number}", (At,), {}) for number in range(8)]
 

@@ -164,6 +164,17 @@ def test_setup_runs_once_and_for_new_callbacks_only() -> None:
     assert log == ["one", "two", "three", "one"]
 
 
+def test_a_replaced_callback_gives_its_place_and_the_new_one_is_set_up() -> None:
+    log: list[str] = []
+    old, other = At(log=log), Other(log=log)
+    learner = tiny(old, other)
+    new = At(log=log)
+    assert learner.replace_callback(new) is old
+    assert list(learner.callbacks) == [new, other]
+    assert names(learner.callbacks) == ["At", "Other"]
+    assert log == ["At", "Other", "At"]
+
+
 def test_setup_goes_from_writers_to_readers() -> None:
     """Rule 7."""
     log: list[str] = []
