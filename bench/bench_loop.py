@@ -23,7 +23,7 @@ from flowtrain.callbacks import Metrics
 from flowtrain.metrics import accuracy
 
 FEATURES = 32
-SHORT, LONG = 200, 1500
+SHORT, LONG = 400, 1500
 """Batches in one timed epoch: short epochs make many pairs; what shows a bar is timed over at least two redraws."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "ratios", "seconds"]
+__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "median", "ratios", "seconds"]
 
 REPETITIONS = 40
 """How often each pair is timed, unless a benchmark says otherwise; never below 30."""
@@ -62,25 +62,25 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Time one call, with the garbage collector off."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
+    """Time one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def in_turns(
     runs: Sequence[Callable[[], object]], repetitions: int = REPETITIONS, warmup: int = 3
 ) -> list[tuple[float, ...]]:
     """Time several things in turns; return for each repetition the seconds of each."""
-    for _ in range(warmup):
-        for run in runs:
-            run()
-    return [tuple(seconds(run) for run in runs) for _ in range(repetitions)]
+    gc.collect()  # not between the timings: it would leave each of them a cold cache
+    gc.disable()
+    try:
+        for _ in range(warmup):
+            for run in runs:
+                run()
+        return [tuple(seconds(run) for run in runs) for _ in range(repetitions)]
+    finally:
+        gc.enable()
 
 
 def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:

@@ -20,7 +20,18 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from flowtrain import BatchBegin, BatchEnd, Callback, FitEnd, Learner, LearnerView, Phase, TrainingPhase, ValidationPhase, on
+from flowtrain import (
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+)
 from flowtrain.callbacks import MetricsPrinter, ProgressBar
 
 FEW, MANY = 10, 60
