@@ -277,6 +277,16 @@ def test_a_view_shows_the_batch_of_the_moment() -> None:
     assert learner.batch.loss is batch.loss
 
 
+@pytest.mark.parametrize("value", [None, 5, [1]], ids=repr)
+def test_a_series_is_filled_and_never_replaced(value: Any) -> None:
+    """Others hold it: also a plain value does not take its place."""
+    state = made()
+    for access in ({"cbstate.tracehistory": Write()}, {"cbstate": Write()}):
+        with pytest.raises(UsageError, match=r"^cbstate\.tracehistory is a PhaseMap and is filled, never replaced"):
+            view_of(access, state).cbstate.tracehistory = value
+    assert state.cbstate.tracehistory is not value
+
+
 # --- optional reads
 
 
@@ -402,9 +412,12 @@ def test_several_optimizers_by_name() -> None:
     assert view_of({"model.gen": Read()}, state).model.gen is models.gen
 
 
-def test_gradients_to_read_cannot_be_replaced() -> None:
-    """Rule 5: a path of its own. Both ways to read it are read-only."""
+@pytest.mark.parametrize("plain", [True, False], ids=["batch of tensors", "batch with containers"])
+def test_gradients_to_read_cannot_be_replaced(plain: bool) -> None:
+    """Rule 5: a path of its own. Every way to read it is read-only."""
     state = made()
+    if plain:
+        state.batch_twin = state.batch
     for access in ({"batch.grads": Read()}, {"batch": Read()}, {"batch.grads.head": Read()}):
         learner = view_of(access, state)
         assert torch.equal(learner.batch.grads["head.bias"], torch.ones(1))
