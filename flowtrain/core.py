@@ -144,6 +144,10 @@ class TorchCore:
 
     # --- made once, by the learner
 
+    def release(self) -> None:
+        """Belong to no learner: the one that was being built was refused."""
+        self._state = None
+
     def attach(self, state: LearnerState, optimizer: Any) -> None:
         """Move models and loss to the device and make the optimizers. Called once, by the learner.
 
@@ -157,6 +161,11 @@ class TorchCore:
         if self._state is not None:
             raise CoreError("This TorchCore belongs to another learner. Give each learner a core of its own.")
         self.models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+        if self._compile is not False and "" not in self.models:
+            raise CoreError(
+                f"compile={self._compile!r} compiles the model that a phase of the library runs, and there are "
+                f"several: {', '.join(self.models)}. Pass them compiled: torch.compile(model)."
+            )
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.device = _find_device(self._wanted_device, self.models.values())
@@ -173,11 +182,6 @@ class TorchCore:
         self.optimizer = state.optimizer
         model = self.models.get("")
         if self._compile is not False:
-            if model is None:
-                raise CoreError(
-                    f"compile={self._compile!r} compiles the model that a phase of the library runs, and there are "
-                    f"several: {', '.join(self.models)}. Pass them compiled: torch.compile(model)."
-                )
             model = torch.compile(model, **(self._compile if isinstance(self._compile, Mapping) else {}))
         self._model: Any = model
         self._autocast_dtype = _DTYPES[self.precision]
@@ -195,7 +199,7 @@ class TorchCore:
     def _choose(self) -> None:
         """Take torch's own functions where nothing comes between them and the step."""
         self.plain = (
-            len(self._optimizers) == 1
+            "" in self._optimizers
             and self.accumulate == 1
             and self._autocast_dtype is None
             and self.clip_grad_norm is None
@@ -409,7 +413,8 @@ def _make_optimizers(
 ) -> dict[str, Optimizer]:
     """Return the optimizers by name; a single one has the empty name."""
     loss_params = [param for module in loss_modules for param in module.parameters()]
-    everything = [param for model in models.values() for param in model.parameters()] + loss_params
+    found = [param for model in models.values() for param in model.parameters()] + loss_params
+    everything = list({id(param): param for param in found}.values())  # models may share a part
     if not isinstance(wanted, Mapping):
         return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
     made: dict[str, Optimizer] = {}
@@ -424,7 +429,8 @@ def _make_optimizers(
         own = list(models[name].parameters()) if name in models else everything
         # The loss function's parameters, if any, go to the first optimizer that is made here.
         extra = loss_params if not made else []
-        made[name] = _make_optimizer(each, [*own, *extra], everything, f"optimizer[{name!r}]")
+        own = list({id(param): param for param in [*own, *extra]}.values())
+        made[name] = _make_optimizer(each, own, everything, f"optimizer[{name!r}]")
     if not made:
         raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
     return made

@@ -78,9 +78,13 @@ class Learner:
         chosen += _defaults(default_callbacks, chosen)
         self.core = TorchCore() if core is None else core
         self.core.attach(self.state, optimizer)
-        self._check_phases(self.state.data)
-        self.loop = Loop(self.state, self.core, found)
-        self._use(chosen)
+        try:
+            self._check_phases(self.state.data)
+            self.loop = Loop(self.state, self.core, found)
+            self._use(chosen)
+        except BaseException:
+            self.core.release()  # so that the next attempt, with what was wrong put right, can have it
+            raise
 
     # --- what is trained
 

@@ -7,7 +7,7 @@ for (`drain`) and decides what their failures mean (`fail`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
@@ -95,12 +95,13 @@ class Loop:
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
         self._kept = 0
-        executor.bind(self)
 
     # --- events
 
     def use(self, callbacks: Callbacks) -> None:
         """Run the plans of these callbacks from now on."""
+        if self._callbacks is None:
+            self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
         self._callbacks = callbacks
         self._by_type.clear()
         self.runners.clear()
@@ -137,6 +138,9 @@ class Loop:
         before, self.scopes.firing = self.scopes.firing, True
         try:
             self.fire(event, phase)
+        except BaseException:
+            self.fired.clear()
+            raise
         finally:
             self.scopes.firing = before
 
@@ -199,14 +203,12 @@ class Loop:
                 self._fit_steps(learner, data, steps or 0, validate_every)
         except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
-            self.fired.clear()
         self.scopes.fit = CLOSING
-        closing: list[Callable[[], None]] = [lambda: self.fire(_FIT_END, Phase()), self.executor.flush]
-        for close in closing:
-            try:
-                close()
-            except BaseException as failure:  # everything is closed first
-                failures.append(failure)
+        self._close(_FIT_END, Phase(), failures)
+        try:
+            self.executor.flush()
+        except BaseException as failure:  # everything is closed first
+            failures.append(failure)
         # All three: an interrupt can strike while an epoch is being closed.
         self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
         if not failures:
@@ -247,18 +249,23 @@ class Loop:
                 pass
             except BaseException as failure:  # raised below, when the epoch is closed
                 failures.append(failure)
-                self.fired.clear()
             self.core.last_batch = False
             self.core.end_groups()
             self._show(scopes.completed)
             scopes.epoch = CLOSING
-            try:
-                self.fire(_EPOCH_CANCELLED if failures else _EPOCH_END, phase)
-            except BaseException as failure:
-                failures.append(failure)
+            self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
             scopes.epoch = CLOSED
         if failures:
             raise merge(failures)
+
+    def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
+        """Fire the event that closes a scope; what it raises is added to `failures`."""
+        self.fired.clear()
+        try:
+            self.fire(event, phase)
+        except BaseException as failure:  # the scopes around it are closed first
+            failures.append(failure)
+            self.fired.clear()
 
     def _show(self, batch: BatchState | None) -> None:
         if batch is not self.state.batch:
@@ -301,10 +308,7 @@ class Loop:
             scopes.batch = CLOSING
             if scopes.backward:
                 self.core.discard()
-            try:
-                self.fire(_BATCH_CANCELLED, phase)
-            except BaseException as another:
-                failures.append(another)
+            self._close(_BATCH_CANCELLED, phase, failures)
         elif scopes.batch == CLOSING:
             scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
         scopes.batch = CLOSED

@@ -825,3 +825,26 @@ def test_the_cancelled_event_is_seen_with_the_gradients_gone() -> None:
     learner = learner_of(Net(), callbacks=[Canceller(BackwardEnd, [1], CancelBatchException), look])
     learner.step(TrainingPhase, batches()[0])
     assert seen == [[]]
+
+
+def test_one_optimizer_may_have_a_name() -> None:
+    expected, lossfn = make(entropy)
+    train_by_hand(expected, lossfn, epochs=1)
+    model, _ = make(entropy)
+    learner = learner_of(model, optimizer={"only": ADAMW(model.parameters())})
+    learner.fit(1)
+    assert_same(model, expected)
+
+
+def test_models_may_share_a_part() -> None:
+    shared = nn.Linear(2, 2)
+    models = {"online": nn.Sequential(shared, nn.Linear(2, 1)), "target": nn.Sequential(shared)}
+    for optimizer in (ADAMW, {"online": ADAMW}):
+        learner = learner_of(models, shared_loss(shared), data=None, optimizer=optimizer)
+        made = learner.optimizer if callable(optimizer) else learner.optimizer.online
+        assert len(made.param_groups[0]["params"]) == 4
+
+
+def shared_loss(part: nn.Module) -> nn.Module:
+    """A loss that is a module with parameters of the model."""
+    return nn.Sequential(part)

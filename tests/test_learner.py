@@ -395,6 +395,19 @@ def test_a_setup_that_fails_takes_the_change_back() -> None:
     assert len(learner.callbacks) == len(learner.cbstate) == 0
 
 
+def test_core_and_executor_are_free_again_when_a_learner_is_refused() -> None:
+    """Rule 11: the same call, with what was wrong put right, builds the learner."""
+    core, executor = TorchCore(device="cpu"), SerialExecutor()
+    with pytest.raises(WriteConflictError):
+        tiny_learner(First(), Rival(), core=core, executor=executor)
+    with pytest.raises(CoreError, match="runs one model"):
+        tiny_learner(model={"a": TinyModel()}, core=core, executor=executor)
+    learner = tiny_learner(First(), core=core, executor=executor)
+    learner.fit(1)
+    assert learner.core is core
+    assert learner.executor is executor
+
+
 def test_a_phase_met_later_is_checked_before_its_first_event() -> None:
     """Rule 11."""
     fired: list[str] = []

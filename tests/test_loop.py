@@ -837,11 +837,31 @@ def test_fired_events_are_kept_if_the_cancel_means_nothing() -> None:
     assert words(watch)[-3:] == ["EpochEnd", "a", "FitEnd"]
 
 
-@pytest.mark.parametrize("event", [FitBegin, EpochBegin, LossBegin, BatchEnd, EpochEnd])
-def test_fired_events_are_dropped_by_an_interrupt_too(event: type[Event]) -> None:
-    watch, learner = watched(Sayer(event, "a"), Raise(event, KeyboardInterrupt()))
+BEGIN: dict[str, Callable[[Learner], object]] = {
+    "fit": lambda learner: learner.fit(1),
+    "epoch": lambda learner: learner.epoch(TrainingPhase),
+    "step": lambda learner: learner.step(TrainingPhase, tiny_batches(n_batches=1)[0]),
+    "fire": lambda learner: learner.fire(Ping(), TrainingPhase()),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "event"),
+    [
+        *(("fit", event) for event in [FitBegin, EpochBegin, LossBegin, BatchEnd, EpochEnd, FitEnd]),
+        *(("epoch", event) for event in [EpochBegin, LossBegin, BatchEnd, EpochEnd]),
+        *(("step", event) for event in [LossBegin, BatchEnd]),
+        ("fire", Ping),
+    ],
+)
+@pytest.mark.parametrize("failing", [False, True], ids=["", "after an error"])
+def test_fired_events_are_dropped_by_an_interrupt_too(how: str, event: type[Event], failing: bool) -> None:
+    errors = [Raise(event, ValueError("first"))] if failing else []
+    watch, learner = watched(Sayer(event, "a"), *errors, Raise(event, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        learner.fit(1)
+        BEGIN[how](learner)
+    learner.remove_callback(Sayer)
+    learner.fit(1)
     assert "a" not in words(watch)
 
 
