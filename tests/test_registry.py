@@ -283,6 +283,7 @@ class Breaks(At):
         state.nested["a"]["b"].add(5)
         state.nested["new"] = 1
         state.stats.mean = 7
+        state.stats.parts.append(3)
         state.stats.more = 8
         state.hyperparams.push("LearningRate", 0.5, 2)
         state.hyperparams.push("Momentum", 0.9, 1)
@@ -313,7 +314,7 @@ class Keeps(At):
 
     def state_access(self) -> Access:
         entries = ("kept", "nested", "plain", "gone", "history", "hyperparams")
-        return {**{f"cbstate.{name}": W for name in entries}, "cbstate.stats.mean": W}
+        return {**{f"cbstate.{name}": W for name in entries}, "cbstate.stats.mean": W, "cbstate.stats.parts": W}
 
     def setup(self, learner: LearnerView) -> None:
         state = learner.cbstate
@@ -322,6 +323,7 @@ class Keeps(At):
         state.plain = 1
         state.gone = None
         state.stats.mean = 0.5
+        state.stats.parts = [1, 2]
         state.hyperparams.push("LearningRate", 0.1, 1)
         state.history[TrainingPhase]
 
@@ -333,7 +335,7 @@ def snapshot(learner: Learner) -> tuple[Any, ...]:
     return (
         plain,
         {name: id(value) for name, value in vars(state).items()},
-        dict(vars(state.stats)),
+        copy.deepcopy(vars(state.stats)),
         {name: list(series) for name, series in state.hyperparams.items()},
         list(vars(state.__twins__)),
         (state.__twins__.plain, list(state.__twins__.kept), state.__twins__.stats.mean),
