@@ -38,7 +38,7 @@ class Series:
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 value = value.detach().clone()
-            elif value.device.type == "cpu":
+            elif value.is_cpu:
                 value = value.item()
             else:
                 value = value.detach() if type(value) is torch.Tensor else value.detach().clone()

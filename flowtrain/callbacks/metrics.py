@@ -154,7 +154,7 @@ class Metrics(Callback):
         loss, inputs = batch.loss, batch.inputs
         size = inputs.shape[0] if type(inputs) is torch.Tensor and inputs.ndim else _size(inputs)
         if loss is not None:
-            value = loss.item() if loss.device.type == "cpu" else loss.detach()
+            value = loss.item() if loss.is_cpu else loss.detach()
             learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
             self._sizes["Loss"].append(size)
         if self.metrics:
@@ -206,6 +206,8 @@ class Metrics(Callback):
 
 def _values(metric: Metric, value: Any) -> dict[str, Any]:
     """Return the values of a metric by name, checked to be single numbers."""
+    if type(value) is torch.Tensor and not metric.accumulates and value.numel() == 1:
+        return {metric.name: value}  # the usual case, in every batch: it would pass what follows
     values = {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {metric.name: value}
     if set(values) != set(metric.names):
         raise UsageError(
