@@ -1,0 +1,184 @@
+"""What a handler costs: a call, protected state, and no handler at all.
+
+``python -m bench.bench_handlers`` from the root of the checkout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.pairs import Figure, Report, differences, figure, in_turns, median
+from flowtrain import (
+    Access,
+    BatchEnd,
+    Callback,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    TrainingPhase,
+    Write,
+    on,
+)
+
+COUNTS = (0, 64, 128, 192, 256)
+EVENTS = 100
+"""Events in one timing."""
+CALLS = 2000
+"""Calls of one handler in one timing."""
+REPETITIONS = 200
+"""Timings are short here, so there are many of them."""
+
+PHASE = TrainingPhase()
+
+
+class NoOp(Callback):
+    """Handles the end of a batch and does nothing."""
+
+    @on(BatchEnd)
+    def nothing(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        pass
+
+
+class Elsewhere(Callback):
+    """Has no handler for the end of a batch."""
+
+    @on(FitEnd)
+    def nothing(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        pass
+
+
+class Keeps(Callback):
+    """Reads the loss of the batch and writes it to an entry of its own."""
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read(), "cbstate.kept": Write()}
+
+    @on(BatchEnd)
+    def keep(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.cbstate.kept = learner.batch.loss
+
+
+def main() -> None:
+    report = Report("Handlers", "python -m bench.bench_handlers", "the same handlers called by hand, as each line says")
+    call_cost(report)
+    protection_cost(report)
+    absence_cost(report)
+
+
+def call_cost(report: Report) -> None:
+    """A no-op handler: the slope over 0 to 256 of them, beside a hand-written loop over the same bound methods."""
+    by_hand = [calling([NoOp().nothing for _ in range(count)]) for count in COUNTS]
+    fired = [firing(*(NoOp() for _ in range(count))) for count in COUNTS]
+    times = in_turns([*by_hand, *fired], REPETITIONS)
+    half = len(COUNTS)
+    floor = figure([slope([seconds / EVENTS for seconds in row[:half]]) for row in times])
+    ours = figure([slope([seconds / EVENTS for seconds in row[half:]]) for row in times])
+    report.row(
+        f"a no-op handler, slope over {COUNTS[0]} to {COUNTS[-1]}; floor: `for handler in handlers: handler(...)`",
+        nanoseconds(floor),
+        nanoseconds(ours),
+        nanoseconds(ours),
+        "60 ns",
+        reached=ours.median <= 60e-9,
+    )
+
+
+def protection_cost(report: Report) -> None:
+    """A handler that reads ``batch.loss`` and writes a ``cbstate`` entry: on its view, and on two things without."""
+    learner = learner_with(Keeps())
+    learner.step(PHASE, raw())
+    (step,) = learner.callbacks.plan(BatchEnd, TrainingPhase).steps
+    plain = SimpleNamespace(batch=SimpleNamespace(loss=learner.batch.loss), cbstate=SimpleNamespace(kept=None))
+    event = BatchEnd()
+
+    def handling(learner: Any) -> Callable[[], None]:
+        def run() -> None:
+            handler = step.call
+            for _ in range(CALLS):
+                handler(event, PHASE, learner)
+
+        return run
+
+    times = in_turns([handling(plain), handling(learner.state), handling(step.view)], REPETITIONS)
+    for which, floor in ((0, "plain objects"), (1, "the learner's state, unprotected")):
+        more = differences(times, 2, which, CALLS)
+        report.row(
+            f"`learner.cbstate.kept = learner.batch.loss`; floor: on {floor}",
+            f"{median(times, which) / CALLS * 1e9:.0f} ns",
+            f"{median(times, 2) / CALLS * 1e9:.0f} ns",
+            f"{nanoseconds(more)} more",
+            "250 ns more",
+            reached=more.median <= 250e-9,
+        )
+
+
+def absence_cost(report: Report) -> None:
+    """256 callbacks without a handler for the event: nothing, at an event with one handler and at one with none."""
+    for what, others in (("one other handler", [NoOp]), ("no handler", [])):
+        without = firing(*(kind() for kind in others))
+        beside = firing(*(kind() for kind in others), *(Elsewhere() for _ in range(COUNTS[-1])))
+        times = in_turns([without, beside], REPETITIONS)
+        each = differences(times, calls=EVENTS * COUNTS[-1])
+        report.row(
+            f"a callback without a handler for an event that has {what}; floor: without the callback",
+            f"{median(times, 0) / EVENTS * 1e9:.0f} ns",
+            f"{median(times, 1) / EVENTS * 1e9:.0f} ns",
+            f"{nanoseconds(each, 2)} each",
+            "nothing",
+            reached=each.low <= 0.05e-9,  # the clock cannot tell less from nothing; tests/test_costs.py counts calls
+        )
+
+
+def learner_with(*callbacks: Callback) -> Learner:
+    model = torch.nn.Linear(2, 2)
+    return Learner(model, torch.nn.functional.mse_loss, callbacks=callbacks, default_callbacks=False)
+
+
+def raw() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(3, 2), torch.ones(3, 2)
+
+
+def calling(handlers: Sequence[Callable[[Any, Any, Any], None]]) -> Callable[[], None]:
+    """Call handlers as a loop without plans would."""
+    event, state = BatchEnd(), object()
+
+    def run() -> None:
+        for _ in range(EVENTS):
+            for handler in handlers:
+                handler(event, PHASE, state)
+
+    return run
+
+
+def firing(*callbacks: Callback) -> Callable[[], None]:
+    """Fire the end of a batch as the loop does: a runner is called where there is one."""
+    runner = learner_with(*callbacks).loop.runner(BatchEnd, TrainingPhase)
+    event = BatchEnd()
+
+    def run() -> None:
+        for _ in range(EVENTS):
+            if runner is not None:
+                runner(event, PHASE)
+
+    return run
+
+
+def slope(seconds: Sequence[float]) -> float:
+    """Return the least-squares slope of seconds over `COUNTS`."""
+    mean_count, mean = sum(COUNTS) / len(COUNTS), sum(seconds) / len(seconds)
+    above = sum((count - mean_count) * (value - mean) for count, value in zip(COUNTS, seconds, strict=True))
+    return above / sum((count - mean_count) ** 2 for count in COUNTS)
+
+
+def nanoseconds(found: Figure, digits: int = 1) -> str:
+    return f"{found.text(1e9, digits)} ns"
+
+
+if __name__ == "__main__":
+    main()
