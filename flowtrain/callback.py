@@ -214,7 +214,10 @@ def on(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         wanted = marked(function).handler(callback_type.__name__, function.__name__)
         # A cell that is run again replaces its handler; the key cannot clash with a method's name.
-        callback_type.add_handler(f"{function.__module__}:{function.__qualname__}", wanted.as_function(function))
+        key = f"{function.__module__}:{function.__qualname__}"
+        if function.__name__ == "_":  # no name: told apart by what it handles
+            key += f" {event_type.__name__} {phase_type.__name__}"
+        callback_type.add_handler(key, wanted.as_function(function))
         return function
 
     return add

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
+from flowtrain.containers import CONTAINERS
 from flowtrain.errors import AccessError, MissingStateError, nearest
 from flowtrain.events import Event
 from flowtrain.graph import Node
@@ -94,21 +95,25 @@ def _exists(path: Path, cbstate: State) -> bool:
     return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
 
 
-def check_cbstate(nodes: Sequence[Node], cbstate: State) -> None:
-    """Check that every entry of ``cbstate`` that is read is written by some callback, or there already.
+def check_cbstate(nodes: Sequence[Node], cbstate: State, left: Iterable[Node] = ()) -> None:
+    """Check that every entry of ``cbstate`` that is read is written by some callback, or was put there by the user.
+
+    Args:
+        nodes: The callbacks.
+        cbstate: What is there.
+        left: The callbacks that the learner had before: what only they wrote is not kept up to date any more.
 
     Raises:
         MissingStateError: Nobody writes it.
     """
     writes = _writes(nodes, "cbstate")
+    stale = {path[1] for _, path in _writes(left, "cbstate") if len(path) > 1} | CONTAINERS.keys()
     names = sorted({path[1] for _, path in writes if len(path) > 1} | set(cbstate))
     # Every writer counts, the reader itself too: it may write at one event what it reads at another.
     written = {path for _, path in writes}
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
-            if any(path[:length] in written for length in range(1, len(path) + 1)) or _exists(path, cbstate):
-                continue
-            if any(meet(path, other) for other in written):
+            if any(meet(path, other) for other in written) or (path[1] not in stale and _exists(path, cbstate)):
                 continue
             entry = path[1]
             siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})

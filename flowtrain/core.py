@@ -284,15 +284,35 @@ class TorchCore:
             loss = loss / self.accumulate
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
+    def backward_for(self, loss: torch.Tensor, name: str) -> None:
+        """Run the backward pass for the parameters of one optimizer; those of the others keep their gradients.
+
+        Raises:
+            CoreError: There is no optimizer of that name, or the loss does not depend on its parameters.
+        """
+        self._check_name("backward", name)
+        params = [param for param in _params(self._optimizers[name]) if param.requires_grad]
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        try:
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward(inputs=params)
+        except RuntimeError as error:
+            error.add_note(f"raised by backward(name={name!r}), for the parameters of optimizer {name!r} alone")
+            raise
+
+    def _check_name(self, what: str, name: str) -> None:
+        if name not in self._optimizers:
+            known = ", ".join(repr(known) for known in self._optimizers if known) or "one without a name"
+            raise CoreError(f"{what}(name={name!r}): there is no such optimizer; the learner has {known}.")
+
     def due(self, name: str | None) -> list[str]:
         """Count a batch for one optimizer, or for all, and return those whose group is complete.
 
         Raises:
             CoreError: There is no optimizer of that name.
         """
-        if name is not None and name not in self._optimizers:
-            known = ", ".join(repr(known) for known in self._optimizers if known) or "one without a name"
-            raise CoreError(f"update(name={name!r}): there is no such optimizer; the learner has {known}.")
+        if name is not None:
+            self._check_name("update", name)
         names = list(self._optimizers) if name is None else [name]
         for each in names:
             self._counts[each] += 1
@@ -436,7 +456,9 @@ def _make_optimizers(
     return made
 
 
-def _make_optimizer(wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str) -> Optimizer:
+def _make_optimizer(
+    wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str
+) -> Optimizer:
     if isinstance(wanted, Optimizer):
         ids = {id(param) for param in known}
         for number, group in enumerate(wanted.param_groups):
@@ -448,7 +470,7 @@ def _make_optimizer(wanted: Any, params: list[torch.nn.Parameter], known: list[t
                         f"not change the model. Make the optimizer from this model's parameters, or pass a function: "
                         f"optimizer=partial(torch.optim.{type(wanted).__name__}, lr=...)."
                     )
-        return wanted
+        return _needs_no_closure(wanted, what)
     if not callable(wanted):
         raise CoreError(
             f"{what} is {wanted!r}. Pass an optimizer, or a function of the parameters such as "
@@ -458,5 +480,16 @@ def _make_optimizer(wanted: Any, params: list[torch.nn.Parameter], known: list[t
         raise CoreError(f"{what} has nothing to train: the model has no parameters.")
     made = wanted(params)
     if not isinstance(made, Optimizer):
-        raise CoreError(f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer.")
-    return made
+        raise CoreError(
+            f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."
+        )
+    return _needs_no_closure(made, what)
+
+
+def _needs_no_closure(optimizer: Optimizer, what: str) -> Optimizer:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise CoreError(
+            f"{what} is LBFGS, whose step runs the model several times through a closure, and an update here steps "
+            f"once. Use another optimizer, or call LBFGS yourself in the step of a phase of your own."
+        )
+    return optimizer

@@ -9,16 +9,10 @@ import torch
 
 from flowtrain.errors import DataError
 from flowtrain.phasemap import PhaseMap
-from flowtrain.phases import (
-    AbstractTrainingPhase,
-    AbstractValidationPhase,
-    Phase,
-    TrainingPhase,
-    ValidationPhase,
-    describe,
-)
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
+from flowtrain.steps import describe
 
-__all__ = ["check_gave", "loaders", "stream"]
+__all__ = ["check_gave", "length", "loaders", "shortest", "stream"]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
 
@@ -60,7 +54,7 @@ def _phase(key: object) -> Phase:
     if not isinstance(phase, Phase):
         raise DataError(f"data has the key {key!r}, which is no phase. Pass {_EXAMPLE}.")
     if type(phase) in (Phase, AbstractTrainingPhase, AbstractValidationPhase):
-        raise DataError(f"data has the key {phase!r}, which is abstract. Use TrainingPhase, or a subclass of {phase!r}.")
+        raise DataError(f"data has the key {phase!r}, which is abstract. Use a subclass of it.")
     return phase
 
 
@@ -79,11 +73,7 @@ def check_loader(loader: Any, phase: Phase) -> None:
         isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
     ):
         raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
-    try:
-        length = len(loader)  # pyright: ignore[reportArgumentType]  # a loader without a length is what TypeError is for
-    except (TypeError, NotImplementedError):
-        return  # a loader need not know its length
-    if length == 0:
+    if length(loader) == 0:
         raise DataError(_empty(phase, loader))
 
 
@@ -100,8 +90,21 @@ def check_gave(count: int, phase: Phase, loader: object) -> None:
 def _empty(phase: Phase, loader: object) -> str:
     text = f"The loader for {phase!r} ({type(loader).__name__}) gives no batch."
     if isinstance(loader, Iterator):
-        return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or anything iterable again."
+        return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or another iterable."
     return f"{text} Is the dataset empty, or smaller than one batch with drop_last=True?"
+
+
+def length(loader: object) -> int | None:
+    """Return the number of batches in a loader, or ``None`` where it does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # or a TypeError, as here
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def shortest(*lengths: int | None) -> int | None:
+    """Return the smallest of the lengths that are known; ``None`` where none is."""
+    return min((each for each in lengths if each is not None), default=None)
 
 
 def stream(loader: Iterable[Any], phase: Phase) -> Iterator[Any]:

@@ -43,7 +43,7 @@ class Site(Protocol):
     def drain(self, phase: Phase) -> None:
         """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise for the handlers that failed, given in serial order; returns where every failure means nothing now."""
 
     def swap(self, plan: Plan, runner: Runner) -> None:
@@ -107,13 +107,15 @@ class SerialExecutor:
             raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
         calls = plan.calls
         fired = site.fired
+        # Where every handler runs whatever failed, that includes an interrupt.
+        caught: type[BaseException] = BaseException if plan.always else Exception
 
         def run(event: Event, phase: Phase) -> None:
             view: Any = None
             try:
                 for call, view in calls:
                     call(event, phase, view)
-            except Exception as failure:
+            except caught as failure:
                 failures = _finish(plan, view, failure, event, phase)
             else:
                 if fired:
@@ -137,7 +139,9 @@ class SerialExecutor:
         """Nothing to give back."""
 
 
-def _finish(plan: Plan, view: Any, failure: Exception, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
+def _finish(
+    plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase
+) -> list[tuple[Step, BaseException]]:
     """After the failure of one call, run the later ones that do not depend on a failed or skipped one."""
     # By the view, which each step has for itself; two steps may share a function.
     start = next(position for position, step in enumerate(plan.steps) if step.view is view)

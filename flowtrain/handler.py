@@ -50,6 +50,18 @@ class Handler:
             return getattr(callback, self.attribute)  # type: ignore[no-any-return]  # a method found by name
         return self.function.__get__(callback)  # type: ignore[no-any-return]  # binds like a method
 
+    def check(self, callback: object) -> None:
+        """Check that what an override left under the method's name can still be called as a handler.
+
+        Raises:
+            HandlerError: It cannot.
+        """
+        if self.function is None:
+            method = getattr(callback, self.attribute, None)
+            if not callable(method):
+                raise HandlerError(f"{self} is {method!r} in {type(callback).__name__}; override it with a method.")
+            _check_arity(method, 3)
+
     def as_function(self, function: Callable[..., None]) -> Handler:
         """Return the same handler for a function that is no attribute of the callback's type."""
         return replace(self, function=function)
@@ -103,9 +115,9 @@ def mark(event_type: type[Event], phase_type: type[Phase], access: Access | None
     return decorate
 
 
-def _check_arity(function: Callable[..., Any]) -> None:
+def _check_arity(function: Callable[..., Any], count: int = 4) -> None:
     try:
-        inspect.signature(function).bind(None, None, None, None)
+        inspect.signature(function).bind(*[None] * count)
     except TypeError as error:
         name = getattr(function, "__qualname__", repr(function))
         raise HandlerError(

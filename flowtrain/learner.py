@@ -248,9 +248,16 @@ class Learner:
         """Return the context of a forward pass: autocast, if the precision asks for it."""
         return self.loop.forward()
 
-    def backward(self, phase: Phase, loss: torch.Tensor) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`."""
-        self.loop.backward(phase, loss)
+    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`.
+
+        Args:
+            phase: The phase whose step calls this.
+            loss: A tensor with one element. If it is ``batch.loss``, that is detached afterwards.
+            name: Which of several optimizers the loss is for: only its parameters get gradients. Without a name all
+                parameters that the loss depends on do, also those of a model that it only passes through.
+        """
+        self.loop.backward(phase, loss, name)
 
     def update(self, phase: Phase, name: str | None = None) -> None:
         """Step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its accumulation group is complete.
@@ -332,7 +339,7 @@ class Learner:
 
     def _ready(self, what: str) -> None:
         if self._closed:
-            raise ExecutorError(f"{what} on a closed learner: its executor has given back what it held. Make a new one.")
+            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from flowtrain.batch import BatchState
 from flowtrain.core import TorchCore
-from flowtrain.data import check_gave, stream
+from flowtrain.data import check_gave, length, shortest, stream
 from flowtrain.errors import CoreError, UsageError, is_a
 from flowtrain.events import (
     BackwardBegin,
@@ -35,12 +35,13 @@ from flowtrain.events import (
 )
 from flowtrain.execution import Executor, Runner
 from flowtrain.phasemap import PhaseMap
-from flowtrain.phases import CLOSED, CLOSING, OPEN, AbstractTrainingPhase, Phase, StepContext, StepRunners
+from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
 from flowtrain.plan import Plan, Step
 from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, merge
 from flowtrain.state import LearnerState
+from flowtrain.steps import CLOSED, CLOSING, OPEN, StepRunners
 
 __all__ = ["Loop", "RunBatch"]
 
@@ -169,7 +170,7 @@ class Loop:
         if failures:
             raise merge(failures)
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""
         meant: list[BaseException] = []
         for step, failure in failures:
@@ -227,8 +228,8 @@ class Loop:
         while left > 0:
             most = left if validate_every is None else min(left, validate_every)
             self.epoch(learner, training, loader if endless is None else endless, most)
-            # An epoch that was cancelled before its first batch still counts, or this would never end.
-            left -= self.scopes.batch_number or most
+            # An epoch that was cancelled before its first batch counts too, or this might never end.
+            left -= self.scopes.batch_number or (1 if validate_every is None else most)
             for phase, other in data.items():
                 if phase is not training:
                     self.epoch(learner, phase, other)
@@ -274,7 +275,7 @@ class Loop:
     def _run(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
         batches: Iterable[Any] = loader if most is None else islice(loader, most)
         if self.core.accumulate > 1:
-            batches = self._mark_last(batches)
+            batches = self._mark_last(batches, shortest(length(loader), most))
         step, scopes = phase.step, self.scopes
         for raw in batches:
             scopes.batch_number += 1
@@ -285,19 +286,22 @@ class Loop:
             except BaseException as failure:  # closes the batch, then raises what is left
                 self.close_batch(phase, failure, CancelBatchException)
 
-    def _mark_last(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Tell the core which batch is the last of the epoch: it ends an accumulation group that is not full."""
-        iterator = iter(batches)
-        for raw in iterator:
-            held = raw
-            break
-        else:
+    def _mark_last(self, batches: Iterable[Any], total: int | None) -> Iterator[Any]:
+        """Tell the core which batch is the last of the epoch: it ends an accumulation group that is not full.
+
+        Where the number of batches is not known, the next one is taken before the current one is given.
+        """
+        if total is not None:
+            for number, raw in enumerate(batches, start=1):
+                self.core.last_batch = number == total
+                yield raw
             return
-        for raw in iterator:
-            yield held
-            held = raw
+        held: list[Any] = []
+        for raw in batches:
+            yield from held
+            held = [raw]
         self.core.last_batch = True
-        yield held
+        yield from held
 
     def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
@@ -338,7 +342,7 @@ class Loop:
         """Return the context of a forward pass."""
         return self.core.autocast()
 
-    def backward(self, phase: Phase, loss: torch.Tensor) -> None:
+    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None) -> None:
         """Run the backward pass with its events; ``batch.loss``, where it is this loss, is detached after it."""
         on, batch = self.runners[phase], self.state.batch
         self._need_batch("backward")
@@ -350,7 +354,10 @@ class Loop:
         if not is_a(loss, torch.Tensor) or loss.numel() != 1:
             raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
         self.core.drop_spent()
-        self.core.backward(loss)
+        if name is None:
+            self.core.backward(loss)
+        else:
+            self.core.backward_for(loss, name)
         if shared:
             batch.loss = loss.detach()
         batch.grads = self.core.grads

@@ -65,11 +65,8 @@ class Owner:
 
         A path that is declared as read is refused for writing only, and the new declaration replaces it.
         """
-        kind = "Write()" if access == "Write" else "Read()"
         wanted = render(union([self.declaration, ((path, Write() if access == "Write" else Read()),)]))
-        what = f"{self.callback} declares {kind} for it nowhere." if not self.declaration else (
-            f"{self.callback} declares {render(self.declaration)}."
-        )
+        what = f"{self.callback} declares {render(self.declaration) if self.declaration else 'nothing'}."
         if self.decorator:
             paste = f"{self.decorator}access={wanted})"
         else:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from flowtrain.batch import BatchState
-from flowtrain.errors import DataError, LossError, UsageError
+from flowtrain.errors import DataError, UsageError
 from flowtrain.events import (
     BackwardBegin,
     BackwardEnd,
@@ -40,59 +40,19 @@ from flowtrain.events import (
     UpdateBegin,
     UpdateEnd,
 )
+from flowtrain.steps import CLOSED, CLOSING, begin_batch, describe, evaluate
 
 __all__ = [
-    "CLOSED",
-    "CLOSING",
-    "OPEN",
     "AbstractTrainingPhase",
     "AbstractValidationPhase",
     "Phase",
     "StepContext",
-    "StepRunners",
     "TrainingPhase",
     "ValidationPhase",
 ]
 
-CLOSED, OPEN, CLOSING = 0, 1, 2
-"""Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
-
-_BATCH_BEGIN, _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = BatchBegin(), LossBegin(), BackwardBegin(), BackwardEnd()
-_UPDATE_BEGIN, _UPDATE_END, _BATCH_END = UpdateBegin(), UpdateEnd(), BatchEnd()
-
-
-class StepRunners:
-    """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
-
-    A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
-    """
-
-    __slots__ = (
-        "backward_begin",
-        "backward_end",
-        "batch_begin",
-        "batch_end",
-        "loss_begin",
-        "update_begin",
-        "update_end",
-    )
-    events: ClassVar[Mapping[str, type[Event]]] = {
-        "batch_begin": BatchBegin,
-        "loss_begin": LossBegin,
-        "backward_begin": BackwardBegin,
-        "backward_end": BackwardEnd,
-        "update_begin": UpdateBegin,
-        "update_end": UpdateEnd,
-        "batch_end": BatchEnd,
-    }
-
-    batch_begin: Any
-    loss_begin: Any
-    backward_begin: Any
-    backward_end: Any
-    update_begin: Any
-    update_end: Any
-    batch_end: Any
+_BACKWARD_BEGIN, _BACKWARD_END, _BATCH_END = BackwardBegin(), BackwardEnd(), BatchEnd()
+_UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
 
 
 class StepContext(Protocol):
@@ -103,7 +63,8 @@ class StepContext(Protocol):
     - ``run_batch(phase, **state)``: a context that gives the batch state, with `state` moved to the device; it fires
       `BatchBegin` and `BatchEnd`.
     - ``forward()``: a context for the forward pass: autocast, if the precision asks for it.
-    - ``backward(phase, loss)``: the backward pass with its events, scaled and divided as the core is set up.
+    - ``backward(phase, loss, name=None)``: the backward pass with its events, scaled and divided as the core is set up;
+      `name` keeps the gradients to the parameters of one of several optimizers.
     - ``update(phase, name=None)``: the optimizer's step with its events, clipping and accumulation; `name` says which
       one of several.
     - ``fire(event, phase)``: fire an event of your own.
@@ -125,7 +86,7 @@ class StepContext(Protocol):
     def loop(self) -> Any: ...
     def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]: ...
     def forward(self) -> AbstractContextManager[None]: ...
-    def backward(self, phase: Phase, loss: torch.Tensor) -> None: ...
+    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None: ...
     def update(self, phase: Phase, name: str | None = None) -> None: ...
     def fire(self, event: Event, phase: Phase) -> None: ...
 
@@ -231,9 +192,9 @@ class AbstractTrainingPhase(_Supervised):
         """Run one batch: forward, loss, backward, update. Entries of the batch are read again after each event."""
         loop = learner.loop
         on, core, scopes = loop.runners[self], loop.core, loop.scopes
-        batch = _begin(self, loop, on, raw)
+        batch = begin_batch(self, loop, on, raw)
         core.begin()
-        _evaluate(self, core, on, batch)
+        evaluate(self, core, on, batch)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, self)
@@ -289,8 +250,8 @@ class AbstractValidationPhase(_Supervised):
         """Run one batch: forward and loss."""
         loop = learner.loop
         on, scopes = loop.runners[self], loop.scopes
-        batch = _begin(self, loop, on, raw)
-        _evaluate(self, loop.core, on, batch)
+        batch = begin_batch(self, loop, on, raw)
+        evaluate(self, loop.core, on, batch)
         scopes.batch = CLOSING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, self)
@@ -300,57 +261,6 @@ class AbstractValidationPhase(_Supervised):
 
 class ValidationPhase(AbstractValidationPhase):
     """Evaluate on the second loader. See `AbstractValidationPhase` for its events and state."""
-
-
-def _begin(phase: _Supervised, loop: Any, on: StepRunners, raw: Any) -> BatchState:
-    """Open the batch: its data, on the device, and `BatchBegin`."""
-    if loop.core.places:
-        raw = loop.core.place(raw)
-    inputs, targets = phase.split(raw)
-    batch = BatchState()
-    batch.inputs = inputs
-    batch.targets = targets
-    state = loop.state
-    if type(inputs) is torch.Tensor is type(targets):
-        state.batch = state.batch_twin = batch
-    else:
-        state.show(batch)
-    loop.scopes.backward = False
-    loop.scopes.batch = OPEN
-    if on.batch_begin is not None:
-        on.batch_begin(_BATCH_BEGIN, phase)
-    return batch
-
-
-def _evaluate(phase: _Supervised, core: Any, on: StepRunners, batch: BatchState) -> None:
-    """Run the model and the loss function, with `LossBegin` between them."""
-    try:
-        outputs = batch.outputs = core.model(batch.inputs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
-        raise
-    if type(outputs) is not torch.Tensor:
-        core.show(batch)
-    if on.loss_begin is not None:
-        on.loss_begin(_LOSS_BEGIN, phase)
-    try:
-        loss = batch.loss = core.lossfn(batch.outputs, batch.targets)
-        scalar = loss.numel() == 1
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
-    if not scalar:
-        raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
-
-
-def _loss_error(phase: Phase, core: Any, batch: BatchState, what: str) -> LossError:
-    return LossError(
-        f"The loss function {core.loss_name} {what}\n"
-        f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
-        f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
-        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
-    )
 
 
 @contextmanager
@@ -365,19 +275,3 @@ def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Generator[No
     finally:
         for module, was_training in before:
             module.training = was_training
-
-
-def describe(value: Any) -> str:
-    """Say in a few words what a piece of data is: type, shape and dtype, or length and first parts.
-
-    >>> describe(torch.zeros(2, 3))
-    'Tensor of shape (2, 3), float32'
-    """
-    if isinstance(value, torch.Tensor):
-        return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
-    if isinstance(value, (tuple, list)):
-        parts = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
-        return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
-    return f"{type(value).__name__} {value!r:.60}"

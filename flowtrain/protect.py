@@ -76,7 +76,7 @@ class LearnerView:
                 self._owner.missing((name,), None)
             if name in _NAMESPACES:  # nothing in it is declared: what is touched next is refused, by its own path
                 return _compile_namespace(name, {})(self._state, self._owner)
-            self._owner.refuse("Read", (name,))
+            return self._owner.refuse("Read", (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self._whole.get(name)
@@ -170,7 +170,7 @@ class Namespace:
 
 
 class BatchNamespace(Namespace):
-    """``batch``: a new object for each batch; one that only ever held tensors gets its twin with the first container."""
+    """``batch``: a new object for each batch; one that only ever held tensors gets a twin with the first container."""
 
     __slots__ = ()
 

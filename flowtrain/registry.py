@@ -9,17 +9,17 @@ is put back. A type met later is checked before its first event is fired.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
 from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
 from flowtrain.checks import check_batch, check_cbstate, check_made
 from flowtrain.containers import CONTAINERS
-from flowtrain.errors import CallbackError, is_a, is_type, nearest
+from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.graph import CallbackGraph, Node, Order, Resolver, order_event, order_setup, to_networkx
 from flowtrain.handler import Handler
+from flowtrain.naming import unique_names
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.plan import Call, Plan, Step, make_plan, owner_of
 from flowtrain.protect import bind_view
@@ -62,11 +62,11 @@ class Callbacks(Sequence[Callback]):
         self._handlers_for: dict[_Key, list[tuple[Node, Handler]]] = {}
         self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
         self._notes: Callable[[Plan], str] = lambda plan: ""
-        names = _unique_names(list(callbacks))
+        names = unique_names(list(callbacks))
         self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
-        check_cbstate(self._nodes, state.cbstate)
+        check_cbstate(self._nodes, state.cbstate, before.nodes if isinstance(before, Callbacks) else ())
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
@@ -189,6 +189,8 @@ class Callbacks(Sequence[Callback]):
     def _make_node(self, callback: Callback, name: str, position: int) -> Node:
         handlers = tuple(callback.handlers())
         check_handlers(handlers)
+        for _, handler in handlers:
+            handler.check(callback)
         type_name = type(callback).__name__
         shared = declare(callback.state_access(), f"{type_name}.state_access()")
         access: dict[Handler, Declaration] = {}
@@ -199,6 +201,12 @@ class Callbacks(Sequence[Callback]):
 
     def _call_setup(self, node: Node) -> None:
         node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+        if self._state.fired:
+            event = self._state.fired.pop()[1]
+            self._state.fired.clear()
+            raise CallbackError(
+                f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
+            )
 
     def _set_up(self, known: set[int]) -> None:
         cbstate = self._state.cbstate
@@ -216,49 +224,6 @@ class Callbacks(Sequence[Callback]):
         except BaseException:
             restore()
             raise
-
-
-def _unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
-    """Give each callback its name: its own, or its type's name with a number where that is taken.
-
-    Raises:
-        CallbackError: Not a callback, the same one twice, or two with one name of their own.
-    """
-    for callback in callbacks:
-        if is_type(callback, Callback):
-            name = getattr(callback, "__name__", "")
-            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
-        if not is_a(callback, Callback):
-            raise CallbackError(
-                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
-                f"CustomCallback(f, EpochEnd, TrainingPhase)."
-            )
-    if len({id(callback) for callback in callbacks}) < len(callbacks):
-        twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
-        raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
-    own = [callback.name for callback in callbacks if not _is_automatic(callback)]
-    for name in own:
-        if own.count(name) > 1:
-            raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
-    taken = set(own)
-    numbers: dict[str, Iterator[int]] = {}
-    named = []
-    for callback in callbacks:
-        name = callback.name
-        if _is_automatic(callback):
-            kind = type(callback).__name__
-            # A name from before is kept as long as it is free.
-            while not name or name in taken:
-                number = next(numbers.setdefault(kind, count(1)))
-                name = kind if number == 1 else f"{kind}#{number}"
-        taken.add(name)
-        named.append((callback, name))
-    return named
-
-
-def _is_automatic(callback: Callback) -> bool:
-    kind, _, number = callback.name.partition("#")
-    return not callback.name or (kind == type(callback).__name__ and (not number or number.isdigit()))
 
 
 def _known_phases(nodes: Iterable[Node], phases: Iterable[type[Phase]]) -> list[type[Phase]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from flowtrain.batch import BatchState
 from flowtrain.errors import UsageError
 from flowtrain.events import Event
-from flowtrain.phases import CLOSED, CLOSING, OPEN, Phase
+from flowtrain.phases import Phase
 from flowtrain.plan import Step
 from flowtrain.signals import CancelException
+from flowtrain.steps import CLOSED, CLOSING, OPEN
 
 __all__ = ["Scopes"]
 

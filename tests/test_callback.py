@@ -307,6 +307,19 @@ def test_the_same_function_run_again_replaces_its_handler(target: type[Base]) ->
     assert run(target(), EpochEnd(), TrainingPhase()) == ["Base.anything"]
 
 
+def test_functions_without_a_name_are_told_apart_by_what_they_handle(target: type[Base]) -> None:
+    @on(EpochEnd, Phase, target)
+    def _(self: Base, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        self.ran.append("epoch")
+
+    @on(BatchBegin, Phase, target)
+    def _(self: Base, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        self.ran.append("batch")
+
+    assert run(target(), BatchBegin(), TrainingPhase()) == ["batch"]
+    assert run(target(), EpochEnd(), TrainingPhase()) == ["epoch"]
+
+
 def test_two_functions_for_one_event_are_ambiguous(target: type[Base]) -> None:
     @on(EpochEnd, Phase, target)
     def one(self: Base, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...

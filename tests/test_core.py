@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from flowtrain import (
+    AbstractTrainingPhase,
     Access,
     Callback,
     CancelBatchException,
@@ -26,6 +27,7 @@ from flowtrain import (
     MissingStateError,
     Phase,
     Read,
+    StepContext,
     TorchCore,
     TrainingPhase,
     UpdateBegin,
@@ -848,3 +850,64 @@ def test_models_may_share_a_part() -> None:
 def shared_loss(part: nn.Module) -> nn.Module:
     """A loss that is a module with parameters of the model."""
     return nn.Sequential(part)
+
+
+# --- several optimizers
+
+
+def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -> None:
+    """With accumulation the other model's group may be open, and must not take in a loss that is not its own."""
+
+    class Through(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, learner.model.disc(batch.x).sum(), "disc")
+                learner.update(self, "disc")
+                faked = learner.model.gen(batch.x)
+                learner.backward(self, learner.model.disc(faked).sum(), "gen")
+                learner.update(self, "gen")
+
+    def models() -> dict[str, torch.nn.Linear]:
+        torch.manual_seed(0)
+        return {"gen": torch.nn.Linear(1, 1), "disc": torch.nn.Linear(1, 1)}
+
+    data = [torch.full((2, 1), float(number)) for number in range(4)]
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    learner = Learner(
+        models(),
+        torch.nn.functional.mse_loss,
+        data={Through: data},
+        optimizer={"gen": sgd, "disc": sgd},
+        core=TorchCore(accumulate=2, device="cpu"),
+        default_callbacks=False,
+    )
+    learner.fit(1)
+    by_hand = models()
+    optimizers = {name: sgd(model.parameters()) for name, model in by_hand.items()}
+    for group in (data[:2], data[2:]):
+        for x in group:
+            for name in ("disc", "gen"):
+                loss = by_hand["disc"](x if name == "disc" else by_hand["gen"](x)).sum()
+                (loss / 2).backward(inputs=list(by_hand[name].parameters()))
+                if x is group[1]:
+                    optimizers[name].step()
+                    optimizers[name].zero_grad()
+    for name, model in by_hand.items():
+        for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(CoreError, match=r"optimizer is LBFGS, whose step runs the model several times"):
+        Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, optimizer=torch.optim.LBFGS)
+
+
+def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:
+    class Wrong(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, learner.model(batch.x).sum(), "gen")
+
+    learner = Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, default_callbacks=False)
+    with pytest.raises(CoreError, match=r"backward\(name='gen'\): there is no such optimizer"):
+        learner.step(Wrong, torch.ones(2, 1))

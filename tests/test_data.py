@@ -158,12 +158,11 @@ def test_a_named_pair_is_a_pair() -> None:
         ({"train": tiny_batches()}, f"data has the key 'train', which is no phase. {HOW}"),
         (
             {Phase: tiny_batches()},
-            "data has the key Phase, which is abstract. Use TrainingPhase, or a subclass of Phase.",
+            "data has the key Phase, which is abstract. Use a subclass of it.",
         ),
         (
             {AbstractTrainingPhase: tiny_batches()},
-            "data has the key AbstractTrainingPhase, which is abstract. Use TrainingPhase, or a subclass of "
-            "AbstractTrainingPhase.",
+            "data has the key AbstractTrainingPhase, which is abstract. Use a subclass of it.",
         ),
     ],
 )
@@ -221,7 +220,7 @@ def test_a_loader_that_turns_out_empty() -> None:
         learner.fit(1)
     assert str(raised.value) == (
         "The loader for TrainingPhase (generator) gives no batch. It is an iterator, used up after one pass: pass a "
-        "list, a DataLoader, or anything iterable again."
+        "list, a DataLoader, or another iterable."
     )
 
 

@@ -17,13 +17,13 @@ import pytest
 LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
-        "errors", "signals", "events", "access", "readonly", "batch", "phases", "optimizers", "phasemap",
+        "errors", "signals", "events", "access", "readonly", "batch", "steps", "phases", "optimizers", "phasemap",
         "series", "containers", "state",
     ),
     1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
     2: ("resolution", "handler", "callback", "providers"),  # what a user writes
     3: ("graph",),  # from declarations to an order, with reasons
-    4: ("checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
+    4: ("naming", "checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
     5: ("core", "data", "scopes", "loop", "dryrun"),  # training itself
     6: ("logging", "metrics"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`

@@ -35,12 +35,15 @@ from flowtrain import (
     callback_graph,
     on,
 )
+from flowtrain.callbacks import Recorder
+from flowtrain.errors import HandlerError
 from flowtrain.handler import Handler
 from flowtrain.phasemap import CountsMap
 from flowtrain.phases import AbstractValidationPhase
 from flowtrain.registry import Callbacks
 from flowtrain.series import SeriesMap
 from flowtrain.state import LearnerState
+from flowtrain.testing import tiny_learner
 
 R, W = Read(), Write()
 
@@ -556,3 +559,36 @@ def test_state_access_is_asked_once() -> None:
 
     tiny(Asked()).fit(1)
     assert asked == ["state_access"]
+
+
+def test_a_removed_writer_leaves_no_stale_entries_to_read() -> None:
+    """Rule 10 holds for changes too: what nobody keeps up to date any more is not there to be read."""
+    learner = tiny_learner()
+    with pytest.raises(MissingStateError, match=r"Metrics reads cbstate\.history, and no callback declares"):
+        learner.remove_callback(Recorder)
+    assert learner.get_callback(Recorder) is not None
+
+
+def test_an_event_fired_in_setup_is_refused() -> None:
+    class Early(Callback):
+        def setup(self, learner: LearnerView) -> None:
+            learner.fire(EpochEnd())
+
+    learner = tiny_learner()
+    with pytest.raises(CallbackError, match=r"Early\.setup fires EpochEnd\(\), and nothing runs yet"):
+        learner.add_callback(Early())
+    assert learner.state.fired == []
+
+
+def test_an_override_that_is_no_handler_any_more_is_refused() -> None:
+    class Silent(Recorder):
+        count_batch = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]  # on purpose
+
+    class Fewer(Recorder):
+        def count_batch(self) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # on purpose
+            pass
+
+    with pytest.raises(HandlerError, match=r"Recorder\.count_batch on \(BatchEnd, Phase\) is None in Silent"):
+        tiny_learner(Silent())
+    with pytest.raises(HandlerError, match=r"Fewer\.count_batch\(\) .*cannot be a handler"):
+        tiny_learner(Fewer())

@@ -22,9 +22,9 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.phases import CLOSED, CLOSING, OPEN
 from flowtrain.plan import Step
 from flowtrain.scopes import Scopes
+from flowtrain.steps import CLOSED, CLOSING, OPEN
 from flowtrain.testing import tiny_learner
 
 

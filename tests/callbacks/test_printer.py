@@ -79,9 +79,9 @@ def test_an_epoch_that_recorded_nothing_prints_nothing(output: io.StringIO) -> N
     assert [line[:9] for line in output.getvalue().splitlines()] == ["epoch   1", "epoch   3"]
 
 
-def test_two_metrics_share_a_line(output: io.StringIO) -> None:
-    one, two = Metrics(Metric(constant(1.0), name="One")), Metrics(Metric(constant(2), name="Two"))
-    learner = tiny_learner(MetricsPrinter(), two, one, n_batches=2)
+def test_all_metrics_share_a_line(output: io.StringIO) -> None:
+    metrics = Metrics(Metric(constant(1.0), name="One"), Metric(constant(2), name="Two"))
+    learner = tiny_learner(MetricsPrinter(), metrics, n_batches=2)
     learner.epoch(ValidationPhase)
     [line] = output.getvalue().splitlines()
     assert "  One 1" in line

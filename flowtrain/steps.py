@@ -1,0 +1,134 @@
+"""What the bundled steps are made of: the first half of a batch, from its data to its loss.
+
+`flowtrain.phases` has the steps themselves. They are written for speed, since they run for every batch: an event is
+fired by calling its runner, where there is one (`StepRunners`), and the core's functions are torch's own where nothing
+comes between (`flowtrain.core`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from flowtrain.batch import BatchState
+from flowtrain.errors import LossError
+from flowtrain.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    Event,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
+
+__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "begin_batch", "describe", "evaluate"]
+
+CLOSED, OPEN, CLOSING = 0, 1, 2
+"""Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
+
+_BATCH_BEGIN, _LOSS_BEGIN = BatchBegin(), LossBegin()
+
+
+class StepRunners:
+    """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
+
+    A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
+    """
+
+    __slots__ = (
+        "backward_begin",
+        "backward_end",
+        "batch_begin",
+        "batch_end",
+        "loss_begin",
+        "update_begin",
+        "update_end",
+    )
+    events: ClassVar[Mapping[str, type[Event]]] = {
+        "batch_begin": BatchBegin,
+        "loss_begin": LossBegin,
+        "backward_begin": BackwardBegin,
+        "backward_end": BackwardEnd,
+        "update_begin": UpdateBegin,
+        "update_end": UpdateEnd,
+        "batch_end": BatchEnd,
+    }
+
+    batch_begin: Any
+    loss_begin: Any
+    backward_begin: Any
+    backward_end: Any
+    update_begin: Any
+    update_end: Any
+    batch_end: Any
+
+
+def begin_batch(phase: Any, loop: Any, on: StepRunners, raw: Any) -> BatchState:
+    """Open the batch: its data, on the device, and `BatchBegin`."""
+    if loop.core.places:
+        raw = loop.core.place(raw)
+    inputs, targets = phase.split(raw)
+    batch = BatchState()
+    batch.inputs = inputs
+    batch.targets = targets
+    state = loop.state
+    if type(inputs) is torch.Tensor is type(targets):
+        state.batch = state.batch_twin = batch
+    else:
+        state.show(batch)
+    loop.scopes.backward = False
+    loop.scopes.batch = OPEN
+    if on.batch_begin is not None:
+        on.batch_begin(_BATCH_BEGIN, phase)
+    return batch
+
+
+def evaluate(phase: object, core: Any, on: StepRunners, batch: BatchState) -> None:
+    """Run the model and the loss function, with `LossBegin` between them."""
+    try:
+        outputs = batch.outputs = core.model(batch.inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
+        raise
+    if type(outputs) is not torch.Tensor:
+        core.show(batch)
+    if on.loss_begin is not None:
+        on.loss_begin(_LOSS_BEGIN, phase)
+    try:
+        loss = batch.loss = core.lossfn(batch.outputs, batch.targets)
+        scalar = loss.numel() == 1
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
+    if not scalar:
+        raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
+
+
+def _loss_error(phase: object, core: Any, batch: BatchState, what: str) -> LossError:
+    return LossError(
+        f"The loss function {core.loss_name} {what}\n"
+        f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
+        f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
+        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+    )
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what a piece of data is: type, shape and dtype, or length and first parts.
+
+    >>> describe(torch.zeros(2, 3))
+    'Tensor of shape (2, 3), float32'
+    """
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
+    if isinstance(value, (tuple, list)):
+        parts = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
+    return f"{type(value).__name__} {value!r:.60}"
