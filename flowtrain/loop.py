@@ -116,9 +116,10 @@ class Loop:
         return self._by_type[key]
 
     def swap(self, plan: Plan, runner: Runner) -> None:
-        """Use another runner for a plan from its next event on."""
-        self._by_type[plan.event_type, plan.phase_type] = runner
-        self.runners.clear()
+        """Use another runner for a plan from its next event on; a plan of callbacks that are gone stays gone."""
+        if (plan.event_type, plan.phase_type) in self._by_type:
+            self._by_type[plan.event_type, plan.phase_type] = runner
+            self.runners.clear()
 
     def fire(self, event: Event, phase: Phase) -> None:
         """Fire an event: run what handles it, and then what its handlers asked to fire."""

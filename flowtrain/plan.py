@@ -59,6 +59,7 @@ class Plan:
         ancestors: For each position, the positions that must run before it, as the bits of an integer.
         calls: ``(call, view)`` of each step: all that a serial run needs.
         always: Whether handlers run also when one that they depend on failed (`FitEnd`).
+        watched: Whether each call looks at the whole state (strict mode); no two such calls run at the same time.
     """
 
     event_type: type[Event]
@@ -68,6 +69,7 @@ class Plan:
     ancestors: tuple[int, ...]
     calls: tuple[tuple[Call, LearnerView], ...]
     always: bool = False
+    watched: bool = False
 
     def explain(self) -> Iterator[str]:
         """Yield a line for each step: its place, its handler, and after whom it runs and why."""
@@ -121,6 +123,7 @@ def make_plan(
         order.ancestors,
         tuple((step.call, step.view) for step in steps),
         always=issubclass(event_type, FitEnd),
+        watched=watch is not None,
     )
 
 
