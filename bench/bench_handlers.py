@@ -158,7 +158,7 @@ def calling(handlers: Sequence[Callable[[Any, Any, Any], None]]) -> Callable[[],
 
 def firing(*callbacks: Callback) -> Callable[[], None]:
     """Fire the end of a batch as the loop does: a runner is called where there is one."""
-    runner = learner_with(*callbacks).loop.runner(BatchEnd, TrainingPhase)
+    runner = learner_with(*callbacks).loop.dispatch.runner(BatchEnd, TrainingPhase)
     event = BatchEnd()
 
     def run() -> None:

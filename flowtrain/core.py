@@ -11,86 +11,25 @@ optimizer's step, and handlers of `UpdateEnd`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.optim import Optimizer
 
 from flowtrain.batch import BatchState
-from flowtrain.errors import CoreError, is_a, nearest
-from flowtrain.optimizers import OptimizerParts
-from flowtrain.readonly import refuse
+from flowtrain.devices import find_device, place
+from flowtrain.errors import CoreError, is_a
+from flowtrain.hyperparams import OptimizerParts
+from flowtrain.optimizers import gradients_of, make_optimizers, params_of
+from flowtrain.parameters import Gradients, Parameters
 from flowtrain.state import LearnerState, Named
 
-__all__ = ["Gradients", "OptimizerFactory", "Parameters", "Precision", "TorchCore"]
+__all__ = ["Precision", "TorchCore"]
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Parameters(Mapping[str, torch.nn.Parameter]):
-    """Parameters by name, looked up in the live modules; with several models the name begins with the model's."""
-
-    __slots__ = ("_models",)
-
-    def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
-        self._models = models
-
-    def _items(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for prefix, model in self._models.items():
-            yield from model.named_parameters(prefix)
-
-    def __getitem__(self, name: str) -> torch.nn.Parameter:
-        # Not by a search through all: whoever goes through this mapping would pay for it at every parameter.
-        prefix, _, rest = ("", "", name) if "" in self._models else name.partition(".")
-        try:
-            return self._models[prefix].get_parameter(rest)
-        except (AttributeError, KeyError):
-            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._items())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._items())
-
-
-class Gradients(Mapping[str, torch.Tensor]):
-    """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient.
-
-    Attributes:
-        twin: The same, read-only.
-    """
-
-    __slots__ = ("_params", "twin")
-
-    def __init__(self, params: Parameters, *, writable: bool = True) -> None:
-        self._params = params
-        self.twin = Gradients(params, writable=False) if writable else self
-
-    def __twin__(self) -> Gradients:
-        return self.twin
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        gradient = self._params[name].grad
-        if gradient is None:
-            raise KeyError(f"{name} has no gradient: it took no part in the loss, or it is frozen")
-        return gradient
-
-    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
-        if self.twin is self:
-            raise refuse("batch.grads")
-        self._params[name].grad = gradient
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, param in self._params.items() if param.grad is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class TorchCore:
@@ -168,10 +107,10 @@ class TorchCore:
             )
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
-        self.device = _find_device(self._wanted_device, self.models.values())
+        self.device = find_device(self._wanted_device, self.models.values())
         for module in (*self.models.values(), *self._loss_modules):
             module.to(self.device)
-        self._optimizers = _make_optimizers(optimizer, self.models, self._loss_modules)
+        self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
         self._state = state
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
@@ -225,20 +164,7 @@ class TorchCore:
 
     def place(self, data: Any) -> Any:
         """Return the data on the device: tensors in tuples, lists, dicts and objects with ``.to(device)``."""
-        if isinstance(data, torch.Tensor):
-            return data.to(self.device, non_blocking=True)
-        to = getattr(data, "to", None)
-        if callable(to) and not isinstance(data, torch.nn.Module):
-            return to(self.device)  # its own way goes first: a PackedSequence is a tuple, and knows what stays
-        if isinstance(data, tuple):
-            moved = [self.place(item) for item in data]
-            return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
-        if isinstance(data, list):
-            return [self.place(item) for item in data]
-        if isinstance(data, dict):
-            made = {key: self.place(item) for key, item in data.items()}
-            return made if type(data) is dict else _rebuild(data, made)
-        return data
+        return place(data, self.device)
 
     def show(self, batch: BatchState) -> None:
         """Let handlers that read this batch see read-only twins of the containers in it."""
@@ -291,7 +217,7 @@ class TorchCore:
             CoreError: There is no optimizer of that name, or the loss does not depend on its parameters.
         """
         self._check_name("backward", name)
-        params = [param for param in _params(self._optimizers[name]) if param.requires_grad]
+        params = [param for param in params_of(self._optimizers[name]) if param.requires_grad]
         if self.accumulate > 1:
             loss = loss / self.accumulate
         try:
@@ -326,12 +252,12 @@ class TorchCore:
                 self._scaler.unscale_(optimizer)
             if self._counts[name] < self.accumulate:
                 # The group turned out shorter than the number that each loss was divided by.
-                for gradient in _gradients(optimizer):
+                for gradient in gradients_of(optimizer):
                     gradient.mul_(self.accumulate / self._counts[name])
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
         """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
-        params = [param for name in names for param in _params(self._optimizers[name]) if param.grad is not None]
+        params = [param for name in names for param in params_of(self._optimizers[name]) if param.grad is not None]
         norm: torch.Tensor | None = None
         if self._needs_norm or self.clip_grad_norm is not None:
             norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
@@ -394,102 +320,3 @@ class TorchCore:
     def __repr__(self) -> str:
         device = self.device if self._state is not None else self._wanted_device
         return f"TorchCore(device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate})"
-
-
-def _rebuild(data: dict[Any, Any], made: dict[Any, Any]) -> Any:
-    """Return a dict of the same type as `data`, such as a model's output class, with other values."""
-    copy = data.copy()
-    for key, item in made.items():
-        copy[key] = item
-    return copy
-
-
-def _find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:
-    if wanted != "auto":
-        try:
-            device = torch.device(wanted)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-            raise CoreError(f"device={wanted!r} cannot be used: {error}") from error
-        return device
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type not in ("cpu", "meta"):
-                return tensor.device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
-
-
-def _params(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def _gradients(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [param.grad for param in _params(optimizer) if param.grad is not None]
-
-
-def _make_optimizers(
-    wanted: Any, models: Mapping[str, torch.nn.Module], loss_modules: Iterable[torch.nn.Module]
-) -> dict[str, Optimizer]:
-    """Return the optimizers by name; a single one has the empty name."""
-    loss_params = [param for module in loss_modules for param in module.parameters()]
-    found = [param for model in models.values() for param in model.parameters()] + loss_params
-    everything = list({id(param): param for param in found}.values())  # models may share a part
-    if not isinstance(wanted, Mapping):
-        return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
-    made: dict[str, Optimizer] = {}
-    for name, each in wanted.items():
-        if name not in models and not isinstance(each, Optimizer):
-            known = ", ".join(repr(known) for known in models if known)
-            raise CoreError(
-                f"optimizer[{name!r}] is called with the parameters of model {name!r}, and there is no such model"
-                f"{f' ({known} are there)' if known else ', but one without a name'}.{nearest(name, models)} "
-                f"Use the models' names, or pass an optimizer instance."
-            )
-        own = list(models[name].parameters()) if name in models else everything
-        # The loss function's parameters, if any, go to the first optimizer that is made here.
-        extra = loss_params if not made else []
-        own = list({id(param): param for param in [*own, *extra]}.values())
-        made[name] = _make_optimizer(each, own, everything, f"optimizer[{name!r}]")
-    if not made:
-        raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
-    return made
-
-
-def _make_optimizer(
-    wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str
-) -> Optimizer:
-    if isinstance(wanted, Optimizer):
-        ids = {id(param) for param in known}
-        for number, group in enumerate(wanted.param_groups):
-            for param in group["params"]:
-                if id(param) not in ids:
-                    raise CoreError(
-                        f"{what} ({type(wanted).__name__}) has, in group {number}, a parameter of shape "
-                        f"{tuple(param.shape)} that is neither the model's nor the loss function's, so training would "
-                        f"not change the model. Make the optimizer from this model's parameters, or pass a function: "
-                        f"optimizer=partial(torch.optim.{type(wanted).__name__}, lr=...)."
-                    )
-        return _needs_no_closure(wanted, what)
-    if not callable(wanted):
-        raise CoreError(
-            f"{what} is {wanted!r}. Pass an optimizer, or a function of the parameters such as "
-            f"partial(torch.optim.AdamW, lr=1e-3)."
-        )
-    if not params:
-        raise CoreError(f"{what} has nothing to train: the model has no parameters.")
-    made = wanted(params)
-    if not isinstance(made, Optimizer):
-        raise CoreError(
-            f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."
-        )
-    return _needs_no_closure(made, what)
-
-
-def _needs_no_closure(optimizer: Optimizer, what: str) -> Optimizer:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise CoreError(
-            f"{what} is LBFGS, whose step runs the model several times through a closure, and an update here steps "
-            f"once. Use another optimizer, or call LBFGS yourself in the step of a phase of your own."
-        )
-    return optimizer

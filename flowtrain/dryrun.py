@@ -8,19 +8,13 @@ trace, so those that are declared are kept.
 
 from __future__ import annotations
 
-import copy
-import random
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, canonical, declare, render, union
 from flowtrain.callback import Callback
-from flowtrain.core import TorchCore
 from flowtrain.errors import FlowtrainError, UsageError, is_a
 from flowtrain.events import Event
 from flowtrain.fingerprint import changes, fingerprints
@@ -32,19 +26,11 @@ from flowtrain.plan import Call, Step, owner_of
 from flowtrain.protect import LearnerView
 from flowtrain.recording import Log, RecordingView
 from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState, Named
+from flowtrain.scratch import LearnerParts, copies, first_batches, same_random_numbers
+from flowtrain.state import LearnerState
 from flowtrain.strict import declarable
 
 __all__ = ["Recording", "record"]
-
-
-class _Learner(Protocol):
-    """What is used of a learner, which lies in a later layer."""
-
-    state: LearnerState
-    core: TorchCore
-
-    def fit(self, epochs: int) -> None: ...
 
 
 @dataclass
@@ -85,7 +71,7 @@ class Recording:
         return "\n".join(lines)
 
 
-def record(learner: _Learner, callback: Callback) -> Recording:
+def record(learner: LearnerParts, callback: Callback) -> Recording:
     """Run a callback for one batch of every phase of a learner, on copies, and say what it touches.
 
     Args:
@@ -97,8 +83,8 @@ def record(learner: _Learner, callback: Callback) -> Recording:
     """
     if not is_a(callback, Callback):
         raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
-    with _same_random_numbers():
-        data = _first_batches(learner.state.data)
+    with same_random_numbers():
+        data = first_batches(learner.state.data)
         try:
             return _dry_run(learner, data, callback, declared=True)
         except _NotBuilt:
@@ -110,8 +96,8 @@ class _NotBuilt(Exception):
     """The scratch learner could not be built."""
 
 
-def _dry_run(learner: _Learner, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
-    subject, model, lossfn, optimizer, others = _copies(learner, callback)
+def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
+    subject, model, lossfn, optimizer, others = copies(learner, callback)
     probe = _Probe(subject, declared=declared)
     scratch = type(learner).__new__(type(learner))
     try:
@@ -131,41 +117,13 @@ def _dry_run(learner: _Learner, data: PhaseMap[Any], callback: Callback, *, decl
         raise
     scratch.core.need_grad_norm(True)
     scratch.state.callbacks = built
-    scratch.loop.use(built)  # type: ignore[attr-defined]  # a learner's loop, in a later layer
+    scratch.loop.dispatch.use(built)  # type: ignore[attr-defined]  # a learner's loop, in a later layer
     failure: BaseException | None = None
     try:
         scratch.fit(1)
     except Exception as error:  # reported with what was found until then
         failure = error
     return probe.recording(failure)
-
-
-def _copies(learner: _Learner, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:
-    state = learner.state
-    others = [
-        other
-        for other in state.callbacks
-        # Those that only consume would print or write files once more.
-        if type(other) is not type(callback)
-        and any(isinstance(kind, Write) and path[0] != "resource" for path, kind in _node_of(state, other).union)
-    ]
-    models = dict(state.model) if isinstance(state.model, Named) else state.model
-    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
-    try:
-        subject, model, lossfn, optimizer, others = copy.deepcopy(
-            (callback, models, state.lossfn, optimizers, others), {id(state): state}
-        )
-    except Exception as error:
-        raise UsageError(
-            f"The dry run works on copies, and something cannot be copied: {type(error).__name__}: {error}. Open "
-            f"files and connections in setup or at FitBegin, not in __init__."
-        ) from error
-    return subject, model, lossfn, optimizer, others
-
-
-def _node_of(state: LearnerState, callback: Callback) -> Node:
-    callbacks: Callbacks = state.callbacks
-    return next(node for node in callbacks.nodes if node.callback is callback)
 
 
 class _Probe:
@@ -270,34 +228,3 @@ def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
             continue
         kept[path] = kind
     return tuple(sorted(kept.items(), key=lambda item: item[0]))
-
-
-def _first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
-    if not data:
-        raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
-    found: PhaseMap[Any] = PhaseMap("data")
-    for phase, loader in data.items():
-        if isinstance(loader, Iterator):
-            raise UsageError(
-                f"The data for {phase!r} is an iterator: the dry run would use up its first batch. Pass a list, a "
-                f"DataLoader, or anything that can be iterated again."
-            )
-        for raw in loader:
-            found[phase] = [raw]
-            break
-    return found
-
-
-@contextmanager
-def _same_random_numbers() -> Generator[None]:
-    """Put the states of torch's, Python's and numpy's generators back."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numbers = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(numbers)

@@ -7,12 +7,12 @@ what a user passes, joins these parts, and delegates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
+from flowtrain.arguments import as_list, as_phase, check_counts, check_lossfn, check_model
 from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
@@ -20,18 +20,19 @@ from flowtrain.core import TorchCore
 from flowtrain.data import loaders
 from flowtrain.dryrun import Recording, record
 from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
-from flowtrain.events import EpochBegin, Event
+from flowtrain.events import EpochBegin
 from flowtrain.execution import Executor, find_executor
-from flowtrain.loop import Loop, RunBatch
+from flowtrain.loop import Loop
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState, Named, State
+from flowtrain.state import LearnerState, Named
+from flowtrain.stepsite import StepSite
 from flowtrain.strict import watch
 
 __all__ = ["Learner"]
 
 
-class Learner:
+class Learner(StepSite):
     """Trains a model.
 
     Args:
@@ -67,14 +68,14 @@ class Learner:
         strict: bool = False,
     ) -> None:
         self.state = LearnerState()
-        self.state.model = _check_model(model)
-        self.state.lossfn = _check_lossfn(lossfn)
+        self.state.model = check_model(model)
+        self.state.lossfn = check_lossfn(lossfn)
         self.state.data = loaders(data)
         self.strict = strict
         self.stopped: BaseException | None = None
         self._closed = False
         found = find_executor(executor)
-        chosen = [*_as_list(callbacks)]
+        chosen = [*as_list(callbacks)]
         chosen += _defaults(default_callbacks, chosen)
         self.core = TorchCore() if core is None else core
         self.core.attach(self.state, optimizer)
@@ -85,54 +86,6 @@ class Learner:
         except BaseException:
             self.core.release()  # so that the next attempt, with what was wrong put right, can have it
             raise
-
-    # --- what is trained
-
-    @property
-    def model(self) -> Any:
-        """The module that was passed, or all of them by name."""
-        return self.state.model
-
-    @property
-    def lossfn(self) -> Any:
-        """The loss function."""
-        return self.state.lossfn
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer, or all of them by name."""
-        return self.state.optimizer
-
-    @property
-    def data(self) -> Any:
-        """The loaders by phase: ``learner.data[TrainingPhase]``."""
-        return self.state.data
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The parameters of the model by name; with several models the name begins with the model's."""
-        return self.state.params
-
-    @property
-    def batch(self) -> BatchState:
-        """The state of the current, or last, batch."""
-        return self.state.batch
-
-    @property
-    def cbstate(self) -> State:
-        """What callbacks share with each other."""
-        return self.state.cbstate
-
-    @property
-    def callbacks(self) -> Callbacks:
-        """The callbacks: iterable, with ``graph``, ``plan`` and ``explain``."""
-        callbacks: Callbacks = self.state.callbacks
-        return callbacks
-
-    @property
-    def executor(self) -> Executor:
-        """What runs the callbacks."""
-        return self.loop.executor
 
     # --- training
 
@@ -164,7 +117,7 @@ class Learner:
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
         """
         self._ready("fit()")
-        _check_counts(epochs, steps, validate_every)
+        check_counts(epochs, steps, validate_every)
         chosen = self.state.data if data is None else loaders(data)
         self._check_fit_data(chosen, by_steps=steps is not None)
         before, self.state.data = self.state.data, chosen
@@ -184,7 +137,7 @@ class Learner:
             CancelFittingException: A handler ended training; only `fit` has something to end.
         """
         self._ready("epoch()")
-        phase = _as_phase(phase, "epoch")
+        phase = as_phase(phase, "epoch")
         if data is None and phase not in self.state.data:
             raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
         chosen = self.state.data if data is None else loaders({**self.state.data, phase: data})
@@ -198,7 +151,7 @@ class Learner:
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase on what a loader would give, and return the batch state."""
         self._ready("step()")
-        phase = _as_phase(phase, "step")
+        phase = as_phase(phase, "step")
         self._check_phases([phase])
         return self.loop.step(self, phase, raw)
 
@@ -229,45 +182,6 @@ class Learner:
     ) -> None:
         self.close()
 
-    # --- for the steps of custom phases
-
-    def run_batch(self, phase: Phase, **state: Any) -> RunBatch:
-        """Return the context of one batch: it gives the batch state, and fires `BatchBegin` and `BatchEnd`.
-
-        Args:
-            phase: The phase whose step calls this.
-            state: The first entries of the batch state; they are moved to the device.
-        """
-        return self.loop.run_batch(phase, state)
-
-    def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event. In a handler call ``learner.fire(event)`` of the handler's own `learner`."""
-        self.loop.fire_from_outside(event, phase)
-
-    def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass: autocast, if the precision asks for it."""
-        return self.loop.forward()
-
-    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`.
-
-        Args:
-            phase: The phase whose step calls this.
-            loss: A tensor with one element. If it is ``batch.loss``, that is detached afterwards.
-            name: Which of several optimizers the loss is for: only its parameters get gradients. Without a name all
-                parameters that the loss depends on do, also those of a model that it only passes through.
-        """
-        self.loop.backward(phase, loss, name)
-
-    def update(self, phase: Phase, name: str | None = None) -> None:
-        """Step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its accumulation group is complete.
-
-        Args:
-            phase: The phase whose step calls this.
-            name: Which of several optimizers.
-        """
-        self.loop.update(phase, name)
-
     # --- callbacks
 
     def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
@@ -280,7 +194,7 @@ class Learner:
 
     def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
         """Use these callbacks, and no default ones. Those that are there already are not set up again."""
-        self._use(_as_list(callbacks))
+        self._use(as_list(callbacks))
 
     def replace_callback(self, new: Callback) -> Callback:
         """Replace the callback of the same type, and return it.
@@ -333,7 +247,7 @@ class Learner:
         self.state.callbacks = made
         named = (path for node in made.nodes for path, _ in node.union)
         self.core.need_grad_norm(("batch", "grad_norm") in named)
-        self.loop.use(made)
+        self.loop.dispatch.use(made)
 
     # --- checks
 
@@ -368,38 +282,6 @@ class Learner:
         return f"Learner({type(self.state.model).__name__}, {self.core!r}, executor={self.executor.name!r})"
 
 
-def _check_model(model: Any) -> Any:
-    if isinstance(model, torch.nn.Module):
-        return model
-    if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
-        for name in model:
-            if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or hasattr(Mapping, name):
-                raise CoreError(f"model has the name {name!r}, which learner.model.<name> cannot be. Choose another.")
-        return Named("model", model)
-    raise CoreError(f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules.")
-
-
-def _check_lossfn(lossfn: Any) -> Any:
-    if isinstance(lossfn, type) or not callable(lossfn):
-        made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
-        raise CoreError(f"lossfn={lossfn!r} is not a function of (outputs, targets).{made}")
-    return lossfn
-
-
-def _as_list(callbacks: Any) -> list[Callback]:
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
-        raise CallbackError(f"callbacks={callbacks!r} is not a list. Write callbacks=[...].")
-    return list(callbacks)
-
-
-def _as_phase(phase: Any, what: str) -> Phase:
-    if isinstance(phase, Phase):
-        return phase
-    if isinstance(phase, type) and issubclass(phase, Phase):
-        return phase()
-    raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
-
-
 def _defaults(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
     if wanted not in (True, False, "quiet"):
         raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
@@ -409,13 +291,3 @@ def _defaults(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
     if wanted != "quiet":
         kinds += [ProgressBar, MetricsPrinter]
     return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
-
-
-def _check_counts(epochs: object, steps: object, validate_every: object) -> None:
-    if (epochs is None) == (steps is None):
-        raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
-    for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UsageError(f"fit({name}={value!r}): {name} is a whole number, at least 1.")
-    if validate_every is not None and steps is None:
-        raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")

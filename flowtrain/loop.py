@@ -1,76 +1,42 @@
-"""The loop: fit, epoch, step, and what a step of one's own is made of.
+"""The loop: fit, epoch and step, and how each is closed whatever happens in it.
 
-The loop fires events through *runners*, which the executor makes from plans. An event without handlers has no runner
-and costs a test for ``None``. The loop also is the executor's `flowtrain.execution.Site`: it fires what handlers asked
-for (`drain`) and decides what their failures mean (`fail`).
+Rules 15 to 17 of ``docs/rules.md`` are kept here: every Begin gets exactly one End or Cancelled, an exception closes
+the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every callback before anything is raised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
-
-import torch
 
 from flowtrain.batch import BatchState
 from flowtrain.core import TorchCore
 from flowtrain.data import check_gave, length, shortest, stream
-from flowtrain.errors import CoreError, UsageError, is_a
+from flowtrain.dispatch import Dispatch
 from flowtrain.events import (
-    BackwardBegin,
-    BackwardEnd,
-    BatchBegin,
     BatchCancelled,
-    BatchEnd,
     EpochBegin,
     EpochCancelled,
     EpochEnd,
     Event,
     FitBegin,
     FitEnd,
-    UpdateBegin,
-    UpdateEnd,
 )
-from flowtrain.execution import Executor, Runner
+from flowtrain.execution import Executor
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
-from flowtrain.plan import Plan, Step
-from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, merge
 from flowtrain.state import LearnerState
-from flowtrain.steps import CLOSED, CLOSING, OPEN, StepRunners
+from flowtrain.steps import CLOSED, CLOSING, OPEN
 
-__all__ = ["Loop", "RunBatch"]
+__all__ = ["Loop"]
 
 _FIT_END, _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = FitEnd(), EpochBegin(), EpochEnd(), EpochCancelled()
-_BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
-_BACKWARD_BEGIN, _BACKWARD_END = BackwardBegin(), BackwardEnd()
-_UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
+_BATCH_CANCELLED = BatchCancelled()
 
 _LEFT_OPEN = "the step caught an exception and left its batch open"
-
-_MOST_FIRED = 10_000
-"""Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
-
-
-class _Runners(dict[Phase, StepRunners]):
-    """The runners of a step by phase, looked up when a phase is met."""
-
-    def __init__(self, loop: Loop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def __missing__(self, phase: Phase) -> StepRunners:
-        found = StepRunners()
-        fires = phase.events
-        for name, event_type in StepRunners.events.items():
-            known = fires is None or event_type in fires
-            setattr(found, name, self._loop.runner(event_type, type(phase)) if known else None)
-        self[phase] = found
-        return found
 
 
 class Loop:
@@ -81,8 +47,8 @@ class Loop:
         core: The torch core.
         executor: What runs the plans.
         scopes: What is open, and where training is.
+        dispatch: What fires events.
         runners: For each phase, what to call at each event of its step.
-        fired: The events that handlers asked to fire.
     """
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
@@ -90,97 +56,8 @@ class Loop:
         self.core = core
         self.executor = executor
         self.scopes = Scopes()
-        self.runners = _Runners(self)
-        self.fired = state.fired
-        self._callbacks: Callbacks | None = None
-        self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
-        self._draining = False
-        self._kept = 0
-
-    # --- events
-
-    def use(self, callbacks: Callbacks) -> None:
-        """Run the plans of these callbacks from now on."""
-        if self._callbacks is None:
-            self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
-        self._callbacks = callbacks
-        self._by_type.clear()
-        self.runners.clear()
-
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
-        """Return what runs an event in a phase; ``None`` where no callback has a handler."""
-        key = (event_type, phase_type)
-        if key not in self._by_type:
-            plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
-            self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.steps else None
-        return self._by_type[key]
-
-    def swap(self, plan: Plan, runner: Runner) -> None:
-        """Use another runner for a plan from its next event on; a plan of callbacks that are gone stays gone."""
-        if (plan.event_type, plan.phase_type) in self._by_type:
-            self._by_type[plan.event_type, plan.phase_type] = runner
-            self.runners.clear()
-
-    def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event: run what handles it, and then what its handlers asked to fire."""
-        try:
-            runner = self._by_type[type(event), type(phase)]
-        except KeyError:
-            if not is_a(event, Event) or not is_a(phase, Phase):
-                raise UsageError(
-                    f"fire() takes an event and a phase, got {event!r} and {phase!r}. "
-                    f"Write fire(MyEvent(), TrainingPhase())."
-                ) from None
-            runner = self.runner(type(event), type(phase))
-        if runner is not None:
-            runner(event, phase)
-
-    def fire_from_outside(self, event: Event, phase: Phase) -> None:
-        """Fire an event for a caller that may be outside of every scope; handlers cannot start training then."""
-        before, self.scopes.firing = self.scopes.firing, True
-        try:
-            self.fire(event, phase)
-        except BaseException:
-            self.fired.clear()
-            raise
-        finally:
-            self.scopes.firing = before
-
-    def drain(self, phase: Phase) -> None:
-        """Fire what handlers asked for, first in, first out; called by runners when an event has ended."""
-        if self._draining:
-            return  # the outer call goes on with what was added
-        self._draining = True
-        failures: list[BaseException] = []
-        count = 0
-        try:
-            while self.fired:
-                _, event = self.fired.pop(0)
-                count += 1
-                if count > _MOST_FIRED:
-                    raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
-                self._kept = len(self.fired)
-                try:
-                    self.fire(event, phase)
-                except Exception as failure:  # collected, and raised when the others have run
-                    failures.append(failure)
-        finally:
-            self._draining = False
-            self._kept = 0
-            self.fired.clear()
-        if failures:
-            raise merge(failures)
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""
-        meant: list[BaseException] = []
-        for step, failure in failures:
-            self.scopes.note(failure, step, event, phase)
-            if self.scopes.means_something(failure):
-                meant.append(failure)
-        if meant:
-            del self.fired[self._kept :]
-            raise merge(meant)
+        self.dispatch = Dispatch(state, self.scopes, executor)
+        self.runners = self.dispatch.runners
 
     # --- fit and epoch
 
@@ -196,7 +73,7 @@ class Loop:
         self.scopes.fit = OPEN
         failures: list[BaseException] = []
         try:
-            self.fire(FitBegin(epochs, steps), Phase())
+            self.dispatch.fire(FitBegin(epochs, steps), Phase())
             if epochs is not None:
                 for _ in range(epochs):
                     for phase, loader in data.items():
@@ -244,7 +121,7 @@ class Loop:
             self.state.show(BatchState())
             self.core.end_groups()
             try:
-                self.fire(_EPOCH_BEGIN, phase)
+                self.dispatch.fire(_EPOCH_BEGIN, phase)
                 self._run(learner, phase, loader, most)
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
@@ -262,12 +139,12 @@ class Loop:
 
     def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
         """Fire the event that closes a scope; what it raises is added to `failures`."""
-        self.fired.clear()
+        self.dispatch.fired.clear()
         try:
-            self.fire(event, phase)
+            self.dispatch.fire(event, phase)
         except BaseException as failure:  # the scopes around it are closed first
             failures.append(failure)
-            self.fired.clear()
+            self.dispatch.fired.clear()
 
     def _show(self, batch: BatchState | None) -> None:
         if batch is not self.state.batch:
@@ -308,7 +185,7 @@ class Loop:
         """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
         scopes = self.scopes
         failures = [failure]
-        self.fired.clear()  # an interrupt leaves behind what its event had asked for
+        self.dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for
         if scopes.batch == OPEN:
             scopes.batch = CLOSING
             if scopes.backward:
@@ -338,97 +215,3 @@ class Loop:
         finally:
             self.scopes.firing = False
         return self.state.batch
-
-    def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass."""
-        return self.core.autocast()
-
-    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None) -> None:
-        """Run the backward pass with its events; ``batch.loss``, where it is this loss, is detached after it."""
-        on, batch = self.runners[phase], self.state.batch
-        self._need_batch("backward")
-        shared = batch.__dict__.get("loss") is loss
-        self.scopes.backward = True
-        if on.backward_begin is not None:
-            on.backward_begin(_BACKWARD_BEGIN, phase)
-            loss = batch.loss if shared else loss
-        if not is_a(loss, torch.Tensor) or loss.numel() != 1:
-            raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
-        self.core.drop_spent()
-        if name is None:
-            self.core.backward(loss)
-        else:
-            self.core.backward_for(loss, name)
-        if shared:
-            batch.loss = loss.detach()
-        batch.grads = self.core.grads
-        if on.backward_end is not None:
-            on.backward_end(_BACKWARD_END, phase)
-
-    def update(self, phase: Phase, name: str | None = None) -> None:
-        """Step the optimizer `name`, or all of them, if its accumulation group is complete, with its events."""
-        self._need_batch("update")
-        core = self.core
-        names = core.due(name)
-        if not names:
-            return
-        on = self.runners[phase]
-        core.unscale(names)
-        if on.update_begin is not None:
-            on.update_begin(_UPDATE_BEGIN, phase)
-        norm = core.clip(names)
-        if norm is not None:
-            self.state.batch.grad_norm = norm
-        core.step(names)
-        if on.update_end is not None:
-            on.update_end(_UPDATE_END, phase)
-
-    def run_batch(self, phase: Phase, state: dict[str, Any]) -> RunBatch:
-        """Return the context of one batch in a step of one's own."""
-        return RunBatch(self, phase, state)
-
-    def _need_batch(self, what: str) -> None:
-        if self.scopes.batch != OPEN:
-            raise UsageError(f"{what}() needs an open batch. Call it inside `with learner.run_batch(self, ...)`.")
-
-
-class RunBatch:
-    """The context of one batch: it makes the batch state, and fires `BatchBegin` and `BatchEnd`.
-
-    An exception in its body closes the batch and goes on, so a step may catch it.
-    """
-
-    __slots__ = ("_entries", "_loop", "_phase")
-
-    def __init__(self, loop: Loop, phase: Phase, entries: dict[str, Any]) -> None:
-        self._loop = loop
-        self._phase = phase
-        self._entries = entries
-
-    def __enter__(self) -> BatchState:
-        loop, scopes = self._loop, self._loop.scopes
-        if scopes.batch != CLOSED:
-            raise UsageError(f"run_batch({self._phase!r}) was called inside an open batch. Leave that one first.")
-        batch = BatchState()
-        batch.__dict__.update(loop.core.place(self._entries) if loop.core.places else self._entries)
-        loop.state.show(batch)
-        scopes.backward = False
-        scopes.batch = OPEN
-        try:
-            loop.fire(_BATCH_BEGIN, self._phase)
-        except BaseException as failure:  # closed first
-            loop.close_batch(self._phase, failure)
-        if torch.is_grad_enabled():
-            loop.core.begin_groups()
-        return batch
-
-    def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
-        loop = self._loop
-        if failure is not None:
-            loop.close_batch(self._phase, failure)
-        loop.scopes.batch = CLOSING
-        try:
-            loop.fire(_BATCH_END, self._phase)
-        finally:
-            loop.scopes.batch = CLOSED
-            loop.scopes.completed = loop.state.batch

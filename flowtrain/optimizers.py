@@ -1,135 +1,91 @@
-"""What handlers see of an optimizer: its hyperparameters and its state, as two things apart.
-
-A schedule writes ``optimizer.hyperparams`` while another callback reads ``optimizer.state``; neither touches the
-parameters, which belong to ``model``. Both are paths of their own, and bare ``optimizer`` covers them.
-"""
+"""Optimizers as a user passes them, checked against the models and made where a function is given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
+import torch
 from torch.optim import Optimizer
 
-from flowtrain.errors import ProtectedException, UsageError
-from flowtrain.readonly import readonly, refuse
+from flowtrain.errors import CoreError, nearest
 
-__all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts"]
-
-_STEPS = frozenset({"add_param_group", "load_state_dict", "step", "zero_grad"})
+__all__ = ["OptimizerFactory", "gradients_of", "make_optimizers", "params_of"]
 
 
-class HyperParamGroup(MutableMapping[str, Any]):
-    """One parameter group without its parameters: ``group["lr"] = 0.1``."""
-
-    __slots__ = ("_group", "_path", "_writable")
-
-    def __init__(self, group: dict[str, Any], path: str, *, writable: bool) -> None:
-        self._group = group
-        self._path = path
-        self._writable = writable
-
-    def __getitem__(self, name: str) -> Any:
-        if name == "params":
-            raise KeyError("params: the parameters are at learner.params; a group here has hyperparameters only")
-        value = self._group[name]
-        return value if self._writable else readonly(value, self._path)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if not self._writable:
-            raise refuse(self._path)
-        if name == "params":
-            raise KeyError("params: a group here has hyperparameters only")
-        self._group[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        if not self._writable:
-            raise refuse(self._path)
-        raise UsageError(f"{self._path}: {name!r} cannot be deleted, the optimizer needs it. Assign another value.")
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._group if name != "params")
-
-    def __len__(self) -> int:
-        return len(self._group) - ("params" in self._group)
-
-    def __repr__(self) -> str:
-        return f"HyperParamGroup({dict(self)})"
+OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 
-class HyperParams(Sequence[HyperParamGroup]):
-    """The parameter groups of an optimizer without their parameters."""
-
-    __slots__ = ("_optimizer", "_path", "_writable")
-
-    def __init__(self, optimizer: Optimizer, path: str, *, writable: bool) -> None:
-        self._optimizer = optimizer
-        self._path = path
-        self._writable = writable
-
-    def __getitem__(self, index: Any) -> Any:
-        groups = self._optimizer.param_groups[index]
-        if isinstance(index, slice):
-            return [HyperParamGroup(group, self._path, writable=self._writable) for group in groups]
-        return HyperParamGroup(groups, self._path, writable=self._writable)
-
-    def __len__(self) -> int:
-        return len(self._optimizer.param_groups)
-
-    def __twin__(self) -> HyperParams:
-        return HyperParams(self._optimizer, self._path, writable=False)
-
-    def __repr__(self) -> str:
-        return f"HyperParams({[dict(group) for group in self]})"
+def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-class OptimizerParts:
-    """An optimizer as handlers see it. Anything else of the optimizer is reached by its own name.
+def gradients_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [param.grad for param in params_of(optimizer) if param.grad is not None]
 
-    Attributes:
-        hyperparams: `HyperParams`.
-        state: The optimizer's state by parameter.
-    """
 
-    __slots__ = ("__twins__", "_optimizer", "_path", "_writable", "hyperparams")
+def make_optimizers(
+    wanted: Any, models: Mapping[str, torch.nn.Module], loss_modules: Iterable[torch.nn.Module]
+) -> dict[str, Optimizer]:
+    """Return the optimizers by name; a single one has the empty name."""
+    loss_params = [param for module in loss_modules for param in module.parameters()]
+    found = [param for model in models.values() for param in model.parameters()] + loss_params
+    everything = list({id(param): param for param in found}.values())  # models may share a part
+    if not isinstance(wanted, Mapping):
+        return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
+    made: dict[str, Optimizer] = {}
+    for name, each in wanted.items():
+        if name not in models and not isinstance(each, Optimizer):
+            known = ", ".join(repr(known) for known in models if known)
+            raise CoreError(
+                f"optimizer[{name!r}] is called with the parameters of model {name!r}, and there is no such model"
+                f"{f' ({known} are there)' if known else ', but one without a name'}.{nearest(name, models)} "
+                f"Use the models' names, or pass an optimizer instance."
+            )
+        own = list(models[name].parameters()) if name in models else everything
+        # The loss function's parameters, if any, go to the first optimizer that is made here.
+        extra = loss_params if not made else []
+        own = list({id(param): param for param in [*own, *extra]}.values())
+        made[name] = _make_optimizer(each, own, everything, f"optimizer[{name!r}]")
+    if not made:
+        raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
+    return made
 
-    __twins__: OptimizerParts
-    _optimizer: Optimizer
-    _path: str
-    _writable: bool
-    hyperparams: HyperParams
 
-    def __init__(self, optimizer: Optimizer, path: str = "optimizer", *, writable: bool = True) -> None:
-        keep = partial(object.__setattr__, self)
-        keep("_optimizer", optimizer)
-        keep("_path", path)
-        keep("_writable", writable)
-        keep("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
-        keep("__twins__", OptimizerParts(optimizer, path, writable=False) if writable else self)
-
-    def __twin__(self) -> OptimizerParts:
-        return self.__twins__
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's state by parameter; load_state_dict replaces it, so it is looked up each time."""
-        state = self._optimizer.state
-        return state if self._writable else readonly(state, f"{self._path}.state")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in _STEPS and not self._writable:
-            raise ProtectedException("Write", self._path, f'{name}() writes. Declare {{"{self._path}": Write()}}.')
-        value = getattr(self._optimizer, name)
-        return value if self._writable else readonly(value, f"{self._path}.{name}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise UsageError(
-            f"{self._path}.{name} cannot be replaced: the training core holds the optimizer. Change it in place, as "
-            f'{self._path}.hyperparams[0]["lr"] = 0.1.'
+def _make_optimizer(
+    wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str
+) -> Optimizer:
+    if isinstance(wanted, Optimizer):
+        ids = {id(param) for param in known}
+        for number, group in enumerate(wanted.param_groups):
+            for param in group["params"]:
+                if id(param) not in ids:
+                    raise CoreError(
+                        f"{what} ({type(wanted).__name__}) has, in group {number}, a parameter of shape "
+                        f"{tuple(param.shape)} that is neither the model's nor the loss function's, so training would "
+                        f"not change the model. Make the optimizer from this model's parameters, or pass a function: "
+                        f"optimizer=partial(torch.optim.{type(wanted).__name__}, lr=...)."
+                    )
+        return _needs_no_closure(wanted, what)
+    if not callable(wanted):
+        raise CoreError(
+            f"{what} is {wanted!r}. Pass an optimizer, or a function of the parameters such as "
+            f"partial(torch.optim.AdamW, lr=1e-3)."
         )
+    if not params:
+        raise CoreError(f"{what} has nothing to train: the model has no parameters.")
+    made = wanted(params)
+    if not isinstance(made, Optimizer):
+        raise CoreError(
+            f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."
+        )
+    return _needs_no_closure(made, what)
 
-    def __repr__(self) -> str:
-        return f"OptimizerParts({type(self._optimizer).__name__})"
+
+def _needs_no_closure(optimizer: Optimizer, what: str) -> Optimizer:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise CoreError(
+            f"{what} is LBFGS, whose step runs the model several times through a closure, and an update here steps "
+            f"once. Use another optimizer, or call LBFGS yourself in the step of a phase of your own."
+        )
+    return optimizer

@@ -17,12 +17,14 @@ from flowtrain.checks import check_batch, check_cbstate, check_made
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
-from flowtrain.graph import CallbackGraph, Node, Order, Resolver, order_event, order_setup, to_networkx
+from flowtrain.graph import CallbackGraph, Node, Order, to_networkx
 from flowtrain.handler import Handler
 from flowtrain.naming import unique_names
+from flowtrain.order import order_event, order_setup
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.plan import Call, Plan, Step, make_plan, owner_of
 from flowtrain.protect import bind_view
+from flowtrain.resolver import Resolver
 from flowtrain.series import SeriesMap
 from flowtrain.state import LearnerState, State, restore_point
 

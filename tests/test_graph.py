@@ -40,8 +40,10 @@ from flowtrain import (
 )
 from flowtrain.access import Declaration, Path, meet
 from flowtrain.callback import find_handler
-from flowtrain.graph import Node, Order, Resolver, order_event, order_setup
+from flowtrain.graph import Node, Order
+from flowtrain.order import order_event, order_setup
 from flowtrain.registry import Callbacks
+from flowtrain.resolver import Resolver
 from flowtrain.state import LearnerState
 
 

@@ -17,17 +17,19 @@ import pytest
 LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
-        "errors", "signals", "events", "access", "readonly", "batch", "steps", "phases", "optimizers", "phasemap",
-        "series", "containers", "state",
+        "errors", "signals", "events", "access", "readonly", "batch", "steps", "phases", "hyperparams", "parameters",
+        "phasemap", "series", "containers", "state",
     ),
     1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
     2: ("resolution", "handler", "callback", "providers"),  # what a user writes
-    3: ("graph",),  # from declarations to an order, with reasons
+    3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
-    5: ("core", "data", "scopes", "loop", "dryrun"),  # training itself
+    5: (
+        "devices", "optimizers", "core", "data", "scopes", "dispatch", "loop", "stepsite", "scratch", "dryrun",
+    ),  # training itself
     6: ("logging", "metrics"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
-    8: ("learner", "flowtrain"),  # all of it in one object, and what users import
+    8: ("arguments", "learner", "flowtrain"),  # all of it in one object, and what users import
     9: ("testing", "examples"),  # users of the face
 }
 NARROWED = {"callbacks": {0, 1, 2, 6}}  # the only layers these may import, and never a sibling in their package

@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from flowtrain.errors import ProtectedException, UsageError
-from flowtrain.optimizers import HyperParams, OptimizerParts
+from flowtrain.hyperparams import HyperParams, OptimizerParts
 from flowtrain.readonly import readonly
 from flowtrain.state import Named
 

@@ -1,0 +1,57 @@
+"""What a user passes to a learner, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from flowtrain.callback import Callback
+from flowtrain.errors import CallbackError, CoreError, UsageError
+from flowtrain.phases import Phase
+from flowtrain.state import Named
+
+__all__ = ["as_list", "as_phase", "check_counts", "check_lossfn", "check_model"]
+
+
+def check_model(model: Any) -> Any:
+    if isinstance(model, torch.nn.Module):
+        return model
+    if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
+        for name in model:
+            if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or hasattr(Mapping, name):
+                raise CoreError(f"model has the name {name!r}, which learner.model.<name> cannot be. Choose another.")
+        return Named("model", model)
+    raise CoreError(f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules.")
+
+
+def check_lossfn(lossfn: Any) -> Any:
+    if isinstance(lossfn, type) or not callable(lossfn):
+        made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
+        raise CoreError(f"lossfn={lossfn!r} is not a function of (outputs, targets).{made}")
+    return lossfn
+
+
+def as_list(callbacks: Any) -> list[Callback]:
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise CallbackError(f"callbacks={callbacks!r} is not a list. Write callbacks=[...].")
+    return list(callbacks)
+
+
+def as_phase(phase: Any, what: str) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, type) and issubclass(phase, Phase):
+        return phase()
+    raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
+
+
+def check_counts(epochs: object, steps: object, validate_every: object) -> None:
+    if (epochs is None) == (steps is None):
+        raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
+    for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"fit({name}={value!r}): {name} is a whole number, at least 1.")
+    if validate_every is not None and steps is None:
+        raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")

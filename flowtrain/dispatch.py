@@ -1,0 +1,146 @@
+"""Dispatch: from an event to what runs it, and from the failures of its handlers to what they mean.
+
+An event is fired through a *runner*, which the executor makes from the plan of its event and phase types. An event
+without handlers has no runner and costs a test for ``None``. `Dispatch` is the executor's `flowtrain.execution.Site`:
+it fires what handlers asked for (`drain`) and decides what their failures amount to (`fail`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import Event
+from flowtrain.execution import Executor, Runner
+from flowtrain.phases import Phase
+from flowtrain.plan import Plan, Step
+from flowtrain.registry import Callbacks
+from flowtrain.scopes import Scopes
+from flowtrain.signals import merge
+from flowtrain.state import LearnerState
+from flowtrain.steps import StepRunners
+
+__all__ = ["Dispatch"]
+
+_MOST_FIRED = 10_000
+"""Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
+
+
+class _Runners(dict[Phase, StepRunners]):
+    """The runners of a step by phase, looked up when a phase is met."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__()
+        self._dispatch = dispatch
+
+    def __missing__(self, phase: Phase) -> StepRunners:
+        found = StepRunners()
+        fires = phase.events
+        for name, event_type in StepRunners.events.items():
+            known = fires is None or event_type in fires
+            setattr(found, name, self._dispatch.runner(event_type, type(phase)) if known else None)
+        self[phase] = found
+        return found
+
+
+class Dispatch:
+    """Fires the events of one learner.
+
+    Attributes:
+        executor: What runs the plans.
+        runners: For each phase, what to call at each event of its step.
+        fired: The events that handlers asked to fire.
+    """
+
+    def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor) -> None:
+        self.executor = executor
+        self.runners = _Runners(self)
+        self.fired = state.fired
+        self._scopes = scopes
+        self._callbacks: Callbacks | None = None
+        self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
+        self._draining = False
+        self._kept = 0
+
+    def use(self, callbacks: Callbacks) -> None:
+        """Run the plans of these callbacks from now on."""
+        if self._callbacks is None:
+            self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
+        self._callbacks = callbacks
+        self._by_type.clear()
+        self.runners.clear()
+
+    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
+        """Return what runs an event in a phase; ``None`` where no callback has a handler."""
+        key = (event_type, phase_type)
+        if key not in self._by_type:
+            plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
+            self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.steps else None
+        return self._by_type[key]
+
+    def swap(self, plan: Plan, runner: Runner) -> None:
+        """Use another runner for a plan from its next event on; a plan of callbacks that are gone stays gone."""
+        if (plan.event_type, plan.phase_type) in self._by_type:
+            self._by_type[plan.event_type, plan.phase_type] = runner
+            self.runners.clear()
+
+    def fire(self, event: Event, phase: Phase) -> None:
+        """Fire an event: run what handles it, and then what its handlers asked to fire."""
+        try:
+            runner = self._by_type[type(event), type(phase)]
+        except KeyError:
+            if not is_a(event, Event) or not is_a(phase, Phase):
+                raise UsageError(
+                    f"fire() takes an event and a phase, got {event!r} and {phase!r}. "
+                    f"Write fire(MyEvent(), TrainingPhase())."
+                ) from None
+            runner = self.runner(type(event), type(phase))
+        if runner is not None:
+            runner(event, phase)
+
+    def fire_from_outside(self, event: Event, phase: Phase) -> None:
+        """Fire an event for a caller that may be outside of every scope; handlers cannot start training then."""
+        before, self._scopes.firing = self._scopes.firing, True
+        try:
+            self.fire(event, phase)
+        except BaseException:
+            self.fired.clear()
+            raise
+        finally:
+            self._scopes.firing = before
+
+    def drain(self, phase: Phase) -> None:
+        """Fire what handlers asked for, first in, first out; called by runners when an event has ended."""
+        if self._draining:
+            return  # the outer call goes on with what was added
+        self._draining = True
+        failures: list[BaseException] = []
+        count = 0
+        try:
+            while self.fired:
+                _, event = self.fired.pop(0)
+                count += 1
+                if count > _MOST_FIRED:
+                    raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
+                self._kept = len(self.fired)
+                try:
+                    self.fire(event, phase)
+                except Exception as failure:  # collected, and raised when the others have run
+                    failures.append(failure)
+        finally:
+            self._draining = False
+            self._kept = 0
+            self.fired.clear()
+        if failures:
+            raise merge(failures)
+
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+        """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""
+        meant: list[BaseException] = []
+        for step, failure in failures:
+            self._scopes.note(failure, step, event, phase)
+            if self._scopes.means_something(failure):
+                meant.append(failure)
+        if meant:
+            del self.fired[self._kept :]
+            raise merge(meant)

@@ -1,0 +1,73 @@
+"""Parameters and gradients by name, looked up in the live modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from flowtrain.errors import nearest
+from flowtrain.readonly import refuse
+
+__all__ = ["Gradients", "Parameters"]
+
+
+class Parameters(Mapping[str, torch.nn.Parameter]):
+    """Parameters by name, looked up in the live modules; with several models the name begins with the model's."""
+
+    __slots__ = ("_models",)
+
+    def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
+        self._models = models
+
+    def _items(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for prefix, model in self._models.items():
+            yield from model.named_parameters(prefix)
+
+    def __getitem__(self, name: str) -> torch.nn.Parameter:
+        # Not by a search through all: whoever goes through this mapping would pay for it at every parameter.
+        prefix, _, rest = ("", "", name) if "" in self._models else name.partition(".")
+        try:
+            return self._models[prefix].get_parameter(rest)
+        except (AttributeError, KeyError):
+            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._items())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._items())
+
+
+class Gradients(Mapping[str, torch.Tensor]):
+    """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient.
+
+    Attributes:
+        twin: The same, read-only.
+    """
+
+    __slots__ = ("_params", "twin")
+
+    def __init__(self, params: Parameters, *, writable: bool = True) -> None:
+        self._params = params
+        self.twin = Gradients(params, writable=False) if writable else self
+
+    def __twin__(self) -> Gradients:
+        return self.twin
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        gradient = self._params[name].grad
+        if gradient is None:
+            raise KeyError(f"{name} has no gradient: it took no part in the loss, or it is frozen")
+        return gradient
+
+    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        if self.twin is self:
+            raise refuse("batch.grads")
+        self._params[name].grad = gradient
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, param in self._params.items() if param.grad is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
