@@ -52,18 +52,18 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "plain": nullcontext,
     "no grad": torch.no_grad,
     "inference": torch.inference_mode,
-    "grad in inference": lambda: _Both(torch.inference_mode(), torch.enable_grad()),
+    "grad in inference": lambda: both(torch.inference_mode(), torch.enable_grad()),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "autocast to half": lambda: torch.autocast("cpu", dtype=torch.float16),
     "autocast without cache": lambda: torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False),
     "device": lambda: torch.device("meta"),
     "three threads": lambda: threads(3),
-    "everything": lambda: _Both(_Both(torch.autocast("cpu"), torch.no_grad()), _Both(torch.device("meta"), threads(3))),
+    "everything": lambda: both(both(torch.autocast("cpu"), torch.no_grad()), both(torch.device("meta"), threads(3))),
 }
 
 
 @contextmanager
-def _Both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:  # noqa: N802  # reads as a value
+def both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:
     with one, other:
         yield
 

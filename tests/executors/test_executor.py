@@ -1,0 +1,588 @@
+"""The dask executor: rules 13 to 18 with real threads, what it holds, and what bad input gets."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import dask
+import dask.callbacks
+import pytest
+import torch
+
+from flowtrain import (
+    Access,
+    BatchEnd,
+    Callback,
+    Event,
+    ExecutorError,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    SerialExecutor,
+    TrainingPhase,
+    ValidationPhase,
+    Write,
+    on,
+)
+from flowtrain.execution import Executor, Runner
+from flowtrain.plan import Plan, Step
+from flowtrain.registry import Callbacks
+from flowtrain.state import LearnerState
+from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain_dask import DaskExecutor
+
+TIMEOUT = 20.0
+"""Seconds after which a test that waits for another thread has failed."""
+
+
+class Does(Callback):
+    """Does what it is told at the end of a batch and of a fit."""
+
+    def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
+        self.act = act
+        self.after = tuple(after)
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return self.after
+
+    @on(BatchEnd)
+    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.act(learner)
+
+    @on(FitEnd)
+    def fit(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.act(learner)
+
+
+class A(Does): ...
+
+
+class B(Does): ...
+
+
+class C(Does): ...
+
+
+class Draws(Does):
+    def state_access(self) -> Access:
+        return {"resource.rng": Write()}
+
+
+class Site:
+    """The loop as far as an executor sees it."""
+
+    def __init__(self) -> None:
+        self.fired: list[tuple[str, Event]] = []
+        self.failures: list[tuple[str, Exception]] = []
+        self.drained: list[list[tuple[str, Event]]] = []
+
+    def drain(self, phase: Phase) -> None:
+        self.drained.append(list(self.fired))
+        self.fired.clear()
+
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+        self.failures += [(step.node.name, failure) for step, failure in failures]
+
+    def swap(self, plan: Plan, runner: Runner) -> None: ...
+
+
+@pytest.fixture
+def executor() -> Iterator[DaskExecutor]:
+    made = DaskExecutor(workers=2, parallel="always")
+    yield made
+    made.close()
+
+
+def runner_of(executor: Executor, site: Site, event: Event, *callbacks: Callback) -> Callable[[], None]:
+    state = LearnerState()
+    state.fired = site.fired
+    executor.bind(site)
+    run = executor.compile(Callbacks(callbacks, state).plan(type(event), TrainingPhase))
+    return lambda: run(event, TrainingPhase())
+
+
+def nothing(learner: LearnerView) -> None: ...
+
+
+def own_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("flowtrain-dask")]
+
+
+# --- at the same time, and never before what they wait for
+
+
+def test_independent_handlers_run_at_the_same_time(executor: DaskExecutor) -> None:
+    """Each waits for the other, so nothing but running both at once gets through."""
+    meet = threading.Barrier(2, timeout=TIMEOUT)
+    site = Site()
+    runner_of(executor, site, BatchEnd(), A(lambda _: meet.wait()), B(lambda _: meet.wait()))()
+    assert site.failures == []
+
+
+def test_a_handler_waits_for_a_predecessor_on_another_strand(executor: DaskExecutor) -> None:
+    """Rule 13: C runs after A and B, which are on two strands and end in either order."""
+    for slow in (0, 1):
+        ended: list[str] = []
+        gate = threading.Event()
+
+        def last(learner: LearnerView, ended: list[str] = ended, gate: threading.Event = gate) -> None:
+            assert gate.wait(TIMEOUT)
+            ended.append("slow")
+
+        def first(learner: LearnerView, ended: list[str] = ended, gate: threading.Event = gate) -> None:
+            ended.append("fast")
+            gate.set()
+
+        acts = [last, first] if slow == 0 else [first, last]
+        callbacks = [A(acts[0]), B(acts[1]), C(lambda _, ended=ended: ended.append("C"), (A, B))]  # type: ignore[misc]  # a default
+        runner_of(executor, _site(executor), BatchEnd(), *callbacks)()
+        assert ended == ["fast", "slow", "C"]
+
+
+def _site(executor: DaskExecutor) -> Site:
+    """Return the site that the executor has, or a new one."""
+    site: Any = vars(executor)["_site"]
+    return Site() if site is None else site
+
+
+def test_what_draws_random_numbers_runs_on_the_training_thread(executor: DaskExecutor) -> None:
+    """Rule 6."""
+    threads: dict[str, int] = {}
+    meet = threading.Barrier(2, timeout=TIMEOUT)
+
+    def note(name: str) -> Callable[[LearnerView], None]:
+        def act(learner: LearnerView) -> None:
+            threads[name] = threading.get_ident()
+            meet.wait()
+
+        return act
+
+    runner_of(executor, Site(), BatchEnd(), A(note("A")), Draws(note("Draws")))()
+    assert threads["Draws"] == threading.get_ident() != threads["A"]
+
+
+# --- failures, rule 15
+
+
+def test_when_the_event_has_failed_no_handler_is_running(executor: DaskExecutor) -> None:
+    """A raises at once; B, on the other thread, ends long after that, and still before the failure is reported."""
+    raised, ended = threading.Event(), threading.Event()
+
+    def fail(learner: LearnerView) -> None:
+        raised.set()
+        raise ValueError("A is broken")
+
+    def slow(learner: LearnerView) -> None:
+        assert raised.wait(TIMEOUT)
+        opened = threading.Event()
+        timer = threading.Timer(0.05, opened.set)
+        timer.start()
+        assert opened.wait(TIMEOUT)
+        timer.join(TIMEOUT)
+        ended.set()
+
+    site = Site()
+    run = runner_of(executor, site, BatchEnd(), A(fail), B(slow))
+    run()
+    assert ended.is_set()
+    assert [(name, str(error)) for name, error in site.failures] == [("A", "A is broken")]
+
+
+def test_failures_come_in_serial_order_whoever_fails_first(executor: DaskExecutor) -> None:
+    second = threading.Event()
+
+    def early(learner: LearnerView) -> None:
+        assert second.wait(TIMEOUT)
+        raise ValueError("first in order, last in time")
+
+    def late(learner: LearnerView) -> None:
+        second.set()
+        raise KeyError("last in order, first in time")
+
+    site = Site()
+    runner_of(executor, site, BatchEnd(), A(early), B(late), C(nothing, (B,)))()
+    assert [name for name, _ in site.failures] == ["A", "B"]
+    assert [type(error) for _, error in site.failures] == [ValueError, KeyError]
+
+
+@pytest.mark.parametrize(("event", "ran"), [(BatchEnd(), []), (FitEnd(), ["B", "C"])])
+def test_what_depends_on_a_failure_runs_at_the_end_of_a_fit_only(
+    executor: DaskExecutor, event: Event, ran: list[str]
+) -> None:
+    """Rules 15 and 17; B is on the strand of A, C on the other."""
+
+    def fail(learner: LearnerView) -> None:
+        raise ValueError
+
+    noted: list[str] = []
+    lock = threading.Lock()
+
+    def note(name: str) -> Callable[[LearnerView], None]:
+        def act(learner: LearnerView) -> None:
+            with lock:
+                noted.append(name)
+
+        return act
+
+    site = Site()
+    runner_of(executor, site, event, A(fail), B(note("B"), (A,)), C(note("C"), (A,)))()
+    assert sorted(noted) == ran
+    assert [name for name, _ in site.failures] == ["A"]
+
+
+def test_events_are_drained_in_serial_order_of_who_fired_them(executor: DaskExecutor) -> None:
+    """Rule 18: B fires first in time, A comes first in order; the events of one callback keep their order."""
+
+    class Own(Event):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    fired = threading.Event()
+
+    def late(learner: LearnerView) -> None:
+        assert fired.wait(TIMEOUT)
+        learner.fire(Own(1))
+        learner.fire(Own(2))
+
+    def early(learner: LearnerView) -> None:
+        learner.fire(Own(3))
+        learner.fire(Own(4))
+        fired.set()
+
+    site = Site()
+    run = runner_of(executor, site, BatchEnd(), A(late), B(early))
+    waiting = ("somebody", Own(0))
+    site.fired.append(waiting)  # of an event outside of this one: it keeps its place
+    run()
+    [drained] = site.drained
+    assert drained[0] is waiting
+    assert [event.number for _, event in drained if isinstance(event, Own)] == [0, 1, 2, 3, 4]
+
+
+# --- interrupts
+
+
+def test_an_interrupt_of_the_training_thread_waits_for_the_others(executor: DaskExecutor) -> None:
+    """Ctrl-C while the training thread waits for a handler: it goes on when that has ended, and C never starts."""
+    ended, ran = threading.Event(), list[str]()
+
+    def interrupts(learner: LearnerView) -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        signal.raise_signal(signal.SIGINT)
+        timer = threading.Timer(0.05, ended.set)
+        timer.start()
+        timer.join(TIMEOUT)
+
+    site = Site()
+    run = runner_of(
+        executor, site, BatchEnd(), A(interrupts), B(interrupts), C(lambda _: ran.append("C"), (A, B))
+    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert ended.is_set()
+        assert ran == []
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert site.failures == []
+
+
+@pytest.mark.parametrize("where", ["training thread", "pool"])
+def test_an_exit_raised_by_a_handler_goes_on_when_nothing_runs(executor: DaskExecutor, where: str) -> None:
+    here = threading.get_ident()
+    meet, running = threading.Barrier(2, timeout=TIMEOUT), set[int]()
+
+    def leave(learner: LearnerView) -> None:
+        running.add(threading.get_ident())
+        meet.wait()
+        try:
+            if (threading.get_ident() == here) == (where == "training thread"):
+                raise SystemExit(3)
+        finally:
+            running.discard(threading.get_ident())
+
+    site = Site()
+    run = runner_of(executor, site, BatchEnd(), A(leave), B(leave), C(nothing, (A, B)))
+    with pytest.raises(SystemExit, match="3"):
+        run()
+    assert not running
+    run_again = runner_of(executor, site, BatchEnd(), A(nothing), B(nothing))
+    run_again()
+
+
+# --- what a handler sees, rule 14
+
+
+def test_handlers_see_the_callers_torch_state_and_context(executor: DaskExecutor) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="default")
+    seen: dict[int, tuple[Any, ...]] = {}
+    meet = threading.Barrier(2, timeout=TIMEOUT)
+
+    def look(learner: LearnerView) -> None:
+        meet.wait()
+        autocast = torch.is_autocast_enabled("cpu")
+        seen[threading.get_ident()] = (variable.get(), torch.is_grad_enabled(), autocast, torch.get_num_threads())
+
+    run = runner_of(executor, Site(), BatchEnd(), A(look), B(look))
+    for value in ("one", "two"):  # threads that are warm see what has changed since
+        token = variable.set(value)
+        with torch.no_grad(), torch.autocast("cpu"):
+            run()
+        variable.reset(token)
+        assert len(seen) == 2
+        assert set(seen.values()) == {(value, False, True, torch.get_num_threads())}
+
+
+def test_handlers_of_validation_see_no_grad() -> None:
+    grads: list[bool] = []
+
+    class Looks(Callback):
+        @on(BatchEnd)
+        def look(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            grads.append(torch.is_grad_enabled())
+
+    learner = tiny_learner(Looks(), Looks(), n_batches=2, executor=DaskExecutor(parallel="always", workers=2))
+    with learner:
+        learner.epoch(ValidationPhase)
+        assert grads == [False] * 4
+        grads.clear()
+        learner.epoch(TrainingPhase)
+        assert grads == [True] * 4
+
+
+def test_a_handler_that_fires_through_the_learner_does_not_deadlock(executor: DaskExecutor) -> None:
+    """While strands run, an event runs inline where it is fired: the pool has no thread left for it."""
+    inner, site = list[str](), Site()
+    nested = runner_of(executor, site, FitEnd(), A(lambda _: inner.append("A")), B(lambda _: inner.append("B")))
+    runner_of(executor, site, BatchEnd(), A(lambda _: nested()), B(nothing))()
+    assert inner == ["A", "B"]
+
+
+def test_settings_and_callbacks_of_dask_do_not_reach_it(executor: DaskExecutor) -> None:
+    """``chunksize=-1`` would crash dask's scheduler, and a global progress bar would count our tasks."""
+    tasks: list[str] = []
+
+    class Watches(dask.callbacks.Callback):
+        def _pretask(self, key: str, dsk: Any, state: Any) -> None:
+            tasks.append(key)
+
+    ran: list[str] = []
+    run = runner_of(executor, Site(), BatchEnd(), A(lambda _: ran.append("A")), B(lambda _: ran.append("B")))
+    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), Watches():
+        run()
+    assert sorted(ran) == ["A", "B"]
+    assert tasks == []
+
+
+# --- threads come and go
+
+
+def test_no_thread_before_it_is_needed_and_none_after_close() -> None:
+    assert own_threads() == []
+    learner = tiny_learner(A(nothing), B(nothing), executor=DaskExecutor(parallel="always", workers=3))
+    assert own_threads() == []
+    learner.fit(1)
+    threads = own_threads()
+    assert len(threads) in (1, 2)
+    learner.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_dropped_learner_leaves_no_thread() -> None:
+    learner = tiny_learner(A(nothing), B(nothing), executor=DaskExecutor(parallel="always", workers=2))
+    learner.fit(1)
+    threads = own_threads()
+    assert len(threads) == 1
+    del learner
+    gc.collect()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("parallel", ["auto", "always", "never"])
+def test_a_closed_executor_runs_nothing(parallel: Any) -> None:
+    executor, site, ran = DaskExecutor(parallel=parallel, workers=2), Site(), list[str]()
+    runner: list[Runner] = []
+    site.swap = lambda plan, new: runner.append(new)  # type: ignore[method-assign]  # keeps what it gets
+    runner_of(executor, site, BatchEnd(), A(lambda _: ran.append("A")), B(nothing))
+    executor.close()
+    closed = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
+    [last] = runner
+    with pytest.raises(ExecutorError, match=closed):
+        last(BatchEnd(), TrainingPhase())
+    with pytest.raises(ExecutorError, match=closed):
+        tiny_learner(executor=executor)
+    with pytest.raises(ExecutorError, match=closed):
+        executor.graph(BatchEnd, TrainingPhase)
+    assert ran == []
+    executor.close()  # once more does nothing
+
+
+def test_close_in_a_handler_is_an_error(executor: DaskExecutor) -> None:
+    site = Site()
+    runner_of(executor, site, BatchEnd(), A(lambda _: executor.close()), B(nothing))()
+    [(_, error)] = site.failures
+    assert str(error) == (
+        "close() was called in a handler, whose own thread it would end. Call it after fit()."
+    )
+
+
+# --- what it takes
+
+
+def test_an_executor_belongs_to_one_learner(executor: DaskExecutor) -> None:
+    tiny_learner(executor=executor)
+    with pytest.raises(ExecutorError, match=r"belongs to another learner\. Give each learner its own\."):
+        tiny_learner(executor=executor)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2"])
+def test_workers_is_a_number_of_at_least_one(workers: Any) -> None:
+    with pytest.raises(ExecutorError, match=rf"workers={workers!r}: an executor needs at least one worker"):
+        DaskExecutor(workers=workers)
+
+
+def test_a_wrong_choice_names_the_right_ones() -> None:
+    with pytest.raises(ExecutorError, match=r"parallel='yes' is none of 'auto', 'always', 'never'\."):
+        DaskExecutor(parallel="yes")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(ExecutorError, match="cluster='local'"):
+        DaskExecutor("local")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(TypeError, match="defer"):
+        DaskExecutor(defer=True)  # type: ignore[call-arg]  # wrong on purpose
+
+
+def test_it_is_an_executor_with_a_name() -> None:
+    assert isinstance(DaskExecutor(), Executor)
+    assert DaskExecutor.name == "dask"
+    assert repr(DaskExecutor(workers=3)) == "DaskExecutor(workers=3, parallel='auto')"
+
+
+def test_compile_needs_a_learner() -> None:
+    plan = Callbacks([A(nothing)], LearnerState()).plan(BatchEnd, TrainingPhase)
+    with pytest.raises(ExecutorError, match=r"DaskExecutor.compile\(\) before bind\(\)"):
+        DaskExecutor().compile(plan)
+    with pytest.raises(ExecutorError, match="has no learner yet"):
+        DaskExecutor().graph(BatchEnd, TrainingPhase)
+
+
+# --- what it says
+
+
+def executor_of(learner: Learner) -> DaskExecutor:
+    assert isinstance(learner.executor, DaskExecutor)
+    return learner.executor
+
+
+def test_the_graph_of_an_event_is_there_before_it_is_fired_and_follows_the_callbacks() -> None:
+    learner = tiny_learner(A(nothing), default_callbacks=False, executor=DaskExecutor())
+    executor = executor_of(learner)
+    graph = executor.graph(BatchEnd, TrainingPhase)
+    assert list(graph) == ["A.batch"]
+    assert executor.graph(BatchEnd, TrainingPhase) is graph
+    learner.add_callback(B(nothing, (A,)))
+    assert {key: set(task.dependencies) for key, task in executor.graph(BatchEnd, TrainingPhase).items()} == {
+        "A.batch": set(),
+        "B.batch": {"A.batch"},
+    }
+    learner.set_callbacks([])
+    with pytest.raises(ExecutorError, match=r"no graph for \(BatchEnd, TrainingPhase\): no callback has a handler"):
+        executor.graph(BatchEnd, TrainingPhase)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "arguments", "said"),
+    [
+        ([A(nothing)], {}, "inline: one handler"),
+        ([A(nothing), B(nothing, (A,))], {}, "inline: one chain"),
+        ([A(nothing), B(nothing)], {"workers": 1}, "inline: one worker"),
+        ([A(nothing), B(nothing)], {"parallel": "never"}, "inline: parallel='never'"),
+        ([A(nothing), B(nothing)], {"workers": 2}, "parallel='auto': not fired yet"),
+    ],
+)
+def test_it_says_why_before_anything_has_run(
+    callbacks: list[Callback], arguments: dict[str, Any], said: str
+) -> None:
+    learner = tiny_learner(*callbacks, default_callbacks=False, executor=DaskExecutor(**arguments))
+    assert f"BatchEnd, TrainingPhase  [{said}]" in learner.callbacks.explain().splitlines()
+
+
+def test_it_says_on_which_strands_what_runs() -> None:
+    executor = DaskExecutor(parallel="always", workers=2)
+    learner = tiny_learner(A(nothing), B(nothing), C(nothing, (A,)), default_callbacks=False, executor=executor)
+    with learner:
+        learner.fit(1)
+        plan = learner.callbacks.plan(BatchEnd, TrainingPhase)
+        assert executor.explain(plan) == "parallel: parallel='always'; strands: A, C | B"
+
+
+def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
+    """In parallel it would find the writes of one handler behind another."""
+
+    class Writes(Callback):
+        def __init__(self, entry: str) -> None:
+            self.entry = entry
+
+        def state_access(self) -> Access:
+            return {f"cbstate.{self.entry}": Write(), "batch.loss": Read()}
+
+        def setup(self, learner: LearnerView) -> None:
+            setattr(learner.cbstate, self.entry, 0.0)
+
+        @on(BatchEnd, TrainingPhase)
+        def add(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            value = getattr(learner.cbstate, self.entry)
+            setattr(learner.cbstate, self.entry, value + float(learner.batch.loss))
+
+    executor = DaskExecutor(parallel="always", workers=2)
+    learner = tiny_learner(Writes("one"), Writes("two"), strict=True, executor=executor)
+    with learner:
+        learner.fit(1)
+        assert learner.cbstate.one == learner.cbstate.two > 0
+        plan = learner.callbacks.plan(BatchEnd, TrainingPhase)
+        assert executor.explain(plan) == "inline: strict mode looks at the whole state around each handler"
+
+
+def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was decided for the old plan is not put in place of the new one."""
+    monkeypatch.setattr("flowtrain_dask.race._REARM_AFTER", -1.0)  # plans are looked at again at every `flush`
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> Callable[[LearnerView], None]:
+        def act(learner: LearnerView) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        return act
+
+    learner = tiny_learner(A(count("A")), B(count("B")), n_batches=3, executor=DaskExecutor(workers=2))
+    with learner:
+        learner.fit(1)
+        learner.epoch(TrainingPhase)
+        learner.add_callback(C(count("C")))
+        learner.flush()
+        learner.fit(1)
+    # A fit has 3 batches of training, 3 of validation, and one end.
+    assert counts == {"A": 17, "B": 17, "C": 7}
+
+
+def test_a_serial_and_a_dask_learner_come_to_the_same_bits() -> None:
+    """Rule 13 for the default callbacks."""
+
+    def run(executor: Executor) -> tuple[bytes, list[tuple[Any, ...]]]:
+        with tiny_learner(executor=executor, data=(tiny_batches(), tiny_batches(n_batches=3))) as learner:
+            learner.fit(3)
+            series = learner.cbstate.metrics_step[TrainingPhase]["Loss"]
+            return learner.model.coeff.detach().numpy().tobytes(), list(series)
+
+    serial = run(SerialExecutor())
+    for parallel in ("auto", "always", "never"):
+        assert run(DaskExecutor(parallel=parallel, workers=2)) == serial
