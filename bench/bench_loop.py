@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import rich
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
 
 from bench.pairs import Report, in_turns, seconds
 from flowtrain import Learner, TrainingPhase
@@ -94,7 +94,7 @@ def bare(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> 
     for inputs, targets in data:
         optimizer.zero_grad()
         outputs = model(inputs)
-        loss = F.cross_entropy(outputs, targets)
+        loss = cross_entropy(outputs, targets)
         loss.backward()
         optimizer.step()
 
@@ -107,7 +107,7 @@ def with_loss(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches
     for inputs, targets in data:
         optimizer.zero_grad()
         outputs = model(inputs)
-        loss = F.cross_entropy(outputs, targets)
+        loss = cross_entropy(outputs, targets)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -116,13 +116,13 @@ def with_loss(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches
 
 def epoch(width: int, data: Batches, default_callbacks: bool | Literal["quiet"]) -> Callable[[], None]:
     learner = Learner(
-        model_of(FEATURES, width), F.cross_entropy, data=data, optimizer=SGD, default_callbacks=default_callbacks
+        model_of(FEATURES, width), cross_entropy, data=data, optimizer=SGD, default_callbacks=default_callbacks
     )
     return partial(learner.epoch, TrainingPhase)
 
 
 def fit(width: int, data: Batches) -> Callable[[], None]:
-    return partial(Learner(model_of(FEATURES, width), F.cross_entropy, data=data, optimizer=SGD).fit, 1)
+    return partial(Learner(model_of(FEATURES, width), cross_entropy, data=data, optimizer=SGD).fit, 1)
 
 
 # --- real data with a metric
@@ -150,7 +150,7 @@ def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     learner = Learner(
         model_of(64, 128),
-        F.cross_entropy,
+        cross_entropy,
         data=(train, valid),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         callbacks=[Metrics(accuracy)],
@@ -172,7 +172,7 @@ def bare_digits(
         for inputs, targets in train:
             optimizer.zero_grad()
             outputs = model(inputs)
-            loss = F.cross_entropy(outputs, targets)
+            loss = cross_entropy(outputs, targets)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -183,7 +183,7 @@ def bare_digits(
         with torch.no_grad():
             for inputs, targets in valid:
                 outputs = model(inputs)
-                losses.append(F.cross_entropy(outputs, targets).item())
+                losses.append(cross_entropy(outputs, targets).item())
                 accuracies.append(accuracy(outputs, targets).item())
         means.append((sum(losses) / len(losses), sum(accuracies) / len(accuracies)))
     return means

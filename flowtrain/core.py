@@ -69,7 +69,7 @@ class TorchCore:
         for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
             if limit is not None and not limit > 0:
                 raise CoreError(f"{name} must be positive, or None for no clipping; got {limit!r}.")
-        if not isinstance(compile, (bool, Mapping)):
+        if not is_a(compile, (bool, Mapping)):
             raise CoreError(f"compile is True, False or a mapping of arguments for torch.compile; got {compile!r}.")
         self._wanted_device = device
         self.precision: Precision = precision

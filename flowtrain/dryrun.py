@@ -20,6 +20,7 @@ from flowtrain.events import Event
 from flowtrain.fingerprint import changes, fingerprints
 from flowtrain.graph import Node
 from flowtrain.handler import Handler
+from flowtrain.part import Owner
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Step, owner_of
@@ -99,9 +100,8 @@ class _NotBuilt(Exception):
 def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
     subject, model, lossfn, optimizer, others = copies(learner, callback)
     probe = _Probe(subject, declared=declared)
-    scratch = type(learner).__new__(type(learner))
     try:
-        scratch.__init__(  # type: ignore[misc]  # in two steps, so that the probe is there when callbacks are built
+        scratch = type(learner)(
             model,
             lossfn,
             data=data,
@@ -117,7 +117,7 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
         raise
     scratch.core.need_grad_norm(True)
     scratch.state.callbacks = built
-    scratch.loop.dispatch.use(built)  # type: ignore[attr-defined]  # a learner's loop, in a later layer
+    scratch.loop.dispatch.use(built)
     failure: BaseException | None = None
     try:
         scratch.fit(1)
@@ -142,10 +142,10 @@ class _Probe:
         def wrap(step: Step) -> Call:
             if step.callback is not self.subject:
                 return step.call
-            name = step.handler.attribute
+            name, owner = step.handler.attribute, owner_of(step.node, step.handler)
 
             def call(event: Event, phase: Phase, view: LearnerView) -> None:
-                with self.recorded(name, state, view) as recording:
+                with self.recorded(name, state, owner) as recording:
                     step.call(event, phase, recording)
 
             return call
@@ -153,12 +153,12 @@ class _Probe:
         return wrap
 
     @contextmanager
-    def recorded(self, name: str, state: LearnerState, view: LearnerView) -> Generator[RecordingView]:
+    def recorded(self, name: str, state: LearnerState, owner: Owner) -> Generator[RecordingView]:
         """Give the view for one call, and log what it reads and what has changed after it."""
         log = self.logs.setdefault(name, {})
         before = fingerprints(state)
         try:
-            yield RecordingView(state, view._owner, log)
+            yield RecordingView(state, owner, log)
         finally:
             for path in changes(before, fingerprints(state)):
                 _log_write(log, path)
@@ -198,8 +198,7 @@ class _Probed(Callbacks):
         if node.callback is not self._probe.subject:
             super()._call_setup(node)
             return
-        log_view = RecordingView(self._state, owner_of(node, None), {})
-        with self._probe.recorded("setup", self._state, log_view) as view:
+        with self._probe.recorded("setup", self._state, owner_of(node, None)) as view:
             node.callback.setup(view)
 
 

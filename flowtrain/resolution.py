@@ -62,7 +62,7 @@ def resolve(one: type, other: type, resolution: Resolution | None) -> None:
             f"resolve({one.__name__}, {other.__name__}, ...) got {resolution!r}. "
             f"Write RunFirst({one.__name__}), NoConflict() or Unresolvable()."
         )
-    if isinstance(resolution, RunFirst) and resolution.callback not in (one, other):
+    if isinstance(resolution, RunFirst) and all(resolution.callback is not kind for kind in (one, other)):
         raise ResolutionError(
             f"resolve({one.__name__}, {other.__name__}, RunFirst(...)) names {resolution.callback!r}. "
             f"Name one of the two types."

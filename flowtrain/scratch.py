@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from flowtrain.callback import Callback
 from flowtrain.core import TorchCore
 from flowtrain.errors import UsageError
 from flowtrain.graph import Node
+from flowtrain.loop import Loop
 from flowtrain.phasemap import PhaseMap
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState, Named
@@ -24,12 +25,26 @@ __all__ = ["LearnerParts", "copies", "first_batches", "same_random_numbers"]
 
 
 class LearnerParts(Protocol):
-    """What is used of a learner, which lies in a later layer."""
+    """What is used of a learner, and how another one is made of its type; both lie in a later layer."""
 
     state: LearnerState
     core: TorchCore
+    loop: Loop
 
-    def fit(self, epochs: int) -> None: ...
+    def __init__(
+        self,
+        model: Any,
+        lossfn: Any,
+        *,
+        data: PhaseMap[Any],
+        optimizer: Any,
+        callbacks: Sequence[Callback],
+        default_callbacks: Literal[False],
+        core: TorchCore,
+    ) -> None: ...
+
+    def fit(self, epochs: int) -> None:
+        """Train: every phase of the data once for each epoch."""
 
 
 def copies(learner: LearnerParts, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ def learning(*callbacks: Callback, default_callbacks: bool | Literal["quiet"] = 
     learner = Learner(
         _model(),
         torch.nn.functional.mse_loss,
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
+        optimizer=partial(torch.optim.SGD, lr=0.01),
         callbacks=callbacks,
         default_callbacks=default_callbacks,
     )

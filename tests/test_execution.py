@@ -73,14 +73,14 @@ class Site:
 
     def __init__(self) -> None:
         self.fired: list[tuple[str, Event]] = []
-        self.failures: list[tuple[str, Exception]] = []
+        self.failures: list[tuple[str, BaseException]] = []
         self.drained = 0
 
     def drain(self, phase: Phase) -> None:
         self.drained += 1
         self.fired.clear()
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         self.failures = [(step.node.name, failure) for step, failure in failures]
 
     def swap(self, plan: Plan, runner: Runner) -> None: ...
