@@ -12,9 +12,7 @@ from functools import partial
 from bench.pairs import Report, differences, figure, in_turns, median
 
 REPETITIONS = 30
-INSIDE = (
-    "import time, torch; start = time.perf_counter(); import flowtrain; print(time.perf_counter() - start)"
-)
+INSIDE = "import time, torch; start = time.perf_counter(); import flowtrain; print(time.perf_counter() - start)"
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
-from bench.pairs import Report, in_turns, seconds
+from bench.pairs import Report, in_turns_afresh, seconds
 from flowtrain import Learner, TrainingPhase
 from flowtrain.callbacks import Metrics
 from flowtrain.metrics import accuracy
 
-FEATURES = 32
+FEATURES, BATCH = 32, 16
 SHORT, LONG = 400, 1500
 """Batches in one timed epoch: short epochs make many pairs; what shows a bar is timed over at least two redraws."""
 
@@ -35,26 +35,26 @@ def main() -> None:
     width = calibrate()
     short, long = batches(SHORT), batches(LONG)
 
-    plain = in_turns([partial(bare, parts(width), short), epoch(width, short, default_callbacks=False)], 60)
-    report.ratio(f"no callbacks (32-{width}-10, batch 16)", plain, 1.04, steps=SHORT)
+    plain = in_turns_afresh([lambda: by_hand(bare, width, short), lambda: epoch(width, short, False)], 20, 4)
+    report.ratio(f"no callbacks (a {FEATURES}-{width}-10 network, batch {BATCH})", plain, 1.04, steps=SHORT)
 
-    quiet = in_turns([partial(with_loss, parts(width), short), epoch(width, short, default_callbacks="quiet")], 60)
-    report.ratio('default_callbacks="quiet"', quiet, 1.10, steps=SHORT)
+    quiet = in_turns_afresh([lambda: by_hand(with_loss, width, short), lambda: epoch(width, short, "quiet")], 20, 4)
+    report.ratio('`default_callbacks="quiet"`', quiet, 1.10, steps=SHORT)
 
     with open(os.devnull, "w") as nowhere:
         rich.reconfigure(file=nowhere, force_terminal=False)
-        shown = in_turns([partial(with_loss, parts(width), long), fit(width, long)], 30)
-    report.ratio("default_callbacks=True, no terminal", shown, 1.10, steps=LONG)
+        shown = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3)
+    report.ratio("`default_callbacks=True`, no terminal", shown, 1.10, steps=LONG)
 
     rich.reconfigure(file=io.StringIO(), force_terminal=True, width=100)
-    drawn = in_turns([partial(with_loss, parts(width), long), fit(width, long)], 30)
-    report.ratio("default_callbacks=True, progress bar on a terminal", drawn, 1.10, steps=LONG)
+    drawn = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3)
+    report.ratio("`default_callbacks=True`, a bar on a terminal", drawn, 1.10, steps=LONG)
     rich.reconfigure()
 
     train, valid = digits()
     steps = len(train) + len(valid)
-    report.ratio("digits, tensors in memory", digits_pairs(train, valid), 1.12, steps=steps)
-    report.ratio("digits, `DataLoader`", digits_pairs(loader(train), loader(valid)), 1.12, steps=steps)
+    report.ratio("digits with accuracy, tensors in memory", digits_pairs(train, valid), 1.12, steps=steps)
+    report.ratio("digits with accuracy, `DataLoader`", digits_pairs(loader(train), loader(valid)), 1.12, steps=steps)
 
 
 # --- a step of about 150 microseconds
@@ -67,7 +67,7 @@ def model_of(inputs: int, width: int, outputs: int = 10) -> torch.nn.Sequential:
 
 def batches(count: int) -> Batches:
     torch.manual_seed(1)
-    return [(torch.randn(16, FEATURES), torch.randint(10, (16,))) for _ in range(count)]
+    return [(torch.randn(BATCH, FEATURES), torch.randint(10, (BATCH,))) for _ in range(count)]
 
 
 def parts(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -80,11 +80,15 @@ def calibrate() -> int:
     data = batches(SHORT)
 
     def step(width: int) -> float:
-        made = parts(width)
-        bare(made, data)
-        return statistics.median(seconds(lambda: bare(made, data)) for _ in range(9)) / SHORT
+        run = by_hand(bare, width, data)
+        run()
+        return statistics.median(seconds(run) for _ in range(9)) / SHORT
 
-    return min((16, 32, 64, 128, 192, 256, 384, 512), key=lambda width: abs(step(width) - 150e-6))
+    return min(range(128, 1025, 64), key=lambda width: abs(step(width) - 150e-6))
+
+
+def by_hand(loop: Callable[[Any, Batches], object], width: int, data: Batches) -> Callable[[], object]:
+    return partial(loop, parts(width), data)
 
 
 def bare(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> None:
@@ -114,7 +118,7 @@ def with_loss(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches
     return sum(losses) / len(losses)
 
 
-def epoch(width: int, data: Batches, default_callbacks: bool | Literal["quiet"]) -> Callable[[], None]:
+def epoch(width: int, data: Batches, default_callbacks: Literal[False, "quiet"]) -> Callable[[], None]:
     learner = Learner(
         model_of(FEATURES, width), cross_entropy, data=data, optimizer=SGD, default_callbacks=default_callbacks
     )
@@ -146,18 +150,20 @@ def loader(data: Batches) -> Any:
 
 def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) -> list[tuple[float, ...]]:
     """Time a bare loop and a learner, for training and validation; seconds of one epoch of both."""
-    model = model_of(64, 128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    learner = Learner(
-        model_of(64, 128),
-        cross_entropy,
-        data=(train, valid),
-        optimizer=partial(torch.optim.AdamW, lr=1e-3),
-        callbacks=[Metrics(accuracy)],
-        default_callbacks="quiet",
-    )
-    times = in_turns([lambda: bare_digits(model, optimizer, train, valid, epochs), lambda: learner.fit(epochs)], 60)
-    return [(floor / epochs, ours / epochs) for floor, ours in times]
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+
+    def floor() -> Callable[[], object]:
+        model = model_of(64, 128)
+        return partial(bare_digits, model, adam(model.parameters()), train, valid, epochs)
+
+    def ours() -> Callable[[], object]:
+        model, metrics = model_of(64, 128), [Metrics(accuracy)]
+        learner = Learner(
+            model, cross_entropy, data=(train, valid), optimizer=adam, callbacks=metrics, default_callbacks="quiet"
+        )
+        return partial(learner.fit, epochs)
+
+    return [tuple(run / epochs for run in row) for row in in_turns_afresh([floor, ours], 15, 4)]
 
 
 def bare_digits(

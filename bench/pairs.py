@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "median", "ratios", "seconds"]
+__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "in_turns_afresh", "median", "ratios", "seconds"]
 
 REPETITIONS = 40
 """How often each pair is timed, unless a benchmark says otherwise; never below 30."""
@@ -81,6 +81,17 @@ def in_turns(
         return [tuple(seconds(run) for run in runs) for _ in range(repetitions)]
     finally:
         gc.enable()
+
+
+def in_turns_afresh(
+    make: Sequence[Callable[[], Callable[[], object]]], rounds: int, repetitions: int
+) -> list[tuple[float, ...]]:
+    """Make the things to time anew for each of several rounds, and time them in turns.
+
+    Two models made alike differ by up to a percent, for as long as they live: it depends on where in memory they came
+    to lie. What has been made several times has that averaged out.
+    """
+    return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, warmup=1)]
 
 
 def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:
