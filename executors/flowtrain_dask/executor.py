@@ -184,6 +184,8 @@ class DaskExecutor:
             return "one handler"
         if is_chain(plan):
             return "one chain"
+        if plan.always:
+            return "every handler runs, even after an interrupt"
         if len(at_home(plan)) == len(plan):
             return "every handler draws random numbers"
         if plan.watched:

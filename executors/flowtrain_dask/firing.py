@@ -4,6 +4,8 @@ A `Firing` holds what the strands of one firing share. Each strand runs its hand
 for another strand it waits until that is done. What a handler raises is kept, and what depends on it is skipped, so
 that exactly the handlers with no failed ancestor run. Nothing is raised before every strand has ended.
 
+Plans of which every handler runs whatever failed (`Plan.always`) are not run here: no interrupt may stop those.
+
 An interrupt (an exception that is no `Exception`) stops the firing: no handler starts any more, those that run are
 waited for, and the interrupt goes on. A second interrupt during that wait leaves at once.
 """
@@ -64,7 +66,7 @@ class Firing:
     def run(self, position: int) -> None:
         """Run the handler at a position, unless one that it depends on failed; does not raise."""
         plan, step, bit = self._plan, self._plan.steps[position], 1 << position
-        if self._lost & plan.ancestors[position] and not plan.always:
+        if self._lost & plan.ancestors[position]:
             with self._lock:
                 self._lost |= bit
             return

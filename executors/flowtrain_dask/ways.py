@@ -55,7 +55,7 @@ class Ways:
         lost = 0
         before = clock()
         for position, step in enumerate(plan.steps):
-            if plan.ancestors[position] & lost and not plan.always:
+            if plan.ancestors[position] & lost:
                 lost |= 1 << position
                 continue
             try:

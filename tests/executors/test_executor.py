@@ -16,6 +16,7 @@ import torch
 
 from flowtrain import (
     Access,
+    BatchBegin,
     BatchEnd,
     Callback,
     Event,
@@ -43,7 +44,7 @@ TIMEOUT = 20.0
 
 
 class Does(Callback):
-    """Does what it is told at the end of a batch and of a fit."""
+    """Does what it is told when a batch begins and ends, and when a fit ends."""
 
     def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
         self.act = act
@@ -54,6 +55,10 @@ class Does(Callback):
 
     @on(BatchEnd)
     def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.act(learner)
+
+    @on(BatchBegin)
+    def begin(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         self.act(learner)
 
     @on(FitEnd)
@@ -80,17 +85,19 @@ class Site:
 
     def __init__(self) -> None:
         self.fired: list[tuple[str, Event]] = []
-        self.failures: list[tuple[str, Exception]] = []
+        self.failures: list[tuple[str, BaseException]] = []
         self.drained: list[list[tuple[str, Event]]] = []
+        self.swapped: list[Runner] = []
 
     def drain(self, phase: Phase) -> None:
         self.drained.append(list(self.fired))
         self.fired.clear()
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, Exception]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         self.failures += [(step.node.name, failure) for step, failure in failures]
 
-    def swap(self, plan: Plan, runner: Runner) -> None: ...
+    def swap(self, plan: Plan, runner: Runner) -> None:
+        self.swapped.append(runner)
 
 
 @pytest.fixture
@@ -216,7 +223,7 @@ def test_failures_come_in_serial_order_whoever_fails_first(executor: DaskExecuto
 def test_what_depends_on_a_failure_runs_at_the_end_of_a_fit_only(
     executor: DaskExecutor, event: Event, ran: list[str]
 ) -> None:
-    """Rules 15 and 17; B is on the strand of A, C on the other."""
+    """Rules 15 and 17; at a batch's end B is on the strand of A, C on the other."""
 
     def fail(learner: LearnerView) -> None:
         raise ValueError
@@ -362,7 +369,7 @@ def test_handlers_of_validation_see_no_grad() -> None:
 def test_a_handler_that_fires_through_the_learner_does_not_deadlock(executor: DaskExecutor) -> None:
     """While strands run, an event runs inline where it is fired: the pool has no thread left for it."""
     inner, site = list[str](), Site()
-    nested = runner_of(executor, site, FitEnd(), A(lambda _: inner.append("A")), B(lambda _: inner.append("B")))
+    nested = runner_of(executor, site, BatchBegin(), A(lambda _: inner.append("A")), B(lambda _: inner.append("B")))
     runner_of(executor, site, BatchEnd(), A(lambda _: nested()), B(nothing))()
     assert inner == ["A", "B"]
 
@@ -377,7 +384,8 @@ def test_settings_and_callbacks_of_dask_do_not_reach_it(executor: DaskExecutor) 
 
     ran: list[str] = []
     run = runner_of(executor, Site(), BatchEnd(), A(lambda _: ran.append("A")), B(lambda _: ran.append("B")))
-    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), Watches():
+    watches = Watches()  # type: ignore[no-untyped-call]  # dask's own has no annotations
+    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), watches:
         run()
     assert sorted(ran) == ["A", "B"]
     assert tasks == []
@@ -412,12 +420,10 @@ def test_a_dropped_learner_leaves_no_thread() -> None:
 @pytest.mark.parametrize("parallel", ["auto", "always", "never"])
 def test_a_closed_executor_runs_nothing(parallel: Any) -> None:
     executor, site, ran = DaskExecutor(parallel=parallel, workers=2), Site(), list[str]()
-    runner: list[Runner] = []
-    site.swap = lambda plan, new: runner.append(new)  # type: ignore[method-assign]  # keeps what it gets
     runner_of(executor, site, BatchEnd(), A(lambda _: ran.append("A")), B(nothing))
     executor.close()
     closed = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
-    [last] = runner
+    [last] = site.swapped
     with pytest.raises(ExecutorError, match=closed):
         last(BatchEnd(), TrainingPhase())
     with pytest.raises(ExecutorError, match=closed):
@@ -570,8 +576,8 @@ def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatc
         learner.add_callback(C(count("C")))
         learner.flush()
         learner.fit(1)
-    # A fit has 3 batches of training, 3 of validation, and one end.
-    assert counts == {"A": 17, "B": 17, "C": 7}
+    # A fit has 3 batches of training, 3 of validation, and one end; a batch begins and ends.
+    assert counts == {"A": 32, "B": 32, "C": 13}
 
 
 def test_a_serial_and_a_dask_learner_come_to_the_same_bits() -> None:

@@ -48,6 +48,12 @@ def seen() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:
+    with one, other:
+        yield
+
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "plain": nullcontext,
     "no grad": torch.no_grad,
@@ -60,12 +66,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "three threads": lambda: threads(3),
     "everything": lambda: both(both(torch.autocast("cpu"), torch.no_grad()), both(torch.device("meta"), threads(3))),
 }
-
-
-@contextmanager
-def both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:
-    with one, other:
-        yield
 
 
 @pytest.mark.parametrize("mode", MODES)
