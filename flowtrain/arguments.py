@@ -16,6 +16,11 @@ __all__ = ["as_list", "as_phase", "check_counts", "check_lossfn", "check_model"]
 
 
 def check_model(model: Any) -> Any:
+    """Return the model, or a mapping of names to models as `Named`.
+
+    Raises:
+        CoreError: It is neither, or a name is not one that ``learner.model.<name>`` can have.
+    """
     if isinstance(model, torch.nn.Module):
         return model
     if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
@@ -27,6 +32,11 @@ def check_model(model: Any) -> Any:
 
 
 def check_lossfn(lossfn: Any) -> Any:
+    """Return the loss function.
+
+    Raises:
+        CoreError: It is a class, or cannot be called.
+    """
     if isinstance(lossfn, type) or not callable(lossfn):
         made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
         raise CoreError(f"lossfn={lossfn!r} is not a function of (outputs, targets).{made}")
@@ -34,12 +44,26 @@ def check_lossfn(lossfn: Any) -> Any:
 
 
 def as_list(callbacks: Any) -> list[Callback]:
+    """Return the callbacks as a list of its own.
+
+    Raises:
+        CallbackError: It is one callback, or nothing that holds several.
+    """
     if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
         raise CallbackError(f"callbacks={callbacks!r} is not a list. Write callbacks=[...].")
     return list(callbacks)
 
 
 def as_phase(phase: Any, what: str) -> Phase:
+    """Return the phase; of a type of phase, an instance.
+
+    Args:
+        phase: What the user passed.
+        what: The method that it was passed to.
+
+    Raises:
+        UsageError: It is neither.
+    """
     if isinstance(phase, Phase):
         return phase
     if isinstance(phase, type) and issubclass(phase, Phase):
@@ -48,6 +72,12 @@ def as_phase(phase: Any, what: str) -> Phase:
 
 
 def check_counts(epochs: object, steps: object, validate_every: object) -> None:
+    """Check what says how long a fit is.
+
+    Raises:
+        UsageError: Not exactly one of `epochs` and `steps`, a number that is not whole or below 1, or
+            `validate_every` without `steps`.
+    """
     if (epochs is None) == (steps is None):
         raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
     for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):

@@ -212,6 +212,7 @@ def on(
         )
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
+        """Add the function to the handlers of the type."""
         wanted = marked(function).handler(callback_type.__name__, function.__name__)
         # A cell that is run again replaces its handler; the key cannot clash with a method's name.
         key = f"{function.__module__}:{function.__qualname__}"

@@ -24,14 +24,17 @@ class Draft:
     settled: set[tuple[int, int]] = field(default_factory=set)
 
     def name(self, position: int) -> str:
+        """Return the name of the callback at a position."""
         return self.nodes[position].name
 
     def edge(self, before: int, after: int, kind: str, text: str) -> None:
+        """Add a reason why one runs before the other."""
         reasons = self.hard.setdefault((before, after), [])
         if all(reason.text != text for reason in reasons):
             reasons.append(Reason(kind, text))
 
     def pair(self, one: int, other: int, kind: str, text: str) -> None:
+        """Add a reason why two never run at the same time, in whichever order."""
         reasons = self.soft.setdefault((min(one, other), max(one, other)), [])
         if all(reason.text != text for reason in reasons):
             reasons.append(Reason(kind, text))
@@ -75,6 +78,15 @@ def cycle_error(draft: Draft, stuck: set[int]) -> CycleError:
 
 
 def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
+    """Check that of each two writers of one entry one runs before the other.
+
+    Args:
+        draft: All edges that decide the order.
+        ancestors: By position, what comes before it along those edges, as the bits of an integer.
+
+    Raises:
+        WriteConflictError: Two without an order; it names the first such pair in the list.
+    """
     conflicts = [
         (first, second, meeting)
         for first, second, meeting in draft.writers

@@ -39,6 +39,16 @@ def _rebuild(data: dict[Any, Any], made: dict[Any, Any]) -> Any:
 
 
 def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:
+    """Return the device to train on.
+
+    Args:
+        wanted: A device, or ``"auto"``: where the models are, if that is not the CPU, otherwise the first accelerator,
+            otherwise the CPU.
+        models: The models.
+
+    Raises:
+        CoreError: The device cannot be used.
+    """
     if wanted != "auto":
         try:
             device = torch.device(wanted)

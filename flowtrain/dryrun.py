@@ -140,11 +140,13 @@ class _Probe:
         """Return what wraps a step's call: the subject's handlers get a recording view."""
 
         def wrap(step: Step) -> Call:
+            """Return the call of a step, for the subject one with a recording view."""
             if step.callback is not self.subject:
                 return step.call
             name, owner = step.handler.attribute, owner_of(step.node, step.handler)
 
             def call(event: Event, phase: Phase, view: LearnerView) -> None:
+                """Call the handler with a view that records, in place of its own."""
                 with self.recorded(name, state, owner) as recording:
                     step.call(event, phase, recording)
 

@@ -111,6 +111,7 @@ class SerialExecutor:
         caught: type[BaseException] = BaseException if plan.always else Exception
 
         def run(event: Event, phase: Phase) -> None:
+            """Call every handler; a plan without failures costs the calls and one test."""
             view: Any = None
             try:
                 for call, view in calls:

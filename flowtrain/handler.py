@@ -101,6 +101,7 @@ def mark(event_type: type[Event], phase_type: type[Phase], access: Access | None
     """Return the decorator of `on` for methods."""
 
     def decorate(function: Any) -> Marked:
+        """Return the function with what it handles."""
         if isinstance(function, Marked):
             raise HandlerError(
                 f"{function.function.__qualname__} is marked by two @on; a method handles one event. Write two methods "

@@ -54,6 +54,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
         raise UsageError(f"top_k_accuracy(k={k!r}): k is a whole number, at least 1.")
 
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the share of rows whose target is among the k highest outputs."""
         if outputs.ndim != 2:
             raise UsageError(f"top_{k}_accuracy needs outputs of shape (batch, classes), got {tuple(outputs.shape)}.")
         _check_shapes(f"top_{k}_accuracy", outputs[:, 0], targets, "outputs without their classes")

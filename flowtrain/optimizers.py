@@ -17,17 +17,28 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer
 
 
 def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    """Return the parameters of all groups of an optimizer."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def gradients_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return the gradients of an optimizer's parameters that have one."""
     return [param.grad for param in params_of(optimizer) if param.grad is not None]
 
 
 def make_optimizers(
     wanted: Any, models: Mapping[str, torch.nn.Module], loss_modules: Iterable[torch.nn.Module]
 ) -> dict[str, Optimizer]:
-    """Return the optimizers by name; a single one has the empty name."""
+    """Return the optimizers by name; a single one has the empty name.
+
+    Args:
+        wanted: An optimizer, a function that makes one from parameters, or a mapping of either by name.
+        models: The models by name; a single one has the empty name.
+        loss_modules: The loss function, where it is a module. Its parameters go to the first optimizer made here.
+
+    Raises:
+        CoreError: An optimizer that does not fit the models, or none.
+    """
     loss_params = [param for module in loss_modules for param in module.parameters()]
     found = [param for model in models.values() for param in model.parameters()] + loss_params
     everything = list({id(param): param for param in found}.values())  # models may share a part

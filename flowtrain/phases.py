@@ -58,37 +58,58 @@ _UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
 class StepContext(Protocol):
     """What a step may use of the learner.
 
-    A step of your own needs ``model``, ``lossfn``, ``optimizer``, ``batch`` and ``cbstate``, and these methods:
-
-    - ``run_batch(phase, **state)``: a context that gives the batch state, with `state` moved to the device; it fires
-      `BatchBegin` and `BatchEnd`.
-    - ``forward()``: a context for the forward pass: autocast, if the precision asks for it.
-    - ``backward(phase, loss, name=None)``: the backward pass with its events, scaled and divided as the core is set up;
-      `name` keeps the gradients to the parameters of one of several optimizers.
-    - ``update(phase, name=None)``: the optimizer's step with its events, clipping and accumulation; `name` says which
-      one of several.
-    - ``fire(event, phase)``: fire an event of your own.
+    A step of your own needs ``model``, ``lossfn``, ``optimizer``, ``batch`` and ``cbstate``, and the methods.
     """
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The model, or all of them by name."""
+
     @property
-    def lossfn(self) -> Any: ...
+    def lossfn(self) -> Any:
+        """The loss function."""
+
     @property
-    def optimizer(self) -> Any: ...
+    def optimizer(self) -> Any:
+        """The optimizer, or all of them by name."""
+
     @property
-    def params(self) -> Mapping[str, Any]: ...
+    def params(self) -> Mapping[str, Any]:
+        """The parameters by name."""
+        ...
+
     @property
-    def batch(self) -> BatchState: ...
+    def batch(self) -> BatchState:
+        """The state of the current, or last, batch."""
+        ...
+
     @property
-    def cbstate(self) -> Any: ...
+    def cbstate(self) -> Any:
+        """What callbacks share with each other."""
+
     @property
-    def loop(self) -> Any: ...
-    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]: ...
-    def forward(self) -> AbstractContextManager[None]: ...
-    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None: ...
-    def update(self, phase: Phase, name: str | None = None) -> None: ...
-    def fire(self, event: Event, phase: Phase) -> None: ...
+    def loop(self) -> Any:
+        """What runs training; the bundled steps use it in place of the methods."""
+
+    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]:
+        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`."""
+        ...
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Return the context of a forward pass: autocast, if the precision asks for it."""
+        ...
+
+    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
+        """Run the backward pass with its events, scaled and divided as the core is set up.
+
+        With `name`, only the parameters of that one of several optimizers get gradients.
+        """
+
+    def update(self, phase: Phase, name: str | None = None) -> None:
+        """Step the optimizer, or the one of that name, with its events, clipping and accumulation."""
+
+    def fire(self, event: Event, phase: Phase) -> None:
+        """Fire an event of your own."""
 
 
 class Phase:

@@ -138,6 +138,7 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
 
 def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
     def ask(event: Event, phase: Phase, view: Any) -> None:
+        """Call the handler if every condition says so."""
         # Every condition counts the event, also when an earlier one has said no.
         ready = [condition.ready(phase) for condition in conditions]
         if all(ready):

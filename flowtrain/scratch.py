@@ -48,6 +48,13 @@ class LearnerParts(Protocol):
 
 
 def copies(learner: LearnerParts, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:
+    """Return copies of the callback, the model, the loss function, the optimizer, and the callbacks around it.
+
+    They are copied together, so what they share they share again.
+
+    Raises:
+        UsageError: Something cannot be copied.
+    """
     state = learner.state
     others = [
         other
@@ -76,6 +83,11 @@ def _node_of(state: LearnerState, callback: Callback) -> Node:
 
 
 def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
+    """Return, for each phase, a list of the loader's first batch; a loader without one is left out.
+
+    Raises:
+        UsageError: There are no loaders, or one can be gone through only once.
+    """
     if not data:
         raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
     found: PhaseMap[Any] = PhaseMap("data")

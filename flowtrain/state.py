@@ -214,6 +214,7 @@ def restore_point(state: State) -> Callable[[], None]:
     contents: dict[int, tuple[Any, Any]] = {}
 
     def remember(value: Any) -> None:
+        """Keep what a container holds, and what is in it."""
         if id(value) in contents:
             return
         if isinstance(value, (dict, list, set, deque)):
@@ -239,6 +240,7 @@ def restore_point(state: State) -> Callable[[], None]:
         remember(value)
 
     def restore() -> None:
+        """Put everything back."""
         for value, content in contents.values():
             _refill(value, content)
         _refill(state, entries)

@@ -29,9 +29,11 @@ def watch(state: LearnerState) -> Callable[[Step], Call]:
     """
 
     def wrap(step: Step) -> Call:
+        """Return the call of a step, between two fingerprints."""
         declaration = step.node.access[step.handler]
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
+            """Call the handler, and raise for what it changed without saying so."""
             before = fingerprints(state)
             step.call(event, phase, view)
             found = undeclared(changes(before, fingerprints(state)), declaration)

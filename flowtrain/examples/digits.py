@@ -40,6 +40,7 @@ class BestEpoch(Callback):
 
     @on(EpochEnd, ValidationPhase)
     def compare(self, event: EpochEnd, phase: ValidationPhase, learner: LearnerView) -> None:
+        """Keep the epoch if it is better than all before."""
         epoch, value = learner.cbstate.metrics_epoch[phase]["Accuracy"].last()
         if value > self.accuracy:
             self.epoch, self.accuracy = epoch, value
