@@ -26,7 +26,10 @@ __all__ = ["EXECUTORS", "Executor", "Runner", "SerialExecutor", "Site", "find_ex
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
 
-EXECUTORS: dict[str, tuple[str, str]] = {"serial": ("flowtrain.execution:SerialExecutor", "")}
+EXECUTORS: dict[str, tuple[str, str]] = {
+    "serial": ("flowtrain.execution:SerialExecutor", ""),
+    "dask": ("flowtrain_dask:DaskExecutor", "pip install 'flowtrain[dask]'"),
+}
 """The executors that come with flowtrain: name to where they are and how to install what they need."""
 
 _GROUP = "flowtrain.executors"
@@ -123,7 +126,10 @@ class SerialExecutor:
                     site.drain(phase)
                 return
             # Outside of the except block, so that the exception raised keeps its own context.
-            site.fail(plan, event, phase, failures)
+            try:
+                site.fail(plan, event, phase, failures)
+            finally:
+                del failures  # see `flowtrain.signals.raise_worst`
             if fired:
                 site.drain(phase)
 
@@ -158,7 +164,10 @@ def _finish(
         except Exception as another:  # whatever a handler raises is collected, then raised
             failures.append((step, another))
             lost |= 1 << position
-    return failures
+    try:
+        return failures
+    finally:
+        del failure, failures  # see `flowtrain.signals.raise_worst`
 
 
 def find_executor(executor: object) -> Executor:
