@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.functional import cross_entropy
 
 from flowtrain import (
     AbstractTrainingPhase,
@@ -43,11 +41,6 @@ Pairs = list[tuple[Tensor, Tensor]]
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
 
-class Pair(NamedTuple):
-    left: Any
-    right: Any
-
-
 class Net(nn.Sequential):
     """A small network whose result depends on the random numbers it draws."""
 
@@ -64,13 +57,6 @@ class Tempered(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(outputs * self.temperature, targets)
-
-
-def layers_of(model: Net) -> tuple[nn.Linear, nn.Linear]:
-    body, head = model[0], model[3]
-    assert isinstance(body, nn.Linear)
-    assert isinstance(head, nn.Linear)
-    return body, head
 
 
 def batches(count: int = 7, size: int = 5) -> Pairs:
@@ -493,48 +479,6 @@ def test_grad_norm_is_computed_only_where_somebody_wants_it(monkeypatch: pytest.
     assert len(computed) == len(data) + 1
 
 
-def test_a_parameter_without_a_gradient_is_left_alone() -> None:
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            out: Tensor = self.used(inputs)
-            return out
-
-    model = Half()
-    learner = learner_of(model, core=cpu(accumulate=3, clip_grad_norm=1.0, clip_grad_value=1.0))
-    learner.fit(1)
-    assert list(learner.batch.grads) == ["used.weight", "used.bias"]
-    assert "unused.weight" not in learner.batch.grads
-    with pytest.raises(KeyError, match=r"unused\.bias has no gradient: it took no part in the loss, or it is frozen"):
-        learner.batch.grads["unused.bias"]
-    with pytest.raises(KeyError, match=r"there is no parameter 'used\.wieght'\. Did you mean 'used\.weight'\?"):
-        learner.params["used.wieght"]
-    assert len(learner.params) == 4
-    assert learner.params["used.bias"] is model.used.bias
-
-
-def test_parameters_are_found_by_the_names_they_are_listed_under() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-            self.scale = nn.Parameter(torch.ones(()))
-
-    one, several = Tied(), {"gen": Tied(), "disc": Tied()}
-    params = learner_of(one).params
-    assert {name: id(param) for name, param in params.items()} == {n: id(p) for n, p in one.named_parameters()}
-    named = learner_of(several, data=None).params
-    assert list(named)[:2] == ["gen.scale", "gen.inner.0.weight"]
-    for name, param in named.items():
-        prefix, rest = name.split(".", 1)
-        assert param is several[prefix].get_parameter(rest)
-    with pytest.raises(KeyError, match="there is no parameter 'scale'"):
-        named["scale"]
-
-
 # --- accumulation and cancelled batches
 
 
@@ -631,46 +575,6 @@ def test_single_steps_make_groups_too_and_an_epoch_begins_a_new_one() -> None:
 # --- devices
 
 
-def test_nested_data_goes_to_the_device_and_keeps_its_shape() -> None:
-    core = TorchCore(device="meta")
-    learner_of(nn.Linear(2, 2), core=core)
-    raw: Any = (
-        torch.zeros(2),
-        [torch.zeros(3), "text", None],
-        {"a": torch.zeros(1), "b": (torch.ones(1), 7)},
-        Pair(torch.zeros(4), 2.5),
-        OrderedDict(z=torch.zeros(1), y=[torch.zeros(1)]),
-    )
-    placed = core.place(raw)
-    assert [type(item) for item in placed] == [Tensor, list, dict, Pair, OrderedDict]
-    tensors = [placed[0], placed[1][0], placed[2]["a"], placed[2]["b"][0], placed[3].left, placed[4]["z"]]
-    assert {tensor.device.type for tensor in [*tensors, placed[4]["y"][0]]} == {"meta"}
-    assert placed[1][1:] == ["text", None]
-    assert placed[2]["b"][1] == 7
-    assert placed[3].right == 2.5
-    assert list(placed[4]) == ["z", "y"]
-    assert raw[0].device.type == raw[2]["a"].device.type == "cpu", "the loader's own data stays where it is"
-
-
-def test_objects_that_know_how_to_move_are_asked() -> None:
-    class Graph:
-        def __init__(self, nodes: Tensor) -> None:
-            self.nodes = nodes
-
-        def to(self, device: torch.device) -> Graph:
-            return Graph(self.nodes.to(device))
-
-    core = TorchCore(device="meta")
-    learner_of(nn.Linear(2, 2), core=core)
-    assert core.place([Graph(torch.zeros(2))])[0].nodes.device.type == "meta"
-    module = nn.Linear(1, 1)
-    assert core.place({"helper": module})["helper"] is module
-    assert module.weight.device.type == "cpu", "a module in the data is not ours to move"
-    packed = core.place(pack_sequence([torch.zeros(2), torch.zeros(1)]))
-    assert isinstance(packed, PackedSequence)
-    assert (packed.data.device.type, packed.batch_sizes.device.type) == ("meta", "cpu")
-
-
 def test_model_loss_and_data_meet_on_the_device() -> None:
     seen: list[str] = []
     look = CustomCallback(
@@ -682,22 +586,6 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
     assert {param.device.type for param in (*model.parameters(), *lossfn.parameters())} == {"meta"}
     learner.fit(1, data=batches(1))
     assert seen == ["meta", "meta"]
-
-
-def test_auto_is_the_first_accelerator_or_the_cpu() -> None:
-    expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    core = TorchCore()
-    Learner(nn.Linear(1, 1), mse_loss, default_callbacks=False, core=core)
-    assert core.device == expected
-    assert repr(core) == f"TorchCore(device={str(expected)!r}, precision='fp32', accumulate=1)"
-
-
-@pytest.mark.parametrize("device", ["quux", "privateuseone", None, 2.5])
-def test_a_device_that_is_not_there(device: Any) -> None:
-    with pytest.raises(CoreError, match=r"^device=.* cannot be used: ") as raised:
-        learner_of(Net(), core=TorchCore(device=device))
-    assert repr(device) in str(raised.value)
-    assert raised.value.__cause__ is not None
 
 
 # --- what the core refuses
@@ -732,67 +620,6 @@ def test_a_core_belongs_to_one_learner() -> None:
 def test_compile_is_for_one_model() -> None:
     with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
         learner_of({"gen": Net(), "disc": Net()}, data=None, core=cpu(compile=True))
-
-
-FOREIGN = nn.Linear(4, 5)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "text"),
-    [
-        (
-            torch.optim.SGD(FOREIGN.parameters(), lr=0.1),
-            r"optimizer \(SGD\) has, in group 0, a parameter of shape \(5, 4\) that is neither the model's nor the "
-            r"loss function's, so training would not change the model. Make the optimizer from this model's "
-            r"parameters, or pass a function: optimizer=partial\(torch.optim.SGD, lr=...\).",
-        ),
-        ("adam", r"optimizer is 'adam'. Pass an optimizer, or a function of the parameters such as "
-                 r"partial\(torch.optim.AdamW, lr=1e-3\)."),
-        (None, "optimizer is None. Pass an optimizer"),
-        (list, r"optimizer was called with the parameters and returned list, which is no torch optimizer"),
-        ({}, r"optimizer=\{\} has no optimizer. Pass one"),
-        ({"gne": torch.optim.SGD}, r"optimizer\['gne'\] is called with the parameters of model 'gne', and there is no "
-                                   r"such model, but one without a name. Use the models' names, or pass an "
-                                   r"optimizer instance"),
-        ({"a": ADAMW(FOREIGN.parameters())}, r"optimizer\['a'\] \(AdamW\) has, in group 0, a parameter"),
-    ],
-    ids=["foreign", "string", "None", "no optimizer", "empty", "unknown name", "foreign by name"],
-)  # fmt: skip
-def test_optimizers_that_do_not_fit(optimizer: Any, text: str) -> None:
-    with pytest.raises(CoreError, match=text):
-        learner_of(Net(), optimizer=optimizer)
-
-
-def test_optimizers_that_do_not_fit_several_models() -> None:
-    models = {"gen": Net(), "disc": Net()}
-    with pytest.raises(CoreError, match=r"no such model \('gen', 'disc' are there\). Did you mean 'disc'\?"):
-        learner_of(models, data=None, optimizer={"dics": ADAMW})
-    with pytest.raises(CoreError, match="optimizer has nothing to train: the model has no parameters"):
-        learner_of(nn.ReLU())
-
-
-def test_the_optimizer_of_a_name_gets_the_parameters_of_that_model() -> None:
-    models, lossfn = {"gen": Net(), "disc": nn.Linear(3, 1)}, Tempered()
-    learner = learner_of(models, lossfn, data=None, optimizer={"disc": torch.optim.SGD, "gen": ADAMW})
-    groups: Mapping[str, list[int]] = {
-        name: [id(param) for group in optimizer.param_groups for param in group["params"]]
-        for name, optimizer in learner.optimizer.items()
-    }
-    assert groups["gen"] == [id(param) for param in models["gen"].parameters()]
-    # The loss function's parameters go to the first optimizer that is made.
-    assert groups["disc"] == [id(param) for param in (*models["disc"].parameters(), *lossfn.parameters())]
-    assert learner.optimizer.gen is learner.optimizer["gen"]
-
-
-def test_an_optimizer_instance_is_used_as_it_is() -> None:
-    model = Net()
-    body, head = layers_of(model)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
-    frozen = body.weight.detach().clone()
-    learner = learner_of(model, optimizer=optimizer)
-    learner.fit(1)
-    assert learner.optimizer is optimizer
-    assert torch.equal(body.weight, frozen)
 
 
 def test_modes_are_those_of_the_phase_and_put_back() -> None:
@@ -838,20 +665,6 @@ def test_one_optimizer_may_have_a_name() -> None:
     assert_same(model, expected)
 
 
-def test_models_may_share_a_part() -> None:
-    shared = nn.Linear(2, 2)
-    models = {"online": nn.Sequential(shared, nn.Linear(2, 1)), "target": nn.Sequential(shared)}
-    for optimizer in (ADAMW, {"online": ADAMW}):
-        learner = learner_of(models, shared_loss(shared), data=None, optimizer=optimizer)
-        made = learner.optimizer if callable(optimizer) else learner.optimizer.online
-        assert len(made.param_groups[0]["params"]) == 4
-
-
-def shared_loss(part: nn.Module) -> nn.Module:
-    """A loss that is a module with parameters of the model."""
-    return nn.Sequential(part)
-
-
 # --- several optimizers
 
 
@@ -895,11 +708,6 @@ def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -
     for name, model in by_hand.items():
         for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    with pytest.raises(CoreError, match=r"optimizer is LBFGS, whose step runs the model several times"):
-        Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, optimizer=torch.optim.LBFGS)
 
 
 def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:

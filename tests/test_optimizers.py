@@ -1,0 +1,127 @@
+"""Optimizers as a user passes them: which parameters they get, and which of them are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from flowtrain import (
+    CoreError,
+    Learner,
+    TorchCore,
+    TrainingPhase,
+)
+
+ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+
+
+class Net(nn.Sequential):
+    """A small network."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs * self.temperature, targets)
+
+
+def learner_of(model: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:
+    return Learner(model, lossfn, default_callbacks=False, core=TorchCore(device="cpu"), **options)
+
+
+FOREIGN = nn.Linear(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        (
+            torch.optim.SGD(FOREIGN.parameters(), lr=0.1),
+            r"optimizer \(SGD\) has, in group 0, a parameter of shape \(5, 4\) that is neither the model's nor the "
+            r"loss function's, so training would not change the model. Make the optimizer from this model's "
+            r"parameters, or pass a function: optimizer=partial\(torch.optim.SGD, lr=...\).",
+        ),
+        ("adam", r"optimizer is 'adam'. Pass an optimizer, or a function of the parameters such as "
+                 r"partial\(torch.optim.AdamW, lr=1e-3\)."),
+        (None, "optimizer is None. Pass an optimizer"),
+        (list, r"optimizer was called with the parameters and returned list, which is no torch optimizer"),
+        ({}, r"optimizer=\{\} has no optimizer. Pass one"),
+        ({"gne": torch.optim.SGD}, r"optimizer\['gne'\] is called with the parameters of model 'gne', and there is no "
+                                   r"such model, but one without a name. Use the models' names, or pass an "
+                                   r"optimizer instance"),
+        ({"a": ADAMW(FOREIGN.parameters())}, r"optimizer\['a'\] \(AdamW\) has, in group 0, a parameter"),
+    ],
+    ids=["foreign", "string", "None", "no optimizer", "empty", "unknown name", "foreign by name"],
+)  # fmt: skip
+def test_optimizers_that_do_not_fit(optimizer: Any, text: str) -> None:
+    with pytest.raises(CoreError, match=text):
+        learner_of(Net(), optimizer=optimizer)
+
+
+def test_optimizers_that_do_not_fit_several_models() -> None:
+    models = {"gen": Net(), "disc": Net()}
+    with pytest.raises(CoreError, match=r"no such model \('gen', 'disc' are there\). Did you mean 'disc'\?"):
+        learner_of(models, optimizer={"dics": ADAMW})
+    with pytest.raises(CoreError, match="optimizer has nothing to train: the model has no parameters"):
+        learner_of(nn.ReLU())
+
+
+def test_the_optimizer_of_a_name_gets_the_parameters_of_that_model() -> None:
+    models, lossfn = {"gen": Net(), "disc": nn.Linear(3, 1)}, Tempered()
+    learner = learner_of(models, lossfn, optimizer={"disc": torch.optim.SGD, "gen": ADAMW})
+    groups: Mapping[str, list[int]] = {
+        name: [id(param) for group in optimizer.param_groups for param in group["params"]]
+        for name, optimizer in learner.optimizer.items()
+    }
+    assert groups["gen"] == [id(param) for param in models["gen"].parameters()]
+    # The loss function's parameters go to the first optimizer that is made.
+    assert groups["disc"] == [id(param) for param in (*models["disc"].parameters(), *lossfn.parameters())]
+    assert learner.optimizer.gen is learner.optimizer["gen"]
+
+
+def test_an_optimizer_instance_is_used_as_it_is() -> None:
+    model = Net()
+    body, head = model[0], model[2]
+    assert isinstance(body, nn.Linear)
+    assert isinstance(head, nn.Linear)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    frozen = body.weight.detach().clone()
+    before = head.weight.detach().clone()
+    learner = learner_of(model, optimizer=optimizer)
+    learner.step(TrainingPhase, (torch.ones(5, 6), torch.zeros(5, dtype=torch.long)))
+    assert learner.optimizer is optimizer
+    assert torch.equal(body.weight, frozen)
+    assert not torch.equal(head.weight, before)
+
+
+def test_models_may_share_a_part() -> None:
+    shared = nn.Linear(2, 2)
+    models = {"online": nn.Sequential(shared, nn.Linear(2, 1)), "target": nn.Sequential(shared)}
+    for optimizer in (ADAMW, {"online": ADAMW}):
+        learner = learner_of(models, shared_loss(shared), optimizer=optimizer)
+        made = learner.optimizer if callable(optimizer) else learner.optimizer.online
+        assert len(made.param_groups[0]["params"]) == 4
+
+
+def shared_loss(part: nn.Module) -> nn.Module:
+    """A loss that is a module with parameters of the model."""
+    return nn.Sequential(part)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(CoreError, match=r"optimizer is LBFGS, whose step runs the model several times"):
+        learner_of(Net(), optimizer=torch.optim.LBFGS)
