@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain import ProtectedException, (
+from flowtrain import Learner, ProtectedException, TorchCore
 from flowtrain.parameters import Gradients, Parameters
-    Learner,
-    TorchCore,
-)
 
 
 def learner_of(model: Any, **options: Any) -> Learner:
