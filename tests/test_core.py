@@ -708,14 +708,3 @@ def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -
     for name, model in by_hand.items():
         for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
-
-
-def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:
-    class Wrong(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self, x=raw) as batch:
-                learner.backward(self, learner.model(batch.x).sum(), "gen")
-
-    learner = Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, default_callbacks=False)
-    with pytest.raises(CoreError, match=r"backward\(name='gen'\): there is no such optimizer"):
-        learner.step(Wrong, torch.ones(2, 1))

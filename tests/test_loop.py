@@ -26,7 +26,6 @@ from flowtrain import (
     CancelBatchException,
     CancelEpochException,
     CancelFittingException,
-    CoreError,
     DataError,
     EpochBegin,
     EpochCancelled,
@@ -497,32 +496,6 @@ def test_a_model_that_raises_says_with_which_input() -> None:
     assert short(watch.names) == "F( E( B( Bx Ex F)"
 
 
-def test_a_step_may_catch_what_a_batch_raises() -> None:
-    """Rule 16 holds for a step that goes on after an exception: the batch that raised was closed."""
-
-    class Halves(AbstractTrainingPhase):
-        """Try the whole batch; where it does not fit, train on its halves."""
-
-        def step(self, learner: StepContext, raw: Any) -> None:
-            try:
-                self.train(learner, raw)
-            except MemoryError:
-                for half in zip(*(tensor.chunk(2) for tensor in raw), strict=True):
-                    self.train(learner, half)
-
-        def train(self, learner: StepContext, pair: Any) -> None:
-            with learner.run_batch(self, inputs=pair[0], targets=pair[1]) as batch:
-                if len(batch.inputs) > 4:
-                    raise MemoryError
-                loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
-                learner.backward(self, loss)
-                learner.update(self)
-
-    watch, learner = watched(data={Halves: tiny_batches(n_batches=1)})
-    learner.fit(1)
-    assert short(watch.names) == "F( E( B( Bx B( B) B( B) E) F)"
-
-
 def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
     class Robust(TrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:
@@ -541,67 +514,6 @@ def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
     assert short(watch.names) == "B( Bx"
 
 
-def test_a_failing_batch_begin_can_be_caught_too() -> None:
-    class Careless(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            try:
-                with learner.run_batch(self, inputs=raw):
-                    raise AssertionError("the body is not entered")
-            except ValueError:
-                with learner.run_batch(self, inputs=raw):
-                    pass
-
-    watch, learner = watched(Raise(BatchBegin, ValueError("no")), data={Careless: [1]})
-    learner.fit(1)
-    assert short(watch.names) == "F( E( B( Bx B( B) E) F)"
-
-
-def test_a_batch_inside_a_batch_is_refused() -> None:
-    class Nested(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self), learner.run_batch(self):
-                pass
-
-    watch, learner = watched(data={Nested: [1]})
-    with pytest.raises(UsageError, match=r"run_batch\(Nested\) was called inside an open batch. Leave that one first"):
-        learner.fit(1)
-    assert short(watch.names) == "F( E( B( Bx Ex F)"
-
-
-@pytest.mark.parametrize("what", ["backward", "update"])
-def test_backward_and_update_need_a_batch(what: str) -> None:
-    class Outside(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            loss = learner.model(raw).sum()
-            learner.backward(self, loss) if what == "backward" else learner.update(self)
-
-    _, learner = watched(data={Outside: [torch.ones(1)]})
-    with pytest.raises(UsageError, match=rf"{what}\(\) needs an open batch. Call it inside `with learner.run_batch"):
-        learner.fit(1)
-
-
-def test_backward_takes_one_number() -> None:
-    class Wrong(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self):
-                learner.backward(self, learner.model(raw))
-
-    _, learner = watched(data={Wrong: [torch.ones(2)]})
-    with pytest.raises(CoreError, match=r"backward\(Wrong, loss\) takes a tensor with one element, got tensor\("):
-        learner.fit(1)
-
-
-def test_update_of_an_optimizer_that_is_not_there() -> None:
-    class Wrong(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self):
-                learner.update(self, "gen")
-
-    _, learner = watched(data={Wrong: [1]})
-    with pytest.raises(CoreError, match="there is no such optimizer; the learner has one without a name"):
-        learner.fit(1)
-
-
 def test_a_phase_whose_mode_fails_leaves_the_learner_usable() -> None:
     class Broken(TrainingPhase):
         def mode(self, modules: Any) -> Any:
@@ -612,27 +524,6 @@ def test_a_phase_whose_mode_fails_leaves_the_learner_usable() -> None:
         learner.fit(1, data={Broken: tiny_batches(n_batches=1)})
     assert short(watch.names) == "F( F)", "the epoch never began"
     learner.fit(1)
-
-
-def test_gradients_of_steps_without_update_add_up() -> None:
-    """A group of gradients ends with an update, also where a phase decides by itself when to update."""
-
-    class EverySecond(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
-                learner.backward(self, learner.lossfn(learner.model(batch.inputs), batch.targets))
-                learner.cbstate.seen = getattr(learner.cbstate, "seen", 0) + 1
-                if learner.cbstate.seen % 2 == 0:
-                    learner.update(self)
-
-    data = tiny_batches(n_batches=2)
-    _, learner = watched(data={EverySecond: data})
-    learner.fit(1)
-    coeff = torch.zeros((), requires_grad=True)
-    for x, y in data:
-        torch.nn.functional.mse_loss(coeff * x, y).backward()
-    assert coeff.grad is not None
-    assert torch.equal(learner.model.coeff.detach(), -0.1 * coeff.grad)
 
 
 # --- rule 17
@@ -750,160 +641,7 @@ def test_which_of_several_exceptions_counts(exceptions: list[Exception], wins: i
     assert {id(other) for other in others} == {id(e) for e in exceptions} - {id(exceptions[wins])}
 
 
-@pytest.mark.parametrize(
-    ("event", "nth", "note"),
-    [
-        (FitBegin, 1, "raised in Raise.maybe at (FitBegin, Phase)"),
-        (EpochBegin, 3, "raised in Raise.maybe at (EpochBegin, TrainingPhase), epoch 2"),
-        (BackwardEnd, 4, "raised in Raise.maybe at (BackwardEnd, TrainingPhase), epoch 2, batch 2"),
-        (BatchBegin, 3, "raised in Raise.maybe at (BatchBegin, ValidationPhase), epoch 1, batch 1"),
-        (FitEnd, 1, "raised in Raise.maybe at (FitEnd, Phase)"),
-    ],
-)
-def test_every_exception_says_where_it_was_raised(event: type[Event], nth: int, note: str) -> None:
-    """Rule 15: callback, handler, event, phase, epoch and batch."""
-    data = (tiny_batches(n_batches=2), tiny_batches(n_batches=2))
-    _, learner = watched(Raise(event, ValueError("x"), nth), data=data)
-    with pytest.raises(ValueError, match="x") as raised:
-        learner.fit(2)
-    assert raised.value.__notes__ == [note]
-
-
-def test_the_note_of_a_direct_step_has_no_epoch() -> None:
-    _, learner = watched(Raise(LossBegin, ValueError("x")))
-    learner.get_callback(Raise).name = "Mine"  # type: ignore[union-attr]  # it is there
-    learner.set_callbacks(learner.callbacks)
-    with pytest.raises(ValueError, match="x") as raised:
-        learner.step(ValidationPhase, tiny_batches(n_batches=1)[0])
-    assert raised.value.__notes__ == ["raised in Mine.maybe at (LossBegin, ValidationPhase)"]
-
-
 # --- rule 18
-
-
-@dataclass(frozen=True)
-class Said(Event):
-    """An event that carries something."""
-
-    word: str
-
-
-class Sayer(Callback):
-    """Fire words at one event; answer words with words."""
-
-    def __init__(self, event_type: type[Event], *words: str, **answers: str) -> None:
-        self.event_type, self.words, self.answers = event_type, words, answers
-
-    @on(Event)
-    def say(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        if type(event) is self.event_type:
-            for word in self.words:
-                learner.fire(Said(word))
-
-    @on(Said)
-    def answer(self, event: Said, phase: Phase, learner: LearnerView) -> None:
-        if event.word in self.answers:
-            learner.fire(Said(self.answers[event.word]))
-
-
-def words(watch: Watch) -> list[str]:
-    return [fired.event.word if isinstance(fired.event, Said) else type(fired.event).__name__ for fired in watch.log]
-
-
-def test_fired_events_wait_for_the_end_of_the_current_one() -> None:
-    """Rule 18: in serial order of who fired, first in, first out, in the phase of the event."""
-    watch, learner = watched(
-        Sayer(BatchEnd, "a", "b", a="a1", b="b1", a1="a2"), Sayer(BatchEnd, "c", c="c1"), n_batches=1
-    )
-    learner.fit(1)
-    start = words(watch).index("BatchEnd")
-    assert words(watch)[start:] == ["BatchEnd", "a", "b", "c", "a1", "b1", "c1", "a2", "EpochEnd", "FitEnd"]
-    assert {repr(fired.phase) for fired in watch.log if isinstance(fired.event, Said)} == {"TrainingPhase"}
-
-
-def test_fired_events_are_dropped_if_the_event_raises() -> None:
-    """Rule 18."""
-    watch, learner = watched(
-        Sayer(BatchEnd, "a"), Raise(BatchEnd, CancelEpochException()), Sayer(EpochEnd, "b"), n_batches=1
-    )
-    learner.fit(1)
-    assert words(watch)[-3:] == ["EpochEnd", "b", "FitEnd"]
-    assert "a" not in words(watch)
-
-
-def test_fired_events_are_kept_if_the_cancel_means_nothing() -> None:
-    watch, learner = watched(Sayer(EpochEnd, "a"), Raise(EpochEnd, CancelEpochException()), n_batches=1)
-    learner.fit(1)
-    assert words(watch)[-3:] == ["EpochEnd", "a", "FitEnd"]
-
-
-BEGIN: dict[str, Callable[[Learner], object]] = {
-    "fit": lambda learner: learner.fit(1),
-    "epoch": lambda learner: learner.epoch(TrainingPhase),
-    "step": lambda learner: learner.step(TrainingPhase, tiny_batches(n_batches=1)[0]),
-    "fire": lambda learner: learner.fire(Ping(), TrainingPhase()),
-}
-
-
-@pytest.mark.parametrize(
-    ("how", "event"),
-    [
-        *(("fit", event) for event in [FitBegin, EpochBegin, LossBegin, BatchEnd, EpochEnd, FitEnd]),
-        *(("epoch", event) for event in [EpochBegin, LossBegin, BatchEnd, EpochEnd]),
-        *(("step", event) for event in [LossBegin, BatchEnd]),
-        ("fire", Ping),
-    ],
-)
-@pytest.mark.parametrize("failing", [False, True], ids=["", "after an error"])
-def test_fired_events_are_dropped_by_an_interrupt_too(how: str, event: type[Event], failing: bool) -> None:
-    errors = [Raise(event, ValueError("first"))] if failing else []
-    watch, learner = watched(Sayer(event, "a"), *errors, Raise(event, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        BEGIN[how](learner)
-    learner.remove_callback(Sayer)
-    learner.fit(1)
-    assert "a" not in words(watch)
-
-
-def test_a_failing_event_drops_only_what_it_fired_itself() -> None:
-    class Fail(Callback):
-        def __init__(self, word: str) -> None:
-            self.word = word
-
-        @on(Said)
-        def fail(self, event: Said, phase: Phase, learner: LearnerView) -> None:
-            if event.word == self.word:
-                raise CancelEpochException(self.word)
-
-    watch, learner = watched(Sayer(BatchBegin, "a", "b", a="a1", b="b1"), Fail("a"), n_batches=2)
-    learner.fit(1)
-    assert words(watch)[2:] == ["BatchBegin", "a", "b", "b1", "BatchCancelled", "EpochEnd", "FitEnd"]
-
-
-def test_events_that_fire_each_other_without_end_are_refused() -> None:
-    watch, learner = watched(Sayer(BatchEnd, "ping", ping="pong", pong="ping"), n_batches=1)
-    with pytest.raises(UsageError, match=r"Handlers fired more than 10000 events in a row; the last was Said\(word='p"):
-        learner.fit(1)
-    assert words(watch)[-2:] == ["EpochCancelled", "FitEnd"]
-
-
-def test_fire_takes_an_event() -> None:
-    _, learner = watched()
-    with pytest.raises(UsageError, match=r"fire\(\) takes an event and a phase, got .*BatchEnd.* and TrainingPhase"):
-        learner.fire(BatchEnd, TrainingPhase())  # type: ignore[arg-type]  # what is tested
-    _, learner = watched(CustomCallback(lambda view: view.fire(Said), BatchEnd))  # type: ignore[arg-type]  # the same
-    with pytest.raises(UsageError, match=r"fire\(\) takes an event, got .*Said.*. Write learner.fire\(MyEvent\(\)\)"):
-        learner.fit(1)
-
-
-def test_firing_from_outside_lets_a_cancel_of_the_fit_through() -> None:
-    watch, learner = watched(Raise(Ping, CancelFittingException("now")))
-    with pytest.raises(CancelFittingException, match="now"):
-        learner.fire(Ping(), TrainingPhase())
-    learner.fire(Ping(), TrainingPhase())
-    assert watch.names == ["Ping", "Ping"]
-    _, learner = watched(Raise(Ping, CancelBatchException("no batch")))
-    learner.fire(Ping(), TrainingPhase())
 
 
 TRAINING = "Training is already running. In a handler raise CancelBatchException, CancelEpochException or"

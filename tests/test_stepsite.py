@@ -1,0 +1,188 @@
+"""The parts of a step of one's own: `run_batch`, `backward` and `update`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    BatchBegin,
+    Callback,
+    CoreError,
+    Event,
+    Learner,
+    LearnerView,
+    Phase,
+    StepContext,
+    UsageError,
+    on,
+)
+from flowtrain.testing import tiny_batches, tiny_learner
+
+
+class Watch(Callback):
+    """Write down the name of every event."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @on(Event)
+    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.names.append(type(event).__name__)
+
+
+class Raise(Callback):
+    """Raise once, at the n-th time that an event is fired."""
+
+    def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
+        self.event_type, self.exception, self.left = event_type, exception, nth
+
+    @on(Event)
+    def maybe(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if type(event) is self.event_type:
+            self.left -= 1
+            if not self.left:
+                raise self.exception
+
+
+def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
+    """A learner with one phase of training and without default callbacks, and what it fires."""
+    watch = Watch()
+    chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
+    return watch, tiny_learner(watch, *callbacks, **chosen)
+
+
+def short(names: list[str]) -> str:
+    """Only the events that open and close, abbreviated: ``F( E( B( B) E) F)``, with x for Cancelled."""
+    found = (re.fullmatch("(Fit|Epoch|Batch)(Begin|End|Cancelled)", name) for name in names)
+    marks = {"Begin": "(", "End": ")", "Cancelled": "x"}
+    return " ".join(match[1][0] + marks[match[2]] for match in found if match)
+
+
+# --- run_batch
+
+
+def test_a_step_may_catch_what_a_batch_raises() -> None:
+    """Rule 16 holds for a step that goes on after an exception: the batch that raised was closed."""
+
+    class Halves(AbstractTrainingPhase):
+        """Try the whole batch; where it does not fit, train on its halves."""
+
+        def step(self, learner: StepContext, raw: Any) -> None:
+            try:
+                self.train(learner, raw)
+            except MemoryError:
+                for half in zip(*(tensor.chunk(2) for tensor in raw), strict=True):
+                    self.train(learner, half)
+
+        def train(self, learner: StepContext, pair: Any) -> None:
+            with learner.run_batch(self, inputs=pair[0], targets=pair[1]) as batch:
+                if len(batch.inputs) > 4:
+                    raise MemoryError
+                loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+                learner.backward(self, loss)
+                learner.update(self)
+
+    watch, learner = watched(data={Halves: tiny_batches(n_batches=1)})
+    learner.fit(1)
+    assert short(watch.names) == "F( E( B( Bx B( B) B( B) E) F)"
+
+
+def test_a_failing_batch_begin_can_be_caught_too() -> None:
+    class Careless(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            try:
+                with learner.run_batch(self, inputs=raw):
+                    raise AssertionError("the body is not entered")
+            except ValueError:
+                with learner.run_batch(self, inputs=raw):
+                    pass
+
+    watch, learner = watched(Raise(BatchBegin, ValueError("no")), data={Careless: [1]})
+    learner.fit(1)
+    assert short(watch.names) == "F( E( B( Bx B( B) E) F)"
+
+
+def test_a_batch_inside_a_batch_is_refused() -> None:
+    class Nested(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self), learner.run_batch(self):
+                pass
+
+    watch, learner = watched(data={Nested: [1]})
+    with pytest.raises(UsageError, match=r"run_batch\(Nested\) was called inside an open batch. Leave that one first"):
+        learner.fit(1)
+    assert short(watch.names) == "F( E( B( Bx Ex F)"
+
+
+# --- backward and update
+
+
+@pytest.mark.parametrize("what", ["backward", "update"])
+def test_backward_and_update_need_a_batch(what: str) -> None:
+    class Outside(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            loss = learner.model(raw).sum()
+            learner.backward(self, loss) if what == "backward" else learner.update(self)
+
+    _, learner = watched(data={Outside: [torch.ones(1)]})
+    with pytest.raises(UsageError, match=rf"{what}\(\) needs an open batch. Call it inside `with learner.run_batch"):
+        learner.fit(1)
+
+
+def test_backward_takes_one_number() -> None:
+    class Wrong(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self):
+                learner.backward(self, learner.model(raw))
+
+    _, learner = watched(data={Wrong: [torch.ones(2)]})
+    with pytest.raises(CoreError, match=r"backward\(Wrong, loss\) takes a tensor with one element, got tensor\("):
+        learner.fit(1)
+
+
+def test_update_of_an_optimizer_that_is_not_there() -> None:
+    class Wrong(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self):
+                learner.update(self, "gen")
+
+    _, learner = watched(data={Wrong: [1]})
+    with pytest.raises(CoreError, match="there is no such optimizer; the learner has one without a name"):
+        learner.fit(1)
+
+
+def test_gradients_of_steps_without_update_add_up() -> None:
+    """A group of gradients ends with an update, also where a phase decides by itself when to update."""
+
+    class EverySecond(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+                learner.backward(self, learner.lossfn(learner.model(batch.inputs), batch.targets))
+                learner.cbstate.seen = getattr(learner.cbstate, "seen", 0) + 1
+                if learner.cbstate.seen % 2 == 0:
+                    learner.update(self)
+
+    data = tiny_batches(n_batches=2)
+    _, learner = watched(data={EverySecond: data})
+    learner.fit(1)
+    coeff = torch.zeros((), requires_grad=True)
+    for x, y in data:
+        torch.nn.functional.mse_loss(coeff * x, y).backward()
+    assert coeff.grad is not None
+    assert torch.equal(learner.model.coeff.detach(), -0.1 * coeff.grad)
+
+
+def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:
+    class Wrong(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, learner.model(batch.x).sum(), "gen")
+
+    learner = Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, default_callbacks=False)
+    with pytest.raises(CoreError, match=r"backward\(name='gen'\): there is no such optimizer"):
+        learner.step(Wrong, torch.ones(2, 1))
