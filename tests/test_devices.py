@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from flowtrain import (
-    CoreError,
-    Learner,
-    TorchCore,
-)
+from flowtrain import CoreError, Learner, TorchCore
 from flowtrain.devices import find_device, place
 
 META = torch.device("meta")

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain import (
-    CoreError,
-    Learner,
-    TorchCore,
-    TrainingPhase,
-)
+from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 

@@ -83,48 +83,6 @@ def names(callbacks: Sequence[Callback]) -> list[str]:
     return [callback.name for callback in callbacks]
 
 
-# --- names
-
-
-def test_names_are_unique() -> None:
-    assert names(tiny(At(), Other(), At(), At()).callbacks) == ["At", "Other", "At#2", "At#3"]
-
-
-def test_a_name_of_ones_own_is_kept_and_never_given_away() -> None:
-    assert names(tiny(At(), At(name="At#2"), At(), At(name="mine")).callbacks) == ["At", "At#2", "At#3", "mine"]
-    assert names(tiny(Other(), At(name="Other")).callbacks) == ["Other#2", "Other"]
-
-
-def test_names_stay_when_the_list_changes() -> None:
-    learner = tiny(At(), At(), At())
-    learner.remove_callback("At#2")
-    assert names(learner.callbacks) == ["At", "At#3"]
-    learner.add_callback(At())
-    assert names(learner.callbacks) == ["At", "At#3", "At#2"]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: [At(name="mine"), Other(name="mine")],
-            "Two callbacks have the name 'mine'. A name is unique in a learner: change one.",
-        ),
-        (lambda: [At], "At is a class. Pass an instance: At()."),
-        (
-            lambda: [print],
-            "<built-in function print> is no callback. Subclass flowtrain.Callback, or wrap a function: "
-            "CustomCallback(f, EpochEnd, TrainingPhase).",
-        ),
-        (lambda: [At()] * 2, "<At> is in the list twice. Make two instances if you want two."),
-    ],
-)
-def test_what_is_no_list_of_callbacks(make: Callable[[], list[Any]], message: str) -> None:
-    with pytest.raises(CallbackError) as caught:
-        tiny(*make())
-    assert str(caught.value) == message
-
-
 # --- finding
 
 
