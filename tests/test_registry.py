@@ -1,4 +1,4 @@
-"""The callbacks of a learner: names, setup, and changes that happen as a whole or not at all (rules 7, 10 and 11)."""
+"""The callbacks of a learner: finding, setup, and changes that happen as a whole or not at all (rules 7, 10 and 11)."""
 
 from __future__ import annotations
 
