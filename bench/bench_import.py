@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from functools import partial
 
 from bench.pairs import Report, differences, figure, in_turns, median
@@ -16,8 +17,9 @@ INSIDE = "import time, torch; start = time.perf_counter(); import flowtrain; pri
 
 
 def main() -> None:
-    report = Report("Import", "python -m bench.bench_import", "`python -c 'import torch'`, a whole process")
-    times = in_turns([partial(python, "import torch"), partial(python, "import torch, flowtrain")], REPETITIONS, 2)
+    report = Report("Import", "python -m bench.bench_import", "`python -c 'import torch'`, a whole process", "wall")
+    runs = [partial(python, "import torch"), partial(python, "import torch, flowtrain")]
+    times = in_turns(runs, REPETITIONS, warmup=2, clock=time.perf_counter)
     more = differences(times)
     report.row(
         "`import torch, flowtrain`, a whole process",

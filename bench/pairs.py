@@ -2,8 +2,9 @@
 
 Two things that are timed one after the other in a busy machine differ by what else the machine did. Here they take
 turns (A B A B ...), each turn gives one figure (a ratio or a difference), and what is reported is the median of the
-figures with a 95% confidence interval of that median. The garbage collector is off during each timing, torch has one
-thread, and the clock is `time.perf_counter`.
+figures with a 95% confidence interval of that median. The garbage collector is off during each timing and torch has one
+thread. The clock is the processor time of the process, all its threads together: for work that never waits it is what
+a clock on the wall would show on a machine that does nothing else. What does wait is timed by `time.perf_counter`.
 
 A report is Markdown, ready for ``bench/results/``.
 """
@@ -61,15 +62,21 @@ def figure(values: Sequence[float]) -> Figure:
     return Figure(statistics.median(ordered), ordered[k - 1], ordered[n - k])
 
 
-def seconds(run: Callable[[], object]) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(run: Callable[[], object], clock: Clock = time.process_time) -> float:
     """Time one call."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turns(
-    runs: Sequence[Callable[[], object]], repetitions: int = REPETITIONS, warmup: int = 3
+    runs: Sequence[Callable[[], object]],
+    repetitions: int = REPETITIONS,
+    warmup: int = 3,
+    clock: Clock = time.process_time,
 ) -> list[tuple[float, ...]]:
     """Time several things in turns; return for each repetition the seconds of each."""
     gc.collect()  # not between the timings: it would leave each of them a cold cache
@@ -78,7 +85,7 @@ def in_turns(
         for _ in range(warmup):
             for run in runs:
                 run()
-        return [tuple(seconds(run) for run in runs) for _ in range(repetitions)]
+        return [tuple(seconds(run, clock) for run in runs) for _ in range(repetitions)]
     finally:
         gc.enable()
 
@@ -112,7 +119,7 @@ def median(times: Sequence[tuple[float, ...]], which: int) -> float:
 class Report:
     """Prints a benchmark's table as Markdown, with all that is needed to compare it with another run."""
 
-    def __init__(self, title: str, command: str, floor: str) -> None:
+    def __init__(self, title: str, command: str, floor: str, clock: str = "processor time") -> None:
         torch.set_num_threads(1)
         print(f"## {title}\n")
         print(f"- command: `{command}`")
@@ -121,7 +128,7 @@ class Report:
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "rich"))
         print(f"- versions: flowtrain {_own_version()}, Python {platform.python_version()}, {packages}")
         print(f"- floor: {floor}")
-        print("- figures: median of the pairs [95% interval of the median]\n")
+        print(f"- clock: {clock}; figures: median of the pairs [95% interval of the median]\n")
         print("| what | floor | ours | figure | goal | |")
         print("| --- | ---: | ---: | ---: | ---: | --- |", flush=True)
 
