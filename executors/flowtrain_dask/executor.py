@@ -8,6 +8,7 @@ in the loop (`flowtrain.execution.Site.swap`), so what has been decided is not a
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
@@ -223,7 +224,7 @@ class DaskExecutor:
         return f"DaskExecutor(workers={self.workers}, parallel={self.parallel!r})"
 
 
-def _spread(graph: EventGraph, workers: int, home: frozenset[int], costs: list[float]) -> Strands:
+def _spread(graph: EventGraph, workers: int, home: frozenset[int], costs: Sequence[float]) -> Strands:
     return pack(graph.before, costs, workers, home)
 
 

@@ -29,6 +29,8 @@ __all__ = ["TorchState"]
 
 P = ParamSpec("P")
 
+_modes = _C._len_torch_function_stack  # pyright: ignore[reportPrivateUsage]  # torch has no public way that is cheap
+
 _Autocast = tuple[str, torch.dtype]
 
 
@@ -67,7 +69,7 @@ class TorchState:
             ),
             torch.is_autocast_cache_enabled(),
             # Asking takes 2 microseconds; no mode at all on the stack means that there is no default device either.
-            torch.get_default_device() if _C._len_torch_function_stack() else None,
+            torch.get_default_device() if _modes() else None,
             torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
             torch.get_num_threads(),
         )

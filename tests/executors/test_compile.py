@@ -97,7 +97,11 @@ def test_the_graph_says_what_it_is_of() -> None:
 def test_dask_takes_it_for_a_collection_that_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `dask.visualize` hands to graphviz, which need not be installed here."""
     drawn: list[Any] = []
-    monkeypatch.setattr(dask.base, "visualize_dsk", lambda dsk, **_: drawn.append(dsk))
+
+    def draw(dsk: Any, **_: Any) -> None:
+        drawn.append(dsk)
+
+    monkeypatch.setattr(dask.base, "visualize_dsk", draw)
     callbacks = [KINDS[0](), KINDS[1]([KINDS[0]])]
     graph = compile_plan(Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase))
     dask.base.visualize(graph)

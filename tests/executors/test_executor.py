@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import dask
 import dask.callbacks
+import dask.config
 import pytest
 import torch
 

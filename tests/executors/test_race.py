@@ -49,7 +49,7 @@ class Works(Callback):
 
 
 class Two:
-    """Two independent handlers; what a firing takes is what the test says, inline by handler, in parallel as a whole."""
+    """Two independent handlers; the test says what a firing takes, inline by handler, in parallel as a whole."""
 
     def __init__(self, crew: Crew, one: float, other: float, parallel: float) -> None:
         self.costs = [one, other]

@@ -1,0 +1,286 @@
+"""What running handlers at the same time gains, and what it costs where it gains nothing.
+
+``python -m bench.bench_executors`` from the root of the checkout measures the goals; with ``--table`` it measures
+handlers of every cost, kind and number instead.
+
+One round is a training step and then one event, and each contender gets the same handlers:
+
+- *serial*: the serial executor, which is the floor;
+- *pool*: what one writes by hand, a `ThreadPoolExecutor` to which every handler is submitted, and a wait;
+- *dask*: `dask.threaded.get` on the event's task graph, one task for each handler;
+- *ours*: `DaskExecutor`, which decides by itself.
+
+Handlers that release the interpreter's lock compress bytes (`zlib`); those that hold it count in Python; those that
+wait sleep, as for a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import dask.threaded
+import torch
+import torch.nn.functional as F
+
+from bench.pairs import Figure, Report, figure, in_turns, median, ratios, seconds
+from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, SerialExecutor, TrainingPhase, on
+from flowtrain.execution import Executor, Runner
+from flowtrain.plan import Plan, Step
+from flowtrain.registry import Callbacks
+from flowtrain.state import LearnerState
+from flowtrain_dask import DaskExecutor
+from flowtrain_dask.compile import compile_plan
+
+EVENT, PHASE = BatchEnd(), TrainingPhase()
+STEP = 5.5e-3
+WORKERS = 2
+SETTLED = 30
+"""Firings before anything is timed: a decision takes 12."""
+
+Act = Callable[[], object]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--table", action="store_true", help="every cost, kind and number of handlers")
+    chosen = arguments.parse_args()
+    report = Report(
+        "Executors", "python -m bench.bench_executors" + (" --table" * chosen.table), "the serial executor"
+    )
+    if chosen.table:
+        table(report)
+    else:
+        goals(report)
+
+
+def goals(report: Report) -> None:
+    step = step_of(STEP)
+    for count, goal in ((2, 0.78), (4, 0.62)):
+        times = rounds(step, [zlib_of(2e-3)] * count, 40)
+        row(report, f"{count} zlib handlers of 2 ms", times, goal)
+
+    acts = [zlib_of(46e-3)] * 4
+    alone, own = measured(step), sum(measured(act) for act in acts) / WORKERS
+    times = rounds(step, acts, 30)
+    bound = alone + own
+    limits: list[tuple[int, str, float | None]] = [(3, "ours", 1.05), (1, "pool by hand", None), (2, "dask", None)]
+    for which, name, limit in limits:
+        found = figure([each[which] / bound for each in times])
+        what = f"4 zlib handlers of 46 ms, {name}; the floor is step + work / cores"
+        against(report, what, bound, median(times, which), found, limit)
+    against(report, "the same, ours to the pool", median(times, 1), median(times, 3), ratios(times, 3, 1), 1.0)
+
+    for count in (1, 2, 4, 16):
+        for cost in (0.0, 10e-6, 50e-6):
+            for kind, made in (("zlib", zlib_of), ("Python", python_of)):
+                if cost == 0.0 and kind == "zlib":
+                    continue
+                act = made(cost) if cost else nothing
+                name = f"{count} handlers of {cost * 1e6:.0f} µs" + (f", {kind}" if cost else "")
+                times = rounds(None, [act] * count, 40, firings=200)
+                found = ratios(times)
+                against(report, f"{name}, the event alone", median(times, 0) / 200, median(times, 1) / 200, found, 1.02)
+
+
+def table(report: Report) -> None:
+    step = step_of(STEP)
+    for kind, made in (("zlib", zlib_of), ("Python", python_of), ("sleeping", sleep_of)):
+        for cost in (10e-6, 100e-6, 500e-6, 2e-3, 10e-3, 50e-3):
+            for count in (2, 4, 8):
+                times = rounds(step, [made(cost)] * count, 30)
+                row(report, f"{count} {kind} handlers of {cost * 1e3:g} ms", times, None)
+
+
+def row(report: Report, what: str, times: Sequence[tuple[float, ...]], goal: float | None) -> None:
+    """Print a line, with the other contenders' figures in its name."""
+    others = ", ".join(f"{name} {ratios(times, which).median:.2f}" for which, name in ((1, "pool"), (2, "dask")))
+    against(report, f"{what} ({others})", median(times, 0), median(times, 3), ratios(times, 3), goal)
+
+
+def against(report: Report, what: str, floor: float, ours: float, found: Figure, goal: float | None) -> None:
+    report.row(
+        what,
+        f"{floor * 1e6:.1f} µs",
+        f"{ours * 1e6:.1f} µs",
+        found.text(),
+        "" if goal is None else f"{goal:.2f}",
+        reached=None if goal is None else found.median <= goal,
+    )
+
+
+def rounds(
+    step: Act | None, acts: Sequence[Act], repetitions: int, firings: int = 1
+) -> list[tuple[float, ...]]:
+    """Time rounds of serial, pool, dask and ours in turns; of an event without a step only serial and ours.
+
+    Beside the threads of the others, which are slow to come to rest, a microsecond cannot be timed.
+    """
+    site = Site()
+    made = [fires_of(SerialExecutor(), Site(), acts)]
+    made += [by_hand(acts), plain_dask(acts)] if step is not None else []
+    executor = DaskExecutor(workers=WORKERS)
+    made.append(fires_of(executor, site, acts))
+
+    def round_of(fire: Act) -> Act:
+        if step is None:
+            return lambda: [fire() for _ in range(firings)]
+
+        before: Act = step
+
+        def run() -> None:
+            for _ in range(firings):
+                before()
+                fire()
+
+        return run
+
+    for _ in range(SETTLED):
+        if step is not None:
+            step()
+        made[-1]()
+    times = in_turns([round_of(fire) for fire in made], repetitions, warmup=2)
+    executor.close()
+    return times
+
+
+# --- contenders
+
+
+@dataclass
+class Site:
+    """The loop as far as executors need it."""
+
+    fired: list[tuple[str, Event]] = field(default_factory=list)
+    runner: Runner | None = None
+
+    def drain(self, phase: Phase) -> None: ...
+
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+        raise failures[0][1]
+
+    def swap(self, plan: Plan, runner: Runner) -> None:
+        self.runner = runner
+
+
+class Works(Callback):
+    def __init__(self, act: Act) -> None:
+        self.act = act
+
+    @on(BatchEnd)
+    def work(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.act()
+
+
+def plan_of(acts: Sequence[Act]) -> Plan:
+    return Callbacks([Works(act) for act in acts], LearnerState()).plan(BatchEnd, TrainingPhase)
+
+
+def fires_of(executor: Executor, site: Site, acts: Sequence[Act]) -> Act:
+    executor.bind(site)
+    site.runner = executor.compile(plan_of(acts))
+
+    def fire() -> None:
+        assert site.runner is not None
+        site.runner(EVENT, PHASE)
+
+    return fire
+
+
+def by_hand(acts: Sequence[Act]) -> Act:
+    pool, plan = ThreadPoolExecutor(WORKERS), plan_of(acts)
+
+    def fire() -> None:
+        for future in [pool.submit(call, EVENT, PHASE, view) for call, view in plan.calls]:
+            future.result()
+
+    return fire
+
+
+def plain_dask(acts: Sequence[Act]) -> Act:
+    pool, graph = ThreadPoolExecutor(WORKERS), compile_plan(plan_of(acts))
+    graph.cell.firing = Calls(graph.plan)
+
+    def fire() -> None:
+        dask.threaded.get(graph, list(graph), pool=pool)
+
+    return fire
+
+
+class Calls:
+    """A firing that only calls."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.calls = plan.calls
+
+    def run(self, position: int) -> None:
+        call, view = self.calls[position]
+        call(EVENT, PHASE, view)
+
+
+# --- work of a given cost
+
+
+def nothing() -> None: ...
+
+
+def measured(act: Act) -> float:
+    """Return the seconds that one call takes, alone."""
+    return min(seconds(act) for _ in range(25))  # what else the machine does only makes it longer
+
+
+def sized(make: Callable[[int], Act], cost: float) -> Act:
+    """Return what takes `cost` seconds; what `make` gives takes in proportion to its argument."""
+    size = 1000
+    for _ in range(4):
+        size = max(1, round(size * cost / max(measured(make(size)), 1e-9)))
+    return make(size)
+
+
+def zlib_of(cost: float) -> Act:
+    content = random.Random(0).randbytes(16_000_000)
+    return sized(lambda size: partial(zlib.compress, content[:size], 1), cost)
+
+
+def python_of(cost: float) -> Act:
+    def make(size: int) -> Act:
+        def count() -> None:
+            for _ in range(size):
+                pass
+
+        return count
+
+    return sized(make, cost)
+
+
+def sleep_of(cost: float) -> Act:
+    return partial(time.sleep, cost)
+
+
+def step_of(cost: float) -> Act:
+    """Return a training step of a small network that takes about `cost` seconds on one thread."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(64, 256), torch.randint(10, (64,))
+
+    def make(width: int) -> Act:
+        model = torch.nn.Sequential(torch.nn.Linear(256, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+        return step
+
+    return sized(make, cost)
+
+
+if __name__ == "__main__":
+    main()
