@@ -16,7 +16,7 @@ from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
 from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
-from flowtrain.signals import merge
+from flowtrain.signals import raise_worst
 from flowtrain.state import LearnerState
 from flowtrain.steps import StepRunners
 
@@ -132,15 +132,20 @@ class Dispatch:
             self._kept = 0
             self.fired.clear()
         if failures:
-            raise merge(failures)
+            raise_worst(failures)
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""
-        meant: list[BaseException] = []
-        for step, failure in failures:
-            self._scopes.note(failure, step, event, phase)
-            if self._scopes.means_something(failure):
-                meant.append(failure)
+        meant = self._meant(event, phase, failures)
+        del failures  # see `raise_worst`
         if meant:
             del self.fired[self._kept :]
-            raise merge(meant)
+            raise_worst(meant)
+
+    def _meant(
+        self, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]
+    ) -> list[BaseException]:
+        """Note on each failure where it was raised, and return those that mean something now."""
+        for step, failure in failures:
+            self._scopes.note(failure, step, event, phase)
+        return [failure for _, failure in failures if self._scopes.means_something(failure)]

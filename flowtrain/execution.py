@@ -34,6 +34,8 @@ EXECUTORS: dict[str, tuple[str, str]] = {
 
 _GROUP = "flowtrain.executors"
 
+_CLOSED = "This SerialExecutor is closed. Give the learner a new one."
+
 
 class Site(Protocol):
     """What an executor gets from the loop that it works for."""
@@ -96,9 +98,13 @@ class SerialExecutor:
 
     def __init__(self) -> None:
         self._site: Site | None = None
+        self._plans: dict[tuple[type[Event], type[Phase]], Plan] = {}
+        self._closed = False
 
     def bind(self, site: Site) -> None:
         """Belong to one loop."""
+        if self._closed:
+            raise ExecutorError(_CLOSED)
         if self._site is not None and self._site is not site:
             raise ExecutorError("This SerialExecutor belongs to another learner. Give each learner its own.")
         self._site = site
@@ -108,6 +114,9 @@ class SerialExecutor:
         site = self._site
         if site is None:
             raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
+        if self._closed:
+            raise ExecutorError(_CLOSED)
+        self._plans[plan.event_type, plan.phase_type] = plan
         calls = plan.calls
         fired = site.fired
         # Where every handler runs whatever failed, that includes an interrupt.
@@ -116,20 +125,21 @@ class SerialExecutor:
         def run(event: Event, phase: Phase) -> None:
             """Call every handler; a plan without failures costs the calls and one test."""
             view: Any = None
+            failure: BaseException
             try:
                 for call, view in calls:
                     call(event, phase, view)
-            except caught as failure:
-                failures = _finish(plan, view, failure, event, phase)
+            except caught as raised:
+                failure = raised
             else:
                 if fired:
                     site.drain(phase)
                 return
-            # Outside of the except block, so that the exception raised keeps its own context.
+            # Outside of the except block, so that what is raised now keeps its own context.
             try:
-                site.fail(plan, event, phase, failures)
+                site.fail(plan, event, phase, _finish(plan, view, failure, event, phase))
             finally:
-                del failures  # see `flowtrain.signals.raise_worst`
+                del failure  # see `flowtrain.signals.raise_worst`
             if fired:
                 site.drain(phase)
 
@@ -143,7 +153,16 @@ class SerialExecutor:
         """Nothing is ever pending."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Run nothing more. There is nothing to give back."""
+        self._closed = True
+        for plan in self._plans.values():
+            if self._site is not None:
+                self._site.swap(plan, _refuse)
+        self._plans.clear()
+
+
+def _refuse(event: Event, phase: Phase) -> None:
+    raise ExecutorError(_CLOSED)
 
 
 def _finish(

@@ -27,7 +27,7 @@ from flowtrain.execution import Executor
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
 from flowtrain.scopes import Scopes
-from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, merge
+from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
 from flowtrain.state import LearnerState
 from flowtrain.steps import CLOSED, CLOSING, OPEN
 
@@ -90,12 +90,14 @@ class Loop:
             failures.append(failure)
         # All three: an interrupt can strike while an epoch is being closed.
         self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
-        if not failures:
-            return None
-        worst = merge(failures)
-        if isinstance(worst, CancelFittingException):
-            return worst
-        raise worst
+        try:
+            if failures:
+                raise_worst(failures)
+        except CancelFittingException as cancel:
+            for kept in (cancel, *getattr(cancel, "others", ())):
+                kept.__traceback__ = None  # its frames hold a batch, graph and all
+            return cancel
+        return None
 
     def _fit_steps(self, learner: StepContext, data: PhaseMap[Any], steps: int, validate_every: int | None) -> None:
         """Train in epochs of `validate_every` batches, or of one pass of the loader, each followed by the others."""
@@ -135,7 +137,7 @@ class Loop:
             self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
             scopes.epoch = CLOSED
         if failures:
-            raise merge(failures)
+            raise_worst(failures)
 
     def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
         """Fire the event that closes a scope; what it raises is added to `failures`."""
@@ -185,6 +187,7 @@ class Loop:
         """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
         scopes = self.scopes
         failures = [failure]
+        del failure  # see `raise_worst`
         self.dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for
         if scopes.batch == OPEN:
             scopes.batch = CLOSING
@@ -194,9 +197,7 @@ class Loop:
         elif scopes.batch == CLOSING:
             scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
         scopes.batch = CLOSED
-        worst = merge(failures)
-        if not isinstance(worst, ends):
-            raise worst
+        raise_worst(failures, *ends)
 
     # --- one batch
 

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["CancelBatchException", "CancelEpochException", "CancelException", "CancelFittingException", "merge"]
+__all__ = [
+    "CancelBatchException",
+    "CancelEpochException",
+    "CancelException",
+    "CancelFittingException",
+    "merge",
+    "raise_worst",
+]
 
 
 class CancelException(Exception):
@@ -74,3 +81,18 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
         for other in others:
             worst.add_note(f"also raised: {type(other).__name__}: {other}")
     return worst
+
+
+def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> None:
+    """Raise what `merge` chooses, unless it is one of `ends`; the list is emptied.
+
+    An exception holds the frames that it went through. If one of them, or a list in one of them, held the exception in
+    turn, the batch in those frames, graph and all, would live until the garbage collector comes. So nothing keeps it.
+    """
+    worst = merge(failures)
+    failures.clear()
+    try:
+        if not isinstance(worst, ends):
+            raise worst
+    finally:
+        del worst

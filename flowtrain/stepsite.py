@@ -206,7 +206,10 @@ class RunBatch:
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
         loop = self._loop
         if failure is not None:
-            loop.close_batch(self._phase, failure)
+            try:
+                loop.close_batch(self._phase, failure)
+            finally:
+                del failure, traceback  # see `flowtrain.signals.raise_worst`
         loop.scopes.batch = CLOSING
         try:
             loop.dispatch.fire(_BATCH_END, self._phase)

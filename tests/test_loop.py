@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -723,3 +725,56 @@ def test_an_epoch_over_an_empty_iterator_is_cancelled() -> None:
     with pytest.raises(DataError, match="is an iterator, used up after one pass"):
         learner.fit(1)
     assert short(watch.names) == "F( E( B( B) E) F) F( E( Ex F)"
+
+
+class _Refuse(Callback):
+    """Raise with a batch whose graph is there, and remember the loss weakly."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = type(failure)
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    @on(BackwardBegin, access={"batch.loss": Read()})
+    def refuse(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(weakref.ref(learner.batch.loss))
+        raise self.failure("no")
+
+
+class _RefuseToo(_Refuse):
+    """A second failure of the same event."""
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("failure", [CancelBatchException(), CancelEpochException(), CancelFittingException()])
+def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: bool) -> None:
+    """They are gone with the next batch, without the garbage collector: no exception holds itself."""
+    one, other = _Refuse(failure), _RefuseToo(failure)
+    data = {OwnPhase if own else TrainingPhase: tiny_batches(n_batches=3)}
+    learner = tiny_learner(one, other, data=data)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            learner.fit(1)
+        with suppress(CancelFittingException):
+            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # takes the place of the last one
+        losses = [*one.seen[:-1], *other.seen[:-1]]
+        assert len(losses) >= 6
+        assert [loss for loss in losses if loss() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_the_batch_of_an_error_is_not_kept() -> None:
+    """A learner that is trained again after an error, such as one of memory, holds nothing of before."""
+    callback = _Refuse(ValueError())
+    learner = tiny_learner(callback)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with suppress(ValueError):
+                learner.fit(1)
+        assert [loss() is None for loss in callback.seen] == [True, False]  # `stopped` has the last one
+    finally:
+        gc.enable()
