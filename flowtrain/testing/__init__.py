@@ -2,9 +2,20 @@
 
 - `tiny_learner` and `record_access`: a learner that is built in a millisecond, and what a callback touches in it.
 - `assert_equivalent`: the same learner under several executors, and in random legal orders, comes to the same.
-- `ExecutorContract`: a test class that an executor's own tests subclass.
+- `ExecutorContract`: a test class that the tests of an executor subclass; `ShuffledExecutor` is one such executor.
 """
 
+from flowtrain.testing.contract import ExecutorContract
+from flowtrain.testing.equivalence import assert_equivalent
+from flowtrain.testing.shuffled import ShuffledExecutor
 from flowtrain.testing.tiny import TinyModel, record_access, tiny_batches, tiny_learner
 
-__all__ = ["TinyModel", "record_access", "tiny_batches", "tiny_learner"]
+__all__ = [
+    "ExecutorContract",
+    "ShuffledExecutor",
+    "TinyModel",
+    "assert_equivalent",
+    "record_access",
+    "tiny_batches",
+    "tiny_learner",
+]

@@ -1,0 +1,172 @@
+"""assert_equivalent: the same learner, run in every way that is allowed, comes to the same.
+
+The serial run is the measure. Other executors must come to its result bit for bit (rule 13 of ``docs/rules.md``), and
+so must random legal orders of the handlers (`flowtrain.testing.ShuffledExecutor`). These find what a callback touches
+without declaring it: two handlers that nobody ordered then run in both orders, in this thread, under a seed.
+
+What no order of whole handlers shows: two handlers that each add to one number come to the same sum in either order,
+and lose an update only when they run at the same time. ``Learner(strict=True)`` names who writes undeclared.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+
+from flowtrain.errors import UsageError, is_a
+from flowtrain.execution import Executor, SerialExecutor, find_executor
+from flowtrain.learner import Learner
+from flowtrain.testing.shuffled import ShuffledExecutor
+from flowtrain.testing.values import Leaf, learner_leaves, outcome_leaves, rng_leaves, show_difference
+
+__all__ = ["assert_equivalent"]
+
+_MakeExecutor: TypeAlias = Callable[[], Executor]
+_Result: TypeAlias = dict[str, Leaf]
+
+
+def assert_equivalent(
+    make_learner: Callable[[Executor], Learner],
+    *,
+    executors: Iterable[str | _MakeExecutor] = (),
+    epochs: int = 2,
+    interleavings: int = 8,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+) -> None:
+    """Assert that a learner comes to the serial result under other executors, and in other legal orders.
+
+    Compared are, bit for bit: parameters, buffers, the state of optimizers, the last batch, ``cbstate``, the
+    attributes of callbacks and what these hold (so also the records that a backend keeps), the random number
+    generators, and what was raised.
+
+    Args:
+        make_learner: Makes the learner with the executor that it is called with, and makes all else anew: the model,
+            the data, the callbacks. Random numbers begin the same at each call.
+        executors: Names, or functions and types that make an executor: ``["dask", partial(DaskExecutor, workers=4)]``.
+        epochs: For how many epochs to fit.
+        interleavings: How many random legal orders to run.
+        seed: Where the random numbers begin.
+        ignore: Paths, as the message shows them, below which nothing is compared: what depends on a clock.
+
+    Raises:
+        AssertionError: Something differs; the message names the first path that does, both values, and the executor.
+        UsageError: `make_learner` does not use the executor, or returns what it has returned before.
+        Exception: What the serial run raised, when all others have come to the same.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=["serial"])
+    """
+    used: list[Any] = []
+    serial, error = _run(make_learner, SerialExecutor(), epochs, seed, used)
+    ways = [*(_maker(each) for each in executors), *(_shuffled(number) for number in range(interleavings))]
+    for make in ways:
+        executor = make()
+        result, _ = _run(make_learner, executor, epochs, seed, used)
+        differing = [path for path in _paths(serial, result) if serial.get(path) != result.get(path)]
+        differing = [path for path in differing if not _below(path, ignore)]
+        assert not differing, _message(executor, differing, serial, result)
+    if error is not None:
+        raise error
+
+
+def _run(
+    make_learner: Callable[[Executor], Learner], executor: Executor, epochs: int, seed: int, used: list[Any]
+) -> tuple[_Result, Exception | None]:
+    """Make a learner, fit it, and return what it came to and what was raised."""
+    raised: Exception | None = None
+    with _random_from(seed):
+        learner = make_learner(executor)
+        _check(learner, executor, used)
+        with learner:
+            try:
+                learner.fit(epochs)
+            except Exception as error:  # compared, and raised at the end
+                raised = error
+            found = dict(learner_leaves(learner))
+        found.update(outcome_leaves("raised by fit", raised))
+        found.update(outcome_leaves("learner.stopped", learner.stopped))
+        found.update(rng_leaves())
+    return found, raised
+
+
+def _check(learner: Learner, executor: Executor, used: list[Any]) -> None:
+    if not is_a(learner, Learner):
+        raise UsageError(f"make_learner(executor) returns a Learner, got {learner!r}.")
+    if learner.executor is not executor:
+        raise UsageError(
+            f"make_learner(executor) made a learner that runs on {learner.executor!r}. "
+            f"Pass on what it is called with: Learner(..., executor=executor)."
+        )
+    made = [learner, learner.state.model, *learner.callbacks]
+    for each in made:
+        if any(each is other for other in used):
+            raise UsageError(
+                f"make_learner() has used this {type(each).__name__} before, and it remembers the run before. "
+                f"Make the model, the data and every callback inside of make_learner."
+            )
+    used += made  # kept, so that no identity is given out twice
+
+
+@contextmanager
+def _random_from(seed: int) -> Iterator[None]:
+    """Begin the random numbers at a seed, and put the generators back in the end."""
+    numpy: Any = sys.modules.get("numpy")
+    ours, theirs = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            if numpy is not None:
+                numpy.random.set_state(theirs)
+
+
+def _maker(executor: str | _MakeExecutor) -> _MakeExecutor:
+    if isinstance(executor, str):
+        return lambda: find_executor(executor)
+    if isinstance(executor, Executor) and not isinstance(executor, type):
+        raise UsageError(
+            f"executors=[{executor!r}]: an executor belongs to one learner. Pass what makes one: its name, its type, "
+            f"or functools.partial({type(executor).__name__}, ...)."
+        )
+    return executor
+
+
+def _shuffled(seed: int) -> _MakeExecutor:
+    return lambda: ShuffledExecutor(seed)
+
+
+def _paths(one: _Result, other: _Result) -> list[str]:
+    """Return the paths of both, in the order in which they were found."""
+    return list(dict.fromkeys([*one, *other]))
+
+
+def _below(path: str, roots: Sequence[str]) -> bool:
+    return any(path == root or path.startswith((f"{root}.", f"{root}[")) for root in roots)
+
+
+def _message(executor: Executor, differing: list[str], serial: _Result, result: _Result) -> str:
+    first = differing[0]
+    wanted, found = show_difference(serial.get(first), result.get(first))
+    more = f"\n{len(differing) - 1} more paths differ, the next is {differing[1]}." if differing[1:] else ""
+    if isinstance(executor, ShuffledExecutor):
+        why = (
+            "The order that was run keeps every edge of the plan. So two callbacks touch this, or something that it "
+            "is made of, and one of them does not declare it. Learner(strict=True) names who writes without saying so."
+        )
+    else:
+        why = (
+            "If random legal orders (interleavings=...) come to the serial result, the executor breaks a rule: "
+            "flowtrain.testing.ExecutorContract says which."
+        )
+    return f"{first} differs from the serial run:\n  serial: {wanted}\n  {executor!r}: {found}{more}\n{why}"

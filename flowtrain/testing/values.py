@@ -1,0 +1,259 @@
+"""What a learner came to, as values by path: what two runs are compared by.
+
+A value is taken apart down to numbers, tensors and text, each at a path such as ``cbstate.history[TrainingPhase()][0]``
+or ``callbacks.Recorder.name``. They compare bit for bit: ``nan`` equals itself and ``0.0`` is not ``-0.0``. Nothing
+compares by identity, because two runs have no object in common.
+
+Not looked into are functions (two with one name are the same), the learner and its views, threads, locks and files:
+they count as their type.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import struct
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+from flowtrain.batch import BatchState
+from flowtrain.callback import Callback
+from flowtrain.execution import Executor
+from flowtrain.learner import Learner
+from flowtrain.protect import LearnerView
+from flowtrain.registry import Callbacks
+from flowtrain.series import Series
+from flowtrain.state import LearnerState, Named, State
+
+__all__ = ["Leaf", "learner_leaves", "leaves", "outcome_leaves", "rng_leaves", "show_difference"]
+
+_WHOLE = (Learner, LearnerView, LearnerState, Callbacks, ModuleType)
+_ELSEWHERE = {"_io", "_thread", "_weakref", "asyncio", "concurrent", "io", "logging", "queue", "rich", "threading"}
+"""Modules whose objects hold clocks, threads and files, and nothing that a callback computed."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value that is not taken apart any further.
+
+    Attributes:
+        bits: Equal for equal values, bit for bit.
+        shown: The value for a message.
+        tensor: A copy of the value where it is a tensor.
+    """
+
+    bits: object
+    shown: str
+    tensor: torch.Tensor | None = field(default=None, compare=False)
+
+
+def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
+    """Yield everything that training has changed: parameters, buffers, optimizers, the batch, what callbacks hold."""
+    state = learner.state
+    yield from _named("model", state.model)
+    if isinstance(state.lossfn, torch.nn.Module):
+        yield from leaves(state.lossfn, "lossfn")
+    names = {id(param): name for name, param in state.params.items()}
+    for path, optimizer in _by_name("optimizer", state.optimizer):
+        if optimizer is not None:
+            yield from _optimizer(path, optimizer, names)
+    yield from leaves(dict(vars(state.batch)), "batch")
+    for name in state.cbstate:
+        yield from leaves(state.cbstate.__dict__[name], f"cbstate.{name}")
+    for callback in learner.callbacks:
+        for name, value in _attributes(callback):
+            yield from leaves(value, f"callbacks.{callback.name}.{name}")
+
+
+def outcome_leaves(name: str, error: BaseException | None) -> Iterator[tuple[str, Leaf]]:
+    """Yield what an exception says, its notes and the others attached to it."""
+    yield name, _plain("nothing" if error is None else f"{type(error).__name__}: {error}")
+    for number, note in enumerate(getattr(error, "__notes__", ())):
+        yield f"{name}.__notes__[{number}]", _plain(note)
+    for number, other in enumerate(getattr(error, "others", ())):
+        yield from outcome_leaves(f"{name}.others[{number}]", other)
+
+
+def rng_leaves() -> Iterator[tuple[str, Leaf]]:
+    """Yield the states of the random number generators: torch's, Python's, and numpy's where it is imported."""
+    yield from leaves(torch.get_rng_state(), "torch.get_rng_state()")
+    yield "random.getstate()", _plain(hash(random.getstate()))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        yield from leaves(numpy.random.get_state()[1:3], "numpy.random.get_state()")
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
+    """Take a value apart.
+
+    Args:
+        value: Anything.
+        path: Where it is.
+
+    >>> [(path, leaf.shown) for path, leaf in leaves({"a": [1, 2.5]}, "x")]
+    [('x', "keys 'a'"), ("x['a']", '2 items'), ("x['a'][0]", '1'), ("x['a'][1]", '2.5')]
+    """
+    yield from _leaves(value, path, {})
+
+
+def _leaves(value: Any, path: str, above: dict[int, str]) -> Iterator[tuple[str, Leaf]]:
+    leaf = _leaf(value)
+    if leaf is not None:
+        yield path, leaf
+        return
+    if id(value) in above:  # it holds itself
+        yield path, _plain(f"the same as {above[id(value)]}")
+        return
+    above[id(value)] = path
+    head, items = _parts(value)
+    yield path, _plain(head)
+    for step, item in items:
+        yield from _leaves(item, path + step, above)
+    del above[id(value)]
+
+
+def _leaf(value: Any) -> Leaf | None:
+    """Return the leaf for a value that is one."""
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if isinstance(value, (float, complex)):
+        return Leaf((type(value), struct.pack("<2d", value.real, value.imag)), repr(value))
+    if value is None or isinstance(value, (bool, int, str, bytes, Enum)):
+        return Leaf((type(value), repr(value)), repr(value))
+    if isinstance(value, (torch.dtype, torch.device, torch.layout)):
+        return _plain(repr(value))
+    if isinstance(value, PurePath):
+        return _plain(str(value))
+    if isinstance(value, torch.Generator):
+        return _tensor(value.get_state())
+    if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
+        return _plain(f"{value.__module__}.{value.__qualname__}")
+    if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
+        return Leaf((str(value.dtype), value.shape, value.tobytes()), repr(value))
+    if _is_opaque(value):
+        return _plain(f"a {type(value).__name__}")
+    return None
+
+
+def _is_opaque(value: object) -> bool:
+    return (
+        isinstance(value, _WHOLE)
+        or (isinstance(value, Executor) and not isinstance(value, type))
+        or type(value).__module__.partition(".")[0] in _ELSEWHERE
+    )
+
+
+def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """Return what a value is as a whole, and its parts with the step from its path to theirs."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__, [(f".{name}", each) for name, each in _module(value)]
+    if isinstance(value, random.Random):
+        return "Random", [(".getstate()", hash(value.getstate()))]
+    if isinstance(value, (State, BatchState)):
+        return type(value).__name__, [(f".{name}", each) for name, each in sorted(value.__dict__.items())]
+    if isinstance(value, Series):
+        return f"{len(value)} values", [(f"[{number}]", each) for number, each in enumerate(value)]
+    if isinstance(value, Mapping):
+        # By key and not by order: independent callbacks may make their entries in any order.
+        items = sorted(((_shown_key(key), item) for key, item in value.items()), key=lambda each: each[0])
+        return f"keys {', '.join(key for key, _ in items)}", [(f"[{key}]", item) for key, item in items]
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(_shown_key(item) for item in value))}}}", []
+    if isinstance(value, (list, tuple, deque)):
+        return f"{len(value)} items", [(f"[{number}]", item) for number, item in enumerate(value)]
+    if isinstance(value, partial):
+        return "partial", [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
+    if isinstance(value, Callback):  # one of the learner's is compared in its own place
+        return f"callback {value.name or type(value).__name__}", [] if value.name else _steps(value)
+    found = _steps(value)
+    return (type(value).__name__ if found or _has_no_repr(value) else repr(value)), found
+
+
+def _steps(value: object) -> list[tuple[str, Any]]:
+    return [(f".{name}", each) for name, each in _attributes(value)]
+
+
+def _attributes(value: object) -> list[tuple[str, Any]]:
+    """Return the attributes that an object holds itself, those of its slots too, sorted."""
+    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return sorted(found.items())
+
+
+def _module(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    yield "training", module.training
+
+
+def _named(path: str, value: Any) -> Iterator[tuple[str, Leaf]]:
+    for below, each in _by_name(path, value):
+        yield from leaves(each, below)
+
+
+def _by_name(path: str, value: Any) -> list[tuple[str, Any]]:
+    return [(f"{path}.{name}", each) for name, each in value.items()] if isinstance(value, Named) else [(path, value)]
+
+
+def _optimizer(path: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[tuple[str, Leaf]]:
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield from leaves(groups, f"{path}.param_groups")
+    state = {names.get(id(param), f"parameter {number}"): each
+             for number, (param, each) in enumerate(optimizer.state.items())}  # fmt: skip
+    yield from leaves(state, f"{path}.state")
+
+
+def _tensor(value: torch.Tensor) -> Leaf:
+    what = (str(value.dtype), tuple(value.shape), str(value.device), str(value.layout))
+    if value.layout is not torch.strided or value.device.type == "meta" or value.is_quantized:
+        return Leaf((*what, repr(value)), repr(value))
+    copy = value.detach().cpu().resolve_conj().resolve_neg().contiguous().clone()
+    size = copy.numel() * copy.element_size()
+    return Leaf((*what, ctypes.string_at(copy.data_ptr(), size) if size else b""), _shown_tensor(copy), copy)
+
+
+def _shown_tensor(value: torch.Tensor) -> str:
+    if value.numel() == 1:
+        return f"{value.item()!r} ({value.dtype}, shape {tuple(value.shape)})"
+    return f"a tensor ({value.dtype}, shape {tuple(value.shape)})"
+
+
+def _plain(value: object) -> Leaf:
+    return Leaf(value, str(value))
+
+
+def _shown_key(key: object) -> str:
+    return f"a {type(key).__name__}" if _has_no_repr(key) else repr(key)
+
+
+def _has_no_repr(value: object) -> bool:
+    """Tell whether the text of a value is its address."""
+    return type(value).__repr__ is object.__repr__
+
+
+def show_difference(one: Leaf | None, other: Leaf | None) -> tuple[str, str]:
+    """Return what to print for two leaves that differ; of two tensors the first element that does."""
+    if one is None or other is None:
+        return tuple("not there" if each is None else each.shown for each in (one, other))  # type: ignore[return-value]
+    a, b = one.tensor, other.tensor
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype or a.numel() < 2:
+        return one.shown, other.shown
+    unequal = a.reshape(-1).view(torch.uint8) != b.reshape(-1).view(torch.uint8)
+    first = int(unequal.nonzero()[0]) // a.element_size()
+    index = [int(each) for each in torch.unravel_index(torch.tensor(first), a.shape)]
+    return tuple(f"{each.reshape(-1)[first].item()!r} at {index}" for each in (a, b))  # type: ignore[return-value]
