@@ -125,20 +125,21 @@ class SerialExecutor:
         def run(event: Event, phase: Phase) -> None:
             """Call every handler; a plan without failures costs the calls and one test."""
             view: Any = None
+            failure: BaseException
             try:
                 for call, view in calls:
                     call(event, phase, view)
-            except caught as failure:
-                failures = _finish(plan, view, failure, event, phase)
+            except caught as raised:
+                failure = raised
             else:
                 if fired:
                     site.drain(phase)
                 return
-            # Outside of the except block, so that the exception raised keeps its own context.
+            # Outside of the except block, so that what is raised now keeps its own context.
             try:
-                site.fail(plan, event, phase, failures)
+                site.fail(plan, event, phase, _finish(plan, view, failure, event, phase))
             finally:
-                del failures  # see `flowtrain.signals.raise_worst`
+                del failure  # see `flowtrain.signals.raise_worst`
             if fired:
                 site.drain(phase)
 
