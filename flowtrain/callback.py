@@ -84,7 +84,19 @@ class Callback:
 
     @classmethod
     def add_handler(cls, key: str, handler: Handler) -> None:
-        """Register a handler for this type, in place of an earlier one with the same key; `on` calls this."""
+        """Register a handler for this type, in place of an earlier one with the same key; `on` calls this.
+
+        Raises:
+            HandlerError: The earlier one is the same function, for another event: there are two `on` on it.
+        """
+        earlier = cls._handlers.get(key)
+        where = (handler.event_type, handler.phase_type)
+        if earlier and earlier.function is handler.function and (earlier.event_type, earlier.phase_type) != where:
+            raise HandlerError(
+                f"{handler.attribute} is marked by two @on, and the outer one would replace the inner one. Write two "
+                f"functions for {earlier.event_type.__name__} and {handler.event_type.__name__}, and call what they "
+                f"share."
+            )
         cls._handlers[key] = handler
 
     def state_access(self) -> Access:

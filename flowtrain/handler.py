@@ -60,7 +60,7 @@ class Handler:
             method = getattr(callback, self.attribute, None)
             if not callable(method):
                 raise HandlerError(f"{self} is {method!r} in {type(callback).__name__}; override it with a method.")
-            _check_arity(method, 3)
+            _check_function(method, 3)
 
     def as_function(self, function: Callable[..., None]) -> Handler:
         """Return the same handler for a function that is no attribute of the callback's type."""
@@ -110,13 +110,19 @@ def mark(event_type: type[Event], phase_type: type[Phase], access: Access | None
         method: Callable[..., None] = function
         if not callable(function):
             raise HandlerError(f"@on({event_type.__name__}) marks a method, got {function!r}.")
-        _check_arity(method)
+        _check_function(method)
         return Marked(event_type, phase_type, access, method)
 
     return decorate
 
 
-def _check_arity(function: Callable[..., Any], count: int = 4) -> None:
+def _check_function(function: Callable[..., Any], count: int = 4) -> None:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(kind(function) for kind in kinds):
+        raise HandlerError(
+            f"{function.__qualname__} cannot be a handler: it has async or yield in it, so calling it runs nothing of "
+            f"it. Write a plain function that does its work and returns None."
+        )
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError as error:

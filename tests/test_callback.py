@@ -453,3 +453,21 @@ def test_handlers_may_be_made_per_instance() -> None:
     assert [step.label for step in callbacks.plan(EpochEnd, TrainingPhase).steps] == ["Chooses.anything"]
     assert [len(callbacks.plan(kind, TrainingPhase)) for kind in (BatchEnd, EpochEnd)] == [0, 1]
     assert asked == ["handlers"]
+
+
+def test_stacked_on_of_an_added_function() -> None:
+    """One `on` per handler, for a function that is added too: the outer one would silently replace the inner one."""
+
+    class Counter(Callback):
+        pass
+
+    with pytest.raises(HandlerError) as caught:
+
+        @on(BatchEnd, TrainingPhase, Counter)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # refused
+        @on(EpochEnd, TrainingPhase, Counter)
+        def count(self: Counter, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+    assert str(caught.value) == (
+        "count is marked by two @on, and the outer one would replace the inner one. "
+        "Write two functions for EpochEnd and BatchEnd, and call what they share."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,4 +107,22 @@ def test_stacked_on() -> None:
     assert str(caught.value).endswith(
         "Printer.show is marked by two @on; a method handles one event. "
         "Write two methods for BatchEnd and EpochEnd, and call what they share."
+    )
+
+
+async def waits(self: object, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+def yields(self: object, event: Event, phase: Phase, learner: LearnerView) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("function", [waits, yields])
+def test_what_a_call_would_not_run(function: Callable[..., Any]) -> None:
+    """A coroutine or a generator would be made and dropped: nothing of the handler would run, without a word."""
+    with pytest.raises(HandlerError) as caught:
+        mark(BatchEnd, Phase, None)(function)
+    assert str(caught.value) == (
+        f"{function.__name__} cannot be a handler: it has async or yield in it, so calling it runs nothing of it. "
+        f"Write a plain function that does its work and returns None."
     )
