@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.pairs import Figure, Report, differences, figure, in_turns, median
+from bench.pairs import PROCESSOR, Figure, Report, differences, figure, in_turns, median
 from flowtrain import (
     Access,
     BatchEnd,
@@ -65,7 +65,9 @@ class Keeps(Callback):
 
 
 def main() -> None:
-    report = Report("Handlers", "python -m bench.bench_handlers", "the same handlers called by hand, as each line says")
+    report = Report(
+        "Handlers", "python -m bench.bench_handlers", "the same handlers called by hand, as each line says", PROCESSOR
+    )
     call_cost(report)
     protection_cost(report)
     absence_cost(report)
@@ -75,7 +77,7 @@ def call_cost(report: Report) -> None:
     """A no-op handler: the slope over 0 to 256 of them, beside a hand-written loop over the same bound methods."""
     by_hand = [calling([NoOp().nothing for _ in range(count)]) for count in COUNTS]
     fired = [firing(*(NoOp() for _ in range(count))) for count in COUNTS]
-    times = in_turns([*by_hand, *fired], REPETITIONS)
+    times = in_turns([*by_hand, *fired], REPETITIONS, clock=PROCESSOR)
     half = len(COUNTS)
     floor = figure([slope([seconds / EVENTS for seconds in row[:half]]) for row in times])
     ours = figure([slope([seconds / EVENTS for seconds in row[half:]]) for row in times])
@@ -105,7 +107,7 @@ def protection_cost(report: Report) -> None:
 
         return run
 
-    times = in_turns([handling(plain), handling(learner.state), handling(step.view)], REPETITIONS)
+    times = in_turns([handling(plain), handling(learner.state), handling(step.view)], REPETITIONS, clock=PROCESSOR)
     for which, floor in ((0, "plain objects"), (1, "the learner's state, unprotected")):
         more = differences(times, 2, which, CALLS)
         report.row(
@@ -123,7 +125,7 @@ def absence_cost(report: Report) -> None:
     for what, others in (("one other handler", [NoOp]), ("no handler", [])):
         without = firing(*(kind() for kind in others))
         beside = firing(*(kind() for kind in others), *(Elsewhere() for _ in range(COUNTS[-1])))
-        times = in_turns([without, beside], REPETITIONS)
+        times = in_turns([without, beside], REPETITIONS, clock=PROCESSOR)
         each = differences(times, calls=EVENTS * COUNTS[-1])
         report.row(
             f"a callback without a handler for an event that has {what}; floor: without the callback",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from functools import partial
 
 from bench.pairs import Report, differences, figure, in_turns, median
@@ -17,9 +16,9 @@ INSIDE = "import time, torch; start = time.perf_counter(); import flowtrain; pri
 
 
 def main() -> None:
-    report = Report("Import", "python -m bench.bench_import", "`python -c 'import torch'`, a whole process", "wall")
+    report = Report("Import", "python -m bench.bench_import", "`python -c 'import torch'`, a whole process")
     runs = [partial(python, "import torch"), partial(python, "import torch, flowtrain")]
-    times = in_turns(runs, REPETITIONS, warmup=2, clock=time.perf_counter)
+    times = in_turns(runs, REPETITIONS, warmup=2)
     more = differences(times)
     report.row(
         "`import torch, flowtrain`, a whole process",

@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
-from bench.pairs import Report, in_turns_afresh, seconds
+from bench.pairs import PROCESSOR, Report, in_turns_afresh, seconds
 from flowtrain import Learner, TrainingPhase
 from flowtrain.callbacks import Metrics
 from flowtrain.metrics import accuracy
@@ -31,23 +31,25 @@ SGD = partial(torch.optim.SGD, lr=0.01)
 
 
 def main() -> None:
-    report = Report("The loop", "python -m bench.bench_loop", "the hand-written loop in the same file")
+    report = Report("The loop", "python -m bench.bench_loop", "the hand-written loop in the same file", PROCESSOR)
     width = calibrate()
     short, long = batches(SHORT), batches(LONG)
 
-    plain = in_turns_afresh([lambda: by_hand(bare, width, short), lambda: epoch(width, short, False)], 20, 4)
+    plain = in_turns_afresh([lambda: by_hand(bare, width, short), lambda: epoch(width, short, False)], 20, 4, PROCESSOR)
     report.ratio(f"no callbacks (a {FEATURES}-{width}-10 network, batch {BATCH})", plain, 1.04, steps=SHORT)
 
-    quiet = in_turns_afresh([lambda: by_hand(with_loss, width, short), lambda: epoch(width, short, "quiet")], 20, 4)
+    quiet = in_turns_afresh(
+        [lambda: by_hand(with_loss, width, short), lambda: epoch(width, short, "quiet")], 20, 4, PROCESSOR
+    )
     report.ratio('`default_callbacks="quiet"`', quiet, 1.10, steps=SHORT)
 
     with open(os.devnull, "w") as nowhere:
         rich.reconfigure(file=nowhere, force_terminal=False)
-        shown = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3)
+        shown = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3, PROCESSOR)
     report.ratio("`default_callbacks=True`, no terminal", shown, 1.10, steps=LONG)
 
     rich.reconfigure(file=io.StringIO(), force_terminal=True, width=100)
-    drawn = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3)
+    drawn = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3, PROCESSOR)
     report.ratio("`default_callbacks=True`, a bar on a terminal", drawn, 1.10, steps=LONG)
     rich.reconfigure()
 
@@ -82,7 +84,7 @@ def calibrate() -> int:
     def step(width: int) -> float:
         run = by_hand(bare, width, data)
         run()
-        return statistics.median(seconds(run) for _ in range(9)) / SHORT
+        return statistics.median(seconds(run, PROCESSOR) for _ in range(9)) / SHORT
 
     return min(range(128, 1025, 64), key=lambda width: abs(step(width) - 150e-6))
 
@@ -163,7 +165,7 @@ def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) ->
         )
         return partial(learner.fit, epochs)
 
-    return [tuple(run / epochs for run in row) for row in in_turns_afresh([floor, ours], 15, 4)]
+    return [tuple(run / epochs for run in row) for row in in_turns_afresh([floor, ours], 15, 4, PROCESSOR)]
 
 
 def bare_digits(

@@ -3,8 +3,10 @@
 Two things that are timed one after the other in a busy machine differ by what else the machine did. Here they take
 turns (A B A B ...), each turn gives one figure (a ratio or a difference), and what is reported is the median of the
 figures with a 95% confidence interval of that median. The garbage collector is off during each timing and torch has one
-thread. The clock is the processor time of the process, all its threads together: for work that never waits it is what
-a clock on the wall would show on a machine that does nothing else. What does wait is timed by `time.perf_counter`.
+thread.
+
+There are two clocks. `WALL` is the one that users feel. `PROCESSOR` counts what the process computes, in all of its
+threads: for work that never waits, on one thread, it is what `WALL` would show on a machine that does nothing else.
 
 A report is Markdown, ready for ``bench/results/``.
 """
@@ -25,7 +27,24 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Figure", "Report", "differences", "figure", "in_turns", "in_turns_afresh", "median", "ratios", "seconds"]
+__all__ = [
+    "PROCESSOR",
+    "WALL",
+    "Clock",
+    "Figure",
+    "Report",
+    "differences",
+    "figure",
+    "in_turns",
+    "in_turns_afresh",
+    "median",
+    "ratios",
+    "seconds",
+]
+
+Clock = Callable[[], float]
+WALL: Clock = time.perf_counter
+PROCESSOR: Clock = time.process_time
 
 REPETITIONS = 40
 """How often each pair is timed, unless a benchmark says otherwise; never below 30."""
@@ -62,10 +81,7 @@ def figure(values: Sequence[float]) -> Figure:
     return Figure(statistics.median(ordered), ordered[k - 1], ordered[n - k])
 
 
-Clock = Callable[[], float]
-
-
-def seconds(run: Callable[[], object], clock: Clock = time.process_time) -> float:
+def seconds(run: Callable[[], object], clock: Clock = WALL) -> float:
     """Time one call."""
     start = clock()
     run()
@@ -76,7 +92,7 @@ def in_turns(
     runs: Sequence[Callable[[], object]],
     repetitions: int = REPETITIONS,
     warmup: int = 3,
-    clock: Clock = time.process_time,
+    clock: Clock = WALL,
 ) -> list[tuple[float, ...]]:
     """Time several things in turns; return for each repetition the seconds of each."""
     gc.collect()  # not between the timings: it would leave each of them a cold cache
@@ -91,14 +107,14 @@ def in_turns(
 
 
 def in_turns_afresh(
-    make: Sequence[Callable[[], Callable[[], object]]], rounds: int, repetitions: int
+    make: Sequence[Callable[[], Callable[[], object]]], rounds: int, repetitions: int, clock: Clock = WALL
 ) -> list[tuple[float, ...]]:
     """Make the things to time anew for each of several rounds, and time them in turns.
 
     Two models made alike differ by up to a percent, for as long as they live: it depends on where in memory they came
     to lie. What has been made several times has that averaged out.
     """
-    return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, warmup=1)]
+    return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, 1, clock)]
 
 
 def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:
@@ -119,7 +135,7 @@ def median(times: Sequence[tuple[float, ...]], which: int) -> float:
 class Report:
     """Prints a benchmark's table as Markdown, with all that is needed to compare it with another run."""
 
-    def __init__(self, title: str, command: str, floor: str, clock: str = "processor time") -> None:
+    def __init__(self, title: str, command: str, floor: str, clock: Clock = WALL) -> None:
         torch.set_num_threads(1)
         print(f"## {title}\n")
         print(f"- command: `{command}`")
@@ -128,7 +144,8 @@ class Report:
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "rich"))
         print(f"- versions: flowtrain {_own_version()}, Python {platform.python_version()}, {packages}")
         print(f"- floor: {floor}")
-        print(f"- clock: {clock}; figures: median of the pairs [95% interval of the median]\n")
+        timed = "processor time" if clock is PROCESSOR else "wall"
+        print(f"- clock: {timed}; figures: median of the pairs [95% interval of the median]\n")
         print("| what | floor | ours | figure | goal | |")
         print("| --- | ---: | ---: | ---: | ---: | --- |", flush=True)
 
