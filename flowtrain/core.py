@@ -1,7 +1,7 @@
 """The torch core: the one place that knows devices, precision, gradients and optimizers.
 
 `TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass,
-counts accumulation groups, clips, and steps the optimizers. A step with nothing of that (fp32, no accumulation, no
+clips, and steps the optimizers. A step with nothing of that (fp32, no accumulation, no
 clipping, one optimizer) is *plain*: then the names that a step calls are torch's own functions, and the core costs
 nothing.
 
@@ -20,6 +20,7 @@ import torch
 from flowtrain.batch import BatchState
 from flowtrain.devices import find_device, place
 from flowtrain.errors import CoreError, is_a
+from flowtrain.groups import Groups
 from flowtrain.hyperparams import OptimizerParts
 from flowtrain.optimizers import gradients_of, make_optimizers, params_of
 from flowtrain.parameters import Gradients, Parameters
@@ -110,8 +111,12 @@ class TorchCore:
         self.device = find_device(self._wanted_device, self.models.values())
         for module in (*self.models.values(), *self._loss_modules):
             module.to(self.device)
+        model = self.models.get("")
+        if self._compile is not False:
+            model = torch.compile(model, **(self._compile if isinstance(self._compile, Mapping) else {}))
+        self._model: Any = model
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
-        self._state = state
+        self._state = state  # from here on nothing can fail
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
         one = self._optimizers.get("")
@@ -119,16 +124,9 @@ class TorchCore:
         state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
         state.optimizers = OptimizerParts(one) if one is not None else Named("optimizer", parts)
         self.optimizer = state.optimizer
-        model = self.models.get("")
-        if self._compile is not False:
-            model = torch.compile(model, **(self._compile if isinstance(self._compile, Mapping) else {}))
-        self._model: Any = model
         self._autocast_dtype = _DTYPES[self.precision]
         self._scaler = self._make_scaler() if self.precision == "fp16" else None
-        self._counts = dict.fromkeys(self._optimizers, 0)
-        self._complete = dict.fromkeys(self._optimizers, True)
-        self._spent: set[str] = set()  # stepped in this batch: their gradients belong to no group any more
-        self.last_batch = False
+        self.groups = Groups(self._optimizers, self.accumulate)
         self.places = self.device.type != "cpu"
         self._choose()
 
@@ -148,7 +146,7 @@ class TorchCore:
         lossfn = self._state.lossfn if self._state is not None else None
         self.model: Any = self._model if self._autocast_dtype is None else self._forward
         self.lossfn: Any = lossfn if self._autocast_dtype is None else self._loss
-        self.begin: Callable[[], Any] = self.begin_groups
+        self.begin: Callable[[], Any] = self.groups.begin
         self.backward: Callable[[torch.Tensor], Any] = self._backward
         if self.plain:
             self.begin = self.optimizer.zero_grad
@@ -186,23 +184,9 @@ class TorchCore:
             loss: torch.Tensor = self._state.lossfn(outputs, targets)  # type: ignore[union-attr]  # attached
             return loss
 
-    def begin_groups(self) -> None:
-        """Zero the gradients of every optimizer whose next accumulation group begins here."""
-        self._spent.clear()
-        for name, complete in self._complete.items():
-            if complete:
-                self._optimizers[name].zero_grad()
-                self._complete[name] = False
-
-    def drop_spent(self) -> None:
-        """Zero the gradients that an optimizer has stepped with in this batch, before a further backward pass in it."""
-        for name in self._spent:
-            self._optimizers[name].zero_grad()
-        self._spent.clear()
-
     def end_groups(self) -> None:
         """Throw away the gradients of a group that a cancelled batch left open; a group lies within one epoch."""
-        if torch.is_grad_enabled() and not all(self._complete.values()):
+        if torch.is_grad_enabled() and self.groups.open:
             self.discard()
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -239,10 +223,7 @@ class TorchCore:
         """
         if name is not None:
             self._check_name("update", name)
-        names = list(self._optimizers) if name is None else [name]
-        for each in names:
-            self._counts[each] += 1
-        return [each for each in names if self.last_batch or self._counts[each] >= self.accumulate]
+        return self.groups.due(name)
 
     def unscale(self, names: Iterable[str]) -> None:
         """Bring the gradients to what one batch of the whole group would have given."""
@@ -250,10 +231,10 @@ class TorchCore:
             optimizer = self._optimizers[name]
             if self._scaler is not None:
                 self._scaler.unscale_(optimizer)
-            if self._counts[name] < self.accumulate:
-                # The group turned out shorter than the number that each loss was divided by.
+            share = self.groups.share(name)
+            if share != 1:
                 for gradient in gradients_of(optimizer):
-                    gradient.mul_(self.accumulate / self._counts[name])
+                    gradient.mul_(share)
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
         """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
@@ -275,18 +256,13 @@ class TorchCore:
                 optimizer.step()
             else:
                 self._scaler.step(optimizer)
-            self._counts[name] = 0
-            self._complete[name] = True
-            self._spent.add(name)
         if self._scaler is not None:
             self._scaler.update()
+        self.groups.end(names)
 
     def discard(self) -> None:
         """Throw away the gradients of the groups that are open; the next batch begins new ones."""
-        for name, optimizer in self._optimizers.items():
-            optimizer.zero_grad()
-            self._counts[name] = 0
-            self._complete[name] = True
+        self.groups.discard()
         if self._scaler is not None:
             # A new one with the same state: the old one may remember that gradients were unscaled for this update.
             before, self._scaler = self._scaler.state_dict(), self._make_scaler()

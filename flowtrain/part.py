@@ -51,7 +51,7 @@ class Owner:
         type_name: The name of its type.
         where: What to edit: ``"state_access"``, or the handler whose `on` has ``access=``.
         declaration: What is declared there.
-        handlers: The decorator of that handler as source, up to the access; empty for ``state_access``.
+        decorator: That handler's decorator as source, up to the access; empty for ``state_access``.
     """
 
     callback: str

@@ -204,10 +204,8 @@ class Callbacks(Sequence[Callback]):
     def _call_setup(self, node: Node) -> None:
         node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
         if self._state.fired:
-            event = self._state.fired.pop()[1]
-            self._state.fired.clear()
             raise CallbackError(
-                f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
+                f"{node.name}.setup fires {self._state.fired[0][1]!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
             )
 
     def _set_up(self, known: set[int]) -> None:
@@ -225,6 +223,7 @@ class Callbacks(Sequence[Callback]):
             check_made(self._nodes, cbstate)
         except BaseException:
             restore()
+            self._state.fired.clear()  # what a setup asked for before it raised
             raise
 
 

@@ -104,6 +104,8 @@ def evaluate(phase: object, core: Any, on: StepRunners, batch: BatchState) -> No
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        if isinstance(error, AttributeError) and error.name == "numel" and "loss" in vars(batch):
+            raise _loss_error(phase, core, batch, f"returned {describe(batch.loss)}, which is no tensor") from None
         raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
     if not scalar:
         raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
@@ -114,7 +116,8 @@ def _loss_error(phase: object, core: Any, batch: BatchState, what: str) -> LossE
         f"The loss function {core.loss_name} {what}\n"
         f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
         f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
-        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
+        f"element."
     )
 
 

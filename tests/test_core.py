@@ -708,3 +708,10 @@ def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -
     for name, model in by_hand.items():
         for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
+    core = TorchCore(device="cpu", compile={"mode": "fast"})
+    for _ in range(2):  # the second attempt fails for the same reason, not since the core were in use
+        with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
+            tiny_learner(core=core)

@@ -502,7 +502,8 @@ def test_a_model_and_a_loss_that_do_not_fit(phase: type[Phase]) -> None:
     assert lines[-1] == (
         f"In {phase.__name__} it was called with batch.outputs: Tensor of shape (4, 3), float32 and batch.targets: "
         "Tensor of shape (4, 2), float32. The model and the loss must fit: change the model's last layer, the targets "
-        "that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+        "that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
+        "element."
     )
     assert isinstance(raised.value.__cause__, RuntimeError)
 
@@ -519,7 +520,7 @@ def mean(outputs: torch.Tensor) -> torch.Tensor:
     ("lossfn", "text"),
     [
         (nn.MSELoss(reduction="none"), "function MSELoss returned Tensor of shape (8, 1), float32, which is no single"),
-        (half, "The loss function half raised AttributeError: 'float' object has no attribute"),
+        (half, "The loss function half returned float 0.5, which is no tensor\nIn TrainingPhase"),
         (mean, "The loss function mean raised TypeError: "),
         (partial(mse_loss, reduction="none"), "function partial returned Tensor of shape (8, 1), float32, which is"),
     ],

@@ -538,6 +538,20 @@ def test_an_event_fired_in_setup_is_refused() -> None:
     assert learner.state.fired == []
 
 
+def test_a_setup_that_fires_and_then_fails_leaves_no_event_behind() -> None:
+    """Rule 11: a refused change leaves nothing; the event would follow the next one that is fired."""
+
+    class Early(Callback):
+        def setup(self, learner: LearnerView) -> None:
+            learner.fire(EpochEnd())
+            raise ValueError("no")
+
+    learner = tiny_learner()
+    with pytest.raises(ValueError, match="no"):
+        learner.add_callback(Early())
+    assert learner.state.fired == []
+
+
 def test_an_override_that_is_no_handler_any_more_is_refused() -> None:
     class Silent(Recorder):
         count_batch = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]  # on purpose

@@ -67,7 +67,8 @@ def test_a_loss_that_is_no_single_number(kind: type[Phase]) -> None:
         f"The loss function half returned Tensor of shape (2, 1), float32, which is no single number\n"
         f"In {kind.__name__} it was called with batch.outputs: Tensor of shape (2, 1), float32 and batch.targets: "
         f"Tensor of shape (2, 1), float32. The model and the loss must fit: change the model's last layer, the targets "
-        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns one number."
+        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
+        f"element."
     )
 
 
