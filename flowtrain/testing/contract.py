@@ -18,15 +18,17 @@ import threading
 from flowtrain.errors import ExecutorError
 from flowtrain.execution import find_executor
 from flowtrain.phases import TrainingPhase
+from flowtrain.testing.closing import ClosingPromises
 from flowtrain.testing.failing import FailurePromises
 from flowtrain.testing.ordering import OrderPromises
 from flowtrain.testing.probes import KINDS, Ping, catching
+from flowtrain.testing.queueing import QueueingPromises
 from flowtrain.testing.surroundings import TorchPromises
 
 __all__ = ["ExecutorContract"]
 
 
-class ExecutorContract(OrderPromises, TorchPromises, FailurePromises):
+class ExecutorContract(OrderPromises, TorchPromises, FailurePromises, ClosingPromises, QueueingPromises):
     """What every executor promises, rule by rule. A subclass defines `make_executor`.
 
     Attributes:

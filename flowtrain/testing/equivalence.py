@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -114,7 +114,7 @@ def _check(learner: Learner, executor: Executor, used: list[Any]) -> None:
 
 
 @contextmanager
-def _random_from(seed: int) -> Iterator[None]:
+def _random_from(seed: int) -> Generator[None]:
     """Begin the random numbers at a seed, and put the generators back in the end."""
     numpy: Any = sys.modules.get("numpy")
     ours, theirs = random.getstate(), None if numpy is None else numpy.random.get_state()

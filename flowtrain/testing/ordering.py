@@ -17,7 +17,7 @@ from flowtrain.phases import Phase, TrainingPhase
 from flowtrain.protect import LearnerView
 from flowtrain.resolution import NoConflict
 from flowtrain.testing.equivalence import assert_equivalent
-from flowtrain.testing.probes import KINDS, ContractBase, Ping, Probe, Trace
+from flowtrain.testing.probes import KINDS, ContractBase, Ping, Probe, Trace, waits
 from flowtrain.testing.tiny import tiny_learner
 
 __all__ = ["OrderPromises"]
@@ -82,21 +82,21 @@ class OrderPromises(ContractBase):
     def test_rule_12_a_chain_runs_in_its_order(self) -> None:
         """Rule 12: an edge holds also against the order of the list. Each handler starts when the one before ended."""
         trace = self.trace()
-        a, b, c = (KINDS[number](trace, _waits, after=KINDS[number + 1 : number + 2]) for number in range(3))
+        a, b, c = (KINDS[number](trace, waits, after=KINDS[number + 1 : number + 2]) for number in range(3))
         trace.before = {"ProbeA": ["ProbeB", "ProbeC"], "ProbeB": ["ProbeC"]}
         with self.learner(a, b, c) as learner:
             for number in self.fire_in_rounds(learner, trace):
                 _same(trace.started, ["ProbeC", "ProbeB", "ProbeA"], number)
 
-    def test_rule_12_no_handler_starts_before_those_it_waits_for(self) -> None:
+    def test_rule_12_no_handler_starts_before_those_itwaits_for(self) -> None:
         """Rule 12: with branches that join, and edges of every kind: ``run_after``, writer to reader, resources."""
         trace = self.trace()
         probes = [
-            KINDS[0](trace, _waits, access={"batch.mark": Write()}),
-            KINDS[1](trace, _waits, access={"batch.mark": Read(optional=True)}),
-            KINDS[2](trace, _waits, after=[KINDS[0]], access={"resource.one": Write()}),
-            KINDS[3](trace, _waits),
-            KINDS[4](trace, _waits, access={"resource.one": Write()}),
+            KINDS[0](trace, waits, access={"batch.mark": Write()}),
+            KINDS[1](trace, waits, access={"batch.mark": Read(optional=True)}),
+            KINDS[2](trace, waits, after=[KINDS[0]], access={"resource.one": Write()}),
+            KINDS[3](trace, waits),
+            KINDS[4](trace, waits, access={"resource.one": Write()}),
             KINDS[5](trace, after=[KINDS[1], KINDS[3]]),
             KINDS[6](trace, after=[KINDS[4], KINDS[5]]),
         ]
@@ -135,7 +135,7 @@ class OrderPromises(ContractBase):
     def test_rule_13_an_event_ends_when_all_its_handlers_have(self) -> None:
         """Rule 13: when `fire` returns no handler still runs, or the loop would go on under it."""
         trace = self.trace()
-        with self.learner(*(kind(trace, _waits) for kind in KINDS[:3])) as learner:
+        with self.learner(*(kind(trace, waits) for kind in KINDS[:3])) as learner:
             for number in range(self.rounds):
                 trace.clear()
                 learner.fire(Ping(), TrainingPhase())
@@ -153,7 +153,7 @@ class OrderPromises(ContractBase):
             trace.wait_for_start("ProbeB", "ProbeC")
             raise ValueError("at once")
 
-        with self.learner(KINDS[0](trace, fail), *(kind(trace, _waits) for kind in KINDS[1:3])) as learner:
+        with self.learner(KINDS[0](trace, fail), *(kind(trace, waits) for kind in KINDS[1:3])) as learner:
             for number in range(self.rounds):
                 trace.clear()
                 raised = False
@@ -170,19 +170,19 @@ class OrderPromises(ContractBase):
         """Rule 13: two writers with `NoConflict` run one after the other, in serial order."""
         trace = self.trace()
         access = {"cbstate.best": Write()}
-        probes = [kind(trace, _waits, access=access, answers=NoConflict()) for kind in KINDS[:3]]
+        probes = [kind(trace, waits, access=access, answers=NoConflict()) for kind in KINDS[:3]]
         self._in_serial_order(trace, probes)
 
     def test_rule_13_users_of_one_resource_never_run_together(self) -> None:
         """Rule 13: what uses one resource runs one after the other, in serial order."""
         trace = self.trace()
-        self._in_serial_order(trace, [kind(trace, _waits, access={"resource.pen": Write()}) for kind in KINDS[:3]])
+        self._in_serial_order(trace, [kind(trace, waits, access={"resource.pen": Write()}) for kind in KINDS[:3]])
 
     def test_rule_13_random_numbers_are_drawn_on_the_training_thread(self) -> None:
         """Rules 6 and 13: a handler with ``resource.rng`` runs on the thread that trains, beside others or not."""
         trace = self.trace()
         access = {"resource.rng": Write()}
-        probes = [kind(trace, _waits, access=access if kind in KINDS[1:4:2] else None) for kind in KINDS[:5]]
+        probes = [kind(trace, waits, access=access if kind in KINDS[1:4:2] else None) for kind in KINDS[:5]]
         with self.learner(*probes) as learner:
             for number in self.fire_in_rounds(learner, trace):
                 for name in ("ProbeB", "ProbeD"):
@@ -205,11 +205,6 @@ class OrderPromises(ContractBase):
         with self.learner(*probes) as learner:
             for number in self.fire_in_rounds(learner, trace):
                 _same(trace.started, names, number)
-
-
-def _waits(probe: Probe, event: Event, learner: LearnerView) -> None:
-    """Give others the time to start too early."""
-    probe.trace.wait_for_wrong()
 
 
 def _same(found: Sequence[str], wanted: Sequence[str], number: int) -> None:

@@ -8,7 +8,8 @@ executor always passes, however slow the machine is, and costs that time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -22,9 +23,26 @@ from flowtrain.protect import LearnerView
 from flowtrain.resolution import Resolution
 from flowtrain.testing.tiny import tiny_learner
 
-__all__ = ["KINDS", "ContractBase", "Everywhere", "Ping", "Pinged", "Probe", "Trace", "catching"]
+__all__ = [
+    "EVERYWHERE",
+    "KINDS",
+    "ContractBase",
+    "Does",
+    "Everywhere",
+    "Make",
+    "Ping",
+    "Pinged",
+    "Probe",
+    "Trace",
+    "catching",
+    "raises",
+    "raises_at",
+    "waits",
+    "with_others",
+]
 
 Does: TypeAlias = Callable[["Probe", Event, LearnerView], None]
+Make: TypeAlias = Callable[[], BaseException]
 
 
 class Ping(Event):
@@ -103,8 +121,7 @@ class Trace:
     def running(self) -> list[str]:
         """Return whose handlers have started and not ended."""
         with self._changed:
-            ended = list(self.ended)
-            return [name for name in self.started if not (name in ended and (ended.remove(name) or True))]
+            return sorted((Counter(self.started) - Counter(self.ended)).elements())
 
 
 class Probe(Callback):
@@ -177,6 +194,10 @@ KINDS: Sequence[type[Pinged]] = tuple(type(f"Probe{letter}", (Pinged,), {}) for 
 """Types of probes, because ``run_after`` names types."""
 
 
+EVERYWHERE: Sequence[type[Everywhere]] = tuple(type(f"Every{letter}", (Everywhere,), {}) for letter in "ABCD")
+"""Types of probes that handle every event."""
+
+
 class ContractBase:
     """What the tests of an executor share. Subclass `flowtrain.testing.ExecutorContract`, which has them."""
 
@@ -195,7 +216,7 @@ class ContractBase:
         return Trace(self.patience)
 
     @contextmanager
-    def learner(self, *callbacks: Callback, executor: Executor | None = None, **kwargs: Any) -> Iterator[Learner]:
+    def learner(self, *callbacks: Callback, executor: Executor | None = None, **kwargs: Any) -> Generator[Learner]:
         """Give a tiny learner with these callbacks and no others, on a new executor, and close it."""
         chosen = {"n_batches": 2, "default_callbacks": False, **kwargs}
         with tiny_learner(*callbacks, executor=executor or self.make_executor(), **chosen) as learner:
@@ -213,7 +234,7 @@ class ContractBase:
 
 
 @contextmanager
-def catching(kind: type[BaseException]) -> Iterator[list[BaseException]]:
+def catching(kind: type[BaseException]) -> Generator[list[BaseException]]:
     """Expect an exception of a type and give it, in a list, when it has come."""
     found: list[BaseException] = []
     try:
@@ -221,3 +242,37 @@ def catching(kind: type[BaseException]) -> Iterator[list[BaseException]]:
     except kind as error:
         found.append(error)
     assert found, f"no {kind.__name__} was raised"
+
+
+def waits(probe: Probe, event: Event, learner: LearnerView) -> None:
+    probe.trace.wait_for_wrong()
+
+
+def raises(error: Exception) -> Does:
+    def fail(probe: Probe, event: Event, learner: LearnerView) -> None:
+        """Raise an error like it."""
+        raise type(error)(*error.args)
+
+    return fail
+
+
+def raises_at(at: type[Event], make: Make, batch: int = 1) -> Does:
+    """Return a handler that raises once: at the n-th event of a type."""
+    met: list[Event] = []
+
+    def fail(probe: Probe, event: Event, learner: LearnerView) -> None:
+        """Count, and raise."""
+        if isinstance(event, at):
+            met.append(event)
+            if len(met) == batch:
+                raise make()
+
+    return fail
+
+
+def with_others(error: BaseException) -> list[BaseException]:
+    """Return an exception and those attached to it; one of these may have others of its own."""
+    found = [error]
+    for other in getattr(error, "others", ()):
+        found += with_others(other)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -88,7 +88,7 @@ class TorchPromises(ContractBase):
 
 
 @contextmanager
-def _both(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+def _both(*contexts: AbstractContextManager[object]) -> Generator[None]:
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -96,7 +96,7 @@ def _both(*contexts: AbstractContextManager[object]) -> Iterator[None]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -106,7 +106,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _intra_op_threads(number: int) -> Iterator[None]:
+def _intra_op_threads(number: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -116,7 +116,7 @@ def _intra_op_threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _marked(value: str) -> Iterator[None]:
+def _marked(value: str) -> Generator[None]:
     token = _mark.set(value)
     try:
         yield

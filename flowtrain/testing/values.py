@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from operator import itemgetter
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -164,7 +165,8 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         return f"{len(value)} values", [(f"[{number}]", each) for number, each in enumerate(value)]
     if isinstance(value, Mapping):
         # By key and not by order: independent callbacks may make their entries in any order.
-        items = sorted(((_shown_key(key), item) for key, item in value.items()), key=lambda each: each[0])
+        items: list[tuple[str, Any]] = [(_shown_key(key), item) for key, item in value.items()]
+        items.sort(key=itemgetter(0))
         return f"keys {', '.join(key for key, _ in items)}", [(f"[{key}]", item) for key, item in items]
     if isinstance(value, (set, frozenset)):
         return f"{{{', '.join(sorted(_shown_key(item) for item in value))}}}", []
