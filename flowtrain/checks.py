@@ -117,13 +117,16 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, left: Iterable[Node] = 
                 continue
             entry = path[1]
             siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
-            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(entry, names)
+            others = [name for name in names if name != entry]
+            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(entry, others)
             provider = PROVIDERS.get(entry)
-            remedy = (
-                f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
-                if provider and entry not in {other[1] for other in written if len(other) > 1}
-                else f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
-            )
+            remedy = f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
+            if provider and entry not in {other[1] for other in written if len(other) > 1}:
+                remedy = f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
+            elif len(path) > 2 and path[2].endswith("Phase"):
+                remedy = f"A path leaves out the phase: declare {dotted((*path[:2], *path[3:]))!r}."
+            elif len(path) > 2 and provider == "Metrics" and not hint:
+                remedy = f"Give Metrics a metric of that name: Metrics(Metric(f, name={path[2]!r}))."
             raise MissingStateError(
                 dotted(path),
                 f"{node.name} reads {dotted(path)}, and no callback declares to write it.{hint} {remedy}",

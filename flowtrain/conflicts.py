@@ -97,7 +97,9 @@ def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
     first, second, meeting = min(conflicts, key=lambda conflict: conflict[:2])
     names = (draft.name(first), draft.name(second))
     types = [type(draft.nodes[position].callback) for position in (first, second)]
-    one, other = (kind.__name__ for kind in types)
+    # The remedy goes into the user's class, where only one of the two is the user's.
+    ours = [kind.__module__.startswith("flowtrain.") for kind in types]
+    one, other = (kind.__name__ for kind in (types[::-1] if ours == [False, True] else types))
     paths = (dotted(meeting.paths[0]), dotted(meeting.paths[1]))
     pairs = len({(first, second) for first, second, _ in conflicts})
     more = f" ({pairs - 1} more such pairs at this event.)" if pairs > 1 else ""

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowtrain.access import Declaration, Path, Read, Write, canonical, declare, render, union
+from flowtrain.access import Declaration, Path, Read, Write, canonical, declare, dotted, render, union
 from flowtrain.callback import Callback
-from flowtrain.errors import FlowtrainError, UsageError, is_a
+from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
 from flowtrain.events import Event
 from flowtrain.fingerprint import changes, fingerprints
 from flowtrain.graph import Node
@@ -34,7 +34,7 @@ from flowtrain.strict import declarable
 __all__ = ["Recording", "record"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Recording:
     """What a callback was seen to touch.
 
@@ -43,6 +43,8 @@ class Recording:
         handlers: For each handler that ran, what it must declare at least; also ``"setup"``, if there is one.
         idle: The handlers that no event of the dry run reached.
         failure: What a handler raised, which may have kept it from touching more; or ``None``.
+        decorators: The decorator of each handler as source, up to the access.
+        known: The dotted paths that there were, for hints.
     """
 
     callback: str
@@ -50,6 +52,7 @@ class Recording:
     idle: tuple[str, ...] = ()
     failure: BaseException | None = None
     decorators: dict[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
 
     @property
     def union(self) -> Declaration:
@@ -64,12 +67,19 @@ class Recording:
             for name, declaration in self.handlers.items():
                 if name in self.decorators:
                     lines += [f"    {self.decorators[name]}access={render(declaration)})", f"    def {name}(...)", ""]
+        for path, kind in self.union:
+            if isinstance(kind, Read) and kind.optional:
+                hint = nearest(dotted(path), self.known)
+                lines += [f"There was no {dotted(path)} when it was read, so it is optional here.{hint}", ""]
         if self.idle:
             lines += [f"No event of the dry run reached: {', '.join(self.idle)}. They may need more.", ""]
         if self.failure is not None:
             kind = type(self.failure).__name__
             lines += [f"The dry run ended with {kind}: {self.failure}", "The callback may need more.", ""]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Recording of {self.callback}: {render(self.union)}>"
 
 
 def record(learner: LearnerParts, callback: Callback) -> Recording:
@@ -123,7 +133,9 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
         scratch.fit(1)
     except Exception as error:  # reported with what was found until then
         failure = error
-    return probe.recording(failure)
+    names = {name for phase in data for name in phase.provides or ()}
+    known = [*(f"batch.{name}" for name in sorted(names)), *(f"cbstate.{name}" for name in scratch.state.cbstate)]
+    return probe.recording(failure, tuple(known))
 
 
 class _Probe:
@@ -165,7 +177,7 @@ class _Probe:
             for path in changes(before, fingerprints(state)):
                 _log_write(log, path)
 
-    def recording(self, failure: BaseException | None) -> Recording:
+    def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
         """Return what was found."""
         shared = self.subject.state_access()
         declared = {
@@ -180,6 +192,7 @@ class _Probe:
             tuple(name for name in decorators if name not in self.logs),
             failure,
             decorators,
+            known,
         )
 
 

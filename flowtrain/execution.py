@@ -51,6 +51,9 @@ class Site(Protocol):
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise for the handlers that failed, given in serial order; returns where every failure means nothing now."""
 
+    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
+        """Return what runs an event in a phase, compiled if it has not been yet; ``None`` where nothing handles it."""
+
     def swap(self, plan: Plan, runner: Runner) -> None:
         """Use another runner for a plan from its next event on."""
 

@@ -121,7 +121,12 @@ def _bytes(value: torch.Tensor) -> bytes:
 
 def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {(*root, *name.split(".")): _tensor(value) for name, value in named}
+    found: dict[Path, object] = {(*root, *name.split(".")): _tensor(value) for name, value in named}
+    for name, inner in module.named_modules():
+        plain = [(key, value) for key, value in vars(inner).items() if isinstance(value, (bool, int, float, str))]
+        for key, value in plain:  # such as `training`, which eval() and train() set
+            found[(*root, *filter(None, name.split(".")), key)] = repr(value)
+    return found
 
 
 def _entry(path: Path, value: Any) -> dict[Path, object]:

@@ -71,7 +71,11 @@ class LearnerView:
                     f"training, or fire an event with learner.fire(...)."
                 )
             if name not in ROOTS or name == "resource":
-                raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, [*ROOTS, 'fire'])}")
+                known = [root for root in ROOTS if root != "resource"]
+                raise AttributeError(
+                    f"a handler's learner has no {name!r}.{nearest(name, [*known, 'fire'])} It has: {', '.join(known)} "
+                    f"and fire(); how far training is stands in cbstate.history."
+                )
             if name in self._whole:
                 self._owner.missing((name,), None)
             if name in _NAMESPACES:  # nothing in it is declared: what is touched next is refused, by its own path
@@ -79,6 +83,11 @@ class LearnerView:
             return self._owner.refuse("Read", (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ROOTS:
+            raise AttributeError(
+                f"a handler's learner has no {name!r}.{nearest(name, ROOTS)} To keep something declare "
+                f'{{"cbstate.{name}": Write()}} and write learner.cbstate.{name}.'
+            )
         kind = self._whole.get(name)
         if name not in ROOTS or name == "resource":
             raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, ROOTS)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowtrain.errors import nearest
 from flowtrain.readonly import refuse
 
 __all__ = ["Series", "SeriesMap"]
@@ -138,7 +139,13 @@ class SeriesMap(Mapping[str, Series]):
         self._series.update(snapshot)
 
     def __getitem__(self, name: str) -> Series:
-        return self._series[name]
+        try:
+            return self._series[name]
+        except KeyError:
+            known = ", ".join(self._series) or "none yet"
+            raise KeyError(
+                f"{self._path} has no series {name!r}; it has: {known}.{nearest(str(name), self._series)}"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._series))
@@ -159,7 +166,7 @@ class ReadOnlySeriesMap(SeriesMap):
         self._path, self._series = series._path, series._series
 
     def __getitem__(self, name: str) -> Series:
-        return self._series[name].__twin__()
+        return super().__getitem__(name).__twin__()
 
     def series(self, name: str) -> Series:
         """Return the twin of a series that is there."""

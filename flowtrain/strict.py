@@ -61,12 +61,23 @@ def _error(
     step: Step, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
 ) -> UndeclaredWriteError:
     paths = tuple(dotted(path) for path in found)
-    wanted = union([declaration, tuple((path, Write()) for path in sorted({declarable(path) for path in found}))])
+    wanted = union([declaration, tuple((path, Write()) for path in sorted(_to_declare(found, declaration)))])
     shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-    rng = " It drew random numbers." if ("resource", "rng") in found else ""
+    advice = "Work on a copy (tensor.clone()), or declare"
+    if ("resource", "rng") in found:
+        advice = "It drew random numbers: declare"
     return UndeclaredWriteError(
         step.label,
         paths,
-        f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it.{rng} "
-        f"It declares {render(declaration)}. Work on a copy (tensor.clone()), or declare:\n\n    {render(wanted)}\n",
+        f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it. "
+        f"It declares {render(declaration)}. {advice}:\n\n    {render(wanted)}\n",
     )
+
+
+def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:
+    """Return the paths to declare for changes; parameters that are read as ``params`` are written as that too."""
+    aliases = [path for path, _ in declaration if path != canonical(path)]
+    return {
+        next((alias for alias in aliases if meet(canonical(alias), path)), declarable(path))
+        for path in found
+    }

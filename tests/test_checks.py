@@ -346,3 +346,26 @@ def test_a_namespace_is_made_but_not_what_is_in_it() -> None:
 @pytest.mark.parametrize("read", ["cbstate.history", "cbstate.metrics_step.Loss", "cbstate.hyperparams.LearningRate"])
 def test_series_and_counters_are_made_by_the_learner(read: str) -> None:
     build(At("Printer", {read: R}, BatchEnd), At("Maker", {read: W}, EpochEnd))
+
+
+def test_an_entry_of_a_removed_writer_is_not_what_was_meant() -> None:
+    """What is missing is not offered as the nearest name."""
+    state = LearnerState()
+    before = Callbacks([At("Writer", {"cbstate.best": W}, BatchEnd, makes="best")], state)
+    with pytest.raises(MissingStateError) as caught:
+        Callbacks([At("R", {"cbstate.best": R}, BatchEnd)], state, before=before)
+    assert str(caught.value).startswith(
+        "R reads cbstate.best, and no callback declares to write it. Add the callback that makes it, or declare"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("cbstate.metrics_epoch.Accuracy", "Give Metrics a metric of that name: Metrics(Metric(f, name='Accuracy'))."),
+        ("cbstate.metrics_epoch.ValidPhase.Loss", "A path leaves out the phase: declare 'cbstate.metrics_epoch.Loss'."),
+    ],
+)
+def test_what_metrics_could_provide(path: str, remedy: str) -> None:
+    maker = At("Maker", {"cbstate.metrics_epoch.Loss": W}, BatchEnd)
+    assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd), maker).endswith(f"write it. {remedy}")

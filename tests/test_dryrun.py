@@ -215,3 +215,9 @@ def test_fit_events_are_reached() -> None:
 def test_only_a_callback_can_be_recorded() -> None:
     with pytest.raises(UsageError, match=r"This takes a callback, got 3\. Write learner\.suggest_access\(Printer"):
         tiny_learner().suggest_access(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+
+
+def test_a_misspelt_name_is_pointed_out() -> None:
+    found = record_access(CustomCallback(lambda learner: learner.batch.lss, BatchEnd))
+    assert "There was no batch.lss when it was read, so it is optional here. Did you mean 'batch.loss'?" in str(found)
+    assert repr(found) == '<Recording of CustomCallback: {"batch.lss": Read(optional=True)}>'

@@ -470,9 +470,14 @@ def test_a_name_that_no_learner_has() -> None:
     learner: Any = view_of({"batch": Write()}, made())
     with pytest.raises(AttributeError) as caught:
         _ = learner.btach
-    assert str(caught.value) == "a handler's learner has no 'btach'. Did you mean 'batch'?"
+    assert str(caught.value) == (
+        "a handler's learner has no 'btach'. Did you mean 'batch'? It has: model, lossfn, optimizer, data, params, "
+        "batch, cbstate, callbacks and fire(); how far training is stands in cbstate.history."
+    )
+    with pytest.raises(AttributeError, match=r"no 'seen'\. To keep something declare .* write learner\.cbstate\.seen"):
+        learner.seen = 1
     assert not isinstance(caught.value, FlowtrainError)
-    with pytest.raises(AttributeError, match=r"^a handler's learner has no 'modle'\. Did you mean 'model'\?$"):
+    with pytest.raises(AttributeError, match=r"^a handler's learner has no 'modle'\. Did you mean 'model'\?"):
         learner.modle = 1
 
 

@@ -148,3 +148,11 @@ def test_the_twin_of_series_by_name_is_live_and_protected() -> None:
         twin.series("new")
     assert list(metrics) == ["Loss"]
     assert len(metrics["Loss"]) == 1
+
+
+def test_a_name_that_is_not_there_is_named() -> None:
+    series = SeriesMap("cbstate.metrics_epoch")
+    series.push("Loss", 1.0, 1)
+    for each in (series, readonly(series, "cbstate.metrics_epoch")):
+        with pytest.raises(KeyError, match=r"cbstate\.metrics_epoch has no series 'Los'; it has: Loss\. Did you mean"):
+            _ = each["Los"]

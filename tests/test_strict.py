@@ -44,9 +44,9 @@ def test_an_undeclared_change_is_an_error_that_says_who_and_what(
     assert text.startswith(
         f"CustomCallback.call at (BatchEnd, TrainingPhase) changed {path} and does not declare to write it."
     )
-    assert ("It drew random numbers." in text) == (path == "resource.rng")
+    assert ("It drew random numbers: declare:" in text) == (path == "resource.rng")
     # What it tells to declare makes it legal.
-    pasted: Access = eval(text.split("or declare:")[1].strip(), {"Read": Read, "Write": Write})
+    pasted: Access = eval(text.split("declare:")[1].strip(), {"Read": Read, "Write": Write})
     fit(f, pasted)
 
 
@@ -84,3 +84,13 @@ def test_a_write_covers_what_lies_below_and_aliases() -> None:
     changed = [("model", "0", "weight"), ("optimizer", "state"), ("cbstate", "seen", "a")]
     assert undeclared(changed, declare({"params": Write(), "optimizer": Write(), "cbstate.seen": Write()}, "it")) == []
     assert undeclared(changed, declare({"model": Read(), "optimizer.hyperparams": Write()}, "it")) == changed
+
+
+def test_a_changed_mode_is_found_and_named() -> None:
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.training and does not declare to write it"):
+        fit(lambda learner: learner.model.eval(), {"model": Read()})
+
+
+def test_what_is_read_by_another_name_is_to_be_declared_by_that_name() -> None:
+    with pytest.raises(UndeclaredWriteError, match=r'or declare:\n\n    \{"params": Write\(\)\}'):
+        fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read()})

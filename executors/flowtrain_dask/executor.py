@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from flowtrain.errors import ExecutorError
 from flowtrain.events import EpochBegin, Event
@@ -29,11 +29,6 @@ __all__ = ["DaskExecutor", "Parallel"]
 Parallel = Literal["auto", "always", "never"]
 
 _CHOICES = ("auto", "always", "never")
-
-
-@runtime_checkable
-class _CompilesOnDemand(Protocol):
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
 
 
 @dataclass
@@ -119,12 +114,8 @@ class DaskExecutor:
         self._check_open()
         if self._site is None:
             raise ExecutorError("This DaskExecutor has no learner yet. Write learner.executor.graph(...).")
-        if isinstance(self._site, _CompilesOnDemand):
-            # Asked each time: what was compiled before the callbacks changed does not count.
-            found = self._site.runner(event_type, phase_type) is not None
-        else:
-            found = (event_type, phase_type) in self._entries
-        if not found:
+        # Asked each time: what was compiled before the callbacks changed does not count.
+        if self._site.runner(event_type, phase_type) is None:
             where = f"({event_type.__name__}, {phase_type.__name__})"
             raise ExecutorError(f"There is no graph for {where}: no callback has a handler for it.")
         return self._entries[event_type, phase_type].graph

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from flowtrain_dask import DaskExecutor
-
 from flowtrain.execution import Executor
 from flowtrain.testing import ExecutorContract
+from flowtrain_dask import DaskExecutor
 
 
 class TestAlways(ExecutorContract):
