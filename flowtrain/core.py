@@ -1,9 +1,9 @@
 """The torch core: the one place that knows devices, precision, gradients and optimizers.
 
 `TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass,
-clips, and steps the optimizers. A step with nothing of that (fp32, no accumulation, no
-clipping, one optimizer) is *plain*: then the names that a step calls are torch's own functions, and the core costs
-nothing.
+clips, and steps the optimizers when their accumulation groups are complete (`flowtrain.groups`). A step with nothing of
+that (fp32, no accumulation, no clipping, one optimizer) is *plain*: then the names that a step calls are torch's own
+functions, and the core costs nothing.
 
 Order of an update: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, then clipping, the
 optimizer's step, and handlers of `UpdateEnd`.

@@ -130,7 +130,7 @@ class Loop:
                 pass
             except BaseException as failure:  # raised below, when the epoch is closed
                 failures.append(failure)
-            self.core.last_batch = False
+            self.core.groups.last_batch = False
             self.core.end_groups()
             self._show(scopes.completed)
             scopes.epoch = CLOSING
@@ -173,14 +173,14 @@ class Loop:
         """
         if total is not None:
             for number, raw in enumerate(batches, start=1):
-                self.core.last_batch = number == total
+                self.core.groups.last_batch = number == total
                 yield raw
             return
         held: list[Any] = []
         for raw in batches:
             yield from held
             held = [raw]
-        self.core.last_batch = True
+        self.core.groups.last_batch = True
         yield from held
 
     def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:

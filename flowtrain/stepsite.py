@@ -130,7 +130,7 @@ class StepSite:
             loss = batch.loss if shared else loss
         if not is_a(loss, torch.Tensor) or loss.numel() != 1:
             raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
-        self.core.drop_spent()
+        self.core.groups.drop_spent()
         if name is None:
             self.core.backward(loss)
         else:
@@ -200,7 +200,7 @@ class RunBatch:
         except BaseException as failure:  # closed first
             loop.close_batch(self._phase, failure)
         if torch.is_grad_enabled():
-            loop.core.begin_groups()
+            loop.core.groups.begin()
         return batch
 
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:

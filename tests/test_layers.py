@@ -25,7 +25,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
     5: (
-        "devices", "optimizers", "core", "data", "scopes", "dispatch", "loop", "stepsite", "scratch", "dryrun",
+        "devices", "optimizers", "groups", "core", "data", "scopes", "dispatch", "loop", "stepsite", "scratch",
+        "dryrun",
     ),  # training itself
     6: ("logging", "metrics"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
