@@ -158,15 +158,17 @@ class Site:
     """The loop as far as executors need it."""
 
     fired: list[tuple[str, Event]] = field(default_factory=list)
-    runner: Runner | None = None
+    used: Runner | None = None
 
     def drain(self, phase: Phase) -> None: ...
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         raise failures[0][1]
 
+    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
+
     def swap(self, plan: Plan, runner: Runner) -> None:
-        self.runner = runner
+        self.used = runner
 
 
 class Works(Callback):
@@ -184,11 +186,11 @@ def plan_of(acts: Sequence[Act]) -> Plan:
 
 def fires_of(executor: Executor, site: Site, acts: Sequence[Act]) -> Act:
     executor.bind(site)
-    site.runner = executor.compile(plan_of(acts))
+    site.used = executor.compile(plan_of(acts))
 
     def fire() -> None:
-        assert site.runner is not None
-        site.runner(EVENT, PHASE)
+        assert site.used is not None
+        site.used(EVENT, PHASE)
 
     return fire
 

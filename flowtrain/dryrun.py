@@ -74,8 +74,8 @@ class Recording:
         if self.idle:
             lines += [f"No event of the dry run reached: {', '.join(self.idle)}. They may need more.", ""]
         if self.failure is not None:
-            kind = type(self.failure).__name__
-            lines += [f"The dry run ended with {kind}: {self.failure}", "The callback may need more.", ""]
+            failed = type(self.failure).__name__
+            lines += [f"The dry run ended with {failed}: {self.failure}", "The callback may need more.", ""]
         return "\n".join(lines)
 
     def __repr__(self) -> str:

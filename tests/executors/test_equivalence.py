@@ -219,6 +219,8 @@ class Site:
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         self.failures = [(step.node.name, failure) for step, failure in failures]
 
+    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
+
     def swap(self, plan: Plan, runner: Runner) -> None: ...
 
 

@@ -26,7 +26,7 @@ class Site:
 
     fired: list[tuple[str, Event]] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
-    runner: Runner | None = None
+    used: Runner | None = None
     swaps: int = 0
 
     def drain(self, phase: Phase) -> None: ...
@@ -34,8 +34,10 @@ class Site:
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         self.failures += [failure for _, failure in failures]
 
+    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
+
     def swap(self, plan: Plan, runner: Runner) -> None:
-        self.runner = runner
+        self.used = runner
         self.swaps += 1
 
 
@@ -69,7 +71,7 @@ class Two:
         self.race = Race(
             plan, ways, lambda costs: pack(before, costs, crew.workers), self.serial, self.site.swap, self.clock
         )
-        self.site.runner = self.race.runner
+        self.site.used = self.race.runner
 
     def clock(self) -> float:
         return self.now
@@ -88,8 +90,8 @@ class Two:
         """Fire so many times; return how each went."""
         self.ways.clear()
         for _ in range(times):
-            assert self.site.runner is not None
-            self.site.runner(BatchEnd(), TrainingPhase())
+            assert self.site.used is not None
+            self.site.used(BatchEnd(), TrainingPhase())
         return list(self.ways)
 
 
@@ -106,7 +108,7 @@ RACE = ["parallel", *["inline", "parallel"] * 5]
 def test_cheap_handlers_get_the_serial_runner_after_one_firing(crew: Crew) -> None:
     two = Two(crew, 20e-6, 10e-6, parallel=1e-6)
     assert two.fire() == ["inline"]
-    assert two.site.runner is two.serial, "not a wrapper of it"
+    assert two.site.used is two.serial, "not a wrapper of it"
     assert two.race.mode == "inline"
     assert two.race.reason == "the handlers take 0.03 ms, running them together saves less than the effort"
     assert two.fire(1000) == ["inline"] * 1000
@@ -147,7 +149,7 @@ def test_a_plan_that_got_cheap_goes_back_inline(crew: Crew) -> None:
     two.fire(12)
     two.costs, two.parallel = [1e-6, 1e-6], 150e-6
     assert two.fire(5) == ["parallel"] * 3 + ["inline"] * 2
-    assert two.site.runner is two.serial
+    assert two.site.used is two.serial
 
 
 def test_a_plan_that_takes_longer_is_raced_again(crew: Crew) -> None:
@@ -181,7 +183,7 @@ def test_a_cheap_plan_is_looked_at_again_when_told(crew: Crew) -> None:
     two.fire()
     two.costs = [2e-3, 2e-3]
     two.race.rearm()
-    assert two.site.runner is two.serial, "that was a moment ago"
+    assert two.site.used is two.serial, "that was a moment ago"
     two.now += 2.0
     two.race.rearm()
     assert two.fire(12) == ["inline", *RACE]
