@@ -59,6 +59,8 @@ class Metric:
     def __init__(self, f: Callable[[Any, Any], Any], name: str | None = None, phase: type[Phase] = Phase) -> None:
         if not callable(f) or is_a(f, type):
             made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
+            if is_a(f, str) and str(f).isidentifier():
+                made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some."
             raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
         if not is_type(phase, Phase):
             raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
@@ -110,6 +112,13 @@ class Metrics(Callback):
     """
 
     def __init__(self, *metrics: Any) -> None:
+        for metric in metrics:
+            if isinstance(metric, (list, tuple)):
+                each = ", ".join(str(getattr(one, "__name__", one)) for one in metric)
+                raise UsageError(
+                    f"Metrics takes its metrics one by one, and got a {type(metric).__name__} of {len(metric)}. "
+                    f"Write Metrics({each})."
+                )
         self.metrics = tuple(metric if isinstance(metric, Metric) else Metric(metric) for metric in metrics)
         names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
         for name in names:

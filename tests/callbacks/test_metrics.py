@@ -440,6 +440,18 @@ def test_names(metric: Metric, name: str) -> None:
         (lambda: Metric(accuracy, name=""), "needs a name without dots"),
         (lambda: Metric(accuracy, name=3), "needs a name without dots"),  # type: ignore[arg-type]  # what is tested
         (lambda: Metrics("accuracy"), r"'accuracy' is no metric: a metric is a function of \(outputs, targets\)"),
+        (
+            lambda: Metrics("accuracy"),
+            r"\(outputs, targets\)\. Write Metrics\(accuracy\), the function itself; flowtrain\.metrics has some\.$",
+        ),
+        (
+            lambda: Metrics([accuracy]),
+            r"^Metrics takes its metrics one by one, and got a list of 1\. Write Metrics\(accuracy\)\.$",
+        ),
+        (
+            lambda: Metrics(accuracy, (mean_absolute_error, "Other")),
+            r"got a tuple of 2\. Write Metrics\(mean_absolute_error, Other\)\.$",
+        ),
         (lambda: Metrics(Squares), r"is no metric: .* Write Squares\(\), an instance."),
         (lambda: Metrics(accuracy, accuracy), r"Two metrics are called 'Accuracy'. Give one another name: Metric\(f"),
         (lambda: Metrics(Metric(accuracy, name="Loss")), "Two metrics are called 'Loss'"),
