@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,6 +32,10 @@ __all__ = ["Precision", "TorchCore"]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value > 0
 
 
 class TorchCore:
@@ -68,8 +73,10 @@ class TorchCore:
         if not is_a(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
             raise CoreError(f"accumulate is a number of batches, at least 1; got {accumulate!r}.")
         for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-            if limit is not None and not limit > 0:
-                raise CoreError(f"{name} must be positive, or None for no clipping; got {limit!r}.")
+            if limit is not None and not _positive(limit):
+                raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
+        if not _positive(init_scale):
+            raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {init_scale!r}.")
         if not is_a(compile, (bool, Mapping)):
             raise CoreError(f"compile is True, False or a mapping of arguments for torch.compile; got {compile!r}.")
         self._wanted_device = device
@@ -256,9 +263,14 @@ class TorchCore:
                 optimizer.step()
             else:
                 self._scaler.step(optimizer)
-        if self._scaler is not None:
-            self._scaler.update()
         self.groups.end(names)
+        if self._scaler is not None:
+            waiting = self.groups.waiting
+            before = self._scaler.get_scale() if waiting else 1.0
+            self._scaler.update()
+            for name in waiting:  # the scale in their gradients is the one from before
+                for gradient in gradients_of(self._optimizers[name]):
+                    gradient.mul_(self._scaler.get_scale() / before)
 
     def discard(self) -> None:
         """Throw away the gradients of the groups that are open; the next batch begins new ones."""

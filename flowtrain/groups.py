@@ -35,6 +35,11 @@ class Groups:
         """Whether some group has begun and not ended."""
         return not all(self._complete.values())
 
+    @property
+    def waiting(self) -> list[str]:
+        """The optimizers with gradients that they have not stepped with, if they have any."""
+        return [name for name in self._optimizers if name not in self._spent]
+
     def begin(self) -> None:
         """Zero the gradients of every optimizer whose next group begins here."""
         self._spent.clear()

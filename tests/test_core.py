@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -598,9 +599,13 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
         ({"accumulate": 0}, "accumulate is a number of batches, at least 1; got 0."),
         ({"accumulate": 2.0}, "accumulate is a number of batches, at least 1; got 2.0."),
         ({"accumulate": True}, "accumulate is a number of batches, at least 1; got True."),
-        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be positive, or None for no clipping; got 0.0."),
-        ({"clip_grad_value": -1}, "clip_grad_value must be positive, or None for no clipping; got -1."),
-        ({"clip_grad_norm": float("nan")}, "clip_grad_norm must be positive, or None for no clipping; got nan."),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a positive number, or None for no clipping; got 0.0."),
+        ({"clip_grad_value": -1}, "clip_grad_value must be a positive number, or None for no clipping; got -1."),
+        ({"clip_grad_norm": math.nan}, "clip_grad_norm must be a positive number, or None for no clipping; got nan."),
+        ({"clip_grad_norm": "1"}, "clip_grad_norm must be a positive number, or None for no clipping; got '1'."),
+        ({"clip_grad_value": True}, "clip_grad_value must be a positive number, or None for no clipping; got True."),
+        ({"init_scale": -1}, "init_scale must be a positive number, such as 65536.0; got -1."),
+        ({"init_scale": None}, "init_scale must be a positive number, such as 65536.0; got None."),
         ({"compile": "eager"}, "compile is True, False or a mapping of arguments for torch.compile; got 'eager'."),
     ],
 )
@@ -714,4 +719,31 @@ def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
     core = TorchCore(device="cpu", compile={"mode": "fast"})
     for _ in range(2):  # the second attempt fails for the same reason, not since the core were in use
         with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
-            tiny_learner(core=core)
+            Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, core=core, default_callbacks=False)
+
+
+def test_fp16_with_an_update_for_each_optimizer() -> None:
+    """An overflow in the one changes the scale between the updates; the gradients of the other count as they are."""
+
+    class Both(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, (learner.model.one(batch.x) * 1e38).sum(), "one")
+                learner.backward(self, learner.model.other(batch.x).sum(), "other")
+                learner.update(self, "one")
+                learner.update(self, "other")
+
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    models = {name: torch.nn.Linear(1, 1, bias=False) for name in ("one", "other")}
+    for model in models.values():
+        torch.nn.init.ones_(model.weight)
+    learner = Learner(
+        models,
+        torch.nn.functional.mse_loss,
+        data={Both: [torch.ones(1, 1)]},
+        optimizer={"one": sgd, "other": sgd},
+        core=TorchCore(device="cpu", precision="fp16"),
+        default_callbacks=False,
+    )
+    learner.fit(1)
+    assert [model.weight.item() for model in models.values()] == [1.0, 0.5]  # the first is skipped: it overflowed
