@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, overload
 
 from flowtrain.access import Access
-from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type
+from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_type
 from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.handler import Handler, Marked, mark
 from flowtrain.phases import Phase
@@ -67,6 +67,12 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for method in ("state_access", "run_after", "resolve_conflict", "setup"):
+            if not callable(getattr(cls, method)):
+                raise CallbackError(
+                    f"{cls.__name__}.{method} is {getattr(cls, method)!r}, and must be a method: "
+                    f"def {method}(self, ...): return ..."
+                )
         cls._handlers = {}
         inherited = {base for parent in cls.__bases__ if issubclass(parent, Callback) for base in parent.__mro__}
         taken: set[str] = set()
@@ -170,10 +176,12 @@ def find_handler(
     if best:
         return best[0]
     one, other = fitting[:2]
+    remedy = "Remove one, or merge them"
+    if (event_type, phase_type) not in [(handler.event_type, handler.phase_type) for handler in fitting]:
+        remedy = f"Remove one, or add a handler with @on({event_type.__name__}, {phase_type.__name__})"
     raise AmbiguousHandlerError(
         f"{one.callback_type} has two handlers for ({event_type.__name__}, {phase_type.__name__}) and neither is "
-        f"more specific: {one} and {other}. Remove one, or add a handler with "
-        f"@on({event_type.__name__}, {phase_type.__name__})."
+        f"more specific: {one} and {other}. {remedy}."
     )
 
 

@@ -128,7 +128,8 @@ def _check_function(function: Callable[..., Any], count: int = 4) -> None:
     except TypeError as error:
         name = getattr(function, "__qualname__", repr(function))
         raise HandlerError(
-            f"{name}{inspect.signature(function)} cannot be a handler: {error}. "
+            f"{name}{inspect.signature(function)} cannot be a handler, which is called with "
+            f"{', '.join(['self', 'event', 'phase', 'learner'][4 - count :])}: {error}. "
             f"Write def {getattr(function, '__name__', 'handler')}(self, event, phase, learner) -> None."
         ) from None
     except ValueError:

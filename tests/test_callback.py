@@ -15,6 +15,7 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    CallbackError,
     EpochEnd,
     Event,
     FitBegin,
@@ -471,3 +472,21 @@ def test_stacked_on_of_an_added_function() -> None:
         "count is marked by two @on, and the outer one would replace the inner one. "
         "Write two functions for EpochEnd and BatchEnd, and call what they share."
     )
+
+
+def test_two_handlers_for_exactly_the_same_are_to_be_merged() -> None:
+    class Twice(Callback):
+        @on(EpochEnd, TrainingPhase)
+        def one(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None: ...
+
+        @on(EpochEnd, TrainingPhase)
+        def two(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None: ...
+
+    with pytest.raises(AmbiguousHandlerError, match=r"Twice\.two on \(EpochEnd, TrainingPhase\)\. Remove one, or merge"):
+        Callbacks([Twice()], LearnerState())
+
+
+@pytest.mark.parametrize("method", ["state_access", "run_after", "resolve_conflict", "setup"])
+def test_a_method_that_is_a_value_is_refused(method: str) -> None:
+    with pytest.raises(CallbackError, match=rf"Wrong\.{method} is \{{\}}, and must be a method: def {method}\(self"):
+        type("Wrong", (Callback,), {method: {}})
