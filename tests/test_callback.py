@@ -482,7 +482,7 @@ def test_two_handlers_for_exactly_the_same_are_to_be_merged() -> None:
         @on(EpochEnd, TrainingPhase)
         def two(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None: ...
 
-    with pytest.raises(AmbiguousHandlerError, match=r"Twice\.two on \(EpochEnd, TrainingPhase\)\. Remove one, or merge"):
+    with pytest.raises(AmbiguousHandlerError, match=r"Twice\.two on .*Remove one, or merge"):
         Callbacks([Twice()], LearnerState())
 
 
