@@ -23,8 +23,8 @@ from flowtrain.callbacks import Metrics
 from flowtrain.metrics import accuracy
 
 FEATURES, BATCH = 32, 16
-SHORT, LONG = 400, 1500
-"""Batches in one timed epoch: short epochs make many pairs; what shows a bar is timed over at least two redraws."""
+STEPS = 1500
+"""Batches in one timed epoch: enough to hide what an epoch costs by itself, and to redraw a bar."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 SGD = partial(torch.optim.SGD, lr=0.01)
@@ -33,30 +33,34 @@ SGD = partial(torch.optim.SGD, lr=0.01)
 def main() -> None:
     report = Report("The loop", "python -m bench.bench_loop", "the hand-written loop in the same file", PROCESSOR)
     width = calibrate()
-    short, long = batches(SHORT), batches(LONG)
+    data = batches(STEPS)
 
-    plain = in_turns_afresh([lambda: by_hand(bare, width, short), lambda: epoch(width, short, False)], 20, 4, PROCESSOR)
-    report.ratio(f"no callbacks (a {FEATURES}-{width}-10 network, batch {BATCH})", plain, 1.04, steps=SHORT)
+    plain = pairs(lambda: by_hand(bare, width, data), lambda: epoch(width, data, False))
+    report.ratio(f"no callbacks (a {FEATURES}-{width}-10 network, batch {BATCH})", plain, 1.04, steps=STEPS)
 
-    quiet = in_turns_afresh(
-        [lambda: by_hand(with_loss, width, short), lambda: epoch(width, short, "quiet")], 20, 4, PROCESSOR
-    )
-    report.ratio('`default_callbacks="quiet"`', quiet, 1.10, steps=SHORT)
+    quiet = pairs(lambda: by_hand(with_loss, width, data), lambda: epoch(width, data, "quiet"))
+    report.ratio('`default_callbacks="quiet"`', quiet, 1.10, steps=STEPS)
 
     with open(os.devnull, "w") as nowhere:
         rich.reconfigure(file=nowhere, force_terminal=False)
-        shown = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3, PROCESSOR)
-    report.ratio("`default_callbacks=True`, no terminal", shown, 1.10, steps=LONG)
+        shown = pairs(lambda: by_hand(with_loss, width, data), lambda: fit(width, data))
+    report.ratio("`default_callbacks=True`, no terminal", shown, 1.10, steps=STEPS)
 
     rich.reconfigure(file=io.StringIO(), force_terminal=True, width=100)
-    drawn = in_turns_afresh([lambda: by_hand(with_loss, width, long), lambda: fit(width, long)], 10, 3, PROCESSOR)
-    report.ratio("`default_callbacks=True`, a bar on a terminal", drawn, 1.10, steps=LONG)
+    drawn = pairs(lambda: by_hand(with_loss, width, data), lambda: fit(width, data))
+    report.ratio("`default_callbacks=True`, a bar on a terminal", drawn, 1.10, steps=STEPS)
     rich.reconfigure()
 
     train, valid = digits()
     steps = len(train) + len(valid)
     report.ratio("digits with accuracy, tensors in memory", digits_pairs(train, valid), 1.12, steps=steps)
     report.ratio("digits with accuracy, `DataLoader`", digits_pairs(loader(train), loader(valid)), 1.12, steps=steps)
+
+
+def pairs(
+    floor: Callable[[], Callable[[], object]], ours: Callable[[], Callable[[], object]]
+) -> list[tuple[float, ...]]:
+    return in_turns_afresh([floor, ours], 16, 3, PROCESSOR)
 
 
 # --- a step of about 150 microseconds
@@ -79,12 +83,12 @@ def parts(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 def calibrate() -> int:
     """Return the hidden width with which the hand-written step comes closest to 150 microseconds."""
-    data = batches(SHORT)
+    data = batches(200)
 
     def step(width: int) -> float:
         run = by_hand(bare, width, data)
         run()
-        return statistics.median(seconds(run, PROCESSOR) for _ in range(9)) / SHORT
+        return statistics.median(seconds(run, PROCESSOR) for _ in range(15)) / len(data)
 
     return min(range(128, 1025, 64), key=lambda width: abs(step(width) - 150e-6))
 
@@ -165,7 +169,7 @@ def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) ->
         )
         return partial(learner.fit, epochs)
 
-    return [tuple(run / epochs for run in row) for row in in_turns_afresh([floor, ours], 15, 4, PROCESSOR)]
+    return [tuple(run / epochs for run in row) for row in pairs(floor, ours)]
 
 
 def bare_digits(
