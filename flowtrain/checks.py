@@ -6,6 +6,7 @@ All of it is checked when the learner is built or its callbacks change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
 from flowtrain.containers import CONTAINERS
@@ -15,9 +16,9 @@ from flowtrain.graph import Node
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.providers import PROVIDERS
-from flowtrain.state import State
+from flowtrain.state import LearnerState, State
 
-__all__ = ["check_batch", "check_cbstate", "check_made"]
+__all__ = ["check_batch", "check_cbstate", "check_made", "check_parts"]
 
 
 def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
@@ -131,6 +132,40 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, left: Iterable[Node] = 
                 dotted(path),
                 f"{node.name} reads {dotted(path)}, and no callback declares to write it.{hint} {remedy}",
             )
+
+
+def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
+    """Check that what is declared inside the model, its parameters, the loss, the optimizer or the data is there.
+
+    Args:
+        nodes: The callbacks.
+        state: What there is; without a model nothing is checked.
+
+    Raises:
+        AccessError: There is no such part.
+    """
+    if state.model is None:
+        return
+    params: dict[str, Any] = {}
+    for parameter in state.params:
+        level = params
+        for name in parameter.split("."):
+            level = level.setdefault(name, {})
+    parts: dict[str, Any] = {"params": params, "optimizer": state.optimizers, "data": {}}  # by phase: no part of a path
+    read = {**parts, "model": state.model, "lossfn": state.lossfn}  # to write a new attribute of these two is fine
+    for node in nodes:
+        for path, kind in node.union:
+            inside: Any = (parts if isinstance(kind, Write) else read).get(path[0])
+            for depth, name in enumerate(path[1:] if inside is not None and kind != Read(optional=True) else (), 1):
+                if not (name in inside if isinstance(inside, Mapping) else hasattr(inside, name)):
+                    above = dotted(path[:depth])
+                    known = map(str, inside if isinstance(inside, Mapping) else dir(inside))
+                    raise AccessError(
+                        f"{node.name} declares {dotted(path)!r}, but {above} has no {name!r}."
+                        f"{nearest(name, known)} "
+                        f"Declare {above!r} as a whole, or Read(optional=True) if it comes later."
+                    )
+                inside = inside[name] if isinstance(inside, Mapping) else getattr(inside, name)
 
 
 def check_made(nodes: Sequence[Node], cbstate: State) -> None:

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
-from flowtrain.checks import check_batch, check_cbstate, check_made
+from flowtrain.checks import check_batch, check_cbstate, check_made, check_parts
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
@@ -68,6 +68,7 @@ class Callbacks(Sequence[Callback]):
         self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
+        check_parts(self._nodes, state)
         check_cbstate(self._nodes, state.cbstate, before.nodes if isinstance(before, Callbacks) else ())
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
@@ -204,8 +205,9 @@ class Callbacks(Sequence[Callback]):
     def _call_setup(self, node: Node) -> None:
         node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
         if self._state.fired:
+            event = self._state.fired[0][1]
             raise CallbackError(
-                f"{node.name}.setup fires {self._state.fired[0][1]!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
+                f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
             )
 
     def _set_up(self, known: set[int]) -> None:

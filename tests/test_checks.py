@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from flowtrain import (
     Access,
@@ -35,6 +36,7 @@ from flowtrain import (
 from flowtrain.handler import Handler
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
+from flowtrain.testing import tiny_learner
 
 R, W = Read(), Write()
 
@@ -369,3 +371,30 @@ def test_an_entry_of_a_removed_writer_is_not_what_was_meant() -> None:
 def test_what_metrics_could_provide(path: str, remedy: str) -> None:
     maker = At("Maker", {"cbstate.metrics_epoch.Loss": W}, BatchEnd)
     assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd), maker).endswith(f"write it. {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("path", "access", "said"),
+    [
+        ("params.0.wieght", R, "params.0 has no 'wieght'. Did you mean 'weight'? Declare 'params.0' as a whole"),
+        ("params.0.weight.data", W, "params.0.weight has no 'data'. Declare"),
+        ("model.1", R, "model has no '1'. "),
+        ("lossfn.redution", R, "lossfn has no 'redution'. Did you mean 'reduction'?"),
+        ("optimizer.hyperparms", W, "optimizer has no 'hyperparms'. Did you mean 'hyperparams'?"),
+        ("optimizer.hyperparams.lr", W, "optimizer.hyperparams has no 'lr'. "),
+        ("data.TrainingPhase", R, "data has no 'TrainingPhase'. Declare 'data' as a whole"),
+    ],
+)
+def test_a_part_that_is_not_there(path: str, access: Read | Write, said: str) -> None:
+    """A misspelt path is found when the learner is built, wherever it leads, with the nearest name."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with pytest.raises(AccessError) as caught:
+        tiny_learner(At("Probe", {path: access}, BatchEnd), model=model, lossfn=torch.nn.MSELoss())
+    assert str(caught.value).startswith(f"Probe declares {path!r}, but {said}")
+
+
+def test_parts_that_are_there_or_may_come() -> None:
+    paths: Access = {"params.0.weight": W, "model.0": R, "model.new": W, "optimizer.state": R, "lossfn.reduction": R}
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    later: Access = {"model.later": Read(optional=True), "params.1": Read(optional=True)}
+    tiny_learner(At("Probe", {**paths, **later}, BatchEnd), model=model, lossfn=torch.nn.MSELoss()).fit(1)
