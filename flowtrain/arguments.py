@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from flowtrain.callback import Callback
+from flowtrain.core import TorchCore
 from flowtrain.errors import CallbackError, CoreError, UsageError
-from flowtrain.phases import Phase
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.state import Named
 
-__all__ = ["as_list", "as_phase", "check_counts", "check_lossfn", "check_model"]
+__all__ = ["as_list", "as_phase", "check_core", "check_counts", "check_lossfn", "check_model", "check_phase"]
 
 
 def check_model(model: Any) -> Any:
@@ -41,6 +42,43 @@ def check_lossfn(lossfn: Any) -> Any:
         made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
         raise CoreError(f"lossfn={lossfn!r} is not a function of (outputs, targets).{made}")
     return lossfn
+
+
+def check_core(core: Any) -> TorchCore:
+    """Return the core; a new one if it is ``None``.
+
+    Raises:
+        CoreError: It is a device, a class, or no core at all.
+    """
+    if core is None:
+        return TorchCore()
+    if isinstance(core, TorchCore):
+        return core
+    if isinstance(core, type):
+        raise CoreError(f"core={core.__name__} is a class. Write core={core.__name__}(), an instance.")
+    device = str(core) if isinstance(core, (str, torch.device)) else "cuda"
+    raise CoreError(f'core={core!r} is no TorchCore. Write core=TorchCore(device="{device}").')
+
+
+def check_phase(phase: Phase, model: Any, modules: Iterable[torch.nn.Module]) -> None:
+    """Check that a step of the library would find one model, and in training something to train.
+
+    Raises:
+        CoreError: There are several models, or every parameter is frozen.
+    """
+    if isinstance(model, Named) and type(phase).step in (AbstractTrainingPhase.step, AbstractValidationPhase.step):
+        raise CoreError(
+            f"{phase!r} runs one model, and the learner has {', '.join(model)}. Write a phase with "
+            f"a step of its own: class MyPhase(AbstractTrainingPhase): def step(self, learner, raw): ..."
+        )
+    if type(phase).step is AbstractTrainingPhase.step:
+        params = [param for module in modules for param in module.parameters()]
+        if params and not any(param.requires_grad for param in params):
+            raise CoreError(
+                f"{phase!r} has nothing to train: no parameter of the model or the loss function requires grad, all "
+                f"{len(params)} are frozen. Call requires_grad_(True) on what is to be trained, or pass the data as "
+                f"data={{ValidationPhase: loader}}."
+            )
 
 
 def as_list(callbacks: Any) -> list[Callback]:

@@ -1,9 +1,8 @@
 """The torch core: the one place that knows devices, precision, gradients and optimizers.
 
-`TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass,
-clips, and steps the optimizers when their accumulation groups are complete (`flowtrain.groups`). A step with nothing of
-that (fp32, no accumulation, no clipping, one optimizer) is *plain*: then the names that a step calls are torch's own
-functions, and the core costs nothing.
+`TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass, clips,
+and steps the optimizers when a group is due (`flowtrain.groups`). A step with nothing of that (fp32, no accumulation,
+no clipping, one optimizer) is *plain*: a step then calls torch's own functions, and the core costs nothing.
 
 Order of an update: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, then clipping, the
 optimizer's step, and handlers of `UpdateEnd`.
@@ -13,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from flowtrain.batch import BatchState
 from flowtrain.devices import find_device, place
-from flowtrain.errors import CoreError, is_a
+from flowtrain.errors import CoreError, is_a, is_positive
 from flowtrain.groups import Groups
 from flowtrain.hyperparams import OptimizerParts
-from flowtrain.optimizers import gradients_of, make_optimizers, params_of
+from flowtrain.optimizers import make_optimizers, params_of, scale_gradients
 from flowtrain.parameters import Gradients, Parameters
 from flowtrain.state import LearnerState, Named
 
@@ -32,10 +30,6 @@ __all__ = ["Precision", "TorchCore"]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value > 0
 
 
 class TorchCore:
@@ -73,9 +67,9 @@ class TorchCore:
         if not is_a(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
             raise CoreError(f"accumulate is a number of batches, at least 1; got {accumulate!r}.")
         for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-            if limit is not None and not _positive(limit):
+            if limit is not None and not is_positive(limit):
                 raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
-        if not _positive(init_scale):
+        if not is_positive(init_scale):
             raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {init_scale!r}.")
         if not is_a(compile, (bool, Mapping)):
             raise CoreError(f"compile is True, False or a mapping of arguments for torch.compile; got {compile!r}.")
@@ -238,10 +232,7 @@ class TorchCore:
             optimizer = self._optimizers[name]
             if self._scaler is not None:
                 self._scaler.unscale_(optimizer)
-            share = self.groups.share(name)
-            if share != 1:
-                for gradient in gradients_of(optimizer):
-                    gradient.mul_(share)
+            scale_gradients(optimizer, self.groups.share(name))
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
         """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
@@ -269,8 +260,7 @@ class TorchCore:
             before = self._scaler.get_scale() if waiting else 1.0
             self._scaler.update()
             for name in waiting:  # the scale in their gradients is the one from before
-                for gradient in gradients_of(self._optimizers[name]):
-                    gradient.mul_(self._scaler.get_scale() / before)
+                scale_gradients(self._optimizers[name], self._scaler.get_scale() / before)
 
     def discard(self) -> None:
         """Throw away the gradients of the groups that are open; the next batch begins new ones."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 __all__ = [
     "AccessError",
@@ -46,6 +47,7 @@ __all__ = [
     "UsageError",
     "WriteConflictError",
     "is_a",
+    "is_positive",
     "is_type",
     "nearest",
 ]
@@ -176,6 +178,11 @@ def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
     The same as ``isinstance``, for values whose annotation is no proof: a type checker may not have been run.
     """
     return isinstance(value, kind)
+
+
+def is_positive(value: object) -> bool:
+    """Tell whether what a user passed is a number above zero."""
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
 def is_type(value: object, base: type) -> bool:

@@ -12,20 +12,28 @@ from typing import Any, Literal, Self
 
 import torch
 
-from flowtrain.arguments import as_list, as_phase, check_counts, check_lossfn, check_model
+from flowtrain.arguments import (
+    as_list,
+    as_phase,
+    check_core,
+    check_counts,
+    check_lossfn,
+    check_model,
+    check_phase,
+)
 from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core import TorchCore
 from flowtrain.data import loaders
 from flowtrain.dryrun import Recording, record
-from flowtrain.errors import CallbackError, CoreError, ExecutorError, UsageError
+from flowtrain.errors import CallbackError, ExecutorError, UsageError
 from flowtrain.events import EpochBegin
 from flowtrain.execution import Executor, find_executor
 from flowtrain.loop import Loop
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState, Named
+from flowtrain.state import LearnerState
 from flowtrain.stepsite import StepSite
 from flowtrain.strict import watch
 
@@ -77,7 +85,7 @@ class Learner(StepSite):
         found = find_executor(executor)
         chosen = [*as_list(callbacks)]
         chosen += _defaults(default_callbacks, chosen)
-        self.core = TorchCore() if core is None else core
+        self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
             self._check_phases(self.state.data)
@@ -257,13 +265,8 @@ class Learner(StepSite):
         self.loop.scopes.refuse_nested(what)
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:
-        supervised = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
         for phase in phases:
-            if isinstance(self.state.model, Named) and type(phase).step in supervised:
-                raise CoreError(
-                    f"{phase!r} runs one model, and the learner has {', '.join(self.state.model)}. Write a phase with "
-                    f"a step of its own: class MyPhase(AbstractTrainingPhase): def step(self, learner, raw): ..."
-                )
+            check_phase(phase, self.state.model, self.core.modules)
             if self.state.callbacks:
                 self.callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
 

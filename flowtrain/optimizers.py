@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from flowtrain.errors import CoreError, nearest
 
-__all__ = ["OptimizerFactory", "gradients_of", "make_optimizers", "params_of"]
+__all__ = ["OptimizerFactory", "make_optimizers", "params_of", "scale_gradients"]
 
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -21,9 +21,12 @@ def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def gradients_of(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Return the gradients of an optimizer's parameters that have one."""
-    return [param.grad for param in params_of(optimizer) if param.grad is not None]
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiply the gradients of an optimizer's parameters in place."""
+    if factor != 1:
+        for param in params_of(optimizer):
+            if param.grad is not None:
+                param.grad.mul_(factor)
 
 
 def make_optimizers(

@@ -7,11 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from flowtrain import BatchEnd, Callback, CallbackError, CoreError, FlowtrainError, Learner, UsageError
-from flowtrain.testing import TinyModel, tiny_learner
+from flowtrain import (
+    AbstractTrainingPhase,
+    BatchEnd,
+    Callback,
+    CallbackError,
+    CoreError,
+    FlowtrainError,
+    Learner,
+    StepContext,
+    TorchCore,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 
 
 class Some(Callback): ...
@@ -50,6 +64,68 @@ BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
 def test_what_bad_input_gets(make: Callable[[], object], error: type[FlowtrainError], text: str) -> None:
     with pytest.raises(error, match=re.escape(text)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("core", "text"),
+    [
+        ("cuda", "core='cuda' is no TorchCore. Write core=TorchCore(device=\"cuda\")."),
+        ("cpu", "core='cpu' is no TorchCore. Write core=TorchCore(device=\"cpu\")."),
+        (torch.device("cpu"), "core=device(type='cpu') is no TorchCore. Write core=TorchCore(device=\"cpu\")."),
+        (TorchCore, "core=TorchCore is a class. Write core=TorchCore(), an instance."),
+        (16, "core=16 is no TorchCore. Write core=TorchCore(device=\"cuda\")."),
+    ],
+)
+def test_what_is_no_core(core: Any, text: str) -> None:
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(core=core)
+    assert str(raised.value) == text
+
+
+# --- what can be trained
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return mse_loss(outputs * self.factor, targets)
+
+
+class OwnStep(AbstractTrainingPhase):
+    """A step that may thaw what it trains."""
+
+    def step(self, learner: StepContext, raw: Any) -> None: ...
+
+
+def test_a_frozen_model_has_nothing_to_train() -> None:
+    model = nn.Linear(1, 1).requires_grad_(False)
+    text = (
+        "TrainingPhase has nothing to train: no parameter of the model or the loss function requires grad, all 2 are "
+        "frozen. Call requires_grad_(True) on what is to be trained, or pass the data as data={ValidationPhase: loader}"
+        "."
+    )
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(model=model)
+    assert str(raised.value) == text
+    without = tiny_learner(model=model, data={ValidationPhase: tiny_batches()})
+    without.validate()  # what the message says works
+    for train in (lambda: without.fit(1, data=tiny_batches()), lambda: without.step(TrainingPhase, tiny_batches()[0])):
+        with pytest.raises(CoreError) as raised:
+            train()
+        assert str(raised.value) == text
+
+
+def test_what_may_have_something_to_train() -> None:
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    tiny_learner(model=frozen, lossfn=Tempered()).fit(1)
+    tiny_learner(model=frozen, data={OwnStep: tiny_batches()}).fit(1)
+    half = nn.Sequential(frozen, nn.Linear(1, 1))
+    tiny_learner(model=half).fit(1)
 
 
 # --- phases and counts
