@@ -88,7 +88,7 @@ class OrderPromises(ContractBase):
             for number in self.fire_in_rounds(learner, trace):
                 _same(trace.started, ["ProbeC", "ProbeB", "ProbeA"], number)
 
-    def test_rule_12_no_handler_starts_before_those_itwaits_for(self) -> None:
+    def test_rule_12_no_handler_starts_before_those_it_waits_for(self) -> None:
         """Rule 12: with branches that join, and edges of every kind: ``run_after``, writer to reader, resources."""
         trace = self.trace()
         probes = [

@@ -1,7 +1,26 @@
-"""The contract."""
+"""The contract of executors: two of ours pass it, and one that is installed; each broken one fails the right test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+
+import pytest
+import torch
+
 from flowtrain import SerialExecutor
-from flowtrain.execution import Executor
-from flowtrain.testing import ExecutorContract, ShuffledExecutor
+from flowtrain.errors import ExecutorError
+from flowtrain.events import Event
+from flowtrain.execution import Executor, Runner, Site, find_executor
+from flowtrain.phases import Phase
+from flowtrain.plan import Plan, Step
+from flowtrain.testing import ExecutorContract, ShuffledExecutor, tiny_learner
+from flowtrain_dask.torch_state import TorchState
 
 
 class TestSerialExecutor(ExecutorContract):
@@ -12,3 +31,481 @@ class TestSerialExecutor(ExecutorContract):
 class TestShuffledExecutor(ExecutorContract):
     def make_executor(self) -> Executor:
         return ShuffledExecutor(1)
+
+
+# --- executors that break a promise
+
+
+class Threads:
+    """An executor that keeps every promise with one thread for each handler; those below break one each."""
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        self.site: Site | None = None
+        self.pool = ThreadPoolExecutor(8, "test-threads")
+        self.plans: list[Plan] = []
+        self.closed = False
+
+    def bind(self, site: Site) -> None:
+        if self.closed or (self.site is not None and self.site is not site):
+            raise ExecutorError("closed, or another learner's")
+        self.site = site
+
+    def compile(self, plan: Plan) -> Runner:
+        if self.closed or self.site is None:
+            raise ExecutorError("closed, or no learner's")
+        site = self.site
+        self.plans.append(plan)
+
+        def run(event: Event, phase: Phase) -> None:
+            start = len(site.fired)
+            failures = self.run(plan, event, phase)
+            self.ended(plan, site, start)
+            if failures:
+                self.fail(site, plan, event, phase, failures)
+            if site.fired:
+                site.drain(phase)
+
+        return run
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        """Run what is ready, all of it at once, until nothing is left."""
+        failures: dict[int, BaseException] = {}
+        left, done, lost = list(range(len(plan))), 0, 0
+        interrupt: BaseException | None = None
+        while left and interrupt is None:
+            ready = [position for position in left if self.may_start(plan, position, done)]
+            running: list[tuple[int, Future[BaseException | None]]] = []
+            for position in ready:
+                left.remove(position)
+                if plan.ancestors[position] & lost and not plan.always:
+                    lost |= 1 << position
+                else:
+                    running.append((position, self.start(plan.steps[position], event, phase)))
+            for position, future in running:
+                failure = future.result()
+                if failure is not None:
+                    lost |= 1 << position
+                    failures[position] = failure
+                    if not isinstance(failure, Exception):
+                        interrupt = failure
+            done |= sum(1 << position for position in ready)
+        if interrupt is not None and not plan.always:
+            raise interrupt
+        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
+
+    def may_start(self, plan: Plan, position: int, done: int) -> bool:
+        return plan.ancestors[position] & ~done == 0
+
+    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+        """Run handlers that draw random numbers here, and others on another thread, in this thread's state."""
+        if any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler]):
+            found: Future[BaseException | None] = Future()
+            found.set_result(self.call(step, event, phase))
+            return found
+        return self.pool.submit(self.surrounded(self.call), step, event, phase)
+
+    def surrounded(self, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
+        return _in_this_state(TorchState.capture(), call)
+
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        try:
+            step.call(event, phase, step.view)
+        except BaseException as failure:  # a value here, raised by `fail`
+            return failure
+        return None
+
+    def ended(self, plan: Plan, site: Site, start: int) -> None:
+        rank = {step.node.name: position for position, step in enumerate(plan.steps)}
+        site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank[one[0]])
+
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None:
+        site.fail(plan, event, phase, failures)
+
+    def explain(self, plan: Plan) -> str:
+        return "a thread for each handler"
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+        self.pool.shutdown()
+        for plan in self.plans:
+            if self.site is not None:
+                self.site.swap(plan, _refuse)
+
+
+def _in_this_state(state: TorchState, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
+    context = copy_context()
+
+    def run(*args: object) -> BaseException | None:
+        found: list[BaseException | None] = []
+        context.run(state.call, lambda: found.append(call(*args)))
+        return found[0]
+
+    return run
+
+
+def _refuse(event: Event, phase: Phase) -> None:
+    raise ExecutorError("closed")
+
+
+class IgnoresEdges(Threads):
+    def may_start(self, plan: Plan, position: int, done: int) -> bool:
+        return True
+
+
+class IgnoresTheLastEdge(Threads):
+    """Waits for all but the last of those that it should wait for."""
+
+    def may_start(self, plan: Plan, position: int, done: int) -> bool:
+        ancestors = plan.ancestors[position]
+        needed = ancestors & ~(1 << ancestors.bit_length() - 1) if ancestors else 0
+        return needed & ~done == 0
+
+
+class ReversesResources(Threads):
+    """Runs in list order backwards where it may not: a plan's users of one resource."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        if all(step.node.union for step in plan.steps) and len(plan) == 3:
+            for step in reversed(plan.steps):
+                self.call(step, event, phase)
+            return []
+        return super().run(plan, event, phase)
+
+
+class StopsAtTheFirstFailure(Threads):
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        for step in plan.steps:
+            failure = self.call(step, event, phase)
+            if failure is not None:
+                return [(step, failure)]
+        return []
+
+
+class RunsAfterFailures(Threads):
+    """Also runs what depends on a failed handler."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        found = [(step, self.call(step, event, phase)) for step in plan.steps]
+        return [(step, failure) for step, failure in found if failure is not None]
+
+
+class Swallows(Threads):
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None: ...
+
+
+class RaisesItself(Threads):
+    """Raises the first failure by itself, past the loop."""
+
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None:
+        raise failures[0][1]
+
+
+class FailuresBackwards(Threads):
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None:
+        site.fail(plan, event, phase, failures[::-1])
+
+
+class DropsFired(Threads):
+    def ended(self, plan: Plan, site: Site, start: int) -> None:
+        site.fired.clear()
+
+
+class FiresInAnyOrder(Threads):
+    def ended(self, plan: Plan, site: Site, start: int) -> None: ...
+
+
+class FiresAtOnce(Threads):
+    """Drains when a handler returns and not when the event has ended."""
+
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        failure = super().call(step, event, phase)
+        if self.site is not None and self.site.fired and threading.current_thread() is threading.main_thread():
+            self.site.drain(phase)
+        return failure
+
+    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+        found: Future[BaseException | None] = Future()
+        found.set_result(self.call(step, event, phase))
+        return found
+
+
+class DoesNotWait(Threads):
+    """Returns while the last handler runs."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        for step in plan.steps:
+            self.pool.submit(self.call, step, event, phase)
+        return []
+
+
+class BareThreads(Threads):
+    """Its threads have the state that threads begin with."""
+
+    def surrounded(self, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
+        return call
+
+
+class DrawsAnywhere(Threads):
+    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+        return self.pool.submit(self.surrounded(self.call), step, event, phase)
+
+
+class LeavesThreads(Threads):
+    def close(self) -> None:
+        self.closed = True
+        for plan in self.plans:
+            if self.site is not None:
+                self.site.swap(plan, _refuse)
+
+
+class ForAnybody(Threads):
+    def bind(self, site: Site) -> None:
+        self.site = site
+
+
+class KeepsPlans(Threads):
+    """Runs the first plan that it was given for an event, whatever came later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[tuple[type, type], Runner] = {}
+
+    def compile(self, plan: Plan) -> Runner:
+        made = super().compile(plan)
+        return self.known.setdefault((plan.event_type, plan.phase_type), made)
+
+
+class GoesOnWhenClosed(Threads):
+    def close(self) -> None:
+        """Nothing ends, but the threads."""
+        self.pool.shutdown()
+        self.pool = ThreadPoolExecutor(8)
+
+
+class SkipsAtFitEnd(Threads):
+    """Does not look at `Plan.always`."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
+        failures: list[tuple[Step, BaseException]] = []
+        lost = 0
+        for position, step in enumerate(plan.steps):
+            failure = None if plan.ancestors[position] & lost else self.call(step, event, phase)
+            if failure is not None:
+                failures.append((step, failure))
+            if failure is not None or plan.ancestors[position] & lost:
+                lost |= 1 << position
+        return failures
+
+
+BROKEN: dict[type[Threads], str] = {
+    IgnoresEdges: "rule_12_a_chain_runs_in_its_order",
+    IgnoresTheLastEdge: "rule_12_no_handler_starts_before_those_it_waits_for",
+    ReversesResources: "rule_13_users_of_one_resource_never_run_together",
+    StopsAtTheFirstFailure: "rule_15_those_that_depend_on_no_failed_one_still_run",
+    RunsAfterFailures: "rule_15_those_that_depend_on_no_failed_one_still_run",
+    Swallows: "rule_15_the_first_in_serial_order_is_raised",
+    RaisesItself: "rule_15_every_exception_says_where_it_was_raised",
+    FailuresBackwards: "rule_15_the_first_in_serial_order_is_raised",
+    DropsFired: "rule_18_fired_events_wait_for_the_current_one",
+    FiresInAnyOrder: "rule_18_fired_events_wait_for_the_current_one",
+    FiresAtOnce: "rule_18_fired_events_wait_for_the_current_one",
+    DoesNotWait: "rule_13_an_event_ends_when_all_its_handlers_have",
+    BareThreads: "rule_14_grad_mode",
+    DrawsAnywhere: "rule_13_random_numbers_are_drawn_on_the_training_thread",
+    LeavesThreads: "close_ends_the_threads",
+    ForAnybody: "bind_takes_one_learner",
+    KeepsPlans: "a_change_of_callbacks_counts_from_the_next_event_on",
+    GoesOnWhenClosed: "a_closed_executor_runs_nothing",
+    SkipsAtFitEnd: "rule_17_fit_end_runs_for_every_callback",
+}
+
+
+class TestThreads(ExecutorContract):
+    """Nothing is wrong with what the broken ones are made of, and it runs what it may at the same time."""
+
+    def make_executor(self) -> Executor:
+        return Threads()
+
+
+def contract_of(kind: Callable[[], Executor]) -> ExecutorContract:
+    class Contract(ExecutorContract):
+        rounds = 2
+
+        def make_executor(self) -> Executor:
+            return kind()
+
+    return Contract()
+
+
+TESTS = [name for name in dir(ExecutorContract) if name.startswith("test_")]
+
+
+def failing(contract: ExecutorContract, name: str) -> str:
+    """What a test of the contract says; empty if it passes."""
+    try:
+        getattr(contract, name)()
+    except Exception as error:  # whichever way it fails
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(("kind", "test"), BROKEN.items(), ids=lambda each: getattr(each, "__name__", ""))
+def test_a_broken_executor_fails_the_test_of_what_it_breaks(kind: type[Threads], test: str) -> None:
+    assert f"test_{test}" in TESTS
+    said = failing(contract_of(kind), f"test_{test}")
+    assert said.startswith("AssertionError: "), said
+
+
+def test_what_bare_threads_miss() -> None:
+    """Rule 14 has a test for each thing that torch keeps for a thread, and for context variables."""
+    contract = contract_of(BareThreads)
+    missed = [name for name in TESTS if "rule_14" in name and failing(contract, name)]
+    # A thread takes over the number of intra-op threads when it starts, and the default dtype is one for all.
+    wanted = {"grad_mode", "inference_mode", "autocast", "default_device_and_dtype", "context_variables"}
+    assert {name.removeprefix("test_rule_14_") for name in missed} >= wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "test", "message"),
+    [
+        (IgnoresEdges, "rule_12_a_chain_runs_in_its_order", "started before ProbeC returned"),
+        (Swallows, "rule_15_the_first_in_serial_order_is_raised", "no Exception was raised"),
+        (DropsFired, "rule_18_fired_events_wait_for_the_current_one", "fired in round 1: []; wanted ['ProbeA 0', "),
+        (DoesNotWait, "rule_13_an_event_ends_when_all_its_handlers_have", "fire returned in round 1 while ['ProbeA'"),
+        (BareThreads, "rule_14_grad_mode", "saw True inside of the context, in round 2; the training thread has False"),
+        (LeavesThreads, "close_ends_the_threads", "these threads run after close(): ['test-threads"),
+    ],
+)
+def test_what_a_failing_test_says(kind: type[Threads], test: str, message: str) -> None:
+    assert message in failing(contract_of(kind), f"test_{test}")
+
+
+def test_every_rule_has_a_test_that_says_what_is_promised() -> None:
+    for rule in range(12, 19):
+        assert any(f"rule_{rule}_" in name for name in TESTS), f"no test of rule {rule}"
+    for name in TESTS:
+        assert getattr(ExecutorContract, name).__doc__, f"{name} does not say what is promised"
+        if "rule_" in name:
+            number = name.split("_")[2]
+            assert number in getattr(ExecutorContract, name).__doc__, f"{name} does not name its rule"
+
+
+def test_a_contract_without_an_executor_says_what_to_define() -> None:
+    class Contract(ExecutorContract):
+        pass
+
+    with pytest.raises(NotImplementedError) as caught:
+        Contract().make_executor()
+    assert str(caught.value) == "Contract must define make_executor(): return a new executor."
+
+
+def test_it_needs_no_pytest() -> None:
+    """Only who runs the contract needs pytest."""
+    source = "import sys; sys.modules['pytest'] = None; import flowtrain.testing; flowtrain.testing.ExecutorContract"
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
+# --- an executor that somebody else has installed
+
+PACKAGE = '''
+"""Runs handlers by whoever waits longest; written without a line of flowtrain's own executors."""
+
+from flowtrain.errors import ExecutorError
+
+
+class BackwardsExecutor:
+    name = "backwards"
+
+    def __init__(self):
+        self.site, self.plans, self.closed, self.ran = None, [], False, 0
+
+    def bind(self, site):
+        if self.closed or self.site not in (None, site):
+            raise ExecutorError("This BackwardsExecutor is closed, or belongs to another learner.")
+        self.site = site
+
+    def compile(self, plan):
+        if self.closed or self.site is None:
+            raise ExecutorError("This BackwardsExecutor is closed, or has no learner.")
+        site, ranks = self.site, {step.node.name: rank for rank, step in enumerate(plan.steps)}
+        self.plans.append(plan)
+
+        def run(event, phase):
+            start, left, done, lost, failures = len(site.fired), set(range(len(plan))), 0, 0, {}
+            while left:
+                position = max(one for one in left if not plan.ancestors[one] & ~done)
+                left.remove(position)
+                done |= 1 << position
+                if plan.ancestors[position] & lost and not plan.always:
+                    lost |= 1 << position
+                    continue
+                step = plan.steps[position]
+                self.ran += 1
+                try:
+                    step.call(event, phase, step.view)
+                except Exception as failure:
+                    failures[position] = failure
+                    lost |= 1 << position
+            site.fired[start:] = sorted(site.fired[start:], key=lambda one: ranks[one[0]])
+            if failures:
+                site.fail(plan, event, phase, [(plan.steps[one], failures[one]) for one in sorted(failures)])
+            if site.fired:
+                site.drain(phase)
+
+        return run
+
+    def explain(self, plan):
+        return "backwards"
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.closed = True
+        for plan in self.plans:
+            self.site.swap(plan, self.refuse)
+
+    def refuse(self, event, phase):
+        raise ExecutorError("This BackwardsExecutor is closed.")
+'''
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package with an entry point, in a folder on ``sys.path``: installed as far as Python knows."""
+    (tmp_path / "backwards_executors.py").write_text(PACKAGE, "utf-8")
+    info = tmp_path / "backwards_executors-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: backwards-executors\nVersion: 0.1\n", "utf-8")
+    points = "[flowtrain.executors]\nbackwards = backwards_executors:BackwardsExecutor\n"
+    (info / "entry_points.txt").write_text(points, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "backwards"
+    sys.modules.pop("backwards_executors", None)
+
+
+def test_an_installed_executor_is_used_by_its_name(installed: str) -> None:
+    with tiny_learner(executor=installed) as learner, tiny_learner() as serial:
+        learner.fit(1)
+        serial.fit(1)
+        assert type(learner.executor).__name__ == "BackwardsExecutor"
+        assert vars(learner.executor)["ran"] > 0
+        assert torch.equal(learner.model.coeff, serial.model.coeff)
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_an_installed_executor_keeps_the_contract(installed: str, test: str) -> None:
+    said = failing(contract_of(lambda: find_executor(installed)), test)
+    assert not said
