@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from flowtrain.batch import BatchState
-from flowtrain.errors import DataError, UsageError
+from flowtrain.errors import UsageError
 from flowtrain.events import (
     BackwardBegin,
     BackwardEnd,
@@ -40,7 +40,7 @@ from flowtrain.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.steps import CLOSED, CLOSING, begin_batch, describe, evaluate
+from flowtrain.steps import CLOSED, CLOSING, begin_batch, check_graph, evaluate, no_pair
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -171,10 +171,7 @@ class _Supervised(Phase):
             DataError: `raw` is not a tuple or list of two.
         """
         if not isinstance(raw, (tuple, list)) or len(raw) != 2:
-            raise DataError(
-                f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
-                f"Let the dataset return pairs, or override {self!r}.split(raw) to return (inputs, targets)."
-            )
+            raise no_pair(self, raw)
         return raw[0], raw[1]
 
 
@@ -219,7 +216,11 @@ class AbstractTrainingPhase(_Supervised):
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, self)
-        core.backward(batch.loss)
+        try:
+            core.backward(batch.loss)
+        except RuntimeError as error:
+            check_graph(self, "batch.loss", batch.loss, error)
+            raise
         batch.loss = batch.loss.detach()
         batch.grads = core.grads
         if on.backward_end is not None:

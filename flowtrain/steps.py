@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from flowtrain.batch import BatchState
-from flowtrain.errors import LossError
+from flowtrain.errors import DataError, LossError
 from flowtrain.events import (
     BackwardBegin,
     BackwardEnd,
@@ -25,7 +25,7 @@ from flowtrain.events import (
     UpdateEnd,
 )
 
-__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "begin_batch", "describe", "evaluate"]
+__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "begin_batch", "check_graph", "describe", "evaluate", "no_pair"]
 
 CLOSED, OPEN, CLOSING = 0, 1, 2
 """Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
@@ -71,7 +71,10 @@ def begin_batch(phase: Any, loop: Any, on: StepRunners, raw: Any) -> BatchState:
     """Open the batch: its data, on the device, and `BatchBegin`."""
     if loop.core.places:
         raw = loop.core.place(raw)
-    inputs, targets = phase.split(raw)
+    pair = phase.split(raw)
+    if type(pair) is not tuple or len(pair) != 2:
+        _check_pair(phase, pair)
+    inputs, targets = pair
     batch = BatchState()
     batch.inputs = inputs
     batch.targets = targets
@@ -85,6 +88,19 @@ def begin_batch(phase: Any, loop: Any, on: StepRunners, raw: Any) -> BatchState:
     if on.batch_begin is not None:
         on.batch_begin(_BATCH_BEGIN, phase)
     return batch
+
+
+def no_pair(phase: object, raw: object) -> DataError:
+    """Return what to raise for data that is no pair, where `split` is not overridden."""
+    return DataError(
+        f"{phase!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
+        f"Let the dataset return pairs, or override {phase!r}.split(raw) to return (inputs, targets)."
+    )
+
+
+def _check_pair(phase: object, pair: object) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
 
 
 def evaluate(phase: object, core: Any, on: StepRunners, batch: BatchState) -> None:
@@ -119,6 +135,21 @@ def _loss_error(phase: object, core: Any, batch: BatchState, what: str) -> LossE
         f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
         f"element."
     )
+
+
+def check_graph(phase: object, what: str, loss: torch.Tensor, error: RuntimeError) -> None:
+    """Say more of an error that a backward pass raised for a loss that it cannot begin at.
+
+    Raises:
+        LossError: The loss has no graph.
+    """
+    if not loss.requires_grad:
+        raise LossError(
+            f"{phase!r} cannot run a backward pass: {what} is {describe(loss)}, without a graph, so no parameter can "
+            f"get a gradient from it. Something between the parameters and the loss cuts the graph: look for "
+            f"detach(), item(), torch.tensor(...), torch.no_grad() and torch.inference_mode() in the model, the loss "
+            f"function and around the call, and for frozen parameters (requires_grad_(False))."
+        ) from error
 
 
 def describe(value: Any) -> str:

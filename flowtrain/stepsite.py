@@ -21,7 +21,7 @@ from flowtrain.loop import Loop
 from flowtrain.phases import Phase
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState, State
-from flowtrain.steps import CLOSED, CLOSING, OPEN
+from flowtrain.steps import CLOSED, CLOSING, OPEN, check_graph
 
 __all__ = ["RunBatch", "StepSite"]
 
@@ -119,6 +119,7 @@ class StepSite:
 
         Raises:
             CoreError: The loss is no tensor with one element, or there is no optimizer of that name.
+            LossError: The loss has no graph.
             UsageError: No batch is open.
         """
         on, batch = self.loop.runners[phase], self.state.batch
@@ -131,10 +132,14 @@ class StepSite:
         if not is_a(loss, torch.Tensor) or loss.numel() != 1:
             raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
         self.core.groups.drop_spent()
-        if name is None:
-            self.core.backward(loss)
-        else:
-            self.core.backward_for(loss, name)
+        try:
+            if name is None:
+                self.core.backward(loss)
+            else:
+                self.core.backward_for(loss, name)
+        except RuntimeError as error:
+            check_graph(phase, "batch.loss" if shared else "the loss", loss, error)
+            raise
         if shared:
             batch.loss = loss.detach()
         batch.grads = self.core.grads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,10 +12,18 @@ from torch.nn.functional import cross_entropy, mse_loss
 from flowtrain import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
+    BackwardBegin,
+    Callback,
+    DataError,
+    LearnerView,
     LossError,
     Phase,
+    StepContext,
+    TorchCore,
     TrainingPhase,
     ValidationPhase,
+    Write,
+    on,
 )
 from flowtrain.steps import StepRunners, describe
 from flowtrain.testing import tiny_learner
@@ -67,8 +76,8 @@ def test_a_loss_that_is_no_single_number(kind: type[Phase]) -> None:
         f"The loss function half returned Tensor of shape (2, 1), float32, which is no single number\n"
         f"In {kind.__name__} it was called with batch.outputs: Tensor of shape (2, 1), float32 and batch.targets: "
         f"Tensor of shape (2, 1), float32. The model and the loss must fit: change the model's last layer, the targets "
-        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
-        f"element."
+        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with "
+        f"one element."
     )
 
 
@@ -87,3 +96,107 @@ def test_a_model_that_fails_keeps_its_error() -> None:
         "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 1), float32"
     )
 
+
+# --- what an overridden split returns
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class Split(TrainingPhase):
+    """Returns what a test wants; `Split.made` takes the batch."""
+
+    made: Callable[[Any], Any] = staticmethod(tuple)
+
+    def split(self, raw: Any) -> Any:
+        return type(self).made(raw)
+
+
+X, Y = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (lambda raw: raw[0], "Tensor of shape (8, 4), float32"),
+        (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # would unpack, by rows
+        (lambda raw: None, "NoneType None"),
+        (lambda raw: (raw[0],), "tuple of 1: Tensor of shape (8, 4), float32"),
+        (lambda raw: "ab", "str 'ab'"),
+        (lambda raw: {"x": raw[0], "y": raw[1]}, "dict with keys 'x', 'y'"),
+    ],
+)
+def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any], got: str) -> None:
+    monkeypatch.setattr(Split, "made", staticmethod(made))
+    learner = quiet(cross_entropy, model=torch.nn.Linear(4, 2), data={Split: [(X, Y)]})
+    with pytest.raises(DataError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == f"Split.split(raw) must return (inputs, targets), got {got}."
+
+
+@pytest.mark.parametrize("made", [tuple, list, lambda raw: Pair(*raw)])
+def test_a_split_that_gives_a_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any]) -> None:
+    monkeypatch.setattr(Split, "made", staticmethod(made))
+    batch = quiet(cross_entropy, model=torch.nn.Linear(4, 2)).step(Split, (X, Y))
+    assert batch.inputs is X
+    assert batch.targets is Y
+
+
+# --- a loss that no backward pass can begin at
+
+
+class Cuts(Callback):
+    """Puts a loss without a graph into the batch."""
+
+    @on(BackwardBegin, access={"batch.loss": Write()})
+    def cut(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+        learner.batch.loss = learner.batch.loss.detach()
+
+
+class OwnStep(AbstractTrainingPhase):
+    """Runs a backward pass with the parts of a step."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self):
+            learner.backward(self, learner.lossfn(learner.model(raw[0]), raw[1]))
+
+
+def cut(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(outputs.detach(), targets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "more"),
+    [
+        (TrainingPhase, "batch.loss", {}),
+        (TrainingPhase, "batch.loss", {"core": TorchCore(device="cpu", accumulate=2)}),
+        (TrainingPhase, "batch.loss", {"lossfn": cross_entropy, "callbacks": [Cuts()]}),
+        (OwnStep, "the loss", {}),
+    ],
+    ids=["plain", "accumulate", "handler", "own step"],
+)
+def test_a_loss_without_a_graph(kind: type[Phase], what: str, more: dict[str, Any]) -> None:
+    options = {"lossfn": cut, "model": torch.nn.Linear(4, 2), "data": {kind: [(X, Y)]}, **more}
+    with pytest.raises(LossError) as caught:
+        quiet(**options).fit(1)
+    assert str(caught.value) == (
+        f"{kind.__name__} cannot run a backward pass: {what} is Tensor of shape (), float32, without a graph, so no "
+        f"parameter can get a gradient from it. Something between the parameters and the loss cuts the graph: look for "
+        f"detach(), item(), torch.tensor(...), torch.no_grad() and torch.inference_mode() in the model, the loss "
+        f"function and around the call, and for frozen parameters (requires_grad_(False))."
+    )
+    assert "does not require grad" in str(caught.value.__cause__)
+
+
+def twice(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss = cross_entropy(outputs, targets)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("kind", [TrainingPhase, OwnStep])
+def test_another_error_of_the_backward_pass_is_torchs_own(kind: type[Phase]) -> None:
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        quiet(twice, model=torch.nn.Linear(4, 2), data={kind: [(X, Y)]}).fit(1)
