@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.steps import describe
 
-__all__ = ["check_gave", "length", "loaders", "shortest", "stream"]
+__all__ = ["check_gave", "length", "loaders", "shortest", "stream", "warn_untrained"]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
 
@@ -33,11 +34,9 @@ def loaders(data: Any) -> PhaseMap[Any]:
     if isinstance(data, Mapping):
         pairs = [(_phase(key), loader) for key, loader in data.items()]
     elif isinstance(data, tuple):
-        if data and all(isinstance(item, torch.Tensor) for item in data):
-            raise DataError(
-                f"data is {describe(data)}: tensors, not loaders. Make batches of them: "
-                f"DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass {_EXAMPLE}."
-            )
+        if data and all(_is_array(item) for item in data):
+            kind = "tensors" if all(isinstance(item, torch.Tensor) for item in data) else "arrays"
+            raise DataError(f"data is {describe(data)}: {kind}, not loaders. {_make_loader(*data)}")
         if not 1 <= len(data) <= 2:
             raise DataError(f"data is a tuple of {len(data)} loaders. Pass {_EXAMPLE}.")
         pairs = list(zip((TrainingPhase(), ValidationPhase()), data, strict=False))
@@ -47,6 +46,18 @@ def loaders(data: Any) -> PhaseMap[Any]:
         check_loader(loader, phase)
         found[phase] = loader
     return found
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
+
+
+def _make_loader(*arrays: object) -> str:
+    names = ("inputs", "targets")
+    if not all(isinstance(array, torch.Tensor) for array in arrays):
+        names = ("torch.as_tensor(inputs)", "torch.as_tensor(targets)")
+    made = f"DataLoader(TensorDataset({', '.join(names)}), batch_size=32)"
+    return f"Make batches of {'it' if len(arrays) == 1 else 'them'}: {made}, and pass {_EXAMPLE}."
 
 
 def _phase(key: object) -> Phase:
@@ -62,19 +73,37 @@ def check_loader(loader: Any, phase: Phase) -> None:
     """Check what can be told of a loader without taking a batch from it.
 
     Raises:
-        DataError: It is a tensor, a dataset, not iterable, or says that it is empty.
+        DataError: It is a tensor, a dataset, a list of loaders, not iterable, or says that it is empty.
     """
+    if isinstance(loader, list) and loader and all(isinstance(item, torch.utils.data.DataLoader) for item in loader):
+        raise DataError(
+            f"The data for {phase!r} is a list of {len(loader)} loaders, and each of them would be taken for a batch. "
+            f"For training and validation pass a tuple: data=(train, valid)."
+        )
+    if _is_array(loader):
+        raise DataError(
+            f"The data for {phase!r} is {describe(loader)}, not a loader of batches. {_make_loader(loader)}"
+        )
     if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
         raise DataError(
             f"The data for {phase!r} is a {type(loader).__name__}, a dataset of single samples. "
             f"Make batches of it: DataLoader(dataset, batch_size=32)."
         )
-    if isinstance(loader, (torch.Tensor, str, bytes)) or not (
-        isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
-    ):
+    if isinstance(loader, (str, bytes)) or not (isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")):
         raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
     if length(loader) == 0:
         raise DataError(_empty(phase, loader))
+
+
+def warn_untrained(data: PhaseMap[Any], stacklevel: int) -> None:
+    """Warn of a fit whose phases all evaluate; it is allowed, and rarely meant."""
+    if all(isinstance(phase, AbstractValidationPhase) for phase in data):
+        warnings.warn(
+            f"fit() has no training phase in its data, only {', '.join(map(repr, data))}: nothing is trained. Use "
+            f"validate(), or add the data to train on: data={{TrainingPhase: loader, ...}}.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def check_gave(count: int, phase: Phase, loader: object) -> None:

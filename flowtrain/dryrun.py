@@ -8,6 +8,7 @@ trace, so those that are declared are kept.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,7 +131,9 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
     scratch.loop.dispatch.use(built)
     failure: BaseException | None = None
     try:
-        scratch.fit(1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
+            scratch.fit(1)
     except Exception as error:  # reported with what was found until then
         failure = error
     names = {name for phase in data for name in phase.provides or ()}

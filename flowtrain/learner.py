@@ -25,7 +25,7 @@ from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core import TorchCore
-from flowtrain.data import loaders
+from flowtrain.data import loaders, warn_untrained
 from flowtrain.dryrun import Recording, record
 from flowtrain.errors import CallbackError, ExecutorError, UsageError
 from flowtrain.events import EpochBegin
@@ -280,6 +280,7 @@ class Learner(StepSite):
                 f"{', '.join(training) or 'none'}. Use fit(epochs), or data with one."
             )
         self._check_phases(data)
+        warn_untrained(data, stacklevel=3)
 
     def __repr__(self) -> str:
         return f"Learner({type(self.state.model).__name__}, {self.core!r}, executor={self.executor.name!r})"

@@ -158,7 +158,7 @@ def describe(value: Any) -> str:
     >>> describe(torch.zeros(2, 3))
     'Tensor of shape (2, 3), float32'
     """
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
         return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"

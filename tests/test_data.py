@@ -126,7 +126,30 @@ def test_a_named_pair_is_a_pair() -> None:
             "loaders. Make batches of them: DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass "
             "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
         ),
-        (X, f"The data for TrainingPhase is Tensor of shape (6, 1), float32, not a loader of batches. {HOW}"),
+        (
+            (X.numpy(), Y.numpy()),
+            "data is tuple of 2: ndarray of shape (6, 1), float32, ndarray of shape (6, 1), float32: arrays, not "
+            "loaders. Make batches of them: DataLoader(TensorDataset(torch.as_tensor(inputs), "
+            "torch.as_tensor(targets)), batch_size=32), and pass "
+            "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            X,
+            "The data for TrainingPhase is Tensor of shape (6, 1), float32, not a loader of batches. Make batches of "
+            "it: DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass data=(train_loader, "
+            "valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            (tiny_batches(), X.numpy()),
+            "The data for ValidationPhase is ndarray of shape (6, 1), float32, not a loader of batches. Make batches "
+            "of it: DataLoader(TensorDataset(torch.as_tensor(inputs), torch.as_tensor(targets)), batch_size=32), and "
+            "pass data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            [DataLoader(Samples()), DataLoader(Endless())],
+            "The data for TrainingPhase is a list of 2 loaders, and each of them would be taken for a batch. For "
+            "training and validation pass a tuple: data=(train, valid).",
+        ),
         ((), f"data is a tuple of 0 loaders. {HOW}"),
         ((1, 2, 3), f"data is a tuple of 3 loaders. {HOW}"),
         (
@@ -185,6 +208,22 @@ def test_data_for_a_direct_epoch_is_checked_alike() -> None:
         learner.epoch(Phase, tiny_batches())
 
 
+def test_a_fit_that_trains_nothing_says_so() -> None:
+    """It is allowed; the warning points at the caller."""
+    learner = learner_on({ValidationPhase: tiny_batches(n_batches=2), OODPhase: tiny_batches(n_batches=2)})
+    with pytest.warns(UserWarning, match="nothing is trained") as caught:
+        learner.fit(1)
+    [warning] = caught
+    assert str(warning.message) == (
+        "fit() has no training phase in its data, only ValidationPhase, OODPhase: nothing is trained. Use validate(), "
+        "or add the data to train on: data={TrainingPhase: loader, ...}."
+    )
+    assert warning.filename == __file__
+    assert learner.loop.scopes.numbers == {ValidationPhase(): 1, OODPhase(): 1}
+    learner.validate()  # what the message says works, and does not warn
+    learner.fit(1, data={ValidationPhase: tiny_batches(), TrainingPhase: tiny_batches()})
+
+
 # --- what only a batch can tell
 
 
@@ -197,14 +236,13 @@ def test_data_for_a_direct_epoch_is_checked_alike() -> None:
         ({"x": X, "y": Y}, "dict with keys 'x', 'y'"),
         ([], "list of 0"),
         (None, "NoneType None"),
-        (DataLoader(Samples()), "DataLoader <torch.utils.data."),
     ],
 )
 @pytest.mark.parametrize("phase", [TrainingPhase, OODPhase])
 def test_a_batch_that_is_no_pair(batch: Any, got: str, phase: type[Phase]) -> None:
     learner = learner_on({phase: [batch]})
     with pytest.raises(DataError) as raised:
-        learner.fit(1)
+        learner.epoch(phase)
     text = str(raised.value)
     assert text.startswith(f"{phase.__name__} needs (inputs, targets) from its loader and got {got}")
     assert text.endswith(

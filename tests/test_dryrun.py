@@ -39,7 +39,7 @@ from flowtrain.callbacks import (
     Traces,
 )
 from flowtrain.metrics import mean_absolute_error
-from flowtrain.testing import record_access, tiny_learner
+from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
 
 def kinds(declaration: Declaration) -> dict[str, type]:
@@ -221,3 +221,16 @@ def test_a_misspelt_name_is_pointed_out() -> None:
     found = record_access(CustomCallback(lambda learner: learner.batch.lss, BatchEnd))
     assert "There was no batch.lss when it was read, so it is optional here. Did you mean 'batch.loss'?" in str(found)
     assert repr(found) == '<Recording of CustomCallback: {"batch.lss": Read(optional=True)}>'
+
+
+def test_a_learner_that_only_validates_is_not_warned_of() -> None:
+    """The dry run fits for the user; a warning about that fit would be about a call that nobody wrote."""
+
+    class Shows(Callback):
+        @on(BatchEnd, ValidationPhase)
+        def show(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            float(learner.batch.loss)
+
+    found = record_access(Shows(), data={ValidationPhase: tiny_batches()})
+    assert {dotted(path) for path, _ in found.union} == {"batch.loss"}
+    assert found.failure is None

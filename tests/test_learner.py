@@ -496,7 +496,7 @@ def test_a_model_and_a_loss_that_do_not_fit(phase: type[Phase]) -> None:
     data = {phase: [(torch.zeros(4, 6), torch.zeros(4, 2))]}
     learner = tiny_learner(model=nn.Linear(6, 3), lossfn=cross_entropy, data=data)
     with pytest.raises(LossError) as raised:
-        learner.fit(1)
+        learner.epoch(phase)
     lines = str(raised.value).splitlines()
     assert lines[0].startswith("The loss function cross_entropy raised RuntimeError: ")
     assert lines[-1] == (

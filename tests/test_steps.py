@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
@@ -45,6 +46,7 @@ def test_there_is_a_runner_for_each_event_of_a_step() -> None:
     [
         (torch.zeros(2, dtype=torch.int64), "Tensor of shape (2,), int64"),
         (torch.nn.Parameter(torch.zeros(())), "Parameter of shape (), float32"),
+        (np.zeros((2, 3), dtype=np.float64), "ndarray of shape (2, 3), float64"),
         ((), "tuple of 0"),
         ([torch.zeros(1), [1]], "list of 2: Tensor of shape (1,), float32, list of 1: int 1"),
         ([1, 2, 3, 4], "list of 4: int 1, int 2, int 3, ..."),
