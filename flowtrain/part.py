@@ -16,7 +16,7 @@ from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly
-from flowtrain.series import Series, SeriesMap
+from flowtrain.series import SeriesMap
 
 __all__ = ["Owner", "Part", "Tree", "tree", "writes"]
 
@@ -95,18 +95,18 @@ class Part(Mapping[Any, Any]):
         self._tree = inside
         self._find = find
         self._by_phase: dict[Phase, Part] = {}
-        self._open: dict[str, Series] = {}
+        self._open: dict[str, Callable[[Any, int], None]] = {}
 
     def push(self, name: str, value: Any, step: int) -> None:
         """Append a value to the series `name`, if it is declared for writing."""
-        series = self._open.get(name)
-        if series is None:
+        push = self._open.get(name)
+        if push is None:
             container = self._find()
             if not isinstance(container, SeriesMap):
                 raise TypeError(f"Learner.{dotted(self._path)} is a {type(container).__name__}; only series take push")
             self._must_write(name)
-            series = self._open[name] = container.series(name)
-        series.push(value, step)
+            push = self._open[name] = container.series(name).push
+        push(value, step)
 
     def __getitem__(self, key: Any) -> Any:
         part = self._by_phase.get(key)

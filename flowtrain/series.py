@@ -36,7 +36,7 @@ class Series:
 
         A tensor with more elements is copied, so that what is done to it later does not change what was recorded.
         """
-        if isinstance(value, torch.Tensor):
+        if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
             if value.numel() != 1:
                 value = value.detach().clone()
             elif value.is_cpu:

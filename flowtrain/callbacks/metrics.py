@@ -125,6 +125,7 @@ class Metrics(Callback):
             if names.count(name) > 1:
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
         self._names = names
+        self._no_grad = torch.no_grad()  # used again and again: to make one costs as much as a metric
         self._sizes: dict[str, list[int]] = {name: [] for name in names}
         self._clones: dict[tuple[Metric, Phase], Any] = {}
 
@@ -161,7 +162,8 @@ class Metrics(Callback):
         """Record the loss and the metrics of the batch."""
         batch = learner.batch
         loss, inputs = batch.loss, batch.inputs
-        size = inputs.shape[0] if type(inputs) is torch.Tensor and inputs.ndim else _size(inputs)
+        shape = inputs.shape if type(inputs) is torch.Tensor else None
+        size = shape[0] if shape else _size(inputs)
         if loss is not None:
             value = loss.item() if loss.is_cpu else loss.detach()
             learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
@@ -176,7 +178,7 @@ class Metrics(Callback):
         if isinstance(outputs, torch.Tensor):
             outputs = outputs.detach()  # a torchmetrics object may keep them for the epoch, but not with their graph
         steps, series = learner.cbstate.history[phase].steps, learner.cbstate.metrics_step[phase]
-        with torch.no_grad():
+        with self._no_grad:
             for metric in self.metrics:
                 if not isinstance(phase, metric.phase):
                     continue
