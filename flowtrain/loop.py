@@ -129,6 +129,7 @@ class Loop:
             except CancelEpochException:
                 pass
             except BaseException as failure:  # raised below, when the epoch is closed
+                scopes.locate(failure, phase, "after ")
                 failures.append(failure)
             self.core.groups.last_batch = False
             self.core.end_groups()
@@ -186,6 +187,7 @@ class Loop:
     def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
         scopes = self.scopes
+        scopes.locate(failure, phase)
         failures = [failure]
         del failure  # see `raise_worst`
         self.dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for

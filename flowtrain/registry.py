@@ -203,7 +203,11 @@ class Callbacks(Sequence[Callback]):
         return Node(callback, name, position, handlers, access, union([shared, *access.values()]))
 
     def _call_setup(self, node: Node) -> None:
-        node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+        try:
+            node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+        except Exception as error:
+            error.add_note(f"raised in {node.name}.setup")
+            raise
         if self._state.fired:
             event = self._state.fired[0][1]
             raise CallbackError(

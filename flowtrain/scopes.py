@@ -83,6 +83,21 @@ class Scopes:
                 where += f", batch {self.batch_number}"
         failure.add_note(f"raised {where}")
 
+    def locate(self, failure: BaseException, phase: Phase, between: str = "") -> None:
+        """Write on an error, or an interrupt, in which epoch and batch it struck, unless its notes say so.
+
+        Args:
+            failure: What was raised.
+            phase: The phase of the epoch.
+            between: ``"after "`` where the last batch was closed already: then the loader failed, or the epoch itself.
+        """
+        epoch = f"epoch {self.epoch_number}"
+        if self.epoch == CLOSED or isinstance(failure, CancelException):
+            return
+        if not any(epoch in note for note in getattr(failure, "__notes__", ())):
+            batch = f", {between}batch {self.batch_number}" if self.batch_number else ""
+            failure.add_note(f"in {phase!r}, {epoch}{batch}")
+
     def refuse_nested(self, what: str) -> None:
         """Raise if training is running already, because then a handler (or a step) is calling.
 

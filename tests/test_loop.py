@@ -494,7 +494,7 @@ def test_a_model_that_raises_says_with_which_input() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
         learner.fit(1)
     note = "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 3), float32"
-    assert raised.value.__notes__ == [note]
+    assert raised.value.__notes__ == [note, "in TrainingPhase, epoch 1, batch 1"]
     assert short(watch.names) == "F( E( B( Bx Ex F)"
 
 
@@ -778,3 +778,85 @@ def test_the_batch_of_an_error_is_not_kept() -> None:
         assert [loss() is None for loss in callback.seen] == [True, False]  # `stopped` has the last one
     finally:
         gc.enable()
+
+
+# --- where it happened
+
+
+class Boom(torch.nn.Module):
+    """Fails when it is called for the `at`-th time."""
+
+    def __init__(self, at: int, failure: BaseException) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(1, 1)
+        self.at, self.failure, self.calls = at, failure, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.failure
+        outputs: Tensor = self.inner(inputs)
+        return outputs
+
+
+class Breaks:
+    """A loader that fails before it gives the batch after `good` ones, in its second pass."""
+
+    def __init__(self, good: int) -> None:
+        self.good, self.passes = good, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        yield from tiny_batches(n_batches=self.good)
+        if self.passes == 2:
+            raise OSError("disk")
+
+
+class Fails(Callback):
+    """A handler that fails at once."""
+
+    @on(BatchEnd)
+    def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        raise OSError("disk")
+
+
+def notes(failure: BaseException) -> list[str]:
+    return list(getattr(failure, "__notes__", []))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("failure", [KeyError("weight"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_the_model_says_in_which_batch(failure: BaseException, own: bool) -> None:
+    phase: type[Phase] = OwnPhase if own else TrainingPhase
+    learner = tiny_learner(model=Boom(7, failure), data={phase: tiny_batches(n_batches=4)})
+    failure.__notes__ = []
+    with pytest.raises(type(failure)) as caught:
+        learner.fit(3)
+    assert notes(caught.value) == [f"in {phase.__name__}, epoch 2, batch 3"]
+
+
+@pytest.mark.parametrize(("good", "where"), [(0, "epoch 2"), (3, "epoch 2, after batch 3")])
+def test_an_error_of_the_loader_says_after_which_batch(good: int, where: str) -> None:
+    loader = Breaks(good)
+    learner = tiny_learner(data=loader)
+    loader.passes = 0 if good else 1
+    learner.loop.scopes.numbers[TrainingPhase()] = loader.passes
+    with pytest.raises(OSError, match="disk") as caught:
+        learner.fit(2)
+    assert notes(caught.value) == [f"in TrainingPhase, {where}"]
+
+
+def test_data_that_is_no_pair_says_in_which_batch() -> None:
+    learner = tiny_learner(data=[*tiny_batches(n_batches=2), torch.zeros(4, 1)])
+    with pytest.raises(DataError) as caught:
+        learner.fit(1)
+    assert notes(caught.value) == ["in TrainingPhase, epoch 1, batch 3"]
+
+
+def test_what_is_said_already_is_not_said_again() -> None:
+    with pytest.raises(OSError, match="disk") as caught:
+        tiny_learner(Fails()).fit(1)
+    assert notes(caught.value) == ["raised in Fails.fail at (BatchEnd, TrainingPhase), epoch 1, batch 1"]
+    with pytest.raises(KeyError) as alone:  # a step outside of an epoch has no place
+        tiny_learner(model=Boom(1, KeyError())).step(TrainingPhase, tiny_batches()[0])
+    assert notes(alone.value) == []

@@ -154,6 +154,26 @@ def test_a_reader_finds_in_setup_what_its_writer_made() -> None:
     assert log == ["[0]"]
 
 
+def test_what_setup_raises_names_the_callback() -> None:
+    class Reader(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.best": Write()}
+
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.best += 1  # made by nobody
+
+    class Broken(Callback):
+        def setup(self, learner: LearnerView) -> None:
+            raise OSError("disk")
+
+    with pytest.raises(MissingStateError) as missing:
+        tiny_learner(Reader())
+    assert missing.value.__notes__ == ["raised in Reader.setup"]
+    with pytest.raises(OSError, match="disk") as broken:
+        tiny_learner(Broken())
+    assert broken.value.__notes__ == ["raised in Broken.setup"]
+
+
 def test_setup_gets_the_union_of_all_access() -> None:
     """Rule 3: `state_access()` and what its handlers declare, and nothing else."""
 
