@@ -182,7 +182,7 @@ def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
 
 def is_positive(value: object) -> bool:
     """Tell whether what a user passed is a number above zero."""
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+    return not is_a(value, bool) and isinstance(value, Real) and float(value) > 0
 
 
 def is_type(value: object, base: type) -> bool:

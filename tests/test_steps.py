@@ -119,17 +119,17 @@ class Split(TrainingPhase):
 X, Y = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(
-    ("made", "got"),
-    [
-        (lambda raw: raw[0], "Tensor of shape (8, 4), float32"),
-        (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # would unpack, by rows
-        (lambda raw: None, "NoneType None"),
-        (lambda raw: (raw[0],), "tuple of 1: Tensor of shape (8, 4), float32"),
-        (lambda raw: "ab", "str 'ab'"),
-        (lambda raw: {"x": raw[0], "y": raw[1]}, "dict with keys 'x', 'y'"),
-    ],
-)
+NO_PAIRS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda raw: raw[0], "Tensor of shape (8, 4), float32"),
+    (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # would unpack, by rows
+    (lambda raw: None, "NoneType None"),
+    (lambda raw: (raw[0],), "tuple of 1: Tensor of shape (8, 4), float32"),
+    (lambda raw: "ab", "str 'ab'"),
+    (lambda raw: {"x": raw[0], "y": raw[1]}, "dict with keys 'x', 'y'"),
+]
+
+
+@pytest.mark.parametrize(("made", "got"), NO_PAIRS)
 def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any], got: str) -> None:
     monkeypatch.setattr(Split, "made", staticmethod(made))
     learner = quiet(cross_entropy, model=torch.nn.Linear(4, 2), data={Split: [(X, Y)]})
@@ -138,7 +138,7 @@ def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Calla
     assert str(caught.value) == f"Split.split(raw) must return (inputs, targets), got {got}."
 
 
-@pytest.mark.parametrize("made", [tuple, list, lambda raw: Pair(*raw)])
+@pytest.mark.parametrize("made", [tuple, list, Pair._make])
 def test_a_split_that_gives_a_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any]) -> None:
     monkeypatch.setattr(Split, "made", staticmethod(made))
     batch = quiet(cross_entropy, model=torch.nn.Linear(4, 2)).step(Split, (X, Y))
