@@ -5,7 +5,7 @@ All of it is checked when the learner is built or its callbacks change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
@@ -96,19 +96,20 @@ def _exists(path: Path, cbstate: State) -> bool:
     return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
 
 
-def check_cbstate(nodes: Sequence[Node], cbstate: State, left: Iterable[Node] = ()) -> None:
+def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str] = ()) -> None:
     """Check that every entry of ``cbstate`` that is read is written by some callback, or was put there by the user.
 
     Args:
         nodes: The callbacks.
         cbstate: What is there.
-        left: The callbacks that the learner had before: what only they wrote is not kept up to date any more.
+        earlier: The entries that callbacks of this learner have ever written: what none of the present ones writes is
+            not kept up to date any more.
 
     Raises:
         MissingStateError: Nobody writes it.
     """
     writes = _writes(nodes, "cbstate")
-    stale = {path[1] for _, path in _writes(left, "cbstate") if len(path) > 1} | CONTAINERS.keys()
+    stale = {*earlier, *CONTAINERS}
     names = sorted({path[1] for _, path in writes if len(path) > 1} | set(cbstate))
     # Every writer counts, the reader itself too: it may write at one event what it reads at another.
     written = {path for _, path in writes}

@@ -124,7 +124,9 @@ def _empty(phase: Phase, loader: object) -> str:
 
 
 def length(loader: object) -> int | None:
-    """Return the number of batches in a loader, or ``None`` where it does not know."""
+    """Return the number of batches in a loader, or ``None`` where it does not know, or only guesses."""
+    if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
+        return None  # a DataLoader divides what the dataset says of itself, which need not be what it gives
     try:
         return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # or a TypeError, as here
     except (TypeError, NotImplementedError):

@@ -34,17 +34,21 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
         if own.count(name) > 1:
             raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
     taken = set(own)
+    kept: set[int] = set()
+    for callback in callbacks:  # a name that a callback has had before stays its own, wherever it stands now
+        if _is_automatic(callback) and callback.name and callback.name not in taken:
+            taken.add(callback.name)
+            kept.add(id(callback))
     numbers: dict[str, Iterator[int]] = {}
     named = []
     for callback in callbacks:
         name = callback.name
-        if _is_automatic(callback):
-            kind = type(callback).__name__
-            # A name from before is kept as long as it is free.
+        if _is_automatic(callback) and id(callback) not in kept:
+            kind, name = type(callback).__name__, ""
             while not name or name in taken:
                 number = next(numbers.setdefault(kind, count(1)))
                 name = kind if number == 1 else f"{kind}#{number}"
-        taken.add(name)
+            taken.add(name)
         named.append((callback, name))
     return named
 

@@ -69,13 +69,26 @@ class Callbacks(Sequence[Callback]):
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
         check_parts(self._nodes, state)
-        check_cbstate(self._nodes, state.cbstate, before.nodes if isinstance(before, Callbacks) else ())
+        earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
+        check_cbstate(self._nodes, state.cbstate, earlier)
+        self.written = earlier | {
+            path[1]
+            for node in self._nodes
+            for path, kind in node.union
+            if isinstance(kind, Write) and path[0] == "cbstate" and len(path) > 1
+        }
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
-        self._set_up({id(callback) for callback in before})
+        names_before = [node.callback.name for node in self._nodes]
         for node in self._nodes:
             node.callback.name = node.name
+        try:
+            self._set_up({id(callback) for callback in before})
+        except BaseException:
+            for node, name in zip(self._nodes, names_before, strict=True):
+                node.callback.name = name
+            raise
 
     # --- what a user asks for
 

@@ -21,7 +21,7 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
-from flowtrain.data import check_gave, loaders, stream
+from flowtrain.data import check_gave, length, loaders, stream
 from flowtrain.testing import tiny_batches, tiny_learner
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -289,3 +289,16 @@ def test_stream_goes_round() -> None:
     with pytest.raises(DataError, match="gives no batch"):
         next(stream([], TrainingPhase()))
     check_gave(1, ValidationPhase(), [])
+
+
+def test_what_an_iterable_dataset_says_of_its_length_is_a_guess() -> None:
+    class Stream(IterableDataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 10
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(torch.zeros(3, 1))
+
+    assert length(DataLoader(Stream(), batch_size=1)) is None
+    assert length([1, 2]) == 2
+    assert length(iter([1])) is None

@@ -72,9 +72,9 @@ def starred(*args: object) -> None: ...
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (three, "three(self: 'object', event: 'Event', phase: 'Phase') -> 'None' cannot be a handler, which is called with"),
+        (three, "three(self: 'object', event: 'Event', phase: 'Phase') -> 'None' cannot be a handler, "),
         (five, "missing a required argument: 'more'. Write def five(self, event, phase, learner) -> None."),
-        (named_only, "which is called with self, event, phase, learner: too many positional arguments. Write def named_only("),
+        (named_only, "learner: too many positional arguments. Write def named_only("),
     ],
 )
 def test_wrong_arity(function: Callable[..., None], why: str) -> None:

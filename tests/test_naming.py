@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flowtrain import Callback, CallbackError
+from flowtrain.callbacks import Recorder
 from flowtrain.naming import unique_names
 from flowtrain.testing import tiny_learner
 
@@ -63,3 +64,11 @@ def test_what_is_no_list_of_callbacks(make: Callable[[], list[Any]], message: st
     with pytest.raises(CallbackError) as caught:
         unique_names(make())
     assert str(caught.value) == message
+
+
+def test_a_name_stays_with_its_callback_wherever_it_stands() -> None:
+    """It is the key of its state."""
+    first = Recorder()
+    first.name = "Recorder"
+    second = Recorder()
+    assert unique_names([second, first]) == [(second, "Recorder#2"), (first, "Recorder")]

@@ -584,3 +584,40 @@ def test_an_override_that_is_no_handler_any_more_is_refused() -> None:
         tiny_learner(Silent())
     with pytest.raises(HandlerError, match=r"Fewer\.count_batch\(\) .*cannot be a handler"):
         tiny_learner(Fewer())
+
+
+def test_stale_entries_stay_unreadable_after_further_changes() -> None:
+    """Rule 10."""
+
+    class Makes(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.best": Write()}
+
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.best = 0.0
+
+    class Reads(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.best": Read()}
+
+    learner = tiny_learner(Makes())
+    learner.remove_callback(Makes)
+    with pytest.raises(MissingStateError, match=r"Reads reads cbstate\.best, and no callback declares to write it"):
+        learner.add_callback(Reads())
+
+
+def test_a_callback_knows_its_name_in_setup_and_a_refused_one_has_none() -> None:
+    names: list[str] = []
+
+    class Named(Callback):
+        def setup(self, learner: LearnerView) -> None:
+            names.append(self.name)
+            if len(names) == 2:
+                raise ValueError("no")
+
+    learner = tiny_learner(Named())
+    second = Named()
+    with pytest.raises(ValueError, match="no"):
+        learner.add_callback(second)
+    assert names == ["Named", "Named#2"]
+    assert second.name == ""

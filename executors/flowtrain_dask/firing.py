@@ -124,7 +124,9 @@ class Firing:
         """Return the failures in serial order; raise an interrupt that came from a handler."""
         if self._interrupt is not None:
             raise self._interrupt
-        return [(self._plan.steps[position], failure) for position, failure in sorted(self.failures, key=_position)]
+        found = [(self._plan.steps[position], failure) for position, failure in sorted(self.failures, key=_position)]
+        self.failures.clear()  # the frames of an exception hold this firing
+        return found
 
 
 def _position(failure: tuple[int, Exception]) -> int:

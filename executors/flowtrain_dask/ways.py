@@ -8,7 +8,7 @@ and either can fire the same event again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 from flowtrain.events import Event
@@ -79,9 +79,18 @@ class Ways:
             fired[start:] = sorted(fired[start:], key=lambda one: self._rank.get(one[0], len(self._rank)))
         return took, failures
 
-    def settle(self, failures: Sequence[tuple[Step, Exception]], event: Event, phase: Phase) -> None:
-        """Raise what the failures amount to, and fire what the handlers asked for."""
+    def settle(self, failures: Failures, event: Event, phase: Phase) -> None:
+        """Raise what the failures amount to, and fire what the handlers asked for; the list is emptied.
+
+        An exception holds the frames that it went through, and those hold the list, so a list that kept it would keep
+        the whole batch alive until the garbage collector comes.
+        """
         if failures:
-            self._site.fail(self._plan, event, phase, failures)
+            handed = list(failures)
+            failures.clear()
+            try:
+                self._site.fail(self._plan, event, phase, handed)
+            finally:
+                handed.clear()
         if self._site.fired:
             self._site.drain(phase)

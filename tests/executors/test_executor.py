@@ -6,6 +6,7 @@ import contextvars
 import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 
 from flowtrain import (
     Access,
+    BackwardBegin,
     BatchBegin,
     BatchEnd,
     Callback,
+    CancelBatchException,
     Event,
     ExecutorError,
     FitEnd,
@@ -37,7 +40,7 @@ from flowtrain.plan import Plan, Step
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain_dask import DaskExecutor
+from flowtrain_dask import DaskExecutor, Parallel
 
 TIMEOUT = 20.0
 """Seconds after which a test that waits for another thread has failed."""
@@ -594,3 +597,26 @@ def test_a_serial_and_a_dask_learner_come_to_the_same_bits() -> None:
     serial = run(SerialExecutor())
     for parallel in ("auto", "always", "never"):
         assert run(DaskExecutor(parallel=parallel, workers=2)) == serial
+
+
+@pytest.mark.parametrize("parallel", ["auto", "always"])
+def test_a_cancelled_batch_is_freed_at_once(parallel: Parallel) -> None:
+    """No list in a frame of the exception may hold the exception: the batch, graph and all, would live on."""
+    losses: list[weakref.ref[torch.Tensor]] = []
+
+    class Cancels(Callback):
+        def state_access(self) -> Access:
+            return {"batch.loss": Read()}
+
+        @on(BackwardBegin)
+        def cancel(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+            losses.append(weakref.ref(learner.batch.loss))
+            raise CancelBatchException
+
+    gc.disable()
+    try:
+        with tiny_learner(Cancels(), executor=DaskExecutor(workers=2, parallel=parallel), n_batches=4) as learner:
+            learner.fit(1)
+            assert [loss() for loss in losses] == [None] * 4
+    finally:
+        gc.enable()
