@@ -67,7 +67,8 @@ def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
     for path, optimizer in _by_name("optimizer", state.optimizer):
         if optimizer is not None:
             yield from _optimizer(path, optimizer, names)
-    yield from leaves(dict(vars(state.batch)), "batch")
+    for name, value in sorted(vars(state.batch).items()):
+        yield from leaves(value, f"batch.{name}")
     for name in state.cbstate:
         yield from leaves(state.cbstate.__dict__[name], f"cbstate.{name}")
     for callback in learner.callbacks:
