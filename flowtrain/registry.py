@@ -71,7 +71,7 @@ class Callbacks(Sequence[Callback]):
         check_parts(self._nodes, state)
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)
-        self.written = earlier | {
+        self.written: frozenset[str] = earlier | {
             path[1]
             for node in self._nodes
             for path, kind in node.union
