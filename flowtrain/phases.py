@@ -40,7 +40,7 @@ from flowtrain.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.steps import CLOSED, CLOSING, begin_batch, check_graph, evaluate, no_pair
+from flowtrain.steps import CLOSED, CLOSING, check_graph, forward, no_pair
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -210,9 +210,7 @@ class AbstractTrainingPhase(_Supervised):
         """Run one batch: forward, loss, backward, update. Entries of the batch are read again after each event."""
         loop = learner.loop
         on, core, scopes = loop.runners[self], loop.core, loop.scopes
-        batch = begin_batch(self, loop, on, raw)
-        core.begin()
-        evaluate(self, core, on, batch)
+        batch = forward(self, loop, on, raw, training=True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, self)
@@ -272,8 +270,7 @@ class AbstractValidationPhase(_Supervised):
         """Run one batch: forward and loss."""
         loop = learner.loop
         on, scopes = loop.runners[self], loop.scopes
-        batch = begin_batch(self, loop, on, raw)
-        evaluate(self, loop.core, on, batch)
+        batch = forward(self, loop, on, raw, training=False)
         scopes.batch = CLOSING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, self)

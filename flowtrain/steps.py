@@ -25,7 +25,7 @@ from flowtrain.events import (
     UpdateEnd,
 )
 
-__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "begin_batch", "check_graph", "describe", "evaluate", "no_pair"]
+__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "check_graph", "describe", "forward", "no_pair"]
 
 CLOSED, OPEN, CLOSING = 0, 1, 2
 """Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
@@ -67,10 +67,15 @@ class StepRunners:
     batch_end: Any
 
 
-def begin_batch(phase: Any, loop: Any, on: StepRunners, raw: Any) -> BatchState:
-    """Open the batch: its data, on the device, and `BatchBegin`."""
-    if loop.core.places:
-        raw = loop.core.place(raw)
+def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool) -> BatchState:
+    """Open the batch and run it up to its loss: the data, on the device, the model, and the loss function.
+
+    `BatchBegin` comes before the model, `LossBegin` between it and the loss function. In training the gradients of
+    the group before are zeroed after `BatchBegin`.
+    """
+    core, scopes, state = loop.core, loop.scopes, loop.state
+    if core.places:
+        raw = core.place(raw)
     pair = phase.split(raw)
     if type(pair) is not tuple or len(pair) != 2:
         _check_pair(phase, pair)
@@ -78,33 +83,16 @@ def begin_batch(phase: Any, loop: Any, on: StepRunners, raw: Any) -> BatchState:
     batch = BatchState()
     batch.inputs = inputs
     batch.targets = targets
-    state = loop.state
     if type(inputs) is torch.Tensor is type(targets):
         state.batch = state.batch_twin = batch
     else:
         state.show(batch)
-    loop.scopes.backward = False
-    loop.scopes.batch = OPEN
+    scopes.backward = False
+    scopes.batch = OPEN
     if on.batch_begin is not None:
         on.batch_begin(_BATCH_BEGIN, phase)
-    return batch
-
-
-def no_pair(phase: object, raw: object) -> DataError:
-    """Return what to raise for data that is no pair, where `split` is not overridden."""
-    return DataError(
-        f"{phase!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
-        f"Let the dataset return pairs, or override {phase!r}.split(raw) to return (inputs, targets)."
-    )
-
-
-def _check_pair(phase: object, pair: object) -> None:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
-
-
-def evaluate(phase: object, core: Any, on: StepRunners, batch: BatchState) -> None:
-    """Run the model and the loss function, with `LossBegin` between them."""
+    if training:
+        core.begin()
     try:
         outputs = batch.outputs = core.model(batch.inputs)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -125,6 +113,20 @@ def evaluate(phase: object, core: Any, on: StepRunners, batch: BatchState) -> No
         raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
     if not scalar:
         raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
+    return batch
+
+
+def no_pair(phase: object, raw: object) -> DataError:
+    """Return what to raise for data that is no pair, where `split` is not overridden."""
+    return DataError(
+        f"{phase!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
+        f"Let the dataset return pairs, or override {phase!r}.split(raw) to return (inputs, targets)."
+    )
+
+
+def _check_pair(phase: object, pair: object) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
 
 
 def _loss_error(phase: object, core: Any, batch: BatchState, what: str) -> LossError:
