@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
-from bench.pairs import PROCESSOR, Report, in_turns_afresh, seconds
+from bench.pairs import PROCESSOR, Report, in_turns, in_turns_afresh, median
 from flowtrain import Learner, TrainingPhase
 from flowtrain.callbacks import Metrics
 from flowtrain.metrics import accuracy
@@ -83,14 +82,10 @@ def parts(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 def calibrate() -> int:
     """Return the hidden width with which the hand-written step comes closest to 150 microseconds."""
-    data = batches(200)
-
-    def step(width: int) -> float:
-        run = by_hand(bare, width, data)
-        run()
-        return statistics.median(seconds(run, PROCESSOR) for _ in range(15)) / len(data)
-
-    return min(range(128, 1025, 64), key=lambda width: abs(step(width) - 150e-6))
+    data, widths = batches(200), range(128, 1025, 64)
+    times = in_turns([by_hand(bare, width, data) for width in widths], 15, 1, PROCESSOR)
+    steps = [median(times, which) / len(data) for which in range(len(widths))]
+    return min(widths, key=lambda width: abs(steps[widths.index(width)] - 150e-6))
 
 
 def by_hand(loop: Callable[[Any, Batches], object], width: int, data: Batches) -> Callable[[], object]:
