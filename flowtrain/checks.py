@@ -18,7 +18,7 @@ from flowtrain.phases import Phase
 from flowtrain.providers import PROVIDERS
 from flowtrain.state import LearnerState, State
 
-__all__ = ["check_batch", "check_cbstate", "check_made", "check_parts"]
+__all__ = ["check_batch", "check_cbstate", "check_made", "check_parts", "entries_written"]
 
 
 def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
@@ -96,6 +96,11 @@ def _exists(path: Path, cbstate: State) -> bool:
     return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
 
 
+def entries_written(nodes: Iterable[Node]) -> frozenset[str]:
+    """Return the entries of ``cbstate`` that callbacks declare to write, wholly or in part."""
+    return frozenset(path[1] for _, path in _writes(nodes, "cbstate") if len(path) > 1)
+
+
 def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str] = ()) -> None:
     """Check that every entry of ``cbstate`` that is read is written by some callback, or was put there by the user.
 
@@ -110,7 +115,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
     """
     writes = _writes(nodes, "cbstate")
     stale = {*earlier, *CONTAINERS}
-    names = sorted({path[1] for _, path in writes if len(path) > 1} | set(cbstate))
+    names = sorted({*entries_written(nodes), *cbstate})
     # Every writer counts, the reader itself too: it may write at one event what it reads at another.
     written = {path for _, path in writes}
     for node in nodes:

@@ -78,8 +78,7 @@ class TorchCore:
         self.accumulate = accumulate
         self.clip_grad_norm = clip_grad_norm
         self.clip_grad_value = clip_grad_value
-        self._compile = compile
-        self._init_scale = init_scale
+        self._compile, self._init_scale = compile, init_scale
         self._state: LearnerState | None = None
         self._needs_norm = False
 

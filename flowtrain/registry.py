@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
-from flowtrain.checks import check_batch, check_cbstate, check_made, check_parts
+from flowtrain.checks import check_batch, check_cbstate, check_made, check_parts, entries_written
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
@@ -71,12 +71,7 @@ class Callbacks(Sequence[Callback]):
         check_parts(self._nodes, state)
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)
-        self.written: frozenset[str] = earlier | {
-            path[1]
-            for node in self._nodes
-            for path, kind in node.union
-            if isinstance(kind, Write) and path[0] == "cbstate" and len(path) > 1
-        }
+        self.written: frozenset[str] = earlier | entries_written(self._nodes)
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})

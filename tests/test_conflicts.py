@@ -27,6 +27,7 @@ from flowtrain import (
     on,
     resolve,
 )
+from flowtrain.callbacks import Recorder
 from flowtrain.plan import Plan
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
@@ -237,3 +238,26 @@ def test_run_first_against_run_after_is_a_cycle() -> None:
         caught.value
     )
     assert "resolve(" not in str(caught.value).partition("Break")[2]
+
+
+def test_the_remedy_goes_into_the_users_class_where_the_other_is_bundled() -> None:
+    """Whichever of the two stands first in the list; what it says to write makes the learner."""
+
+    class Mine(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.history": Write()}
+
+        @on(BatchEnd)
+        def touch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+    for callbacks in ([Mine(), Recorder()], [Recorder(), Mine()]):
+        with pytest.raises(WriteConflictError) as caught:
+            order(*callbacks)
+        assert "# in Mine\n        return (Recorder,)" in str(caught.value)
+        assert "in Recorder" not in str(caught.value)
+
+    class Sorted(Mine):
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return (Recorder,)
+
+    assert order(Sorted(), Recorder()) == ["Recorder", "Sorted"]
