@@ -17,6 +17,7 @@ from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.handler import Handler, Marked, mark
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
+from flowtrain.records import LoggerBackend
 from flowtrain.resolution import Resolution
 
 __all__ = ["Callback", "Condition", "check_handlers", "find_handler", "on"]
@@ -59,11 +60,21 @@ class Callback:
 
     A callback in a learner has a unique `name`: its type's name, with ``#2`` and so on for further ones, unless it
     sets one itself. The name is the key of its state in checkpoints and reports.
+
+    Attributes:
+        conditions: What is asked before a handler runs; `flowtrain.callbacks.throttle` adds one.
+        backends: The logging backends that its handlers give to `flowtrain.records.log`.
+        deferrable: Nothing in training waits for its handlers: an executor may run them later, elsewhere, on a
+            snapshot of what they declare. Such a callback declares no `Write` but on resources.
+        durable: No event of it may be dropped, however far behind it is.
     """
 
     name: str = ""
     _handlers: ClassVar[dict[str, Handler]] = {}
     conditions: tuple[Condition, ...] = ()
+    backends: tuple[LoggerBackend, ...] = ()
+    deferrable: bool = False
+    durable: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

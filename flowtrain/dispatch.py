@@ -7,7 +7,7 @@ it fires what handlers asked for (`drain`) and decides what their failures amoun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import Event
@@ -50,12 +50,14 @@ class Dispatch:
         executor: What runs the plans.
         runners: For each phase, what to call at each event of its step.
         fired: The events that handlers asked to fire.
+        urgent: What other threads want done on the training thread before the next batch; what it raises ends the fit.
     """
 
     def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor) -> None:
         self.executor = executor
         self.runners = _Runners(self)
         self.fired = state.fired
+        self.urgent: list[Callable[[], None]] = []
         self._scopes = scopes
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
@@ -133,6 +135,11 @@ class Dispatch:
             self.fired.clear()
         if failures:
             raise_worst(failures)
+
+    def attend(self) -> None:
+        """Do what is urgent, first in, first out."""
+        while self.urgent:
+            self.urgent.pop(0)()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""

@@ -33,12 +33,15 @@ __all__ = [
     "AccessError",
     "AmbiguousHandlerError",
     "CallbackError",
+    "CheckpointError",
     "CoreError",
     "CycleError",
     "DataError",
+    "DeferredCancelError",
     "ExecutorError",
     "FlowtrainError",
     "HandlerError",
+    "LoggingError",
     "LossError",
     "MissingStateError",
     "ProtectedException",
@@ -166,6 +169,18 @@ class CoreError(FlowtrainError):
 
 class ExecutorError(FlowtrainError):
     """An executor that is unknown, closed, or bound to another learner."""
+
+
+class LoggingError(FlowtrainError):
+    """A logging backend cannot do what it is asked to."""
+
+
+class CheckpointError(FlowtrainError):
+    """A checkpoint cannot be written, read, or does not fit."""
+
+
+class DeferredCancelError(FlowtrainError):
+    """A handler that runs off the training thread raised a cancel, and what it wanted to end has gone on."""
 
 
 class UsageError(FlowtrainError):

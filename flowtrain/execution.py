@@ -45,6 +45,14 @@ class Site(Protocol):
         """The events that handlers asked to fire next, each with the name of the callback that asked."""
         ...
 
+    @property
+    def urgent(self) -> list[Callable[[], None]]:
+        """What is to be called on the training thread before its next batch; any thread may append to it.
+
+        What such a call raises ends the fit. This is how a failure on another thread gets there.
+        """
+        ...
+
     def drain(self, phase: Phase) -> None:
         """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
 

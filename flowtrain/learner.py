@@ -180,7 +180,10 @@ class Learner(StepSite):
         """Flush the executor and give back what it holds. The learner can still be read."""
         if not self._closed:
             self._closed = True
-            self.loop.executor.close()
+            try:
+                self.loop.executor.close()
+            finally:
+                self.loop.sinks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,8 +253,10 @@ class Learner(StepSite):
         self.loop.scopes.refuse_nested("Changing the callbacks")
         phases = [type(phase) for phase in self.state.data]
         before = self.state.callbacks
+        self.loop.sinks.check(callbacks)
         made = Callbacks(callbacks, self.state, phases, before, watch(self.state) if self.strict else None)
         made.annotate(self.loop.executor.explain)
+        self.loop.sinks.use(made)
         self.state.callbacks = made
         named = (path for node in made.nodes for path, _ in node.union)
         self.core.need_grad_norm(("batch", "grad_norm") in named)
@@ -263,6 +268,7 @@ class Learner(StepSite):
         if self._closed:
             raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
+        self.loop.sinks.open()
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:
         for phase in phases:

@@ -28,6 +28,7 @@ from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
 from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
+from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
 from flowtrain.steps import CLOSED, CLOSING, OPEN
 
@@ -49,6 +50,7 @@ class Loop:
         scopes: What is open, and where training is.
         dispatch: What fires events.
         runners: For each phase, what to call at each event of its step.
+        sinks: The logging backends of the callbacks.
     """
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
@@ -58,6 +60,7 @@ class Loop:
         self.scopes = Scopes()
         self.dispatch = Dispatch(state, self.scopes, executor)
         self.runners = self.dispatch.runners
+        self.sinks = Sinks()
 
     # --- fit and epoch
 
@@ -84,10 +87,11 @@ class Loop:
             failures.append(failure)
         self.scopes.fit = CLOSING
         self._close(_FIT_END, Phase(), failures)
-        try:
-            self.executor.flush()
-        except BaseException as failure:  # everything is closed first
-            failures.append(failure)
+        for flush in (self.executor.flush, self.sinks.flush):
+            try:
+                flush()
+            except BaseException as failure:  # everything is closed first
+                failures.append(failure)
         # All three: an interrupt can strike while an epoch is being closed.
         self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
         try:
@@ -157,8 +161,10 @@ class Loop:
         batches: Iterable[Any] = loader if most is None else islice(loader, most)
         if self.core.accumulate > 1:
             batches = self._mark_last(batches, shortest(length(loader), most))
-        step, scopes = phase.step, self.scopes
+        step, scopes, urgent = phase.step, self.scopes, self.dispatch.urgent
         for raw in batches:
+            if urgent:
+                self.dispatch.attend()
             scopes.batch_number += 1
             try:
                 step(learner, raw)

@@ -23,7 +23,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
     2: ("resolution", "handler", "callback", "providers"),  # what a user writes
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
-    4: ("naming", "checks", "plan", "strict", "registry", "execution"),  # from an order to something that runs
+    4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (
         "devices", "optimizers", "groups", "core", "data", "scopes", "dispatch", "loop", "stepsite", "scratch",
         "dryrun",
