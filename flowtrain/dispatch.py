@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import Event
 from flowtrain.execution import Executor, Runner
+from flowtrain.graph import Node
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
+from flowtrain.records import Run
 from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
 from flowtrain.signals import raise_worst
+from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
 from flowtrain.steps import StepRunners
 
@@ -47,18 +50,21 @@ class Dispatch:
     """Fires the events of one learner.
 
     Attributes:
+        state: What is trained, and what callbacks share.
         executor: What runs the plans.
         runners: For each phase, what to call at each event of its step.
         fired: The events that handlers asked to fire.
         urgent: What other threads want done on the training thread before the next batch; what it raises ends the fit.
     """
 
-    def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor) -> None:
+    def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor, sinks: Sinks) -> None:
+        self.state = state
         self.executor = executor
         self.runners = _Runners(self)
         self.fired = state.fired
         self.urgent: list[Callable[[], None]] = []
         self._scopes = scopes
+        self._sinks = sinks
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
@@ -71,6 +77,16 @@ class Dispatch:
         self._callbacks = callbacks
         self._by_type.clear()
         self.runners.clear()
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The callbacks that are in use, with their names and declarations."""
+        return self._callbacks.nodes if self._callbacks is not None else ()
+
+    @property
+    def run(self) -> Run:
+        """The run that the logging backends are opened for."""
+        return self._sinks.run
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
         """Return what runs an event in a phase; ``None`` where no callback has a handler."""

@@ -19,8 +19,11 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from flowtrain.errors import ExecutorError, nearest
 from flowtrain.events import Event
+from flowtrain.graph import Node
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
+from flowtrain.records import Run
+from flowtrain.state import LearnerState
 
 __all__ = ["EXECUTORS", "Executor", "Runner", "SerialExecutor", "Site", "find_executor"]
 
@@ -39,6 +42,21 @@ _CLOSED = "This SerialExecutor is closed. Give the learner a new one."
 
 class Site(Protocol):
     """What an executor gets from the loop that it works for."""
+
+    @property
+    def state(self) -> LearnerState:
+        """What is trained, and what callbacks share."""
+        ...
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The callbacks that are in use, with their names and declarations."""
+        ...
+
+    @property
+    def run(self) -> Run:
+        """The run that the logging backends are opened for."""
+        ...
 
     @property
     def fired(self) -> list[tuple[str, Event]]:

@@ -58,9 +58,9 @@ class Loop:
         self.core = core
         self.executor = executor
         self.scopes = Scopes()
-        self.dispatch = Dispatch(state, self.scopes, executor)
-        self.runners = self.dispatch.runners
         self.sinks = Sinks()
+        self.dispatch = Dispatch(state, self.scopes, executor, self.sinks)
+        self.runners = self.dispatch.runners
 
     # --- fit and epoch
 

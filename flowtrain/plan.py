@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from flowtrain.callback import Callback, Condition
@@ -29,12 +29,14 @@ class Step:
         handler: Its registration.
         call: What to call with ``(event, phase, view)``; asks the callback's conditions first, where it has some.
         view: What the handler sees.
+        conditions: The callback's conditions that `call` asks first.
     """
 
     node: Node
     handler: Handler
     call: Call
     view: LearnerView
+    conditions: tuple[Condition, ...] = ()
 
     @property
     def callback(self) -> Callback:
@@ -45,6 +47,10 @@ class Step:
     def label(self) -> str:
         """The callback's name and the handler's, as ``"Printer.show"``."""
         return f"{self.node.name}.{self.handler.attribute}"
+
+    def instead(self, call: Call) -> Step:
+        """Return this step with another function to call, where the same conditions say so."""
+        return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,11 @@ class Plan:
             yield f"{position + 1:3}. {step.label:{width}}  {first}".rstrip()
             yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
 
+    def with_calls(self, calls: Mapping[int, Call]) -> Plan:
+        """Return the same plan with other functions to call at some positions."""
+        steps = tuple(step.instead(calls[at]) if at in calls else step for at, step in enumerate(self.steps))
+        return replace(self, steps=steps, calls=tuple((step.call, step.view) for step in steps))
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -108,13 +119,9 @@ def make_plan(
     steps = []
     for node, handler in zip(order.nodes, order.handlers, strict=True):
         view = bind_view(node.access[handler], state, owner_of(node, handler))
-        step = Step(node, handler, handler.bind(node.callback), view)
-        if watch is not None:
-            step = Step(node, handler, watch(step), view)
         asked = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
-        if asked:
-            step = Step(node, handler, _conditional(step.call, asked), view)
-        steps.append(step)
+        step = Step(node, handler, handler.bind(node.callback), view, asked)
+        steps.append(step.instead(step.call if watch is None else watch(step)))
     return Plan(
         event_type,
         phase_type,

@@ -35,6 +35,7 @@ from flowtrain.dispatch import Dispatch
 from flowtrain.execution import SerialExecutor
 from flowtrain.registry import Callbacks
 from flowtrain.scopes import Scopes
+from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
 
@@ -102,7 +103,7 @@ def test_firing_from_outside_lets_a_cancel_of_the_fit_through() -> None:
 
 def test_a_plan_gets_another_runner_from_its_next_event_on() -> None:
     state, phase, watch, swapped = LearnerState(), TrainingPhase(), Watch(), list[Event]()
-    dispatch, callbacks = Dispatch(state, Scopes(), SerialExecutor()), Callbacks([watch], state)
+    dispatch, callbacks = Dispatch(state, Scopes(), SerialExecutor(), Sinks()), Callbacks([watch], state)
     dispatch.use(callbacks)
     plan = callbacks.plan(BatchBegin, TrainingPhase)
 
@@ -125,7 +126,7 @@ def test_a_plan_gets_another_runner_from_its_next_event_on() -> None:
 
 def test_where_no_callback_has_a_handler_nothing_is_called() -> None:
     state = LearnerState()
-    dispatch = Dispatch(state, Scopes(), SerialExecutor())
+    dispatch = Dispatch(state, Scopes(), SerialExecutor(), Sinks())
     dispatch.use(Callbacks([CustomCallback(lambda view: None, BatchEnd, TrainingPhase)], state))
     training, validation = dispatch.runners[TrainingPhase()], dispatch.runners[ValidationPhase()]
     assert (training.batch_begin, validation.batch_end) == (None, None)

@@ -34,10 +34,11 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.execution import EXECUTORS, Runner, find_executor
-from flowtrain.plan import Plan, Step
+from flowtrain.execution import EXECUTORS, find_executor
+from flowtrain.plan import Plan
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
+from flowtrain.testing.site import TinySite
 
 
 class Fails(Callback):
@@ -68,28 +69,8 @@ class Fails(Callback):
 KINDS = [type(f"K{number}", (Fails,), {}) for number in range(8)]
 
 
-class Site:
-    """The loop as far as an executor sees it: notes failures and drains."""
-
-    def __init__(self) -> None:
-        self.fired: list[tuple[str, Event]] = []
-        self.failures: list[tuple[str, BaseException]] = []
-        self.drained = 0
-
-    def drain(self, phase: Phase) -> None:
-        self.drained += 1
-        self.fired.clear()
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        self.failures = [(step.node.name, failure) for step, failure in failures]
-
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
-
-    def swap(self, plan: Plan, runner: Runner) -> None: ...
-
-
-def run(event: Event, *callbacks: Callback) -> Site:
-    site, executor = Site(), SerialExecutor()
+def run(event: Event, *callbacks: Callback) -> TinySite:
+    site, executor = TinySite(), SerialExecutor()
     executor.bind(site)
     executor.compile(Callbacks(callbacks, LearnerState()).plan(type(event), TrainingPhase))(event, TrainingPhase())
     return site
@@ -171,7 +152,7 @@ def test_two_steps_with_one_function() -> None:
 
 
 def test_what_handlers_fired_is_drained_once_after_the_event() -> None:
-    site = Site()
+    site = TinySite()
 
     class Fires(Fails):
         def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
@@ -184,7 +165,7 @@ def test_what_handlers_fired_is_drained_once_after_the_event() -> None:
     runner(BatchEnd(), TrainingPhase())
     runner = executor.compile(Callbacks([Fails(ran)], LearnerState()).plan(BatchEnd, TrainingPhase))
     runner(BatchEnd(), TrainingPhase())
-    assert site.drained == 1
+    assert len(site.drained) == 1
 
 
 def test_an_interrupt_is_no_failure_of_a_handler() -> None:
@@ -277,9 +258,9 @@ def test_a_cancel_ends_what_it_names() -> None:
 
 def test_an_executor_belongs_to_one_learner() -> None:
     executor = SerialExecutor()
-    executor.bind(Site())
+    executor.bind(TinySite())
     with pytest.raises(ExecutorError) as caught:
-        executor.bind(Site())
+        executor.bind(TinySite())
     assert str(caught.value) == "This SerialExecutor belongs to another learner. Give each learner its own."
 
 

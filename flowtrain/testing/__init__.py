@@ -8,12 +8,14 @@
 from flowtrain.testing.contract import ExecutorContract
 from flowtrain.testing.equivalence import assert_equivalent
 from flowtrain.testing.shuffled import ShuffledExecutor
+from flowtrain.testing.site import TinySite
 from flowtrain.testing.tiny import TinyModel, record_access, tiny_batches, tiny_learner
 
 __all__ = [
     "ExecutorContract",
     "ShuffledExecutor",
     "TinyModel",
+    "TinySite",
     "assert_equivalent",
     "record_access",
     "tiny_batches",

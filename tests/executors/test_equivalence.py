@@ -36,11 +36,11 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.execution import Executor, Runner
-from flowtrain.plan import Plan, Step
+from flowtrain.execution import Executor
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.testing.site import TinySite
 from flowtrain_dask import DaskExecutor
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "60"))
@@ -207,23 +207,6 @@ def test_dask_does_what_serial_does(found: list[Spec], random: Any, workers: int
 # --- one event, with the order of everything that happens in it
 
 
-@dataclass
-class Site:
-    """The loop as far as an executor sees it."""
-
-    fired: list[tuple[str, Event]] = field(default_factory=list)
-    failures: list[tuple[str, BaseException]] = field(default_factory=list)
-
-    def drain(self, phase: Phase) -> None: ...
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        self.failures = [(step.node.name, failure) for step, failure in failures]
-
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
-
-    def swap(self, plan: Plan, runner: Runner) -> None: ...
-
-
 class Logs(Callback):
     def __init__(self, access: Access, after: Sequence[type[Callback]], act: Callable[[str], None]) -> None:
         self.access = access
@@ -281,7 +264,7 @@ def test_no_handler_starts_before_those_that_it_waits_for_have_returned(data: st
     names = [step.node.name for step in plan.steps]
 
     def fire(executor: Executor) -> list[tuple[str, str]]:
-        site = Site()
+        site = TinySite()
         executor.bind(site)
         executor.compile(plan)(BatchEnd(), TrainingPhase())
         executor.close()

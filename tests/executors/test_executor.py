@@ -35,11 +35,11 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.execution import Executor, Runner
-from flowtrain.plan import Plan, Step
+from flowtrain.execution import Executor
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.testing.site import TinySite
 from flowtrain_dask import DaskExecutor, Parallel
 
 TIMEOUT = 20.0
@@ -83,28 +83,6 @@ class Draws(Does):
         return {"resource.rng": Write()}
 
 
-class Site:
-    """The loop as far as an executor sees it."""
-
-    def __init__(self) -> None:
-        self.fired: list[tuple[str, Event]] = []
-        self.failures: list[tuple[str, BaseException]] = []
-        self.drained: list[list[tuple[str, Event]]] = []
-        self.swapped: list[Runner] = []
-
-    def drain(self, phase: Phase) -> None:
-        self.drained.append(list(self.fired))
-        self.fired.clear()
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        self.failures += [(step.node.name, failure) for step, failure in failures]
-
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
-
-    def swap(self, plan: Plan, runner: Runner) -> None:
-        self.swapped.append(runner)
-
-
 @pytest.fixture
 def executor() -> Iterator[DaskExecutor]:
     made = DaskExecutor(workers=2, parallel="always")
@@ -112,7 +90,7 @@ def executor() -> Iterator[DaskExecutor]:
     made.close()
 
 
-def runner_of(executor: Executor, site: Site, event: Event, *callbacks: Callback) -> Callable[[], None]:
+def runner_of(executor: Executor, site: TinySite, event: Event, *callbacks: Callback) -> Callable[[], None]:
     state = LearnerState()
     state.fired = site.fired
     executor.bind(site)
@@ -133,7 +111,7 @@ def own_threads() -> list[threading.Thread]:
 def test_independent_handlers_run_at_the_same_time(executor: DaskExecutor) -> None:
     """Each waits for the other, so nothing but running both at once gets through."""
     meet = threading.Barrier(2, timeout=TIMEOUT)
-    site = Site()
+    site = TinySite()
     runner_of(executor, site, BatchEnd(), A(lambda _: meet.wait()), B(lambda _: meet.wait()))()
     assert site.failures == []
 
@@ -158,10 +136,10 @@ def test_a_handler_waits_for_a_predecessor_on_another_strand(executor: DaskExecu
         assert ended == ["fast", "slow", "C"]
 
 
-def _site(executor: DaskExecutor) -> Site:
+def _site(executor: DaskExecutor) -> TinySite:
     """Return the site that the executor has, or a new one."""
     site: Any = vars(executor)["_site"]
-    return Site() if site is None else site
+    return TinySite() if site is None else site
 
 
 def test_what_draws_random_numbers_runs_on_the_training_thread(executor: DaskExecutor) -> None:
@@ -176,7 +154,7 @@ def test_what_draws_random_numbers_runs_on_the_training_thread(executor: DaskExe
 
         return act
 
-    runner_of(executor, Site(), BatchEnd(), A(note("A")), Draws(note("Draws")))()
+    runner_of(executor, TinySite(), BatchEnd(), A(note("A")), Draws(note("Draws")))()
     assert threads["Draws"] == threading.get_ident() != threads["A"]
 
 
@@ -200,7 +178,7 @@ def test_when_the_event_has_failed_no_handler_is_running(executor: DaskExecutor)
         timer.join(TIMEOUT)
         ended.set()
 
-    site = Site()
+    site = TinySite()
     run = runner_of(executor, site, BatchEnd(), A(fail), B(slow))
     run()
     assert ended.is_set()
@@ -218,7 +196,7 @@ def test_failures_come_in_serial_order_whoever_fails_first(executor: DaskExecuto
         second.set()
         raise KeyError("last in order, first in time")
 
-    site = Site()
+    site = TinySite()
     runner_of(executor, site, BatchEnd(), A(early), B(late), C(nothing, (B,)))()
     assert [name for name, _ in site.failures] == ["A", "B"]
     assert [type(error) for _, error in site.failures] == [ValueError, KeyError]
@@ -243,7 +221,7 @@ def test_what_depends_on_a_failure_runs_at_the_end_of_a_fit_only(
 
         return act
 
-    site = Site()
+    site = TinySite()
     runner_of(executor, site, event, A(fail), B(note("B"), (A,)), C(note("C"), (A,)))()
     assert sorted(noted) == ran
     assert [name for name, _ in site.failures] == ["A"]
@@ -268,7 +246,7 @@ def test_events_are_drained_in_serial_order_of_who_fired_them(executor: DaskExec
         learner.fire(Own(4))
         fired.set()
 
-    site = Site()
+    site = TinySite()
     run = runner_of(executor, site, BatchEnd(), A(late), B(early))
     waiting = ("somebody", Own(0))
     site.fired.append(waiting)  # of an event outside of this one: it keeps its place
@@ -293,7 +271,7 @@ def test_an_interrupt_of_the_training_thread_waits_for_the_others(executor: Dask
         timer.start()
         timer.join(TIMEOUT)
 
-    site = Site()
+    site = TinySite()
     run = runner_of(
         executor, site, BatchEnd(), A(interrupts), B(interrupts), C(lambda _: ran.append("C"), (A, B))
     )
@@ -322,7 +300,7 @@ def test_an_exit_raised_by_a_handler_goes_on_when_nothing_runs(executor: DaskExe
         finally:
             running.discard(threading.get_ident())
 
-    site = Site()
+    site = TinySite()
     run = runner_of(executor, site, BatchEnd(), A(leave), B(leave), C(nothing, (A, B)))
     with pytest.raises(SystemExit, match="3"):
         run()
@@ -344,7 +322,7 @@ def test_handlers_see_the_callers_torch_state_and_context(executor: DaskExecutor
         autocast = torch.is_autocast_enabled("cpu")
         seen[threading.get_ident()] = (variable.get(), torch.is_grad_enabled(), autocast, torch.get_num_threads())
 
-    run = runner_of(executor, Site(), BatchEnd(), A(look), B(look))
+    run = runner_of(executor, TinySite(), BatchEnd(), A(look), B(look))
     for value in ("one", "two"):  # threads that are warm see what has changed since
         token = variable.set(value)
         with torch.no_grad(), torch.autocast("cpu"):
@@ -373,7 +351,7 @@ def test_handlers_of_validation_see_no_grad() -> None:
 
 def test_a_handler_that_fires_through_the_learner_does_not_deadlock(executor: DaskExecutor) -> None:
     """While strands run, an event runs inline where it is fired: the pool has no thread left for it."""
-    inner, site = list[str](), Site()
+    inner, site = list[str](), TinySite()
     nested = runner_of(executor, site, BatchBegin(), A(lambda _: inner.append("A")), B(lambda _: inner.append("B")))
     runner_of(executor, site, BatchEnd(), A(lambda _: nested()), B(nothing))()
     assert inner == ["A", "B"]
@@ -388,7 +366,7 @@ def test_settings_and_callbacks_of_dask_do_not_reach_it(executor: DaskExecutor) 
             tasks.append(key)
 
     ran: list[str] = []
-    run = runner_of(executor, Site(), BatchEnd(), A(lambda _: ran.append("A")), B(lambda _: ran.append("B")))
+    run = runner_of(executor, TinySite(), BatchEnd(), A(lambda _: ran.append("A")), B(lambda _: ran.append("B")))
     watches = Watches()  # type: ignore[no-untyped-call]  # dask's own has no annotations
     with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), watches:
         run()
@@ -424,7 +402,7 @@ def test_a_dropped_learner_leaves_no_thread() -> None:
 
 @pytest.mark.parametrize("parallel", ["auto", "always", "never"])
 def test_a_closed_executor_runs_nothing(parallel: Any) -> None:
-    executor, site, ran = DaskExecutor(parallel=parallel, workers=2), Site(), list[str]()
+    executor, site, ran = DaskExecutor(parallel=parallel, workers=2), TinySite(), list[str]()
     runner_of(executor, site, BatchEnd(), A(lambda _: ran.append("A")), B(nothing))
     executor.close()
     closed = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
@@ -440,7 +418,7 @@ def test_a_closed_executor_runs_nothing(parallel: Any) -> None:
 
 
 def test_close_in_a_handler_is_an_error(executor: DaskExecutor) -> None:
-    site = Site()
+    site = TinySite()
     runner_of(executor, site, BatchEnd(), A(lambda _: executor.close()), B(nothing))()
     [(_, error)] = site.failures
     assert str(error) == (

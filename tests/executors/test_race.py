@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
 from flowtrain.execution import Runner, SerialExecutor
-from flowtrain.plan import Plan, Step
+from flowtrain.plan import Plan
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
+from flowtrain.testing.site import TinySite
 from flowtrain_dask.compile import direct_predecessors
 from flowtrain_dask.firing import Crew
 from flowtrain_dask.race import Race
@@ -20,21 +20,13 @@ from flowtrain_dask.strands import pack
 from flowtrain_dask.ways import Ways
 
 
-@dataclass
-class Site:
+class Site(TinySite):
     """The loop as far as a race needs it: the runner in use, and what has failed."""
 
-    fired: list[tuple[str, Event]] = field(default_factory=list)
-    failures: list[BaseException] = field(default_factory=list)
-    used: Runner | None = None
-    swaps: int = 0
-
-    def drain(self, phase: Phase) -> None: ...
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        self.failures += [failure for _, failure in failures]
-
-    def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None: ...
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: Runner | None = None
+        self.swaps = 0
 
     def swap(self, plan: Plan, runner: Runner) -> None:
         self.used = runner
@@ -205,4 +197,4 @@ def test_a_firing_that_fails_is_not_a_time(crew: Crew) -> None:
     assert two.fire(2) == ["inline"] * 2, "the turn is taken again"
     two.error = None
     assert two.fire(10) == RACE[1:]
-    assert [str(failure) for failure in two.site.failures] == ["broken"] * 5
+    assert [str(failure) for _, failure in two.site.failures] == ["broken"] * 5
