@@ -10,7 +10,7 @@ from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
 from flowtrain.containers import CONTAINERS
-from flowtrain.errors import AccessError, MissingStateError, nearest
+from flowtrain.errors import AccessError, CallbackError, MissingStateError, nearest
 from flowtrain.events import Event
 from flowtrain.graph import Node
 from flowtrain.handler import Handler
@@ -18,12 +18,16 @@ from flowtrain.phases import Phase
 from flowtrain.providers import PROVIDERS
 from flowtrain.state import LearnerState, State
 
-__all__ = ["check_batch", "check_cbstate", "check_made", "check_parts", "entries_written"]
+__all__ = ["check_batch", "check_cbstate", "check_deferrable", "check_made", "check_parts", "entries_written"]
 
 
 def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
     """Yield the paths below `root` that must be there to be read."""
-    return [path for path, kind in declaration if kind == Read() and path[0] == root and len(path) > 1]
+    return [
+        path
+        for path, kind in declaration
+        if isinstance(kind, Read) and not kind.optional and path[0] == root and len(path) > 1
+    ]
 
 
 def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
@@ -33,6 +37,29 @@ def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
         for path, kind in node.union
         if isinstance(kind, Write) and path[0] == root
     ]
+
+
+def check_deferrable(nodes: Iterable[Node]) -> None:
+    """Check that callbacks which may run later, elsewhere, only consume (rule 19).
+
+    Raises:
+        CallbackError: A deferrable callback declares to write state, or to draw random numbers.
+    """
+    for node in nodes:
+        if not node.callback.deferrable:
+            continue
+        for path, kind in node.union:
+            if not isinstance(kind, Write) or (path[0] == "resource" and path[1] != "rng"):
+                continue
+            why = (
+                "random numbers are drawn on the training thread, in serial order"
+                if path[0] == "resource"
+                else "what it writes would come too late, or never reach this process"
+            )
+            raise CallbackError(
+                f"{node.name} is deferrable and declares Write() on {dotted(path)!r}. A deferrable callback may run "
+                f"later and elsewhere, on a snapshot: {why}. Set deferrable = False, or declare Read()."
+            )
 
 
 def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:

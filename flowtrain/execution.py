@@ -105,6 +105,9 @@ class Executor(Protocol):
             ExecutorError: It belongs to another one, or is closed.
         """
 
+    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        """Raise if it cannot run these callbacks, which a learner is about to use. Called before `bind` and again."""
+
     def compile(self, plan: Plan) -> Runner:
         """Return what runs a plan that has at least one step. Called once for each plan."""
         ...
@@ -137,6 +140,9 @@ class SerialExecutor:
         if self._site is not None and self._site is not site:
             raise ExecutorError("This SerialExecutor belongs to another learner. Give each learner its own.")
         self._site = site
+
+    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        """Accept any callbacks."""
 
     def compile(self, plan: Plan) -> Runner:
         """Return a loop over the plan's calls."""
@@ -237,7 +243,7 @@ def find_executor(executor: object) -> Executor:
     if isinstance(executor, type):
         raise ExecutorError(f"executor={executor.__name__} is a class. Pass an instance: {executor.__name__}().")
     if not isinstance(executor, Executor):
-        needed = "name, bind, compile, explain, flush and close"
+        needed = "name, bind, check, compile, explain, flush and close"
         raise ExecutorError(
             f"executor={executor!r} is no executor: it needs {needed}. Pass one by name instead: {_known()}."
         )

@@ -6,7 +6,7 @@ what a user passes, joins these parts, and delegates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -30,6 +30,7 @@ from flowtrain.dryrun import Recording, record
 from flowtrain.errors import CallbackError, ExecutorError, UsageError
 from flowtrain.events import EpochBegin
 from flowtrain.execution import Executor, find_executor
+from flowtrain.graph import Node
 from flowtrain.loop import Loop
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.registry import Callbacks
@@ -253,8 +254,8 @@ class Learner(StepSite):
         self.loop.scopes.refuse_nested("Changing the callbacks")
         phases = [type(phase) for phase in self.state.data]
         before = self.state.callbacks
-        self.loop.sinks.check(callbacks)
-        made = Callbacks(callbacks, self.state, phases, before, watch(self.state) if self.strict else None)
+        watched = watch(self.state) if self.strict else None
+        made = Callbacks(callbacks, self.state, phases, before, watched, self._accept)
         made.annotate(self.loop.executor.explain)
         self.loop.sinks.use(made)
         self.state.callbacks = made
@@ -263,6 +264,10 @@ class Learner(StepSite):
         self.loop.dispatch.use(made)
 
     # --- checks
+
+    def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        self.loop.sinks.check(node.callback for node in nodes)
+        self.loop.executor.check(nodes, state)
 
     def _ready(self, what: str) -> None:
         if self._closed:

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, find_handler
-from flowtrain.checks import check_batch, check_cbstate, check_made, check_parts, entries_written
+from flowtrain.checks import check_batch, check_cbstate, check_deferrable, check_made, check_parts, entries_written
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
@@ -43,6 +43,7 @@ class Callbacks(Sequence[Callback]):
         phases: The phases that the learner has data for.
         before: The callbacks that the learner has now; what is in there too is not set up again.
         watch: Wraps each handler's call; strict mode does.
+        accept: Called with the callbacks when all else is done; what it raises refuses them. An executor's `check`.
 
     Raises:
         FlowtrainError: What is declared has no valid order, or does not exist; the message says which.
@@ -55,9 +56,11 @@ class Callbacks(Sequence[Callback]):
         phases: Iterable[type[Phase]] = (),
         before: Iterable[Callback] = (),
         watch: Callable[[Step], Call] | None = None,
+        accept: Callable[[Sequence[Node], LearnerState], None] | None = None,
     ) -> None:
         self._state = state
         self._watch = watch
+        self._accept = accept
         self._resolver = Resolver()
         self._plans: dict[_Key, Plan] = {}
         self._orders: dict[tuple[Any, ...], Order] = {}
@@ -68,6 +71,7 @@ class Callbacks(Sequence[Callback]):
         self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
+        check_deferrable(self._nodes)
         check_parts(self._nodes, state)
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)
@@ -235,6 +239,8 @@ class Callbacks(Sequence[Callback]):
             for node in order_setup(new):
                 self._call_setup(node)
             check_made(self._nodes, cbstate)
+            if self._accept is not None:
+                self._accept(self._nodes, self._state)
         except BaseException:
             restore()
             self._state.fired.clear()  # what a setup asked for before it raised

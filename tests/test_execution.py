@@ -319,8 +319,8 @@ class Almost:
     ("given_executor", "message"),
     [
         (SerialExecutor, "executor=SerialExecutor is a class. Pass an instance: SerialExecutor()."),
-        (None, "executor=None is no executor: it needs name, bind, compile, explain, flush and close. Pass one by"),
-        (Almost(), "is no executor: it needs name, bind, compile, explain, flush and close. Pass one by name instead:"),
+        (None, "executor=None is no executor: it needs name, bind, check, compile, explain, flush and close. Pass"),
+        (Almost(), "is no executor: it needs name, bind, check, compile, explain, flush and close. Pass one by name"),
         (threading.Thread(), "is no executor: it needs "),
     ],
 )

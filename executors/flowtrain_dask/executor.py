@@ -16,8 +16,10 @@ from typing import Literal
 from flowtrain.errors import ExecutorError
 from flowtrain.events import EpochBegin, Event
 from flowtrain.execution import Runner, SerialExecutor, Site
+from flowtrain.graph import Node
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan
+from flowtrain.state import LearnerState
 from flowtrain_dask.compile import EventGraph, compile_plan
 from flowtrain_dask.firing import CLOSED, Crew
 from flowtrain_dask.race import Race
@@ -91,6 +93,9 @@ class DaskExecutor:
             raise ExecutorError("This DaskExecutor belongs to another learner. Give each learner its own.")
         self._site = site
         self._serial.bind(site)
+
+    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        """Raise if it cannot run these callbacks."""
 
     def compile(self, plan: Plan) -> Runner:
         """Return what runs a plan; what it returns may be replaced when firings have been timed."""

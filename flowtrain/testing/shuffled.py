@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from flowtrain.errors import ExecutorError
 from flowtrain.events import Event
 from flowtrain.execution import Runner, Site
+from flowtrain.graph import Node
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
+from flowtrain.state import LearnerState
 
 __all__ = ["ShuffledExecutor"]
 
@@ -46,6 +48,9 @@ class ShuffledExecutor:
         if self._site is not None and self._site is not site:
             raise ExecutorError("This ShuffledExecutor belongs to another learner. Give each learner its own.")
         self._site = site
+
+    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        """Accept any callbacks."""
 
     def compile(self, plan: Plan) -> Runner:
         """Return what runs a plan, each time in another order."""

@@ -52,6 +52,8 @@ class Threads:
             raise ExecutorError("closed, or another learner's")
         self.site = site
 
+    def check(self, nodes: object, state: object) -> None: ...
+
     def compile(self, plan: Plan) -> Runner:
         if self.closed or self.site is None:
             raise ExecutorError("closed, or no learner's")
@@ -435,6 +437,9 @@ class BackwardsExecutor:
         if self.closed or self.site not in (None, site):
             raise ExecutorError("This BackwardsExecutor is closed, or belongs to another learner.")
         self.site = site
+
+    def check(self, nodes, state):
+        pass
 
     def compile(self, plan):
         if self.closed or self.site is None:
