@@ -47,12 +47,15 @@ class Read:
 
     Args:
         optional: Give ``None`` where there is nothing (yet), in place of a `MissingStateError`.
+        full: The handler iterates over a whole series there. It matters for deferrable callbacks only: such a one
+            stays in this process, since another process gets just the newest values of a series.
     """
 
     optional: bool = False
+    full: bool = False
 
     def __repr__(self) -> str:
-        return "Read(optional=True)" if self.optional else "Read()"
+        return f"Read({', '.join(f'{name}=True' for name in ('optional', 'full') if getattr(self, name))})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,18 @@ def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, R
 
 
 def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
-    if one is None or isinstance(other, Write):
+    if one is None or one == other or isinstance(other, Write):
         return other
-    return one if isinstance(one, Write) or not one.optional else other
+    if isinstance(one, Write):
+        return one
+    return Read(optional=one.optional and other.optional, full=one.full or other.full)
 
 
 def union(declarations: Iterable[Declaration]) -> Declaration:
-    """Return what any of the declarations allows; for one path `Write` beats `Read` beats an optional read."""
+    """Return what any of the declarations allows; for one path `Write` beats `Read` beats an optional read.
+
+    A `Read` of two is full if one of them is.
+    """
     found: dict[Path, Read | Write] = {}
     for declaration in declarations:
         for path, kind in declaration:

@@ -189,7 +189,8 @@ def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
     for node in nodes:
         for path, kind in node.union:
             inside: Any = (parts if isinstance(kind, Write) else read).get(path[0])
-            for depth, name in enumerate(path[1:] if inside is not None and kind != Read(optional=True) else (), 1):
+            expected = inside is not None and not (isinstance(kind, Read) and kind.optional)
+            for depth, name in enumerate(path[1:] if expected else (), 1):
                 if not (name in inside if isinstance(inside, Mapping) else hasattr(inside, name)):
                     above = dotted(path[:depth])
                     known = map(str, inside if isinstance(inside, Mapping) else dir(inside))

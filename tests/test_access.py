@@ -30,7 +30,7 @@ from flowtrain.access import (
 from flowtrain.errors import AccessError
 
 NAMES = ["a", "b", "0", "weight"]
-KINDS: list[Read | Write] = [Read(), Read(optional=True), Write()]
+KINDS: list[Read | Write] = [Read(), Read(optional=True), Read(full=True), Read(optional=True, full=True), Write()]
 
 roots = st.sampled_from(["batch", "cbstate", "model", "params", "optimizer", "resource"])
 paths = st.tuples(roots, st.lists(st.sampled_from(NAMES), max_size=3)).map(lambda each: (each[0], *each[1]))
@@ -109,6 +109,17 @@ def test_names_of_any_kind_are_rendered_as_source(name: str) -> None:
 def test_one_path_twice_is_the_stronger_of_both() -> None:
     assert declare({"batch": {"x": Read(optional=True)}, "batch.x": Read()}, "me") == ((("batch", "x"), Read()),)
     assert declare({"batch.x": Write(), "batch": {"x": Read()}}, "me") == ((("batch", "x"), Write()),)
+
+
+def test_a_full_read_stays_full() -> None:
+    """Rule 22: who iterates over a whole series says so, and no other declaration takes that back."""
+    full, optional, plain = Read(full=True), Read(optional=True), Read()
+    x: Path = ("cbstate", "x")
+    assert union([((x, full),), ((x, optional),), ((x, plain),)]) == ((x, Read(full=True)),)
+    assert union([((x, optional),), ((x, Read(optional=True, full=True)),)]) == ((x, Read(optional=True, full=True)),)
+    assert union([((x, full),), ((x, Write()),)]) == ((x, Write()),)
+    assert granted(((("cbstate",), full), (x, optional)), x) == full
+    assert render(((x, Read(optional=True, full=True)),)) == '{"cbstate.x": Read(optional=True, full=True)}'
 
 
 def test_empty_declarations() -> None:
@@ -208,9 +219,12 @@ def test_a_path_covers_what_lies_below_it() -> None:
 @given(st.lists(declarations, max_size=4), paths)
 def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path: Path) -> None:
     """Rule 3: `setup` gets the union."""
-    each = [granted(declaration, path) for declaration in several]
-    strongest = max(each, key=[None, Read(optional=True), Read(), Write()].index, default=None)
-    assert granted(union(several), path) == strongest
+    each = [kind for declaration in several if (kind := granted(declaration, path)) is not None]
+    expected: Read | Write | None = Write() if Write() in each else None
+    reads = [kind for kind in each if isinstance(kind, Read)]
+    if reads and expected is None:
+        expected = Read(optional=all(kind.optional for kind in reads), full=any(kind.full for kind in reads))
+    assert granted(union(several), path) == expected
 
 
 # --- where two meet
