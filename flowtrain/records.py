@@ -3,35 +3,48 @@
 A handler logs a *loggable* (a `Value`, an `Image`, ...) with `log`. The backend turns it into bytes where the handler
 runs (`LoggerBackend.encode`), and the process that owns the sink, which is the one that trains, writes those bytes
 (`LoggerBackend.write`). In place both happen at once. A handler that runs elsewhere runs inside `collecting`, which
-keeps the records and hands them back with the result, so a sink has one writer whatever happens to the others.
+keeps the records, and they come back with its result: the owner gives them to `deliver`. So a sink has one writer,
+whatever happens to the others.
+
+What is logged has a name, a step and a group, which says what the step counts: ``("Step", "TrainingPhase")``,
+``("Epoch", "ValidationPhase")``. Backends show the three parts as one path: ``Step/TrainingPhase/Loss``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
+
+from flowtrain.errors import LoggingError
 
 __all__ = [
     "Collector",
     "Figure",
     "File",
+    "Group",
     "Histogram",
     "Identity",
     "Image",
     "Loggable",
     "LoggerBackend",
     "Run",
+    "Settings",
     "Text",
     "Value",
     "collecting",
+    "deliver",
     "identity",
     "log",
 ]
+
+
+Group: TypeAlias = tuple[str, ...]
+"""What a step counts, and where: ``("Step", "TrainingPhase")``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +57,7 @@ class Value(Loggable):
     """A number.
 
     Args:
-        value: A number, or a tensor with one element.
+        value: A number, or a tensor or array with one element. NaN and infinite values are values like any other.
     """
 
     value: Any
@@ -56,7 +69,8 @@ class Image(Loggable):
 
     Args:
         image: A tensor or array of shape (height, width), (channels, height, width) or (height, width, channels), with
-            1, 3 or 4 channels; floating values from 0 to 1, or bytes from 0 to 255.
+            1, 3 or 4 channels; floating values from 0 to 1, or whole numbers from 0 to 255. What lies outside of that
+            is cut off, and NaN is black. A shape that fits two of these has its channels first.
     """
 
     image: Any
@@ -101,6 +115,17 @@ class File(Loggable):
     path: str | PathLike[str]
 
 
+@dataclass(frozen=True, eq=False)
+class Settings(Loggable):
+    """The settings of a run, such as the batch size: trackers list and compare runs by them.
+
+    Args:
+        values: By name: numbers, texts, ``None``, and lists and mappings of these.
+    """
+
+    values: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Run:
     """What a backend is told when it is opened.
@@ -119,13 +144,14 @@ class Run:
 class LoggerBackend(ABC):
     """Takes what is logged: a file, or a tracker.
 
-    A constructor only stores its arguments, so that a backend can be copied to another process before and after it is
-    opened: the copy encodes and never writes. `open` comes first, before training; then `write` for every record in
-    order; `flush` at the end of a fit and for a checkpoint; `close` last. It may be opened again after that.
-    `flowtrain.testing.BackendContract` tests an implementation.
+    A constructor only stores its arguments, and a copy by pickle leaves behind what is open: a backend is copied to
+    other processes before and after it is opened, and the copy encodes and never writes. `open` comes first, before
+    training; then `write` for every record in order; `flush` at the end of a fit and for a checkpoint; `close` last.
+    It may be opened again after that, and goes on where it was. `flowtrain.testing.BackendContract` tests an
+    implementation.
 
     Attributes:
-        accepts: The kinds of loggables that `encode` takes.
+        accepts: The kinds of loggables that `encode` takes. `log` gives it no others.
     """
 
     accepts: ClassVar[tuple[type[Loggable], ...]] = (Loggable,)
@@ -133,34 +159,55 @@ class LoggerBackend(ABC):
     @property
     @abstractmethod
     def sink(self) -> str:
-        """What it writes to, such as the absolute path of a file: two open backends never have the same."""
+        """What it writes to, such as the absolute path of a file: two backends of a learner never have the same."""
 
     @abstractmethod
     def open(self, run: Run) -> None:
-        """Begin to take records. Raises what there is to raise before training begins."""
+        """Begin to take records; nothing of what is there is lost. With a rank other than 0, do nothing, for good.
+
+        Raises:
+            LoggingError: It cannot be written to, or a package is missing. Nothing has been trained then.
+        """
 
     @abstractmethod
-    def encode(self, loggable: Loggable, name: str, step: int, group: str) -> bytes:
-        """Return a record of a loggable. A pure function, called where the handler runs.
+    def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
+        """Return a record of a loggable, with the clock time if the sink keeps it.
+
+        A pure function of its arguments and the clock, called where the handler runs, perhaps in several threads at
+        once, and in copies that were never opened.
 
         Args:
             loggable: One of `accepts`.
             name: What is logged, such as ``"Loss"``.
             step: The step that it belongs to.
-            group: The phase and the kind of step, such as ``"TrainingPhase/step"``.
+            group: What the step counts, and where, such as ``("Step", "TrainingPhase")``.
+
+        Raises:
+            LoggingError: The loggable is none of `accepts`, or holds what cannot be logged.
         """
 
     @abstractmethod
     def write(self, record: bytes) -> None:
-        """Take what `encode` returned, here or in another process."""
+        """Take what `encode` returned, here or in another process.
+
+        Raises:
+            LoggingError: It cannot be written, as when the disk is full; what was written before is kept.
+        """
 
     @abstractmethod
     def flush(self) -> Any:
-        """Bring all that was written to where it stays; return the position, as plain values, for `restore`."""
+        """Bring all that was written to where it stays; return the position, as plain values, for `restore`.
+
+        Plain values are what JSON knows. What was flushed is there after the power has failed.
+        """
 
     @abstractmethod
     def restore(self, position: Any) -> None:
-        """Take back what was written after a position. Called after `open`, with what an earlier `flush` returned."""
+        """Take back what was written after a position. Called after `open`, with what an earlier `flush` returned.
+
+        Raises:
+            LoggingError: What is there is not what was there at that position.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -207,7 +254,7 @@ class Collector:
 _collector: ContextVar[Collector | None] = ContextVar("flowtrain_collector", default=None)
 
 
-def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: int, group: str) -> None:
+def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: int, group: Group) -> None:
     """Log something to all backends of a callback that take its kind.
 
     Args:
@@ -215,17 +262,47 @@ def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: 
         loggable: What to log.
         name: What it is called, such as ``"Loss"``.
         step: The step that it belongs to.
-        group: The phase and the kind of step, such as ``"TrainingPhase/step"``.
+        group: What the step counts, and where, such as ``("Step", "TrainingPhase")``.
+
+    Raises:
+        LoggingError: No backend takes its kind, or one cannot take this one.
     """
     collector = _collector.get()
+    taken = False
     for position, backend in enumerate(backends):
         if not isinstance(loggable, backend.accepts):
             continue
-        record = backend.encode(loggable, name, step, group)
-        if collector is None:
+        taken = True
+        try:
+            record = backend.encode(loggable, name, step, group)
+            if collector is None:
+                backend.write(record)
+            else:
+                collector.records.append((position, record))
+        except Exception as error:
+            error.add_note(f"raised when {name!r} of {'/'.join(group)}, step {step}, was logged to {backend.sink}")
+            raise
+    if not taken:
+        raise LoggingError(
+            f"{type(loggable).__name__} {name!r} was logged to {', '.join(map(repr, backends)) or 'no backend'}, and "
+            f"none takes that kind. Add one that does, such as JsonlBackend(path)."
+        )
+
+
+def deliver(backends: Sequence[LoggerBackend], records: Iterable[tuple[int, bytes]]) -> None:
+    """Write what a `Collector` kept, in the process that owns the sinks.
+
+    Args:
+        backends: The ``backends`` of the callback whose handler logged.
+        records: `Collector.records`, here or in another process.
+    """
+    for position, record in records:
+        backend = backends[position]
+        try:
             backend.write(record)
-        else:
-            collector.records.append((position, record))
+        except Exception as error:
+            error.add_note(f"raised when a record was written to {backend.sink}")
+            raise
 
 
 @contextmanager
