@@ -25,10 +25,10 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (
-        "devices", "optimizers", "groups", "core", "data", "scopes", "dispatch", "loop", "stepsite", "scratch",
+        "devices", "optimizers", "groups", "core", "data", "planned", "scopes", "dispatch", "loop", "stepsite", "scratch",
         "dryrun",
     ),  # training itself
-    6: ("logging", "metrics"),  # what the bundled callbacks work with
+    6: ("logging", "metrics", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
     8: ("arguments", "learner", "flowtrain"),  # all of it in one object, and what users import
     9: ("testing", "examples"),  # users of the face
