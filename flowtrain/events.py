@@ -55,10 +55,15 @@ class FitBegin(Event):
     Attributes:
         epochs: How many epochs of each phase the fit asks for; ``None`` if it counts steps.
         steps: How many training steps the fit asks for; ``None`` if it counts epochs.
+        updates: How many updates that comes to, of all training phases together, if nothing is cancelled; ``None``
+            where the length of a loader is not known.
+        resumed: Whether this goes on with a fit that a checkpoint holds; the counts are those of the whole fit then.
     """
 
     epochs: int | None = None
     steps: int | None = None
+    updates: int | None = None
+    resumed: bool = False
 
 
 class FitEnd(Event):

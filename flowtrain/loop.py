@@ -26,6 +26,7 @@ from flowtrain.events import (
 from flowtrain.execution import Executor
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
+from flowtrain.planned import planned_updates
 from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
 from flowtrain.sinks import Sinks
@@ -76,7 +77,8 @@ class Loop:
         self.scopes.fit = OPEN
         failures: list[BaseException] = []
         try:
-            self.dispatch.fire(FitBegin(epochs, steps), Phase())
+            updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
+            self.dispatch.fire(FitBegin(epochs, steps, updates), Phase())
             if epochs is not None:
                 for _ in range(epochs):
                     for phase, loader in data.items():
