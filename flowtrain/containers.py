@@ -34,16 +34,17 @@ def holds_series(value: object) -> bool:
     return isinstance(value, SeriesMap)
 
 
-def _by_phase(path: str) -> PhaseMap[SeriesMap]:
-    return PhaseMap(path, lambda: SeriesMap(path))
+def _by_phase(path: str, late: bool = False) -> PhaseMap[SeriesMap]:
+    return PhaseMap(path, lambda: SeriesMap(path, late))
 
 
-CONTAINERS: Mapping[str, Callable[[str], Any]] = {
-    "history": CountsMap,
+CONTAINERS: Mapping[str, Callable[..., Any]] = {
+    "history": lambda path, late=False: CountsMap(path),
     "hyperparams": SeriesMap,
     "metrics_epoch": _by_phase,
     "metrics_step": _by_phase,
-    "smooth_loss": lambda path: PhaseMap(path, lambda: Series(path)),
+    "smooth_loss": lambda path, late=False: PhaseMap(path, lambda: Series(path, late)),
     "tracehistory": _by_phase,
 }
-"""The entries of ``cbstate`` that the learner makes, each with what makes it from its path."""
+"""The entries of ``cbstate`` that the learner makes, each with what makes it from its path, and whether tensors on the
+CPU are to be treated as those of a device (`flowtrain.lag`)."""

@@ -10,9 +10,11 @@ learner and a frozen copy of its state.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowtrain.access import ROOTS, Declaration, Read, Write, dotted, granted
@@ -21,6 +23,7 @@ from flowtrain.errors import MissingStateError, UsageError, is_a, nearest
 from flowtrain.events import Event
 from flowtrain.part import Owner, Part, Tree, tree, writes
 from flowtrain.readonly import PLAIN, readonly
+from flowtrain.requests import CheckpointRequest
 from flowtrain.state import LearnerState
 
 __all__ = ["CompiledView", "LearnerView", "Namespace", "bind_view", "compile_view"]
@@ -51,6 +54,11 @@ class LearnerView:
         cbstate: Any
         callbacks: Any
 
+    @property
+    def lag(self) -> int:
+        """After how many batches values of the device are to be read; 0 where reading does not wait for anything."""
+        return getattr(self._state, "lag", 0)  # a frozen copy of a state holds values that were read
+
     def fire(self, event: Event) -> None:
         """Fire an event, in the current phase, when the current event has ended.
 
@@ -60,6 +68,31 @@ class LearnerView:
         if not is_a(event, Event):
             raise UsageError(f"fire() takes an event, got {event!r}. Write learner.fire(MyEvent()).")
         self._state.fired.append((self._owner.callback, event))
+
+    def request_checkpoint(
+        self,
+        path: str | PathLike[str],
+        *,
+        best: bool = False,
+        remove: Iterable[str] = (),
+        weights: bool = False,
+        on_interrupt: bool = False,
+    ) -> None:
+        """Ask the loop for a checkpoint; it takes one when the current event has ended and no batch is open.
+
+        The request is dropped if the event raises an error. `flowtrain.callbacks.Checkpointer` keeps a folder of them.
+
+        Args:
+            path: The file to write; ``latest`` beside it will name it, if what it holds is finite.
+            best: Let ``best``, beside it, name it too.
+            remove: Names of files beside it to remove once it is there; what ``latest`` or ``best`` names stays.
+            weights: Write the weights of the model also as safetensors, beside it.
+            on_interrupt: Not now, but when an interrupt ends this fit.
+        """
+        if not is_a(path, (str, PathLike)):
+            raise UsageError(f"request_checkpoint() takes the path of a file, got {path!r}.")
+        request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt)
+        self._state.fired.append((self._owner.callback, request))
 
     if not TYPE_CHECKING:  # a checker must not think that every attribute exists
 

@@ -230,7 +230,7 @@ class Callbacks(Sequence[Callback]):
         cbstate = self._state.cbstate
         restore = restore_point(cbstate)
         try:
-            _make_containers(self._nodes, cbstate)
+            _make_containers(self._nodes, cbstate, late=self._state.lag > 0)
             new = [
                 node
                 for node in self._nodes
@@ -266,7 +266,7 @@ def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]
     return [*fires, *others]
 
 
-def _make_containers(nodes: Iterable[Node], cbstate: State) -> None:
+def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> None:
     """Make the entries that the learner owes: series, and a namespace where only something inside it is declared."""
     paths = [path for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == "cbstate"]
     whole = {path[1] for path in paths if len(path) == 2}
@@ -275,7 +275,7 @@ def _make_containers(nodes: Iterable[Node], cbstate: State) -> None:
             continue
         name = path[1]
         if name in CONTAINERS:
-            setattr(cbstate, name, CONTAINERS[name](f"cbstate.{name}"))
+            setattr(cbstate, name, CONTAINERS[name](f"cbstate.{name}", late))
         elif name not in whole:
             setattr(cbstate, name, State(f"cbstate.{name}"))
     for path in paths:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import nearest
+from flowtrain.lag import Kept
 from flowtrain.readonly import refuse
 
 __all__ = ["Series", "SeriesMap"]
@@ -16,7 +17,12 @@ __all__ = ["Series", "SeriesMap"]
 class Series:
     """Values with the step at which each was recorded, in order.
 
-    Iterating gives ``(step, value)`` pairs; ``len`` is their number.
+    Iterating gives ``(step, value)`` pairs; ``len`` is their number. Values of a device stay there, at most 256 of
+    them, until they are read: to read them is to wait for the device.
+
+    Args:
+        path: Where it lives, for messages.
+        late: Treat tensors on the CPU as those of a device (``TorchCore(lag=...)`` on the CPU).
 
     >>> series = Series("cbstate.example")
     >>> series.push(0.5, step=1)
@@ -24,12 +30,14 @@ class Series:
     (1, 0.5)
     """
 
-    __slots__ = ("_path", "_steps", "_values")
+    __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
+        self._late = late
         self._steps: list[int] = []
         self._values: list[Any] = []
+        self._kept = Kept()
 
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
@@ -39,10 +47,14 @@ class Series:
         if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
             if value.numel() != 1:
                 value = value.detach().clone()
-            elif value.is_cpu:
+            elif value.is_cpu and not self._late:
                 value = value.item()
             else:
                 value = value.detach() if type(value) is torch.Tensor else value.detach().clone()
+                self._values.append(value)
+                self._steps.append(step)
+                self._kept.add(self._values)
+                return
         self._values.append(value)
         self._steps.append(step)
 
@@ -54,15 +66,21 @@ class Series:
         """
         if not self._steps:
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
-        value = self._values[-1] = self._settled(self._values[-1])
-        return self._steps[-1], value
+        if self._kept:
+            self._kept.settle_one(self._values, len(self._values) - 1)
+        return self._steps[-1], self._values[-1]
+
+    def newest(self) -> Any:
+        """Return the newest value without waiting for it: a tensor of one element if it is on a device."""
+        if self._values[-1] is None and self._kept:  # it went with a chunk
+            return self.last()[1]
+        return self._values[-1]
 
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
-        values = self._values[start:]
-        if torch.Tensor in map(type, values):  # on an accelerator, where they are read now
-            self._values[start:] = values = [self._settled(value) for value in values]
-        return values
+        if self._kept:
+            self._kept.settle(self._values)
+        return self._values[start:]
 
     def snapshot(self) -> int:
         """Return what `restore` needs to come back to here."""
@@ -72,12 +90,24 @@ class Series:
         """Take back what was recorded after a snapshot."""
         del self._values[snapshot:], self._steps[snapshot:]
 
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Return the steps and the values, for a checkpoint."""
+        return {"steps": list(self._steps), "values": self.since(0)}
+
+    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
+        """Take back what `state_dict` returned; in place, because twins and views hold the lists."""
+        self._steps[:], self._values[:] = state["steps"], state["values"]
+
     @staticmethod
     def _settled(value: Any) -> Any:
         return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
     def __twin__(self) -> ReadOnlySeries:
         return ReadOnlySeries(self)
+
+    def __getstate__(self) -> object:
+        self.since(0)  # what is copied or pickled has no part on a device
+        return object.__getstate__(self)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -96,6 +126,7 @@ class ReadOnlySeries(Series):
 
     def __init__(self, series: Series) -> None:
         self._path, self._steps, self._values = series._path, series._steps, series._values
+        self._late, self._kept = series._late, series._kept
 
     def push(self, value: Any, step: int) -> None:
         """Refuse."""
@@ -105,14 +136,19 @@ class ReadOnlySeries(Series):
         """Refuse."""
         raise refuse(self._path)
 
+    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
 
 class SeriesMap(Mapping[str, Series]):
     """Series by name. `push` makes a series when its name is new."""
 
-    __slots__ = ("_path", "_series")
+    __slots__ = ("_late", "_path", "_series")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
+        self._late = late
         self._series: dict[str, Series] = {}
 
     def push(self, name: str, value: Any, step: int) -> None:
@@ -124,7 +160,7 @@ class SeriesMap(Mapping[str, Series]):
 
     def series(self, name: str) -> Series:
         """Return the series `name`, made if it is new."""
-        return self._series.setdefault(name, Series(f"{self._path}.{name}"))
+        return self._series.setdefault(name, Series(f"{self._path}.{name}", self._late))
 
     def __twin__(self) -> ReadOnlySeriesMap:
         return ReadOnlySeriesMap(self)
@@ -163,7 +199,7 @@ class ReadOnlySeriesMap(SeriesMap):
     __slots__ = ()
 
     def __init__(self, series: SeriesMap) -> None:
-        self._path, self._series = series._path, series._series
+        self._path, self._late, self._series = series._path, series._late, series._series
 
     def __getitem__(self, name: str) -> Series:
         return super().__getitem__(name).__twin__()

@@ -170,6 +170,7 @@ class LearnerState:
         cbstate: What callbacks share.
         callbacks: The learner's callbacks.
         fired: Events that handlers of the current event asked to fire next, each with the name of who asked.
+        lag: After how many batches a value of the device is read; 0 where reading does not wait.
     """
 
     __slots__ = (
@@ -179,6 +180,7 @@ class LearnerState:
         "cbstate",
         "data",
         "fired",
+        "lag",
         "lossfn",
         "model",
         "optimizer",
@@ -198,6 +200,7 @@ class LearnerState:
         self.cbstate = State("cbstate")
         self.callbacks: Any = ()
         self.fired: list[tuple[str, Any]] = []
+        self.lag = 0
 
     def show(self, batch: BatchState) -> None:
         """Make `batch` the current one, with a twin for what it may come to hold."""

@@ -25,7 +25,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (
-        "devices", "prefetch", "optimizers", "groups", "scaling", "compiling", "core", "data", "planned", "scopes", "dispatch", "loop", "stepsite",
+        "devices", "prefetch", "optimizers", "groups", "scaling", "compiling", "core",
+        "data", "planned", "scopes", "dispatch", "loop", "stepsite",
         "scratch", "dryrun",
     ),  # training itself
     6: ("logging", "metrics", "hyperparameter", "schedules", "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
