@@ -137,14 +137,15 @@ def _entry(path: Path, value: Any) -> dict[Path, object]:
             found.update(_entry((*path, name), value.__dict__[name]))
         return found
     if isinstance(value, SeriesMap):
-        return {path: None, **{(*path, name): fingerprint(series) for name, series in value.items() if len(series)}}
+        named = {(*path, *name.split(".")): fingerprint(series) for name, series in value.items() if len(series)}
+        return {path: None, **named}
     if isinstance(value, PhaseMap) and holds_series(value):
         found = {path: None}
         for phase, item in value.items():
             for name, series in item.items():
                 if len(series):
-                    known = found.get((*path, name), ())
-                    found[*path, name] = (*known, (repr(phase), fingerprint(series)))  # type: ignore[misc]  # a tuple
+                    full = (*path, *name.split("."))
+                    found[full] = (*found.get(full, ()), (repr(phase), fingerprint(series)))  # type: ignore[misc]  # a tuple
         return found
     return {path: fingerprint(value)}
 

@@ -119,7 +119,7 @@ class RecordedMapping(Mapping[Any, Any]):
 
     def push(self, name: str, value: Any, step: int) -> None:
         """Append to a series."""
-        self._log[*self._path, name] = Write()
+        self._log[*self._path, *name.split(".")] = Write()
         self._target.push(name, value, step)
 
     def __iter__(self) -> Iterator[Any]:

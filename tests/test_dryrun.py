@@ -30,12 +30,17 @@ from flowtrain import (
 from flowtrain.access import Declaration, dotted
 from flowtrain.callbacks import (
     CustomCallback,
+    DeviceStats,
+    GarbageCollect,
+    GradNorm,
+    LearningRateMonitor,
     Metrics,
     MetricsPrinter,
     ProgressBar,
     Recorder,
     SmoothLoss,
     StopOnNaNLoss,
+    Timer,
     Traces,
 )
 from flowtrain.metrics import mean_absolute_error
@@ -57,12 +62,17 @@ def _loss_squared(learner: LearnerView) -> Any:
 
 BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "CustomCallback": (lambda: CustomCallback(_loss_squared, BatchEnd, access={"batch.loss": Read()}), {}),
+    "DeviceStats": (lambda: DeviceStats(every=1), {}),
+    "GarbageCollect": (GarbageCollect, {}),
+    "GradNorm": (GradNorm, {}),
+    "LearningRateMonitor": (LearningRateMonitor, {}),
     "Metrics": (lambda: Metrics(mean_absolute_error), {}),
     "MetricsPrinter": (MetricsPrinter, {}),
     "ProgressBar": (lambda: ProgressBar(redraw=0, report=0), {}),
     "Recorder": (Recorder, {}),
     "SmoothLoss": (SmoothLoss, {}),
     "StopOnNaNLoss": (StopOnNaNLoss, {"lossfn": _nan_loss}),
+    "Timer": (Timer, {}),
     "Traces": (lambda: Traces({"Squared": _loss_squared}, TrainingPhase, access={"batch.loss": Read()}), {}),
 }
 

@@ -6,18 +6,27 @@ them use only what any callback can: handlers, declared state, ``run_after``.
 
 from __future__ import annotations
 
+from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
+from flowtrain.callbacks.devices import DeviceStats
+from flowtrain.callbacks.gradients import GradNorm
 from flowtrain.callbacks.metrics import Metric, Metrics
 from flowtrain.callbacks.nan import StopOnNaNLoss
 from flowtrain.callbacks.printer import MetricsPrinter
 from flowtrain.callbacks.progress import ProgressBar
+from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
 from flowtrain.callbacks.smooth import SmoothLoss
 from flowtrain.callbacks.throttle import throttle
+from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
 
 __all__ = [
     "CustomCallback",
+    "DeviceStats",
+    "GarbageCollect",
+    "GradNorm",
+    "LearningRateMonitor",
     "Metric",
     "Metrics",
     "MetricsPrinter",
@@ -25,6 +34,7 @@ __all__ = [
     "Recorder",
     "SmoothLoss",
     "StopOnNaNLoss",
+    "Timer",
     "Traces",
     "throttle",
 ]

@@ -1,0 +1,87 @@
+"""GarbageCollect: Python's collector of cycles runs between batches, not inside of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+from flowtrain.access import Access, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["GarbageCollect"]
+
+
+class GarbageCollect(Callback):
+    """Turn Python's automatic collection of cycles off during epochs, and collect every `every` batches.
+
+    The automatic collection begins in the middle of a batch, whenever enough objects were made, and goes through all
+    objects now and then: some 100 milliseconds where much is imported. In distributed training each process stops at
+    another time, and the others wait for it. This callback collects young objects at every n-th batch, and all of them
+    at the end of an epoch (https://docs.python.org/3/library/gc.html).
+
+    When the epoch ends, normally or not, the collector is turned on again if it was on before.
+
+    Reads and writes no state; its resource is ``resource.gc``. Costs an addition for each batch, and the collections
+    themselves.
+
+    Args:
+        every: Collect at the n-th, 2n-th, ... batch, counted for each phase.
+
+    Raises:
+        UsageError: `every` is no whole number, or below 1.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> tiny_learner(GarbageCollect(every=10)).fit(1)
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        if not is_a(every, int) or isinstance(every, bool) or every < 1:
+            raise UsageError(f"GarbageCollect(every={every!r}): every is a whole number of batches, at least 1.")
+        self.every = every
+        self._counts: dict[str, int] = {}
+        self._was_on = False
+
+    def state_access(self) -> Access:
+        return {"resource.gc": Write()}
+
+    @on(EpochBegin)
+    def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        """Turn the automatic collection off."""
+        self._was_on = gc.isenabled()
+        gc.disable()
+
+    @on(BatchEnd)
+    def collect(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Collect what was made lately, if it is time to."""
+        count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
+        if count % self.every == 0:
+            gc.collect(1)
+
+    @on(EpochEnd)
+    def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Collect everything, and turn the automatic collection on again."""
+        self._put_back()
+        gc.collect()
+
+    @on(EpochCancelled)
+    def cancel_epoch(self, event: EpochCancelled, phase: Phase, learner: LearnerView) -> None:
+        """Turn the automatic collection on again."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._was_on:
+            gc.enable()
+        self._was_on = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the batches counted, by phase."""
+        return {"counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._counts = dict(state["counts"])

@@ -1,0 +1,123 @@
+"""DeviceStats: memory and utilisation of this process and its GPU, without further packages."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import BatchEnd
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["DeviceStats"]
+
+_MEBIBYTE = 2**20
+
+
+class DeviceStats(Callback):
+    """Record how much memory and processor this process uses, every `every` batches.
+
+    Writes series to ``cbstate.tracehistory[phase]``, each at the number of batches completed. Memory is in MiB:
+
+    - ``"Device.Memory"``: resident memory (Linux), ``"Device.MemoryPeak"``: the most there was (Linux and macOS);
+    - ``"Device.Cpu"``: processor time over time since the last record: 1 is one core that is always busy;
+    - ``"Device.CudaMemory"``, ``"Device.CudaReserved"``, ``"Device.CudaPeak"``: of torch's allocator on the current GPU
+      (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), where there is one.
+
+    Reads ``cbstate.history``; so it runs after `Recorder`. Costs some 20 microseconds when it records, and an addition
+    otherwise. There is no synchronisation with a GPU.
+
+    Args:
+        every: Record at the n-th, 2n-th, ... batch, counted for each phase.
+        measure: Returns numbers by name, always with the same names, in place of those above.
+
+    Raises:
+        UsageError: `every` is no whole number or below 1, or `measure` does not return numbers by name.
+
+    >>> from flowtrain import TrainingPhase
+    >>> from flowtrain.testing import tiny_learner
+    >>> learner = tiny_learner(DeviceStats(every=8), n_batches=16)
+    >>> learner.fit(1)
+    >>> [step for step, share in learner.cbstate.tracehistory[TrainingPhase]["Device.Cpu"]]
+    [8, 16]
+    """
+
+    def __init__(self, every: int = 100, measure: Callable[[], Mapping[str, float]] | None = None) -> None:
+        if not is_a(every, int) or isinstance(every, bool) or every < 1:
+            raise UsageError(f"DeviceStats(every={every!r}): every is a whole number of batches, at least 1.")
+        if measure is not None and not callable(measure):
+            raise UsageError(f"DeviceStats(measure={measure!r}): measure is a function that returns numbers by name.")
+        self.every = every
+        self.measure: Callable[[], Mapping[str, float]] = _Usage() if measure is None else measure
+        found = self.measure()
+        if not is_a(found, Mapping) or not found or not all(is_a(name, str) and name for name in found):
+            raise UsageError(f'DeviceStats: measure() returned {found!r}; return numbers by name: {{"Watt": 250.0}}.')
+        self.names = tuple(found)
+        self._counts: dict[str, int] = {}
+
+    def state_access(self) -> Access:
+        writes: Access = {f"cbstate.tracehistory.Device.{name}": Write() for name in self.names}
+        return {"cbstate.history": Read(), **writes}
+
+    @on(BatchEnd)
+    def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Measure and record, if it is time to."""
+        count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
+        if count % self.every:
+            return
+        step, series = learner.cbstate.history[phase].steps, learner.cbstate.tracehistory[phase]
+        for name, value in self.measure().items():
+            series.push(f"Device.{name}", value, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the batches counted, by phase."""
+        return {"counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._counts = dict(state["counts"])
+
+
+class _Usage:
+    """What this process uses, by name; each call gives the processor's share since the one before."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def __call__(self) -> dict[str, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        passed, worked = wall - self._wall, cpu - self._cpu
+        self._wall, self._cpu = wall, cpu
+        return {**_memory(), "Cpu": worked / passed if passed > 0 else 0.0, **_cuda()}
+
+
+def _memory() -> dict[str, float]:
+    found: dict[str, float] = {}
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:  # https://man7.org/linux/man-pages/man5/proc.5.html
+            found["Memory"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / _MEBIBYTE
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS in bytes
+        found["MemoryPeak"] = peak / _MEBIBYTE if sys.platform == "darwin" else peak / 1024
+    return found
+
+
+def _cuda() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    used = {
+        "CudaMemory": torch.cuda.memory_allocated(),
+        "CudaReserved": torch.cuda.memory_reserved(),
+        "CudaPeak": torch.cuda.max_memory_allocated(),
+    }
+    return {name: size / _MEBIBYTE for name, size in used.items()}

@@ -1,0 +1,82 @@
+"""GradNorm: how large the gradients are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import UpdateBegin, UpdateEnd
+from flowtrain.handler import Handler
+from flowtrain.phases import AbstractTrainingPhase
+from flowtrain.protect import LearnerView
+
+__all__ = ["GradNorm"]
+
+_HISTORY: Access = {"cbstate.history": Read()}
+
+
+class GradNorm(Callback):
+    """Record the 2-norm of all gradients of each update, before clipping; by layer when asked.
+
+    Writes ``"GradNorm"`` to ``cbstate.tracehistory[phase]``, at the number of the batch that made the update. With
+    `layers` also ``"GradNorm.<layer>"``, where a layer is the first part of a parameter's name, ``"encoder"`` of
+    ``"encoder.weight"``. All are of accumulated and unscaled gradients.
+
+    Reads ``batch.grad_norm`` at `UpdateEnd`, which the core computes where somebody declares it or the gradients are
+    clipped anyway; with `layers` also ``batch.grads`` at `UpdateBegin`. Runs after `Recorder`, and by layer after those
+    that write gradients there. Costs a pass over the gradients for each update, and by layer a second one; norms stay
+    on the device until somebody reads the series, so there is no synchronisation.
+
+    Args:
+        layers: Whether to record the norm of each layer too.
+
+    Raises:
+        UsageError: `layers` is neither ``True`` nor ``False``.
+
+    >>> from flowtrain import TrainingPhase
+    >>> from flowtrain.testing import tiny_learner
+    >>> learner = tiny_learner(GradNorm(layers=True), n_batches=4)
+    >>> learner.fit(1)
+    >>> {name: len(series) for name, series in learner.cbstate.tracehistory[TrainingPhase].items()}
+    {'GradNorm.coeff': 4, 'GradNorm': 4}
+    """
+
+    def __init__(self, *, layers: bool = False) -> None:
+        if not is_a(layers, bool):
+            raise UsageError(f"GradNorm(layers={layers!r}): layers is True or False; the names come from the model.")
+        self.layers = layers
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers: the one for layers only where it is asked for."""
+        for owner, handler in super().handlers():
+            if self.layers or handler.attribute != "record_layers":
+                yield owner, handler
+
+    @on(
+        UpdateEnd,
+        AbstractTrainingPhase,
+        access={**_HISTORY, "batch.grad_norm": Read(), "cbstate.tracehistory.GradNorm": Write()},
+    )
+    def record(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Record the norm of all gradients."""
+        step = learner.cbstate.history[phase].steps + 1
+        learner.cbstate.tracehistory[phase].push("GradNorm", learner.batch.grad_norm, step)
+
+    @on(
+        UpdateBegin,
+        AbstractTrainingPhase,
+        access={**_HISTORY, "batch.grads": Read(), "cbstate.tracehistory.GradNorm": Write()},
+    )
+    def record_layers(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Record the norm of each layer."""
+        step = learner.cbstate.history[phase].steps + 1
+        by_layer: dict[str, list[torch.Tensor]] = {}
+        for name, gradient in learner.batch.grads.items():
+            by_layer.setdefault(name.partition(".")[0], []).append(gradient)
+        series = learner.cbstate.tracehistory[phase]
+        for layer, gradients in by_layer.items():
+            series.push(f"GradNorm.{layer}", torch.nn.utils.get_total_norm(gradients), step)

@@ -1,0 +1,72 @@
+"""LearningRateMonitor: the learning rates that the updates were made with, whoever set them."""
+
+from __future__ import annotations
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import UpdateBegin
+from flowtrain.phases import AbstractTrainingPhase
+from flowtrain.protect import LearnerView
+
+__all__ = ["LearningRateMonitor"]
+
+
+class LearningRateMonitor(Callback):
+    """Record the learning rate of every parameter group when it changes, whoever changes it.
+
+    A schedule of the library records in ``cbstate.hyperparams`` what it sets. This one looks at the optimizer itself,
+    so it also sees a torch scheduler that a step of your own drives, and a rate that was set by hand; both work side by
+    side. It writes to ``cbstate.tracehistory[phase]``, at the number of the batch whose update is the first with this
+    rate: ``"LearningRate"``, or ``"LearningRate.0"``, ``"LearningRate.1"``, ... where the optimizer has several groups;
+    with names of optimizers ``"LearningRate.gen"``, ``"LearningRate.gen.0"``, and so on.
+
+    Reads ``optimizer.hyperparams`` and ``cbstate.history`` at `UpdateBegin`; so it runs after those that set the rate
+    for the update there. Costs a comparison for each group and update; a rate that is kept on a GPU is read with a
+    synchronisation.
+
+    Args:
+        optimizers: The names of the optimizers to look at, where a learner has several.
+
+    Raises:
+        UsageError: A name that is no text, or has a dot.
+
+    >>> from flowtrain import TrainingPhase
+    >>> from flowtrain.testing import tiny_learner
+    >>> learner = tiny_learner(LearningRateMonitor(), n_batches=4)
+    >>> learner.fit(1)
+    >>> learner.optimizer.param_groups[0]["lr"] = 0.05
+    >>> learner.fit(1)
+    >>> list(learner.cbstate.tracehistory[TrainingPhase]["LearningRate"])
+    [(1, 0.1), (5, 0.05)]
+    """
+
+    def __init__(self, *optimizers: str) -> None:
+        for name in optimizers:
+            if not is_a(name, str) or not name or "." in name:
+                raise UsageError(
+                    f"LearningRateMonitor({name!r}) takes names of optimizers. Write LearningRateMonitor() for one "
+                    f'optimizer, LearningRateMonitor("gen", "disc") for those of optimizer={{"gen": ..., "disc": ...}}.'
+                )
+        self.optimizers = optimizers
+
+    def state_access(self) -> Access:
+        names = [f".{name}" for name in self.optimizers] or [""]
+        reads: Access = {f"optimizer{name}.hyperparams": Read() for name in names}
+        writes: Access = {f"cbstate.tracehistory.LearningRate{name}": Write() for name in names}
+        return {"cbstate.history": Read(), **reads, **writes}
+
+    @on(UpdateBegin, AbstractTrainingPhase)
+    def look(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Record the rates that are not what they were."""
+        for name in self.optimizers or ("",):
+            groups = (getattr(learner.optimizer, name) if name else learner.optimizer).hyperparams
+            title = f"LearningRate.{name}" if name else "LearningRate"
+            for number, group in enumerate(groups):
+                self._record(phase, learner, f"{title}.{number}" if len(groups) > 1 else title, float(group["lr"]))
+
+    def _record(self, phase: AbstractTrainingPhase, learner: LearnerView, title: str, rate: float) -> None:
+        series = learner.cbstate.tracehistory[phase]
+        known = series.get(title)
+        if known is None or not len(known) or known.last()[1] != rate:
+            series.push(title, rate, learner.cbstate.history[phase].steps + 1)

@@ -1,0 +1,91 @@
+"""GradNorm: against norms worked out from the gradients themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import Access, Callback, LearnerView, Read, TorchCore, TrainingPhase, UpdateBegin, UsageError, on
+from flowtrain.callbacks import GradNorm
+from flowtrain.execution import Executor
+from flowtrain.learner import Learner
+from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
+
+
+class Keeps(Callback):
+    """Keep a copy of the gradients of every update, before clipping."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def state_access(self) -> Access:
+        return {"batch.grads": Read()}
+
+    @on(UpdateBegin, TrainingPhase)
+    def keep(self, event: UpdateBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.kept.append({name: gradient.clone() for name, gradient in learner.batch.grads.items()})
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+
+def norm(gradients: list[torch.Tensor]) -> float:
+    return float(torch.cat([gradient.flatten() for gradient in gradients]).double().norm())
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({}, [1, 2, 3, 4, 5]), ({"accumulate": 2}, [2, 4, 5]), ({"clip_grad_norm": 1e-3}, [1, 2, 3, 4, 5])],
+    ids=["plain", "accumulated", "clipped"],
+)
+def test_norms_before_clipping_of_whole_groups(settings: dict[str, Any], steps: list[int]) -> None:
+    keeps = Keeps()
+    core = TorchCore(device="cpu", **settings)
+    learner = tiny_learner(GradNorm(layers=True), keeps, model=model(), n_batches=5, core=core)
+    learner.fit(1)
+    series = learner.cbstate.tracehistory[TrainingPhase]
+    assert sorted(series) == ["GradNorm", "GradNorm.0", "GradNorm.2"]
+    for name in series:
+        layer = name.partition(".")[2]
+        expected = [
+            norm([gradient for key, gradient in kept.items() if key.startswith(layer)]) for kept in keeps.kept
+        ]
+        assert [step for step, _ in series[name]] == steps
+        assert [value for _, value in series[name]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_layers_nothing_handles_update_begin() -> None:
+    """Rule 2: what is not asked for costs nothing."""
+    learner = tiny_learner(GradNorm())
+    assert not learner.callbacks.plan(UpdateBegin, TrainingPhase).steps
+    learner.fit(1)
+    assert list(learner.cbstate.tracehistory[TrainingPhase]) == ["GradNorm"]
+
+
+def test_frozen_layers_have_no_series() -> None:
+    frozen = model()
+    frozen.get_submodule("0").requires_grad_(False)
+    learner = tiny_learner(GradNorm(layers=True), model=frozen, data=tiny_batches(n_batches=1))
+    learner.fit(1)
+    assert sorted(learner.cbstate.tracehistory[TrainingPhase]) == ["GradNorm", "GradNorm.2"]
+
+
+def test_layers_is_a_bool() -> None:
+    with pytest.raises(UsageError, match=r"GradNorm\(layers=\['encoder'\]\): layers is True or False"):
+        GradNorm(layers=["encoder"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # what is tested
+
+
+def test_the_same_under_every_executor() -> None:
+    def make(executor: Executor) -> Learner:
+        return tiny_learner(GradNorm(layers=True), Keeps(), model=model(), n_batches=3, executor=executor)
+
+    assert_equivalent(make, executors=["dask"])
+
+
+def test_strict_mode_finds_nothing_to_complain_about() -> None:
+    """A series whose name has a dot lies below the declared path."""
+    tiny_learner(GradNorm(layers=True), model=model(), n_batches=2, strict=True).fit(1)
