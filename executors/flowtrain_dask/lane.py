@@ -1,0 +1,378 @@
+"""A lane: where deferred events wait, and the thread that has them processed one at a time, in order.
+
+The training thread puts an entry at the end (`Lane.put`); the lane's thread takes what has gathered during the linger,
+hands it to the transport as one batch, writes the records of the result, and takes the next batch. There is never more
+than one batch in flight, so batches size themselves: the slower a lane, the larger they get.
+
+Every number is counted by one thread only: the training thread counts what it put, the lane's thread what is done.
+So `put` takes no lock, and it wakes the lane's thread only if that sleeps. What waits for something looks again every
+few milliseconds: a wait in a lock would not be interrupted by signals.
+
+When a handler fails, the records before it are written first; then the failure is handed to the training thread
+(`surface`), and the entries that were put until the training thread raises it are skipped, as they would not have
+existed in place. What is put after that is processed: `FitEnd` has its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from flowtrain.callback import Callback
+from flowtrain.errors import ExecutorError
+from flowtrain.events import Event
+from flowtrain.phases import Phase
+from flowtrain.records import LoggerBackend
+from flowtrain_dask.gate import Gate
+from flowtrain_dask.limits import Limits
+from flowtrain_dask.report import LaneReport, Tally
+from flowtrain_dask.transport import Abandoned, Transport
+from flowtrain_dask.work import Entry, Job, Outcome
+
+__all__ = ["Lane", "OnError", "check_droppable"]
+
+OnError = Literal["raise", "warn"]
+
+_logger = logging.getLogger("flowtrain")
+
+_POLL = 0.002
+"""Seconds between two looks at something that is waited for."""
+_FIRST_BATCH = 64
+_BATCH_EVENTS = 4096
+_BATCH_BYTES = 64 << 20
+_BATCH_SECONDS = 1.0
+"""The most that one batch takes: of events (also before it is known how long one takes), bytes, and expected time."""
+
+
+class Lane:
+    """A bounded queue of events with a thread that has them processed.
+
+    Args:
+        job: What it is there for.
+        transport: Runs its batches; opened already.
+        sinks: For each callback its backends, which are open while there are entries.
+        limits: How much may wait.
+        surface: Takes a callable that raises a failure, to be called by the training thread soon.
+        on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
+        stopping: Whether training is to end soon; then nothing waits for room any more.
+        hurry: How many waiting events end the linger; half of what the limit allows if that is less.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        transport: Transport,
+        sinks: Sequence[Sequence[LoggerBackend]],
+        limits: Limits,
+        *,
+        surface: Callable[[Callable[[], None]], None],
+        on_error: OnError = "raise",
+        stopping: Callable[[], bool] = lambda: False,
+        hurry: int = 1000,
+    ) -> None:
+        self.job = job
+        self._transport = transport
+        self._sinks = sinks
+        self._limits = limits
+        self._surface = surface
+        self._on_error = on_error
+        self._stopping = stopping
+        self._hurry = max(1, min(hurry, limits.pending // 2))
+        self._tally = Tally()
+        self._queue: deque[Entry] = deque()
+        self._flight: Sequence[Entry] = ()  # taken from the queue and not done
+        # The training thread's numbers, then the lane thread's.
+        self._put = self._put_bytes = 0
+        self._done = self._done_bytes = 0
+        self._written = 0  # records of entries before this one are in the sink
+        self._pace = 0.0  # seconds for an event, as of the last batch
+        self._failure: BaseException | None = None
+        self._refuses = False  # closed or retired: `put` takes nothing
+        self._retired = self._closed = self._rush = False
+        self._asleep = True  # `put` wakes the lane's thread, or starts it
+        self._collected = 0  # the state after this many entries is at home
+        self.gate = Gate()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # --- the training thread
+
+    def put(self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int) -> bool:
+        """Put an event at the end; wait for room if there is none. Called by the training thread only.
+
+        Args:
+            duty: The position of its handler in the job.
+            event: The event.
+            phase: The phase.
+            payload: What the handler declared to read; nobody changes it any more.
+            nbytes: How many bytes it holds that nobody else does.
+
+        Returns:
+            Whether the lane took it; otherwise it was dropped and counted.
+        """
+        number = self._put
+        waiting = number - self._done
+        if self._refuses or (waiting and self._is_full(waiting, nbytes)):
+            if not self._make_room(self.job.duties[duty].name, nbytes):
+                return False
+            waiting = number - self._done
+        self._queue.append(Entry(number, duty, event, phase, payload, nbytes))
+        self._put_bytes += nbytes
+        self._put = number + 1
+        if self._asleep or waiting == self._hurry:
+            self._wake_up()
+        return True
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was put is done and the callbacks' state is at home.
+
+        Args:
+            timeout: The most seconds to wait; ``None`` for as long as it takes.
+
+        Returns:
+            Whether it is; ``False`` when the time was over. After a failure there is nothing left to do: see
+            `raise_failure`.
+        """
+        goal = self._put
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._refuses and (self._done < goal or self._collected < goal):
+            self._rush = True
+            self._wake_up()
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL)
+        return self._done >= goal
+
+    def raise_failure(self) -> None:
+        """Raise the failure that waits to be raised, if there is one; the lane then goes on with what is put next."""
+        failure = self._failure
+        if failure is None:
+            return
+        deadline = time.monotonic() + 1.0
+        while self._done < self._put and time.monotonic() < deadline:  # the lane's thread skips what is left
+            self._rush = True
+            self._wake_up()
+            time.sleep(_POLL)
+        self._failure = None
+        try:
+            raise failure
+        finally:
+            del failure
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the lane's thread and give back what the transport holds; what has not been processed is dropped."""
+        if self._closed:
+            return
+        self._closed = self._refuses = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            end = time.monotonic() + timeout
+            while self._thread.is_alive() and time.monotonic() < end:
+                self._thread.join(0.05)
+        else:
+            self._transport.close()
+        self._drop_rest()
+
+    def retire(self, why: str) -> None:
+        """Take no more events; what waits is dropped."""
+        self._refuses = self._retired = True
+        self._tally.last_error = why
+        self._wake.set()
+
+    def report(self) -> LaneReport:
+        """Return how it stands; callable from any thread at any time."""
+        # What is done first: a number that is read later is never smaller.
+        done, done_bytes = self._done, self._done_bytes
+        return LaneReport(
+            self.job.lane,
+            self.job.callbacks,
+            self._transport.where,
+            self._put,
+            done,
+            max(0, self._put_bytes - done_bytes),
+            self._retired,
+            self._tally.copy(),
+        )
+
+    def orphan(self) -> None:
+        """Be the copy in a forked child, which has no lane thread: take nothing, write nothing."""
+        self._closed = self._refuses = True
+        self.gate = Gate()
+        self._wake = threading.Event()
+        self._thread = None
+        self._queue.clear()
+        self._done, self._done_bytes = self._put, self._put_bytes
+
+    def _is_full(self, waiting: int, nbytes: int) -> bool:
+        limits = self._limits
+        return waiting >= limits.pending or self._put_bytes - self._done_bytes + nbytes > limits.bytes
+
+    def _make_room(self, callback: str, nbytes: int) -> bool:
+        """Wait until there is room, or whatever else ends the wait; return whether the event is to be taken."""
+        begin = time.perf_counter()
+        if not self._refuses and self._limits.when_full == "block":
+            while self._has_no_room(nbytes) and not self._stopping():
+                self._wake_up()
+                time.sleep(_POLL)
+            self._tally.stalled(callback, time.perf_counter() - begin)
+            if not self._refuses:
+                return True
+        self._tally.dropped[callback] += 1
+        return False
+
+    def _has_no_room(self, nbytes: int) -> bool:
+        waiting = self._put - self._done
+        return bool(waiting) and not self._refuses and self._failure is None and self._is_full(waiting, nbytes)
+
+    def _wake_up(self) -> None:
+        if self._closed:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drive, name=f"flowtrain lane {self.job.lane}", daemon=True)
+            self._thread.start()
+        self._asleep = False
+        self._wake.set()
+
+    # --- the lane's thread
+
+    def _drive(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    self._round()
+                except Abandoned:
+                    return
+                except BaseException as failure:  # a sink that is full, a cluster that is gone: the lane must tell
+                    self._fail(failure)
+        finally:
+            self._transport.close()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do and the linger is over; return whether to go on."""
+        while not self._closed and not self._queue and not self._wants_home():
+            self._wake.clear()
+            self._asleep = True
+            if not self._queue and not self._closed and not self._wants_home():
+                self._wake.wait()
+            self._asleep = False
+        end = time.monotonic() + self._transport.linger
+        while not self._closed and not self._is_pressed():
+            self._wake.clear()
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            if not self._is_pressed():
+                self._wake.wait(left)
+        return not self._closed
+
+    def _is_pressed(self) -> bool:
+        """Return whether there is no time to linger."""
+        if self._rush or len(self._queue) >= self._hurry:
+            return True
+        return self._put_bytes - self._done_bytes > self._limits.bytes // 2
+
+    def _wants_home(self) -> bool:
+        return self._rush and self._collected < self._put
+
+    def _round(self) -> None:
+        if self._failure is not None or self._retired:
+            self._skip()
+        batch = self._flight = self._take()
+        if batch:
+            begin = time.monotonic()
+            outcome = self._transport.process(batch, self.gate, self._is_closed, self._tally)
+            self._pace = (time.monotonic() - begin) / len(batch)
+            self._accept(batch, outcome)
+        elif self._rush:
+            done = self._done
+            try:
+                self._transport.collect(self._is_closed, self._tally)
+            finally:  # what cannot be brought home now is not asked for again and again
+                self._collected = done
+                self._rush = False
+
+    def _take(self) -> list[Entry]:
+        """Take the next batch: all that waits, but no more than what one batch should take."""
+        most = min(_BATCH_EVENTS, max(1, int(_BATCH_SECONDS / self._pace))) if self._pace else _FIRST_BATCH
+        batch: list[Entry] = []
+        size = 0
+        while self._queue and len(batch) < most and (not batch or size + self._queue[0].nbytes <= _BATCH_BYTES):
+            batch.append(self._queue.popleft())
+            size += batch[-1].nbytes
+        return batch
+
+    def _accept(self, batch: Sequence[Entry], outcome: Outcome) -> None:
+        """Write the records of a result, each sequence number's once, and count what is done with."""
+        done = batch[: outcome.done]
+        try:
+            with self.gate:
+                for sequence, callback, position, record in outcome.records:
+                    if sequence >= self._written:
+                        self._sinks[callback][position].write(record)
+                        self._tally.records += 1
+        finally:
+            self._written = batch[0].sequence + len(done)
+            self._done_bytes += sum(entry.nbytes for entry in done)
+            self._done += len(done)
+            self._flight = batch[outcome.done :]
+        if outcome.failure is not None:
+            self._fail(outcome.failure[1])
+
+    def _fail(self, failure: BaseException) -> None:
+        """Hand a failure to the training thread, or log it and retire."""
+        text = f"{type(failure).__name__}: {failure}"
+        if self._on_error == "warn":
+            notes = "; ".join(getattr(failure, "__notes__", ()))
+            _logger.warning(
+                "flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self.job.lane, text, notes
+            )
+            self.retire(text)
+        else:
+            self._tally.last_error = text
+            self._failure = failure
+            self._surface(self.raise_failure)
+        self._skip()
+
+    def _skip(self) -> None:
+        """Count what waits as skipped."""
+        skipped = list(self._flight)
+        self._flight = ()
+        while self._queue:
+            skipped.append(self._queue.popleft())
+        self._tally.skipped += len(skipped)
+        self._done_bytes += sum(entry.nbytes for entry in skipped)
+        self._done += len(skipped)
+        self._written = self._done
+
+    def _drop_rest(self) -> None:
+        while self._queue:
+            entry = self._queue.popleft()
+            self._tally.dropped[self.job.duties[entry.duty].name] += 1
+
+    def _is_closed(self) -> bool:
+        return self._closed
+
+
+def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> None:
+    """Check that a callback may be deferred to a lane that drops events.
+
+    Args:
+        callback: The callback.
+        reads_series: Whether it declares to read a series.
+        limits: The limits of its lane.
+
+    Raises:
+        ExecutorError: It may not.
+    """
+    if limits.when_full != "drop" or not (callback.durable or reads_series):
+        return
+    name = callback.name or type(callback).__name__
+    why = "is durable" if callback.durable else "reads a series, of which an event holds only what is new"
+    raise ExecutorError(
+        f'{name} {why}, so no event of it may be dropped, but when_full="drop" drops events. Write '
+        f'Limits(when_full="block"), or set {name}.deferrable = False.'
+    )

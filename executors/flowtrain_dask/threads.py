@@ -1,0 +1,45 @@
+"""Lanes in this process: the lane's own thread runs the handlers, on the live callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from flowtrain.callback import Callback
+from flowtrain_dask.report import Tally
+from flowtrain_dask.work import Entry, Job, Outcome, run_entries
+
+__all__ = ["ThreadTransport"]
+
+
+class ThreadTransport:
+    """Runs the batches of one lane on the thread that calls.
+
+    Args:
+        job: What the lane is there for.
+        callbacks: The callbacks themselves.
+        linger: For how many seconds a lane lets events gather; without it the wake-ups slow the training thread.
+    """
+
+    where = "thread"
+
+    def __init__(self, job: Job, callbacks: Sequence[Callback], linger: float = 0.05) -> None:
+        self.linger = linger
+        self._job = job
+        self._callbacks = callbacks
+
+    def open(self, timeout: float) -> None:
+        """There is nothing to open."""
+
+    def process(
+        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
+    ) -> Outcome:
+        """Run a batch."""
+        return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate)
+
+    def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
+        """The state never left."""
+
+    def close(self) -> None:
+        """There is nothing to close."""

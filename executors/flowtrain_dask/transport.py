@@ -1,0 +1,60 @@
+"""The seam between a lane and the place where its handlers run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from flowtrain_dask.report import Tally
+from flowtrain_dask.work import Entry, Outcome
+
+__all__ = ["Abandoned", "Transport"]
+
+
+class Abandoned(Exception):
+    """The lane is being closed, so a transport has stopped waiting. It never leaves the lane."""
+
+
+class Transport(Protocol):
+    """Runs batches somewhere. All but `open` is called by one thread, which is the lane's.
+
+    Attributes:
+        linger: For how many seconds a lane lets events gather before it hands them over.
+    """
+
+    linger: float
+
+    @property
+    def where(self) -> str:
+        """Where it runs them, for the report: ``"thread"``, or an address."""
+        ...
+
+    def open(self, timeout: float) -> None:
+        """Get ready, before training.
+
+        Raises:
+            ExecutorError: It cannot; the text says what to do.
+        """
+
+    def process(
+        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
+    ) -> Outcome:
+        """Run a batch and return what it gave. Records of events that were handed back before may be among it again.
+
+        Args:
+            entries: The next entries, in order.
+            gate: To be held while something happens that a fork must not interrupt.
+            closing: Whether to give up.
+            tally: Where restarts and replays are counted.
+
+        Raises:
+            Abandoned: `closing` said so.
+        """
+        ...
+
+    def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
+        """Bring the state home: the callbacks' attributes are those after all entries so far."""
+
+    def close(self) -> None:
+        """Give back what is held."""

@@ -1,0 +1,365 @@
+"""Lanes in this process: order, bounds, stalls, drops, failures (rules 23, 24, 25 and 27)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from flowtrain import BatchEnd, Callback, CancelFittingException, LearnerView, Phase, TrainingPhase, on
+from flowtrain.access import declare
+from flowtrain.errors import DeferredCancelError, ExecutorError
+from flowtrain.part import Owner
+from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
+from flowtrain_dask.lane import Lane, OnError, check_droppable
+from flowtrain_dask.limits import Limits
+from flowtrain_dask.threads import ThreadTransport
+from flowtrain_dask.work import Duty, Job
+
+
+class Memory(LoggerBackend):
+    """Keeps its records; `full` makes the next write fail."""
+
+    def __init__(self) -> None:
+        self.records: list[str] = []
+        self.full = False
+
+    @property
+    def sink(self) -> str:
+        return f"memory {id(self)}"
+
+    def open(self, run: Run) -> None: ...
+
+    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
+        return f"{name} {step} {loggable.value}".encode()
+
+    def write(self, record: bytes) -> None:
+        if self.full:
+            raise OSError("no space left")
+        self.records.append(record.decode())
+
+    def flush(self) -> int:
+        return len(self.records)
+
+    def restore(self, position: Any) -> None:
+        del self.records[position:]
+
+    def close(self) -> None: ...
+
+
+class Logger(Callback):
+    """Logs each number that it gets; stops at those in `bad`; waits while `blocked` is set."""
+
+    def __init__(self, backend: LoggerBackend, name: str = "Logger") -> None:
+        self.backends = (backend,)
+        self.name = name
+        self.seen: list[int] = []
+        self.bad: dict[int, BaseException] = {}
+        self.blocked = threading.Event()
+        self.identities: list[Identity | None] = []
+
+    @on(BatchEnd, TrainingPhase)
+    def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Take one number."""
+        number: int = learner  # type: ignore[assignment]  # the payload itself
+        while self.blocked.is_set():
+            time.sleep(0.001)
+        if number in self.bad:
+            raise self.bad[number]
+        self.seen.append(number)
+        self.identities.append(identity())
+        log(self.backends, Value(number), "Number", number, ("Step", "TrainingPhase"))
+
+
+def job_of(*callbacks: Callback) -> Job:
+    declaration = declare({}, "test")
+    duties = tuple(
+        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
+        for index, each in enumerate(callbacks)
+        for _, handler in each.handlers()
+    )
+    return Job("+".join(each.name for each in callbacks), "run", tuple(each.name for each in callbacks), duties)
+
+
+MakeLane = Callable[..., Lane]
+
+
+@pytest.fixture
+def make_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
+    class Plain:
+        def __init__(self, *_: object) -> None: ...
+
+        def show(self, payload: object) -> object:
+            return payload
+
+    monkeypatch.setattr("flowtrain_dask.work.Replica", Plain)
+    made: list[Lane] = []
+
+    def make(
+        *callbacks: Callback, limits: Limits | None = None, on_error: OnError = "raise", **kwargs: Any
+    ) -> Lane:
+        job = job_of(*callbacks)
+        urgent: list[Callable[[], None]] = []
+        kwargs.setdefault("surface", urgent.append)
+        sinks = [each.backends for each in callbacks]
+        lane = Lane(job, ThreadTransport(job, callbacks, 0.01), sinks, limits or Limits(), on_error=on_error, **kwargs)
+        lane.urgent = urgent  # type: ignore[attr-defined]  # for the test
+        made.append(lane)
+        return lane
+
+    yield make
+    for lane in made:
+        lane.close()
+
+
+def put(lane: Lane, number: int, duty: int = 0, nbytes: int = 8) -> bool:
+    return lane.put(duty, BatchEnd(), TrainingPhase(), number, nbytes)
+
+
+def urgent(lane: Lane) -> list[Callable[[], None]]:
+    return lane.urgent  # type: ignore[attr-defined,no-any-return]  # see `make_lane`
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.001)
+
+
+def test_events_are_processed_one_at_a_time_in_order(make_lane: MakeLane) -> None:
+    """Rule 23: two callbacks in one lane take turns as the events came; rule 25: each event has its identity."""
+    backend = Memory()
+    one, two = Logger(backend, "one"), Logger(backend, "two")
+    lane = make_lane(one, two)
+    for number in range(500):
+        assert put(lane, number, duty=number % 2)
+    assert lane.flush(20)
+    assert one.seen == list(range(0, 500, 2))
+    assert two.seen == list(range(1, 500, 2))
+    assert backend.records == [f"Number {number} {number}" for number in range(500)]
+    assert two.identities[:2] == [Identity("run", "one+two", 1), Identity("run", "one+two", 3)]
+    report = lane.report()
+    assert (report.events, report.done, report.pending, report.bytes) == (500, 500, 0, 0)
+    assert (report.tally.records, report.where, report.callbacks) == (500, "thread", ("one", "two"))
+
+
+def test_a_full_lane_makes_training_wait_and_says_who(make_lane: MakeLane) -> None:
+    """Rule 24: bounded by count; the stall is in the report."""
+    callback = Logger(Memory())
+    callback.blocked.set()
+    lane = make_lane(callback, limits=Limits(pending=10))
+    for number in range(10):
+        put(lane, number)
+    threading.Timer(0.2, callback.blocked.clear).start()
+    most = 0
+    for number in range(10, 50):
+        put(lane, number)
+        most = max(most, lane.report().pending)
+    assert most <= 10
+    assert lane.flush(20)
+    assert callback.seen == list(range(50))
+    stall = lane.report().tally.stalls["Logger"]
+    assert stall.count >= 1
+    assert stall.seconds >= 0.1
+    assert any(line.startswith("Logger made training wait") for line in lane.report().troubles())
+
+
+def test_an_empty_lane_takes_an_event_of_any_size(make_lane: MakeLane) -> None:
+    """Rule 24: bounded by bytes, but an event larger than the bound is processed alone."""
+    callback = Logger(Memory())
+    lane = make_lane(callback, limits=Limits(bytes=100))
+    held = []
+    for number in range(5):
+        put(lane, number, nbytes=1000)
+        held.append(lane.report().bytes)
+    assert lane.flush(20)
+    assert max(held) == 1000
+    assert callback.seen == list(range(5))
+
+
+def test_waiting_ends_when_training_is_to_stop(make_lane: MakeLane) -> None:
+    """Rule 29: the flag is seen while training waits for room, and the event is not lost."""
+    callback = Logger(Memory())
+    callback.blocked.set()
+    stop = threading.Event()
+    lane = make_lane(callback, limits=Limits(pending=1), stopping=stop.is_set)
+    put(lane, 0)
+    threading.Timer(0.05, stop.set).start()
+    assert put(lane, 1)  # returns although nothing has become free
+    assert lane.report().pending == 2
+    callback.blocked.clear()
+    assert lane.flush(20)
+    assert callback.seen == [0, 1]
+
+
+def test_dropping_is_counted_by_callback(make_lane: MakeLane) -> None:
+    backend = Memory()
+    one, two = Logger(backend, "one"), Logger(backend, "two")
+    one.blocked.set()
+    lane = make_lane(one, two, limits=Limits(pending=2, when_full="drop"))
+    assert [put(lane, number, duty=number % 2) for number in range(5)] == [True, True, False, False, False]
+    one.blocked.clear()
+    assert lane.flush(20)
+    assert lane.report().tally.dropped == {"one": 2, "two": 1}
+    assert put(lane, 5)
+    assert lane.flush(20)
+    assert (one.seen, two.seen) == ([0, 5], [1])
+
+
+def test_who_may_not_lose_events_is_refused() -> None:
+    """Rule 24: not with a durable callback, and not with a reader of series."""
+    callback = Logger(Memory())
+    drop = Limits(when_full="drop")
+    check_droppable(callback, False, drop)
+    check_droppable(callback, True, Limits())
+    with pytest.raises(ExecutorError, match=r'Logger reads a series.* Write Limits\(when_full="block"\)'):
+        check_droppable(callback, True, drop)
+    callback.durable = True
+    with pytest.raises(ExecutorError, match="Logger is durable, so no event of it may be dropped"):
+        check_droppable(callback, False, drop)
+
+
+def test_a_failure_surfaces_with_its_event_after_the_records_before_it(make_lane: MakeLane) -> None:
+    """Rule 27; and what follows the failure is processed again once it has been raised."""
+    backend = Memory()
+    callback = Logger(backend)
+    callback.bad[3] = ValueError("bad number")
+    lane = make_lane(callback)
+    for number in range(10):
+        put(lane, number)
+    wait_for(lambda: urgent(lane))
+    assert backend.records == ["Number 0 0", "Number 1 1", "Number 2 2"]
+    put(lane, 10)
+    [surfaced] = urgent(lane)
+    with pytest.raises(ValueError, match="bad number") as caught:
+        surfaced()
+    assert caught.value.__notes__ == [
+        "raised in Logger.note at (BatchEnd, TrainingPhase), deferred as event 3 of lane Logger"
+    ]
+    surfaced()  # raised once
+    put(lane, 11)
+    assert lane.flush(20)
+    assert callback.seen == [0, 1, 2, 11]
+    assert lane.report().tally.skipped == 7
+    assert lane.report().pending == 0
+
+
+def test_flush_returns_when_the_lane_has_failed(make_lane: MakeLane) -> None:
+    callback = Logger(Memory())
+    callback.bad[0] = ValueError("bad")
+    lane = make_lane(callback)
+    put(lane, 0)
+    put(lane, 1)
+    assert lane.flush(20)
+    with pytest.raises(ValueError, match="bad"):
+        lane.raise_failure()
+
+
+def test_a_cancel_is_an_error(make_lane: MakeLane) -> None:
+    """Rule 27: what it wanted to end has gone on."""
+    callback = Logger(Memory())
+    callback.bad[0] = CancelFittingException("flat")
+    lane = make_lane(callback)
+    put(lane, 0)
+    lane.flush(20)
+    with pytest.raises(DeferredCancelError) as caught:
+        lane.raise_failure()
+    assert str(caught.value) == (
+        "Logger.note raised CancelFittingException('flat') at (BatchEnd, TrainingPhase), but it is deferred: "
+        "training has gone on, and there is no fit left to end. Set deferrable = False in Logger, or write "
+        "DaskExecutor(defer=False)."
+    )
+
+
+def test_with_warn_a_failing_lane_is_retired(make_lane: MakeLane, caplog: pytest.LogCaptureFixture) -> None:
+    """Rule 27: on_error="warn" logs it, and training goes on without the lane."""
+    callback = Logger(Memory())
+    callback.bad[1] = ValueError("bad number")
+    lane = make_lane(callback, on_error="warn")
+    for number in range(3):
+        put(lane, number)
+    wait_for(lambda: lane.report().retired)
+    assert not put(lane, 3)
+    assert lane.flush(1) is not None
+    assert urgent(lane) == []
+    assert callback.seen == [0]
+    assert "retires lane Logger" in caplog.text
+    assert "ValueError: bad number (raised in Logger.note" in caplog.text
+    assert lane.report().tally.dropped == {"Logger": 1}
+
+
+def test_a_sink_that_fails_surfaces(make_lane: MakeLane) -> None:
+    backend = Memory()
+    backend.full = True
+    lane = make_lane(Logger(backend))
+    put(lane, 0)
+    assert lane.flush(20)
+    with pytest.raises(OSError, match="no space left"):
+        lane.raise_failure()
+    backend.full = False
+    put(lane, 1)
+    assert lane.flush(20)
+    assert backend.records == ["Number 1 1"]
+
+
+def test_a_lane_can_be_held_between_two_events(make_lane: MakeLane) -> None:
+    """Rule 30: while it is held nothing runs and nothing is written."""
+    callback = Logger(Memory())
+    lane = make_lane(callback)
+    for number in range(100_000):
+        put(lane, number, nbytes=0) if number < 5_000 else None
+    assert lane.gate.hold(5)
+    before = len(callback.seen)
+    time.sleep(0.05)
+    assert len(callback.seen) == before
+    lane.gate.release()
+    assert lane.flush(20)
+    assert len(callback.seen) == 5_000
+
+
+def test_a_closed_lane_has_no_thread(make_lane: MakeLane) -> None:
+    lane = make_lane(Logger(Memory()))
+    assert not any("flowtrain lane" in thread.name for thread in threading.enumerate())
+    put(lane, 0)
+    lane.flush(20)
+    lane.close()
+    assert not any("flowtrain lane" in thread.name for thread in threading.enumerate())
+    assert not put(lane, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pending": 0}, r"Limits\(pending=0\): a lane holds at least one"),
+        ({"bytes": 1.5}, r"Limits\(bytes=1.5\)"),
+        ({"when_full": "blok"}, r"Limits\(when_full='blok'\) is neither .* Did you mean 'block'\?"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExecutorError, match=message):
+        Limits(**values)
+
+
+def test_the_phase_reaches_the_handler(make_lane: MakeLane) -> None:
+    """Handlers are called as in place, with the event itself and the phase itself."""
+
+    class Watcher(Callback):
+        name = "Watcher"
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[object, Phase]] = []
+
+        @on(BatchEnd)
+        def watch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            self.calls.append((event, phase))
+
+    watcher = Watcher()
+    lane = make_lane(watcher)
+    event, phase = BatchEnd(), TrainingPhase()
+    lane.put(0, event, phase, None, 0)
+    assert lane.flush(20)
+    assert watcher.calls == [(event, phase)]
