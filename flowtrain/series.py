@@ -96,11 +96,8 @@ class Series:
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
         """Take back what `state_dict` returned; in place, because twins and views hold the lists."""
+        self.since(0)  # nothing on a device is to be settled into what comes now
         self._steps[:], self._values[:] = state["steps"], state["values"]
-
-    @staticmethod
-    def _settled(value: Any) -> Any:
-        return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
     def __twin__(self) -> ReadOnlySeries:
         return ReadOnlySeries(self)
