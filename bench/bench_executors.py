@@ -26,14 +26,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dask.threaded
 import torch
 import torch.nn.functional as F
 
-from bench.pairs import Figure, Report, figure, in_turns, median, ratios, seconds
-from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, SerialExecutor, TrainingPhase, on
+from bench.bench_loop import digits, loader, model_of
+from bench.pairs import Figure, Report, figure, in_turns, in_turns_afresh, median, ratios, seconds
+from flowtrain import BatchEnd, Callback, Event, Learner, LearnerView, Phase, SerialExecutor, TrainingPhase, on
+from flowtrain.callbacks import Metrics
 from flowtrain.execution import Executor, Runner
+from flowtrain.metrics import accuracy
 from flowtrain.plan import Plan, Step
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
@@ -99,6 +103,25 @@ def goals(report: Report) -> None:
                 times = alone_rounds([act] * count, 40, firings=200)
                 found = ratios(times)
                 against(report, f"{name}, the event alone", median(times, 0) / 200, median(times, 1) / 200, found, 1.02)
+
+    train, valid = (loader(part) for part in digits())
+    times = in_turns_afresh([partial(fit, name, (train, valid)) for name in ("serial", "dask")], 16, 3)
+    found = ratios(times)
+    against(report, 'three epochs of digits, `executor="dask"`', median(times, 0), median(times, 1), found, 1.02)
+
+
+def fit(executor: str, data: tuple[Any, Any]) -> Act:
+    """Return three epochs of the digits example under an executor."""
+    learner = Learner(
+        model_of(64, 128),
+        F.cross_entropy,
+        data=data,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        callbacks=[Metrics(accuracy)],
+        default_callbacks="quiet",
+        executor=executor,
+    )
+    return partial(learner.fit, 3)
 
 
 def table(report: Report) -> None:
