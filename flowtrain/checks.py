@@ -152,8 +152,10 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
             entry = path[1]
             siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
             others = [name for name in names if name != entry]
-            hint = nearest(path[2], siblings) if len(path) > 2 and siblings else nearest(entry, others)
+            inside = len(path) > 2 and bool(siblings)
+            hint = nearest(path[2], siblings) if inside else nearest(entry, others)
             provider = PROVIDERS.get(entry)
+            known = f" In cbstate.{entry} there is {', '.join(siblings)}." if inside and provider else ""
             remedy = f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
             if provider and entry not in {other[1] for other in written if len(other) > 1}:
                 remedy = f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
@@ -163,7 +165,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
                 remedy = f"Give Metrics a metric of that name: Metrics(Metric(f, name={path[2]!r}))."
             raise MissingStateError(
                 dotted(path),
-                f"{node.name} reads {dotted(path)}, and no callback declares to write it.{hint} {remedy}",
+                f"{node.name} reads {dotted(path)}, and no callback declares to write it.{known}{hint} {remedy}",
             )
 
 

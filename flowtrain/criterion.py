@@ -115,8 +115,7 @@ class _Several(Criterion):
             if not is_a(criterion, Criterion):
                 made = f" Write {criterion.__name__}(...), an instance." if isinstance(criterion, type) else ""
                 raise UsageError(
-                    f"{type(self).__name__} got {criterion!r}, which is no criterion. "
-                    f"flowtrain.stopping has some: Disjunction(Patience(5), InvalidValue()).{made}"
+                    f"{criterion!r} is no criterion. flowtrain.stopping has some, such as Patience(5) or GL(2).{made}"
                 )
         self.criteria = tuple(criteria)
         self.needs_training = any(criterion.needs_training for criterion in criteria)

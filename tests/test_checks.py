@@ -269,7 +269,8 @@ def test_the_nearest_name_inside_an_entry() -> None:
     maker = At("Maker", {"cbstate.metrics_step.Accuracy": W, "cbstate.metrics_step.Loss": W}, BatchEnd)
     message = refused(MissingStateError, At("Printer", {"cbstate.metrics_step.Acuracy": R}, BatchEnd), maker)
     assert message == (
-        "Printer reads cbstate.metrics_step.Acuracy, and no callback declares to write it. Did you mean 'Accuracy'? "
+        "Printer reads cbstate.metrics_step.Acuracy, and no callback declares to write it. In cbstate.metrics_step there "
+        "is Accuracy, Loss. Did you mean 'Accuracy'? "
         'Add the callback that makes it, or declare {"cbstate.metrics_step.Acuracy": Read(optional=True)}.'
     )
 
@@ -370,7 +371,9 @@ def test_an_entry_of_a_removed_writer_is_not_what_was_meant() -> None:
 )
 def test_what_metrics_could_provide(path: str, remedy: str) -> None:
     maker = At("Maker", {"cbstate.metrics_epoch.Loss": W}, BatchEnd)
-    assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd), maker).endswith(f"write it. {remedy}")
+    assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd), maker).endswith(
+        f"write it. In cbstate.metrics_epoch there is Loss. {remedy}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,18 +159,18 @@ def test_a_state_that_is_taken_and_given_back_goes_on_as_if_nothing_was(
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "arguments", "message"),
     [
-        (lambda: GL(0), r"GL\(alpha=0\): alpha is a number above zero\."),
-        (lambda: GL(NAN), r"GL\(alpha=nan\)"),
-        (lambda: PQ(alpha=-1), r"PQ\(alpha=-1\): alpha is a number above zero\."),
-        (lambda: PQ(k=1), r"PQ\(k=1\): k is a whole number, at least 2\."),
-        (lambda: PQ(k=2.5), r"PQ\(k=2\.5\)"),
-        (lambda: PQ(tol=0), r"PQ\(tol=0\): tol is a number above zero\."),
-        (lambda: UP(0), r"UP\(s=0\): s is a whole number, at least 1\."),
-        (lambda: UP("3"), r"UP\(s='3'\)"),
+        (GL, {"alpha": 0}, r"^GL\(alpha=0\): alpha is a number above zero\."),
+        (GL, {"alpha": NAN}, r"^GL\(alpha=nan\)"),
+        (PQ, {"alpha": -1}, r"^PQ\(alpha=-1\): alpha is a number above zero\."),
+        (PQ, {"k": 1}, r"^PQ\(k=1\): k is a whole number, at least 2\."),
+        (PQ, {"k": 2.5}, r"^PQ\(k=2\.5\)"),
+        (PQ, {"tol": 0}, r"^PQ\(tol=0\): tol is a number above zero\."),
+        (UP, {"s": 0}, r"^UP\(s=0\): s is a whole number, at least 1\."),
+        (UP, {"s": "3"}, r"^UP\(s='3'\)"),
     ],
 )
-def test_mistakes(make: Callable[..., Any], message: str) -> None:
+def test_mistakes(make: Callable[..., Criterion], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        make()
+        make(**arguments)

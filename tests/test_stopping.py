@@ -167,21 +167,21 @@ def test_the_table_names_every_criterion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "arguments", "message"),
     [
-        (lambda: Patience(0), r"^Patience\(n=0\): n is a whole number, at least 1\."),
-        (lambda: Patience(True), r"^Patience\(n=True\)"),
-        (lambda: Patience(2, min_delta=-1), r"^Patience\(min_delta=-1\): min_delta is a number, at least 0\."),
-        (lambda: Patience(2, min_delta=NAN), r"^Patience\(min_delta=nan\)"),
-        (lambda: NumberSinceBest(1.5), r"^NumberSinceBest\(n=1\.5\)"),
-        (lambda: NumberLimit(-1), r"^NumberLimit\(n=-1\)"),
-        (lambda: Threshold("low"), r"^Threshold\(value='low'\): value is a number\."),
-        (lambda: Threshold(NAN), r"^Threshold\(value=nan\)"),
-        (lambda: TimeLimit(0), r"^TimeLimit\(limit=0\): limit is a number above zero\."),
-        (lambda: TimeLimit(timedelta(0)), r"^TimeLimit\(limit=0\.0\)"),
-        (lambda: TimeLimit("1h"), r"^TimeLimit\(limit='1h'\)"),
+        (Patience, {"n": 0}, r"^Patience\(n=0\): n is a whole number, at least 1\."),
+        (Patience, {"n": True}, r"^Patience\(n=True\)"),
+        (Patience, {"min_delta": -1}, r"^Patience\(min_delta=-1\): min_delta is a number, at least 0\."),
+        (Patience, {"min_delta": NAN}, r"^Patience\(min_delta=nan\)"),
+        (NumberSinceBest, {"n": 1.5}, r"^NumberSinceBest\(n=1\.5\)"),
+        (NumberLimit, {"n": -1}, r"^NumberLimit\(n=-1\)"),
+        (Threshold, {"value": "low"}, r"^Threshold\(value='low'\): value is a number\."),
+        (Threshold, {"value": NAN}, r"^Threshold\(value=nan\)"),
+        (TimeLimit, {"limit": 0}, r"^TimeLimit\(limit=0\): limit is a number above zero\."),
+        (TimeLimit, {"limit": timedelta(0)}, r"^TimeLimit\(limit=0\.0\)"),
+        (TimeLimit, {"limit": "1h"}, r"^TimeLimit\(limit='1h'\)"),
     ],
 )
-def test_mistakes(make: Callable[..., Any], message: str) -> None:
+def test_mistakes(make: Callable[..., Criterion], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        make()
+        make(**arguments)

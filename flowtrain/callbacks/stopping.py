@@ -1,0 +1,186 @@
+"""EarlyStopping: end training when a metric says that it is time to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+from flowtrain.access import Access, Read
+from flowtrain.callback import Callback, on
+from flowtrain.criterion import Criterion, Disjunction, Mode
+from flowtrain.errors import UsageError, is_a, is_type
+from flowtrain.events import EpochEnd, FitBegin, FitEnd
+from flowtrain.handler import Handler
+from flowtrain.phases import AbstractTrainingPhase, Phase, ValidationPhase
+from flowtrain.protect import LearnerView
+from flowtrain.signals import CancelFittingException
+from flowtrain.stopping import Patience
+
+__all__ = ["EarlyStopping"]
+
+
+class EarlyStopping(Callback):
+    """End training when a criterion says so, after an epoch of the watched phase.
+
+    Raises `CancelFittingException`: `fit` ends normally, and ``learner.stopped`` says which criterion it was, why, and
+    after which epoch. Phases that come later in ``data`` are not run in that epoch. Criteria go on over several fits,
+    and begin anew with the fit after the one that they have ended. Outside of `fit`, as in ``learner.validate()``,
+    nothing is watched.
+
+    - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
+      `Recorder`; and ``data`` at `FitBegin`. Writes nothing.
+    - Costs a few microseconds an epoch.
+
+    Args:
+        criteria: Of `flowtrain.stopping`; any of them ends training. A whole number is a patience.
+        patience: For how many epochs there may be no improvement: ``Patience(patience)``.
+        monitor: The metric, by its name in ``cbstate.metrics_epoch``.
+        phase: The phase. One of its subclasses is watched if that is what ``data`` has.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+
+    Raises:
+        UsageError: There is no criterion, or an argument means nothing. At `FitBegin`: `phase` is not in ``data``. At
+            the end of an epoch: the metric is not computed in that phase. To watch a metric that is recorded only in
+            every n-th epoch write ``throttle(EarlyStopping(3), EpochEnd, every=n)``.
+        MissingStateError: When the learner is built: there is no metric of that name.
+
+    >>> from flowtrain.stopping import GL, TimeLimit
+    >>> EarlyStopping(GL(alpha=5), TimeLimit(3600), monitor="Accuracy", mode="max").criterion
+    Disjunction(GL(5), TimeLimit(3600))
+    """
+
+    def __init__(
+        self,
+        *criteria: Criterion | int,
+        patience: int | None = None,
+        monitor: str = "Loss",
+        phase: type[Phase] = ValidationPhase,
+        mode: Mode = "min",
+    ) -> None:
+        chosen = [*criteria, *([] if patience is None else [patience])]
+        if not chosen:
+            raise UsageError(
+                "EarlyStopping() has no criterion. Write EarlyStopping(patience=5) or EarlyStopping(GL())."
+            )
+        if not is_a(monitor, str) or not monitor or "." in monitor:
+            raise UsageError(f"EarlyStopping(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
+        if not is_type(phase, Phase):
+            raise UsageError(f"EarlyStopping(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
+        if mode not in ("min", "max"):
+            raise UsageError(
+                f"EarlyStopping(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
+            )
+        self.criterion = Disjunction(*(Patience(each) if isinstance(each, int) else each for each in chosen))
+        self.monitor = monitor
+        self.phase = phase
+        self.mode: Mode = mode
+        self._watched: Phase | None = None  # the phase of `data` that is watched in this fit
+        self._training: Phase | None = None
+        self._seen = 0  # how many values of training the criterion has been given
+        self._ended = False
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers; the one that watches is for the watched phase and metric."""
+        for owner, handler in super().handlers():
+            if handler.attribute == "watch":
+                metric = f"cbstate.metrics_epoch.{self.monitor}"
+                access: Access = {metric: Read(), "cbstate.history": Read()}
+                handler = replace(handler, phase_type=self.phase, access=access)
+            yield owner, handler
+
+    @on(FitBegin, access={"data": Read()})
+    def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        """Find the watched phase in the data, and let the criteria begin."""
+        phases = list(learner.data)
+        self._watched = self._find(self.phase, phases)
+        if self.criterion.needs_training:
+            self._training = self._find(AbstractTrainingPhase, phases)
+        if self._ended:
+            self.criterion.reset()
+            self._ended = False
+        self.criterion.begin(self.mode)
+
+    @on(EpochEnd)
+    def watch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Give the value of the epoch to the criteria, and end training if one says so."""
+        if phase is not self._watched:
+            return
+        history, metrics = learner.cbstate.history[phase], learner.cbstate.metrics_epoch
+        series = metrics[phase].get(self.monitor)
+        if not series:
+            if history.steps_epoch:
+                raise self._not_recorded(metrics, phase)
+            return  # an epoch without a completed batch
+        epoch, value = series.last()
+        if epoch != history.epochs:
+            return  # nothing was recorded in this one
+        why = self.criterion.update(value, self._new_of_training(metrics))
+        if why is not None:
+            self._ended = True
+            best_epoch, best = self._best(series)
+            raise CancelFittingException(
+                f"{self.name or 'EarlyStopping'} ends training after epoch {epoch} of {phase!r}. {why}. "
+                f"{self.monitor} is {value:.6g}; its best value was {best:.6g}, in epoch {best_epoch}."
+            )
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Watch no more."""
+        self._watched = self._training = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the criteria remember."""
+        return {"criterion": self.criterion.state_dict(), "seen": self._seen, "ended": self._ended}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            CheckpointError: It is the state of other criteria.
+        """
+        self.criterion.load_state_dict(state["criterion"])
+        self._seen, self._ended = state["seen"], state["ended"]
+
+    def _new_of_training(self, metrics: Any) -> list[float]:
+        """Return the values of training that the criteria have not been given."""
+        if self._training is None:
+            return []
+        series = metrics[self._training].get(self.monitor)
+        if not series:
+            raise self._not_recorded(metrics, self._training)
+        seen, self._seen = self._seen, len(series)
+        values: list[float] = series.since(seen)
+        return values
+
+    def _best(self, series: Any) -> tuple[int, float]:
+        pairs = [(epoch, value) for epoch, value in series if value == value] or list(series)  # not NaN, or all NaN
+        return (min if self.mode == "min" else max)(pairs, key=itemgetter(1))
+
+    def _not_recorded(self, metrics: Any, phase: Phase) -> UsageError:
+        others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
+        there = f"; it is recorded in {others}" if others else ""
+        return UsageError(
+            f"{self.name or 'EarlyStopping'} needs {self.monitor!r} of {phase!r}, and nothing was recorded by the end "
+            f"of its first epoch{there}. Give Metrics a metric that is computed in this phase. If it is recorded in "
+            f"every n-th epoch only, write throttle(EarlyStopping(...), EpochEnd, every=n)."
+        )
+
+    def _find(self, wanted: type[Phase], phases: Sequence[Phase]) -> Phase:
+        fitting = [phase for phase in phases if isinstance(phase, wanted)]
+        exact = [phase for phase in fitting if type(phase) is wanted]
+        found = exact or fitting
+        if len(found) == 1:
+            return found[0]
+        listed = ", ".join(map(repr, phases)) or "nothing"
+        if wanted is self.phase:
+            missing = "and the data has several of that kind" if found else "which the data does not have"
+            raise UsageError(
+                f"{self.name or 'EarlyStopping'} watches {wanted.__name__}, {missing}. The data has {listed}. "
+                f"Write EarlyStopping(..., phase={phases[-1]!r})."
+            )
+        raise UsageError(
+            f"{self.criterion!r} needs the values of one training phase, and the data has {listed}. "
+            f"Use a criterion without them, such as GL."
+        )

@@ -1,0 +1,332 @@
+"""EarlyStopping: when it ends training, what it says, what it goes on with, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    CancelEpochException,
+    CancelFittingException,
+    EpochBegin,
+    EpochEnd,
+    Learner,
+    LearnerView,
+    MissingStateError,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.callbacks import CustomCallback, EarlyStopping, Metric, Metrics, throttle
+from flowtrain.errors import CheckpointError
+from flowtrain.execution import Executor
+from flowtrain.stopping import GL, PQ, UP, InvalidValue, Never, NumberLimit, Patience, Threshold
+from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
+
+SCORES = [4.0, 2.0, 3.0, 2.5, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0]
+
+
+class OODPhase(ValidationPhase):
+    """Validate on other data."""
+
+
+def scores(values: Sequence[float] = SCORES, phase: type[Phase] = ValidationPhase) -> Metrics:
+    """A metric "Score" that has these values, one after the other, at each batch of a phase."""
+    rest = iter(values)
+    return Metrics(Metric(lambda outputs, targets: next(rest), name="Score", phase=phase))
+
+
+def learner_with(stopping: EarlyStopping, values: Sequence[float] = SCORES, **options: Any) -> Learner:
+    """A learner with one validation batch an epoch, so that an epoch's score is one of the values."""
+    batches = tiny_batches(n_batches=4)
+    return tiny_learner(stopping, scores(values), data=(batches, batches[:1]), **options)
+
+
+def epochs_of(learner: Learner, phase: type[Phase] = ValidationPhase) -> int:
+    epochs: int = learner.cbstate.history[phase].epochs
+    return epochs
+
+
+def test_it_ends_training_and_says_why() -> None:
+    """Best 2 in epoch 2; epochs 3, 4 and 5 are no better."""
+    learner = learner_with(EarlyStopping(patience=3, monitor="Score"))
+    learner.fit(10)
+    assert epochs_of(learner) == epochs_of(learner, TrainingPhase) == 5
+    assert isinstance(learner.stopped, CancelFittingException)
+    assert str(learner.stopped) == (
+        "EarlyStopping ends training after epoch 5 of ValidationPhase. Patience(3): no improvement on 2 for 3 epochs. "
+        "Score is 2; its best value was 2, in epoch 2."
+    )
+
+
+@pytest.mark.parametrize(
+    ("stopping", "epochs"),
+    [
+        (lambda: EarlyStopping(1, monitor="Score"), 3),
+        (lambda: EarlyStopping(UP(2), monitor="Score"), 9),  # 1, 2, 3
+        (lambda: EarlyStopping(GL(99), monitor="Score"), 6),  # 100 * (5 - 2) / 2 = 150
+        (lambda: EarlyStopping(Threshold(1.5), monitor="Score"), 7),
+        (lambda: EarlyStopping(Threshold(1.5), UP(1), patience=9, monitor="Score"), 3),  # whichever comes first
+        (lambda: EarlyStopping(2, monitor="Score", mode="max"), 3),  # 4 is the best, 2 and 3 are worse
+        (lambda: EarlyStopping(Threshold(4.5), monitor="Score", mode="max"), 6),
+        (lambda: EarlyStopping(Never(), monitor="Score"), 10),
+    ],
+)
+def test_every_criterion_is_fed_the_values_of_the_epochs(stopping: Callable[[], EarlyStopping], epochs: int) -> None:
+    learner = learner_with(stopping())
+    learner.fit(10)
+    assert epochs_of(learner) == epochs
+    assert (learner.stopped is None) is (epochs == 10)
+
+
+def test_the_best_value_is_best_in_its_mode_and_no_nan() -> None:
+    learner = learner_with(EarlyStopping(1, monitor="Score", mode="max"), [1.0, 3.0, float("nan")])
+    learner.fit(5)
+    assert str(learner.stopped).endswith(
+        "Patience(1): no improvement on 3 for 1 epoch. Score is nan; its best value was 3, in epoch 2."
+    )
+
+
+def test_it_watches_the_validation_loss_unless_told_otherwise() -> None:
+    learner = tiny_learner(EarlyStopping(Threshold(0.01)))
+    learner.fit(50)
+    losses = [loss for _, loss in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"]]
+    assert losses[-1] < 0.01 <= min(losses[:-1])
+
+
+def test_by_steps_an_epoch_is_validate_every_batches() -> None:
+    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    learner.fit(steps=100, validate_every=3)
+    assert learner.cbstate.history[TrainingPhase][:2] == (5, 15)
+    assert str(learner.stopped).startswith("EarlyStopping ends training after epoch 5 of ValidationPhase. ")
+
+
+def test_training_itself_can_be_watched() -> None:
+    learner = tiny_learner(EarlyStopping(NumberLimit(2), phase=TrainingPhase))
+    learner.fit(5)
+    assert epochs_of(learner, TrainingPhase) == 2
+    assert epochs_of(learner, ValidationPhase) == 1  # the fit ends at once
+
+
+def test_it_has_a_handler_at_epochs_of_the_watched_phase_alone() -> None:
+    """Rule 2: elsewhere it costs nothing. Rule 7: it runs after what it reads is written."""
+    learner = tiny_learner(EarlyStopping(2))
+    labels = [step.label for step in learner.callbacks.plan(EpochEnd, ValidationPhase).steps]
+    assert labels == ["Recorder.end_epoch", "Metrics.end", "EarlyStopping.watch"]
+    assert "EarlyStopping.watch" not in [step.label for step in learner.callbacks.plan(EpochEnd, TrainingPhase).steps]
+
+
+def test_strips_of_several_epochs() -> None:
+    """Every second value of SCORES: 2, 2.5, 5: UP(2) stops at the third, after epoch 6."""
+    learner = learner_with(throttle(EarlyStopping(UP(2), monitor="Score"), EpochEnd, every=2))
+    learner.fit(10)
+    assert epochs_of(learner) == 6
+
+
+def test_criteria_that_need_training_get_its_values() -> None:
+    """The same criterion, fed by hand with the recorded values, stops at the same epoch."""
+    learner = tiny_learner(EarlyStopping(PQ(alpha=1e-3, k=3)), data=(tiny_batches(), tiny_batches(coeff=2.9)))
+    learner.fit(30)
+    by_hand = PQ(alpha=1e-3, k=3)
+    series = learner.cbstate.metrics_epoch
+    rows = zip(series[ValidationPhase]["Loss"], series[TrainingPhase]["Loss"], strict=True)
+    answers = [by_hand.update(value, [training]) for (_, value), (_, training) in rows]
+    assert answers[-1] is not None
+    assert answers[:-1] == [None] * (len(answers) - 1)
+    assert answers[-1] in str(learner.stopped)
+
+
+def test_strips_bring_all_values_of_training_since_the_last_one() -> None:
+    criterion = PQ(alpha=1e9, k=4)
+    learner = tiny_learner(throttle(EarlyStopping(criterion), EpochEnd, every=2), n_batches=2)
+    learner.fit(2)
+    assert len(criterion.training) == 2
+    learner.fit(2)
+    assert criterion.training == [loss for _, loss in learner.cbstate.metrics_epoch[TrainingPhase]["Loss"]]
+
+
+def test_outside_of_fit_nothing_is_watched() -> None:
+    learner = learner_with(EarlyStopping(2, monitor="Score"))
+    learner.validate()  # 4
+    learner.fit(2)  # 2, 3
+    assert learner.stopped is None
+    learner.validate()  # 2.5
+    learner.fit(1)  # 2: the second one without improvement
+    assert isinstance(learner.stopped, CancelFittingException)
+    learner.validate()
+    learner.epoch(ValidationPhase)
+
+
+def test_criteria_go_on_over_fits_and_begin_anew_when_they_have_ended_one() -> None:
+    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    for _ in range(5):
+        assert learner.stopped is None
+        learner.fit(1)
+    assert isinstance(learner.stopped, CancelFittingException)
+    learner.fit(10)  # 5, 1, 2, 3, 4
+    assert epochs_of(learner) == 10
+    assert "no improvement on 1 for 3 epochs" in str(learner.stopped)
+
+
+def test_a_fit_that_was_ended_by_another_is_gone_on_with() -> None:
+    ends = CustomCallback(cancel_fit, EpochEnd, ValidationPhase)
+    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    learner.add_callback(ends)
+    learner.fit(10)
+    assert str(learner.stopped) == "enough"
+    learner.remove_callback(CustomCallback)
+    learner.fit(10)
+    assert epochs_of(learner) == 5
+
+
+def cancel_fit(learner: LearnerView) -> None:
+    raise CancelFittingException("enough")
+
+
+def test_an_epoch_without_a_batch_is_not_counted() -> None:
+    """Rule 16: a cancelled epoch ends normally, and an epoch without a completed batch records nothing."""
+    empty = iter([False, True, True, False, False, True])
+
+    def cancel(learner: LearnerView) -> None:
+        if next(empty, False):
+            raise CancelEpochException("no data today")
+
+    learner = learner_with(EarlyStopping(2, monitor="Score"))
+    learner.add_callback(CustomCallback(cancel, EpochBegin, ValidationPhase))
+    learner.fit(20)  # 4, -, -, 2, 3, -, 2.5
+    assert epochs_of(learner) == 7
+
+
+def test_the_state_goes_on_in_another_learner() -> None:
+    """Rule 28: ``torch.load(weights_only=True)`` suffices to read it."""
+    whole, first = learner_with(EarlyStopping(3, UP(4), monitor="Score")), EarlyStopping(3, UP(4), monitor="Score")
+    whole.fit(10)
+    learner_with(first).fit(3)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = EarlyStopping(3, UP(4), monitor="Score")
+    second.load_state_dict(torch.load(file, weights_only=True))
+    rest = learner_with(second, SCORES[3:])
+    rest.fit(7)
+    assert epochs_of(rest) == epochs_of(whole) - 3 == 2
+
+
+def test_the_state_of_other_criteria_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"has the criteria GL, and got the state of Patience, UP\. Go on with"):
+        EarlyStopping(GL()).load_state_dict(EarlyStopping(3, UP(4)).state_dict())
+
+
+def test_a_subclass_is_watched_where_the_data_has_it_in_place_of_the_phase() -> None:
+    batches = tiny_batches(n_batches=2)
+    learner = tiny_learner(EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OODPhase: batches})
+    learner.fit(5)
+    assert epochs_of(learner, OODPhase) == 2
+    both = tiny_learner(
+        EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OODPhase: batches, ValidationPhase: batches}
+    )
+    both.fit(5)
+    assert (epochs_of(both, OODPhase), epochs_of(both, ValidationPhase)) == (2, 2)  # one value each epoch
+
+
+def test_the_same_under_dask() -> None:
+    """Rule 13."""
+
+    def make(executor: Executor) -> Learner:
+        criteria = (Patience(2), GL(1), PQ(1e-3, k=2), UP(3), InvalidValue())
+        return tiny_learner(EarlyStopping(*criteria), data=(tiny_batches(), tiny_batches(2.9)), executor=executor)
+
+    assert_equivalent(make, executors=["dask"], epochs=20)
+
+
+def test_the_watched_values_fell_or_the_tests_above_show_nothing() -> None:
+    assert [late < early for early, late in pairwise(SCORES)].count(True) == 4
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {}, r"^EarlyStopping\(\) has no criterion\. Write EarlyStopping\(patience=5\) or"),
+        ((0,), {}, r"^Patience\(n=0\): n is a whole number, at least 1\."),
+        ((), {"patience": 2.5}, r"^2\.5 is no criterion\."),
+        ((GL,), {}, r"^<class .*GL'> is no criterion.* Write GL\(\.\.\.\), an instance\."),
+        (("Loss",), {}, r"^'Loss' is no criterion"),
+        ((3,), {"monitor": "valid.Loss"}, r"^EarlyStopping\(monitor='valid\.Loss'\): monitor is the name of a metric"),
+        ((3,), {"monitor": ""}, r"^EarlyStopping\(monitor=''\)"),
+        ((3,), {"phase": "valid"}, r"^EarlyStopping\(phase='valid'\) is no phase type\. Write phase=ValidationPhase\."),
+        ((3,), {"phase": ValidationPhase()}, r"^EarlyStopping\(phase=ValidationPhase\) is no phase type"),
+        (
+            (3,),
+            {"monitor": "Accuracy", "mode": "maximum"},
+            r"^EarlyStopping\(mode='maximum'\): mode is 'min' if small values of Accuracy are good, otherwise 'max'\.$",
+        ),
+    ],
+)
+def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EarlyStopping(*arguments, **options)
+
+
+def test_a_metric_that_nobody_computes_is_refused_when_the_learner_is_built() -> None:
+    with pytest.raises(MissingStateError) as refused:
+        learner_with(EarlyStopping(3, monitor="Scores"))
+    assert str(refused.value).startswith(
+        "EarlyStopping reads cbstate.metrics_epoch.Scores, and no callback declares to write it. In "
+        "cbstate.metrics_epoch there is Loss, Score. Did you mean 'Score'? "
+    )
+
+
+def test_a_metric_of_another_phase_is_refused_at_the_end_of_the_first_epoch() -> None:
+    batches = tiny_batches(n_batches=2)
+    data = {ValidationPhase: batches[:1], TrainingPhase: batches}
+    learner = tiny_learner(EarlyStopping(3, monitor="Score", phase=TrainingPhase), scores(), data=data)
+    with pytest.raises(UsageError) as refused:
+        learner.fit(3)
+    assert str(refused.value) == (
+        "EarlyStopping needs 'Score' of TrainingPhase, and nothing was recorded by the end of its first epoch; it is "
+        "recorded in ValidationPhase. Give Metrics a metric that is computed in this phase. If it is recorded in every "
+        "n-th epoch only, write throttle(EarlyStopping(...), EpochEnd, every=n)."
+    )
+    learner = learner_with(EarlyStopping(PQ(), monitor="Score"))
+    with pytest.raises(UsageError, match=r"^EarlyStopping needs 'Score' of TrainingPhase, and nothing was recorded"):
+        learner.fit(3)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "phases", "message"),
+    [
+        (
+            lambda: EarlyStopping(3),
+            [TrainingPhase],
+            r"^EarlyStopping watches ValidationPhase, which the data does not have\. The data has TrainingPhase\. "
+            r"Write EarlyStopping\(\.\.\., phase=TrainingPhase\)\.$",
+        ),
+        (
+            lambda: EarlyStopping(3, phase=Phase),
+            [TrainingPhase, ValidationPhase],
+            r"^EarlyStopping watches Phase, and the data has several of that kind\. The data has TrainingPhase, Val",
+        ),
+        (
+            lambda: EarlyStopping(PQ()),
+            [ValidationPhase],
+            r"PQ\(0\.75, k=5\)\) needs the values of one training phase, and the data has ValidationPhase\. Use a crit",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fit\\(\\) has no training phase:UserWarning")
+def test_a_phase_that_the_data_does_not_have_is_refused_before_training(
+    stopping: Callable[[], EarlyStopping], phases: list[type[Phase]], message: str
+) -> None:
+    learner = tiny_learner(stopping(), data=dict.fromkeys(phases, tiny_batches(n_batches=2)))
+    with pytest.raises(UsageError, match=message):
+        learner.fit(1)
+    assert all(counts.epochs == 0 for counts in learner.cbstate.history.values())
