@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar, overload
 
 from flowtrain.access import Access
@@ -140,6 +141,14 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """Return a context in which what this callback has changed for a while only is as it was: nothing, here.
+
+        A checkpoint is taken inside of it, `state_dict` included. `flowtrain.callbacks.EMA` puts the weights that are
+        trained back in the model.
+        """
+        return nullcontext()
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.

@@ -1,0 +1,238 @@
+"""EMA: an exponential moving average of the weights, which validation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd, UpdateEnd
+from flowtrain.handler import Handler
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["EMA"]
+
+
+class EMA(Callback):
+    """Keep an exponential moving average of the weights, and validate with it.
+
+    After each batch with an update ``average = decay * average + (1 - decay) * weight``; the first one copies the
+    weights. The same as torch's ``AveragedModel`` with ``get_ema_multi_avg_fn(decay)``, bit for bit
+    (https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema). Polyak and Juditsky, "Acceleration
+    of stochastic approximation by averaging", https://doi.org/10.1137/0330046.
+
+    Buffers, such as the running statistics of batch normalisation, stay those of the model; with ``buffers=True`` they
+    are averaged like the weights.
+
+    For each epoch of a validation phase the averages are put in the model, and the weights that are trained are put
+    back when it ends, whatever ended it. A checkpoint never holds averages as weights: it is taken inside of `at_rest`.
+    Training goes on with the weights themselves; when it is over, ``with ema.applied(): ...`` evaluates or saves the
+    averages, and `averages` has them by name.
+
+    Reads ``model`` at `BatchEnd`, and writes it at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases
+    and at `FitEnd`, so it runs after those that write the model and before those that read it. Costs a pass over the
+    weights for each update, their size in memory for the averages, and once more during a validation epoch.
+
+    Args:
+        decay: How much of the average is kept at each update, from 0 to below 1.
+        buffers: Whether to average buffers too.
+        model: The name of the model, where the learner has several.
+
+    Raises:
+        UsageError: A value that means nothing.
+
+    Attributes:
+        averages: The averages by the name of the parameter; empty before the first update.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> ema = EMA(0.5)
+    >>> learner = tiny_learner(ema, n_batches=2)
+    >>> learner.fit(1)
+    >>> with ema.applied():
+    ...     averaged = learner.model.coeff.item()
+    >>> round(averaged, 3), round(learner.model.coeff.item(), 3)
+    (0.868, 1.186)
+    """
+
+    def __init__(self, decay: float = 0.999, *, buffers: bool = False, model: str = "") -> None:
+        if not is_a(decay, (int, float)) or not 0 <= decay < 1:
+            raise UsageError(f"EMA(decay={decay!r}): decay is at least 0 and below 1.")
+        if not is_a(model, str) or "." in model:
+            raise UsageError(f"EMA(model={model!r}): model is the name of one of several models, as in {{'gen': ...}}.")
+        self.decay = decay
+        self.buffers = buffers
+        self.model = model
+        self.averages: dict[str, torch.Tensor] = {}
+        self._average = get_ema_multi_avg_fn(decay)
+        self._weights: dict[str, torch.Tensor] = {}  # the model's own
+        self._kept: dict[str, torch.Tensor] | None = None  # copies of what is trained, while the model has the averages
+        self._due = False
+
+    def state_access(self) -> Access:
+        return {f"model.{self.model}" if self.model else "model": Write()}
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers; the one of each batch only reads the model."""
+        for base, handler in super().handlers():
+            if handler.attribute == "take_in":
+                yield base, replace(handler, access=dict.fromkeys(self.state_access(), Read()))
+            else:
+                yield base, handler
+
+    def setup(self, learner: LearnerView) -> None:
+        """Find the weights."""
+        self._find(learner)
+
+    @on(UpdateEnd, access={})
+    def note_update(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
+        """Remember that this batch has changed the weights."""
+        self._due = True
+
+    @on(BatchEnd, AbstractTrainingPhase)
+    def take_in(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Take the weights after a batch with an update into the averages."""
+        if not self._due:
+            return
+        self._due = False
+        weights = self._find(learner)
+        if not self.averages:
+            self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
+            return
+        averages = self._placed()
+        with torch.no_grad():
+            for names in _alike(weights):
+                self._average([averages[name] for name in names], [weights[name].detach() for name in names], 0)
+
+    @on(EpochBegin, AbstractValidationPhase)
+    def swap_in(self, event: EpochBegin, phase: AbstractValidationPhase, learner: LearnerView) -> None:
+        """Put the averages in the model."""
+        self._put_back()  # of an epoch that ended without its end being handled
+        self._find(learner)
+        self._put_averages()
+
+    @on(EpochEnd, AbstractValidationPhase)
+    def swap_out(self, event: EpochEnd, phase: AbstractValidationPhase, learner: LearnerView) -> None:
+        """Put back the weights that are trained."""
+        self._put_back()
+
+    @on(EpochCancelled, AbstractValidationPhase)
+    def swap_out_cancelled(self, event: EpochCancelled, phase: AbstractValidationPhase, learner: LearnerView) -> None:
+        """Put back the weights that are trained."""
+        self._put_back()
+
+    @on(FitEnd)
+    def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Put back the weights that are trained, if a failure has kept them from it before."""
+        self._put_back()
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def begin_training(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Put back the weights that are trained, if a failure has kept them from it before."""
+        self._put_back()
+
+    @contextmanager
+    def applied(self) -> Generator[None]:
+        """Give a context in which the model has the averages: to evaluate it, or to save its state.
+
+        Raises:
+            UsageError: There are no averages yet.
+        """
+        if not self.averages:
+            raise UsageError(f"{self.name or 'EMA'} has no averages yet: fit a learner that has it first.")
+        inside = self._kept is not None
+        self._put_averages()
+        try:
+            yield
+        finally:
+            if not inside:
+                self._put_back()
+
+    @contextmanager
+    def at_rest(self) -> Generator[None]:
+        """Give a context in which the model has the weights that are trained; a checkpoint is taken in it."""
+        inside = self._kept is not None
+        self._put_back()
+        try:
+            yield
+        finally:
+            if inside:
+                self._put_averages()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages by name."""
+        return {"averages": dict(self.averages)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned. In the middle of a validation epoch it goes on with these averages.
+
+        Raises:
+            UsageError: The averages are not of this model's weights.
+        """
+        loaded: dict[str, torch.Tensor] = dict(state["averages"])
+        if self._weights and loaded:
+            self._check(loaded)
+        inside = self._kept is not None
+        self.averages = {name: average.detach().clone() for name, average in loaded.items()}
+        if inside:
+            self._kept = None  # what the model holds now was loaded with this state
+            self._put_averages()
+
+    def _find(self, learner: LearnerView) -> dict[str, torch.Tensor]:
+        model = getattr(learner.model, self.model) if self.model else learner.model
+        modules: Iterable[tuple[str, Any]] = [("", model)]
+        if not isinstance(model, torch.nn.Module):  # several models by name
+            modules = [(f"{name}.", each) for name, each in model.items()]
+        self._weights = {
+            prefix + name: weight
+            for prefix, module in modules
+            for name, weight in chain(module.named_parameters(), module.named_buffers() if self.buffers else ())
+        }
+        return self._weights
+
+    def _placed(self) -> dict[str, torch.Tensor]:
+        """Return the averages, moved to where the weights are; a checkpoint gives them on the CPU."""
+        for name, weight in self._weights.items():
+            if self.averages[name].device != weight.device:
+                self.averages[name] = self.averages[name].to(weight.device)
+        return self.averages
+
+    def _put_averages(self) -> None:
+        if self._kept is None and self.averages:
+            averages = self._placed()
+            self._kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
+            with torch.no_grad():
+                for name, weight in self._weights.items():
+                    weight.copy_(averages[name])
+
+    def _put_back(self) -> None:
+        if self._kept is not None:
+            with torch.no_grad():
+                for name, weight in self._weights.items():
+                    weight.copy_(self._kept[name])
+            self._kept = None  # only now: an interrupt in between leaves it to the next event
+
+    def _check(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        for name, weight in self._weights.items():
+            if name not in loaded or loaded[name].shape != weight.shape:
+                found = f"shape {tuple(loaded[name].shape)}" if name in loaded else "nothing"
+                raise UsageError(
+                    f"The state of {self.name or 'EMA'} has {found} for {name!r}, of shape {tuple(weight.shape)}. "
+                    f"Load a state of the same model, made with buffers={self.buffers}."
+                )
+
+
+def _alike(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Return the names of the weights, together those of one device and type."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, weight in weights.items():
+        groups.setdefault((weight.device, weight.dtype), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,208 @@
+"""Scheduler: set hyperparameters before each update, as schedules say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.errors import UsageError, is_a
+from flowtrain.events import BatchBegin, EpochEnd, FitBegin, UpdateBegin
+from flowtrain.handler import Handler
+from flowtrain.hyperparameter import Setting
+from flowtrain.phases import AbstractTrainingPhase, Phase
+from flowtrain.plateau import Plateau, ReduceOnPlateau
+from flowtrain.protect import LearnerView
+from flowtrain.resolution import NoConflict, Resolution
+from flowtrain.schedule import Schedule, ScheduleLike, as_schedule
+
+__all__ = ["Scheduler"]
+
+_EXAMPLE = "Scheduler({LearningRate: one_cycle(1e-3)})"
+
+
+class Scheduler(Callback):
+    """Set hyperparameters before each update, and record them: ``cbstate.hyperparams["LearningRate"]``.
+
+    A schedule without a length is stretched over the updates of each fit (`flowtrain.schedules`). Updates are counted
+    over the life of the learner. A batch in which several optimizers are updated counts once, and their hyperparameters
+    are set before the first of these updates. In the series the step is the number of the update.
+
+    Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
+    hyperparameters, at `UpdateBegin`; reads the epoch metric that a `reduce_on_plateau` watches, so runs after
+    `Metrics`. Costs some microseconds for each hyperparameter and update. Two schedulers with different hyperparameters
+    go together; two for the same one are a conflict.
+
+    Args:
+        schedules: For each hyperparameter (a type, or an instance where there are several optimizers or groups), a
+            number, a function of the update, a schedule, or `reduce_on_plateau`.
+
+    Raises:
+        UsageError: Not that.
+
+    >>> from flowtrain.hyperparameter import LearningRate, Momentum
+    >>> from flowtrain.schedules import one_cycle
+    >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
+    <Scheduler>
+    """
+
+    def __init__(self, schedules: Mapping[Setting | type[Setting], ScheduleLike | ReduceOnPlateau]) -> None:
+        self.schedules: dict[Setting, Schedule | ReduceOnPlateau] = {}
+        self.updates = 0
+        if not is_a(schedules, Mapping) or not schedules:
+            raise UsageError(f"Scheduler({schedules!r}) takes schedules by hyperparameter: {_EXAMPLE}.")
+        for key, given in schedules.items():
+            setting: Any = key() if isinstance(key, type) else key
+            if not isinstance(setting, Setting):
+                raise UsageError(f"Scheduler got {key!r} where a hyperparameter belongs. Write {_EXAMPLE}.")
+            for other in self.schedules:
+                if setting.overlaps(other):
+                    raise UsageError(
+                        f"Scheduler has two schedules for {setting.name}: of {other!r} and {setting!r}. "
+                        f"Give each hyperparameter one; sequence([...], at=[...]) joins two."
+                    )
+            self.schedules[setting] = given if isinstance(given, ReduceOnPlateau) else as_schedule(given)
+        watching = [(each.name, plan) for each, plan in self.schedules.items() if isinstance(plan, ReduceOnPlateau)]
+        self._watching = dict(watching)
+        self._plateaus = {name: plan.begin() for name, plan in watching}
+        self._epochs: dict[str, int] = {}  # by training phase
+        self._counted = False  # whether this batch's update is counted already
+        # What the fit that runs, or the last one, is planned to be, and where it began.
+        self._planned: tuple[int | None, int | None] = (None, None)
+        self._began: tuple[int, dict[str, int]] = (0, {})
+        self._stretch()
+
+    def state_access(self) -> Access:
+        access: dict[str, Any] = {}
+        for setting in self.schedules:
+            access |= {**setting.access(), f"cbstate.hyperparams.{setting.name}": Write()}
+        return access
+
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        """Go together with another scheduler that has none of these hyperparameters."""
+        if not isinstance(other, Scheduler):
+            return None
+        shared = any(mine.overlaps(theirs) for mine in self.schedules for theirs in other.schedules)
+        return None if shared else NoConflict()
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers; that of the epoch's end only where a schedule needs it."""
+        for base, handler in super().handlers():
+            if handler.attribute != "end_epoch":
+                yield base, handler
+            elif self._watching or any(isinstance(s, Schedule) and s.unit == "epoch" for s in self.schedules.values()):
+                metrics = {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
+                yield base, replace(handler, access=metrics)
+
+    def setup(self, learner: LearnerView) -> None:
+        """Check that the hyperparameters are there; set those that are no optimizer's, for others to read."""
+        for setting, schedule in self.schedules.items():
+            if isinstance(schedule, ReduceOnPlateau):
+                setting.prepare(learner, schedule.value)
+            else:
+                # How long the fit is, is not known yet; where a schedule begins hardly depends on it.
+                first = schedule.value(1, 1_000_000) if schedule.is_open else schedule(1)
+                setting.prepare(learner, self._checked(setting, schedule, first))
+
+    @on(FitBegin, access={})
+    def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        """Stretch the schedules without a length over the fit."""
+        if not event.resumed:
+            self._began = (self.updates, dict(self._epochs))
+        self._planned = (event.updates, event.epochs)
+        self._stretch()
+        for setting, schedule in self._stretched.items():
+            if isinstance(schedule, Schedule) and schedule.is_open:
+                why = "the fit counts steps" if schedule.unit == "epoch" else "a loader does not know how many it has"
+                raise UsageError(
+                    f"The schedule {schedule} of {setting.name} is stretched over the {schedule.unit}s of the fit, and "
+                    f"how many these are is not known: {why}. Give it a length, in {schedule.unit}s: length=1000."
+                )
+
+    @on(BatchBegin, access={})
+    def begin_batch(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        """Expect an update."""
+        self._counted = False
+
+    @on(UpdateBegin)
+    def set_values(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
+        """Set the values for an update, and record them."""
+        if self._counted:
+            return
+        self._counted = True
+        self.updates += 1
+        series = learner.cbstate.hyperparams
+        for setting, schedule in self._stretched.items():
+            value = self._checked(setting, schedule, self._value(setting, schedule, phase))
+            setting.set(learner, value)
+            series.push(setting.name, value, self.updates)
+
+    @on(EpochEnd)
+    def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Count a training epoch, and take in the metrics that are watched."""
+        if isinstance(phase, AbstractTrainingPhase):
+            self._epochs[repr(phase)] = self._epochs.get(repr(phase), 0) + 1
+        for name, plan in self._watching.items():
+            if isinstance(phase, plan.phase):
+                series = learner.cbstate.metrics_epoch[phase][plan.monitor]
+                self._plateaus[name] = plan.after(self._plateaus[name], series.last()[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, what the fit is planned to be, and what is remembered of the metrics watched."""
+        return {
+            "updates": self.updates,
+            "epochs": dict(self._epochs),
+            "planned": list(self._planned),
+            "began": [self._began[0], dict(self._began[1])],
+            "plateaus": {name: list(plateau) for name, plateau in self._plateaus.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.updates = state["updates"]
+        self._epochs = dict(state["epochs"])
+        self._planned = (state["planned"][0], state["planned"][1])
+        self._began = (state["began"][0], dict(state["began"][1]))
+        for name in self._watching.keys() & state["plateaus"].keys():
+            self._plateaus[name] = Plateau(*state["plateaus"][name])
+        self._stretch()
+
+    def _stretch(self) -> None:
+        """Stretch the schedules without a length over what is planned."""
+        updates, epochs = self._planned
+        self._stretched: dict[Setting, Schedule | ReduceOnPlateau] = {}
+        for setting, schedule in self.schedules.items():
+            planned = None
+            if isinstance(schedule, Schedule) and schedule.is_open:
+                planned = epochs if schedule.unit == "epoch" else updates
+            self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]
+
+    def _value(self, setting: Setting, schedule: Schedule | ReduceOnPlateau, phase: Phase) -> object:
+        if isinstance(schedule, ReduceOnPlateau):
+            return self._plateaus[setting.name].value
+        wanted = self.schedules[setting]
+        restarts = isinstance(wanted, Schedule) and wanted.is_open
+        if schedule.unit == "epoch":
+            name = repr(phase)
+            return schedule(self._epochs.get(name, 0) + 1 - (self._began[1].get(name, 0) if restarts else 0))
+        return schedule(self.updates - (self._began[0] if restarts else 0))
+
+    def _checked(self, setting: Setting, schedule: object, value: Any) -> float:
+        if getattr(value, "numel", lambda: 0)() == 1:
+            value = value.item()
+        what = f"The schedule {schedule} of {setting.name} gave {value!r} for update {max(self.updates, 1)}"
+        if not is_a(value, Real) or is_a(value, bool):
+            raise UsageError(f"{what}, which is a {type(value).__name__} and no number. Return a float.")
+        number = float(value)
+        if not math.isfinite(number):
+            raise UsageError(f"{what}. A hyperparameter is finite; look for a division by zero or an overflow.")
+        if setting.minimum is not None and number < setting.minimum:
+            raise UsageError(
+                f"{what}, and {setting.name} is at least {setting.minimum}. If it falls too far, bound it: "
+                f"lambda n: max({setting.minimum}, f(n))."
+            )
+        return number
