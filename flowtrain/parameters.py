@@ -20,7 +20,8 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
     def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
         self._models = models
 
-    def _items(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield names and parameters: the quick way through all of them."""
         for prefix, model in self._models.items():
             yield from model.named_parameters(prefix)
 
@@ -33,10 +34,10 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
             raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._items())
+        return (name for name, _ in self.named())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._items())
+        return sum(1 for _ in self.named())
 
 
 class Gradients(Mapping[str, torch.Tensor]):
@@ -66,8 +67,12 @@ class Gradients(Mapping[str, torch.Tensor]):
             raise refuse("batch.grads")
         self._params[name].grad = gradient
 
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and gradients: the quick way through all of them."""
+        return ((name, param.grad) for name, param in self._params.named() if param.grad is not None)
+
     def __iter__(self) -> Iterator[str]:
-        return (name for name, param in self._params.items() if param.grad is not None)
+        return (name for name, _ in self.named())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
