@@ -13,7 +13,7 @@ from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.steps import describe
 
-__all__ = ["check_gave", "length", "loaders", "shortest", "stream", "warn_untrained"]
+__all__ = ["check_gave", "length", "loaders", "shortest", "warn_untrained"]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
 
@@ -136,17 +136,3 @@ def length(loader: object) -> int | None:
 def shortest(*lengths: int | None) -> int | None:
     """Return the smallest of the lengths that are known; ``None`` where none is."""
     return min((each for each in lengths if each is not None), default=None)
-
-
-def stream(loader: Iterable[Any], phase: Phase) -> Iterator[Any]:
-    """Yield the batches of a loader, pass after pass, without end.
-
-    Raises:
-        DataError: A pass gives no batch.
-    """
-    while True:
-        count = 0
-        for raw in loader:
-            count += 1
-            yield raw
-        check_gave(count, phase, loader)

@@ -17,8 +17,9 @@ from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
 from flowtrain.records import Run
 from flowtrain.registry import Callbacks
+from flowtrain.requests import CheckpointRequest
 from flowtrain.scopes import Scopes
-from flowtrain.signals import raise_worst
+from flowtrain.signals import CancelException, raise_worst
 from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
 from flowtrain.steps import StepRunners
@@ -55,6 +56,8 @@ class Dispatch:
         runners: For each phase, what to call at each event of its step.
         fired: The events that handlers asked to fire.
         urgent: What other threads want done on the training thread before the next batch; what it raises ends the fit.
+        stopping: Whether an interrupt is about to end the fit.
+        checkpoint: What takes the checkpoints that handlers ask for.
     """
 
     def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor, sinks: Sinks) -> None:
@@ -63,6 +66,8 @@ class Dispatch:
         self.runners = _Runners(self)
         self.fired = state.fired
         self.urgent: list[Callable[[], None]] = []
+        self.stopping = False
+        self.checkpoint: Callable[[CheckpointRequest], None] | None = None
         self._scopes = scopes
         self._sinks = sinks
         self._callbacks: Callbacks | None = None
@@ -133,10 +138,14 @@ class Dispatch:
             return  # the outer call goes on with what was added
         self._draining = True
         failures: list[BaseException] = []
+        requests: list[CheckpointRequest] = []
         count = 0
         try:
             while self.fired:
                 _, event = self.fired.pop(0)
+                if type(event) is CheckpointRequest:
+                    requests.append(event)
+                    continue
                 count += 1
                 if count > _MOST_FIRED:
                     raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
@@ -149,20 +158,38 @@ class Dispatch:
             self._draining = False
             self._kept = 0
             self.fired.clear()
+        if requests:
+            self._take(requests, failures)
         if failures:
             raise_worst(failures)
 
+    def _take(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
+        """Take the checkpoints asked for, now that no handler runs; none after an error, which may be in the state."""
+        if self.checkpoint is None or not all(isinstance(failure, CancelException) for failure in failures):
+            return
+        for request in dict.fromkeys(requests):
+            try:
+                self.checkpoint(request)
+            except Exception as failure:  # raised with the others
+                failures.append(failure)
+
     def attend(self) -> None:
-        """Do what is urgent, first in, first out."""
-        while self.urgent:
+        """Do what is urgent, first in, first out; what is added meanwhile waits for the next time."""
+        for _ in range(len(self.urgent)):
             self.urgent.pop(0)()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        """Raise what the failures of an event's handlers amount to; what the event fired is dropped."""
+        """Raise what the failures of an event's handlers amount to; what the event fired is dropped.
+
+        A checkpoint that it asked for is taken if the failures only cancel something.
+        """
         meant = self._meant(event, phase, failures)
         del failures  # see `raise_worst`
         if meant:
+            requests = [event for _, event in self.fired[self._kept :] if type(event) is CheckpointRequest]
             del self.fired[self._kept :]
+            if requests:
+                self._take(requests, meant)
             raise_worst(meant)
 
     def _meant(

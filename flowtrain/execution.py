@@ -71,6 +71,11 @@ class Site(Protocol):
         """
         ...
 
+    @property
+    def stopping(self) -> bool:
+        """Whether an interrupt is about to end the fit; what waits for room, or for work far away, stops waiting."""
+        ...
+
     def drain(self, phase: Phase) -> None:
         """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
 

@@ -8,6 +8,7 @@ step of one's own may update one of them alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -74,6 +75,15 @@ class Groups:
             self._counts[name] = 0
             self._complete[name] = True
             self._spent.add(name)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return which groups have begun, and after how many batches; the gradients are with the parameters."""
+        return {"counts": dict(self._counts), "complete": dict(self._complete)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take back what `state_dict` returned."""
+        self._counts, self._complete = dict(state["counts"]), dict(state["complete"])
+        self._spent.clear()
 
     def discard(self) -> None:
         """Throw away the gradients of all groups; the next batch begins new ones."""

@@ -7,6 +7,8 @@ what a user passes, joins these parts, and delegates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -105,6 +107,7 @@ class Learner(StepSite):
         steps: int | None = None,
         validate_every: int | None = None,
         data: Any = None,
+        resume: str | PathLike[str] | None = None,
     ) -> None:
         """Train.
 
@@ -118,20 +121,26 @@ class Learner(StepSite):
             steps: How many training batches.
             validate_every: Training batches in an epoch; only with `steps`.
             data: Loaders for this fit, as for `Learner`.
+            resume: A checkpoint to go on from, or a folder of them (its latest). `epochs`, or `steps`, is the total
+                then, with what was done before the checkpoint; give what the fit that wrote it was given.
 
         Raises:
+            CheckpointError: The checkpoint cannot be read or does not fit; the learner is as it was.
+            KeyboardInterrupt: Ctrl-C or SIGTERM, seen at a batch boundary (rule 29).
             UsageError: Called inside a handler or a step, or with counts that mean nothing.
             DataError: There is no data.
             Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
         """
-        self._ready("fit()")
+        self._ready("fit()", opens=resume is None)
         check_counts(epochs, steps, validate_every)
         chosen = self.state.data if data is None else loaders(data)
         self._check_fit_data(chosen, by_steps=steps is not None)
         before, self.state.data = self.state.data, chosen
         self.stopped = None
         try:
+            if resume is not None:
+                self.loop.cuts.resume(resume, chosen, "epochs" if steps is None else "steps")
             self.stopped = self.loop.fit(self, chosen, epochs, steps, validate_every)
         except BaseException as failure:
             self.stopped = failure
@@ -173,18 +182,34 @@ class Learner(StepSite):
         for phase in phases:
             self.loop.epoch(self, phase, self.state.data[phase])
 
+    def load(self, path: str | PathLike[str]) -> None:
+        """Put the learner into the state of a checkpoint: models, optimizers, scaler, ``cbstate`` and callbacks.
+
+        The random number generators belong to the process and stay as they are, and the next `fit` begins anew;
+        ``fit(..., resume=path)`` goes on where the checkpoint was taken.
+
+        Args:
+            path: A checkpoint, a folder of them (its latest), or the folder's ``best``.
+
+        Raises:
+            CheckpointError: It cannot be read or does not fit; the learner is as it was.
+        """
+        self._ready("load()", opens=False)
+        self.loop.cuts.load(path)
+
     def flush(self) -> None:
-        """Return when everything that the executor was given is done."""
+        """Return when everything that the executor was given is done, and checkpoints are written."""
         self.loop.executor.flush()
+        self.loop.cuts.writer.wait()
 
     def close(self) -> None:
         """Flush the executor and give back what it holds. The learner can still be read."""
         if not self._closed:
             self._closed = True
-            try:
-                self.loop.executor.close()
-            finally:
-                self.loop.sinks.close()
+            with ExitStack() as stack:  # each of them, whatever the others raise
+                stack.callback(self.loop.sinks.close)
+                stack.callback(self.loop.cuts.writer.wait)
+                stack.callback(self.loop.executor.close)
 
     def __enter__(self) -> Self:
         return self
@@ -261,6 +286,7 @@ class Learner(StepSite):
         self.state.callbacks = made
         named = (path for node in made.nodes for path, _ in node.union)
         self.core.need_grad_norm(("batch", "grad_norm") in named)
+        self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
         self.loop.dispatch.use(made)
 
     # --- checks
@@ -269,11 +295,12 @@ class Learner(StepSite):
         self.loop.sinks.check(node.callback for node in nodes)
         self.loop.executor.check(nodes, state)
 
-    def _ready(self, what: str) -> None:
+    def _ready(self, what: str, opens: bool = True) -> None:
         if self._closed:
             raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
-        self.loop.sinks.open()
+        if opens:
+            self.loop.sinks.open()
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:
         for phase in phases:

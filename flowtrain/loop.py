@@ -6,13 +6,14 @@ the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 from flowtrain.batch import BatchState
 from flowtrain.core import TorchCore
-from flowtrain.data import check_gave, length, shortest, stream
+from flowtrain.cuts import Cuts
+from flowtrain.data import check_gave, length, shortest
 from flowtrain.dispatch import Dispatch
 from flowtrain.events import (
     BatchCancelled,
@@ -24,9 +25,11 @@ from flowtrain.events import (
     FitEnd,
 )
 from flowtrain.execution import Executor
+from flowtrain.interrupts import Interrupts
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
 from flowtrain.planned import planned_updates
+from flowtrain.position import Position, Stream, begin_again, beginning
 from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
 from flowtrain.sinks import Sinks
@@ -52,6 +55,7 @@ class Loop:
         dispatch: What fires events.
         runners: For each phase, what to call at each event of its step.
         sinks: The logging backends of the callbacks.
+        cuts: The checkpoints.
     """
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
@@ -62,6 +66,8 @@ class Loop:
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks)
         self.runners = self.dispatch.runners
+        self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.urgent)
+        self.dispatch.checkpoint = self.cuts.take
 
     # --- fit and epoch
 
@@ -74,26 +80,39 @@ class Loop:
         validate_every: int | None,
     ) -> BaseException | None:
         """Run a fit; return the `CancelFittingException` that ended it, or ``None``. Errors are raised."""
+        with Interrupts(self.dispatch, self.cuts.interrupted):
+            return self._fit(learner, data, epochs, steps, validate_every)
+
+    def _fit(
+        self,
+        learner: StepContext,
+        data: PhaseMap[Any],
+        epochs: int | None,
+        steps: int | None,
+        validate_every: int | None,
+    ) -> BaseException | None:
         self.scopes.fit = OPEN
         failures: list[BaseException] = []
         try:
             updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
-            self.dispatch.fire(FitBegin(epochs, steps, updates), Phase())
+            position = self.cuts.begin_fit("steps" if epochs is None else "epochs")
+            self.dispatch.fire(FitBegin(epochs, steps, updates, self.cuts.resumed is not None), Phase())
+            self.cuts.restore_random()  # what handlers of `FitBegin` drew was drawn before the checkpoint too
             if epochs is not None:
-                for _ in range(epochs):
-                    for phase, loader in data.items():
-                        self.epoch(learner, phase, loader)
+                while position.rounds < epochs:
+                    self._fit_round(learner, data, position)
             else:
-                self._fit_steps(learner, data, steps or 0, validate_every)
+                self._fit_steps(learner, data, steps or 0, validate_every, position)
         except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
         self.scopes.fit = CLOSING
         self._close(_FIT_END, Phase(), failures)
-        for flush in (self.executor.flush, self.sinks.flush):
+        for finish in (self.executor.flush, self.cuts.end_fit, self.sinks.flush, self.dispatch.attend):
             try:
-                flush()
+                finish()
             except BaseException as failure:  # everything is closed first
                 failures.append(failure)
+        self.dispatch.urgent.clear()
         # All three: an interrupt can strike while an epoch is being closed.
         self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
         try:
@@ -105,32 +124,42 @@ class Loop:
             return cancel
         return None
 
-    def _fit_steps(self, learner: StepContext, data: PhaseMap[Any], steps: int, validate_every: int | None) -> None:
+    def _fit_round(self, learner: StepContext, data: PhaseMap[Any], position: Position) -> None:
+        """Run an epoch of every phase that has not had its own in this round."""
+        for phase, loader in data.items():
+            if repr(phase) not in position.done:
+                self.epoch(learner, phase, loader)
+        position.end_round()
+
+    def _fit_steps(
+        self, learner: StepContext, data: PhaseMap[Any], steps: int, validate_every: int | None, position: Position
+    ) -> None:
         """Train in epochs of `validate_every` batches, or of one pass of the loader, each followed by the others."""
         training = next(phase for phase in data if isinstance(phase, AbstractTrainingPhase))
         loader = data[training]
-        endless = stream(loader, training) if validate_every is not None else None
-        left = steps
-        while left > 0:
-            most = left if validate_every is None else min(left, validate_every)
-            self.epoch(learner, training, loader if endless is None else endless, most)
-            # An epoch that was cancelled before its first batch counts too, or this might never end.
-            left -= self.scopes.batch_number or (1 if validate_every is None else most)
-            for phase, other in data.items():
-                if phase is not training:
-                    self.epoch(learner, phase, other)
+        if validate_every is not None:
+            loader = position.stream = Stream(loader, training)
+            self.cuts.resume_stream(position.stream)
+        while position.steps < steps or position.done:
+            if repr(training) not in position.done:
+                left = steps - position.steps
+                most = left if validate_every is None else min(left, validate_every)
+                # An epoch that was cancelled before its first batch counts too, or this might never end.
+                position.count(training, 1 if validate_every is None else most)
+                self.epoch(learner, training, loader, most)
+            self._fit_round(learner, data, position)
 
     def epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
-        scopes = self.scopes
+        scopes, position = self.scopes, self.cuts.position
         failures: list[BaseException] = []
         with phase.mode(self.core.modules):
             scopes.open_epoch(phase)
             self.state.show(BatchState())
             self.core.end_groups()
             try:
-                self.dispatch.fire(_EPOCH_BEGIN, phase)
-                self._run(learner, phase, loader, most)
+                batches = self._begin_epoch(phase, loader)
+                self._run(learner, phase, batches, shortest(length(loader), most), most)
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
@@ -141,10 +170,35 @@ class Loop:
             self.core.end_groups()
             self._show(scopes.completed)
             scopes.epoch = CLOSING
+            if not failures:
+                position.end_epoch(scopes.batch_number)
             self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
             scopes.epoch = CLOSED
         if failures:
             raise_worst(failures)
+
+    def _begin_epoch(self, phase: Phase, loader: Iterable[Any]) -> Iterable[Any]:
+        """Fire `EpochBegin`, and return the batches that are left: all, unless a checkpoint was taken in this epoch.
+
+        Then the epoch begins once more for its callbacks, whose state is put back after it.
+        """
+        cuts, position = self.cuts, self.cuts.position
+        resuming = position.leave_resumed(phase)
+        if resuming:
+            self.scopes.batch_number = position.batches
+        else:
+            position.begin_epoch(phase)
+        self.dispatch.fire(_EPOCH_BEGIN, phase)
+        if self.dispatch.urgent:
+            self.dispatch.attend()
+        batches = loader
+        if resuming and position.batches and position.begun is not None:
+            batches = begin_again(loader, position.begun, position.batches, phase)
+        elif not isinstance(loader, Stream):
+            position.begun = beginning(loader)
+        if resuming:
+            cuts.reenter()
+        return batches
 
     def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
         """Fire the event that closes a scope; what it raises is added to `failures`."""
@@ -159,14 +213,15 @@ class Loop:
         if batch is not self.state.batch:
             self.state.show(batch if batch is not None else BatchState())
 
-    def _run(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
-        batches: Iterable[Any] = loader if most is None else islice(loader, most)
-        if self.core.accumulate > 1:
-            batches = self._mark_last(batches, shortest(length(loader), most))
+    def _run(
+        self, learner: StepContext, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None
+    ) -> None:
+        """Run the batches that are left of an epoch of `total` batches, where that is known, and of `most` at most."""
         step, scopes, urgent = phase.step, self.scopes, self.dispatch.urgent
-        for raw in batches:
-            if urgent:
-                self.dispatch.attend()
+        done = scopes.batch_number
+        if most is not None:
+            batches = islice(batches, most - done)
+        for raw in self.core.feed(batches, None if total is None else total - done):
             scopes.batch_number += 1
             try:
                 step(learner, raw)
@@ -174,23 +229,8 @@ class Loop:
                     raise CancelBatchException(_LEFT_OPEN)
             except BaseException as failure:  # closes the batch, then raises what is left
                 self.close_batch(phase, failure, CancelBatchException)
-
-    def _mark_last(self, batches: Iterable[Any], total: int | None) -> Iterator[Any]:
-        """Tell the core which batch is the last of the epoch: it ends an accumulation group that is not full.
-
-        Where the number of batches is not known, the next one is taken before the current one is given.
-        """
-        if total is not None:
-            for number, raw in enumerate(batches, start=1):
-                self.core.groups.last_batch = number == total
-                yield raw
-            return
-        held: list[Any] = []
-        for raw in batches:
-            yield from held
-            held = [raw]
-        self.core.groups.last_batch = True
-        yield from held
+            if urgent:  # before the loader is asked for more, so that a checkpoint knows what it has drawn
+                self.dispatch.attend()
 
     def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
@@ -223,6 +263,8 @@ class Loop:
                 except BaseException as failure:  # closes the batch, then raises what is left
                     # There is no epoch to cancel.
                     self.close_batch(phase, failure, CancelBatchException, CancelEpochException)
+            if self.dispatch.urgent:
+                self.dispatch.attend()
         finally:
             self.scopes.firing = False
         return self.state.batch

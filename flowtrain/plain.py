@@ -1,6 +1,6 @@
 """Plain copies: what a checkpoint may hold, and how the containers of ``cbstate`` are turned into it and back.
 
-A checkpoint holds tensors and plain values, so that ``torch.load(weights_only=True)`` reads it without running any code.
+A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`` reads it without running any code.
 `Stage` copies such values, tensors to the CPU, and refuses everything else by the name of who brought it.
 """
 
@@ -100,7 +100,7 @@ def _columns(state: Mapping[str, list[Any]], stage: Stage, path: str) -> dict[st
 def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
     return CheckpointError(
         f"{owner} cannot be in a checkpoint: {path} is {value!r:.80} ({type(value).__name__}). A checkpoint holds "
-        f"tensors and plain values (None, bool, int, float, str, bytes, and dict, list, tuple and set of them), so that "
+        f"tensors and plain values (None, bool, int, float, str, bytes; dict, list, tuple and set of them), so that "
         f"torch.load(weights_only=True) can read it. Return those in its place: float(x), repr(x), torch.as_tensor(x), "
         f"or a dict of what it is made of."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +20,7 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
-from flowtrain.data import check_gave, length, loaders, stream
+from flowtrain.data import length, loaders
 from flowtrain.testing import tiny_batches, tiny_learner
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -282,13 +281,6 @@ def test_data_is_put_back_after_a_fit_of_its_own() -> None:
         learner_on(None).fit(1)
     with pytest.raises(UsageError, match=r"^There is no data for OODPhase\. Pass it: learner\.epoch\(OODPhase"):
         learner.epoch(OODPhase)
-
-
-def test_stream_goes_round() -> None:
-    assert list(islice(stream([1, 2], TrainingPhase()), 5)) == [1, 2, 1, 2, 1]
-    with pytest.raises(DataError, match="gives no batch"):
-        next(stream([], TrainingPhase()))
-    check_gave(1, ValidationPhase(), [])
 
 
 def test_what_an_iterable_dataset_says_of_its_length_is_a_guess() -> None:

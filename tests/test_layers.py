@@ -17,19 +17,23 @@ import pytest
 LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
-        "errors", "signals", "events", "access", "readonly", "batch", "steps", "phases", "hyperparams", "parameters",
-        "phasemap", "lag", "series", "containers", "state",
+        "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "phases", "hyperparams",
+        "parameters", "phasemap", "lag", "series", "containers", "state",
     ),
-    1: ("part", "protect", "recording", "fingerprint", "terminal", "records"),  # what handlers see, what sinks get
+    # what handlers see, what sinks get
+    1: ("part", "protect", "recording", "fingerprint", "terminal", "records", "plain"),
     2: ("resolution", "handler", "callback", "conditions", "providers"),  # what a user writes
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (
-        "devices", "prefetch", "optimizers", "groups", "scaling", "compiling", "core",
-        "data", "planned", "scopes", "dispatch", "loop", "stepsite",
+        "devices", "prefetch", "optimizers", "groups", "guard", "scaling", "compiling", "settings", "placement",
+        "core",
+        "data", "planned", "scopes", "dispatch", "randomness", "position", "checkpointfile", "checkpoint", "writer",
+        "cuts", "interrupts", "loop", "stepsite",
         "scratch", "dryrun",
     ),  # training itself
-    6: ("logging", "metrics", "hyperparameter", "schedules", "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
+    6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
+        "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
     8: ("arguments", "learner", "finder", "flowtrain"),  # all of it in one object, and what users import
     9: ("testing", "examples"),  # users of the face

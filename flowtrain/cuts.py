@@ -1,0 +1,201 @@
+"""Cuts: when a checkpoint is taken, and what of the fit belongs to it.
+
+A cut is taken on the training thread when the event that asked for it has ended, with all that it fired: no handler
+runs then. It waits for the end of the batch, which cannot be left in the middle; an accumulation group can. Lanes are
+flushed, sinks are flushed, the state is copied (`flowtrain.checkpoint`), and training goes on while the copy is written
+(`flowtrain.writer`).
+
+An executor that keeps deferred events of its own may have ``state_dict()`` and ``load_state_dict(state)``: then it is
+not flushed, and says itself what is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from flowtrain.checkpoint import apply, check, gather
+from flowtrain.checkpointfile import read
+from flowtrain.core import TorchCore
+from flowtrain.errors import CheckpointError
+from flowtrain.execution import Executor
+from flowtrain.phasemap import PhaseMap
+from flowtrain.plain import Stage, phase_of
+from flowtrain.position import Position, Stream
+from flowtrain.randomness import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.records import Run
+from flowtrain.requests import CheckpointRequest
+from flowtrain.scopes import Scopes
+from flowtrain.sinks import Sinks
+from flowtrain.state import LearnerState
+from flowtrain.steps import OPEN
+from flowtrain.writer import Writer
+
+__all__ = ["Cuts"]
+
+
+class Cuts:
+    """The checkpoints of one learner.
+
+    Attributes:
+        position: Where the fit is.
+        writer: What writes them.
+        resumed: The checkpoint that this fit goes on from, until it has.
+    """
+
+    def __init__(
+        self,
+        state: LearnerState,
+        core: TorchCore,
+        executor: Executor,
+        scopes: Scopes,
+        sinks: Sinks,
+        urgent: list[Callable[[], None]],
+    ) -> None:
+        self.position = Position()
+        self.writer = Writer(urgent)
+        self.resumed: Mapping[str, Any] | None = None
+        self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
+        self._executor = executor
+        self._lanes: Callable[[], Any] | None = getattr(executor, "state_dict", None)
+        self._load_lanes: Callable[[Any], None] | None = getattr(executor, "load_state_dict", None)
+        self._urgent = urgent
+        self._standing: CheckpointRequest | None = None
+
+    # --- taking
+
+    def take(self, request: CheckpointRequest) -> None:
+        """Take a checkpoint now, or, if a batch is open, at the next batch boundary.
+
+        Raises:
+            CheckpointError: Something cannot be in a checkpoint, or the one before could not be written.
+        """
+        if request.on_interrupt:
+            self._standing = request
+        elif self._scopes.batch == OPEN:
+            self._urgent.append(partial(self.take, request))
+        else:
+            self._submit(request)
+
+    def _submit(self, request: CheckpointRequest) -> None:
+        loss = vars(self._state.batch).get("loss")
+        loss = loss.detach().to("cpu", copy=True) if isinstance(loss, torch.Tensor) else None
+        self.writer.submit(self._gather(), loss, request)
+
+    def interrupted(self) -> None:
+        """Take the checkpoint that was asked for in case of an interrupt, and wait until it is written."""
+        request, self._standing = self._standing, None
+        if request is not None:
+            self._submit(request)
+            self.writer.wait()
+
+    def end_fit(self) -> None:
+        """Wait until what was taken is written.
+
+        Raises:
+            CheckpointError: It could not be.
+        """
+        self._standing = self.resumed = None
+        self.position = Position()
+        self.writer.wait()
+
+    def _gather(self) -> dict[str, Any]:
+        stage = Stage()
+        lanes: Any = None
+        if self._lanes is not None:
+            lanes = stage.copy(self._lanes(), f"the executor {self._executor.name!r}")
+        else:
+            self._executor.flush()
+        return {
+            **gather(self._state, self._core),
+            "random": random_state(),
+            "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
+            "position": self.position.state_dict(self._scopes.batch_number),
+            "numbers": {repr(phase): number for phase, number in self._scopes.numbers.items()},
+            "run": {"id": self._sinks.run.id, "positions": stage.copy(self._sinks.flush(), "the position of a sink")},
+            "lanes": lanes,
+        }
+
+    # --- putting back
+
+    def load(self, path: Any) -> None:
+        """Put the learner into the state of a checkpoint; where it was in its fit is left out.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read, or does not fit; nothing has been changed.
+        """
+        contents = read(path)
+        check(contents, self._state, self._core)
+        apply(contents, self._state, self._core)
+        self._set_numbers(contents)
+
+    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
+        """Go on from a checkpoint: as `load`, and the next fit begins where the checkpoint was taken.
+
+        Args:
+            path: The checkpoint.
+            data: The loaders of that fit.
+            unit: ``"epochs"`` or ``"steps"``, what it counts.
+
+        Raises:
+            CheckpointError: As for `load`, or the fit it was taken in counts something else, or has other phases.
+        """
+        contents = read(path)
+        position = contents["position"]
+        check(contents, self._state, self._core)
+        if position["unit"] != unit:
+            where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can go on from it"
+            raise CheckpointError(
+                f"The checkpoint was taken in {where}, and this fit counts {unit}. Write "
+                f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a fit of its own."
+            )
+        names = [repr(phase) for phase in data]
+        if position["phase"] and position["phase"] not in names:
+            raise CheckpointError(
+                f"The checkpoint was taken in an epoch of {position['phase']}, and this fit has data for "
+                f"{', '.join(names)}. Resume with the data of the run that wrote it."
+            )
+        apply(contents, self._state, self._core)
+        self._set_numbers(contents)
+        if self._load_lanes is not None and contents["lanes"] is not None:
+            self._load_lanes(contents["lanes"])
+        self._sinks.restore(Run(contents["run"]["id"], resumed=True), contents["run"]["positions"])
+        self.resumed = contents
+
+    def _set_numbers(self, contents: Mapping[str, Any]) -> None:
+        phases = {repr(phase): phase for phase in self._state.data}
+        self._scopes.numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
+        position = contents["position"]
+        if position["phase"] in phases:
+            self._scopes.numbers[phases[position["phase"]]] -= 1  # that epoch begins once more
+
+    def begin_fit(self, unit: str) -> Position:
+        """Return the position that the fit begins at: that of the checkpoint, or none of its epochs done."""
+        self.position = Position(unit) if self.resumed is None else Position.resumed(self.resumed["position"])
+        return self.position
+
+    def restore_random(self) -> None:
+        """Put the random numbers back to those of the checkpoint that the fit goes on from."""
+        if self.resumed is not None:
+            self._set_random(self.resumed)
+
+    def resume_stream(self, stream: Stream) -> None:
+        """Bring the loader of a fit by steps to where it was."""
+        if self.resumed is not None and self.resumed["position"]["stream"] is not None:
+            stream.resume(self.resumed["position"]["stream"])
+            self._set_random(self.resumed)
+
+    def reenter(self) -> None:
+        """Put everything back once more, after the `EpochBegin` of an epoch that had begun already."""
+        if self.resumed is not None:
+            apply(self.resumed, self._state, self._core)
+            self._set_random(self.resumed)
+
+    def _set_random(self, contents: Mapping[str, Any]) -> None:
+        for phase, loader in self._state.data.items():
+            if repr(phase) in contents["loaders"]:
+                set_loader_state(loader, contents["loaders"][repr(phase)])
+        set_random_state(contents["random"])

@@ -1,0 +1,171 @@
+"""The position of a fit: which epochs are done, and how far the current one is.
+
+A fit by epochs consists of *rounds*, each an epoch of every phase. A fit by steps does too; there the steps of the
+training phase count. Within an epoch the position is a number of batches. To get back there the loader begins as it
+did, with the generators as they were then, and the batches that were done are taken from it and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flowtrain.data import check_gave
+from flowtrain.errors import CheckpointError
+from flowtrain.phases import Phase
+from flowtrain.randomness import loader_state, random_state, set_loader_state, set_random_state
+
+__all__ = ["Position", "Stream", "begin_again", "beginning"]
+
+
+class Position:
+    """Where a fit is.
+
+    Attributes:
+        unit: ``"epochs"`` or ``"steps"``, what the fit counts; empty outside of a fit.
+        rounds: Rounds that are complete.
+        steps: Batches of the training phase in its epochs that have ended.
+        done: The phases whose epoch in this round has ended.
+        phase: The phase whose epoch is open; empty between epochs.
+        begun: What the loader of that epoch began with; ``None`` until it has.
+        batches: How many batches of that epoch were done when it was resumed.
+        stream: The training loader of a fit by steps that goes on over epochs.
+    """
+
+    def __init__(self, unit: str = "") -> None:
+        self.unit = unit
+        self.rounds = self.steps = self.batches = 0
+        self.done: list[str] = []
+        self.phase = ""
+        self.begun: dict[str, Any] | None = None
+        self.stream: Stream | None = None
+        self._resuming = False
+        self._stepping = ""
+        self._least = 1
+        self._given = 0
+
+    def count(self, phase: Phase, least: int) -> None:
+        """Count the batches of this phase as steps; an epoch without any counts as `least`, or a fit might not end."""
+        self._stepping, self._least = repr(phase), least
+        self._given = 0 if self.stream is None else self.stream.given
+
+    def leave_resumed(self, phase: Phase) -> bool:
+        """Return whether this epoch is the one that a checkpoint was taken in; once only."""
+        resuming, self._resuming = self._resuming, False
+        return resuming and self.phase == repr(phase)
+
+    def begin_epoch(self, phase: Phase) -> None:
+        """The epoch of a phase begins, from its first batch."""
+        self.phase, self.begun, self.batches = repr(phase), None, 0
+
+    def end_epoch(self, batches: int) -> None:
+        """The epoch has ended normally, after so many batches."""
+        if self.unit:
+            self.done.append(self.phase)
+        if self.phase == self._stepping:
+            self.steps += batches or self._least
+        self.phase, self.begun = "", None
+
+    def end_round(self) -> None:
+        """All epochs of a round are done."""
+        self.rounds += 1
+        self.done.clear()
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Return the position as plain values, after so many batches of the open epoch."""
+        return {
+            "unit": self.unit,
+            "rounds": self.rounds,
+            "steps": self.steps,
+            "done": list(self.done),
+            "phase": self.phase,
+            "batches": batches if self.phase else 0,
+            "begun": self.begun,
+            "stream": None if self.stream is None else self.stream.state_dict(self._ahead(batches)),
+        }
+
+    def _ahead(self, batches: int) -> int:
+        """Return how many batches were taken from the stream and not used yet: prefetch takes one."""
+        if self.stream is None or self.phase != self._stepping:
+            return 0
+        return self.stream.given - self._given - (batches - self.batches)
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any]) -> Position:
+        """Return the position that `state_dict` gave."""
+        position = cls(state["unit"])
+        position.rounds, position.steps, position.done = state["rounds"], state["steps"], list(state["done"])
+        position.phase, position.batches, position.begun = state["phase"], state["batches"], state["begun"]
+        position._resuming = bool(position.phase)
+        return position
+
+
+def beginning(loader: Any) -> dict[str, Any]:
+    """Return what `begin_again` needs to go through a loader once more."""
+    return {"random": random_state(), "loader": loader_state(loader)}
+
+
+def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase) -> Iterator[Any]:
+    """Return an iterator of a loader that has given so many batches, drawn as they were drawn the first time.
+
+    Raises:
+        CheckpointError: The loader has fewer.
+    """
+    set_random_state(begun["random"])
+    set_loader_state(loader, begun["loader"])
+    iterator = iter(loader)
+    missing = object()
+    for number in range(batches):
+        if next(iterator, missing) is missing:
+            raise CheckpointError(
+                f"The checkpoint was taken after batch {batches} of an epoch of {phase!r}, and the loader gives only "
+                f"{number}. Resume with the data of the run that wrote it."
+            )
+    return iterator
+
+
+class Stream:
+    """The batches of a loader, pass after pass, without end.
+
+    Iterating again goes on where the last iteration stopped.
+
+    Attributes:
+        given: How many batches it has given.
+
+    Raises:
+        DataError: A pass gives no batch.
+    """
+
+    def __init__(self, loader: Iterable[Any], phase: Phase) -> None:
+        self.given = 0
+        self._loader, self._phase = loader, phase
+        self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # what it began with, and the batches it has given
+        self._resumed: Iterable[Any] | None = None
+        self._batches = self._run()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches
+
+    def _run(self) -> Iterator[Any]:
+        while True:
+            source, self._resumed = self._resumed, None
+            begun, count = self._pass
+            if source is None:
+                source, begun, count = self._loader, beginning(self._loader), 0
+            for raw in source:
+                count += 1
+                self._pass = begun, count
+                self.given += 1
+                yield raw
+            check_gave(count, self._phase, self._loader)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Draw again what was drawn, from what `state_dict` returned. To be called before the first batch."""
+        if state["begun"] is not None:
+            self._pass = state["begun"], state["count"]
+            self._resumed = begin_again(self._loader, state["begun"], state["count"], self._phase)
+
+    def state_dict(self, ahead: int) -> dict[str, Any]:
+        """Return what the pass began with, and how many batches it has given, less those that were taken `ahead`."""
+        begun, count = self._pass  # of a pass that has given one at least, and ahead is one at most
+        return {"begun": begun, "count": count - ahead}

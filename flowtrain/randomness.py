@@ -1,0 +1,81 @@
+"""The states of the random number generators: those of the process, and those that loaders carry themselves.
+
+Of the process there are Python's, numpy's, torch's and CUDA's. A loader has a ``torch.Generator`` of its own where the
+user gave it one, or gave one to its sampler. A loader with ``state_dict()`` and ``load_state_dict()`` keeps its
+position itself.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+__all__ = ["loader_state", "random_state", "set_loader_state", "set_random_state"]
+
+_GENERATORS = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
+"""Where a ``torch.utils.data.DataLoader`` may have one."""
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the generators of the process, as tensors and plain values."""
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": None, "cuda": []}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    return found
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators of the process back to what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and state["numpy"] is not None:
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    if torch.cuda.is_available():
+        for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(each, device)
+
+
+def loader_state(loader: Any) -> dict[str, Any]:
+    """Return the states of the generators of a loader, and its own state where it keeps one."""
+    state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)], "own": None}
+    if _keeps_its_own(loader):
+        state["own"] = loader.state_dict()
+    return state
+
+
+def set_loader_state(loader: Any, state: Mapping[str, Any]) -> bool:
+    """Put the generators of a loader back; return whether the loader keeps its position itself."""
+    for generator, each in zip(_generators(loader), state["generators"], strict=False):
+        generator.set_state(each)
+    if state["own"] is not None and _keeps_its_own(loader):
+        loader.load_state_dict(state["own"])
+        return True
+    return False
+
+
+def _keeps_its_own(loader: Any) -> bool:
+    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+    for path in _GENERATORS:
+        try:
+            generator = attrgetter(path)(loader)
+        except AttributeError:
+            continue
+        if isinstance(generator, torch.Generator) and all(generator is not each for each in found):
+            found.append(generator)
+    return found
