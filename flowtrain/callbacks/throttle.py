@@ -1,25 +1,47 @@
-"""throttle: let a callback handle an event only now and then."""
+"""throttle and its kin: let a callback handle an event only now and then.
+
+=============================================  =====================================================================
+``throttle(callback, BatchEnd, every=10)``     at the 10th, 20th, ... event
+``throttle(callback, BatchEnd, seconds=60)``   when a minute has gone by since the last time
+``once(callback, BatchEnd)``                   the first time
+``after(callback, BatchEnd, 100)``             from the 101st event on
+``before(callback, BatchEnd, 100)``            up to the 99th event
+``when(callback, BatchEnd, predicate)``        when ``predicate(number, phase)`` says so
+=============================================  =====================================================================
+
+Each attaches a condition to the callback and returns it, so it stays what it is: ``run_after``, conflicts and
+`get_callback` see its own type. Several conditions on one callback all count, and its handler runs where all of them
+agree: ``throttle(after(callback, BatchEnd, 100), BatchEnd, every=10)``. They are asked on the training thread, before
+anything is copied for a handler that runs later. Events are counted for each phase over the callback's life, and the
+counts are in checkpoints. Attach conditions before a learner gets the callback.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TypeVar
 
-from flowtrain.callback import Callback
-from flowtrain.conditions import Every, EverySeconds
-from flowtrain.errors import UsageError, is_a, is_type
+from flowtrain.callback import Callback, Condition
+from flowtrain.conditions import After, Before, Every, EverySeconds, Once, When
+from flowtrain.errors import UsageError, is_a, is_positive, is_type
 from flowtrain.events import Event
+from flowtrain.phases import Phase
 
-__all__ = ["throttle"]
+__all__ = ["after", "before", "once", "throttle", "when"]
 
 CB = TypeVar("CB", bound=Callback)
 
 
-def throttle(callback: CB, event_type: type[Event], *, every: int | None = None, seconds: float | None = None) -> CB:
+def throttle(
+    callback: CB,
+    event_type: type[Event],
+    *,
+    every: int | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> CB:
     """Let a callback handle an event only every n-th time, or at most once in some seconds; return the callback.
-
-    The condition is attached to the callback, which stays what it is: ``run_after``, conflicts and `get_callback`
-    see its own type. Several conditions on one callback all count, and its handler runs where all of them agree.
-    Throttle a callback before a learner gets it.
 
     Args:
         callback: The callback.
@@ -27,6 +49,7 @@ def throttle(callback: CB, event_type: type[Event], *, every: int | None = None,
         every: Let the n-th, 2n-th, ... event pass, counted for each phase over the callback's life.
         seconds: Let an event pass when this much time has gone by since the last that passed. The result of such a
             run depends on the clock.
+        clock: Returns the time in seconds, for `seconds`.
 
     Raises:
         UsageError: Not exactly one of the two, a value that means nothing, or an event that the callback does not
@@ -37,24 +60,109 @@ def throttle(callback: CB, event_type: type[Event], *, every: int | None = None,
     >>> throttle(MetricsPrinter(), EpochEnd, every=10)
     <MetricsPrinter>
     """
-    example = "throttle(Printer(), BatchEnd, every=10)"
-    if not is_a(callback, Callback):
-        raise UsageError(f"throttle() takes a callback first, got {callback!r}. Write {example}.")
-    if not is_type(event_type, Event):
-        raise UsageError(f"throttle() takes an event type second, got {event_type!r}. Write {example}.")
+    _check("throttle", callback, event_type, "every=10")
     if (every is None) == (seconds is None):
-        raise UsageError(f"throttle() takes either every= or seconds=: {example}.")
-    if every is not None and (not is_a(every, int) or isinstance(every, bool) or every < 1):
-        raise UsageError(f"throttle(every={every!r}): every is a whole number, at least 1.")
-    if seconds is not None and (not is_a(seconds, (int, float)) or not seconds > 0):
+        raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
+    if every is not None:
+        return _attach(callback, Every(event_type, _at_least(1, f"throttle(every={every!r})", "every", every)))
+    if seconds is None or not is_positive(seconds):
         raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
+    return _attach(callback, EverySeconds(event_type, seconds, clock))
+
+
+def once(callback: CB, event_type: type[Event]) -> CB:
+    """Let a callback handle an event only the first time, in each phase; return the callback.
+
+    Args:
+        callback: The callback.
+        event_type: The event, subclasses included: the first of them all.
+
+    Raises:
+        UsageError: The callback does not handle the event.
+    """
+    _check("once", callback, event_type)
+    return _attach(callback, Once(event_type))
+
+
+def after(callback: CB, event_type: type[Event], n: int) -> CB:
+    """Let a callback handle all events but the first `n`; return the callback.
+
+    Args:
+        callback: The callback.
+        event_type: The event, subclasses included.
+        n: How many events do not pass, counted for each phase.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 1, or the callback does not handle the event.
+    """
+    _check("after", callback, event_type, "100")
+    return _attach(callback, After(event_type, _at_least(1, f"after(..., {n!r})", "n", n)))
+
+
+def before(callback: CB, event_type: type[Event], n: int) -> CB:
+    """Let a callback handle only the events before the `n`-th; return the callback.
+
+    Args:
+        callback: The callback.
+        event_type: The event, subclasses included.
+        n: The first event that does not pass, counted for each phase.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 2, or the callback does not handle the event.
+    """
+    _check("before", callback, event_type, "100")
+    return _attach(callback, Before(event_type, _at_least(2, f"before(..., {n!r})", "n", n)))
+
+
+def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> CB:
+    """Let a callback handle an event only when a predicate says so; return the callback.
+
+    Args:
+        callback: The callback.
+        event_type: The event, subclasses included.
+        predicate: Called at each such event with its number, from 1 and counted for each phase, and the phase; returns
+            a ``bool``. A callback that is sent to another process needs one that can be pickled: a function of a
+            module, no lambda.
+
+    Raises:
+        UsageError: `predicate` cannot be called, or the callback does not handle the event. At the event: it returned
+            something else than a ``bool``.
+
+    >>> from flowtrain import EpochEnd
+    >>> from flowtrain.callbacks import MetricsPrinter
+    >>> when(MetricsPrinter(), EpochEnd, lambda number, phase: number.bit_count() == 1)  # 1, 2, 4, 8, ...
+    <MetricsPrinter>
+    """
+    _check("when", callback, event_type, "predicate")
+    if not callable(predicate):
+        raise UsageError(
+            f"when(..., {predicate!r}): the predicate is a function of the event's number and the phase: "
+            f"lambda number, phase: number < 10."
+        )
+    return _attach(callback, When(event_type, predicate))
+
+
+def _check(name: str, callback: Callback, event_type: type[Event], last: str = "") -> None:
+    example = f"{name}(Printer(), BatchEnd{', ' if last else ''}{last})"
+    if not is_a(callback, Callback):
+        raise UsageError(f"{name}() takes a callback first, got {callback!r}. Write {example}.")
+    if not is_type(event_type, Event):
+        raise UsageError(f"{name}() takes an event type second, got {event_type!r}. Write {example}.")
     handled = [handler.event_type for _, handler in callback.handlers()]
     if not any(issubclass(kind, event_type) or issubclass(event_type, kind) for kind in handled):
         listed = ", ".join(dict.fromkeys(kind.__name__ for kind in handled)) or "nothing"
         raise UsageError(
-            f"throttle({type(callback).__name__}(), {event_type.__name__}): the callback does not handle "
+            f"{name}({type(callback).__name__}(), {event_type.__name__}): the callback does not handle "
             f"{event_type.__name__}; it handles {listed}."
         )
-    condition = Every(event_type, every) if every is not None else EverySeconds(event_type, seconds or 0.0)
+
+
+def _at_least(least: int, what: str, name: str, value: int) -> int:
+    if not is_a(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{what}: {name} is a whole number, at least {least}.")
+    return value
+
+
+def _attach(callback: CB, condition: Condition) -> CB:
     callback.conditions = (*callback.conditions, condition)
     return callback

@@ -1,10 +1,13 @@
-"""throttle: conditions on a callback that stays what it is."""
+"""throttle and its kin: conditions on a callback that stays what it is."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from flowtrain import (
     Callback,
     EpochEnd,
     Event,
+    Learner,
     LearnerView,
     Phase,
     Read,
@@ -24,8 +28,9 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import throttle
-from flowtrain.testing import tiny_learner
+from flowtrain.callbacks import SmoothLoss, after, before, once, throttle, when
+from flowtrain.execution import Executor
+from flowtrain.testing import assert_equivalent, tiny_learner
 
 
 class Note(Callback):
@@ -56,15 +61,13 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("time.monotonic", clock.monotonic)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 class Tick(Callback):
@@ -97,7 +100,7 @@ def test_every_lets_the_multiples_pass(every: int, n_batches: int, epochs: int) 
 
 
 def test_seconds_lets_one_event_pass_in_that_time(clock: Clock) -> None:
-    note = throttle(Note(), BatchEnd, seconds=2.5)
+    note = throttle(Note(), BatchEnd, seconds=2.5, clock=clock)
     learner = tiny_learner(Tick(clock), note, n_batches=9)
     learner.epoch(TrainingPhase)
     assert note.steps(TrainingPhase) == [1, 4, 7]
@@ -131,7 +134,7 @@ def test_two_conditions_on_one_event_must_agree_and_both_count() -> None:
 @pytest.mark.parametrize("seconds_first", [False, True])
 def test_seconds_waits_from_the_last_time_the_handler_ran(clock: Clock, seconds_first: bool) -> None:
     """An event that another condition holds back does not begin the wait; it could hold back all of them."""
-    conditions: list[dict[str, Any]] = [{"every": 2}, {"seconds": 4.0}]
+    conditions: list[dict[str, Any]] = [{"every": 2}, {"seconds": 4.0, "clock": clock}]
     note = Note()
     for condition in reversed(conditions) if seconds_first else conditions:
         throttle(note, BatchEnd, **condition)
@@ -161,11 +164,138 @@ def test_counts_are_state() -> None:
     assert second.steps(TrainingPhase) == [6]
 
 
+def test_what_was_left_to_wait_is_state(clock: Clock) -> None:
+    """Another process has another clock: 2 of 10 seconds had gone by, so 8 are left."""
+    first = throttle(Note(), BatchEnd, seconds=10.0, clock=clock)
+    [condition] = first.conditions
+    assert condition.state_dict() == {"left": 0.0}
+    tiny_learner(first, n_batches=1).epoch(TrainingPhase)
+    clock.now += 2.0
+    assert condition.state_dict() == {"left": 8.0}
+    elsewhere = Clock()
+    elsewhere.now = -50.0
+    second = throttle(Note(), BatchEnd, seconds=10.0, clock=elsewhere)
+    second.conditions[0].load_state_dict(condition.state_dict())
+    tiny_learner(Tick(elsewhere), second, n_batches=18).epoch(TrainingPhase)
+    assert second.steps(TrainingPhase) == [8, 18]
+
+
+def test_once_is_the_first_time_in_each_phase() -> None:
+    note = once(Note(), BatchEnd)
+    learner = tiny_learner(note, n_batches=4)
+    learner.fit(2)
+    learner.fit(1)
+    assert note.steps(TrainingPhase) == note.steps(ValidationPhase) == [1]
+    assert len(note.epochs) == 6  # another event
+
+
+@pytest.mark.parametrize("once_first", [False, True])
+def test_once_is_over_when_the_handler_has_run(once_first: bool) -> None:
+    """An event that another condition holds back is not the one."""
+    note = Note()
+    if once_first:
+        after(once(note, BatchEnd), BatchEnd, 5)
+    else:
+        once(after(note, BatchEnd, 5), BatchEnd)
+    tiny_learner(note, n_batches=4).fit(3)
+    assert note.steps(TrainingPhase) == [6]
+
+
+@pytest.mark.parametrize(
+    ("attach", "steps"),
+    [
+        (lambda note: after(note, BatchEnd, 5), [6, 7, 8]),
+        (lambda note: before(note, BatchEnd, 4), [1, 2, 3]),
+        (lambda note: after(before(note, BatchEnd, 7), BatchEnd, 4), [5, 6]),
+        (lambda note: throttle(after(note, BatchEnd, 3), BatchEnd, every=2), [4, 6, 8]),
+        (lambda note: when(note, BatchEnd, lambda number, phase: number.bit_count() == 1), [1, 2, 4, 8]),
+        (lambda note: when(note, BatchEnd, lambda number, phase: isinstance(phase, ValidationPhase)), []),
+    ],
+)
+def test_after_before_and_when(attach: Callable[[Note], Note], steps: list[int]) -> None:
+    note = Note()
+    assert attach(note) is note
+    tiny_learner(note, n_batches=4).fit(2)
+    assert note.steps(TrainingPhase) == steps
+    assert note.steps(ValidationPhase) == (steps or [1, 2, 3, 4, 5, 6, 7, 8])
+    assert len(note.epochs) == 4
+
+
+def test_a_predicate_is_asked_once_at_each_event() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def never(number: int, phase: Phase) -> bool:
+        asked.append((number, repr(phase)))
+        return False
+
+    tiny_learner(when(Note(), BatchEnd, never), n_batches=2).fit(1)
+    assert asked == [(1, "TrainingPhase"), (2, "TrainingPhase"), (1, "ValidationPhase"), (2, "ValidationPhase")]
+
+
+@pytest.mark.parametrize("answer", [None, 1, "yes"])
+def test_a_predicate_that_forgets_to_answer_is_an_error(answer: Any) -> None:
+    def forgets(number: int, phase: Phase) -> bool:
+        return cast(bool, answer)
+
+    learner = tiny_learner(when(Note(), BatchEnd, forgets))
+    with pytest.raises(UsageError) as failed:
+        learner.fit(1)
+    assert str(failed.value) == f"The predicate forgets of when() returned {answer!r}. It returns True or False."
+    assert any(note.startswith("raised in Note.batch at (BatchEnd, TrainingPhase)") for note in failed.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda note: once(note, BatchEnd),
+        lambda note: after(note, BatchEnd, 6),
+        lambda note: before(note, BatchEnd, 7),
+        lambda note: when(note, BatchEnd, lambda number, phase: number % 5 == 1),
+        lambda note: throttle(note, BatchEnd, every=3),
+    ],
+)
+def test_state_goes_on_where_it_was_taken(attach: Callable[[Note], Note]) -> None:
+    """Rule 28: what was taken after one epoch, and read again, leads to what two epochs without a break do."""
+    whole, first, second = attach(Note()), attach(Note()), attach(Note())
+    tiny_learner(whole, n_batches=5).fit(2)
+    learner = tiny_learner(first, n_batches=5)
+    learner.fit(1)
+    file = io.BytesIO()
+    torch.save(first.conditions[0].state_dict(), file)
+    file.seek(0)
+    second.conditions[0].load_state_dict(torch.load(file, weights_only=True))
+    learner.replace_callback(second)
+    learner.fit(1)
+    assert first.batches + second.batches != []
+    assert sorted(first.batches + second.batches) == sorted(whole.batches)
+
+
+def test_a_condition_is_asked_before_a_handler_touches_anything() -> None:
+    """Rule 20, in place too: the view is not used where the condition says no."""
+
+    class Refused(Callback):
+        @on(BatchEnd)
+        def read(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            learner.batch.loss  # noqa: B018  # not declared
+
+    tiny_learner(when(Refused(), BatchEnd, lambda number, phase: False)).fit(1)
+
+
 def test_a_throttled_handler_still_has_its_place_in_the_order() -> None:
     """Rule 7."""
     note = throttle(Note(), BatchEnd, every=5)
     learner = tiny_learner(note)
     assert learner.callbacks.graph.has_edge("Recorder", "Note")
+
+
+def test_the_same_under_dask() -> None:
+    """Rule 13."""
+
+    def make(executor: Executor) -> Learner:
+        note = throttle(after(Note(), BatchEnd, 3), BatchEnd, every=2)
+        return tiny_learner(note, once(SmoothLoss(), BatchEnd), n_batches=5, executor=executor)
+
+    assert_equivalent(make, executors=["dask"])
 
 
 @pytest.mark.parametrize(
@@ -193,3 +323,26 @@ def test_a_throttled_handler_still_has_its_place_in_the_order() -> None:
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         throttle(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("attach", "arguments", "message"),
+    [
+        (once, (Note, BatchEnd), r"^once\(\) takes a callback first, got .* Write once\(Printer\(\), BatchEnd\)\."),
+        (
+            once,
+            (Note(), UpdateEnd),
+            r"^once\(Note\(\), UpdateEnd\): the callback does not handle UpdateEnd; it handles",
+        ),
+        (after, (Note(), "BatchEnd", 3), r"^after\(\) takes an event type second, got 'BatchEnd'.*BatchEnd, 100\)\."),
+        (after, (Note(), BatchEnd, 0), r"^after\(\.\.\., 0\): n is a whole number, at least 1\."),
+        (after, (Note(), BatchEnd, 2.0), r"^after\(\.\.\., 2\.0\): n is a whole number, at least 1\."),
+        (before, (Note(), BatchEnd, 1), r"^before\(\.\.\., 1\): n is a whole number, at least 2\."),
+        (before, (Note(), BatchEnd, True), r"^before\(\.\.\., True\)"),
+        (when, (Note(), BatchEnd, True), r"^when\(\.\.\., True\): the predicate is a function of the event's number"),
+        (when, (Note(), UpdateEnd, callable), r"^when\(Note\(\), UpdateEnd\): the callback does not handle UpdateEnd"),
+    ],
+)
+def test_mistakes_of_the_others(attach: Callable[..., Any], arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        attach(*arguments)
