@@ -17,13 +17,15 @@ from flowtrain.callbacks.progress import ProgressBar
 from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
 from flowtrain.callbacks.smooth import SmoothLoss
-from flowtrain.callbacks.throttle import throttle
+from flowtrain.callbacks.stopping import EarlyStopping
+from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
 
 __all__ = [
     "CustomCallback",
     "DeviceStats",
+    "EarlyStopping",
     "GarbageCollect",
     "GradNorm",
     "LearningRateMonitor",
@@ -36,5 +38,9 @@ __all__ = [
     "StopOnNaNLoss",
     "Timer",
     "Traces",
+    "after",
+    "before",
+    "once",
     "throttle",
+    "when",
 ]
