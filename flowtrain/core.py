@@ -6,30 +6,35 @@ no clipping, one optimizer) is *plain*: a step then calls torch's own functions,
 
 Order of an update: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, then clipping, the
 optimizer's step, and handlers of `UpdateEnd`.
+
+On an accelerator nothing here waits for it: batches come ahead (`flowtrain.prefetch`), values are read late
+(`flowtrain.lag`), optimizers are fused and skip updates by themselves (`flowtrain.optimizers`, `flowtrain.guard`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 
 from flowtrain.batch import BatchState
-from flowtrain.devices import find_device, place
-from flowtrain.errors import CoreError, is_a, is_positive
+from flowtrain.compiling import Compiled, original
+from flowtrain.devices import find_device
+from flowtrain.errors import CoreError
 from flowtrain.groups import Groups
+from flowtrain.guard import Guard, all_finite
 from flowtrain.hyperparams import OptimizerParts
-from flowtrain.optimizers import make_optimizers, params_of, scale_gradients
+from flowtrain.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients
 from flowtrain.parameters import Gradients, Parameters
+from flowtrain.placement import Placement
+from flowtrain.prefetch import Transfer
+from flowtrain.scaling import Precision, Scaling, autocast, in_precision
+from flowtrain.settings import Settings
 from flowtrain.state import LearnerState, Named
 
 __all__ = ["Precision", "TorchCore"]
-
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchCore:
@@ -43,9 +48,17 @@ class TorchCore:
         accumulate: Batches in an accumulation group, which makes one update. The loss is divided by it for the
             backward pass; the last group of an epoch may be shorter, and its gradients are divided by its own length.
         clip_grad_norm: Scale the gradients of an update to at most this total 2-norm.
-        compile: Run the model through `torch.compile`; a mapping gives its keyword arguments.
+        compile: Run the model through `torch.compile`, or with ``"loss"`` the model and the loss as one graph; a
+            mapping gives keyword arguments, and ``"loss": True`` among them means the same (`flowtrain.compiling`).
         clip_grad_value: Clamp each element of the gradients to plus or minus this value, after `clip_grad_norm`.
         init_scale: The first scale of the loss with ``"fp16"``.
+        lag: After how many batches values of the device are read, such as the loss by `StopOnNaNLoss`; 2 on an
+            accelerator and 0 on the CPU, if not given.
+        prefetch: Move the next batch while this one is computed (CUDA; `flowtrain.prefetch`); or a way of your own.
+        channels_last: Keep the model, and tensors of four dimensions in the data, in the memory format that
+            convolutions are fast in.
+        tf32: Whether float32 products on CUDA may round their factors to TF32; ``None`` leaves torch's setting. It is
+            one setting for the whole process.
 
     Raises:
         CoreError: A value that means nothing, or a device that is not there.
@@ -57,30 +70,26 @@ class TorchCore:
         precision: Precision = "fp32",
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002  # torch's own word for it
+        compile: bool | Literal["loss"] | Mapping[str, Any] = False,  # noqa: A002  # torch's own word for it
         *,
         clip_grad_value: float | None = None,
         init_scale: float = 65536.0,
+        lag: int | None = None,
+        prefetch: bool | Transfer = True,
+        channels_last: bool = False,
+        tf32: bool | None = None,
     ) -> None:
-        if precision not in _DTYPES:
-            raise CoreError(f"precision={precision!r} is unknown. It is one of: {', '.join(map(repr, _DTYPES))}.")
-        if not is_a(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-            raise CoreError(f"accumulate is a number of batches, at least 1; got {accumulate!r}.")
-        for name, limit in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-            if limit is not None and not is_positive(limit):
-                raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
-        if not is_positive(init_scale):
-            raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {init_scale!r}.")
-        if not is_a(compile, (bool, Mapping)):
-            raise CoreError(f"compile is True, False or a mapping of arguments for torch.compile; got {compile!r}.")
-        self._wanted_device = device
+        self.settings = Settings(
+            device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
+            init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
+        )  # fmt: skip
         self.precision: Precision = precision
         self.accumulate = accumulate
         self.clip_grad_norm = clip_grad_norm
         self.clip_grad_value = clip_grad_value
-        self._compile, self._init_scale = compile, init_scale
         self._state: LearnerState | None = None
         self._needs_norm = False
+        self._guard: Guard | None = None
 
     # --- made once, by the learner
 
@@ -100,21 +109,20 @@ class TorchCore:
         """
         if self._state is not None:
             raise CoreError("This TorchCore belongs to another learner. Give each learner a core of its own.")
-        self.models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
-        if self._compile is not False and "" not in self.models:
-            raise CoreError(
-                f"compile={self._compile!r} compiles the model that a phase of the library runs, and there are "
-                f"several: {', '.join(self.models)}. Pass them compiled: torch.compile(model)."
-            )
+        models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+        self.models = {name: original(model) for name, model in models.items()}
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
-        self.device = find_device(self._wanted_device, self.models.values())
+        self.device = find_device(self.settings.device, self.models.values())
         for module in (*self.models.values(), *self._loss_modules):
             module.to(self.device)
-        model = self.models.get("")
-        if self._compile is not False:
-            model = torch.compile(model, **(self._compile if isinstance(self._compile, Mapping) else {}))
-        self._model: Any = model
+            if self.settings.channels_last:
+                module.to(memory_format=torch.channels_last)
+        self._model: Any = models.get("")
+        self._lossfn: Any = state.lossfn
+        if self.settings.compile is not False:
+            made = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
+            self._model, self._lossfn = made.model, made.lossfn
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
         self._state = state  # from here on nothing can fail
         state.params = self.params = Parameters(self.models)
@@ -124,33 +132,40 @@ class TorchCore:
         state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
         state.optimizers = OptimizerParts(one) if one is not None else Named("optimizer", parts)
         self.optimizer = state.optimizer
-        self._autocast_dtype = _DTYPES[self.precision]
-        self._scaler = self._make_scaler() if self.precision == "fp16" else None
+        self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None
         self.groups = Groups(self._optimizers, self.accumulate)
-        self.places = self.device.type != "cpu"
+        self._placement = Placement(self.settings, self.device, self.groups)
+        self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
+        state.lag = self._placement.lag
         self._choose()
-
-    def _make_scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, init_scale=self._init_scale)
 
     def _choose(self) -> None:
         """Take torch's own functions where nothing comes between them and the step."""
         self.plain = (
             "" in self._optimizers
             and self.accumulate == 1
-            and self._autocast_dtype is None
+            and self._scaling is None
             and self.clip_grad_norm is None
             and self.clip_grad_value is None
             and not self._needs_norm
         )
-        lossfn = self._state.lossfn if self._state is not None else None
-        self.model: Any = self._model if self._autocast_dtype is None else self._forward
-        self.lossfn: Any = lossfn if self._autocast_dtype is None else self._loss
+        self.model: Any = in_precision(self._model, self.device, self.precision)
+        self.lossfn: Any = in_precision(self._lossfn, self.device, self.precision)
         self.begin: Callable[[], Any] = self.groups.begin
         self.backward: Callable[[torch.Tensor], Any] = self._backward
         if self.plain:
             self.begin = self.optimizer.zero_grad
-            self.backward = torch.Tensor.backward
+            if self._guard is None:
+                self.backward = torch.Tensor.backward
+
+    def guard_nan(self, wanted: bool) -> None:
+        """Say whether a NaN loss must reach no parameter though it is seen late; needs optimizers that can skip."""
+        if self._guard is not None:
+            self._guard.release()
+        late = self._state is not None and self._state.lag > 0
+        # A scaler skips by itself what a NaN made of the gradients.
+        self._guard = Guard(self._optimizers.values(), self.device) if wanted and late and not self._scaling else None
+        self._choose()
 
     def need_grad_norm(self, needed: bool) -> None:
         """Say whether some callback declares ``batch.grad_norm``, so that it is computed without clipping too."""
@@ -160,10 +175,6 @@ class TorchCore:
 
     # --- each batch
 
-    def place(self, data: Any) -> Any:
-        """Return the data on the device: tensors in tuples, lists, dicts and objects with ``.to(device)``."""
-        return place(data, self.device)
-
     def show(self, batch: BatchState) -> None:
         """Let handlers that read this batch see read-only twins of the containers in it."""
         if self._state is not None and self._state.batch is batch:
@@ -171,28 +182,26 @@ class TorchCore:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the forward pass."""
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self._autocast_dtype)
-
-    def _forward(self, inputs: Any) -> Any:
-        with torch.autocast(self.device.type, self._autocast_dtype):
-            return self._model(inputs)
-
-    def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
-        with torch.autocast(self.device.type, self._autocast_dtype):
-            loss: torch.Tensor = self._state.lossfn(outputs, targets)  # type: ignore[union-attr]  # attached
-            return loss
+        return autocast(self.device, self.precision)
 
     def end_groups(self) -> None:
         """Throw away the gradients of a group that a cancelled batch left open; a group lies within one epoch."""
-        if torch.is_grad_enabled() and self.groups.open:
-            self.discard()
+        self._placement.forget()
+        if torch.is_grad_enabled():
+            if self._guard is not None:
+                self._guard.clear()
+            if self.groups.open:
+                self.discard()
 
-    def _backward(self, loss: torch.Tensor) -> None:
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        if self._guard is not None:
+            self._guard.see(loss)
         if self.accumulate > 1:
             loss = loss / self.accumulate
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return loss if self._scaling is None else self._scaling.scale(loss)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._scaled(loss).backward()
 
     def backward_for(self, loss: torch.Tensor, name: str) -> None:
         """Run the backward pass for the parameters of one optimizer; those of the others keep their gradients.
@@ -202,10 +211,8 @@ class TorchCore:
         """
         self._check_name("backward", name)
         params = [param for param in params_of(self._optimizers[name]) if param.requires_grad]
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
         try:
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward(inputs=params)
+            self._scaled(loss).backward(inputs=params)
         except RuntimeError as error:
             error.add_note(f"raised by backward(name={name!r}), for the parameters of optimizer {name!r} alone")
             raise
@@ -229,65 +236,55 @@ class TorchCore:
         """Bring the gradients to what one batch of the whole group would have given."""
         for name in names:
             optimizer = self._optimizers[name]
-            if self._scaler is not None:
-                self._scaler.unscale_(optimizer)
+            if self._scaling is not None:
+                self._scaling.unscale(optimizer)
             scale_gradients(optimizer, self.groups.share(name))
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
         """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
-        params = [param for name in names for param in params_of(self._optimizers[name]) if param.grad is not None]
-        norm: torch.Tensor | None = None
-        if self._needs_norm or self.clip_grad_norm is not None:
-            norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
-        if self.clip_grad_norm is not None and norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self.clip_grad_norm, norm)
-        if self.clip_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(params, self.clip_grad_value)
-        return norm
+        params = [param for name in names for param in params_of(self._optimizers[name])]
+        wanted = self._needs_norm or self.clip_grad_norm is not None
+        return clip_gradients(params, self.clip_grad_norm, self.clip_grad_value, wanted=wanted)
 
     def step(self, names: Iterable[str]) -> None:
         """Step the optimizers, and end their groups."""
         for name in names:
             optimizer = self._optimizers[name]
-            if self._scaler is None:
+            if self._scaling is None:
                 optimizer.step()
             else:
-                self._scaler.step(optimizer)
+                self._scaling.step(optimizer)
         self.groups.end(names)
-        if self._scaler is not None:
-            waiting = self.groups.waiting
-            before = self._scaler.get_scale() if waiting else 1.0
-            self._scaler.update()
-            for name in waiting:  # the scale in their gradients is the one from before
-                scale_gradients(self._optimizers[name], self._scaler.get_scale() / before)
+        if self._scaling is not None:
+            self._scaling.update([self._optimizers[name] for name in self.groups.waiting])
 
     def discard(self) -> None:
         """Throw away the gradients of the groups that are open; the next batch begins new ones."""
         self.groups.discard()
-        if self._scaler is not None:
-            # A new one with the same state: the old one may remember that gradients were unscaled for this update.
-            before, self._scaler = self._scaler.state_dict(), self._make_scaler()
-            self._scaler.load_state_dict(before)
+        if self._scaling is not None:
+            self._scaling.reset()
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were skipped, with ``"fp16"``, for gradients that were not finite. Waits for the device."""
+        return 0 if self._scaling is None else self._scaling.skipped
+
+    def finite(self) -> bool:
+        """Tell whether all parameters and buffers are finite. Waits for the device, once."""
+        return all_finite(self.modules)
 
     def like(self) -> TorchCore:
         """Return a core of the same settings that belongs to nobody yet; it does not compile."""
-        return TorchCore(
-            self._wanted_device,
-            self.precision,
-            self.accumulate,
-            self.clip_grad_norm,
-            clip_grad_value=self.clip_grad_value,
-            init_scale=self._init_scale,
-        )
+        return TorchCore(**{**vars(self.settings), "compile": False})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what of the core a checkpoint must hold: the scaler's state."""
-        return {"scaler": self._scaler.state_dict() if self._scaler is not None else {}}
+        return {"scaler": self._scaling.state_dict() if self._scaling is not None else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        if self._scaler is not None and state.get("scaler"):
-            self._scaler.load_state_dict(dict(state["scaler"]))
+        if self._scaling is not None and state.get("scaler"):
+            self._scaling.load_state_dict(state["scaler"])
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -295,5 +292,5 @@ class TorchCore:
         return [*self.models.values(), *self._loss_modules]
 
     def __repr__(self) -> str:
-        device = self.device if self._state is not None else self._wanted_device
+        device = self.device if self._state is not None else self.settings.device
         return f"TorchCore(device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate})"

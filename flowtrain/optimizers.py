@@ -1,8 +1,15 @@
-"""Optimizers as a user passes them, checked against the models and made where a function is given."""
+"""Optimizers as a user passes them, checked against the models and made where a function is given.
+
+On an accelerator an optimizer class of torch that is called here gets ``fused=True``, where torch offers that and
+nothing was said about it: one kernel for all parameters, which also skips an update without a word from the host
+(`takes_found_inf`). It rounds differently from the loop over the parameters, in the last bits.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,8 +17,17 @@ from torch.optim import Optimizer
 
 from flowtrain.errors import CoreError, nearest
 
-__all__ = ["OptimizerFactory", "make_optimizers", "params_of", "scale_gradients"]
+__all__ = [
+    "OptimizerFactory",
+    "clip_gradients",
+    "fused",
+    "make_optimizers",
+    "params_of",
+    "scale_gradients",
+    "takes_found_inf",
+]
 
+_FUSED_DEVICES = ("cuda", "xpu")
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -27,6 +43,58 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
         for param in params_of(optimizer):
             if param.grad is not None:
                 param.grad.mul_(factor)
+
+
+def clip_gradients(
+    params: Iterable[torch.nn.Parameter], norm_limit: float | None, value_limit: float | None, *, wanted: bool
+) -> torch.Tensor | None:
+    """Clip gradients in place, by their total norm, then by value; nothing waits for the device.
+
+    Args:
+        params: Whose gradients.
+        norm_limit: The largest total 2-norm.
+        value_limit: The largest size of an element.
+        wanted: Whether to compute the norm; it must be for `norm_limit`.
+
+    Returns:
+        The norm before clipping, where it is wanted.
+    """
+    params = [param for param in params if param.grad is not None]
+    norm: torch.Tensor | None = None
+    if wanted:
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+    if norm_limit is not None and norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, norm_limit, norm)
+    if value_limit is not None:
+        torch.nn.utils.clip_grad_value_(params, value_limit)
+    return norm
+
+
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Tell whether the optimizer skips its update where its attribute ``found_inf``, a tensor, is one."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def fused(wanted: Any, params: Iterable[torch.nn.Parameter], devices: Iterable[str] = _FUSED_DEVICES) -> Any:
+    """Return the function that makes an optimizer, with ``fused=True`` where that is to be had.
+
+    Args:
+        wanted: What the user passed.
+        params: What it is to train: all of it must be floating point numbers on one of the devices.
+        devices: Types of devices on which torch has fused optimizers that gain something.
+    """
+    made = wanted.func if isinstance(wanted, partial) else wanted
+    said = wanted.keywords if isinstance(wanted, partial) else {}
+    if not (isinstance(made, type) and issubclass(made, Optimizer) and made.__module__.startswith("torch.optim.")):
+        return wanted
+    # What the user says about any of these is an answer to how it is to compute.
+    if {"fused", "foreach", "capturable", "differentiable"} & {*said}:
+        return wanted
+    if "fused" not in inspect.signature(made).parameters:
+        return wanted
+    if not all(param.is_floating_point() and param.device.type in devices for param in params):
+        return wanted
+    return partial(wanted, fused=True)
 
 
 def make_optimizers(
@@ -88,7 +156,7 @@ def _make_optimizer(
         )
     if not params:
         raise CoreError(f"{what} has nothing to train: the model has no parameters.")
-    made = wanted(params)
+    made = fused(wanted, params)(params)
     if not isinstance(made, Optimizer):
         raise CoreError(
             f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."

@@ -38,9 +38,16 @@ class Transfer(Protocol):
         """Return the batch on the device, for use on the current stream. Must not make the host wait."""
 
 
-def transfer_to(device: torch.device) -> Transfer | None:
-    """Return how batches get to a device ahead of time; ``None`` where that gains nothing."""
-    return CudaTransfer(device) if device.type == "cuda" else None
+def transfer_to(
+    device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Transfer | None:
+    """Return how batches get to a device ahead of time; ``None`` where that gains nothing.
+
+    Args:
+        device: The device.
+        arrived: What to do with each tensor there.
+    """
+    return CudaTransfer(device, arrived) if device.type == "cuda" else None
 
 
 class CudaTransfer:
@@ -51,8 +58,9 @@ class CudaTransfer:
     Objects with a ``to`` of their own are moved by it, on the current stream.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._device = device
+        self._arrived = arrived
         self._stream = torch.cuda.Stream(device)
 
     def start(self, raw: Any) -> tuple[Any, list[torch.Tensor], torch.cuda.Event]:
@@ -65,7 +73,7 @@ class CudaTransfer:
                 return tensor
             if tensor.layout is torch.strided and not tensor.is_pinned():
                 tensor = tensor.pin_memory()
-            moved.append(tensor.to(self._device, non_blocking=True))
+            moved.append(self._arrived(tensor.to(self._device, non_blocking=True)))
             return moved[-1]
 
         with torch.cuda.stream(self._stream):

@@ -606,7 +606,21 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
         ({"clip_grad_value": True}, "clip_grad_value must be a positive number, or None for no clipping; got True."),
         ({"init_scale": -1}, "init_scale must be a positive number, such as 65536.0; got -1."),
         ({"init_scale": None}, "init_scale must be a positive number, such as 65536.0; got None."),
-        ({"compile": "eager"}, "compile is True, False or a mapping of arguments for torch.compile; got 'eager'."),
+        (
+            {"compile": "eager"},
+            "compile is True, False, \"loss\" or a mapping of arguments for torch.compile; got 'eager'. To compile "
+            "model and loss as one with arguments write compile={\"loss\": True, \"mode\": ...}.",
+        ),
+        (
+            {"compile": {"mode": "reduce-overhead"}, "accumulate": 2},
+            "compile={'mode': 'reduce-overhead'} records CUDA graphs, which give the gradients of every batch in the "
+            "same memory, and accumulate=2 adds them up. Use compile=True, or a mode without CUDA graphs such as "
+            "'max-autotune-no-cudagraphs'.",
+        ),
+        ({"lag": -1}, "lag is a number of batches, at least 0, or None for the device's own; got -1."),
+        ({"prefetch": "yes"}, "prefetch is True, False or a Transfer of your own; got 'yes'."),
+        ({"channels_last": None}, "channels_last is True, False; got None."),
+        ({"tf32": 1}, "tf32 is True, False or None; got 1."),
     ],
 )
 def test_values_that_mean_nothing(options: dict[str, Any], text: str) -> None:
