@@ -31,6 +31,7 @@ from flowtrain.access import Declaration, dotted
 from flowtrain.callbacks import (
     CustomCallback,
     DeviceStats,
+    EarlyStopping,
     GarbageCollect,
     GradNorm,
     LearningRateMonitor,
@@ -44,6 +45,7 @@ from flowtrain.callbacks import (
     Traces,
 )
 from flowtrain.metrics import mean_absolute_error
+from flowtrain.stopping import PQ
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
 
@@ -63,6 +65,7 @@ def _loss_squared(learner: LearnerView) -> Any:
 BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "CustomCallback": (lambda: CustomCallback(_loss_squared, BatchEnd, access={"batch.loss": Read()}), {}),
     "DeviceStats": (lambda: DeviceStats(every=1), {}),
+    "EarlyStopping": (lambda: EarlyStopping(PQ()), {}),
     "GarbageCollect": (GarbageCollect, {}),
     "GradNorm": (GradNorm, {}),
     "LearningRateMonitor": (LearningRateMonitor, {}),
