@@ -13,7 +13,7 @@ What is logged has a name, a step and a group, which says what the step counts: 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -306,7 +306,7 @@ def deliver(backends: Sequence[LoggerBackend], records: Iterable[tuple[int, byte
 
 
 @contextmanager
-def collecting(identity: Identity) -> Iterator[Collector]:
+def collecting(identity: Identity) -> Generator[Collector]:
     """Keep the records of the handlers that run in this context, in place of writing them."""
     collector = Collector(identity)
     token = _collector.set(collector)

@@ -1,20 +1,26 @@
 """Sinks: the logging backends of a learner's callbacks, opened before training and closed after it.
 
 A callback names its backends in ``backends``. The process that trains owns them: it opens each once, before the first
-event, whoever writes into it later.
+event, whoever writes into it later. What a backend raises gets a note that names it and the callbacks that log to it.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from flowtrain.callback import Callback
 from flowtrain.errors import LoggingError, is_a
 from flowtrain.records import LoggerBackend, Run
 
 __all__ = ["Sinks"]
+
+T = TypeVar("T")
 
 
 class Sinks:
@@ -26,8 +32,8 @@ class Sinks:
 
     def __init__(self) -> None:
         self.run = Run(uuid.uuid4().hex[:12])
-        self._backends: list[LoggerBackend] = []
-        self._open: list[LoggerBackend] = []
+        self._owned: dict[str, _Owned] = {}  # by sink
+        self._open: dict[str, _Owned] = {}
 
     @staticmethod
     def check(callbacks: Iterable[Callback]) -> None:
@@ -36,16 +42,16 @@ class Sinks:
         Raises:
             LoggingError: Two of them write to the same place, or one is no backend.
         """
-        _backends(callbacks)
+        _owned(callbacks)
 
     def use(self, callbacks: Iterable[Callback]) -> None:
         """Use the backends of these callbacks from now on; those that are open and not among them are closed."""
-        backends = _backends(callbacks)
-        gone = [backend for backend in self._open if not any(backend is one for one in backends)]
-        self._backends = backends
-        self._open = [backend for backend in self._open if not any(backend is one for one in gone)]
-        for backend in gone:
-            backend.close()
+        self._owned = _owned(callbacks)
+        gone: dict[str, _Owned] = {}
+        for sink, opened in list(self._open.items()):
+            if sink not in self._owned or self._owned[sink].backend is not opened.backend:
+                gone[sink] = self._open.pop(sink)
+        _each(gone, "closed", _close)
 
     def open(self) -> None:
         """Open the backends that are not open yet.
@@ -53,40 +59,82 @@ class Sinks:
         Raises:
             LoggingError: A backend cannot be opened; nothing has been trained then.
         """
-        for backend in self._backends:
-            if any(backend is one for one in self._open):
-                continue
-            backend.open(self.run)
-            self._open.append(backend)
+        new = {sink: owned for sink, owned in self._owned.items() if sink not in self._open}
+        if not new:
+            return
+        run = replace(self.run, rank=_rank())
+
+        def begin(backend: LoggerBackend) -> None:
+            backend.open(run)
+            self._open[backend.sink] = self._owned[backend.sink]
+
+        _each(new, "opened", begin)
 
     def flush(self) -> dict[str, Any]:
-        """Flush the open backends; return the position of each by its sink."""
-        return {backend.sink: backend.flush() for backend in self._open}
+        """Flush the open backends; return the position of each by its sink.
+
+        Raises:
+            LoggingError: One cannot be flushed; the others have been.
+        """
+        return _each(self._open, "flushed", lambda backend: backend.flush())
 
     def restore(self, run: Run, positions: Mapping[str, Any]) -> None:
-        """Go on with an earlier run: open the backends for it, and bring those that it had back to their positions."""
+        """Go on with an earlier run: open the backends for it, and bring those that it had back to their positions.
+
+        Raises:
+            LoggingError: A backend cannot be opened, or its sink is not what it was.
+        """
         self.close()
         self.run = run
         self.open()
-        for backend in self._open:
-            if backend.sink in positions:
-                backend.restore(positions[backend.sink])
+        known = {sink: owned for sink, owned in self._open.items() if sink in positions}
+        _each(known, "brought back to a checkpoint", lambda backend: backend.restore(positions[backend.sink]))
 
     def close(self) -> None:
         """Close all; the first failure is raised when each has been tried."""
-        opened, self._open = self._open, []
-        failure: BaseException | None = None
-        for backend in opened:
-            try:
-                backend.close()
-            except Exception as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        opened, self._open = self._open, {}
+        _each(opened, "closed", _close)
 
 
-def _backends(callbacks: Iterable[Callback]) -> list[LoggerBackend]:
-    found: dict[str, tuple[LoggerBackend, str]] = {}
+class _Owned(NamedTuple):
+    """A backend, and the names of the callbacks that log to it."""
+
+    backend: LoggerBackend
+    names: list[str]
+
+
+def _close(backend: LoggerBackend) -> None:
+    backend.close()
+
+
+def _each(owned: Mapping[str, _Owned], what: str, do: Callable[[LoggerBackend], T]) -> dict[str, T]:
+    """Do something with each backend, whatever the others raise; then raise the first failure, with a note."""
+    failure: Exception | None = None
+    done: dict[str, T] = {}
+    for sink, (backend, names) in owned.items():
+        try:
+            done[sink] = do(backend)
+        except Exception as error:
+            error.add_note(f"raised when {backend!r} of {', '.join(names)} was {what}")
+            if failure is None:
+                failure = error
+            else:
+                failure.add_note(f"and {backend!r} of {', '.join(names)} could not be {what}: {error}")
+    if failure is not None:
+        raise failure
+    return done
+
+
+def _rank() -> int:
+    """Return the number of this process in a distributed run; 0 where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
+
+
+def _owned(callbacks: Iterable[Callback]) -> dict[str, _Owned]:
+    """Return the backends of callbacks by sink, each with the names of those that log to it."""
+    found: dict[str, _Owned] = {}
     for callback in callbacks:
         name = callback.name or type(callback).__name__
         for backend in callback.backends:
@@ -95,10 +143,11 @@ def _backends(callbacks: Iterable[Callback]) -> list[LoggerBackend]:
                     f"{name} logs to {backend!r}, which is no LoggerBackend. Write "
                     f'{type(callback).__name__}(TensorBoardBackend("runs/a")).'
                 )
-            other, owner = found.setdefault(backend.sink, (backend, name))
+            other, names = found.setdefault(backend.sink, _Owned(backend, []))
             if other is not backend:
                 raise LoggingError(
-                    f"{owner} and {name} each have a {type(backend).__name__} for {backend.sink}, and two writers "
-                    f"would mix their records. Make one backend and give it to both."
+                    f"{names[0]} logs to {other!r} and {name} to {backend!r}, which is the same place, and two "
+                    f"writers would mix their records. Make one backend and give it to both."
                 )
-    return [backend for backend, _ in found.values()]
+            names.append(name)
+    return found

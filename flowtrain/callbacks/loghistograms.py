@@ -1,0 +1,75 @@
+"""LogHistograms: how weights and gradients are distributed, in logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.conditions import Every
+from flowtrain.events import BatchEnd, UpdateBegin
+from flowtrain.handler import Handler
+from flowtrain.logging.plain import checked_backends
+from flowtrain.phases import AbstractTrainingPhase
+from flowtrain.protect import LearnerView
+from flowtrain.records import Histogram, LoggerBackend, log
+
+__all__ = ["LogHistograms"]
+
+
+class LogHistograms(Callback):
+    """Log a histogram of each parameter, and of its gradient when asked, now and then in training.
+
+    Weights are those at the end of a batch, as ``Weights/<parameter>``; reads ``params``. Gradients are those of an
+    update, complete, unscaled and not yet clipped, as ``Gradients/<parameter>``; reads ``batch.grads``. The step is the
+    number of the batch, which needs ``cbstate.history`` of `Recorder`. Runs before whoever writes the model or the
+    gradients at these events, unless they say otherwise. Costs a pass over all parameters, and a copy of them where it
+    is deferred.
+
+    Args:
+        backends: Where to log to.
+        every: Log at the n-th, 2n-th, ... batch, and gradients at the n-th, 2n-th, ... update.
+        gradients: Whether to log gradients too.
+        bins: How many bins a histogram has.
+
+    Raises:
+        LoggingError: No backend, something that is none, one twice, or one that takes no histograms.
+        UsageError: `every` is no whole number from 1.
+
+    >>> from flowtrain.logging import JsonlBackend
+    >>> LogHistograms(JsonlBackend("runs/a/log.jsonl"), every=10, gradients=True)
+    <LogHistograms>
+    """
+
+    deferrable = True
+
+    def __init__(self, *backends: LoggerBackend, every: int = 100, gradients: bool = False, bins: int = 64) -> None:
+        self.backends = checked_backends("LogHistograms", backends, Histogram)
+        self.gradients = gradients
+        self.bins = bins
+        self.conditions = (Every(BatchEnd, every), Every(UpdateBegin, every))
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers, each with what it touches: that depends on the backends, and on whether both run."""
+        reads = {"log_weights": "params", "log_gradients": "batch.grads"}
+        rest: Access = {"cbstate.history": Read(), **{backend.resource: Write() for backend in self.backends}}
+        for owner, handler in super().handlers():
+            if handler.attribute == "log_gradients" and not self.gradients:
+                continue
+            read = reads.get(handler.attribute)
+            yield owner, replace(handler, access={read: Read(), **rest}) if read else handler
+
+    @on(BatchEnd, AbstractTrainingPhase)
+    def log_weights(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Log the parameters after a batch."""
+        step, group = learner.cbstate.history[phase].steps, ("Step", repr(phase))
+        for name, param in learner.params.items():
+            log(self.backends, Histogram(param, self.bins), f"Weights/{name}", step, group)
+
+    @on(UpdateBegin, AbstractTrainingPhase)
+    def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Log the gradients of an update, at the batch that it is part of."""
+        step, group = learner.cbstate.history[phase].steps + 1, ("Step", repr(phase))
+        for name, gradient in learner.batch.grads.items():
+            log(self.backends, Histogram(gradient, self.bins), f"Gradients/{name}", step, group)

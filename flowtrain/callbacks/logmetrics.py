@@ -1,0 +1,74 @@
+"""LogMetrics: the loss and the metrics, in logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback, on
+from flowtrain.events import BatchEnd, EpochEnd
+from flowtrain.handler import Handler
+from flowtrain.logging.newest import newest
+from flowtrain.logging.plain import checked_backends
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+from flowtrain.records import LoggerBackend, Value, log
+
+__all__ = ["LogMetrics"]
+
+
+class LogMetrics(Callback):
+    """Log the loss and the metrics: of each batch in the group ``Step``, of each epoch in the group ``Epoch``.
+
+    Reads ``cbstate.metrics_step`` at the end of a batch and ``cbstate.metrics_epoch`` at the end of an epoch, and runs
+    after `Metrics`, which writes them. Costs about 20 microseconds for each value and backend of files. For fewer
+    records: ``throttle(LogMetrics(backend), BatchEnd, every=10)``.
+
+    Args:
+        backends: Where to log to.
+
+    Raises:
+        LoggingError: No backend, something that is none, or one twice.
+
+    >>> from flowtrain.logging import JsonlBackend
+    >>> LogMetrics(JsonlBackend("runs/a/log.jsonl"))
+    <LogMetrics>
+    """
+
+    deferrable = True
+
+    def __init__(self, *backends: LoggerBackend) -> None:
+        self.backends = checked_backends("LogMetrics", backends, Value)
+        self._seen: dict[str, int] = {}
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers, each with what it touches: that depends on the backends."""
+        reads = {"log_step": "cbstate.metrics_step", "log_epoch": "cbstate.metrics_epoch"}
+        sinks: Access = {backend.resource: Write() for backend in self.backends}
+        for owner, handler in super().handlers():
+            read = reads.get(handler.attribute)
+            yield owner, replace(handler, access={read: Read(), **sinks}) if read else handler
+
+    @on(BatchEnd)
+    def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Log what the batch has added."""
+        group = ("Step", repr(phase))
+        for name, step, value in newest(learner.cbstate.metrics_step[phase], group, self._seen):
+            log(self.backends, Value(value), name, step, group)
+
+    @on(EpochEnd)
+    def log_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Log what the epoch has added."""
+        group = ("Epoch", repr(phase))
+        for name, step, value in newest(learner.cbstate.metrics_epoch[phase], group, self._seen):
+            log(self.backends, Value(value), name, step, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far each series has been logged."""
+        return {"seen": dict(self._seen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._seen = dict(state["seen"])

@@ -1,0 +1,124 @@
+"""LogVisualization: what a function makes of the learner's state, in logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flowtrain.access import Access, Read, Write
+from flowtrain.callback import Callback
+from flowtrain.conditions import Every
+from flowtrain.errors import LoggingError, is_a, is_type
+from flowtrain.events import BatchEnd, EpochEnd, Event
+from flowtrain.handler import Handler
+from flowtrain.logging.plain import checked_backends
+from flowtrain.phases import Phase
+from flowtrain.protect import LearnerView
+from flowtrain.records import Loggable, LoggerBackend, log
+
+__all__ = ["LogVisualization"]
+
+
+class LogVisualization(Callback):
+    """Log what a function returns for a batch now and then: images that were misclassified, a figure, a text.
+
+    The function is called with the learner's view, and returns something to log, a mapping of several by name, a
+    sequence of several, or ``None``. Reads what `access` says, and ``cbstate.history`` of `Recorder` for the step.
+    Costs what the function does, and a copy of what it reads where it is deferred. To be deferred to another process
+    the function must be importable: one of a module, no lambda.
+
+    At the end of an epoch the group is ``Epoch``, at every other event it is ``Step``, with the number of batches
+    completed. Several are logged as ``<name>/<their name or number>``.
+
+    Args:
+        f: The function.
+        backends: Where to log to; each gets what it takes.
+        every: Call it at the n-th, 2n-th, ... event, counted for each phase.
+        access: What the function reads; without it, all of ``batch``.
+        name: What it is logged as; without it, the function's name.
+        phase_type: The phase, subclasses included.
+        event_type: The event, subclasses included.
+
+    Raises:
+        LoggingError: No function, no backend, something that is none, one twice, or types that are none.
+        UsageError: `every` is no whole number from 1.
+
+    >>> from flowtrain.logging import Image, JsonlBackend
+    >>> def first_input(learner):
+    ...     return Image(learner.batch.inputs[0])
+    >>> LogVisualization(first_input, JsonlBackend("runs/a/log.jsonl"), every=10)
+    <LogVisualization>
+    """
+
+    deferrable = True
+
+    def __init__(
+        self,
+        f: Callable[[LearnerView], Any],
+        *backends: LoggerBackend,
+        every: int = 100,
+        access: Access | None = None,
+        name: str | None = None,
+        phase_type: type[Phase] = Phase,
+        event_type: type[Event] = BatchEnd,
+    ) -> None:
+        if not callable(f) or is_a(f, LoggerBackend):
+            raise LoggingError(
+                f"LogVisualization({f!r}, ...) takes a function of the learner first, then backends: "
+                f"LogVisualization(f, TensorBoardBackend('runs/a'))."
+            )
+        for kind, base in ((phase_type, Phase), (event_type, Event)):
+            if not is_type(kind, base):
+                raise LoggingError(f"LogVisualization got {kind!r} where a subclass of {base.__name__} belongs.")
+        self.f = f
+        self.backends = checked_backends("LogVisualization", backends, Loggable)
+        self.label = name if name is not None else _label(f)
+        self.phase_type = phase_type
+        self.event_type = event_type
+        self.conditions = (Every(event_type, every),)
+        self._access: Access = {"batch": Read()} if access is None else dict(access)
+
+    def state_access(self) -> Access:
+        return {**self._access, "cbstate.history": Read(), **{each.resource: Write() for each in self.backends}}
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the one handler of this callback."""
+        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "visualize")
+
+    def visualize(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        """Call the function and log what it returns."""
+        counts = learner.cbstate.history[phase]
+        if isinstance(event, EpochEnd):
+            group, step = ("Epoch", repr(phase)), counts.epochs
+        else:
+            group, step = ("Step", repr(phase)), counts.steps
+        for name, loggable in self._named(self.f(learner)):
+            log(self.backends, loggable, name, step, group)
+
+    def _named(self, found: Any) -> Iterator[tuple[str, Any]]:
+        if found is None:
+            return
+        if isinstance(found, Loggable):
+            yield self.label, found
+            return
+        if isinstance(found, Mapping):
+            several = [(f"{self.label}/{name}", each) for name, each in found.items()]
+        elif isinstance(found, Sequence) and not isinstance(found, (str, bytes)):
+            several = [(f"{self.label}/{number}", each) for number, each in enumerate(found)]
+        else:
+            several = [(self.label, found)]
+        for name, each in several:
+            if not is_a(each, Loggable):
+                raise LoggingError(
+                    f"LogVisualization({self.label}) logs {each!r} as {name!r}, which is no loggable. Return "
+                    f"Image(...), Figure(...), Text(...), several of them by name, or None."
+                )
+            yield name, each
+
+
+def _label(f: Any) -> str:
+    inner = getattr(f, "func", f)  # a functools.partial
+    name = str(getattr(inner, "__name__", type(inner).__name__))
+    if name == "<lambda>":
+        return "Visualization"
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))

@@ -1,0 +1,137 @@
+"""CSV: values as a table, one row for each step of a group, one column for each name.
+
+::
+
+    group,step,Loss,Accuracy
+    Step/TrainingPhase,1,0.75,0.5
+    Step/TrainingPhase,2,0.5,
+    Epoch/TrainingPhase,1,0.625,0.5
+
+A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end, for
+which the file is written anew, beside, and renamed. There are no clock times: equal runs give equal files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging.filebackend import FileBackend
+from flowtrain.logging.files import AppendingFile, replace_file
+from flowtrain.logging.plain import number, refused
+from flowtrain.records import Group, Loggable, Run, Value
+
+__all__ = ["CsvBackend"]
+
+_FIXED = ["group", "step"]
+
+
+class CsvBackend(FileBackend):
+    """Write values as a table; takes `Value` and nothing else.
+
+    A table that is there is gone on with, so give each run a file of its own.
+
+    Args:
+        path: The file, such as ``"runs/a/values.csv"``; made with its folders when training begins.
+    """
+
+    accepts = (Value,)
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._columns = list(_FIXED)
+        self._rows = 0
+        self._last: list[str] = []  # the cells of the last row
+        self._start = 0  # where that row begins
+
+    def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
+        """Return the group, step, name and value."""
+        if not isinstance(loggable, Value):
+            raise refused(self, loggable)
+        return json.dumps(["/".join(group), str(step), name, repr(number(loggable.value))]).encode()
+
+    def flush(self) -> Any:
+        """Bring the file to the disk; return its columns, the number of its rows, and the cells of the last one."""
+        if super().flush() is None:
+            return None
+        return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last)}
+
+    def restore(self, position: Any) -> None:
+        """Drop the rows, columns and cells that came after a position."""
+        if self._file is None or position is None:
+            return
+        columns, count = position["columns"], position["rows"]
+        if count > self._rows or self._columns[: len(columns)] != columns:
+            raise LoggingError(
+                f"{self.path} has {self._rows} rows of {', '.join(self._columns)}, and had {count} of "
+                f"{', '.join(columns)} when the checkpoint was made: it is not the same file, or has been cut. Put it "
+                f"back, or log this run to another path."
+            )
+        kept = [row for row, _ in zip(self._read(), range(count), strict=False)]
+        self._rewrite(columns, [*kept[:-1], position["last"]] if kept else [])
+
+    def _open_file(self, run: Run) -> AppendingFile:
+        file = AppendingFile(self.path, self._whole_rows)
+        self._take_in()
+        return file
+
+    def _append(self, file: AppendingFile, record: bytes) -> None:
+        group, step, name, value = json.loads(record)
+        if name not in self._columns:
+            file = self._rewrite([*self._columns, name], self._read())
+        if self._last[:2] == [group, step]:
+            row = self._last
+            file.truncate(self._start)
+        else:
+            row = [group, step, *[""] * (len(self._columns) - 2)]
+            self._start = file.size
+            self._rows += 1
+        row[self._columns.index(name)] = value
+        self._last = row
+        file.append(_text([row]))
+
+    def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> AppendingFile:
+        """Write the file anew with these columns, and go on with that."""
+        width = len(columns)
+        data = _text([columns, *([*row[:width], *[""] * (width - len(row))] for row in rows)])
+        replace_file(self.path, data)
+        if self._file is not None:
+            self._file.close()
+        self._file = AppendingFile(self.path, self._whole_rows)
+        self._take_in()
+        return self._file
+
+    def _read(self) -> Iterator[list[str]]:
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            next(rows, None)
+            yield from rows
+
+    def _take_in(self) -> None:
+        """Learn the columns and the last row of the file."""
+        with open(self.path, newline="", encoding="utf-8") as file:
+            table = list(csv.reader(file))
+        self._columns = table[0] if table else list(_FIXED)
+        if self._columns[:2] != _FIXED:
+            raise LoggingError(
+                f"{self.path} begins with the columns {', '.join(self._columns)}, so it is no table of a "
+                f"CsvBackend, which begins with group, step. Log to another path."
+            )
+        self._rows = max(len(table) - 1, 0)
+        self._last = table[-1] if self._rows else []
+        self._start = os.path.getsize(self.path) - len(_text([self._last])) if self._rows else 0
+
+    def _whole_rows(self, descriptor: int) -> int:
+        data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        return data.rfind(b"\n") + 1
+
+
+def _text(rows: Iterable[Sequence[str]]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()

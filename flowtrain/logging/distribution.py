@@ -1,0 +1,98 @@
+"""How values are distributed: a `Histogram` as counts in bins of equal width."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flowtrain.errors import LoggingError, is_a
+from flowtrain.records import Histogram
+
+__all__ = ["Distribution", "distribution"]
+
+_EXACT = 1 << 24  # up to here single precision counts exactly
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Finite values, counted.
+
+    Attributes:
+        low: The smallest value; 0 if there is none.
+        high: The largest value; 0 if there is none.
+        counts: How many lie in each bin from `low` to `high`; the last bin includes `high`.
+        total: Their sum.
+        squares: The sum of their squares.
+        left_out: How many values were NaN or infinite.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    total: float
+    squares: float
+    left_out: int
+
+    @property
+    def edges(self) -> list[float]:
+        """The ``len(counts) + 1`` limits of the bins."""
+        low, high = self.limits
+        width = (high - low) / len(self.counts)
+        return [*(low + place * width for place in range(len(self.counts))), high]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Where the bins begin and end: half a unit around a value that is the only one."""
+        return (self.low, self.high) if self.low < self.high else (self.low - 0.5, self.high + 0.5)
+
+
+def distribution(histogram: Histogram) -> Distribution:
+    """Count the values of a histogram.
+
+    Raises:
+        LoggingError: The values are no real numbers, or there is no bin.
+
+    >>> distribution(Histogram([0.0, 1.0, 1.0, float("nan")], bins=2)).counts
+    (1, 2)
+    """
+    bins = histogram.bins
+    if not is_a(bins, int) or bins < 1:
+        raise LoggingError(f"Histogram(bins={bins!r}): bins is a whole number, at least 1.")
+    values = _values(histogram.values)
+    size = values.numel()
+    low, high = (float(limit) for limit in values.aminmax()) if size else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):  # NaN is the smallest and the largest
+        values = values[values.isfinite()]
+        low, high = (float(limit) for limit in values.aminmax()) if values.numel() else (0.0, 0.0)
+    kept = values.numel()
+    if kept > _EXACT or not math.isfinite(_single(high) - _single(low)):
+        values = values.double()
+    made = Distribution(low, high, (0,) * bins, 0.0, 0.0, size - kept)
+    if not kept:
+        return made
+    if not math.isfinite(high - low):
+        raise LoggingError(f"Histogram(...) got values from {low} to {high}: too far apart to be counted in bins.")
+    counts = torch.histc(values, bins, *made.limits)
+    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    total = float(values.sum(dtype=torch.float64))
+    return Distribution(low, high, tuple(int(count) for count in counts.tolist()), total, squares, size - kept)
+
+
+def _values(values: Any) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoggingError(f"Histogram(...) takes a tensor or array, and got a {type(values).__name__}.") from error
+    if found.is_complex() or found.is_quantized:
+        raise LoggingError(f"Histogram(...) got {found.dtype}, and counts real numbers. Log the histogram of .abs().")
+    if found.layout is not torch.strided:
+        found = found.to_dense()
+    exact = found.dtype is torch.float64 or not (found.is_floating_point() or found.dtype is torch.bool)
+    return found.flatten().to(torch.float64 if exact else torch.float32)
+
+
+def _single(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32)) if abs(value) > 1e38 else value

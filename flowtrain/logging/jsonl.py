@@ -1,0 +1,131 @@
+"""JSON lines: one object for each record, in a file that any program can read.
+
+::
+
+    {"name": "Loss", "group": "Step/TrainingPhase", "step": 1, "kind": "Value", "value": 0.5, "time": 1735689600.0}
+
+What ``value`` is, by ``kind``:
+
+=============  =====================================================================================================
+``Value``      a number; ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which JSON has no numbers for and which
+               Python's ``float`` reads
+``Text``       a text
+``Histogram``  ``{"edges": [...], "counts": [...], "left_out": n}``; n values were NaN or infinite
+``Settings``   an object
+``Image``      the path of a PNG file, beginning at the folder of this file
+``Figure``     the same
+``File``       the path of the file's copy, in the same way
+=============  =====================================================================================================
+
+Files lie in a folder beside: those of ``log.jsonl`` in ``log.jsonl.files/<group>/<name>/<step>.png``. Each is
+written under another name and renamed before its line is written, so that a line never names a file that is not whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import zlib
+from typing import Any
+from urllib.parse import quote
+
+from flowtrain.logging.distribution import distribution
+from flowtrain.logging.filebackend import FileBackend
+from flowtrain.logging.files import AppendingFile, read_file, replace_file
+from flowtrain.logging.pictures import figure_png, image_png
+from flowtrain.logging.plain import number, refused, settings
+from flowtrain.records import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
+
+__all__ = ["JsonlBackend"]
+
+_BLOCK = 1 << 16
+_WITH_FILE = b"\0"  # such a record begins with this; then come its line and the file
+
+
+class JsonlBackend(FileBackend):
+    """Write JSON lines.
+
+    A file that is there is gone on with, so give each run a file of its own. A record is in the file when `write`
+    returns, and on the disk when `flush` does.
+
+    Args:
+        path: The file, such as ``"runs/a/log.jsonl"``; made with its folders when training begins.
+
+    >>> JsonlBackend("/tmp/log.jsonl").encode(Value(0.5), "Loss", 1, ("Step", "TrainingPhase"))[:61]
+    b'{"name": "Loss", "group": "Step/TrainingPhase", "step": 1, "k'
+    """
+
+    accepts = (Value, Image, Text, Histogram, Figure, File, Settings)
+
+    def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
+        """Return a line of JSON; with an image, a figure or a file, the line and the file's content."""
+        kind = next((each.__name__ for each in self.accepts if isinstance(loggable, each)), "")
+        record = {"name": name, "group": "/".join(group), "step": step, "kind": kind}
+        content = b""
+        if isinstance(loggable, Value):
+            value: Any = _valid(number(loggable.value))
+        elif isinstance(loggable, (Image, Figure, File)):
+            content, suffix = _content(loggable)
+            folders = map(_part, "/".join((*group, name)).split("/"))
+            value = "/".join((f"{os.path.basename(self.path)}.files", *folders, f"{step}{suffix}"))
+        elif isinstance(loggable, Text):
+            value = str(loggable.text)
+        elif isinstance(loggable, Histogram):
+            counted = distribution(loggable)
+            value = {"edges": counted.edges, "counts": counted.counts, "left_out": counted.left_out}
+        elif isinstance(loggable, Settings):
+            value = _valid(settings(loggable.values))
+        else:
+            raise refused(self, loggable)
+        line = json.dumps({**record, "value": value, "time": time.time()}, allow_nan=False).encode() + b"\n"
+        return b"".join((_WITH_FILE, line, content)) if isinstance(loggable, (Image, Figure, File)) else line
+
+    def _open_file(self, run: Run) -> AppendingFile:
+        return AppendingFile(self.path, _whole_lines)
+
+    def _append(self, file: AppendingFile, record: bytes) -> None:
+        if record.startswith(_WITH_FILE):
+            end = record.index(b"\n") + 1
+            line, content = record[1:end], record[end:]
+            replace_file(os.path.join(os.path.dirname(self.path), json.loads(line)["value"]), content)
+            record = line
+        file.append(record)
+
+
+def _valid(value: Any) -> Any:
+    """Return a value with texts in place of numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _valid(item) for name, item in value.items()}
+    return [_valid(item) for item in value] if isinstance(value, list) else value
+
+
+def _content(loggable: Image | Figure | File) -> tuple[bytes, str]:
+    if isinstance(loggable, Image):
+        return image_png(loggable), ".png"
+    if isinstance(loggable, Figure):
+        return figure_png(loggable), ".png"
+    return read_file(loggable), os.path.splitext(os.fspath(loggable.path))[1]
+
+
+def _part(name: str) -> str:
+    """Return a name as a part of a path: without what leads elsewhere, and not too long."""
+    quoted = quote(name, safe=" ()[]+,=@")
+    if len(quoted) > 200:
+        quoted = f"{quoted[:190]}~{zlib.crc32(name.encode()):08x}"
+    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(quoted, quoted)
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Return how many bytes of a file end with a line break."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

@@ -1,0 +1,199 @@
+"""MLflow: values as metrics, settings as parameters, everything else as artifacts of a run.
+
+MLflow takes nothing back. A run that goes on from a checkpoint continues its MLflow run if nothing came after it;
+otherwise a new MLflow run gets the parameters and the metrics up to there, and a tag that names the one before.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging.extras import needed
+from flowtrain.logging.filebackend import not_open
+from flowtrain.logging.files import read_file
+from flowtrain.logging.pictures import figure_png, image_png
+from flowtrain.logging.plain import flat, number, refused, settings
+from flowtrain.records import Figure, File, Group, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
+
+__all__ = ["MLflowBackend"]
+
+_RUN = "flowtrain.run"
+_CONTINUES = "flowtrain.continues"
+_BATCH = 500  # metrics in one request; MLflow takes 1000
+
+
+class MLflowBackend(LoggerBackend):
+    """Log to MLflow (https://mlflow.org/docs/latest/ml/tracking/). Needs ``flowtrain[mlflow]``.
+
+    The key of a metric is the group and the name: ``Step/TrainingPhase/Loss``. Metrics are sent in batches, when
+    there are 500 and at every `flush`. An image, a text, a figure or a file is an artifact of that path.
+
+    Args:
+        experiment: The experiment; made if it is not there.
+        run_name: What the run is called; MLflow finds a name if there is none.
+        tracking_uri: Where MLflow keeps its runs; MLflow's own setting if there is none.
+    """
+
+    accepts = (Value, Image, Text, Figure, File, Settings)
+
+    def __init__(self, experiment: str, run_name: str | None = None, tracking_uri: str | None = None) -> None:
+        self.experiment = experiment
+        self.run_name = run_name
+        self.tracking_uri = tracking_uri
+        self.run_id = ""  # MLflow's
+        self._client: Any = None
+        self._silent = False
+        self._waiting: list[Any] = []
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def sink(self) -> str:
+        """The place, the experiment and the run's name."""
+        return f"mlflow:{self.tracking_uri or ''}:{self.experiment}:{self.run_name or ''}"
+
+    def open(self, run: Run) -> None:
+        """Go on with the MLflow run that has the run's id, or begin one."""
+        self.close()
+        self._silent = run.rank != 0
+        if self._silent:
+            return
+        mlflow = needed("mlflow", "MLflowBackend", "mlflow")
+        with self._explained("be opened"):
+            client = mlflow.tracking.MlflowClient(tracking_uri=self.tracking_uri)
+            experiment = client.get_experiment_by_name(self.experiment)
+            number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
+            mine = f"tags.`{_RUN}` = '{run.id}'"
+            there = client.search_runs([number], mine, order_by=["attributes.start_time DESC"], max_results=1)
+            if there:
+                self.run_id = there[0].info.run_id
+                client.update_run(self.run_id, status="RUNNING")
+            else:
+                self.run_id = client.create_run(number, tags={_RUN: run.id}, run_name=self.run_name).info.run_id
+            keys = client.get_run(self.run_id).data.metrics
+            self._counts = Counter({key: len(client.get_metric_history(self.run_id, key)) for key in keys})
+            self._client = client
+
+    def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
+        """Return what to send, as JSON."""
+        record: dict[str, Any] = {"key": "/".join((*group, name)), "step": step, "time": int(time.time() * 1000)}
+        if isinstance(loggable, Value):
+            record["value"] = repr(float(number(loggable.value)))
+        elif isinstance(loggable, Settings):
+            record["settings"] = {key: str(value) for key, value in flat(settings(loggable.values)).items()}
+        elif isinstance(loggable, Text):
+            record |= _artifact(str(loggable.text).encode(), step, ".md")
+        elif isinstance(loggable, (Image, Figure)):
+            png = image_png(loggable) if isinstance(loggable, Image) else figure_png(loggable)
+            record |= _artifact(png, step, ".png")
+        elif isinstance(loggable, File):
+            record |= _artifact(read_file(loggable), step, os.path.splitext(os.fspath(loggable.path))[1])
+        else:
+            raise refused(self, loggable)
+        return json.dumps(record).encode()
+
+    def write(self, record: bytes) -> None:
+        """Send, or keep until there is enough to send."""
+        if self._client is None:
+            if self._silent:
+                return
+            raise not_open(self)
+        sent = json.loads(record)
+        entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
+        if "value" in sent:
+            self._waiting.append(entities.Metric(sent["key"], float(sent["value"]), sent["time"], sent["step"]))
+            if len(self._waiting) >= _BATCH:
+                self._send()
+        elif "settings" in sent:
+            parameters = [entities.Param(key, value) for key, value in sent["settings"].items()]
+            with self._explained("take the settings"):
+                self._client.log_batch(self.run_id, params=parameters)
+        else:
+            with self._explained(f"take {sent['key']}"), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, sent["file"])
+                with open(path, "wb") as file:
+                    file.write(base64.b64decode(sent["content"]))
+                self._client.log_artifact(self.run_id, path, sent["key"])
+
+    def flush(self) -> Any:
+        """Send what waits; return MLflow's run, and how many values each metric has."""
+        if self._client is None:
+            return None
+        self._send()
+        return {"run": self.run_id, "metrics": dict(self._counts)}
+
+    def restore(self, position: Any) -> None:
+        """Go on from a position: in its MLflow run, or in a new one that begins with what that had then."""
+        if self._client is None or position is None:
+            return
+        if position["run"] == self.run_id and position["metrics"] == dict(self._counts):
+            return
+        entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
+        client, old = self._client, position["run"]
+        with self._explained(f"go on with run {old}"):
+            known = client.get_run(old)
+            kept = {key: self._history(old, key, count) for key, count in position["metrics"].items()}
+            tags = {_RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}
+            new = client.create_run(known.info.experiment_id, tags=tags, run_name=known.info.run_name)
+            client.set_tag(self.run_id, _RUN, "")
+            client.set_terminated(self.run_id, status="KILLED")
+            self.run_id, self._counts = new.info.run_id, Counter()
+            client.log_batch(self.run_id, params=[entities.Param(*each) for each in known.data.params.items()])
+            self._waiting = [metric for metrics in kept.values() for metric in metrics]
+            self._send()
+
+    def close(self) -> None:
+        """Send what waits, and end MLflow's run."""
+        if self._client is None:
+            return
+        try:
+            self._send()
+            with self._explained("end the run"):
+                self._client.set_terminated(self.run_id)
+        finally:
+            self._client = None
+
+    def _history(self, run: str, key: str, count: int) -> Sequence[Any]:
+        metrics: Sequence[Any] = self._client.get_metric_history(run, key)
+        if len(metrics) < count:
+            raise LoggingError(
+                f"MLflow's run {run} has {len(metrics)} values of {key}, and had {count} when the checkpoint was made. "
+                f"Log this run under another name."
+            )
+        return metrics[:count]
+
+    def _send(self) -> None:
+        while self._waiting:
+            sent = self._waiting[:_BATCH]
+            with self._explained(f"take {len(sent)} values, the first one {sent[0].key}"):
+                self._client.log_batch(self.run_id, metrics=sent)
+            del self._waiting[:_BATCH]
+            self._counts.update(metric.key for metric in sent)
+
+    @contextmanager
+    def _explained(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except LoggingError:
+            raise
+        except Exception as error:  # MLflow raises its own, those of its stores, and those of the network
+            raise LoggingError(f"{self!r} could not {what}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_client": None, "_waiting": []}  # a copy encodes and never writes
+
+    def __repr__(self) -> str:
+        where = f", tracking_uri={self.tracking_uri!r}" if self.tracking_uri else ""
+        return f"MLflowBackend({self.experiment!r}{where})"
+
+
+def _artifact(content: bytes, step: int, suffix: str) -> dict[str, str]:
+    return {"file": f"{step}{suffix}", "content": base64.b64encode(content).decode()}

@@ -1,0 +1,88 @@
+"""Pictures as PNG: the pixels of an `Image`, and the drawing of a `Figure`.
+
+The encoder needs nothing but zlib (PNG specification, third edition, https://www.w3.org/TR/png-3/): one row of pixels
+after the other, unfiltered. Equal pixels give equal bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import struct
+import zlib
+from typing import Any
+
+import torch
+
+from flowtrain.errors import LoggingError
+from flowtrain.records import Figure, Image
+
+__all__ = ["figure_png", "image_png", "pixels", "png"]
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels to PNG's colour type: grey, colours, colours with transparency
+
+
+def image_png(image: Image) -> bytes:
+    """Return an image as PNG."""
+    return png(pixels(image.image))
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return a drawing as PNG, in the size and resolution that it has.
+
+    Raises:
+        LoggingError: It is no figure of matplotlib.
+    """
+    if not hasattr(figure.figure, "savefig"):
+        raise LoggingError(f"Figure({figure.figure!r}) takes a matplotlib.figure.Figure; pixels are an Image(...).")
+    buffer = io.BytesIO()
+    figure.figure.savefig(buffer, format="png", metadata={"Software": None})  # so that equal drawings are equal bytes
+    return buffer.getvalue()
+
+
+def pixels(image: Any) -> torch.Tensor:
+    """Return the pixels of a picture as bytes, of shape (height, width, channels), on the CPU.
+
+    Args:
+        image: As for `Image`.
+
+    Raises:
+        LoggingError: The shape or the type is not that of a picture.
+
+    >>> pixels(torch.tensor([[0.0, 0.5, 2.0]])).flatten().tolist()
+    [0, 128, 255]
+    """
+    try:
+        found = torch.as_tensor(image).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoggingError(f"Image(...) takes a tensor or array, and got a {type(image).__name__}: {error}") from error
+    shape = tuple(found.shape)
+    if found.ndim == 2:
+        found = found.unsqueeze(2)
+    elif found.ndim == 3 and shape[0] in _COLOUR_TYPES:
+        found = found.permute(1, 2, 0)
+    if found.ndim != 3 or found.shape[2] not in _COLOUR_TYPES or 0 in found.shape or found.is_complex():
+        raise LoggingError(
+            f"Image(...) got {found.dtype} of shape {shape}; a picture is (height, width), (channels, height, width) "
+            f"or (height, width, channels), with 1, 3 or 4 channels. Log the pictures of a batch one by one."
+        )
+    if found.is_floating_point():
+        found = found.float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
+    elif found.dtype is torch.bool:
+        found = found.to(torch.uint8) * 255
+    return found.clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def png(picture: torch.Tensor) -> bytes:
+    """Return bytes of shape (height, width, channels) as PNG."""
+    height, width, channels = picture.shape
+    unfiltered = torch.zeros(height, 1, dtype=torch.uint8)  # every row begins with the number of its filter
+    rows = torch.cat([unfiltered, picture.reshape(height, width * channels)], dim=1).contiguous()
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
+    data = zlib.compress(ctypes.string_at(rows.data_ptr(), rows.numel()), 6)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,0 +1,196 @@
+"""Weights & Biases: what is logged, in the history of a run, offline or online.
+
+W&B takes nothing back. A run that goes on from a checkpoint does so in a new run of W&B, whose configuration says under
+``flowtrain`` which one it continues, and after how many records. Runs of one learner share a W&B group.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging.distribution import distribution
+from flowtrain.logging.extras import needed
+from flowtrain.logging.filebackend import not_open
+from flowtrain.logging.files import read_file, unwritable
+from flowtrain.logging.pictures import figure_png, image_png
+from flowtrain.logging.plain import number, refused, settings
+from flowtrain.records import Figure, File, Group, Histogram, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
+
+__all__ = ["WandbBackend"]
+
+
+class WandbBackend(LoggerBackend):
+    """Log to Weights & Biases (https://docs.wandb.ai). Needs ``flowtrain[wandb]``.
+
+    The key is the group and the name: ``Step/TrainingPhase/Loss``. W&B counts its own steps, so that each entry also
+    has that of its group, ``Step/TrainingPhase/step``, which charts use as their axis.
+
+    Args:
+        project: The project.
+        run_name: What the run is called; W&B finds a name if there is none.
+        folder: Where W&B keeps its files; the working directory if there is none.
+        mode: ``"online"``, ``"offline"`` (``wandb sync`` uploads it later), or ``None`` for W&B's own setting.
+    """
+
+    accepts = (Value, Image, Text, Histogram, Figure, File, Settings)
+
+    def __init__(
+        self,
+        project: str,
+        run_name: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        mode: str | None = None,
+    ) -> None:
+        self.project = project
+        self.run_name = run_name
+        self.folder = os.path.abspath(os.fspath(folder) if folder is not None else ".")
+        self.mode = mode
+        self._run: Any = None
+        self._of = ""  # the id of flowtrain's run
+        self._silent = False
+        self._count = 0
+        self._groups: set[str] = set()
+
+    @property
+    def sink(self) -> str:
+        """The folder, the project and the run's name."""
+        return f"wandb:{self.folder}:{self.project}:{self.run_name or ''}"
+
+    def open(self, run: Run) -> None:
+        """Begin a run of W&B."""
+        self.close()
+        self._silent, self._of = run.rank != 0, run.id
+        if not self._silent:
+            self._begin()
+
+    def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
+        """Return what to log, as JSON."""
+        record: dict[str, Any] = {"group": "/".join(group), "name": name, "step": step}
+        if isinstance(loggable, Value):
+            record["value"] = repr(number(loggable.value))
+        elif isinstance(loggable, Settings):
+            record["settings"] = settings(loggable.values)
+        elif isinstance(loggable, Text):
+            record["text"] = str(loggable.text)
+        elif isinstance(loggable, Histogram):
+            counted = distribution(loggable)
+            record["histogram"] = [counted.counts, counted.edges]
+        elif isinstance(loggable, (Image, Figure)):
+            png = image_png(loggable) if isinstance(loggable, Image) else figure_png(loggable)
+            record["image"] = base64.b64encode(png).decode()
+        elif isinstance(loggable, File):
+            record["file"] = os.path.basename(os.fspath(loggable.path))
+            record["content"] = base64.b64encode(read_file(loggable)).decode()
+        else:
+            raise refused(self, loggable)
+        return json.dumps(record).encode()
+
+    def write(self, record: bytes) -> None:
+        """Give it to W&B."""
+        if self._run is None:
+            if self._silent:
+                return
+            raise not_open(self)
+        entry = json.loads(record)
+        with self._explained(f"take {entry['group']}/{entry['name']}"):
+            if "settings" in entry:
+                self._run.config.update(entry["settings"], allow_val_change=True)
+            elif "content" in entry:
+                self._keep(entry)
+            else:
+                self._log(entry)
+        self._count += 1
+
+    def flush(self) -> Any:
+        """Return the run of W&B, and how many records it has taken; W&B writes them out by itself."""
+        return None if self._run is None else {"run": self._run.id, "records": self._count}
+
+    def restore(self, position: Any) -> None:
+        """Go on from a position: in its run of W&B if that is still open and has nothing more, or in a new one."""
+        if self._run is None or position is None or position == self.flush():
+            return
+        if self._count:
+            self.close()
+            self._begin()
+        continues = {"continues": position["run"], "records": position["records"]}
+        with self._explained(f"go on with run {position['run']}"):
+            self._run.config.update({"flowtrain": continues})
+
+    def close(self) -> None:
+        """End the run of W&B, which brings its records to the disk."""
+        run, self._run = self._run, None
+        if run is not None:
+            with self._explained("end the run"):
+                run.finish()
+
+    def _begin(self) -> None:
+        wandb = needed("wandb", "WandbBackend", "wandb")
+        try:
+            os.makedirs(os.path.join(self.folder, "wandb"), exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        quiet = wandb.Settings(silent=True, console="off")
+        with self._explained("be opened"):
+            self._run = wandb.init(
+                project=self.project,
+                name=self.run_name,
+                group=self._of,
+                dir=self.folder,
+                mode=self.mode,
+                reinit="create_new",
+                settings=quiet,
+            )
+        self._count, self._groups = 0, set()
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        wandb = needed("wandb", "WandbBackend", "wandb")
+        group = entry["group"]
+        if group not in self._groups:
+            self._groups.add(group)
+            self._run.define_metric(f"{group}/step")
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+        if "value" in entry:
+            value: Any = float(entry["value"])
+        elif "histogram" in entry:
+            counts, edges = entry["histogram"]
+            value = wandb.Histogram(np_histogram=(counts, edges))
+        elif "image" in entry:
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                file.write(base64.b64decode(entry["image"]))
+                file.flush()
+                self._run.log({f"{group}/{entry['name']}": wandb.Image(file.name), f"{group}/step": entry["step"]})
+            return
+        else:
+            value = entry["text"]
+        self._run.log({f"{group}/{entry['name']}": value, f"{group}/step": entry["step"]})
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """Put a file beside the run, from where W&B uploads it when the run ends."""
+        folder = os.path.join(self._run.dir, entry["group"], entry["name"], str(entry["step"]))
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, entry["file"])
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(entry["content"]))
+        self._run.save(path, base_path=self._run.dir, policy="end")
+
+    @contextmanager
+    def _explained(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except LoggingError:
+            raise
+        except Exception as error:  # W&B raises its own, those of its service, and those of the network
+            raise LoggingError(f"{self!r} could not {what}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None}  # a copy encodes and never writes
+
+    def __repr__(self) -> str:
+        return f"WandbBackend({self.project!r}, folder={self.folder!r})"
