@@ -10,6 +10,11 @@ from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
 from flowtrain.callbacks.devices import DeviceStats
 from flowtrain.callbacks.gradients import GradNorm
+from flowtrain.callbacks.loghistograms import LogHistograms
+from flowtrain.callbacks.loghyperparams import LogHyperParams
+from flowtrain.callbacks.logmetrics import LogMetrics
+from flowtrain.callbacks.logtraces import LogTraces
+from flowtrain.callbacks.logvisualization import LogVisualization
 from flowtrain.callbacks.metrics import Metric, Metrics
 from flowtrain.callbacks.nan import StopOnNaNLoss
 from flowtrain.callbacks.printer import MetricsPrinter
@@ -29,6 +34,11 @@ __all__ = [
     "GarbageCollect",
     "GradNorm",
     "LearningRateMonitor",
+    "LogHistograms",
+    "LogHyperParams",
+    "LogMetrics",
+    "LogTraces",
+    "LogVisualization",
     "Metric",
     "Metrics",
     "MetricsPrinter",
