@@ -96,7 +96,8 @@ class Metrics(Callback):
     ``batch.inputs``); for a torchmetrics object it is what that object computes over the epoch. Metrics are computed
     without gradients, in phases that have outputs and targets. An epoch without a completed batch records nothing.
 
-    A learner has one of them, with all metrics: two would both record the loss.
+    A learner has one of them, with all metrics: two would both record the loss. On an accelerator nothing waits for
+    the values: they stay there, at most 256 of each name, until they are read, at the latest for the mean of the epoch.
 
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
@@ -125,6 +126,7 @@ class Metrics(Callback):
             if names.count(name) > 1:
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
         self._names = names
+        self._late = False  # whether tensors on the CPU are treated as those of a device
         self._no_grad = torch.no_grad()  # used again and again: to make one costs as much as a metric
         self._sizes: dict[str, list[int]] = {name: [] for name in names}
         self._clones: dict[tuple[Metric, Phase], Any] = {}
@@ -151,6 +153,7 @@ class Metrics(Callback):
     @on(EpochBegin)
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the epoch before, also of one that was cancelled."""
+        self._late = learner.lag > 0
         for sizes in self._sizes.values():
             sizes.clear()
         for (_, owner), clone in self._clones.items():
@@ -165,7 +168,7 @@ class Metrics(Callback):
         shape = inputs.shape if type(inputs) is torch.Tensor else None
         size = shape[0] if shape else _size(inputs)
         if loss is not None:
-            value = loss.item() if loss.is_cpu else loss.detach()
+            value = loss.item() if loss.is_cpu and not self._late else loss.detach()
             learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
             self._sizes["Loss"].append(size)
         if self.metrics:

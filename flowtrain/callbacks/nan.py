@@ -6,8 +6,9 @@ import warnings
 
 from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
-from flowtrain.events import BackwardBegin
-from flowtrain.phases import AbstractTrainingPhase
+from flowtrain.events import BackwardBegin, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.lag import Lagged
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
 from flowtrain.signals import CancelFittingException
 
@@ -15,33 +16,78 @@ __all__ = ["StopOnNaNLoss"]
 
 
 class StopOnNaNLoss(Callback):
-    """End training, with a warning that says where, before a NaN loss reaches the gradients.
+    """End training, with a warning that says where, when the loss of a batch is NaN.
 
-    Raises `CancelFittingException` at `BackwardBegin`, so the parameters stay what they were after the last update.
-    A phase of one's own that has no ``batch.loss`` is not watched.
+    On the CPU it raises `CancelFittingException` at `BackwardBegin` of that batch, so the parameters stay what they
+    were after the last update. A phase of one's own that has no ``batch.loss`` is not watched.
+
+    On an accelerator reading the loss would make the host wait, so it is read ``TorchCore(lag=2)`` batches late, and
+    training ends that many batches later, or with the epoch. What the NaN does meanwhile depends on the optimizer. One
+    that takes ``found_inf`` (torch's fused optimizers, which are the default there, and any with ``precision="fp16"``)
+    skips the update of the NaN and those after it: the parameters are those before, as on the CPU. Another one has made
+    up to `lag` + 1 updates with NaN, and the parameters are lost: go back to a checkpoint.
+
+    Reads ``batch.loss`` and ``cbstate.history``; costs one read of a number for each batch.
     """
+
+    def __init__(self) -> None:
+        self._late: Lagged | None = None  # where numbers are read at once
 
     def state_access(self) -> Access:
         return {"batch.loss": Read(optional=True), "cbstate.history": Read(optional=True)}
 
+    @on(EpochBegin, AbstractTrainingPhase, access={})
+    def begin(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Find out whether losses are to be read late."""
+        self._late = Lagged(learner.lag) if learner.lag else None
+
     @on(BackwardBegin, AbstractTrainingPhase)
     def check(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """End training if the loss is NaN."""
+        """End training if the loss is NaN, or was when it was new."""
         loss = learner.batch.loss
         if loss is None:
+            return
+        if self._late is not None:
+            seen = self._late.push(loss, _where(phase, learner))
+            if seen is not None and seen[1] != seen[1]:
+                _stop(seen[0], late=True)
             return
         value = loss.item()
         if value == value:  # the one value that does not equal itself is NaN
             return
-        history = learner.cbstate.history
-        where = f" of {phase!r}"
-        if history is not None:
-            counts = history[phase]
-            where = f" in batch {counts.steps_epoch + 1} of epoch {counts.epochs + 1}{where} (step {counts.steps + 1})"
+        _stop(_where(phase, learner), late=False)
+
+    @on(EpochEnd, AbstractTrainingPhase, access={})
+    def end(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Look at the last losses of the epoch too."""
+        late, self._late = self._late, None
+        for where, value in late.flush() if late is not None else ():
+            if value != value:
+                _stop(where, late=True)
+
+    @on(EpochCancelled, AbstractTrainingPhase, access={})
+    def cancel(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Let go of the losses that are on their way."""
+        self._late = None
+
+
+def _where(phase: Phase, learner: LearnerView) -> str:
+    history = learner.cbstate.history
+    if history is None:
+        return f" of {phase!r}"
+    counts = history[phase]
+    batch, epoch, step = counts.steps_epoch + 1, counts.epochs + 1, counts.steps + 1
+    return f" in batch {batch} of epoch {epoch} of {phase!r} (step {step})"
+
+
+def _stop(where: str, *, late: bool) -> None:
+    if late:
+        message = f"The loss was NaN{where}. Training stops now, as losses of the device are read late."
+    else:
         message = f"The loss is NaN{where}. Training stops before the update."
-        warnings.warn(
-            f"{message} Look for a learning rate that is too high, a division by zero, or NaN in the data.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        raise CancelFittingException(message)
+    warnings.warn(
+        f"{message} Look for a learning rate that is too high, a division by zero, or NaN in the data.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    raise CancelFittingException(message)

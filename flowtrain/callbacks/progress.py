@@ -10,10 +10,13 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
+from flowtrain.lag import Reading
 from flowtrain.phasemap import Counts
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
@@ -32,6 +35,8 @@ class ProgressBar(Callback):
 
     While the bar is there, what is printed goes above it. Where the output is no terminal there is no bar; an epoch
     that takes long prints a plain line now and then. The terminal is the one of ``rich.get_console()``.
+
+    On an accelerator the loss that is shown is read when a redraw is due, and shown ``TorchCore(lag=2)`` batches later.
 
     Args:
         redraw: Seconds between two redraws, at least.
@@ -56,6 +61,7 @@ class ProgressBar(Callback):
         self._progress: Progress | None = None
         self._drawn = -math.inf
         self._next = math.inf  # no epoch is open: nothing to show
+        self._asked: tuple[Reading, int] | None = None  # a loss on its way, and the step at which to show it
 
     def state_access(self) -> Access:
         return {
@@ -92,13 +98,23 @@ class ProgressBar(Callback):
         if now < self._next:
             return
         counts = learner.cbstate.history[phase]
-        done = counts.steps_epoch if self._since is None else counts.steps - self._since
-        series = learner.cbstate.metrics_step[phase]["Loss"]
-        loss = f"Loss {series.last()[1]:.4g}" if series is not None and len(series) else ""
-        if self._line is not None:
-            self._draw(self._line, now, done, loss)
+        if self._asked is not None:
+            asked, due = self._asked
+            if counts.steps < due:
+                return
+            loss, self._asked = asked.numbers()[0], None
         else:
-            self._print(now, done, loss)
+            series = learner.cbstate.metrics_step[phase]["Loss"]
+            loss = series.newest() if series is not None and len(series) else None
+            if isinstance(loss, torch.Tensor):
+                self._asked, self._next = (Reading([loss]), counts.steps + learner.lag), -math.inf
+                return
+        done = counts.steps_epoch if self._since is None else counts.steps - self._since
+        text = "" if loss is None else f"Loss {loss:.4g}"
+        if self._line is not None:
+            self._draw(self._line, now, done, text)
+        else:
+            self._print(now, done, text)
 
     @on(EpochEnd, access=_TERMINAL)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -158,6 +174,7 @@ class ProgressBar(Callback):
 
     def _close_epoch(self) -> None:
         self._next = math.inf
+        self._asked = None
         self._progress = None
         if self._fit is None and self._line is not None:
             self._line.close()

@@ -31,7 +31,7 @@ class SmoothLoss(Callback):
         if not 0 <= beta < 1:
             raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1.")
         self.beta = beta
-        self._averages: dict[str, tuple[float, int]] = {}
+        self._averages: dict[str, tuple[Any, int]] = {}
 
     def state_access(self) -> Access:
         return {"batch.loss": Read(), "cbstate.history": Read(), "cbstate.smooth_loss": Write()}
@@ -40,15 +40,18 @@ class SmoothLoss(Callback):
     def smooth(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Take in the loss of a batch."""
         average, count = self._averages.get(repr(phase), (0.0, 0))
-        average = self.beta * average + (1 - self.beta) * learner.batch.loss.item()
+        loss = learner.batch.loss
+        # On a device the average stays there too: nothing waits for it.
+        value = loss.item() if loss.is_cpu and not learner.lag else loss.detach()
+        average = self.beta * average + (1 - self.beta) * value
         count += 1
         self._averages[repr(phase)] = average, count
         step = learner.cbstate.history[phase].steps
         learner.cbstate.smooth_loss[phase].push(average / (1 - self.beta**count), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by phase, each with the number of batches in it."""
-        return {"averages": dict(self._averages)}
+        """Return the averages by phase, each with the number of batches in it. Waits for the device."""
+        return {"averages": {phase: (float(average), count) for phase, (average, count) in self._averages.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
