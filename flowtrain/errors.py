@@ -17,6 +17,7 @@
     ├── LossError                  a loss function that does not fit the model's outputs
     ├── CoreError                  a device, precision or optimizer that does not fit
     ├── ExecutorError              an executor that is unknown, closed or in use
+    ├── SanityCheckError           what a look at data, model, loss and optimizer found wrong, all of it
     └── UsageError                 a call at the wrong moment or with a value that means nothing
 
 What steers training rather than reports a mistake (`CancelException` and its kin) lives in `flowtrain.signals`.
@@ -46,6 +47,7 @@ __all__ = [
     "MissingStateError",
     "ProtectedException",
     "ResolutionError",
+    "SanityCheckError",
     "UndeclaredWriteError",
     "UsageError",
     "WriteConflictError",
@@ -181,6 +183,18 @@ class CheckpointError(FlowtrainError):
 
 class DeferredCancelError(FlowtrainError):
     """A handler that runs off the training thread raised a cancel, and what it wanted to end has gone on."""
+
+
+class SanityCheckError(FlowtrainError):
+    """Data, model, loss or optimizer cannot be trained with.
+
+    Attributes:
+        problems: Each with where it is, what is wrong, and what to do.
+    """
+
+    def __init__(self, problems: tuple[tuple[str, str, str], ...], message: str) -> None:
+        self.problems = problems
+        super().__init__(message)
 
 
 class UsageError(FlowtrainError):

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BottomLine", "console"]
+__all__ = ["BottomLine", "console", "generator_kept"]
 
 
 def console() -> Console:
     """Return rich's global console, which a user may have set up with ``rich.reconfigure``."""
-    with _generator_kept():
+    with generator_kept():
         import rich
 
         return rich.get_console()
 
 
 @contextlib.contextmanager
-def _generator_kept() -> Generator[None]:
+def generator_kept() -> Generator[None]:
     """Keep Python's generator as it is: rich draws from it, already when imported, and printing must change no run."""
     before = random.getstate()
     try:
@@ -73,7 +73,7 @@ class BottomLine:
             BottomLine._holder = self
             atexit.register(self.close)  # a terminal must not keep a smaller region when the program has ended
         width, height = self.console.size
-        with _generator_kept():
+        with generator_kept():
             text = self._render(content(), width)
         self._file.write(f"{self._reserve(width, height)}\x1b7\x1b[{height};1H\x1b[2K{text}\x1b8")
         self._file.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
 from flowtrain.callbacks.devices import DeviceStats
+from flowtrain.callbacks.ema import EMA
 from flowtrain.callbacks.gradients import GradNorm
 from flowtrain.callbacks.loghistograms import LogHistograms
 from flowtrain.callbacks.loghyperparams import LogHyperParams
@@ -21,18 +22,29 @@ from flowtrain.callbacks.printer import MetricsPrinter
 from flowtrain.callbacks.progress import ProgressBar
 from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
+from flowtrain.callbacks.sanity import SanityCheck
+from flowtrain.callbacks.scheduler import Scheduler
 from flowtrain.callbacks.smooth import SmoothLoss
 from flowtrain.callbacks.stopping import EarlyStopping
+from flowtrain.callbacks.summary import ModelSummary
 from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
+from flowtrain.combining import per_epoch, sequence, warmup
+from flowtrain.hyperparameter import HyperParameter, LearningRate, Momentum, Setting, WeightDecay
+from flowtrain.plateau import reduce_on_plateau
+from flowtrain.schedule import Schedule
+from flowtrain.schedules import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 
 __all__ = [
+    "EMA",
     "CustomCallback",
     "DeviceStats",
     "EarlyStopping",
     "GarbageCollect",
     "GradNorm",
+    "HyperParameter",
+    "LearningRate",
     "LearningRateMonitor",
     "LogHistograms",
     "LogHyperParams",
@@ -42,15 +54,33 @@ __all__ = [
     "Metric",
     "Metrics",
     "MetricsPrinter",
+    "ModelSummary",
+    "Momentum",
     "ProgressBar",
     "Recorder",
+    "SanityCheck",
+    "Schedule",
+    "Scheduler",
+    "Setting",
     "SmoothLoss",
     "StopOnNaNLoss",
     "Timer",
     "Traces",
+    "WeightDecay",
     "after",
     "before",
+    "constant",
+    "cosine",
+    "exponential",
+    "from_torch",
     "once",
+    "one_cycle",
+    "per_epoch",
+    "polynomial",
+    "reduce_on_plateau",
+    "sequence",
+    "step",
     "throttle",
+    "warmup",
     "when",
 ]
