@@ -130,6 +130,7 @@ class Metrics(Callback):
         self._no_grad = torch.no_grad()  # used again and again: to make one costs as much as a metric
         self._sizes: dict[str, list[int]] = {name: [] for name in names}
         self._clones: dict[tuple[Metric, Phase], Any] = {}
+        self._held: dict[tuple[str, str], Any] = {}  # by name and phase: what clones that are yet to be made begin with
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers, each with what it touches: that depends on the metrics."""
@@ -159,6 +160,7 @@ class Metrics(Callback):
         for (_, owner), clone in self._clones.items():
             if owner is phase:
                 clone.reset()
+        self._held = {key: held for key, held in self._held.items() if key[1] != repr(phase)}
 
     @on(BatchEnd)
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
@@ -190,14 +192,29 @@ class Metrics(Callback):
                     series.push(name, value, steps)
                     self._sizes[name].append(size)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the current epoch has come to: the sizes of its batches, and what torchmetrics objects hold."""
+        held = [(metric.name, repr(phase), *_held(clone)) for (metric, phase), clone in self._clones.items()]
+        return {"sizes": {name: list(sizes) for name, sizes in self._sizes.items()}, "held": held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for name, sizes in self._sizes.items():
+            sizes[:] = state["sizes"].get(name, [])
+        self._clones.clear()
+        self._held = {(name, phase): held for name, phase, *held in state["held"]}
+
     def _clone(self, metric: Metric, phase: Phase, outputs: Any) -> Any:
         clone = self._clones.get((metric, phase))
         if clone is None:
             clone = metric.f.clone()
             clone.reset()  # the user's may have seen data
+            if hasattr(clone, "persistent"):
+                clone.persistent(mode=True)  # what it has accumulated belongs to a checkpoint
             if isinstance(outputs, torch.Tensor) and hasattr(clone, "to"):
                 clone = clone.to(outputs.device)
             self._clones[metric, phase] = clone
+            _hold(clone, *self._held.pop((metric.name, repr(phase)), ({}, [])))
         return clone
 
     @on(EpochEnd)
@@ -208,6 +225,8 @@ class Metrics(Callback):
         accumulated: dict[str, Any] = {}
         for metric in self.metrics:
             clone = self._clones.get((metric, phase))
+            if clone is None and (metric.name, repr(phase)) in self._held:  # the last batch was before a checkpoint
+                clone = self._clone(metric, phase, None)
             if clone is not None and any(self._sizes[name] for name in metric.names):
                 accumulated |= _values(metric, clone.compute())
         for name, sizes in self._sizes.items():
@@ -243,6 +262,24 @@ def _values(metric: Metric, value: Any) -> dict[str, Any]:
                     f"The metric {name} returned {item!r}; a metric is one number, or a tensor with one element."
                 ) from None
     return values
+
+
+def _held(clone: Any) -> tuple[dict[str, Any], list[int]]:
+    """Return what a torchmetrics object has accumulated, and after how many batches, for it and each in it."""
+    if not isinstance(clone, torch.nn.Module):
+        return {}, []
+    if hasattr(clone, "items"):
+        list(clone.items())  # a collection computes what its members share in one of them; now all have it
+    return clone.state_dict(), [getattr(module, "_update_count", 0) for module in clone.modules()]
+
+
+def _hold(clone: Any, state: dict[str, Any], counts: list[int]) -> None:
+    """Give a new torchmetrics object what another has accumulated."""
+    if state:
+        clone.load_state_dict(state)
+    for module, count in zip(clone.modules() if counts else (), counts, strict=True):
+        if count:
+            module._update_count = count
 
 
 def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:

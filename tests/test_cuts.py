@@ -1,0 +1,394 @@
+"""Cuts: a run that was stopped and resumed is the run that was not stopped, to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+
+from flowtrain import (
+    Access,
+    BackwardEnd,
+    BatchEnd,
+    Callback,
+    CancelFittingException,
+    CheckpointError,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    TorchCore,
+    TrainingPhase,
+    ValidationPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import SmoothLoss, Traces, throttle
+from flowtrain.testing import tiny_batches, tiny_learner
+
+Run = Callable[..., Any]
+
+
+class Ask(Callback):
+    """Ask for a checkpoint at the n-th event of a type in a phase."""
+
+    def __init__(self, path: Path, event: type[Event], phase: type[Phase], number: int) -> None:
+        self.path, self.wanted, self.number = path, (event, phase()), number
+        self.seen = 0
+
+    @on(Event)
+    def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if (type(event), phase) == self.wanted:
+            self.seen += 1
+            if self.seen == self.number:
+                learner.request_checkpoint(self.path)
+
+
+class Decay(Callback):
+    """A schedule with state of its own: the learning rate falls with every batch."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def state_access(self) -> Access:
+        return {"optimizer.hyperparams": Write(), "cbstate.decay": Write(), "resource.rng": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.decay = {"rates": []}
+
+    @on(BatchEnd, TrainingPhase)
+    def fall(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.batches += 1
+        rate = 0.01 / (1 + self.batches) * (1 + random.random() + float(np.random.rand()))
+        for group in learner.optimizer.hyperparams:
+            group["lr"] = rate
+        learner.cbstate.decay["rates"].append(rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.batches = state["batches"]
+
+
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples that are drawn anew each time, as by an augmentation."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.full((3,), index / 20) + 0.1 * torch.randn(3) + random.random()
+        return x, x[:2] ** 2
+
+
+def shuffled() -> Any:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(22, 3, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :2] ** 2), 5, shuffle=True)
+
+
+def with_generator() -> Any:
+    dataset = shuffled().dataset
+    return DataLoader(dataset, 5, sampler=RandomSampler(dataset, generator=torch.Generator().manual_seed(5)))
+
+
+def augmented() -> Any:
+    return DataLoader(Noisy(), 5, shuffle=True)
+
+
+def of_unknown_length() -> Any:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(x, x[:2] ** 2) for x in torch.rand(22, 3)])
+
+    return DataLoader(Stream(), 5)
+
+
+def learner_of(*callbacks: Callback, data: Run = shuffled, accumulate: int = 1, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
+    )
+    traces = Traces({"Second": lambda learner: learner.batch.loss**2}, TrainingPhase)
+    return Learner(
+        model,
+        torch.nn.functional.mse_loss,
+        data=(data(), DataLoader(shuffled().dataset, 11)),
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        callbacks=[Decay(), SmoothLoss(), throttle(traces, BatchEnd, every=3), *callbacks],
+        default_callbacks="quiet",
+        core=TorchCore(device="cpu", accumulate=accumulate),
+    )
+
+
+def everything(learner: Learner) -> dict[str, Any]:
+    """All that training has come to, for comparison."""
+    state = learner.cbstate
+    series = {
+        f"{name}.{phase!r}.{key}": list(each)
+        for name in ("metrics_step", "metrics_epoch", "tracehistory")
+        for phase, by_name in getattr(state, name).items()
+        for key, each in by_name.items()
+    }
+    return {
+        "model": {name: value.tolist() for name, value in learner.model.state_dict().items()},
+        "optimizer": [
+            {key: torch.as_tensor(value).tolist() for key, value in each.items()}
+            for each in learner.optimizer.state_dict()["state"].values()
+        ],
+        "rate": learner.optimizer.param_groups[0]["lr"],
+        "history": dict(state.history),
+        "smooth": {repr(phase): list(each) for phase, each in state.smooth_loss.items()},
+        "decay": state.decay,
+        "next": (torch.rand(1).item(), random.random(), float(np.random.rand())),
+        **series,
+    }
+
+
+FITS: dict[str, dict[str, Any]] = {
+    "epochs": {"epochs": 4},
+    "passes": {"steps": 17},
+    "steps": {"steps": 17, "validate_every": 7},
+    "long steps": {"steps": 17, "validate_every": 3},
+}
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("event", "phase", "number"),
+    [
+        (EpochEnd, ValidationPhase, 2),
+        (EpochEnd, TrainingPhase, 2),
+        (BatchEnd, TrainingPhase, 1),
+        (BatchEnd, TrainingPhase, 10),
+        (BatchEnd, TrainingPhase, 12),
+        (BatchEnd, ValidationPhase, 3),
+        (BackwardEnd, TrainingPhase, 12),
+        (EpochBegin, TrainingPhase, 2),
+        (FitEnd, Phase, 1),
+    ],
+)
+def test_rule_28_a_resumed_run_is_the_run(
+    fit: str, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
+) -> None:
+    """Rule 28: bit for bit, wherever the checkpoint was taken, with shuffling, dropout and schedules."""
+    path = tmp_path / "one.ckpt"
+    whole = learner_of(Ask(path, event, phase, number))
+    whole.fit(**FITS[fit])
+    wanted = everything(whole)
+    resumed = learner_of(seed=99)
+    resumed.fit(**FITS[fit], resume=path)
+    assert everything(resumed) == wanted
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("data", [with_generator, augmented, of_unknown_length])
+@pytest.mark.parametrize("number", [2, 7])
+def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp_path: Path) -> None:
+    """Rule 28: generators of loaders, data that is drawn, and an accumulation group that is not complete."""
+    if data is of_unknown_length and accumulate > 1:
+        pytest.skip("one batch is drawn ahead, to know which is the last: the numbers after it differ")
+    path = tmp_path / "one.ckpt"
+    whole = learner_of(Ask(path, BatchEnd, TrainingPhase, number), data=data, accumulate=accumulate)
+    whole.fit(3)
+    wanted = everything(whole)
+    resumed = learner_of(data=data, accumulate=accumulate, seed=99)
+    resumed.fit(3, resume=path)
+    assert everything(resumed) == wanted
+
+
+def test_epochs_are_the_total_and_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "one.ckpt"
+    learner_of(Ask(path, FitEnd, Phase, 1)).fit(2)
+    whole = learner_of()
+    whole.fit(5)
+    wanted = everything(whole)
+    resumed = learner_of(seed=3)
+    resumed.fit(5, resume=path)
+    assert everything(resumed) == wanted
+    again = learner_of(seed=3)
+    again.fit(2, resume=path)
+    assert again.cbstate.history[TrainingPhase].epochs == 2
+    again.fit(1)  # a fit of its own
+    assert again.cbstate.history[TrainingPhase].epochs == 3
+
+
+def test_rule_16_a_resumed_epoch_begins_and_ends(tmp_path: Path) -> None:
+    """Rule 16: every End has its Begin; `FitBegin` says that the fit goes on with another."""
+    path = tmp_path / "one.ckpt"
+    tiny_learner(Ask(path, BatchEnd, TrainingPhase, 3), n_batches=4).fit(1)
+    seen: list[str] = []
+
+    class Watch(Callback):
+        @on(Event)
+        def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            if type(event) in (FitBegin, EpochBegin, BatchEnd, EpochEnd, FitEnd):
+                seen.append(f"{event!r} {phase!r}")
+
+    tiny_learner(Watch(), n_batches=4, data=tiny_batches(n_batches=4)).fit(1, resume=path)
+    assert seen == [
+        "FitBegin(epochs=1, steps=None, updates=4, resumed=True) Phase",
+        "EpochBegin() TrainingPhase",
+        "BatchEnd() TrainingPhase",
+        "EpochEnd() TrainingPhase",
+        "FitEnd() Phase",
+    ]
+
+
+# --- when it is taken
+
+
+class Said(Event):
+    """Fired by `Says`."""
+
+
+class Says(Callback):
+    """At the end of the training epoch, ask for a checkpoint, fire an event, and maybe fail."""
+
+    def __init__(self, path: Path, failure: BaseException | None = None) -> None:
+        self.path, self.failure = path, failure
+
+    @on(EpochEnd, TrainingPhase)
+    def ask(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.request_checkpoint(self.path)
+        learner.fire(Said())
+        if self.failure is not None:
+            raise self.failure
+
+
+class Hears(Callback):
+    """Count handlers in state that a checkpoint holds."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.heard": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.heard = []
+
+    @on(Said)
+    def hear(self, event: Said, phase: Phase, learner: LearnerView) -> None:
+        learner.cbstate.heard.append("Said")
+
+    @on(EpochEnd, TrainingPhase)
+    def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.cbstate.heard.append("EpochEnd")
+
+
+def test_rule_28_it_is_taken_when_the_event_and_all_that_it_fired_have_ended(tmp_path: Path) -> None:
+    """Rule 28: later handlers of the event, and handlers of what it fired, are in the checkpoint."""
+    tiny_learner(Says(tmp_path / "one.ckpt"), Hears()).fit(1)
+    contents = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert contents["cbstate"]["heard"] == {"value": ["EpochEnd", "Said"]}
+
+
+def test_rule_28_a_cancel_keeps_the_request_and_an_error_drops_it(tmp_path: Path) -> None:
+    """Rules 18 and 28: early stopping at the event does not lose its checkpoint; what an error left is not kept."""
+    tiny_learner(Says(tmp_path / "one.ckpt", CancelFittingException("enough")), Hears()).fit(1)
+    assert torch.load(tmp_path / "one.ckpt", weights_only=True)["cbstate"]["heard"] == {"value": ["EpochEnd"]}
+    with pytest.raises(ValueError, match="broken"):
+        tiny_learner(Says(tmp_path / "two.ckpt", ValueError("broken")), Hears()).fit(1)
+    assert not (tmp_path / "two.ckpt").exists()
+
+
+def test_an_event_that_is_cancelled_by_somebody_else_too(tmp_path: Path) -> None:
+    learner = tiny_learner(Says(tmp_path / "one.ckpt", CancelFittingException("enough")), Hears())
+    learner.fit(3)
+    resumed = tiny_learner(Hears())
+    resumed.fit(2, resume=tmp_path / "one.ckpt")
+    assert resumed.cbstate.history[TrainingPhase].epochs == 2  # the one that was cancelled at its end, and another
+    assert resumed.cbstate.history[ValidationPhase].epochs == 2
+
+
+def test_a_request_in_a_batch_outside_of_an_epoch_is_taken_after_it(tmp_path: Path) -> None:
+    learner = tiny_learner(Ask(tmp_path / "one.ckpt", BackwardEnd, TrainingPhase, 1))
+    learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])
+    learner.flush()
+    assert torch.load(tmp_path / "one.ckpt", weights_only=True)["position"]["unit"] == ""
+    with pytest.raises(CheckpointError, match=r"taken in no fit, so no fit can go on from it, .* Write fit\(epochs=") as c:
+        tiny_learner().fit(1, resume=tmp_path / "one.ckpt")
+    assert "learner.load(path)" in str(c.value)
+
+
+def test_a_path_is_a_path() -> None:
+    class Wrong(Callback):
+        @on(FitBegin)
+        def ask(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+            learner.request_checkpoint(3)  # type: ignore[arg-type]  # what is tested
+
+    with pytest.raises(Exception, match=r"request_checkpoint\(\) takes the path of a file, got 3"):
+        tiny_learner(Wrong()).fit(1)
+
+
+# --- what does not fit
+
+
+def test_another_kind_of_fit_or_other_data(tmp_path: Path) -> None:
+    tiny_learner(Ask(tmp_path / "one.ckpt", BatchEnd, ValidationPhase, 3)).fit(1)
+    with pytest.raises(CheckpointError, match=r"taken in a fit by epochs, and this fit counts steps\. Write fit\(epochs="):
+        tiny_learner().fit(steps=3, resume=tmp_path / "one.ckpt")
+    with pytest.raises(CheckpointError, match=r"in an epoch of ValidationPhase, and this fit has data for TrainingPhase"):
+        tiny_learner(data=tiny_batches()).fit(1, resume=tmp_path / "one.ckpt")
+    fewer = {TrainingPhase: tiny_batches(), ValidationPhase: tiny_batches(n_batches=2)}
+    with pytest.raises(CheckpointError, match=r"after batch 3 of an epoch of ValidationPhase, and the loader gives only 2"):
+        tiny_learner(data=fewer).fit(1, resume=tmp_path / "one.ckpt")
+
+
+def test_load_leaves_random_numbers_and_begins_anew(tmp_path: Path) -> None:
+    whole = learner_of(Ask(tmp_path / "one.ckpt", EpochEnd, ValidationPhase, 2))
+    whole.fit(2)
+    loaded = learner_of(seed=5)
+    before = torch.get_rng_state()
+    loaded.load(tmp_path / "one.ckpt")
+    assert torch.equal(torch.get_rng_state(), before)
+    one, other = everything(whole), everything(loaded)
+    del one["next"], other["next"]
+    assert one == other
+    loaded.fit(1)
+    assert loaded.cbstate.history[TrainingPhase].epochs == 3
+
+
+def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
+    """Rule 28: what is pending in an executor's lanes belongs to the cut, if it can say it; otherwise it is flushed."""
+    from flowtrain import SerialExecutor
+
+    flushed: list[str] = []
+
+    class Keeps(SerialExecutor):
+        loaded: Any = None
+
+        def flush(self) -> None:
+            flushed.append("flush")
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"lane": {"pending": [1, 2]}}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.loaded = state
+
+    class Flushes(SerialExecutor):
+        def flush(self) -> None:
+            flushed.append("flush")
+
+    path = tmp_path / "one.ckpt"
+    tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Keeps()).fit(1)
+    assert flushed == ["flush"]  # at the end of the fit
+    executor = Keeps()
+    tiny_learner(executor=executor).fit(1, resume=path)
+    assert executor.loaded == {"lane": {"pending": [1, 2]}}
+    flushed.clear()
+    tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Flushes()).fit(1)
+    assert flushed == ["flush", "flush"]
