@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -51,6 +52,13 @@ def gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
     Raises:
         CheckpointError: A callback or ``cbstate`` holds something that a checkpoint cannot.
     """
+    with ExitStack() as rest:  # what a callback has changed for a while only is not part of it
+        for callback in state.callbacks:
+            rest.enter_context(callback.at_rest())
+        return _gather(state, core)
+
+
+def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
     stage = Stage()
     return {
         "format": FORMAT,

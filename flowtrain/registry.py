@@ -280,7 +280,7 @@ def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> No
             setattr(cbstate, name, State(f"cbstate.{name}"))
     for path in paths:
         if len(path) > 2 and isinstance(cbstate.__dict__.get(path[1]), SeriesMap):
-            cbstate.__dict__[path[1]].series(path[2])
+            cbstate.__dict__[path[1]].series(".".join(path[2:]))
 
 
 def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:

@@ -54,8 +54,9 @@ def test_it_is_torchs(
     ],
 )
 def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"value": 0.1, **options}
     with pytest.raises(UsageError) as caught:
-        reduce_on_plateau(**{"value": 0.1, **options})
+        reduce_on_plateau(**given)
     assert str(caught.value) == message
 
 

@@ -50,7 +50,7 @@ class Scheduler(Callback):
     <Scheduler>
     """
 
-    def __init__(self, schedules: Mapping[Setting | type[Setting], ScheduleLike | ReduceOnPlateau]) -> None:
+    def __init__(self, schedules: Mapping[Any, ScheduleLike | ReduceOnPlateau]) -> None:
         self.schedules: dict[Setting, Schedule | ReduceOnPlateau] = {}
         self.updates = 0
         if not is_a(schedules, Mapping) or not schedules:

@@ -1,0 +1,442 @@
+"""Scheduler: what it sets, when, and what it records."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    Access,
+    AccessError,
+    Callback,
+    CancelFittingException,
+    EpochEnd,
+    Executor,
+    FitBegin,
+    Learner,
+    LearnerView,
+    MissingStateError,
+    Phase,
+    Read,
+    TorchCore,
+    TrainingPhase,
+    UpdateEnd,
+    UsageError,
+    ValidationPhase,
+    Write,
+    WriteConflictError,
+    on,
+)
+from flowtrain.callbacks import (
+    EMA,
+    HyperParameter,
+    LearningRate,
+    Momentum,
+    Scheduler,
+    Setting,
+    WeightDecay,
+    cosine,
+    exponential,
+    from_torch,
+    one_cycle,
+    per_epoch,
+    reduce_on_plateau,
+    step,
+    warmup,
+)
+from flowtrain.dryrun import record
+from flowtrain.phases import StepContext
+from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+class Used(Callback):
+    """Keep the learning rate and the momentum that each update was made with."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.momenta: list[float] = []
+
+    def state_access(self) -> Access:
+        return {"optimizer.hyperparams": Read()}
+
+    @on(UpdateEnd)
+    def keep(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
+        [group] = learner.optimizer.hyperparams
+        self.rates.append(group["lr"])
+        self.momenta.append(group.get("momentum", math.nan))
+
+
+def plain_loop(make: Callable[[torch.optim.Optimizer], Any], epochs: int, n_batches: int) -> tuple[TinyModel, Any]:
+    """Train as a hand-written loop with torch's scheduler does, with a step of it after each update."""
+    model = TinyModel()
+    optimizer = SGD(model.parameters())
+    scheduler = make(optimizer)
+    for number in range(epochs * n_batches):
+        x, y = tiny_batches(n_batches=n_batches)[number % n_batches]
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        if number < epochs * n_batches - 1:
+            scheduler.step()
+    return model, optimizer
+
+
+def test_one_cycle_trains_as_torchs_scheduler_does() -> None:
+    used = Used()
+    schedules = {LearningRate: one_cycle(0.05), Momentum: one_cycle(0.85, start=0.95, end=0.95)}
+    learner = tiny_learner(Scheduler(schedules), used, optimizer=SGD, n_batches=6)
+    learner.fit(3)
+    model, optimizer = plain_loop(partial(OneCycleLR, max_lr=0.05, total_steps=18), 3, 6)
+    torch.testing.assert_close(learner.model.coeff, model.coeff, rtol=1e-6, atol=0)
+    assert used.rates[-1] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+    hyperparams = learner.cbstate.hyperparams
+    assert list(hyperparams["LearningRate"]) == list(enumerate(used.rates, start=1))
+    assert list(hyperparams["Momentum"]) == list(enumerate(used.momenta, start=1))
+
+
+def test_a_wrapped_scheduler_trains_bit_for_bit() -> None:
+    make = partial(CosineAnnealingLR, T_max=7)
+    learner = tiny_learner(Scheduler({LearningRate: from_torch(make, 0.1)}), optimizer=SGD, n_batches=6)
+    learner.fit(2)
+    assert torch.equal(learner.model.coeff, plain_loop(make, 2, 6)[0].coeff)
+
+
+@pytest.mark.parametrize(
+    ("how", "accumulate", "updates"),
+    [({"epochs": 3}, 1, 15), ({"epochs": 3}, 2, 9), ({"steps": 7}, 1, 7), ({"steps": 7, "validate_every": 3}, 2, 5)],
+)
+def test_what_has_no_length_is_stretched_over_the_fit(how: dict[str, Any], accumulate: int, updates: int) -> None:
+    used = Used()
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    learner = tiny_learner(Scheduler({LearningRate: one_cycle(1.0)}), used, n_batches=5, core=core)
+    learner.fit(**how)
+    expected = [one_cycle(1.0, length=updates)(n) for n in range(1, updates + 1)]
+    assert used.rates == expected
+    learner.fit(**how)  # once more, from its begin
+    assert used.rates == expected * 2
+    assert [n for n, _ in learner.cbstate.hyperparams["LearningRate"]] == list(range(1, 2 * updates + 1))
+
+
+def test_other_schedules_count_over_the_life_of_the_learner() -> None:
+    used = Used()
+    learner = tiny_learner(Scheduler({LearningRate: lambda n: 1 / n}), used, n_batches=2)
+    learner.fit(1)
+    learner.step(TrainingPhase, tiny_batches()[0])
+    learner.fit(1)
+    assert used.rates == [1 / n for n in range(1, 6)]
+
+
+def test_per_epoch() -> None:
+    used = Used()
+    schedules = {LearningRate: per_epoch(step(0.1, every=2)), Momentum: per_epoch(cosine(0.8))}
+    learner = tiny_learner(Scheduler(schedules), used, optimizer=SGD, n_batches=2)
+    learner.fit(4)
+    assert used.rates == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])
+    momenta = [cosine(0.8, length=4)(n) for n in (1, 1, 2, 2, 3, 3, 4, 4)]
+    assert used.momenta == momenta
+    learner.fit(4)
+    assert used.rates[8:] == pytest.approx([1e-3] * 4 + [1e-4] * 4)
+    assert used.momenta[8:] == momenta
+
+
+def test_reduce_on_plateau_is_torchs() -> None:
+    used = Used()
+    schedule = reduce_on_plateau(0.3, factor=0.5, patience=0, threshold=0.999)
+    learner = tiny_learner(Scheduler({LearningRate: schedule}), used, n_batches=2)
+    learner.fit(8)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.999)
+    expected: list[float] = []
+    for _, loss in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"]:
+        expected += [optimizer.param_groups[0]["lr"]] * 2
+        theirs.step(loss)
+    assert used.rates == expected
+    assert len(set(expected)) > 2  # it was lowered more than once
+
+
+def test_a_monitor_that_no_metric_provides() -> None:
+    with pytest.raises(MissingStateError) as caught:
+        tiny_learner(Scheduler({LearningRate: reduce_on_plateau(0.1, monitor="Los")}))
+    assert "Scheduler reads cbstate.metrics_epoch.Los, and no callback declares to write it." in str(caught.value)
+    assert "Did you mean 'Loss'?" in str(caught.value)
+
+
+def two_groups(params: Any) -> torch.optim.Optimizer:
+    [coeff] = params
+    other = torch.nn.Parameter(torch.zeros(1))
+    return torch.optim.AdamW([{"params": [coeff], "lr": 0.1}, {"params": [other], "lr": 0.2}])
+
+
+def test_parameter_groups() -> None:
+    rates = {LearningRate(group=0): constant(0.3), LearningRate(group=1): step(0.4, 1, 0.5)}
+    schedules = {**rates, Momentum: constant(0.5), WeightDecay: constant(0.0)}
+    learner = tiny_learner(Scheduler(schedules), optimizer=two_groups, n_batches=2)
+    learner.fit(1)
+    kept = [(group["lr"], group["betas"], group["weight_decay"]) for group in learner.optimizer.param_groups]
+    assert kept == [(0.3, (0.5, 0.999), 0.0), (0.2, (0.5, 0.999), 0.0)]
+    assert list(learner.cbstate.hyperparams) == ["LearningRate.0", "LearningRate.1", "Momentum", "WeightDecay"]
+
+
+class Gan(AbstractTrainingPhase):
+    """Update two optimizers in each batch, one of them twice."""
+
+    def step(self, learner: StepContext, raw: torch.Tensor) -> None:
+        with learner.run_batch(self, inputs=raw) as batch:
+            for name in ("disc", "gen", "disc"):
+                learner.backward(self, learner.model[name](batch.inputs).mean(), name)
+                learner.update(self, name)
+
+
+def gan(*callbacks: Callback, **options: Any) -> Learner:
+    return tiny_learner(
+        *callbacks,
+        model={"gen": TinyModel(), "disc": TinyModel()},
+        optimizer={"gen": SGD, "disc": SGD},
+        data={Gan: [torch.ones(2, 1)] * 3},
+        **options,
+    )
+
+
+def test_optimizers_by_name_keep_step() -> None:
+    scheduler = Scheduler({LearningRate("gen"): one_cycle(1.0), LearningRate("disc"): lambda n: n / 10})
+    learner = gan(scheduler)
+    learner.fit(2)
+    hyperparams = learner.cbstate.hyperparams
+    assert list(hyperparams["LearningRate.gen"]) == [(n, one_cycle(1.0, length=6)(n)) for n in range(1, 7)]
+    assert list(hyperparams["LearningRate.disc"]) == [(n, n / 10) for n in range(1, 7)]
+    assert learner.optimizer.disc.param_groups[0]["lr"] == 0.6
+
+
+class Epsilon(HyperParameter):
+    """Of Adam."""
+
+    key = "eps"
+
+
+class Forcing(Setting):
+    """A value of one's own."""
+
+    def access(self) -> Access:
+        return {"cbstate.forcing": Write()}
+
+    def set(self, learner: LearnerView, value: float) -> None:
+        learner.cbstate.forcing = value
+
+
+def test_hyperparameters_of_ones_own() -> None:
+    seen: list[float] = []
+
+    class Reader(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.forcing": Read()}
+
+        def setup(self, learner: LearnerView) -> None:
+            seen.append(learner.cbstate.forcing)
+
+        @on(UpdateEnd)
+        def look(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
+            seen.append(learner.cbstate.forcing)
+
+    scheduler = Scheduler({Epsilon: 1e-3, Forcing: lambda n: 1.0 - n})
+    learner = tiny_learner(Reader(), scheduler, optimizer=torch.optim.Adam, n_batches=3)
+    learner.fit(1)
+    assert learner.optimizer.param_groups[0]["eps"] == 1e-3
+    assert seen == [0.0, 0.0, -1.0, -2.0]
+    assert learner.cbstate.hyperparams["Forcing"].last() == (3, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("third", "text"),
+    [
+        (math.nan, "gave nan for update 3. A hyperparameter is finite; look for a division by zero or an overflow."),
+        (math.inf, "gave inf for update 3. A hyperparameter is finite; look for a division by zero or an overflow."),
+        (
+            -0.5,
+            "gave -0.5 for update 3, and LearningRate is at least 0.0. If it falls too far, bound it: "
+            "lambda n: max(0.0, f(n)).",
+        ),
+        (None, "gave None for update 3, which is a NoneType and no number. Return a float."),
+    ],
+)
+def test_a_schedule_that_gives_no_value(third: Any, text: str) -> None:
+    def falling(n: int) -> float:
+        value: float = third if n == 3 else 0.1 / n
+        return value
+
+    falling.__qualname__ = "falling"
+    learner = tiny_learner(Scheduler({LearningRate: falling}))
+    with pytest.raises(UsageError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == f"The schedule falling of LearningRate {text}"
+    assert learner.optimizer.param_groups[0]["lr"] == 0.05
+    assert len(learner.cbstate.hyperparams["LearningRate"]) == 2
+
+
+def test_a_schedule_that_is_bad_from_the_first_is_refused_when_built() -> None:
+    with pytest.raises(UsageError, match=r"The schedule -0\.1 of LearningRate gave -0\.1 for update 1"):
+        tiny_learner(Scheduler({LearningRate: -0.1}))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: Scheduler({}), UsageError, "Scheduler({}) takes schedules by hyperparameter"),
+        (lambda: Scheduler({"lr": 0.1}), UsageError, "Scheduler got 'lr' where a hyperparameter belongs."),
+        (lambda: Scheduler({LearningRate: "x"}), UsageError, "A schedule is a function schedule(n)"),  # type: ignore[dict-item]
+        (
+            lambda: Scheduler({LearningRate: 0.1, LearningRate(group=1): 0.1}),
+            UsageError,
+            "Scheduler has two schedules for LearningRate.1: of LearningRate() and LearningRate(group=1).",
+        ),
+        (lambda: LearningRate("a.b"), UsageError, "LearningRate('a.b') takes the name of an optimizer"),
+        (lambda: LearningRate(group=-1), UsageError, "LearningRate(group=-1): group is the position"),
+        (
+            lambda: tiny_learner(Scheduler({Momentum: 0.9}), optimizer=torch.optim.Adagrad),
+            UsageError,
+            "Momentum(): the parameter groups of the optimizer have no 'momentum'.",
+        ),
+        (
+            lambda: tiny_learner(Scheduler({LearningRate: 0.9}), optimizer=two_groups),
+            UsageError,
+            "LearningRate() would give all parameter groups one value, and now they have 0.1, 0.2. Name the group",
+        ),
+        (
+            lambda: tiny_learner(Scheduler({LearningRate(group=2): 0.9}), optimizer=two_groups),
+            UsageError,
+            "LearningRate(group=2): the optimizer has 2 parameter groups, counted from 0.",
+        ),
+        (lambda: gan(Scheduler({LearningRate("gem"): 0.1})), AccessError, "Did you mean 'gen'?"),
+        (lambda: gan(Scheduler({LearningRate: 0.1})), AccessError, "optimizer has no 'hyperparams'"),
+    ],
+)
+def test_what_does_not_fit(make: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        make()
+    assert text in str(caught.value)
+
+
+def test_a_loader_without_a_length_needs_one_given() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(tiny_batches(n_batches=3))
+
+    def learner(length: int | None) -> Learner:
+        loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+        return tiny_learner(Scheduler({LearningRate: warmup(one_cycle(0.1, length=length), 1)}), data=loader)
+
+    with pytest.raises(UsageError) as caught:
+        learner(None).fit(1)
+    assert str(caught.value) == (
+        "The schedule warmup(one_cycle(0.1), 1) of LearningRate is stretched over the updates of the fit, and how many "
+        "these are is not known: a loader does not know how many it has. Give it a length, in updates: length=1000."
+    )
+    learner(10).fit(1)
+    with pytest.raises(UsageError, match=r"of LearningRate is stretched over the epochs .*: the fit counts steps\."):
+        tiny_learner(Scheduler({LearningRate: per_epoch(one_cycle(0.1))})).fit(steps=3)
+
+
+def test_two_schedulers() -> None:
+    """Rule 7: two writers of one hyperparameter are a conflict; rule 8: of two different ones, none."""
+    with pytest.raises(WriteConflictError, match=r"Scheduler and Scheduler#2 "):
+        tiny_learner(Scheduler({LearningRate: 0.1}), Scheduler({LearningRate(group=0): 0.1}))
+    learner = tiny_learner(Scheduler({LearningRate: 0.2}), Scheduler({Momentum: 0.3}), optimizer=SGD)
+    learner.fit(1)
+    assert [learner.optimizer.param_groups[0][key] for key in ("lr", "momentum")] == [0.2, 0.3]
+
+
+def every_kind() -> Scheduler:
+    return Scheduler(
+        {
+            LearningRate: reduce_on_plateau(0.2, factor=0.5, patience=0, threshold=0.5),
+            Momentum: warmup(one_cycle(0.8), 3),
+            WeightDecay: per_epoch(exponential(0.1, 0.5)),
+        }
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_state_goes_on_exactly(stop_after: int) -> None:
+    """A fit of four epochs, broken off and gone on with from the state of the scheduler."""
+    whole, first, second = every_kind(), every_kind(), every_kind()
+    learner = tiny_learner(whole, optimizer=SGD, n_batches=4)
+    learner.fit(4)
+    halves = tiny_learner(first, optimizer=SGD, n_batches=4)
+
+    class Stop(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.history": Read()}
+
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return (Scheduler,)
+
+        @on(EpochEnd, ValidationPhase)
+        def stop(self, event: EpochEnd, phase: Phase, view: LearnerView) -> None:
+            if view.cbstate.history[phase].epochs == stop_after:
+                raise CancelFittingException("on purpose")
+
+    halves.add_callback(Stop())
+    halves.fit(4)
+    halves.remove_callback(Stop)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    halves.replace_callback(second)
+    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), None)  # type: ignore[arg-type]  # it reads nothing
+    for _ in range(4 - stop_after):
+        halves.epoch(TrainingPhase)
+        halves.epoch(ValidationPhase)
+    assert torch.equal(halves.model.coeff, learner.model.coeff)
+    assert {name: list(series) for name, series in halves.cbstate.hyperparams.items()} == {
+        name: list(series) for name, series in learner.cbstate.hyperparams.items()
+    }
+    assert second.state_dict() == {**whole.state_dict()}
+
+
+def test_executors_agree() -> None:
+    """Rule 13."""
+
+    def make(executor: Executor) -> Learner:
+        return tiny_learner(every_kind(), EMA(0.9), Used(), optimizer=SGD, n_batches=3, executor=executor)
+
+    assert_equivalent(make, executors=["dask"], interleavings=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Scheduler({LearningRate: 0.2}), {"optimizer.hyperparams", "cbstate.hyperparams.LearningRate"}),
+        (
+            lambda: Scheduler({LearningRate: reduce_on_plateau(0.2), Forcing: 0.3}),
+            {
+                "optimizer.hyperparams",
+                "cbstate.hyperparams.LearningRate",
+                "cbstate.hyperparams.Forcing",
+                "cbstate.forcing",
+                "cbstate.metrics_epoch.Loss",
+            },
+        ),
+    ],
+)
+def test_declares_exactly_what_it_touches(make: Callable[[], Scheduler], expected: set[str]) -> None:
+    found = record(tiny_learner(), make())
+    assert found.failure is None
+    assert {".".join(path) for path, _ in found.union} == expected
+    learner = tiny_learner(make())
+    node = next(node for node in learner.callbacks.nodes if isinstance(node.callback, Scheduler))
+    assert {".".join(path) for path, _ in node.union} == expected
+    assert {path for path, kind in node.union if isinstance(kind, Write)} == {
+        path for path, kind in found.union if isinstance(kind, Write)
+    }
+
+
+def test_strict_mode_finds_nothing() -> None:
+    learner = tiny_learner(every_kind(), EMA(0.9), optimizer=SGD, n_batches=2, strict=True)
+    learner.fit(2)
