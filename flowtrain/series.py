@@ -88,6 +88,8 @@ class Series:
 
     def restore(self, snapshot: int) -> None:
         """Take back what was recorded after a snapshot."""
+        if self._kept:
+            self._kept.forget(self._values, snapshot)
         del self._values[snapshot:], self._steps[snapshot:]
 
     def state_dict(self) -> dict[str, list[Any]]:
