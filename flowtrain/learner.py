@@ -35,6 +35,7 @@ from flowtrain.execution import Executor, find_executor
 from flowtrain.graph import Node
 from flowtrain.loop import Loop
 from flowtrain.phases import AbstractTrainingPhase, Phase
+from flowtrain.plot import plot
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.stepsite import StepSite
@@ -196,6 +197,11 @@ class Learner(StepSite):
         """
         self._ready("load()", opens=False)
         self.loop.cuts.load(path)
+
+    def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
+        """Draw recorded metrics, or all of them; return a matplotlib figure. See `flowtrain.plot.plot`."""
+        recorder = self.get_callback(Recorder)
+        return plot(metrics, self.cbstate, recorder.ends if isinstance(recorder, Recorder) else {}, to)
 
     def flush(self) -> None:
         """Return when everything that the executor was given is done, and checkpoints are written."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flowtrain.access import Access, Write
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd, UpdateEnd
 from flowtrain.phasemap import Counts
-from flowtrain.phases import Phase
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
 
 __all__ = ["Recorder"]
@@ -17,7 +20,14 @@ class Recorder(Callback):
 
     Counted is what ended normally: a cancelled batch is no step; a cancelled epoch (`CancelEpochException`) is an
     epoch, one that an error or `CancelFittingException` ended is none. Several optimizers have an update each.
+
+    Attributes:
+        ends: For each phase, by name, where its epochs ended: the epoch's number to the batches that were completed by
+            then, in this phase and in all training phases together. Plots are drawn by it.
     """
+
+    def __init__(self) -> None:
+        self.ends: dict[str, dict[int, tuple[int, int]]] = {}
 
     def state_access(self) -> Access:
         return {"cbstate.history": Write()}
@@ -49,3 +59,16 @@ class Recorder(Callback):
         history = learner.cbstate.history
         epochs, steps, steps_epoch, updates = history[phase]
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
+        trained = sum(counts[1] for other, counts in history.items() if isinstance(other, AbstractTrainingPhase))
+        self.ends.setdefault(repr(phase), {})[epochs + 1] = steps, trained
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where epochs ended."""
+        return {"ends": {phase: dict(ends) for phase, ends in self.ends.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.ends = {
+            phase: {epoch: (own, trained) for epoch, (own, trained) in ends.items()}
+            for phase, ends in state["ends"].items()
+        }
