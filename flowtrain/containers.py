@@ -8,7 +8,7 @@ entry                   what it is                               who writes it
 ``metrics_epoch``       `PhaseMap` of `SeriesMap`                `Metrics`, for each epoch
 ``tracehistory``        `PhaseMap` of `SeriesMap`                `Traces`
 ``smooth_loss``         `PhaseMap` of `Series`                   `SmoothLoss`
-``hyperparams``         `SeriesMap`                              schedules
+``hyperparams``         `SeriesMap`                              `Scheduler`
 ======================  =======================================  =====================================
 
 The learner makes these containers (`CONTAINERS`) when somebody declares to write into them. They are never replaced,

@@ -6,6 +6,7 @@ __all__ = ["PROVIDERS"]
 
 PROVIDERS = {
     "history": "Recorder",
+    "hyperparams": "Scheduler",
     "metrics_epoch": "Metrics",
     "metrics_step": "Metrics",
     "smooth_loss": "SmoothLoss",

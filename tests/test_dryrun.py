@@ -29,11 +29,13 @@ from flowtrain import (
 )
 from flowtrain.access import Declaration, dotted
 from flowtrain.callbacks import (
+    EMA,
     CustomCallback,
     DeviceStats,
     EarlyStopping,
     GarbageCollect,
     GradNorm,
+    LearningRate,
     LearningRateMonitor,
     Metrics,
     MetricsPrinter,
@@ -41,10 +43,12 @@ from flowtrain.callbacks import (
     ProgressBar,
     Recorder,
     SanityCheck,
+    Scheduler,
     SmoothLoss,
     StopOnNaNLoss,
     Timer,
     Traces,
+    one_cycle,
 )
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.stopping import PQ
@@ -68,6 +72,7 @@ BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "CustomCallback": (lambda: CustomCallback(_loss_squared, BatchEnd, access={"batch.loss": Read()}), {}),
     "DeviceStats": (lambda: DeviceStats(every=1), {}),
     "EarlyStopping": (lambda: EarlyStopping(PQ()), {}),
+    "EMA": (EMA, {}),
     "GarbageCollect": (GarbageCollect, {}),
     "GradNorm": (GradNorm, {}),
     "LearningRateMonitor": (LearningRateMonitor, {}),
@@ -77,6 +82,7 @@ BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "ModelSummary": (ModelSummary, {}),
     "Recorder": (Recorder, {}),
     "SanityCheck": (SanityCheck, {}),
+    "Scheduler": (lambda: Scheduler({LearningRate: one_cycle(0.2)}), {}),
     "SmoothLoss": (SmoothLoss, {}),
     "StopOnNaNLoss": (StopOnNaNLoss, {"lossfn": _nan_loss}),
     "Timer": (Timer, {}),

@@ -15,6 +15,8 @@ def make(name: str) -> Callback:
     """Make a bundled callback by its name."""
     if name == "Traces":
         return flowtrain.callbacks.Traces({"One": lambda learner: 1.0}, TrainingPhase)
+    if name == "Scheduler":
+        return flowtrain.callbacks.Scheduler({flowtrain.callbacks.LearningRate: 0.1})
     made: Callback = getattr(flowtrain.callbacks, name)()
     return made
 

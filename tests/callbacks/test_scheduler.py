@@ -43,6 +43,7 @@ from flowtrain.callbacks import (
     Scheduler,
     Setting,
     WeightDecay,
+    constant,
     cosine,
     exponential,
     from_torch,
@@ -179,7 +180,7 @@ def two_groups(params: Any) -> torch.optim.Optimizer:
 
 def test_parameter_groups() -> None:
     rates = {LearningRate(group=0): constant(0.3), LearningRate(group=1): step(0.4, 1, 0.5)}
-    schedules = {**rates, Momentum: constant(0.5), WeightDecay: constant(0.0)}
+    schedules: dict[Any, Any] = {**rates, Momentum: constant(0.5), WeightDecay: constant(0.0)}
     learner = tiny_learner(Scheduler(schedules), optimizer=two_groups, n_batches=2)
     learner.fit(1)
     kept = [(group["lr"], group["betas"], group["weight_decay"]) for group in learner.optimizer.param_groups]

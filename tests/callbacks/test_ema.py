@@ -1,0 +1,328 @@
+"""EMA: against torch's AveragedModel, and where the averages are in the model and where not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    Access,
+    BatchEnd,
+    Callback,
+    CancelEpochException,
+    CancelFittingException,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    Executor,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    TorchCore,
+    TrainingPhase,
+    UpdateEnd,
+    UsageError,
+    ValidationPhase,
+    on,
+)
+from flowtrain.callbacks import EMA, Recorder, throttle
+from flowtrain.phases import StepContext
+from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def make_model() -> torch.nn.Module:
+    """A model with weights of several shapes, a frozen one, and buffers of two types."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_is_torchs_averaged_model_to_the_bit(buffers: bool, accumulate: int) -> None:
+    ema = EMA(0.9, buffers=buffers)
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    learner = tiny_learner(ema, model=make_model(), optimizer=SGD, core=core, n_batches=6)
+    learner.fit(2)
+
+    model = make_model()
+    optimizer = SGD(model.parameters())
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers)
+    for number, (x, y) in enumerate(tiny_batches(n_batches=6) * 2, start=1):
+        (torch.nn.functional.mse_loss(model(x), y) / accumulate).backward()
+        if number % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(model)
+    expected = dict(averaged.module.named_parameters())
+    if buffers:
+        expected |= dict(averaged.module.named_buffers())  # type: ignore[arg-type]  # tensors, both
+    assert list(ema.averages) == list(expected)
+    for name, average in ema.averages.items():
+        assert torch.equal(average, expected[name]), name
+    for name, weight in learner.model.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)), name  # training does not notice
+    with ema.applied():
+        for name, value in learner.model.state_dict().items():
+            assert torch.equal(value, averaged.module.state_dict()[name]), name
+
+
+class Seen(Callback):
+    """Keep what the model's parameter is at every event that is handled, as seen by a reader."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[str, float]] = []
+
+    def state_access(self) -> Access:
+        return {"model": Read()}
+
+    def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.values.append((f"{type(event).__name__} {phase!r}", learner.model.coeff.item()))
+
+    @on(EpochBegin)
+    def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        self.look(event, phase, learner)
+
+    @on(BatchEnd)
+    def batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.look(event, phase, learner)
+
+    @on(EpochEnd)
+    def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        self.look(event, phase, learner)
+
+
+def test_validation_uses_the_averages_and_nothing_else_does() -> None:
+    ema, seen = EMA(0.5), Seen()
+    learner = tiny_learner(seen, ema, n_batches=2)
+    learner.fit(1)
+    plain = tiny_learner(n_batches=2)
+    plain.epoch(TrainingPhase)
+    weight = plain.model.coeff.item()
+    average = ema.averages["coeff"].item()
+    assert weight != average
+    assert [name for name, value in seen.values if value == average] == [
+        "EpochBegin ValidationPhase",
+        "BatchEnd ValidationPhase",
+        "BatchEnd ValidationPhase",
+    ]
+    assert seen.values[-1] == ("EpochEnd ValidationPhase", weight)
+    assert learner.model.coeff.item() == weight
+    losses = [torch.nn.functional.mse_loss(average * x, y).item() for x, y in tiny_batches(n_batches=2)]
+    assert learner.cbstate.metrics_epoch[ValidationPhase]["Loss"].last()[1] == pytest.approx(sum(losses) / 2)
+
+
+class Fails(Callback):
+    """Raise at one event of validation."""
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        self.where = where
+        self.error = error
+
+    def state_access(self) -> Access:
+        return {"model": Read()}
+
+    def fail(self, where: str) -> None:
+        if where == self.where:
+            raise self.error
+
+    @on(EpochBegin, ValidationPhase)
+    def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        self.fail("begin")
+
+    @on(BatchEnd, ValidationPhase)
+    def batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.fail("batch")
+
+    @on(EpochEnd, ValidationPhase)
+    def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        self.fail("end")
+
+
+@pytest.mark.parametrize("where", ["begin", "batch", "end"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("error", [ValueError, CancelEpochException, CancelFittingException, KeyboardInterrupt])
+def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: type[BaseException]) -> None:
+    ema, fails = EMA(0.5), Fails(where, error("on purpose"))
+    if first:  # so that it fails before the averages are swapped in or out
+        fails.state_access = dict  # type: ignore[method-assign]  # it reads nothing
+    learner = tiny_learner(*((fails, ema) if first else (ema, fails)), n_batches=2)
+    if issubclass(error, (ValueError, KeyboardInterrupt)):
+        with pytest.raises(error):
+            learner.fit(1)
+    else:
+        learner.fit(1)
+    plain = tiny_learner(n_batches=2)
+    plain.epoch(TrainingPhase)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+
+
+def test_an_order_that_keeps_it_from_putting_back_is_made_up_for() -> None:
+    """Rule 15: where an ancestor fails at EpochEnd, the handler does not run; FitEnd does."""
+
+    class After(EMA):
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return (Fails,)
+
+    learner = tiny_learner(Fails("end", ValueError("on purpose")), After(0.5), n_batches=2)
+    with pytest.raises(ValueError, match="on purpose"):
+        learner.fit(1)
+    plain = tiny_learner(n_batches=2)
+    plain.epoch(TrainingPhase)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+
+
+def test_at_rest_in_the_middle_of_validation() -> None:
+    """Rule 28: a checkpoint is of the weights that are trained, whenever it is asked for."""
+    taken: list[tuple[float, float, float]] = []
+
+    class Takes(Callback):
+        @on(BatchEnd, ValidationPhase)
+        def take(self, event: BatchEnd, phase: Phase, view: LearnerView) -> None:
+            before = learner.model.coeff.item()
+            with ema.at_rest():
+                resting = learner.model.coeff.item()
+            taken.append((before, resting, learner.model.coeff.item()))
+
+    ema = EMA(0.5)
+    learner = tiny_learner(Takes(), ema, n_batches=2)
+    learner.fit(1)
+    weight, average = learner.model.coeff.item(), ema.averages["coeff"].item()
+    assert weight != average
+    assert taken == [(average, weight, average)] * 2
+    with ema.at_rest():
+        assert learner.model.coeff.item() == weight
+    assert learner.model.coeff.item() == weight
+
+
+def test_a_state_is_taken_back_in_the_middle_of_validation() -> None:
+    ema = EMA(0.5)
+    learner = tiny_learner(ema, n_batches=2)
+    learner.fit(1)
+    weights, state = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(ema.state_dict())
+
+    class Loads(Callback):
+        @on(BatchEnd, ValidationPhase)
+        def load(self, event: BatchEnd, phase: Phase, view: LearnerView) -> None:
+            other.model.load_state_dict(weights)
+            fresh.load_state_dict(state)
+
+    fresh = EMA(0.5)
+    seen = Seen()
+    loads = Loads()
+    other = tiny_learner(fresh, loads, seen, n_batches=2, coeff=-1.0)
+    other.fit(1)
+    assert seen.values[-2][1] == state["averages"]["coeff"].item()
+    assert other.model.coeff.item() == weights["coeff"].item()
+    other.fit(1)
+    assert fresh.averages["coeff"] is not state["averages"]["coeff"]  # averaging goes on in a copy
+
+
+def test_two_halves_are_a_whole() -> None:
+    whole, first, second = EMA(0.9), EMA(0.9), EMA(0.9)
+    tiny_learner(whole).fit(2)
+    learner = tiny_learner(first)
+    learner.fit(1)
+    second.load_state_dict(first.state_dict())
+    learner.replace_callback(second)
+    learner.fit(1)
+    assert torch.equal(whole.averages["coeff"], second.averages["coeff"])
+
+
+class Both(AbstractTrainingPhase):
+    """Update two models, one after the other."""
+
+    def step(self, learner: StepContext, raw: torch.Tensor) -> None:
+        with learner.run_batch(self, inputs=raw) as batch:
+            for name in ("gen", "disc"):
+                learner.backward(self, (learner.model[name](batch.inputs) - 1).square().mean(), name)
+                learner.update(self, name)
+
+
+@pytest.mark.parametrize(("model", "names"), [("gen", ["coeff"]), ("", ["gen.coeff", "disc.coeff"])])
+def test_several_models_are_averaged_once_a_batch(model: str, names: list[str]) -> None:
+    ema = EMA(0.9, model=model)
+    learner = tiny_learner(
+        ema,
+        model={"gen": TinyModel(), "disc": TinyModel()},
+        optimizer={"gen": SGD, "disc": SGD},
+        data={Both: [torch.ones(2, 1)] * 3},
+    )
+    learner.fit(1)
+    weight = average = 0.0
+    for number in range(3):
+        weight += 0.1 * 2 * (1 - weight)
+        average = 0.9 * average + 0.1 * weight if number else weight
+    assert list(ema.averages) == names
+    for value in ema.averages.values():
+        assert value.item() == pytest.approx(average, rel=1e-6)
+
+
+def test_throttled_it_averages_now_and_then() -> None:
+    ema = throttle(EMA(0.0), UpdateEnd, every=4)
+    learner = tiny_learner(ema, n_batches=6)
+    learner.epoch(TrainingPhase)
+    plain = tiny_learner(n_batches=4)
+    plain.epoch(TrainingPhase)
+    assert torch.equal(ema.averages["coeff"], plain.model.coeff)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EMA(1.0), "EMA(decay=1.0): decay is at least 0 and below 1."),
+        (lambda: EMA(float("nan")), "EMA(decay=nan): decay is at least 0 and below 1."),
+        (lambda: EMA(model="a.b"), "EMA(model='a.b'): model is the name of one of several models, as in {'gen': ...}."),
+        (lambda: EMA().applied().__enter__(), "EMA has no averages yet: fit a learner that has it first."),
+    ],
+)
+def test_what_means_nothing(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+def test_a_state_of_another_model() -> None:
+    ema = EMA()
+    tiny_learner(ema)
+    with pytest.raises(UsageError) as caught:
+        ema.load_state_dict({"averages": {"coeff": torch.zeros(2)}})
+    assert str(caught.value) == (
+        "The state of EMA has shape (2,) for 'coeff', of shape (). Load a state of the same model, made with "
+        "buffers=False."
+    )
+    assert ema.averages == {}
+
+
+def test_executors_agree() -> None:
+    """Rule 13."""
+
+    def make(executor: Executor) -> Learner:
+        return tiny_learner(EMA(0.9), Seen(), model=TinyModel(), n_batches=3, executor=executor)
+
+    assert_equivalent(make, executors=["dask"], interleavings=4)
+
+
+def test_declares_exactly_what_it_touches() -> None:
+    assert {".".join(path) for path, _ in record_access(EMA()).union} == {"model"}
+    ema = EMA()
+    learner = tiny_learner(ema, Recorder(), default_callbacks=False, strict=True)
+    [node] = [node for node in learner.callbacks.nodes if node.callback is ema]
+    shown = {handler.attribute: dict(declaration) for handler, declaration in node.access.items()}
+    assert shown["take_in"] == {("model",): Read()}
+    assert shown["note_update"] == {}
+    learner.fit(1)
+    assert FitEnd in {handler.event_type for _, handler in node.handlers}
