@@ -1,0 +1,98 @@
+"""Snapshots for deferred callbacks: what the training thread pays for one.
+
+The floor of a large snapshot is a copy of the same tensors into buffers that are there already. That of a small one,
+as a logger of metrics takes it at each batch, is an empty function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bench.pairs import REPETITIONS, Report, differences, in_turns
+from flowtrain import Access, Read, TrainingPhase
+from flowtrain.access import declare
+from flowtrain.batch import BatchState
+from flowtrain.parameters import Parameters
+from flowtrain.phasemap import Counts, CountsMap, PhaseMap
+from flowtrain.series import SeriesMap
+from flowtrain.state import LearnerState
+from flowtrain_dask.copies import Pool
+from flowtrain_dask.snapshots import Taker
+
+TENSORS = 300
+BYTES = 100_000_000
+CALLS = 2000
+
+LARGE: Access = {"params": Read()}
+LOSS: Access = {"batch.loss": Read(), "cbstate.history": Read()}
+METRICS: Access = {"cbstate.history": Read(), "cbstate.metrics_step": Read()}
+
+
+def main() -> None:
+    """Print the table."""
+    report = Report(
+        "Snapshots",
+        "python -m bench.bench_snapshots",
+        "the same copied into buffers that are there already; for small ones an empty loop",
+    )
+    large(report)
+    for name, access, tail in (
+        ("loss and counters", LOSS, False),
+        ("counters and 4 series of 100,000 values", METRICS, False),
+        ("the same for another process", METRICS, True),
+    ):
+        small(report, name, access, tail)
+
+
+def large(report: Report) -> None:
+    """100 MB in 300 tensors; the snapshot before is released when the next is taken, as a lane does that keeps up."""
+    state = LearnerState()
+    size = BYTES // TENSORS // 4
+    model = nn.ParameterDict({f"p{number}": nn.Parameter(torch.randn(size)) for number in range(TENSORS)})
+    state.model, state.params = model, Parameters({"": model})
+    sources = [parameter.detach() for parameter in model.parameters()]
+    buffers = [torch.empty_like(source) for source in sources]
+    taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES), fresh=frozenset(), tail=False)
+
+    def floor() -> None:
+        """Copy into buffers that are there already."""
+        for buffer, source in zip(buffers, sources, strict=True):
+            buffer.copy_(source)
+
+    times = in_turns([floor, lambda: taker.take().release()], REPETITIONS)
+    report.ratio("100 MB in 300 tensors", times, 1.3, steps=1)
+
+
+def small(report: Report, name: str, access: Access, tail: bool) -> None:
+    """What a logger of metrics reads; the time of one snapshot."""
+    state = LearnerState()
+    state.batch = state.batch_twin = BatchState()
+    state.batch.loss = torch.tensor(0.5)
+    phase = TrainingPhase()
+    state.cbstate.history = CountsMap("cbstate.history")
+    state.cbstate.history[phase] = Counts((1, 2, 3, 4))
+    state.cbstate.metrics_step = PhaseMap("cbstate.metrics_step", lambda: SeriesMap("cbstate.metrics_step"))
+    for metric in ("Loss", "accuracy", "top5", "recall"):
+        for step in range(100_000):
+            state.cbstate.metrics_step[phase].push(metric, 0.5, step)
+    taker = Taker(declare(access, "bench"), state, Pool(1 << 20), fresh=frozenset({("batch", "loss")}), tail=tail)
+    taker.take().release()
+
+    def take() -> None:
+        """Take and release."""
+        for _ in range(CALLS):
+            taker.take().release()
+
+    def floor() -> None:
+        """The loop."""
+        for _ in range(CALLS):
+            pass
+
+    times = in_turns([floor, take], REPETITIONS)
+    found = differences(times, calls=CALLS)
+    report.row(name, "0.0 µs", f"{found.median * 1e6:.1f} µs", f"{found.text(1e6, 2)} µs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Events and snapshots as bytes, for another process, and back.
+
+A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers to, each copied once on either side::
+
+    b"FTB1"  number of buffers  size of each  pickle  buffer  buffer ...     (each part aligned)
+
+Tensors are written here and nowhere else: as their bytes with dtype, shape and strides. No reduction of torch's or
+dask's takes part, so nothing is put into shared memory and every dtype comes back bit for bit. A tensor that is in two
+places comes back as one; tensors that show parts of one storage do as well, unless they show little of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import pickle
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]  # it has no types
+import torch
+from torch import nn
+
+from flowtrain.phasemap import Counts, CountsMap, PhaseMap
+from flowtrain.phases import Phase
+from flowtrain.state import Named, State
+from flowtrain_dask.pool import ALIGNMENT, aligned
+from flowtrain_dask.tensors import compressed_indices
+
+__all__ = ["decode", "encode"]
+
+_MAGIC = b"FTB1"
+_WASTE = 4
+"""How many times as large as what a tensor shows a storage may be to be sent as a whole."""
+
+
+def encode(obj: object) -> bytes:
+    """Return an object as bytes.
+
+    Raises:
+        TypeError: Something in it can be sent to no other process.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    pickler = _Pickler(file, buffers.append)  # it keeps alive what the buffers show
+    pickler.dump(obj)
+    parts: list[memoryview] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
+    pieces: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
+    for part in parts:
+        pieces += [part, bytes(-part.nbytes % ALIGNMENT)]
+    return b"".join(pieces)
+
+
+def decode(blob: bytes | bytearray | memoryview) -> Any:
+    """Return the object of a blob, in memory of its own.
+
+    Args:
+        blob: What `encode` returned.
+
+    Raises:
+        ValueError: It is no blob of this codec.
+    """
+    source = memoryview(blob)
+    if bytes(source[:4]) != _MAGIC or source.nbytes < 20:
+        raise ValueError(
+            f"this is no blob of flowtrain's codec: it begins with {bytes(source[:4])!r}, not with {_MAGIC!r}. "
+            f"Both sides must have the same version of flowtrain."
+        )
+    memory, start = aligned(source.nbytes)  # bytes cannot be written into, and may begin anywhere
+    view = memoryview(memory)[start : start + source.nbytes]
+    view[:] = source
+    (count,) = struct.unpack_from("<Q", view, 4)
+    sizes = struct.unpack_from(f"<{count + 1}Q", view, 12)
+    first, *buffers = _parts(view, 12 + 8 * (count + 1), sizes)
+    return pickle.loads(first, buffers=buffers)
+
+
+def _parts(view: memoryview, head: int, sizes: tuple[int, ...]) -> Iterator[memoryview]:
+    start = head + -head % ALIGNMENT
+    for size in sizes:
+        yield view[start : start + size]
+        start += size + -size % ALIGNMENT
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
+    """Cloudpickle with reductions for tensors and for what of flowtrain's own it cannot do."""
+
+    def __init__(self, file: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> None:
+        super().__init__(file, protocol=5, buffer_callback=buffer_callback)
+        self._storages: dict[int, tuple[torch.UntypedStorage, Any]] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how an object is made again, or leave it to cloudpickle."""
+        kind = type(obj)
+        if isinstance(obj, torch.Tensor):
+            return self._reduce_tensor(obj)
+        if kind is CountsMap:
+            return _counts_map, (obj._path, list(obj.items()))
+        if kind is PhaseMap:
+            return _phase_map, (obj._path, obj.make, list(obj.items()))
+        if kind is State:
+            return _state, (obj._path, dict(vars(obj)))
+        if kind is Named:
+            return Named, (obj.__dict__["_what"], dict(obj))
+        if isinstance(obj, (torch.UntypedStorage, torch.TypedStorage)):
+            raise TypeError("a torch storage is not sent to another process; send a tensor")
+        return super().reducer_override(obj)
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        kind = type(tensor)
+        if kind is nn.Parameter:
+            return _parameter, (tensor.detach(), tensor.requires_grad)
+        if kind is not torch.Tensor:
+            if hasattr(tensor, "__tensor_flatten__"):
+                raise TypeError(f"a {kind.__name__} consists of other tensors and is not sent to another process")
+            return _subclass, (kind, tensor.detach().as_subclass(torch.Tensor), dict(vars(tensor)))
+        plain = tensor.detach()
+        if tensor.requires_grad:
+            return torch.Tensor.requires_grad_, (plain,)
+        if tensor.is_nested or tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]  # not in the stubs
+            raise TypeError(f"a {'nested' if tensor.is_nested else 'mkldnn'} tensor is not sent to another process")
+        if tensor.is_quantized:
+            return _reduce_quantized(plain)
+        if tensor.layout is torch.sparse_coo:
+            parts = plain._indices(), plain._values()
+            return _coo, (*parts, tuple(plain.shape), plain.is_coalesced())
+        if tensor.layout is not torch.strided:
+            return _compressed, (*compressed_indices(plain), plain.values(), tuple(plain.shape), plain.layout)
+        if tensor.is_meta:
+            return _meta, (tuple(plain.shape), plain.stride(), plain.dtype)
+        return self._reduce_strided(plain.cpu().resolve_conj().resolve_neg())
+
+    def _reduce_strided(self, plain: torch.Tensor) -> Any:
+        shape, dtype = tuple(plain.shape), plain.dtype
+        if plain.numel() == 0:
+            return _empty, (shape, plain.stride(), dtype)
+        storage = plain.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        if known is None:
+            if storage.nbytes() > _WASTE * plain.nbytes + 1024:
+                plain = plain.clone(memory_format=torch.contiguous_format)
+                storage = plain.untyped_storage()
+            known = (storage, _Bytes(storage.data_ptr(), storage.nbytes()))
+            self._storages[storage.data_ptr()] = known  # kept alive: its address stays its own
+        return _strided, (known[1], dtype, plain.storage_offset(), shape, plain.stride())
+
+
+def _reduce_quantized(plain: torch.Tensor) -> Any:
+    if plain.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return _quantized, (plain.int_repr(), plain.q_scale(), plain.q_zero_point())
+    scales, zeros = plain.q_per_channel_scales(), plain.q_per_channel_zero_points()
+    return _quantized_by_channel, (plain.int_repr(), scales, zeros, plain.q_per_channel_axis())
+
+
+_memory_view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_view.restype = ctypes.py_object
+_memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_WRITABLE = 0x200  # PyBUF_WRITE: what is sent as read-only comes back so
+
+
+class _Bytes:
+    """The memory of a storage; one object for all tensors that show it, so that the pickle has it once."""
+
+    __slots__ = ("address", "size")
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        self.size = size
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _storage, (pickle.PickleBuffer(_memory_view(self.address, self.size, _WRITABLE)),)
+
+
+# --- on the other side: what a pickle calls
+
+
+def _storage(buffer: Any) -> torch.UntypedStorage:
+    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+
+
+def _strided(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, shape, stride)
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+
+
+def _meta(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _parameter(plain: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(plain, requires_grad=requires_grad)
+
+
+def _subclass(kind: type[torch.Tensor], plain: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
+    made = plain.as_subclass(kind)
+    vars(made).update(attributes)
+    return made
+
+
+def _coo(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...], coalesced: bool) -> torch.Tensor:
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=False)
+
+
+def _compressed(
+    compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...], layout: torch.layout
+) -> torch.Tensor:
+    return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
+
+
+_torch: Any = torch  # torch has no public function that takes the integers as they are
+
+
+def _quantized(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    return _torch._make_per_tensor_quantized_tensor(integers, scale, zero)  # type: ignore[no-any-return]  # see above
+
+
+def _quantized_by_channel(
+    integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int
+) -> torch.Tensor:
+    return _torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)  # type: ignore[no-any-return]  # see above
+
+
+def _counts_map(path: str, items: list[tuple[Phase, Counts]]) -> CountsMap:
+    made = CountsMap(path)
+    for phase, counts in items:
+        made[phase] = counts
+    return made
+
+
+def _phase_map(path: str, make: Callable[[], Any] | None, items: list[tuple[Phase, Any]]) -> PhaseMap[Any]:
+    made: PhaseMap[Any] = PhaseMap(path, make)
+    for phase, item in items:
+        made[phase] = item
+    return made
+
+
+def _state(path: str, entries: dict[str, Any]) -> State:
+    made = State(path)
+    for name, item in entries.items():
+        setattr(made, name, item)
+    return made

@@ -1,0 +1,188 @@
+"""Snapshots: what a deferred handler declares to read, as it is at the handler's place in the plan.
+
+A `Taker` is compiled once for each handler; `Taker.take` runs on the training thread. Handlers of one firing share the
+copy of an entry where no other handler in between declares to write it (`copy_groups`). Copies live in memory of a
+`Pool`, which takes it back when nobody refers to a copy any more: `Snapshot.release` lets go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet
+from flowtrain.errors import UsageError
+from flowtrain.plan import Plan
+from flowtrain.series import Series
+from flowtrain.state import LearnerState
+from flowtrain_dask.copies import Copying, Pool
+from flowtrain_dask.cuts import Cut, Tail
+from flowtrain_dask.slots import MISSING, Slot, compile_slots, slots_now
+
+__all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
+
+Groups: TypeAlias = Mapping[Path, Hashable]
+"""For each declared path of a handler, a key that is equal where handlers of one firing may share a copy."""
+
+
+class Copied:
+    """The copy of one entry, perhaps in several snapshots.
+
+    Attributes:
+        value: The copy.
+        nbytes: Its bytes.
+        events: What has to be waited for before it is complete.
+    """
+
+    __slots__ = ("events", "nbytes", "value")
+
+    def __init__(self, value: Any, nbytes: int, events: tuple[Any, ...]) -> None:
+        self.value = value
+        self.nbytes = nbytes
+        self.events = events
+
+
+Shared: TypeAlias = dict[Hashable, Copied]
+"""The copies of one firing, for the handlers that come later in it; a new dict for each firing."""
+
+
+class Snapshot:
+    """What one handler reads at one event.
+
+    Attributes:
+        payload: The copies by path. Empty when it is released.
+        nbytes: The bytes of all of them; those of a shared copy count in each snapshot.
+    """
+
+    __slots__ = ("_events", "nbytes", "payload")
+
+    def __init__(self, slots: Mapping[Path, Copied]) -> None:
+        self.payload: dict[Path, Any] = {path: copied.value for path, copied in slots.items()}
+        self.nbytes = sum(copied.nbytes for copied in slots.values())
+        self._events = [event for copied in slots.values() for event in copied.events]
+
+    def ready(self) -> None:
+        """Wait until the copies are complete; only those from an accelerator are not at once."""
+        for event in self._events:
+            event.synchronize()
+        self._events.clear()
+
+    def release(self) -> None:
+        """Let go of the copies: their memory is used again when nobody else refers to it."""
+        self.ready()
+        self.payload.clear()
+
+
+class Taker:
+    """Takes the snapshots for one handler.
+
+    Args:
+        declaration: What the handler declares.
+        state: The learner's state.
+        pool: Where the memory comes from.
+        fresh: The paths whose tensors nobody changes later; they are detached and not copied.
+        tail: Whether the handler runs in another process: of a series it gets the newest values.
+        groups: What `copy_groups` gives for the handler; without it, it shares with every handler.
+
+    Raises:
+        AccessError: It declares what no snapshot can hold.
+        UsageError: A series is read in full, for another process.
+    """
+
+    def __init__(
+        self,
+        declaration: Declaration,
+        state: LearnerState,
+        pool: Pool,
+        *,
+        fresh: frozenset[Path],
+        tail: bool,
+        groups: Groups | None = None,
+    ) -> None:
+        self._slots = tuple((slot, _key(slot, groups)) for slot in compile_slots(declaration))
+        self._state = state
+        self._pool = pool
+        self._fresh = fresh
+        self._seen: dict[int, tuple[Series, int]] | None = {} if tail else None
+        full = [slot for slot, _ in self._slots if slot.full]
+        if tail and full:
+            raise UsageError(
+                f"{dotted(full[0].declared[0])} is declared with Read(full=True), so the handler needs all of a series "
+                f"and stays in the process that trains; a taker with tail=True gives the newest values only."
+            )
+
+    def take(self, shared: Shared | None = None) -> Snapshot:
+        """Copy what is declared, as it is now. What is not there is left out.
+
+        Args:
+            shared: What other handlers of the same firing have copied; what is copied now is added.
+
+        Raises:
+            AccessError: Something that is there now cannot be copied.
+        """
+        found: dict[Path, Copied] = {}
+        for slot, key in self._slots:
+            for each in slots_now(slot, self._state):
+                copied = self._copied(each, key, shared)
+                if copied is not None:
+                    found[each.path] = copied
+        return Snapshot(found)
+
+    def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
+        where = (slot.path, key)
+        if shared is not None and where in shared:
+            return shared[where]
+        copying = Copying(self._pool, fresh=slot.path in self._fresh, cut=self._cut)
+        value = slot.take(self._state, copying)
+        if value is MISSING:
+            return None
+        copied = Copied(value, copying.nbytes, tuple(copying.events))
+        if shared is not None and not (copying.has_series and self._seen is not None):
+            shared[where] = copied  # a tail is the handler's own: it begins at that one's last event
+        return copied
+
+    def _cut(self, series: Series) -> Series:
+        if self._seen is None:
+            return Cut(series)
+        # By the list that twins share with their series; it is kept, so that its id is not used again.
+        key = id(series._steps)  # pyright: ignore[reportPrivateUsage]  # what makes it the same series
+        _, start = self._seen.get(key, (series, 0))
+        self._seen[key] = (series, len(series))
+        return Tail(series, start)
+
+
+def copy_groups(plan: Plan, deferred: Iterable[int]) -> dict[int, dict[Path, Hashable]]:
+    """Return, for each deferred handler and path, a key that is equal where they may share a copy (rule 20).
+
+    Two handlers may if no handler between them declares to write the path, or what lies above or below it.
+
+    Args:
+        plan: The plan.
+        deferred: The positions of its deferred handlers.
+    """
+    writes = [
+        (position, canonical(path))
+        for position, step in enumerate(plan.steps)
+        for path, kind in step.node.access[step.handler]
+        if isinstance(kind, Write) and path[0] != "resource"
+    ]
+
+    def last_writer(path: Path, before: int) -> int:
+        """Return the position of the last handler before another that writes what meets a path, -1 if none does."""
+        name = canonical(path)
+        return max((at for at, written in writes if at < before and meet(written, name)), default=-1)
+
+    return {
+        position: {
+            path: last_writer(path, position)
+            for path, _ in plan.steps[position].node.access[plan.steps[position].handler]
+            if path[0] != "resource"
+        }
+        for position in deferred
+    }
+
+
+def _key(slot: Slot, groups: Groups | None) -> Hashable:
+    """Return what must be equal for two handlers to share an entry, besides its path."""
+    of_each = tuple(None if groups is None else groups.get(path) for path in slot.declared)
+    return (slot.declared if slot.inside is not None else None, of_each)

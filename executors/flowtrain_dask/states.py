@@ -1,0 +1,182 @@
+"""Copies of flowtrain's own containers: series, maps by phase, namespaces, parameters and gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from flowtrain.errors import nearest
+from flowtrain.parameters import Gradients, Parameters
+from flowtrain.part import Tree
+from flowtrain.phasemap import CountsMap, PhaseMap
+from flowtrain.series import Series, SeriesMap
+from flowtrain.state import Named, State
+from flowtrain_dask.copying import Copier, Copying, Pruner, declared_inside
+
+__all__ = ["STATE_COPIERS", "STATE_PRUNERS", "NamedTensors"]
+
+
+class NamedTensors(Mapping[str, torch.Tensor]):
+    """Parameters or gradients by name, as they were.
+
+    Args:
+        tensors: The tensors by name.
+        what: What they are, for messages.
+
+    Attributes:
+        aliases: For a parameter that a model has under several names, the other ones, with the one in `tensors`.
+        twin: Itself: it cannot be changed.
+    """
+
+    __slots__ = ("_tensors", "_what", "aliases")
+
+    def __init__(self, tensors: dict[str, torch.Tensor], what: str) -> None:
+        self._tensors = tensors
+        self._what = what
+        self.aliases: Mapping[str, str] = {}
+
+    @property
+    def twin(self) -> NamedTensors:
+        """What a view gives for reading."""
+        return self
+
+    def __twin__(self) -> NamedTensors:
+        return self
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self._tensors.get(self.aliases.get(name, name))
+        if found is None:
+            raise KeyError(f"there is no {self._what} {name!r}.{nearest(str(name), self._tensors)}")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _named_tensors, (self._tensors, self._what, self.aliases)
+
+
+def _named_tensors(tensors: dict[str, torch.Tensor], what: str, aliases: Mapping[str, str]) -> NamedTensors:
+    made = NamedTensors(tensors, what)
+    made.aliases = aliases
+    return made
+
+
+def _copy_series(value: Series, copying: Copying) -> Series:
+    copying.has_series = True
+    return copying.cut(value)
+
+
+def _copy_series_map(value: SeriesMap, copying: Copying) -> SeriesMap:
+    return _series_map(value, list(value), copying)
+
+
+def _prune_series_map(value: SeriesMap, inside: Tree, copying: Copying) -> SeriesMap:
+    return _series_map(value, [name for name in value if declared_inside(inside, name) is not None], copying)
+
+
+def _series_map(value: SeriesMap, names: list[str], copying: Copying) -> SeriesMap:
+    copy = SeriesMap(value._path)  # pyright: ignore[reportPrivateUsage]  # a copy is made of all that there is
+    copying.has_series = True
+    copy.restore({name: copying.cut(value[name]) for name in names})
+    return copy
+
+
+def _copy_counts(value: CountsMap, copying: Copying) -> CountsMap:
+    copy = CountsMap(value._path)  # pyright: ignore[reportPrivateUsage]  # as above
+    for phase, counts in value.items():
+        copy[phase] = counts
+    return copy
+
+
+def _copy_phase_map(value: PhaseMap[Any], copying: Copying) -> PhaseMap[Any]:
+    return _phase_map(value, lambda item, phase: copying.copy_at(item, phase), copying)
+
+
+def _prune_phase_map(value: PhaseMap[Any], inside: Tree, copying: Copying) -> PhaseMap[Any]:
+    if isinstance(value, CountsMap):
+        return _copy_counts(value, copying)
+    return _phase_map(value, lambda item, phase: copying.inside(item, inside), copying)
+
+
+def _phase_map(value: PhaseMap[Any], item: Callable[[Any, Any], Any], copying: Copying) -> PhaseMap[Any]:
+    path = value._path  # pyright: ignore[reportPrivateUsage]  # as above
+    copy: PhaseMap[Any] = PhaseMap(path, None if value.make is None else _maker(value.make(), path, copying))
+    for phase in list(value):
+        copy[phase] = item(value[phase], phase)
+    return copy
+
+
+def _maker(made: Any, path: str, copying: Copying) -> Callable[[], Any]:
+    """Return what makes the same as a map's own function, which might not travel, or look at training."""
+    if isinstance(made, (Series, SeriesMap)):
+        return partial(type(made), path)
+    return partial(_same, copying.copy_at(made, ".make()"))
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _copy_state(value: State, copying: Copying) -> State:
+    return _state(value, {name: copying.copy_at(item, f".{name}") for name, item in vars(value).items()})
+
+
+def _prune_state(value: State, inside: Tree, copying: Copying) -> State:
+    own = vars(value)
+    return _state(value, {name: copying.part(own[name], inside[name], f".{name}") for name in inside if name in own})
+
+
+def _state(value: State, entries: dict[str, Any]) -> State:
+    copy = State(value._path)  # pyright: ignore[reportPrivateUsage]  # as above
+    for name, item in entries.items():
+        setattr(copy, name, item)
+    return copy
+
+
+def _copy_named(value: Named, copying: Copying) -> Named:
+    return Named(value.__dict__["_what"], {name: copying.copy_at(item, f".{name}") for name, item in value.items()})
+
+
+def _copy_tensors(value: Parameters | Gradients, copying: Copying) -> NamedTensors:
+    return _tensors(value, None, copying)
+
+
+def _prune_tensors(value: Parameters | Gradients, inside: Tree, copying: Copying) -> NamedTensors:
+    return _tensors(value, inside, copying)
+
+
+def _tensors(value: Parameters | Gradients, inside: Tree | None, copying: Copying) -> NamedTensors:
+    wanted: Iterator[tuple[str, torch.Tensor]] = iter(value.named())
+    if inside is not None:
+        wanted = ((name, tensor) for name, tensor in wanted if declared_inside(inside, name) is not None)
+    what = "parameter" if isinstance(value, Parameters) else "gradient of"
+    return NamedTensors({name: copying.copy_at(tensor, name) for name, tensor in wanted}, what)
+
+
+STATE_COPIERS: Mapping[type, Copier] = {
+    Series: _copy_series,
+    SeriesMap: _copy_series_map,
+    CountsMap: _copy_counts,
+    PhaseMap: _copy_phase_map,
+    State: _copy_state,
+    Named: _copy_named,
+    Parameters: _copy_tensors,
+    Gradients: _copy_tensors,
+}
+"""How each type of flowtrain, and its subclasses, are copied; the first that fits."""
+
+STATE_PRUNERS: Mapping[type, Pruner] = {
+    SeriesMap: _prune_series_map,
+    PhaseMap: _prune_phase_map,
+    State: _prune_state,
+    Parameters: _prune_tensors,
+    Gradients: _prune_tensors,
+}
+
