@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import or_
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from flowtrain.stopping import PQ, UP, InvalidValue, NumberLimit, NumberSinceBes
 class Flat(Criterion):
     """Stop when a value comes twice."""
 
-    initial: ClassVar[dict[str, Any]] = {"seen": []}
+    initial: ClassVar[Mapping[str, Any]] = {"seen": []}
     seen: list[float]
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:

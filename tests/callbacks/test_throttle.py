@@ -201,17 +201,17 @@ def test_once_is_over_when_the_handler_has_run(once_first: bool) -> None:
     assert note.steps(TrainingPhase) == [6]
 
 
-@pytest.mark.parametrize(
-    ("attach", "steps"),
-    [
-        (lambda note: after(note, BatchEnd, 5), [6, 7, 8]),
-        (lambda note: before(note, BatchEnd, 4), [1, 2, 3]),
-        (lambda note: after(before(note, BatchEnd, 7), BatchEnd, 4), [5, 6]),
-        (lambda note: throttle(after(note, BatchEnd, 3), BatchEnd, every=2), [4, 6, 8]),
-        (lambda note: when(note, BatchEnd, lambda number, phase: number.bit_count() == 1), [1, 2, 4, 8]),
-        (lambda note: when(note, BatchEnd, lambda number, phase: isinstance(phase, ValidationPhase)), []),
-    ],
-)
+PASSED: list[tuple[Callable[[Note], Note], list[int]]] = [
+    (lambda note: after(note, BatchEnd, 5), [6, 7, 8]),
+    (lambda note: before(note, BatchEnd, 4), [1, 2, 3]),
+    (lambda note: after(before(note, BatchEnd, 7), BatchEnd, 4), [5, 6]),
+    (lambda note: throttle(after(note, BatchEnd, 3), BatchEnd, every=2), [4, 6, 8]),
+    (lambda note: when(note, BatchEnd, lambda number, phase: number.bit_count() == 1), [1, 2, 4, 8]),
+    (lambda note: when(note, BatchEnd, lambda number, phase: isinstance(phase, ValidationPhase)), []),
+]
+
+
+@pytest.mark.parametrize(("attach", "steps"), PASSED)
 def test_after_before_and_when(attach: Callable[[Note], Note], steps: list[int]) -> None:
     note = Note()
     assert attach(note) is note
@@ -244,16 +244,16 @@ def test_a_predicate_that_forgets_to_answer_is_an_error(answer: Any) -> None:
     assert any(note.startswith("raised in Note.batch at (BatchEnd, TrainingPhase)") for note in failed.value.__notes__)
 
 
-@pytest.mark.parametrize(
-    "attach",
-    [
-        lambda note: once(note, BatchEnd),
-        lambda note: after(note, BatchEnd, 6),
-        lambda note: before(note, BatchEnd, 7),
-        lambda note: when(note, BatchEnd, lambda number, phase: number % 5 == 1),
-        lambda note: throttle(note, BatchEnd, every=3),
-    ],
-)
+ATTACHED: list[Callable[[Note], Note]] = [
+    lambda note: once(note, BatchEnd),
+    lambda note: after(note, BatchEnd, 6),
+    lambda note: before(note, BatchEnd, 7),
+    lambda note: when(note, BatchEnd, lambda number, phase: number % 5 == 1),
+    lambda note: throttle(note, BatchEnd, every=3),
+]
+
+
+@pytest.mark.parametrize("attach", ATTACHED)
 def test_state_goes_on_where_it_was_taken(attach: Callable[[Note], Note]) -> None:
     """Rule 28: what was taken after one epoch, and read again, leads to what two epochs without a break do."""
     whole, first, second = attach(Note()), attach(Note()), attach(Note())
