@@ -1,0 +1,63 @@
+"""The page of the bundled callbacks says what their declarations and docstrings say now."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flowtrain.callbacks
+from flowtrain import Callback
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "reference.py"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The script, as a module."""
+    spec = importlib.util.spec_from_file_location("reference", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_writes(reference: Any) -> None:
+    assert reference.PAGE.read_text("utf-8") == reference.page(), "stale: run python docs/reference.py"
+
+
+def test_every_bundled_callback_has_a_row_and_a_section(reference: Any) -> None:
+    text = reference.page()
+    for name in flowtrain.callbacks.__all__:
+        value = getattr(flowtrain.callbacks, name)
+        if isinstance(value, type) and issubclass(value, Callback):
+            assert f"| [`{name}`](#{name.lower()}) | " in text
+            assert f"\n## {name}\n" in text
+
+
+def test_a_row_says_what_the_callback_declares(reference: Any) -> None:
+    [row] = [line for line in reference.page().splitlines() if line.startswith("| [`SmoothLoss`]")]
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert cells[2:] == [
+        "`BatchEnd, AbstractTrainingPhase`",
+        "`batch.loss`, `cbstate.history`",
+        "`cbstate.smooth_loss`",
+        "`Recorder`",
+        "`SmoothLoss()`",
+    ]
+
+
+def test_a_callback_that_needs_arguments_needs_an_example(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Needy(Callback):
+        """Take something."""
+
+        def __init__(self, something: int) -> None:
+            self.something = something
+
+    monkeypatch.setattr(flowtrain.callbacks, "Needy", Needy, raising=False)
+    monkeypatch.setattr(flowtrain.callbacks, "__all__", [*flowtrain.callbacks.__all__, "Needy"])
+    with pytest.raises(LookupError, match=r"Needy takes arguments: enter it in EXAMPLES of reference\.py\."):
+        reference.page()
