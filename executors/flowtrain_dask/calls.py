@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +79,19 @@ class Calls:
         self._number = 0
 
     def make(
-        self, blob: Callable[[bool], bytes], worker: str, closing: Callable[[], bool], tally: Tally
+        self,
+        blob: Callable[[bool], bytes],
+        worker: str,
+        gate: AbstractContextManager[Any],
+        closing: Callable[[], bool],
+        tally: Tally,
     ) -> Reply:
         """Make one call and return its reply.
 
         Args:
             blob: Returns the pickled assignment; with ``True`` one that holds all that any worker needs.
             worker: The worker that should have it, if it is there; empty for any.
+            gate: Entered while something is made ready and sent.
             closing: Whether to give up.
             tally: Where restarts are counted.
 
@@ -95,7 +102,8 @@ class Calls:
         """
         call = _Call(self._connection, self._patience, f"{self._name}-{self._number}.{self._token}")
         self._number += 1
-        call.submit(blob(False), [worker] if worker else None)
+        with gate:
+            call.submit(blob(False), [worker] if worker else None)
         while True:
             reply = call.look()
             if reply is not None:
@@ -110,7 +118,8 @@ class Calls:
                 )
             if call.can_be_submitted() and (elsewhere := call.wants_another()) is not None:
                 tally.restarts += 1
-                call.submit(blob(True), elsewhere)
+                with gate:
+                    call.submit(blob(True), elsewhere)
             call.wait()
 
 

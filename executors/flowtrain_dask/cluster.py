@@ -95,7 +95,7 @@ class ClusterTransport:
         end = time.monotonic() + timeout
         tally = Tally()
         try:
-            self._exchange((), True, lambda: time.monotonic() > end, tally)
+            self._exchange((), True, nullcontext(), lambda: time.monotonic() > end, tally)
         except ClusterLost as lost:
             raise ExecutorError(f"The cluster at {self._connection.address} was lost: {lost}.") from lost
         except Abandoned as late:
@@ -115,7 +115,7 @@ class ClusterTransport:
         """
         if self._local is None:
             try:
-                return self._exchange(entries, self._is_due(), closing, tally)
+                return self._exchange(entries, self._is_due(), gate, closing, tally)
             except ClusterLost as lost:
                 return self._go_on_here(lost, entries, gate, closing, tally)
         tally.local += len(entries)
@@ -127,7 +127,7 @@ class ClusterTransport:
             return
         try:
             if self._log:
-                self._exchange((), True, closing, tally)
+                self._exchange((), True, nullcontext(), closing, tally)
         except ClusterLost as lost:
             self._go_on_here(lost, (), nullcontext(), closing, tally)
         else:
@@ -145,7 +145,12 @@ class ClusterTransport:
         return late or len(self._log) >= _LOG_EVENTS or self._log_bytes >= _LOG_BYTES
 
     def _exchange(
-        self, entries: Sequence[Entry], want: bool, closing: Callable[[], bool], tally: Tally
+        self,
+        entries: Sequence[Entry],
+        want: bool,
+        gate: AbstractContextManager[Any],
+        closing: Callable[[], bool],
+        tally: Tally,
     ) -> Outcome:
         """Have entries run, and keep book of where the state is."""
         if self._home is None:
@@ -163,7 +168,7 @@ class ClusterTransport:
                     tally.replays += len(self._log)
                 return self._assignment(entries, everything or whole, want)
 
-            reply = self._calls.make(blob, "" if complete else self._holder, closing, tally)
+            reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
             if reply.kind == "done":
                 return self._settle(reply, entries)
             self._refuse(reply)

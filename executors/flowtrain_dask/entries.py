@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowtrain_dask.pickling import dumps, loads
-from flowtrain_dask.work import Entry
+from flowtrain_dask.codec import decode, encode
+from flowtrain_dask.work import Entry, opened
 
 __all__ = ["dump_entries", "load_entries"]
 
 
 def dump_entries(entries: Sequence[Entry]) -> bytes:
     """Return events as bytes."""
-    return dumps([tuple(entry) for entry in entries])
+    return encode([(one.sequence, one.duty, one.event, one.phase, opened(one.payload), one.nbytes) for one in entries])
 
 
 def load_entries(blob: bytes) -> list[Entry]:
     """Return the events of `dump_entries`."""
-    return [Entry(*each) for each in loads(blob)]
+    return [Entry(*each) for each in decode(blob)]

@@ -18,6 +18,7 @@ class Gate:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._wanted = 0
+        self._inside = 0  # the thread that is inside, by its number
 
     def hold(self, timeout: float) -> bool:
         """Wait until the lane's thread is outside, and keep it there; return whether it is.
@@ -25,6 +26,8 @@ class Gate:
         Args:
             timeout: The most seconds to wait: a long handler is not waited for.
         """
+        if self._inside == threading.get_ident():
+            return False  # a handler forks, or asks for a flush: it cannot wait for itself
         self._wanted += 1
         deadline = time.monotonic() + timeout
         while not self._lock.acquire(timeout=0.01):  # short: a signal does not interrupt it
@@ -42,6 +45,8 @@ class Gate:
         while self._wanted:
             time.sleep(0.001)
         self._lock.acquire()
+        self._inside = threading.get_ident()
 
     def __exit__(self, *exc: object) -> None:
+        self._inside = 0
         self._lock.release()

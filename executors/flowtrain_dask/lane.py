@@ -27,6 +27,7 @@ from flowtrain.errors import ExecutorError
 from flowtrain.events import Event
 from flowtrain.phases import Phase
 from flowtrain.records import LoggerBackend
+from flowtrain_dask.forks import guard
 from flowtrain_dask.gate import Gate
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.report import LaneReport, Tally
@@ -98,6 +99,7 @@ class Lane:
         self.gate = Gate()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        guard(self)
 
     # --- the training thread
 
@@ -206,6 +208,10 @@ class Lane:
         self._thread = None
         self._queue.clear()
         self._done, self._done_bytes = self._put, self._put_bytes
+        for backend in {id(one): one for backends in self._sinks for one in backends}.values():
+            state = backend.__getstate__()
+            if isinstance(state, dict):
+                vars(backend).update(state)
 
     def _is_full(self, waiting: int, nbytes: int) -> bool:
         limits = self._limits

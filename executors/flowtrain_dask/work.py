@@ -26,8 +26,10 @@ from flowtrain.phases import Phase
 from flowtrain.plan import Call
 from flowtrain.records import Identity, collecting
 from flowtrain.signals import CancelException
+from flowtrain_dask.frozen import Replica
+from flowtrain_dask.snapshots import Snapshot
 
-__all__ = ["Duty", "Entry", "Job", "Outcome", "Record", "Surroundings", "run_entries"]
+__all__ = ["Duty", "Entry", "Job", "Outcome", "Record", "Surroundings", "opened", "run_entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ class Entry(NamedTuple):
         duty: The position of its handler in `Job.duties`.
         event: The event.
         phase: The phase.
-        payload: What the handler declared to read, as it was.
+        payload: What the handler declared to read, as it was: a `Snapshot`, or what it holds.
         nbytes: How many bytes the payload holds that nobody else does.
     """
 
@@ -167,17 +169,27 @@ def run_entries(
             call, replica, callback = calls[entry.duty]
             with gate, collecting(Identity(run, lane, entry.sequence)) as collector:
                 try:
-                    call(entry.event, entry.phase, replica.show(entry.payload))
+                    call(entry.event, entry.phase, replica.show(opened(entry.payload)))
                 except BaseException as failure:  # an exit of a handler must not end the lane's thread unseen
                     outcome.failure = entry.sequence, _explained(failure, job, entry)
             outcome.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
             outcome.done += 1
             if outcome.failure is not None:
                 break
+    for _, replica, _ in calls:
+        replica.clear()
     return outcome
 
 
-def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Any, int]]:
+def opened(payload: Any) -> Any:
+    """Return what a snapshot holds, when its copies are complete."""
+    if isinstance(payload, Snapshot):
+        payload.ready()
+        return payload.payload
+    return payload
+
+
+def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Replica, int]]:
     replicas = _replicas(job)
     return [
         (duty.handler.bind(callbacks[duty.callback]), replica, duty.callback)
@@ -210,14 +222,3 @@ def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
         failure = error
     failure.add_note(f"raised in {duty.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")
     return failure
-
-
-class Replica:  # until flowtrain_dask.snapshots has it
-    """Stand-in."""
-
-    def __init__(self, declaration: Declaration, owner: Owner) -> None:
-        self.declaration = declaration
-
-    def show(self, payload: Any) -> Any:
-        """Show."""
-        return payload

@@ -14,7 +14,7 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no annotations
 import pytest
 import torch
 
-from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.errors import ExecutorError
 from flowtrain.part import Owner
@@ -74,7 +74,7 @@ class Summer(Callback):
     @on(BatchEnd, TrainingPhase)
     def take(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         """Add a number; say which process is at it; take the time that the payload asks for."""
-        payload: dict[str, Any] = learner  # type: ignore[assignment]  # the payload itself
+        payload = learner.batch.inputs
         number = payload["number"]
         if payload.get("raise"):
             raise ValueError(f"number {number}")
@@ -104,7 +104,7 @@ class Rig:
     """A lane on a cluster, with what a test looks at."""
 
     def __init__(self, connection: Connection, *callbacks: Summer, on_loss: OnLoss = "local", **kwargs: Any) -> None:
-        declaration = declare({}, "test")
+        declaration = declare({"batch.inputs": Read()}, "test")
         duties = tuple(
             Duty(index, each.name, handler, declaration, Owner(each.name, "Summer", "state_access", declaration))
             for index, each in enumerate(callbacks)
@@ -119,7 +119,8 @@ class Rig:
         self.lane = Lane(self.job, self.transport, sinks, Limits(), surface=self.urgent.append)
 
     def put(self, number: int, duty: int = 0, **payload: Any) -> None:
-        self.lane.put(duty, BatchEnd(), TrainingPhase(), {"number": number, **payload}, 8)
+        inputs = {"number": number, **payload}
+        self.lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): inputs}, 8)
 
 
 @pytest.fixture

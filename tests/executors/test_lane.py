@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, CancelFittingException, LearnerView, Phase, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, CancelFittingException, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.errors import DeferredCancelError, ExecutorError
 from flowtrain.part import Owner
@@ -64,7 +64,7 @@ class Logger(Callback):
     @on(BatchEnd, TrainingPhase)
     def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         """Take one number."""
-        number: int = learner  # type: ignore[assignment]  # the payload itself
+        number: int = learner.batch.inputs
         while self.blocked.is_set():
             time.sleep(0.001)
         if number in self.bad:
@@ -75,7 +75,7 @@ class Logger(Callback):
 
 
 def job_of(*callbacks: Callback) -> Job:
-    declaration = declare({}, "test")
+    declaration = declare({"batch.inputs": Read()}, "test")
     duties = tuple(
         Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
         for index, each in enumerate(callbacks)
@@ -88,14 +88,7 @@ MakeLane = Callable[..., Lane]
 
 
 @pytest.fixture
-def make_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
-    class Plain:
-        def __init__(self, *_: object) -> None: ...
-
-        def show(self, payload: object) -> object:
-            return payload
-
-    monkeypatch.setattr("flowtrain_dask.work.Replica", Plain)
+def make_lane() -> Iterator[MakeLane]:
     made: list[Lane] = []
 
     def make(
@@ -116,7 +109,7 @@ def make_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLane]:
 
 
 def put(lane: Lane, number: int, duty: int = 0, nbytes: int = 8) -> bool:
-    return lane.put(duty, BatchEnd(), TrainingPhase(), number, nbytes)
+    return lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, nbytes)
 
 
 def urgent(lane: Lane) -> list[Callable[[], None]]:
@@ -360,6 +353,6 @@ def test_the_phase_reaches_the_handler(make_lane: MakeLane) -> None:
     watcher = Watcher()
     lane = make_lane(watcher)
     event, phase = BatchEnd(), TrainingPhase()
-    lane.put(0, event, phase, None, 0)
+    lane.put(0, event, phase, {}, 0)
     assert lane.flush(20)
     assert watcher.calls == [(event, phase)]
