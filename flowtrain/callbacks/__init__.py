@@ -6,6 +6,7 @@ them use only what any callback can: handlers, declared state, ``run_after``.
 
 from __future__ import annotations
 
+from flowtrain.callbacks.checkpointer import Checkpointer
 from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
 from flowtrain.callbacks.devices import DeviceStats
@@ -38,6 +39,7 @@ from flowtrain.schedules import constant, cosine, exponential, from_torch, one_c
 
 __all__ = [
     "EMA",
+    "Checkpointer",
     "CustomCallback",
     "DeviceStats",
     "EarlyStopping",

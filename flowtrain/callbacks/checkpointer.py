@@ -1,0 +1,205 @@
+"""Checkpointer: a folder of checkpoints, with the latest and the best ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flowtrain.access import Access, Read
+from flowtrain.callback import Callback, on
+from flowtrain.conditions import Every
+from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
+from flowtrain.events import BatchEnd, EpochEnd, FitBegin
+from flowtrain.handler import Handler
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.protect import LearnerView
+
+__all__ = ["Checkpointer"]
+
+_INTERRUPTED = "interrupted.ckpt"
+
+
+class Checkpointer(Callback):
+    """Write a checkpoint of the whole training into a folder, at the end of epochs and when training is interrupted.
+
+    The files are ``epoch-0001.ckpt`` and so on, by the epochs of `phase`. ``latest`` and ``best`` name one each:
+    ``learner.fit(10, resume=folder)`` goes on from the latest, ``learner.load(folder + "/best")`` takes the best.
+    Each is complete from the moment it has its name. Give each run a folder of its own.
+
+    - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
+      `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` at `FitBegin`. Writes nothing: it
+      only asks, and the loop takes the checkpoint when the event has ended.
+    - Costs a few microseconds an epoch; the checkpoint itself a copy of the state to the CPU, and its writing goes on
+      beside training.
+
+    Args:
+        folder: Where to; made if it is not there.
+        keep_top_k: Keep the files of this many best epochs, and the latest; all of them if not given. Without a
+            monitor: of the newest.
+        every: At the end of every n-th epoch.
+        monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; ``None`` for none.
+        phase: The phase whose epochs count and whose metric it is. If not given: the last phase in ``data`` that
+            evaluates, or, without one, the last that trains.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        every_steps: Also after every n-th batch of training; of these only the newest is kept.
+        weights: ``"safetensors"`` writes the model's weights beside each checkpoint, as
+            ``epoch-0001.safetensors`` (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        UsageError: An argument means nothing. At the end of an epoch: the metric is not computed in that phase.
+        MissingStateError: When the learner is built: there is no metric of that name.
+        CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
+            full; the last complete checkpoint stays.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep_top_k: int | None = None,
+        every: int = 1,
+        monitor: str | None = "Loss",
+        phase: type[Phase] | None = None,
+        mode: Literal["min", "max"] = "min",
+        *,
+        every_steps: int | None = None,
+        weights: Literal["safetensors"] | None = None,
+    ) -> None:
+        if not is_a(folder, (str, os.PathLike)):
+            raise UsageError(f"Checkpointer(folder={folder!r}): folder is a path, such as 'runs/a'.")
+        for name, count in (("keep_top_k", keep_top_k), ("every_steps", every_steps)):
+            if count is not None and (not is_a(count, int) or isinstance(count, bool) or count < 1):
+                raise UsageError(f"Checkpointer({name}={count!r}): {name} is a whole number, at least 1, or None.")
+        if monitor is not None and (not is_a(monitor, str) or not monitor or "." in monitor):
+            raise UsageError(f"Checkpointer(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
+        if phase is not None and not is_type(phase, Phase):
+            raise UsageError(f"Checkpointer(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
+        if mode not in ("min", "max"):
+            raise UsageError(
+                f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
+            )
+        _check_weights(weights)
+        self.folder = Path(folder)
+        self.keep_top_k, self.monitor, self.phase, self.mode = keep_top_k, monitor, phase, mode
+        self.every_steps, self.weights = every_steps, weights is not None
+        if every != 1:
+            self.conditions = (Every(EpochEnd, every),)
+        if every_steps is not None:
+            self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
+        self._watched: Phase | None = None
+        self._files: list[tuple[str, float]] = []  # with what they are ranked by, oldest first
+        self._best = math.inf
+        self._step_file = ""
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        """Yield the handlers; what they read depends on the metric."""
+        history: Access = {"cbstate.history": Read()}
+        metric: Access = {} if self.monitor is None else {f"cbstate.metrics_epoch.{self.monitor}": Read()}
+        for owner, handler in super().handlers():
+            if handler.attribute == "end_epoch":
+                yield owner, replace(handler, phase_type=self.phase or Phase, access={**history, **metric})
+            elif handler.attribute != "end_batch" or self.every_steps is not None:
+                yield owner, handler
+
+    @on(FitBegin, access={"data": Read()})
+    def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        """Try the folder, find the phase, and ask for a checkpoint in case of an interrupt."""
+        self._try_folder()
+        phases = list(learner.data)
+        wanted = self.phase or AbstractValidationPhase
+        found = [each for each in phases if isinstance(each, wanted)]
+        if self.phase is None and not found:
+            found = phases
+        exact = [each for each in found if type(each) is self.phase]
+        if not found:
+            raise UsageError(
+                f"{self.name} counts epochs of {wanted.__name__}, which the data does not have. The data has "
+                f"{', '.join(map(repr, phases))}. Write Checkpointer(..., phase={phases[-1]!r})."
+            )
+        self._watched = (exact or found)[-1]
+        learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True)
+
+    @on(EpochEnd)
+    def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        """Ask for a checkpoint, and say which ones are not wanted any more."""
+        if phase is not self._watched:
+            return
+        name = f"epoch-{learner.cbstate.history[phase].epochs:04d}.ckpt"
+        rank = self._rank(phase, learner)
+        best = rank < self._best and self.monitor is not None
+        if best:
+            self._best = rank
+        self._files = [each for each in self._files if each[0] != name]
+        self._files.append((name, rank))
+        remove = [*self._drop(), _INTERRUPTED, *filter(None, [self._step_file])]
+        self._step_file = ""
+        learner.request_checkpoint(self.folder / name, best=best, remove=remove, weights=self.weights)
+
+    @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()})
+    def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Ask for a checkpoint in the midst of an epoch; it replaces the one before of its kind."""
+        before, self._step_file = self._step_file, f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"
+        remove = [_INTERRUPTED, *filter(None, [before])]
+        learner.request_checkpoint(self.folder / self._step_file, remove=remove, weights=self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which files there are, and what they are ranked by: small is good."""
+        return {"files": list(self._files), "best": self._best, "step file": self._step_file}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._files = [(name, rank) for name, rank in state["files"]]
+        self._best, self._step_file = state["best"], state["step file"]
+
+    def _rank(self, phase: Phase, learner: LearnerView) -> float:
+        if self.monitor is None:
+            return -float(len(self._files) and 1 - self._files[-1][1])  # newer is better
+        metrics = learner.cbstate.metrics_epoch
+        series = metrics[phase].get(self.monitor)
+        if not series:
+            if not learner.cbstate.history[phase].steps_epoch:
+                return math.inf  # an epoch without a completed batch
+            others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
+            raise UsageError(
+                f"{self.name} ranks by {self.monitor!r} of {phase!r}, and nothing was recorded of it"
+                f"{f'; it is recorded in {others}' if others else ''}. Give Metrics a metric that is computed in this "
+                f"phase, or write Checkpointer(..., phase=...), or monitor=None."
+            )
+        value = float(series.last()[1])
+        return math.inf if math.isnan(value) else value if self.mode == "min" else -value
+
+    def _drop(self) -> list[str]:
+        """Forget the files that are neither among the best nor the newest, and return their names."""
+        if self.keep_top_k is None:
+            return []
+        kept = {name for name, _ in sorted(self._files, key=lambda each: each[1])[: self.keep_top_k]}
+        kept.add(self._files[-1][0])
+        dropped = [name for name, _ in self._files if name not in kept]
+        self._files = [each for each in self._files if each[0] in kept]
+        return dropped
+
+    def _try_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(b"flowtrain")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name or 'Checkpointer'} cannot write into the folder {self.folder}: {error}. Nothing has been "
+                f"trained. Choose another folder, or make this one writable."
+            ) from error
+
+
+def _check_weights(weights: object) -> None:
+    if weights not in (None, "safetensors"):
+        raise UsageError(f'Checkpointer(weights={weights!r}): weights is "safetensors", or None for no such file.')
+    if weights is not None and importlib.util.find_spec("safetensors") is None:
+        raise CheckpointError(
+            "Checkpointer(weights='safetensors') needs safetensors, which is not installed: "
+            "pip install 'flowtrain[safetensors]'"
+        )
