@@ -78,6 +78,8 @@ class CsvBackend(FileBackend):
     def _open_file(self, run: Run) -> AppendingFile:
         file = AppendingFile(self.path, self._whole_rows)
         self._take_in()
+        if not file.size:
+            file.append(_text([self._columns]))
         return file
 
     def _append(self, file: AppendingFile, record: bytes) -> None:

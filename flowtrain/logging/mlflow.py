@@ -134,6 +134,7 @@ class MLflowBackend(LoggerBackend):
         """Go on from a position: in its MLflow run, or in a new one that begins with what that had then."""
         if self._client is None or position is None:
             return
+        self._waiting.clear()  # all of it came after the position, because `flush` sends
         if position["run"] == self.run_id and position["metrics"] == dict(self._counts):
             return
         entities = needed("mlflow.entities", "MLflowBackend", "mlflow")

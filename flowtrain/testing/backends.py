@@ -1,0 +1,302 @@
+"""The contract of logging backends as a test class: subclass it, say how to make and to read one, and run pytest.
+
+::
+
+    class TestMyBackend(BackendContract):
+        def make_backend(self, folder: Path) -> LoggerBackend:
+            return MyBackend(folder / "log")
+
+        def read(self, folder: Path) -> Entries:
+            ...
+
+Each test gets an empty folder from pytest's ``tmp_path``. The class itself needs no pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+from unittest import mock
+
+import torch
+
+from flowtrain.errors import LoggingError
+from flowtrain.records import (
+    Figure,
+    File,
+    Group,
+    Histogram,
+    Identity,
+    Image,
+    Loggable,
+    LoggerBackend,
+    Run,
+    Settings,
+    Text,
+    Value,
+    collecting,
+    deliver,
+    log,
+)
+from flowtrain.testing.probes import catching
+
+__all__ = ["BackendContract", "Entries"]
+
+Entries: TypeAlias = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
+"""Values as a sink has them: for each group, with slashes, and name the ``(step, value)`` in the sink's order."""
+
+_STEP: Group = ("Step", "TrainingPhase")
+_RUN = Run("contract")
+
+
+class BackendContract:
+    """What every backend promises. A subclass defines `make_backend` and `read`."""
+
+    def make_backend(self, folder: Path) -> LoggerBackend:
+        """Return a new backend that writes somewhere in a folder; the same place for the same folder."""
+        raise NotImplementedError(f"{type(self).__name__} does not define make_backend(folder)")
+
+    def read(self, folder: Path) -> Entries:
+        """Return the values that the closed sink in a folder has, with the sink's own reader where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} does not define read(folder)")
+
+    # --- the constructor, and copies
+
+    def test_the_constructor_only_stores(self, tmp_path: Path) -> None:
+        """Making a backend touches nothing, and two for one place say so."""
+        one, other = self.make_backend(tmp_path), self.make_backend(tmp_path)
+        assert not list(tmp_path.rglob("*")), "the constructor made something: leave it to open()"
+        assert one.sink == other.sink, f"one place is {one.sink!r} and {other.sink!r}"
+        assert one.resource.startswith("resource."), one.resource
+        assert one.resource.count(".") == 1, f"{one.resource!r} is more than one part of a path"
+
+    def test_a_copy_encodes_what_the_original_writes(self, tmp_path: Path) -> None:
+        """A backend pickles before and after it is opened; the copy encodes without being opened."""
+        backend = self.make_backend(tmp_path)
+        early = pickle.loads(pickle.dumps(backend))
+        self._open(backend)
+        late = pickle.loads(pickle.dumps(backend))
+        for step, copy in enumerate((early, late), start=1):
+            assert copy.sink == backend.sink
+            backend.write(copy.encode(Value(step / 2), "Loss", step, _STEP))
+        with catching(LoggingError):
+            late.write(late.encode(Value(9.0), "Loss", 9, _STEP))
+        late.close()
+        backend.write(backend.encode(Value(1.5), "Loss", 3, _STEP))
+        backend.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 1.0), (3, 1.5)]})
+
+    def test_encode_is_pure(self, tmp_path: Path) -> None:
+        """The same loggable gives the same record, whatever was encoded before and beside; nothing is touched."""
+        backend = self.make_backend(tmp_path)
+        samples = [sample for sample in _samples(tmp_path) if isinstance(sample, backend.accepts)]
+        samples = [sample for sample in samples if not isinstance(sample, Figure)]  # a drawing belongs to one thread
+        before = sorted(tmp_path.rglob("*"))
+        jobs = [(sample, f"Name{n}", step) for step in range(8) for n, sample in enumerate(samples)]
+        with mock.patch("time.time", return_value=1_700_000_000.0):
+            alone = [backend.encode(sample, name, step, _STEP) for sample, name, step in jobs]
+            with ThreadPoolExecutor(4) as pool:
+                beside = list(pool.map(lambda job: backend.encode(job[0], job[1], job[2], _STEP), jobs))
+        for record in alone:
+            assert isinstance(record, bytes), f"encode() returned {record!r}"
+        differing = [job for job, one, other in zip(jobs, alone, beside, strict=True) if one != other]
+        assert not differing, f"encoded differently in another thread: {differing[0]}"
+        assert sorted(tmp_path.rglob("*")) == before, "encode() made something: it may run on another machine"
+
+    # --- what is written
+
+    def test_records_are_kept_in_order(self, tmp_path: Path) -> None:
+        """What is written is there, in the order in which it was written, by group and name."""
+        backend = self._open(self.make_backend(tmp_path))
+        for step in range(1, 30):
+            self._write(backend, "Loss", step, 1 / step)
+            if step % 3 == 0:
+                backend.write(backend.encode(Value(step), "Loss", step // 3, ("Epoch", "TrainingPhase")))
+                self._write(backend, "Accuracy", step, -step)
+        backend.close()
+        found = self.read(tmp_path)
+        assert _rounded(found["Step/TrainingPhase", "Loss"]) == [(n, _single(1 / n)) for n in range(1, 30)]
+        assert _rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
+        assert _rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
+
+    def test_any_number_is_a_value(self, tmp_path: Path) -> None:
+        """NaN and infinite values are kept; tensors with one element are numbers; what is no number is refused."""
+        backend = self._open(self.make_backend(tmp_path))
+        numbers = [3, True, math.inf, -math.inf, 1e-30, torch.tensor(0.5), torch.tensor([[2]])]
+        for step, value in enumerate(numbers, start=1):
+            self._write(backend, "Loss", step, value)
+        self._write(backend, "Loss", 8, math.nan)
+        for wrong in ("text", None, torch.zeros(2), 1j):
+            with catching(LoggingError):
+                backend.encode(Value(wrong), "Loss", 9, _STEP)
+        backend.close()
+        found = self.read(tmp_path)["Step/TrainingPhase", "Loss"]
+        wanted = [3.0, 1.0, math.inf, -math.inf, _single(1e-30), 0.5, 2.0]
+        assert _rounded(found[:7]) == list(enumerate(wanted, start=1))
+        assert found[7][0] == 8
+        assert math.isnan(found[7][1]), f"NaN came back as {found[7][1]}"
+
+    def test_it_takes_what_it_says_and_refuses_the_rest(self, tmp_path: Path) -> None:
+        """Every kind in ``accepts`` can be written; others are refused when they are encoded."""
+
+        class Other(Loggable):
+            """A kind that nobody knows."""
+
+        backend = self._open(self.make_backend(tmp_path))
+        for number, sample in enumerate([*_samples(tmp_path), Other()]):
+            if isinstance(sample, backend.accepts):
+                backend.write(backend.encode(sample, f"Name{number}", 1, _STEP))
+            else:
+                with catching(LoggingError):
+                    backend.encode(sample, f"Name{number}", 1, _STEP)
+        backend.close()
+
+    def test_what_was_collected_elsewhere_is_what_is_logged_in_place(self, tmp_path: Path) -> None:
+        """Rule 25: workers encode, the owner of the sink writes."""
+        backend = self._open(self.make_backend(tmp_path))
+        log([backend], Value(0.5), "Loss", 1, _STEP)
+        with collecting(Identity("contract", "lane", 0)) as collector:
+            log([pickle.loads(pickle.dumps(backend))], Value(0.25), "Loss", 2, _STEP)
+        deliver([backend], collector.records)
+        backend.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25)]})
+
+    # --- opening and closing
+
+    def test_closing_may_be_repeated_and_ends_writing(self, tmp_path: Path) -> None:
+        """`close` does nothing when it is closed, or was never opened; a record before or after is an error."""
+        backend = self.make_backend(tmp_path)
+        record = backend.encode(Value(0.5), "Loss", 1, _STEP)
+        backend.close()
+        with catching(LoggingError):
+            backend.write(record)
+        self._open(backend).write(record)
+        backend.close()
+        backend.close()
+        with catching(LoggingError):
+            backend.write(record)
+        self._expect(tmp_path, {"Loss": [(1, 0.5)]})
+
+    def test_it_can_be_opened_again(self, tmp_path: Path) -> None:
+        """A backend that is opened again, or another one for the same place, goes on with what is there."""
+        backend = self._open(self.make_backend(tmp_path))
+        self._write(backend, "Loss", 1, 0.5)
+        backend.close()
+        self._open(backend)
+        self._write(backend, "Loss", 2, 0.25)
+        backend.close()
+        other = self.make_backend(tmp_path)
+        other.open(Run("contract", resumed=True))
+        self._write(other, "Loss", 3, 0.125)
+        other.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 0.125)]})
+
+    def test_only_rank_0_writes(self, tmp_path: Path) -> None:
+        """In the other processes of a distributed run everything may be called, and nothing is touched."""
+        backend = self.make_backend(tmp_path)
+        backend.open(Run("contract", rank=1))
+        self._write(backend, "Loss", 1, 0.5)
+        position = backend.flush()
+        backend.restore(position)
+        self._write(backend, "Loss", 2, 0.5)
+        backend.close()
+        assert not list(tmp_path.rglob("*")), f"rank 1 made {list(tmp_path.rglob('*'))}"
+
+    # --- flush and restore
+
+    def test_restore_drops_what_came_later(self, tmp_path: Path) -> None:
+        """A position is plain, and leads back to what was there at `flush`, in this backend."""
+        backend = self._open(self.make_backend(tmp_path))
+        position = self._fill(backend)
+        backend.restore(position)
+        self._write(backend, "Loss", 3, 3.5)
+        backend.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
+
+    def test_another_process_goes_on_from_a_position(self, tmp_path: Path) -> None:
+        """So it does when the process that wrote has ended, also when it was killed and has closed nothing."""
+        killed = self._open(self.make_backend(tmp_path))
+        position = self._fill(killed)
+        killed.flush()
+        backend = self.make_backend(tmp_path)
+        backend.open(Run("contract", resumed=True))
+        backend.restore(position)
+        self._write(backend, "Loss", 3, 3.5)
+        assert backend.flush() != position
+        backend.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
+        self._give_up(killed)
+
+    def test_restoring_the_newest_position_changes_nothing(self, tmp_path: Path) -> None:
+        """A run that stopped at its checkpoint goes on with all that it had, and so it does a second time."""
+        backend = self._open(self.make_backend(tmp_path))
+        self._write(backend, "Loss", 1, 0.5)
+        for step in (2, 3):
+            backend.restore(json.loads(json.dumps(backend.flush())))
+            self._write(backend, "Loss", step, 0.5)
+        backend.close()
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.5), (3, 0.5)]})
+
+    # --- helpers
+
+    def _open(self, backend: LoggerBackend) -> LoggerBackend:
+        backend.open(_RUN)
+        return backend
+
+    def _give_up(self, backend: LoggerBackend) -> None:
+        """Let go of a backend whose sink has gone on without it; what that raises does not matter."""
+        with suppress(LoggingError):
+            backend.close()
+
+    def _fill(self, backend: LoggerBackend) -> Any:
+        """Write, flush, and write more; return the position between, as it comes out of a checkpoint."""
+        self._write(backend, "Loss", 1, 0.5)
+        self._write(backend, "Loss", 2, 0.25)
+        self._write(backend, "Accuracy", 2, 0.75)
+        position = backend.flush()
+        assert json.loads(json.dumps(position)) == position, f"the position {position!r} is not made of plain values"
+        for step in (2, 3, 4):
+            self._write(backend, "Later", step, 9.0)
+            self._write(backend, "Loss", step + 1, 9.0)
+        return json.loads(json.dumps(position))
+
+    def _write(self, backend: LoggerBackend, name: str, step: int, value: Any) -> None:
+        backend.write(backend.encode(Value(value), name, step, _STEP))
+
+    def _expect(self, folder: Path, wanted: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        found = {key: list(entries) for key, entries in self.read(folder).items()}
+        assert found == {("Step/TrainingPhase", name): list(entries) for name, entries in wanted.items()}
+
+
+def _samples(folder: Path) -> Iterator[Loggable]:
+    """Yield one loggable of each kind."""
+    path = folder / "sample.txt"
+    path.write_text("sample", "utf-8")
+    yield Value(0.5)
+    yield Image(torch.linspace(0, 1, 12).reshape(3, 2, 2))
+    yield Text("**text**")
+    yield Histogram(torch.arange(10.0))
+    yield File(path)
+    yield Settings({"batch_size": 32, "optimizer": {"name": "SGD", "momentum": None}, "tags": ["a", "b"]})
+    if find_spec("matplotlib"):
+        from matplotlib.figure import Figure as Drawing
+
+        drawing = Drawing((1, 1))
+        drawing.subplots().plot([1, 2])
+        yield Figure(drawing)
+
+
+def _single(value: float) -> float:
+    """Return a number as sinks with single precision keep it."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _rounded(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, _single(value)) for step, value in entries]

@@ -1,0 +1,102 @@
+"""CSV: a table that gets columns as names come."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, LoggerBackend, Run, Text, Value
+from flowtrain.testing import BackendContract
+
+STEP = ("Step", "TrainingPhase")
+
+
+class TestContract(BackendContract):
+    """`CsvBackend` is a backend."""
+
+    def make_backend(self, folder: Path) -> LoggerBackend:
+        return CsvBackend(folder / "runs" / "values.csv")
+
+    def read(self, folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+        found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+        with open(folder / "runs" / "values.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name not in ("group", "step") and value:
+                        found[row["group"], name].append((int(row["step"]), float(value)))
+        return found
+
+
+def write(backend: CsvBackend, name: str, step: int, value: float, group: tuple[str, ...] = STEP) -> None:
+    backend.write(backend.encode(Value(value), name, step, group))
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """One row for each step of a group; names get columns at the end, and earlier rows are empty there."""
+    path = tmp_path / "values.csv"
+    backend = CsvBackend(path)
+    backend.open(Run("r"))
+    write(backend, "Loss", 1, 0.75)
+    write(backend, "Loss", 2, 0.5)
+    write(backend, "Accuracy, top 5", 2, 1.0)
+    write(backend, "Loss", 1, float("nan"), ("Epoch", "TrainingPhase"))
+    backend.close()
+    assert path.read_text("utf-8") == (
+        'group,step,Loss,"Accuracy, top 5"\n'
+        "Step/TrainingPhase,1,0.75,\n"
+        "Step/TrainingPhase,2,0.5,1.0\n"
+        "Epoch/TrainingPhase,1,nan,\n"
+    )
+
+
+@given(
+    entries=st.lists(st.tuples(st.sampled_from(["A", "B", 'C"\n,']), st.integers(1, 3)), min_size=1, max_size=12),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_restoring_anywhere_gives_the_file_of_that_moment(
+    entries: list[tuple[str, int]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rule 28: bytes and positions, also in the middle of a row and before a column came."""
+    path = tmp_path_factory.mktemp("csv") / "values.csv"
+    backend = CsvBackend(path)
+    backend.open(Run("r"))
+    moments = [(backend.flush(), path.read_bytes())]
+    for number, (name, step) in enumerate(entries):
+        write(backend, name, step, number / 4)
+        moments.append((backend.flush(), path.read_bytes()))
+    place = data.draw(st.integers(0, len(entries)))
+    again = CsvBackend(path)
+    again.open(Run("r", resumed=True))
+    again.restore(moments[place][0])
+    assert path.read_bytes() == moments[place][1]
+    for number, (name, step) in list(enumerate(entries))[place:]:
+        write(again, name, step, number / 4)
+    assert path.read_bytes() == moments[-1][1]
+    backend.close()
+    again.close()
+
+
+def test_another_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "values.csv"
+    path.write_text("a,b\n1,2\n", "utf-8")
+    with pytest.raises(LoggingError, match=r"values\.csv begins with the columns a, b, so it is no table of a CsvB"):
+        CsvBackend(path).open(Run("r"))
+    assert path.read_text("utf-8") == "a,b\n1,2\n"
+    path.write_text("group,step\n", "utf-8")
+    backend = CsvBackend(path)
+    backend.open(Run("r", resumed=True))
+    with pytest.raises(LoggingError, match=r"has 0 rows of group, step, and had 2 of group, step, Loss when the che"):
+        backend.restore({"columns": ["group", "step", "Loss"], "rows": 2, "last": ["Step", "2", "1.0"]})
+    backend.close()
+
+
+def test_values_only(tmp_path: Path) -> None:
+    with pytest.raises(LoggingError, match=r"CsvBackend\('.*v\.csv'\) takes Value, and got a Text\."):
+        CsvBackend(tmp_path / "v.csv").encode(Text("t"), "Name", 1, STEP)

@@ -1,0 +1,115 @@
+"""Weights & Biases, offline: what is in the files that ``wandb sync`` would upload."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import File, Histogram, Image, LoggerBackend, Run, Settings, Text, Value, WandbBackend
+from flowtrain.testing import BackendContract
+
+STEP = ("Step", "TrainingPhase")
+BLOCK = 32768  # https://github.com/google/leveldb/blob/main/doc/log_format.md, after W&B's own header of 7 bytes
+
+
+def make(folder: Path) -> WandbBackend:
+    return WandbBackend("digits", "a", folder=folder, mode="offline")
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The messages in a file of W&B."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """For each run by its id: the configuration and the history."""
+    found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+        config: dict[str, Any] = {}
+        history: list[dict[str, Any]] = []
+        for record in records(path):
+            for update in (*record.config.update, *record.run.config.update):
+                config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
+            if record.history.item:
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                history.append({key: json.loads(value) for key, value in items.items()})
+        found[path.name.removeprefix("run-").removesuffix(".wandb")] = config, history
+    return found
+
+
+class TestContract(BackendContract):
+    """`WandbBackend` is a backend; a run that goes on is read with those that it continues."""
+
+    def make_backend(self, folder: Path) -> LoggerBackend:
+        return make(folder)
+
+    def read(self, folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+        found = runs(folder)
+        entries: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for item in [item for each in found for item in self.kept(each, found)]:
+            group = "/".join(next(key for key in item if key.endswith("/step")).split("/")[:-1])
+            for key, value in item.items():
+                if key.startswith(f"{group}/") and key != f"{group}/step":
+                    entries.setdefault((group, key.removeprefix(f"{group}/")), []).append(
+                        (item[f"{group}/step"], float(value))
+                    )
+        return entries
+
+    @staticmethod
+    def kept(run: str, found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+        """The history of a run, as far as a later one does not begin before its end."""
+        counts = [
+            config["flowtrain"]["records"]
+            for config, _ in found.values()
+            if config.get("flowtrain", {}).get("continues") == run
+        ]
+        history = found[run][1]
+        return history[: counts[0]] if counts else history
+
+
+def test_every_kind_is_in_the_history(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<p>", "utf-8")
+    backend = make(tmp_path)
+    backend.open(Run("r"))
+    backend.write(backend.encode(Settings({"lr": 0.1, "model": {"width": 8}}), "Settings", 0, ("HyperParams",)))
+    logged = [Text("ü"), Image(torch.zeros(2, 3)), Histogram([0.0, 1.0, 1.0], bins=2), File(report), Value(0.5)]
+    for loggable in logged:
+        backend.write(backend.encode(loggable, type(loggable).__name__, 3, STEP))
+    backend.close()
+    [(config, history)] = runs(tmp_path).values()
+    assert (config["lr"], config["model"]) == (0.1, {"width": 8})
+    values = {key.rpartition("/")[2]: value for item in history for key, value in item.items()}
+    assert (values["Text"], values["Value"], values["step"]) == ("ü", 0.5, 3)
+    assert values["Histogram"]["values"] == [1, 2]
+    assert (values["Image"]["width"], values["Image"]["height"]) == (3, 2)
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/files/Step/TrainingPhase/File/3/report.html")
+    assert kept.read_text("utf-8") == "<p>"
+
+
+def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(LoggingError, match=r"WandbBackend needs wandb, .* pip install 'flowtrain\[wandb\]'"):
+        make(tmp_path).open(Run("r"))
