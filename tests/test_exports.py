@@ -17,7 +17,7 @@ import flowtrain
 MODULES = ["flowtrain", *(found.name for found in pkgutil.walk_packages(flowtrain.__path__, "flowtrain."))]
 
 # Slow to import or not installed everywhere, so imported by who uses them.
-LAZY = ["dask", "distributed", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]
+LAZY = ["dask", "distributed", "matplotlib", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]
 IMPORT = """
 import json, sys, threading
 started, start = [], threading.Thread.start
