@@ -23,6 +23,7 @@ from flowtrain.arguments import (
     check_model,
     check_phase,
 )
+from flowtrain.audit import SyncReport, audit
 from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
@@ -278,6 +279,20 @@ class Learner(StepSite):
         """
         self._ready("suggest_access()")
         found = record(self, callback)
+        print(found)
+        return found
+
+    def audit_syncs(self) -> SyncReport:
+        """Find what makes the host wait for the device, by callback and line, and print it with what to do about it.
+
+        The callbacks run for one batch of every phase, on copies; the learner does not change. Without a device the
+        CPU counts as one. Callbacks that only print or write files are left out.
+
+        Raises:
+            UsageError: The learner has no data, or something cannot be copied.
+        """
+        self._ready("audit_syncs()")
+        found = audit(self)
         print(found)
         return found
 

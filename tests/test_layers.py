@@ -30,7 +30,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "core",
         "data", "planned", "scopes", "dispatch", "randomness", "position", "checkpointfile", "checkpoint", "writer",
         "cuts", "interrupts", "loop", "stepsite",
-        "scratch", "dryrun",
+        "scratch", "dryrun", "syncs", "audit",
     ),  # training itself
     6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
         "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
