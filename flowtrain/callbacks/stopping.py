@@ -26,8 +26,9 @@ class EarlyStopping(Callback):
 
     Raises `CancelFittingException`: `fit` ends normally, and ``learner.stopped`` says which criterion it was, why, and
     after which epoch. Phases that come later in ``data`` are not run in that epoch. Criteria go on over several fits,
-    and begin anew with the fit after the one that they have ended. Outside of `fit`, as in ``learner.validate()``,
-    nothing is watched.
+    and begin anew with the fit after the one that they have ended. A run that they have ended and that is resumed from
+    its last checkpoint ends at once, unless the criteria are changed: then they go on. Outside of `fit`, as in
+    ``learner.validate()``, nothing is watched.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; and ``data`` at `FitBegin`. Writes nothing.
@@ -79,7 +80,7 @@ class EarlyStopping(Callback):
         self._watched: Phase | None = None  # the phase of `data` that is watched in this fit
         self._training: Phase | None = None
         self._seen = 0  # how many values of training the criterion has been given
-        self._ended = False
+        self._ended = ""  # the message with which it has ended the last fit
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers; the one that watches is for the watched phase and metric."""
@@ -93,13 +94,15 @@ class EarlyStopping(Callback):
     @on(FitBegin, access={"data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Find the watched phase in the data, and let the criteria begin."""
+        if self._ended and event.resumed:
+            raise CancelFittingException(self._ended)
         phases = list(learner.data)
         self._watched = self._find(self.phase, phases)
         if self.criterion.needs_training:
             self._training = self._find(AbstractTrainingPhase, phases)
         if self._ended:
             self.criterion.reset()
-            self._ended = False
+            self._ended = ""
         self.criterion.begin(self.mode)
 
     @on(EpochEnd)
@@ -118,12 +121,12 @@ class EarlyStopping(Callback):
             return  # nothing was recorded in this one
         why = self.criterion.update(value, self._new_of_training(metrics))
         if why is not None:
-            self._ended = True
             best_epoch, best = self._best(series)
-            raise CancelFittingException(
+            self._ended = (
                 f"{self.name or 'EarlyStopping'} ends training after epoch {epoch} of {phase!r}. {why}. "
                 f"{self.monitor} is {value:.6g}; its best value was {best:.6g}, in epoch {best_epoch}."
             )
+            raise CancelFittingException(self._ended)
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
@@ -132,7 +135,8 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the criteria remember."""
-        return {"criterion": self.criterion.state_dict(), "seen": self._seen, "ended": self._ended}
+        ended = {"ended": self._ended, "by": repr(self.criterion)}
+        return {"criterion": self.criterion.state_dict(), "seen": self._seen, **ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -141,7 +145,8 @@ class EarlyStopping(Callback):
             CheckpointError: It is the state of other criteria.
         """
         self.criterion.load_state_dict(state["criterion"])
-        self._seen, self._ended = state["seen"], state["ended"]
+        self._seen = state["seen"]
+        self._ended = state["ended"] if state["by"] == repr(self.criterion) else ""
 
     def _new_of_training(self, metrics: Any) -> list[float]:
         """Return the values of training that the criteria have not been given."""

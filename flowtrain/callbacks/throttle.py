@@ -121,8 +121,7 @@ def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase]
         callback: The callback.
         event_type: The event, subclasses included.
         predicate: Called at each such event with its number, from 1 and counted for each phase, and the phase; returns
-            a ``bool``. A callback that is sent to another process needs one that can be pickled: a function of a
-            module, no lambda.
+            a ``bool``.
 
     Raises:
         UsageError: `predicate` cannot be called, or the callback does not handle the event. At the event: it returned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
-from flowtrain.callbacks import CustomCallback, EarlyStopping, Metric, Metrics, throttle
+from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics, throttle
+from flowtrain.criterion import Criterion
 from flowtrain.errors import CheckpointError
 from flowtrain.execution import Executor
 from flowtrain.stopping import GL, PQ, UP, InvalidValue, Never, NumberLimit, Patience, Threshold
@@ -216,6 +218,45 @@ def test_the_state_goes_on_in_another_learner() -> None:
     rest = learner_with(second, SCORES[3:])
     rest.fit(7)
     assert epochs_of(rest) == epochs_of(whole) - 3 == 2
+
+
+def checkpointed(folder: Path, *criteria: Criterion) -> Learner:
+    return tiny_learner(
+        EarlyStopping(*criteria), Checkpointer(folder), data=(tiny_batches(n_batches=4), tiny_batches(2.9, n_batches=1))
+    )
+
+
+def test_a_resumed_run_stops_where_one_without_a_break_does(tmp_path: Path) -> None:
+    """Rule 28."""
+    whole = checkpointed(tmp_path / "whole", UP(2), PQ(1e9, k=3))
+    whole.fit(30)
+    checkpointed(tmp_path / "parts", UP(2), PQ(1e9, k=3)).fit(epochs_of(whole) - 1)
+    rest = checkpointed(tmp_path / "parts", UP(2), PQ(1e9, k=3))
+    rest.fit(30, resume=tmp_path / "parts")
+    assert epochs_of(rest) == epochs_of(whole) < 30
+    assert str(rest.stopped) == str(whole.stopped)
+    assert torch.equal(rest.model.coeff, whole.model.coeff)
+
+
+def test_a_run_that_it_has_ended_ends_at_once_when_it_is_resumed(tmp_path: Path) -> None:
+    first = checkpointed(tmp_path, UP(2))
+    first.fit(30)
+    again = checkpointed(tmp_path, UP(2))
+    again.fit(30, resume=tmp_path)
+    assert epochs_of(again) == epochs_of(first) == 6
+    assert str(again.stopped) == str(first.stopped)
+    again.fit(2)  # a fit of its own begins anew
+    assert (epochs_of(again), again.stopped) == (8, None)
+
+
+def test_with_other_criteria_it_goes_on_from_there(tmp_path: Path) -> None:
+    """UP(2) has ended it after the second rise in a row; UP(3) waits for a third."""
+    first = checkpointed(tmp_path, UP(2))
+    first.fit(30)
+    again = checkpointed(tmp_path, UP(3))
+    again.fit(30, resume=tmp_path)
+    assert epochs_of(again) == epochs_of(first) + 1
+    assert "UP(3): the value became worse 3 times in a row" in str(again.stopped)
 
 
 def test_the_state_of_other_criteria_is_refused() -> None:
