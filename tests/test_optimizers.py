@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
+from flowtrain.optimizers import fused
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
@@ -120,3 +121,31 @@ def shared_loss(part: nn.Module) -> nn.Module:
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     with pytest.raises(CoreError, match=r"optimizer is LBFGS, whose step runs the model several times"):
         learner_of(Net(), optimizer=torch.optim.LBFGS)
+
+
+def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
+    """On an accelerator; here the CPU stands in for one."""
+    params = list(nn.Linear(2, 2).parameters())
+    adamw, on = torch.optim.AdamW, ("cpu",)
+
+    def is_fused(wanted: Any, devices: tuple[str, ...] = on) -> bool:
+        return bool(fused(wanted, params, devices)(params).defaults.get("fused"))
+
+    assert is_fused(adamw)
+    assert is_fused(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    assert not is_fused(adamw, ("cuda",)), "the CPU gains nothing"
+    for said in ({"fused": False}, {"foreach": True}, {"capturable": False}, {"differentiable": True}):
+        assert not is_fused(partial(adamw, **said))
+    assert not is_fused(torch.optim.Rprop), "torch has no fused one"
+    assert not is_fused(lambda those: adamw(those)), "what it makes is not ours to change"
+    assert fused(adamw, [*params, nn.Parameter(torch.zeros(1, device="meta"))], on) is adamw
+
+    class Own(torch.optim.AdamW):
+        """A user's own."""
+
+    assert fused(Own, params, on) is Own
+
+
+def test_the_first_two_arguments_stay_as_given() -> None:
+    made = fused(partial(torch.optim.AdamW, lr=0.5, weight_decay=0.25), [], ("cpu",))([nn.Parameter(torch.zeros(1))])
+    assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.5, 0.25)

@@ -1,0 +1,60 @@
+"""Placement: what of a batch goes where, in which memory format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
+
+
+def learner_of(core: TorchCore) -> Learner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    data = [(torch.randn(5, 3, 8, 8), torch.randint(2, (5,))) for _ in range(3)]
+    return Learner(model, cross_entropy, data=data, core=core, default_callbacks="quiet")
+
+
+def test_channels_last_reaches_model_and_data_and_changes_no_value() -> None:
+    last, plain = learner_of(TorchCore("cpu", channels_last=True)), learner_of(TorchCore("cpu"))
+    for learner in (last, plain):
+        learner.fit(1)
+    assert last.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert last.batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    assert last.batch.targets.dim() == 1
+    assert not plain.batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last.model[0].weight, plain.model[0].weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "lag"), [({}, 0), ({"lag": 3}, 3), ({"lag": 0}, 0)])
+def test_the_lag_of_the_cpu(options: dict[str, int], lag: int) -> None:
+    learner = learner_of(TorchCore("cpu", **options))  # type: ignore[arg-type]
+    assert learner.state.lag == lag
+
+
+def test_a_copy_of_a_core_keeps_what_it_was_told() -> None:
+    core = TorchCore("cpu", "bf16", 2, 1.0, True, clip_grad_value=0.5, lag=1, channels_last=True, prefetch=False)
+    assert vars(core.like().settings) == {**vars(core.settings), "compile": False}
+
+
+def test_tf32_is_for_cuda() -> None:
+    before = torch.get_float32_matmul_precision()
+    learner_of(TorchCore("cpu", tf32=True))
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(CoreError, match="tf32 is True, False or None; got 'high'"):
+        TorchCore(tf32="high")  # type: ignore[arg-type]
+
+
+def test_a_fed_batch_is_forgotten_when_the_epoch_ends() -> None:
+    class Same:
+        def start(self, raw: object) -> object:
+            return raw
+
+        def finish(self, moving: object) -> object:
+            return moving
+
+    learner = learner_of(TorchCore("cpu", prefetch=Same()))
+    learner.epoch(TrainingPhase)
+    assert learner.core._placement._fed is None
