@@ -48,6 +48,7 @@ from flowtrain.events import (
     UpdateEnd,
 )
 from flowtrain.execution import Executor, SerialExecutor
+from flowtrain.finder import LearningRateSweep, find_learning_rate
 from flowtrain.learner import Learner
 from flowtrain.phases import (
     AbstractTrainingPhase,
@@ -96,6 +97,7 @@ __all__ = [
     "HandlerError",
     "Learner",
     "LearnerView",
+    "LearningRateSweep",
     "LoggingError",
     "LossBegin",
     "LossError",
@@ -121,6 +123,7 @@ __all__ = [
     "Write",
     "WriteConflictError",
     "callback_graph",
+    "find_learning_rate",
     "on",
     "resolve",
 ]

@@ -15,7 +15,7 @@ from flowtrain.curves import Ends, curves, find_names
 from flowtrain.errors import UsageError
 from flowtrain.phases import AbstractTrainingPhase
 
-__all__ = ["plot"]
+__all__ = ["plot", "save"]
 
 
 def plot(metrics: Sequence[str], cbstate: Any, ends: Mapping[str, Ends], to: str | PathLike[str] | None = None) -> Any:
@@ -40,11 +40,16 @@ def plot(metrics: Sequence[str], cbstate: Any, ends: Mapping[str, Ends], to: str
     trained = any(isinstance(curve.phase, AbstractTrainingPhase) for panel in panels for curve in panel)
     figure = CurveFigure(panels, "training batches" if trained else "batches")
     if to is not None:
-        _save(figure, Path(to))
+        save(figure, Path(to))
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a file; folders that are missing are made.
+
+    Raises:
+        UsageError: matplotlib does not write such files.
+    """
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
         raise UsageError(
