@@ -48,8 +48,8 @@ def main() -> None:
 def large(report: Report) -> None:
     """100 MB in 300 tensors; the snapshot before is released when the next is taken, as a lane does that keeps up."""
     state = LearnerState()
-    size = BYTES // TENSORS // 4
-    model = nn.ParameterDict({f"p{number}": nn.Parameter(torch.randn(size)) for number in range(TENSORS)})
+    rows = BYTES // TENSORS // 4 // 64
+    model = nn.ParameterDict({f"p{number}": nn.Parameter(torch.randn(rows, 64)) for number in range(TENSORS)})
     state.model, state.params = model, Parameters({"": model})
     sources = [parameter.detach() for parameter in model.parameters()]
     buffers = [torch.empty_like(source) for source in sources]

@@ -3,8 +3,9 @@
 The pool lends memory as tensors. It keeps the memory itself, and a tensor that was made from it, any view or numpy
 array of that tensor included, holds a reference to it. So the number of references says whether it is in use, and
 nobody can see a tensor change because somebody else released it: a callback may keep what it read for ever.
-Memory is found again by dtype, shape and strides. What was not used for the longest time goes first when the limit is
-reached; beyond the limit tensors are ordinary ones.
+
+Memory is found again by the dtypes, shapes and strides of the tensors in it. What was not used for the longest time
+goes first when the limit is reached; beyond the limit tensors are ordinary ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import sys
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -30,18 +32,27 @@ _SMALL = 1024
 _LOOKS = 8
 """How many kinds of memory are looked at for some to give up, each time."""
 
-_Key: TypeAlias = "tuple[torch.dtype, torch.Size, tuple[int, ...] | None, bool]"
+_Shape: TypeAlias = "tuple[torch.dtype, torch.Size, tuple[int, ...] | None]"
+_Key: TypeAlias = "tuple[bool, tuple[_Shape, ...]]"
 
 
 class _Kind:
-    """The memory for one dtype, shape and strides, the one that was lent longest ago first."""
+    """The memory for tensors of certain shapes, the one that was lent longest ago first."""
 
-    __slots__ = ("elements", "memories", "nbytes")
+    __slots__ = ("_dtypes", "_parts", "memories", "nbytes")
 
-    def __init__(self, elements: int, itemsize: int) -> None:
-        self.elements = elements
-        self.nbytes = elements * itemsize
+    def __init__(self, shapes: tuple[_Shape, ...]) -> None:
         self.memories: deque[tuple[Any, int]] = deque()
+        self.nbytes = 0
+        self._dtypes = list(dict.fromkeys(dtype for dtype, _, _ in shapes))
+        self._parts: list[tuple[int, torch.Size, tuple[int, ...], int]] = []
+        for dtype, shape, strides in shapes:
+            if strides is None:
+                strides = torch.empty(shape, device="meta").stride()
+            elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            self._parts.append((self._dtypes.index(dtype), shape, strides, self.nbytes // dtype.itemsize))
+            self.nbytes += elements * dtype.itemsize
+            self.nbytes += -self.nbytes % ALIGNMENT
 
     def idle(self) -> tuple[Any, int] | None:
         """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
@@ -50,6 +61,17 @@ class _Kind:
             if _references(self.memories) <= _IDLE:
                 return self.memories[-1]
         return None
+
+    def flats(self, memory: Any, offset: int) -> list[torch.Tensor]:
+        """Return all of the memory as each dtype."""
+        return [
+            torch.frombuffer(memory, dtype=dtype, count=self.nbytes // dtype.itemsize, offset=offset)
+            for dtype in self._dtypes
+        ]
+
+    def tensors(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors in some memory."""
+        return [flats[which].as_strided(shape, strides, start) for which, shape, strides, start in self._parts]
 
 
 class Pool:
@@ -76,25 +98,39 @@ class Pool:
         return self._nbytes
 
     def like(self, source: torch.Tensor, *, pinned: bool = False) -> torch.Tensor:
-        """Return a tensor in this process's memory, not filled, with the dtype, the shape and the strides of `source`.
+        """Return one tensor as `like_all` does."""
+        return self.like_all([source], pinned=pinned)[0]
 
-        Where `source` has gaps or overlaps, the strides are those of a contiguous tensor (`dense_strides`).
+    def like_all(self, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> list[torch.Tensor]:
+        """Return tensors in this process's memory, not filled, with the dtypes, shapes and strides of `sources`.
+
+        Where a source has gaps or overlaps, the strides are those of a contiguous tensor (`dense_strides`). All of
+        them lie in one piece of memory, which is in use as long as one of them is.
 
         Args:
-            source: A strided tensor, not quantised.
+            sources: Strided tensors, not quantised.
             pinned: Whether the memory is pinned, for copies from a CUDA device.
         """
-        shape, dtype = source.shape, source.dtype
-        strides = None if source.is_contiguous() else dense_strides(source)
-        elements = source.numel() if strides is None else _extent(shape, strides)
-        if elements * dtype.itemsize < _SMALL and not pinned:
-            return _ordinary(shape, strides, dtype, pinned)
+        shapes = tuple(
+            [
+                (source.dtype, source.shape, None if source.is_contiguous() else dense_strides(source))
+                for source in sources
+            ]
+        )
+        if sum([source.nbytes for source in sources]) < _SMALL and not pinned:
+            return [_ordinary(*shape, pinned=False) for shape in shapes]
+        key = (pinned, shapes)
         with self._lock:
-            found = self._find((dtype, shape, strides, pinned), elements)
+            kind = self._kinds.get(key)
+            if kind is None:
+                kind = self._kinds[key] = _Kind(shapes)
+            else:
+                self._kinds.move_to_end(key)
+            found = kind.idle() or self._add(kind, pinned)
             if found is None:
-                return _ordinary(shape, strides, dtype, pinned)
-            flat = torch.frombuffer(found[0], dtype=dtype, count=elements, offset=found[1])
-            return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+                return [_ordinary(*shape, pinned=pinned) for shape in shapes]
+            flats = kind.flats(*found)  # from here on the memory is in use
+        return kind.tensors(flats)
 
     def clear(self) -> None:
         """Keep nothing any more. What is lent stays as it is."""
@@ -102,18 +138,13 @@ class Pool:
             self._kinds.clear()
             self._nbytes = 0
 
-    def _find(self, key: _Key, elements: int) -> tuple[Any, int] | None:
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = _Kind(elements, key[0].itemsize)
-        else:
-            self._kinds.move_to_end(key)
-        found = kind.idle()
-        if found is None and elements and self._room(kind.nbytes):
-            found = _pinned(kind.nbytes) if key[3] else aligned(kind.nbytes)
-            self._kinds[key] = kind
-            kind.memories.append(found)
-            self._nbytes += kind.nbytes
+    def _add(self, kind: _Kind, pinned: bool) -> tuple[Any, int] | None:
+        """Get new memory of a kind, if there is room."""
+        if not self._room(kind.nbytes):
+            return None
+        found = _pinned(kind.nbytes) if pinned else aligned(kind.nbytes)
+        kind.memories.append(found)
+        self._nbytes += kind.nbytes
         return found
 
     def _room(self, nbytes: int) -> bool:
@@ -122,13 +153,14 @@ class Pool:
             if self._nbytes + nbytes <= self.limit_bytes or not self._kinds:
                 break
             key, kind = next(iter(self._kinds.items()))
+            if not kind.memories:
+                del self._kinds[key]
+                continue
             if kind.idle() is None:
                 self._kinds.move_to_end(key)
                 continue
             kind.memories.pop()  # where `idle` has put it
             self._nbytes -= kind.nbytes
-            if not kind.memories:
-                del self._kinds[key]
         return self._nbytes + nbytes <= self.limit_bytes
 
 
@@ -148,10 +180,6 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return strides if extent <= 2 * tensor.numel() else None
 
 
-def _extent(shape: torch.Size, strides: tuple[int, ...]) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
 def _references(memories: deque[tuple[Any, int]]) -> int:
     return sys.getrefcount(memories[-1][0])
 
@@ -160,7 +188,7 @@ _IDLE = _references(deque([(bytearray(1), 0)]))  # measured: what counts as a re
 
 
 def _ordinary(
-    shape: torch.Size, strides: tuple[int, ...] | None, dtype: torch.dtype, pinned: bool
+    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...] | None, *, pinned: bool
 ) -> torch.Tensor:
     if strides is None:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)

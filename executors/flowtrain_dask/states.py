@@ -15,6 +15,7 @@ from flowtrain.phasemap import CountsMap, PhaseMap
 from flowtrain.series import Series, SeriesMap
 from flowtrain.state import Named, State
 from flowtrain_dask.copying import Copier, Copying, Pruner, declared_inside
+from flowtrain_dask.tensors import copy_tensors
 
 __all__ = ["STATE_COPIERS", "STATE_PRUNERS", "NamedTensors"]
 
@@ -153,11 +154,11 @@ def _prune_tensors(value: Parameters | Gradients, inside: Tree, copying: Copying
 
 
 def _tensors(value: Parameters | Gradients, inside: Tree | None, copying: Copying) -> NamedTensors:
-    wanted: Iterator[tuple[str, torch.Tensor]] = iter(value.named())
+    wanted = dict(value.named())
     if inside is not None:
-        wanted = ((name, tensor) for name, tensor in wanted if declared_inside(inside, name) is not None)
+        wanted = {name: tensor for name, tensor in wanted.items() if declared_inside(inside, name) is not None}
     what = "parameter" if isinstance(value, Parameters) else "gradient of"
-    return NamedTensors({name: copying.copy_at(tensor, name) for name, tensor in wanted}, what)
+    return NamedTensors(copy_tensors(wanted, copying), what)
 
 
 STATE_COPIERS: Mapping[type, Copier] = {

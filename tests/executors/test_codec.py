@@ -1,0 +1,198 @@
+"""Snapshots as bytes and back: every dtype, shape and stride bit for bit, and no reduction of torch's."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from flowtrain import BatchEnd, Phase, TrainingPhase, ValidationPhase
+from flowtrain.phasemap import Counts, CountsMap, PhaseMap
+from flowtrain.series import Series, SeriesMap
+from flowtrain.state import Named, State
+from flowtrain_dask.codec import decode, encode
+from flowtrain_dask.copies import Copying, Pool
+from flowtrain_dask.cuts import Tail
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ComplexHalf support is experimental",
+    "ignore:Sparse .* tensor support is in beta state",
+    "ignore:Sparse invariant checks are",
+    "ignore:.*quantized tensor creation functions",
+)
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+          torch.complex32, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int16, torch.uint16,
+          torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool)  # fmt: skip
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Tensors of every dtype with random bits, as any view of their storage."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    count = 1
+    for size in shape:
+        count *= size
+    bits = torch.tensor(list(draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))),
+                        dtype=torch.uint8)
+    made = (bits % 2).to(torch.bool)[:count] if dtype is torch.bool else bits.view(dtype)
+    made = made.view(shape)
+    if draw(st.booleans()) and shape:
+        made = made.permute(*draw(st.permutations(range(len(shape)))))
+    if draw(st.booleans()) and shape:
+        made = made[:: draw(st.integers(1, 3))]
+    if draw(st.booleans()):
+        made = made.unsqueeze(0).expand(3, *made.shape)
+    return made
+
+
+def bits(value: torch.Tensor) -> bytes:
+    flat = torch.empty(value.numel(), dtype=value.dtype)
+    return bytes(flat.copy_(value.reshape(-1)).view(torch.uint8).tolist())
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(tensors(), max_size=4))
+def test_tensors_come_back_bit_for_bit(sources: list[torch.Tensor]) -> None:
+    found = decode(encode(sources))
+    for made, source in zip(found, sources, strict=True):
+        assert (made.dtype, made.shape, bits(made)) == (source.dtype, source.shape, bits(source))
+    for made, source in zip(decode(encode(Copying(Pool(1 << 16)).copy(sources))), sources, strict=True):
+        assert (made.dtype, made.shape, bits(made)) == (source.dtype, source.shape, bits(source))
+
+
+def test_aliases_are_kept() -> None:
+    source = torch.arange(100.0)
+    same, also, view, other = decode(encode([source, source, source[10:].view(9, 10).t(), torch.ones(3)]))
+    assert same is also
+    same.fill_(7)
+    assert view.unique().tolist() == [7.0]
+    assert view.stride() == (1, 10)
+    assert other.tolist() == [1, 1, 1]
+
+
+def test_a_small_part_of_a_large_storage_is_sent_alone() -> None:
+    large = torch.zeros(1_000_000)
+    blob = encode([large[5:10], large[3], large.view(1000, 1000)[:, 0]])
+    assert len(blob) < 10_000
+    assert [each.shape for each in decode(blob)] == [(5,), (), (1000,)]
+
+
+@dataclass
+class Bag:
+    items: list[Any]
+
+
+def test_everything_else_that_a_snapshot_holds() -> None:
+    parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    source = {
+        "bag": Bag([1, parameter]),
+        "array": np.asfortranarray(np.arange(6, dtype="f8").reshape(2, 3)),
+        "scalar": np.float32(1.5),
+        "leaf": torch.ones(2, requires_grad=True),
+        "meta": torch.ones(2, 3, device="meta"),
+        "local": lambda x: x + 1,
+        "dtype": torch.bfloat16,
+        "named": Named("model", {"gen": 1}),
+    }
+    found = decode(encode(source))
+    assert type(found["bag"].items[1]) is nn.Parameter
+    assert not found["bag"].items[1].requires_grad
+    np.testing.assert_array_equal(found["array"], source["array"])
+    found["array"][0, 0] = 5.0  # writable, and its own
+    assert found["array"].flags.f_contiguous
+    assert found["scalar"] == np.float32(1.5)
+    assert found["leaf"].requires_grad
+    assert found["leaf"].is_leaf
+    assert (found["meta"].device.type, found["meta"].shape) == ("meta", (2, 3))
+    assert found["local"](1) == 2
+    assert found["dtype"] is torch.bfloat16
+    assert found["named"].gen == 1
+
+
+def test_what_cbstate_holds() -> None:
+    history, metrics, state = CountsMap("cbstate.history"), PhaseMap[Any]("cbstate.m"), State("cbstate.deep")
+    history[TrainingPhase] = Counts((1, 2, 3, 4))
+    metrics[ValidationPhase] = SeriesMap("cbstate.m")
+    metrics[ValidationPhase].push("Loss", 0.5, 3)
+    state.best = torch.ones(2)
+    counts, by_phase, deep, event, phase = decode(encode((history, metrics, state, BatchEnd(), TrainingPhase())))
+    assert counts[TrainingPhase] == Counts((1, 2, 3, 4))
+    assert counts[TrainingPhase].updates == 4
+    assert type(counts) is CountsMap
+    assert list(by_phase[ValidationPhase]["Loss"]) == [(3, 0.5)]
+    assert deep.best.tolist() == [1.0, 1.0]
+    assert type(event) is BatchEnd
+    assert phase is TrainingPhase()
+    assert isinstance(phase, Phase)
+
+
+def test_a_tail_travels_without_what_came_before() -> None:
+    series = Series("cbstate.s")
+    for step in range(10_000):
+        series.push(float(step), step)
+    blob = encode(Tail(series, 9_990))
+    assert len(blob) < 1000
+    tail = decode(blob)
+    assert (len(tail), tail.last(), tail.since(9_998)) == (10_000, (9_999, 9999.0), [9998.0, 9999.0])
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "bsc", "tensor", "channel"])
+def test_sparse_and_quantised_tensors(kind: str) -> None:
+    dense = torch.eye(4) * torch.arange(4.0)
+    source = {
+        "coo": lambda: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (3,)),
+        "csr": lambda: dense.to_sparse_csr(),
+        "bsc": lambda: dense.to_sparse_bsc((2, 2)),
+        "tensor": lambda: torch.quantize_per_tensor(dense, 0.1, 3, torch.quint8),
+        "channel": lambda: torch.quantize_per_channel(dense, torch.ones(4), torch.arange(4), 0, torch.qint8),
+    }[kind]()
+    found = decode(encode(source))
+    assert (found.layout, found.dtype, found.shape) == (source.layout, source.dtype, source.shape)
+    if source.is_quantized:
+        assert torch.equal(found.int_repr(), source.int_repr())
+        assert torch.equal(found.dequantize(), source.dequantize())
+    else:
+        assert torch.equal(found.to_dense(), source.to_dense())
+    if kind == "coo":
+        assert not found.is_coalesced()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(2, 2).to_mkldnn(), "a mkldnn tensor is not sent"),
+        (torch.zeros(2).untyped_storage(), "a torch storage is not sent to another process; send a tensor"),
+    ],
+)
+def test_what_cannot_be_sent(value: Any, message: str) -> None:
+    with pytest.raises((TypeError, pickle.PicklingError), match=message):
+        encode(value)
+
+
+@pytest.mark.parametrize("blob", [b"", b"FTB1", b"something else entirely"])
+def test_what_is_no_blob(blob: bytes) -> None:
+    with pytest.raises(ValueError, match=r"this is no blob of flowtrain's codec: it begins with"):
+        decode(blob)
+
+
+def test_another_process_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(encode({"a": torch.full((3,), 2.0, dtype=torch.bfloat16), "f": lambda x: x * 3}))
+    code = (
+        "import sys, pathlib; from flowtrain_dask.codec import decode;"
+        "found = decode(pathlib.Path(sys.argv[1]).read_bytes()); print(found['f'](found['a']).tolist())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[6.0, 6.0, 6.0]"
