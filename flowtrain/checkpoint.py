@@ -25,7 +25,6 @@ put back.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +40,7 @@ from flowtrain.phases import Phase
 from flowtrain.plain import Stage, fill
 from flowtrain.state import LearnerState, Named
 
-__all__ = ["apply", "check", "gather"]
+__all__ = ["apply", "check", "gather", "lost"]
 
 _COMPILED = "_orig_mod."
 
@@ -229,14 +228,12 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
     for callback in state.callbacks:
         if callback.name in contents["callbacks"]:
             _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
+
+
+def lost(contents: Mapping[str, Any], state: LearnerState) -> list[str]:
+    """Return the names of callbacks that have state in a checkpoint, and are not the learner's."""
     names = {callback.name for callback in state.callbacks}
-    lost = [name for name, saved in contents["callbacks"].items() if saved["state"] and name not in names]
-    if lost:
-        warnings.warn(
-            f"The checkpoint has the state of {', '.join(lost)}, and the learner has no such callback: it is left out.",
-            UserWarning,
-            stacklevel=5,
-        )
+    return [name for name, saved in contents["callbacks"].items() if saved["state"] and name not in names]
 
 
 def _is_made(state: LearnerState, name: str) -> bool:

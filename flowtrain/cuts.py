@@ -11,13 +11,14 @@ not flushed, and says itself what is pending.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from flowtrain.checkpoint import apply, check, gather
+from flowtrain.checkpoint import apply, check, gather, lost
 from flowtrain.checkpointfile import read
 from flowtrain.core import TorchCore
 from flowtrain.errors import CheckpointError
@@ -159,6 +160,14 @@ class Cuts:
                 f"{', '.join(names)}. Resume with the data of the run that wrote it."
             )
         apply(contents, self._state, self._core)
+        missing = lost(contents, self._state)
+        if missing:
+            warnings.warn(
+                f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
+                f"the fit goes on without.",
+                UserWarning,
+                stacklevel=4,
+            )
         self._set_numbers(contents)
         if self._load_lanes is not None and contents["lanes"] is not None:
             self._load_lanes(contents["lanes"])

@@ -61,8 +61,9 @@ class Stage:
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-        key = (place, tensor.device, tensor.storage_offset() if place else 0, tensor.shape, tensor.dtype)
-        key = (*key, tensor.stride() if place else id(tensor))
+        key: tuple[Any, ...] = (id(tensor),)
+        if place:
+            key = (place, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._clones:
             self._clones[key] = tensor.detach().to("cpu", copy=True)
         return self._clones[key]

@@ -268,7 +268,7 @@ def _held(clone: Any) -> tuple[dict[str, Any], list[int]]:
     """Return what a torchmetrics object has accumulated, and after how many batches, for it and each in it."""
     if not isinstance(clone, torch.nn.Module):
         return {}, []
-    if hasattr(clone, "items"):
+    if isinstance(clone, torch.nn.ModuleDict):
         list(clone.items())  # a collection computes what its members share in one of them; now all have it
     return clone.state_dict(), [getattr(module, "_update_count", 0) for module in clone.modules()]
 
