@@ -17,6 +17,9 @@
     ├── LossError                  a loss function that does not fit the model's outputs
     ├── CoreError                  a device, precision or optimizer that does not fit
     ├── ExecutorError              an executor that is unknown, closed or in use
+    ├── LoggingError               a logging backend that cannot do what it is asked to
+    ├── CheckpointError            a checkpoint that cannot be written, read, or does not fit
+    ├── DeferredCancelError        a cancel raised off the training thread, where nothing is left to cancel
     ├── SanityCheckError           what a look at data, model, loss and optimizer found wrong, all of it
     └── UsageError                 a call at the wrong moment or with a value that means nothing
 

@@ -16,6 +16,7 @@ from flowtrain.errors import (
     FlowtrainError,
     MissingStateError,
     ProtectedException,
+    SanityCheckError,
     UndeclaredWriteError,
     WriteConflictError,
     nearest,
@@ -47,7 +48,7 @@ def drawn(text: str) -> dict[str, str]:
 def test_the_drawn_tree_is_the_real_one() -> None:
     real = {each.__name__: each.__bases__[0].__name__ for each in CLASSES}
     assert drawn(errors.__doc__ or "") == real
-    assert len(real) == 16
+    assert len(real) == 20
 
 
 def test_the_drawing_says_what_each_error_means() -> None:
@@ -83,6 +84,7 @@ SAMPLES: list[FlowtrainError] = [
     WriteConflictError(("A", "B"), ("batch.x", "batch"), "BatchEnd, TrainingPhase", "both write"),
     CycleError(("A", "B"), "BatchEnd, TrainingPhase", "a circle"),
     MissingStateError("cbstate.x", "nobody wrote it"),
+    SanityCheckError((("optimizer", "no rate", "give one"),), "found 1 problem"),
     *[each("text") for each in CLASSES if "__init__" not in vars(each)],
 ]
 

@@ -69,7 +69,7 @@ class SanityCheck(Callback):
                 found += self._phase(each, loader, model, lossfn)
         if any(isinstance(each, AbstractTrainingPhase) for each in data):
             optimizer = learner.optimizer
-            optimizers = {"": optimizer} if hasattr(optimizer, "param_groups") else dict(optimizer)
+            optimizers = {"": optimizer} if hasattr(optimizer, "param_groups") else dict(optimizer.items())
             found += check_optimizers(optimizers, _trainable(model, lossfn))
         if found:
             raise SanityCheckError(tuple((each.where, each.what, each.remedy) for each in found), self._report(found))

@@ -22,7 +22,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import LearningRateMonitor
+from flowtrain.callbacks import LearningRate, LearningRateMonitor, Scheduler, step
 from flowtrain.execution import Executor
 from flowtrain.learner import Learner
 from flowtrain.phases import StepContext
@@ -73,6 +73,14 @@ def test_every_group_has_a_series() -> None:
     learner.optimizer.param_groups[1]["lr"] = torch.tensor(0.25)  # as torch keeps it with capturable=True
     learner.fit(1)
     assert recorded(learner) == {"LearningRate.0": [(1, 0.1)], "LearningRate.1": [(1, 0.5), (3, 0.25)]}
+
+
+def test_beside_a_scheduler_it_records_what_that_sets() -> None:
+    schedule = {LearningRate: step(0.4, every=2, gamma=0.5)}
+    learner = tiny_learner(LearningRateMonitor(), Scheduler(schedule), n_batches=4)
+    learner.fit(1)
+    assert recorded(learner) == {"LearningRate": [(1, 0.4), (3, 0.2)]}
+    assert [value for _, value in learner.cbstate.hyperparams["LearningRate"]] == [0.4, 0.4, 0.2, 0.2]
 
 
 class TwoModels(AbstractTrainingPhase):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from flowtrain import Learner, SanityCheckError, TrainingPhase, ValidationPhase
+from flowtrain import AbstractTrainingPhase, Learner, SanityCheckError, TrainingPhase, ValidationPhase
 from flowtrain.callbacks import SanityCheck
 from flowtrain.execution import Executor
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
@@ -275,6 +275,26 @@ def test_a_phase_of_ones_own_is_named() -> None:
     check = SanityCheck()
     tiny_learner(check, data={OwnPhase: [torch.ones(1)]}).fit(1)
     assert check.skipped == ["model and loss in OwnPhase: it has a step of its own"]
+
+
+def test_several_models_have_their_optimizers_checked() -> None:
+    class Both(AbstractTrainingPhase):
+        def step(self, learner: Any, raw: Any) -> None:
+            raise AssertionError("nothing is trained")
+
+    learner = tiny_learner(
+        SanityCheck(),
+        model={"gen": nn.Linear(1, 1), "disc": nn.Linear(1, 1)},
+        optimizer={"gen": partial(torch.optim.SGD, lr=0.0)},
+        data={Both: [torch.ones(1)]},
+    )
+    with pytest.raises(SanityCheckError) as raised:
+        learner.fit(1)
+    assert [(where, what) for where, what, _ in raised.value.problems] == [
+        ("optimizer", "it does not hold disc.weight, disc.bias, which require gradients: they would never change."),
+        ("optimizer 'gen'", "the learning rate of group 0 is 0.0."),
+    ]
+    assert str(raised.value).endswith("\nNot looked at: model and loss in Both: it has a step of its own.")
 
 
 def test_the_same_under_every_executor() -> None:
