@@ -35,7 +35,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
         "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
-    8: ("curves", "figure", "plot", "arguments", "learner", "finder", "flowtrain"),  # all of it in one object, and what users import
+    8: ("curves", "figure", "plot", "arguments", "learner", "finder", "flowtrain"),  # all of it in one object
     9: ("testing", "examples"),  # users of the face
 }
 NARROWED = {"callbacks": {0, 1, 2, 6}}  # the only layers these may import, and never a sibling in their package

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from flowtrain import (
     AbstractTrainingPhase,
     Access,
     AccessError,
+    BatchEnd,
     Callback,
     CancelFittingException,
     EpochEnd,
@@ -441,3 +443,42 @@ def test_declares_exactly_what_it_touches(make: Callable[[], Scheduler], expecte
 def test_strict_mode_finds_nothing() -> None:
     learner = tiny_learner(every_kind(), EMA(0.9), optimizer=SGD, n_batches=2, strict=True)
     learner.fit(2)
+
+
+class StopAfter(Callback):
+    """Ask for a checkpoint at a batch, counted over all phases, and stop at the next one."""
+
+    def __init__(self, batch: int, path: Path) -> None:
+        self.left = batch
+        self.path = path
+
+    @on(BatchEnd)
+    def count(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.left -= 1
+        if self.left == 0:
+            learner.request_checkpoint(self.path)
+        if self.left < 0:
+            raise CancelFittingException("on purpose")
+
+
+@pytest.mark.parametrize("batch", [3, 7, 12])  # in training, in validation, in the second epoch
+def test_a_resumed_fit_is_the_whole_one(batch: int, tmp_path: Path) -> None:
+    """Rule 28, for schedules of every kind, and for averages that are in the model when the checkpoint is taken."""
+
+    def make(*more: Callback) -> Learner:
+        schedules: dict[Any, Any] = dict(every_kind().schedules)
+        schedules[LearningRate()] = reduce_on_plateau(0.02, factor=0.5, patience=0, threshold=0.5)
+        return tiny_learner(Scheduler(schedules), EMA(0.9), *more, optimizer=SGD, n_batches=5)
+
+    whole, resumed = make(), make()
+    whole.fit(4)
+    make(StopAfter(batch, tmp_path / "cut.pt")).fit(4)
+    resumed.fit(4, resume=tmp_path / "cut.pt")
+    averages = [learner.callbacks.must_find(EMA).state_dict()["averages"]["coeff"] for learner in (whole, resumed)]
+    assert torch.equal(whole.model.coeff, resumed.model.coeff)
+    assert torch.equal(*averages)
+    recorded: list[dict[str, list[Any]]] = []
+    for learner in (whole, resumed):
+        hyperparams, metrics = learner.cbstate.hyperparams, learner.cbstate.metrics_epoch[ValidationPhase]
+        recorded.append({name: list(series) for kept in (hyperparams, metrics) for name, series in kept.items()})
+    assert recorded[0] == recorded[1]
