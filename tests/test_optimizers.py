@@ -134,8 +134,9 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
     assert is_fused(adamw)
     assert is_fused(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     assert not is_fused(adamw, ("cuda",)), "the CPU gains nothing"
-    for said in ({"fused": False}, {"foreach": True}, {"capturable": False}, {"differentiable": True}):
-        assert not is_fused(partial(adamw, **said))
+    for said in ("fused", "foreach", "capturable", "differentiable"):
+        options: dict[str, Any] = {said: False}
+        assert not is_fused(partial(adamw, **options))
     assert not is_fused(torch.optim.Rprop), "torch has no fused one"
     assert not is_fused(lambda those: adamw(those)), "what it makes is not ours to change"
     assert fused(adamw, [*params, nn.Parameter(torch.zeros(1, device="meta"))], on) is adamw

@@ -1,0 +1,95 @@
+"""Nothing of a batch is held when it is over, and who does hold it is named."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, Read, TorchCore, TrainingPhase, on
+from flowtrain.callbacks import Metrics, SmoothLoss, Traces
+from flowtrain.metrics import mean_squared_error
+from flowtrain.testing import holders, leaks, tiny_batches, tiny_learner
+
+KEPT: list[Any] = []
+
+
+class Keeper(Callback):
+    """Keeps the outputs of every batch, with their graphs."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+
+    def state_access(self) -> dict[str, Any]:
+        return {"batch.outputs": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def keep(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.outputs.append(learner.batch.outputs)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+def test_nothing_of_a_batch_is_held_by_the_library(lag: int, executor: str) -> None:
+    traces = Traces({"Norm": lambda view: view.batch.outputs.norm()}, TrainingPhase)
+    with Learner(
+        torch.nn.Linear(1, 1),
+        torch.nn.functional.mse_loss,
+        data=(tiny_batches(n_batches=6), tiny_batches(n_batches=3)),
+        callbacks=[Metrics(mean_squared_error), SmoothLoss(), traces],
+        default_callbacks=True,
+        executor=executor,
+        core=TorchCore("cpu", lag=lag),
+    ) as learner:
+        assert leaks(learner) == []
+
+
+def test_who_keeps_a_batch_is_named() -> None:
+    learner = tiny_learner(Keeper(), n_batches=3)
+    assert leaks(learner) == [
+        "batch.outputs of batch 1 of TrainingPhase is held by Keeper.outputs[0]",
+        "batch.outputs of batch 2 of TrainingPhase is held by Keeper.outputs[1]",
+        "batch.outputs of batch 3 of TrainingPhase is held by Keeper.outputs[2]",
+    ]
+    assert not [callback for callback in learner.callbacks if callback.name.startswith("CustomCallback")]
+
+
+class Thing:
+    """Can be referred to weakly."""
+
+
+def in_a_module(thing: Thing) -> Any:
+    KEPT.append(thing)
+    return None
+
+
+def in_a_closure(thing: Thing) -> Callable[[], Thing]:
+    return lambda: thing
+
+
+def test_chains_end_at_something_with_a_name() -> None:
+    thing = Thing()
+    in_a_module(thing)
+    assert holders(thing) == [f"module {__name__}['KEPT'][0]"]
+    KEPT.clear()
+    assert holders(thing) == [], "the frames that ask do not count"
+    keeper = Keeper()
+    keeper.outputs = {"a": [1, thing]}  # type: ignore[assignment]
+    assert holders(thing) == ["Keeper.outputs['a'][1]"]
+
+
+def test_a_generator_that_waits_is_no_secret() -> None:
+    def waiting(held: Thing) -> Any:
+        yield held
+
+    thing = Thing()
+    generator = waiting(thing)
+    next(generator)
+    found = weakref.ref(thing)
+    del thing
+    [text] = holders(found())
+    assert "waiting() in " in text
+    assert text.endswith("local held")
