@@ -118,7 +118,7 @@ class Executor(Protocol):
         ...
 
     def explain(self, plan: Plan) -> str:
-        """Say in one line how a plan is run; empty where there is nothing to say."""
+        """Say in one line how a plan is run, and in further lines what else there is to say; empty for nothing."""
         ...
 
     def flush(self) -> None:

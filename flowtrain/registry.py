@@ -112,9 +112,9 @@ class Callbacks(Sequence[Callback]):
             if not order.nodes:
                 continue
             plan = self.plan(event, phase)
-            note = self._notes(plan)
+            note, *more = self._notes(plan).split("\n")
             title = f"{event.__name__}, {phase.__name__}" + (f"  [{note}]" if note else "")
-            blocks.append("\n".join([title, *plan.explain()]))
+            blocks.append("\n".join([title, *plan.explain(), *(f"     {line}" for line in more)]))
         return "\n\n".join(blocks) or "No callback has a handler for a known event."
 
     def find(self, wanted: type | str) -> Callback | None:

@@ -19,5 +19,7 @@ view that the handler gets of it) and `codec` (all of it as bytes, for another p
 from flowtrain_dask.compile import EventGraph
 from flowtrain_dask.copies import register_copier
 from flowtrain_dask.executor import DaskExecutor, Parallel
+from flowtrain_dask.limits import Limits
+from flowtrain_dask.report import Report
 
-__all__ = ["DaskExecutor", "EventGraph", "Parallel", "register_copier"]
+__all__ = ["DaskExecutor", "EventGraph", "Limits", "Parallel", "Report", "register_copier"]

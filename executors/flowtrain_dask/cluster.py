@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
@@ -25,13 +25,11 @@ from flowtrain_dask.entries import dump_entries
 from flowtrain_dask.freight import check_travels, dump_job, dump_state, load_state, stays
 from flowtrain_dask.report import Tally
 from flowtrain_dask.threads import ThreadTransport
-from flowtrain_dask.transport import Abandoned
+from flowtrain_dask.transport import Abandoned, OnLoss
 from flowtrain_dask.work import Entry, Job, Outcome
 from flowtrain_dask.worker import Assignment, Reply, Versions, versions
 
-__all__ = ["ClusterTransport", "OnLoss"]
-
-OnLoss = Literal["local", "raise"]
+__all__ = ["ClusterTransport"]
 
 _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""

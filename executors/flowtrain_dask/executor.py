@@ -8,10 +8,9 @@ in the loop (`flowtrain.execution.Site.swap`), so what has been decided is not a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 from flowtrain.errors import ExecutorError
 from flowtrain.events import EpochBegin, Event
@@ -21,28 +20,20 @@ from flowtrain.phases import Phase
 from flowtrain.plan import Plan
 from flowtrain.state import LearnerState
 from flowtrain_dask.compile import EventGraph, compile_plan
+from flowtrain_dask.deferred import sharing
+from flowtrain_dask.deferring import Deferring, check_choice
 from flowtrain_dask.firing import CLOSED, Crew
+from flowtrain_dask.lane import OnError
+from flowtrain_dask.limits import Limits
+from flowtrain_dask.opening import Options
 from flowtrain_dask.race import Race
-from flowtrain_dask.strands import Strands, at_home, is_chain, pack
+from flowtrain_dask.report import Report
+from flowtrain_dask.route import Parallel, Route, spread, why_serial
+from flowtrain_dask.strands import at_home
+from flowtrain_dask.transport import OnLoss
 from flowtrain_dask.ways import Ways
 
 __all__ = ["DaskExecutor", "Parallel"]
-
-Parallel = Literal["auto", "always", "never"]
-
-_CHOICES = ("auto", "always", "never")
-
-
-@dataclass
-class _Entry:
-    """What is known of one plan: its graph, its runner, and why it is run like that."""
-
-    plan: Plan
-    graph: EventGraph
-    runner: Runner
-    reason: str
-    strands: Strands | None = None
-    race: Race | None = None
 
 
 class DaskExecutor:
@@ -50,12 +41,26 @@ class DaskExecutor:
 
     It starts threads when an event first runs in parallel. They end with `close`, or with the learner.
 
+    Deferrable callbacks are taken off the training thread: they run later, in order, on exact snapshots of what they
+    declare to read, in threads of this process or on a cluster; `report` says how far they are.
+
     Args:
-        cluster: Reserved for callbacks that are moved off the training thread; leave it out.
+        cluster: Where deferred callbacks run. ``None``: in threads of this process. ``"local"``: in worker processes
+            that the executor starts and ends, for callbacks that compute in Python. A ``distributed.Client``, a cluster
+            object or the address of a scheduler: on that cluster. Only what was started here is closed here.
         workers: How many handlers can run at the same time, the training thread's included; the number of cores that
             this process may use if not given.
         parallel: ``"auto"`` runs an event in parallel where timing shows that this is faster, ``"always"`` wherever
             two handlers are independent, ``"never"`` nowhere.
+        defer: Whether deferrable callbacks are deferred at all.
+        resources: What a worker of the cluster must have, such as ``{"flowtrain": 1}``; see ``docs/cluster.md``.
+        drain_timeout: Seconds for which deferred events are still processed when training is interrupted, and for which
+            a cluster is waited for before training.
+        limits: How many events, and how many bytes, may wait.
+        on_error: ``"raise"``: a deferred callback that fails ends training. ``"warn"``: it is logged, and its lane
+            takes no more events.
+        on_cluster_loss: ``"local"``: what is pending when the cluster is gone is processed in this process.
+            ``"raise"``: that is an error.
 
     Raises:
         ExecutorError: A value means nothing.
@@ -63,19 +68,27 @@ class DaskExecutor:
 
     name = "dask"
 
-    def __init__(self, cluster: None = None, *, workers: int | None = None, parallel: Parallel = "auto") -> None:
-        if cluster is not None:
-            raise ExecutorError(
-                f"DaskExecutor(cluster={cluster!r}): only the threads of this process can be used so far. "
-                f"Write DaskExecutor()."
-            )
-        if parallel not in _CHOICES:
-            raise ExecutorError(f"parallel={parallel!r} is none of {', '.join(map(repr, _CHOICES))}.")
+    def __init__(
+        self,
+        cluster: Any = None,
+        *,
+        workers: int | None = None,
+        parallel: Parallel = "auto",
+        defer: bool = True,
+        resources: Mapping[str, float] | None = None,
+        drain_timeout: float = 30.0,
+        limits: Limits | None = None,
+        on_error: OnError = "raise",
+        on_cluster_loss: OnLoss = "local",
+    ) -> None:
+        check_choice("parallel", parallel, ("auto", "always", "never"))
         self.parallel = parallel
+        options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
+        self._deferring = Deferring(cluster, defer, dict(resources or {}), options)
         self._crew = Crew(_cores() if workers is None else _check_workers(workers))
         self._serial = SerialExecutor()
         self._site: Site | None = None
-        self._entries: dict[tuple[type[Event], type[Phase]], _Entry] = {}
+        self._entries: dict[tuple[type[Event], type[Phase]], Route] = {}
 
     @property
     def workers(self) -> int:
@@ -95,16 +108,27 @@ class DaskExecutor:
         self._serial.bind(site)
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        """Raise if it cannot run these callbacks."""
+        """Raise if it cannot run these callbacks; connect to the cluster if some of them are deferred to it.
+
+        Raises:
+            ExecutorError: The cluster cannot be reached, or does not fit; a callback cannot be sent to it.
+            CallbackError: A deferred callback keeps the learner's state.
+            AccessError: A deferred callback reads what cannot be copied.
+        """
+        self._check_open()
+        self._deferring.check(nodes, state)
 
     def compile(self, plan: Plan) -> Runner:
         """Return what runs a plan; what it returns may be replaced when firings have been timed."""
         self._check_open()
         if self._site is None:
             raise ExecutorError("DaskExecutor.compile() before bind(); Learner(executor=...) binds it.")
-        entry = self._make(plan, self._site)
+        deferred = self._deferring.use(self._site)
+        rewritten, shared = deferred.rewrite(plan)
+        entry = self._make(rewritten, self._site, deferred.positions(plan))
+        entry.original, entry.shared = plan, shared
         self._entries[plan.event_type, plan.phase_type] = entry
-        return self._hooked(plan, entry.runner)
+        return self._hooked(entry, entry.runner)
 
     def graph(self, event_type: type[Event], phase_type: type[Phase]) -> EventGraph:
         """Return the task graph of an event in a phase: one task for each handler. ``dask.visualize`` draws it.
@@ -127,18 +151,37 @@ class DaskExecutor:
 
     def explain(self, plan: Plan) -> str:
         """Say in one line whether a plan runs inline or in parallel, on which strands, and why."""
+        deferred = self._deferring.explain(plan)
+        return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
+
+    def report(self) -> Report:
+        """Return how the lanes of deferred callbacks stand: what is done, what waits, who made training wait."""
+        return self._deferring.report()
+
+    def _explain(self, plan: Plan) -> str:
         entry = self._entries.get((plan.event_type, plan.phase_type))
-        if entry is None or entry.plan is not plan:
-            why = self._why_serial(plan)
+        if entry is None or entry.original is not plan:
+            why = why_serial(plan, at_home(plan), self.workers, self.parallel)
             return f"inline: {why}" if why else f"parallel={self.parallel!r}: not fired yet"
-        if entry.race is None:
-            return _shown("inline" if entry.strands is None else "parallel", entry.reason, plan, entry.strands)
-        race = entry.race
-        return _shown(race.mode, race.reason, plan, race.strands if race.mode == "parallel" else None)
+        return entry.explain()
 
     def flush(self) -> None:
-        """Nothing is pending between two events; plans that were found to be cheap are timed again."""
+        """Wait until every deferred event is processed; plans that were found to be cheap are timed again.
+
+        Raises:
+            Exception: What a deferred callback raised.
+        """
         self._rearm()
+        self._deferring.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush, and return what a checkpoint must hold: how many events each lane has had."""
+        self.flush()
+        return {"sequences": self._deferring.sequences}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned: lanes go on counting from there."""
+        self._deferring.resume(state.get("sequences", {}))
 
     def close(self) -> None:
         """End the threads. A closed executor runs nothing more.
@@ -147,6 +190,7 @@ class DaskExecutor:
             ExecutorError: It was called in a handler.
         """
         self._crew.close()
+        self._deferring.close()
         if self._site is not None:
             for entry in self._entries.values():
                 self._site.swap(entry.plan, _closed)
@@ -154,17 +198,18 @@ class DaskExecutor:
 
     # --- plans
 
-    def _make(self, plan: Plan, site: Site) -> _Entry:
+    def _make(self, plan: Plan, site: Site, deferred: frozenset[int]) -> Route:
         graph, serial = compile_plan(plan), self._serial.compile(plan)
-        why = self._why_serial(plan)
+        home = at_home(plan) | deferred
+        why = why_serial(plan, home, self.workers, self.parallel)
         if why:
-            return _Entry(plan, graph, serial, why)
+            return Route(plan, graph, serial, why)
         ways = Ways(plan, self._crew, site)
-        spread = partial(_spread, graph, self.workers, at_home(plan))
+        pack = partial(spread, graph, self.workers, home)
         if self.parallel == "auto":
-            race = Race(plan, ways, spread, serial, self._swap)
-            return _Entry(plan, graph, race.runner, "", race=race)
-        strands = spread([1.0] * len(plan))
+            race = Race(plan, ways, pack, serial, self._swap)
+            return Route(plan, graph, race.runner, "", race=race)
+        strands = pack([1.0] * len(plan))
 
         def always(event: Event, phase: Phase) -> None:
             if ways.busy:
@@ -173,32 +218,18 @@ class DaskExecutor:
                 _, failures = ways.parallel(strands, event, phase)
                 ways.settle(failures, event, phase)
 
-        return _Entry(plan, graph, always, "parallel='always'", strands)
-
-    def _why_serial(self, plan: Plan) -> str:
-        """Return why a plan can only, or must, be run by the serial executor's runner; empty if it need not."""
-        if len(plan) == 1:
-            return "one handler"
-        if is_chain(plan):
-            return "one chain"
-        if plan.always:
-            return "every handler runs, even after an interrupt"
-        if len(at_home(plan)) == len(plan):
-            return "every handler draws random numbers"
-        if plan.watched:
-            return "strict mode looks at the whole state around each handler"
-        if self.workers == 1:
-            return "one worker"
-        return "parallel='never'" if self.parallel == "never" else ""
+        return Route(plan, graph, always, "parallel='always'", strands)
 
     def _swap(self, plan: Plan, runner: Runner) -> None:
         entry = self._entries.get((plan.event_type, plan.phase_type))
         if entry is not None and entry.plan is plan and self._site is not None:
-            self._site.swap(plan, self._hooked(plan, runner))
+            self._site.swap(plan, self._hooked(entry, runner))
 
-    def _hooked(self, plan: Plan, runner: Runner) -> Runner:
+    def _hooked(self, entry: Route, runner: Runner) -> Runner:
         """Return the runner; at the beginning of an epoch with a look at the plans that are not counted."""
-        if not issubclass(plan.event_type, EpochBegin):
+        if entry.shared is not None:
+            runner = sharing(runner, entry.shared)
+        if not issubclass(entry.plan.event_type, EpochBegin):
             return runner
 
         def begin(event: Event, phase: Phase) -> None:
@@ -220,20 +251,8 @@ class DaskExecutor:
         return f"DaskExecutor(workers={self.workers}, parallel={self.parallel!r})"
 
 
-def _spread(graph: EventGraph, workers: int, home: frozenset[int], costs: Sequence[float]) -> Strands:
-    return pack(graph.before, costs, workers, home)
-
-
 def _closed(event: Event, phase: Phase) -> None:
     raise ExecutorError(CLOSED)
-
-
-def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:
-    text = f"{mode}: {reason}"
-    if strands is not None:
-        names = [", ".join(plan.steps[position].node.name for position in strand) for strand in strands.strands]
-        text += f"; strands: {' | '.join(names)}"
-    return text
 
 
 def _check_workers(workers: object) -> int:

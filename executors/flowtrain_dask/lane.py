@@ -149,6 +149,11 @@ class Lane:
             time.sleep(_POLL)
         return self._done >= goal
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is to be waited for: a failure is to be raised first, or it takes no more events."""
+        return self._failure is not None or self._refuses
+
     def raise_failure(self) -> None:
         """Raise the failure that waits to be raised, if there is one; the lane then goes on with what is put next."""
         failure = self._failure

@@ -8,6 +8,7 @@ copy of an entry where no other handler in between declares to write it (`copy_g
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from copy import copy
 from typing import Any, TypeAlias
 
 from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet
@@ -110,6 +111,12 @@ class Taker:
                 f"{dotted(full[0].declared[0])} is declared with Read(full=True), so the handler needs all of a series "
                 f"and stays in the process that trains; a taker with tail=True gives the newest values only."
             )
+
+    def sharing(self, groups: Groups) -> Taker:
+        """Return this taker for a plan with these `copy_groups`; both know what of a series the lane has seen."""
+        other = copy(self)
+        other._slots = tuple((slot, _key(slot, groups)) for slot, _ in self._slots)
+        return other
 
     def take(self, shared: Shared | None = None) -> Snapshot:
         """Copy what is declared, as it is now. What is not there is left out.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from flowtrain_dask.report import Tally
 from flowtrain_dask.work import Entry, Outcome
 
-__all__ = ["Abandoned", "Transport"]
+__all__ = ["Abandoned", "OnLoss", "Transport"]
+
+OnLoss: TypeAlias = Literal["local", "raise"]
+"""What happens to a lane when its cluster is lost: it goes on in this process, or that is an error."""
 
 
 class Abandoned(Exception):

@@ -94,6 +94,7 @@ class Job:
         run: The run that it belongs to.
         callbacks: The names of its callbacks.
         duties: Its handlers; `Entry.duty` is a position among them.
+        first: The number of its first event for `flowtrain.records.identity`; not 0 in a run that is resumed.
         surroundings: What its handlers run in.
     """
 
@@ -102,6 +103,7 @@ class Job:
     callbacks: tuple[str, ...]
     duties: tuple[Duty, ...]
     surroundings: Surroundings = field(default_factory=Surroundings)
+    first: int = 0
 
 
 class Entry(NamedTuple):
@@ -167,7 +169,7 @@ def run_entries(
     with job.surroundings.applied():
         for entry in entries:
             call, replica, callback = calls[entry.duty]
-            with gate, collecting(Identity(run, lane, entry.sequence)) as collector:
+            with gate, collecting(Identity(run, lane, job.first + entry.sequence)) as collector:
                 try:
                     call(entry.event, entry.phase, replica.show(opened(entry.payload)))
                 except BaseException as failure:  # an exit of a handler must not end the lane's thread unseen

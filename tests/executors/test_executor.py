@@ -441,13 +441,21 @@ def test_workers_is_a_number_of_at_least_one(workers: Any) -> None:
         DaskExecutor(workers=workers)
 
 
-def test_a_wrong_choice_names_the_right_ones() -> None:
-    with pytest.raises(ExecutorError, match=r"parallel='yes' is none of 'auto', 'always', 'never'\."):
-        DaskExecutor(parallel="yes")  # type: ignore[arg-type]  # wrong on purpose
-    with pytest.raises(ExecutorError, match="cluster='local'"):
-        DaskExecutor("local")  # type: ignore[arg-type]  # wrong on purpose
-    with pytest.raises(TypeError, match="defer"):
-        DaskExecutor(defer=True)  # type: ignore[call-arg]  # wrong on purpose
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parallel": "yes"}, r"parallel='yes' is none of 'auto', 'always', 'never'\."),
+        ({"on_error": "rise"}, r"on_error='rise' is none of 'raise', 'warn'\. Did you mean 'raise'\?"),
+        ({"on_cluster_loss": "here"}, r"on_cluster_loss='here' is none of 'local', 'raise'\."),
+        ({"defer": "yes"}, r"DaskExecutor\(defer='yes'\): defer is True or False\. Write DaskExecutor\(defer=False\)"),
+        ({"drain_timeout": 0}, r"DaskExecutor\(drain_timeout=0\): it is a positive number of seconds, such as 30.0"),
+        ({"limits": 5}, r"DaskExecutor\(limits=5\) is no Limits\. Write DaskExecutor\(limits=Limits\(pending=1000\)\)"),
+        ({"resources": {"gpu": 0}}, r"resources are positive numbers by name\..*dask worker ADDRESS --resources flow"),
+    ],
+)
+def test_a_wrong_argument_names_the_right_ones(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExecutorError, match=message):
+        DaskExecutor(**arguments)
 
 
 def test_it_is_an_executor_with_a_name() -> None:

@@ -1,0 +1,259 @@
+"""The deferred callbacks of one learner: their lanes, and the snapshot nodes that stand for them in the plans.
+
+A snapshot node takes the place of a deferred handler in a plan, with the handler's conditions and all of its edges. It
+copies what the handler declares to read and puts it into the callback's lane. Nodes run on the training thread, since
+a lane is filled by that thread alone.
+
+Lanes are made when their first event comes: the run that they belong to is known by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowtrain.access import Write
+from flowtrain.events import Event
+from flowtrain.execution import Runner, Site
+from flowtrain.graph import Node
+from flowtrain.handler import Handler
+from flowtrain.phases import Phase
+from flowtrain.plan import Call, Plan
+from flowtrain.signals import raise_worst
+from flowtrain.state import LearnerState
+from flowtrain_dask.copies import Pool
+from flowtrain_dask.deferral import Deferral
+from flowtrain_dask.lane import Lane
+from flowtrain_dask.opening import Options, job_of, name_of, transport_of, why_here
+from flowtrain_dask.report import Report
+from flowtrain_dask.snapshots import Shared, Taker, copy_groups
+
+if TYPE_CHECKING:
+    from flowtrain_dask.connect import Connection
+
+__all__ = ["Deferred", "sharing"]
+
+_logger = logging.getLogger("flowtrain")
+
+
+class _Slot:
+    """One lane: its callbacks, and the lane itself once there are events."""
+
+    def __init__(self, nodes: Sequence[Node], first: int, make: Callable[[_Slot], Lane]) -> None:
+        self.nodes = nodes
+        self.first = first
+        self.lane: Lane | None = None
+        self._make = make
+
+    def duty(self, node: Node, handler: Handler) -> int:
+        """Return the position of a handler in the lane's job."""
+        return [(one, each) for one in self.nodes for _, each in one.handlers].index((node, handler))
+
+    def opened(self) -> Lane:
+        """Return the lane."""
+        if self.lane is None:
+            self.lane = self._make(self)
+        return self.lane
+
+
+class Deferred:
+    """The lanes of one learner.
+
+    Args:
+        nodes: All callbacks of the learner.
+        deferral: Which of them are deferred.
+        state: The learner's state.
+        site: The loop.
+        options: How they are run.
+        connection: The cluster; ``None`` for threads of this process.
+        sequences: For each lane by its name the number of events that it had before, in a run that is resumed.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        deferral: Deferral,
+        state: LearnerState,
+        site: Site,
+        options: Options,
+        connection: Connection | None,
+        sequences: Mapping[str, int],
+    ) -> None:
+        self.deferral = deferral
+        self._options = options
+        self._connection = connection
+        self._site = weakref.ref(site)  # lanes have threads, and a thread must not keep a learner alive
+        self._pool = Pool(options.limits.bytes)
+        self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self._make_lane) for lane in deferral.lanes]
+        self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
+        self._takers: dict[tuple[Node, Handler], Taker] = {}
+        fresh = _fresh(nodes)
+        for slot in self._slots:
+            tail = connection is not None and not why_here(slot.nodes)
+            for node in slot.nodes:
+                for _, handler in node.handlers:
+                    taker = Taker(node.access[handler], state, self._pool, fresh=fresh, tail=tail)
+                    self._takers[node, handler] = taker
+        self._told: list[str] = []
+
+    # --- plans
+
+    def positions(self, plan: Plan) -> frozenset[int]:
+        """Return the positions of a plan's deferred handlers."""
+        return frozenset(at for at, step in enumerate(plan.steps) if step.node in self._slot_of)
+
+    def rewrite(self, plan: Plan) -> tuple[Plan, Shared | None]:
+        """Return a plan with snapshot nodes in it, and what its nodes share in one firing, if any two can."""
+        positions = self.positions(plan)
+        if not positions:
+            return plan, None
+        groups = copy_groups(plan, positions)
+        keys = [(path, key) for at in positions for path, key in groups[at].items()]
+        shared: Shared | None = {} if len(set(keys)) < len(keys) else None
+        calls: dict[int, Call] = {}
+        for at in positions:
+            step = plan.steps[at]
+            slot = self._slot_of[step.node]
+            duty = slot.duty(step.node, step.handler)
+            taker = self._takers[step.node, step.handler].sharing(groups[at])
+            calls[at] = _node(slot, duty, taker, shared)
+        return plan.with_calls(calls), shared
+
+    def explain(self, plan: Plan) -> str:
+        """Say in lines which handlers of a plan are deferred, to where, and why others that could be are not."""
+        parts = []
+        for step in plan.steps:
+            slot = self._slot_of.get(step.node)
+            if slot is not None:
+                parts.append(f"{step.label} is deferred to lane {name_of(slot.nodes)} ({self._where(slot.nodes)})")
+            elif why := self.deferral.why_kept(step.node):
+                parts.append(f"{step.label} runs in place: {why}")
+        return "\n".join(parts)
+
+    def _where(self, nodes: Sequence[Node]) -> str:
+        if self._connection is None:
+            return "a thread"
+        if why := why_here(nodes):
+            return f"a thread: {why}"
+        return "a process" if self._connection.cluster is not None else self._connection.address
+
+    # --- lanes
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that have had events."""
+        return [slot.lane for slot in self._slots if slot.lane is not None]
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """The number of events that each lane has had, by its name."""
+        return {
+            name_of(slot.nodes): slot.first + (0 if slot.lane is None else slot.lane.report().events)
+            for slot in self._slots
+        }
+
+    def resume(self, sequences: Mapping[str, int]) -> None:
+        """Let the lanes that have had no event yet begin to count at these numbers."""
+        for slot in self._slots:
+            if slot.lane is None:
+                slot.first = sequences.get(name_of(slot.nodes), 0)
+
+    def report(self) -> Report:
+        """Return how the lanes stand."""
+        return Report(tuple(lane.report() for lane in self.lanes))
+
+    def flush(self) -> None:
+        """Wait until everything is done; then raise what failed, and log what a user should know.
+
+        While training is being stopped it waits for `Options.drain_timeout` at most.
+        """
+        begin = time.monotonic()
+        for lane in self.lanes:
+            while not lane.flush(0.25) and not lane.over:
+                if self._is_stopping() and time.monotonic() - begin > self._options.drain_timeout:
+                    left, limit = lane.report().pending, self._options.drain_timeout
+                    _logger.warning(
+                        "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit
+                    )
+                    break
+        self._tell()
+        failures: list[BaseException] = []
+        for lane in self.lanes:
+            try:
+                lane.raise_failure()
+            except Exception as failure:  # those of all lanes are raised together
+                failures.append(failure)
+        if failures:
+            raise_worst(failures)
+
+    def close(self) -> None:
+        """End the lanes; what they have not processed is dropped."""
+        for lane in self.lanes:
+            lane.close()
+
+    def _is_stopping(self) -> bool:
+        """Return whether training is about to end."""
+        site = self._site()
+        return site is None or site.stopping
+
+    def _tell(self) -> None:
+        """Log what is new among the troubles."""
+        troubles = self.report().troubles()
+        if troubles != self._told:
+            self._told = troubles
+            _logger.warning("flowtrain: %s", "; ".join(troubles))
+
+    def _make_lane(self, slot: _Slot) -> Lane:
+        site = self._site
+        found = site()
+        job = job_of(slot.nodes, found.run.id if found is not None else "", slot.first)
+        transport = transport_of(job, slot.nodes, self._options, self._connection)
+
+        def surface(raise_it: Callable[[], None]) -> None:
+            """Have a failure raised on the training thread."""
+            there = site()
+            if there is not None:
+                there.urgent.append(raise_it)
+
+        return Lane(
+            job,
+            transport,
+            [node.callback.backends for node in slot.nodes],
+            self._options.limits,
+            surface=surface,
+            on_error=self._options.on_error,
+            stopping=self._is_stopping,
+        )
+
+
+def sharing(runner: Runner, shared: Shared) -> Runner:
+    """Return a runner that forgets, after each firing, what its snapshot nodes have shared."""
+
+    def run(event: Event, phase: Phase) -> None:
+        """Fire, with nothing copied yet."""
+        shared.clear()
+        try:
+            runner(event, phase)
+        finally:
+            shared.clear()
+
+    return run
+
+
+def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None) -> Call:
+    def node(event: Event, phase: Phase, view: Any) -> None:
+        """Copy what the handler reads, and put it into its lane."""
+        snapshot = taker.take(shared)
+        (slot.lane or slot.opened()).put(duty, event, phase, snapshot, snapshot.nbytes)
+
+    return node
+
+
+def _fresh(nodes: Sequence[Node]) -> frozenset[tuple[str, ...]]:
+    """Return what the core has just made and no callback declares to write: the loss, and the norm of gradients."""
+    written = [path for node in nodes for path, kind in node.union if isinstance(kind, Write)]
+    made = (("batch", "loss"), ("batch", "grad_norm"))
+    return frozenset(path for path in made if ("batch",) not in written and path not in written)

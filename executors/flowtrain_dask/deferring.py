@@ -1,0 +1,155 @@
+"""Deferring: what an executor does about deferrable callbacks, from its arguments to the end of the lanes.
+
+Callbacks are decided on and checked before a learner uses them (`Deferring.check`), which is also when a cluster is
+connected to. `Deferring.use` makes the lanes for them when the first plan is compiled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowtrain.errors import ExecutorError, is_a, is_positive, nearest
+from flowtrain.execution import Site
+from flowtrain.graph import Node
+from flowtrain.plan import Plan
+from flowtrain.state import LearnerState
+from flowtrain_dask.deferral import Deferral, decide
+from flowtrain_dask.deferred import Deferred
+from flowtrain_dask.limits import Limits
+from flowtrain_dask.opening import Options, validate
+from flowtrain_dask.report import Report
+
+if TYPE_CHECKING:
+    from flowtrain_dask.connect import Connection
+
+__all__ = ["Deferring", "check_choice"]
+
+
+class Deferring:
+    """The deferrable callbacks of an executor's learner.
+
+    Args:
+        cluster: Where they run; see `flowtrain_dask.connect.connect`.
+        defer: Whether they are deferred.
+        resources: What a worker must have.
+        options: How they are run.
+
+    Raises:
+        ExecutorError: A value means nothing.
+    """
+
+    def __init__(self, cluster: object, defer: bool, resources: dict[str, float], options: Options) -> None:
+        _check(defer, resources, options)
+        self._cluster = cluster
+        self._defer = defer
+        self._resources = resources
+        self._options = options
+        self._connection: Connection | None = None
+        self._nodes: tuple[Node, ...] = ()
+        self._deferral = Deferral()
+        self._state: LearnerState | None = None
+        self._deferred: Deferred | None = None
+        self._sequences: dict[str, int] = {}
+        self._end: weakref.finalize[Any, Any] | None = None
+
+    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
+        deferral = decide(nodes) if self._defer else Deferral()
+        if deferral.lanes and self._connection is None and self._cluster is not None:
+            from flowtrain_dask.connect import connect  # distributed takes a while to import
+
+            self._connection = connect(
+                self._cluster, self._options.drain_timeout, resources=self._resources or None
+            )
+        validate(deferral, state, self._options, self._connection)
+        self.flush()
+        self._deferral, self._state = deferral, state
+
+    def use(self, site: Site) -> Deferred:
+        """Return what defers the callbacks that the loop uses now."""
+        nodes = tuple(site.nodes)
+        if self._deferred is None or nodes != self._nodes:
+            if self._deferred is not None:
+                self._sequences |= self._deferred.sequences
+                self._deferred.close()
+            state = site.state if self._state is None else self._state
+            self._nodes = nodes
+            self._deferred = Deferred(
+                nodes, self._deferral, state, site, self._options, self._connection, self._sequences
+            )
+            self._end = weakref.finalize(self, self._deferred.close)
+        return self._deferred
+
+    def explain(self, plan: Plan) -> str:
+        """Say what of a plan is deferred; empty where there is nothing to say."""
+        return "" if self._deferred is None else self._deferred.explain(plan)
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """The number of events that each lane has had, by its name."""
+        return self._sequences | ({} if self._deferred is None else self._deferred.sequences)
+
+    def resume(self, sequences: Mapping[str, int]) -> None:
+        """Let the lanes go on counting from these numbers; called before their first event."""
+        self._sequences = dict(sequences)
+        if self._deferred is not None:
+            self._deferred.resume(self._sequences)
+
+    def report(self) -> Report:
+        """Return how the lanes stand."""
+        return Report() if self._deferred is None else self._deferred.report()
+
+    def flush(self) -> None:
+        """Wait until everything is processed, and raise what failed."""
+        if self._deferred is not None:
+            self._deferred.flush()
+
+    def close(self) -> None:
+        """Flush, end the lanes, and close what was opened; what failed is raised at the end."""
+        try:
+            self.flush()
+        finally:
+            if self._end is not None:
+                self._end.detach()
+            if self._deferred is not None:
+                self._deferred.close()
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+
+def _check(defer: object, resources: Mapping[str, float], options: Options) -> None:
+    if not is_a(defer, bool):
+        raise ExecutorError(f"DaskExecutor(defer={defer!r}): defer is True or False. Write DaskExecutor(defer=False).")
+    if not is_a(options.limits, Limits):
+        raise ExecutorError(
+            f"DaskExecutor(limits={options.limits!r}) is no Limits. Write DaskExecutor(limits=Limits(pending=1000)), "
+            f"with `from flowtrain_dask import Limits`."
+        )
+    for name, amount in resources.items():
+        if not is_a(name, str) or not is_positive(amount):
+            raise ExecutorError(
+                f"DaskExecutor(resources={dict(resources)!r}): resources are positive numbers by name. Write "
+                f'DaskExecutor(address, resources={{"flowtrain": 1}}), and start the worker with '
+                f"`dask worker ADDRESS --resources flowtrain=1`."
+            )
+    if not is_positive(options.drain_timeout):
+        raise ExecutorError(
+            f"DaskExecutor(drain_timeout={options.drain_timeout!r}): it is a positive number of seconds, such as 30.0."
+        )
+    check_choice("on_error", options.on_error, ("raise", "warn"))
+    check_choice("on_cluster_loss", options.on_cluster_loss, ("local", "raise"))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check an argument that is one of several words.
+
+    Raises:
+        ExecutorError: It is none of them.
+    """
+    if value not in choices:
+        raise ExecutorError(
+            f"{name}={value!r} is none of {', '.join(map(repr, choices))}.{nearest(str(value), choices)}"
+        )
