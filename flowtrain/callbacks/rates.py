@@ -22,7 +22,7 @@ class LearningRateMonitor(Callback):
     with names of optimizers ``"LearningRate.gen"``, ``"LearningRate.gen.0"``, and so on.
 
     Reads ``optimizer.hyperparams`` and ``cbstate.history`` at `UpdateBegin`; so it runs after those that set the rate
-    for the update there. Costs a comparison for each group and update; a rate that is kept on a GPU is read with a
+    for the update there. Costs some microseconds for each group and update; a rate that is kept on a GPU is read with a
     synchronisation.
 
     Args:
