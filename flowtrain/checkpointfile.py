@@ -99,7 +99,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         contents: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
         raise CheckpointError(
-            f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}. It is truncated, or it is "
+            f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, or it is "
             f"something else. A Checkpointer's own files are complete whenever they have their name."
         ) from error
     if not isinstance(contents, Mapping) or contents.get("format") != FORMAT:
@@ -113,3 +113,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"this one reads version {VERSION}. Use the flowtrain that wrote it, or a later one."
         )
     return dict(contents)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

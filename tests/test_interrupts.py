@@ -1,0 +1,203 @@
+"""Rule 29: interrupts and SIGTERM end a fit at a batch boundary, a second one at once; handlers are put back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LearnerView,
+    LossError,
+    Phase,
+    SerialExecutor,
+    TrainingPhase,
+    on,
+)
+from flowtrain.callbacks import Checkpointer
+from flowtrain.testing import tiny_batches, tiny_learner
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, and none of SIGTERM; they must be there again after each test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    after = [signal.getsignal(number) for number in SIGNALS]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == [signal.default_int_handler, signal.SIG_DFL]
+
+
+class Interrupt(Callback):
+    """Send a signal at the n-th event of a type, and note which events follow."""
+
+    def __init__(self, number: signal.Signals, event: type[Event] = BatchBegin, at: int = 3, times: int = 1) -> None:
+        self.number, self.event, self.at, self.times = number, event, at, times
+        self.seen = 0
+        self.log: list[str] = []
+
+    @on(Event)
+    def send(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if isinstance(event, self.event):
+            self.seen += 1
+            if self.seen == self.at:
+                self.log.clear()
+                for _ in range(self.times):
+                    signal.raise_signal(self.number)
+        self.log.append(type(event).__name__)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_rule_29_the_batch_is_finished_and_everything_closed(number: signal.Signals) -> None:
+    """Rules 16, 17 and 29: the flag is seen at the batch boundary; epoch and fit are closed with their events."""
+    callback = Interrupt(number)
+    learner = tiny_learner(callback)
+    with pytest.raises(KeyboardInterrupt, match=f"training was interrupted by {number.name}") as caught:
+        learner.fit(2)
+    assert callback.log == [
+        "BatchBegin", "LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd", "BatchEnd",
+        "EpochCancelled", "FitEnd",
+    ]  # fmt: skip
+    assert learner.stopped is caught.value
+    assert caught.value.__notes__ == ["in TrainingPhase, epoch 1, after batch 3"]
+    assert learner.cbstate.history[TrainingPhase].steps == 3
+    learner.fit(1)  # nothing is left behind
+    assert learner.cbstate.history[TrainingPhase].steps == 19
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_rule_29_a_second_signal_leaves_at_once(number: signal.Signals) -> None:
+    """Rule 29: in the midst of a handler; what is open is closed all the same."""
+    callback = Interrupt(number, times=2)
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted by {number.name} for the second time"):
+        tiny_learner(callback).fit(2)
+    assert callback.log == ["BatchCancelled", "EpochCancelled", "FitEnd"]
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "steps"), [(FitBegin, 1, 0), (EpochEnd, 1, 16), (BatchEnd, 16, 16), (FitEnd, 1, 32)]
+)
+def test_rule_29_wherever_it_strikes(event: type[Event], at: int, steps: int) -> None:
+    """Rule 29: between epochs, and when the last batch is over, which is no reason to lose it."""
+    callback = Interrupt(signal.SIGINT, event, at)
+    learner = tiny_learner(callback, data=tiny_batches())
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(2)
+    assert learner.cbstate.history[TrainingPhase].steps == steps
+    assert callback.log[-1] == "FitEnd"
+
+
+@pytest.mark.parametrize("at", [1, 3, 16, 20])
+def test_rule_29_a_checkpoint_first_and_the_fit_goes_on_from_it(at: int, tmp_path: Path) -> None:
+    """Rules 28 and 29: what was trained is in the checkpoint, to the batch."""
+    whole = tiny_learner(Checkpointer(tmp_path / "other"))
+    whole.fit(3)
+    learner = tiny_learner(Checkpointer(tmp_path), Interrupt(signal.SIGTERM, BatchEnd, at))
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(3)
+    assert (tmp_path / "latest").read_text() == "interrupted.ckpt\n"
+    resumed = tiny_learner(Checkpointer(tmp_path))
+    resumed.fit(3, resume=tmp_path)
+    assert torch.equal(resumed.model.coeff, whole.model.coeff)
+    assert resumed.cbstate.history == whole.cbstate.history
+    for phase, series in whole.cbstate.metrics_epoch.items():
+        assert list(resumed.cbstate.metrics_epoch[phase]["Loss"]) == list(series["Loss"])
+    assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [f"epoch-000{n}.ckpt" for n in (1, 2, 3)]
+
+
+def test_a_checkpoint_that_cannot_be_taken_does_not_hold_up_the_interrupt(tmp_path: Path) -> None:
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"thread": threading.current_thread()}
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        tiny_learner(Checkpointer(tmp_path), Odd(), Interrupt(signal.SIGINT)).fit(1)
+    assert any("the checkpoint for it could not be taken: Odd.state_dict()" in note for note in caught.value.__notes__)
+
+
+def test_rule_29_deferred_work_is_finished_and_knows_why() -> None:
+    """Rule 29: the executor is flushed after the fit is closed; its site says that training is stopping."""
+    told: list[tuple[str, bool]] = []
+
+    class Watching(SerialExecutor):
+        def flush(self) -> None:
+            assert self._site is not None
+            told.append(("flush", self._site.stopping))
+
+    learner = tiny_learner(Interrupt(signal.SIGINT), executor=Watching())
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(1)
+    learner.flush()
+    assert told == [("flush", True), ("flush", False)]
+
+
+def test_handlers_are_there_only_in_fit_and_ignored_signals_stay_ignored() -> None:
+    found: list[Any] = []
+
+    class Look(Callback):
+        @on(BatchEnd, TrainingPhase)
+        def look(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            found.append([signal.getsignal(number) for number in SIGNALS])
+
+    learner = tiny_learner(Look(), n_batches=1)
+    learner.fit(1)
+    learner.epoch(TrainingPhase)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    learner.fit(1)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ours, own, ignoring = found
+    assert not {signal.default_int_handler, signal.SIG_DFL} & set(ours)
+    assert own == [signal.default_int_handler, signal.SIG_DFL]
+    assert ignoring[0] is signal.SIG_IGN
+    assert ignoring[1] is not signal.SIG_DFL
+
+
+def test_a_handler_of_the_users_is_put_back_after_a_failure_too() -> None:
+    def mine(number: int, frame: FrameType | None) -> None: ...
+
+    signal.signal(signal.SIGTERM, mine)
+    with pytest.raises(LossError, match="broken"):
+        tiny_learner(lossfn=_broken).fit(1)
+    assert signal.getsignal(signal.SIGTERM) is mine
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _broken(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    raise ValueError("broken")
+
+
+def test_another_thread_trains_without_handlers() -> None:
+    """Rule 29: only the main thread can have them."""
+    failures: list[BaseException] = []
+    learner = tiny_learner()
+
+    def train() -> None:
+        try:
+            learner.fit(1)
+        except BaseException as failure:  # shown below
+            failures.append(failure)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert failures == []
+    assert learner.cbstate.history[TrainingPhase].epochs == 1
