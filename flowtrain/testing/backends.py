@@ -231,8 +231,8 @@ class BackendContract:
         self._write(backend, "Loss", 3, 3.5)
         assert backend.flush() != position
         backend.close()
-        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
         self._give_up(killed)
+        self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
 
     def test_restoring_the_newest_position_changes_nothing(self, tmp_path: Path) -> None:
         """A run that stopped at its checkpoint goes on with all that it had, and so it does a second time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ BLOCK = 32768  # https://github.com/google/leveldb/blob/main/doc/log_format.md, 
 
 def make(folder: Path) -> WandbBackend:
     return WandbBackend("digits", "a", folder=folder, mode="offline")
+
+
+def complete(path: Path) -> list[Any]:
+    """The messages in a file of W&B, when its service has written the last one: a moment after the run has ended."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not end")
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -43,19 +55,36 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def put(found: dict[str, Any], item: Any) -> None:
+    """Take in an item of W&B, which has a key, or a path of keys."""
+    *path, key = item.nested_key or [item.key]
+    for part in path:
+        found = found.setdefault(part, {})
+    found[key] = json.loads(item.value_json)
+
+
 def runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
     """For each run by its id: the configuration and the history."""
     found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-    for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+    files = [complete(path) for path in (folder / "wandb").glob("offline-run-*/run-*.wandb")]
+    for messages in sorted(files, key=began):
         config: dict[str, Any] = {}
         history: list[dict[str, Any]] = []
-        for record in records(path):
+        for record in messages:
             for update in (*record.config.update, *record.run.config.update):
-                config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
+                put(config, update)
             if record.history.item:
-                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-                history.append({key: json.loads(value) for key, value in items.items()})
-        found[path.name.removeprefix("run-").removesuffix(".wandb")] = config, history
+                history.append({})
+            for item in record.history.item:
+                put(history[-1], item)
+        [run] = [record.run for record in messages if record.WhichOneof("record_type") == "run"]
+        found[run.run_id] = config, history
+    return found
+
+
+def began(messages: list[Any]) -> int:
+    """When the run of these messages began, in nanoseconds."""
+    found: int = next(r.run.start_time.ToNanoseconds() for r in messages if r.WhichOneof("record_type") == "run")
     return found
 
 

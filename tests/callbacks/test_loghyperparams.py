@@ -1,0 +1,91 @@
+"""LogHyperParams: a value when it changes, the settings once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowtrain import Access, BatchBegin, Callback, LearnerView, Phase, Read, TrainingPhase, Write, on
+from flowtrain.callbacks import LogHyperParams
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, JsonlBackend
+from flowtrain.testing import tiny_learner
+
+
+class Steps(Callback):
+    """Sets the rate for every batch, and halves it after every other one."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.hyperparams.LearningRate": Write(), "cbstate.history": Read()}
+
+    @on(BatchBegin, TrainingPhase)
+    def set(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        done = learner.cbstate.history[phase].steps
+        learner.cbstate.hyperparams.push("LearningRate", 0.5 ** (done // 2), done + 1)
+
+
+def logged(path: Path) -> list[tuple[str, int, Any]]:
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert {record["group"] for record in records} <= {"HyperParams"}
+    return [(record["name"], record["step"], record["value"]) for record in records]
+
+
+def test_a_value_is_logged_when_it_changes_and_the_settings_once(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    settings = {"batch_size": 8, "model": {"width": (1, 2)}}
+    with tiny_learner(LogHyperParams(JsonlBackend(path), settings=settings), Steps(), n_batches=3) as learner:
+        settings["batch_size"] = 9  # what was passed counts
+        learner.fit(1)
+        learner.fit(1)
+    assert logged(path) == [
+        ("Settings", 0, {"batch_size": 8, "model": {"width": [1, 2]}}),
+        ("LearningRate", 1, 1.0),
+        ("LearningRate", 3, 0.5),
+        ("LearningRate", 5, 0.25),
+    ]
+
+
+def test_without_a_schedule_there_is_nothing_to_log(tmp_path: Path) -> None:
+    callback = LogHyperParams(JsonlBackend(tmp_path / "log"))
+    with tiny_learner(callback) as learner:
+        learner.fit(1)
+    assert logged(tmp_path / "log") == []
+    assert sorted(handler.attribute for _, handler in callback.handlers()) == ["log_epoch", "log_step"]
+
+
+def test_a_resumed_run_does_not_repeat_itself(tmp_path: Path) -> None:
+    """Rule 28: what was logged is part of the state."""
+    first = LogHyperParams(JsonlBackend(tmp_path / "one"), settings={"a": 1})
+    with tiny_learner(first, Steps(), n_batches=2) as learner:
+        learner.fit(1)
+    second = LogHyperParams(JsonlBackend(tmp_path / "two"), settings={"a": 1})
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with tiny_learner(second, Steps(), n_batches=2) as learner:
+        learner.fit(1)
+    assert logged(tmp_path / "one") == [("Settings", 0, {"a": 1}), ("LearningRate", 1, 1.0)]
+    assert logged(tmp_path / "two") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([1], r"LogHyperParams\(settings=\.\.\.\) takes a mapping from names to values, and got \[1\]"),
+        (
+            {"f": {"g": len}},
+            r"LogHyperParams\(settings=\.\.\.\)\['f'\]\['g'\] is <built-in function len>\. Set",
+        ),
+        ({1: 2}, r"LogHyperParams\(settings=\.\.\.\) has the name 1; names are texts\."),
+    ],
+)
+def test_mistakes(settings: Any, message: str) -> None:
+    with pytest.raises(LoggingError, match=message):
+        LogHyperParams(JsonlBackend("log"), settings=settings)
+
+
+def test_settings_need_a_backend_that_takes_them() -> None:
+    with pytest.raises(LoggingError, match=r"settings=\.\.\.\) logs Settings, and CsvBackend\(.*\) takes Value\."):
+        LogHyperParams(CsvBackend("v.csv"), settings={"a": 1})
+    assert LogHyperParams(CsvBackend("v.csv"), JsonlBackend("log"), settings={"a": 1}).settings == {"a": 1}

@@ -1,0 +1,100 @@
+"""LogVisualization: what a function returns, under its name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowtrain import BatchEnd, EpochEnd, LearnerView, ProtectedException, Read, TrainingPhase, ValidationPhase
+from flowtrain.callbacks import LogVisualization
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, Image, JsonlBackend, Text, Value
+from flowtrain.testing import tiny_learner
+
+
+def misclassified(learner: LearnerView) -> Any:
+    wrong = (learner.batch.outputs - learner.batch.targets).abs() > 1
+    return {f"{place}": Image(learner.batch.inputs[place].reshape(1, 1)) for place in wrong.nonzero()[:2, 0].tolist()}
+
+
+def logged(path: Path) -> list[tuple[str, str, int, Any]]:
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [(record["group"], record["name"], record["step"], record["value"]) for record in records]
+
+
+def test_images_by_name(tmp_path: Path) -> None:
+    callback = LogVisualization(misclassified, JsonlBackend(tmp_path / "log"), every=1, phase_type=TrainingPhase)
+    with tiny_learner(callback, n_batches=2) as learner:
+        learner.fit(1)
+    found = logged(tmp_path / "log")
+    assert {(group, step) for group, _, step, _ in found} == {("Step/TrainingPhase", 1), ("Step/TrainingPhase", 2)}
+    assert all(name.startswith("Misclassified/") for _, name, _, _ in found)
+    assert all((tmp_path / value).read_bytes().startswith(b"\x89PNG") for *_, value in found)
+
+
+def test_one_several_or_none_at_any_event(tmp_path: Path) -> None:
+    results = iter([Value(1), [Value(2), Text("three")], None])
+    callback = LogVisualization(
+        lambda learner: next(results),
+        JsonlBackend(tmp_path / "log"),
+        CsvBackend(tmp_path / "v"),
+        every=1,
+        access={},
+        phase_type=ValidationPhase,
+        event_type=EpochEnd,
+    )
+    with tiny_learner(callback, n_batches=1) as learner:
+        learner.fit(3)
+    assert logged(tmp_path / "log") == [
+        ("Epoch/ValidationPhase", "Visualization", 1, 1),
+        ("Epoch/ValidationPhase", "Visualization/0", 2, 2),
+        ("Epoch/ValidationPhase", "Visualization/1", 2, "three"),
+    ]
+    assert (tmp_path / "v").read_text("utf-8").splitlines()[0] == "group,step,Visualization,Visualization/0"
+
+
+def test_every_counts_by_phase(tmp_path: Path) -> None:
+    callback = LogVisualization(
+        lambda learner: Value(0), JsonlBackend(tmp_path / "log"), every=3, name="Zero", access={}
+    )
+    with tiny_learner(callback, n_batches=4) as learner:
+        learner.fit(2)
+    assert logged(tmp_path / "log") == [
+        ("Step/TrainingPhase", "Zero", 3, 0),
+        ("Step/ValidationPhase", "Zero", 3, 0),
+        ("Step/TrainingPhase", "Zero", 6, 0),
+        ("Step/ValidationPhase", "Zero", 6, 0),
+    ]
+
+
+def test_it_declares_what_it_is_told_and_pickles() -> None:
+    backend = JsonlBackend("log")
+    callback = LogVisualization(misclassified, backend, access={"batch.loss": Read()})
+    assert callback.state_access().keys() == {"batch.loss", "cbstate.history", backend.resource}
+    assert LogVisualization(misclassified, backend).state_access().keys() == {
+        "batch",
+        "cbstate.history",
+        backend.resource,
+    }
+    assert callback.deferrable
+    callback = LogVisualization(len, backend)
+    assert pickle.loads(pickle.dumps(callback)).label == "Len"
+    with pytest.raises(ProtectedException, match=r"Read access to Learner\.model disallowed"):
+        tiny_learner(LogVisualization(lambda learner: learner.model, backend, every=1)).fit(1)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "log")
+    with pytest.raises(LoggingError, match=r"takes a function of the learner first, then backends"):
+        LogVisualization(backend)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose
+    with pytest.raises(LoggingError, match=r"where a subclass of Phase belongs"):
+        LogVisualization(misclassified, backend, phase_type=BatchEnd)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose
+    with (
+        tiny_learner(LogVisualization(lambda learner: {"x": 3}, backend, every=1)) as learner,
+        pytest.raises(LoggingError, match=r"LogVisualization\(Visualization\) logs 3 as 'Visualization/x', which is"),
+    ):
+        learner.fit(1)

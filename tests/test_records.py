@@ -1,0 +1,59 @@
+"""Records: from a handler to its backends, in place and from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, JsonlBackend, Run, Text, Value
+from flowtrain.records import Identity, collecting, deliver, identity, log
+
+STEP = ("Step", "TrainingPhase")
+
+
+def test_each_backend_gets_what_it_takes(tmp_path: Path) -> None:
+    backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    for backend in backends:
+        backend.open(Run("r"))
+    log(backends, Value(0.5), "Loss", 1, STEP)
+    log(backends, Text("hello"), "Note", 1, STEP)
+    for backend in backends:
+        backend.close()
+    assert (tmp_path / "v.csv").read_text("utf-8") == "group,step,Loss\nStep/TrainingPhase,1,0.5\n"
+    assert [line.split(",")[0] for line in (tmp_path / "l.jsonl").read_text("utf-8").splitlines()] == [
+        '{"name": "Loss"',
+        '{"name": "Note"',
+    ]
+
+
+def test_what_nobody_takes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoggingError, match=r"Text 'Note' was logged to CsvBackend\(.*\), and none takes that kind\. "):
+        log([CsvBackend(tmp_path / "v.csv")], Text("hello"), "Note", 1, STEP)
+    with pytest.raises(LoggingError, match=r"Value 'Loss' was logged to no backend"):
+        log([], Value(1), "Loss", 1, STEP)
+
+
+def test_a_failure_says_what_was_logged_where(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "l.jsonl")
+    with pytest.raises(LoggingError, match=r"is not open") as caught:
+        log([backend], Value(1), "Loss", 7, STEP)
+    assert caught.value.__notes__ == [f"raised when 'Loss' of Step/TrainingPhase, step 7, was logged to {backend.sink}"]
+    with pytest.raises(LoggingError) as caught:
+        deliver([backend], [(0, b"{}\n")])
+    assert caught.value.__notes__ == [f"raised when a record was written to {backend.sink}"]
+
+
+def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) -> None:
+    """Rule 25: by its place among the callback's, because a copy is not the driver's object."""
+    backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    who = Identity("run", "lane", 3)
+    assert identity() is None
+    with collecting(who) as collector:
+        assert identity() is who
+        log(backends, Text("hello"), "Note", 1, STEP)
+        log(backends, Value(0.5), "Loss", 1, STEP)
+    assert identity() is None
+    assert [position for position, _ in collector.records] == [1, 0, 1]
+    assert not list(tmp_path.iterdir())

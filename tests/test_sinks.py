@@ -1,0 +1,147 @@
+"""Sinks: who opens, flushes, restores and closes the backends of a learner's callbacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowtrain.callback import Callback
+from flowtrain.callbacks import LogHyperParams, LogMetrics
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, JsonlBackend, Run, Value
+from flowtrain.sinks import Sinks
+from flowtrain.testing import tiny_learner
+
+STEP = ("Step", "TrainingPhase")
+
+
+def write(backend: JsonlBackend, step: int) -> None:
+    backend.write(backend.encode(Value(step), "Loss", step, STEP))
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()]
+
+
+def test_two_backends_on_one_file_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    one, other = JsonlBackend(tmp_path / "log"), CsvBackend(tmp_path / "link" / "log")
+    with pytest.raises(LoggingError, match=r"LogMetrics logs to JsonlBackend\(.*\) and LogHyperParams to CsvBackend\("):
+        tiny_learner(LogMetrics(one), LogHyperParams(other))
+    assert not (tmp_path / "log").exists()
+    learner = tiny_learner(LogMetrics(one), LogHyperParams(one, settings={"a": 1}), n_batches=1)
+    learner.fit(1)
+    learner.close()
+    assert steps(tmp_path / "log") == [0, 1, 1, 1, 1]
+
+
+def test_what_is_no_backend_is_named() -> None:
+    class Custom(Callback):
+        backends: Any = ("log.jsonl",)
+
+    with pytest.raises(LoggingError, match=r"Custom logs to 'log\.jsonl', which is no LoggerBackend\. Write Custom\("):
+        tiny_learner(Custom())
+
+
+def test_a_folder_that_cannot_be_written_ends_the_fit_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("", "utf-8")
+    learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "runs" / "log.jsonl")))
+    with pytest.raises(
+        LoggingError, match=r"log\.jsonl cannot be written: (Not a directory|File exists)\. Log to a"
+    ) as caught:
+        learner.fit(1)
+    assert caught.value.__notes__[0].startswith("raised when JsonlBackend(")
+    assert caught.value.__notes__[0].endswith("of LogMetrics was opened")
+    assert learner.cbstate.history == {}
+    learner.close()
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """Let no file grow beyond some bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_says_what_is_kept(tmp_path: Path, small_files: int) -> None:
+    path = tmp_path / "log.jsonl"
+    learner = tiny_learner(LogMetrics(JsonlBackend(path)))
+    with pytest.raises(
+        LoggingError, match=r"log\.jsonl: a record of \d+ bytes cannot be written: File too large\. "
+    ) as caught:
+        learner.fit(1)
+    notes = "\n".join(caught.value.__notes__)
+    assert "raised when 'Loss' of Step/TrainingPhase, step " in notes
+    assert "raised in LogMetrics.log_step at (BatchEnd, TrainingPhase)" in notes
+    learner.close()
+    kept = steps(path)
+    assert kept == list(range(1, len(kept) + 1))
+    assert f"The file keeps the {os.path.getsize(path)} bytes before it, all of them whole" in str(caught.value)
+
+
+def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None:
+    """Rule 28: by sink, whichever callbacks hold it; a backend that is new since then is left as it is."""
+    one, new = JsonlBackend(tmp_path / "one"), JsonlBackend(tmp_path / "new")
+    sinks = Sinks()
+    sinks.use([LogMetrics(one)])
+    sinks.open()
+    write(one, 1)
+    positions = sinks.flush()
+    write(one, 2)
+    sinks.close()
+    again = Sinks()
+    again.use([LogMetrics(JsonlBackend(tmp_path / "one"), new)])
+    again.restore(Run(sinks.run.id, resumed=True), positions)
+    assert (again.run.id, again.run.resumed) == (sinks.run.id, True)
+    write(new, 3)
+    again.close()
+    assert (steps(tmp_path / "one"), steps(tmp_path / "new")) == ([1], [3])
+
+
+def test_callbacks_that_leave_close_their_backends(tmp_path: Path) -> None:
+    first, second = JsonlBackend(tmp_path / "log"), JsonlBackend(tmp_path / "log")
+    sinks = Sinks()
+    sinks.use([LogMetrics(first)])
+    sinks.open()
+    sinks.use([LogMetrics(second)])
+    with pytest.raises(LoggingError, match="is not open"):
+        write(first, 1)
+    sinks.open()
+    write(second, 2)
+    sinks.close()
+    assert steps(tmp_path / "log") == [2]
+
+
+def test_every_backend_is_closed_whatever_another_raises(tmp_path: Path) -> None:
+    class Broken(JsonlBackend):
+        def close(self) -> None:
+            super().close()
+            raise OSError("broken")
+
+    broken, fine = Broken(tmp_path / "a"), JsonlBackend(tmp_path / "b")
+    sinks = Sinks()
+    sinks.use([LogMetrics(broken, fine)])
+    broken.close = lambda: None  # type: ignore[method-assign]  # `open` closes first
+    sinks.open()
+    del broken.close
+    with pytest.raises(OSError, match="broken") as caught:
+        sinks.close()
+    assert caught.value.__notes__ == [f"raised when {broken!r} of LogMetrics was closed"]
+    with pytest.raises(LoggingError, match="is not open"):
+        write(fine, 1)
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")  # as torchrun sets it
+    learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log")))
+    learner.fit(1)
+    learner.close()
+    assert not list(tmp_path.iterdir())
