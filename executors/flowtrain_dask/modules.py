@@ -1,7 +1,8 @@
 """Copies of modules and optimizers.
 
 A declared ``model`` is copied as a whole: every parameter and buffer, for each event, on the training thread. Who
-needs some of it declares ``params.encoder.weight`` or ``model.encoder``.
+needs some of it declares ``params.encoder.weight`` or ``model.encoder``. With all of ``model`` declared, ``params`` are
+those of the copy, as in place; parts are copied each by itself.
 """
 
 from __future__ import annotations

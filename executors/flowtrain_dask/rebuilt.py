@@ -134,7 +134,7 @@ def _copy_partial(value: functools.partial[Any], copying: Copying) -> Any:
 
 
 def _copy_object(value: Any, copying: Copying) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     copy = kind.__new__(kind)
     copying.remember(value, copy)
     return _with_attributes(value, copy, copying)

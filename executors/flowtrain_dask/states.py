@@ -12,37 +12,30 @@ from flowtrain.errors import nearest
 from flowtrain.parameters import Gradients, Parameters
 from flowtrain.part import Tree
 from flowtrain.phasemap import CountsMap, PhaseMap
+from flowtrain.readonly import refuse
 from flowtrain.series import Series, SeriesMap
 from flowtrain.state import Named, State
 from flowtrain_dask.copying import Copier, Copying, Pruner, declared_inside
 from flowtrain_dask.tensors import copy_tensors
 
-__all__ = ["STATE_COPIERS", "STATE_PRUNERS", "NamedTensors"]
+__all__ = ["STATE_COPIERS", "STATE_PRUNERS", "NamedGradients", "NamedTensors"]
 
 
 class NamedTensors(Mapping[str, torch.Tensor]):
-    """Parameters or gradients by name, as they were.
+    """Parameters by name, as they were.
 
     Args:
         tensors: The tensors by name.
-        what: What they are, for messages.
 
     Attributes:
         aliases: For a parameter that a model has under several names, the other ones, with the one in `tensors`.
-        twin: Itself: it cannot be changed.
     """
 
-    __slots__ = ("_tensors", "_what", "aliases")
+    __slots__ = ("_tensors", "aliases")
 
-    def __init__(self, tensors: dict[str, torch.Tensor], what: str) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], aliases: Mapping[str, str] | None = None) -> None:
         self._tensors = tensors
-        self._what = what
-        self.aliases: Mapping[str, str] = {}
-
-    @property
-    def twin(self) -> NamedTensors:
-        """What a view gives for reading."""
-        return self
+        self.aliases: Mapping[str, str] = aliases or {}
 
     def __twin__(self) -> NamedTensors:
         return self
@@ -50,8 +43,11 @@ class NamedTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._tensors.get(self.aliases.get(name, name))
         if found is None:
-            raise KeyError(f"there is no {self._what} {name!r}.{nearest(str(name), self._tensors)}")
+            raise KeyError(self._unknown(name))
         return found
+
+    def _unknown(self, name: str) -> str:
+        return f"there is no parameter {name!r}.{nearest(str(name), self._tensors)}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -60,13 +56,24 @@ class NamedTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _named_tensors, (self._tensors, self._what, self.aliases)
+        return type(self), (self._tensors, self.aliases)
 
 
-def _named_tensors(tensors: dict[str, torch.Tensor], what: str, aliases: Mapping[str, str]) -> NamedTensors:
-    made = NamedTensors(tensors, what)
-    made.aliases = aliases
-    return made
+class NamedGradients(NamedTensors):
+    """Gradients by the name of their parameter, as they were."""
+
+    __slots__ = ()
+
+    @property
+    def twin(self) -> NamedGradients:
+        """What a view gives for reading: itself, since it cannot be changed."""
+        return self
+
+    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        raise refuse("batch.grads")
+
+    def _unknown(self, name: str) -> str:
+        return f"{name} has no gradient: it took no part in the loss, or it is frozen"
 
 
 def _copy_series(value: Series, copying: Copying) -> Series:
@@ -157,8 +164,8 @@ def _tensors(value: Parameters | Gradients, inside: Tree | None, copying: Copyin
     wanted = dict(value.named())
     if inside is not None:
         wanted = {name: tensor for name, tensor in wanted.items() if declared_inside(inside, name) is not None}
-    what = "parameter" if isinstance(value, Parameters) else "gradient of"
-    return NamedTensors(copy_tensors(wanted, copying), what)
+    copies = copy_tensors(wanted, copying)
+    return NamedTensors(copies) if isinstance(value, Parameters) else NamedGradients(copies)
 
 
 STATE_COPIERS: Mapping[type, Copier] = {

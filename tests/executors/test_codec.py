@@ -123,7 +123,7 @@ def test_everything_else_that_a_snapshot_holds() -> None:
 
 def test_what_cbstate_holds() -> None:
     history, metrics, state = CountsMap("cbstate.history"), PhaseMap[Any]("cbstate.m"), State("cbstate.deep")
-    history[TrainingPhase] = Counts((1, 2, 3, 4))
+    history[TrainingPhase()] = Counts((1, 2, 3, 4))
     metrics[ValidationPhase] = SeriesMap("cbstate.m")
     metrics[ValidationPhase].push("Loss", 0.5, 3)
     state.best = torch.ones(2)

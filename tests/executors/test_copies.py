@@ -141,7 +141,7 @@ def test_what_cannot_change_is_shared(value: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     [np.arange(6.0).reshape(2, 3), np.array(2.0), np.asfortranarray(np.ones((2, 3))), np.zeros(0, dtype="i2"),
-     np.ma.masked_array([1.0, 2.0], [0, 1]), np.zeros(2, dtype=[("a", "i4"), ("b", "f8")])],
+     np.ma.masked_array([1.0, 2.0], [False, True]), np.zeros(2, dtype=[("a", "i4"), ("b", "f8")])],
     ids=["array", "0-d", "fortran", "empty", "masked", "records"],
 )  # fmt: skip
 def test_numpy_arrays_are_copied(value: Any) -> None:
@@ -237,7 +237,7 @@ def test_copies_are_detached() -> None:
 
 
 def test_a_model_is_copied_with_its_buffers_and_without_its_graph() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     model[0].bias.requires_grad_(False)
     model[1].last = model[0].weight * 2  # a module that keeps a result, with its graph
     model(torch.randn(5, 3)).sum().backward()
