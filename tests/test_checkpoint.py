@@ -60,7 +60,7 @@ def state_of(learner: Learner) -> str:
     [
         ({"model": net(4)}, r"another model: its 0\.weight has shape \(3, 1\), the learner's \(4, 1\); its 0\.bias"),
         ({"model": net(bias=False)}, r"another model: it has 0\.bias, and the learner's has not\. Build the learner"),
-        ({"model": torch.nn.Sequential(*net(), torch.nn.Linear(1, 1))}, r"it has no 2\.weight; it has no 2\.bias\."),
+        ({"model": torch.nn.Sequential(*net().children(), torch.nn.Linear(1, 1))}, r"it has no 2\.weight; it has no 2\.bias\."),
         ({"model": net(dtype=torch.float64)}, r"its 0\.weight is torch\.float32, the learner's torch\.float64; "),
         (
             {"model": {"gen": net(), "critic": net()}, "data": None},

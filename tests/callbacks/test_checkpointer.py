@@ -1,0 +1,271 @@
+"""Checkpointer: which checkpoints a folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    AbstractValidationPhase,
+    Callback,
+    CancelEpochException,
+    CheckpointError,
+    EpochBegin,
+    Executor,
+    Learner,
+    LearnerView,
+    MissingStateError,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+    on,
+)
+from flowtrain.access import declare
+from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
+from flowtrain.logging import JsonlBackend
+from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
+
+
+class OODPhase(AbstractValidationPhase):
+    """Validate on other data."""
+
+
+class Scores:
+    """A metric that is what a test says, epoch by epoch."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = iter(scores)
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return next(self.scores)
+
+
+def scored(*scores: float, phase: type[Phase] = ValidationPhase) -> Metrics:
+    return Metrics(Metric(Scores(*scores), name="Score", phase=phase))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(each.name.removeprefix("epoch-000").removesuffix(".ckpt") for each in folder.glob("*.ckpt"))
+
+
+def pointer(folder: Path, name: str) -> str:
+    return (folder / name).read_text().strip().removeprefix("epoch-000").removesuffix(".ckpt")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "scores", "kept", "best"),
+    [
+        ({}, [3, 1, 2, 4], ["1", "2", "3", "4"], "2"),
+        ({"mode": "max"}, [3, 1, 2, 4], ["1", "2", "3", "4"], "4"),
+        ({"keep_top_k": 1}, [3, 1, 2, 4], ["2", "4"], "2"),
+        ({"keep_top_k": 2}, [3, 1, 2, 4], ["2", "3", "4"], "2"),
+        ({"keep_top_k": 2, "mode": "max"}, [3, 1, 2, 4], ["1", "4"], "4"),
+        ({"keep_top_k": 2}, [1, NAN, 2, NAN], ["1", "3", "4"], "1"),
+        ({"keep_top_k": 1}, [2, 2, 2, 2], ["1", "4"], "1"),
+        ({"every": 2}, [1, 2, 3, 4], ["2", "4"], "2"),
+        ({"every": 2, "keep_top_k": 1}, [1, 4, 3, 2], ["4"], "4"),
+    ],
+)
+def test_the_best_and_the_latest_stay(
+    options: dict[str, Any], scores: list[float], kept: list[str], best: str, tmp_path: Path
+) -> None:
+    tiny_learner(scored(*scores), Checkpointer(tmp_path, monitor="Score", **options), n_batches=1).fit(4)
+    assert files(tmp_path) == kept
+    assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == ("4", best)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_without_a_monitor_the_newest_stay(tmp_path: Path) -> None:
+    tiny_learner(Checkpointer(tmp_path, 2, monitor=None), n_batches=1).fit(5)
+    assert files(tmp_path) == ["4", "5"]
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_ranks_go_on_after_a_resumed_fit(stop: int, tmp_path: Path) -> None:
+    scores = [3, 1, 2, 4]
+    tiny_learner(scored(*scores), Checkpointer(tmp_path, 1, monitor="Score"), n_batches=1).fit(stop)
+    again = tiny_learner(scored(*scores[stop:]), Checkpointer(tmp_path, 1, monitor="Score"), n_batches=1)
+    again.fit(4, resume=tmp_path)
+    assert (files(tmp_path), pointer(tmp_path, "best")) == (["2", "4"], "2")
+
+
+def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
+    learner = tiny_learner(Checkpointer(tmp_path, every_steps=3), n_batches=4, data=tiny_batches(n_batches=4))
+    seen: list[str] = []
+    learner.loop.cuts.writer.reached = lambda point: seen.append(point) if point == "removed" else None
+    learner.fit(2)
+    assert files(tmp_path) == ["1", "2"]
+    assert len(seen) == 4  # after batch 3 and 6, and two epochs
+    learner.fit(steps=1)
+    assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [
+        "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phases", "phase", "counted"),
+    [
+        ([TrainingPhase], None, TrainingPhase),
+        ([TrainingPhase, ValidationPhase], None, ValidationPhase),
+        ([ValidationPhase, TrainingPhase], None, ValidationPhase),
+        ([TrainingPhase, ValidationPhase, OODPhase], None, OODPhase),
+        ([TrainingPhase, ValidationPhase, OODPhase], TrainingPhase, TrainingPhase),
+        ([TrainingPhase, ValidationPhase, OODPhase], AbstractValidationPhase, OODPhase),
+    ],
+)
+def test_whose_epochs_count(
+    phases: list[type[Phase]], phase: type[Phase] | None, counted: type[Phase], tmp_path: Path
+) -> None:
+    data = {each: tiny_batches(n_batches=1) for each in phases}
+    callback = Checkpointer(tmp_path, phase=phase)
+    tiny_learner(callback, data=data).fit(1)
+    done = torch.load(tmp_path / "epoch-0001.ckpt", weights_only=True)["position"]["done"]
+    assert done[-1] == counted.__name__
+    assert callback.state_dict()["files"][0][0] == "epoch-0001.ckpt"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_at_the_same_event_loses_nothing(first: bool, tmp_path: Path) -> None:
+    """Rule 15: the other handlers of the event run, and what they asked for is done."""
+    stops, saves = EarlyStopping(patience=1, monitor="Score"), Checkpointer(tmp_path, monitor="Score")
+    callbacks = [stops, saves] if first else [saves, stops]
+    learner = tiny_learner(scored(1, 2, 3, 4), *callbacks, n_batches=1)
+    learner.fit(4)
+    assert learner.stopped is not None
+    epochs = learner.cbstate.history[TrainingPhase].epochs
+    assert epochs < 4
+    assert files(tmp_path) == [str(number) for number in range(1, epochs + 1)]
+
+
+def test_an_epoch_without_a_completed_batch_is_the_worst(tmp_path: Path) -> None:
+    class Skips(Callback):
+        @on(EpochBegin, ValidationPhase)
+        def skip(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            raise CancelEpochException("not today")
+
+    tiny_learner(Skips(), Checkpointer(tmp_path), n_batches=1).fit(2)
+    assert files(tmp_path) == ["1", "2"]
+    assert not (tmp_path / "best").exists()
+
+
+# --- what bad input gets
+
+
+def test_an_unknown_monitor_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(MissingStateError, match=r"cbstate\.metrics_epoch\.Los, .* there is Loss"):
+        tiny_learner(Checkpointer(tmp_path, monitor="Los"))
+    wrong = Checkpointer(tmp_path, monitor="Score", phase=ValidationPhase)
+    learner = tiny_learner(scored(*range(99), phase=TrainingPhase), wrong, n_batches=1)
+    with pytest.raises(UsageError, match=r"^Checkpointer ranks by 'Score' of ValidationPhase, and nothing .*; it is"):
+        learner.fit(1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of folders")
+def test_a_folder_that_cannot_be_written_stops_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran: list[str] = []
+
+    class Watch(Callback):
+        @on(EpochBegin)
+        def note(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            ran.append("epoch")
+
+    learner = tiny_learner(Checkpointer(tmp_path / "file" / "run"), Watch())
+    with pytest.raises(CheckpointError, match=r"^Checkpointer cannot write into the folder .*run: .*Not a directory"):
+        learner.fit(1)
+    assert ran == []
+
+
+def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
+    learner = tiny_learner(Checkpointer(tmp_path, phase=OODPhase))
+    with pytest.raises(UsageError, match=r"^Checkpointer counts epochs of OODPhase, which the data does not have"):
+        learner.fit(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folder": 3}, r"folder=3\): folder is a path, such as 'runs/a'\."),
+        ({"keep_top_k": 0}, r"keep_top_k=0\): keep_top_k is a whole number, at least 1, or None\."),
+        ({"every_steps": True}, r"every_steps=True\): every_steps is a whole number"),
+        ({"every": 0}, r"every=0: every is a whole number, at least 1\."),
+        ({"monitor": "a.b"}, r"monitor='a\.b'\): monitor is the name of a metric, such as 'Loss'\."),
+        ({"phase": "train"}, r"phase='train'\) is no phase type\. Write phase=ValidationPhase\."),
+        ({"mode": "best"}, r"mode='best'\): mode is 'min' if small values of Loss are good, otherwise 'max'\."),
+        ({"weights": "onnx"}, r'weights=\'onnx\'\): weights is "safetensors", or None for no such file\.'),
+    ],
+)
+def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Checkpointer(**{"folder": "unused", **options})
+
+
+def test_safetensors_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"needs safetensors, .*pip install 'flowtrain\[safetensors\]'"):
+        Checkpointer("unused", weights="safetensors")
+
+
+# --- what it declares
+
+
+def test_its_declaration_is_minimal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = record_access(Checkpointer(tmp_path, every_steps=1))
+    capsys.readouterr()
+    handlers = [handler for _, handler in Checkpointer(".", every_steps=1).handlers()]
+    declared = {handler.attribute: dict(declare(handler.access or {}, "")) for handler in handlers}
+    assert {name: dict(access) for name, access in found.handlers.items()} == declared
+
+
+def test_equal_results_under_every_executor(tmp_path: Path) -> None:
+    def make(executor: Executor) -> Learner:
+        return tiny_learner(Checkpointer(tmp_path, keep_top_k=1), executor=executor)
+
+    assert_equivalent(make)
+
+
+# --- with a log
+
+
+def test_rule_28_the_log_of_a_resumed_run_is_that_of_the_run(tmp_path: Path) -> None:
+    """Rules 25 and 28: what was logged after the checkpoint is taken back, so that nothing is there twice."""
+
+    def run(name: str, failing: int = 0) -> Any:
+        class Fails(Callback):
+            epochs = 0
+
+            @on(EpochBegin, TrainingPhase)
+            def fail(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+                self.epochs += 1
+                if self.epochs == failing:
+                    raise Stopped
+
+        log = LogMetrics(JsonlBackend(tmp_path / f"{name}.jsonl"))
+        return tiny_learner(log, Checkpointer(tmp_path / name, every=2), Fails(), n_batches=3)
+
+    run("whole").fit(6)
+    with pytest.raises(Stopped):
+        run("part", failing=4).fit(6)
+    run("part").fit(6, resume=tmp_path / "part")
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        read = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in each.items() if key not in ("time", "run")} for each in read]
+
+    assert len(lines("whole")) > 20
+    assert lines("part") == lines("whole")
+
+
+class Stopped(Exception):
+    """What ends the run that is resumed."""
