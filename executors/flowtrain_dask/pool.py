@@ -117,7 +117,8 @@ class Pool:
                 for source in sources
             ]
         )
-        if sum([source.nbytes for source in sources]) < _SMALL and not pinned:
+        nbytes = sum([source.nbytes for source in sources])
+        if nbytes < _SMALL and not (pinned and nbytes):
             return [_ordinary(*shape, pinned=False) for shape in shapes]
         key = (pinned, shapes)
         with self._lock:

@@ -47,7 +47,8 @@ def find_rebuilder(kind: type, value: Any) -> Copier | None:
             return copier
     if dataclasses.is_dataclass(kind) or issubclass(kind, (types.SimpleNamespace, UserDict, UserList)):
         return _copy_object
-    if hasattr(value, "__array_interface__") or hasattr(value, "__array_struct__"):
+    # By name, so that numpy is not imported for who does not use it; others have its interface and are no arrays.
+    if any(base.__module__ == "numpy" and base.__name__ in ("ndarray", "generic") for base in kind.__mro__):
         return _copy_array
     return None
 
@@ -96,7 +97,7 @@ def _copy_dict(value: dict[Any, Any], copying: Copying) -> Any:
     place = base.__setitem__
     for key, item in list(base.items(value)):
         place(copy, copying.copy_at(key, f".keys() {key!r}"), copying.copy_at(item, key))
-    return _with_attributes(value, copy, copying) if kind not in (dict, OrderedDict, defaultdict) else copy
+    return _with_attributes(value, copy, copying) if kind not in (dict, defaultdict) else copy
 
 
 def _copy_set(value: set[Any], copying: Copying) -> Any:

@@ -81,7 +81,8 @@ class Taker:
         declaration: What the handler declares.
         state: The learner's state.
         pool: Where the memory comes from.
-        fresh: The paths whose tensors nobody changes later; they are detached and not copied.
+        fresh: The paths whose tensors nobody changes later, such as ``("batch", "loss")``; they are detached and not
+            copied. ``("batch",)`` stands for all of the batch but its gradients.
         tail: Whether the handler runs in another process: of a series it gets the newest values.
         groups: What `copy_groups` gives for the handler; without it, it shares with every handler.
 
@@ -139,7 +140,7 @@ class Taker:
         where = (slot.path, key)
         if shared is not None and where in shared:
             return shared[where]
-        copying = Copying(self._pool, fresh=slot.path in self._fresh, cut=self._cut)
+        copying = Copying(self._pool, fresh=self._is_fresh(slot.path), cut=self._cut)
         value = slot.take(self._state, copying)
         if value is MISSING:
             return None
@@ -147,6 +148,10 @@ class Taker:
         if shared is not None and not (copying.has_series and self._seen is not None):
             shared[where] = copied  # a tail is the handler's own: it begins at that one's last event
         return copied
+
+    def _is_fresh(self, path: Path) -> bool:
+        # Nobody can promise that gradients stay: they are clipped, and added to.
+        return path in self._fresh or (path[:1] in self._fresh and path != ("batch", "grads"))
 
     def _cut(self, series: Series) -> Series:
         if self._seen is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ class Bag:
     items: list[Any]
 
 
+def closure(factor: int) -> Callable[[Any], Any]:
+    """A function that no import finds."""
+
+    def multiply(value: Any) -> Any:
+        """Multiply."""
+        return value * factor
+
+    return multiply
+
+
 def test_everything_else_that_a_snapshot_holds() -> None:
     parameter = nn.Parameter(torch.ones(2), requires_grad=False)
     source = {
@@ -102,7 +113,7 @@ def test_everything_else_that_a_snapshot_holds() -> None:
         "scalar": np.float32(1.5),
         "leaf": torch.ones(2, requires_grad=True),
         "meta": torch.ones(2, 3, device="meta"),
-        "local": lambda x: x + 1,
+        "local": closure(2),
         "dtype": torch.bfloat16,
         "named": Named("model", {"gen": 1}),
     }
@@ -116,7 +127,7 @@ def test_everything_else_that_a_snapshot_holds() -> None:
     assert found["leaf"].requires_grad
     assert found["leaf"].is_leaf
     assert (found["meta"].device.type, found["meta"].shape) == ("meta", (2, 3))
-    assert found["local"](1) == 2
+    assert found["local"](2) == 4
     assert found["dtype"] is torch.bfloat16
     assert found["named"].gen == 1
 
@@ -189,7 +200,7 @@ def test_what_is_no_blob(blob: bytes) -> None:
 
 def test_another_process_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "blob"
-    path.write_bytes(encode({"a": torch.full((3,), 2.0, dtype=torch.bfloat16), "f": lambda x: x * 3}))
+    path.write_bytes(encode({"a": torch.full((3,), 2.0, dtype=torch.bfloat16), "f": closure(3)}))
     code = (
         "import sys, pathlib; from flowtrain_dask.codec import decode;"
         "found = decode(pathlib.Path(sys.argv[1]).read_bytes()); print(found['f'](found['a']).tolist())"

@@ -77,7 +77,7 @@ CONTAINERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "tuple": lambda t: (1, t),
     "namedtuple": lambda t: Pair(t, "b"),
     "dict": lambda t: {"a": t, 3: {"b": t}},
-    "ordered": lambda t: OrderedDict(z=1, a=t),
+    "ordered": lambda t: OrderedDict[str, Any](z=1, a=t),
     "defaultdict": lambda t: defaultdict(list, a=[t]),
     "userdict": lambda t: UserDict(a=t),
     "deque": lambda t: deque([1, t], maxlen=2),
@@ -86,7 +86,7 @@ CONTAINERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "output": lambda t: Output(logits=t),
     "namespace": lambda t: types.SimpleNamespace(a=t),
     "proxy": lambda t: types.MappingProxyType({"a": t}),
-    "partial": lambda t: functools.partial(max, t, key=[t]),
+    "partial": lambda t: functools.partial(math.prod, t, start=[t]),
     "struct sequence": lambda t: torch.return_types.max((t, t)),
 }
 
@@ -242,7 +242,12 @@ def test_a_model_is_copied_with_its_buffers_and_without_its_graph() -> None:
     model[1].last = model[0].weight * 2  # a module that keeps a result, with its graph
     model(torch.randn(5, 3)).sum().backward()
     calls: list[nn.Module] = []
-    model.register_forward_hook(lambda module, *_: calls.append(module))
+
+    def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """A hook."""
+        calls.append(module)
+
+    model.register_forward_hook(note)
     expected = copy.deepcopy({name: value.clone() for name, value in model.state_dict().items()})
     found = copied(model)
     with torch.no_grad():

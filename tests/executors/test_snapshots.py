@@ -199,6 +199,8 @@ def test_fresh_results_are_shared_and_detached() -> None:
     assert payload[LOSS].data_ptr() == loss.data_ptr()
     assert payload["batch", "other"].data_ptr() != loss.data_ptr()
     assert payload[LOSS].grad_fn is None
+    payload = taker(state, {"batch": Read()}, fresh=frozenset({("batch",)})).take().payload
+    assert payload["batch", "other"].data_ptr() == loss.data_ptr()
 
 
 def test_a_parameter_that_a_model_has_twice_is_found_by_both_names() -> None:
