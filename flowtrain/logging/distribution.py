@@ -14,6 +14,7 @@ from flowtrain.records import Histogram
 __all__ = ["Distribution", "distribution"]
 
 _EXACT = 1 << 24  # up to here single precision counts exactly
+_WIDE = 1e38  # and up to here it holds the distance of two values
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def distribution(histogram: Histogram) -> Distribution:
         values = values[values.isfinite()]
         low, high = (float(limit) for limit in values.aminmax()) if values.numel() else (0.0, 0.0)
     kept = values.numel()
-    if kept > _EXACT or not math.isfinite(_single(high) - _single(low)):
+    if kept > _EXACT or high - low > _WIDE:
         values = values.double()
     made = Distribution(low, high, (0,) * bins, 0.0, 0.0, size - kept)
     if not kept:
@@ -92,7 +93,3 @@ def _values(values: Any) -> torch.Tensor:
         found = found.to_dense()
     exact = found.dtype is torch.float64 or not (found.is_floating_point() or found.dtype is torch.bool)
     return found.flatten().to(torch.float64 if exact else torch.float32)
-
-
-def _single(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32)) if abs(value) > 1e38 else value

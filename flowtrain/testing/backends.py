@@ -103,7 +103,7 @@ class BackendContract:
         with mock.patch("time.time", return_value=1_700_000_000.0):
             alone = [backend.encode(sample, name, step, _STEP) for sample, name, step in jobs]
             with ThreadPoolExecutor(4) as pool:
-                beside = list(pool.map(lambda job: backend.encode(job[0], job[1], job[2], _STEP), jobs))
+                beside = list(pool.map(backend.encode, *zip(*jobs, strict=True), [_STEP] * len(jobs)))
         for record in alone:
             assert isinstance(record, bytes), f"encode() returned {record!r}"
         differing = [job for job, one, other in zip(jobs, alone, beside, strict=True) if one != other]

@@ -104,9 +104,7 @@ def test_what_it_declares_is_what_it_touches(tmp_path: Path) -> None:
 
 
 def test_without_metrics_the_message_says_who_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(
-        MissingStateError, match=r"metrics_epoch, .* Add flowtrain\.callbacks\.Metrics"
-    ):
+    with pytest.raises(MissingStateError, match=r"metrics_epoch, .* Add flowtrain\.callbacks\.Metrics"):
         tiny_learner(Recorder(), LogMetrics(JsonlBackend(tmp_path / "log")), default_callbacks=False)
 
 

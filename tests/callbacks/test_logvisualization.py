@@ -81,8 +81,8 @@ def test_it_declares_what_it_is_told_and_pickles() -> None:
         backend.resource,
     }
     assert callback.deferrable
-    callback = LogVisualization(len, backend)
-    assert pickle.loads(pickle.dumps(callback)).label == "Len"
+    callback = LogVisualization(repr, backend)
+    assert pickle.loads(pickle.dumps(callback)).label == "Repr"
     with pytest.raises(ProtectedException, match=r"Read access to Learner\.model disallowed"):
         tiny_learner(LogVisualization(lambda learner: learner.model, backend, every=1)).fit(1)
 

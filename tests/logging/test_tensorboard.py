@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -20,10 +21,10 @@ STEP = ("Step", "TrainingPhase")
 
 def accumulated(folder: Path) -> Any:
     """What TensorBoard's own reader finds; every event, and no sample of them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    readers: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
 
     guidance = dict.fromkeys(("scalars", "images", "histograms", "tensors", "compressedHistograms"), 0)
-    return EventAccumulator(str(folder), size_guidance=guidance, purge_orphaned_data=False).Reload()
+    return readers.EventAccumulator(str(folder), size_guidance=guidance, purge_orphaned_data=False).Reload()
 
 
 class TestContract(BackendContract):
@@ -82,7 +83,7 @@ def test_every_kind_comes_back(tmp_path: Path) -> None:
 
 
 def test_settings_are_hyperparameters(tmp_path: Path) -> None:
-    from tensorboard.plugins.hparams import metadata
+    metadata: Any = importlib.import_module("tensorboard.plugins.hparams.metadata")
 
     backend = TensorBoardBackend(tmp_path)
     backend.open(Run("r"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import sys
@@ -38,7 +39,7 @@ def complete(path: Path) -> list[Any]:
 
 def records(path: Path) -> Iterator[Any]:
     """The messages in a file of W&B."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     data, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
@@ -49,7 +50,7 @@ def records(path: Path) -> Iterator[Any]:
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = Record()
+            record = messages.Record()
             record.ParseFromString(parts)
             parts = b""
             yield record
