@@ -33,7 +33,7 @@ _IMMUTABLE = (
     int, float, complex, str, bytes, bool, type, enum.Enum, range, slice, type(...), type(NotImplemented),
     fractions.Fraction, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
     pathlib.PurePath, uuid.UUID, re.Pattern, Event, Phase,
-    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.GenericAlias,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
 

@@ -72,12 +72,16 @@ def tensor(size: int = 400) -> torch.Tensor:
     return torch.arange(float(size))
 
 
+def ordered(**items: Any) -> OrderedDict[str, Any]:
+    return OrderedDict(items)
+
+
 CONTAINERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "list": lambda t: [t, [t]],
     "tuple": lambda t: (1, t),
     "namedtuple": lambda t: Pair(t, "b"),
     "dict": lambda t: {"a": t, 3: {"b": t}},
-    "ordered": lambda t: OrderedDict[str, Any](z=1, a=t),
+    "ordered": lambda t: ordered(z=1, a=t),
     "defaultdict": lambda t: defaultdict(list, a=[t]),
     "userdict": lambda t: UserDict(a=t),
     "deque": lambda t: deque([1, t], maxlen=2),
