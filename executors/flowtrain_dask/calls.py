@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import dask
+from dask import config
 from distributed import Future
 from distributed.scheduler import KilledWorker
 
@@ -27,7 +27,7 @@ from flowtrain.errors import ExecutorError
 from flowtrain_dask.connect import Connection
 from flowtrain_dask.report import Tally
 from flowtrain_dask.transport import Abandoned
-from flowtrain_dask.worker import Reply, process
+from flowtrain_dask.worker import Reply
 
 __all__ = ["Calls", "ClusterLost"]
 
@@ -59,7 +59,7 @@ class Patience:
     away: float = 3.0
     alone: float = 30.0
     answer: float = 5.0
-    attempts: int = 4
+    attempts: int = 2
 
 
 class Calls:
@@ -133,7 +133,7 @@ class _Call:
         self._patience = patience
         self._key = key
         self._count = 0
-        self._attempts: list[Future[bytes]] = []
+        self._attempts: dict[Future[bytes], frozenset[str]] = {}  # with the workers that it was meant for
         self._woken = threading.Event()
         self._asked = time.monotonic()
         self._away: float | None = None
@@ -147,21 +147,21 @@ class _Call:
         self._count += 1
         quiet = {"distributed.admin.large-graph-warning-threshold": "1 PiB"} if len(blob) > _LARGE else {}
         try:
-            with dask.config.set(quiet):
-                future = self._connection.client.submit(  # type: ignore[no-untyped-call]  # no annotations
-                    process,
+            with config.set(quiet):
+                future = self._connection.client.submit(
+                    _begin,
                     blob,
                     key=key,
                     pure=False,
                     retries=2,
                     workers=workers,
-                    allow_other_workers=True if workers else None,
+                    allow_other_workers=bool(workers),
                     resources=self._connection.resources,
                 )
         except Exception as error:  # a client that is closed or broken in the middle of it
             raise ClusterLost(f"{type(error).__name__}: {error}") from error
-        future.add_done_callback(self._wake)
-        self._attempts.append(future)
+        future.add_done_callback(self._wake)  # type: ignore[no-untyped-call]  # distributed has no annotation
+        self._attempts[future] = frozenset(workers or ())
 
     def look(self) -> Reply | None:
         """Return the reply of an attempt that has finished, if there is one; forget the attempts that failed."""
@@ -171,13 +171,13 @@ class _Call:
             try:
                 blob: bytes = future.result(timeout=self._patience.answer)
                 return pickle.loads(blob)  # type: ignore[no-any-return]  # what `process` returns
-            except (ImportError, AttributeError) as error:
+            except ImportError as error:
                 raise ExecutorError(
                     f"The workers of {self._connection.address} cannot import flowtrain: {type(error).__name__}: "
                     f"{error}. Install there what is installed here: pip install 'flowtrain[dask]'"
                 ) from error
             except Exception as error:  # lost on the way, cancelled, killed: it is tried again
-                self._attempts.remove(future)
+                del self._attempts[future]
                 self.trouble = f"{type(error).__name__}: {error}"
                 if isinstance(error, KilledWorker) or self._connection.client.status == "running":
                     self.failures += 1
@@ -224,20 +224,20 @@ class _Call:
         self._mind_loneliness(workers, now)
         silent = self._silent(workers, now)
         others = [address for address in workers if address not in silent]
-        holders = [set(at_work.get(str(future.key), ())) for future in self._attempts]
-        if others and all(holding and holding <= silent for holding in holders):
-            return others
-        return None
+        for future, meant in self._attempts.items():
+            holding = set(at_work.get(str(future.key), ()))
+            # dask forgets to give it to a worker that joins when all those that it was meant for are gone.
+            forgotten = bool(meant) and not holding and not meant & workers.keys()
+            if not forgotten and not (holding and holding <= silent):
+                return None
+        return others or None
 
     def _wake(self, future: object) -> None:
         self._woken.set()
 
     def _at_work(self) -> dict[str, list[str]]:
         """Return for each key which workers have it."""
-        client = self._connection.client
-        processing = client.sync(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-            client.scheduler.processing, workers=None, callback_timeout=self._patience.answer
-        )
+        processing = self._connection.ask("processing", self._patience.answer, workers=None)
         found: dict[str, list[str]] = {}
         for address, keys in processing.items():
             for key in keys:
@@ -259,3 +259,13 @@ class _Call:
             if self._heard.get(address, (None,))[0] != sign:
                 self._heard[address] = sign, now
         return {one for one in workers if now - self._heard[one][1] >= self._patience.silent}
+
+
+def _begin(blob: bytes) -> bytes:
+    """Do an assignment. The one function that dask itself gets to see."""
+    from flowtrain_dask.worker import process
+
+    return process(blob)
+
+
+_begin.__module__ = "__main__"  # pickled by value: the scheduler unpickles it as well, and need not have flowtrain

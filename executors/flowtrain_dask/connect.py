@@ -38,15 +38,25 @@ class Connection:
     resources: dict[str, float] | None = None
     cluster: LocalCluster | None = None
 
+    def ask(self, what: str, timeout: float, **arguments: object) -> Any:
+        """Ask the scheduler something, by the name of one of its handlers.
+
+        Raises:
+            OSError: It does not answer in time, or is gone.
+        """
+        scheduler = self.client.scheduler
+        if scheduler is None:
+            raise OSError("the client is closed")
+        sync: Any = self.client.sync  # distributed's annotations have no `callback_timeout`
+        return sync(getattr(scheduler, what), callback_timeout=timeout, **arguments)
+
     def workers(self, timeout: float) -> dict[str, Any]:
         """Return what the scheduler knows of the workers that lanes may use, by address.
 
         Raises:
             OSError: It does not answer in time, or is gone.
         """
-        identity = self.client.sync(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-            self.client.scheduler.identity, n_workers=-1, callback_timeout=timeout
-        )
+        identity = self.ask("identity", timeout, n_workers=-1)
         wanted = self.resources or {}
         return {
             address: worker
@@ -122,7 +132,7 @@ def _find(cluster: object) -> tuple[str, Security | None]:
 def _reach(
     address: str, security: Security | None, deadline: float, resources: dict[str, float] | None
 ) -> Connection:
-    options = {} if security is None else {"security": security}
+    options: dict[str, Any] = {} if security is None else {"security": security}
     try:
         client = Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
             address, timeout=deadline, set_as_default=False, name="flowtrain", **options

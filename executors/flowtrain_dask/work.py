@@ -8,7 +8,7 @@ It stops at the first event whose handler fails.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -69,7 +69,7 @@ class Surroundings:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None, None, None]:
         """Run a block in them, without gradients."""
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         if threads != self.threads:

@@ -70,6 +70,8 @@ class DaskProcesses:
 
     def _start(self, *command: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if command[0] == "scheduler":  # it has to do without flowtrain
+            del environment["PYTHONPATH"]
         with (self.folder / f"{command[0]}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dask", *command], stdout=log, stderr=log, env=environment, cwd=self.folder

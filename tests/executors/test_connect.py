@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from distributed import Client
+from distributed.core import Status
 
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.connect import connect
@@ -73,4 +74,4 @@ def test_local_processes() -> None:
     through.close()
     assert len(connection.workers(10)) == 1
     connection.close()
-    assert connection.cluster.status.name == "closed"
+    assert connection.cluster.status == Status.closed
