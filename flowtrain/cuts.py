@@ -159,7 +159,15 @@ class Cuts:
                 f"The checkpoint was taken in an epoch of {position['phase']}, and this fit has data for "
                 f"{', '.join(names)}. Resume with the data of the run that wrote it."
             )
+        before = gather(self._state, self._core)
         apply(contents, self._state, self._core)
+        try:
+            if self._load_lanes is not None and contents["lanes"] is not None:
+                self._load_lanes(contents["lanes"])
+            self._sinks.restore(Run(contents["run"]["id"], resumed=True), contents["run"]["positions"])
+        except BaseException:
+            apply(before, self._state, self._core)
+            raise
         missing = lost(contents, self._state)
         if missing:
             warnings.warn(
@@ -169,9 +177,6 @@ class Cuts:
                 stacklevel=4,
             )
         self._set_numbers(contents)
-        if self._load_lanes is not None and contents["lanes"] is not None:
-            self._load_lanes(contents["lanes"])
-        self._sinks.restore(Run(contents["run"]["id"], resumed=True), contents["run"]["positions"])
         self.resumed = contents
 
     def _set_numbers(self, contents: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ did, with the generators as they were then, and the batches that were done are t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 from flowtrain.data import check_gave
@@ -114,6 +115,8 @@ def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, p
     set_random_state(begun["random"])
     set_loader_state(loader, begun["loader"])
     iterator = iter(loader)
+    if not batches:  # a loader draws its order when it is first asked: now, before the generators are put elsewhere
+        return chain(list(islice(iterator, 1)), iterator)
     missing = object()
     for number in range(batches):
         if next(iterator, missing) is missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ def net(width: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32) -
 
 
 def learner_of(*callbacks: Callback, **options: Any) -> Learner:
-    return tiny_learner(*callbacks, **{"n_batches": 2, "model": net(), **options})
+    return tiny_learner(*callbacks, **dict[str, Any]({"n_batches": 2, "model": net(), **options}))
+
+
+def one_group_each(params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [each]} for each in params])
 
 
 @pytest.fixture
@@ -60,7 +64,10 @@ def state_of(learner: Learner) -> str:
     [
         ({"model": net(4)}, r"another model: its 0\.weight has shape \(3, 1\), the learner's \(4, 1\); its 0\.bias"),
         ({"model": net(bias=False)}, r"another model: it has 0\.bias, and the learner's has not\. Build the learner"),
-        ({"model": torch.nn.Sequential(*net().children(), torch.nn.Linear(1, 1))}, r"it has no 2\.weight; it has no 2\.bias\."),
+        (
+            {"model": torch.nn.Sequential(*net().children(), torch.nn.Linear(1, 1))},
+            r"another model: it has no 2\.weight; it has no 2\.bias\. Build the learner with the model",
+        ),
         ({"model": net(dtype=torch.float64)}, r"its 0\.weight is torch\.float32, the learner's torch\.float64; "),
         (
             {"model": {"gen": net(), "critic": net()}, "data": None},
@@ -69,7 +76,7 @@ def state_of(learner: Learner) -> str:
         ({"lossfn": torch.nn.CrossEntropyLoss(torch.ones(3))}, r"another model: it has no weight\."),
         ({"optimizer": torch.optim.Adam}, r"another optimizer: it was a SGD, the learner has a Adam\. Build the lear"),
         (
-            {"optimizer": lambda params: torch.optim.SGD([{"params": [each]} for each in params])},
+            {"optimizer": one_group_each},
             r"it had groups of \[4\] parameters, the learner's has groups of \[1, 1, 1, 1\]\.",
         ),
         (

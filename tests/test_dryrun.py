@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from flowtrain import (
 from flowtrain.access import Declaration, dotted
 from flowtrain.callbacks import (
     EMA,
+    Checkpointer,
     CustomCallback,
     DeviceStats,
     EarlyStopping,
@@ -68,7 +71,10 @@ def _loss_squared(learner: LearnerView) -> Any:
     return learner.batch.loss**2
 
 
+FOLDER = Path(tempfile.gettempdir()) / "flowtrain-dryrun"  # what is written there is overwritten by the next run
+
 BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
+    "Checkpointer": (lambda: Checkpointer(FOLDER, every_steps=1), {}),
     "CustomCallback": (lambda: CustomCallback(_loss_squared, BatchEnd, access={"batch.loss": Read()}), {}),
     "DeviceStats": (lambda: DeviceStats(every=1), {}),
     "EarlyStopping": (lambda: EarlyStopping(PQ()), {}),

@@ -208,11 +208,13 @@ def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
 )
 def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Checkpointer(**{"folder": "unused", **options})
+        Checkpointer(**dict[str, Any]({"folder": "unused", **options}))
 
 
 def test_safetensors_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def absent(name: str) -> None: ...
+
+    monkeypatch.setattr("importlib.util.find_spec", absent)
     with pytest.raises(CheckpointError, match=r"needs safetensors, .*pip install 'flowtrain\[safetensors\]'"):
         Checkpointer("unused", weights="safetensors")
 
