@@ -15,7 +15,6 @@ from typing import Any
 
 from flowtrain.access import Write
 from flowtrain.callback import Callback
-from flowtrain.core import TorchCore
 from flowtrain.errors import UsageError
 from flowtrain.events import Event
 from flowtrain.lag import DEFAULT_LAG
@@ -58,9 +57,7 @@ def audit(learner: LearnerParts) -> SyncReport:
         chosen = [callback for callback in learner.state.callbacks if not _only_writes(learner, callback)]
         left_out = [callback.name for callback in learner.state.callbacks if callback not in chosen]
         model, lossfn, optimizer, callbacks = _copied(learner, chosen)
-        settings = vars(learner.core.settings)
-        lag = settings["lag"] or DEFAULT_LAG
-        core = TorchCore(**{**settings, "compile": False, "lag": lag})
+        core = learner.core.like(lag=learner.state.lag or DEFAULT_LAG)
         scratch = type(learner)(
             model, lossfn, data=data, optimizer=optimizer, callbacks=(), default_callbacks=False, core=core
         )

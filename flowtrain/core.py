@@ -117,7 +117,7 @@ class TorchCore:
         for module in (*self.models.values(), *self._loss_modules):
             module.to(self.device)
             if self.settings.channels_last:
-                module.to(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # documented
         self._model: Any = models.get("")
         self._lossfn: Any = state.lossfn
         if self.settings.compile is not False:
@@ -273,9 +273,10 @@ class TorchCore:
         """Tell whether all parameters and buffers are finite. Waits for the device, once."""
         return all_finite(self.modules)
 
-    def like(self) -> TorchCore:
+    def like(self, **changes: Any) -> TorchCore:
         """Return a core of the same settings that belongs to nobody yet; it does not compile."""
-        return TorchCore(**{**vars(self.settings), "compile": False})
+        options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
+        return TorchCore(**options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what of the core a checkpoint must hold: the scaler's state."""

@@ -113,6 +113,8 @@ def make_optimizers(
     loss_params = [param for module in loss_modules for param in module.parameters()]
     found = [param for model in models.values() for param in model.parameters()] + loss_params
     everything = list({id(param): param for param in found}.values())  # models may share a part
+    if not any(getattr(module, "sparse", False) for model in models.values() for module in model.modules()):
+        wanted = _with_fused(wanted, models, everything)  # fused optimizers take no sparse gradients
     if not isinstance(wanted, Mapping):
         return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
     made: dict[str, Optimizer] = {}
@@ -132,6 +134,14 @@ def make_optimizers(
     if not made:
         raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
     return made
+
+
+def _with_fused(wanted: Any, models: Mapping[str, torch.nn.Module], everything: list[torch.nn.Parameter]) -> Any:
+    """Return what the user passed, with fused optimizers where that is to be had."""
+    if not isinstance(wanted, Mapping):
+        return fused(wanted, everything)
+    own = {name: model.parameters() for name, model in models.items()}
+    return {name: fused(each, own.get(name, everything)) for name, each in wanted.items()}
 
 
 def _make_optimizer(
@@ -156,7 +166,7 @@ def _make_optimizer(
         )
     if not params:
         raise CoreError(f"{what} has nothing to train: the model has no parameters.")
-    made = fused(wanted, params)(params)
+    made = wanted(params)
     if not isinstance(made, Optimizer):
         raise CoreError(
             f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."

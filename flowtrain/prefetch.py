@@ -63,7 +63,7 @@ class CudaTransfer:
         self._arrived = arrived
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, raw: Any) -> tuple[Any, list[torch.Tensor], torch.cuda.Event]:
+    def start(self, raw: Any) -> tuple[Any, list[torch.Tensor], Any]:
         """Begin the copies."""
         moved: list[torch.Tensor] = []
 
@@ -80,7 +80,7 @@ class CudaTransfer:
             data = rebuild(raw, send, _stays)
             return data, moved, self._stream.record_event()
 
-    def finish(self, moving: tuple[Any, list[torch.Tensor], torch.cuda.Event]) -> Any:
+    def finish(self, moving: tuple[Any, list[torch.Tensor], Any]) -> Any:
         """Let the current stream wait for the copies, and tell the allocator that it uses them."""
         data, moved, event = moving
         current = torch.cuda.current_stream(self._device)

@@ -67,7 +67,8 @@ class Scaling:
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimizer by the scale, and count the update if they are not finite."""
         self._scaler.unscale_(optimizer)
-        for infinite in self._scaler._found_inf_per_device(optimizer).values():
+        found = self._scaler._found_inf_per_device(optimizer)  # pyright: ignore[reportPrivateUsage]  # nothing else has it
+        for infinite in found.values():
             self._skipped = self._skipped + infinite.detach()  # a sum on the device: nothing waits for it
 
     def step(self, optimizer: Optimizer) -> None:

@@ -8,8 +8,8 @@ what optimizers of torch read, whose counters are on the CPU.
 
 from __future__ import annotations
 
+import inspect
 import linecache
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ def _has_mask(args: Any) -> bool:
 
 def _place() -> tuple[str, int] | None:
     """Return the innermost line outside of torch; ``None`` for what an optimizer of torch reads."""
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     inside, own = str(Path(torch.__file__).parent), (__file__, linecache.__file__)
     optimizers = str(Path(torch.__file__).parent / "optim")
     while frame is not None:
@@ -157,5 +157,5 @@ def _place() -> tuple[str, int] | None:
             return None
         if not file.startswith(inside) and file not in own:
             return file, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]  # the outermost one has none
+        frame = frame.f_back
     return "?", 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @pytest.fixture(autouse=True)
 def _forget_compilations() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class Net(nn.Sequential):
@@ -123,7 +124,7 @@ def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: p
     """CUDA graphs give every result in the same memory; here a model does."""
     begun: list[int] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: Static(function))
+    monkeypatch.setattr(torch, "compile", static)
     kept: list[tuple[Tensor, Tensor]] = []
     keep = CustomCallback(lambda view: kept.append((view.batch.outputs, view.batch.loss)), BatchEnd, TrainingPhase,
                           {"batch.outputs": Write(), "batch.loss": Write()})  # fmt: skip
@@ -135,6 +136,11 @@ def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: p
         assert [loss.item() for _, loss in kept] == [value for _, value in seen]
         assert len({value for _, value in seen}) == 6
     assert len(begun) == 2 * 8, "each batch, validation too, begins a step"
+
+
+def static(function: Any, **options: Any) -> Static:
+    """Stand in for `torch.compile`."""
+    return Static(function)
 
 
 class Static:
@@ -158,8 +164,8 @@ class Static:
                 return memory.data.view_as(memory)
 
             @staticmethod
-            def backward(ctx: Any, grad: Any) -> Any:
-                return grad
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return grads[0]
 
         return Same.apply(value)  # type: ignore[no-untyped-call,no-any-return]  # torch's
 
@@ -195,12 +201,31 @@ def test_recompilations_are_counted_with_their_reason() -> None:
 
 
 def test_nothing_of_a_batch_is_kept() -> None:
-    made = Compiled({"": Net()}, cross_entropy, {"loss": True, "backend": "eager"}, lambda: batches(5)[0][1])
     [(inputs, targets)] = batches(5)
-    made._targets = lambda: targets
+    made = Compiled({"": Net()}, cross_entropy, {"loss": True, "backend": "eager"}, lambda: targets)
     outputs = made.model(inputs)
     loss = made.lossfn(outputs, targets)
-    del outputs
-    gc.collect()
-    assert not made._made
     loss.backward()
+    gone = weakref.ref(outputs)
+    del outputs, loss
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("loss", [True, False])
+def test_cuda_graphs_do_not_change_what_callbacks_keep(loss: bool) -> None:
+    kept: list[Tensor] = []
+    access = {"batch.outputs": Write()}
+    keep = CustomCallback(lambda view: kept.append(view.batch.outputs), BatchEnd, TrainingPhase, access)
+    results = []
+    for wanted in (False, {"mode": "reduce-overhead", "loss": loss}):
+        kept.clear()
+        learner = Learner(
+            Net(), cross_entropy, data=batches(*[5] * 8), callbacks=[keep], default_callbacks="quiet",
+            core=TorchCore("cuda", compile=wanted),
+        )  # fmt: skip
+        learner.fit(2)
+        results.append([outputs.detach().cpu() for outputs in kept])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-3)

@@ -137,3 +137,17 @@ def test_all_finite() -> None:
     assert module.running_mean is not None
     module.running_mean[0] = float("inf")
     assert not all_finite([module])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_on_cuda_the_parameters_are_those_before_the_nan(at: int) -> None:
+    found = []
+    for lag in (0, 2):
+        learner = tiny_learner(
+            data=batches_with_nan(at), core=TorchCore("cuda", lag=lag), optimizer=partial(torch.optim.AdamW, lr=0.1)
+        )
+        with pytest.warns(RuntimeWarning, match="NaN"):
+            learner.fit(1)
+        found.append(learner.model.coeff.item())
+    assert found[0] == found[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
-from flowtrain.optimizers import fused
+from flowtrain.optimizers import fused, make_optimizers
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
@@ -128,6 +128,9 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
     params = list(nn.Linear(2, 2).parameters())
     adamw, on = torch.optim.AdamW, ("cpu",)
 
+    def own(those: Any) -> torch.optim.Optimizer:
+        return adamw(those)
+
     def is_fused(wanted: Any, devices: tuple[str, ...] = on) -> bool:
         return bool(fused(wanted, params, devices)(params).defaults.get("fused"))
 
@@ -138,7 +141,7 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
         options: dict[str, Any] = {said: False}
         assert not is_fused(partial(adamw, **options))
     assert not is_fused(torch.optim.Rprop), "torch has no fused one"
-    assert not is_fused(lambda those: adamw(those)), "what it makes is not ours to change"
+    assert not is_fused(own), "what it makes is not ours to change"
     assert fused(adamw, [*params, nn.Parameter(torch.zeros(1, device="meta"))], on) is adamw
 
     class Own(torch.optim.AdamW):
@@ -150,3 +153,19 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
 def test_the_first_two_arguments_stay_as_given() -> None:
     made = fused(partial(torch.optim.AdamW, lr=0.5, weight_decay=0.25), [], ("cpu",))([nn.Parameter(torch.zeros(1))])
     assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.5, 0.25)
+
+
+def test_sparse_gradients_keep_the_optimizer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "__defaults__", (("cpu",),))
+    dense, sparse = nn.Linear(2, 2), nn.Embedding(4, 2, sparse=True)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    for model, expected in ((dense, True), (sparse, None), (nn.Sequential(dense, sparse), None)):
+        assert make_optimizers(sgd, {"": model}, [])[""].defaults["fused"] is expected
+    by_name = make_optimizers({"a": sgd}, {"a": dense}, [])
+    assert by_name["a"].defaults["fused"] is True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_they_are_fused_by_default() -> None:
+    learner = Learner(Net(), cross_entropy, default_callbacks=False, optimizer=ADAMW, core=TorchCore("cuda"))
+    assert learner.optimizer.defaults["fused"] is True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
+from flowtrain import AbstractTrainingPhase, CoreError, Learner, StepContext, TorchCore, TrainingPhase
 
 
 def learner_of(core: TorchCore) -> Learner:
@@ -47,14 +50,31 @@ def test_tf32_is_for_cuda() -> None:
         TorchCore(tf32="high")  # type: ignore[arg-type]
 
 
+class Batch(list[Any]):
+    """Can be referred to weakly."""
+
+
+class Own(AbstractTrainingPhase):
+    """Never places what it gets, so that it is the epoch that has to let go of it."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self):
+            pass
+
+
 def test_a_fed_batch_is_forgotten_when_the_epoch_ends() -> None:
-    class Same:
+    alive: list[weakref.ref[Batch]] = []
+
+    class Ahead:
         def start(self, raw: object) -> object:
             return raw
 
-        def finish(self, moving: object) -> object:
-            return moving
+        def finish(self, moving: tuple[torch.Tensor, torch.Tensor]) -> Batch:
+            batch = Batch(moving)
+            alive.append(weakref.ref(batch))
+            return batch
 
-    learner = learner_of(TorchCore("cpu", prefetch=Same()))
-    learner.epoch(TrainingPhase)
-    assert learner.core._placement._fed is None
+    learner = learner_of(TorchCore("cpu", prefetch=Ahead()))
+    learner.epoch(Own, learner.data[TrainingPhase][:2])
+    assert len(alive) == 2
+    assert [each() for each in alive] == [None, None]

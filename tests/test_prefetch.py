@@ -273,7 +273,7 @@ def test_cuda_gives_the_same_batches() -> None:
     raw = [(torch.randn(1000, 100), {"labels": Sample(torch.zeros(3), Pair(torch.ones(2), 7))}) for _ in range(20)]
     for (x, rest), (expected, _) in zip(ahead(raw, transfer, lambda last: None), raw, strict=True):
         assert x.device.type == rest["labels"].image.device.type == rest["labels"].label.left.device.type == "cuda"
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(1_000_000)  # pyright: ignore[reportPrivateUsage]  # keeps the device busy
         assert torch.equal(x.cpu(), expected)
 
 

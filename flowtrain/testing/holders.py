@@ -8,6 +8,7 @@ batch that is still there when it should not be, who holds it (`holders`).
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import sys
 import weakref
@@ -78,7 +79,7 @@ def holders(thing: object) -> list[str]:
         thing: What should be gone. The frames that call this do not count.
     """
     callers: set[int] = set()
-    frame: FrameType | None = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None:
         callers.add(id(frame))
         frame = frame.f_back
