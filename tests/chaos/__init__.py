@@ -1,0 +1,5 @@
+"""What deferred callbacks go through: workers that are killed while they work, clusters that vanish, very long runs.
+
+``python -m tests.chaos --minutes 10`` trains on a cluster of real processes and kills them; see `tests.chaos.run`.
+``--soak`` and ``--loaders`` are about what grows and what hangs; see `tests.chaos.soak` and `tests.chaos.loaders`.
+"""
