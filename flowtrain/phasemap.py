@@ -26,7 +26,7 @@ class Counts(tuple[int, int, int, int]):
     epochs = property(itemgetter(0), doc="Epochs that ended normally.")
     steps = property(itemgetter(1), doc="Batches that were completed.")
     steps_epoch = property(itemgetter(2), doc="Batches completed in the current epoch, or in the last one.")
-    updates = property(itemgetter(3), doc="Updates of an optimizer.")
+    updates = property(itemgetter(3), doc="Updates of an optimizer, as of the last batch that ended.")
 
     def __repr__(self) -> str:
         return f"Counts(epochs={self[0]}, steps={self[1]}, steps_epoch={self[2]}, updates={self[3]})"

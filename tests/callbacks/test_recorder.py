@@ -24,6 +24,7 @@ from flowtrain import (
     Read,
     TorchCore,
     TrainingPhase,
+    UpdateEnd,
     ValidationPhase,
     WriteConflictError,
     on,
@@ -87,6 +88,18 @@ def test_cancelled_batches_and_epochs(cancels: dict[int, type[Exception]], expec
     learner = tiny_learner(CancelAt(cancels), n_batches=4)
     learner.fit(2)
     assert learner.cbstate.history[TrainingPhase] == expected
+
+
+class CancelAfterUpdate(Callback):
+    @on(UpdateEnd, TrainingPhase)
+    def cancel(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
+        raise CancelBatchException
+
+
+def test_the_updates_of_a_cancelled_batch_count() -> None:
+    learner = tiny_learner(CancelAfterUpdate(), n_batches=4)
+    learner.fit(2)
+    assert learner.cbstate.history[TrainingPhase] == (2, 0, 0, 8)
 
 
 def test_an_error_ends_the_epoch_without_counting_it() -> None:
