@@ -34,7 +34,7 @@ __all__ = ["ClusterTransport"]
 _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""
 _LOG_EVENTS = 2_000
-_LOG_BYTES = 32 << 20
+_LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
 """When a large state is asked for: so many events, bytes of events, or seconds after the last time."""
 

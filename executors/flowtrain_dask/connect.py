@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from dask import config
 from distributed import Client, LocalCluster, Security
 from distributed.deploy.cluster import Cluster
 
@@ -19,6 +20,8 @@ from flowtrain.errors import ExecutorError, is_a
 
 __all__ = ["Connection", "connect"]
 
+_FORGETFUL = {"distributed.admin.low-level-log-length": 10}
+"""dask keeps the last thousand messages of each connection for its developers, with up to 1 MB of a batch in each."""
 _START = "Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor(\"local\")."
 
 
@@ -134,9 +137,10 @@ def _reach(
 ) -> Connection:
     options: dict[str, Any] = {} if security is None else {"security": security}
     try:
-        client = Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-            address, timeout=deadline, set_as_default=False, name="flowtrain", **options
-        )
+        with config.set(_FORGETFUL):
+            client = Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+                address, timeout=deadline, set_as_default=False, name="flowtrain", **options
+            )
     except ValueError as error:
         raise ExecutorError(
             f"DaskExecutor(cluster={address!r}) is no address of a dask scheduler: {error}. Write one such as "
@@ -152,13 +156,14 @@ def _reach(
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
     number = min(4, os.cpu_count() or 1) if workers is None else workers
     try:
-        cluster = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-            n_workers=number,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address="127.0.0.1:0",  # any free port; 8787 may be in use, which is a warning
-            resources=dict(resources or {}),
-        )
+        with config.set(_FORGETFUL):
+            cluster = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+                n_workers=number,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",  # any free port; 8787 may be in use, which is a warning
+                resources=dict(resources or {}),
+            )
     except Exception as error:  # what a process cannot be started for is many things
         raise ExecutorError(
             f'DaskExecutor("local") could not start {number} worker processes ({type(error).__name__}: {error}). They '

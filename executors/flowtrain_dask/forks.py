@@ -29,7 +29,7 @@ _installed: list[int] = []
 
 def guard(lane: Lane) -> None:
     """Make a lane stand still whenever this process is forked, as long as the lane lives."""
-    if not _installed:
+    if not _installed and hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
         _installed.append(os.getpid())
         os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
     _lanes.add(lane)

@@ -44,7 +44,7 @@ _POLL = 0.002
 """Seconds between two looks at something that is waited for."""
 _FIRST_BATCH = 64
 _BATCH_EVENTS = 4096
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 8 << 20  # on its way to a cluster a batch is there several times
 _BATCH_SECONDS = 1.0
 """The most that one batch takes: of events (also before it is known how long one takes), bytes, and expected time."""
 

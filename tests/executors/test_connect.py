@@ -25,6 +25,8 @@ def test_an_address_and_a_client(dask_processes: Any) -> None:
     assert connection is not None
     with pytest.raises(ValueError, match="No clients found"):
         Client.current()  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+    stream: Any = connection.client.scheduler_comm
+    assert stream.recent_message_log.maxlen == 10  # not a thousand, with a batch in each
     connection.close()
     assert connection.client.status == "closed"
     with Client(dask_processes.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
