@@ -11,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowtrain import TorchCore, TrainingPhase
+from flowtrain.callbacks import Metrics, SmoothLoss
 from flowtrain.lag import CHUNK, Lagged, Reading, reading
+from flowtrain.metrics import mean_squared_error
 from flowtrain.readonly import readonly
 from flowtrain.series import Series, SeriesMap
+from flowtrain.testing import assert_equivalent, tiny_learner
 
 
 def test_a_reading_gives_the_values_of_when_it_began() -> None:
@@ -120,3 +124,27 @@ def test_numbers_and_larger_tensors_are_kept_as_ever() -> None:
     assert series.since(0)[0] == 1.5
     assert series.since(0)[1].tolist() == [0, 0]
     assert series.since(0)[2:] == [None, 2.0]
+
+
+# --- the whole loop
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loop_that_reads_late_comes_to_the_same_under_every_executor(accumulate: int) -> None:
+    """Rule 13: the result is the serial result, also where values are read late."""
+
+    def make(executor: Any) -> Any:
+        core = TorchCore("cpu", lag=2, accumulate=accumulate)
+        return tiny_learner(SmoothLoss(), Metrics(mean_squared_error), executor=executor, core=core, n_batches=7)
+
+    assert_equivalent(make, executors=["dask"], interleavings=3)
+
+
+def test_what_is_recorded_does_not_depend_on_the_lag() -> None:
+    found = []
+    for lag in (0, 1, 2, 300):
+        learner = tiny_learner(Metrics(mean_squared_error), core=TorchCore("cpu", lag=lag), n_batches=CHUNK + 20)
+        learner.fit(1)
+        recorded = learner.cbstate.metrics_step[TrainingPhase]
+        found.append({name: list(series) for name, series in recorded.items()})
+    assert all(each == found[0] for each in found[1:])

@@ -35,6 +35,7 @@ from flowtrain import (
     LearnerView,
     Phase,
     Read,
+    TorchCore,
     TrainingPhase,
     UsageError,
     ValidationPhase,
@@ -597,3 +598,12 @@ def test_it_reads_what_it_declares_and_shows_the_state_of_this_batch(terminal: T
     graph = tiny_learner(ProgressBar()).callbacks.graph
     assert graph.has_edge("Recorder", "ProgressBar")
     assert graph.has_edge("Metrics", "ProgressBar")
+
+
+def test_the_loss_of_a_device_is_shown_a_fixed_number_of_batches_late(plain: io.StringIO, clock: Clock) -> None:
+    core = TorchCore("cpu", lag=2)  # treats the CPU as a device
+    learner = tiny_learner(Tick(clock, 25.0), ProgressBar(), n_batches=9, core=core, data=tiny_batches(n_batches=9))
+    learner.fit(1)
+    losses = [value for _, value in learner.cbstate.metrics_step[TrainingPhase]["Loss"]]
+    # Due at batches 3 and, a minute after it was shown, 8; the second would be shown after the epoch.
+    assert plain.getvalue() == f"TrainingPhase epoch 1/1  batch 5/9  Loss {losses[2]:.4g}\n"
