@@ -13,6 +13,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowtrain.access import Write
@@ -23,7 +24,6 @@ from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Plan
 from flowtrain.signals import raise_worst
-from flowtrain.state import LearnerState
 from flowtrain_dask.copies import Pool
 from flowtrain_dask.deferral import Deferral
 from flowtrain_dask.lane import Lane
@@ -65,27 +65,29 @@ class Deferred:
     Args:
         nodes: All callbacks of the learner.
         deferral: Which of them are deferred.
-        state: The learner's state.
         site: The loop.
         options: How they are run.
         connection: The cluster; ``None`` for threads of this process.
         sequences: For each lane by its name the number of events that it had before, in a run that is resumed.
+        lanes: Where the lanes are entered when they have their first event. A lane has a thread, and nothing that it
+            holds leads to the learner, which would never be dropped then.
     """
 
     def __init__(
         self,
         nodes: Sequence[Node],
         deferral: Deferral,
-        state: LearnerState,
         site: Site,
         options: Options,
         connection: Connection | None,
         sequences: Mapping[str, int],
+        lanes: list[Lane],
     ) -> None:
         self.deferral = deferral
         self._options = options
         self._connection = connection
-        self._site = weakref.ref(site)  # lanes have threads, and a thread must not keep a learner alive
+        self.lanes = lanes
+        self._site = weakref.ref(site)
         self._pool = Pool(options.limits.bytes)
         self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self._make_lane) for lane in deferral.lanes]
         self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
@@ -95,7 +97,7 @@ class Deferred:
             tail = connection is not None and not why_here(slot.nodes)
             for node in slot.nodes:
                 for _, handler in node.handlers:
-                    taker = Taker(node.access[handler], state, self._pool, fresh=fresh, tail=tail)
+                    taker = Taker(node.access[handler], site.state, self._pool, fresh=fresh, tail=tail)
                     self._takers[node, handler] = taker
         self._told: list[str] = []
 
@@ -143,11 +145,6 @@ class Deferred:
     # --- lanes
 
     @property
-    def lanes(self) -> list[Lane]:
-        """The lanes that have had events."""
-        return [slot.lane for slot in self._slots if slot.lane is not None]
-
-    @property
     def sequences(self) -> dict[str, int]:
         """The number of events that each lane has had, by its name."""
         return {
@@ -173,7 +170,7 @@ class Deferred:
         begin = time.monotonic()
         for lane in self.lanes:
             while not lane.flush(0.25) and not lane.over:
-                if self._is_stopping() and time.monotonic() - begin > self._options.drain_timeout:
+                if _is_stopping(self._site) and time.monotonic() - begin > self._options.drain_timeout:
                     left, limit = lane.report().pending, self._options.drain_timeout
                     _logger.warning(
                         "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit
@@ -194,11 +191,6 @@ class Deferred:
         for lane in self.lanes:
             lane.close()
 
-    def _is_stopping(self) -> bool:
-        """Return whether training is about to end."""
-        site = self._site()
-        return site is None or site.stopping
-
     def _tell(self) -> None:
         """Log what is new among the troubles."""
         troubles = self.report().troubles()
@@ -210,7 +202,6 @@ class Deferred:
         site = self._site
         found = site()
         job = job_of(slot.nodes, found.run.id if found is not None else "", slot.first)
-        transport = transport_of(job, slot.nodes, self._options, self._connection)
 
         def surface(raise_it: Callable[[], None]) -> None:
             """Have a failure raised on the training thread."""
@@ -218,15 +209,23 @@ class Deferred:
             if there is not None:
                 there.urgent.append(raise_it)
 
-        return Lane(
+        lane = Lane(
             job,
-            transport,
+            transport_of(job, slot.nodes, self._options, self._connection),
             [node.callback.backends for node in slot.nodes],
             self._options.limits,
             surface=surface,
             on_error=self._options.on_error,
-            stopping=self._is_stopping,
+            stopping=partial(_is_stopping, site),
         )
+        self.lanes.append(lane)
+        return lane
+
+
+def _is_stopping(site: weakref.ref[Site]) -> bool:
+    """Return whether training is about to end."""
+    there = site()
+    return there is None or there.stopping
 
 
 def sharing(runner: Runner, shared: Shared) -> Runner:

@@ -6,9 +6,11 @@ connected to. `Deferring.use` makes the lanes for them when the first plan is co
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowtrain.errors import ExecutorError, is_a, is_positive, nearest
 from flowtrain.execution import Site
@@ -17,6 +19,7 @@ from flowtrain.plan import Plan
 from flowtrain.state import LearnerState
 from flowtrain_dask.deferral import Deferral, decide
 from flowtrain_dask.deferred import Deferred
+from flowtrain_dask.lane import Lane
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.opening import Options, validate
 from flowtrain_dask.report import Report
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from flowtrain_dask.connect import Connection
 
 __all__ = ["Deferring", "check_choice"]
+
+_logger = logging.getLogger("flowtrain")
 
 
 class Deferring:
@@ -46,26 +51,25 @@ class Deferring:
         self._defer = defer
         self._resources = resources
         self._options = options
-        self._connection: Connection | None = None
+        self._held = _Held()
         self._nodes: tuple[Node, ...] = ()
-        self._deferral = Deferral()
-        self._state: LearnerState | None = None
+        self._decided: tuple[tuple[Node, ...], Deferral] = (), Deferral()
         self._deferred: Deferred | None = None
         self._sequences: dict[str, int] = {}
-        self._end: weakref.finalize[Any, Any] | None = None
+        weakref.finalize(self, _drop, self._held)  # with a learner that nobody closes
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
         """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
-        deferral = decide(nodes) if self._defer else Deferral()
-        if deferral.lanes and self._connection is None and self._cluster is not None:
+        deferral = self._decide(nodes)
+        if deferral.lanes and self._held.connection is None and self._cluster is not None:
             from flowtrain_dask.connect import connect  # distributed takes a while to import
 
-            self._connection = connect(
+            self._held.connection = connect(
                 self._cluster, self._options.drain_timeout, resources=self._resources or None
             )
-        validate(deferral, state, self._options, self._connection)
+        validate(deferral, state, self._options, self._held.connection)
         self.flush()
-        self._deferral, self._state = deferral, state
+        self._decided = tuple(nodes), deferral
 
     def use(self, site: Site) -> Deferred:
         """Return what defers the callbacks that the loop uses now."""
@@ -74,13 +78,17 @@ class Deferring:
             if self._deferred is not None:
                 self._sequences |= self._deferred.sequences
                 self._deferred.close()
-            state = site.state if self._state is None else self._state
+            # A change that was refused after it was checked has left its own decision behind.
+            deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes)
             self._nodes = nodes
+            self._held.lanes = []
             self._deferred = Deferred(
-                nodes, self._deferral, state, site, self._options, self._connection, self._sequences
+                nodes, deferral, site, self._options, self._held.connection, self._sequences, self._held.lanes
             )
-            self._end = weakref.finalize(self, self._deferred.close)
         return self._deferred
+
+    def _decide(self, nodes: Sequence[Node]) -> Deferral:
+        return decide(nodes) if self._defer else Deferral()
 
     def explain(self, plan: Plan) -> str:
         """Say what of a plan is deferred; empty where there is nothing to say."""
@@ -111,13 +119,48 @@ class Deferring:
         try:
             self.flush()
         finally:
-            if self._end is not None:
-                self._end.detach()
-            if self._deferred is not None:
-                self._deferred.close()
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._held.give_back()
+
+
+class _Held:
+    """What has to be given back, also when the learner is dropped: nothing in it leads back to the learner.
+
+    Attributes:
+        lanes: The lanes that have had events.
+        connection: The cluster, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.lanes: list[Lane] = []
+        self.connection: Connection | None = None
+
+    def give_back(self) -> None:
+        """End the lanes, then leave the cluster."""
+        for lane in self.lanes:
+            lane.close()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+def _drop(held: _Held) -> None:
+    """Give back what a learner held that was not closed; called by the garbage collector, or when Python ends."""
+    for lane in held.lanes:
+        left = lane.report().pending
+        if left and not lane.over:
+            _logger.warning(
+                "flowtrain: %d events of lane %s were dropped with their learner. Call learner.flush() first, or "
+                "learner.close()",
+                left,
+                lane.job.lane,
+            )
+    if held.connection is None:
+        held.give_back()
+        return
+    try:  # this may be the thread that the client works in, which cannot wait for it
+        threading.Thread(target=held.give_back, name="flowtrain leaves the cluster", daemon=True).start()
+    except RuntimeError:  # Python is ending
+        held.give_back()
 
 
 def _check(defer: object, resources: Mapping[str, float], options: Options) -> None:
