@@ -1,23 +1,43 @@
 """Train a small network to read handwritten digits: ``python -m flowtrain.examples.digits``.
 
 The data comes with scikit-learn: 1,797 grey images of 8 by 8 pixels. A quarter of them is held out for validation.
-The program has the parts that every flowtrain program has: loaders, a model with its loss, metrics, a callback of its
-own, and a `Learner` that joins them. It writes no file.
+The program has the parts that every flowtrain program has: loaders, a model with its loss, metrics, a schedule, a
+callback of its own, and a `Learner` that joins them. It writes no file, unless it is told to::
+
+    python -m flowtrain.examples.digits --log runs/a                          # TensorBoard, JSON lines, checkpoints
+    python -m flowtrain.examples.digits --log runs/a --resume                 # go on where it was interrupted
+    python -m flowtrain.examples.digits --log runs/b --executor dask          # what logs, in a thread beside training
+    python -m flowtrain.examples.digits --log runs/c --executor local         # ... in processes of this machine
+    python -m flowtrain.examples.digits --log runs/d --executor tcp://...     # ... on a cluster: docs/cluster.md
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flowtrain import Access, Callback, EpochEnd, ExecutorError, Learner, LearnerView, Read, ValidationPhase, on
-from flowtrain.callbacks import Metrics
+from flowtrain import (
+    Access,
+    Callback,
+    CheckpointError,
+    EpochEnd,
+    ExecutorError,
+    Learner,
+    LearnerView,
+    LoggingError,
+    Read,
+    ValidationPhase,
+    on,
+)
+from flowtrain.callbacks import EarlyStopping, LearningRate, Metrics, Scheduler, one_cycle
+from flowtrain.examples.digits_log import checkpoints, choose_executor, complaint, left_behind, watching
 from flowtrain.metrics import accuracy
 
 __all__ = ["BestEpoch", "main"]
@@ -45,9 +65,17 @@ class BestEpoch(Callback):
         if value > self.accuracy:
             self.epoch, self.accuracy = epoch, value
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+        return {"epoch": self.epoch, "accuracy": self.accuracy}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.epoch, self.accuracy = state["epoch"], state["accuracy"]
+
 
 def load_data(batch_size: int = 32) -> tuple[Loader, Loader]:
-    """Return the loaders for training and validation. Their batches are pairs.
+    """Return the loaders for training and validation. Their batches are pairs; validation is one batch.
 
     Inputs have shape ``(batch, 1, 8, 8)`` and values from 0 to 1, targets have shape ``(batch,)``.
     """
@@ -65,7 +93,7 @@ def load_data(batch_size: int = 32) -> tuple[Loader, Loader]:
     train_images, valid_images, train_labels, valid_labels = (torch.from_numpy(array) for array in split)
     train = TensorDataset(train_images, train_labels)
     valid = TensorDataset(valid_images, valid_labels)
-    return DataLoader(train, batch_size, shuffle=True), DataLoader(valid, batch_size)
+    return DataLoader(train, batch_size, shuffle=True), DataLoader(valid, len(valid))
 
 
 def make_model() -> nn.Module:
@@ -87,48 +115,89 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Those of the command line; `sys.argv` if not given.
     """
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    wrong = complaint(options.log, options.resume, options.executor)
+    if wrong:
+        parser.error(wrong)
+    torch.set_num_threads(1)  # a network this small gains nothing from more
+    torch.manual_seed(0)  # the same weights and the same order of the data in each run
+    try:
+        best = BestEpoch()
+        with make_learner(best, options) as learner:
+            _explain(learner, options)
+            learner.fit(options.epochs, resume=checkpoints(options.log) if options.resume else None)
+            _conclude(learner, best, options)
+    except (CheckpointError, ExecutorError, LoggingError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        if options.log is None:
+            raise
+        # The checkpoint for this case is written before `fit` is left.
+        raise SystemExit(f"\nInterrupted. Go on with the same command and --resume: {options.log}") from None
+
+
+def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
+    """Return the learner, with callbacks that log if that is wanted."""
+    rate = 4e-3
+    callbacks: list[Callback] = [
+        Metrics(accuracy),
+        Scheduler({LearningRate: one_cycle(rate)}),
+        EarlyStopping(patience=5, monitor="Accuracy", mode="max"),
+        best,
+    ]
+    if options.log is not None:
+        callbacks += watching(options.log, {"epochs": options.epochs, "optimizer": "AdamW", "highest rate": rate})
+    return Learner(
+        make_model(),
+        nn.functional.cross_entropy,
+        data=load_data(),
+        optimizer=partial(torch.optim.AdamW, lr=rate),
+        callbacks=callbacks,
+        default_callbacks="quiet" if options.quiet else True,  # quiet: no progress bar, no line for each epoch
+        executor=choose_executor(options.executor),
+    )
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flowtrain.examples.digits", description="Train a small network on scikit-learn's digits."
     )
     parser.add_argument("--epochs", type=_at_least_one, default=10, metavar="N", help="how long to train (default: 10)")
-    parser.add_argument("--executor", default="serial", metavar="NAME", help="what runs callbacks (default: serial)")
+    where = "serial, dask, local, or the address of a dask scheduler (default: serial)"
+    parser.add_argument("--executor", default="serial", metavar="NAME", help=f"what runs callbacks: {where}")
+    parser.add_argument("--log", type=Path, metavar="FOLDER", help="keep logs and checkpoints in this folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print the final accuracy only")
     output.add_argument("--explain", action="store_true", help="print the order of the callbacks at every event")
-    options = parser.parse_args(arguments)
+    return parser
 
-    torch.set_num_threads(1)  # a network this small gains nothing from more
-    torch.manual_seed(0)  # the same weights and the same order of the data in each run
-    train_loader, valid_loader = load_data()
-    best = BestEpoch()
-    try:
-        learner = Learner(
-            make_model(),
-            nn.functional.cross_entropy,
-            data=(train_loader, valid_loader),
-            optimizer=partial(torch.optim.AdamW, lr=2e-3),
-            callbacks=[Metrics(accuracy), best],
-            default_callbacks="quiet" if options.quiet else True,  # quiet: no progress bar, no line for each epoch
-            executor=options.executor,
-        )
-    except ExecutorError as error:
-        parser.error(str(error))
 
-    with learner:
-        if options.explain:
-            print("The order of the callbacks at every event, and why:\n")
-            print(learner.callbacks.explain(), end="\n\n")
-        elif not options.quiet:
-            print("The order of the callbacks when a validation epoch ends, and why (--explain prints every event):\n")
-            print("\n".join(learner.callbacks.plan(EpochEnd, ValidationPhase).explain()), end="\n\n")
-        learner.fit(options.epochs)
+def _explain(learner: Learner, options: argparse.Namespace) -> None:
+    if options.explain:
+        print("The order of the callbacks at every event, and why:\n")
+        print(learner.callbacks.explain(), end="\n\n")
+    elif not options.quiet:
+        print("The order of the callbacks when a validation epoch ends, and why (--explain prints every event):\n")
+        print("\n".join(learner.callbacks.plan(EpochEnd, ValidationPhase).explain()), end="\n\n")
 
+
+def _conclude(learner: Learner, best: BestEpoch, options: argparse.Namespace) -> None:
     _, final = learner.cbstate.metrics_epoch[ValidationPhase]["Accuracy"].last()
     if not options.quiet:
+        if learner.stopped is not None:
+            print(f"\n{learner.stopped}")
         print(f"\nBest epoch: {best.epoch}, with {best.accuracy:.1%}")
     print(f"Accuracy on held-out digits: {final:.1%}")
-    if not options.quiet:
-        print("\nWhere to look next: docs/callbacks.md builds a callback step by step, from nothing to tested.")
+    if options.quiet:
+        return
+    if options.log is not None:
+        print(f"\n{left_behind(options.log)}")
+        report = getattr(learner.executor, "report", None)  # of executors that defer callbacks
+        if report is not None:
+            print(f"\nWhat the callbacks that log did beside training:\n{report()}")
+    print("\nWhere to look next: docs/callbacks.md builds a callback step by step, from nothing to tested.")
 
 
 def _at_least_one(text: str) -> int:
