@@ -43,6 +43,8 @@ class _Runners(dict[Phase, StepRunners]):
         for name, event_type in StepRunners.events.items():
             known = fires is None or event_type in fires
             setattr(found, name, self._dispatch.runner(event_type, type(phase)) if known else None)
+        after = (found.backward_end, found.update_begin, found.update_end, found.batch_end)
+        found.watched = any(runner is not None for runner in after)
         self[phase] = found
         return found
 

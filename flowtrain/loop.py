@@ -34,7 +34,7 @@ from flowtrain.scopes import Scopes
 from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
 from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
-from flowtrain.steps import CLOSED, CLOSING, OPEN
+from flowtrain.steps import CLOSED, CLOSING, OPEN, settle
 
 __all__ = ["Loop"]
 
@@ -212,6 +212,7 @@ class Loop:
     def _show(self, batch: BatchState | None) -> None:
         if batch is not self.state.batch:
             self.state.show(batch if batch is not None else BatchState())
+        settle(self.state.batch)
 
     def _run(
         self, learner: StepContext, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None
@@ -263,6 +264,7 @@ class Loop:
                 except BaseException as failure:  # closes the batch, then raises what is left
                     # There is no epoch to cancel.
                     self.close_batch(phase, failure, CancelBatchException, CancelEpochException)
+            settle(self.state.batch)
             if self.dispatch.urgent:
                 self.dispatch.attend()
         finally:

@@ -219,7 +219,8 @@ class AbstractTrainingPhase(_Supervised):
         except RuntimeError as error:
             check_graph(self, "batch.loss", batch.loss, error)
             raise
-        batch.loss = batch.loss.detach()
+        if on.watched:  # otherwise the loop does it when the batch can be looked at: it costs most of a microsecond
+            batch.loss = batch.loss.detach()
         batch.grads = core.grads
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, self)

@@ -25,7 +25,7 @@ from flowtrain.events import (
     UpdateEnd,
 )
 
-__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "check_graph", "describe", "forward", "no_pair"]
+__all__ = ["CLOSED", "CLOSING", "OPEN", "StepRunners", "check_graph", "describe", "forward", "no_pair", "settle"]
 
 CLOSED, OPEN, CLOSING = 0, 1, 2
 """Where a scope (fit, epoch, batch) is: closing means that its End or Cancelled event is being fired."""
@@ -37,6 +37,9 @@ class StepRunners:
     """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
 
     A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
+
+    Attributes:
+        watched: Whether any callback has a handler that comes after the backward pass.
     """
 
     __slots__ = (
@@ -47,6 +50,7 @@ class StepRunners:
         "loss_begin",
         "update_begin",
         "update_end",
+        "watched",
     )
     events: ClassVar[Mapping[str, type[Event]]] = {
         "batch_begin": BatchBegin,
@@ -65,6 +69,14 @@ class StepRunners:
     update_begin: Any
     update_end: Any
     batch_end: Any
+    watched: bool
+
+
+def settle(batch: BatchState) -> None:
+    """Detach the loss of a batch that nobody has watched, where the step has left that out."""
+    loss = vars(batch).get("loss")
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        batch.loss = loss.detach()
 
 
 def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool) -> BatchState:

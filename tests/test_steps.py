@@ -13,12 +13,15 @@ from torch.nn.functional import cross_entropy, mse_loss
 from flowtrain import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
+    Access,
     BackwardBegin,
+    BatchEnd,
     Callback,
     DataError,
     LearnerView,
     LossError,
     Phase,
+    Read,
     StepContext,
     TorchCore,
     TrainingPhase,
@@ -27,7 +30,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.steps import StepRunners, describe
-from flowtrain.testing import tiny_learner
+from flowtrain.testing import tiny_batches, tiny_learner
 
 TYPES = [Phase, AbstractTrainingPhase, TrainingPhase, AbstractValidationPhase, ValidationPhase]
 SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
@@ -37,8 +40,29 @@ SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
 
 
 def test_there_is_a_runner_for_each_event_of_a_step() -> None:
-    assert set(StepRunners.events) == set(StepRunners.__slots__)
+    assert {*StepRunners.events, "watched"} == set(StepRunners.__slots__)
     assert set(StepRunners.events.values()) <= set(AbstractTrainingPhase.events or ())
+
+
+class SeesLoss(Callback):
+    def __init__(self) -> None:
+        self.graphs: list[bool] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def see(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.graphs.append(learner.batch.loss.requires_grad)
+
+
+@pytest.mark.parametrize("callbacks", [[], [SeesLoss()]], ids=["nobody looks", "somebody looks"])
+def test_the_loss_is_detached_when_it_can_be_looked_at(callbacks: list[SeesLoss]) -> None:
+    learner = tiny_learner(*callbacks, default_callbacks=False)
+    learner.epoch(TrainingPhase)
+    assert not learner.batch.loss.requires_grad
+    assert not learner.step(TrainingPhase, tiny_batches(n_batches=1)[0]).loss.requires_grad
+    assert not any(graph for each in callbacks for graph in each.graphs)
 
 
 @pytest.mark.parametrize(
