@@ -26,7 +26,7 @@ from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain.events import Event
 from flowtrain.phases import Phase
-from flowtrain.records import LoggerBackend
+from flowtrain.records import LoggerBackend, deliver
 from flowtrain_dask.forks import guard
 from flowtrain_dask.gate import Gate
 from flowtrain_dask.limits import Limits
@@ -323,7 +323,7 @@ class Lane:
             with self.gate:
                 for sequence, callback, position, record in outcome.records:
                     if sequence >= self._written:
-                        self._sinks[callback][position].write(record)
+                        deliver(self._sinks[callback], ((position, record),))
                         self._tally.records += 1
         finally:
             self._written = batch[0].sequence + len(done)
