@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from operator import itemgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly, refuse
@@ -32,6 +32,9 @@ class Counts(tuple[int, int, int, int]):
         return f"Counts(epochs={self[0]}, steps={self[1]}, steps_epoch={self[2]}, updates={self[3]})"
 
 
+_NONE = Counts((0, 0, 0, 0))
+
+
 class PhaseMap(dict[Phase, V]):
     """A value for each phase. The phase itself and its type are the same key.
 
@@ -52,6 +55,7 @@ class PhaseMap(dict[Phase, V]):
         self._path = path
         self.make = make
         self._twins: ReadOnlyPhaseMap[V] | None = None
+        self._awaited: dict[Phase, V] = {}  # what readers hold for phases that nobody has written yet
 
     if TYPE_CHECKING:
 
@@ -64,11 +68,20 @@ class PhaseMap(dict[Phase, V]):
             if self.make is None:
                 known = ", ".join(repr(known) for known in self) or "none yet"
                 raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
-            self[key] = self.make()
+            self[key] = self._awaited[key] if key in self._awaited else self.make()
         return dict.__getitem__(self, key)
+
+    def awaited(self, key: Phase) -> V:
+        """Return what a phase that is not here will have. Reading adds nothing: others would see it."""
+        if self.make is None:
+            return self[key]
+        if key not in self._awaited:
+            self._awaited[key] = self.make()
+        return self._awaited[key]
 
     def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
         key = _phase(phase, self._path)
+        self._awaited.pop(key, None)
         dict.__setitem__(self, key, value)
         if self._twins is not None:
             dict.__setitem__(self._twins, key, readonly(value, self._path))
@@ -130,7 +143,10 @@ class CountsMap(PhaseMap[Counts]):
     __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, lambda: Counts((0, 0, 0, 0)))
+        super().__init__(path, lambda: _NONE)
+
+    def __missing__(self, phase: Phase | type[Phase]) -> Counts:
+        return dict.get(self, _phase(phase, self._path), _NONE)
 
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
@@ -147,6 +163,8 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
         key = _phase(phase, self._path)
+        if key not in self._original:
+            return cast(V, readonly(self._original.awaited(key), self._path))
         if not dict.__contains__(self, key):
             dict.__setitem__(self, key, readonly(self._original[key], self._path))
         return dict.__getitem__(self, key)

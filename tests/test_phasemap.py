@@ -16,6 +16,7 @@ from flowtrain.errors import ProtectedException
 from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.phases import AbstractValidationPhase
 from flowtrain.readonly import readonly
+from flowtrain.series import Series
 
 
 class OODPhase(AbstractValidationPhase):
@@ -151,3 +152,15 @@ def test_counts_by_phase_begin_at_zero_and_are_shown_live() -> None:
     assert twin.get(OODPhase) is None
     with pytest.raises(TypeError):
         exec("x[P] = 1", {"x": twin, "P": TrainingPhase()})
+
+
+def test_reading_a_phase_that_is_not_there_adds_nothing_and_the_reader_sees_what_comes() -> None:
+    """Rule 13: a deferred handler reads a copy, so what reading adds would be missing then."""
+    counts = CountsMap("cbstate.history")
+    assert (readonly(counts, "cbstate.history")[TrainingPhase].steps, list(counts)) == (0, [])
+    series = PhaseMap("cbstate.smooth_loss", lambda: Series("cbstate.smooth_loss"))
+    held = readonly(series, "cbstate.smooth_loss")[TrainingPhase]
+    assert (len(held), list(series)) == (0, [])
+    series[TrainingPhase].push(1.5, 1)
+    assert held.last() == (1, 1.5)
+    assert list(series) == [TrainingPhase()]

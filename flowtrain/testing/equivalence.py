@@ -35,6 +35,7 @@ def assert_equivalent(
     *,
     executors: Iterable[str | _MakeExecutor] = (),
     epochs: int = 2,
+    run: Callable[[Learner], object] | None = None,
     interleavings: int = 8,
     seed: int = 0,
     ignore: Sequence[str] = (),
@@ -43,13 +44,15 @@ def assert_equivalent(
 
     Compared are, bit for bit: parameters, buffers, the state of optimizers, the last batch, ``cbstate``, the
     attributes of callbacks and what these hold (so also the records that a backend keeps), the random number
-    generators, and what was raised.
+    generators, and what was raised. Callbacks that an executor defers are flushed before.
 
     Args:
         make_learner: Makes the learner with the executor that it is called with, and makes all else anew: the model,
             the data, the callbacks. Random numbers begin the same at each call.
         executors: Names, or functions and types that make an executor: ``["dask", partial(DaskExecutor, workers=4)]``.
         epochs: For how many epochs to fit.
+        run: What to do with the learner in place of one fit, such as two fits with a change of callbacks in between.
+            Compared is what there is after a `Learner.flush` at the end.
         interleavings: How many random legal orders to run.
         seed: Where the random numbers begin.
         ignore: Paths, as the message shows them, below which nothing is compared: what depends on a clock.
@@ -63,11 +66,12 @@ def assert_equivalent(
     >>> assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=["serial"])
     """
     used: list[Any] = []
-    serial, error = _run(make_learner, SerialExecutor(), epochs, seed, used)
+    do = run or (lambda learner: learner.fit(epochs))
+    serial, error = _run(make_learner, SerialExecutor(), do, seed, used)
     ways = [*(_maker(each) for each in executors), *(_shuffled(number) for number in range(interleavings))]
     for make in ways:
         executor = make()
-        result, _ = _run(make_learner, executor, epochs, seed, used)
+        result, _ = _run(make_learner, executor, do, seed, used)
         differing = [path for path in _paths(serial, result) if serial.get(path) != result.get(path)]
         differing = [path for path in differing if not _below(path, ignore)]
         assert not differing, _message(executor, differing, serial, result)
@@ -76,16 +80,21 @@ def assert_equivalent(
 
 
 def _run(
-    make_learner: Callable[[Executor], Learner], executor: Executor, epochs: int, seed: int, used: list[Any]
+    make_learner: Callable[[Executor], Learner],
+    executor: Executor,
+    do: Callable[[Learner], object],
+    seed: int,
+    used: list[Any],
 ) -> tuple[_Result, Exception | None]:
-    """Make a learner, fit it, and return what it came to and what was raised."""
+    """Make a learner, run it, and return what it came to and what was raised."""
     raised: Exception | None = None
     with _random_from(seed):
         learner = make_learner(executor)
         _check(learner, executor, used)
         with learner:
             try:
-                learner.fit(epochs)
+                do(learner)
+                learner.flush()
             except Exception as error:  # compared, and raised at the end
                 raised = error
             found = dict(learner_leaves(learner))
