@@ -27,6 +27,7 @@ from flowtrain.phases import Phase
 from flowtrain.plan import Call, Step, owner_of
 from flowtrain.protect import LearnerView
 from flowtrain.recording import Log, RecordingView
+from flowtrain.records import Identity, collecting
 from flowtrain.registry import Callbacks
 from flowtrain.scratch import LearnerParts, copies, first_batches, same_random_numbers
 from flowtrain.state import LearnerState
@@ -131,7 +132,7 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
     scratch.loop.dispatch.use(built)
     failure: BaseException | None = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0)):  # what is logged is written nowhere
             warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
             scratch.fit(1)
     except Exception as error:  # reported with what was found until then

@@ -277,7 +277,7 @@ class Learner(StepSite):
         Raises:
             UsageError: The learner has no data, or something cannot be copied.
         """
-        self._ready("suggest_access()")
+        self._ready("suggest_access()", opens=False)
         found = record(self, callback)
         print(found)
         return found
@@ -291,7 +291,7 @@ class Learner(StepSite):
         Raises:
             UsageError: The learner has no data, or something cannot be copied.
         """
-        self._ready("audit_syncs()")
+        self._ready("audit_syncs()", opens=False)
         found = audit(self)
         print(found)
         return found

@@ -40,6 +40,11 @@ from flowtrain.callbacks import (
     GradNorm,
     LearningRate,
     LearningRateMonitor,
+    LogHistograms,
+    LogHyperParams,
+    LogMetrics,
+    LogTraces,
+    LogVisualization,
     Metrics,
     MetricsPrinter,
     ModelSummary,
@@ -53,6 +58,7 @@ from flowtrain.callbacks import (
     Traces,
     one_cycle,
 )
+from flowtrain.logging import JsonlBackend, Value
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.stopping import PQ
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
@@ -71,6 +77,14 @@ def _loss_squared(learner: LearnerView) -> Any:
     return learner.batch.loss**2
 
 
+def _traces() -> Traces:
+    return Traces({"Squared": _loss_squared}, TrainingPhase, access={"batch.loss": Read()})
+
+
+def _logged_loss(learner: LearnerView) -> Any:
+    return Value(learner.batch.loss)
+
+
 FOLDER = Path(tempfile.gettempdir()) / "flowtrain-dryrun"  # what is written there is overwritten by the next run
 
 BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
@@ -82,6 +96,14 @@ BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "GarbageCollect": (GarbageCollect, {}),
     "GradNorm": (GradNorm, {}),
     "LearningRateMonitor": (LearningRateMonitor, {}),
+    "LogHistograms": (lambda: LogHistograms(JsonlBackend(FOLDER / "log"), every=1, gradients=True), {}),
+    "LogHyperParams": (lambda: LogHyperParams(JsonlBackend(FOLDER / "log"), settings={"rate": 0.1}), {}),
+    "LogMetrics": (lambda: LogMetrics(JsonlBackend(FOLDER / "log")), {}),
+    "LogTraces": (lambda: LogTraces(JsonlBackend(FOLDER / "log")), {}),
+    "LogVisualization": (
+        lambda: LogVisualization(_logged_loss, JsonlBackend(FOLDER / "log"), every=1, access={"batch.loss": Read()}),
+        {},
+    ),
     "Metrics": (lambda: Metrics(mean_absolute_error), {}),
     "MetricsPrinter": (MetricsPrinter, {}),
     "ProgressBar": (lambda: ProgressBar(redraw=0, report=0), {}),
@@ -92,8 +114,10 @@ BUNDLED: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
     "SmoothLoss": (SmoothLoss, {}),
     "StopOnNaNLoss": (StopOnNaNLoss, {"lossfn": _nan_loss}),
     "Timer": (Timer, {}),
-    "Traces": (lambda: Traces({"Squared": _loss_squared}, TrainingPhase, access={"batch.loss": Read()}), {}),
+    "Traces": (_traces, {}),
 }
+MAKERS: dict[str, Callable[[], Callback]] = {"LogTraces": _traces}
+"""What makes the state that a bundled callback reads, where no default callback does."""
 
 
 PUTS_BACK = {"ModelSummary", "SanityCheck"}
@@ -110,9 +134,10 @@ def test_every_bundled_callback_is_in_the_table() -> None:
 def test_the_bundled_callbacks_declare_exactly_what_they_touch(name: str) -> None:
     make, options = BUNDLED[name]
     callback = make()
-    found = record_access(callback, **options)
+    others = [MAKERS[name]()] if name in MAKERS else []
+    found = record_access(callback, *others, **options)
     assert found.failure is None
-    learner = tiny_learner(callback, **options)
+    learner = tiny_learner(callback, *others, **options)
     node = next(node for node in learner.callbacks.nodes if node.callback is callback)
     declared = kinds(node.union)
     if name in PUTS_BACK:
@@ -246,6 +271,13 @@ def test_several_models_are_told_apart() -> None:
 def test_fit_events_are_reached() -> None:
     found = record_access(CustomCallback(lambda learner: len(learner.params), FitBegin))
     assert found.union == ((("params",), Read()),)
+
+
+def test_what_is_logged_meanwhile_is_written_nowhere(tmp_path: Path) -> None:
+    learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "own" / "log")))
+    found = learner.suggest_access(LogVisualization(_logged_loss, JsonlBackend(tmp_path / "log"), every=1))
+    assert found.failure is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_callback_can_be_recorded() -> None:
