@@ -1,0 +1,286 @@
+"""What deferred callbacks cost training, and how much they get done.
+
+``python -m bench.bench_lanes`` from the root of the checkout; with ``--peers`` also Lightning and ignite with the same
+logging in place, which have to be installed (``pip install lightning pytorch-ignite``).
+
+The cluster is a real one: `distributed.LocalCluster` with one worker process on this machine, so training, the lanes,
+the scheduler and the worker share its cores. The clock is the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from distributed import LocalCluster
+
+from bench.pairs import Report, figure
+from bench.peers import ignite_fit, lightning_fit
+from flowtrain import Callback, Learner, TrainingPhase
+from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
+from flowtrain.execution import Executor
+from flowtrain.logging import JsonlBackend
+from flowtrain.records import Histogram, Run, Value, log
+from flowtrain_dask import DaskExecutor
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+Timed = Callable[[], float]
+"""Trains one epoch and returns the seconds of one step."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--peers", action="store_true", help="Lightning and ignite with the same logging, in place")
+    chosen = arguments.parse_args()
+    report = Report("Lanes", "python -m bench.bench_lanes" + " --peers" * chosen.peers, "as each line says")
+    with tempfile.TemporaryDirectory() as folder, cluster() as address:
+        metrics_per_batch(report, Path(folder), address, peers=chosen.peers)
+        histograms(report, Path(folder), address, peers=chosen.peers)
+        throughput(report, Path(folder))
+
+
+# --- a logger of metrics for each batch, beside a step of 1 ms
+
+
+def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool) -> None:
+    width = width_of(1e-3)
+    data = batches(1000)
+    without = partial(learner_of, width, data, (), "serial")
+
+    def logged(name: str, executor: Callable[[], str | Executor]) -> Learner:
+        return learner_of(width, data, (LogMetrics(JsonlBackend(folder / f"{name}.jsonl")),), executor())
+
+    made: dict[str, tuple[Callable[[], Learner], float | None]] = {
+        "in place": (lambda: logged("serial", lambda: "serial"), None),
+        "deferred to a thread": (lambda: logged("thread", DaskExecutor), None),
+        "deferred to a cluster": (lambda: logged("cluster", lambda: DaskExecutor(address)), 1.04),
+    }
+    for name, (make, goal) in made.items():
+        times = epochs_in_turns([without, make], 30)
+        report.ratio(f"1 ms step, `LogMetrics` each batch, {name}; floor: without it", times, goal, steps=1)
+    if peers:
+        for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
+            backend = opened(folder / f"{name}.jsonl")
+            log = partial(log_loss, backend)
+            times = in_turns([timed(peer(model_of(width), data, each), len(data)) for each in (None, log)], 30)
+            report.ratio(f"the same records in {name}, in place; floor: without them", times, None, steps=1)
+
+
+def opened(path: Path) -> JsonlBackend:
+    backend = JsonlBackend(path)
+    backend.open(Run("peer"))
+    return backend
+
+
+def log_loss(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Tensor, step: int) -> None:
+    log([backend], Value(loss.item()), "Loss", step, ("Step", "TrainingPhase"))
+
+
+def log_histograms(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Tensor, step: int) -> None:
+    if step % 20 == 0:
+        for name, weight in model.named_parameters():
+            log([backend], Histogram(weight.detach()), name, step, ("Step", "TrainingPhase"))
+
+
+# --- histograms of all weights, whose work is 40 ms, each 20th batch beside a step of 5 ms
+
+
+def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> None:
+    width = width_of(5e-3)
+    data = batches(200)
+    without = partial(learner_of, width, data, (), "serial")
+    tensors = copies_for(40e-3, width)
+
+    def logged(name: str, executor: str | Executor) -> Learner:
+        logger = LogHistograms(JsonlBackend(folder / f"histograms-{name}.jsonl"), every=20)
+        return learner_of(width, data, (logger,), executor, extra=tensors)
+
+    for name, make, goal in (
+        ("in place", lambda: logged("serial", "serial"), None),
+        ("deferred to a process", lambda: logged("process", DaskExecutor(address)), 1.08),
+    ):
+        times = epochs_in_turns([partial(without, extra=tensors), make], 30)
+        report.ratio(f"5 ms step, `LogHistograms` of 40 ms each 20th batch, {name}; floor: without it", times, goal,
+                     steps=1)
+    if peers:
+        for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
+            log = partial(log_histograms, opened(folder / f"histograms-{name}.jsonl"))
+            times = in_turns(
+                [timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30
+            )
+            report.ratio(f"the same histograms in {name}, in place; floor: without them", times, None, steps=1)
+    half, end = backlog(logged("backlog", DaskExecutor(address)), len(data))
+    report.row(
+        "the same, events that wait: at half time, at the end", str(half), str(end), f"{end - half:+d}", "0 or less",
+        reached=end <= half,
+    )
+
+
+def backlog(learner: Learner, steps: int) -> tuple[int, int]:
+    """Return how many deferred events wait at the middle of an epoch and at its end."""
+    executor: Any = learner.executor
+    learner.fit(1)
+    found: list[int] = []
+    for raw in learner.data[TrainingPhase]:
+        learner.step(TrainingPhase, raw)
+        found.append(executor.report().pending)
+    learner.close()
+    return found[steps // 2 - 1], found[-1]
+
+
+# --- how many records a lane writes
+
+
+def throughput(report: Report, folder: Path) -> None:
+    """Fit a tiny model with many metrics, and count the records that one lane writes in a second."""
+    def metric(number: int) -> Callable[[Any, Any], float]:
+        def value(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+            return float(number)
+
+        value.__name__ = f"m{number}"
+        return value
+
+    rates: list[float] = []
+    files: list[list[str]] = []
+    executors: list[str | Executor] = ["serial", *(DaskExecutor() for _ in range(30))]
+    data = [(torch.randn(4, 4), torch.randint(2, (4,))) for _ in range(400)]
+    for executor in executors:
+        path = folder / f"throughput{len(files)}.jsonl"
+        torch.manual_seed(0)
+        learner = Learner(
+            torch.nn.Linear(4, 2),
+            F.cross_entropy,
+            data=data,
+            callbacks=[Metrics(*(metric(number) for number in range(49))), LogMetrics(JsonlBackend(path))],
+            default_callbacks="quiet",
+            executor=executor,
+        )
+        begin = time.perf_counter()
+        learner.fit(1)
+        took = time.perf_counter() - begin
+        learner.close()
+        files.append(content(path))
+        if executor != "serial":
+            rates.append(len(files[-1]) / took)
+    rate = figure(rates)
+    same = all(each == files[0] for each in files)
+    report.row(
+        f"records a second through `LogMetrics` to JSON lines on one lane, training included; files equal to serial: "
+        f"{same}", "", "", rate.text(1, 0), "20,000", reached=rate.median >= 20_000 and same,
+    )
+
+
+def content(path: Path) -> list[str]:
+    """Return the lines of a log without their clock times."""
+    return [json.dumps({**json.loads(line), "time": 0}) for line in path.read_text().splitlines()]
+
+
+# --- what is trained
+
+
+def model_of(width: int, extra: int = 0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+    for number in range(extra):  # weights without a gradient: they are logged, and cost training nothing
+        weight = torch.nn.Parameter(torch.randn(1024, 64), requires_grad=False)
+        model.register_parameter(f"extra{number}", weight)
+    return model
+
+
+def batches(count: int) -> Batches:
+    torch.manual_seed(1)
+    return [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(count)]
+
+
+def learner_of(
+    width: int, data: Batches, callbacks: Sequence[Callback], executor: str | Executor, extra: int = 0
+) -> Learner:
+    return Learner(
+        model_of(width, extra),
+        F.cross_entropy,
+        data=data,
+        optimizer=partial(torch.optim.SGD, lr=1e-3),
+        callbacks=callbacks,
+        default_callbacks="quiet",
+        executor=executor,
+    )
+
+
+def width_of(cost: float) -> int:
+    """Return the hidden width with which one step of a learner takes about `cost` seconds."""
+    width, data = 256, batches(40)
+    for _ in range(5):
+        learner = learner_of(width, data, (), "serial")
+        learner.fit(1)
+        took = min(timed(partial(learner.fit, 1), len(data))() for _ in range(5))
+        width = max(16, round(width * cost / took))
+    return width
+
+
+def copies_for(cost: float, width: int) -> int:
+    """Return how many further weights a model needs for its histograms to take `cost` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = JsonlBackend(Path(folder) / "a.jsonl")
+        weight = torch.randn(1024, 64)
+
+        def log_one() -> None:
+            backend.encode(Histogram(weight), "w", 0, ("TrainingPhase",))
+
+        return max(1, round(cost / min(timed(log_one, 1)() for _ in range(20))))
+
+
+# --- timing
+
+
+def timed(run: Callable[[], object], steps: int) -> Timed:
+    def one() -> float:
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) / steps
+
+    return one
+
+
+def epochs_in_turns(make: Sequence[Callable[[], Learner]], repetitions: int) -> list[tuple[float, ...]]:
+    """Time fits of one epoch in turns: training, and the flush at its end."""
+    learners = [each() for each in make]
+    try:
+        steps = len(next(iter(learners[0].data.values())))
+        return in_turns([timed(partial(learner.fit, 1), steps) for learner in learners], repetitions)
+    finally:
+        for learner in learners:
+            learner.close()
+
+
+def in_turns(runs: Sequence[Timed], repetitions: int) -> list[tuple[float, ...]]:
+    gc.collect()
+    gc.disable()
+    try:
+        for run in runs:
+            run()
+        return [tuple(run() for run in runs) for _ in range(repetitions)]
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def cluster() -> Generator[str]:
+    made: Any = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+    )
+    with made:
+        yield str(made.scheduler_address)
+
+
+if __name__ == "__main__":
+    main()
