@@ -100,6 +100,7 @@ class Deferred:
                     taker = Taker(node.access[handler], site.state, self._pool, fresh=fresh, tail=tail)
                     self._takers[node, handler] = taker
         self._told: list[str] = []
+        self.gave_up = False
 
     # --- plans
 
@@ -168,9 +169,11 @@ class Deferred:
         While training is being stopped it waits for `Options.drain_timeout` at most.
         """
         begin = time.monotonic()
+        self.gave_up = False
         for lane in self.lanes:
             while not lane.flush(0.25) and not lane.over:
                 if _is_stopping(self._site) and time.monotonic() - begin > self._options.drain_timeout:
+                    self.gave_up = True
                     left, limit = lane.report().pending, self._options.drain_timeout
                     _logger.warning(
                         "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit

@@ -115,9 +115,13 @@ class Deferring:
             self._deferred.flush()
 
     def close(self) -> None:
-        """Flush, end the lanes, and close what was opened; what failed is raised at the end."""
+        """Flush, end the lanes, and close what was opened; what failed is raised at the end.
+
+        After an interrupt that did not leave the time to process everything, what is left is not waited for again.
+        """
         try:
-            self.flush()
+            if self._deferred is not None and not self._deferred.gave_up:
+                self.flush()
         finally:
             self._held.give_back()
 

@@ -309,9 +309,11 @@ class Lane:
     def _take(self) -> list[Entry]:
         """Take the next batch: all that waits, but no more than what one batch should take."""
         most = min(_BATCH_EVENTS, max(1, int(_BATCH_SECONDS / self._pace))) if self._pace else _FIRST_BATCH
+        # A batch is copied several times on its way, so it is a small part of what the limit allows.
+        largest = min(_BATCH_BYTES, self._limits.bytes // 8)
         batch: list[Entry] = []
         size = 0
-        while self._queue and len(batch) < most and (not batch or size + self._queue[0].nbytes <= _BATCH_BYTES):
+        while self._queue and len(batch) < most and (not batch or size + self._queue[0].nbytes <= largest):
             batch.append(self._queue.popleft())
             size += batch[-1].nbytes
         return batch

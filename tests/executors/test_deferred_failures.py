@@ -1,0 +1,434 @@
+"""What happens when something goes wrong with deferred callbacks: they fail, are slow, large, or lose their cluster.
+
+The processes are real ones: schedulers and workers of dask's command line, and scripts that are sent signals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from flowtrain import (
+    Access,
+    BatchEnd,
+    Callback,
+    CancelEpochException,
+    EpochEnd,
+    LearnerView,
+    Read,
+    TrainingPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import LogHistograms, LogMetrics
+from flowtrain.errors import DeferredCancelError, ExecutorError
+from flowtrain.logging import JsonlBackend
+from flowtrain.records import Value, log
+from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain_dask import DaskExecutor, Limits
+
+Where = Literal["threads", "cluster"]
+
+
+class Logs(Callback):
+    """Logs the number of the batch; at one of them something else happens first."""
+
+    deferrable = True
+
+    def __init__(self, path: Path, at: int = 0, then: Callable[[], Any] | None = None) -> None:
+        self.backends = (JsonlBackend(path),)
+        self.at = at
+        self.then = then
+        self.count = 0
+
+    def state_access(self) -> Access:
+        return {"batch.inputs": Read(), self.backends[0].resource: Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def record(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Log."""
+        self.count += 1
+        if self.count == self.at and self.then is not None:
+            self.then()
+        log(self.backends, Value(learner.batch.inputs.sum()), "Sum", self.count, ("Step", repr(phase)))
+
+
+class Meanwhile(Callback):
+    """Calls a function in place, at the end of one training batch."""
+
+    def __init__(self, at: int, call: Callable[[], Any]) -> None:
+        self.at = at
+        self.call = call
+        self.count = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Call it."""
+        self.count += 1
+        if self.count == self.at:
+            self.call()
+
+
+def fail() -> None:
+    raise ValueError("no such colour")
+
+
+def cancel() -> None:
+    raise CancelEpochException("enough")
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log without their times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def steps(path: Path) -> list[int]:
+    return [record["step"] for record in records(path)]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+@pytest.fixture(params=["threads", "cluster"])
+def make_executor(request: pytest.FixtureRequest) -> Callable[..., DaskExecutor]:
+    """Makes executors, of threads and of a cluster."""
+    if request.param == "threads":
+        return DaskExecutor
+    address = request.getfixturevalue("dask_processes").address
+    return lambda **options: DaskExecutor(address, **options)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts scripts; those that still run are ended with the test."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(source: str, *arguments: str) -> subprocess.Popen[str]:
+        script = tmp_path / "script.py"
+        script.write_text(source)
+        command = [sys.executable, str(script), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(subprocess.Popen(command, text=True, env=environment, cwd=tmp_path, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_rule_27_the_error_comes_at_the_next_batch_boundary(
+    make_executor: Callable[..., DaskExecutor], tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    executor = make_executor()
+    known = Meanwhile(12, lambda: wait_for(lambda: executor.report().lanes[0].tally.last_error))
+    with tiny_learner(Logs(path, 8, fail), known, executor=executor) as learner:
+        with pytest.raises(ValueError, match="no such colour") as caught:
+            learner.fit(3)
+        assert known.count == 12
+        assert steps(path) == [1, 2, 3, 4, 5, 6, 7]
+        assert any(
+            note == "raised in Logs.record at (BatchEnd, TrainingPhase), deferred as event 7 of lane Logs"
+            for note in caught.value.__notes__
+        )
+        assert learner.stopped is caught.value
+        learner.fit(1)  # it has failed once, and goes on with what comes then
+        assert steps(path) == [*range(1, 8), *range(9, 25)]
+
+
+def test_rule_27_an_error_that_comes_late_is_raised_at_the_end_of_the_fit(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def wait_and_fail() -> None:
+        assert go_on.wait(60)
+        fail()
+
+    with tiny_learner(
+        Logs(tmp_path / "log.jsonl", 8, wait_and_fail), Meanwhile(32, go_on.set), executor=DaskExecutor()
+    ) as learner:
+        with pytest.raises(ValueError, match="no such colour"):
+            learner.fit(2)
+        assert learner.cbstate.history[TrainingPhase].steps == 32
+    assert steps(tmp_path / "log.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_rule_27_with_warn_the_lane_retires_and_training_goes_on(
+    make_executor: Callable[..., DaskExecutor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing, other = Logs(tmp_path / "failing.jsonl", 8, fail), Logs(tmp_path / "other.jsonl")
+    executor = make_executor(on_error="warn")
+    with tiny_learner(failing, other, executor=executor) as learner, caplog.at_level(logging.WARNING, "flowtrain"):
+        learner.fit(2)
+        report = executor.report()
+    assert steps(tmp_path / "failing.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+    assert steps(tmp_path / "other.jsonl") == list(range(1, 33))
+    assert [lane.retired for lane in report.lanes] == [True, False]
+    assert report.lanes[0].tally.last_error == "ValueError: no such colour"
+    assert "flowtrain retires lane Logs, its callbacks see no more events: ValueError: no such colour" in caplog.text
+
+
+def test_rule_27_a_cancel_in_a_lane_is_an_error(make_executor: Callable[..., DaskExecutor], tmp_path: Path) -> None:
+    with tiny_learner(Logs(tmp_path / "log.jsonl", 3, cancel), executor=make_executor()) as learner:
+        with pytest.raises(DeferredCancelError, match=r"Logs.record raised CancelEpochException\('enough'\)") as caught:
+            learner.fit(2)
+        assert "Set deferrable = False in Logs, or write DaskExecutor(defer=False)." in str(caught.value)
+    assert steps(tmp_path / "log.jsonl") == [1, 2]
+
+
+def test_rule_24_a_snapshot_larger_than_the_limit_goes_alone(
+    make_executor: Callable[..., DaskExecutor], tmp_path: Path
+) -> None:
+    serial, deferred = tmp_path / "serial.jsonl", tmp_path / "deferred.jsonl"
+    tiny_learner(Logs(serial), n_batches=6, batch_size=4096).fit(1)
+    executor = make_executor(limits=Limits(bytes=1000))
+    pending: list[int] = []
+    looks = [Meanwhile(at, lambda: pending.append(executor.report().pending)) for at in range(1, 7)]
+    with tiny_learner(Logs(deferred), *looks, n_batches=6, batch_size=4096, executor=executor) as learner:
+        learner.fit(1)
+    assert max(pending) <= 1
+    assert records(deferred) == records(serial)
+
+
+def test_rule_24_what_is_dropped_is_counted(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    executor = DaskExecutor(limits=Limits(pending=4, when_full="drop"))
+    callback = Logs(tmp_path / "log.jsonl", 1, lambda: go_on.wait(60))
+    with tiny_learner(callback, Meanwhile(16, go_on.set), executor=executor) as learner:
+        learner.fit(1)
+        report = executor.report()
+    assert report.dropped == 12
+    assert report.troubles() == ["Logs: 12 events dropped"]
+    assert steps(tmp_path / "log.jsonl") == [1, 2, 3, 4]
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+import torch
+from flowtrain import BatchEnd, Callback, Read, on
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor, Limits
+
+class Slow(Callback):
+    deferrable = True
+
+    def state_access(self):
+        return {"batch.inputs": Read()}
+
+    @on(BatchEnd)
+    def work(self, event, phase, learner):
+        time.sleep(0.02)
+        self.last = float(learner.batch.inputs.sum())
+
+class Look(Callback):
+    def __init__(self, executor):
+        self.executor = executor
+        self.pending = self.bytes = self.base = self.count = 0
+
+    @on(BatchEnd)
+    def look(self, event, phase, learner):
+        self.count += 1
+        if self.count == 3:
+            self.base = memory()
+        lane = self.executor.report().lanes[0]
+        self.pending, self.bytes = max(self.pending, lane.pending), max(self.bytes, lane.bytes)
+
+def memory():
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+def main():
+    torch.set_num_threads(1)
+    executor = DaskExecutor(sys.argv[1] or None, limits=Limits(bytes=64 << 20))
+    look = Look(executor)
+    data = [(torch.ones(1 << 18, 1), torch.ones(1 << 18, 1)) for _ in range(20)]
+    with tiny_learner(Slow(), look, data=data, executor=executor) as learner:
+        learner.fit(15)
+        print(look.pending, look.bytes, memory() - look.base, executor.report().troubles()[0], sep="|")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux tells it")
+@pytest.mark.parametrize("where", ["threads", "cluster"])
+def test_rule_24_one_that_is_slower_than_training_for_ever(
+    where: Where, start: Callable[..., subprocess.Popen[str]], request: pytest.FixtureRequest
+) -> None:
+    """Rule 24: 300 MB of snapshots go through a lane of 64 MB."""
+    address = request.getfixturevalue("dask_processes").address if where == "cluster" else ""
+    output = start(SLOW, address).communicate(timeout=120)[0]
+    pending, size, grown, trouble = output.splitlines()[-1].split("|")
+    assert int(pending) == 64
+    assert int(size) == 64 << 20
+    assert int(grown) <= 1.2 * (64 << 20) + (64 << 20)
+    assert trouble.startswith("Slow made training wait")
+
+
+STUCK = """
+import sys, time
+from flowtrain import BatchEnd, Callback, Read, TrainingPhase, Write, on
+from flowtrain.logging import JsonlBackend
+from flowtrain.records import Value, log
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor, Limits
+
+class Stuck(Callback):
+    deferrable = True
+
+    def __init__(self, path):
+        self.backends = (JsonlBackend(path),)
+        self.count = 0
+
+    def state_access(self):
+        return {"batch.loss": Read(), self.backends[0].resource: Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def work(self, event, phase, learner):
+        self.count += 1
+        if self.count == 20:
+            time.sleep(600)
+        log(self.backends, Value(learner.batch.loss), "Loss", self.count, ("Step",))
+
+def main():
+    path, cluster = sys.argv[1:]
+    executor = DaskExecutor(cluster or None, limits=Limits(pending=8), drain_timeout=2.0)
+    with tiny_learner(Stuck(path), executor=executor) as learner:
+        learner.fit(1000)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes as Linux tells them")
+@pytest.mark.parametrize("cluster", ["", "local"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_rule_29_interrupted_while_training_waits_for_a_full_lane(
+    number: signal.Signals, cluster: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Rule 29: it leaves after the time for draining, though a handler takes ten minutes; nothing stays behind."""
+    log = tmp_path / "log.jsonl"
+    process = start(STUCK, str(log), cluster)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 12)
+    time.sleep(2)  # until it is stuck and the lane is full
+    children = descendants(process.pid)
+    process.send_signal(number)
+    output = process.communicate(timeout=40)[0]
+    assert f"training was interrupted by {number.name}" in output
+    assert process.returncode
+    found = steps(log)
+    assert found == list(range(1, len(found) + 1))
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert bool(children) == bool(cluster)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and that those have started."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+class Killing(Callback):
+    """Kills a scheduler after a batch of training, in place, when some events have been processed on its cluster."""
+
+    def __init__(self, processes: Any, executor: DaskExecutor) -> None:
+        self.processes = processes
+        self.executor = executor
+
+    @on(EpochEnd, TrainingPhase)
+    def kill(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Kill it."""
+        if self.processes.scheduler.poll() is None:
+            wait_for(lambda: self.executor.report().lanes[0].done >= 8)
+            self.processes.scheduler.kill()
+            self.processes.scheduler.wait(20)
+
+
+@pytest.fixture
+def mortal(make_dask_processes: Callable[[], Any]) -> Any:
+    """A cluster with one worker whose scheduler may be killed."""
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    return processes
+
+
+def test_the_scheduler_dies_and_the_log_is_complete(
+    mortal: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    serial, deferred = JsonlBackend(tmp_path / "serial.jsonl"), JsonlBackend(tmp_path / "deferred.jsonl")
+    tiny_learner(LogMetrics(serial), LogHistograms(serial, every=4)).fit(3)
+    executor = DaskExecutor(mortal.address)
+    callbacks = LogMetrics(deferred), LogHistograms(deferred, every=4), Killing(mortal, executor)
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    with tiny_learner(*callbacks, executor=executor) as learner:
+        learner.fit(3)
+        [lane] = executor.report().lanes
+    assert records(tmp_path / "deferred.jsonl") == records(tmp_path / "serial.jsonl")
+    assert lane.tally.local > 0
+    assert lane.where == f"thread ({mortal.address} was lost)"
+    assert f"the cluster was lost; {lane.tally.local} events were run in this process" in caplog.text
+
+
+def test_the_scheduler_dies_and_that_is_an_error(mortal: Any, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    executor = DaskExecutor(mortal.address, on_cluster_loss="raise")
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    learner = tiny_learner(Logs(path), Killing(mortal, executor), executor=executor)
+    with pytest.raises(ExecutorError, match=f"The cluster at {mortal.address} was lost during training"):
+        learner.fit(3)
+    learner.close()
+    assert steps(path) == list(range(1, len(steps(path)) + 1))
+
+
+def test_a_cluster_that_is_not_there_is_an_error_before_training(
+    make_dask_processes: Callable[[], Any], tmp_path: Path
+) -> None:
+    nowhere = "tcp://127.0.0.1:9"
+    with pytest.raises(ExecutorError, match=f"No dask scheduler answers at {nowhere} within 1 s .*Start one with"):
+        tiny_learner(Logs(tmp_path / "log.jsonl"), executor=DaskExecutor(nowhere, drain_timeout=1.0))
+    address = make_dask_processes().address
+    with pytest.raises(ExecutorError, match=f"{address} has no workers within 1 s. Start one: dask worker {address}"):
+        tiny_learner(Logs(tmp_path / "log.jsonl"), executor=DaskExecutor(address, drain_timeout=1.0))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("fork", 10), ("forkserver", 3)])
+def test_rule_30_loader_workers_begin_beside_lanes_in_every_epoch(method: str, epochs: int, tmp_path: Path) -> None:
+    """Rule 30: a lock that a lane holds while a worker is forked would hang it; ``tests.chaos --loaders`` does 200."""
+    x, y = (torch.cat(each) for each in zip(*tiny_batches(n_batches=8), strict=True))
+    loader = DataLoader(
+        TensorDataset(x, y), batch_size=8, num_workers=1, multiprocessing_context=method, timeout=60
+    )  # fmt: skip
+    path = tmp_path / "log.jsonl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads
+        with tiny_learner(Logs(path), data=loader, executor=DaskExecutor()) as learner:
+            learner.fit(epochs)
+    assert steps(path) == list(range(1, 8 * epochs + 1))
