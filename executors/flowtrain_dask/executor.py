@@ -151,6 +151,8 @@ class DaskExecutor:
 
     def explain(self, plan: Plan) -> str:
         """Say in one line whether a plan runs inline or in parallel, on which strands, and why."""
+        if self._site is not None and not self._crew.closed:
+            self._deferring.use(self._site)  # lanes are decided on before the first event, and can be asked for
         deferred = self._deferring.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
