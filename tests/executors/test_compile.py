@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import dask.base
 import dask.threaded
@@ -17,6 +20,8 @@ from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPha
 from flowtrain.plan import Plan
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor
 from flowtrain_dask.compile import compile_plan
 
 
@@ -110,3 +115,16 @@ def test_dask_takes_it_for_a_collection_that_can_be_drawn(monkeypatch: pytest.Mo
         "K0.note": set(),
         "K1.note": {"K0.note"},
     }
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
+def test_dask_draws_the_graph(tmp_path: Path) -> None:
+    """Each handler by its label, and an arrow for each edge."""
+    pytest.importorskip("graphviz")
+    learner = tiny_learner(executor="dask")
+    graph = cast(DaskExecutor, learner.executor).graph(BatchEnd, TrainingPhase)
+    dask.base.visualize(graph, filename=str(tmp_path / "graph"), format="svg")
+    drawn = (tmp_path / "graph.svg").read_text("utf-8")
+    boxes = re.findall(r"<text[^>]*>([^<]+)<", drawn)
+    assert sorted(box for box in boxes if "." in box) == sorted(graph)
+    assert drawn.count('class="edge"') == sum(len(before) for before in graph.before)
