@@ -255,7 +255,10 @@ def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None) -> Call:
 
 
 def _fresh(nodes: Sequence[Node]) -> frozenset[tuple[str, ...]]:
-    """Return what the core has just made and no callback declares to write: the loss, and the norm of gradients."""
+    """Return what the core has just made and no callback declares to write: the norm of the gradients.
+
+    Not the loss: a loss function that reuses its memory gives the same tensor at each batch of a validation.
+    """
     written = [path for node in nodes for path, kind in node.union if isinstance(kind, Write)]
-    made = (("batch", "loss"), ("batch", "grad_norm"))
-    return frozenset(path for path in made if ("batch",) not in written and path not in written)
+    made = ("batch", "grad_norm")
+    return frozenset(() if ("batch",) in written or made in written else (made,))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -208,7 +208,8 @@ RUNS = [fit_twice, by_hand, change_callbacks]
 @pytest.mark.parametrize("run", RUNS)
 def test_threads_give_the_serial_log_and_state(run: Callable[[Learner], None]) -> None:
     """Rules 13, 20 to 23 and 26."""
-    ways = [DaskExecutor, partial(DaskExecutor, parallel="always", workers=3), partial(DaskExecutor, defer=False)]
+    always = partial(DaskExecutor, parallel="always", workers=3)
+    ways: list[Callable[[], Executor]] = [DaskExecutor, always, partial(DaskExecutor, defer=False)]
     assert_equivalent(learner_of, executors=ways, run=run, interleavings=2)
 
 
