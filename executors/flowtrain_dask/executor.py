@@ -82,7 +82,7 @@ class DaskExecutor:
         on_cluster_loss: OnLoss = "local",
     ) -> None:
         check_choice("parallel", parallel, ("auto", "always", "never"))
-        self.parallel = parallel
+        self.parallel: Parallel = parallel
         options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
         self._deferring = Deferring(cluster, defer, dict(resources or {}), options)
         self._crew = Crew(_cores() if workers is None else _check_workers(workers))
