@@ -132,7 +132,7 @@ class Drawn(Callback):
 
     def state_access(self) -> Access:
         kind = Read(optional=True) if self.spec.deferred else Write()
-        mine: dict[str, Any] = {path: kind for path in self.spec.paths}
+        mine: dict[str, Any] = dict.fromkeys(self.spec.paths, kind)
         return mine if self.spec.resource is None else {**mine, self.spec.resource: Write()}
 
     def run_after(self) -> tuple[type[Callback], ...]:
