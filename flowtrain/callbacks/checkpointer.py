@@ -56,6 +56,12 @@ class Checkpointer(Callback):
         MissingStateError: When the learner is built: there is no metric of that name.
         CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
             full; the last complete checkpoint stays.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tiny_learner(Checkpointer(folder, keep_top_k=1)).fit(3)
+    ...     sorted(os.listdir(folder))
+    ['best', 'epoch-0003.ckpt', 'latest']
     """
 
     def __init__(

@@ -26,8 +26,8 @@ class GarbageCollect(Callback):
 
     When the epoch ends, normally or not, the collector is turned on again if it was on before.
 
-    Reads and writes no state; its resource is ``resource.gc``. Costs an addition for each batch, and the collections
-    themselves.
+    Reads and writes no state, and runs after nothing; its resource is ``resource.gc``. Costs an addition for each
+    batch, and the collections themselves.
 
     Args:
         every: Collect at the n-th, 2n-th, ... batch, counted for each phase.

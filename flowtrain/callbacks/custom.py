@@ -19,6 +19,8 @@ __all__ = ["CustomCallback"]
 class CustomCallback(Callback):
     """Call a function at an event.
 
+    Reads and writes what `access` says, and so runs after those that write what it reads. Costs what `f` does.
+
     Args:
         f: Called with the learner's view.
         event_type: The event, subclasses included.

@@ -59,8 +59,8 @@ class EMA(Callback):
     >>> learner.fit(1)
     >>> with ema.applied():
     ...     averaged = learner.model.coeff.item()
-    >>> round(averaged, 3), round(learner.model.coeff.item(), 3)
-    (0.868, 1.186)
+    >>> 0 < averaged < learner.model.coeff.item()  # on its way to 3, the average is behind
+    True
     """
 
     def __init__(self, decay: float = 0.999, *, buffers: bool = False, model: str = "") -> None:

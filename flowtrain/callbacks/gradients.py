@@ -27,9 +27,9 @@ class GradNorm(Callback):
     ``"encoder.weight"``. All are of accumulated and unscaled gradients.
 
     Reads ``batch.grad_norm`` at `UpdateEnd`, which the core computes where somebody declares it or the gradients are
-    clipped anyway; with `layers` also ``batch.grads`` at `UpdateBegin`. Runs after `Recorder`, and by layer after those
-    that write gradients there. Costs a pass over the gradients for each update, and by layer a second one; norms stay
-    on the device until somebody reads the series, so there is no synchronisation.
+    clipped anyway; with `layers` also ``batch.grads`` at `UpdateBegin`. It runs after `Recorder`, and by layer after
+    those that write gradients there. Costs a pass over the gradients for each update, and by layer a second one; norms
+    stay on the device until somebody reads the series, so there is no synchronisation.
 
     Args:
         layers: Whether to record the norm of each layer too.

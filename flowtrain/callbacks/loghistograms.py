@@ -23,9 +23,9 @@ class LogHistograms(Callback):
 
     Weights are those at the end of a batch, as ``Weights/<parameter>``; reads ``params``. Gradients are those of an
     update, complete, unscaled and not yet clipped, as ``Gradients/<parameter>``; reads ``batch.grads``. The step is the
-    number of the batch, which needs ``cbstate.history`` of `Recorder`. Runs before whoever writes the model or the
-    gradients at these events, unless they say otherwise. Costs a pass over all parameters, and a copy of them where it
-    is deferred.
+    number of the batch, from ``cbstate.history``. So it runs after `Recorder`, and after those that write the model or
+    the gradients at these events. Writes to its backends only. Costs a pass over all parameters, and a copy of them
+    where it is deferred.
 
     Args:
         backends: Where to log to.

@@ -99,6 +99,10 @@ class Metrics(Callback):
     A learner has one of them, with all metrics: two would both record the loss. On an accelerator nothing waits for
     the values: they stay there, at most 256 of each name, until they are read, at the latest for the mean of the epoch.
 
+    Reads ``batch.inputs`` and ``batch.loss``, with metrics also ``batch.outputs`` and ``batch.targets``, and
+    ``cbstate.history``; so it runs after `Recorder`. Writes the series of its names in ``cbstate.metrics_step`` and
+    ``cbstate.metrics_epoch``. Costs a microsecond or two for each batch, and what the metrics themselves do.
+
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
             torchmetrics object is cloned for each phase. Outputs that are a tensor come without their graph.

@@ -27,7 +27,17 @@ class StopOnNaNLoss(Callback):
     skips the update of the NaN and those after it: the parameters are those before, as on the CPU. Another one has made
     up to `lag` + 1 updates with NaN, and the parameters are lost: go back to a checkpoint.
 
-    Reads ``batch.loss`` and ``cbstate.history``; costs one read of a number for each batch.
+    Reads ``batch.loss``, so it runs after those that write it, and ``cbstate.history``, where there is one, for the
+    message. Writes nothing. Costs one read of a number for each batch.
+
+    >>> import torch
+    >>> from flowtrain.testing import tiny_learner
+    >>> nowhere = (torch.full((8, 1), float("nan")), torch.zeros(8, 1))
+    >>> learner = tiny_learner(StopOnNaNLoss(), data=[nowhere])
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     learner.fit(1)
+    >>> print(learner.stopped)
+    The loss is NaN in batch 1 of epoch 1 of TrainingPhase (step 1). Training stops before the update.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,16 @@ __all__ = ["MetricsPrinter"]
 
 
 class MetricsPrinter(Callback):
-    """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file."""
+    """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file.
+
+    Reads ``cbstate.metrics_epoch`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and `Recorder`.
+    Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> tiny_learner(MetricsPrinter()).fit(1)  # doctest: +ELLIPSIS
+    epoch   1  TrainingPhase     Loss ...
+    epoch   1  ValidationPhase   Loss ...
+    """
 
     def state_access(self) -> Access:
         return {"cbstate.history": Read(), "cbstate.metrics_epoch": Read(), "resource.terminal": Write()}

@@ -22,6 +22,16 @@ class Recorder(Callback):
     epoch, one that an error or `CancelFittingException` ended is none. Several optimizers have an update each. The
     updates of a batch are added when it ends, also when it is cancelled after them.
 
+    Writes ``cbstate.history``, so those that read it run after it. Reads nothing else, and runs after nothing. Costs
+    about a microsecond for each batch.
+
+    >>> from flowtrain import TrainingPhase
+    >>> from flowtrain.testing import tiny_learner
+    >>> learner = tiny_learner(Recorder(), n_batches=4)
+    >>> learner.fit(2)
+    >>> learner.cbstate.history[TrainingPhase]
+    Counts(epochs=2, steps=8, steps_epoch=4, updates=8)
+
     Attributes:
         ends: For each phase, by name, where its epochs ended: the epoch's number to the batches that were completed by
             then, in this phase and in all training phases together. Plots are drawn by it.

@@ -38,8 +38,8 @@ class SanityCheck(Callback):
     the dataset itself keeps no count of what it was asked for.
 
     Reads ``data``, ``model``, ``lossfn`` and ``optimizer`` at `FitBegin`; so it runs after those that write them there.
-    Its resource is ``resource.rng``. Costs a batch, a forward pass and copies of the buffers for each phase, once for
-    each fit.
+    Writes nothing but its resource, ``resource.rng``. Costs a batch, a forward pass and copies of the buffers for each
+    phase, once for each fit.
 
     Attributes:
         skipped: What was not looked at in the last fit, and why.

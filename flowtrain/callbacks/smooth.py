@@ -20,11 +20,22 @@ class SmoothLoss(Callback):
 
     The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3).
 
+    Reads ``batch.loss`` and ``cbstate.history`` at `BatchEnd`, so it runs after `Recorder`. Writes
+    ``cbstate.smooth_loss``. Costs a microsecond or two for each batch of training; on an accelerator the average stays
+    there, and nothing waits for it.
+
     Args:
         beta: How much of the average is kept at each batch, from 0 (no smoothing) to below 1.
 
     Raises:
         UsageError: `beta` is outside of that range.
+
+    >>> from flowtrain import TrainingPhase
+    >>> from flowtrain.testing import tiny_learner
+    >>> learner = tiny_learner(SmoothLoss(beta=0.5), n_batches=4)
+    >>> learner.fit(1)
+    >>> len(learner.cbstate.smooth_loss[TrainingPhase])
+    4
     """
 
     def __init__(self, beta: float = 0.98) -> None:

@@ -28,8 +28,9 @@ class ModelSummary(Callback):
     neither can be had without changing what training gets (an iterator, an ``IterableDataset``), shapes are left out;
     so they are where a learner has several models.
 
-    Reads ``model`` and ``data``; writes no state. Its resources are ``resource.terminal`` and ``resource.rng``:
-    samplers may draw random numbers, which are put back. Costs one forward pass, once.
+    Reads ``model`` and ``data``, so it runs after those that write these at `FitBegin`; writes no state. Its resources
+    are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, which are put back. Costs one
+    forward pass, once.
 
     Args:
         inputs: What the model is called with.
