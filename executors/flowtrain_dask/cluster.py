@@ -26,7 +26,7 @@ from flowtrain_dask.freight import check_travels, dump_job, dump_state, load_sta
 from flowtrain_dask.report import Tally
 from flowtrain_dask.threads import ThreadTransport
 from flowtrain_dask.transport import Abandoned, OnLoss
-from flowtrain_dask.work import Entry, Job, Outcome
+from flowtrain_dask.work import Entry, Job, Outcome, run_entries
 from flowtrain_dask.worker import Assignment, Reply, Versions, versions
 
 __all__ = ["ClusterTransport"]
@@ -243,7 +243,9 @@ class ClusterTransport:
         self._local = ThreadTransport(self._job, self._callbacks)
         self.linger = self._local.linger
         again = len(self._log)
-        outcome = self._local.process([*self._log, *entries], gate, closing, tally)
+        # All of it, however long it takes: what is in the log is not handed over again.
+        job = self._job
+        outcome = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
         outcome.done = max(0, outcome.done - again)
         tally.replays += again
         tally.local += len(entries)

@@ -22,11 +22,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from flowtrain.callback import Callback
-from flowtrain.errors import ExecutorError
+from flowtrain.errors import UsageError
 from flowtrain.events import Event
 from flowtrain.phases import Phase
 from flowtrain.records import LoggerBackend, deliver
+from flowtrain_dask.batches import Batches
 from flowtrain_dask.forks import guard
 from flowtrain_dask.gate import Gate
 from flowtrain_dask.limits import Limits
@@ -34,7 +34,7 @@ from flowtrain_dask.report import LaneReport, Tally
 from flowtrain_dask.transport import Abandoned, Transport
 from flowtrain_dask.work import Entry, Job, Outcome
 
-__all__ = ["Lane", "OnError", "check_droppable"]
+__all__ = ["Lane", "OnError"]
 
 OnError = Literal["raise", "warn"]
 
@@ -42,11 +42,6 @@ _logger = logging.getLogger("flowtrain")
 
 _POLL = 0.002
 """Seconds between two looks at something that is waited for."""
-_FIRST_BATCH = 64
-_BATCH_EVENTS = 4096
-_BATCH_BYTES = 8 << 20  # on its way to a cluster a batch is there several times
-_BATCH_SECONDS = 1.0
-"""The most that one batch takes: of events (also before it is known how long one takes), bytes, and expected time."""
 
 
 class Lane:
@@ -85,15 +80,16 @@ class Lane:
         self._hurry = max(1, min(hurry, limits.pending // 2))
         self._tally = Tally()
         self._queue: deque[Entry] = deque()
+        self._batches = Batches(self._queue, limits.bytes)
         self._flight: Sequence[Entry] = ()  # taken from the queue and not done
         # The training thread's numbers, then the lane thread's.
         self._put = self._put_bytes = 0
         self._done = self._done_bytes = 0
         self._written = 0  # records of entries before this one are in the sink
-        self._pace = 0.0  # seconds for an event, as of the last batch
         self._failure: BaseException | None = None
+        self._failing = threading.Lock()  # held while a failure comes, is raised, or has entries skipped
         self._refuses = False  # closed or retired: `put` takes nothing
-        self._retired = self._closed = self._rush = False
+        self._retired = self._closed = self._abandoned = self._rush = False
         self._asleep = True  # `put` wakes the lane's thread, or starts it
         self._collected = 0  # the state after this many entries is at home
         self.gate = Gate()
@@ -138,7 +134,15 @@ class Lane:
         Returns:
             Whether it is; ``False`` when the time was over. After a failure there is nothing left to do: see
             `raise_failure`.
+
+        Raises:
+            UsageError: A handler of the lane asks for it, and would wait for itself.
         """
+        if self._thread is not None and self._thread is threading.current_thread():
+            raise UsageError(
+                f"flush() in a deferred handler of lane {self.job.lane} would wait for that handler itself. Call it "
+                f"where training is run."
+            )
         goal = self._put
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._refuses and (self._done < goal or self._collected < goal):
@@ -164,7 +168,8 @@ class Lane:
             self._rush = True
             self._wake_up()
             time.sleep(_POLL)
-        self._failure = None
+        with self._failing:
+            self._failure = None  # from here on nothing is skipped
         try:
             raise failure
         finally:
@@ -180,6 +185,7 @@ class Lane:
             end = time.monotonic() + timeout
             while self._thread.is_alive() and time.monotonic() < end:
                 self._thread.join(0.05)
+            self._abandoned = True  # what its handler still gives comes too late: the sinks are being closed
         else:
             self._transport.close()
         self._drop_rest()
@@ -208,7 +214,7 @@ class Lane:
     def orphan(self) -> None:
         """Be the copy in a forked child, which has no lane thread: take nothing, write nothing."""
         self._closed = self._refuses = True
-        self.gate = Gate()
+        self.gate, self._failing = Gate(), threading.Lock()
         self._wake = threading.Event()
         self._thread = None
         self._queue.clear()
@@ -290,13 +296,16 @@ class Lane:
         return self._rush and self._collected < self._put
 
     def _round(self) -> None:
-        if self._failure is not None or self._retired:
-            self._skip()
-        batch = self._flight = self._take()
+        batch: Sequence[Entry] = ()
+        with self._failing:
+            if self._failure is not None or self._retired:
+                self._skip()
+            else:
+                batch = self._flight = self._batches.take()
         if batch:
             begin = time.monotonic()
             outcome = self._transport.process(batch, self.gate, self._is_closed, self._tally)
-            self._pace = (time.monotonic() - begin) / len(batch)
+            self._batches.took(time.monotonic() - begin, max(1, outcome.done))
             self._accept(batch, outcome)
         elif self._rush:
             done = self._done
@@ -306,34 +315,25 @@ class Lane:
                 self._collected = done
                 self._rush = False
 
-    def _take(self) -> list[Entry]:
-        """Take the next batch: all that waits, but no more than what one batch should take."""
-        most = min(_BATCH_EVENTS, max(1, int(_BATCH_SECONDS / self._pace))) if self._pace else _FIRST_BATCH
-        # A batch is copied several times on its way, so it is a small part of what the limit allows.
-        largest = min(_BATCH_BYTES, self._limits.bytes // 8)
-        batch: list[Entry] = []
-        size = 0
-        while self._queue and len(batch) < most and (not batch or size + self._queue[0].nbytes <= largest):
-            batch.append(self._queue.popleft())
-            size += batch[-1].nbytes
-        return batch
-
     def _accept(self, batch: Sequence[Entry], outcome: Outcome) -> None:
         """Write the records of a result, each sequence number's once, and count what is done with."""
-        done = batch[: outcome.done]
+        done, rest = batch[: outcome.done], batch[outcome.done :]
         try:
             with self.gate:
                 for sequence, callback, position, record in outcome.records:
-                    if sequence >= self._written:
+                    if sequence >= self._written and not self._abandoned:
                         deliver(self._sinks[callback], ((position, record),))
                         self._tally.records += 1
         finally:
             self._written = batch[0].sequence + len(done)
             self._done_bytes += sum(entry.nbytes for entry in done)
             self._done += len(done)
-            self._flight = batch[outcome.done :]
+            self._flight = rest
         if outcome.failure is not None:
             self._fail(outcome.failure[1])
+        else:
+            self._flight = ()
+            self._batches.put_back(rest)
 
     def _fail(self, failure: BaseException) -> None:
         """Hand a failure to the training thread, or log it and retire."""
@@ -344,48 +344,26 @@ class Lane:
                 "flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self.job.lane, text, notes
             )
             self.retire(text)
-        else:
-            self._tally.last_error = text
+            self._skip()
+            return
+        self._tally.last_error = text
+        with self._failing:  # what the training thread puts after it has raised the failure is not skipped
             self._failure = failure
-            self._surface(self.raise_failure)
-        self._skip()
+            self._skip()
+        self._surface(self.raise_failure)
 
     def _skip(self) -> None:
         """Count what waits as skipped."""
-        skipped = list(self._flight)
+        skipped = [*self._flight, *self._batches.drain()]
         self._flight = ()
-        while self._queue:
-            skipped.append(self._queue.popleft())
         self._tally.skipped += len(skipped)
         self._done_bytes += sum(entry.nbytes for entry in skipped)
         self._done += len(skipped)
         self._written = self._done
 
     def _drop_rest(self) -> None:
-        while self._queue:
-            entry = self._queue.popleft()
+        for entry in self._batches.drain():
             self._tally.dropped[self.job.duties[entry.duty].name] += 1
 
     def _is_closed(self) -> bool:
         return self._closed
-
-
-def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> None:
-    """Check that a callback may be deferred to a lane that drops events.
-
-    Args:
-        callback: The callback.
-        reads_series: Whether it declares to read a series.
-        limits: The limits of its lane.
-
-    Raises:
-        ExecutorError: It may not.
-    """
-    if limits.when_full != "drop" or not (callback.durable or reads_series):
-        return
-    name = callback.name or type(callback).__name__
-    why = "is durable" if callback.durable else "reads a series, of which an event holds only what is new"
-    raise ExecutorError(
-        f'{name} {why}, so no event of it may be dropped, but when_full="drop" drops events. Write '
-        f'Limits(when_full="block"), or set {name}.deferrable = False.'
-    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError, is_a, nearest
 
-__all__ = ["Limits", "WhenFull"]
+__all__ = ["Limits", "WhenFull", "check_droppable"]
 
 WhenFull = Literal["block", "drop"]
 
@@ -44,3 +45,24 @@ class Limits:
                 f"Limits(when_full={self.when_full!r}) is neither 'block' nor 'drop'."
                 f"{nearest(str(self.when_full), _CHOICES)}"
             )
+
+
+def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> None:
+    """Check that a callback may be deferred to a lane that drops events.
+
+    Args:
+        callback: The callback.
+        reads_series: Whether it declares to read a series.
+        limits: The limits of its lane.
+
+    Raises:
+        ExecutorError: It may not.
+    """
+    if limits.when_full != "drop" or not (callback.durable or reads_series):
+        return
+    name = callback.name or type(callback).__name__
+    why = "is durable" if callback.durable else "reads a series, of which an event holds only what is new"
+    raise ExecutorError(
+        f'{name} {why}, so no event of it may be dropped, but when_full="drop" drops events. Write '
+        f'Limits(when_full="block"), or set {name}.deferrable = False.'
+    )

@@ -14,8 +14,8 @@ from flowtrain.series import Series
 from flowtrain.state import LearnerState
 from flowtrain_dask.copies import check
 from flowtrain_dask.deferral import Deferral, check_holds_no_state, stays_here
-from flowtrain_dask.lane import OnError, check_droppable
-from flowtrain_dask.limits import Limits
+from flowtrain_dask.lane import OnError
+from flowtrain_dask.limits import Limits, check_droppable
 from flowtrain_dask.threads import ThreadTransport
 from flowtrain_dask.transport import OnLoss, Transport
 from flowtrain_dask.work import Duty, Job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,9 @@ from flowtrain_dask.report import Tally
 from flowtrain_dask.work import Entry, Job, Outcome, run_entries
 
 __all__ = ["ThreadTransport"]
+
+_SECONDS = 1.0
+"""How long records wait at most for those of later events, but for the event that is at work."""
 
 
 class ThreadTransport:
@@ -35,8 +39,13 @@ class ThreadTransport:
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> Outcome:
-        """Run a batch."""
-        return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate)
+        """Run a batch, or the part of it that is done when the lane is closed, or when the records should be written."""
+        end = time.monotonic() + _SECONDS
+
+        def enough() -> bool:
+            return time.monotonic() >= end or closing()
+
+        return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
         """The state never left."""

@@ -43,7 +43,9 @@ class Transport(Protocol):
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> Outcome:
-        """Run a batch and return what it gave. Records of events that were handed back before may be among it again.
+        """Run a batch, or the first part of it, and return what it gave; what is left is handed over again.
+
+        Records of events that were handed back before may be among it.
 
         Args:
             entries: The next entries, in order.

@@ -8,7 +8,7 @@ It stops at the first event whose handler fails.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -152,6 +152,7 @@ def run_entries(
     run: str,
     lane: str,
     gate: AbstractContextManager[Any] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Run handlers for events, one at a time and in order, until one fails.
 
@@ -162,6 +163,7 @@ def run_entries(
         run: The run, for `flowtrain.records.identity`.
         lane: The lane, for the same.
         gate: Entered around each event.
+        enough: Asked after each event; what comes after it says so is not run.
     """
     outcome = Outcome()
     calls = _bound(callbacks, job)
@@ -176,7 +178,7 @@ def run_entries(
                     outcome.failure = entry.sequence, _explained(failure, job, entry)
             outcome.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
             outcome.done += 1
-            if outcome.failure is not None:
+            if outcome.failure is not None or (enough is not None and enough()):
                 break
     for _, replica, _ in calls:
         replica.clear()

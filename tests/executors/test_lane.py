@@ -11,10 +11,10 @@ import pytest
 
 from flowtrain import BatchEnd, Callback, CancelFittingException, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import declare
-from flowtrain.errors import DeferredCancelError, ExecutorError
+from flowtrain.errors import DeferredCancelError, UsageError
 from flowtrain.part import Owner
 from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
-from flowtrain_dask.lane import Lane, OnError, check_droppable
+from flowtrain_dask.lane import Lane, OnError
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.threads import ThreadTransport
 from flowtrain_dask.work import Duty, Job
@@ -203,19 +203,6 @@ def test_dropping_is_counted_by_callback(make_lane: MakeLane) -> None:
     assert (one.seen, two.seen) == ([0, 5], [1])
 
 
-def test_who_may_not_lose_events_is_refused() -> None:
-    """Rule 24: not with a durable callback, and not with a reader of series."""
-    callback = Logger(Memory())
-    drop = Limits(when_full="drop")
-    check_droppable(callback, False, drop)
-    check_droppable(callback, True, Limits())
-    with pytest.raises(ExecutorError, match=r'Logger reads a series.* Write Limits\(when_full="block"\)'):
-        check_droppable(callback, True, drop)
-    callback.durable = True
-    with pytest.raises(ExecutorError, match="Logger is durable, so no event of it may be dropped"):
-        check_droppable(callback, False, drop)
-
-
 def test_a_failure_surfaces_with_its_event_after_the_records_before_it(make_lane: MakeLane) -> None:
     """Rule 27; and what follows the failure is processed again once it has been raised."""
     backend = Memory()
@@ -324,19 +311,6 @@ def test_a_closed_lane_has_no_thread(make_lane: MakeLane) -> None:
     assert not put(lane, 1)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"pending": 0}, r"Limits\(pending=0\): a lane holds at least one"),
-        ({"bytes": 1.5}, r"Limits\(bytes=1.5\)"),
-        ({"when_full": "blok"}, r"Limits\(when_full='blok'\) is neither .* Did you mean 'block'\?"),
-    ],
-)
-def test_limits_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ExecutorError, match=message):
-        Limits(**values)
-
-
 def test_the_phase_reaches_the_handler(make_lane: MakeLane) -> None:
     """Handlers are called as in place, with the event itself and the phase itself."""
 
@@ -356,3 +330,96 @@ def test_the_phase_reaches_the_handler(make_lane: MakeLane) -> None:
     lane.put(0, event, phase, {}, 0)
     assert lane.flush(20)
     assert watcher.calls == [(event, phase)]
+
+
+def test_an_event_put_after_the_failure_was_raised_is_processed(make_lane: MakeLane) -> None:
+    """Rule 27: `FitEnd` has its turn, also when the failure is raised before the lane's thread has handed it over."""
+    callback = Logger(Memory())
+    callback.bad[0] = ValueError("bad")
+    surfaced, go_on = threading.Event(), threading.Event()
+
+    def surface(raise_it: Callable[[], None]) -> None:
+        surfaced.set()
+        assert go_on.wait(20)
+
+    lane = make_lane(callback, surface=surface)
+    put(lane, 0)
+    assert surfaced.wait(20)
+    with pytest.raises(ValueError, match="bad"):
+        lane.raise_failure()
+    put(lane, 1)
+    go_on.set()
+    assert lane.flush(20)
+    assert callback.seen == [1]
+    assert lane.report().tally.skipped == 0
+
+
+def test_what_is_not_done_when_the_lane_is_closed_is_dropped_and_counted(make_lane: MakeLane) -> None:
+    """The event at work ends, its records are written; those behind it, of the same batch, are not begun."""
+    backend = Memory()
+    callback = Logger(backend)
+    callback.blocked.set()
+    lane = make_lane(callback)
+    for number in range(10):
+        put(lane, number)
+    wait_for(lambda: lane.gate._inside)
+    closing = threading.Thread(target=lane.close)
+    closing.start()
+    wait_for(lambda: lane._closed)
+    callback.blocked.clear()
+    closing.join(20)
+    assert backend.records == ["Number 0 0"]
+    assert lane.report().tally.dropped == {"Logger": 9}
+
+
+def test_a_handler_that_outlives_its_lane_writes_nothing(make_lane: MakeLane) -> None:
+    """By then the sinks are closed."""
+    backend = Memory()
+    callback = Logger(backend)
+    callback.blocked.set()
+    lane = make_lane(callback)
+    put(lane, 0)
+    wait_for(lambda: lane.gate._inside)
+    lane.close(0.01)
+    callback.blocked.clear()
+    thread = lane._thread
+    assert thread is not None
+    thread.join(20)
+    assert callback.seen == [0]
+    assert backend.records == []
+
+
+def test_records_of_slow_handlers_do_not_wait_for_those_behind_them(make_lane: MakeLane) -> None:
+    """Rule 25: who is killed loses what is at work, not a minute of records; a batch that takes long is cut."""
+    backend = Memory()
+
+    class Slow(Logger):
+        @on(BatchEnd, TrainingPhase)
+        def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            time.sleep(0.6)
+            if len(self.seen) >= 2:
+                assert backend.records
+            super().note(event, phase, learner)
+
+    lane = make_lane(Slow(backend))
+    for number in range(4):
+        put(lane, number)
+    assert lane.flush(20)
+    lane.raise_failure()
+    assert backend.records == [f"Number {number} {number}" for number in range(4)]
+
+
+def test_a_handler_that_flushes_is_refused(make_lane: MakeLane) -> None:
+    """It would wait for itself for ever."""
+    lanes: list[Lane] = []
+
+    class Flushing(Logger):
+        @on(BatchEnd, TrainingPhase)
+        def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            lanes[0].flush()
+
+    lanes.append(make_lane(Flushing(Memory())))
+    put(lanes[0], 0)
+    assert lanes[0].flush(20)
+    with pytest.raises(UsageError, match=r"flush\(\) in a deferred handler of lane Logger would wait"):
+        lanes[0].raise_failure()

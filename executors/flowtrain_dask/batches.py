@@ -1,0 +1,56 @@
+"""Batches: how many of the entries that wait in a lane are handed over at once.
+
+A batch should not take much longer than a second, and not hold much of what the lane may hold: a copy of it goes on its
+way, and its records come all at once. How long an event takes is known from the batch before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from flowtrain_dask.work import Entry
+
+__all__ = ["Batches"]
+
+_FIRST = 64
+_EVENTS = 4096
+_BYTES = 8 << 20  # on its way to a cluster a batch is there several times
+_SECONDS = 1.0
+"""The most that one batch takes: of events (also before it is known how long one takes), bytes, and expected time."""
+
+
+class Batches:
+    """Takes batches from the front of a queue, whose end belongs to another thread.
+
+    Args:
+        queue: The entries that wait.
+        limit_bytes: What the entries of the lane may hold.
+    """
+
+    def __init__(self, queue: deque[Entry], limit_bytes: int) -> None:
+        self._queue = queue
+        # A batch is copied several times on its way, so it is a small part of what the limit allows.
+        self._largest = min(_BYTES, limit_bytes // 8)
+        self._pace = 0.0  # seconds for an event, as of the last batch
+
+    def take(self) -> list[Entry]:
+        """Take the next batch: all that waits, but no more than what one batch should take; one entry at least."""
+        most = min(_EVENTS, max(1, int(_SECONDS / self._pace))) if self._pace else _FIRST
+        queue, batch, size = self._queue, list[Entry](), 0
+        while queue and len(batch) < most and (not batch or size + queue[0].nbytes <= self._largest):
+            batch.append(queue.popleft())
+            size += batch[-1].nbytes
+        return batch
+
+    def took(self, seconds: float, events: int) -> None:
+        """Learn how long a number of events took."""
+        self._pace = seconds / events
+
+    def put_back(self, rest: Sequence[Entry]) -> None:
+        """Let what a batch has left undone be the next."""
+        self._queue.extendleft(reversed(rest))
+
+    def drain(self) -> list[Entry]:
+        """Take all that waits."""
+        return [self._queue.popleft() for _ in range(len(self._queue))]
