@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +63,35 @@ def test_a_folder_that_cannot_be_written_ends_the_fit_before_it_begins(tmp_path:
     learner.close()
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """Let no file grow beyond some bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield 1000
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+ON_A_FULL_DISK = """
+import resource, sys
+
+from flowtrain import LoggingError
+from flowtrain.callbacks import LogMetrics
+from flowtrain.logging import JsonlBackend
+from flowtrain.testing import tiny_learner
+
+learner = tiny_learner(LogMetrics(JsonlBackend(sys.argv[1])))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    learner.fit(1)
+except LoggingError as error:
+    print(error, *error.__notes__, sep="\\n", flush=True)
+learner.close()
+"""
 
 
-def test_a_full_disk_says_what_is_kept(tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_says_what_is_kept(tmp_path: Path) -> None:
+    """In a process of its own: no file may grow beyond some bytes there."""
     path = tmp_path / "log.jsonl"
-    learner = tiny_learner(LogMetrics(JsonlBackend(path)))
-    with pytest.raises(
-        LoggingError, match=r"log\.jsonl: a record of \d+ bytes cannot be written: File too large\. "
-    ) as caught:
-        learner.fit(1)
-    notes = "\n".join(caught.value.__notes__)
-    assert "raised when 'Loss' of Step/TrainingPhase, step " in notes
-    assert "raised in LogMetrics.log_step at (BatchEnd, TrainingPhase)" in notes
-    learner.close()
+    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"log\.jsonl: a record of \d+ bytes cannot be written: File too large\. ", done.stdout)
+    assert "raised when 'Loss' of Step/TrainingPhase, step " in done.stdout
+    assert "raised in LogMetrics.log_step at (BatchEnd, TrainingPhase)" in done.stdout
     kept = steps(path)
     assert kept == list(range(1, len(kept) + 1))
-    assert f"The file keeps the {os.path.getsize(path)} bytes before it, all of them whole" in str(caught.value)
+    assert f"The file keeps the {os.path.getsize(path)} bytes before it, all of them whole" in done.stdout
 
 
 def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None:
