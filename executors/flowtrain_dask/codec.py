@@ -28,12 +28,9 @@ from flowtrain.state import Named, State
 from flowtrain_dask.pool import ALIGNMENT, aligned
 from flowtrain_dask.tensors import compressed_indices
 
-__all__ = ["decode", "encode"]
+__all__ = ["ValuePickler", "decode", "encode"]
 
 _MAGIC = b"FTB1"
-_WASTE = 4
-"""How many times as large as what a tensor shows a storage may be to be sent as a whole."""
-
 
 def encode(obj: object) -> bytes:
     """Return an object as bytes.
@@ -43,7 +40,7 @@ def encode(obj: object) -> bytes:
     """
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
-    pickler = _Pickler(file, buffers.append)  # it keeps alive what the buffers show
+    pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
     pickler.dump(obj)
     parts: list[memoryview] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
     head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
@@ -84,10 +81,16 @@ def _parts(view: memoryview, head: int, sizes: tuple[int, ...]) -> Iterator[memo
         start += size + -size % ALIGNMENT
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
-    """Cloudpickle with reductions for tensors and for what of flowtrain's own it cannot do."""
+class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
+    """Cloudpickle with reductions for tensors and for what of flowtrain's own it cannot do.
 
-    def __init__(self, file: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any]) -> None:
+    Attributes:
+        waste: How many times as large as what a tensor shows a storage may be to be sent as a whole.
+    """
+
+    waste: float = 4
+
+    def __init__(self, file: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
         self._storages: dict[int, tuple[torch.UntypedStorage, Any]] = {}
 
@@ -139,7 +142,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         storage = plain.untyped_storage()
         known = self._storages.get(storage.data_ptr())
         if known is None:
-            if storage.nbytes() > _WASTE * plain.nbytes + 1024:
+            if storage.nbytes() > self.waste * plain.nbytes + 1024:
                 plain = plain.clone(memory_format=torch.contiguous_format)
                 storage = plain.untyped_storage()
             known = (storage, _Bytes(storage.data_ptr(), storage.nbytes()))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import pickle
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]  # it comes with dask and has no annotations
+import torch
+
+from flowtrain_dask.codec import ValuePickler
 
 __all__ = ["dumps", "loads"]
 
@@ -37,9 +40,11 @@ def loads(blob: bytes, kept: Sequence[object] = ()) -> Any:
     return _Unpickler(io.BytesIO(blob), kept).load()
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # see the import
+class _Pickler(ValuePickler):
+    waste = math.inf  # what shares memory in a callback shares it when it is home again: it is written to in place
+
     def __init__(self, file: io.BytesIO, kept: Sequence[object]) -> None:
-        super().__init__(file, protocol=5)
+        super().__init__(file)
         self._places = {id(one): place for place, one in enumerate(kept)}
         if kept:  # else it would be called for every object for nothing
             self.persistent_id = self._place_of
@@ -50,8 +55,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # see the import
     def reducer_override(self, obj: object) -> Any:
         """Name a module of a type of its own, such as ``torch.backends``, which cloudpickle cannot pickle.
 
-        It meets that one in every method that has both ``torch`` and an attribute ``backends`` in it.
+        It meets that one in every method that has both ``torch`` and an attribute ``backends`` in it. A tensor on a
+        device comes back there, so it is left to torch.
         """
+        if isinstance(obj, torch.Tensor) and not obj.is_cpu:
+            return NotImplemented
         if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
             return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
