@@ -14,7 +14,7 @@ entry           what it is
 ``random``      the generators of the process
 ``loaders``     for each phase the generators of its loader
 ``position``    where the fit is: `flowtrain.position`; ``numbers`` of the epochs by phase
-``run``         the ``id`` of the run and the ``positions`` of its sinks
+``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
 ``lanes``       what the executor says of deferred callbacks
 ``finite``      whether the models and the last loss hold no NaN and nothing infinite
 ==============  =====================================================================================================

@@ -15,7 +15,7 @@ import torch
 
 from flowtrain.errors import CheckpointError
 
-__all__ = ["FORMAT", "POINTERS", "VERSION", "read", "replace", "resolve", "target"]
+__all__ = ["FORMAT", "POINTERS", "VERSION", "read", "real_folder", "replace", "resolve", "target"]
 
 FORMAT, VERSION = "flowtrain checkpoint", 1
 POINTERS = ("latest", "best")
@@ -59,6 +59,11 @@ def target(folder: Path, pointer: str) -> str:
         return (folder / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def real_folder(path: str | os.PathLike[str]) -> str:
+    """Return the folder that a file is in, absolute and without symbolic links."""
+    return os.path.dirname(os.path.realpath(path))
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 
 from flowtrain.checkpoint import apply, check, gather, lost
-from flowtrain.checkpointfile import read
+from flowtrain.checkpointfile import read, real_folder, resolve
 from flowtrain.core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.execution import Executor
 from flowtrain.phasemap import PhaseMap
 from flowtrain.plain import Stage, phase_of
-from flowtrain.position import Position, Stream
+from flowtrain.position import Position, Stream, check_data
 from flowtrain.randomness import loader_state, random_state, set_loader_state, set_random_state
 from flowtrain.records import Run
 from flowtrain.requests import CheckpointRequest
@@ -65,6 +64,7 @@ class Cuts:
         self._load_lanes: Callable[[Any], None] | None = getattr(executor, "load_state_dict", None)
         self._urgent = urgent
         self._standing: CheckpointRequest | None = None
+        self._waiting: list[CheckpointRequest] = []
 
     # --- taking
 
@@ -77,21 +77,39 @@ class Cuts:
         if request.on_interrupt:
             self._standing = request
         elif self._scopes.batch == OPEN:
-            self._urgent.append(partial(self.take, request))
+            self._waiting.append(request)
+            self._urgent.append(self.take_waiting)
         else:
             self._submit(request)
+
+    def take_waiting(self) -> None:
+        """Take the checkpoints that were asked for within the last batch.
+
+        Raises:
+            CheckpointError: As for `take`.
+        """
+        while self._waiting:
+            self._submit(self._waiting.pop(0))
+
+    def drop(self) -> None:
+        """Forget what was asked for: an error has left the state between two batches."""
+        self._standing = None
+        self._waiting.clear()
 
     def _submit(self, request: CheckpointRequest) -> None:
         loss = vars(self._state.batch).get("loss")
         loss = loss.detach().to("cpu", copy=True) if isinstance(loss, torch.Tensor) else None
-        self.writer.submit(self._gather(), loss, request)
+        contents = self._gather()
+        contents["run"]["folder"] = real_folder(request.path)
+        self.writer.submit(contents, loss, request)
 
     def interrupted(self) -> None:
         """Take the checkpoint that was asked for in case of an interrupt, and wait until it is written."""
+        self.take_waiting()
         request, self._standing = self._standing, None
         if request is not None:
             self._submit(request)
-            self.writer.wait()
+        self.writer.wait()
 
     def end_fit(self) -> None:
         """Wait until what was taken is written.
@@ -99,9 +117,14 @@ class Cuts:
         Raises:
             CheckpointError: It could not be.
         """
-        self._standing = self.resumed = None
-        self.position = Position()
+        self.leave_fit()
         self.writer.wait()
+
+    def leave_fit(self) -> None:
+        """Be in no fit any more."""
+        self.drop()
+        self.resumed = None
+        self.position = Position()
 
     def _gather(self) -> dict[str, Any]:
         stage = Stage()
@@ -153,18 +176,15 @@ class Cuts:
                 f"The checkpoint was taken in {where}, and this fit counts {unit}. Write "
                 f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a fit of its own."
             )
-        names = [repr(phase) for phase in data]
-        if position["phase"] and position["phase"] not in names:
-            raise CheckpointError(
-                f"The checkpoint was taken in an epoch of {position['phase']}, and this fit has data for "
-                f"{', '.join(names)}. Resume with the data of the run that wrote it."
-            )
+        check_data(position, data)
+        run, here = contents["run"], real_folder(resolve(path))
         before = gather(self._state, self._core)
         apply(contents, self._state, self._core)
         try:
             if self._load_lanes is not None and contents["lanes"] is not None:
                 self._load_lanes(contents["lanes"])
-            self._sinks.restore(Run(contents["run"]["id"], resumed=True), contents["run"]["positions"])
+            positions = self._sinks.moved(run["positions"], run.get("folder", here), here)
+            self._sinks.restore(Run(run["id"], resumed=True), positions)
         except BaseException:
             apply(before, self._state, self._core)
             raise
@@ -174,7 +194,7 @@ class Cuts:
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
                 f"the fit goes on without.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         self._set_numbers(contents)
         self.resumed = contents
@@ -207,6 +227,10 @@ class Cuts:
         if self.resumed is not None:
             apply(self.resumed, self._state, self._core)
             self._set_random(self.resumed)
+
+    def let_go(self) -> None:
+        """Hold the checkpoint no longer that the fit went on from: its first epoch has begun."""
+        self.resumed = None
 
     def _set_random(self, contents: Mapping[str, Any]) -> None:
         for phase, loader in self._state.data.items():

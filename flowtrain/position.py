@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
-from flowtrain.data import check_gave
+from flowtrain.data import check_gave, length
 from flowtrain.errors import CheckpointError
-from flowtrain.phases import Phase
+from flowtrain.phasemap import PhaseMap
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.randomness import loader_state, random_state, set_loader_state, set_random_state
 
-__all__ = ["Position", "Stream", "begin_again", "beginning"]
+__all__ = ["Position", "Stream", "begin_again", "beginning", "check_data"]
 
 
 class Position:
@@ -106,6 +107,38 @@ def beginning(loader: Any) -> dict[str, Any]:
     return {"random": random_state(), "loader": loader_state(loader)}
 
 
+def check_data(state: Mapping[str, Any], data: PhaseMap[Any]) -> None:
+    """Check that a fit with this data can get to the position that `Position.state_dict` gave, as far as that is known.
+
+    A loader that does not know its length is found to be too short only when it is gone through.
+
+    Raises:
+        CheckpointError: It has no data for the phase, or a loader that is too short.
+    """
+    names = {repr(phase): phase for phase in data}
+    if state["phase"] and state["phase"] not in names:
+        raise CheckpointError(
+            f"The checkpoint was taken in an epoch of {state['phase']}, and this fit has data for "
+            f"{', '.join(names)}. Resume with the data of the run that wrote it."
+        )
+    stream = state["stream"]
+    for phase, loader in data.items():
+        if stream is not None and isinstance(phase, AbstractTrainingPhase):
+            given = stream["count"] if stream["begun"] is not None else 0
+        else:
+            given = state["batches"] if repr(phase) == state["phase"] else 0
+        there = length(loader)
+        if there is not None and there < given:
+            raise _too_short(given, phase, there)
+
+
+def _too_short(batches: int, phase: Phase, there: int) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint was taken after batch {batches} of an epoch of {phase!r}, and the loader gives only {there}. "
+        f"Resume with the data of the run that wrote it."
+    )
+
+
 def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase) -> Iterator[Any]:
     """Return an iterator of a loader that has given so many batches, drawn as they were drawn the first time.
 
@@ -120,10 +153,7 @@ def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, p
     missing = object()
     for number in range(batches):
         if next(iterator, missing) is missing:
-            raise CheckpointError(
-                f"The checkpoint was taken after batch {batches} of an epoch of {phase!r}, and the loader gives only "
-                f"{number}. Resume with the data of the run that wrote it."
-            )
+            raise _too_short(batches, phase, number)
     return iterator
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -78,6 +79,35 @@ class Sinks:
         """
         return _each(self._open, "flushed", lambda backend: backend.flush())
 
+    def moved(self, positions: Mapping[str, Any], before: str, here: str) -> dict[str, Any]:
+        """Return positions by the sinks of now, where files were moved together with the checkpoint.
+
+        A sink that is not among the learner's is looked for where it is seen from the checkpoint as it was then. Warns
+        of positions that no backend takes back, while there is one that logs to another place.
+
+        Args:
+            positions: As `flush` returned them.
+            before: The folder of the checkpoint when it was written.
+            here: The folder where it is now.
+        """
+        found = {sink: position for sink, position in positions.items() if sink in self._owned}
+        left = {sink: position for sink, position in positions.items() if sink not in found}
+        for sink, position in list(left.items()):
+            if os.path.isabs(sink):
+                place = os.path.normpath(os.path.join(here, os.path.relpath(sink, before)))
+                if place in self._owned and place not in found:
+                    found[place] = position
+                    del left[sink]
+        new = [repr(owned.backend) for sink, owned in self._owned.items() if sink not in found]
+        if left and new:
+            warnings.warn(
+                f"The run of the checkpoint logged to {', '.join(left)}, and the learner does not: that stays as it "
+                f"is, also what was logged after the checkpoint. What follows goes to {', '.join(new)}.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return found
+
     def restore(self, run: Run, positions: Mapping[str, Any]) -> None:
         """Go on with an earlier run: open the backends for it, and bring those that it had back to their positions.
 
@@ -85,10 +115,15 @@ class Sinks:
             LoggingError: A backend cannot be opened, or its sink is not what it was.
         """
         self.close()
-        self.run = run
-        self.open()
-        known = {sink: owned for sink, owned in self._open.items() if sink in positions}
-        _each(known, "brought back to a checkpoint", lambda backend: backend.restore(positions[backend.sink]))
+        before, self.run = self.run, run
+        try:
+            self.open()
+            known = {sink: owned for sink, owned in self._open.items() if sink in positions}
+            _each(known, "brought back to a checkpoint", lambda backend: backend.restore(positions[backend.sink]))
+        except BaseException:
+            self.run = before  # what trains next goes on with its own run
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close all; the first failure is raised when each has been tried."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from flowtrain import (
     BackwardEnd,
     BatchEnd,
     Callback,
+    CancelBatchException,
+    CancelEpochException,
     CancelFittingException,
     CheckpointError,
     EpochBegin,
@@ -35,8 +40,10 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import Metrics, SmoothLoss, Traces, throttle
+from flowtrain.callbacks import Checkpointer, LogMetrics, Metrics, SmoothLoss, Traces, throttle
+from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.testing.values import learner_leaves
 
 Run = Callable[..., Any]
 
@@ -411,3 +418,145 @@ def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
     flushed.clear()
     tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Flushes()).fit(1)
     assert flushed == ["flush", "flush"]
+
+
+@pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
+def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[Phase], tmp_path: Path) -> None:
+    """Rule 28: also what was logged after the checkpoint is still there."""
+    logs = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
+    with tiny_learner(logs, Ask(tmp_path / "one.ckpt", BatchEnd, phase, 3), n_batches=4) as learner:
+        learner.fit(1)
+    logged = (tmp_path / "log.jsonl").read_bytes()
+    with tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")), n_batches=2) as other:
+        before = dict(learner_leaves(other))
+        with pytest.raises(CheckpointError, match=rf"after batch 3 of an epoch of {phase.__name__}, .* gives only 2"):
+            other.fit(2, resume=tmp_path / "one.ckpt")
+        assert dict(learner_leaves(other)) == before
+    assert (tmp_path / "log.jsonl").read_bytes() == logged
+
+
+def steps_in(log: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in log.read_text("utf-8").splitlines()]
+
+
+def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path) -> None:
+    """Rule 28: what was logged after the checkpoint is taken back there; the log has no doubles."""
+
+    def run(folder: Path) -> Learner:
+        return tiny_learner(LogMetrics(JsonlBackend(folder / "log.jsonl")), Checkpointer(folder / "kept"), n_batches=3)
+
+    with run(tmp_path / "one") as learner:
+        learner.fit(2)
+    steps = steps_in(tmp_path / "one" / "log.jsonl")
+    (tmp_path / "one").rename(tmp_path / "two")
+    with run(tmp_path / "two") as learner:
+        learner.fit(2, resume=tmp_path / "two" / "kept" / "epoch-0001.ckpt")
+    assert steps_in(tmp_path / "two" / "log.jsonl") == steps
+    with (
+        tiny_learner(
+            LogMetrics(JsonlBackend(tmp_path / "new.jsonl")), Checkpointer(tmp_path / "two" / "kept")
+        ) as other,
+        pytest.warns(
+            UserWarning, match=r"logged to .*two/log\.jsonl, and the learner does not.*goes to Jsonl.*new"
+        ) as w,
+    ):
+        other.fit(2, resume=tmp_path / "two" / "kept")
+    assert w[0].filename == __file__
+
+
+class Leave(Callback):
+    """Ask for a checkpoint in the midst of a training batch, and raise something there, or send a signal before."""
+
+    def __init__(self, path: Path, raises: Exception | None = None, *, signals: bool = False, number: int = 7) -> None:
+        self.path, self.raises, self.signals, self.number = path, raises, signals, number
+        self.seen = 0
+
+    @on(BackwardEnd, TrainingPhase)
+    def look(self, event: BackwardEnd, phase: Phase, learner: LearnerView) -> None:
+        self.seen += 1
+        if self.seen == self.number:
+            if self.signals:
+                signal.raise_signal(signal.SIGINT)
+            learner.request_checkpoint(self.path)
+            if self.raises is not None:
+                raise self.raises
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("raises", "does"),
+    [
+        (CancelFittingException("enough"), CancelBatchException("the same for the batch")),
+        (CancelEpochException("enough"), CancelEpochException("enough")),
+        (None, None),
+    ],
+)
+def test_rule_28_asked_for_in_a_batch_that_ends_more_than_itself(
+    fit: str, raises: Exception | None, does: Exception | None, tmp_path: Path
+) -> None:
+    """Rules 28 and 29: a cancel or an interrupt of that batch does not prevent it, and the fit can go on from it."""
+    whole = learner_of(Leave(tmp_path / "other.ckpt", does))
+    whole.fit(**FITS[fit])
+    stopped = learner_of(Leave(tmp_path / "one.ckpt", raises, signals=raises is None))
+    with pytest.raises(KeyboardInterrupt) if raises is None else nullcontext():
+        stopped.fit(**FITS[fit])
+    resumed = learner_of(seed=99)
+    resumed.fit(**FITS[fit], resume=tmp_path / "one.ckpt")
+    assert everything(resumed) == everything(whole)
+
+
+def test_rule_28_a_batch_that_fails_takes_no_checkpoint(tmp_path: Path) -> None:
+    """Rule 28: neither the one that was asked for in it, nor the one for an interrupt: the state is half of a batch's."""
+
+    class Fail(Callback):
+        @on(BatchEnd, TrainingPhase)
+        def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            raise ValueError("broken")
+
+    class OnInterrupt(Callback):
+        @on(FitBegin)
+        def ask(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+            learner.request_checkpoint(tmp_path / "interrupted.ckpt", on_interrupt=True)
+
+    learner = learner_of(OnInterrupt(), Leave(tmp_path / "one.ckpt", signals=True, number=1), Fail())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        learner.fit(1)
+    assert [repr(each) for each in caught.value.others] == ["ValueError('broken')"]  # type: ignore[attr-defined]
+    learner.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rule_28_resumed_twice_in_an_epoch_whose_beginning_draws_random_numbers(tmp_path: Path) -> None:
+    """Rule 28: the second checkpoint knows the order that the loader drew after the first one was put back."""
+
+    class Draw(Callback):
+        def state_access(self) -> Access:
+            return {"resource.rng": Write()}
+
+        @on(EpochBegin)
+        def draw(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            torch.rand(1)
+
+    whole = learner_of(Draw(), Ask(tmp_path / "one.ckpt", EpochBegin, TrainingPhase, 2))
+    whole.fit(3)
+    again = learner_of(Draw(), Ask(tmp_path / "two.ckpt", BatchEnd, TrainingPhase, 2), seed=98)
+    again.fit(3, resume=tmp_path / "one.ckpt")
+    resumed = learner_of(Draw(), seed=99)
+    resumed.fit(3, resume=tmp_path / "two.ckpt")
+    assert everything(resumed) == everything(again) == everything(whole)
+
+
+def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path) -> None:
+    """A checkpoint is as large as the model and its optimizer."""
+    learner_of(Ask(tmp_path / "one.ckpt", BatchEnd, TrainingPhase, 2)).fit(1)
+    held: list[bool] = []
+
+    class Look(Callback):
+        @on(Event, TrainingPhase)
+        def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            if isinstance(event, (EpochBegin, BatchEnd)):
+                held.append(resumed.loop.cuts.resumed is not None)
+
+    resumed = learner_of(Look())
+    resumed.fit(1, resume=tmp_path / "one.ckpt")
+    assert held == [True, False, False, False]

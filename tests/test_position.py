@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from flowtrain import CheckpointError, DataError, TrainingPhase, ValidationPhase
-from flowtrain.position import Position, Stream, begin_again, beginning
+from flowtrain.data import loaders
+from flowtrain.position import Position, Stream, begin_again, beginning, check_data
 from flowtrain.randomness import random_state, set_random_state
 
 
@@ -102,3 +103,28 @@ def test_an_open_epoch_is_resumed_once() -> None:
     assert again.leave_resumed(TrainingPhase())
     assert not again.leave_resumed(TrainingPhase())
     assert not Position.resumed(state).leave_resumed(ValidationPhase())
+
+
+@pytest.mark.parametrize(
+    ("stream", "phase", "batches", "refused"),
+    [
+        (None, "TrainingPhase", 2, False),
+        (None, "TrainingPhase", 3, True),
+        (None, "ValidationPhase", 1, False),
+        (None, "ValidationPhase", 2, True),
+        (None, "", 9, False),
+        ({"begun": {}, "count": 2}, "TrainingPhase", 9, False),  # an epoch of several passes
+        ({"begun": {}, "count": 3}, "ValidationPhase", 1, True),
+        ({"begun": None, "count": 3}, "ValidationPhase", 1, False),  # nothing was drawn yet
+    ],
+)
+def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches: int, refused: bool) -> None:
+    data = loaders(([1, 2], [1]))
+    state = {"stream": stream, "phase": phase, "batches": batches}
+    if refused:
+        with pytest.raises(
+            CheckpointError, match=r"taken after batch \d of an epoch of \w+, and the loader gives only"
+        ):
+            check_data(state, data)
+    else:
+        check_data(state, data)

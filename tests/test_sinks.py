@@ -152,3 +152,15 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
     learner.fit(1)
     learner.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_positions_move_with_the_checkpoint(tmp_path: Path) -> None:
+    """Only what lies as it did, seen from the checkpoint; a sink that is where it was stays what it is."""
+    backends = [JsonlBackend(tmp_path / "b" / "log"), JsonlBackend(tmp_path / "same"), CsvBackend(tmp_path / "b" / "c")]
+    sinks = Sinks()
+    sinks.use([LogMetrics(*backends)])
+    was = {str(tmp_path / "a" / "log"): 1, str(tmp_path / "same"): 2, "tracker:7": 3}
+    before, here = str(tmp_path / "a" / "kept"), str(tmp_path / "b" / "kept")
+    with pytest.warns(UserWarning, match=r"logged to tracker:7, and the learner does not.* goes to CsvBackend\(.*c'\)"):
+        found = sinks.moved(was, before, here)
+    assert found == {str(tmp_path / "b" / "log"): 1, str(tmp_path / "same"): 2}
