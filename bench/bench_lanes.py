@@ -12,6 +12,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -22,11 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 from bench.pairs import Report, figure
 from bench.peers import ignite_fit, lightning_fit
-from flowtrain import Callback, Learner, TrainingPhase
+from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
 from flowtrain.execution import Executor
 from flowtrain.logging import JsonlBackend
@@ -47,6 +51,7 @@ def main() -> None:
         metrics_per_batch(report, Path(folder), address, peers=chosen.peers)
         histograms(report, Path(folder), address, peers=chosen.peers)
         throughput(report, Path(folder))
+    recovery(report)
 
 
 # --- a logger of metrics for each batch, beside a step of 1 ms
@@ -180,6 +185,69 @@ def throughput(report: Report, folder: Path) -> None:
     )
 
 
+# --- a worker that is killed with a batch at work
+
+
+class Slow(Callback):
+    """A deferred callback that is always at work when there is something to do."""
+
+    deferrable = True
+
+    @on(BatchEnd)
+    def wait(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        time.sleep(0.1)
+
+
+def recovery(report: Report) -> None:
+    """Kill the worker that has a batch, and time until the lane has done more, with another worker alive."""
+    took: list[float] = []
+    workers: list[subprocess.Popen[bytes]] = []
+    with cluster(0) as address, Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        try:
+            workers += [worker_on(address) for _ in range(2)]
+            executor = DaskExecutor(address)
+            learner = learner_of(16, batches(4), (Slow(),), executor)
+            learner.fit(1)
+            for _ in range(30):
+                client.wait_for_workers(2, timeout=60)
+                for raw in batches(10):
+                    learner.step(TrainingPhase, raw)
+                victim = at_work(client)
+                before = executor.report().lanes[0].done
+                os.kill(victim, signal.SIGKILL)
+                begin = time.perf_counter()
+                while executor.report().lanes[0].done == before:
+                    time.sleep(0.005)
+                took.append(time.perf_counter() - begin)
+                learner.flush()
+                workers.append(worker_on(address))
+            learner.close()
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    found = figure(took)
+    report.row(
+        "seconds until a lane goes on whose worker was killed with a batch at work, another being alive", "", "",
+        f"{found.text()}, at most {max(took):.2f}", "3", reached=found.median <= 3,
+    )
+
+
+def worker_on(address: str) -> subprocess.Popen[bytes]:
+    """Start a worker as one does by hand, without a nanny."""
+    command = [sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def at_work(client: Any) -> int:
+    """Return the process of the worker that has a batch, as soon as one has."""
+    processes: dict[str, int] = client.run(os.getpid)
+    while True:
+        for worker, keys in client.processing().items():
+            if any("flowtrain-" in str(key) for key in keys):
+                return processes[worker]
+
+
 def content(path: Path) -> list[str]:
     """Return the lines of a log without their clock times."""
     return [json.dumps({**json.loads(line), "time": 0}) for line in path.read_text().splitlines()]
@@ -274,9 +342,9 @@ def in_turns(runs: Sequence[Timed], repetitions: int) -> list[tuple[float, ...]]
 
 
 @contextmanager
-def cluster() -> Generator[str]:
+def cluster(workers: int = 1) -> Generator[str]:
     made: Any = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        n_workers=workers, processes=True, threads_per_worker=1, dashboard_address="127.0.0.1:0"
     )
     with made:
         yield str(made.scheduler_address)
