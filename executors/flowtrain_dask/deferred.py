@@ -171,9 +171,10 @@ class Deferred:
         begin = time.monotonic()
         self.gave_up = False
         for lane in self.lanes:
+            lane.given_up = False
             while not lane.flush(0.25) and not lane.over:
                 if _is_stopping(self._site) and time.monotonic() - begin > self._options.drain_timeout:
-                    self.gave_up = True
+                    self.gave_up = lane.given_up = True
                     left, limit = lane.report().pending, self._options.drain_timeout
                     _logger.warning(
                         "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit

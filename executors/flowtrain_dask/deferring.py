@@ -6,11 +6,8 @@ connected to. `Deferring.use` makes the lanes for them when the first plan is co
 
 from __future__ import annotations
 
-import logging
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from flowtrain.errors import ExecutorError, is_a, is_positive, nearest
 from flowtrain.execution import Site
@@ -19,17 +16,12 @@ from flowtrain.plan import Plan
 from flowtrain.state import LearnerState
 from flowtrain_dask.deferral import Deferral, decide
 from flowtrain_dask.deferred import Deferred
-from flowtrain_dask.lane import Lane
+from flowtrain_dask.leaving import Held
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.opening import Options, validate
 from flowtrain_dask.report import Report
 
-if TYPE_CHECKING:
-    from flowtrain_dask.connect import Connection
-
 __all__ = ["Deferring", "check_choice"]
-
-_logger = logging.getLogger("flowtrain")
 
 
 class Deferring:
@@ -51,12 +43,12 @@ class Deferring:
         self._defer = defer
         self._resources = resources
         self._options = options
-        self._held = _Held()
+        self._held = Held(options.drain_timeout)
         self._nodes: tuple[Node, ...] = ()
         self._decided: tuple[tuple[Node, ...], Deferral] = (), Deferral()
         self._deferred: Deferred | None = None
         self._sequences: dict[str, int] = {}
-        weakref.finalize(self, _drop, self._held)  # with a learner that nobody closes
+        weakref.finalize(self, self._held.drop).atexit = False  # with a learner that nobody closes
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
         """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
@@ -124,47 +116,6 @@ class Deferring:
                 self.flush()
         finally:
             self._held.give_back()
-
-
-class _Held:
-    """What has to be given back, also when the learner is dropped: nothing in it leads back to the learner.
-
-    Attributes:
-        lanes: The lanes that have had events.
-        connection: The cluster, if there is one.
-    """
-
-    def __init__(self) -> None:
-        self.lanes: list[Lane] = []
-        self.connection: Connection | None = None
-
-    def give_back(self) -> None:
-        """End the lanes, then leave the cluster."""
-        for lane in self.lanes:
-            lane.close()
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-
-
-def _drop(held: _Held) -> None:
-    """Give back what a learner held that was not closed; called by the garbage collector, or when Python ends."""
-    for lane in held.lanes:
-        left = lane.report().pending
-        if left and not lane.over:
-            _logger.warning(
-                "flowtrain: %d events of lane %s were dropped with their learner. Call learner.flush() first, or "
-                "learner.close()",
-                left,
-                lane.job.lane,
-            )
-    if held.connection is None:
-        held.give_back()
-        return
-    try:  # this may be the thread that the client works in, which cannot wait for it
-        threading.Thread(target=held.give_back, name="flowtrain leaves the cluster", daemon=True).start()
-    except RuntimeError:  # Python is ending
-        held.give_back()
 
 
 def _check(defer: object, resources: Mapping[str, float], options: Options) -> None:

@@ -56,6 +56,9 @@ class Lane:
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
         stopping: Whether training is to end soon; then nothing waits for room any more.
         hurry: How many waiting events end the linger; half of what the limit allows if that is less.
+
+    Attributes:
+        given_up: Whether the training thread has stopped waiting for it.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Lane:
         self._retired = self._closed = self._abandoned = self._rush = False
         self._asleep = True  # `put` wakes the lane's thread, or starts it
         self._collected = 0  # the state after this many entries is at home
+        self.given_up = False
         self.gate = Gate()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -157,6 +161,11 @@ class Lane:
     def over(self) -> bool:
         """Whether nothing is to be waited for: a failure is to be raised first, or it takes no more events."""
         return self._failure is not None or self._refuses
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, to be processed or to be raised."""
+        return self._failure is None and (self._refuses or self._done >= self._put)
 
     def raise_failure(self) -> None:
         """Raise the failure that waits to be raised, if there is one; the lane then goes on with what is put next."""

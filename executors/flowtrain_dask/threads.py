@@ -39,7 +39,7 @@ class ThreadTransport:
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> Outcome:
-        """Run a batch, or the part of it that is done when the lane is closed, or when the records should be written."""
+        """Run a batch, or what of it is done when the lane is closed or records should be written."""
         end = time.monotonic() + _SECONDS
 
         def enough() -> bool:

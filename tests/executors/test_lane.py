@@ -362,10 +362,10 @@ def test_what_is_not_done_when_the_lane_is_closed_is_dropped_and_counted(make_la
     lane = make_lane(callback)
     for number in range(10):
         put(lane, number)
-    wait_for(lambda: lane.gate._inside)
+    wait_for(lambda: lane.gate._inside)  # pyright: ignore[reportPrivateUsage]  # a handler is at work
     closing = threading.Thread(target=lane.close)
     closing.start()
-    wait_for(lambda: lane._closed)
+    wait_for(lambda: lane._closed)  # pyright: ignore[reportPrivateUsage]  # nothing else tells
     callback.blocked.clear()
     closing.join(20)
     assert backend.records == ["Number 0 0"]
@@ -379,10 +379,10 @@ def test_a_handler_that_outlives_its_lane_writes_nothing(make_lane: MakeLane) ->
     callback.blocked.set()
     lane = make_lane(callback)
     put(lane, 0)
-    wait_for(lambda: lane.gate._inside)
+    wait_for(lambda: lane.gate._inside)  # pyright: ignore[reportPrivateUsage]  # a handler is at work
     lane.close(0.01)
     callback.blocked.clear()
-    thread = lane._thread
+    thread = lane._thread  # pyright: ignore[reportPrivateUsage]  # to wait for its end
     assert thread is not None
     thread.join(20)
     assert callback.seen == [0]
