@@ -5,11 +5,15 @@ Rules 20 to 23, 25 and 26, with the bundled callbacks that can be deferred and w
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no annotations
 import pytest
@@ -20,13 +24,17 @@ from flowtrain import (
     BatchEnd,
     Callback,
     EpochEnd,
+    ExecutorError,
     Learner,
     LearnerView,
     Phase,
     Read,
+    Resolution,
+    RunFirst,
     TorchCore,
     TrainingPhase,
     ValidationPhase,
+    Write,
     on,
 )
 from flowtrain.callbacks import (
@@ -45,9 +53,11 @@ from flowtrain.callbacks import (
 from flowtrain.execution import Executor
 from flowtrain.logging import Image, JsonlBackend
 from flowtrain.metrics import accuracy
-from flowtrain.records import Run
-from flowtrain.testing import assert_equivalent
-from flowtrain_dask import DaskExecutor
+from flowtrain.records import Identity, Run, identity
+from flowtrain.testing import assert_equivalent, tiny_learner
+from flowtrain_dask import DaskExecutor, Limits
+from flowtrain_dask.limits import WhenFull
+from flowtrain_dask.report import Report
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -219,3 +229,171 @@ def test_processes_give_the_serial_log_and_state(dask_processes: Any) -> None:
         assert_equivalent(
             learner_of, executors=[partial(DaskExecutor, dask_processes.address)], run=run, interleavings=0
         )
+
+
+# --- shared copies, numbers, the life of lanes
+
+
+class Look(Callback):
+    """Reads the outputs at the end of a batch, and keeps where they were and which event it was."""
+
+    deferrable = True
+
+    def __init__(self, name: str, after: type[Callback] | None = None) -> None:
+        self.name = name
+        self.after = after
+        self.where: list[int] = []
+        self.values: list[float] = []
+        self.numbers: list[Identity | None] = []
+
+    def state_access(self) -> Access:
+        return {"batch.outputs": Read()}
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return () if self.after is None else (self.after,)
+
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        return RunFirst(self) if isinstance(other, Double) and self.after is None else None
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.where.append(learner.batch.outputs.data_ptr())
+        self.values.append(float(learner.batch.outputs.detach().sum()))
+        self.numbers.append(identity())
+
+
+class Double(Callback):
+    """Writes the outputs in place."""
+
+    def state_access(self) -> Access:
+        return {"batch.outputs": Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def double(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.batch.outputs.detach().mul_(2)
+
+
+def test_two_readers_share_a_copy_and_not_across_a_writer() -> None:
+    """Rule 20. All copies of the fit are alive until the lanes run, so one address is one copy."""
+    first, second, late, later = Look("a"), Look("b"), Look("c", Double), Look("d", Double)
+    executor = DaskExecutor()
+    with tiny_learner(first, second, Double(), late, later, n_batches=4, batch_size=200, executor=executor) as learner:
+        learner.fit(1)
+        report = executor.report()
+    assert first.where == second.where
+    assert late.where == later.where
+    assert not set(first.where) & set(late.where)
+    assert [2 * value for value in first.values] == late.values
+    assert [lane.lane for lane in report.lanes] == ["a", "b", "c", "d"]
+
+
+def test_the_number_of_an_event_has_no_gaps_and_goes_on_when_a_fit_is_resumed(tmp_path: Path) -> None:
+    """Rule 25: (run, lane, sequence)."""
+
+    class Saver(Callback):
+        @on(EpochEnd, TrainingPhase)
+        def save(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            learner.request_checkpoint(tmp_path / "saved")
+
+    look = Look("look")
+    with tiny_learner(look, Saver(), n_batches=3, executor=DaskExecutor()) as learner:
+        learner.fit(1)
+        learner.add_callback(Sums())  # the lanes are new ones then, and count on
+        learner.fit(1)
+        learner.remove_callback(Sums)
+    run = learner.loop.sinks.run.id
+    assert look.numbers == [Identity(run, "look", number) for number in range(6)]
+
+    again = Look("look")
+    with tiny_learner(again, Saver(), n_batches=3, executor=DaskExecutor()) as learner:
+        learner.fit(3, resume=tmp_path / "saved")
+    assert again.numbers == [Identity(run, "look", number) for number in range(6, 12)]
+
+
+def test_in_place_an_event_has_no_number() -> None:
+    look = Look("look")
+    with tiny_learner(look, n_batches=2, executor=DaskExecutor(defer=False)) as learner:
+        learner.fit(1)
+        assert "deferred" not in learner.callbacks.explain()
+        assert str(learner.executor.report()) == "no deferred callbacks"  # type: ignore[attr-defined]  # dask's
+    assert look.numbers == [None, None]
+
+
+def lane_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("flowtrain")]
+
+
+def test_close_processes_what_waits_and_ends_the_threads() -> None:
+    look = Look("look")
+    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor())
+    learner.epoch(TrainingPhase)
+    assert lane_threads() == ["flowtrain lane look"]
+    learner.close()
+    assert len(look.values) == 3
+    assert lane_threads() == []
+    with pytest.raises(ExecutorError, match="closed"):
+        learner.fit(1)
+
+
+def test_a_learner_that_is_dropped_takes_its_lanes_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """No thread, and nothing that one holds, leads back to the learner; what was lost is said."""
+    look = Look("look")
+    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor())
+    learner.fit(1)
+    learner.add_callback(Sums())
+    learner.fit(1)
+    held = [weakref.ref(each) for each in (learner, learner.loop, learner.model, learner.executor, learner.batch)]
+    del learner
+    gc.collect()
+    assert [each() for each in held] == [None] * 5
+    assert lane_threads() == []
+    assert caplog.messages == []
+    assert len(look.values) == 6
+
+
+def test_an_executor_belongs_to_one_learner() -> None:
+    executor = DaskExecutor()
+    text = "belongs to another learner"
+    with tiny_learner(Look("a"), executor=executor), pytest.raises(ExecutorError, match=text):
+        tiny_learner(Look("b"), executor=executor)
+
+
+class Slow(Look):
+    """Waits until it is let go on."""
+
+    gate: ClassVar[threading.Event] = threading.Event()
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        Slow.gate.wait(20)
+        super().look(event, phase, learner)
+
+
+@pytest.mark.parametrize("when_full", ["block", "drop"])
+def test_the_report_can_be_read_during_training_and_the_fit_ends_with_what_went_wrong(
+    when_full: WhenFull, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rule 24: from another thread; each event is done, or counted as dropped."""
+    Slow.gate.clear()
+    slow = Slow("slow")
+    executor = DaskExecutor(limits=Limits(pending=2, when_full=when_full))
+    reports: list[Report] = []
+
+    def watch() -> None:
+        while not any(report.pending or report.dropped for report in reports):
+            reports.append(executor.report())
+        Slow.gate.set()
+
+    watcher = threading.Thread(target=watch)
+    with tiny_learner(slow, n_batches=8, executor=executor) as learner:
+        watcher.start()
+        learner.fit(1)
+        watcher.join()
+        final = executor.report()
+    assert all(0 <= lane.done <= lane.events <= 8 for report in reports for lane in report.lanes)
+    assert (final.pending, final.lanes[0].events + final.dropped) == (0, 8)
+    assert len(slow.values) == 8 - final.dropped
+    said = "slow made training wait" if when_full == "block" else "events dropped"
+    assert [said in message for message in caplog.messages if message.startswith("flowtrain: ")] == [
+        True
+    ] * bool(final.stalled or final.dropped)
