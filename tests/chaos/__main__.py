@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tests.chaos.loaders import loaders
 from tests.chaos.run import run
+from tests.chaos.soak import soak
 
 
 def main() -> int:
@@ -16,7 +18,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--gap", type=float, default=2.5, help="mean seconds between two disturbances")
     parser.add_argument("--keep", action="store_true", help="leave the folder with the logs")
+    parser.add_argument("--soak", type=int, nargs="?", const=500_000, metavar="EVENTS", help="a long run instead")
+    parser.add_argument("--embedded", action="store_true", help="with --soak: lanes in threads")
+    parser.add_argument("--loaders", type=int, nargs="?", const=200, metavar="EPOCHS", help="loader workers instead")
     arguments = parser.parse_args()
+    if arguments.soak is not None:
+        return 0 if soak(arguments.soak, arguments.embedded) else 1
+    if arguments.loaders is not None:
+        return 0 if loaders(arguments.loaders, "fork") & loaders(arguments.loaders, "forkserver") else 1
     equal = run(arguments.minutes * 60, arguments.seed, arguments.workers, arguments.gap, arguments.keep)
     return 0 if equal else 1
 

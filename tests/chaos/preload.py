@@ -2,6 +2,9 @@
 
 The file ``die-<name>`` in the worker's working directory tells it. It renames that to ``died-<name>``, and kills itself
 after it has begun to answer a request for the result of a lane's batch. So the result was made, and did not arrive.
+
+It also imports what lanes need before the worker joins: a worker that takes its first batch with it and spends seconds
+importing would be killed in that, and then the longest gap would be the time between kills.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+
+import flowtrain_dask.worker  # noqa: F401  # see above
 
 __all__ = ["dask_setup"]
 

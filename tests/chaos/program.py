@@ -9,16 +9,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import distributed  # noqa: F401  # sets the levels of its loggers
 import torch
 from torch.nn import functional as F
 
-from flowtrain import Learner
+from flowtrain import Callback, Learner
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
 from flowtrain.execution import Executor, SerialExecutor
 from flowtrain.logging import JsonlBackend
@@ -42,11 +42,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     torch.set_num_threads(1)
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # the scheduler's end is no surprise
     if arguments.cluster is None:
         goal = int((folder / "epochs").read_text())
         _train(folder / "serial", SerialExecutor(), arguments.seed, lambda epochs: epochs >= goal, 0.0)
     else:
+        importlib.import_module("distributed")  # which sets the levels of its loggers
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # the scheduler's end is no surprise
         executor = DaskExecutor(arguments.cluster)
         stop = folder / "stop"
         epochs = _train(folder / "cluster", executor, arguments.seed, lambda _: stop.exists(), 0.002)
@@ -60,7 +61,8 @@ def _train(folder: Path, executor: Executor, seed: int, is_enough: Callable[[int
     training = [(torch.randn(16, 32), torch.randint(4, (16,))) for _ in range(200)]
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(inplace=True), torch.nn.Linear(64, 4))
     shared, chain, enough = JsonlBackend(folder / LOGS[0]), Chain(JsonlBackend(folder / LOGS[1])), Enough(is_enough)
-    callbacks = [LogMetrics(shared), LogHistograms(shared, every=20, gradients=True), chain, enough, Metrics(accuracy)]
+    histograms = LogHistograms(shared, every=20, gradients=True)
+    callbacks: list[Callback] = [LogMetrics(shared), histograms, chain, enough, Metrics(accuracy)]
     if pace:
         callbacks.append(Pace(pace))
     with Learner(
