@@ -16,7 +16,7 @@ from flowtrain.graph import Node
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.providers import PROVIDERS
-from flowtrain.state import LearnerState, State
+from flowtrain.state import LearnerState, Named, State
 
 __all__ = ["check_batch", "check_cbstate", "check_deferrable", "check_made", "check_parts", "entries_written"]
 
@@ -198,10 +198,26 @@ def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
                     known = map(str, inside if isinstance(inside, Mapping) else dir(inside))
                     raise AccessError(
                         f"{node.name} declares {dotted(path)!r}, but {above} has no {name!r}."
-                        f"{nearest(name, known)} "
-                        f"Declare {above!r} as a whole, or Read(optional=True) if it comes later."
+                        f"{nearest(name, known)} {_remedy(path, above, state)}"
                     )
                 inside = inside[name] if isinstance(inside, Mapping) else getattr(inside, name)
+
+
+def _remedy(path: Path, above: str, state: LearnerState) -> str:
+    """Say what to declare in place of a path with a part that is not there."""
+    remedy = f"Declare {above!r} as a whole, or Read(optional=True) if it comes later."
+    if above != "optimizer":
+        return remedy
+    if isinstance(state.optimizer, Named):
+        first, names = next(iter(state.optimizer)), ", ".join(map(repr, state.optimizer))
+        example = dotted(("optimizer", first, *path[1:][-1:]))
+        return (
+            f"The optimizers are {names}; name one, as in {example!r}: LearningRate({first!r}) in a Scheduler, "
+            f"LearningRateMonitor({first!r}), and so on."
+        )
+    if len(path) > 2:
+        return f"There is one optimizer, without a name: leave {path[1]!r} out, as in {dotted((path[0], *path[2:]))!r}."
+    return remedy
 
 
 def check_made(nodes: Sequence[Node], cbstate: State) -> None:

@@ -16,7 +16,7 @@ criterion of one's own says what it remembers, and judges::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +92,10 @@ class Criterion:
         for name, value in state.items():
             setattr(self, name, deepcopy(value))
 
+    def parts(self) -> Iterator[Criterion]:
+        """Yield this criterion and those inside it."""
+        yield self
+
     def __or__(self, other: Criterion) -> Disjunction:
         """``a | b`` is ``Disjunction(a, b)``."""
         return Disjunction(self, other)
@@ -118,6 +122,13 @@ class _Several(Criterion):
                     f"{criterion!r} is no criterion. flowtrain.stopping has some, such as Patience(5) or GL(2).{made}"
                 )
         self.criteria = tuple(criteria)
+        inside = [part for criterion in criteria for part in criterion.parts()]
+        for part in inside:
+            if sum(part is other for other in inside) > 1:
+                raise UsageError(
+                    f"{part!r} is in {type(self).__name__} twice, as one object that would take in each value twice. "
+                    f"Make another one."
+                )
         self.needs_training = any(criterion.needs_training for criterion in criteria)
         super().__init__()
 
@@ -130,6 +141,11 @@ class _Several(Criterion):
         super().reset()
         for criterion in self.criteria:
             criterion.reset()
+
+    def parts(self) -> Iterator[Criterion]:
+        yield self
+        for criterion in self.criteria:
+            yield from criterion.parts()
 
     def state_dict(self) -> dict[str, Any]:
         inside = [{"type": type(each).__name__, "state": each.state_dict()} for each in self.criteria]

@@ -33,8 +33,8 @@ class Checkpointer(Callback):
     Each is complete from the moment it has its name. Give each run a folder of its own.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
-      `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` at `FitBegin`. Writes nothing: it
-      only asks, and the loop takes the checkpoint when the event has ended.
+      `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
+      Writes nothing: it only asks, and the loop takes the checkpoint when the event has ended.
     - Costs a few microseconds an epoch; the checkpoint itself a copy of the state to the CPU, and its writing goes on
       beside training.
 
@@ -112,10 +112,20 @@ class Checkpointer(Callback):
             elif handler.attribute != "end_batch" or self.every_steps is not None:
                 yield owner, handler
 
-    @on(FitBegin, access={"data": Read()})
+    @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Try the folder, find the phase, and ask for a checkpoint in case of an interrupt."""
         self._try_folder()
+        for other in learner.callbacks:
+            if (
+                isinstance(other, Checkpointer)
+                and other is not self
+                and other.folder.resolve() == self.folder.resolve()
+            ):
+                raise UsageError(
+                    f"{self.name} and {other.name} both keep their checkpoints in {self.folder}, and would remove each "
+                    f"other's. Give each of them a folder of its own."
+                )
         phases = list(learner.data)
         wanted = self.phase or AbstractValidationPhase
         found = [each for each in phases if isinstance(each, wanted)]

@@ -32,6 +32,9 @@ class WandbBackend(LoggerBackend):
     The key is the group and the name: ``Step/TrainingPhase/Loss``. W&B counts its own steps, so that each entry also
     has that of its group, ``Step/TrainingPhase/step``, which charts use as their axis.
 
+    A process of W&B writes the files. What was logged last is in them a moment after `close`, and at the latest when
+    this process has ended: wait for that before ``wandb sync``.
+
     Args:
         project: The project.
         run_name: What the run is called; W&B finds a name if there is none.

@@ -271,3 +271,16 @@ def test_rule_28_the_log_of_a_resumed_run_is_that_of_the_run(tmp_path: Path) -> 
 
 class Stopped(Exception):
     """What ends the run that is resumed."""
+
+
+def test_two_in_one_folder_are_refused_before_training(tmp_path: Path) -> None:
+    """However the folder is written: each would remove what the other keeps, and both would say what is best."""
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    for other in (tmp_path / "kept" / ".." / "kept", tmp_path / "link"):
+        learner = tiny_learner(Checkpointer(tmp_path / "kept"), Checkpointer(other, monitor=None, keep_top_k=1))
+        with pytest.raises(UsageError, match=r"Checkpointer and Checkpointer#2 both keep .* a folder of its own"):
+            learner.fit(1)
+        assert not [each.name for each in (tmp_path / "kept").iterdir()]
+    apart = tiny_learner(Checkpointer(tmp_path / "one"), Checkpointer(tmp_path / "two"))
+    apart.fit(1)
+    assert (tmp_path / "two" / "latest").read_text() == "epoch-0001.ckpt\n"

@@ -319,7 +319,17 @@ def test_a_schedule_that_is_bad_from_the_first_is_refused_when_built() -> None:
             "LearningRate(group=2): the optimizer has 2 parameter groups, counted from 0.",
         ),
         (lambda: gan(Scheduler({LearningRate("gem"): 0.1})), AccessError, "Did you mean 'gen'?"),
-        (lambda: gan(Scheduler({LearningRate: 0.1})), AccessError, "optimizer has no 'hyperparams'"),
+        (
+            lambda: gan(Scheduler({LearningRate: 0.1})),
+            AccessError,
+            "no 'hyperparams'. The optimizers are 'gen', 'disc'; name one, as in 'optimizer.gen.hyperparams': "
+            "LearningRate('gen') in a Scheduler, ",
+        ),
+        (
+            lambda: tiny_learner(Scheduler({LearningRate("gen"): 0.1})),
+            AccessError,
+            "There is one optimizer, without a name: leave 'gen' out, as in 'optimizer.hyperparams'.",
+        ),
     ],
 )
 def test_what_does_not_fit(make: Callable[[], object], error: type[Exception], text: str) -> None:
