@@ -10,14 +10,15 @@ importing would be killed in that, and then the longest gap would be the time be
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
-import flowtrain_dask.worker  # noqa: F401  # see above
-
 __all__ = ["dask_setup"]
+
+importlib.import_module("flowtrain_dask.worker")  # see above
 
 
 def dask_setup(worker: Any) -> None:

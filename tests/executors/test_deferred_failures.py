@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ def make_executor(request: pytest.FixtureRequest) -> Callable[..., DaskExecutor]
     if request.param == "threads":
         return DaskExecutor
     address = request.getfixturevalue("dask_processes").address
-    return lambda **options: DaskExecutor(address, **options)
+    return partial(DaskExecutor, address)
 
 
 @pytest.fixture
