@@ -66,7 +66,11 @@ def assert_equivalent(
     >>> assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=["serial"])
     """
     used: list[Any] = []
-    do = run or (lambda learner: learner.fit(epochs))
+
+    def fit(learner: Learner) -> None:
+        learner.fit(epochs)
+
+    do = fit if run is None else run
     serial, error = _run(make_learner, SerialExecutor(), do, seed, used)
     ways = [*(_maker(each) for each in executors), *(_shuffled(number) for number in range(interleavings))]
     for make in ways:

@@ -343,3 +343,16 @@ def test_what_depends_on_a_clock_is_ignored_where_one_says_so() -> None:
         return tiny_learner(throttle(Sums(), BatchBegin, seconds=1e-6), executor=executor)
 
     assert_equivalent(make_learner, executors=EXECUTORS, ignore=["callbacks.Sums"])
+
+
+def test_it_runs_what_it_is_given_in_place_of_a_fit() -> None:
+    """A number that depends on how often something was fitted shows that `run` is what was run."""
+    fitted: list[int] = []
+
+    def run(learner: Learner) -> None:
+        learner.fit(1)
+        fitted.append(len(learner.callbacks))
+        learner.fit(1)
+
+    assert_equivalent(lambda executor: tiny_learner(executor=executor), run=run, interleavings=2)
+    assert len(fitted) == 3
