@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "parameters", "phasemap", "lag", "series", "containers", "state",
     ),
     # what handlers see, what sinks get
-    1: ("part", "protect", "recording", "fingerprint", "terminal", "records", "plain"),
+    1: ("part", "protect", "recording", "fingerprint", "terminal", "loggables", "records", "plain", "metric"),
     2: ("resolution", "handler", "callback", "conditions", "providers"),  # what a user writes
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs

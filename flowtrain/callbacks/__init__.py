@@ -17,7 +17,7 @@ from flowtrain.callbacks.loghyperparams import LogHyperParams
 from flowtrain.callbacks.logmetrics import LogMetrics
 from flowtrain.callbacks.logtraces import LogTraces
 from flowtrain.callbacks.logvisualization import LogVisualization
-from flowtrain.callbacks.metrics import Metric, Metrics
+from flowtrain.callbacks.metrics import Metrics
 from flowtrain.callbacks.nan import StopOnNaNLoss
 from flowtrain.callbacks.printer import MetricsPrinter
 from flowtrain.callbacks.progress import ProgressBar
@@ -33,6 +33,7 @@ from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
 from flowtrain.combining import per_epoch, sequence, warmup
 from flowtrain.hyperparameter import HyperParameter, LearningRate, Momentum, Setting, WeightDecay
+from flowtrain.metric import Metric
 from flowtrain.plateau import reduce_on_plateau
 from flowtrain.schedule import Schedule
 from flowtrain.schedules import constant, cosine, exponential, from_torch, one_cycle, polynomial, step

@@ -3,90 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import mul
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
-from flowtrain.errors import UsageError, is_a, is_type
+from flowtrain.errors import UsageError
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd
 from flowtrain.handler import Handler
+from flowtrain.metric import Metric, held, hold, values_of
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
 from flowtrain.resolution import Resolution, Unresolvable
 
-__all__ = ["Metric", "Metrics"]
-
-
-@runtime_checkable
-class _Accumulator(Protocol):
-    """What is used of a torchmetrics object (https://lightning.ai/docs/torchmetrics)."""
-
-    def __call__(self, outputs: Any, targets: Any) -> Any:
-        """Take a batch in, and return the value of this batch alone."""
-
-    def clone(self) -> Any:
-        """Return a copy that accumulates for itself."""
-
-    def compute(self) -> Any:
-        """Return the value over all batches since `reset`."""
-
-    def reset(self) -> None:
-        """Forget all batches."""
-
-
-class Metric:
-    """A metric with a name, for some phases.
-
-    Args:
-        f: A function of ``(outputs, targets)`` that returns one number, or a torchmetrics object.
-        name: What it is called in ``cbstate`` and in logs; without it, the function's name in the form ``TopAccuracy``.
-            The values of a torchmetrics collection keep the names that they have in it.
-        phase: The phases in which it is computed, subclasses included.
-
-    Raises:
-        UsageError: `f` cannot be called, there is no name that could be used, or `phase` is no phase type.
-
-    >>> from flowtrain.metrics import top_k_accuracy
-    >>> Metric(top_k_accuracy(3))
-    Metric(Top3Accuracy)
-    """
-
-    def __init__(self, f: Callable[[Any, Any], Any], name: str | None = None, phase: type[Phase] = Phase) -> None:
-        if not callable(f) or is_a(f, type):
-            made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
-            if is_a(f, str) and str(f).isidentifier():
-                made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some."
-            raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
-        if not is_type(phase, Phase):
-            raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
-        self.f: Any = f
-        self.phase = phase
-        self.accumulates = isinstance(f, _Accumulator)
-        self.name = name if name is not None else _name(f)
-        for each in self.names:
-            if not is_a(each, str) or not each or "." in each or each == "<lambda>":
-                raise UsageError(f"The metric {f!r} needs a name without dots. Write Metric(f, name='MyMetric').")
-
-    @property
-    def names(self) -> list[str]:
-        """The names of its values: several for a torchmetrics collection."""
-        return [*self.f.keys()] if self.accumulates and hasattr(self.f, "keys") else [self.name]
-
-    def __repr__(self) -> str:
-        return f"Metric({self.name})"
-
-
-def _name(f: Any) -> str:
-    inner = getattr(f, "func", f)  # a functools.partial
-    name = str(getattr(inner, "__name__", type(f).__name__))
-    if "_" not in name and name[:1].isupper():
-        return name
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+__all__ = ["Metrics"]
 
 
 class Metrics(Callback):
@@ -164,7 +98,7 @@ class Metrics(Callback):
         for (_, owner), clone in self._clones.items():
             if owner is phase:
                 clone.reset()
-        self._held = {key: held for key, held in self._held.items() if key[1] != repr(phase)}
+        self._held = {key: kept for key, kept in self._held.items() if key[1] != repr(phase)}
 
     @on(BatchEnd)
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
@@ -192,21 +126,21 @@ class Metrics(Callback):
                 if not isinstance(phase, metric.phase):
                     continue
                 f = self._clone(metric, phase, outputs) if metric.accumulates else metric.f
-                for name, value in _values(metric, f(outputs, targets)).items():
+                for name, value in values_of(metric, f(outputs, targets)).items():
                     series.push(name, value, steps)
                     self._sizes[name].append(size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the current epoch has come to: the sizes of its batches, and what torchmetrics objects hold."""
-        held = [(metric.name, repr(phase), *_held(clone)) for (metric, phase), clone in self._clones.items()]
-        return {"sizes": {name: list(sizes) for name, sizes in self._sizes.items()}, "held": held}
+        kept = [(metric.name, repr(phase), *held(clone)) for (metric, phase), clone in self._clones.items()]
+        return {"sizes": {name: list(sizes) for name, sizes in self._sizes.items()}, "held": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         for name, sizes in self._sizes.items():
             sizes[:] = state["sizes"].get(name, [])
         self._clones.clear()
-        self._held = {(name, phase): held for name, phase, *held in state["held"]}
+        self._held = {(name, phase): kept for name, phase, *kept in state["held"]}
 
     def _clone(self, metric: Metric, phase: Phase, outputs: Any) -> Any:
         clone = self._clones.get((metric, phase))
@@ -218,7 +152,7 @@ class Metrics(Callback):
             if isinstance(outputs, torch.Tensor) and hasattr(clone, "to"):
                 clone = clone.to(outputs.device)
             self._clones[metric, phase] = clone
-            _hold(clone, *self._held.pop((metric.name, repr(phase)), ({}, [])))
+            hold(clone, *self._held.pop((metric.name, repr(phase)), ({}, [])))
         return clone
 
     @on(EpochEnd)
@@ -232,58 +166,13 @@ class Metrics(Callback):
             if clone is None and (metric.name, repr(phase)) in self._held:  # the last batch was before a checkpoint
                 clone = self._clone(metric, phase, None)
             if clone is not None and any(self._sizes[name] for name in metric.names):
-                accumulated |= _values(metric, clone.compute())
+                accumulated |= values_of(metric, clone.compute())
         for name, sizes in self._sizes.items():
             if name in accumulated:
                 means.push(name, accumulated[name], epochs)
             elif sizes:
                 series = steps[phase][name]
                 means.push(name, _mean(series.since(len(series) - len(sizes)), sizes), epochs)
-
-
-def _values(metric: Metric, value: Any) -> dict[str, Any]:
-    """Return the values of a metric by name, checked to be single numbers."""
-    if type(value) is torch.Tensor and not metric.accumulates and value.numel() == 1:
-        return {metric.name: value}  # the usual case, in every batch: it would pass what follows
-    values = {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {metric.name: value}
-    if set(values) != set(metric.names):
-        raise UsageError(
-            f"The metric {metric.name} returned values named {', '.join(values) or 'nothing'}; a metric is one number. "
-            f"Pass a function for each of them: Metric(f, name='...')."
-        )
-    for name, item in values.items():
-        if isinstance(item, torch.Tensor):
-            if item.numel() != 1:
-                raise UsageError(
-                    f"The metric {name} returned a tensor of shape {tuple(item.shape)}; a metric is one number. "
-                    f"Reduce it, as with .mean()."
-                )
-        elif not isinstance(item, (float, int)):
-            try:
-                values[name] = float(item)
-            except (TypeError, ValueError):
-                raise UsageError(
-                    f"The metric {name} returned {item!r}; a metric is one number, or a tensor with one element."
-                ) from None
-    return values
-
-
-def _held(clone: Any) -> tuple[dict[str, Any], list[int]]:
-    """Return what a torchmetrics object has accumulated, and after how many batches, for it and each in it."""
-    if not isinstance(clone, torch.nn.Module):
-        return {}, []
-    if isinstance(clone, torch.nn.ModuleDict):
-        list(clone.items())  # a collection computes what its members share in one of them; now all have it
-    return clone.state_dict(), [getattr(module, "_update_count", 0) for module in clone.modules()]
-
-
-def _hold(clone: Any, state: dict[str, Any], counts: list[int]) -> None:
-    """Give a new torchmetrics object what another has accumulated."""
-    if state:
-        clone.load_state_dict(state)
-    for module, count in zip(clone.modules() if counts else (), counts, strict=True):
-        if count:
-            module._update_count = count
 
 
 def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:

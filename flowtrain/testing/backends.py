@@ -17,10 +17,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest import mock
@@ -30,22 +29,18 @@ import torch
 from flowtrain.errors import LoggingError
 from flowtrain.records import (
     Figure,
-    File,
     Group,
-    Histogram,
     Identity,
-    Image,
     Loggable,
     LoggerBackend,
     Run,
-    Settings,
-    Text,
     Value,
     collecting,
     deliver,
     log,
 )
 from flowtrain.testing.probes import catching
+from flowtrain.testing.samples import rounded, samples, single
 
 __all__ = ["BackendContract", "Entries"]
 
@@ -96,10 +91,10 @@ class BackendContract:
     def test_encode_is_pure(self, tmp_path: Path) -> None:
         """The same loggable gives the same record, whatever was encoded before and beside; nothing is touched."""
         backend = self.make_backend(tmp_path)
-        samples = [sample for sample in _samples(tmp_path) if isinstance(sample, backend.accepts)]
-        samples = [sample for sample in samples if not isinstance(sample, Figure)]  # a drawing belongs to one thread
+        logged = [sample for sample in samples(tmp_path) if isinstance(sample, backend.accepts)]
+        logged = [sample for sample in logged if not isinstance(sample, Figure)]  # a drawing belongs to one thread
         before = sorted(tmp_path.rglob("*"))
-        jobs = [(sample, f"Name{n}", step) for step in range(8) for n, sample in enumerate(samples)]
+        jobs = [(sample, f"Name{n}", step) for step in range(8) for n, sample in enumerate(logged)]
         with mock.patch("time.time", return_value=1_700_000_000.0):
             alone = [backend.encode(sample, name, step, _STEP) for sample, name, step in jobs]
             with ThreadPoolExecutor(4) as pool:
@@ -122,9 +117,9 @@ class BackendContract:
                 self._write(backend, "Accuracy", step, -step)
         backend.close()
         found = self.read(tmp_path)
-        assert _rounded(found["Step/TrainingPhase", "Loss"]) == [(n, _single(1 / n)) for n in range(1, 30)]
-        assert _rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
-        assert _rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
+        assert rounded(found["Step/TrainingPhase", "Loss"]) == [(n, single(1 / n)) for n in range(1, 30)]
+        assert rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
+        assert rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
 
     def test_any_number_is_a_value(self, tmp_path: Path) -> None:
         """NaN and infinite values are kept; tensors with one element are numbers; what is no number is refused."""
@@ -138,8 +133,8 @@ class BackendContract:
                 backend.encode(Value(wrong), "Loss", 9, _STEP)
         backend.close()
         found = self.read(tmp_path)["Step/TrainingPhase", "Loss"]
-        wanted = [3.0, 1.0, math.inf, -math.inf, _single(1e-30), 0.5, 2.0]
-        assert _rounded(found[:7]) == list(enumerate(wanted, start=1))
+        wanted = [3.0, 1.0, math.inf, -math.inf, single(1e-30), 0.5, 2.0]
+        assert rounded(found[:7]) == list(enumerate(wanted, start=1))
         assert found[7][0] == 8
         assert math.isnan(found[7][1]), f"NaN came back as {found[7][1]}"
 
@@ -150,7 +145,7 @@ class BackendContract:
             """A kind that nobody knows."""
 
         backend = self._open(self.make_backend(tmp_path))
-        for number, sample in enumerate([*_samples(tmp_path), Other()]):
+        for number, sample in enumerate([*samples(tmp_path), Other()]):
             if isinstance(sample, backend.accepts):
                 backend.write(backend.encode(sample, f"Name{number}", 1, _STEP))
             else:
@@ -273,30 +268,3 @@ class BackendContract:
     def _expect(self, folder: Path, wanted: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         found = {key: list(entries) for key, entries in self.read(folder).items()}
         assert found == {("Step/TrainingPhase", name): list(entries) for name, entries in wanted.items()}
-
-
-def _samples(folder: Path) -> Iterator[Loggable]:
-    """Yield one loggable of each kind."""
-    path = folder / "sample.txt"
-    path.write_text("sample", "utf-8")
-    yield Value(0.5)
-    yield Image(torch.linspace(0, 1, 12).reshape(3, 2, 2))
-    yield Text("**text**")
-    yield Histogram(torch.arange(10.0))
-    yield File(path)
-    yield Settings({"batch_size": 32, "optimizer": {"name": "SGD", "momentum": None}, "tags": ["a", "b"]})
-    if find_spec("matplotlib"):
-        from matplotlib.figure import Figure as Drawing
-
-        drawing = Drawing((1, 1))
-        drawing.subplots().plot([1, 2])
-        yield Figure(drawing)
-
-
-def _single(value: float) -> float:
-    """Return a number as sinks with single precision keep it."""
-    return float(torch.tensor(value, dtype=torch.float32))
-
-
-def _rounded(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    return [(step, _single(value)) for step, value in entries]
