@@ -6,17 +6,14 @@ A slot knows how to find its entry in the learner's state, and what of it is dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from flowtrain.access import Declaration, Path, Read, Write, dotted
 from flowtrain.errors import AccessError
-from flowtrain.parameters import Parameters
 from flowtrain.part import Tree, tree
-from flowtrain.state import LearnerState, Named
+from flowtrain.state import LearnerState
 from flowtrain_dask.copying import Copying
 from flowtrain_dask.modules import copy_optimizers
-from flowtrain_dask.states import NamedTensors
 
 __all__ = ["MISSING", "Slot", "compile_slots", "slots_now"]
 
@@ -54,10 +51,7 @@ class Slot(NamedTuple):
             return value if value is MISSING else copying.entry(value, self.path, self.inside)
         if root == "optimizer":
             return copying.at(self.path, copy_optimizers, state, self.inside, copying)
-        found = copying.entry(getattr(state, root), self.path, self.inside)
-        if root == "params" and isinstance(found, NamedTensors):
-            found.aliases = _aliases(state)
-        return found
+        return copying.entry(getattr(state, root), self.path, self.inside)
 
 
 def compile_slots(declaration: Declaration) -> tuple[Slot, ...]:
@@ -111,18 +105,3 @@ def _check_root(root: str, declaration: Declaration) -> None:
                 f"{'loaders are used by training meanwhile' if root == 'data' else 'they hold the learner'}. Take "
                 f"what it needs in another way, or set deferrable = False on the callback."
             )
-
-
-def _aliases(state: LearnerState) -> Mapping[str, str]:
-    """Return the further names of parameters that a model has more than once."""
-    if not isinstance(state.params, Parameters):
-        return {}
-    models: dict[str, Any] = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for prefix, model in models.items():
-        for name, parameter in model.named_parameters(prefix, remove_duplicate=False):
-            known = first.setdefault(id(parameter), name)
-            if known != name:
-                found[name] = known
-    return found

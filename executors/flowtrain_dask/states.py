@@ -161,11 +161,34 @@ def _prune_tensors(value: Parameters | Gradients, inside: Tree, copying: Copying
 
 
 def _tensors(value: Parameters | Gradients, inside: Tree | None, copying: Copying) -> NamedTensors:
-    wanted = dict(value.named())
+    found, aliases = _found(value)
     if inside is not None:
-        wanted = {name: tensor for name, tensor in wanted.items() if declared_inside(inside, name) is not None}
-    copies = copy_tensors(wanted, copying)
-    return NamedTensors(copies) if isinstance(value, Parameters) else NamedGradients(copies)
+        named = {name for name in (*found, *aliases) if declared_inside(inside, name) is not None}
+        named |= {aliases[name] for name in named & aliases.keys()}
+        found = {name: tensor for name, tensor in found.items() if name in named}
+    copies = copy_tensors(found, copying)
+    kind = NamedTensors if isinstance(value, Parameters) else NamedGradients
+    return kind(copies, aliases)
+
+
+def _found(value: Parameters | Gradients) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return what iteration gives by name, and the further names of what a model has more than once."""
+    # In one walk through the models, since it is as much work as a small copy.
+    grads = isinstance(value, Gradients)
+    params: Parameters = value._params if isinstance(value, Gradients) else value  # pyright: ignore[reportPrivateUsage]  # as above
+    found: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for prefix, model in params._models.items():  # pyright: ignore[reportPrivateUsage]  # as above
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(prefix, remove_duplicate=False):
+            known = first.setdefault(id(parameter), name)
+            if known != name:
+                aliases[name] = known
+            elif not grads:
+                found[name] = parameter
+            elif parameter.grad is not None:
+                found[name] = parameter.grad
+    return found, aliases
 
 
 STATE_COPIERS: Mapping[type, Copier] = {
