@@ -13,7 +13,7 @@ from flowtrain.errors import UsageError, is_a
 from flowtrain.events import Event
 from flowtrain.execution import Executor, Runner
 from flowtrain.graph import Node
-from flowtrain.phases import Phase
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.plan import Plan, Step
 from flowtrain.records import Run
 from flowtrain.registry import Callbacks
@@ -44,7 +44,8 @@ class _Runners(dict[Phase, StepRunners]):
             known = fires is None or event_type in fires
             setattr(found, name, self._dispatch.runner(event_type, type(phase)) if known else None)
         after = (found.backward_end, found.update_begin, found.update_end, found.batch_end)
-        found.watched = any(runner is not None for runner in after)
+        own = type(phase).step is not AbstractTrainingPhase.step  # it may call that one, and look at the batch then
+        found.watched = own or any(runner is not None for runner in after)
         self[phase] = found
         return found
 
@@ -175,6 +176,12 @@ class Dispatch:
             except Exception as failure:  # raised with the others
                 failures.append(failure)
 
+    def forget(self) -> None:
+        """Forget what is urgent, and what handlers asked to fire: the fit is over."""
+        self.stopping = False
+        self.urgent.clear()
+        self.fired.clear()
+
     def attend(self) -> None:
         """Do what is urgent, first in, first out; what is added meanwhile waits for the next time."""
         for _ in range(len(self.urgent)):
@@ -188,10 +195,12 @@ class Dispatch:
         meant = self._meant(event, phase, failures)
         del failures  # see `raise_worst`
         if meant:
-            requests = [event for _, event in self.fired[self._kept :] if type(event) is CheckpointRequest]
+            asked = [each for each in self.fired[self._kept :] if type(each[1]) is CheckpointRequest]
             del self.fired[self._kept :]
-            if requests:
-                self._take(requests, meant)
+            if self._draining:  # other events are waiting, so a checkpoint waits too; `drain` looks for errors again
+                self.fired += [] if any(not isinstance(each, CancelException) for each in meant) else asked
+            elif asked:
+                self._take([request for _, request in asked], meant)
             raise_worst(meant)
 
     def _meant(

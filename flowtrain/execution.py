@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeAlias, runtime_checkable
+from weakref import WeakSet
 
 from flowtrain.errors import ExecutorError, nearest
 from flowtrain.events import Event
@@ -135,7 +136,7 @@ class SerialExecutor:
 
     def __init__(self) -> None:
         self._site: Site | None = None
-        self._plans: dict[tuple[type[Event], type[Phase]], Plan] = {}
+        self._plans: WeakSet[Plan] = WeakSet()  # those in use; of callbacks that are gone nothing is kept
         self._closed = False
 
     def bind(self, site: Site) -> None:
@@ -156,7 +157,7 @@ class SerialExecutor:
             raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
         if self._closed:
             raise ExecutorError(_CLOSED)
-        self._plans[plan.event_type, plan.phase_type] = plan
+        self._plans.add(plan)
         calls = plan.calls
         fired = site.fired
         # Where every handler runs whatever failed, that includes an interrupt.
@@ -195,7 +196,7 @@ class SerialExecutor:
     def close(self) -> None:
         """Run nothing more. There is nothing to give back."""
         self._closed = True
-        for plan in self._plans.values():
+        for plan in list(self._plans):
             if self._site is not None:
                 self._site.swap(plan, _refuse)
         self._plans.clear()
@@ -213,6 +214,7 @@ def _finish(
     start = next(position for position, step in enumerate(plan.steps) if step.view is view)
     failures = [(plan.steps[start], failure)]
     lost = 1 << start
+    caught: type[BaseException] = BaseException if plan.always else Exception
     for position in range(start + 1, len(plan.steps)):
         step = plan.steps[position]
         if plan.ancestors[position] & lost and not plan.always:
@@ -220,7 +222,7 @@ def _finish(
             continue
         try:
             step.call(event, phase, step.view)
-        except Exception as another:  # whatever a handler raises is collected, then raised
+        except caught as another:  # whatever a handler raises is collected, then raised
             failures.append((step, another))
             lost |= 1 << position
     try:

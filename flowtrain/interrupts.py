@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from flowtrain.dispatch import Dispatch
+from flowtrain.signals import raise_worst
 
 __all__ = ["Interrupts"]
 
@@ -35,34 +36,40 @@ class Interrupts:
         self._before_leaving = before_leaving
         self._replaced: dict[signal.Signals, Any] = {}
         self._received: signal.Signals | None = None
+        self._changing = False  # handlers are being set up or put back: the second signal does not break in
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._changing = True
             for number in _SIGNALS:
                 before = signal.getsignal(number)
                 # What was set up outside of Python cannot be put back; what the process ignores it goes on to ignore.
                 if before is not None and before is not signal.SIG_IGN:
                     self._replaced[number] = before
                     signal.signal(number, self._receive)
+            self._changing = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, before in self._replaced.items():
+        self._changing = True
+        # That of Ctrl-C is the last to be put back: it may raise here, and nothing is left to do then.
+        for number, before in reversed(self._replaced.items()):
             signal.signal(number, before)
-        received, self._received = self._received, None
         self._dispatch.stopping = False
-        if received is not None and failure is None:  # too late for the last batch boundary
-            raise KeyboardInterrupt(_text(received))
+        if self._received is not None and (failure is None or isinstance(failure, Exception)):
+            interrupt = KeyboardInterrupt(_text(self._received))  # too late for the last batch boundary
+            raise_worst([interrupt] if failure is None else [failure, interrupt])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if self._received is not None:
+        if self._received is not None and not self._changing:
             raise KeyboardInterrupt(f"{_text(received)} for the second time")
-        self._received = received
+        if self._received is None:
+            self._received = received
+            self._dispatch.urgent.append(self._leave)
         self._dispatch.stopping = True
-        self._dispatch.urgent.append(self._leave)
 
     def _leave(self) -> None:
         """Leave training; called by the training thread at a batch boundary."""

@@ -303,12 +303,12 @@ class Learner(StepSite):
         watched = watch(self.state) if self.strict else None
         made = Callbacks(callbacks, self.state, phases, before, watched, self._accept)
         made.annotate(self.loop.executor.explain)
-        self.loop.sinks.use(made)
         self.state.callbacks = made
         named = (path for node in made.nodes for path, _ in node.union)
         self.core.need_grad_norm(("batch", "grad_norm") in named)
         self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
         self.loop.dispatch.use(made)
+        self.loop.sinks.use(made)  # last: a sink that cannot be closed is an error, and the change is done then
 
     # --- checks
 

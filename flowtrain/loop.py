@@ -6,7 +6,7 @@ the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -31,7 +31,13 @@ from flowtrain.phases import AbstractTrainingPhase, Phase, StepContext
 from flowtrain.planned import planned_updates
 from flowtrain.position import Position, Stream, begin_again, beginning
 from flowtrain.scopes import Scopes
-from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException, raise_worst
+from flowtrain.signals import (
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFittingException,
+    raise_worst,
+)
 from flowtrain.sinks import Sinks
 from flowtrain.state import LearnerState
 from flowtrain.steps import CLOSED, CLOSING, OPEN, settle
@@ -80,8 +86,13 @@ class Loop:
         validate_every: int | None,
     ) -> BaseException | None:
         """Run a fit; return the `CancelFittingException` that ended it, or ``None``. Errors are raised."""
-        with Interrupts(self.dispatch, self.cuts.interrupted):
-            return self._fit(learner, data, epochs, steps, validate_every)
+        try:
+            with Interrupts(self.dispatch, self.cuts.interrupted):
+                return self._fit(learner, data, epochs, steps, validate_every)
+        finally:  # a second interrupt can strike anywhere, and the learner is still to be of use
+            self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
+            self.cuts.leave_fit()
+            self.dispatch.forget()
 
     def _fit(
         self,
@@ -107,14 +118,10 @@ class Loop:
             failures.append(failure)
         self.scopes.fit = CLOSING
         self._close(_FIT_END, Phase(), failures)
-        for finish in (self.executor.flush, self.cuts.end_fit, self.sinks.flush, self.dispatch.attend):
-            try:
-                finish()
-            except BaseException as failure:  # everything is closed first
-                failures.append(failure)
-        self.dispatch.urgent.clear()
-        # All three: an interrupt can strike while an epoch is being closed.
-        self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
+        # What is urgent comes first while the position is known, which a checkpoint needs; then what the rest brought.
+        attend = self.dispatch.attend
+        for finish in (self.executor.flush, attend, self.cuts.end_fit, self.sinks.flush, attend):
+            _attempt(failures, finish)
         try:
             if failures:
                 raise_worst(failures)
@@ -151,6 +158,14 @@ class Loop:
 
     def epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
+        try:
+            self._epoch(learner, phase, loader, most)
+        finally:  # an interrupt can strike while the epoch is being closed
+            self.scopes.epoch = self.scopes.batch = CLOSED
+        if self.dispatch.urgent:  # what was asked for in a batch that ended the epoch
+            self.dispatch.attend()
+
+    def _epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
         scopes, position = self.scopes, self.cuts.position
         failures: list[BaseException] = []
         with phase.mode(self.core.modules):
@@ -166,6 +181,8 @@ class Loop:
             except BaseException as failure:  # raised below, when the epoch is closed
                 scopes.locate(failure, phase, "after ")
                 failures.append(failure)
+                if isinstance(failure, CancelFittingException):  # what its batch asked for is taken before it closes
+                    _attempt(failures, self.cuts.take_waiting)
             self.core.groups.last_batch = False
             self.core.end_groups()
             self._show(scopes.completed)
@@ -173,7 +190,6 @@ class Loop:
             if not failures:
                 position.end_epoch(scopes.batch_number)
             self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
-            scopes.epoch = CLOSED
         if failures:
             raise_worst(failures)
 
@@ -194,19 +210,21 @@ class Loop:
         batches = loader
         if resuming and position.batches and position.begun is not None:
             batches = begin_again(loader, position.begun, position.batches, phase)
-        elif not isinstance(loader, Stream):
-            position.begun = beginning(loader)
-        if resuming:
             cuts.reenter()
+        else:
+            if resuming:
+                cuts.reenter()
+            if not isinstance(loader, Stream):
+                position.begun = beginning(loader)  # with the generators as they are now
+        cuts.let_go()
         return batches
 
     def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
         """Fire the event that closes a scope; what it raises is added to `failures`."""
         self.dispatch.fired.clear()
-        try:
-            self.dispatch.fire(event, phase)
-        except BaseException as failure:  # the scopes around it are closed first
-            failures.append(failure)
+        before = len(failures)
+        _attempt(failures, self.dispatch.fire, event, phase)
+        if len(failures) > before:
             self.dispatch.fired.clear()
 
     def _show(self, batch: BatchState | None) -> None:
@@ -240,10 +258,13 @@ class Loop:
         failures = [failure]
         del failure  # see `raise_worst`
         self.dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for
+        if not isinstance(failures[0], CancelException):
+            self.cuts.drop()
         if scopes.batch == OPEN:
             scopes.batch = CLOSING
             if scopes.backward:
                 self.core.discard()
+                settle(self.state.batch)
             self._close(_BATCH_CANCELLED, phase, failures)
         elif scopes.batch == CLOSING:
             scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
@@ -254,8 +275,8 @@ class Loop:
 
     def step(self, learner: StepContext, phase: Phase, raw: Any) -> BatchState:
         """Run one batch outside of an epoch, in the phase's mode; return its state."""
-        self.scopes.firing = True  # a step may not begin another one, nor a fit
         try:
+            self.scopes.firing = True  # a step may not begin another one, nor a fit
             with phase.mode(self.core.modules):
                 try:
                     phase.step(learner, raw)
@@ -269,4 +290,13 @@ class Loop:
                 self.dispatch.attend()
         finally:
             self.scopes.firing = False
+            self.scopes.batch = CLOSED
         return self.state.batch
+
+
+def _attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
+    """Call a function; what it raises is kept, since everything is closed before anything is raised."""
+    try:
+        do(*args)
+    except BaseException as failure:
+        failures.append(failure)

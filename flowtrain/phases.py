@@ -287,9 +287,9 @@ class ValidationPhase(AbstractValidationPhase):
 def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Generator[None]:
     roots = list(modules)
     before = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots:
-        root.train(training)
     try:
+        for root in roots:
+            root.train(training)
         with torch.set_grad_enabled(training):
             yield
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,6 +245,40 @@ def test_fit_end_runs_for_everybody_whatever_failed() -> None:
     with pytest.raises(ValueError, match="first"):
         learner(first, last).fit(1)
     assert ran == ["K0", "K0", "K1"]  # BatchEnd: only K0; FitEnd: both
+
+
+def test_fit_end_runs_for_everybody_also_through_an_interrupt() -> None:
+    """Rules 15 and 17: an interrupt that strikes in the handler after a failed one hides neither it nor the last."""
+    ran: list[str] = []
+
+    class Interrupted(Fails):
+        def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            raise KeyboardInterrupt
+
+    class FailsAtEnd(Fails):
+        def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            raise ValueError("first")
+
+    class Last(Fails):
+        """Still runs."""
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        learner(FailsAtEnd(ran), Interrupted(ran), Last(ran)).fit(1)
+    assert ran[-1] == "Last"
+    assert [repr(other) for other in caught.value.others] == ["ValueError('first')"]  # type: ignore[attr-defined]
+
+
+def test_a_callback_that_was_removed_is_let_go() -> None:
+    gone = KINDS[0]([])
+    taught = learner(gone)
+    taught.fit(1)
+    taught.remove_callback(type(gone))
+    taught.fit(1)
+    seen = weakref.ref(gone)
+    del gone
+    gc.collect()
+    assert seen() is None
+    taught.close()
 
 
 def test_a_cancel_ends_what_it_names() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from torch import Tensor
 from flowtrain import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
+    Access,
     BackwardBegin,
     BackwardEnd,
     BatchBegin,
@@ -765,6 +770,88 @@ def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: b
         gc.enable()
 
 
+class _Unwatched(Callback):
+    """Look at the loss of a batch that was cancelled, and at nothing else."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchCancelled)
+    def look(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(learner.batch.loss.requires_grad)
+
+
+def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
+    """A step leaves that out while nobody can; a cancelled batch shows it, and a step that calls the bundled one."""
+    callback = _Unwatched()
+
+    class Refuses(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise CancelBatchException("not this one")
+
+    tiny_learner(
+        callback, optimizer=partial(Refuses, lr=0.1), default_callbacks=False, data=tiny_batches(n_batches=2)
+    ).fit(1)
+    assert callback.seen == [False, False]
+    seen: list[bool] = []
+
+    class Inherits(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            super().step(learner, raw)
+            seen.append(learner.batch.loss.requires_grad)
+
+    tiny_learner(default_callbacks=False, data={Inherits: tiny_batches(n_batches=2)}).fit(1)
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("run", [lambda learner: learner.fit(1), lambda learner: learner.epoch(TrainingPhase)])
+def test_a_learner_is_of_use_after_an_interrupt_anywhere(run: Callable[[Learner], None]) -> None:
+    """A second signal strikes at any line of the loop; what was open is not open any more, and training can go on."""
+    learner = tiny_learner(data=tiny_batches(n_batches=1))
+    run(learner)
+    struck = set[int]()
+    for line in range(1, 1000):
+        hit = _interrupt(line, partial(run, learner))
+        if hit is None:
+            break
+        struck.add(hit)
+        run(learner)
+    assert len(struck) > 25
+
+
+def _interrupt(number: int, run: Callable[[], None]) -> int | None:
+    """Raise at the n-th line that runs in the module, except where it clears up; return where, if there are so many."""
+    at, left = None, number
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        return strike if frame.f_globals.get("__name__") == "flowtrain.loop" else None
+
+    def strike(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal at, left
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        clears_up = "self.scopes" in line and "CLOSED" in line
+        if event == "line" and not clears_up:
+            left -= 1
+            if left == 0:
+                at = frame.f_lineno
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return strike
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return at
+
+
 def test_the_batch_of_an_error_is_not_kept() -> None:
     """A learner that is trained again after an error, such as one of memory, holds nothing of before."""
     callback = _Refuse(ValueError())
@@ -775,7 +862,7 @@ def test_the_batch_of_an_error_is_not_kept() -> None:
         for _ in range(2):
             with suppress(ValueError):
                 learner.fit(1)
-        assert [loss() is None for loss in callback.seen] == [True, False]  # `stopped` has the last one
+        assert [loss() is None for loss in callback.seen] == [True, True]  # the last batch's, in `stopped`, is detached
     finally:
         gc.enable()
 

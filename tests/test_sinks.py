@@ -113,6 +113,19 @@ def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None
     assert (steps(tmp_path / "one"), steps(tmp_path / "new")) == ([1], [3])
 
 
+def test_a_run_that_cannot_be_gone_on_with_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Rule 28: what does not fit changes nothing: what is trained next is not logged as that run."""
+    backend = JsonlBackend(tmp_path / "log")
+    sinks = Sinks()
+    sinks.use([LogMetrics(backend)])
+    before = sinks.run
+    with pytest.raises(LoggingError):
+        sinks.restore(Run("other", resumed=True), {backend.sink: 10_000})
+    assert sinks.run is before
+    with pytest.raises(LoggingError, match="is not open"):
+        write(backend, 1)
+
+
 def test_callbacks_that_leave_close_their_backends(tmp_path: Path) -> None:
     first, second = JsonlBackend(tmp_path / "log"), JsonlBackend(tmp_path / "log")
     sinks = Sinks()
@@ -144,6 +157,29 @@ def test_every_backend_is_closed_whatever_another_raises(tmp_path: Path) -> None
     assert caught.value.__notes__ == [f"raised when {broken!r} of LogMetrics was closed"]
     with pytest.raises(LoggingError, match="is not open"):
         write(fine, 1)
+
+
+def test_a_sink_that_cannot_be_closed_does_not_stop_half_of_a_change(tmp_path: Path) -> None:
+    """Rule 11: its failure is raised, and the callbacks and their backends are the new ones, both."""
+
+    class Broken(JsonlBackend):
+        def close(self) -> None:
+            super().close()
+            if self.broken:
+                raise OSError("broken")
+
+        broken = False
+
+    backend = Broken(tmp_path / "a")
+    learner = tiny_learner(LogMetrics(backend))
+    learner.fit(1)
+    written = steps(tmp_path / "a")
+    backend.broken = True
+    with pytest.raises(OSError, match="broken"):
+        learner.remove_callback(LogMetrics)
+    assert learner.get_callback(LogMetrics) is None
+    learner.fit(1)
+    assert steps(tmp_path / "a") == written != []
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
