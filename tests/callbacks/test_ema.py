@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,3 +327,36 @@ def test_declares_exactly_what_it_touches() -> None:
     assert shown["note_update"] == {}
     learner.fit(1)
     assert FitEnd in {handler.event_type for _, handler in node.handlers}
+
+
+def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_run_resumed_from_it_is_the_run(
+    tmp_path: Path,
+) -> None:
+    """Rule 28: while the model has the averages, and again when the resumed epoch of validation has begun once more."""
+
+    class Asks(Callback):
+        seen: float | None = None
+
+        @on(BatchEnd, ValidationPhase, access={"cbstate.history": Read(), "model": Read()})
+        def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            if learner.cbstate.history[phase].steps == 3:
+                self.seen = learner.model.coeff.item()
+                learner.request_checkpoint(tmp_path / "one.ckpt")
+
+    def make() -> tuple[Learner, EMA, Asks]:
+        ema, asks = EMA(0.5), Asks()
+        return tiny_learner(asks, ema, n_batches=2), ema, asks
+
+    whole, averaged, asks = make()
+    whole.fit(2)
+    resumed, ema, again = make()
+    resumed.fit(2, resume=tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    held, average = saved["model"][""]["coeff"], saved["callbacks"]["EMA"]["state"]["averages"]["coeff"]
+    assert asks.seen == average.item() != held.item()
+    assert held.item() == whole.model.coeff.item() == resumed.model.coeff.item()
+    assert torch.equal(ema.averages["coeff"], averaged.averages["coeff"])
+    losses = [list(learner.cbstate.metrics_step[ValidationPhase]["Loss"]) for learner in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert again.seen is None  # the third batch was before the checkpoint
