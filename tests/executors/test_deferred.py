@@ -5,10 +5,12 @@ Rules 20 to 23, 25 and 26, with the bundled callbacks that can be deferred and w
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no annotations
+import psutil  # type: ignore[import-untyped]  # dask has it; without annotations
 import pytest
 import torch
 
@@ -50,7 +53,7 @@ from flowtrain.callbacks import (
     one_cycle,
     throttle,
 )
-from flowtrain.execution import Executor
+from flowtrain.execution import Executor, SerialExecutor
 from flowtrain.logging import Image, JsonlBackend
 from flowtrain.metrics import accuracy
 from flowtrain.records import Identity, Run, identity
@@ -397,3 +400,34 @@ def test_the_report_can_be_read_during_training_and_the_fit_ends_with_what_went_
     assert [said in message for message in caplog.messages if message.startswith("flowtrain: ")] == [
         True
     ] * bool(final.stalled or final.dropped)
+
+
+def own_processes() -> set[int]:
+    """Return the processes that dask has started from this one."""
+    found: set[int] = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends in this moment
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+def test_processes_that_the_executor_started_go_with_its_learner() -> None:
+    """Rule 26, for ``"local"``: the state comes home; a learner that is dropped leaves no process."""
+    torch.manual_seed(0)
+    before = own_processes()
+    sums, here = Sums(), Sums()
+    learner = learner_of(DaskExecutor("local"), lambda: [sums])
+    learner.fit(1)
+    torch.manual_seed(0)
+    with learner_of(SerialExecutor(), lambda: [here]) as serial:
+        serial.fit(1)
+    assert (sums.seen, sums.by_phase, sums.mean.shape) == (here.seen, here.by_phase, (3,))
+    started = own_processes() - before
+    assert started
+    del learner
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while own_processes() & started and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not own_processes() & started
