@@ -66,6 +66,8 @@ class Position:
             self.done.append(self.phase)
         if self.phase == self._stepping:
             self.steps += batches or self._least
+            if self.stream is not None and self._ahead(batches):
+                self.stream.put_back()
         self.phase, self.begun = "", None
 
     def end_round(self) -> None:
@@ -174,6 +176,7 @@ class Stream:
         self._loader, self._phase = loader, phase
         self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # what it began with, and the batches it has given
         self._resumed: Iterable[Any] | None = None
+        self._again = False
         self._batches = self._run()
 
     def __iter__(self) -> Iterator[Any]:
@@ -187,10 +190,20 @@ class Stream:
                 source, begun, count = self._loader, beginning(self._loader), 0
             for raw in source:
                 count += 1
-                self._pass = begun, count
-                self.given += 1
-                yield raw
+                self._again = True
+                while self._again:
+                    self._again = False
+                    self._pass = begun, count
+                    self.given += 1
+                    yield raw
             check_gave(count, self._phase, self._loader)
+
+    def put_back(self) -> None:
+        """Give the last batch once more: prefetch had taken it for an epoch that was cancelled before it."""
+        begun, count = self._pass
+        self._pass = begun, count - 1
+        self.given -= 1
+        self._again = True
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Draw again what was drawn, from what `state_dict` returned. To be called before the first batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -40,6 +41,19 @@ def test_the_lag_of_the_cpu(options: dict[str, int], lag: int) -> None:
 def test_a_copy_of_a_core_keeps_what_it_was_told() -> None:
     core = TorchCore("cpu", "bf16", 2, 1.0, True, clip_grad_value=0.5, lag=1, channels_last=True, prefetch=False)
     assert vars(core.like().settings) == {**vars(core.settings), "compile": False}
+
+
+def test_a_length_that_is_not_true_loses_the_last_group_and_says_so() -> None:
+    class Lies(list[Any]):
+        def __len__(self) -> int:
+            return 5
+
+    batches = [(torch.ones(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)) for _ in range(6)]
+    learner = learner_of(TorchCore("cpu", accumulate=4))
+    for given, warns in ((batches[:4], False), (batches[:5], False), (batches[:3], True), (batches, True)):
+        message = rf"The loader said that 5 batches are left in this epoch, and gave {len(given)}\."
+        with pytest.warns(UserWarning, match=message) if warns else nullcontext():
+            learner.epoch(TrainingPhase, Lies(given))
 
 
 def test_tf32_is_for_cuda() -> None:

@@ -17,6 +17,8 @@ from flowtrain import (
     BatchEnd,
     CancelEpochException,
     Learner,
+    LearnerView,
+    Read,
     StepContext,
     TorchCore,
     TrainingPhase,
@@ -138,7 +140,11 @@ def test_who_looks_ahead_knows_the_last_one() -> None:
     assert list(ahead(["only"], None, told.append)) == ["only"]
     assert told == [True]
     told.clear()
-    assert list(counted("abc", 3, told.append)) == ["a", "b", "c"]
+    wrong: list[tuple[int, int]] = []
+    assert list(counted("abc", 3, told.append, lambda *counts: wrong.append(counts))) == ["a", "b", "c"]
+    for said in (0, 2, 4):
+        list(counted("abc", said, lambda last: None, lambda *counts: wrong.append(counts)))
+    assert wrong == [(0, 3), (2, 3), (4, 3)]
     assert told == [False, False, True]
 
 
@@ -186,6 +192,36 @@ def test_a_cancelled_epoch_lets_go_of_the_batch_ahead() -> None:
     learner.fit(1)
     gc.collect()
     assert [each() is not None for each in alive] == [True, False], "the last batch stays, as without prefetch"
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("at", [2, 5, 6])
+def test_an_endless_stream_loses_no_batch_when_its_epoch_is_cancelled(prefetch: bool, at: int) -> None:
+    """The batch that was taken ahead begins the next epoch, also where it had begun a new pass."""
+    seen: list[float] = []
+
+    class Stays:
+        def start(self, raw: Any) -> Any:
+            return raw
+
+        def finish(self, moving: Any) -> Any:
+            return moving
+
+    def cancel(learner: LearnerView) -> None:
+        seen.append(float(learner.batch.inputs[0]))
+        if len(seen) == at:
+            raise CancelEpochException("enough")
+
+    learner = Learner(
+        torch.nn.Linear(1, 1),
+        torch.nn.functional.mse_loss,
+        data=[(torch.full((1, 1), float(each)), torch.zeros(1, 1)) for each in range(5)],
+        callbacks=[CustomCallback(cancel, UpdateEnd, TrainingPhase, access={"batch.inputs": Read()})],
+        default_callbacks=False,
+        core=TorchCore("cpu", prefetch=Stays() if prefetch else False),
+    )
+    learner.fit(steps=12, validate_every=3)
+    assert seen == [each % 5 for each in range(len(seen))]
 
 
 class Untouched:
