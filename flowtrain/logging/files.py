@@ -135,4 +135,6 @@ def read_file(file: File) -> bytes:
 def unwritable(path: str, error: OSError) -> LoggingError:
     """Make the error for a place that cannot be written to."""
     reason = error.strerror or str(error)
+    if error.filename not in (None, path):  # what is in the way, such as a file in place of a folder
+        reason = f"{reason}: {error.filename}"
     return LoggingError(f"{path} cannot be written: {reason}. Log to a path in a folder that you may write to.")

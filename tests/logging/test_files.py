@@ -1,0 +1,72 @@
+"""Files: whole records, whole files, and what is said when that cannot be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import File
+from flowtrain.logging.files import AppendingFile, read_file, replace_file, unwritable
+
+
+def lines(descriptor: int) -> int:
+    return os.pread(descriptor, 1 << 16, 0).rfind(b"\n") + 1
+
+
+def test_what_was_cut_off_is_dropped_when_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log"
+    with AppendingFile(str(path), lines) as file:  # its folders are made
+        file.append(b"one\n")
+        file.append(b"tw")
+    with AppendingFile(str(path), lines) as file:
+        assert file.size == 4
+        file.append(b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_truncating_goes_back_and_never_forth(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with AppendingFile(str(path), lines) as file:
+        file.append(b"one\n")
+        position = file.sync()
+        file.append(b"two\n")
+        file.truncate(position)
+        file.append(b"three\n")
+        with pytest.raises(
+            LoggingError, match=r"has 10 bytes, and had 11 when the checkpoint was made: it is not the same"
+        ):
+            file.truncate(11)
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+def test_a_whole_file_replaces_the_one_before_or_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.png"
+    replace_file(str(path), b"one")
+    replace_file(str(path), b"two")
+    assert path.read_bytes() == b"two"
+    assert [each.name for each in path.parent.iterdir()] == ["a.png"]
+    with pytest.raises(LoggingError, match=r"a\.png/b cannot be written: .*\. Nothing of it is left\."):
+        replace_file(str(path / "b"), b"three")
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(LoggingError, match=r"folder cannot be written: Is a directory"):
+        replace_file(str(tmp_path / "folder"), b"four")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["deep", "folder"]
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    assert read_file(File(tmp_path / "a")) == b"content"
+    with pytest.raises(LoggingError, match=r"File\('.*b'\) cannot be read: No such file or directory\."):
+        read_file(File(tmp_path / "b"))
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LoggingError, match=r"file/log cannot be written: File exists: .*/file\. Log to a path in a"):
+        AppendingFile(str(tmp_path / "file" / "log"), lines)
+    assert str(unwritable("x", OSError("odd"))) == (
+        "x cannot be written: odd. Log to a path in a folder that you may write to."
+    )
