@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from flowtrain.errors import ExecutorError, is_a, is_positive, nearest
 from flowtrain.execution import Site
@@ -19,7 +20,7 @@ from flowtrain_dask.deferred import Deferred
 from flowtrain_dask.leaving import Held
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.opening import Options, validate
-from flowtrain_dask.report import Report
+from flowtrain_dask.report import LaneReport, Report
 
 __all__ = ["Deferring", "check_choice"]
 
@@ -48,6 +49,7 @@ class Deferring:
         self._decided: tuple[tuple[Node, ...], Deferral] = (), Deferral()
         self._deferred: Deferred | None = None
         self._sequences: dict[str, int] = {}
+        self._past: tuple[LaneReport, ...] = ()
         weakref.finalize(self, self._held.drop).atexit = False  # with a learner that nobody closes
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
@@ -69,6 +71,7 @@ class Deferring:
         if self._deferred is None or nodes != self._nodes:
             if self._deferred is not None:
                 self._sequences |= self._deferred.sequences
+                self._past += tuple(replace(lane, where="ended") for lane in self._deferred.report().lanes)
                 self._deferred.close()
             # A change that was refused after it was checked has left its own decision behind.
             deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes)
@@ -98,8 +101,8 @@ class Deferring:
             self._deferred.resume(self._sequences)
 
     def report(self) -> Report:
-        """Return how the lanes stand."""
-        return Report() if self._deferred is None else self._deferred.report()
+        """Return how the lanes stand; those from before a change of callbacks come first."""
+        return Report(self._past + (() if self._deferred is None else self._deferred.report().lanes))
 
     def flush(self) -> None:
         """Wait until everything is processed, and raise what failed."""

@@ -431,3 +431,19 @@ def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     while own_processes() & started and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not own_processes() & started
+
+
+def test_the_report_keeps_what_was_before_a_change_of_callbacks() -> None:
+    class Sees(Callback):
+        deferrable = True
+
+        @on(BatchEnd, TrainingPhase)
+        def see(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+    executor = DaskExecutor()
+    with tiny_learner(Sees(), n_batches=5, executor=executor) as learner:
+        learner.fit(1)
+        learner.add_callback(Sees())
+        learner.fit(1)
+        found = [(lane.lane, lane.where, lane.events) for lane in executor.report().lanes]
+    assert found == [("Sees", "ended", 5), ("Sees", "thread", 5), ("Sees#2", "thread", 5)]
