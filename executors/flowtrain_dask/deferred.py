@@ -168,27 +168,44 @@ class Deferred:
 
         While training is being stopped it waits for `Options.drain_timeout` at most.
         """
-        begin = time.monotonic()
         self.gave_up = False
+        failures: list[BaseException] = []
+        while True:
+            self._wait()
+            found = self._failures()
+            failures += found
+            if not found:
+                break
+            # Once more: `FitEnd` is run after a failure, and may fail itself.
+        self._tell()
+        if failures:
+            raise_worst(failures)
+
+    def _wait(self) -> None:
+        """Wait until the lanes have nothing left to do, have failed, or training is being stopped for too long."""
+        end: float | None = None
         for lane in self.lanes:
             lane.given_up = False
             while not lane.flush(0.25) and not lane.over:
-                if _is_stopping(self._site) and time.monotonic() - begin > self._options.drain_timeout:
+                if end is None and _is_stopping(self._site):
+                    end = time.monotonic() + self._options.drain_timeout
+                if end is not None and time.monotonic() >= end:
                     self.gave_up = lane.given_up = True
                     left, limit = lane.report().pending, self._options.drain_timeout
                     _logger.warning(
                         "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit
                     )
                     break
-        self._tell()
+
+    def _failures(self) -> list[BaseException]:
+        """Return what the lanes have to raise."""
         failures: list[BaseException] = []
         for lane in self.lanes:
             try:
                 lane.raise_failure()
-            except Exception as failure:  # those of all lanes are raised together
+            except BaseException as failure:  # those of all lanes are raised together
                 failures.append(failure)
-        if failures:
-            raise_worst(failures)
+        return failures
 
     def close(self) -> None:
         """End the lanes; what they have not processed is dropped."""

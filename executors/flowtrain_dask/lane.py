@@ -10,7 +10,7 @@ few milliseconds: a wait in a lock would not be interrupted by signals.
 
 When a handler fails, the records before it are written first; then the failure is handed to the training thread
 (`surface`), and the entries that were put until the training thread raises it are skipped, as they would not have
-existed in place. What is put after that is processed: `FitEnd` has its turn.
+existed in place. What is put after that is processed, and `FitEnd` has its turn whenever it was put.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from flowtrain.errors import UsageError
-from flowtrain.events import Event
+from flowtrain.events import Event, FitEnd
 from flowtrain.phases import Phase
 from flowtrain.records import LoggerBackend, deliver
 from flowtrain_dask.batches import Batches
@@ -172,12 +172,8 @@ class Lane:
         failure = self._failure
         if failure is None:
             return
-        deadline = time.monotonic() + 1.0
-        while self._done < self._put and time.monotonic() < deadline:  # the lane's thread skips what is left
-            self._rush = True
-            self._wake_up()
-            time.sleep(_POLL)
-        with self._failing:
+        with self._failing:  # the lane's thread counts nothing meanwhile
+            self._skip()
             self._failure = None  # from here on nothing is skipped
         try:
             raise failure
@@ -334,7 +330,7 @@ class Lane:
                         deliver(self._sinks[callback], ((position, record),))
                         self._tally.records += 1
         finally:
-            self._written = batch[0].sequence + len(done)
+            self._written = done[-1].sequence + 1 if done else self._written
             self._done_bytes += sum(entry.nbytes for entry in done)
             self._done += len(done)
             self._flight = rest
@@ -362,13 +358,15 @@ class Lane:
         self._surface(self.raise_failure)
 
     def _skip(self) -> None:
-        """Count what waits as skipped."""
-        skipped = [*self._flight, *self._batches.drain()]
+        """Count what waits as skipped, all but `FitEnd`: that one runs for every callback, whatever failed."""
+        skipped, kept = list[Entry](), list[Entry]()
+        for entry in (*self._flight, *self._batches.drain()):
+            (kept if isinstance(entry.event, FitEnd) and not self._retired else skipped).append(entry)
         self._flight = ()
+        self._batches.put_back(kept)
         self._tally.skipped += len(skipped)
         self._done_bytes += sum(entry.nbytes for entry in skipped)
         self._done += len(skipped)
-        self._written = self._done
 
     def _drop_rest(self) -> None:
         for entry in self._batches.drain():

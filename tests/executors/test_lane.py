@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, CancelFittingException, LearnerView, Phase, Read, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, CancelFittingException, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.errors import DeferredCancelError, UsageError
 from flowtrain.part import Owner
@@ -423,3 +423,40 @@ def test_a_handler_that_flushes_is_refused(make_lane: MakeLane) -> None:
     assert lanes[0].flush(20)
     with pytest.raises(UsageError, match=r"flush\(\) in a deferred handler of lane Logger would wait"):
         lanes[0].raise_failure()
+
+
+def test_fit_end_runs_after_a_failure_whenever_it_was_put(make_lane: MakeLane) -> None:
+    """Rules 17 and 27: training may be over before the failure comes. What is put between the two does not run."""
+
+    class Ending(Logger):
+        ended = 0
+
+        @on(FitEnd)
+        def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            self.ended += 1
+            log(self.backends, Value(0), "End", 0, ("Fit",))
+
+    backend = Memory()
+    callback = Ending(backend)
+    callback.bad[1] = ValueError("bad")
+    callback.blocked.set()
+    lane = make_lane(callback)
+    labels = [duty.label for duty in lane.job.duties]
+    note, end = labels.index("Logger.note"), labels.index("Logger.end")
+    for number in range(4):
+        put(lane, number, note)
+    lane.put(end, FitEnd(), Phase(), {}, 0)
+    put(lane, 4, note)
+    callback.blocked.clear()
+    wait_for(lambda: urgent(lane))
+    time.sleep(0.05)
+    assert callback.ended == 0  # first the failure is raised
+    with pytest.raises(ValueError, match="bad"):
+        lane.raise_failure()
+    assert lane.flush(20)
+    assert (callback.seen, callback.ended) == ([0], 1)
+    assert backend.records == ["Number 0 0", "End 0 0"]
+    assert (lane.report().tally.skipped, lane.report().pending) == (3, 0)
+    put(lane, 5, note)
+    assert lane.flush(20)
+    assert backend.records == ["Number 0 0", "End 0 0", "Number 5 5"]
