@@ -153,7 +153,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
             siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
             others = [name for name in names if name != entry]
             inside = len(path) > 2 and bool(siblings)
-            hint = nearest(path[2], siblings) if inside else nearest(entry, others)
+            hint = nearest("".join(path[2:3]), siblings) if inside else nearest(entry, others)
             provider = PROVIDERS.get(entry)
             known = f" In cbstate.{entry} there is {', '.join(siblings)}." if inside and provider else ""
             remedy = f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from flowtrain.metrics import accuracy, top_k_accuracy
 
 def mean_error(outputs: Any, targets: Any) -> Any:
     return (outputs - targets).mean()
+
+
+unnamed: Callable[[Any, Any], Any] = lambda outputs, targets: 0  # noqa: E731  # its name is what is tested
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_names(f: Any, name: str) -> None:
     [
         (("accuracy",), r"Write Metrics\(accuracy\), the function itself; flowtrain\.metrics has some"),
         ((dict,), r"<class 'dict'> is no metric: .* Write dict\(\), an instance"),
-        ((lambda outputs, targets: 0,), r"needs a name without dots\. Write Metric\(f, name='MyMetric'\)"),
+        ((unnamed,), r"needs a name without dots\. Write Metric\(f, name='MyMetric'\)"),
         ((mean_error, "a.b"), r"needs a name without dots"),
         ((mean_error, None, 3), r"Metric\(phase=3\) is no phase type\. Write Metric\(f, phase=ValidationPhase\)"),
     ],
