@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import Event
+from flowtrain.events import BatchCancelled, EpochBegin, Event
 from flowtrain.execution import Executor, Runner
 from flowtrain.graph import Node
 from flowtrain.phases import AbstractTrainingPhase, Phase
@@ -25,6 +25,9 @@ from flowtrain.state import LearnerState
 from flowtrain.steps import StepRunners
 
 __all__ = ["Dispatch"]
+
+_IN_A_BATCH = (EpochBegin, *StepRunners.events.values(), BatchCancelled)
+"""Events at which the batch state is that of the open batch, or of none."""
 
 _MOST_FIRED = 10_000
 """Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
@@ -83,6 +86,7 @@ class Dispatch:
         if self._callbacks is None:
             self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
         self._callbacks = callbacks
+        self._scopes.kept = _seen_after_a_batch(callbacks.nodes)
         self._by_type.clear()
         self.runners.clear()
 
@@ -210,3 +214,16 @@ class Dispatch:
         for step, failure in failures:
             self._scopes.note(failure, step, event, phase)
         return [failure for _, failure in failures if self._scopes.means_something(failure)]
+
+
+def _seen_after_a_batch(nodes: Sequence[Node]) -> frozenset[str] | None:
+    """Return the batch entries that handlers declare which run after a batch is closed; ``None`` for all."""
+    paths = {
+        path
+        for node in nodes
+        for _, handler in node.handlers
+        if handler.event_type not in _IN_A_BATCH
+        for path, _ in node.access[handler]
+        if path[0] == "batch"
+    }
+    return None if ("batch",) in paths else frozenset(path[1] for path in paths)

@@ -27,6 +27,7 @@ class Scopes:
         backward: Whether the backward pass of the open batch has begun.
         firing: Whether an event that was fired from outside of the loop is being handled.
         completed: The batch state of the last batch that was completed in this epoch.
+        kept: The entries of it that are kept, on a device, when the next batch begins; ``None`` for all.
         phase: The phase of the current or last epoch.
         epoch_number: The number of the current epoch of that phase, from 1.
         batch_number: The number of the current batch in that epoch, from 1.
@@ -41,6 +42,7 @@ class Scopes:
         "epoch_number",
         "firing",
         "fit",
+        "kept",
         "numbers",
         "phase",
     )
@@ -50,6 +52,7 @@ class Scopes:
         self.backward = False
         self.firing = False
         self.completed: BatchState | None = None
+        self.kept: frozenset[str] | None = frozenset()
         self.phase: Phase = Phase()
         self.epoch_number = 0
         self.batch_number = 0
@@ -62,6 +65,18 @@ class Scopes:
         self.numbers[phase] = self.epoch_number = self.numbers.get(phase, 0) + 1
         self.batch_number = 0
         self.completed = None
+
+    def hand_over(self) -> None:
+        """Let go of what nobody will look at of the last completed batch, as the next one begins.
+
+        It is kept in case the next one is cancelled, so that `EpochEnd` shows it. A loop written by hand gives the
+        memory of the outputs back when the next batch has its own. On a device, where that is the memory there is
+        least of, only those entries stay that a handler declares which may run when the next batch is closed.
+        """
+        before, kept = self.completed, self.kept
+        if before is not None and kept is not None:
+            self.completed = BatchState()
+            vars(self.completed).update({name: value for name, value in vars(before).items() if name in kept})
 
     def means_something(self, failure: BaseException) -> bool:
         """Tell whether an exception from a handler has any effect: every error, and a cancel of an open scope."""

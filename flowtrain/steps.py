@@ -88,6 +88,7 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool)
     core, scopes, state = loop.core, loop.scopes, loop.state
     if core.places:
         raw = core.place(raw)
+        scopes.hand_over()
     pair = phase.split(raw)
     if type(pair) is not tuple or len(pair) != 2:
         _check_pair(phase, pair)

@@ -196,7 +196,11 @@ class RunBatch:
         if scopes.batch != CLOSED:
             raise UsageError(f"run_batch({self._phase!r}) was called inside an open batch. Leave that one first.")
         batch = BatchState()
-        batch.__dict__.update(loop.core.place(self._entries) if loop.core.places else self._entries)
+        entries = self._entries
+        if loop.core.places:
+            entries = loop.core.place(entries)
+            scopes.hand_over()
+        batch.__dict__.update(entries)
         loop.state.show(batch)
         scopes.backward = False
         scopes.batch = OPEN

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from flowtrain import (
+    AbstractTrainingPhase,
     BatchBegin,
     BatchEnd,
+    CancelBatchException,
     CancelEpochException,
+    EpochEnd,
     Learner,
     LearnerView,
     Read,
@@ -222,6 +225,47 @@ def test_an_endless_stream_loses_no_batch_when_its_epoch_is_cancelled(prefetch: 
     )
     learner.fit(steps=12, validate_every=3)
     assert seen == [each % 5 for each in range(len(seen))]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("looks", [False, True])
+def test_the_outputs_of_a_batch_go_when_the_next_begins_unless_somebody_may_look(looks: bool, own: bool) -> None:
+    """On a device there is as much memory as in the loop by hand; what a handler of `EpochEnd` declares stays."""
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    last: list[Any] = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            alive.extend(each() is not None for each in seen[-1:])
+            outputs = super().forward(inputs)
+            seen.append(weakref.ref(outputs))
+            return outputs
+
+    def skip_the_last(learner: LearnerView) -> None:
+        if len(seen) == 4:
+            raise CancelBatchException("not this one")
+
+    def look(learner: LearnerView) -> None:
+        last.append(learner.batch.outputs is seen[2]())
+
+    class Own(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw[0]) as batch:
+                batch.outputs = learner.model(batch.x)
+                learner.backward(self, batch.outputs.mean())
+                learner.update(self)
+
+    phase: type[AbstractTrainingPhase] = Own if own else TrainingPhase
+    callbacks = [CustomCallback(skip_the_last, UpdateEnd, phase)]
+    if looks:
+        callbacks.append(CustomCallback(look, EpochEnd, phase, access={"batch.outputs": Read()}))
+    learner = Learner(
+        Model(1, 1), torch.nn.functional.mse_loss, data={phase: tiny_batches(n_batches=4)}, callbacks=callbacks,
+        core=TorchCore("cpu", prefetch=Logged()),
+    )  # fmt: skip
+    learner.epoch(phase)
+    assert (alive, last) == ([looks] * 3, [True] if looks else [])
 
 
 class Untouched:
