@@ -150,7 +150,7 @@ class Monkey:
         address = self._addresses().get(name)
         if address is None:  # it has only just been started
             return
-        retired = self._client.retire_workers([address])
+        retired: Any = self._client.retire_workers([address])
         if address not in retired:  # nobody else was there to take what it has
             self._say(f"{name} could not be retired")
             return
