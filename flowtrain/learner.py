@@ -1,12 +1,13 @@
 """The learner: one object that holds the state of training and hands the work to its parts.
 
 State is in `LearnerState`, callbacks in `Callbacks`, computing in `TorchCore`, running in `Loop`. The learner checks
-what a user passes, joins these parts, and delegates.
+what a user passes, joins these parts, and delegates. What it offers to a step is in `StepSite`, and what it offers to
+who changes its callbacks in `CallbackSite`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
@@ -26,26 +27,23 @@ from flowtrain.arguments import (
 from flowtrain.audit import SyncReport, audit
 from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
-from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.callbacks import Recorder
+from flowtrain.callbacksite import CallbackSite, default_callbacks_for
 from flowtrain.core import TorchCore
 from flowtrain.data import loaders, warn_untrained
 from flowtrain.dryrun import Recording, record
-from flowtrain.errors import CallbackError, ExecutorError, UsageError
+from flowtrain.errors import ExecutorError, UsageError
 from flowtrain.events import EpochBegin
 from flowtrain.execution import Executor, find_executor
-from flowtrain.graph import Node
 from flowtrain.loop import Loop
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.plot import plot
-from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
-from flowtrain.stepsite import StepSite
-from flowtrain.strict import watch
 
 __all__ = ["Learner"]
 
 
-class Learner(StepSite):
+class Learner(CallbackSite):
     """Trains a model.
 
     Args:
@@ -89,7 +87,7 @@ class Learner(StepSite):
         self._closed = False
         found = find_executor(executor)
         chosen = [*as_list(callbacks)]
-        chosen += _defaults(default_callbacks, chosen)
+        chosen += default_callbacks_for(default_callbacks, chosen)
         self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
@@ -226,44 +224,7 @@ class Learner(StepSite):
     ) -> None:
         self.close()
 
-    # --- callbacks
-
-    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
-        return self.callbacks.find(wanted)
-
-    def add_callback(self, callback: Callback) -> None:
-        """Add a callback at the end of the list. A refused change leaves everything as it was; so with the next."""
-        self._use([*self.callbacks, callback])
-
-    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
-        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
-        self._use(as_list(callbacks))
-
-    def replace_callback(self, new: Callback) -> Callback:
-        """Replace the callback of the same type, and return it.
-
-        Raises:
-            CallbackError: There is none of exactly that type, or more than one.
-        """
-        same = [callback for callback in self.callbacks if type(callback) is type(new)]
-        if len(same) != 1:
-            raise CallbackError(
-                f"replace_callback({new!r}) needs exactly one {type(new).__name__} to replace; there are {len(same)}. "
-                f"Use set_callbacks(...) or add_callback(...)."
-            )
-        self._use([new if callback is same[0] else callback for callback in self.callbacks])
-        return same[0]
-
-    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
-        """Remove the first callback of a type, subclasses included, or of a name, and return it.
-
-        Raises:
-            CallbackError: There is none.
-        """
-        found = self.callbacks.must_find(wanted)
-        self._use([callback for callback in self.callbacks if callback is not found])
-        return found
+    # --- what callbacks touch
 
     def suggest_access(self, callback: Callback) -> Recording:
         """Find the least that each handler of a callback must declare, and print it, ready to paste.
@@ -296,25 +257,7 @@ class Learner(StepSite):
         print(found)
         return found
 
-    def _use(self, callbacks: list[Callback]) -> None:
-        self.loop.scopes.refuse_nested("Changing the callbacks")
-        phases = [type(phase) for phase in self.state.data]
-        before = self.state.callbacks
-        watched = watch(self.state) if self.strict else None
-        made = Callbacks(callbacks, self.state, phases, before, watched, self._accept)
-        made.annotate(self.loop.executor.explain)
-        self.state.callbacks = made
-        named = (path for node in made.nodes for path, _ in node.union)
-        self.core.need_grad_norm(("batch", "grad_norm") in named)
-        self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
-        self.loop.dispatch.use(made)
-        self.loop.sinks.use(made)  # last: a sink that cannot be closed is an error, and the change is done then
-
     # --- checks
-
-    def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        self.loop.sinks.check(node.callback for node in nodes)
-        self.loop.executor.check(nodes, state)
 
     def _ready(self, what: str, opens: bool = True) -> None:
         if self._closed:
@@ -343,14 +286,3 @@ class Learner(StepSite):
 
     def __repr__(self) -> str:
         return f"Learner({type(self.state.model).__name__}, {self.core!r}, executor={self.executor.name!r})"
-
-
-def _defaults(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
-    if wanted not in (True, False, "quiet"):
-        raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
-    if not wanted:
-        return []
-    kinds: list[type[Callback]] = [Recorder, Metrics, StopOnNaNLoss]
-    if wanted != "quiet":
-        kinds += [ProgressBar, MetricsPrinter]
-    return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]

@@ -15,15 +15,7 @@ from flowtrain.core import TorchCore
 from flowtrain.cuts import Cuts
 from flowtrain.data import check_gave, length, shortest
 from flowtrain.dispatch import Dispatch
-from flowtrain.events import (
-    BatchCancelled,
-    EpochBegin,
-    EpochCancelled,
-    EpochEnd,
-    Event,
-    FitBegin,
-    FitEnd,
-)
+from flowtrain.events import BatchCancelled, EpochBegin, EpochCancelled, EpochEnd, Event, FitBegin, FitEnd
 from flowtrain.execution import Executor
 from flowtrain.interrupts import Interrupts
 from flowtrain.phasemap import PhaseMap

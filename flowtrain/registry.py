@@ -231,12 +231,8 @@ class Callbacks(Sequence[Callback]):
         restore = restore_point(cbstate)
         try:
             _make_containers(self._nodes, cbstate, late=self._state.lag > 0)
-            new = [
-                node
-                for node in self._nodes
-                if id(node.callback) not in known and type(node.callback).setup is not Callback.setup
-            ]
-            for node in order_setup(new):
+            with_setup = [node for node in self._nodes if type(node.callback).setup is not Callback.setup]
+            for node in order_setup([node for node in with_setup if id(node.callback) not in known]):
                 self._call_setup(node)
             check_made(self._nodes, cbstate)
             if self._accept is not None:

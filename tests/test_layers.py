@@ -21,7 +21,10 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "parameters", "phasemap", "lag", "series", "containers", "state",
     ),
     # what handlers see, what sinks get
-    1: ("part", "protect", "recording", "fingerprint", "terminal", "loggables", "records", "plain", "metric"),
+    1: (
+        "part", "namespace", "protect", "recording", "fingerprint", "terminal", "loggables", "records", "plain",
+        "metric",
+    ),
     2: ("resolution", "handler", "callback", "conditions", "providers"),  # what a user writes
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
@@ -35,7 +38,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
         "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
-    8: ("curves", "figure", "plot", "arguments", "learner", "finder", "flowtrain"),  # all of it in one object
+    8: ("curves", "figure", "plot", "arguments", "callbacksite", "learner", "finder", "flowtrain"),  # one object
     9: ("testing", "examples"),  # users of the face
 }
 NARROWED = {"callbacks": {0, 1, 2, 6}}  # the only layers these may import, and never a sibling in their package

@@ -1,0 +1,103 @@
+"""The callbacks of a learner, from outside: found, added, replaced and removed, each as one change or not at all.
+
+`Learner` is one of these. A change makes a new `flowtrain.registry.Callbacks`, which checks and orders all of them.
+Then everybody who works for the callbacks is told: core, dispatch and sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from flowtrain.arguments import as_list
+from flowtrain.callback import Callback
+from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.errors import CallbackError, UsageError
+from flowtrain.graph import Node
+from flowtrain.registry import Callbacks
+from flowtrain.state import LearnerState
+from flowtrain.stepsite import StepSite
+from flowtrain.strict import watch
+
+__all__ = ["CallbackSite", "default_callbacks_for"]
+
+
+class CallbackSite(StepSite):
+    """A learner as who changes its callbacks sees it.
+
+    Attributes:
+        strict: Whether every handler is checked to change only what it declares.
+    """
+
+    strict: bool
+
+    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        return self.callbacks.find(wanted)
+
+    def add_callback(self, callback: Callback) -> None:
+        """Add a callback at the end of the list. A refused change leaves everything as it was; so with the next."""
+        self._use([*self.callbacks, callback])
+
+    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
+        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
+        self._use(as_list(callbacks))
+
+    def replace_callback(self, new: Callback) -> Callback:
+        """Replace the callback of the same type, and return it.
+
+        Raises:
+            CallbackError: There is none of exactly that type, or more than one.
+        """
+        same = [callback for callback in self.callbacks if type(callback) is type(new)]
+        if len(same) != 1:
+            raise CallbackError(
+                f"replace_callback({new!r}) needs exactly one {type(new).__name__} to replace; there are {len(same)}. "
+                f"Use set_callbacks(...) or add_callback(...)."
+            )
+        self._use([new if callback is same[0] else callback for callback in self.callbacks])
+        return same[0]
+
+    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
+        """Remove the first callback of a type, subclasses included, or of a name, and return it.
+
+        Raises:
+            CallbackError: There is none.
+        """
+        found = self.callbacks.must_find(wanted)
+        self._use([callback for callback in self.callbacks if callback is not found])
+        return found
+
+    def _use(self, callbacks: list[Callback]) -> None:
+        self.loop.scopes.refuse_nested("Changing the callbacks")
+        phases = [type(phase) for phase in self.state.data]
+        before = self.state.callbacks
+        watched = watch(self.state) if self.strict else None
+        made = Callbacks(callbacks, self.state, phases, before, watched, self._accept)
+        made.annotate(self.loop.executor.explain)
+        self.state.callbacks = made
+        named = (path for node in made.nodes for path, _ in node.union)
+        self.core.need_grad_norm(("batch", "grad_norm") in named)
+        self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
+        self.loop.dispatch.use(made)
+        self.loop.sinks.use(made)  # last: a sink that cannot be closed is an error, and the change is done then
+
+    def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
+        self.loop.sinks.check(node.callback for node in nodes)
+        self.loop.executor.check(nodes, state)
+
+
+def default_callbacks_for(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks that a learner has without being told, except where one of that type was chosen.
+
+    Args:
+        wanted: ``True``, ``False``, or ``"quiet"``, which leaves out those that print.
+        chosen: The user's.
+    """
+    if wanted not in (True, False, "quiet"):
+        raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
+    if not wanted:
+        return []
+    kinds: list[type[Callback]] = [Recorder, Metrics, StopOnNaNLoss]
+    if wanted != "quiet":
+        kinds += [ProgressBar, MetricsPrinter]
+    return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
