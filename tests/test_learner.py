@@ -17,16 +17,13 @@ from flowtrain import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
     Access,
-    AccessError,
     BatchEnd,
     Callback,
     CallbackError,
     CancelEpochException,
     CancelFittingException,
-    CoreError,
     EpochBegin,
     EpochEnd,
-    Event,
     ExecutorError,
     FitBegin,
     FlowtrainError,
@@ -40,11 +37,8 @@ from flowtrain import (
     TrainingPhase,
     UsageError,
     ValidationPhase,
-    Write,
-    WriteConflictError,
     on,
 )
-from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 
 
@@ -210,202 +204,6 @@ def test_a_nan_loss_stops_training_with_a_warning() -> None:
     assert learner.model.coeff.isfinite()
 
 
-# --- callbacks
-
-
-class First(Callback):
-    """A callback that counts how often it is set up."""
-
-    setups = 0
-
-    def state_access(self) -> Access:
-        return {"cbstate.first": Write()}
-
-    def setup(self, learner: LearnerView) -> None:
-        self.setups += 1
-        learner.cbstate.first = self.setups
-
-    @on(BatchEnd)
-    def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        learner.cbstate.first = 0
-
-
-class Rival(First):
-    """Writes what `First` writes."""
-
-
-def names(learner: Learner) -> list[str]:
-    return [callback.name for callback in learner.callbacks]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "kinds"),
-    [
-        (True, [Recorder, Metrics, StopOnNaNLoss, ProgressBar, MetricsPrinter]),
-        ("quiet", [Recorder, Metrics, StopOnNaNLoss]),
-        (False, []),
-    ],
-)
-def test_default_callbacks(wanted: Any, kinds: list[type[Callback]]) -> None:
-    first = First()
-    learner = tiny_learner(first, default_callbacks=wanted)
-    assert [type(callback) for callback in learner.callbacks] == [First, *kinds], "after the user's"
-
-
-def test_a_default_callback_is_left_out_where_the_user_passes_one() -> None:
-    class MyRecorder(Recorder):
-        """One's own."""
-
-    metrics, recorder = Metrics(), MyRecorder()
-    learner = tiny_learner(metrics, recorder)
-    assert list(learner.callbacks) == [metrics, recorder, learner.get_callback(StopOnNaNLoss)]
-
-
-@pytest.mark.parametrize("wanted", ["silent", 2, None])
-def test_default_callbacks_are_true_false_or_quiet(wanted: Any) -> None:
-    with pytest.raises(UsageError, match=rf'^default_callbacks={wanted!r} is not True, False or "quiet"\.'):
-        tiny_learner(default_callbacks=wanted)
-
-
-def test_get_callback() -> None:
-    first, other = First(), First()
-    other.name = "Mine"
-    learner = tiny_learner(first, Recorder(), default_callbacks=False)
-    assert learner.get_callback(First) is learner.get_callback("First") is learner.get_callback(Callback) is first
-    assert learner.get_callback(Rival) is None
-    assert learner.get_callback("Rival") is None
-    with pytest.raises(CallbackError, match="A callback is found by its type or name, got <First>"):
-        learner.get_callback(first)  # type: ignore[arg-type]  # what is tested
-
-
-def test_add_set_replace_and_remove() -> None:
-    first, recorder = First(), Recorder()
-    learner = tiny_learner(recorder, default_callbacks=False)
-    learner.add_callback(first)
-    assert names(learner) == ["Recorder", "First"]
-    assert (first.setups, learner.cbstate.first) == (1, 1)
-    learner.fit(1)
-    assert learner.cbstate.first == 0
-
-    new = First()
-    assert learner.replace_callback(new) is first
-    assert list(learner.callbacks) == [recorder, new]
-    assert learner.remove_callback("First") is new
-    assert learner.remove_callback(Recorder) is recorder
-    assert names(learner) == []
-    learner.set_callbacks([first, Recorder()])
-    assert names(learner) == ["First", "Recorder"]
-    learner.set_callbacks(reversed(learner.callbacks))
-    assert names(learner) == ["Recorder", "First"]
-    assert first.setups == 2, "set up when it came, and when it came back; not when it only moved"
-    learner.fit(1)
-    assert learner.cbstate.history[TrainingPhase].epochs == 2, "cbstate outlives the callbacks"
-
-
-REFUSED: dict[str, tuple[Callable[[Learner], object], type[FlowtrainError], str]] = {
-    "conflict": (lambda learner: learner.add_callback(Rival()), WriteConflictError, "First and Rival"),
-    "a class": (lambda learner: learner.add_callback(First), CallbackError, "First is a class. Pass an instance"),  # type: ignore[arg-type]  # what is tested
-    "no callback": (lambda learner: learner.add_callback(print), CallbackError, "<built-in function print> is no call"),  # type: ignore[arg-type]  # what is tested
-    "twice": (
-        lambda learner: learner.add_callback(learner.callbacks[0]), CallbackError, "<First> is in the list twice",
-    ),
-    "set": (lambda learner: learner.set_callbacks([Rival(), First()]), WriteConflictError, "Rival and First"),
-    "no list": (lambda learner: learner.set_callbacks(First()), CallbackError, r"<First> is not a list. Write callb"),  # type: ignore[arg-type]  # what is tested
-    "replace": (
-        lambda learner: learner.replace_callback(Rival()), CallbackError,
-        r"replace_callback(<Rival>) needs exactly one Rival to replace; there are 0. Use set_callbacks(...) or",
-    ),
-    "remove": (
-        lambda learner: learner.remove_callback("Frist"), CallbackError,
-        "There is no callback Frist. Did you mean 'First'? The learner has: First, Recorder.",
-    ),
-    "remove type": (
-        lambda learner: learner.remove_callback(Metrics), CallbackError,
-        "There is no callback Metrics. The learner has: First, Recorder.",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "error", "text"), REFUSED.values(), ids=REFUSED)
-def test_a_refused_change_leaves_everything_as_it_was(
-    change: Callable[[Learner], object], error: type[FlowtrainError], text: str
-) -> None:
-    """Rule 11."""
-    first = First()
-    learner = tiny_learner(first, Recorder(), default_callbacks=False)
-    learner.fit(1)
-    before, explained, state = list(learner.callbacks), learner.callbacks.explain(), dict(vars(learner.cbstate))
-    with pytest.raises(error) as raised:
-        change(learner)
-    assert text in str(raised.value)
-    assert list(learner.callbacks) == before
-    assert learner.callbacks.explain() == explained
-    assert vars(learner.cbstate) == state
-    assert first.setups == 1
-    learner.fit(1)
-    assert learner.cbstate.history[TrainingPhase].epochs == 2
-
-
-def test_a_setup_that_fails_takes_the_change_back() -> None:
-    """Rule 11."""
-
-    class Broken(Callback):
-        def state_access(self) -> Access:
-            return {"cbstate.made": Write()}
-
-        def setup(self, learner: LearnerView) -> None:
-            learner.cbstate.made = 1
-            raise OSError("no folder")
-
-    learner = tiny_learner(default_callbacks=False)
-    with pytest.raises(OSError, match="no folder"):
-        learner.add_callback(Broken())
-    assert len(learner.callbacks) == len(learner.cbstate) == 0
-
-
-def test_core_and_executor_are_free_again_when_a_learner_is_refused() -> None:
-    """Rule 11: the same call, with what was wrong put right, builds the learner."""
-    core, executor = TorchCore(device="cpu"), SerialExecutor()
-    with pytest.raises(WriteConflictError):
-        tiny_learner(First(), Rival(), core=core, executor=executor)
-    with pytest.raises(CoreError, match="runs one model"):
-        tiny_learner(model={"a": TinyModel()}, core=core, executor=executor)
-    learner = tiny_learner(First(), core=core, executor=executor)
-    learner.fit(1)
-    assert learner.core is core
-    assert learner.executor is executor
-
-
-def test_a_phase_met_later_is_checked_before_its_first_event() -> None:
-    """Rule 11."""
-    fired: list[str] = []
-
-    class Watch(Callback):
-        @on(Event)
-        def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-            fired.append(type(event).__name__)
-
-    class Reader(Callback):
-        def state_access(self) -> Access:
-            return {"batch.grads": Read()}
-
-        @on(BatchEnd)
-        def read(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-            _ = learner.batch.grads
-
-    learner = tiny_learner(Watch(), Reader(), data=tiny_batches(), default_callbacks=False)
-    refused = r"Reader reads batch\.grads at \(BatchEnd, OODPhase\), but OODPhase provides"
-    for begin in (
-        lambda: learner.epoch(OODPhase, tiny_batches()),
-        lambda: learner.fit(1, data={TrainingPhase: tiny_batches(), OODPhase: tiny_batches()}),
-        lambda: learner.step(OODPhase, tiny_batches()[0]),
-    ):
-        with pytest.raises(AccessError, match=refused):
-            begin()
-        assert fired == []
-    learner.fit(1)
-
-
 # --- several models and optimizers
 
 
@@ -469,7 +267,7 @@ BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
     ),
     "no executor": (lambda: tiny_learner(executor=3), ExecutorError, "executor=3 is no executor: it needs name, bind"),
     "callback class": (
-        lambda: tiny_learner(callbacks=[First]), CallbackError, "First is a class. Pass an instance: First().",
+        lambda: tiny_learner(callbacks=[Count]), CallbackError, "Count is a class. Pass an instance: Count().",
     ),
 }  # fmt: skip
 
