@@ -24,6 +24,9 @@ from flowtrain_dask.report import LaneReport, Report
 
 __all__ = ["Deferring", "check_choice"]
 
+_LONGEST = 604_800
+"""Seconds of `drain_timeout`; dask cannot wait for an infinite time."""
+
 
 class Deferring:
     """The deferrable callbacks of an executor's learner.
@@ -136,9 +139,10 @@ def _check(defer: object, resources: Mapping[str, float], options: Options) -> N
                 f'DaskExecutor(address, resources={{"flowtrain": 1}}), and start the worker with '
                 f"`dask worker ADDRESS --resources flowtrain=1`."
             )
-    if not is_positive(options.drain_timeout):
+    if not is_positive(options.drain_timeout) or options.drain_timeout > _LONGEST:
         raise ExecutorError(
-            f"DaskExecutor(drain_timeout={options.drain_timeout!r}): it is a positive number of seconds, such as 30.0."
+            f"DaskExecutor(drain_timeout={options.drain_timeout!r}): it is a positive number of seconds, such as 30.0, "
+            f"and at most {_LONGEST:,}, a week."
         )
     check_choice("on_error", options.on_error, ("raise", "warn"))
     check_choice("on_cluster_loss", options.on_cluster_loss, ("local", "raise"))

@@ -56,8 +56,11 @@ def dump_state(callbacks: Sequence[Callback], kept: Sequence[object]) -> bytes:
 def load_state(callbacks: Sequence[Callback], kept: Sequence[object], blob: bytes) -> None:
     """Replace the attributes of callbacks by those from `dump_state`."""
     for callback, state in zip(callbacks, loads(blob, kept), strict=True):
-        vars(callback).clear()
-        _restore(callback, state)
+        # Not emptied first: the training thread may just be looking for its backends or its name.
+        before = set(vars(callback))
+        given = _restore(callback, state)
+        for name in before - given:
+            vars(callback).pop(name, None)
 
 
 def check_travels(job: Job, callbacks: Sequence[Callback]) -> None:
@@ -80,16 +83,18 @@ def check_travels(job: Job, callbacks: Sequence[Callback]) -> None:
             ) from error
 
 
-def _restore(callback: Callback, state: Any) -> None:
-    """Give a callback the state that ``__getstate__`` returned, as unpickling does."""
+def _restore(callback: Callback, state: Any) -> set[str]:
+    """Give a callback the state that ``__getstate__`` returned, as unpickling does; return what it has then."""
     setter = getattr(callback, "__setstate__", None)
     if setter is not None:
+        vars(callback).clear()  # only that function knows what it gives
         setter(state)
-        return
+        return set(vars(callback))
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     vars(callback).update(attributes or {})
     for name, value in (slots or {}).items():
         object.__setattr__(callback, name, value)
+    return set(attributes or {})
 
 
 def _culprit(callback: Callback, kept: Sequence[object], error: Exception) -> tuple[str, Exception]:
