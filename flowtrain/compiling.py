@@ -9,11 +9,13 @@
 - With CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) torch gives every result in the same memory, batch
   after batch. What a batch keeps is a copy.
 
-Recompilations are counted (`recompilations`), each with the reason that torch gives.
+Recompilations are counted (`recompilations`), each with the reason that torch gives. One that is a habit is reported
+once, when an epoch has ended.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,9 @@ from flowtrain.devices import rebuild
 from flowtrain.errors import CoreError, is_a
 
 __all__ = ["Compiled", "Recompilation", "check_compile", "original", "recompilations"]
+
+MANY = 3
+"""Recompilations that are not reported: the last batch of training, and that of validation, may be shorter."""
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -87,6 +92,8 @@ class Compiled:
         self._lossfn = lossfn
         self._targets = targets
         self._made: list[tuple[Any, ...]] = []
+        self._before = _compilations()
+        self._reported = False
         self.lossfn: Any = lossfn
         self._run: Any = torch.compile(_with_loss(model, lossfn) if joint else model, **options)
         self.model: Any = self._run
@@ -94,6 +101,25 @@ class Compiled:
             self.model, self.lossfn = self._both, self._loss
         elif self._graphs:
             self.model = self._copied
+
+    def report(self) -> None:
+        """Warn, once, if torch has compiled something again more than `MANY` times since this was made."""
+        if self._reported:
+            return
+        found = [_recompilation(each) for each in _compilations() if not any(each is old for old in self._before)]
+        again = [each for each in found if each is not None]
+        if len(again) > MANY:
+            self._reported = True
+            reason = " ".join(again[-1].reason.split())
+            warnings.warn(
+                f"torch has compiled code again {len(again)} times, and waits for it each time. The last was "
+                f"{again[-1].where}, because: {reason}. After {torch._dynamo.config.recompile_limit} times it gives up "
+                f"and runs that code without compilation. If sizes change, give batches the same size (drop_last=True "
+                f"in the loader, or padding), or write compile={{'dynamic': True}}. All of them: "
+                f"flowtrain.compiling.recompilations().",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _begin(self) -> None:
         if self._graphs:
@@ -162,10 +188,17 @@ def recompilations() -> tuple[Recompilation, ...]:
 
     The one place that reads torch's records of it (``torch._dynamo.utils``), which are no public interface.
     """
+    found = [_recompilation(each) for each in _compilations()]
+    return tuple(each for each in found if each is not None)
+
+
+def _compilations() -> list[Any]:
     from torch._dynamo.utils import get_compilation_metrics
 
-    return tuple(
-        Recompilation(f"{each.co_name} ({each.co_filename}:{each.co_firstlineno})", each.recompile_reason)
-        for each in get_compilation_metrics()
-        if each.recompile_reason
-    )
+    return list(get_compilation_metrics())
+
+
+def _recompilation(record: Any) -> Recompilation | None:
+    if not record.recompile_reason:
+        return None
+    return Recompilation(f"{record.co_name} ({record.co_filename}:{record.co_firstlineno})", record.recompile_reason)

@@ -90,6 +90,7 @@ class TorchCore:
         self._state: LearnerState | None = None
         self._needs_norm = False
         self._guard: Guard | None = None
+        self.report: Callable[[], None] = lambda: None  # called when an epoch has ended
 
     # --- made once, by the learner
 
@@ -122,7 +123,7 @@ class TorchCore:
         self._lossfn: Any = state.lossfn
         if self.settings.compile is not False:
             made = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
-            self._model, self._lossfn = made.model, made.lossfn
+            self._model, self._lossfn, self.report = made.model, made.lossfn, made.report
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
         self._state = state  # from here on nothing can fail
         state.params = self.params = Parameters(self.models)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from functools import partial
 from typing import Any
@@ -183,6 +184,26 @@ class Static:
 )
 def test_which_ways_record_graphs(wanted: Any, graphs: bool) -> None:
     assert has_graphs(wanted) is graphs
+
+
+@pytest.mark.parametrize(("sizes", "warns"), [((2, 3, 4, 5, 6), True), ((2, 3, 4, 5), False)])
+def test_who_compiles_again_and_again_is_told_once(sizes: tuple[int, ...], warns: bool) -> None:
+    """With the number and the reason; three of them are nothing to speak of."""
+    learner = Learner(
+        Net(),
+        cross_entropy,
+        data=batches(*sizes),
+        default_callbacks=False,
+        core=TorchCore("cpu", compile={"backend": "eager", "dynamic": False}),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.fit(2)
+    found = [str(each.message) for each in caught if "compiled code again" in str(each.message)]
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith("torch has compiled code again 4 times, and waits for it each time. The last was ")
+        assert "size mismatch at index 0. expected 5, actual 6" in found[0]
 
 
 def test_recompilations_are_counted_with_their_reason() -> None:

@@ -98,7 +98,7 @@ def counted(train: int = 3, valid: int | None = 2, *callbacks: Callback, **optio
     ids=str,
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_how_long_a_fit_is(how: dict[str, int], epochs: str, accumulate: int) -> None:
+def test_how_long_a_fit_is(how: dict[str, Any], epochs: str, accumulate: int) -> None:
     count, learner = counted(core=TorchCore(device="cpu", accumulate=accumulate))
     learner.fit(**how)
     assert " ".join(count.epochs) == epochs
