@@ -113,9 +113,9 @@ class Compiled:
             reason = " ".join(again[-1].reason.split())
             warnings.warn(
                 f"torch has compiled code again {len(again)} times, and waits for it each time. The last was "
-                f"{again[-1].where}, because: {reason}. After {torch._dynamo.config.recompile_limit} times it gives up "
-                f"and runs that code without compilation. If sizes change, give batches the same size (drop_last=True "
-                f"in the loader, or padding), or write compile={{'dynamic': True}}. All of them: "
+                f"{again[-1].where}, because: {reason}. After some times (torch._dynamo.config.recompile_limit) it "
+                f"gives up and runs that code without compilation. If sizes change, give batches the same size "
+                f"(drop_last=True in the loader, or padding), or write compile={{'dynamic': True}}. All of them: "
                 f"flowtrain.compiling.recompilations().",
                 UserWarning,
                 stacklevel=2,

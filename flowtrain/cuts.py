@@ -109,7 +109,7 @@ class Cuts:
         request, self._standing = self._standing, None
         if request is not None:
             self._submit(request)
-        self.writer.wait()
+            self.writer.wait()
 
     def end_fit(self) -> None:
         """Wait until what was taken is written.
@@ -153,6 +153,7 @@ class Cuts:
         """
         contents = read(path)
         check(contents, self._state, self._core)
+        self._executor.flush()  # what is pending reads series that are about to be taken back, and changes callbacks
         apply(contents, self._state, self._core)
         self._set_numbers(contents)
 
@@ -178,6 +179,7 @@ class Cuts:
             )
         check_data(position, data)
         run, here = contents["run"], real_folder(resolve(path))
+        self._executor.flush()  # as in `load`
         before = gather(self._state, self._core)
         apply(contents, self._state, self._core)
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 
@@ -283,6 +283,12 @@ class Learner(CallbackSite):
             )
         self._check_phases(data)
         warn_untrained(data, stacklevel=3)
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "A Learner cannot be copied or pickled: views, an executor and open files belong to it. Copy its model "
+            "(copy.deepcopy(learner.model)), or let a Checkpointer write its state and load(path) that into another."
+        )
 
     def __repr__(self) -> str:
         return f"Learner({type(self.state.model).__name__}, {self.core!r}, executor={self.executor.name!r})"

@@ -563,3 +563,40 @@ def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path)
     resumed = learner_of(Look())
     resumed.fit(1, resume=tmp_path / "one.ckpt")
     assert held == [True, False, False, False]
+
+
+def test_rule_28_a_fired_event_that_cancels_asks_for_what_holds_all_fired_events(tmp_path: Path) -> None:
+    """Rule 28: it is taken with everything that was fired, also after the event that asked: nothing is left to run."""
+    path = tmp_path / "one.ckpt"
+
+    class Asks(Event):
+        """Asks, and cancels."""
+
+    class Follows(Event):
+        """Was fired before, and runs after."""
+
+    class Fires(Callback):
+        def __init__(self) -> None:
+            self.followed = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"followed": self.followed}
+
+        @on(EpochEnd, TrainingPhase)
+        def fire(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            learner.fire(Asks())
+            learner.fire(Follows())
+
+        @on(Asks)
+        def ask(self, event: Asks, phase: Phase, learner: LearnerView) -> None:
+            learner.request_checkpoint(path)
+            raise CancelFittingException("enough")
+
+        @on(Follows)
+        def follow(self, event: Follows, phase: Phase, learner: LearnerView) -> None:
+            self.followed += 1
+
+    learner = tiny_learner(Fires())
+    learner.fit(1)
+    assert repr(learner.stopped) == "CancelFittingException('enough')"
+    assert torch.load(path, weights_only=True)["callbacks"]["Fires"]["state"] == {"followed": 1}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -352,3 +354,9 @@ def test_what_a_learner_is() -> None:
     assert learner.params["coeff"] is learner.model.coeff
     assert learner.executor.name == "serial"
     assert repr(learner.callbacks) == "<Callbacks: Recorder, Metrics, StopOnNaNLoss>"
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_learner_is_not_copied(how: Callable[[Learner], object]) -> None:
+    with pytest.raises(UsageError, match=r"A Learner cannot be copied or pickled: .* Copy its model"):
+        how(tiny_learner())
