@@ -97,7 +97,8 @@ class Deferred:
             tail = connection is not None and not why_here(slot.nodes)
             for node in slot.nodes:
                 for _, handler in node.handlers:
-                    taker = Taker(node.access[handler], site.state, self._pool, fresh=fresh, tail=tail)
+                    access = node.access[handler]
+                    taker = Taker(access, site.state, self._pool, fresh=fresh, tail=tail, lane=slot)
                     self._takers[node, handler] = taker
         self._told: list[str] = []
         self.gave_up = False

@@ -33,14 +33,51 @@ class Copied:
         value: The copy.
         nbytes: Its bytes.
         events: What has to be waited for before it is complete.
+        counted: The lanes in whose waiting bytes it is already.
     """
 
-    __slots__ = ("events", "nbytes", "value")
+    __slots__ = ("counted", "events", "nbytes", "value")
 
     def __init__(self, value: Any, nbytes: int, events: tuple[Any, ...]) -> None:
         self.value = value
         self.nbytes = nbytes
         self.events = events
+        self.counted: tuple[object, ...] = ()
+
+    def bytes_for(self, lane: object) -> int:
+        """Return the bytes that one more snapshot of it adds to a lane: none, if the lane has one of this firing."""
+        if lane is None:
+            return self.nbytes
+        if lane in self.counted:
+            return 0
+        self.counted += (lane,)
+        return self.nbytes
+
+
+class _Seen:
+    """How far a handler in another process has seen a series."""
+
+    __slots__ = ("_last", "_step", "length", "series")
+
+    def __init__(self, series: Series) -> None:
+        self.series = series
+        self.length = len(series)
+        self._step, self._last = _entry(series, self.length) if self.length else (None, None)
+
+    def holds(self, series: Series) -> bool:
+        """Return whether that part is still there, or was taken back: a checkpoint was loaded, perhaps long ago."""
+        if not self.length:
+            return True
+        if len(series) < self.length:
+            return False
+        # The objects themselves: what was loaded has equal ones. Small integers are always the same; a value that was
+        # on a device is replaced by its number.
+        step, value = _entry(series, self.length)
+        return step is self._step and (value is self._last or type(self._last) is not float)
+
+
+def _entry(series: Series, length: int) -> tuple[Any, Any]:
+    return series._steps[length - 1], series._values[length - 1]  # pyright: ignore[reportPrivateUsage]  # the objects
 
 
 Shared: TypeAlias = dict[Hashable, Copied]
@@ -52,14 +89,14 @@ class Snapshot:
 
     Attributes:
         payload: The copies by path. Empty when it is released.
-        nbytes: The bytes of all of them; those of a shared copy count in each snapshot.
+        nbytes: The bytes of all of them; a copy that snapshots of one lane share counts in the first.
     """
 
     __slots__ = ("_events", "nbytes", "payload")
 
-    def __init__(self, slots: Mapping[Path, Copied]) -> None:
+    def __init__(self, slots: Mapping[Path, Copied], lane: object = None) -> None:
         self.payload: dict[Path, Any] = {path: copied.value for path, copied in slots.items()}
-        self.nbytes = sum(copied.nbytes for copied in slots.values())
+        self.nbytes = sum([copied.bytes_for(lane) for copied in slots.values()])
         self._events = [event for copied in slots.values() for event in copied.events]
 
     def ready(self) -> None:
@@ -85,6 +122,7 @@ class Taker:
             copied. ``("batch",)`` stands for all of the batch but its gradients.
         tail: Whether the handler runs in another process: of a series it gets the newest values.
         groups: What `copy_groups` gives for the handler; without it, it shares with every handler.
+        lane: What snapshots wait in, to count shared bytes once; ``None``: they count in each snapshot.
 
     Raises:
         AccessError: It declares what no snapshot can hold.
@@ -100,12 +138,14 @@ class Taker:
         fresh: frozenset[Path],
         tail: bool,
         groups: Groups | None = None,
+        lane: object = None,
     ) -> None:
         self._slots = tuple((slot, _key(slot, groups)) for slot in compile_slots(declaration))
         self._state = state
         self._pool = pool
         self._fresh = fresh
-        self._seen: dict[int, tuple[Series, int]] | None = {} if tail else None
+        self._lane = lane
+        self._seen: dict[int, _Seen] | None = {} if tail else None
         full = [slot for slot, _ in self._slots if slot.full]
         if tail and full:
             raise UsageError(
@@ -134,7 +174,7 @@ class Taker:
                 copied = self._copied(each, key, shared)
                 if copied is not None:
                     found[each.path] = copied
-        return Snapshot(found)
+        return Snapshot(found, self._lane)
 
     def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
         where = (slot.path, key)
@@ -158,9 +198,9 @@ class Taker:
             return Cut(series)
         # By the list that twins share with their series; it is kept, so that its id is not used again.
         key = id(series._steps)  # pyright: ignore[reportPrivateUsage]  # what makes it the same series
-        _, start = self._seen.get(key, (series, 0))
-        self._seen[key] = (series, len(series))
-        return Tail(series, start)
+        seen = self._seen.get(key)
+        self._seen[key] = _Seen(series)
+        return Tail(series, seen.length if seen is not None and seen.holds(series) else 0)
 
 
 def copy_groups(plan: Plan, deferred: Iterable[int]) -> dict[int, dict[Path, Hashable]]:

@@ -34,7 +34,7 @@ from flowtrain.access import declare
 from flowtrain.batch import BatchState
 from flowtrain.parameters import Parameters
 from flowtrain.phasemap import PhaseMap
-from flowtrain.series import SeriesMap
+from flowtrain.series import Series, SeriesMap
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask.copies import Pool
@@ -229,6 +229,39 @@ def test_a_tail_begins_at_the_handlers_last_event() -> None:
     assert found == [(1, [0.5]), (3, [1.0, 1.0]), (6, [1.5, 1.5, 1.5])]
     with pytest.raises(UsageError, match=r"cbstate\.x is declared with Read\(full=True\).*stays in the process"):
         taker(state, {"cbstate.x": Read(full=True)}, tail=True)
+
+
+def test_a_tail_begins_anew_when_a_checkpoint_was_loaded() -> None:
+    """Rule 22: the handler's own state went back too, so it asks for what it has seen before, under the same steps."""
+    state = LearnerState()
+    series = state.cbstate.x = Series("cbstate.x")
+    take = taker(state, {"cbstate.x": Read()}, tail=True).take
+    for step in range(300):
+        series.push(step / 2, step)
+        if step == 199:
+            saved = {"steps": [int(str(each)) for each in range(200)], "values": [each / 2 for each in range(200)]}
+    assert take().payload["cbstate", "x"].since(0)[-1] == 149.5
+    series.load_state_dict(saved)
+    for step in range(200, 310):
+        series.push(step / 4, step)
+    tail = take().payload["cbstate", "x"]
+    assert tail.since(200) == [step / 4 for step in range(200, 310)]
+    series.push(1.0, 310)
+    assert take().payload["cbstate", "x"].since(310) == [1.0]
+    series.restore(5)
+    assert take().payload["cbstate", "x"].since(0) == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_bytes_that_snapshots_of_a_lane_share_count_once_in_it() -> None:
+    """Rule 24: a limit of 1 GB is not reached by two handlers that share a copy of 600 MB."""
+    state, pool = state_with(loss=torch.ones(300)), Pool(1 << 20)
+
+    def of(lane: str) -> Taker:
+        return Taker(declare({"batch.loss": Read()}, "me"), state, pool, fresh=frozenset(), tail=False, lane=lane)
+
+    for _ in range(2):
+        shared = Shared()
+        assert [of(lane).take(shared).nbytes for lane in ("a", "a", "b", "a", "b")] == [1200, 0, 1200, 0, 0]
 
 
 def test_what_cannot_be_copied_later_is_an_error_then() -> None:
