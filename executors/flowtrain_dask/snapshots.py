@@ -62,7 +62,8 @@ class _Seen:
     def __init__(self, series: Series) -> None:
         self.series = series
         self.length = len(series)
-        self._step, self._last = _entry(series, self.length) if self.length else (None, None)
+        last: tuple[Any, Any] = _entry(series, self.length) if self.length else (None, None)
+        self._step, self._last = last
 
     def holds(self, series: Series) -> bool:
         """Return whether that part is still there, or was taken back: a checkpoint was loaded, perhaps long ago."""

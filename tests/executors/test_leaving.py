@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import Access
+from flowtrain.callbacks import Checkpointer, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.records import Value, log
 from flowtrain.testing import tiny_learner
@@ -153,3 +155,50 @@ def test_a_dropped_learner_whose_lanes_are_idle_takes_them_along_at_once(tmp_pat
     train()
     gc.collect()
     assert not names()
+
+
+class Sizes(Callback):
+    """Notes, late, how long a series was and what was its last value."""
+
+    deferrable = True
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, float]] = []
+
+    def state_access(self) -> Access:
+        return {"cbstate.metrics_step": Read()}
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return (Metrics,)
+
+    @on(BatchEnd, TrainingPhase)
+    def note(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        time.sleep(0.005)
+        self.found.append((len(learner.cbstate.metrics_step[phase]["Loss"]), self.read(learner, phase)))
+
+    def read(self, learner: LearnerView, phase: Phase) -> float:
+        """Return the newest loss."""
+        value: float = learner.cbstate.metrics_step[phase]["Loss"].last()[1]
+        return value
+
+    def state_dict(self) -> dict[str, object]:
+        return {"found": [list(one) for one in self.found]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.found = [(length, loss) for length, loss in state["found"]]
+
+
+def test_what_is_pending_is_processed_before_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    """Rules 21 and 26: a load takes series back and replaces the state that pending events are to change."""
+    sizes = Sizes()
+    learner = tiny_learner(sizes, Checkpointer(tmp_path), executor=DaskExecutor())
+    learner.fit(1)
+    saved = list(sizes.found)
+    assert [length for length, _ in saved] == list(range(1, 17))
+    for raw in learner.data[TrainingPhase]:
+        learner.step(TrainingPhase, raw)
+    learner.load(tmp_path)
+    assert sizes.found == saved
+    learner.flush()
+    assert sizes.found == saved
+    learner.close()

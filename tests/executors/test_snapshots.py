@@ -238,8 +238,7 @@ def test_a_tail_begins_anew_when_a_checkpoint_was_loaded() -> None:
     take = taker(state, {"cbstate.x": Read()}, tail=True).take
     for step in range(300):
         series.push(step / 2, step)
-        if step == 199:
-            saved = {"steps": [int(str(each)) for each in range(200)], "values": [each / 2 for each in range(200)]}
+    saved: dict[str, list[Any]] = {"steps": list(range(200)), "values": [each / 2 for each in range(200)]}
     assert take().payload["cbstate", "x"].since(0)[-1] == 149.5
     series.load_state_dict(saved)
     for step in range(200, 310):
