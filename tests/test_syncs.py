@@ -118,7 +118,7 @@ def test_the_default_loop_never_waits(options: Any, terminal: bool, monkeypatch:
     traces = Traces({"Norm": lambda view: view.batch.outputs.norm()}, TrainingPhase)
     learner = digits_like(core, callbacks=[Metrics(accuracy), SmoothLoss(), traces])
     console = rich.get_console()
-    monkeypatch.setattr(console, "file", io.StringIO())
+    monkeypatch.setattr(console, "_file", io.StringIO())  # `file` would be put back as what is captured now
     monkeypatch.setattr(console, "_force_terminal", terminal)
     bar = learner.get_callback("ProgressBar")
     assert bar is not None
