@@ -12,10 +12,13 @@ places comes back as one; tensors that show parts of one storage do as well, unl
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import pickle
 import struct
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no types
@@ -95,10 +98,16 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         self._storages: dict[int, tuple[torch.UntypedStorage, Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how an object is made again, or leave it to cloudpickle."""
+        """Return how an object is made again, or leave it to cloudpickle.
+
+        A module of a type of its own, such as ``torch.backends``, is named; cloudpickle cannot pickle it. It meets that
+        one in every method that has both ``torch`` and an attribute ``backends`` in it.
+        """
         kind = type(obj)
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
+        if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
         if kind is CountsMap:
             return _counts_map, (obj._path, list(obj.items()))
         if kind is PhaseMap:

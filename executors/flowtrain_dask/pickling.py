@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import pickle
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,15 +50,9 @@ class _Pickler(ValuePickler):
         return self._places.get(id(obj))
 
     def reducer_override(self, obj: object) -> Any:
-        """Name a module of a type of its own, such as ``torch.backends``, which cloudpickle cannot pickle.
-
-        It meets that one in every method that has both ``torch`` and an attribute ``backends`` in it. A tensor on a
-        device comes back there, so it is left to torch.
-        """
+        """As for events; but a tensor on a device comes back there, so it is left to torch."""
         if isinstance(obj, torch.Tensor) and not obj.is_cpu:
             return NotImplemented
-        if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
-            return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
 
 

@@ -166,8 +166,12 @@ def _take(assignment: Assignment) -> _Resident | None:
 
 
 def _portable(failure: BaseException) -> bytes:
-    """Return an exception as bytes, with its traceback in a note: pickling loses that."""
+    """Return an exception as bytes, with its traceback in a note.
+
+    The traceback itself stays here: Python does not pickle it, and what dask adds for it fails where it is very deep.
+    """
     failure.add_note("on the worker:\n" + "".join(traceback.format_tb(failure.__traceback__)).rstrip())
+    failure.__traceback__ = None
     try:
         blob: bytes = dumps(failure)
         loads(blob)
