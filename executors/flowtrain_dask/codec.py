@@ -106,8 +106,6 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         kind = type(obj)
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
-        if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
-            return importlib.import_module, (obj.__name__,)
         if kind is CountsMap:
             return _counts_map, (obj._path, list(obj.items()))
         if kind is PhaseMap:
@@ -118,6 +116,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
             return Named, (obj.__dict__["_what"], dict(obj))
         if isinstance(obj, (torch.UntypedStorage, torch.TypedStorage)):
             raise TypeError("a torch storage is not sent to another process; send a tensor")
+        if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:

@@ -61,7 +61,11 @@ def test_a_copy_has_what_the_model_has_and_nothing_that_training_changes() -> No
 def test_hooks_are_those_of_the_model() -> None:
     model = Odd()
     seen: list[str] = []
-    model.a.register_forward_hook(lambda *_: seen.append("a"))
+
+    def note(module: nn.Module, args: Any, outputs: Any) -> None:
+        seen.append("a")
+
+    model.a.register_forward_hook(note)
     copy = copy_module(model, copying())
     copy(torch.ones(1, 2))
     assert seen == ["a"]

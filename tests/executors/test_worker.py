@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.part import Owner
 from flowtrain_dask.entries import dump_entries
@@ -34,7 +34,7 @@ class Adder(Callback):
         self.deep = False
 
     @on(BatchEnd, TrainingPhase)
-    def add(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+    def add(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         """Take one number."""
         number: int = learner.batch.inputs
         if number in self.bad:
