@@ -299,12 +299,15 @@ def test_rule_24_one_that_is_slower_than_training_for_ever(
 
 
 STUCK = """
-import sys, time
+import signal, sys, time
 from flowtrain import BatchEnd, Callback, Read, TrainingPhase, Write, on
 from flowtrain.logging import JsonlBackend
 from flowtrain.records import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
+
+# A shell lets what it runs in the background ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Stuck(Callback):
     deferrable = True
