@@ -49,6 +49,7 @@ class _Runners(dict[Phase, StepRunners]):
         after = (found.backward_end, found.update_begin, found.update_end, found.batch_end)
         own = type(phase).step is not AbstractTrainingPhase.step  # it may call that one, and look at the batch then
         found.watched = own or any(runner is not None for runner in after)
+        found.pairs = getattr(type(phase), "split", None) is AbstractTrainingPhase.split
         self[phase] = found
         return found
 

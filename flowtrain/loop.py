@@ -233,11 +233,11 @@ class Loop:
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
-        for raw in self.core.feed(batches, None if total is None else total - done):
-            scopes.batch_number += 1
+        fed = self.core.feed(batches, None if total is None else total - done)
+        for scopes.batch_number, raw in enumerate(fed, done + 1):
             try:
                 step(learner, raw)
-                if scopes.batch != CLOSED:
+                if scopes.batch:  # not CLOSED, which is 0; every instruction here is one for each batch
                     raise CancelBatchException(_LEFT_OPEN)
             except BaseException as failure:  # closes the batch, then raises what is left
                 self.close_batch(phase, failure, CancelBatchException)

@@ -228,6 +228,7 @@ class AbstractTrainingPhase(_Supervised):
             if on.update_begin is not None:
                 on.update_begin(_UPDATE_BEGIN, self)
             core.optimizer.step()
+            loop.state.updates += 1
             if on.update_end is not None:
                 on.update_end(_UPDATE_END, self)
         else:

@@ -53,6 +53,11 @@ class LearnerView:
         cbstate: Any
         callbacks: Any
 
+    updates = property(
+        attrgetter("_state.updates"),
+        doc="How many updates of optimizers the learner has made. A deferred handler has none: training has gone on.",
+    )
+
     @property
     def lag(self) -> int:
         """After how many batches values of the device are to be read; 0 where reading does not wait for anything."""

@@ -170,6 +170,7 @@ class LearnerState:
         cbstate: What callbacks share.
         callbacks: The learner's callbacks.
         fired: Events that handlers of the current event asked to fire next, each with the name of who asked.
+        updates: How many updates of optimizers the learner has made.
         lag: After how many batches a value of the device is read; 0 where reading does not wait.
     """
 
@@ -186,6 +187,7 @@ class LearnerState:
         "optimizer",
         "optimizers",
         "params",
+        "updates",
     )
 
     def __init__(self) -> None:
@@ -201,6 +203,7 @@ class LearnerState:
         self.callbacks: Any = ()
         self.fired: list[tuple[str, Any]] = []
         self.lag = 0
+        self.updates = 0
 
     def show(self, batch: BatchState) -> None:
         """Make `batch` the current one, with a twin for what it may come to hold."""

@@ -40,6 +40,7 @@ class StepRunners:
 
     Attributes:
         watched: Whether any callback has a handler that comes after the backward pass.
+        pairs: Whether the phase takes data as the pair that it is.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class StepRunners:
         "batch_begin",
         "batch_end",
         "loss_begin",
+        "pairs",
         "update_begin",
         "update_end",
         "watched",
@@ -70,6 +72,7 @@ class StepRunners:
     update_end: Any
     batch_end: Any
     watched: bool
+    pairs: bool
 
 
 def settle(batch: BatchState) -> None:
@@ -89,10 +92,10 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool)
     if core.places:
         raw = core.place(raw)
         scopes.hand_over()
-    pair = phase.split(raw)
-    if type(pair) is not tuple or len(pair) != 2:
-        _check_pair(phase, pair)
-    inputs, targets = pair
+    if on.pairs and (type(raw) is tuple or type(raw) is list) and len(raw) == 2:  # what most loaders give
+        inputs, targets = raw
+    else:
+        inputs, targets = _split(phase, raw)
     batch = BatchState()
     batch.inputs = inputs
     batch.targets = targets
@@ -137,9 +140,11 @@ def no_pair(phase: object, raw: object) -> DataError:
     )
 
 
-def _check_pair(phase: object, pair: object) -> None:
+def _split(phase: Any, raw: object) -> Any:
+    pair = phase.split(raw)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
+    return pair
 
 
 def _loss_error(phase: object, core: Any, batch: BatchState, what: str) -> LossError:

@@ -102,6 +102,8 @@ class StepSite:
 
     def fire(self, event: Event, phase: Phase) -> None:
         """Fire an event. In a handler call ``learner.fire(event)`` of the handler's own `learner`."""
+        if is_a(event, UpdateEnd):  # of a step that updates by itself
+            self.state.updates += 1
         self.loop.dispatch.fire_from_outside(event, phase)
 
     def forward(self) -> AbstractContextManager[None]:
@@ -170,6 +172,7 @@ class StepSite:
         if norm is not None:
             self.state.batch.grad_norm = norm
         core.step(names)
+        self.state.updates += 1
         if on.update_end is not None:
             on.update_end(_UPDATE_END, phase)
 

@@ -39,6 +39,7 @@ class Replica:
         self._declaration = declaration
         self._owner = owner
         self._state = LearnerState()
+        del self._state.updates  # a copy does not know: training has gone on
         self._state.fired = _NoEvents(owner.callback)
         self._optimizers: dict[str, _Shown] = {}
         self._view: LearnerView | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtrain.access import Access, Write
 from flowtrain.callback import Callback, on
-from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochEnd, UpdateEnd
+from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochEnd
 from flowtrain.phasemap import Counts
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
@@ -39,10 +39,14 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.ends: dict[str, dict[int, tuple[int, int]]] = {}
-        self._updates = 0  # of this batch: counting here costs a third of what a write to `history` does
+        self._updates = 0  # of the learner, as of the last batch that ended
 
     def state_access(self) -> Access:
         return {"cbstate.history": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        """Count from here on."""
+        self._updates = learner.updates
 
     @on(EpochBegin)
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
@@ -50,28 +54,26 @@ class Recorder(Callback):
         history = learner.cbstate.history
         epochs, steps, _, updates = history[phase]
         history[phase] = Counts((epochs, steps, 0, updates))
+        self._updates = learner.updates
 
     @on(BatchEnd)
     def count_batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Count a completed batch."""
         history = learner.cbstate.history
         epochs, steps, steps_epoch, updates = history[phase]
-        history[phase] = Counts((epochs, steps + 1, steps_epoch + 1, updates + self._updates))
-        self._updates = 0
-
-    @on(UpdateEnd, access={})
-    def count_update(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
-        """Count an update."""
-        self._updates += 1
+        made = learner.updates
+        history[phase] = Counts((epochs, steps + 1, steps_epoch + 1, updates + made - self._updates))
+        self._updates = made
 
     @on(BatchCancelled)
     def keep_updates(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
         """Add the updates of a batch that is no step."""
-        if self._updates:
+        made = learner.updates
+        if made != self._updates:
             history = learner.cbstate.history
             epochs, steps, steps_epoch, updates = history[phase]
-            history[phase] = Counts((epochs, steps, steps_epoch, updates + self._updates))
-            self._updates = 0
+            history[phase] = Counts((epochs, steps, steps_epoch, updates + made - self._updates))
+            self._updates = made
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
