@@ -105,8 +105,8 @@ class Position:
 
 
 def beginning(loader: Any) -> dict[str, Any]:
-    """Return what `begin_again` needs to go through a loader once more."""
-    return {"random": random_state(), "loader": loader_state(loader)}
+    """Return what `begin_again` needs to go through a loader once more; a list gives the same without being told."""
+    return {"random": None if type(loader) in (list, tuple) else random_state(), "loader": loader_state(loader)}
 
 
 def check_data(state: Mapping[str, Any], data: PhaseMap[Any]) -> None:
@@ -147,7 +147,8 @@ def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, p
     Raises:
         CheckpointError: The loader has fewer.
     """
-    set_random_state(begun["random"])
+    if begun["random"] is not None:
+        set_random_state(begun["random"])
     set_loader_state(loader, begun["loader"])
     iterator = iter(loader)
     if not batches:  # a loader draws its order when it is first asked: now, before the generators are put elsewhere
