@@ -59,7 +59,7 @@ def main() -> None:
 
 def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool) -> None:
     width = width_of(1e-3)
-    data = batches(1000)
+    data = batches(300)
     without = partial(learner_of, width, data, (), "serial")
 
     def logged(name: str, executor: Callable[[], str | Executor]) -> Learner:
@@ -102,7 +102,7 @@ def log_histograms(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Te
 
 def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> None:
     width = width_of(5e-3)
-    data = batches(200)
+    data = batches(100)
     without = partial(learner_of, width, data, (), "serial")
     tensors = copies_for(40e-3, width)
 
