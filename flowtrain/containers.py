@@ -38,12 +38,20 @@ def _by_phase(path: str, late: bool = False) -> PhaseMap[SeriesMap]:
     return PhaseMap(path, lambda: SeriesMap(path, late))
 
 
+def _smooth_loss(path: str, late: bool = False) -> PhaseMap[Series]:
+    return PhaseMap(path, lambda: Series(path, late))
+
+
+def _history(path: str, late: bool = False) -> CountsMap:
+    return CountsMap(path)
+
+
 CONTAINERS: Mapping[str, Callable[..., Any]] = {
-    "history": lambda path, late=False: CountsMap(path),
+    "history": _history,
     "hyperparams": SeriesMap,
     "metrics_epoch": _by_phase,
     "metrics_step": _by_phase,
-    "smooth_loss": lambda path, late=False: PhaseMap(path, lambda: Series(path, late)),
+    "smooth_loss": _smooth_loss,
     "tracehistory": _by_phase,
 }
 """The entries of ``cbstate`` that the learner makes, each with what makes it from its path, and whether tensors on the

@@ -269,8 +269,8 @@ def test_the_nearest_name_inside_an_entry() -> None:
     maker = At("Maker", {"cbstate.metrics_step.Accuracy": W, "cbstate.metrics_step.Loss": W}, BatchEnd)
     message = refused(MissingStateError, At("Printer", {"cbstate.metrics_step.Acuracy": R}, BatchEnd), maker)
     assert message == (
-        "Printer reads cbstate.metrics_step.Acuracy, and no callback declares to write it. In cbstate.metrics_step there "
-        "is Accuracy, Loss. Did you mean 'Accuracy'? "
+        "Printer reads cbstate.metrics_step.Acuracy, and no callback declares to write it. In cbstate.metrics_step "
+        "there is Accuracy, Loss. Did you mean 'Accuracy'? "
         'Add the callback that makes it, or declare {"cbstate.metrics_step.Acuracy": Read(optional=True)}.'
     )
 

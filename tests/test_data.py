@@ -262,7 +262,7 @@ def test_a_loader_that_turns_out_empty() -> None:
 
 
 @pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 3}, {"steps": 3, "validate_every": 3}], ids=str)
-def test_a_generator_lasts_one_pass(how: dict[str, int]) -> None:
+def test_a_generator_lasts_one_pass(how: dict[str, Any]) -> None:
     learner = learner_on(pair for pair in tiny_batches(n_batches=2))
     with pytest.raises(DataError, match=r"^The loader for TrainingPhase \(generator\) gives no batch\. It is an it"):
         learner.fit(**how)

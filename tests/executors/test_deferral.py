@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from flowtrain import (
     BatchEnd,
     Callback,
     CallbackError,
+    Learner,
     LearnerView,
     Phase,
     Read,
@@ -133,21 +134,24 @@ def test_who_reads_a_whole_series_stays_in_this_process() -> None:
     assert stays_here(other) == ""
 
 
+KEPT: list[Callable[[Learner], Any]] = [
+    lambda learner: learner,
+    lambda learner: learner.state,
+    lambda learner: learner.model,
+    lambda learner: [{"layer": next(iter(learner.model.parameters()))}],
+    lambda learner: learner.batch,
+    lambda learner: learner.cbstate,
+    lambda learner: learner.fit,
+    lambda learner: lambda: learner,
+]
+
+
 @pytest.mark.parametrize(
     "kept",
-    [
-        lambda learner: learner,
-        lambda learner: learner.state,
-        lambda learner: learner.model,
-        lambda learner: [{"layer": next(iter(learner.model.parameters()))}],
-        lambda learner: learner.batch,
-        lambda learner: learner.cbstate,
-        lambda learner: learner.fit,
-        lambda learner: lambda: learner,
-    ],
+    KEPT,
     ids=["learner", "state", "model", "parameter", "batch", "cbstate", "method", "closure"],
 )
-def test_state_in_an_attribute_is_found(kept: Any) -> None:
+def test_state_in_an_attribute_is_found(kept: Callable[[Learner], Any]) -> None:
     """Rule 19."""
     learner = tiny_learner()
     callback = Sees("a")

@@ -69,7 +69,8 @@ def test_what_two_callbacks_of_a_lane_share_they_share_there_and_at_home_again(t
     one.found = two.found = [0]
     there, kept = moved(one, two)
     far_one, far_two = there
-    assert isinstance(far_one, Carrier) and isinstance(far_two, Carrier)
+    assert isinstance(far_one, Carrier)
+    assert isinstance(far_two, Carrier)
     assert far_one.found is far_two.found
     assert far_one.backends[0] is far_two.backends[0] is not backend
     far_one.found.append(1)
@@ -124,7 +125,8 @@ def test_a_callback_has_its_backends_at_every_moment(tmp_path: Path) -> None:
     def look() -> None:
         while not ended.is_set():
             try:
-                assert one.backends[0] and one.name == "one"
+                assert one.backends[0]
+                assert one.name == "one"
             except BaseException as error:
                 missing.append(error)
                 return
