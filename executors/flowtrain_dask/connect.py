@@ -137,10 +137,10 @@ def _reach(
 ) -> Connection:
     options: dict[str, Any] = {} if security is None else {"security": security}
     try:
-        with config.set(_FORGETFUL):
-            client = Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-                address, timeout=deadline, set_as_default=False, name="flowtrain", **options
-            )
+        try:
+            client = _client(address, deadline, options)
+        except AssertionError:  # its thread did not begin within dask's own ten seconds: the machine stood still
+            client = _client(address, deadline, options)
     except ValueError as error:
         raise ExecutorError(
             f"DaskExecutor(cluster={address!r}) is no address of a dask scheduler: {error}. Write one such as "
@@ -151,6 +151,13 @@ def _reach(
             f"No dask scheduler answers at {address} within {deadline:g} s ({type(error).__name__}). {_START}"
         ) from error
     return Connection(client, address, resources)
+
+
+def _client(address: str, deadline: float, options: dict[str, Any]) -> Client:
+    with config.set(_FORGETFUL):
+        return Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+            address, timeout=deadline, set_as_default=False, name="flowtrain", **options
+        )
 
 
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
