@@ -377,6 +377,7 @@ def test_the_report_can_be_read_during_training_and_the_fit_ends_with_what_went_
     when_full: WhenFull, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rule 24: from another thread; each event is done, or counted as dropped."""
+    caplog.set_level("WARNING", logger="flowtrain")
     Slow.gate.clear()
     slow = Slow("slow")
     executor = DaskExecutor(limits=Limits(pending=2, when_full=when_full))
