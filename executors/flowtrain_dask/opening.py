@@ -59,10 +59,12 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
 
 
 def job_of(nodes: Sequence[Node], run: str, first: int = 0) -> Job:
+    """Return what a lane of these callbacks is there for."""
     return Job(name_of(nodes), run, tuple(node.name for node in nodes), duties_of(nodes), first=first)
 
 
 def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:
+    """Return the handlers of these callbacks, as a lane runs them."""
     return tuple(
         Duty(number, node.name, handler, node.access[handler], owner_of(node, handler))
         for number, node in enumerate(nodes)
@@ -71,6 +73,7 @@ def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:
 
 
 def transport_of(job: Job, nodes: Sequence[Node], options: Options, connection: Connection | None) -> Transport:
+    """Return what runs a lane's batches: this process where it must, otherwise the cluster."""
     callbacks = [node.callback for node in nodes]
     if connection is None or why_here(nodes):
         return ThreadTransport(job, callbacks)
@@ -80,6 +83,7 @@ def transport_of(job: Job, nodes: Sequence[Node], options: Options, connection: 
 
 
 def name_of(nodes: Sequence[Node]) -> str:
+    """Return the name of a lane of these callbacks."""
     return "+".join(node.name for node in nodes)
 
 
