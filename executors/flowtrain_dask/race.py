@@ -8,7 +8,8 @@ two that hold the interpreter's lock gain nothing however long they take. So not
    parallel from the next firing on.
 2. *Racing*: in between, the firings that follow run inline and parallel in turns, and the medians decide.
 3. What was decided is used, and looked at again now and then: a parallel plan when its firings take another time than
-   when it was decided, and every so often; an inline plan by timing one firing of it.
+   when it was decided, and every so often; an inline plan by timing one firing of it. A parallel plan is raced again
+   only until one firing inline has shown that nothing has changed, since each of them costs what parallel saves.
 
 A plan that costs less than `COUNTED` is not even counted: it gets the serial executor's own runner, and is looked at
 again when an epoch begins (`Race.rearm`).
@@ -102,6 +103,7 @@ class Race:
         self._inline: list[float] = []
         self._parallel: list[float] = []
         self._warm = False
+        self._took = 0.0
         self._raced_work = 0.0
         self._looked = clock()
 
@@ -131,6 +133,7 @@ class Race:
             if not failures:
                 self._inline.append(sum(times))
                 self._costs = [min(pair) for pair in zip(self._costs, times, strict=True)]
+                self._look_once(sum(times))
         if len(self._parallel) == _ROUNDS:
             self._finish()
         return self._ways.settle(failures, event, phase)
@@ -148,7 +151,7 @@ class Race:
                 self._look = _FIRST_LOOK
                 self._use("measuring", "its time has changed", self.measure)
             elif self._left <= 0:
-                self._begin()
+                self._begin(took)
         return self._ways.settle(failures, event, phase)
 
     def counted(self, event: Event, phase: Phase) -> None:
@@ -183,9 +186,18 @@ class Race:
         else:
             self._begin()
 
-    def _begin(self) -> None:
-        self._inline, self._parallel, self._warm = [], [], False
+    def _begin(self, took: float = 0.0) -> None:
+        """Begin a race; `took` is what the last firing took, of a plan that runs in parallel."""
+        self._inline, self._parallel, self._warm = [], [], took > 0.0
+        self._took = took
         self._use("racing", f"each way is timed {_ROUNDS} times", self.race)
+
+    def _look_once(self, inline: float) -> None:
+        """Stay parallel if that is clearly faster than the first firing inline of a race that looks again."""
+        took, self._took = self._took, 0.0
+        if inline > took * _CHANGED > 0.0:
+            self._raced_work = 0.0
+            self._go_parallel(f"it took {_ms(took)} in parallel and {_ms(inline)} inline", took)
 
     def _finish(self) -> None:
         inline, parallel = statistics.median(self._inline), statistics.median(self._parallel)

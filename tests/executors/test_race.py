@@ -160,6 +160,23 @@ def test_a_decision_for_parallel_is_raced_again_now_and_then(crew: Crew) -> None
     assert two.race.mode == "parallel"
 
 
+def test_looking_again_at_a_clear_win_costs_one_firing_inline(crew: Crew) -> None:
+    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+    two.fire(12)
+    ways = two.fire(1000)
+    assert ways.count("inline") == 4, "after 64, 128, 256 and 512 more"
+    assert two.race.reason == "it took 2.20 ms in parallel and 4.00 ms inline"
+
+
+def test_looking_again_races_where_the_first_firing_inline_is_no_longer_slow(crew: Crew) -> None:
+    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+    two.fire(12)
+    two.costs = [1e-3, 1.1e-3]
+    ways = two.fire(64 + 10)
+    assert ways == ["parallel"] * 64 + ["inline", "parallel"] * 5
+    assert two.race.mode == "inline"
+
+
 def test_who_lost_a_race_is_measured_again_and_raced_only_with_other_costs(crew: Crew) -> None:
     two = Two(crew, 2e-3, 2e-3, parallel=5e-3)
     two.fire(12)
