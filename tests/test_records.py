@@ -42,7 +42,18 @@ def test_a_failure_says_what_was_logged_where(tmp_path: Path) -> None:
     assert caught.value.__notes__ == [f"raised when 'Loss' of Step/TrainingPhase, step 7, was logged to {backend.sink}"]
     with pytest.raises(LoggingError) as caught:
         deliver([backend], [(0, b"{}\n")])
-    assert caught.value.__notes__ == [f"raised when a record was written to {backend.sink}"]
+    assert caught.value.__notes__ == [f"raised when records were written to {backend.sink}"]
+
+
+def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path: Path) -> None:
+    """In a batch of records as in place, where the other backend had its own before."""
+    failing, other = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    other.open(Run("r"))
+    records = [(0, b"[]"), (1, b'{"step": 1}\n'), (0, b"[]"), (1, b'{"step": 2}\n')]
+    with pytest.raises(LoggingError, match=r"v\.csv'\) is not open"):
+        deliver([failing, other], records)
+    other.close()
+    assert (tmp_path / "l.jsonl").read_text("utf-8").splitlines() == ['{"step": 1}', '{"step": 2}']
 
 
 def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) -> None:

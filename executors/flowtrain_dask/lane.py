@@ -20,6 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 from flowtrain.errors import UsageError
@@ -32,7 +34,7 @@ from flowtrain_dask.gate import Gate
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.report import LaneReport, Tally
 from flowtrain_dask.transport import Abandoned, Transport
-from flowtrain_dask.work import Entry, Job, Outcome
+from flowtrain_dask.work import Entry, Job, Outcome, Record
 
 __all__ = ["Lane", "OnError"]
 
@@ -40,6 +42,8 @@ OnError = Literal["raise", "warn"]
 
 _logger = logging.getLogger("flowtrain")
 
+_TOGETHER = 256
+"""Records that are written at once, at most: a lane that is abandoned writes no more than these."""
 _POLL = 0.002
 """Seconds between two looks at something that is waited for."""
 
@@ -325,10 +329,7 @@ class Lane:
         done, rest = batch[: outcome.done], batch[outcome.done :]
         try:
             with self.gate:
-                for sequence, callback, position, record in outcome.records:
-                    if sequence >= self._written and not self._abandoned:
-                        deliver(self._sinks[callback], ((position, record),))
-                        self._tally.records += 1
+                self._write([record for record in outcome.records if record[0] >= self._written])
         finally:
             self._written = done[-1].sequence + 1 if done else self._written
             self._done_bytes += sum(entry.nbytes for entry in done)
@@ -339,6 +340,16 @@ class Lane:
         else:
             self._flight = ()
             self._batches.put_back(rest)
+
+    def _write(self, records: Sequence[Record]) -> None:
+        """Write records, those of one callback after those of another only where they came so."""
+        for start in range(0, len(records), _TOGETHER):
+            for callback, own in groupby(records[start : start + _TOGETHER], itemgetter(1)):
+                if self._abandoned:
+                    return
+                written = [(position, data) for _, _, position, data in own]
+                deliver(self._sinks[callback], written)
+                self._tally.records += len(written)
 
     def _fail(self, failure: BaseException) -> None:
         """Hand a failure to the training thread, or log it and retire."""

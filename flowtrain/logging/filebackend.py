@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from flowtrain.errors import LoggingError
@@ -51,6 +52,17 @@ class FileBackend(LoggerBackend):
 
     def _append(self, file: AppendingFile, record: bytes) -> None:
         file.append(record)
+
+    def write_all(self, records: Sequence[bytes]) -> None:
+        """Append records."""
+        if self._file is None:
+            super().write_all(records)
+        else:
+            self._append_all(self._file, records)
+
+    def _append_all(self, file: AppendingFile, records: Sequence[bytes]) -> None:
+        for record in records:
+            self.write(record)
 
     def flush(self) -> Any:
         """Bring the file to the disk; return its size in bytes, or ``None`` in a process that writes nothing."""

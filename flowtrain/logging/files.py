@@ -7,7 +7,7 @@ the disk is taken back, so that the file always ends with a whole one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from flowtrain.errors import LoggingError
@@ -55,6 +55,18 @@ class AppendingFile:
                 f"{self.size} bytes before it, all of them whole records. Make room, and go on from a checkpoint."
             ) from error
         self.size += written
+
+    def append_all(self, records: Sequence[bytes]) -> None:
+        """Write records at the end, with one call of the system; where they do not all fit, as many as do.
+
+        Raises:
+            LoggingError: One cannot be written; those before it are in the file.
+        """
+        try:
+            self.append(b"".join(records))
+        except LoggingError:
+            for record in records:
+                self.append(record)
 
     def truncate(self, size: int) -> None:
         """Drop what follows the first `size` bytes.

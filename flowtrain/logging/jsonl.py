@@ -28,6 +28,8 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
@@ -92,6 +94,14 @@ class JsonlBackend(FileBackend):
             replace_file(os.path.join(os.path.dirname(self.path), json.loads(line)["value"]), content)
             record = line
         file.append(record)
+
+    def _append_all(self, file: AppendingFile, records: Sequence[bytes]) -> None:
+        for with_file, group in groupby(records, lambda record: record.startswith(_WITH_FILE)):
+            if with_file:
+                for record in group:
+                    self._append(file, record)
+            else:
+                file.append_all(list(group))
 
 
 def _valid(value: Any) -> Any:

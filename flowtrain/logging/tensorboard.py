@@ -12,6 +12,7 @@ import io
 import os
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from flowtrain.errors import LoggingError
@@ -84,6 +85,9 @@ class TensorBoardBackend(FileBackend):
         if not file.size:
             file.append(_framed(protos.Event(wall_time=now, file_version="brain.Event:2")))
         return file
+
+    def _append_all(self, file: AppendingFile, records: Sequence[bytes]) -> None:
+        file.append_all(records)
 
 
 def _summary(loggable: Loggable, tag: str) -> Any:

@@ -121,6 +121,21 @@ class BackendContract:
         assert rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
         assert rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
 
+    def test_records_written_together_are_those_written_one_by_one(self, tmp_path: Path) -> None:
+        """`write_all` may be cheaper and is nothing else, whatever kinds the records are of."""
+        backend = self._open(self.make_backend(tmp_path))
+        kinds = [sample for sample in samples(tmp_path) if isinstance(sample, backend.accepts)]
+        others = [backend.encode(sample, f"Name{number}", 1, _STEP) for number, sample in enumerate(kinds)]
+        values = [backend.encode(Value(step), "Loss", step, _STEP) for step in range(1, 5)]
+        backend.write_all([values[0], *others, *values[1:3]])
+        backend.write_all([])
+        backend.write_all(values[3:])
+        backend.close()
+        with catching(LoggingError):
+            backend.write_all(values)
+        found = self.read(tmp_path)["Step/TrainingPhase", "Loss"]
+        assert rounded(found) == [(step, float(step)) for step in range(1, 5)]
+
     def test_any_number_is_a_value(self, tmp_path: Path) -> None:
         """NaN and infinite values are kept; tensors with one element are numbers; what is no number is refused."""
         backend = self._open(self.make_backend(tmp_path))

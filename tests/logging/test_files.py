@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,27 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     assert str(unwritable("x", OSError("odd"))) == (
         "x cannot be written: odd. Log to a path in a folder that you may write to."
     )
+
+
+ON_A_FULL_DISK = """
+import resource, sys
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging.files import AppendingFile
+
+with AppendingFile(sys.argv[1], lambda descriptor: 0) as file:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    file.append_all([b"one\\n"])
+    try:
+        file.append_all([b"two\\n", b"three\\n", b"4\\n"])
+    except LoggingError as error:
+        print(error, flush=True)
+"""
+
+
+def test_of_records_that_do_not_all_fit_as_many_are_kept_as_do(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a record of 6 bytes cannot be written: File too large. The file keeps the 8 bytes before it" in done.stdout
+    assert path.read_bytes() == b"one\ntwo\n"

@@ -89,6 +89,9 @@ def began(messages: list[Any]) -> int:
     return found
 
 
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
 class TestContract(BackendContract):
     """`WandbBackend` is a backend; a run that goes on is read with those that it continues."""
 
@@ -101,6 +104,8 @@ class TestContract(BackendContract):
         for item in [item for each in found for item in self.kept(each, found)]:
             group = "/".join(next(key for key in item if key.endswith("/step")).split("/")[:-1])
             for key, value in item.items():
+                if isinstance(value, dict) or (isinstance(value, str) and value not in NOT_FINITE):
+                    continue
                 if key.startswith(f"{group}/") and key != f"{group}/step":
                     entries.setdefault((group, key.removeprefix(f"{group}/")), []).append(
                         (item[f"{group}/step"], float(value))
