@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from flowtrain.phases import Phase
 from flowtrain.readonly import readonly, refuse
 
-__all__ = ["Counts", "CountsMap", "PhaseMap"]
+__all__ = ["Counts", "CountsMap", "PhaseMap", "ReadOnlyPhaseMap", "as_phase"]
 
 V = TypeVar("V")
 
@@ -63,7 +63,7 @@ class PhaseMap(dict[Phase, V]):
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
         # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
-        key = _phase(phase, self._path)
+        key = as_phase(phase, self._path)
         if key not in self:
             if self.make is None:
                 known = ", ".join(repr(known) for known in self) or "none yet"
@@ -80,14 +80,14 @@ class PhaseMap(dict[Phase, V]):
         return self._awaited[key]
 
     def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
-        key = _phase(phase, self._path)
+        key = as_phase(phase, self._path)
         self._awaited.pop(key, None)
         dict.__setitem__(self, key, value)
         if self._twins is not None:
             dict.__setitem__(self._twins, key, readonly(value, self._path))
 
     def __delitem__(self, phase: Phase | type[Phase]) -> None:
-        key = _phase(phase, self._path)
+        key = as_phase(phase, self._path)
         dict.__delitem__(self, key)
         if self._twins is not None:
             dict.pop(self._twins, key, None)
@@ -146,7 +146,7 @@ class CountsMap(PhaseMap[Counts]):
         super().__init__(path, lambda: _NONE)
 
     def __missing__(self, phase: Phase | type[Phase]) -> Counts:
-        return dict.get(self, _phase(phase, self._path), _NONE)
+        return dict.get(self, as_phase(phase, self._path), _NONE)
 
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
@@ -162,7 +162,7 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
             dict.__setitem__(self, phase, readonly(value, self._path))
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
-        key = _phase(phase, self._path)
+        key = as_phase(phase, self._path)
         if key not in self._original:
             return cast(V, readonly(self._original.awaited(key), self._path))
         if not dict.__contains__(self, key):
@@ -195,7 +195,12 @@ def _itself(container: Any) -> Any:
     return container
 
 
-def _phase(phase: object, path: str) -> Phase:
+def as_phase(phase: object, path: str) -> Phase:
+    """Return the phase that a key of a map by phase means.
+
+    Raises:
+        KeyError: It means none.
+    """
     if isinstance(phase, Phase):
         return phase
     if isinstance(phase, type) and issubclass(phase, Phase):

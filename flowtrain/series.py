@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,9 @@ class Series:
     """
 
     __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
+
+    rewound: ClassVar[int] = 0
+    """How often any series has lost values, taken back or replaced by those of a checkpoint; else they only grow."""
 
     def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
@@ -90,6 +93,7 @@ class Series:
         """Take back what was recorded after a snapshot."""
         if self._kept:
             self._kept.forget(self._values, snapshot)
+        Series.rewound += 1
         del self._values[snapshot:], self._steps[snapshot:]
 
     def state_dict(self) -> dict[str, list[Any]]:
@@ -99,6 +103,7 @@ class Series:
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
         """Take back what `state_dict` returned; in place, because twins and views hold the lists."""
         self.since(0)  # nothing on a device is to be settled into what comes now
+        Series.rewound += 1
         self._steps[:], self._values[:] = state["steps"], state["values"]
 
     def __twin__(self) -> ReadOnlySeries:

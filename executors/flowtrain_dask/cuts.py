@@ -19,7 +19,7 @@ from flowtrain.lag import Reading
 from flowtrain.readonly import refuse
 from flowtrain.series import Series
 
-__all__ = ["Cut", "Tail"]
+__all__ = ["Cut", "Tail", "tail_of"]
 
 
 class _Frozen(Series):
@@ -78,16 +78,17 @@ class Cut(_Frozen):
     """The first values of a series that goes on growing.
 
     Args:
-        series: The series; its present length is what is shown.
+        series: The series.
+        length: How many of its values are shown; all that it has now, if not given.
     """
 
     __slots__ = ()
 
-    def __init__(self, series: Series) -> None:
+    def __init__(self, series: Series, length: int | None = None) -> None:
         # The lists themselves: the training thread appends to them and does not change what is there.
         self._path, self._steps, self._values = series._path, series._steps, series._values
         self._late, self._kept = series._late, series._kept
-        self._length = len(series)
+        self._length = len(series) if length is None else length
 
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
@@ -170,7 +171,7 @@ class Tail(_Frozen):
         )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _tail, (self._path, self._length, self._start, self._steps, self._arrived())
+        return tail_of, (self._path, self._length, self._start, self._steps, self._arrived())
 
 
 def _cut(path: str, steps: list[int], values: list[Any]) -> Cut:
@@ -179,7 +180,9 @@ def _cut(path: str, steps: list[int], values: list[Any]) -> Cut:
     return Cut(series)
 
 
-def _tail(path: str, length: int, start: int, steps: list[int], values: list[Any]) -> Tail:
-    tail = Tail(Series(path), 0)
-    tail._length, tail._start, tail._steps, tail._values = length, start, steps, values
+def tail_of(path: str, length: int, start: int, steps: list[int], values: list[Any]) -> Tail:
+    """Return a `Tail` of the steps and values from position `start` on."""
+    tail = Tail.__new__(Tail)
+    tail._path, tail._length, tail._start, tail._steps, tail._values = path, length, start, steps, values
+    tail._reading = None
     return tail

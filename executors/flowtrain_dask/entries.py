@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+from flowtrain.access import Path
 from flowtrain_dask.codec import decode, encode
+from flowtrain_dask.marks import Lengths, Marked, Packing, unpacked
 from flowtrain_dask.work import Entry, opened
 
 __all__ = ["dump_entries", "load_entries"]
 
 
+_Marks: TypeAlias = "list[tuple[Path, tuple[int, Lengths, Lengths]]]"
+
+
 def dump_entries(entries: Sequence[Entry]) -> bytes:
-    """Return events as bytes."""
-    return encode([(one.sequence, one.duty, one.event, one.phase, opened(one.payload), one.nbytes) for one in entries])
+    """Return events as bytes; the series that they show are in it once for all of them."""
+    packing = Packing()
+    rows = []
+    for sequence, duty, event, phase, payload, nbytes in entries:
+        copies, marks = _split(opened(payload), packing)
+        rows.append((sequence, duty, event, phase, copies, nbytes, marks))
+    return encode((rows, packing.packed()))
 
 
 def load_entries(blob: bytes) -> list[Entry]:
     """Return the events of `dump_entries`."""
-    return [Entry(*each) for each in decode(blob)]
+    rows, packed = decode(blob)
+    sources = unpacked(packed)
+    entries = []
+    for sequence, duty, event, phase, payload, nbytes, marks in rows:
+        for path, (place, before, lengths) in marks:
+            payload[path] = Marked(sources[place], before, lengths)
+        entries.append(Entry(sequence, duty, event, phase, payload, nbytes))
+    return entries
+
+
+def _split(payload: Any, packing: Packing) -> tuple[Any, _Marks]:
+    """Return what of a payload travels as it is, and what stands for its marked series."""
+    marks: _Marks = []
+    if isinstance(payload, dict):
+        marks = [(path, packing.add(value)) for path, value in payload.items() if type(value) is Marked]
+        if marks:
+            payload = {path: value for path, value in payload.items() if type(value) is not Marked}
+    return payload, marks

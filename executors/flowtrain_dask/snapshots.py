@@ -13,11 +13,13 @@ from typing import Any, TypeAlias
 
 from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet
 from flowtrain.errors import UsageError
+from flowtrain.phasemap import PhaseMap
 from flowtrain.plan import Plan
 from flowtrain.series import Series
 from flowtrain.state import LearnerState
 from flowtrain_dask.copies import Copying, Pool
 from flowtrain_dask.cuts import Cut, Tail
+from flowtrain_dask.marks import Marker
 from flowtrain_dask.slots import MISSING, Slot, compile_slots, slots_now
 
 __all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
@@ -95,16 +97,22 @@ class Snapshot:
 
     __slots__ = ("_events", "nbytes", "payload")
 
-    def __init__(self, slots: Mapping[Path, Copied], lane: object = None) -> None:
-        self.payload: dict[Path, Any] = {path: copied.value for path, copied in slots.items()}
-        self.nbytes = sum([copied.bytes_for(lane) for copied in slots.values()])
-        self._events = [event for copied in slots.values() for event in copied.events]
+    def __init__(self) -> None:
+        self.payload: dict[Path, Any] = {}
+        self.nbytes = 0
+        self._events: tuple[Any, ...] = ()
+
+    def add(self, path: Path, copied: Copied, lane: object) -> None:
+        """Take a copy into it."""
+        self.payload[path] = copied.value
+        self.nbytes += copied.bytes_for(lane)
+        self._events += copied.events
 
     def ready(self) -> None:
         """Wait until the copies are complete; only those from an accelerator are not at once."""
         for event in self._events:
             event.synchronize()
-        self._events.clear()
+        self._events = ()
 
     def release(self) -> None:
         """Let go of the copies: their memory is used again when nobody else refers to it."""
@@ -147,6 +155,11 @@ class Taker:
         self._fresh = fresh
         self._lane = lane
         self._seen: dict[int, _Seen] | None = {} if tail else None
+        # Of entries that may be series by phase; on a device their values have to be sent on their way.
+        self._markers: dict[Path, Marker] = {}
+        if not state.lag:
+            paths = [slot.path for slot, _ in self._slots if slot.inside is None and not slot.full]
+            self._markers = {path: Marker(tail) for path in paths if path[0] == "cbstate" and len(path) == 2}
         full = [slot for slot, _ in self._slots if slot.full]
         if tail and full:
             raise UsageError(
@@ -169,13 +182,19 @@ class Taker:
         Raises:
             AccessError: Something that is there now cannot be copied.
         """
-        found: dict[Path, Copied] = {}
+        snapshot = Snapshot()
         for slot, key in self._slots:
+            marker = self._markers.get(slot.path)
+            if marker is not None:
+                value = vars(self._state.cbstate).get(slot.path[1])
+                if type(value) is PhaseMap and (marked := marker.mark(value)) is not None:
+                    snapshot.payload[slot.path] = marked
+                    continue
             for each in slots_now(slot, self._state):
                 copied = self._copied(each, key, shared)
                 if copied is not None:
-                    found[each.path] = copied
-        return Snapshot(found, self._lane)
+                    snapshot.add(each.path, copied, self._lane)
+        return snapshot
 
     def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
         where = (slot.path, key)
