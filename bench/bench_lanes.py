@@ -1,10 +1,10 @@
 """What deferred callbacks cost training, and how much they get done.
 
 ``python -m bench.bench_lanes`` from the root of the checkout; with ``--peers`` also Lightning and ignite with the same
-logging in place, which have to be installed (``pip install lightning pytorch-ignite``).
+logging in place, which have to be installed (``pip install lightning pytorch-ignite``); ``--only`` chooses a part.
 
-The cluster is a real one: `distributed.LocalCluster` with one worker process on this machine, so training, the lanes,
-the scheduler and the worker share its cores. The clock is the wall.
+The cluster is a real one: a scheduler and a worker started by dask's command line on this machine, so training, the
+lanes, the scheduler and the worker share its cores. The clock is the wall.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from bench.pairs import Report, figure
 from bench.peers import ignite_fit, lightning_fit
@@ -45,13 +47,21 @@ Timed = Callable[[], float]
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--peers", action="store_true", help="Lightning and ignite with the same logging, in place")
+    arguments.add_argument("--only", choices=("metrics", "histograms", "throughput", "recovery"), help="one part of it")
     chosen = arguments.parse_args()
-    report = Report("Lanes", "python -m bench.bench_lanes" + " --peers" * chosen.peers, "as each line says")
-    with tempfile.TemporaryDirectory() as folder, cluster() as address:
-        metrics_per_batch(report, Path(folder), address, peers=chosen.peers)
-        histograms(report, Path(folder), address, peers=chosen.peers)
-        throughput(report, Path(folder))
-    recovery(report)
+    options = " --peers" * chosen.peers + (f" --only {chosen.only}" if chosen.only else "")
+    report = Report("Lanes", "python -m bench.bench_lanes" + options, "as each line says")
+    parts: dict[str, Callable[[Path, str], None]] = {
+        "metrics": lambda folder, address: metrics_per_batch(report, folder, address, peers=chosen.peers),
+        "histograms": lambda folder, address: histograms(report, folder, address, peers=chosen.peers),
+        "throughput": lambda folder, address: throughput(report, folder),
+    }
+    for name, part in parts.items():
+        if chosen.only in (None, name):
+            with tempfile.TemporaryDirectory() as folder, cluster(1) as (address, _):
+                part(Path(folder), address)
+    if chosen.only in (None, "recovery"):
+        recovery(report)
 
 
 # --- a logger of metrics for each batch, beside a step of 1 ms
@@ -59,7 +69,7 @@ def main() -> None:
 
 def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool) -> None:
     width = width_of(1e-3)
-    data = batches(300)
+    data = batches(1000)
     without = partial(learner_of, width, data, (), "serial")
 
     def logged(name: str, executor: Callable[[], str | Executor]) -> Learner:
@@ -102,21 +112,23 @@ def log_histograms(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Te
 
 def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> None:
     width = width_of(5e-3)
-    data = batches(100)
-    without = partial(learner_of, width, data, (), "serial")
-    tensors = copies_for(40e-3, width)
+    data = batches(200)
+    tensors = copies_for(40e-3)
+    without = partial(learner_of, width, data, (), "serial", tensors)
 
     def logged(name: str, executor: str | Executor) -> Learner:
         logger = LogHistograms(JsonlBackend(folder / f"histograms-{name}.jsonl"), every=20)
         return learner_of(width, data, (logger,), executor, extra=tensors)
 
-    for name, make, goal in (
-        ("in place", lambda: logged("serial", "serial"), None),
-        ("deferred to a process", lambda: logged("process", DaskExecutor(address)), 1.08),
-    ):
-        times = epochs_in_turns([partial(without, extra=tensors), make], 30)
-        report.ratio(f"5 ms step, `LogHistograms` of 40 ms each 20th batch, {name}; floor: without it", times, goal,
-                     steps=1)
+    what = "5 ms step, `LogHistograms` of 40 ms each 20th batch"
+    times = epochs_in_turns([without, lambda: logged("serial", "serial")], 30)
+    report.ratio(f"{what}, in place; floor: without it", times, None, steps=1)
+    with beside(tensors) as process:
+        times = loops_in_turns([without, lambda: logged("process", DaskExecutor(address)), without], 30, process)
+    report.ratio(f"{what}, deferred to a process; floor: without it", times, 1.08, steps=1)
+    report.ratio("a process that has nothing to do with training and computes the same; floor: without it", times, None,
+                 steps=1, which=2)
+    report.ratio("deferred, to training beside that process", [row[::-1] for row in times], None, steps=1)
     if peers:
         for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
             log = partial(log_histograms, opened(folder / f"histograms-{name}.jsonl"))
@@ -124,23 +136,58 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
                 [timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30
             )
             report.ratio(f"the same histograms in {name}, in place; floor: without them", times, None, steps=1)
-    half, end = backlog(logged("backlog", DaskExecutor(address)), len(data))
+    half, end = backlog(logged("backlog", DaskExecutor(address)), 2000)
     report.row(
-        "the same, events that wait: at half time, at the end", str(half), str(end), f"{end - half:+d}", "0 or less",
-        reached=end <= half,
+        "the same for 2,000 batches, events that wait: the mean of the second and of the last quarter", f"{half:.1f}",
+        f"{end:.1f}", f"{end - half:+.1f}", "0 or less", reached=end <= half,
     )
 
 
-def backlog(learner: Learner, steps: int) -> tuple[int, int]:
-    """Return how many deferred events wait at the middle of an epoch and at its end."""
+def backlog(learner: Learner, steps: int) -> tuple[float, float]:
+    """Return how many deferred events wait on average before half time, and before the end."""
     executor: Any = learner.executor
     learner.fit(1)
     found: list[int] = []
-    for raw in learner.data[TrainingPhase]:
+    for raw in islice(cycle(learner.data[TrainingPhase]), steps):
         learner.step(TrainingPhase, raw)
         found.append(executor.report().pending)
     learner.close()
-    return found[steps // 2 - 1], found[-1]
+    quarter = steps // 4
+    return fmean(found[quarter : 2 * quarter]), fmean(found[3 * quarter :])
+
+
+WORK = """
+import sys, time, torch
+from bench.bench_lanes import log_all
+weights = [torch.randn(1024, 64) for _ in range(int(sys.argv[1]))]
+torch.set_num_threads(1)
+log_all(weights)
+print("ready", flush=True)
+while True:
+    begin = time.perf_counter()
+    log_all(weights)
+    time.sleep(max(0.0, 0.1 - (time.perf_counter() - begin)))
+"""
+
+
+@contextmanager
+def beside(tensors: int) -> Generator[subprocess.Popen[bytes]]:
+    """Start a process that computes the histograms every 100 ms, for nobody; it is stopped at first."""
+    process = subprocess.Popen([sys.executable, "-c", WORK, str(tensors)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def log_all(weights: Sequence[torch.Tensor]) -> None:
+    backend = JsonlBackend("nowhere.jsonl")
+    for weight in weights:
+        backend.encode(Histogram(weight), "w", 0, ("TrainingPhase",))
 
 
 # --- how many records a lane writes
@@ -201,31 +248,24 @@ class Slow(Callback):
 def recovery(report: Report) -> None:
     """Kill the worker that has a batch, and time until the lane has done more, with another worker alive."""
     took: list[float] = []
-    workers: list[subprocess.Popen[bytes]] = []
-    with cluster(0) as address, Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-        try:
-            workers += [worker_on(address) for _ in range(2)]
-            executor = DaskExecutor(address)
-            learner = learner_of(16, batches(4), (Slow(),), executor)
-            learner.fit(1)
-            for _ in range(30):
-                client.wait_for_workers(2, timeout=60)
-                for raw in batches(10):
-                    learner.step(TrainingPhase, raw)
-                victim = at_work(client)
-                before = executor.report().lanes[0].done
-                os.kill(victim, signal.SIGKILL)
-                begin = time.perf_counter()
-                while executor.report().lanes[0].done == before:
-                    time.sleep(0.005)
-                took.append(time.perf_counter() - begin)
-                learner.flush()
-                workers.append(worker_on(address))
-            learner.close()
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
+    with cluster(2) as (address, processes), Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        executor = DaskExecutor(address)
+        learner = learner_of(16, batches(4), (Slow(),), executor)
+        learner.fit(1)
+        for _ in range(30):
+            client.wait_for_workers(2, timeout=60)
+            for raw in batches(10):
+                learner.step(TrainingPhase, raw)
+            victim = at_work(client)
+            before = executor.report().lanes[0].done
+            os.kill(victim, signal.SIGKILL)
+            begin = time.perf_counter()
+            while executor.report().lanes[0].done == before:
+                time.sleep(0.005)
+            took.append(time.perf_counter() - begin)
+            learner.flush()
+            processes.append(worker_on(address))
+        learner.close()
     found = figure(took)
     report.row(
         "seconds until a lane goes on whose worker was killed with a batch at work, another being alive", "", "",
@@ -233,10 +273,6 @@ def recovery(report: Report) -> None:
     )
 
 
-def worker_on(address: str) -> subprocess.Popen[bytes]:
-    """Start a worker as one does by hand, without a nanny."""
-    command = [sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def at_work(client: Any) -> int:
@@ -290,21 +326,15 @@ def width_of(cost: float) -> int:
     for _ in range(5):
         learner = learner_of(width, data, (), "serial")
         learner.fit(1)
-        took = min(timed(partial(learner.fit, 1), len(data))() for _ in range(5))
+        took = median(timed(partial(learner.fit, 1), len(data))() for _ in range(9))
         width = max(16, round(width * cost / took))
     return width
 
 
-def copies_for(cost: float, width: int) -> int:
+def copies_for(cost: float) -> int:
     """Return how many further weights a model needs for its histograms to take `cost` seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        backend = JsonlBackend(Path(folder) / "a.jsonl")
-        weight = torch.randn(1024, 64)
-
-        def log_one() -> None:
-            backend.encode(Histogram(weight), "w", 0, ("TrainingPhase",))
-
-        return max(1, round(cost / min(timed(log_one, 1)() for _ in range(20))))
+    weights = [torch.randn(1024, 64) for _ in range(40)]
+    return max(1, round(cost / median(timed(partial(log_all, weights), len(weights))() for _ in range(20))))
 
 
 # --- timing
@@ -330,6 +360,27 @@ def epochs_in_turns(make: Sequence[Callable[[], Learner]], repetitions: int) -> 
             learner.close()
 
 
+def loops_in_turns(
+    make: Sequence[Callable[[], Learner]], repetitions: int, process: subprocess.Popen[bytes]
+) -> list[tuple[float, ...]]:
+    """Time epochs in turns: training alone, what is flushed afterwards is not timed. `process` runs beside the last."""
+    learners = [each() for each in make]
+
+    def one(learner: Learner, beside: bool) -> float:
+        if beside:
+            process.send_signal(signal.SIGCONT)
+        took = timed(partial(learner.epoch, TrainingPhase), len(learner.data[TrainingPhase]))()
+        process.send_signal(signal.SIGSTOP)
+        learner.flush()
+        return took
+
+    try:
+        return in_turns([partial(one, learner, learner is learners[-1]) for learner in learners], repetitions)
+    finally:
+        for learner in learners:
+            learner.close()
+
+
 def in_turns(runs: Sequence[Timed], repetitions: int) -> list[tuple[float, ...]]:
     gc.collect()
     gc.disable()
@@ -341,13 +392,35 @@ def in_turns(runs: Sequence[Timed], repetitions: int) -> list[tuple[float, ...]]
         gc.enable()
 
 
+# --- the cluster
+
+
 @contextmanager
-def cluster(workers: int = 1) -> Generator[str]:
-    made: Any = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-        n_workers=workers, processes=True, threads_per_worker=1, dashboard_address="127.0.0.1:0"
-    )
-    with made:
-        yield str(made.scheduler_address)
+def cluster(workers: int) -> Generator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Start a scheduler and workers as one does by hand; give the address, and the processes, which are ended."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = Path(folder, "scheduler.json")
+            processes.append(dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)))
+            while not file.exists() or not file.read_text():
+                time.sleep(0.05)
+            address: str = json.loads(file.read_text())["address"]
+            processes += [worker_on(address) for _ in range(workers)]
+            yield address, processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def worker_on(address: str) -> subprocess.Popen[bytes]:
+    return dask("worker", address, "--nthreads", "1", "--no-nanny")
+
+
+def dask(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

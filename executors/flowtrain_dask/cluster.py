@@ -20,9 +20,11 @@ from typing import Any
 from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.calls import Calls, ClusterLost, Patience
+from flowtrain_dask.codec import Encoded
 from flowtrain_dask.connect import Connection
 from flowtrain_dask.entries import dump_entries
 from flowtrain_dask.freight import check_travels, dump_job, dump_state, load_state, stays
+from flowtrain_dask.parcels import Parcel, Ticket, possible
 from flowtrain_dask.report import Tally
 from flowtrain_dask.threads import ThreadTransport
 from flowtrain_dask.transport import Abandoned, OnLoss
@@ -33,6 +35,8 @@ __all__ = ["ClusterTransport"]
 
 _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""
+_PARCEL = 256 << 10
+"""Bytes of a batch from which on it is not sent, but left in memory for a worker on the same machine."""
 _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
@@ -78,6 +82,8 @@ class ClusterTransport:
         self._log_bytes = 0
         self._asked = 0.0
         self._holder = ""
+        self._near = possible()  # until a worker says that it is not
+        self._parcels: list[Parcel] = []
 
     @property
     def where(self) -> str:
@@ -133,7 +139,8 @@ class ClusterTransport:
             self._home = None  # whoever changes a callback now changes the one that counts
 
     def close(self) -> None:
-        """Nothing is held: the connection is the caller's."""
+        """Give back memory that a worker was to find; the connection is the caller's."""
+        self._drop_parcels()
 
     def _is_due(self) -> bool:
         """Return whether the next batch should bring the state home."""
@@ -166,26 +173,49 @@ class ClusterTransport:
                     tally.replays += len(self._log)
                 return self._assignment(entries, everything or whole, want)
 
-            reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
+            try:
+                reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
+            finally:
+                self._drop_parcels()
             if reply.kind == "done":
                 return self._settle(reply, entries)
             self._refuse(reply)
+            if reply.kind == "far":  # the worker is on another machine, and has not touched anything
+                self._near = False
+                continue
             complete = True
             tally.restarts += 1
             tally.replays += len(self._log)
 
     def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool) -> bytes:
         log: list[Entry] = self._log if everything else []
+        events = dump_entries([*log, *entries])
         call = Assignment(
             self._token,
             self._versions,
             self._packed,
             self._seen - len(log),
             self._home if everything else None,
-            dump_entries([*log, *entries]),
+            self._parcel(events) or bytes(events),
             want,
         )
         return pickle.dumps(call)
+
+    def _parcel(self, events: Encoded) -> Ticket | None:
+        """Put events where a worker on this machine finds them; ``None`` where that cannot be, or is not worth it."""
+        if not self._near or events.nbytes < _PARCEL:
+            return None
+        try:
+            parcel = Parcel(events.pieces)
+        except OSError:  # no memory, or too many open files: then they are sent
+            return None
+        self._parcels.append(parcel)
+        return parcel.ticket
+
+    def _drop_parcels(self) -> None:
+        for parcel in self._parcels:
+            parcel.close()
+        self._parcels.clear()
 
     def _settle(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
         """Take a reply that is done; what was run again is not counted again."""

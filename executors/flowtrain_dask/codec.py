@@ -31,33 +31,59 @@ from flowtrain.state import Named, State
 from flowtrain_dask.pool import ALIGNMENT, aligned
 from flowtrain_dask.tensors import compressed_indices
 
-__all__ = ["ValuePickler", "decode", "encode"]
+__all__ = ["Encoded", "ValuePickler", "decode", "encode"]
 
 _MAGIC = b"FTB1"
 
-def encode(obj: object) -> bytes:
-    """Return an object as bytes.
+class Encoded:
+    """An object as bytes that lie in several places, some of them where the object has them.
+
+    Args:
+        obj: The object; it must not change as long as the pieces are used.
+
+    Attributes:
+        pieces: The bytes, one piece after the other.
 
     Raises:
         TypeError: Something in it can be sent to no other process.
     """
-    buffers: list[pickle.PickleBuffer] = []
-    file = io.BytesIO()
-    pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
-    pickler.dump(obj)
-    parts: list[memoryview] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
-    head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
-    pieces: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
-    for part in parts:
-        pieces += [part, bytes(-part.nbytes % ALIGNMENT)]
-    return b"".join(pieces)
+
+    def __init__(self, obj: object) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        file = io.BytesIO()
+        self._pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
+        self._pickler.dump(obj)
+        parts: list[memoryview] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+        head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
+        self.pieces: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
+        for part in parts:
+            self.pieces += [part, bytes(-part.nbytes % ALIGNMENT)]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all pieces."""
+        return sum(memoryview(piece).nbytes for piece in self.pieces)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
 
 
-def decode(blob: bytes | bytearray | memoryview) -> Any:
-    """Return the object of a blob, in memory of its own.
+def encode(obj: object) -> bytes:
+    """Return an object as bytes, see `Encoded`.
+
+    Raises:
+        TypeError: Something in it can be sent to no other process.
+    """
+    return bytes(Encoded(obj))
+
+
+def decode(blob: bytes | bytearray | memoryview, own: bool = False) -> Any:
+    """Return the object of a blob.
 
     Args:
         blob: What `encode` returned.
+        own: Whether the object may keep the blob as its memory: it can be written to, is aligned, and nobody else has
+            it. Otherwise it is copied.
 
     Raises:
         ValueError: It is no blob of this codec.
@@ -68,13 +94,18 @@ def decode(blob: bytes | bytearray | memoryview) -> Any:
             f"this is no blob of flowtrain's codec: it begins with {bytes(source[:4])!r}, not with {_MAGIC!r}. "
             f"Both sides must have the same version of flowtrain."
         )
-    memory, start = aligned(source.nbytes)  # bytes cannot be written into, and may begin anywhere
-    view = memoryview(memory)[start : start + source.nbytes]
-    view[:] = source
+    view = source if own else _copy_of(source)
     (count,) = struct.unpack_from("<Q", view, 4)
     sizes = struct.unpack_from(f"<{count + 1}Q", view, 12)
     first, *buffers = _parts(view, 12 + 8 * (count + 1), sizes)
     return pickle.loads(first, buffers=buffers)
+
+
+def _copy_of(source: memoryview) -> memoryview:
+    memory, start = aligned(source.nbytes)  # bytes cannot be written into, and may begin anywhere
+    view = memoryview(memory)[start : start + source.nbytes]
+    view[:] = source
+    return view
 
 
 def _parts(view: memoryview, head: int, sizes: tuple[int, ...]) -> Iterator[memoryview]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from flowtrain.access import Path
-from flowtrain_dask.codec import decode, encode
+from flowtrain_dask.codec import Encoded, decode
 from flowtrain_dask.marks import Lengths, Marked, Packing, unpacked
 from flowtrain_dask.work import Entry, opened
 
@@ -16,19 +16,19 @@ __all__ = ["dump_entries", "load_entries"]
 _Marks: TypeAlias = "list[tuple[Path, tuple[int, Lengths, Lengths]]]"
 
 
-def dump_entries(entries: Sequence[Entry]) -> bytes:
+def dump_entries(entries: Sequence[Entry]) -> Encoded:
     """Return events as bytes; the series that they show are in it once for all of them."""
     packing = Packing()
     rows = []
     for sequence, duty, event, phase, payload, nbytes in entries:
         copies, marks = _split(opened(payload), packing)
         rows.append((sequence, duty, event, phase, copies, nbytes, marks))
-    return encode((rows, packing.packed()))
+    return Encoded((rows, packing.packed()))
 
 
-def load_entries(blob: bytes) -> list[Entry]:
-    """Return the events of `dump_entries`."""
-    rows, packed = decode(blob)
+def load_entries(blob: bytes | memoryview, own: bool = False) -> list[Entry]:
+    """Return the events of `dump_entries`; `own` is what `flowtrain_dask.codec.decode` takes."""
+    rows, packed = decode(blob, own)
     sources = unpacked(packed)
     entries = []
     for sequence, duty, event, phase, payload, nbytes, marks in rows:

@@ -226,6 +226,7 @@ class Lane:
         self.gate, self._failing = Gate(), threading.Lock()
         self._wake = threading.Event()
         self._thread = None
+        self._transport.close()
         self._queue.clear()
         self._done, self._done_bytes = self._put, self._put_bytes
         for backend in {id(one): one for backends in self._sinks for one in backends}.values():

@@ -24,6 +24,7 @@ from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.entries import load_entries
 from flowtrain_dask.freight import build, dump_state, load_state
+from flowtrain_dask.parcels import Ticket, unpack
 from flowtrain_dask.pickling import dumps, loads
 from flowtrain_dask.work import Job, Record, run_entries
 
@@ -63,7 +64,7 @@ class Assignment:
         job: The job, see `flowtrain_dask.freight.dump_job`.
         base: How many events the state has seen.
         state: The callbacks' state after those; ``None``: the callbacks that stayed here.
-        entries: The events after those.
+        entries: The events after those; or where they are, in memory of the driver's machine.
         want: Whether the new state is to be sent back.
     """
 
@@ -72,7 +73,7 @@ class Assignment:
     job: bytes
     base: int
     state: bytes | None
-    entries: bytes
+    entries: bytes | Ticket
     want: bool
 
 
@@ -81,8 +82,8 @@ class Reply:
     """What came of an assignment.
 
     Attributes:
-        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"versions"``: they differ;
-            ``"broken"``: it could not be unpickled, or its result not pickled.
+        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory is not
+            here; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
         records: See `flowtrain_dask.work.Outcome`.
         done: The same.
         ran: How many entries the assignment had.
@@ -133,10 +134,15 @@ _lock = threading.Lock()
 def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
+    own = isinstance(assignment.entries, Ticket)
+    blob = unpack(assignment.entries) if isinstance(assignment.entries, Ticket) else assignment.entries
+    if blob is None:
+        return Reply("far")
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")
-    job, entries = resident.job, load_entries(assignment.entries)
+    job, entries = resident.job, load_entries(blob, own)
+    del blob
     outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane)
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowtrain.errors import LoggingError
 from flowtrain.logging import File, Histogram, Image, JsonlBackend, LoggerBackend, Run, Settings, Text, Value
@@ -37,6 +40,21 @@ def test_a_record_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert record == (
         b'{"name": "Loss", "group": "Step/TrainingPhase", "step": 3, "kind": "Value", "value": 0.5, "time": 5.25}\n'
     )
+
+
+names = st.text(st.characters(codec="utf-8"), max_size=8)
+
+
+@settings(deadline=None)
+@given(names, st.lists(names, min_size=1, max_size=3), st.integers(0, 10**9), st.floats() | st.integers())
+def test_the_line_of_a_number_is_what_the_standard_library_writes(
+    name: str, group: list[str], step: int, value: float
+) -> None:
+    line = JsonlBackend("log").encode(Value(value), name, step, tuple(group))
+    found = json.loads(line)
+    written = value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    wanted = {"name": name, "group": "/".join(group), "step": step, "kind": "Value", "value": written}
+    assert line == json.dumps({**wanted, "time": found["time"]}).encode() + b"\n"
 
 
 def test_every_kind_is_valid_json(tmp_path: Path) -> None:
