@@ -26,19 +26,22 @@ class Batches:
     Args:
         queue: The entries that wait.
         limit_bytes: What the entries of the lane may hold.
+
+    Attributes:
+        largest: The bytes of a full batch.
     """
 
     def __init__(self, queue: deque[Entry], limit_bytes: int) -> None:
         self._queue = queue
         # A batch is copied several times on its way, so it is a small part of what the limit allows.
-        self._largest = min(_BYTES, limit_bytes // 8)
+        self.largest = min(_BYTES, limit_bytes // 8)
         self._pace = 0.0  # seconds for an event, as of the last batch
 
     def take(self) -> list[Entry]:
         """Take the next batch: all that waits, but no more than what one batch should take; one entry at least."""
         most = min(_EVENTS, max(1, int(_SECONDS / self._pace))) if self._pace else _FIRST
         queue, batch, size = self._queue, list[Entry](), 0
-        while queue and len(batch) < most and (not batch or size + queue[0].nbytes <= self._largest):
+        while queue and len(batch) < most and (not batch or size + queue[0].nbytes <= self.largest):
             batch.append(queue.popleft())
             size += batch[-1].nbytes
         return batch

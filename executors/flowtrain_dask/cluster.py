@@ -37,6 +37,8 @@ _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""
 _PARCEL = 256 << 10
 """Bytes of a batch from which on it is not sent, but left in memory for a worker on the same machine."""
+_SPARE = 64 << 20
+"""Bytes of such memory that are kept between two batches, at most."""
 _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
@@ -83,7 +85,8 @@ class ClusterTransport:
         self._asked = 0.0
         self._holder = ""
         self._near = possible()  # until a worker says that it is not
-        self._parcels: list[Parcel] = []
+        self._parcels: list[Parcel] = []  # of the call that is being made
+        self._spare: Parcel | None = None
 
     @property
     def where(self) -> str:
@@ -140,7 +143,8 @@ class ClusterTransport:
 
     def close(self) -> None:
         """Give back memory that a worker was to find; the connection is the caller's."""
-        self._drop_parcels()
+        self._keep_one_parcel()
+        self._drop_spare()
 
     def _is_due(self) -> bool:
         """Return whether the next batch should bring the state home."""
@@ -176,12 +180,13 @@ class ClusterTransport:
             try:
                 reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
             finally:
-                self._drop_parcels()
+                self._keep_one_parcel()
             if reply.kind == "done":
                 return self._settle(reply, entries)
             self._refuse(reply)
             if reply.kind == "far":  # the worker is on another machine, and has not touched anything
                 self._near = False
+                self._drop_spare()
                 continue
             complete = True
             tally.restarts += 1
@@ -190,13 +195,15 @@ class ClusterTransport:
     def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool) -> bytes:
         log: list[Entry] = self._log if everything else []
         events = dump_entries([*log, *entries])
+        buffers = self._parcel(events)
         call = Assignment(
             self._token,
             self._versions,
             self._packed,
             self._seen - len(log),
             self._home if everything else None,
-            self._parcel(events) or bytes(events),
+            bytes(events) if buffers is None else events.head,
+            buffers,
             want,
         )
         return pickle.dumps(call)
@@ -206,15 +213,25 @@ class ClusterTransport:
         if not self._near or events.nbytes < _PARCEL:
             return None
         try:
-            parcel = Parcel(events.pieces)
+            parcel = self._spare or Parcel()
+            self._spare = None
+            self._parcels.append(parcel)
+            return parcel.fill(events.buffers)
         except OSError:  # no memory, or too many open files: then they are sent
             return None
-        self._parcels.append(parcel)
-        return parcel.ticket
 
-    def _drop_parcels(self) -> None:
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
+
+    def _keep_one_parcel(self) -> None:
+        """Keep a parcel for the next batch: to fill it again takes half the time."""
         for parcel in self._parcels:
-            parcel.close()
+            if self._spare is None and parcel.size <= _SPARE:
+                self._spare = parcel
+            else:
+                parcel.close()
         self._parcels.clear()
 
     def _settle(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:

@@ -17,7 +17,7 @@ import io
 import pickle
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,13 +36,15 @@ __all__ = ["Encoded", "ValuePickler", "decode", "encode"]
 _MAGIC = b"FTB1"
 
 class Encoded:
-    """An object as bytes that lie in several places, some of them where the object has them.
+    """An object as bytes: a head, and the buffers, which are where the object has them.
 
     Args:
-        obj: The object; it must not change as long as the pieces are used.
+        obj: The object; it must not change as long as the buffers are used.
 
     Attributes:
-        pieces: The bytes, one piece after the other.
+        head: What comes before the buffers.
+        buffers: The buffers, each followed by what aligns the next one.
+        nbytes: The bytes of all.
 
     Raises:
         TypeError: Something in it can be sent to no other process.
@@ -53,19 +55,16 @@ class Encoded:
         file = io.BytesIO()
         self._pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
         self._pickler.dump(obj)
-        parts: list[memoryview] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
-        head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
-        self.pieces: list[bytes | memoryview] = [head, bytes(-len(head) % ALIGNMENT)]
-        for part in parts:
-            self.pieces += [part, bytes(-part.nbytes % ALIGNMENT)]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all pieces."""
-        return sum(memoryview(piece).nbytes for piece in self.pieces)
+        pickled, parts = file.getbuffer(), [buffer.raw() for buffer in buffers]
+        head = _MAGIC + struct.pack(
+            f"<{len(parts) + 2}Q", len(parts), pickled.nbytes, *(part.nbytes for part in parts)
+        )
+        self.head = b"".join(_aligned(head, pickled))
+        self.buffers = _aligned(*parts)
+        self.nbytes = len(self.head) + sum(len(each) for each in self.buffers)
 
     def __bytes__(self) -> bytes:
-        return b"".join(self.pieces)
+        return b"".join((self.head, *self.buffers))
 
 
 def encode(obj: object) -> bytes:
@@ -77,13 +76,13 @@ def encode(obj: object) -> bytes:
     return bytes(Encoded(obj))
 
 
-def decode(blob: bytes | bytearray | memoryview, own: bool = False) -> Any:
-    """Return the object of a blob.
+def decode(blob: bytes | bytearray | memoryview, buffers: memoryview | None = None) -> Any:
+    """Return the object of a blob, in memory of its own.
 
     Args:
-        blob: What `encode` returned.
-        own: Whether the object may keep the blob as its memory: it can be written to, is aligned, and nobody else has
-            it. Otherwise it is copied.
+        blob: What `encode` returned, or `Encoded.head`.
+        buffers: With a head, `Encoded.buffers` in one: the object keeps that as its memory, so it can be written to, is
+            aligned, and nobody else has it.
 
     Raises:
         ValueError: It is no blob of this codec.
@@ -94,11 +93,13 @@ def decode(blob: bytes | bytearray | memoryview, own: bool = False) -> Any:
             f"this is no blob of flowtrain's codec: it begins with {bytes(source[:4])!r}, not with {_MAGIC!r}. "
             f"Both sides must have the same version of flowtrain."
         )
-    view = source if own else _copy_of(source)
+    view = _copy_of(source)
     (count,) = struct.unpack_from("<Q", view, 4)
     sizes = struct.unpack_from(f"<{count + 1}Q", view, 12)
-    first, *buffers = _parts(view, 12 + 8 * (count + 1), sizes)
-    return pickle.loads(first, buffers=buffers)
+    start = _after(12 + 8 * (count + 1))
+    first = view[start : start + sizes[0]]
+    rest = view[start + _after(sizes[0]) :] if buffers is None else buffers
+    return pickle.loads(first, buffers=_parts(rest, sizes[1:]))
 
 
 def _copy_of(source: memoryview) -> memoryview:
@@ -108,11 +109,21 @@ def _copy_of(source: memoryview) -> memoryview:
     return view
 
 
-def _parts(view: memoryview, head: int, sizes: tuple[int, ...]) -> Iterator[memoryview]:
-    start = head + -head % ALIGNMENT
+def _parts(view: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
+    start = 0
     for size in sizes:
         yield view[start : start + size]
-        start += size + -size % ALIGNMENT
+        start += _after(size)
+
+
+def _aligned(*parts: bytes | memoryview) -> list[bytes | memoryview]:
+    """Return parts with what aligns the next one after each."""
+    return [piece for part in parts for piece in (part, bytes(_after(len(part)) - len(part)))]
+
+
+def _after(size: int) -> int:
+    """Return where the next part begins after one of that size."""
+    return size + -size % ALIGNMENT
 
 
 class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above

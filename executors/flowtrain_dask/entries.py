@@ -26,9 +26,9 @@ def dump_entries(entries: Sequence[Entry]) -> Encoded:
     return Encoded((rows, packing.packed()))
 
 
-def load_entries(blob: bytes | memoryview, own: bool = False) -> list[Entry]:
-    """Return the events of `dump_entries`; `own` is what `flowtrain_dask.codec.decode` takes."""
-    rows, packed = decode(blob, own)
+def load_entries(blob: bytes, buffers: memoryview | None = None) -> list[Entry]:
+    """Return the events of `dump_entries`, from all of its bytes or from its two parts."""
+    rows, packed = decode(blob, buffers)
     sources = unpacked(packed)
     entries = []
     for sequence, duty, event, phase, payload, nbytes, marks in rows:

@@ -98,6 +98,7 @@ class Lane:
         self._refuses = False  # closed or retired: `put` takes nothing
         self._retired = self._closed = self._abandoned = self._rush = False
         self._asleep = True  # `put` wakes the lane's thread, or starts it
+        self._taken = 0.0  # when the last batch was
         self._collected = 0  # the state after this many entries is at home
         self.given_up = False
         self.gate = Gate()
@@ -279,14 +280,19 @@ class Lane:
             self._transport.close()
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do and the linger is over; return whether to go on."""
+        """Sleep until there is something to do and the linger is over; return whether to go on.
+
+        The linger begins with the first event that waits, which came after the last batch was taken.
+        """
+        begin = self._taken
         while not self._closed and not self._queue and not self._wants_home():
             self._wake.clear()
             self._asleep = True
             if not self._queue and not self._closed and not self._wants_home():
                 self._wake.wait()
             self._asleep = False
-        end = time.monotonic() + self._transport.linger
+            begin = time.monotonic()
+        end = begin + self._transport.linger
         while not self._closed and not self._is_pressed():
             self._wake.clear()
             left = end - time.monotonic()
@@ -300,7 +306,7 @@ class Lane:
         """Return whether there is no time to linger."""
         if self._rush or len(self._queue) >= self._hurry:
             return True
-        return self._put_bytes - self._done_bytes > self._limits.bytes // 2
+        return self._put_bytes - self._done_bytes >= self._batches.largest
 
     def _wants_home(self) -> bool:
         return self._rush and self._collected < self._put
@@ -312,6 +318,7 @@ class Lane:
                 self._skip()
             else:
                 batch = self._flight = self._batches.take()
+                self._taken = time.monotonic()
         if batch:
             begin = time.monotonic()
             outcome = self._transport.process(batch, self.gate, self._is_closed, self._tally)

@@ -1,11 +1,14 @@
-"""Parcels: large batches for workers on the same machine, handed over in memory in place of being sent.
+"""Parcels: what is large goes to a worker on the same machine in memory, and is not sent.
 
-A parcel is a file that exists in memory only (``memfd_create``, Linux). Its writer keeps it open, a worker of the same
+A parcel is a file that exists in memory only (``memfd_create``, Linux). Its writer keeps it open; a worker of the same
 user opens it through ``/proc`` and maps it, with pages of its own for what it writes. So the bytes are copied once, by
 the kernel, while Python is free to train, and they pass through no socket and no scheduler. When the writer dies,
 nothing is left behind.
 
 Nobody has to know beforehand who can be reached like that: a worker that cannot open a parcel says so.
+
+A parcel is filled again when nobody waits for a worker that reads it. A worker that was stopped in the middle may still
+do so: every filling has a mark, which the worker compares when it has finished.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Parcel", "Ticket", "possible", "unpack"]
+__all__ = ["Found", "Parcel", "Ticket", "possible", "unpack"]
 
 _PAGE = mmap.PAGESIZE
+_MARK = 16
 _MOST_PIECES = 512  # the system takes 1,024 at once
 
 
@@ -30,7 +34,7 @@ class Ticket(NamedTuple):
         process: The number of the process that keeps it open.
         descriptor: The number under which it does.
         size: Its bytes, without the first page.
-        mark: What the first page begins with: another process or parcel may have the same numbers by now.
+        mark: What the first page begins with.
     """
 
     process: int
@@ -45,24 +49,34 @@ def possible() -> bool:
 
 
 class Parcel:
-    """Bytes that another process on this machine can map.
-
-    Args:
-        pieces: The bytes, one piece after the other.
+    """Memory that another process on this machine can map.
 
     Raises:
-        OSError: There is no memory, or too many files are open.
+        OSError: There are too many open files.
     """
 
-    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
-        mark = secrets.token_bytes(16)
+    def __init__(self) -> None:
+        self._descriptor = -1
         self._descriptor = os.memfd_create("flowtrain")
-        try:
-            size = _write_all(self._descriptor, [mark, bytes(_PAGE - len(mark)), *pieces]) - _PAGE
-        except BaseException:
-            self.close()
-            raise
-        self.ticket = Ticket(os.getpid(), self._descriptor, size, mark)
+
+    def fill(self, pieces: Sequence[bytes | memoryview]) -> Ticket:
+        """Put bytes into it, one piece after the other, in place of what is there; return where they are.
+
+        Raises:
+            OSError: There is no memory.
+        """
+        mark = secrets.token_bytes(_MARK)
+        # The mark first, so that nobody takes for the old bytes what comes now.
+        os.pwrite(self._descriptor, mark.ljust(_PAGE, b"\0"), 0)
+        os.lseek(self._descriptor, _PAGE, os.SEEK_SET)
+        size = _write_all(self._descriptor, pieces)
+        # It is never made smaller: who has it mapped would die of reading what is gone.
+        return Ticket(os.getpid(), self._descriptor, size, mark)
+
+    @property
+    def size(self) -> int:
+        """The bytes of memory that it has taken."""
+        return os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody has it mapped."""
@@ -74,23 +88,42 @@ class Parcel:
         self.close()
 
 
-def unpack(ticket: Ticket) -> memoryview | None:
-    """Return the bytes of a parcel, to be written to as one likes; ``None`` if this process cannot get at it."""
+class Found:
+    """A parcel, where it was opened.
+
+    Attributes:
+        memory: Its bytes; what is written to them stays here.
+    """
+
+    def __init__(self, ticket: Ticket, descriptor: int) -> None:
+        self._ticket = ticket
+        self._descriptor = descriptor
+        whole = mmap.mmap(descriptor, _PAGE + ticket.size, access=mmap.ACCESS_COPY)
+        self.memory = memoryview(whole)[_PAGE:]  # what is made of it keeps it mapped
+
+    def holds(self) -> bool:
+        """Return whether it has not been filled again."""
+        return os.pread(self._descriptor, _MARK, 0) == self._ticket.mark
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+def unpack(ticket: Ticket) -> Found | None:
+    """Return a parcel; ``None`` if this process cannot get at it, or something else is there by now."""
     try:
         descriptor = os.open(f"/proc/{ticket.process}/fd/{ticket.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if os.pread(descriptor, len(ticket.mark), 0) != ticket.mark:
-            return None
-        if os.fstat(descriptor).st_size != _PAGE + ticket.size:
-            return None
-        # The views of it keep it mapped.
-        return memoryview(mmap.mmap(descriptor, _PAGE + ticket.size, access=mmap.ACCESS_COPY))[_PAGE:]
-    except OSError:
-        return None
+        fits = os.fstat(descriptor).st_size >= _PAGE + ticket.size
+        if fits and os.pread(descriptor, _MARK, 0) == ticket.mark:
+            return Found(ticket, os.dup(descriptor))
+    except (OSError, ValueError):
+        pass
     finally:
         os.close(descriptor)
+    return None
 
 
 def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:

@@ -64,7 +64,8 @@ class Assignment:
         job: The job, see `flowtrain_dask.freight.dump_job`.
         base: How many events the state has seen.
         state: The callbacks' state after those; ``None``: the callbacks that stayed here.
-        entries: The events after those; or where they are, in memory of the driver's machine.
+        entries: The events after those.
+        buffers: Where their buffers are, in memory of the driver's machine; ``None``: they are in `entries`.
         want: Whether the new state is to be sent back.
     """
 
@@ -73,7 +74,8 @@ class Assignment:
     job: bytes
     base: int
     state: bytes | None
-    entries: bytes | Ticket
+    entries: bytes
+    buffers: Ticket | None
     want: bool
 
 
@@ -134,16 +136,16 @@ _lock = threading.Lock()
 def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
-    own = isinstance(assignment.entries, Ticket)
-    blob = unpack(assignment.entries) if isinstance(assignment.entries, Ticket) else assignment.entries
-    if blob is None:
+    found = None if assignment.buffers is None else unpack(assignment.buffers)
+    if assignment.buffers is not None and found is None:
         return Reply("far")
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")
-    job, entries = resident.job, load_entries(blob, own)
-    del blob
+    job, entries = resident.job, load_entries(assignment.entries, None if found is None else found.memory)
     outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane)
+    if found is not None and not found.holds():  # nobody waits for this reply any more
+        return Reply("far")
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))
     if outcome.failure is not None:

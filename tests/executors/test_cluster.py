@@ -26,6 +26,7 @@ from flowtrain_dask.cluster import ClusterTransport
 from flowtrain_dask.connect import Connection, connect
 from flowtrain_dask.lane import Lane
 from flowtrain_dask.limits import Limits
+from flowtrain_dask.parcels import Parcel, Ticket, possible
 from flowtrain_dask.transport import OnLoss
 from flowtrain_dask.work import Duty, Job
 
@@ -76,7 +77,7 @@ class Summer(Callback):
     def take(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         """Add a number; say which process is at it; take the time that the payload asks for."""
         payload = learner.batch.inputs
-        number = payload["number"]
+        number = payload["number"] + int(payload.get("large", [0])[-1])
         if payload.get("raise"):
             raise ValueError(f"number {number}")
         if payload.get("cycle"):
@@ -225,6 +226,44 @@ def test_a_large_state_stays_on_the_worker(
     assert [size > 4_000_000 for size in sent].count(True) <= 3  # to open, to begin, and after the first came home
     assert len(sent) >= 6
     rig.lane.close()
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+@pytest.mark.parametrize("near", [True, False])
+def test_large_events_are_left_in_memory_for_workers_that_find_them(
+    connection: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    """They are sent to a worker that does not: it says so, and nothing has been run."""
+    sent: list[int] = []
+    make, fill = ClusterTransport._assignment, Parcel.fill  # pyright: ignore[reportPrivateUsage]  # as above
+
+    def watch(self: ClusterTransport, *args: Any) -> bytes:
+        blob = make(self, *args)
+        sent.append(len(blob))
+        return blob
+
+    def misplace(self: Parcel, pieces: Any) -> Ticket:
+        return fill(self, pieces)._replace(process=2**22 + 1)  # as if it were on another machine
+
+    monkeypatch.setattr(ClusterTransport, "_assignment", watch)
+    if not near:
+        monkeypatch.setattr(Parcel, "fill", misplace)
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder))
+    for number in range(6):
+        rig.put(0, large=torch.full((200_000,), number))
+        if number % 2:
+            rig.wait_for(number + 1)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(6))
+    assert rig.lane.report().tally.restarts == 0
+    large = [size > 800_000 for size in sent]
+    assert any(large) is not near
+    assert near or large[2:] == [True] * len(large[2:]), "after one attempt it is known"
+    files = len(os.listdir("/proc/self/fd"))
+    rig.lane.close()
+    assert len(os.listdir("/proc/self/fd")) == files - near, "the memory that was kept for the next batch"
 
 
 @pytest.mark.parametrize("ballast", [0, 1_000_000])

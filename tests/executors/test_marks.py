@@ -32,7 +32,7 @@ def marked(marker: Marker, metrics: PhaseMap[Any]) -> Marked:
 def travelled(*payloads: Marked) -> list[Any]:
     """What another process gets of events that come in one batch."""
     entries = [Entry(at, 0, BatchEnd(), TrainingPhase(), {PATH: each}, 0) for at, each in enumerate(payloads)]
-    return [entry.payload[PATH] for entry in load_entries(dump_entries(entries))]
+    return [entry.payload[PATH] for entry in load_entries(bytes(dump_entries(entries)))]
 
 
 Push = tuple[type[Phase], str, int]

@@ -57,7 +57,8 @@ def assign(
         for place, number in enumerate(numbers)
     ]
     blob = dump_state([callback], stays([callback])) if state else None
-    call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, dump_entries(entries), True)
+    events = bytes(dump_entries(entries))
+    call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, None, True)
     reply = pickle.loads(process(pickle.dumps(Assignment(**{**vars(call), **changes}))))
     assert type(reply) is Reply
     return reply
