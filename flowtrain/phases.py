@@ -210,17 +210,18 @@ class AbstractTrainingPhase(_Supervised):
         """Run one batch: forward, loss, backward, update. Entries of the batch are read again after each event."""
         loop = learner.loop
         on, core, scopes = loop.runners[self], loop.core, loop.scopes
-        batch = forward(self, loop, on, raw, training=True)
+        batch, loss = forward(self, loop, on, raw, True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, self)
+            loss = batch.loss
         try:
-            core.backward(batch.loss)
+            core.backward(loss)
         except RuntimeError as error:
-            check_graph(self, "batch.loss", batch.loss, error)
+            check_graph(self, "batch.loss", loss, error)
             raise
         if on.watched:  # otherwise the loop does it when the batch can be looked at: it costs most of a microsecond
-            batch.loss = batch.loss.detach()
+            loss = batch.loss = loss.detach()
         batch.grads = core.grads
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, self)
@@ -272,7 +273,7 @@ class AbstractValidationPhase(_Supervised):
         """Run one batch: forward and loss."""
         loop = learner.loop
         on, scopes = loop.runners[self], loop.scopes
-        batch = forward(self, loop, on, raw, training=False)
+        batch, _ = forward(self, loop, on, raw, False)
         scopes.batch = CLOSING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, self)

@@ -82,11 +82,12 @@ def settle(batch: BatchState) -> None:
         batch.loss = loss.detach()
 
 
-def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool) -> BatchState:
+def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) -> tuple[BatchState, torch.Tensor]:
     """Open the batch and run it up to its loss: the data, on the device, the model, and the loss function.
 
     `BatchBegin` comes before the model, `LossBegin` between it and the loss function. In training the gradients of
-    the group before are zeroed after `BatchBegin`.
+    the group before are zeroed after `BatchBegin`. Entries are read from the batch again only where a handler may have
+    changed them.
     """
     core, scopes, state = loop.core, loop.scopes, loop.state
     if core.places:
@@ -107,10 +108,11 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool)
     scopes.batch = OPEN
     if on.batch_begin is not None:
         on.batch_begin(_BATCH_BEGIN, phase)
+        inputs, targets = batch.inputs, batch.targets
     if training:
         core.begin()
     try:
-        outputs = batch.outputs = core.model(batch.inputs)
+        outputs = batch.outputs = core.model(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
         raise
@@ -118,8 +120,9 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool)
         core.show(batch)
     if on.loss_begin is not None:
         on.loss_begin(_LOSS_BEGIN, phase)
+        outputs, targets = batch.outputs, batch.targets
     try:
-        loss = batch.loss = core.lossfn(batch.outputs, batch.targets)
+        loss = batch.loss = core.lossfn(outputs, targets)
         scalar = loss.numel() == 1
     except torch.OutOfMemoryError:
         raise
@@ -129,7 +132,7 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, *, training: bool)
         raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
     if not scalar:
         raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
-    return batch
+    return batch, loss
 
 
 def no_pair(phase: object, raw: object) -> DataError:

@@ -63,7 +63,7 @@ class ClusterTransport:
         callbacks: Sequence[Callback],
         connection: Connection,
         on_loss: OnLoss = "local",
-        linger: float = 0.2,
+        linger: float = 0.5,
         patience: Patience | None = None,
     ) -> None:
         self.linger = linger

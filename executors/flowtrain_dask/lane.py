@@ -130,7 +130,8 @@ class Lane:
         self._queue.append(Entry(number, duty, event, phase, payload, nbytes))
         self._put_bytes += nbytes
         self._put = number + 1
-        if self._asleep or waiting == self._hurry:
+        room = self._batches.largest - (self._put_bytes - self._done_bytes)
+        if self._asleep or waiting + 1 == self._hurry or -nbytes < room <= 0:  # enough for a full batch, now
             self._wake_up()
         return True
 
@@ -260,6 +261,7 @@ class Lane:
         if self._closed:
             return
         if self._thread is None:
+            self._taken = time.monotonic()
             self._thread = threading.Thread(target=self._drive, name=f"flowtrain lane {self.job.lane}", daemon=True)
             self._thread.start()
         self._asleep = False

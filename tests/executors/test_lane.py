@@ -92,13 +92,18 @@ def make_lane() -> Iterator[MakeLane]:
     made: list[Lane] = []
 
     def make(
-        *callbacks: Callback, limits: Limits | None = None, on_error: OnError = "raise", **kwargs: Any
+        *callbacks: Callback,
+        limits: Limits | None = None,
+        on_error: OnError = "raise",
+        linger: float = 0.01,
+        **kwargs: Any,
     ) -> Lane:
         job = job_of(*callbacks)
         urgent: list[Callable[[], None]] = []
         kwargs.setdefault("surface", urgent.append)
         sinks = [each.backends for each in callbacks]
-        lane = Lane(job, ThreadTransport(job, callbacks, 0.01), sinks, limits or Limits(), on_error=on_error, **kwargs)
+        transport = ThreadTransport(job, callbacks, linger)
+        lane = Lane(job, transport, sinks, limits or Limits(), on_error=on_error, **kwargs)
         lane.urgent = urgent  # type: ignore[attr-defined]  # for the test
         made.append(lane)
         return lane
@@ -138,6 +143,21 @@ def test_events_are_processed_one_at_a_time_in_order(make_lane: MakeLane) -> Non
     report = lane.report()
     assert (report.events, report.done, report.pending, report.bytes) == (500, 500, 0, 0)
     assert (report.tally.records, report.where, report.callbacks) == (500, "thread", ("one", "two"))
+
+
+@pytest.mark.parametrize(("nbytes", "limits", "count"), [(100, Limits(bytes=8000), 10), (0, Limits(pending=20), 10)])
+def test_events_gather_until_there_are_enough_for_a_batch(
+    make_lane: MakeLane, nbytes: int, limits: Limits, count: int
+) -> None:
+    """In bytes or in number; the linger is an hour, so nothing else can be why."""
+    logger = Logger(Memory())
+    lane = make_lane(logger, limits=limits, linger=3600)
+    for number in range(count - 1):
+        put(lane, number, nbytes=nbytes)
+    time.sleep(0.05)
+    assert logger.seen == []
+    put(lane, count - 1, nbytes=nbytes)
+    wait_for(lambda: logger.seen == list(range(count)))
 
 
 def test_a_full_lane_makes_training_wait_and_says_who(make_lane: MakeLane) -> None:
