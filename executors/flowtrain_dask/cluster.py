@@ -136,7 +136,9 @@ class ClusterTransport:
             if self._log:
                 self._exchange((), True, nullcontext(), closing, tally)
         except ClusterLost as lost:
-            self._go_on_here(lost, (), nullcontext(), closing, tally)
+            outcome = self._go_on_here(lost, (), nullcontext(), closing, tally)
+            if outcome.failure is not None:  # of an event that had been done: the state is not what it was
+                raise outcome.failure[1] from lost
         else:
             load_state(self._callbacks, self._kept, self._home)
             self._home = None  # whoever changes a callback now changes the one that counts

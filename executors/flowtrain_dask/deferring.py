@@ -59,8 +59,13 @@ class Deferring:
         """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
         deferral = self._decide(nodes)
         if deferral.lanes and self._held.connection is None and self._cluster is not None:
-            from flowtrain_dask.connect import connect  # distributed takes a while to import
-
+            try:
+                from flowtrain_dask.connect import connect  # distributed takes a while to import
+            except ModuleNotFoundError as error:
+                raise ExecutorError(
+                    f"DaskExecutor({self._cluster!r}) needs {error.name}, which is not installed: "
+                    f"pip install 'flowtrain[dask]'. DaskExecutor() defers to threads and does not need it."
+                ) from error
             self._held.connection = connect(
                 self._cluster, self._options.drain_timeout, resources=self._resources or None
             )

@@ -2,7 +2,7 @@
 
 A `Taker` is compiled once for each handler; `Taker.take` runs on the training thread. Handlers of one firing share the
 copy of an entry where no other handler in between declares to write it (`copy_groups`). Copies live in memory of a
-`Pool`, which takes it back when nobody refers to a copy any more: `Snapshot.release` lets go.
+`Pool`, which takes it back when nobody refers to a copy any more.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Snapshot:
     """What one handler reads at one event.
 
     Attributes:
-        payload: The copies by path. Empty when it is released.
+        payload: The copies by path.
         nbytes: The bytes of all of them; a copy that snapshots of one lane share counts in the first.
     """
 
@@ -113,11 +113,6 @@ class Snapshot:
         for event in self._events:
             event.synchronize()
         self._events = ()
-
-    def release(self) -> None:
-        """Let go of the copies: their memory is used again when nobody else refers to it."""
-        self.ready()
-        self.payload.clear()
 
 
 class Taker:

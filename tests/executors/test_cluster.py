@@ -28,7 +28,7 @@ from flowtrain_dask.lane import Lane
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.parcels import Parcel, Ticket, possible
 from flowtrain_dask.transport import OnLoss
-from flowtrain_dask.work import Duty, Job
+from flowtrain_dask.work import Duty, Job, Outcome
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -406,6 +406,34 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
         raising.lane.raise_failure()
     rig.lane.close()
     raising.lane.close()
+    connection.close()
+
+
+def test_what_fails_in_the_replay_for_the_state_is_raised(
+    make_dask_processes: Callable[[], Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large state was on the worker and is lost; where an event cannot be run again, that state cannot be had."""
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    connection = connect(processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder, ballast=1_000_000), patience=Patience(away=0.5))
+    for number in range(4):
+        rig.put(number)
+        rig.wait_for(number + 1)
+
+    def fail(*args: Any) -> Outcome:
+        return Outcome([], 1, (2, ValueError("gone")))
+
+    monkeypatch.setattr(cluster_module, "run_entries", fail)
+    processes.scheduler.kill()
+    processes.scheduler.wait(20)
+    rig.lane.flush(60)
+    with pytest.raises(ValueError, match="gone"):
+        rig.lane.raise_failure()
+    assert backend.records == expected(range(4))
+    rig.lane.close()
     connection.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,9 @@ from flowtrain import (
     Write,
     on,
 )
+from flowtrain.callbacks import LogMetrics
 from flowtrain.execution import Executor
+from flowtrain.logging import JsonlBackend
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
@@ -607,3 +610,13 @@ def test_a_cancelled_batch_is_freed_at_once(parallel: Parallel) -> None:
             assert [loss() for loss in losses] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_without_distributed_a_cluster_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads do without it."""
+    monkeypatch.delitem(sys.modules, "flowtrain_dask.connect", raising=False)
+    monkeypatch.setitem(sys.modules, "distributed", None)  # type: ignore[arg-type]  # as if it were not installed
+    backend = JsonlBackend("nowhere.jsonl")
+    with pytest.raises(ExecutorError, match=r"DaskExecutor\('local'\) needs distributed, .*'flowtrain\[dask\]'"):
+        tiny_learner(LogMetrics(backend), executor=DaskExecutor("local"))
+    tiny_learner(LogMetrics(backend), executor=DaskExecutor()).close()

@@ -181,8 +181,6 @@ def test_exactly_the_declared_reads_are_captured() -> None:
     assert set(snapshot.payload) == {("batch", "a"), ("batch", "b")}
     assert list(snapshot.payload["batch", "b"]) == ["x"]
     assert snapshot.nbytes == 20
-    snapshot.release()
-    assert snapshot.payload == {}
 
 
 def test_all_of_the_batch_is_what_is_there_at_the_time() -> None:
@@ -339,10 +337,10 @@ def test_memory_is_used_again_when_all_who_share_it_have_let_go() -> None:
     one, other = (each.take(shared) for each in takers)
     address = one.payload[LOSS].data_ptr()
     shared.clear()
-    one.release()
+    del one
     third = takers[0].take()
     assert third.payload[LOSS].data_ptr() != address
-    other.release()
+    del other
     assert takers[0].take().payload[LOSS].data_ptr() == address
 
 
