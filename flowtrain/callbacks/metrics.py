@@ -109,7 +109,8 @@ class Metrics(Callback):
         size = shape[0] if shape else _size(inputs)
         if loss is not None:
             value = loss.item() if loss.is_cpu and not self._late else loss.detach()
-            learner.cbstate.metrics_step[phase].push("Loss", value, learner.cbstate.history[phase].steps)
+            cbstate = learner.cbstate
+            cbstate.metrics_step[phase].push("Loss", value, cbstate.history[phase].steps)
             self._sizes["Loss"].append(size)
         if self.metrics:
             self._record_metrics(phase, learner, size)
