@@ -60,7 +60,7 @@ def large(report: Report) -> None:
         for buffer, source in zip(buffers, sources, strict=True):
             buffer.copy_(source)
 
-    times = in_turns([floor, lambda: taker.take().release()], REPETITIONS)
+    times = in_turns([floor, taker.take], REPETITIONS)
     report.ratio("100 MB in 300 tensors", times, 1.3, steps=1)
 
 
@@ -77,12 +77,12 @@ def small(report: Report, name: str, access: Access, tail: bool) -> None:
         for step in range(100_000):
             state.cbstate.metrics_step[phase].push(metric, 0.5, step)
     taker = Taker(declare(access, "bench"), state, Pool(1 << 20), fresh=frozenset({("batch", "loss")}), tail=tail)
-    taker.take().release()
+    taker.take()
 
     def take() -> None:
-        """Take and release."""
+        """Take, and let go."""
         for _ in range(CALLS):
-            taker.take().release()
+            taker.take()
 
     def floor() -> None:
         """The loop."""

@@ -207,21 +207,20 @@ class AbstractTrainingPhase(_Supervised):
         return _mode(modules, training=True)
 
     def step(self, learner: StepContext, raw: Any) -> None:
-        """Run one batch: forward, loss, backward, update. Entries of the batch are read again after each event."""
+        """Run one batch: forward, loss, backward, update. What handlers put into the batch counts from then on."""
         loop = learner.loop
         on, core, scopes = loop.runners[self], loop.core, loop.scopes
-        batch, loss = forward(self, loop, on, raw, True)
+        batch = forward(self, loop, on, raw, True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, self)
-            loss = batch.loss
         try:
-            core.backward(loss)
+            core.backward(batch.loss)
         except RuntimeError as error:
-            check_graph(self, "batch.loss", loss, error)
+            check_graph(self, "batch.loss", batch.loss, error)
             raise
         if on.watched:  # otherwise the loop does it when the batch can be looked at: it costs most of a microsecond
-            loss = batch.loss = loss.detach()
+            batch.loss = batch.loss.detach()
         batch.grads = core.grads
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, self)
@@ -273,7 +272,7 @@ class AbstractValidationPhase(_Supervised):
         """Run one batch: forward and loss."""
         loop = learner.loop
         on, scopes = loop.runners[self], loop.scopes
-        batch, _ = forward(self, loop, on, raw, False)
+        batch = forward(self, loop, on, raw, False)
         scopes.batch = CLOSING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, self)

@@ -212,28 +212,36 @@ def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: 
         )
 
 
-def deliver(backends: Sequence[LoggerBackend], records: Iterable[tuple[int, bytes]]) -> None:
+def deliver(
+    backends: Sequence[LoggerBackend],
+    records: Iterable[tuple[int, bytes]],
+    failures: dict[int, Exception] | None = None,
+) -> None:
     """Write what a `Collector` kept, in the process that owns the sinks; each backend gets its own in order.
 
     Args:
         backends: The ``backends`` of the callback whose handler logged.
         records: `Collector.records`, here or in another process, of any number of events.
+        failures: Where a backend that fails is noted, by its id, with what it raised; what is in it gets nothing more.
 
     Raises:
-        Exception: What the first backend raised that failed; the others have theirs all the same.
+        Exception: Without `failures`, what the first backend raised that failed; the others have theirs all the same.
     """
+    noted: dict[int, Exception] = {} if failures is None else failures
     by_backend: dict[int, list[bytes]] = {}
     for position, record in records:
         by_backend.setdefault(position, []).append(record)
-    failures: list[Exception] = []
     for position, own in by_backend.items():
+        backend = backends[position]
+        if id(backend) in noted:
+            continue
         try:
-            backends[position].write_all(own)
+            backend.write_all(own)
         except Exception as error:
-            error.add_note(f"raised when records were written to {backends[position].sink}")
-            failures.append(error)
-    if failures:
-        raise failures[0]
+            error.add_note(f"raised when records were written to {backend.sink}")
+            noted[id(backend)] = error
+    if failures is None and noted:
+        raise next(iter(noted.values()))
 
 
 @contextmanager

@@ -82,12 +82,12 @@ def settle(batch: BatchState) -> None:
         batch.loss = loss.detach()
 
 
-def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) -> tuple[BatchState, torch.Tensor]:
+def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) -> BatchState:
     """Open the batch and run it up to its loss: the data, on the device, the model, and the loss function.
 
     `BatchBegin` comes before the model, `LossBegin` between it and the loss function. In training the gradients of
-    the group before are zeroed after `BatchBegin`. Entries are read from the batch again only where a handler may have
-    changed them.
+    the group before are zeroed after `BatchBegin`. Inputs and outputs are read from the batch again only where handlers
+    may have replaced them. The loss is not returned: an error keeps the frames that it went through, and what is in them.
     """
     core, scopes, state = loop.core, loop.scopes, loop.state
     if core.places:
@@ -108,7 +108,7 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) ->
     scopes.batch = OPEN
     if on.batch_begin is not None:
         on.batch_begin(_BATCH_BEGIN, phase)
-        inputs, targets = batch.inputs, batch.targets
+        inputs = batch.inputs
     if training:
         core.begin()
     try:
@@ -120,9 +120,9 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) ->
         core.show(batch)
     if on.loss_begin is not None:
         on.loss_begin(_LOSS_BEGIN, phase)
-        outputs, targets = batch.outputs, batch.targets
+        outputs = batch.outputs
     try:
-        loss = batch.loss = core.lossfn(outputs, targets)
+        loss = batch.loss = core.lossfn(outputs, batch.targets)
         scalar = loss.numel() == 1
     except torch.OutOfMemoryError:
         raise
@@ -132,7 +132,7 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) ->
         raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
     if not scalar:
         raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
-    return batch, loss
+    return batch
 
 
 def no_pair(phase: object, raw: object) -> DataError:

@@ -136,12 +136,14 @@ class ClusterTransport:
             if self._log:
                 self._exchange((), True, nullcontext(), closing, tally)
         except ClusterLost as lost:
-            outcome = self._go_on_here(lost, (), nullcontext(), closing, tally)
-            if outcome.failure is not None:  # of an event that had been done: the state is not what it was
-                raise outcome.failure[1] from lost
+            failure = self._go_on_here(lost, (), nullcontext(), closing, tally).failure
         else:
             load_state(self._callbacks, self._kept, self._home)
             self._home = None  # whoever changes a callback now changes the one that counts
+            return
+        if failure is not None:  # of an event that had been done: the state is not what it was
+            failure[1].add_note("raised when the event was run again for the state, since the cluster was lost")
+            raise failure[1]
 
     def close(self) -> None:
         """Give back memory that a worker was to find; the connection is the caller's."""

@@ -352,14 +352,17 @@ class Lane:
             self._batches.put_back(rest)
 
     def _write(self, records: Sequence[Record]) -> None:
-        """Write records, those of one callback after those of another only where they came so."""
+        """Write records; a sink that fails gets nothing more, and keeps nothing from the others."""
+        failures: dict[int, Exception] = {}
         for start in range(0, len(records), _TOGETHER):
             for callback, own in groupby(records[start : start + _TOGETHER], itemgetter(1)):
                 if self._abandoned:
                     return
                 written = [(position, data) for _, _, position, data in own]
-                deliver(self._sinks[callback], written)
+                deliver(self._sinks[callback], written, failures)
                 self._tally.records += len(written)
+        if failures:
+            raise next(iter(failures.values()))
 
     def _fail(self, failure: BaseException) -> None:
         """Hand a failure to the training thread, or log it and retire."""

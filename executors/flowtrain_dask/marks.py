@@ -9,8 +9,8 @@ That is `flowtrain_dask.cuts` without the work for series that nobody reads.
 On the way to another process the series of a whole batch of events are one `Column` each, however many events there
 are: `Packing` collects the columns, `Packed` is what the other side makes the events of.
 
-Series with values on a device are not marked (`flowtrain_dask.copying` copies them): such a value is to be on its way
-before somebody waits for it.
+Where values of a device are read late (``TorchCore(lag=...)``), series are not marked but copied, as all else is
+(`flowtrain_dask.copying`): such a value is to be on its way before somebody waits for it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,17 @@ class Marked(ReadOnlyPhaseMap[Any]):
     def __eq__(self, other: object) -> bool:
         return dict.__eq__(self._whole(), other)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = None  # type: ignore[assignment]  # as of any dict
+
+    def copy(self) -> Any:
+        """Return a dict of the phases and their series."""
+        return dict(self._whole())
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
 
     def __reversed__(self) -> Iterator[Phase]:
         return reversed(list(self))

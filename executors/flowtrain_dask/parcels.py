@@ -1,14 +1,13 @@
 """Parcels: what is large goes to a worker on the same machine in memory, and is not sent.
 
 A parcel is a file that exists in memory only (``memfd_create``, Linux). Its writer keeps it open; a worker of the same
-user opens it through ``/proc`` and maps it, with pages of its own for what it writes. So the bytes are copied once, by
-the kernel, while Python is free to train, and they pass through no socket and no scheduler. When the writer dies,
-nothing is left behind.
+user opens it through ``/proc`` and reads it. So the bytes are copied once on either side, by the kernel, while Python
+is free to train, and they pass through no socket and no scheduler. When the writer dies, nothing is left behind.
 
 Nobody has to know beforehand who can be reached like that: a worker that cannot open a parcel says so.
 
 A parcel is filled again when nobody waits for a worker that reads it. A worker that was stopped in the middle may still
-do so: every filling has a mark, which the worker compares when it has finished.
+do so: every filling has a mark, which the worker compares when it has read all of it.
 """
 
 from __future__ import annotations
@@ -16,11 +15,14 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Found", "Parcel", "Ticket", "possible", "unpack"]
+from flowtrain_dask.pool import aligned
+
+__all__ = ["Parcel", "Ticket", "possible", "unpack"]
 
 _PAGE = mmap.PAGESIZE
 _MARK = 16
@@ -49,7 +51,7 @@ def possible() -> bool:
 
 
 class Parcel:
-    """Memory that another process on this machine can map.
+    """Memory that another process on this machine can read.
 
     Raises:
         OSError: There are too many open files.
@@ -70,7 +72,6 @@ class Parcel:
         os.pwrite(self._descriptor, mark.ljust(_PAGE, b"\0"), 0)
         os.lseek(self._descriptor, _PAGE, os.SEEK_SET)
         size = _write_all(self._descriptor, pieces)
-        # It is never made smaller: who has it mapped would die of reading what is gone.
         return Ticket(os.getpid(), self._descriptor, size, mark)
 
     @property
@@ -79,51 +80,46 @@ class Parcel:
         return os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
-        """Give the memory back, as soon as nobody has it mapped."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Give the memory back."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()
 
 
-class Found:
-    """A parcel, where it was opened.
+def unpack(ticket: Ticket) -> memoryview | None:
+    """Return a copy of what is in a parcel; ``None`` if this process cannot get at it, or it was filled again.
 
-    Attributes:
-        memory: Its bytes; what is written to them stays here.
+    A copy, because who reads it may keep what it reads.
     """
-
-    def __init__(self, ticket: Ticket, descriptor: int) -> None:
-        self._ticket = ticket
-        self._descriptor = descriptor
-        whole = mmap.mmap(descriptor, _PAGE + ticket.size, access=mmap.ACCESS_COPY)
-        self.memory = memoryview(whole)[_PAGE:]  # what is made of it keeps it mapped
-
-    def holds(self) -> bool:
-        """Return whether it has not been filled again."""
-        return os.pread(self._descriptor, _MARK, 0) == self._ticket.mark
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
-
-
-def unpack(ticket: Ticket) -> Found | None:
-    """Return a parcel; ``None`` if this process cannot get at it, or something else is there by now."""
+    if not possible():
+        return None
+    path = f"/proc/{ticket.process}/fd/{ticket.descriptor}"
     try:
-        descriptor = os.open(f"/proc/{ticket.process}/fd/{ticket.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # of another machine's numbers: to open a pipe might wait for ever
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
     try:
-        fits = os.fstat(descriptor).st_size >= _PAGE + ticket.size
-        if fits and os.pread(descriptor, _MARK, 0) == ticket.mark:
-            return Found(ticket, os.dup(descriptor))
-    except (OSError, ValueError):
-        pass
+        if os.fstat(descriptor).st_size < _PAGE + ticket.size or not _is_marked(descriptor, ticket):
+            return None
+        memory, start = aligned(ticket.size)
+        copy = memoryview(memory)[start : start + ticket.size]
+        done = 0
+        while done < ticket.size:
+            done += os.preadv(descriptor, [copy[done:]], _PAGE + done)
+        return copy if _is_marked(descriptor, ticket) else None
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
-    return None
+
+
+def _is_marked(descriptor: int, ticket: Ticket) -> bool:
+    return os.pread(descriptor, _MARK, 0) == ticket.mark
 
 
 def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:

@@ -142,10 +142,8 @@ def _process(assignment: Assignment) -> Reply:
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")
-    job, entries = resident.job, load_entries(assignment.entries, None if found is None else found.memory)
+    job, entries = resident.job, load_entries(assignment.entries, found)
     outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane)
-    if found is not None and not found.holds():  # nobody waits for this reply any more
-        return Reply("far")
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))
     if outcome.failure is not None:

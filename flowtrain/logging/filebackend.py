@@ -55,7 +55,7 @@ class FileBackend(LoggerBackend):
 
     def write_all(self, records: Sequence[bytes]) -> None:
         """Append records."""
-        if self._file is None:
+        if self._file is None or type(self).write is not FileBackend.write:  # a subclass has a `write` of its own
             super().write_all(records)
         else:
             self._append_all(self._file, records)

@@ -64,7 +64,7 @@ class JsonlBackend(FileBackend):
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
         """Return a line of JSON; with an image, a figure or a file, the line and the file's content."""
-        if type(loggable) is Value and type(step) is int:  # nearly every record
+        if type(loggable) is Value and type(step) is int and type(name) is str:  # nearly every record
             return _line(number(loggable.value), name, step, group)
         kind = next((each.__name__ for each in self.accepts if isinstance(loggable, each)), "")
         record = {"name": name, "group": "/".join(group), "step": step, "kind": kind}
@@ -109,7 +109,7 @@ class JsonlBackend(FileBackend):
 
 def _line(value: float | int, name: str, step: int, group: Group) -> bytes:
     """Return the line of a number, as `json.dumps` would write it in four times as long."""
-    written = json.dumps(_valid(value)) if not math.isfinite(value) else repr(value)
+    written = repr(value) if type(value) is int or math.isfinite(value) else json.dumps(_valid(value))
     return (
         f'{{"name": {_quoted(name)}, "group": {_quoted("/".join(group))}, "step": {step}, "kind": "Value", '
         f'"value": {written}, "time": {time.time()}}}\n'

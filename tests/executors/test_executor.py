@@ -615,7 +615,7 @@ def test_a_cancelled_batch_is_freed_at_once(parallel: Parallel) -> None:
 def test_without_distributed_a_cluster_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads do without it."""
     monkeypatch.delitem(sys.modules, "flowtrain_dask.connect", raising=False)
-    monkeypatch.setitem(sys.modules, "distributed", None)  # type: ignore[arg-type]  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
     backend = JsonlBackend("nowhere.jsonl")
     with pytest.raises(ExecutorError, match=r"DaskExecutor\('local'\) needs distributed, .*'flowtrain\[dask\]'"):
         tiny_learner(LogMetrics(backend), executor=DaskExecutor("local"))

@@ -306,6 +306,23 @@ def test_a_sink_that_fails_surfaces(make_lane: MakeLane) -> None:
     assert backend.records == ["Number 1 1"]
 
 
+def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another(make_lane: MakeLane) -> None:
+    """Whichever callback of the lane they are of, and however many; the one that failed gets nothing behind the gap."""
+    failing, other = Memory(), Memory()
+    failing.full = True
+    both = Logger(failing, "both")
+    both.backends = (failing, other)
+    lane = make_lane(both, Logger(other, "one"), linger=3600)
+    for number in range(500):
+        put(lane, number, duty=number % 2)
+    assert lane.flush(20)
+    with pytest.raises(OSError, match="no space left"):
+        lane.raise_failure()
+    assert len(other.records) >= 64, "the first batch"
+    assert other.records == [f"Number {number} {number}" for number in range(len(other.records))]
+    assert failing.records == []
+
+
 def test_a_lane_can_be_held_between_two_events(make_lane: MakeLane) -> None:
     """Rule 30: while it is held nothing runs and nothing is written."""
     callback = Logger(Memory())

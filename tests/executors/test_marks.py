@@ -95,6 +95,8 @@ def test_it_is_the_map_that_views_show() -> None:
         for each in (shown.keys(), shown.values(), shown.items(), reversed(shown), [repr(shown)]):
             assert len(list(each)) == 1, "also what has not been looked at yet"
         assert repr(shown) == repr(metrics.__twin__())
+        assert len(shown.copy()) == len(shown | {}) == 1
+        assert (shown == shown.copy(), shown != shown.copy()) == (True, False)
         with pytest.raises(KeyError, match=r"has no series 'Lose'.*Did you mean 'Loss'|has no series 'Lose'"):
             shown[TrainingPhase]["Lose"]
         with pytest.raises(KeyError, match="is kept by phase; 3 is none"):

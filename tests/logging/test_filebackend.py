@@ -62,3 +62,20 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path) -> None:
     backend.restore(None)
     backend.close()
     assert not (tmp_path / "log").exists()
+
+
+def test_a_subclass_that_writes_in_its_own_way_gets_every_record(tmp_path: Path) -> None:
+    """In place and deferred: how often its `write` is called must not depend on the executor."""
+    found: list[bytes] = []
+
+    class Watched(JsonlBackend):
+        def write(self, record: bytes) -> None:
+            found.append(record)
+            super().write(record)
+
+    backend = Watched(tmp_path / "log.jsonl")
+    backend.open(Run("r"))
+    backend.write_all([b'{"step": 1}\n', b'{"step": 2}\n'])
+    backend.close()
+    assert found == [b'{"step": 1}\n', b'{"step": 2}\n']
+    assert (tmp_path / "log.jsonl").read_bytes() == b"".join(found)

@@ -57,6 +57,10 @@ def test_the_line_of_a_number_is_what_the_standard_library_writes(
     assert line == json.dumps({**wanted, "time": found["time"]}).encode() + b"\n"
 
 
+def test_a_number_of_any_size_is_a_number() -> None:
+    assert plain(JsonlBackend("log").encode(Value(10**400), "Name", 1, STEP))["value"] == 10**400
+
+
 def test_every_kind_is_valid_json(tmp_path: Path) -> None:
     """JSON has no NaN: Python's own reader is told to refuse the names that it would take."""
     loggables = [
