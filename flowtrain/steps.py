@@ -87,7 +87,7 @@ def forward(phase: Any, loop: Any, on: StepRunners, raw: Any, training: bool) ->
 
     `BatchBegin` comes before the model, `LossBegin` between it and the loss function. In training the gradients of
     the group before are zeroed after `BatchBegin`. Inputs and outputs are read from the batch again only where handlers
-    may have replaced them. The loss is not returned: an error keeps the frames that it went through, and what is in them.
+    may have replaced them. The loss is not returned: an error keeps the frames that it went through, with all in them.
     """
     core, scopes, state = loop.core, loop.scopes, loop.state
     if core.places:
