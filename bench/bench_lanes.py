@@ -139,7 +139,7 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
     half, end = backlog(logged("backlog", DaskExecutor(address)), 2000)
     report.row(
         "the same for 2,000 batches, events that wait: the mean of the second and of the last quarter", f"{half:.1f}",
-        f"{end:.1f}", f"{end - half:+.1f}", "no growth", reached=end - half < 0.5,
+        f"{end:.1f}", f"{end - half:+.2f}", "0 or less", reached=end <= half,
     )
 
 

@@ -108,7 +108,7 @@ class JsonlBackend(FileBackend):
 
 
 def _line(value: float | int, name: str, step: int, group: Group) -> bytes:
-    """Return the line of a number, as `json.dumps` would write it in four times as long."""
+    """Return the line of a number, as `json.dumps` would write it in more than twice the time."""
     written = repr(value) if type(value) is int or math.isfinite(value) else json.dumps(_valid(value))
     return (
         f'{{"name": {_quoted(name)}, "group": {_quoted("/".join(group))}, "step": {step}, "kind": "Value", '
