@@ -273,7 +273,7 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
     large = [size > 800_000 for size in sent]
     wanted = [False] * len(large) if near else [False, *[True] * (len(large) - 1)]
     assert large == wanted, "tried once where it is not near, and from then on sent"
-    assert len(large) >= 4
+    assert len(large) >= 3, "it was waited for after each two"
     assert parcels() == int(near), "the memory that is kept for the next batch"
     rig.lane.close()
     assert parcels() == 0
