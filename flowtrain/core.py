@@ -26,7 +26,7 @@ from flowtrain.errors import CoreError
 from flowtrain.groups import Groups
 from flowtrain.guard import Guard, all_finite
 from flowtrain.hyperparams import OptimizerParts
-from flowtrain.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients
+from flowtrain.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.parameters import Gradients, Parameters
 from flowtrain.placement import Placement
 from flowtrain.prefetch import Transfer
@@ -155,7 +155,7 @@ class TorchCore:
         self.begin: Callable[[], Any] = self.groups.begin
         self.backward: Callable[[torch.Tensor], Any] = self._backward
         if self.plain:
-            self.begin = self.optimizer.zero_grad
+            self.begin = zeroing(self.optimizer)
             if self._guard is None:
                 self.backward = torch.Tensor.backward
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from flowtrain.optimizers import zeroing
+
 __all__ = ["Groups"]
 
 
@@ -27,6 +29,7 @@ class Groups:
         self.size = size
         self.last_batch = False
         self._optimizers = optimizers
+        self._zero = {name: zeroing(optimizer) for name, optimizer in optimizers.items()}
         self._counts = dict.fromkeys(optimizers, 0)
         self._complete = dict.fromkeys(optimizers, True)
         self._spent: set[str] = set()  # stepped in this batch: their gradients belong to no group any more
@@ -46,13 +49,13 @@ class Groups:
         self._spent.clear()
         for name, complete in self._complete.items():
             if complete:
-                self._optimizers[name].zero_grad()
+                self._zero[name]()
                 self._complete[name] = False
 
     def drop_spent(self) -> None:
         """Zero the gradients that an optimizer has stepped with in this batch, before a further backward pass in it."""
         for name in self._spent:
-            self._optimizers[name].zero_grad()
+            self._zero[name]()
         self._spent.clear()
 
     def due(self, name: str | None = None) -> list[str]:
@@ -87,7 +90,7 @@ class Groups:
 
     def discard(self) -> None:
         """Throw away the gradients of all groups; the next batch begins new ones."""
-        for name, optimizer in self._optimizers.items():
-            optimizer.zero_grad()
+        for name, zero in self._zero.items():
+            zero()
             self._counts[name] = 0
             self._complete[name] = True

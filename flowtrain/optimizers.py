@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from torch._C._autograd import _profiler_enabled  # pyright: ignore[reportPrivateUsage]  # nothing else tells
 from torch.optim import Optimizer
 
 from flowtrain.errors import CoreError, nearest
@@ -25,9 +26,11 @@ __all__ = [
     "params_of",
     "scale_gradients",
     "takes_found_inf",
+    "zeroing",
 ]
 
 _FUSED_DEVICES = ("cuda", "xpu")
+_ZERO_GRAD = Optimizer.zero_grad  # torch's own, whatever is put in its place later
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -35,6 +38,27 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer
 def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     """Return the parameters of all groups of an optimizer."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def zeroing(optimizer: Optimizer) -> Callable[[], object]:
+    """Return what drops the gradients of an optimizer: for its own `zero_grad` it, otherwise the same without a detour.
+
+    Torch's marks what it does for the profiler, which takes several microseconds whether one looks or not. So it is
+    called only while a profiler is at work.
+    """
+    if type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in vars(optimizer):
+        return optimizer.zero_grad
+
+    def zero_grad() -> None:
+        """Do as `torch.optim.Optimizer.zero_grad` does."""
+        if _profiler_enabled():
+            optimizer.zero_grad()
+            return
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    return zero_grad
 
 
 def scale_gradients(optimizer: Optimizer, factor: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
-from flowtrain.optimizers import fused, make_optimizers
+from flowtrain.optimizers import fused, make_optimizers, zeroing
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
@@ -169,3 +169,64 @@ def test_sparse_gradients_keep_the_optimizer_as_it_is(monkeypatch: pytest.Monkey
 def test_on_cuda_they_are_fused_by_default() -> None:
     learner = Learner(Net(), cross_entropy, default_callbacks=False, optimizer=ADAMW, core=TorchCore("cuda"))
     assert learner.optimizer.defaults["fused"] is True
+
+
+# --- gradients are dropped without a detour
+
+
+def with_gradients(make: type[torch.optim.Optimizer] = torch.optim.SGD) -> tuple[Any, list[torch.nn.Parameter]]:
+    model = torch.nn.Linear(3, 2)
+    optimizer: Any = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    model(torch.ones(4, 3)).sum().backward()
+    return optimizer, list(model.parameters())
+
+
+def test_zeroing_drops_the_gradients_of_every_group_also_of_those_added_later() -> None:
+    optimizer, params = with_gradients()
+    zero = zeroing(optimizer)
+    late = torch.nn.Parameter(torch.ones(2))
+    late.grad = torch.ones(2)
+    optimizer.add_param_group({"params": [late]})
+    optimizer.load_state_dict(optimizer.state_dict())  # puts other groups in the place of those it had
+    zero()
+    assert [param.grad for param in (*params, late)] == [None, None, None]
+
+
+def test_zeroing_leaves_no_mark_but_for_a_profiler() -> None:
+    optimizer, _ = with_gradients()
+    assert zeroing(optimizer) != optimizer.zero_grad
+    with torch.profiler.profile() as profiler:
+        zeroing(optimizer)()
+    assert "Optimizer.zero_grad#SGD.zero_grad" in {event.name for event in profiler.events() or ()}
+
+
+def test_zeroing_is_an_optimizers_own_where_it_has_one() -> None:
+    class Own(torch.optim.SGD):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.calls += 1
+            super().zero_grad(set_to_none)
+
+    optimizer, params = with_gradients(Own)
+    zeroing(optimizer)()
+    assert optimizer.calls == 1
+    assert params[0].grad is None
+
+    patched, params = with_gradients()
+    patched.zero_grad = lambda: None
+    zeroing(patched)()
+    assert params[0].grad is not None
+
+
+def test_zeroing_is_torchs_own_function_where_somebody_has_replaced_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def theirs(optimizer: torch.optim.Optimizer) -> None:
+        calls.append(optimizer)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", theirs)
+    optimizer, params = with_gradients()
+    zeroing(optimizer)()
+    assert calls == [optimizer]
+    assert params[0].grad is not None
