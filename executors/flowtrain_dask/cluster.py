@@ -63,7 +63,7 @@ class ClusterTransport:
         callbacks: Sequence[Callback],
         connection: Connection,
         on_loss: OnLoss = "local",
-        linger: float = 0.5,
+        linger: float = 1.0,
         patience: Patience | None = None,
     ) -> None:
         self.linger = linger
@@ -220,7 +220,11 @@ class ClusterTransport:
             parcel = self._spare or Parcel()
             self._spare = None
             self._parcels.append(parcel)
-            return parcel.fill(events.buffers)
+            try:
+                return parcel.fill(events.buffers)
+            except BlockingIOError:  # a worker that was taken for lost is still at it
+                self._parcels[-1] = parcel = Parcel()
+                return parcel.fill(events.buffers)
         except OSError:  # no memory, or too many open files: then they are sent
             return None
 

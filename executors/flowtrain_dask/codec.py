@@ -17,7 +17,7 @@ import io
 import pickle
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,7 @@ from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.state import Named, State
 from flowtrain_dask.pool import ALIGNMENT, aligned
+from flowtrain_dask.states import NamedGradients, NamedTensors
 from flowtrain_dask.tensors import compressed_indices
 
 __all__ = ["Encoded", "ValuePickler", "decode", "encode"]
@@ -137,7 +138,7 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
 
     def __init__(self, file: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
-        self._storages: dict[int, tuple[torch.UntypedStorage, Any]] = {}
+        self._storages: dict[tuple[int, int], tuple[torch.UntypedStorage, _Bytes]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         """Return how an object is made again, or leave it to cloudpickle.
@@ -148,6 +149,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         kind = type(obj)
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
+        if kind is NamedTensors or kind is NamedGradients:
+            return self._reduce_named(obj)
         if kind is CountsMap:
             return _counts_map, (obj._path, list(obj.items()))
         if kind is PhaseMap:
@@ -190,15 +193,52 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         shape, dtype = tuple(plain.shape), plain.dtype
         if plain.numel() == 0:
             return _empty, (shape, plain.stride(), dtype)
-        storage = plain.untyped_storage()
-        known = self._storages.get(storage.data_ptr())
-        if known is None:
-            if storage.nbytes() > self.waste * plain.nbytes + 1024:
+        storage, offset = plain.untyped_storage(), plain.storage_offset()
+        start, size = storage.data_ptr(), storage.nbytes()
+        if size > self.waste * plain.nbytes + 1024:  # then only what lies between its first and its last element
+            elements = 1 + sum([(length - 1) * stride for length, stride in zip(shape, plain.stride(), strict=True)])
+            start, size, offset = plain.data_ptr(), elements * dtype.itemsize, 0
+            if size > self.waste * plain.nbytes + 1024:
                 plain = plain.clone(memory_format=torch.contiguous_format)
                 storage = plain.untyped_storage()
-            known = (storage, _Bytes(storage.data_ptr(), storage.nbytes()))
-            self._storages[storage.data_ptr()] = known  # kept alive: its address stays its own
-        return _strided, (known[1], dtype, plain.storage_offset(), shape, plain.stride())
+                start, size = storage.data_ptr(), storage.nbytes()
+        return _strided, (self._bytes(storage, start, size), dtype, offset, shape, plain.stride())
+
+    def _bytes(self, storage: torch.UntypedStorage, start: int, size: int) -> _Bytes:
+        known = self._storages.get((start, size))
+        if known is None:  # kept alive: its address stays its own
+            known = self._storages[start, size] = (storage, _Bytes(start, size))
+        return known[1]
+
+    def _reduce_named(self, named: NamedTensors) -> Any:
+        """Return how tensors in one piece of memory are made again; that is quicker than one by one."""
+        rows: list[tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...]]] = []
+        storage: torch.UntypedStorage | None = None
+        start = used = 0
+        for name, tensor in named.tensors.items():
+            if not _is_plain(tensor):
+                return named.__reduce__()
+            storage = tensor.untyped_storage()
+            if rows and storage.data_ptr() != start:
+                return named.__reduce__()
+            start = storage.data_ptr()
+            used += tensor.nbytes
+            rows.append((name, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()))
+        if storage is None or storage.nbytes() > self.waste * used + 1024:
+            return named.__reduce__()
+        return _named, (type(named), self._bytes(storage, start, storage.nbytes()), rows, named.aliases)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is what its dtype, shape and strides say of the bytes of its storage, and nothing more."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
+        and tensor.is_cpu
+        and not tensor.requires_grad
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() > 0
+    )
 
 
 def _reduce_quantized(plain: torch.Tensor) -> Any:
@@ -238,6 +278,18 @@ def _strided(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, shape, stride)
+
+
+def _named(
+    kind: type[NamedTensors],
+    storage: torch.UntypedStorage,
+    rows: Sequence[tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...]]],
+    aliases: Mapping[str, str],
+) -> NamedTensors:
+    tensors = {
+        name: _strided(storage, dtype, offset, shape, stride) for name, dtype, offset, shape, stride in rows
+    }
+    return kind(tensors, aliases)
 
 
 def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

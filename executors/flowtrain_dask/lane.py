@@ -75,7 +75,7 @@ class Lane:
         surface: Callable[[Callable[[], None]], None],
         on_error: OnError = "raise",
         stopping: Callable[[], bool] = lambda: False,
-        hurry: int = 1000,
+        hurry: int = 4000,
     ) -> None:
         self.job = job
         self._transport = transport

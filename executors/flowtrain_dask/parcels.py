@@ -1,17 +1,20 @@
 """Parcels: what is large goes to a worker on the same machine in memory, and is not sent.
 
 A parcel is a file that exists in memory only (``memfd_create``, Linux). Its writer keeps it open; a worker of the same
-user opens it through ``/proc`` and reads it. So the bytes are copied once on either side, by the kernel, while Python
-is free to train, and they pass through no socket and no scheduler. When the writer dies, nothing is left behind.
+user opens it through ``/proc`` and reads it where it is. So the bytes are copied once, while Python is free to train,
+and they pass through no socket and no scheduler. When the writer dies, nothing is left behind.
 
 Nobody has to know beforehand who can be reached like that: a worker that cannot open a parcel says so.
 
-A parcel is filled again when nobody waits for a worker that reads it. A worker that was stopped in the middle may still
-do so: every filling has a mark, which the worker compares when it has read all of it.
+A parcel is filled again for a later batch, unless somebody reads it: a worker that was stopped in the middle may go on
+long after its batch was done by another one. Who reads has a shared lock on the file (``flock``), and who fills has the
+exclusive one. The kernel gives a lock back when its process ends. Each filling has a mark, which a reader compares when
+it has the lock: what it was told of may be gone by then.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
@@ -20,13 +23,13 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flowtrain_dask.pool import aligned
+if sys.platform != "win32":
+    import fcntl
 
-__all__ = ["Parcel", "Ticket", "possible", "unpack"]
+__all__ = ["Parcel", "Reading", "Ticket", "possible", "read"]
 
 _PAGE = mmap.PAGESIZE
 _MARK = 16
-_MOST_PIECES = 512  # the system takes 1,024 at once
 
 
 class Ticket(NamedTuple):
@@ -59,20 +62,36 @@ class Parcel:
 
     def __init__(self) -> None:
         self._descriptor = -1
+        self._mapping: mmap.mmap | None = None
         self._descriptor = os.memfd_create("flowtrain")
 
     def fill(self, pieces: Sequence[bytes | memoryview]) -> Ticket:
         """Put bytes into it, one piece after the other, in place of what is there; return where they are.
 
         Raises:
+            BlockingIOError: Somebody reads what is in it.
             OSError: There is no memory.
         """
-        mark = secrets.token_bytes(_MARK)
-        # The mark first, so that nobody takes for the old bytes what comes now.
-        os.pwrite(self._descriptor, mark.ljust(_PAGE, b"\0"), 0)
-        os.lseek(self._descriptor, _PAGE, os.SEEK_SET)
-        size = _write_all(self._descriptor, pieces)
+        size = sum([len(piece) for piece in pieces])
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            mapping = self._mapped(_PAGE + size)
+            mark = secrets.token_bytes(_MARK)
+            mapping[:_MARK] = mark
+            to = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + _PAGE
+            for piece in pieces:
+                _copy(to, piece)
+                to += len(piece)
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return Ticket(os.getpid(), self._descriptor, size, mark)
+
+    def _mapped(self, size: int) -> mmap.mmap:
+        """Return the memory of the file, at least so many bytes of it."""
+        if self._mapping is None or len(self._mapping) < size:
+            os.posix_fallocate(self._descriptor, 0, size)  # what is only mapped fails when it is written to, for good
+            self._mapping = mmap.mmap(self._descriptor, size)
+        return self._mapping
 
     @property
     def size(self) -> int:
@@ -82,6 +101,7 @@ class Parcel:
     def close(self) -> None:
         """Give the memory back."""
         descriptor, self._descriptor = self._descriptor, -1
+        self._mapping = None
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -89,10 +109,47 @@ class Parcel:
         self.close()
 
 
-def unpack(ticket: Ticket) -> memoryview | None:
-    """Return a copy of what is in a parcel; ``None`` if this process cannot get at it, or it was filled again.
+class Reading:
+    """What is in a parcel, read where it is. It can be written to: that stays in this process.
 
-    A copy, because who reads it may keep what it reads.
+    Args:
+        descriptor: The file, opened and locked by this process, which it owns from here on.
+        size: The bytes.
+
+    Attributes:
+        memory: What is in it.
+    """
+
+    _descriptor = -1
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._mapping = mmap.mmap(descriptor, _PAGE + size, access=mmap.ACCESS_COPY)
+        self.memory = memoryview(self._mapping)[_PAGE : _PAGE + size]
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """Let the parcel be filled again. What still refers to its memory has a copy from here on, where it is."""
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            self.memory.release()
+            self._mapping.close()
+        except BufferError:  # something is kept: a page that is written to becomes this process's own
+            for start in range(0, len(self._mapping), _PAGE):
+                self._mapping[start] = self._mapping[start]
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping may keep another number of the same file
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read(ticket: Ticket) -> Reading | None:
+    """Return what is in a parcel; ``None`` if this process cannot get at it, or it was filled again.
+
+    It has to be closed: until then the parcel cannot be filled again.
     """
     if not possible():
         return None
@@ -104,33 +161,25 @@ def unpack(ticket: Ticket) -> memoryview | None:
     except OSError:
         return None
     try:
-        if os.fstat(descriptor).st_size < _PAGE + ticket.size or not _is_marked(descriptor, ticket):
-            return None
-        memory, start = aligned(ticket.size)
-        copy = memoryview(memory)[start : start + ticket.size]
-        done = 0
-        while done < ticket.size:
-            done += os.preadv(descriptor, [copy[done:]], _PAGE + done)
-        return copy if _is_marked(descriptor, ticket) else None
-    except OSError:
-        return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_size >= _PAGE + ticket.size and _is_marked(descriptor, ticket):
+            reading = Reading(descriptor, ticket.size)
+            descriptor = -1
+            return reading
+    except (OSError, ValueError):  # it is being filled; there is no memory
+        pass
     finally:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
+    return None
 
 
 def _is_marked(descriptor: int, ticket: Ticket) -> bool:
     return os.pread(descriptor, _MARK, 0) == ticket.mark
 
 
-def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> int:
-    """Write pieces, however many the system takes at once; return their bytes."""
-    left = [memoryview(piece) for piece in pieces if len(piece)]
-    total = 0
-    while left:
-        written = os.writev(descriptor, left[:_MOST_PIECES])
-        total += written
-        while left and written >= left[0].nbytes:
-            written -= left.pop(0).nbytes
-        if written:
-            left[0] = left[0][written:]
-    return total
+def _copy(to: int, piece: bytes | memoryview) -> None:
+    """Copy bytes to an address, without the lock of the interpreter."""
+    if len(piece):
+        readable = isinstance(piece, bytes) or piece.readonly
+        ctypes.memmove(to, bytes(piece) if readable else ctypes.byref(ctypes.c_char.from_buffer(piece)), len(piece))

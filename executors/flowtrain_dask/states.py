@@ -28,35 +28,36 @@ class NamedTensors(Mapping[str, torch.Tensor]):
         tensors: The tensors by name.
 
     Attributes:
+        tensors: The tensors by name.
         aliases: For a parameter that a model has under several names, the other ones, with the one in `tensors`.
     """
 
-    __slots__ = ("_tensors", "aliases")
+    __slots__ = ("aliases", "tensors")
 
     def __init__(self, tensors: dict[str, torch.Tensor], aliases: Mapping[str, str] | None = None) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
         self.aliases: Mapping[str, str] = aliases or {}
 
     def __twin__(self) -> NamedTensors:
         return self
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        found = self._tensors.get(self.aliases.get(name, name))
+        found = self.tensors.get(self.aliases.get(name, name))
         if found is None:
             raise KeyError(self._unknown(name))
         return found
 
     def _unknown(self, name: str) -> str:
-        return f"there is no parameter {name!r}.{nearest(str(name), self._tensors)}"
+        return f"there is no parameter {name!r}.{nearest(str(name), self.tensors)}"
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return type(self), (self._tensors, self.aliases)
+        return type(self), (self.tensors, self.aliases)
 
 
 class NamedGradients(NamedTensors):

@@ -24,7 +24,7 @@ from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.entries import load_entries
 from flowtrain_dask.freight import build, dump_state, load_state
-from flowtrain_dask.parcels import Ticket, unpack
+from flowtrain_dask.parcels import Ticket, read
 from flowtrain_dask.pickling import dumps, loads
 from flowtrain_dask.work import Job, Record, run_entries
 
@@ -136,9 +136,18 @@ _lock = threading.Lock()
 def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
-    found = None if assignment.buffers is None else unpack(assignment.buffers)
-    if assignment.buffers is not None and found is None:
+    if assignment.buffers is None:
+        return _run(assignment, None)
+    reading = read(assignment.buffers)
+    if reading is None:
         return Reply("far")
+    try:
+        return _run(assignment, reading.memory)
+    finally:
+        reading.close()
+
+
+def _run(assignment: Assignment, found: memoryview | None) -> Reply:
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")

@@ -21,9 +21,10 @@ from flowtrain import BatchEnd, Phase, TrainingPhase, ValidationPhase
 from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.series import Series, SeriesMap
 from flowtrain.state import Named, State
-from flowtrain_dask.codec import decode, encode
+from flowtrain_dask.codec import Encoded, decode, encode
 from flowtrain_dask.copies import Copying, Pool
 from flowtrain_dask.cuts import Tail
+from flowtrain_dask.states import NamedGradients, NamedTensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ComplexHalf support is experimental",
@@ -103,6 +104,79 @@ def closure(factor: int) -> Callable[[Any], Any]:
         return value * factor
 
     return multiply
+
+
+def memory_of(encoded: Encoded) -> list[int]:
+    """Return the addresses of what is sent beside the head."""
+    return [np.frombuffer(part, np.uint8).ctypes.data for part in encoded.buffers if isinstance(part, memoryview)]
+
+
+def test_tensors_of_a_pool_are_sent_from_where_they_are() -> None:
+    """They lie in one piece of memory, which is much larger than one of them: no tensor is copied for that."""
+    sources = [torch.randn(64, 64), torch.randn(10, 3).t(), torch.arange(5000), torch.randn(2, 2).bfloat16()]
+    copies = Pool(1 << 24).like_all(sources * 10)
+    for copy, source in zip(copies, sources * 10, strict=True):
+        copy.copy_(source)
+    encoded = Encoded(copies[:2])
+    assert memory_of(encoded) == [copy.data_ptr() for copy in copies[:2]]
+    for found, source in zip(decode(bytes(encoded)), sources[:2], strict=True):
+        assert torch.equal(found, source)
+        assert found.stride() == source.stride()
+
+
+@pytest.mark.parametrize("kind", [NamedTensors, NamedGradients])
+def test_named_tensors_of_a_pool_are_one_buffer(kind: type[NamedTensors]) -> None:
+    sources = [torch.randn(64, 64), torch.randn(30, 3).t(), torch.arange(5000), torch.randn(7).bfloat16()]
+    copies = Pool(1 << 24).like_all(sources)
+    for copy, source in zip(copies, sources, strict=True):
+        copy.copy_(source)
+    named = kind(dict(zip("abcd", copies, strict=True)), {"tied": "a"})
+    encoded = Encoded([named, copies[2]])
+    assert memory_of(encoded) == [copies[0].data_ptr()]
+    found, alone = decode(bytes(encoded))
+    assert type(found) is kind
+    assert list(found) == list("abcd")
+    for name, source in zip("abcd", sources, strict=True):
+        assert torch.equal(found[name], source)
+        assert (found[name].dtype, found[name].stride()) == (source.dtype, source.stride())
+    assert found["tied"] is found["a"]
+    alone += 1
+    assert torch.equal(found["c"], alone), "they share their memory there too"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(3),
+        lambda: torch.randn(3, requires_grad=True),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.randn(4, dtype=torch.complex64).conj(),
+        lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+        lambda: torch.empty(0, 3),
+        lambda: nn.Parameter(torch.ones(2)),
+    ],
+    ids=["elsewhere", "with a gradient", "sparse", "conjugated", "quantised", "empty", "parameter"],
+)
+def test_named_tensors_that_are_not_in_one_piece(make: Callable[[], torch.Tensor]) -> None:
+    other = make()
+    named = NamedTensors({"a": torch.randn(1000), "b": other})
+    found = decode(encode(named))
+    assert torch.equal(found["a"], named["a"])
+    assert type(found["b"]) is type(other)
+    assert found["b"].layout is other.layout
+    assert found["b"].requires_grad == other.requires_grad
+    plain, back = (each.dequantize() if each.is_quantized else each.to_dense() for each in (other, found["b"]))
+    assert torch.equal(plain, back)
+
+
+def test_few_of_the_tensors_of_a_pool_are_sent_without_the_others() -> None:
+    copies = Pool(1 << 24).like_all([torch.randn(100, 100) for _ in range(20)])
+    named = NamedTensors({"a": copies[3], "b": copies[4]})
+    encoded = Encoded(named)
+    assert memory_of(encoded) == [copies[3].data_ptr(), copies[4].data_ptr()]
+    assert encoded.nbytes < 100_000
+    found = decode(bytes(encoded))
+    assert torch.equal(found["b"], copies[4])
 
 
 def test_everything_else_that_a_snapshot_holds() -> None:
