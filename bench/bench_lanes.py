@@ -112,7 +112,7 @@ def log_histograms(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Te
 
 
 def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> None:
-    data = batches(200)
+    data = batches(400)  # what is left for the flush, which is not timed, is little of so many
     width, tensors = width_of(5e-3), copies_for(40e-3)
 
     def without() -> Learner:

@@ -15,9 +15,8 @@ __all__ = ["Batches"]
 
 _FIRST = 64
 _EVENTS = 4096
-_BYTES = 8 << 20  # on its way to a cluster a batch is there several times
 _SECONDS = 1.0
-"""The most that one batch takes: of events (also before it is known how long one takes), bytes, and expected time."""
+"""The most that one batch takes: of events (also before it is known how long one takes), and expected time."""
 
 
 class Batches:
@@ -26,15 +25,17 @@ class Batches:
     Args:
         queue: The entries that wait.
         limit_bytes: What the entries of the lane may hold.
+        largest: The bytes of a full batch, if the limit allows.
 
     Attributes:
         largest: The bytes of a full batch.
     """
 
-    def __init__(self, queue: deque[Entry], limit_bytes: int) -> None:
+    def __init__(self, queue: deque[Entry], limit_bytes: int, largest: int = 8 << 20) -> None:
         self._queue = queue
-        # A batch is copied several times on its way, so it is a small part of what the limit allows.
-        self.largest = min(_BYTES, limit_bytes // 8)
+        self._limit_bytes = limit_bytes
+        self.largest = 0
+        self.fill(largest)
         self._pace = 0.0  # seconds for an event, as of the last batch
 
     def take(self) -> list[Entry]:
@@ -45,6 +46,10 @@ class Batches:
             batch.append(queue.popleft())
             size += batch[-1].nbytes
         return batch
+
+    def fill(self, largest: int) -> None:
+        """Let batches be of so many bytes: but a small part of the limit, since a batch is copied on its way."""
+        self.largest = min(largest, self._limit_bytes // 8)
 
     def took(self, seconds: float, events: int) -> None:
         """Learn how long a number of events took."""

@@ -37,6 +37,8 @@ _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""
 _PARCEL = 256 << 10
 """Bytes of a batch from which on it is not sent, but left in memory for a worker on the same machine."""
+_SENT, _LEFT = 8 << 20, 64 << 20
+"""Bytes of a batch that is sent, which is in memory several times on its way, and of one that is left there."""
 _SPARE = 64 << 20
 """Bytes of such memory that are kept between two batches, at most."""
 _LOG_EVENTS = 2_000
@@ -85,6 +87,7 @@ class ClusterTransport:
         self._asked = 0.0
         self._holder = ""
         self._near = possible()  # until a worker says that it is not
+        self.largest = _LEFT if self._near else _SENT
         self._parcels: list[Parcel] = []  # of the call that is being made
         self._spare: Parcel | None = None
 
@@ -190,6 +193,7 @@ class ClusterTransport:
             self._refuse(reply)
             if reply.kind == "far":  # the worker is on another machine, and has not touched anything
                 self._near = False
+                self.largest = _SENT
                 self._drop_spare()
                 continue
             complete = True
@@ -296,7 +300,7 @@ class ClusterTransport:
             load_state(self._callbacks, self._kept, self._home)
         self._home = None
         self._local = ThreadTransport(self._job, self._callbacks)
-        self.linger = self._local.linger
+        self.linger, self.largest = self._local.linger, self._local.largest
         again = len(self._log)
         # All of it, however long it takes: what is in the log is not handed over again.
         job = self._job

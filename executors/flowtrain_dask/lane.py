@@ -87,7 +87,7 @@ class Lane:
         self._hurry = max(1, min(hurry, limits.pending // 2))
         self._tally = Tally()
         self._queue: deque[Entry] = deque()
-        self._batches = Batches(self._queue, limits.bytes)
+        self._batches = Batches(self._queue, limits.bytes, transport.largest)
         self._flight: Sequence[Entry] = ()  # taken from the queue and not done
         # The training thread's numbers, then the lane thread's.
         self._put = self._put_bytes = 0
@@ -324,6 +324,7 @@ class Lane:
         if batch:
             begin = time.monotonic()
             outcome = self._transport.process(batch, self.gate, self._is_closed, self._tally)
+            self._batches.fill(self._transport.largest)
             self._batches.took(time.monotonic() - begin, max(1, outcome.done))
             self._accept(batch, outcome)
         elif self._rush:

@@ -30,6 +30,7 @@ class ThreadTransport:
 
     def __init__(self, job: Job, callbacks: Sequence[Callback], linger: float = 0.05) -> None:
         self.linger = linger
+        self.largest = 8 << 20
         self._job = job
         self._callbacks = callbacks
 

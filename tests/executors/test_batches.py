@@ -46,3 +46,12 @@ def test_all_is_drained() -> None:
     batches = Batches(entries(100), 1 << 30)
     assert len(batches.drain()) == 100
     assert batches.take() == []
+
+
+def test_how_large_a_batch_is_may_change_within_what_the_limit_allows() -> None:
+    batches = Batches(entries(100, nbytes=10), 1000, largest=50)
+    assert (batches.largest, len(batches.take())) == (50, 5)
+    batches.fill(100)
+    assert (batches.largest, len(batches.take())) == (100, 10)
+    batches.fill(1 << 30)
+    assert (batches.largest, len(batches.take())) == (125, 12)
