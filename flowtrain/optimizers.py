@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _FUSED_DEVICES = ("cuda", "xpu")
-_ZERO_GRAD = Optimizer.zero_grad  # torch's own, whatever is put in its place later
+_ZERO_GRAD = Optimizer.zero_grad
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
@@ -46,12 +46,12 @@ def zeroing(optimizer: Optimizer) -> Callable[[], object]:
     Torch's marks what it does for the profiler, which takes several microseconds whether one looks or not. So it is
     called only while a profiler is at work.
     """
-    if type(optimizer).zero_grad is not _ZERO_GRAD or "zero_grad" in vars(optimizer):
+    if type(optimizer).zero_grad is not _ZERO_GRAD or _ZERO_GRAD.__module__ != Optimizer.__module__:
         return optimizer.zero_grad
 
     def zero_grad() -> None:
         """Do as `torch.optim.Optimizer.zero_grad` does."""
-        if _profiler_enabled():
+        if _profiler_enabled() or "zero_grad" in vars(optimizer):
             optimizer.zero_grad()
             return
         for group in optimizer.param_groups:

@@ -214,8 +214,9 @@ def test_zeroing_is_an_optimizers_own_where_it_has_one() -> None:
     assert params[0].grad is None
 
     patched, params = with_gradients()
+    zero = zeroing(patched)
     patched.zero_grad = lambda: None
-    zeroing(patched)()
+    zero()
     assert params[0].grad is not None
 
 

@@ -39,8 +39,8 @@ _PARCEL = 256 << 10
 """Bytes of a batch from which on it is not sent, but left in memory for a worker on the same machine."""
 _SENT, _LEFT = 8 << 20, 64 << 20
 """Bytes of a batch that is sent, which is in memory several times on its way, and of one that is left there."""
-_SPARE = 64 << 20
-"""Bytes of such memory that are kept between two batches, at most."""
+_SPARE = _LEFT + (8 << 20)
+"""Bytes of such memory that are kept between two batches, at most: a full batch, and what aligns its parts."""
 _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
@@ -125,7 +125,7 @@ class ClusterTransport:
         """
         if self._local is None:
             try:
-                return self._exchange(entries, self._is_due(), gate, closing, tally)
+                return self._exchange(entries, self._is_due(entries), gate, closing, tally)
             except ClusterLost as lost:
                 return self._go_on_here(lost, entries, gate, closing, tally)
         tally.local += len(entries)
@@ -153,12 +153,13 @@ class ClusterTransport:
         self._keep_one_parcel()
         self._drop_spare()
 
-    def _is_due(self) -> bool:
+    def _is_due(self, entries: Sequence[Entry]) -> bool:
         """Return whether the next batch should bring the state home."""
         if self._home is None or len(self._home) <= _SMALL:
             return True
         late = time.monotonic() - self._asked > _LOG_SECONDS
-        return late or len(self._log) >= _LOG_EVENTS or self._log_bytes >= _LOG_BYTES
+        nbytes = self._log_bytes + sum(entry.nbytes for entry in entries)
+        return late or len(self._log) >= _LOG_EVENTS or nbytes >= _LOG_BYTES
 
     def _exchange(
         self,
@@ -230,6 +231,7 @@ class ClusterTransport:
                 self._parcels[-1] = parcel = Parcel()
                 return parcel.fill(events.buffers)
         except OSError:  # no memory, or too many open files: then they are sent
+            self.largest = _SENT
             return None
 
     def _drop_spare(self) -> None:

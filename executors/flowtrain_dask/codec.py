@@ -17,7 +17,7 @@ import io
 import pickle
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -150,7 +150,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
         if kind is NamedTensors or kind is NamedGradients:
-            return self._reduce_named(obj)
+            self._expect(obj.tensors.values())
+            return obj.__reduce__()
         if kind is CountsMap:
             return _counts_map, (obj._path, list(obj.items()))
         if kind is PhaseMap:
@@ -166,6 +167,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         return super().reducer_override(obj)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        if _is_plain(tensor):
+            return self._reduce_strided(tensor)
         kind = type(tensor)
         if kind is nn.Parameter:
             return _parameter, (tensor.detach(), tensor.requires_grad)
@@ -195,7 +198,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
             return _empty, (shape, plain.stride(), dtype)
         storage, offset = plain.untyped_storage(), plain.storage_offset()
         start, size = storage.data_ptr(), storage.nbytes()
-        if size > self.waste * plain.nbytes + 1024:  # then only what lies between its first and its last element
+        wasteful = size > self.waste * plain.nbytes + 1024
+        if wasteful and (start, size) not in self._storages:  # then only what lies between its first and last element
             elements = 1 + sum([(length - 1) * stride for length, stride in zip(shape, plain.stride(), strict=True)])
             start, size, offset = plain.data_ptr(), elements * dtype.itemsize, 0
             if size > self.waste * plain.nbytes + 1024:
@@ -210,23 +214,19 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
             known = self._storages[start, size] = (storage, _Bytes(start, size))
         return known[1]
 
-    def _reduce_named(self, named: NamedTensors) -> Any:
-        """Return how tensors in one piece of memory are made again; that is quicker than one by one."""
-        rows: list[tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...]]] = []
-        storage: torch.UntypedStorage | None = None
-        start = used = 0
-        for name, tensor in named.tensors.items():
-            if not _is_plain(tensor):
-                return named.__reduce__()
-            storage = tensor.untyped_storage()
-            if rows and storage.data_ptr() != start:
-                return named.__reduce__()
-            start = storage.data_ptr()
-            used += tensor.nbytes
-            rows.append((name, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()))
-        if storage is None or storage.nbytes() > self.waste * used + 1024:
-            return named.__reduce__()
-        return _named, (type(named), self._bytes(storage, start, storage.nbytes()), rows, named.aliases)
+    def _expect(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Send the piece of memory that tensors lie in as a whole, where they are most of what is in it."""
+        used: dict[tuple[int, int], int] = {}
+        storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+        for tensor in tensors:
+            if _is_plain(tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr(), storage.nbytes()
+                storages[key] = storage
+                used[key] = used.get(key, 0) + tensor.nbytes
+        for key, nbytes in used.items():
+            if key[1] <= self.waste * nbytes + 1024:
+                self._bytes(storages[key], *key)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -278,18 +278,6 @@ def _strided(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, shape, stride)
-
-
-def _named(
-    kind: type[NamedTensors],
-    storage: torch.UntypedStorage,
-    rows: Sequence[tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...]]],
-    aliases: Mapping[str, str],
-) -> NamedTensors:
-    tensors = {
-        name: _strided(storage, dtype, offset, shape, stride) for name, dtype, offset, shape, stride in rows
-    }
-    return kind(tensors, aliases)
 
 
 def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -20,8 +20,10 @@ import os
 import secrets
 import stat
 import sys
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 if sys.platform != "win32":
     import fcntl
@@ -78,9 +80,14 @@ class Parcel:
             mapping = self._mapped(_PAGE + size)
             mark = secrets.token_bytes(_MARK)
             mapping[:_MARK] = mark
-            to = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + _PAGE
-            for piece in pieces:
-                _copy(to, piece)
+            to, start = _PAGE, ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+            for piece in pieces:  # all of it without the lock of the interpreter
+                if isinstance(piece, bytes):
+                    ctypes.memmove(start + to, piece, len(piece))
+                elif piece.readonly:
+                    os.pwrite(self._descriptor, piece, to)
+                elif len(piece):
+                    ctypes.memmove(start + to, ctypes.byref(ctypes.c_char.from_buffer(piece)), len(piece))
                 to += len(piece)
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -118,32 +125,99 @@ class Reading:
 
     Attributes:
         memory: What is in it.
+
+    Raises:
+        OSError: There is no memory.
     """
 
     _descriptor = -1
 
     def __init__(self, descriptor: int, size: int) -> None:
-        self._mapping = mmap.mmap(descriptor, _PAGE + size, access=mmap.ACCESS_COPY)
-        self.memory = memoryview(self._mapping)[_PAGE : _PAGE + size]
+        # Not by Python's mmap: that one keeps a number of the file open as long as something refers to its memory.
+        self._length = _PAGE + size
+        self._address = _map(self._length, mmap.MAP_PRIVATE, descriptor)
+        array = (ctypes.c_char * self._length).from_address(self._address)
+        weakref.finalize(array, _libc().munmap, self._address, self._length).atexit = False
+        self._array = weakref.ref(array)
+        self._own = False
+        self._process = os.getpid()
+        self.memory = memoryview(array).cast("B")[_PAGE:]
         self._descriptor = descriptor
+        _readings.add(self)
+
+    def own(self) -> None:
+        """Put memory of this process in the place of the parcel's, with the same in it, if something refers to it.
+
+        Raises:
+            OSError: There is no memory.
+        """
+        array = self._array()
+        if array is not None and not self._own:
+            copy = _map(self._length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            ctypes.memmove(copy, self._address, self._length)
+            # At once: a thread that reads there meanwhile sees one or the other.
+            if _libc().mremap(copy, self._length, self._length, _MAYMOVE | _FIXED, self._address) != self._address:
+                _libc().munmap(copy, self._length)
+                raise _error()
+            self._own = True
 
     def close(self) -> None:
         """Let the parcel be filled again. What still refers to its memory has a copy from here on, where it is."""
-        if self._descriptor < 0:
-            return
         descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        self.memory = memoryview(b"")
+        _readings.discard(self)
         try:
-            self.memory.release()
-            self._mapping.close()
-        except BufferError:  # something is kept: a page that is written to becomes this process's own
-            for start in range(0, len(self._mapping), _PAGE):
-                self._mapping[start] = self._mapping[start]
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping may keep another number of the same file
-            os.close(descriptor)
+            self.own()
+        except OSError:  # then the file stays as it is, and open
+            return
+        if self._process == os.getpid():  # a child has the same lock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()
+
+
+_readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+
+
+def _own_all() -> None:
+    """Leave a child that is being forked nothing that somebody fills again."""
+    for reading in list(_readings):
+        reading.own()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_own_all)
+
+
+_MAYMOVE, _FIXED = 1, 2
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    """Return the C library, with the types of what is called."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    libc.mmap.argtypes = (address, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.munmap.argtypes = (address, size)
+    libc.mremap.argtypes = (address, size, size, ctypes.c_int, address)
+    libc.mmap.restype = libc.mremap.restype = address
+    return libc
+
+
+def _map(length: int, flags: int, descriptor: int) -> int:
+    address: int | None = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise _error()
+    return address
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 def read(ticket: Ticket) -> Reading | None:
@@ -161,12 +235,14 @@ def read(ticket: Ticket) -> Reading | None:
     except OSError:
         return None
     try:
+        if not _is_marked(descriptor, ticket):  # it may be anybody's file, which is not to be locked
+            return None
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_size >= _PAGE + ticket.size and _is_marked(descriptor, ticket):
             reading = Reading(descriptor, ticket.size)
             descriptor = -1
             return reading
-    except (OSError, ValueError):  # it is being filled; there is no memory
+    except OSError:  # it is being filled; there is no memory
         pass
     finally:
         if descriptor >= 0:
@@ -176,10 +252,3 @@ def read(ticket: Ticket) -> Reading | None:
 
 def _is_marked(descriptor: int, ticket: Ticket) -> bool:
     return os.pread(descriptor, _MARK, 0) == ticket.mark
-
-
-def _copy(to: int, piece: bytes | memoryview) -> None:
-    """Copy bytes to an address, without the lock of the interpreter."""
-    if len(piece):
-        readable = isinstance(piece, bytes) or piece.readonly
-        ctypes.memmove(to, bytes(piece) if readable else ctypes.byref(ctypes.c_char.from_buffer(piece)), len(piece))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
@@ -163,9 +164,12 @@ def at_work(folder: Path) -> int:
 
 def parcels() -> int:
     """Return how many parcels this process has open."""
+    return len({os.stat(link).st_ino for link in memory_files()})  # a file that is mapped is open twice
+
+
+def memory_files() -> list[str]:
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-    found = [link for link in links if os.path.islink(link) and "memfd:flowtrain" in os.readlink(link)]
-    return len({os.stat(link).st_ino for link in found})  # a file that is mapped is open twice
+    return [link for link in links if os.path.islink(link) and "memfd:flowtrain" in os.readlink(link)]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
@@ -276,6 +280,30 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
     assert large == wanted, "tried once where it is not near, and from then on sent"
     assert len(large) >= 3, "it was waited for after each two"
     assert parcels() == int(near), "the memory that is kept for the next batch"
+    assert rig.transport.largest == (64 << 20 if near else 8 << 20), "what is sent is in memory several times"
+    rig.lane.close()
+    assert parcels() == 0
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+def test_memory_that_a_lost_worker_still_reads_is_left_to_it(connection: Connection, folder: Path) -> None:
+    """It was stopped, say, while another one did its batch."""
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder))
+    rig.put(0, large=torch.full((200_000,), 0))
+    rig.wait_for(1)
+    wait_for(lambda: rig.lane.idle)
+    link = memory_files()[0]
+    reader = os.open(link, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    before = os.pread(reader, 1 << 20, 0)
+    for number in range(1, 4):
+        rig.put(0, large=torch.full((200_000,), number))
+        rig.wait_for(number + 1)
+    assert backend.records == expected(range(4))
+    assert os.pread(reader, 1 << 20, 0) == before
+    assert rig.transport.largest == 64 << 20, "there was other memory, and nothing was sent"
+    os.close(reader)
     rig.lane.close()
     assert parcels() == 0
 

@@ -91,6 +91,15 @@ def test_a_small_part_of_a_large_storage_is_sent_alone() -> None:
     assert [each.shape for each in decode(blob)] == [(5,), (), (1000,)]
 
 
+def test_a_small_part_of_a_large_storage_that_is_sent_anyway_shares_its_memory() -> None:
+    large = torch.zeros(1_000_000)
+    blob = encode([large, *(large[at : at + 10] for at in range(0, 1000, 10))])
+    assert len(blob) < 4_100_000
+    found = decode(blob)
+    found[0].fill_(7)
+    assert found[5].tolist() == [7.0] * 10
+
+
 @dataclass
 class Bag:
     items: list[Any]
@@ -140,6 +149,7 @@ def test_named_tensors_of_a_pool_are_one_buffer(kind: type[NamedTensors]) -> Non
         assert torch.equal(found[name], source)
         assert (found[name].dtype, found[name].stride()) == (source.dtype, source.stride())
     assert found["tied"] is found["a"]
+    assert found["c"] is alone
     alone += 1
     assert torch.equal(found["c"], alone), "they share their memory there too"
 

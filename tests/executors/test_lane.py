@@ -160,6 +160,21 @@ def test_events_gather_until_there_are_enough_for_a_batch(
     wait_for(lambda: logger.seen == list(range(count)))
 
 
+def test_how_much_is_a_full_batch_is_up_to_the_transport_and_may_change(make_lane: MakeLane) -> None:
+    logger = Logger(Memory())
+    lane = make_lane(logger, linger=3600)
+    transport: Any = lane._transport  # pyright: ignore[reportPrivateUsage]  # what it was made with
+    transport.largest = 500
+    put(lane, 0, nbytes=100)
+    assert lane.flush(60)
+    for number in range(1, 5):
+        put(lane, number, nbytes=100)
+    time.sleep(0.05)
+    assert logger.seen == [0]
+    put(lane, 5, nbytes=100)
+    wait_for(lambda: logger.seen == list(range(6)))
+
+
 def test_a_full_lane_makes_training_wait_and_says_who(make_lane: MakeLane) -> None:
     """Rule 24: bounded by count; the stall is in the report."""
     callback = Logger(Memory())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import os
@@ -94,10 +95,12 @@ def test_a_reader_that_is_stopped_keeps_it_and_one_that_has_ended_does_not(end: 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "b'one'\n"
-        os.kill(reader.pid, end)
-        if end is signal.SIGSTOP:
-            with pytest.raises(BlockingIOError):
-                parcel.fill([b"two"])
+        try:
+            os.kill(reader.pid, end)
+            if end is signal.SIGSTOP:
+                with pytest.raises(BlockingIOError):
+                    parcel.fill([b"two"])
+        finally:
             reader.kill()
         reader.wait()
         assert content(parcel.fill([b"two"])) == b"two"
@@ -130,6 +133,52 @@ def test_what_is_kept_stays_as_it_was() -> None:
     assert bytes(other.memory) == bytes(1 << 20)
     other.close()
     parcel.close()
+
+
+def test_what_is_kept_keeps_no_file_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    parcel = Parcel()
+    kept: list[torch.Tensor] = []
+    for number in range(40):
+        encoded = Encoded(torch.full((10_000,), float(number)))
+        reading = read(parcel.fill(encoded.buffers))
+        assert reading is not None
+        kept.append(decode(encoded.head, reading.memory)[:3])
+        reading.close()
+    parcel.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert "memfd:flowtrain" not in Path("/proc/self/maps").read_text(), "and no memory of a parcel that is gone"
+    assert [tensor.tolist() for tensor in kept] == [[float(number)] * 3 for number in range(40)]
+
+
+def test_what_nobody_keeps_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    parcel = Parcel()
+    reading = read(parcel.fill([b"one"]))
+    assert reading is not None
+    monkeypatch.setattr(ctypes, "memmove", None)
+    reading.close()
+    parcel.close()
+
+
+def test_a_child_that_was_forked_meanwhile_sees_what_was_there() -> None:
+    """A handler may fork, and the child be at work long after the handler."""
+    script = (
+        "import os, sys\n"
+        "from flowtrain_dask.parcels import Parcel, read\n"
+        "parcel = Parcel()\n"
+        "reading = read(parcel.fill([b'one' * 5000]))\n"
+        "go, tell = os.pipe()\n"
+        "if not os.fork():\n"
+        "    os.read(go, 1)\n"
+        "    print(bytes(reading.memory) == b'one' * 5000, flush=True)\n"
+        "    os._exit(0)\n"
+        "reading.close()\n"
+        "parcel.fill([b'two' * 5000])\n"
+        "os.write(tell, b'x')\n"
+        "os.wait()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_other_numbers_are_nobodys_parcel(tmp_path: Path) -> None:
