@@ -20,12 +20,10 @@ from typing import Any
 from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.calls import Calls, ClusterLost, Patience
-from flowtrain_dask.codec import Encoded
 from flowtrain_dask.connect import Connection
-from flowtrain_dask.entries import dump_entries
 from flowtrain_dask.freight import check_travels, dump_job, dump_state, load_state, stays
-from flowtrain_dask.parcels import Parcel, Ticket, possible
 from flowtrain_dask.report import Tally
+from flowtrain_dask.shipping import Shipping
 from flowtrain_dask.threads import ThreadTransport
 from flowtrain_dask.transport import Abandoned, OnLoss
 from flowtrain_dask.work import Entry, Job, Outcome, run_entries
@@ -35,12 +33,6 @@ __all__ = ["ClusterTransport"]
 
 _SMALL = 64 << 10
 """Bytes of state that travel with every batch."""
-_PARCEL = 256 << 10
-"""Bytes of a batch from which on it is not sent, but left in memory for a worker on the same machine."""
-_SENT, _LEFT = 8 << 20, 64 << 20
-"""Bytes of a batch that is sent, which is in memory several times on its way, and of one that is left there."""
-_SPARE = _LEFT + (8 << 20)
-"""Bytes of such memory that are kept between two batches, at most: a full batch, and what aligns its parts."""
 _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
@@ -86,10 +78,12 @@ class ClusterTransport:
         self._log_bytes = 0
         self._asked = 0.0
         self._holder = ""
-        self._near = possible()  # until a worker says that it is not
-        self.largest = _LEFT if self._near else _SENT
-        self._parcels: list[Parcel] = []  # of the call that is being made
-        self._spare: Parcel | None = None
+        self._shipping = Shipping()
+
+    @property
+    def largest(self) -> int:
+        """How many bytes of events it takes at once: less, where they have to be sent."""
+        return self._shipping.largest if self._local is None else self._local.largest
 
     @property
     def where(self) -> str:
@@ -150,8 +144,7 @@ class ClusterTransport:
 
     def close(self) -> None:
         """Give back memory that a worker was to find; the connection is the caller's."""
-        self._keep_one_parcel()
-        self._drop_spare()
+        self._shipping.close()
 
     def _is_due(self, entries: Sequence[Entry]) -> bool:
         """Return whether the next batch should bring the state home."""
@@ -179,23 +172,21 @@ class ClusterTransport:
         while True:
             whole = complete
 
-            def blob(everything: bool, whole: bool = whole) -> bytes:
+            def blob(everything: bool, whole: bool = whole, events: Sequence[Entry] = entries) -> bytes:
                 """Return the assignment, with home and the log or with neither."""
                 if everything and not whole:
                     tally.replays += len(self._log)
-                return self._assignment(entries, everything or whole, want)
+                return self._assignment(events, everything or whole, want)
 
             try:
                 reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
             finally:
-                self._keep_one_parcel()
+                self._shipping.arrived()
             if reply.kind == "done":
                 return self._settle(reply, entries)
             self._refuse(reply)
             if reply.kind == "far":  # the worker is on another machine, and has not touched anything
-                self._near = False
-                self.largest = _SENT
-                self._drop_spare()
+                entries = self._shipping.is_far(entries)  # the lane hands the rest over again
                 continue
             complete = True
             tally.restarts += 1
@@ -203,50 +194,17 @@ class ClusterTransport:
 
     def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool) -> bytes:
         log: list[Entry] = self._log if everything else []
-        events = dump_entries([*log, *entries])
-        buffers = self._parcel(events)
+        shipment = self._shipping.pack([*log, *entries])
         call = Assignment(
             self._token,
             self._versions,
             self._packed,
             self._seen - len(log),
             self._home if everything else None,
-            bytes(events) if buffers is None else events.head,
-            buffers,
+            *shipment,
             want,
         )
         return pickle.dumps(call)
-
-    def _parcel(self, events: Encoded) -> Ticket | None:
-        """Put events where a worker on this machine finds them; ``None`` where that cannot be, or is not worth it."""
-        if not self._near or events.nbytes < _PARCEL:
-            return None
-        try:
-            parcel = self._spare or Parcel()
-            self._spare = None
-            self._parcels.append(parcel)
-            try:
-                return parcel.fill(events.buffers)
-            except BlockingIOError:  # a worker that was taken for lost is still at it
-                self._parcels[-1] = parcel = Parcel()
-                return parcel.fill(events.buffers)
-        except OSError:  # no memory, or too many open files: then they are sent
-            self.largest = _SENT
-            return None
-
-    def _drop_spare(self) -> None:
-        if self._spare is not None:
-            self._spare.close()
-            self._spare = None
-
-    def _keep_one_parcel(self) -> None:
-        """Keep a parcel for the next batch: to fill it again takes half the time."""
-        for parcel in self._parcels:
-            if self._spare is None and parcel.size <= _SPARE:
-                self._spare = parcel
-            else:
-                parcel.close()
-        self._parcels.clear()
 
     def _settle(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
         """Take a reply that is done; what was run again is not counted again."""
@@ -302,7 +260,7 @@ class ClusterTransport:
             load_state(self._callbacks, self._kept, self._home)
         self._home = None
         self._local = ThreadTransport(self._job, self._callbacks)
-        self.linger, self.largest = self._local.linger, self._local.largest
+        self.linger = self._local.linger
         again = len(self._log)
         # All of it, however long it takes: what is in the log is not handed over again.
         job = self._job

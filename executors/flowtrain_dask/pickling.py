@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowtrain_dask.codec import ValuePickler
+from flowtrain_dask.reducing import ValuePickler
 
 __all__ = ["dumps", "loads"]
 

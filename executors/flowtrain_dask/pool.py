@@ -6,6 +6,9 @@ nobody can see a tensor change because somebody else released it: a callback may
 
 Memory is found again by the dtypes, shapes and strides of the tensors in it. What was not used for the longest time
 goes first when the limit is reached; beyond the limit tensors are ordinary ones.
+
+A pool that shares has its large memory in parcels: a worker on this machine reads what was copied there where it is.
+That memory is in use as long as a worker reads it, too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 
 from flowtrain.errors import UsageError, is_a
+from flowtrain_dask.parcels import START, Parcel, possible
 
 __all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
 
@@ -29,11 +33,51 @@ ALIGNMENT = 64
 _SMALL = 1024
 """Bytes below which ordinary memory is as quick."""
 
+_LARGE = 1 << 20
+"""Bytes from which on a pool that shares lends a parcel: each is an open file."""
+
+_PARCELS = 64
+"""The most parcels of one pool."""
+
 _LOOKS = 8
 """How many kinds of memory are looked at for some to give up, each time."""
 
 _Shape: TypeAlias = "tuple[torch.dtype, torch.Size, tuple[int, ...] | None]"
 _Key: TypeAlias = "tuple[bool, tuple[_Shape, ...]]"
+
+
+class _Memory:
+    """A piece of memory.
+
+    Attributes:
+        buffer: What has it. Who uses the memory refers to this.
+        offset: Where it begins in that.
+        parcel: The parcel that it is the content of, if it is one.
+    """
+
+    __slots__ = ("_unused", "buffer", "offset", "parcel")
+
+    def __init__(self, buffer: Any, offset: int, parcel: Parcel | None = None) -> None:
+        self.buffer = buffer
+        self.offset = offset
+        self.parcel = parcel
+        self._unused = 0
+
+    def is_idle(self) -> bool:
+        """Return whether nobody uses it; a parcel is begun anew then."""
+        if sys.getrefcount(self.buffer) > self._unused:
+            return False
+        try:
+            if self.parcel is not None:
+                self.parcel.renew(len(self.buffer) - self.offset)
+        except OSError:  # a worker reads it
+            return False
+        return True
+
+    def counted(self) -> _Memory:
+        """Return it, with the references that it has now taken for those of memory that nobody uses."""
+        self._unused = sys.getrefcount(self.buffer)  # measured: what counts as one differs between Pythons
+        return self
 
 
 class _Kind:
@@ -42,7 +86,7 @@ class _Kind:
     __slots__ = ("_dtypes", "_parts", "memories", "nbytes")
 
     def __init__(self, shapes: tuple[_Shape, ...]) -> None:
-        self.memories: deque[tuple[Any, int]] = deque()
+        self.memories: deque[_Memory] = deque()
         self.nbytes = 0
         self._dtypes = list(dict.fromkeys(dtype for dtype, _, _ in shapes))
         self._parts: list[tuple[int, torch.Size, tuple[int, ...], int]] = []
@@ -54,18 +98,18 @@ class _Kind:
             self.nbytes += elements * dtype.itemsize
             self.nbytes += -self.nbytes % ALIGNMENT
 
-    def idle(self) -> tuple[Any, int] | None:
+    def idle(self) -> _Memory | None:
         """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
         for _ in range(min(2, len(self.memories))):
             self.memories.rotate(-1)
-            if _references(self.memories) <= _IDLE:
+            if self.memories[-1].is_idle():
                 return self.memories[-1]
         return None
 
-    def flats(self, memory: Any, offset: int) -> list[torch.Tensor]:
+    def flats(self, memory: _Memory) -> list[torch.Tensor]:
         """Return all of the memory as each dtype."""
         return [
-            torch.frombuffer(memory, dtype=dtype, count=self.nbytes // dtype.itemsize, offset=offset)
+            torch.frombuffer(memory.buffer, dtype=dtype, count=self.nbytes // dtype.itemsize, offset=memory.offset)
             for dtype in self._dtypes
         ]
 
@@ -79,17 +123,20 @@ class Pool:
 
     Args:
         limit_bytes: How much memory it keeps, in bytes, lent or not.
+        share: Whether large memory is in parcels, where the system has such.
 
     Raises:
         UsageError: The limit is no number of bytes.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, share: bool = False) -> None:
         if not is_a(limit_bytes, int) or limit_bytes < 0:
             raise UsageError(f"Pool({limit_bytes!r}): the limit is a number of bytes, 0 or more, as Pool(1 << 28).")
         self.limit_bytes = limit_bytes
         self._kinds: OrderedDict[_Key, _Kind] = OrderedDict()
         self._nbytes = 0
+        self._share = share and possible()
+        self._parcels = 0
         self._lock = threading.Lock()
 
     @property
@@ -130,20 +177,25 @@ class Pool:
             found = kind.idle() or self._add(kind, pinned)
             if found is None:
                 return [_ordinary(*shape, pinned=pinned) for shape in shapes]
-            flats = kind.flats(*found)  # from here on the memory is in use
+            flats = kind.flats(found)  # from here on the memory is in use
         return kind.tensors(flats)
 
     def clear(self) -> None:
         """Keep nothing any more. What is lent stays as it is."""
         with self._lock:
             self._kinds.clear()
-            self._nbytes = 0
+            self._nbytes = self._parcels = 0
 
-    def _add(self, kind: _Kind, pinned: bool) -> tuple[Any, int] | None:
+    def _add(self, kind: _Kind, pinned: bool) -> _Memory | None:
         """Get new memory of a kind, if there is room."""
         if not self._room(kind.nbytes):
             return None
-        found = _pinned(kind.nbytes) if pinned else aligned(kind.nbytes)
+        shares = self._share and not pinned and kind.nbytes >= _LARGE and self._parcels < _PARCELS
+        found = _shared(kind.nbytes) if shares else None
+        if found is not None:
+            self._parcels += 1
+        else:
+            found = _Memory(*(_pinned if pinned else aligned)(kind.nbytes)).counted()
         kind.memories.append(found)
         self._nbytes += kind.nbytes
         return found
@@ -160,7 +212,7 @@ class Pool:
             if kind.idle() is None:
                 self._kinds.move_to_end(key)
                 continue
-            kind.memories.pop()  # where `idle` has put it
+            self._parcels -= kind.memories.pop().parcel is not None  # the one that is idle
             self._nbytes -= kind.nbytes
         return self._nbytes + nbytes <= self.limit_bytes
 
@@ -181,13 +233,6 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return strides if extent <= 2 * tensor.numel() else None
 
 
-def _references(memories: deque[tuple[Any, int]]) -> int:
-    return sys.getrefcount(memories[-1][0])
-
-
-_IDLE = _references(deque([(bytearray(1), 0)]))  # measured: what counts as a reference differs between Pythons
-
-
 def _ordinary(
     dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...] | None, *, pinned: bool
 ) -> torch.Tensor:
@@ -201,6 +246,16 @@ def aligned(nbytes: int) -> tuple[Any, int]:
     memory = bytearray(nbytes + ALIGNMENT)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return memory, -address % ALIGNMENT
+
+
+def _shared(nbytes: int) -> _Memory | None:
+    """Return the memory of a new parcel; ``None`` where there is none, or too many files are open."""
+    try:
+        parcel = Parcel(nbytes)
+        parcel.renew(nbytes)
+    except OSError:
+        return None
+    return _Memory(parcel.memory, START, parcel).counted()
 
 
 def _pinned(nbytes: int) -> tuple[Any, int]:

@@ -24,11 +24,14 @@ class Transport(Protocol):
 
     Attributes:
         linger: For how many seconds a lane lets events gather before it hands them over.
-        largest: How many bytes of events it takes at once, if one of them is not more.
     """
 
     linger: float
-    largest: int
+
+    @property
+    def largest(self) -> int:
+        """How many bytes of events it takes at once, if one of them is not more; that may change."""
+        ...
 
     @property
     def where(self) -> str:

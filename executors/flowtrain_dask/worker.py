@@ -24,8 +24,9 @@ from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.entries import load_entries
 from flowtrain_dask.freight import build, dump_state, load_state
-from flowtrain_dask.parcels import Ticket, read
+from flowtrain_dask.parcels import Ticket
 from flowtrain_dask.pickling import dumps, loads
+from flowtrain_dask.readings import Readings
 from flowtrain_dask.work import Job, Record, run_entries
 
 __all__ = ["Assignment", "Reply", "Versions", "process", "versions"]
@@ -66,6 +67,7 @@ class Assignment:
         state: The callbacks' state after those; ``None``: the callbacks that stayed here.
         entries: The events after those.
         buffers: Where their buffers are, in memory of the driver's machine; ``None``: they are in `entries`.
+        parcels: Where those buffers are that were in such memory before, see `flowtrain_dask.codec.Encoded`.
         want: Whether the new state is to be sent back.
     """
 
@@ -76,7 +78,13 @@ class Assignment:
     state: bytes | None
     entries: bytes
     buffers: Ticket | None
+    parcels: tuple[Ticket, ...]
     want: bool
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """All memory of the driver's machine that it refers to; that of `buffers` is the last."""
+        return self.parcels if self.buffers is None else (*self.parcels, self.buffers)
 
 
 @dataclass
@@ -136,22 +144,17 @@ _lock = threading.Lock()
 def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
-    if assignment.buffers is None:
-        return _run(assignment, None)
-    reading = read(assignment.buffers)
-    if reading is None:
-        return Reply("far")
-    try:
-        return _run(assignment, reading.memory)
-    finally:
-        reading.close()
+    with Readings(assignment.tickets) as readings:
+        return _run(assignment, readings) if readings.complete else Reply("far")
 
 
-def _run(assignment: Assignment, found: memoryview | None) -> Reply:
+def _run(assignment: Assignment, readings: Readings) -> Reply:
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")
-    job, entries = resident.job, load_entries(assignment.entries, found)
+    memories = readings.memories
+    buffers = memories.pop() if assignment.buffers is not None else None
+    job, entries = resident.job, load_entries(assignment.entries, buffers, memories)
     outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane)
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))

@@ -28,6 +28,7 @@ from flowtrain_dask.connect import Connection, connect
 from flowtrain_dask.lane import Lane
 from flowtrain_dask.limits import Limits
 from flowtrain_dask.parcels import Parcel, Ticket, possible
+from flowtrain_dask.shipping import LEFT, SENT
 from flowtrain_dask.transport import OnLoss
 from flowtrain_dask.work import Duty, Job, Outcome
 
@@ -280,7 +281,7 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
     assert large == wanted, "tried once where it is not near, and from then on sent"
     assert len(large) >= 3, "it was waited for after each two"
     assert parcels() == int(near), "the memory that is kept for the next batch"
-    assert rig.transport.largest == (64 << 20 if near else 8 << 20), "what is sent is in memory several times"
+    assert rig.transport.largest == (LEFT if near else SENT), "what is sent is in memory several times"
     rig.lane.close()
     assert parcels() == 0
 
@@ -302,7 +303,7 @@ def test_memory_that_a_lost_worker_still_reads_is_left_to_it(connection: Connect
         rig.wait_for(number + 1)
     assert backend.records == expected(range(4))
     assert os.pread(reader, 1 << 20, 0) == before
-    assert rig.transport.largest == 64 << 20, "there was other memory, and nothing was sent"
+    assert rig.transport.largest == LEFT, "there was other memory, and nothing was sent"
     os.close(reader)
     rig.lane.close()
     assert parcels() == 0

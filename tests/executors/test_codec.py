@@ -24,6 +24,8 @@ from flowtrain.state import Named, State
 from flowtrain_dask.codec import Encoded, decode, encode
 from flowtrain_dask.copies import Copying, Pool
 from flowtrain_dask.cuts import Tail
+from flowtrain_dask.parcels import possible
+from flowtrain_dask.readings import Readings
 from flowtrain_dask.states import NamedGradients, NamedTensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -131,6 +133,40 @@ def test_tensors_of_a_pool_are_sent_from_where_they_are() -> None:
     for found, source in zip(decode(bytes(encoded)), sources[:2], strict=True):
         assert torch.equal(found, source)
         assert found.stride() == source.stride()
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+def test_what_is_in_parcels_is_left_there() -> None:
+    """Each parcel is named once, and what is in none is among the buffers."""
+    pool = Pool(1 << 26, share=True)
+    sources = [torch.randn(600, 600), torch.randn(3), torch.arange(300_000), torch.randn(4, 2).bfloat16()]
+    one = NamedTensors(dict(zip("abcd", pool.like_all(sources), strict=True)))
+    two, three = pool.like(sources[0]), pool.like(sources[1])
+    for name, source in zip("abcd", sources, strict=True):
+        one[name].copy_(source)
+    two.copy_(sources[0])
+    three.copy_(sources[1])
+    obj = [one, two, three, one["c"], torch.ones(50)]
+    encoded = Encoded(obj, share=True)
+    assert [parcel.address for parcel in encoded.parcels] == [one["a"].data_ptr(), two.data_ptr()]
+    assert encoded.nbytes < 10_000
+    with Readings([parcel.ticket for parcel in encoded.parcels]) as readings:
+        assert readings.complete
+        found = decode(encoded.head, memoryview(bytearray().join(encoded.buffers)), readings.memories)
+        for name, source in zip("abcd", sources, strict=True):
+            assert torch.equal(found[0][name], source)
+            assert found[0][name].dtype == source.dtype
+        assert torch.equal(found[1], sources[0])
+        assert torch.equal(found[2], sources[1])
+        assert found[3] is found[0]["c"]
+        found[1] += 1
+        assert torch.equal(two, sources[0]), "who reads has it to itself"
+        kept = found[1]
+        del found
+    assert torch.equal(kept, sources[0] + 1)
+    whole = decode(encode(obj))
+    assert torch.equal(whole[0]["c"], sources[2]), "and without parcels all of it is sent"
+    assert len(encode(obj)) > 5_000_000
 
 
 @pytest.mark.parametrize("kind", [NamedTensors, NamedGradients])

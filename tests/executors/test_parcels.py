@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from flowtrain_dask.codec import Encoded, decode
-from flowtrain_dask.parcels import Parcel, Ticket, possible, read
+from flowtrain_dask.parcels import Parcel, Ticket, possible
+from flowtrain_dask.readings import read
 
 pytestmark = pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
 
@@ -86,7 +87,8 @@ def test_a_reader_that_is_stopped_keeps_it_and_one_that_has_ended_does_not(end: 
     ticket = parcel.fill([b"one"])
     script = (
         "import sys, time\n"
-        "from flowtrain_dask.parcels import Ticket, read\n"
+        "from flowtrain_dask.parcels import Ticket\n"
+        "from flowtrain_dask.readings import read\n"
         "reading = read(Ticket(*eval(sys.argv[1])))\n"
         "print(bytes(reading.memory), flush=True)\n"
         "time.sleep(600)\n"
@@ -164,7 +166,8 @@ def test_a_child_that_was_forked_meanwhile_sees_what_was_there() -> None:
     """A handler may fork, and the child be at work long after the handler."""
     script = (
         "import os, sys\n"
-        "from flowtrain_dask.parcels import Parcel, read\n"
+        "from flowtrain_dask.parcels import Parcel\n"
+        "from flowtrain_dask.readings import read\n"
         "parcel = Parcel()\n"
         "reading = read(parcel.fill([b'one' * 5000]))\n"
         "go, tell = os.pipe()\n"
@@ -214,7 +217,8 @@ def test_another_process_makes_tensors_of_it() -> None:
     script = (
         "import sys, torch\n"
         "from flowtrain_dask.codec import decode\n"
-        "from flowtrain_dask.parcels import Ticket, read\n"
+        "from flowtrain_dask.parcels import Ticket\n"
+        "from flowtrain_dask.readings import read\n"
         "reading = read(Ticket(*eval(sys.argv[1])))\n"
         "value = decode(eval(sys.argv[2]), reading.memory)\n"
         "value['a'] += 1\n"
