@@ -43,7 +43,7 @@ from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask import DaskExecutor
-from flowtrain_dask.compile import compile_plan
+from flowtrain_dask.parallel.compile import compile_plan
 
 EVENT, PHASE = BatchEnd(), TrainingPhase()
 STEP = 5.5e-3

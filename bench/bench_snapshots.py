@@ -17,8 +17,8 @@ from flowtrain.parameters import Parameters
 from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.series import SeriesMap
 from flowtrain.state import LearnerState
-from flowtrain_dask.copies import Pool
-from flowtrain_dask.snapshots import Taker
+from flowtrain_dask.snapshots.copies import Pool
+from flowtrain_dask.snapshots.taker import Taker
 
 TENSORS = 300
 BYTES = 100_000_000

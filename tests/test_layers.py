@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,13 @@ LAYERS: dict[int, tuple[str, ...]] = {
 }
 NARROWED = {"callbacks": {0, 1, 2, 6}}  # the only layers these may import, and never a sibling in their package
 
+# The folders of ``executors/flowtrain_dask/``, each importing from those before it when it is loaded; no two modules
+# import each other. ``""`` stands for the modules beside them, which put the parts together.
+DASK = ("parallel", "snapshots", "lanes", "cluster", "")
+OPEN_TO_DASK = range(5)  # the layers of ``flowtrain/`` that an executor may know
+
 PACKAGE = Path(__file__).parents[1] / "flowtrain"
+EXECUTOR = Path(__file__).parents[1] / "executors" / "flowtrain_dask"
 PLACES = {name: (layer, column) for layer, names in LAYERS.items() for column, name in enumerate(names)}
 FOREIGN = {"dask", "distributed", "flowtrain_dask"}  # executors import flowtrain, never the other way round
 
@@ -103,6 +110,64 @@ def test_right_imports_pass(file: str, source: str) -> None:
 def test_a_wrong_import_is_named(file: str, source: str, message: str) -> None:
     [complaint] = complaints(file, source)
     assert complaint.startswith(message)
+
+
+def test_the_dask_executor_imports_down_its_folders_and_knows_the_lower_layers_only() -> None:
+    sources = {path.relative_to(EXECUTOR).as_posix(): path.read_text("utf-8") for path in EXECUTOR.rglob("*.py")}
+    assert {file.rpartition("/")[0] for file in sources} == set(DASK)
+    wrong = [f"{file}:{each}" for file, source in sources.items() for each in dask_complaints(file, source)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("lanes/lane.py", "import torch\nfrom flowtrain_dask.cluster.calls import Calls", "2: lanes imports cluster"),
+        ("snapshots/pool.py", "from flowtrain_dask.executor import DaskExecutor", "1: snapshots imports executor"),
+        ("cluster/worker.py", "from flowtrain.learner import Learner", "1: cluster imports flowtrain.learner"),
+        ("executor.py", "import flowtrain", "1: executor.py imports flowtrain"),
+        ("cluster/calls.py", "from .connect import connect", "1: cluster imports relatively"),
+    ],
+)
+def test_a_wrong_import_of_the_dask_executor_is_named(file: str, source: str, message: str) -> None:
+    [complaint] = dask_complaints(file, source)
+    assert complaint.startswith(message)
+
+
+def test_the_dask_executor_imports_in_no_circle() -> None:
+    """When it is loaded; what is imported for types only, or when it is needed, is left out."""
+    known = {f"flowtrain_dask.{'.'.join(path.relative_to(EXECUTOR).with_suffix('').parts)}": path
+             for path in EXECUTOR.rglob("*.py")}  # fmt: skip
+    needs = {
+        name: {each.module for each in imports(ast.parse(path.read_text("utf-8"))) if each.at_import} & known.keys()
+        for name, path in known.items()
+    }
+    assert sum(map(len, needs.values())) > 100
+    order = list(TopologicalSorter(needs).static_order())  # a circle is an error that names it
+    assert len(order) == len(known)
+
+
+def dask_complaints(file: str, source: str) -> list[str]:
+    """What is wrong with the imports of ``executors/flowtrain_dask/<file>``, each as ``line: message``."""
+    folder = file.rpartition("/")[0]
+    found = [(each, dask_objection(folder, each)) for each in imports(ast.parse(source, file))]
+    return [f"{each.line}: {folder or file} {why}" for each, why in found if why]
+
+
+def dask_objection(folder: str, found: Import) -> str | None:
+    top, _, rest = found.module.partition(".")
+    if not top:
+        return "imports relatively: write the module's whole name"
+    if top == "flowtrain":
+        place = PLACES.get(rest.split(".")[0] or "flowtrain")
+        if place is None or place[0] not in OPEN_TO_DASK:
+            return f"imports {found.module}: only layers 0 to {OPEN_TO_DASK[-1]} are open to an executor"
+    if top == "flowtrain_dask" and found.at_import:
+        there = rest.split(".")[0] if rest.split(".")[0] in DASK else ""
+        before = DASK[: DASK.index(folder)]
+        if there not in (*before, folder):
+            return f"imports {rest or top}: of this package it may only import {', '.join(before) or 'its own folder'}"
+    return None
 
 
 def complaints(file: str, source: str) -> list[str]:

@@ -16,10 +16,10 @@ What deferred callbacks read goes through these: `snapshots` (what a handler rea
 view that the handler gets of it) and `codec` (all of it as bytes, for another process).
 """
 
-from flowtrain_dask.compile import EventGraph
-from flowtrain_dask.copies import register_copier
 from flowtrain_dask.executor import DaskExecutor, Parallel
-from flowtrain_dask.limits import Limits
-from flowtrain_dask.report import Report
+from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.report import Report
+from flowtrain_dask.parallel.compile import EventGraph
+from flowtrain_dask.snapshots.copies import register_copier
 
 __all__ = ["DaskExecutor", "EventGraph", "Limits", "Parallel", "Report", "register_copier"]

@@ -24,15 +24,15 @@ from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Plan
 from flowtrain.signals import raise_worst
-from flowtrain_dask.copies import Pool
 from flowtrain_dask.deferral import Deferral
-from flowtrain_dask.lane import Lane
+from flowtrain_dask.lanes.lane import Lane
+from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.opening import Options, job_of, name_of, transport_of, why_here
-from flowtrain_dask.report import Report
-from flowtrain_dask.snapshots import Shared, Taker, copy_groups
+from flowtrain_dask.snapshots.copies import Pool
+from flowtrain_dask.snapshots.taker import Shared, Taker, copy_groups
 
 if TYPE_CHECKING:
-    from flowtrain_dask.connect import Connection
+    from flowtrain_dask.cluster.connect import Connection
 
 __all__ = ["Deferred", "sharing"]
 

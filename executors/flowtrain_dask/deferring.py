@@ -17,10 +17,10 @@ from flowtrain.plan import Plan
 from flowtrain.state import LearnerState
 from flowtrain_dask.deferral import Deferral, decide
 from flowtrain_dask.deferred import Deferred
-from flowtrain_dask.leaving import Held
-from flowtrain_dask.limits import Limits
+from flowtrain_dask.lanes.leaving import Held
+from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.report import LaneReport, Report
 from flowtrain_dask.opening import Options, validate
-from flowtrain_dask.report import LaneReport, Report
 
 __all__ = ["Deferring", "check_choice"]
 
@@ -32,7 +32,7 @@ class Deferring:
     """The deferrable callbacks of an executor's learner.
 
     Args:
-        cluster: Where they run; see `flowtrain_dask.connect.connect`.
+        cluster: Where they run; see `flowtrain_dask.cluster.connect.connect`.
         defer: Whether they are deferred.
         resources: What a worker must have.
         options: How they are run.
@@ -60,7 +60,7 @@ class Deferring:
         deferral = self._decide(nodes)
         if deferral.lanes and self._held.connection is None and self._cluster is not None:
             try:
-                from flowtrain_dask.connect import connect  # distributed takes a while to import
+                from flowtrain_dask.cluster.connect import connect  # distributed takes a while to import
             except ModuleNotFoundError as error:
                 raise ExecutorError(
                     f"DaskExecutor({self._cluster!r}) needs {error.name}, which is not installed: "

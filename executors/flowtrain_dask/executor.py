@@ -19,19 +19,19 @@ from flowtrain.graph import Node
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan
 from flowtrain.state import LearnerState
-from flowtrain_dask.compile import EventGraph, compile_plan
 from flowtrain_dask.deferred import sharing
 from flowtrain_dask.deferring import Deferring, check_choice
-from flowtrain_dask.firing import CLOSED, Crew
-from flowtrain_dask.lane import OnError
-from flowtrain_dask.limits import Limits
+from flowtrain_dask.lanes.lane import OnError
+from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.report import Report
+from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.opening import Options
-from flowtrain_dask.race import Race
-from flowtrain_dask.report import Report
+from flowtrain_dask.parallel.compile import EventGraph, compile_plan
+from flowtrain_dask.parallel.firing import CLOSED, Crew
+from flowtrain_dask.parallel.race import Race
+from flowtrain_dask.parallel.strands import at_home
+from flowtrain_dask.parallel.ways import Ways
 from flowtrain_dask.route import Parallel, Route, spread, why_serial
-from flowtrain_dask.strands import at_home
-from flowtrain_dask.transport import OnLoss
-from flowtrain_dask.ways import Ways
 
 __all__ = ["DaskExecutor", "Parallel"]
 

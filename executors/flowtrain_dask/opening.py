@@ -12,16 +12,16 @@ from flowtrain.graph import Node
 from flowtrain.plan import owner_of
 from flowtrain.series import Series
 from flowtrain.state import LearnerState
-from flowtrain_dask.copies import check
 from flowtrain_dask.deferral import Deferral, check_holds_no_state, stays_here
-from flowtrain_dask.lane import OnError
-from flowtrain_dask.limits import Limits, check_droppable
-from flowtrain_dask.threads import ThreadTransport
-from flowtrain_dask.transport import OnLoss, Transport
-from flowtrain_dask.work import Duty, Job
+from flowtrain_dask.lanes.lane import OnError
+from flowtrain_dask.lanes.limits import Limits, check_droppable
+from flowtrain_dask.lanes.threads import ThreadTransport
+from flowtrain_dask.lanes.transport import OnLoss, Transport
+from flowtrain_dask.lanes.work import Duty, Job
+from flowtrain_dask.snapshots.copies import check
 
 if TYPE_CHECKING:  # distributed takes most of a second to import, and threads do without it
-    from flowtrain_dask.connect import Connection
+    from flowtrain_dask.cluster.connect import Connection
 
 __all__ = ["Options", "duties_of", "job_of", "name_of", "transport_of", "validate", "why_here"]
 
@@ -77,7 +77,7 @@ def transport_of(job: Job, nodes: Sequence[Node], options: Options, connection: 
     callbacks = [node.callback for node in nodes]
     if connection is None or why_here(nodes):
         return ThreadTransport(job, callbacks)
-    from flowtrain_dask.cluster import ClusterTransport
+    from flowtrain_dask.cluster.transport import ClusterTransport
 
     return ClusterTransport(job, callbacks, connection, options.on_cluster_loss)
 

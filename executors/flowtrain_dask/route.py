@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias
 
 from flowtrain.execution import Runner
 from flowtrain.plan import Plan
-from flowtrain_dask.compile import EventGraph
-from flowtrain_dask.race import Race
-from flowtrain_dask.snapshots import Shared
-from flowtrain_dask.strands import Strands, is_chain, pack
+from flowtrain_dask.parallel.compile import EventGraph
+from flowtrain_dask.parallel.race import Race
+from flowtrain_dask.parallel.strands import Strands, is_chain, pack
+from flowtrain_dask.snapshots.taker import Shared
 
 __all__ = ["Parallel", "Route", "spread", "why_serial"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["dask_setup"]
 
-importlib.import_module("flowtrain_dask.worker")  # see above
+importlib.import_module("flowtrain_dask.cluster.worker")  # see above
 
 
 def dask_setup(worker: Any) -> None:

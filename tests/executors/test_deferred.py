@@ -59,8 +59,8 @@ from flowtrain.metrics import accuracy
 from flowtrain.records import Identity, Run, identity
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
-from flowtrain_dask.limits import WhenFull
-from flowtrain_dask.report import Report
+from flowtrain_dask.lanes.limits import WhenFull
+from flowtrain_dask.lanes.report import Report
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 

@@ -555,7 +555,7 @@ def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
 
 def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was decided for the old plan is not put in place of the new one."""
-    monkeypatch.setattr("flowtrain_dask.race._REARM_AFTER", -1.0)  # plans are looked at again at every `flush`
+    monkeypatch.setattr("flowtrain_dask.parallel.race._REARM_AFTER", -1.0)  # plans are looked at again at every `flush`
     counts: dict[str, int] = {}
 
     def count(name: str) -> Callable[[LearnerView], None]:
@@ -614,7 +614,7 @@ def test_a_cancelled_batch_is_freed_at_once(parallel: Parallel) -> None:
 
 def test_without_distributed_a_cluster_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads do without it."""
-    monkeypatch.delitem(sys.modules, "flowtrain_dask.connect", raising=False)
+    monkeypatch.delitem(sys.modules, "flowtrain_dask.cluster.connect", raising=False)
     monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
     backend = JsonlBackend("nowhere.jsonl")
     with pytest.raises(ExecutorError, match=r"DaskExecutor\('local'\) needs distributed, .*'flowtrain\[dask\]'"):

@@ -9,7 +9,7 @@ import pytest
 from flowtrain import Access, BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, Write, on
 from flowtrain.plan import Plan
 from flowtrain.testing import tiny_learner
-from flowtrain_dask.compile import compile_plan
+from flowtrain_dask.parallel.compile import compile_plan
 from flowtrain_dask.route import Route, spread, why_serial
 
 

@@ -20,7 +20,7 @@ from flowtrain.execution import Executor, Runner, Site, find_executor
 from flowtrain.phases import Phase
 from flowtrain.plan import Plan, Step
 from flowtrain.testing import ExecutorContract, ShuffledExecutor, tiny_learner
-from flowtrain_dask.torch_state import TorchState
+from flowtrain_dask.parallel.torch_state import TorchState
 
 
 class TestSerialExecutor(ExecutorContract):

@@ -1,0 +1,1 @@
+"""Independent handlers of one event at the same time: the task graph, strands, and when they pay."""

@@ -1,0 +1,224 @@
+"""One firing of an event on several strands: a true barrier, and failures as in the serial order.
+
+A `Firing` holds what the strands of one firing share. Each strand runs its handlers in order; before one that waits
+for another strand it waits until that is done. What a handler raises is kept, and what depends on it is skipped, so
+that exactly the handlers with no failed ancestor run. Nothing is raised before every strand has ended.
+
+Plans of which every handler runs whatever failed (`Plan.always`) are not run here: no interrupt may stop those.
+
+An interrupt (an exception that is no `Exception`) stops the firing: no handler starts any more, those that run are
+waited for, and the interrupt goes on. A second interrupt during that wait leaves at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from flowtrain.errors import ExecutorError
+from flowtrain.events import Event
+from flowtrain.phases import Phase
+from flowtrain.plan import Plan, Step
+from flowtrain_dask.parallel.compat import Task, after, run_graph
+from flowtrain_dask.parallel.strands import Strands
+from flowtrain_dask.parallel.torch_state import TorchState
+
+__all__ = ["CLOSED", "Crew", "Firing"]
+
+CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
+
+_HOME = "strand 0"
+"""The key of the task that is the training thread's."""
+
+
+class Firing:
+    """What the strands of one firing share.
+
+    Args:
+        plan: What to run.
+        waits: For each position, the positions that it waits for, as bits; see `Strands`.
+        signals: The positions that are waited for, as bits.
+        event: The event.
+        phase: The phase.
+    """
+
+    def __init__(self, plan: Plan, waits: tuple[int, ...], signals: int, event: Event, phase: Phase) -> None:
+        self.failures: list[tuple[int, Exception]] = []
+        self._plan = plan
+        self._waits = waits
+        self._signals = signals
+        self._event = event
+        self._phase = phase
+        self._home = threading.get_ident()
+        self._torch = TorchState.capture()
+        self._interrupt: BaseException | None = None
+        # Guarded by the lock. (Entering the condition in its place can be interrupted with the lock taken.)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._done = 0
+        self._lost = 0
+        self._running = 0
+        self._stopped = False
+
+    def run(self, position: int) -> None:
+        """Run the handler at a position, unless one that it depends on failed; does not raise."""
+        plan, step, bit = self._plan, self._plan.steps[position], 1 << position
+        if self._lost & plan.ancestors[position]:
+            with self._lock:
+                self._lost |= bit
+            return
+        try:
+            if threading.get_ident() == self._home:
+                step.call(self._event, self._phase, step.view)
+            else:
+                self._torch.call(step.call, self._event, self._phase, step.view)
+        except Exception as failure:  # whatever a handler raises is collected, then raised
+            with self._lock:
+                self.failures.append((position, failure))
+                self._lost |= bit
+        except BaseException as interrupt:  # raised by `finish`, on the training thread
+            self._interrupt = interrupt
+            self.stop()
+
+    def work(self, strand: tuple[int, ...]) -> None:
+        """Run the handlers of a strand."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._running += 1
+        try:
+            for position in strand:
+                needed = self._waits[position]
+                if needed:
+                    with self._lock:
+                        while self._done & needed != needed and not self._stopped:
+                            self._changed.wait()
+                if self._stopped:
+                    return
+                self.run(position)
+                if self._signals >> position & 1:
+                    with self._lock:
+                        self._done |= 1 << position
+                        self._changed.notify_all()
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let no handler start any more."""
+        with self._lock:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return when no strand is running."""
+        with self._lock:
+            while self._running:
+                self._changed.wait()
+
+    def finish(self) -> list[tuple[Step, Exception]]:
+        """Return the failures in serial order; raise an interrupt that came from a handler."""
+        if self._interrupt is not None:
+            raise self._interrupt
+        found = [(self._plan.steps[position], failure) for position, failure in sorted(self.failures, key=_position)]
+        self.failures.clear()  # the frames of an exception hold this firing
+        return found
+
+
+def _position(failure: tuple[int, Exception]) -> int:
+    return failure[0]
+
+
+class Crew:
+    """The training thread and the pool that helps it; one firing at a time.
+
+    The pool's threads start with the first firing, and end with `close`, or when nobody holds the crew any more.
+
+    Args:
+        workers: How many strands can run at the same time, the training thread's included.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.closed = False
+        self.busy = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._left_behind: Firing | None = None
+
+    def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
+        """Run a plan on its strands; return the failures in serial order when every strand has ended.
+
+        Args:
+            plan: What to run.
+            strands: How it is spread; the first strand runs on the calling thread.
+            event: The event.
+            phase: The phase.
+
+        Raises:
+            ExecutorError: The crew is closed.
+        """
+        if self.closed:
+            raise ExecutorError(CLOSED)
+        if self._left_behind is not None:
+            self._left_behind.wait()
+            self._left_behind = None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max(1, self.workers - 1), "flowtrain-dask")
+        firing = Firing(plan, strands.waits, strands.signals, event, phase)
+        graph: dict[str, Task] = {}
+        for number, strand in enumerate(strands.strands):
+            key = f"strand {number}"
+            graph[key] = after(key, partial(firing.work, strand))
+        self.busy = True
+        try:
+            run_graph(graph, _Hands(self._pool, len(graph)).submit, len(graph))
+        except BaseException:  # an interrupt of the training thread
+            firing.stop()
+            self._left_behind = firing
+            firing.wait()
+            self._left_behind = None
+            raise
+        finally:
+            self.busy = False
+        return firing.finish()
+
+    def close(self) -> None:
+        """End the threads.
+
+        Raises:
+            ExecutorError: A handler is running.
+        """
+        if self.busy:
+            raise ExecutorError("close() was called in a handler, whose own thread it would end. Call it after fit().")
+        self.closed = True
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+class _Hands:
+    """Takes the tasks of one firing: all but the training thread's go to the pool at once, that one runs last, here.
+
+    Were the training thread's task run as soon as it is handed over, those behind it would wait for it.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, tasks: int) -> None:
+        self._pool = pool
+        self._left = tasks
+        self._held: tuple[Future[Any], Any, Any] | None = None
+
+    def submit(self, function: Any, tasks: list[tuple[Any, ...]]) -> Future[Any]:
+        self._left -= 1
+        if tasks[0][0] == _HOME:
+            found: Future[Any] = Future()
+            self._held = (found, function, tasks)
+        else:
+            found = self._pool.submit(copy_context().run, function, tasks)
+        if not self._left and self._held is not None:
+            held, call, arguments = self._held
+            held.set_result(call(arguments))  # dask's function catches what its tasks raise
+        return found

@@ -1,0 +1,111 @@
+"""Copies of modules and optimizers.
+
+A declared ``model`` is copied as a whole: every parameter and buffer, for each event, on the training thread. Who
+needs some of it declares ``params.encoder.weight`` or ``model.encoder``. With all of ``model`` declared, ``params`` are
+those of the copy, as in place; parts are copied each by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from flowtrain.part import Tree
+from flowtrain.state import LearnerState, Named
+from flowtrain_dask.snapshots.copying import Copying, Refused
+
+__all__ = ["OptimizerCopy", "copy_module", "copy_optimizers"]
+
+
+def copy_module(value: nn.Module, copying: Copying) -> nn.Module:
+    """Return a deep copy of a module, its parameters as leaves without gradients; hooks are shared.
+
+    Raises:
+        Refused: Something that the module holds cannot be deep-copied.
+    """
+    if copying.dry:
+        return value
+    memo: dict[int, Any] = {}
+    for tensor in (*value.parameters(), *value.buffers()):
+        memo[id(tensor)] = _copy_owned(tensor, copying)
+    for module in value.modules():
+        for name, own in vars(module).items():
+            if isinstance(own, torch.Tensor):  # perhaps with a graph, which cannot be deep-copied
+                memo.setdefault(id(own), _copy_owned(own, copying))
+            elif name.endswith("_hooks") and isinstance(own, dict):
+                memo.update({id(hook): hook for hook in own.values()})
+    try:
+        return copy.deepcopy(value, memo)
+    except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
+        raise Refused(
+            value, f"a deep copy of it fails: {error}", "Read params, which are copied one by one"
+        ) from error
+
+
+def _copy_owned(tensor: torch.Tensor, copying: Copying) -> torch.Tensor:
+    made = copying.copy(tensor)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made  # type: ignore[no-any-return]  # a tensor of a registered copier
+
+
+class OptimizerCopy:
+    """What an optimizer's hyperparameters and state were.
+
+    Attributes:
+        groups: The parameter groups without their parameters; ``None`` if they are not declared.
+        state: For each parameter with a state its name, what it looked like (on the meta device), and the state;
+            ``None`` if it is not declared.
+        defaults: What groups are made with; ``None`` unless all of the optimizer is declared.
+    """
+
+    __slots__ = ("defaults", "groups", "state")
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] | None = None
+        self.state: list[tuple[str, torch.Tensor, Any]] | None = None
+        self.defaults: dict[str, Any] | None = None
+
+
+def copy_optimizers(state: LearnerState, inside: Tree | None, copying: Copying) -> dict[str, OptimizerCopy]:
+    """Return copies of the optimizers by name; the only one has the name ``""``.
+
+    Args:
+        state: The learner's state.
+        inside: What is declared of them; ``None`` is all.
+        copying: The pass of copying.
+    """
+    names = {id(parameter): name for name, parameter in state.params.items()}
+    if not isinstance(state.optimizer, Named):
+        return {} if state.optimizer is None else {"": _copy_optimizer(state.optimizer, inside, names, copying)}
+    found: dict[str, OptimizerCopy] = {}
+    for name, optimizer in state.optimizer.items():
+        if inside is None or name in inside:
+            below = None if inside is None else inside[name]
+            part = below if isinstance(below, dict) and "" not in below else None
+            found[name] = _copy_optimizer(optimizer, part, names, copying)
+    return found
+
+
+def _copy_optimizer(
+    optimizer: Optimizer, inside: Tree | None, names: Mapping[int, str], copying: Copying
+) -> OptimizerCopy:
+    made = OptimizerCopy()
+    if inside is None or "hyperparams" in inside:
+        made.groups = [
+            {name: copying.copy_at(item, name) for name, item in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+    if inside is None or "state" in inside:
+        made.state = [
+            (names.get(id(key), f"#{place}"), key.detach().to("meta"), copying.copy_at(each, f".state[{place}]"))
+            for place, (key, each) in enumerate(optimizer.state.items())
+        ]
+    if inside is None:
+        made.defaults = copying.copy_at(optimizer.defaults, ".defaults")
+    return made

@@ -1,0 +1,177 @@
+"""Copies of Python's own containers and objects, and of numpy's arrays.
+
+A container is rebuilt with copies of its items; where no item needs a copy an immutable one is itself the copy. Of
+subclasses and dataclasses the attributes are copied too; no constructor runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
+import re
+import types
+import uuid
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from flowtrain.events import Event
+from flowtrain.part import Tree
+from flowtrain.phases import Phase
+from flowtrain_dask.snapshots.copying import Copier, Copying, Refused, declared_inside
+
+__all__ = ["find_rebuilder", "prune_mapping"]
+
+_IMMUTABLE = (
+    int, float, complex, str, bytes, bool, type, enum.Enum, range, slice, type(...), type(NotImplemented),
+    fractions.Fraction, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
+    pathlib.PurePath, uuid.UUID, re.Pattern, Event, Phase,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.GenericAlias,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+
+
+def find_rebuilder(kind: type, value: Any) -> Copier | None:
+    """Return how a type of Python or numpy, a subclass of one, or a dataclass is copied; ``None`` for others."""
+    if issubclass(kind, _IMMUTABLE) and not (dataclasses.is_dataclass(kind) and not issubclass(kind, Event)):
+        return _itself
+    for base, copier in _CONTAINERS.items():
+        if issubclass(kind, base):
+            return copier
+    if dataclasses.is_dataclass(kind) or issubclass(kind, (types.SimpleNamespace, UserDict, UserList)):
+        return _copy_object
+    # By name, so that numpy is not imported for who does not use it; others have its interface and are no arrays.
+    if any(base.__module__ == "numpy" and base.__name__ in ("ndarray", "generic") for base in kind.__mro__):
+        return _copy_array
+    return None
+
+
+def prune_mapping(value: Mapping[Any, Any], inside: Tree, copying: Copying) -> dict[Any, Any]:
+    """Pick the items of a mapping that are declared; a key may have dots in it."""
+    found = {key: declared_inside(inside, key) for key in value}
+    return {key: copying.part(value[key], part, key) for key, part in found.items() if part is not None}
+
+
+def _itself(value: Any, copying: Copying) -> Any:
+    return value
+
+
+def _items(value: Any, copying: Copying) -> list[Any]:
+    return [copying.copy_at(item, place) for place, item in enumerate(value)]
+
+
+def _copy_list(value: list[Any], copying: Copying) -> Any:
+    kind = type(value)
+    copy: list[Any] = kind.__new__(kind)
+    copying.remember(value, copy)
+    list.extend(copy, _items(value, copying))
+    return _with_attributes(value, copy, copying)
+
+
+def _copy_tuple(value: tuple[Any, ...], copying: Copying) -> Any:
+    items = _items(value, copying)
+    if all(one is other for one, other in zip(value, items, strict=True)):
+        return value
+    kind = type(value)
+    if kind is tuple:
+        return tuple(items)
+    if hasattr(kind, "n_fields"):  # a C struct sequence, such as torch.max gives; it takes one argument
+        return cast("Any", kind)(items)
+    return _with_attributes(value, tuple.__new__(kind, items), copying)
+
+
+def _copy_dict(value: dict[Any, Any], copying: Copying) -> Any:
+    kind = type(value)
+    base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
+    copy: Any = kind.__new__(kind)
+    copying.remember(value, copy)
+    if isinstance(value, defaultdict):
+        copy.default_factory = value.default_factory
+    place = base.__setitem__
+    for key, item in list(base.items(value)):
+        place(copy, copying.copy_at(key, f".keys() {key!r}"), copying.copy_at(item, key))
+    return _with_attributes(value, copy, copying) if kind not in (dict, defaultdict) else copy
+
+
+def _copy_set(value: set[Any], copying: Copying) -> Any:
+    kind = type(value)
+    copy: Any = kind.__new__(kind)
+    set.update(copy, _items(value, copying))
+    return _with_attributes(value, copy, copying)
+
+
+def _copy_frozenset(value: frozenset[Any], copying: Copying) -> Any:
+    items = _items(value, copying)
+    return value if all(one is other for one, other in zip(value, items, strict=True)) else type(value)(items)
+
+
+def _copy_deque(value: deque[Any], copying: Copying) -> Any:
+    copy: deque[Any] = type(value)(maxlen=value.maxlen)
+    copying.remember(value, copy)
+    copy.extend(_items(value, copying))
+    return _with_attributes(value, copy, copying)
+
+
+def _copy_proxy(value: types.MappingProxyType[Any, Any], copying: Copying) -> Any:
+    return types.MappingProxyType({key: copying.copy_at(item, key) for key, item in value.items()})
+
+
+def _copy_bytearray(value: bytearray, copying: Copying) -> Any:
+    copying.nbytes += len(value)
+    return bytearray(value)
+
+
+def _copy_partial(value: functools.partial[Any], copying: Copying) -> Any:
+    args = [copying.copy_at(arg, f".args[{place}]") for place, arg in enumerate(value.args)]
+    keywords = {name: copying.copy_at(arg, f".keywords[{name!r}]") for name, arg in value.keywords.items()}
+    return functools.partial(copying.copy_at(value.func, ".func"), *args, **keywords)
+
+
+def _copy_object(value: Any, copying: Copying) -> Any:
+    kind: Any = type(value)
+    copy = kind.__new__(kind)
+    copying.remember(value, copy)
+    return _with_attributes(value, copy, copying)
+
+
+def _with_attributes(value: Any, copy: Any, copying: Copying) -> Any:
+    """Copy the attributes of an object, those in slots too."""
+    own = getattr(value, "__dict__", None)
+    if own:
+        # Past `__setattr__`: a frozen dataclass has one that refuses, others do more than to assign.
+        copy.__dict__.update({name: copying.copy_at(item, f".{name}") for name, item in own.items()})
+    for kind in type(value).__mro__:
+        slots: Any = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                object.__setattr__(copy, name, copying.copy_at(getattr(value, name), f".{name}"))
+    return copy
+
+
+def _copy_array(value: Any, copying: Copying) -> Any:
+    if value.dtype.hasobject:
+        raise Refused(value, "an array of objects cannot be copied as numbers can", "Read a list in its place")
+    if not hasattr(value, "__setitem__"):
+        return value  # a scalar
+    copying.nbytes += int(value.nbytes)
+    return value if copying.dry else value.copy(order="K") if value.shape else value.copy()
+
+
+_CONTAINERS: dict[type, Copier] = {
+    tuple: _copy_tuple,
+    dict: _copy_dict,
+    list: _copy_list,
+    set: _copy_set,
+    frozenset: _copy_frozenset,
+    deque: _copy_deque,
+    types.MappingProxyType: _copy_proxy,
+    bytearray: _copy_bytearray,
+    functools.partial: _copy_partial,
+}

@@ -1,0 +1,255 @@
+"""Snapshots: what a deferred handler declares to read, as it is at the handler's place in the plan.
+
+A `Taker` is compiled once for each handler; `Taker.take` runs on the training thread. Handlers of one firing share the
+copy of an entry where no other handler in between declares to write it (`copy_groups`). Copies live in memory of a
+`Pool`, which takes it back when nobody refers to a copy any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from copy import copy
+from typing import Any, TypeAlias
+
+from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet
+from flowtrain.errors import UsageError
+from flowtrain.phasemap import PhaseMap
+from flowtrain.plan import Plan
+from flowtrain.series import Series
+from flowtrain.state import LearnerState
+from flowtrain_dask.snapshots.copies import Copying, Pool
+from flowtrain_dask.snapshots.cuts import Cut, Tail
+from flowtrain_dask.snapshots.marks import Marker
+from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
+
+__all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
+
+Groups: TypeAlias = Mapping[Path, Hashable]
+"""For each declared path of a handler, a key that is equal where handlers of one firing may share a copy."""
+
+
+class Copied:
+    """The copy of one entry, perhaps in several snapshots.
+
+    Attributes:
+        value: The copy.
+        nbytes: Its bytes.
+        events: What has to be waited for before it is complete.
+        counted: The lanes in whose waiting bytes it is already.
+    """
+
+    __slots__ = ("counted", "events", "nbytes", "value")
+
+    def __init__(self, value: Any, nbytes: int, events: tuple[Any, ...]) -> None:
+        self.value = value
+        self.nbytes = nbytes
+        self.events = events
+        self.counted: tuple[object, ...] = ()
+
+    def bytes_for(self, lane: object) -> int:
+        """Return the bytes that one more snapshot of it adds to a lane: none, if the lane has one of this firing."""
+        if lane is None:
+            return self.nbytes
+        if lane in self.counted:
+            return 0
+        self.counted += (lane,)
+        return self.nbytes
+
+
+class _Seen:
+    """How far a handler in another process has seen a series."""
+
+    __slots__ = ("_last", "_step", "length", "series")
+
+    def __init__(self, series: Series) -> None:
+        self.series = series
+        self.length = len(series)
+        last: tuple[Any, Any] = _entry(series, self.length) if self.length else (None, None)
+        self._step, self._last = last
+
+    def holds(self, series: Series) -> bool:
+        """Return whether that part is still there, or was taken back: a checkpoint was loaded, perhaps long ago."""
+        if not self.length:
+            return True
+        if len(series) < self.length:
+            return False
+        # The objects themselves: what was loaded has equal ones. Small integers are always the same; a value that was
+        # on a device is replaced by its number.
+        step, value = _entry(series, self.length)
+        return step is self._step and (value is self._last or type(self._last) is not float)
+
+
+def _entry(series: Series, length: int) -> tuple[Any, Any]:
+    return series._steps[length - 1], series._values[length - 1]  # pyright: ignore[reportPrivateUsage]  # the objects
+
+
+Shared: TypeAlias = dict[Hashable, Copied]
+"""The copies of one firing, for the handlers that come later in it; a new dict for each firing."""
+
+
+class Snapshot:
+    """What one handler reads at one event.
+
+    Attributes:
+        payload: The copies by path.
+        nbytes: The bytes of all of them; a copy that snapshots of one lane share counts in the first.
+    """
+
+    __slots__ = ("_events", "nbytes", "payload")
+
+    def __init__(self) -> None:
+        self.payload: dict[Path, Any] = {}
+        self.nbytes = 0
+        self._events: tuple[Any, ...] = ()
+
+    def add(self, path: Path, copied: Copied, lane: object) -> None:
+        """Take a copy into it."""
+        self.payload[path] = copied.value
+        self.nbytes += copied.bytes_for(lane)
+        self._events += copied.events
+
+    def ready(self) -> None:
+        """Wait until the copies are complete; only those from an accelerator are not at once."""
+        for event in self._events:
+            event.synchronize()
+        self._events = ()
+
+
+class Taker:
+    """Takes the snapshots for one handler.
+
+    Args:
+        declaration: What the handler declares.
+        state: The learner's state.
+        pool: Where the memory comes from.
+        fresh: The paths whose tensors nobody changes later, such as ``("batch", "loss")``; they are detached and not
+            copied. ``("batch",)`` stands for all of the batch but its gradients.
+        tail: Whether the handler runs in another process: of a series it gets the newest values.
+        groups: What `copy_groups` gives for the handler; without it, it shares with every handler.
+        lane: What snapshots wait in, to count shared bytes once; ``None``: they count in each snapshot.
+
+    Raises:
+        AccessError: It declares what no snapshot can hold.
+        UsageError: A series is read in full, for another process.
+    """
+
+    def __init__(
+        self,
+        declaration: Declaration,
+        state: LearnerState,
+        pool: Pool,
+        *,
+        fresh: frozenset[Path],
+        tail: bool,
+        groups: Groups | None = None,
+        lane: object = None,
+    ) -> None:
+        self._slots = tuple((slot, _key(slot, groups)) for slot in compile_slots(declaration))
+        self._state = state
+        self._pool = pool
+        self._fresh = fresh
+        self._lane = lane
+        self._seen: dict[int, _Seen] | None = {} if tail else None
+        # Of entries that may be series by phase; on a device their values have to be sent on their way.
+        self._markers: dict[Path, Marker] = {}
+        if not state.lag:
+            paths = [slot.path for slot, _ in self._slots if slot.inside is None and not slot.full]
+            self._markers = {path: Marker(tail) for path in paths if path[0] == "cbstate" and len(path) == 2}
+        full = [slot for slot, _ in self._slots if slot.full]
+        if tail and full:
+            raise UsageError(
+                f"{dotted(full[0].declared[0])} is declared with Read(full=True), so the handler needs all of a series "
+                f"and stays in the process that trains; a taker with tail=True gives the newest values only."
+            )
+
+    def sharing(self, groups: Groups) -> Taker:
+        """Return this taker for a plan with these `copy_groups`; both know what of a series the lane has seen."""
+        other = copy(self)
+        other._slots = tuple((slot, _key(slot, groups)) for slot, _ in self._slots)
+        return other
+
+    def take(self, shared: Shared | None = None) -> Snapshot:
+        """Copy what is declared, as it is now. What is not there is left out.
+
+        Args:
+            shared: What other handlers of the same firing have copied; what is copied now is added.
+
+        Raises:
+            AccessError: Something that is there now cannot be copied.
+        """
+        snapshot = Snapshot()
+        for slot, key in self._slots:
+            marker = self._markers.get(slot.path)
+            if marker is not None:
+                value = vars(self._state.cbstate).get(slot.path[1])
+                if type(value) is PhaseMap and (marked := marker.mark(value)) is not None:
+                    snapshot.payload[slot.path] = marked
+                    continue
+            for each in slots_now(slot, self._state):
+                copied = self._copied(each, key, shared)
+                if copied is not None:
+                    snapshot.add(each.path, copied, self._lane)
+        return snapshot
+
+    def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
+        where = (slot.path, key)
+        if shared is not None and where in shared:
+            return shared[where]
+        copying = Copying(self._pool, fresh=self._is_fresh(slot.path), cut=self._cut)
+        value = slot.take(self._state, copying)
+        if value is MISSING:
+            return None
+        copied = Copied(value, copying.nbytes, tuple(copying.events))
+        if shared is not None and not (copying.has_series and self._seen is not None):
+            shared[where] = copied  # a tail is the handler's own: it begins at that one's last event
+        return copied
+
+    def _is_fresh(self, path: Path) -> bool:
+        # Nobody can promise that gradients stay: they are clipped, and added to.
+        return path in self._fresh or (path[:1] in self._fresh and path != ("batch", "grads"))
+
+    def _cut(self, series: Series) -> Series:
+        if self._seen is None:
+            return Cut(series)
+        # By the list that twins share with their series; it is kept, so that its id is not used again.
+        key = id(series._steps)  # pyright: ignore[reportPrivateUsage]  # what makes it the same series
+        seen = self._seen.get(key)
+        self._seen[key] = _Seen(series)
+        return Tail(series, seen.length if seen is not None and seen.holds(series) else 0)
+
+
+def copy_groups(plan: Plan, deferred: Iterable[int]) -> dict[int, dict[Path, Hashable]]:
+    """Return, for each deferred handler and path, a key that is equal where they may share a copy (rule 20).
+
+    Two handlers may if no handler between them declares to write the path, or what lies above or below it.
+
+    Args:
+        plan: The plan.
+        deferred: The positions of its deferred handlers.
+    """
+    writes = [
+        (position, canonical(path))
+        for position, step in enumerate(plan.steps)
+        for path, kind in step.node.access[step.handler]
+        if isinstance(kind, Write) and path[0] != "resource"
+    ]
+
+    def last_writer(path: Path, before: int) -> int:
+        """Return the position of the last handler before another that writes what meets a path, -1 if none does."""
+        name = canonical(path)
+        return max((at for at, written in writes if at < before and meet(written, name)), default=-1)
+
+    return {
+        position: {
+            path: last_writer(path, position)
+            for path, _ in plan.steps[position].node.access[plan.steps[position].handler]
+            if path[0] != "resource"
+        }
+        for position in deferred
+    }
+
+
+def _key(slot: Slot, groups: Groups | None) -> Hashable:
+    """Return what must be equal for two handlers to share an entry, besides its path."""
+    of_each = tuple(None if groups is None else groups.get(path) for path in slot.declared)
+    return (slot.declared if slot.inside is not None else None, of_each)

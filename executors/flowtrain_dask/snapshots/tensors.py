@@ -1,0 +1,142 @@
+"""Copies of tensors: detached, on the CPU, each kind of tensor as what it is.
+
+A copy from a CUDA device costs the training thread no wait: the tensor is cloned on the current stream, then goes to
+pinned memory on a stream of its own, and an event says when it is there (`Copying.events`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowtrain_dask.snapshots.copying import Copying, Refused
+
+__all__ = ["compressed_indices", "copy_tensor", "copy_tensors"]
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+_streams: dict[torch.device, Any] = {}
+
+
+def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
+    """Return a detached copy of a tensor in this process's memory.
+
+    Args:
+        value: Any tensor of torch's own types.
+        copying: Where the memory comes from.
+
+    Raises:
+        Refused: It is of a kind that cannot be copied.
+    """
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        return _special(value, copying)
+    source = value.detach()
+    if copying.dry or source.is_meta:
+        return source
+    if source.is_cpu:
+        if copying.fresh:
+            return source
+        if not source.is_contiguous() and 0 in source.stride():
+            return _expanded(source, copying)
+        copy = copying.pool.like(source).copy_(source)
+    elif source.is_cuda:
+        copy = _from_cuda(source, copying)
+    else:
+        copy = source.to("cpu")
+    copying.nbytes += copy.nbytes
+    return copy
+
+
+def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[str, torch.Tensor]:
+    """Return copies by name. Ordinary tensors get one piece of memory: that is quicker than one for each.
+
+    Args:
+        tensors: Parameters or gradients.
+        copying: Where the memory comes from.
+
+    Raises:
+        Refused: One of them cannot be copied.
+    """
+    if copying.fresh or copying.dry or not all(map(_is_ordinary, tensors.values())):
+        return {name: copying.copy_at(tensor, name) for name, tensor in tensors.items()}
+    sources = list(tensors.values())
+    copies = copying.pool.like_all(sources)
+    with torch.no_grad():
+        for copy, source in zip(copies, sources, strict=True):
+            copy.copy_(source)
+            copying.remember(source, copy)
+    copying.nbytes += sum([copy.nbytes for copy in copies])
+    return dict(zip(tensors, copies, strict=True))
+
+
+def _is_ordinary(value: torch.Tensor) -> bool:
+    return (
+        (type(value) is nn.Parameter or type(value) is torch.Tensor)
+        and value.is_cpu
+        and value.is_contiguous()
+        and not value.is_quantized
+        and not value.is_conj()
+        and not value.is_neg()
+    )
+
+
+def compressed_indices(source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the two index tensors of a sparse tensor in a compressed layout, the compressed one first."""
+    if source.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return source.crow_indices(), source.col_indices()
+    return source.ccol_indices(), source.row_indices()
+
+
+def _expanded(source: torch.Tensor, copying: Copying) -> torch.Tensor:
+    """Copy each element once of a tensor that shows some of them many times."""
+    once = [1 if stride == 0 else size for size, stride in zip(source.shape, source.stride(), strict=True)]
+    small = source.as_strided(once, [stride or 1 for stride in source.stride()])
+    copy = copying.pool.like(small).copy_(small)
+    copying.nbytes += copy.nbytes
+    return copy.expand(source.shape)
+
+
+def _special(value: torch.Tensor, copying: Copying) -> torch.Tensor:
+    source = value.detach()
+    if value.layout is torch.sparse_coo:
+        indices, values = (copy_tensor(part, copying) for part in (source._indices(), source._values()))
+        return torch.sparse_coo_tensor(
+            indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
+        )
+    if value.layout in _COMPRESSED:
+        compressed, plain = compressed_indices(source)
+        return torch.sparse_compressed_tensor(
+            copy_tensor(compressed, copying),
+            copy_tensor(plain, copying),
+            copy_tensor(source.values(), copying),
+            source.shape,
+            layout=value.layout,
+            check_invariants=False,
+        )
+    if value.is_quantized and value.layout is torch.strided:
+        copying.nbytes += source.numel() * source.element_size()
+        return source if copying.dry else source.to("cpu", copy=True)
+    kind = "nested" if value.is_nested else str(value.layout)
+    raise Refused(value, f"tensors of this kind ({kind}) cannot be copied", "Read a dense tensor made from it")
+
+
+def _from_cuda(source: torch.Tensor, copying: Copying) -> torch.Tensor:
+    device = source.device
+    stream = _streams.get(device)
+    if stream is None:
+        stream = _streams[device] = torch.cuda.Stream(device)
+    source = source.resolve_conj().resolve_neg()
+    with torch.cuda.device(device):
+        kept = source if copying.fresh else source.clone()
+        target = copying.pool.like(kept, pinned=True)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            target.copy_(kept, non_blocking=True)
+            kept.record_stream(stream)
+            event = torch.cuda.Event()
+            event.record(stream)
+    copying.events.append(event)
+    return target

@@ -1,0 +1,79 @@
+"""Connecting to a cluster: what is accepted, what is refused, and that it ends within its deadline."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from distributed import Client
+from distributed.core import Status
+
+from flowtrain.errors import ExecutorError
+from flowtrain_dask.cluster.connect import connect
+
+
+def test_no_cluster() -> None:
+    assert connect(None) is None
+
+
+def test_an_address_and_a_client(dask_processes: Any) -> None:
+    """A client of the user is asked where its scheduler is, and left alone."""
+    connection = connect(dask_processes.address, 60)
+    assert connection is not None
+    with pytest.raises(ValueError, match="No clients found"):
+        Client.current()  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
+    stream: Any = connection.client.scheduler_comm
+    assert stream.recent_message_log.maxlen == 10  # not a thousand, with a batch in each
+    connection.close()
+    assert connection.client.status == "closed"
+    with Client(dask_processes.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        through = connect(client, 60)
+        assert through is not None
+        assert through.client is not client
+        assert through.workers(10)
+        through.close()
+        assert client.status == "running"
+
+
+def test_nobody_answers() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(ExecutorError, match=rf"No dask scheduler answers at {address} within 1 s .* Start one"):
+            connect(address, 1.0)
+        assert time.monotonic() - begin < 20
+
+
+def test_no_workers(make_dask_processes: Callable[[], Any]) -> None:
+    processes = make_dask_processes()
+    with pytest.raises(ExecutorError, match=rf"no workers within 0.5 s. Start one: dask worker {processes.address}"):
+        connect(processes.address, 0.5)
+
+
+def test_no_worker_with_the_resources(dask_processes: Any) -> None:
+    with pytest.raises(ExecutorError, match=r"has no worker with the resources .* --resources 'flowtrain=1'"):
+        connect(dask_processes.address, 0.5, resources={"flowtrain": 1})
+
+
+@pytest.mark.parametrize(("value", "message"), [(3, "pass the address of a scheduler"), ("nonsense://x", "is no addr")])
+def test_what_is_no_cluster(value: object, message: str) -> None:
+    with pytest.raises(ExecutorError, match=message):
+        connect(value, 1.0)
+
+
+def test_local_processes() -> None:
+    """ "local" starts worker processes and ends them."""
+    connection = connect("local", 60, workers=1, resources={"flowtrain": 1})
+    assert connection is not None
+    assert connection.cluster is not None
+    assert len(connection.workers(10)) == 1
+    through = connect(connection.cluster, 60)  # a cluster object; its owner closes it
+    assert through is not None
+    through.close()
+    assert len(connection.workers(10)) == 1
+    connection.close()
+    assert connection.cluster.status == Status.closed

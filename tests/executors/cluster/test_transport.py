@@ -1,0 +1,497 @@
+"""Lanes on a cluster of real processes: exact records and state, whatever dies (rules 25, 26, 27)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]  # it has no annotations
+import pytest
+import torch
+
+from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
+from flowtrain.access import declare
+from flowtrain.errors import ExecutorError
+from flowtrain.part import Owner
+from flowtrain.records import Group, LoggerBackend, Run, Value, identity, log
+from flowtrain_dask.cluster import transport as transport_module
+from flowtrain_dask.cluster import worker
+from flowtrain_dask.cluster.calls import Patience
+from flowtrain_dask.cluster.connect import Connection, connect
+from flowtrain_dask.cluster.shipping import LEFT, SENT
+from flowtrain_dask.cluster.transport import ClusterTransport
+from flowtrain_dask.lanes.lane import Lane
+from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.transport import OnLoss
+from flowtrain_dask.lanes.work import Duty, Job, Outcome
+from flowtrain_dask.snapshots.parcels import Parcel, Ticket, possible
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+GROUP: Group = ("Step", "TrainingPhase")
+
+
+class Memory(LoggerBackend):
+    """Keeps its records in the process that writes them."""
+
+    def __init__(self) -> None:
+        self.records: list[str] = []
+
+    @property
+    def sink(self) -> str:
+        return f"memory {id(self)}"
+
+    def open(self, run: Run) -> None: ...
+
+    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
+        return f"{name} {step} {loggable.value}".encode()
+
+    def write(self, record: bytes) -> None:
+        self.records.append(record.decode())
+
+    def flush(self) -> int:
+        return len(self.records)
+
+    def restore(self, position: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Summer(Callback):
+    """Logs a running sum, which is wrong as soon as an event is lost, doubled or out of order."""
+
+    def __init__(self, backend: LoggerBackend, folder: Path, name: str = "Summer", ballast: int = 0) -> None:
+        self.backends = (backend,)
+        self.backend = backend  # the same object, also after the state has come home
+        self.name = name
+        self.folder = folder
+        self.total = 0
+        self.kept: list[torch.Tensor] = []
+        self.own = self.take  # an attribute that refers to the callback
+        self.ballast = torch.zeros(ballast)
+
+    @on(BatchEnd, TrainingPhase)
+    def take(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Add a number; say which process is at it; take the time that the payload asks for."""
+        payload = learner.batch.inputs
+        number = payload["number"]
+        if "large" in payload:
+            number += int(payload["large"][-1])
+            self.kept.append(payload["large"])
+            assert [int(each[0]) for each in self.kept] == list(range(len(self.kept))), "what it kept has changed"
+        if payload.get("raise"):
+            raise ValueError(f"number {number}")
+        if payload.get("cycle"):
+            raise RecursionError("too deep")
+        self.total = self.total * 31 % 1_000_003 + number
+        (self.folder / "at-work").write_text(f"{os.getpid()} {number}")
+        time.sleep(payload.get("sleep", 0))
+        if payload.get("exit_in") == os.getpid():
+            os._exit(1)
+        if self.ballast.numel():
+            self.ballast += 1
+        me = identity()
+        assert me is not None
+        log(self.backends, Value(self.total), self.name, me.sequence, GROUP)
+
+
+def expected(numbers: range, name: str = "Summer") -> list[str]:
+    total, records = 0, []
+    for sequence, number in enumerate(numbers):
+        total = total * 31 % 1_000_003 + number
+        records.append(f"{name} {sequence} {total}")
+    return records
+
+
+class Rig:
+    """A lane on a cluster, with what a test looks at."""
+
+    def __init__(self, connection: Connection, *callbacks: Summer, on_loss: OnLoss = "local", **kwargs: Any) -> None:
+        declaration = declare({"batch.inputs": Read()}, "test")
+        duties = tuple(
+            Duty(index, each.name, handler, declaration, Owner(each.name, "Summer", "state_access", declaration))
+            for index, each in enumerate(callbacks)
+            for _, handler in each.handlers()
+        )
+        self.callbacks = callbacks
+        self.job = Job("+".join(each.name for each in callbacks), "run", tuple(e.name for e in callbacks), duties)
+        self.transport = ClusterTransport(self.job, callbacks, connection, on_loss, linger=0.02, **kwargs)
+        self.transport.open(60)
+        self.urgent: list[Callable[[], None]] = []
+        sinks = [each.backends for each in callbacks]
+        self.lane = Lane(self.job, self.transport, sinks, Limits(), surface=self.urgent.append)
+
+    def wait_for(self, records: int) -> None:
+        """Wait until so many records are written; a failure of the lane ends it."""
+        memory = self.callbacks[0].backend
+        assert isinstance(memory, Memory)
+        deadline = time.monotonic() + 60
+        while len(memory.records) < records:
+            self.lane.raise_failure()
+            assert time.monotonic() < deadline, f"{len(memory.records)} records of {records}: {self.lane.report()}"
+            time.sleep(0.005)
+
+    def put(self, number: int, duty: int = 0, **payload: Any) -> None:
+        inputs = {"number": number, **payload}
+        self.lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): inputs}, 8)
+
+
+@pytest.fixture
+def connection(dask_processes: Any) -> Iterator[Connection]:
+    made = connect(dask_processes.address, 60)
+    assert made is not None
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def at_work(folder: Path) -> int:
+    """Return the process that was at work on the last event; 0 if none was yet."""
+    try:
+        return int((folder / "at-work").read_text().split()[0])
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def parcels() -> int:
+    """Return how many parcels this process has open."""
+    return len({os.stat(link).st_ino for link in memory_files()})  # a file that is mapped is open twice
+
+
+def memory_files() -> list[str]:
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [link for link in links if os.path.islink(link) and "memfd:flowtrain" in os.readlink(link)]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+def test_records_and_state_come_home(connection: Connection, folder: Path) -> None:
+    """Rule 25: workers hand back records, the driver writes them. Rule 26: the attributes come home, backends stay."""
+    backend = Memory()
+    one, two = Summer(backend, folder, "one"), Summer(backend, folder, "two")
+    rig = Rig(connection, one, two)
+    for number in range(300):
+        rig.put(number, duty=number % 2)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert at_work(folder) not in (0, os.getpid())
+    assert len(backend.records) == 300
+    assert [int(record.split()[1]) for record in backend.records] == list(range(300))
+    assert one.total == int(backend.records[298].split()[2])
+    assert two.total == int(backend.records[299].split()[2])
+    assert one.backend is backend
+    assert one.backends == (backend,)
+    assert getattr(one.own, "__self__", None) is one
+    report = rig.lane.report()
+    assert report.where.startswith(connection.address)
+    assert (report.done, report.pending, report.tally.records) == (300, 0, 300)
+    rig.lane.close()
+
+
+def test_what_the_user_changes_between_two_fits_counts(connection: Connection, folder: Path) -> None:
+    """Rule 26: after a flush the driver's callback is the one that counts."""
+    backend = Memory()
+    summer = Summer(backend, folder)
+    rig = Rig(connection, summer)
+    rig.put(5)
+    assert rig.lane.flush(60)
+    summer.total = 100
+    rig.put(1)
+    assert rig.lane.flush(60)
+    assert backend.records == ["Summer 0 5", "Summer 1 3101"]
+    rig.lane.close()
+
+
+def test_a_large_state_stays_on_the_worker(
+    connection: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue: large state does not travel with every batch; it is at home after a flush."""
+    sent: list[int] = []
+    make = ClusterTransport._assignment  # pyright: ignore[reportPrivateUsage]  # what is sent is what is tested
+
+    def watch(self: ClusterTransport, *args: Any) -> bytes:
+        blob = make(self, *args)
+        sent.append(len(blob))
+        return blob
+
+    monkeypatch.setattr(ClusterTransport, "_assignment", watch)
+    backend = Memory()
+    summer = Summer(backend, folder, ballast=1_000_000)
+    rig = Rig(connection, summer)
+    for batch in range(5):
+        rig.put(batch)
+        rig.wait_for(batch + 1)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(5))
+    assert float(summer.ballast[0]) == 5.0
+    assert [size > 4_000_000 for size in sent].count(True) <= 3  # to open, to begin, and after the first came home
+    assert len(sent) >= 6
+    rig.lane.close()
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+@pytest.mark.parametrize("near", [True, False])
+def test_large_events_are_left_in_memory_for_workers_that_find_them(
+    connection: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    """They are sent to a worker that does not: it says so, and nothing has been run."""
+    sent: list[int] = []
+    make, fill = ClusterTransport._assignment, Parcel.fill  # pyright: ignore[reportPrivateUsage]  # as above
+
+    def watch(self: ClusterTransport, entries: Any, *args: Any) -> bytes:
+        blob = make(self, entries, *args)
+        if entries:
+            sent.append(len(blob))
+        return blob
+
+    def misplace(self: Parcel, pieces: Any) -> Ticket:
+        return fill(self, pieces)._replace(process=2**22 + 1)  # as if it were on another machine
+
+    monkeypatch.setattr(ClusterTransport, "_assignment", watch)
+    if not near:
+        monkeypatch.setattr(Parcel, "fill", misplace)
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder))
+    for number in range(6):
+        rig.put(0, large=torch.full((200_000,), number))
+        if number % 2:
+            rig.wait_for(number + 1)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(6))
+    assert rig.lane.report().tally.restarts == 0
+    large = [size > 800_000 for size in sent]
+    wanted = [False] * len(large) if near else [False, *[True] * (len(large) - 1)]
+    assert large == wanted, "tried once where it is not near, and from then on sent"
+    assert len(large) >= 3, "it was waited for after each two"
+    assert parcels() == int(near), "the memory that is kept for the next batch"
+    assert rig.transport.largest == (LEFT if near else SENT), "what is sent is in memory several times"
+    rig.lane.close()
+    assert parcels() == 0
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+def test_memory_that_a_lost_worker_still_reads_is_left_to_it(connection: Connection, folder: Path) -> None:
+    """It was stopped, say, while another one did its batch."""
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder))
+    rig.put(0, large=torch.full((200_000,), 0))
+    rig.wait_for(1)
+    wait_for(lambda: rig.lane.idle)
+    link = memory_files()[0]
+    reader = os.open(link, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    before = os.pread(reader, 1 << 20, 0)
+    for number in range(1, 4):
+        rig.put(0, large=torch.full((200_000,), number))
+        rig.wait_for(number + 1)
+    assert backend.records == expected(range(4))
+    assert os.pread(reader, 1 << 20, 0) == before
+    assert rig.transport.largest == LEFT, "there was other memory, and nothing was sent"
+    os.close(reader)
+    rig.lane.close()
+    assert parcels() == 0
+
+
+@pytest.mark.parametrize("ballast", [0, 1_000_000])
+def test_a_killed_worker_loses_and_doubles_nothing(dask_processes: Any, folder: Path, ballast: int) -> None:
+    """Rule 25: SIGKILL with a batch in flight; a worker joins meanwhile."""
+    connection = connect(dask_processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    summer = Summer(backend, folder, ballast=ballast)
+    rig = Rig(connection, summer)
+    for number in range(20):
+        rig.put(number)
+    rig.wait_for(20)
+    for kill in range(2 if ballast else 1):
+        (folder / "at-work").unlink(missing_ok=True)
+        rig.put(20 + 2 * kill, sleep=0.3)
+        rig.put(21 + 2 * kill)
+        pids = dask_processes.pids()
+        wait_for(lambda pids=pids: at_work(folder) in pids)  # type: ignore[misc]  # a default argument
+        name = pids[at_work(folder)]
+        dask_processes.start_worker(f"{name}-{kill}-{ballast}")
+        dask_processes.kill(name)
+        rig.wait_for(22 + 2 * kill)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(24 if ballast else 22))
+    assert summer.total == int(backend.records[-1].split()[2])
+    if ballast:
+        assert float(summer.ballast[0]) == 24.0
+    rig.lane.close()
+    connection.close()
+
+
+def test_a_retiring_worker_takes_its_state_along(dask_processes: Any, connection: Connection, folder: Path) -> None:
+    """Rule 25: a large state that was on a worker which leaves is made again from home and the events since."""
+    backend = Memory()
+    summer = Summer(backend, folder, ballast=1_000_000)
+    rig = Rig(connection, summer)
+    for number in range(6):
+        rig.put(number)
+        rig.wait_for(number + 1)
+    holder = rig.lane.report().where.rpartition(" ")[2]
+    name = dask_processes.pids()[at_work(folder)]
+    dask_processes.start_worker(f"{name}-next")
+    wait_for(lambda: len(connection.workers(10)) >= 3)
+    connection.client.retire_workers([holder])
+    rig.put(6)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(7))
+    assert float(summer.ballast[0]) == 7.0
+    report = rig.lane.report()
+    assert report.tally.replays >= 1
+    assert report.tally.records == 7
+    rig.lane.close()
+
+
+def test_a_stopped_worker_is_not_waited_for(dask_processes: Any, folder: Path) -> None:
+    """Rule 25: SIGSTOP: another worker does it; when the stopped one goes on, its result changes nothing."""
+    connection = connect(dask_processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    summer = Summer(backend, folder)
+    rig = Rig(connection, summer, patience=Patience(silent=2.0))
+    rig.put(0, sleep=0.5)
+    pids = dask_processes.pids()
+    wait_for(lambda: at_work(folder) in pids)
+    name = pids[at_work(folder)]
+    dask_processes.stop(name)
+    try:
+        rig.put(1)
+        rig.wait_for(2)
+    finally:
+        dask_processes.go_on(name)
+    rig.put(2)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(3))
+    assert rig.lane.report().tally.restarts == 1
+    assert "1 batches given out again" in "\n".join(rig.lane.report().troubles())
+    rig.lane.close()
+    connection.close()
+
+
+def test_a_handler_that_raises_on_a_worker(connection: Connection, folder: Path) -> None:
+    """Rule 27: with its event, its traceback there, and the records before it; deep recursion is an error as others."""
+    backend = Memory()
+    summer = Summer(backend, folder)
+    rig = Rig(connection, summer)
+    rig.put(0)
+    rig.put(1)
+    rig.put(2, **{"raise": True})
+    rig.put(3)
+    assert rig.lane.flush(60)
+    assert backend.records == expected(range(2))
+    with pytest.raises(ValueError, match="number 2") as caught:
+        rig.urgent[0]()
+    where, trace = caught.value.__notes__
+    assert where == "raised in Summer.take at (BatchEnd, TrainingPhase), deferred as event 2 of lane Summer"
+    assert trace.startswith("on the worker:\n")
+    assert "in take" in trace
+    rig.put(4, cycle=True)
+    assert rig.lane.flush(60)
+    with pytest.raises(RecursionError, match="too deep"):
+        rig.lane.raise_failure()
+    rig.put(2)
+    assert rig.lane.flush(60)
+    assert [record.split()[2] for record in backend.records] == [e.split()[2] for e in expected(range(3))]
+    rig.lane.close()
+
+
+def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path) -> None:
+    """Issue: the pending events are processed in this process, and the report says so; or it is an error."""
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    connection = connect(processes.address, 60)
+    assert connection is not None
+    backend, other = Memory(), Memory()
+    local, strict = Summer(backend, folder, ballast=1_000_000), Summer(other, folder, "strict")
+    rig = Rig(connection, local, patience=Patience(away=0.5))
+    raising = Rig(connection, strict, patience=Patience(away=0.5), on_loss="raise")
+    for number in range(10):
+        rig.put(number)
+        rig.wait_for(number + 1)
+    rig.put(10, sleep=0.2)
+    rig.put(11)
+    processes.scheduler.kill()
+    processes.scheduler.wait(20)
+    raising.put(0)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(12))
+    assert float(local.ballast[0]) == 12.0
+    report = rig.lane.report()
+    assert report.where == f"thread ({connection.address} was lost)"
+    assert report.tally.local >= 1
+    assert "the cluster was lost" in "\n".join(report.troubles())
+    raising.lane.flush(60)
+    with pytest.raises(ExecutorError, match=r"was lost during training \(.*on_cluster_loss=\"local\""):
+        raising.lane.raise_failure()
+    rig.lane.close()
+    raising.lane.close()
+    connection.close()
+
+
+def test_what_fails_in_the_replay_for_the_state_is_raised(
+    make_dask_processes: Callable[[], Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large state was on the worker and is lost; where an event cannot be run again, that state cannot be had."""
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    connection = connect(processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder, ballast=1_000_000), patience=Patience(away=0.5))
+    for number in range(4):
+        rig.put(number)
+        rig.wait_for(number + 1)
+
+    def fail(*args: Any) -> Outcome:
+        return Outcome([], 1, (2, ValueError("gone")))
+
+    monkeypatch.setattr(transport_module, "run_entries", fail)
+    processes.scheduler.kill()
+    processes.scheduler.wait(20)
+    rig.lane.flush(60)
+    with pytest.raises(ValueError, match="gone"):
+        rig.lane.raise_failure()
+    assert backend.records == expected(range(4))
+    rig.lane.close()
+    connection.close()
+
+
+def test_other_versions_are_refused_when_a_lane_opens(
+    connection: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "versions", lambda: worker.versions()._replace(torch="1.0"))
+    torch_here = worker.versions().torch
+    with pytest.raises(ExecutorError, match=rf"This process has torch 1.0, but worker tcp.* has torch {torch_here}\."):
+        Rig(connection, Summer(Memory(), folder))
+
+
+def test_what_does_not_pickle_is_named(connection: Connection, folder: Path) -> None:
+    """Rule 19: a callback must pickle for a cluster; the attribute is named."""
+    summer = Summer(Memory(), folder)
+    summer.guard = threading.Lock()  # type: ignore[attr-defined]  # what cannot travel
+    with pytest.raises(ExecutorError, match=r"Summer cannot be sent .* its attribute 'guard', a lock, does not pickle"):
+        Rig(connection, summer)

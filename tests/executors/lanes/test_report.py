@@ -1,0 +1,44 @@
+"""The report: what a user reads of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from flowtrain_dask.lanes.report import LaneReport, Report, Stall, Tally
+
+
+def test_the_table_and_what_a_user_should_know() -> None:
+    tally = Tally(dropped=Counter({"LogImages": 3}), restarts=2, replays=40, records=9_000, local=7, skipped=5)
+    tally.stalled("LogImages", 1.5)
+    tally.stalled("LogImages", 0.75)
+    tally.last_error = "ValueError: bad"
+    slow = LaneReport("LogImages", ("LogImages",), "tcp://10.0.0.1:8786", 12_000, 11_900, 3 << 20, True, tally)
+    fine = LaneReport("LogMetrics", ("LogMetrics",), "thread", 5, 5, 0, False, Tally(records=10))
+    report = Report((slow, fine))
+    assert str(report).splitlines() == [
+        "lane        where                events    done  pending  MiB  dropped  records",
+        "LogImages   tcp://10.0.0.1:8786  12,000  11,900      100  3.0        3    9,000",
+        "LogMetrics  thread                    5       5        0  0.0        0       10",
+        "  LogImages made training wait 2.2 s in all (2 times): its lane was full",
+        "  LogImages: 3 events dropped",
+        "  LogImages: 2 batches given out again, 40 events replayed",
+        "  LogImages: the cluster was lost; 7 events were run in this process",
+        "  LogImages: 5 events not run, because an earlier one had failed",
+        "  LogImages: retired",
+        "  LogImages: last error: ValueError: bad",
+    ]
+    assert (report.dropped, report.pending, report.stalled) == (3, 100, 2.25)
+
+
+def test_without_lanes() -> None:
+    assert str(Report()) == "no deferred callbacks"
+
+
+def test_a_copy_does_not_count_on() -> None:
+    tally = Tally()
+    tally.stalled("a", 1.0)
+    copy = tally.copy()
+    tally.stalled("a", 1.0)
+    tally.dropped["a"] += 1
+    assert copy.stalls == {"a": Stall(1, 1.0)}
+    assert copy.dropped == Counter()

@@ -1,0 +1,81 @@
+"""Running the events of a lane: order, identities, failures and surroundings (rules 23, 25 and 27)."""
+
+from __future__ import annotations
+
+import torch
+
+from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
+from flowtrain.access import declare
+from flowtrain.part import Owner
+from flowtrain.records import Identity, identity
+from flowtrain_dask.lanes.work import Duty, Entry, Job, Surroundings, run_entries
+
+
+class Watcher(Callback):
+    """Notes what it sees, and fails at a negative number."""
+
+    def __init__(self) -> None:
+        self.name = "Watcher"
+        self.seen: list[tuple[int, Identity | None, torch.dtype, bool]] = []
+
+    @on(BatchEnd, TrainingPhase)
+    def note(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Note."""
+        number: int = learner.batch.inputs
+        if number < 0:
+            raise SystemExit(number)
+        self.seen.append((number, identity(), torch.get_default_dtype(), torch.is_grad_enabled()))
+
+
+def job_of(callback: Callback, **changes: object) -> Job:
+    declaration = declare({"batch.inputs": Read()}, "test")
+    [(_, handler)] = callback.handlers()
+    duty = Duty(0, "Watcher", handler, declaration, Owner("Watcher", "Watcher", "state_access", declaration))
+    return Job("Watcher", "run", ("Watcher",), (duty,), **changes)  # type: ignore[arg-type]  # as each test says
+
+
+def entries(*numbers: int) -> list[Entry]:
+    return [
+        Entry(place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
+        for place, number in enumerate(numbers)
+    ]
+
+
+def test_events_have_their_identity_and_count_on_in_a_resumed_run() -> None:
+    """Rule 25."""
+    callback = Watcher()
+    outcome = run_entries([callback], job_of(callback, first=40), entries(7, 8), "run", "Watcher")
+    assert [(number, one) for number, one, _, _ in callback.seen] == [
+        (7, Identity("run", "Watcher", 40)),
+        (8, Identity("run", "Watcher", 41)),
+    ]
+    assert (outcome.done, outcome.failure) == (2, None)
+    assert identity() is None
+
+
+def test_handlers_run_in_the_surroundings_of_the_training_thread() -> None:
+    """Rule 14: default dtype as there, no gradients; and the thread is left as it was."""
+    callback = Watcher()
+    surroundings = Surroundings(threads=torch.get_num_threads(), dtype=torch.float64)
+    run_entries([callback], job_of(callback, surroundings=surroundings), entries(1), "run", "Watcher")
+    [(_, _, dtype, grad)] = callback.seen
+    assert (dtype, grad) == (torch.float64, False)
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
+
+
+def test_it_stops_at_a_failure_and_nothing_gets_through_it() -> None:
+    """Rule 27: not even an exit, which would end the lane's thread unseen."""
+    callback = Watcher()
+    outcome = run_entries([callback], job_of(callback), entries(1, -2, 3), "run", "Watcher")
+    assert [number for number, *_ in callback.seen] == [1]
+    assert outcome.done == 2
+    assert outcome.failure is not None
+    sequence, failure = outcome.failure
+    assert (sequence, type(failure)) == (1, SystemExit)
+
+
+def test_it_stops_when_it_is_enough_after_one_event_at_least() -> None:
+    callback = Watcher()
+    outcome = run_entries([callback], job_of(callback), entries(1, 2, 3), "run", "Watcher", enough=lambda: True)
+    assert (outcome.done, outcome.failure) == (1, None)
