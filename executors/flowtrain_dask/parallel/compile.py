@@ -2,8 +2,8 @@
 
 The graph is what a user can look at, draw and even run. Its keys are the labels of the plan's steps, and its edges are
 the plan's edges without those that others imply. The tasks take nothing but these edges: the event and the phase come
-from a `Cell` that all tasks of one plan share, and which is filled for each firing. What an event really runs is derived
-from it (`flowtrain_dask.parallel.strands`), since a dask task for every handler costs more than most handlers do.
+from a `Cell` that all tasks of one plan share, and which is filled for each firing. What an event really runs is
+derived from it, see `flowtrain_dask.parallel.strands`: a dask task for every handler costs more than most handlers do.
 """
 
 from __future__ import annotations
