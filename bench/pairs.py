@@ -17,8 +17,11 @@ import gc
 import math
 import os
 import platform
+import random
 import statistics
+import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -39,6 +42,7 @@ __all__ = [
     "in_turns_afresh",
     "median",
     "ratios",
+    "second_core",
     "seconds",
 ]
 
@@ -132,17 +136,37 @@ def median(times: Sequence[tuple[float, ...]], which: int) -> float:
     return statistics.median(row[which] for row in times)
 
 
+def second_core() -> Figure:
+    """Return how long two threads take for what one thread does in the time 1: 0.5 if there are two cores to have."""
+    blob = random.Random(0).randbytes(400_000)
+
+    def both() -> None:
+        threads = [threading.Thread(target=zlib.compress, args=(blob,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def one() -> None:
+        zlib.compress(blob)
+        zlib.compress(blob)
+
+    return ratios(in_turns([one, both], 30))
+
+
 class Report:
     """Prints a benchmark's table as Markdown, with all that is needed to compare it with another run."""
 
-    def __init__(self, title: str, command: str, floor: str, clock: Clock = WALL) -> None:
+    def __init__(
+        self, title: str, command: str, floor: str, clock: Clock = WALL, packages: Sequence[str] = ("torch", "rich")
+    ) -> None:
         torch.set_num_threads(1)
         print(f"## {title}\n")
         print(f"- command: `{command}`")
         print(f"- date: {date.today().isoformat()}")
         print(f"- hardware: {os.cpu_count()} cores, {_processor()}; torch on 1 thread")
-        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "rich"))
-        print(f"- versions: flowtrain {_own_version()}, Python {platform.python_version()}, {packages}")
+        versions = ", ".join(f"{name} {version(name)}" for name in packages)
+        print(f"- versions: flowtrain {_own_version()}, Python {platform.python_version()}, {versions}")
         print(f"- floor: {floor}")
         timed = "processor time" if clock is PROCESSOR else "wall"
         print(f"- clock: {timed}; figures: median of the pairs [95% interval of the median]\n")
