@@ -1,22 +1,17 @@
-"""Parcels: memory that another process on this machine finds, and notices when something else is in it."""
+"""Parcels on the side of their owner: what is in one, where it is, and when it may be used again."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from flowtrain_dask.cluster.codec import Encoded, decode
 from flowtrain_dask.cluster.readings import read
-from flowtrain_dask.snapshots.parcels import Parcel, Ticket, possible
+from flowtrain_dask.snapshots.parcels import MARK, START, Parcel, Ticket, parcel_at, possible
 
 pytestmark = pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
 
@@ -50,20 +45,6 @@ def test_a_larger_filling_takes_more_memory_and_a_smaller_one_the_same() -> None
     parcel.close()
 
 
-def test_what_is_written_to_it_stays_with_who_has_read_it() -> None:
-    parcel = Parcel()
-    ticket = parcel.fill([b"one" * 1000])
-    one, other = read(ticket), read(ticket)
-    assert one is not None
-    assert other is not None
-    one.memory[0] = 122
-    assert bytes(other.memory) == b"one" * 1000
-    assert content(ticket) == b"one" * 1000
-    one.close()
-    other.close()
-    parcel.close()
-
-
 def test_it_is_not_filled_while_somebody_reads_it() -> None:
     parcel = Parcel()
     first = parcel.fill([b"one"])
@@ -81,171 +62,145 @@ def test_it_is_not_filled_while_somebody_reads_it() -> None:
     assert content(second) is None
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_reader_that_is_stopped_keeps_it_and_one_that_has_ended_does_not(end: signal.Signals) -> None:
-    parcel = Parcel()
-    ticket = parcel.fill([b"one"])
-    script = (
-        "import sys, time\n"
-        "from flowtrain_dask.snapshots.parcels import Ticket\n"
-        "from flowtrain_dask.cluster.readings import read\n"
-        "reading = read(Ticket(*eval(sys.argv[1])))\n"
-        "print(bytes(reading.memory), flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", script, repr(tuple(ticket))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "b'one'\n"
-        try:
-            os.kill(reader.pid, end)
-            if end is signal.SIGSTOP:
-                with pytest.raises(BlockingIOError):
-                    parcel.fill([b"two"])
-        finally:
-            reader.kill()
-        reader.wait()
-        assert content(parcel.fill([b"two"])) == b"two"
+def test_room_is_taken_when_it_is_made_or_when_it_is_filled() -> None:
+    empty, roomy = Parcel(), Parcel(10_000)
+    assert empty.size == 0
+    assert roomy.size == START + 10_000
+    empty.close()
+    roomy.close()
+
+
+def test_what_was_in_it_is_found_by_nobody_when_it_is_begun_anew() -> None:
+    """The owner writes to its memory, and gives nothing away but the ticket."""
+    parcel = Parcel(100)
+    assert parcel.ticket.descriptor == -1
+    first = parcel.renew(3)
+    parcel.memory[START : START + 3] = b"one"
+    assert content(first) == b"one"
+    second = parcel.renew(5)
+    assert parcel.ticket == second
+    assert (second.process, second.descriptor, second.size) == (os.getpid(), first.descriptor, 5)
+    assert len(second.mark) == MARK
+    assert second.mark != first.mark
+    assert content(first) is None
+    assert content(second) == b"one\0\0", "what is there stays until it is overwritten"
     parcel.close()
 
 
-def test_what_is_being_filled_is_not_read() -> None:
-    parcel = Parcel()
-    ticket = parcel.fill([b"one"])
-    descriptor = os.open(f"/proc/self/fd/{ticket.descriptor}", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert read(ticket) is None
-    os.close(descriptor)
-    assert content(ticket) == b"one"
+def test_the_owner_may_refer_to_memory_longer_than_the_parcel_is_there() -> None:
+    parcel = Parcel(100)
+    ticket = parcel.renew(3)
+    kept = memoryview(parcel.memory).cast("B")[START:]
+    kept[:3] = b"abc"
     parcel.close()
+    parcel.close()
+    assert bytes(kept[:3]) == b"abc"
+    assert content(ticket) is None
 
 
-def test_what_is_kept_stays_as_it_was() -> None:
-    """A callback may keep a tensor: it has a copy when its batch is done, and the parcel is free."""
-    value = {"a": torch.arange(100_000.0), "b": torch.ones(3)}
-    encoded, parcel = Encoded(value), Parcel()
-    reading = read(parcel.fill(encoded.buffers))
+def test_it_is_not_begun_anew_while_somebody_reads_it() -> None:
+    parcel = Parcel(100)
+    ticket = parcel.renew(3)
+    reading = read(ticket)
     assert reading is not None
-    kept = decode(encoded.head, reading.memory)["a"]
+    with pytest.raises(BlockingIOError):
+        parcel.renew(3)
+    assert parcel.ticket == ticket
     reading.close()
-    other = read(parcel.fill([bytes(1 << 20)]))
-    assert other is not None, "nobody reads it, so it could be filled"
-    assert torch.equal(kept, value["a"])
-    kept += 1
-    assert bytes(other.memory) == bytes(1 << 20)
-    other.close()
+    assert parcel.renew(3) != ticket
     parcel.close()
 
 
-def test_what_is_kept_keeps_no_file_open() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    parcel = Parcel()
-    kept: list[torch.Tensor] = []
-    for number in range(40):
-        encoded = Encoded(torch.full((10_000,), float(number)))
-        reading = read(parcel.fill(encoded.buffers))
-        assert reading is not None
-        kept.append(decode(encoded.head, reading.memory)[:3])
-        reading.close()
-    parcel.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
-    assert "memfd:flowtrain" not in Path("/proc/self/maps").read_text(), "and no memory of a parcel that is gone"
-    assert [tensor.tolist() for tensor in kept] == [[float(number)] * 3 for number in range(40)]
-
-
-def test_what_nobody_keeps_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    parcel = Parcel()
-    reading = read(parcel.fill([b"one"]))
-    assert reading is not None
-    monkeypatch.setattr(ctypes, "memmove", None)
-    reading.close()
-    parcel.close()
-
-
-def test_a_child_that_was_forked_meanwhile_sees_what_was_there() -> None:
-    """A handler may fork, and the child be at work long after the handler."""
+def test_a_renewal_that_fails_leaves_what_was_there() -> None:
+    """There is no room of that size. What was there can be read, and the parcel renewed."""
     script = (
-        "import os, sys\n"
+        "import resource\n"
         "from flowtrain_dask.snapshots.parcels import Parcel\n"
         "from flowtrain_dask.cluster.readings import read\n"
         "parcel = Parcel()\n"
-        "reading = read(parcel.fill([b'one' * 5000]))\n"
-        "go, tell = os.pipe()\n"
-        "if not os.fork():\n"
-        "    os.read(go, 1)\n"
-        "    print(bytes(reading.memory) == b'one' * 5000, flush=True)\n"
-        "    os._exit(0)\n"
+        "ticket = parcel.fill([b'one'])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    parcel.renew(2 << 20)\n"
+        "except OSError as error:\n"
+        "    print(error.strerror)\n"
+        "reading = read(ticket)\n"
+        "print(bytes(reading.memory), parcel.ticket == ticket)\n"
         "reading.close()\n"
-        "parcel.fill([b'two' * 5000])\n"
-        "os.write(tell, b'x')\n"
-        "os.wait()\n"
+        "print(parcel.fill([b'three']).size)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "File too large\nb'one' True\n5\n", done.stderr
 
 
-def test_other_numbers_are_nobodys_parcel(tmp_path: Path) -> None:
-    """The process may have ended and its number been given to another one, and so may a descriptor."""
+def test_its_address_is_where_its_content_begins() -> None:
     parcel = Parcel()
-    ticket = parcel.fill([b"abc"])
-    assert read(ticket._replace(mark=bytes(16))) is None
-    assert read(ticket._replace(size=1 << 20)) is None
-    assert read(ticket._replace(process=2**22 + 1)) is None
-    with open(tmp_path / "file", "wb") as file:
-        assert read(ticket._replace(descriptor=file.fileno())) is None
-    os.mkfifo(tmp_path / "pipe")
-    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    assert read(ticket._replace(descriptor=pipe)) is None, "and nobody waits for what might be written to it"
-    os.close(pipe)
+    assert parcel.address == 0, "there is no room yet"
+    parcel.fill([b"abc"])
+    assert ctypes.string_at(parcel.address, 3) == b"abc"
+    assert parcel_at(parcel.address) is parcel
+    assert parcel_at(parcel.address + 1) is None
+    address, kept = parcel.address, parcel.memory
+    parcel.close()
+    assert parcel.address == 0
+    assert parcel_at(address) is None, "it is closed"
+    assert len(kept) == START + 3
+
+
+def test_a_parcel_that_has_grown_is_found_where_it_is_now() -> None:
+    parcel = Parcel(100)
+    parcel.renew(100)
+    before, kept = parcel.address, parcel.memory
+    parcel.renew(50)
+    assert parcel.address == before, "it has room for that"
+    parcel.renew(100_000)
+    assert parcel.address != before
+    assert parcel_at(before) is None
+    assert parcel_at(parcel.address) is parcel
+    assert len(kept) == START + 100, "who refers to the memory keeps it"
     parcel.close()
 
 
-def test_where_there_are_no_parcels_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker with another system than the process that trains."""
-    parcel = Parcel()
-    ticket = parcel.fill([b"abc"])
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert read(ticket) is None
-    parcel.close()
-
-
-def test_another_process_makes_tensors_of_it() -> None:
-    """It may write to them."""
-    value = {"a": torch.arange(1000.0), "b": torch.tensor([1, 2], dtype=torch.int16)}
-    encoded, parcel = Encoded(value), Parcel()
-    ticket = parcel.fill(encoded.buffers)
-    script = (
-        "import sys, torch\n"
-        "from flowtrain_dask.cluster.codec import decode\n"
-        "from flowtrain_dask.snapshots.parcels import Ticket\n"
-        "from flowtrain_dask.cluster.readings import read\n"
-        "reading = read(Ticket(*eval(sys.argv[1])))\n"
-        "value = decode(eval(sys.argv[2]), reading.memory)\n"
-        "value['a'] += 1\n"
-        "print(value['a'].sum().item(), value['b'].tolist(), value['b'].dtype)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, repr(tuple(ticket)), repr(encoded.head)], capture_output=True, text=True
-    )
-    assert done.stdout.strip() == f"{sum(range(1, 1001)):.1f} [1, 2] torch.int16", done.stderr
-    reading = read(ticket)
-    assert reading is not None
-    here = decode(encoded.head, reading.memory)
-    assert torch.equal(here["a"], value["a"]), "what the other process wrote stayed there"
-    reading.close()
-    parcel.close()
-
-
-def test_nothing_stays_open() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for number in range(50):
-        parcel = Parcel()
-        reading = read(parcel.fill([b"x" * 5000]))
-        assert reading is not None
-        value = reading.memory[:3]
-        if number % 2:
-            reading.close()
-        assert bytes(value) == b"xxx"
-        del reading, parcel, value
+def test_no_parcel_is_found_when_nobody_has_it_any_more() -> None:
+    parcel = Parcel(100)
+    address, kept = parcel.address, parcel.memory
+    del parcel
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert parcel_at(address) is None
+    assert len(kept) == START + 100
+
+
+def test_each_of_several_is_found_by_its_own_address() -> None:
+    made = [Parcel(size) for size in (1, 1, 5000)]
+    assert len({parcel.address for parcel in made}) == 3
+    assert [parcel_at(parcel.address) for parcel in made] == made
+    for parcel in made:
+        parcel.close()
+
+
+def test_a_forked_child_refuses_to_begin_it_anew_and_takes_nothing_from_its_parent() -> None:
+    script = (
+        "import os\n"
+        "from flowtrain_dask.snapshots.parcels import Parcel\n"
+        "from flowtrain_dask.cluster.readings import read\n"
+        "parcel = Parcel()\n"
+        "ticket = parcel.fill([b'one'])\n"
+        "if not os.fork():\n"
+        "    for begin in (lambda: parcel.renew(3), lambda: parcel.fill([b'two'])):\n"
+        "        try:\n"
+        "            begin()\n"
+        "        except BlockingIOError as error:\n"
+        "            text = str(error).replace(str(os.getppid()), 'PARENT')\n"
+        "            print(text.replace(str(os.getpid()), 'CHILD'), flush=True)\n"
+        "    parcel.close()\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "reading = read(ticket)\n"
+        "print(bytes(reading.memory))\n"
+        "reading.close()\n"
+        "parcel.fill([b'three'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    refused = "this memory belongs to process PARENT, and this is CHILD\n"
+    assert done.stdout == f"{refused}{refused}b'one'\n", done.stderr
+    assert done.returncode == 0, done.stderr
