@@ -4,10 +4,11 @@
 
 Series only grow, so what was in them at an event is known from their lengths. A `Marker` notes these for all series of
 a map by phase; what the handler sees is made from them when it is looked at, of the phases and names that it looks at.
-That is `flowtrain_dask.snapshots.cuts` without the work for series that nobody reads.
+That is `flowtrain_dask.snapshots.cuts` without the work for series that nobody reads. Where the values themselves are
+read from is a source's business (`flowtrain_dask.snapshots.sources`).
 
-On the way to another process the series of a whole batch of events are one `Column` each, however many events there
-are: `Packing` collects the columns, `Packed` is what the other side makes the events of.
+On the way to another process the events of a whole batch share their sources: `Packing` collects these, `Packed` is
+what the other side makes the events of.
 
 Where values of a device are read late (``TorchCore(lag=...)``), series are not marked but copied, as all else is
 (`flowtrain_dask.snapshots.copying`): such a value is to be on its way before somebody waits for it.
@@ -15,45 +16,15 @@ Where values of a device are read late (``TorchCore(lag=...)``), series are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 from flowtrain.phasemap import PhaseMap, ReadOnlyPhaseMap, as_phase
 from flowtrain.phases import Phase
 from flowtrain.series import Series, SeriesMap
-from flowtrain_dask.snapshots.cuts import Cut, tail_of
+from flowtrain_dask.snapshots.sources import Column, Here, Layout, Lengths, Source, There
 
-__all__ = ["Column", "Layout", "Lengths", "Marked", "Marker", "Packed", "Packing", "unpacked"]
-
-Lengths: TypeAlias = tuple[int, ...]
-
-
-class Layout(NamedTuple):
-    """Where the series of a map by phase are.
-
-    Attributes:
-        path: The map's.
-        make: What makes the map of a phase that is not there.
-        phases: For each phase the path of its map, the position of its first series, and their names.
-    """
-
-    path: str
-    make: Callable[[], Any] | None
-    phases: dict[Phase, tuple[str, int, tuple[str, ...]]]
-
-
-class Source(Protocol):
-    """Where marked series are read from.
-
-    Attributes:
-        layout: The layout.
-    """
-
-    layout: Layout
-
-    def series(self, position: int, before: int, length: int) -> Series:
-        """Return the series at a position of the layout, of that length, with the values since `before` at least."""
-        ...
+__all__ = ["Lengths", "Marked", "Marker", "Packed", "Packing", "unpacked"]
 
 
 class Marked(ReadOnlyPhaseMap[Any]):
@@ -211,70 +182,6 @@ class _Empty:
         return SeriesMap(self._path)
 
 
-class Here:
-    """The learner's own series.
-
-    Args:
-        layout: Where they are.
-        found: The series, in the order of the layout.
-        tail: Whether they are shown as another process would show them.
-    """
-
-    __slots__ = ("_tail", "found", "layout")
-
-    def __init__(self, layout: Layout, found: list[Series], tail: bool) -> None:
-        self.layout = layout
-        self.found = found
-        self._tail = tail
-
-    def series(self, position: int, before: int, length: int) -> Series:
-        """Return what the learner has, up to that length."""
-        series = self.found[position]
-        if not self._tail:
-            return Cut(series, length)
-        start = _first(before, length)
-        return tail_of(
-            series._path, length, start, series._steps[start:length], series.since(start)[: length - start]
-        )
-
-
-class Column(NamedTuple):
-    """A part of a series, as it travels.
-
-    Attributes:
-        path: The series'.
-        start: The position of the first value.
-        steps: The steps.
-        values: The values.
-    """
-
-    path: str
-    start: int
-    steps: list[int]
-    values: list[Any]
-
-
-class There:
-    """Series that have travelled.
-
-    Args:
-        layout: Where they are.
-        columns: The series, in the order of the layout.
-    """
-
-    __slots__ = ("columns", "layout")
-
-    def __init__(self, layout: Layout, columns: list[Column]) -> None:
-        self.layout = layout
-        self.columns = columns
-
-    def series(self, position: int, before: int, length: int) -> Series:
-        """Return the part that has come, up to that length."""
-        path, at, steps, values = self.columns[position]
-        start = _first(before, length)
-        return tail_of(path, length, start, steps[start - at : length - at], values[start - at : length - at])
-
-
 Packed: TypeAlias = "list[tuple[Layout, list[Column]]]"
 """The series of a batch, as they travel."""
 
@@ -301,22 +208,9 @@ class Packing:
 
     def packed(self) -> Packed:
         """Return the series, from the first event on that needs them."""
-        done: Packed = []
-        for source, before, first, last in self._spans:
-            columns = []
-            for series, old, length, end in zip(source.found, before, first, last, strict=True):
-                start = _first(old, length)
-                values = series.since(start)[: end - start]
-                columns.append(Column(series._path, start, series._steps[start:end], values))
-            done.append((source.layout, columns))
-        return done
+        return [(source.layout, source.columns(before, first, last)) for source, before, first, last in self._spans]
 
 
 def unpacked(packed: Packed) -> list[There]:
     """Return the sources that events were packed with, by their numbers."""
     return [There(layout, columns) for layout, columns in packed]
-
-
-def _first(before: int, length: int) -> int:
-    """Return the first position that is kept: since `before`, and the newest one always."""
-    return min(before, max(length - 1, 0))

@@ -1,0 +1,399 @@
+"""What a lane's thread does (rules 23, 25, 27 and 30); most tests call it on their own thread, to the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
+from flowtrain.access import declare
+from flowtrain.events import Event
+from flowtrain.logging import JsonlBackend
+from flowtrain.part import Owner
+from flowtrain.records import Group, LoggerBackend, Run, Value, log
+from flowtrain_dask.lanes.driver import Driver, OnError
+from flowtrain_dask.lanes.report import Tally
+from flowtrain_dask.lanes.threads import ThreadTransport
+from flowtrain_dask.lanes.transport import Abandoned
+from flowtrain_dask.lanes.work import Duty, Entry, Job, Outcome
+
+
+class Memory(LoggerBackend):
+    """Keeps its records, and how many came together; `full` makes it fail."""
+
+    def __init__(self) -> None:
+        self.records: list[int] = []
+        self.together: list[int] = []
+        self.full = False
+        self.after: Callable[[], None] = lambda: None
+
+    @property
+    def sink(self) -> str:
+        return f"memory {id(self)}"
+
+    def open(self, run: Run) -> None: ...
+
+    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
+        return f"{loggable.value}".encode()
+
+    def write(self, record: bytes) -> None:
+        raise AssertionError("the records of a batch come together")
+
+    def write_all(self, records: Sequence[bytes]) -> None:
+        if self.full:
+            raise OSError("no space left")
+        self.records += map(int, records)
+        self.together.append(len(records))
+        self.after()
+
+    def flush(self) -> int:
+        return len(self.records)
+
+    def restore(self, position: Any) -> None:
+        del self.records[position:]
+
+    def close(self) -> None: ...
+
+
+class Logger(Callback):
+    """Logs each number that it gets, `times` times; fails at those in `bad`."""
+
+    def __init__(self, *backends: LoggerBackend, name: str = "Logger", bad: Sequence[int] = (), times: int = 1) -> None:
+        self.backends = backends
+        self.name = name
+        self.bad = bad
+        self.times = times
+        self.seen: list[int | str] = []
+
+    @on(BatchEnd, TrainingPhase)
+    def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Take one number."""
+        number: int = learner.batch.inputs
+        if number in self.bad:
+            raise ValueError(f"bad number {number}")
+        self.seen.append(number)
+        for _ in range(self.times):
+            log(self.backends, Value(number), "Number", number, ("Step", "TrainingPhase"))
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Note the end."""
+        self.seen.append("end")
+
+
+class Ending(ThreadTransport):
+    """Ends the lane when it is asked for the state, which comes after all else; `error` is what it raises then."""
+
+    end: Callable[[], None]
+    error: BaseException | None = None
+    closed = 0
+    asked = 0
+
+    def __init__(self, job: Job, callbacks: Sequence[Callback], linger: float = 0.0) -> None:
+        super().__init__(job, callbacks, linger)
+        self.batches: list[int] = []
+
+    def process(
+        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
+    ) -> Outcome:
+        self.batches.append(len(entries))
+        return super().process(entries, gate, closing, tally)
+
+    def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        self.end()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Repeating(Ending):
+    """Hands back the records of all earlier events as well."""
+
+    def __init__(self, job: Job, callbacks: Sequence[Callback]) -> None:
+        super().__init__(job, callbacks)
+        self.records: list[Any] = []
+
+    def process(
+        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
+    ) -> Outcome:
+        outcome = super().process(entries, gate, closing, tally)
+        self.records += outcome.records
+        return Outcome(list(self.records), outcome.done, outcome.failure)
+
+
+def job_of(*callbacks: Callback) -> Job:
+    declaration = declare({"batch.inputs": Read()}, "test")
+    duties = tuple(
+        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
+        for index, each in enumerate(callbacks)
+        for _, handler in sorted(each.handlers(), key=lambda one: one[1].attribute, reverse=True)
+    )
+    return Job("+".join(each.name for each in callbacks), "run", tuple(each.name for each in callbacks), duties)
+
+
+NOTE, END = 0, 1
+"""The first callback's duties."""
+
+
+def make(
+    *callbacks: Logger,
+    kind: Callable[[Job, Sequence[Callback]], Ending] = Ending,
+    surface: Callable[[Callable[[], None]], None] = lambda raise_it: raise_it(),
+    on_error: OnError = "raise",
+    hurry: int = 1000,
+) -> tuple[Driver, Ending]:
+    job = job_of(*callbacks)
+    assert [duty.handler.attribute for duty in job.duties[:2]] == ["note", "end"]
+    transport = kind(job, callbacks)
+    sinks = [each.backends for each in callbacks]
+    driver = Driver(job.lane, transport, sinks, 1 << 30, hurry, surface, on_error)
+    transport.end = driver.end
+    return driver, transport
+
+
+def put(driver: Driver, *numbers: int, duty: int = NOTE, event: Event | None = None) -> None:
+    """Put events of 8 bytes, as the training thread does it."""
+    for number in numbers:
+        payload = {("batch", "inputs"): number}
+        driver.queue.append(Entry(driver.put, duty, event or BatchEnd(), TrainingPhase(), payload, 8))
+        driver.put_bytes += 8
+        driver.put += 1
+
+
+def drive(driver: Driver) -> None:
+    """Do what a lane's thread does, until the transport has been asked for the state."""
+    driver.rush = True
+    driver.drive()
+
+
+def test_what_waits_is_processed_in_order_and_counted() -> None:
+    sink = Memory()
+    callback = Logger(sink)
+    driver, transport = make(callback)
+    put(driver, *range(100))
+    drive(driver)
+    assert callback.seen == sink.records == list(range(100))
+    assert (driver.put, driver.done, driver.collected, driver.tally.records) == (100, 100, 100, 100)
+    assert (driver.put_bytes, driver.done_bytes) == (800, 800)
+    assert not driver.rush, "it is at home"
+    assert (len(transport.batches), transport.asked, transport.closed) == (2, 1, 1), "64 events, then the others"
+
+
+def test_records_are_written_together_but_not_too_many() -> None:
+    sink = Memory()
+    driver, _ = make(Logger(sink, times=600))
+    put(driver, 7)
+    drive(driver)
+    assert sink.together == [256, 256, 88]
+
+
+def test_an_abandoned_lane_writes_no_more_than_it_has_begun() -> None:
+    """By then the sinks are being closed."""
+    sink = Memory()
+    driver, _ = make(Logger(sink, times=600))
+
+    def abandon() -> None:
+        driver.abandoned = True
+
+    sink.after = abandon
+    put(driver, 7)
+    drive(driver)
+    assert sink.together == [256]
+
+
+def test_records_that_are_handed_back_again_are_written_once() -> None:
+    """Rule 25: whatever was run again."""
+    sink = Memory()
+    driver, transport = make(Logger(sink), kind=Repeating)
+    put(driver, *range(100))
+    drive(driver)
+    assert len(transport.batches) > 1
+    assert sink.records == list(range(100))
+
+
+def test_events_gather_until_there_are_enough() -> None:
+    """The linger is an hour, so nothing else can be why."""
+    callback = Logger(Memory())
+    driver, transport = make(callback, hurry=5)
+    transport.linger = 3600
+    driver.taken = time.monotonic()
+    put(driver, *range(4))
+    thread = threading.Thread(target=driver.drive)
+    thread.start()
+    try:
+        time.sleep(0.05)
+        assert transport.batches == []
+        put(driver, 4)
+        driver.wake.set()
+        wait_for(lambda: driver.done == 5)
+        assert transport.batches == [5]
+    finally:
+        driver.end()
+        thread.join(20)
+    assert (thread.is_alive(), transport.closed) == (False, 1)
+
+
+def test_a_sink_that_fails_surfaces_and_the_next_event_is_written() -> None:
+    sink = Memory()
+    sink.full = True
+    raised: list[str] = []
+
+    def surface(raise_it: Callable[[], None]) -> None:
+        with pytest.raises(OSError, match="no space left") as caught:
+            raise_it()
+        raised.append(str(caught.value))
+        sink.full = False
+        put(driver, 2)
+
+    driver, _ = make(Logger(sink), surface=surface)
+    put(driver, 1)
+    drive(driver)
+    assert raised == ["no space left"]
+    assert sink.records == [2]
+    assert (driver.done, driver.failure) == (2, None)
+
+
+def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
+    """Whichever callback of the lane they are of, and however many; the one that failed gets nothing behind the gap."""
+    failing, other = Memory(), Memory()
+    failing.full = True
+
+    def recover() -> None:
+        failing.full = False  # too late: it has missed something
+
+    other.after = recover
+    failures: list[Callable[[], None]] = []
+    driver, transport = make(Logger(failing, other, name="both"), Logger(other, name="one"), surface=failures.append)
+    for number in range(0, 500, 2):
+        put(driver, number)
+        put(driver, number + 1, duty=2)  # the second callback's
+    drive(driver)
+    assert other.records == list(range(transport.batches[0]))
+    assert len(other.records) == 64
+    assert failing.records == []
+    with pytest.raises(OSError, match="no space left"):
+        failures[0]()
+
+
+def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> None:
+    """Rules 17 and 27; what came before it is written first, and what is put after it was raised is processed."""
+    sink = Memory()
+    callback = Logger(sink, bad=[2])
+    written: list[list[int]] = []
+
+    def surface(raise_it: Callable[[], None]) -> None:
+        written.append(list(sink.records))
+        put(driver, 4)
+        with pytest.raises(ValueError, match="bad number 2"):
+            raise_it()
+        raise_it()  # raised once
+        put(driver, 5)
+
+    driver, _ = make(callback, surface=surface)
+    put(driver, 0, 1, 2, 3)
+    put(driver, 0, duty=END, event=FitEnd())
+    drive(driver)
+    assert written == [[0, 1]]
+    assert callback.seen == [0, 1, "end", 5]
+    assert driver.tally.skipped == 2
+    assert driver.tally.last_error == "ValueError: bad number 2"
+    assert (driver.done, driver.done_bytes) == (driver.put, driver.put_bytes)
+
+
+def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
+    failures: list[Callable[[], None]] = []
+    callback = Logger(Memory(), bad=[0])
+    driver, _ = make(callback, surface=failures.append)
+    put(driver, 0, 1)
+    put(driver, 0, duty=END, event=FitEnd())
+    thread = threading.Thread(target=driver.drive)
+    thread.start()
+    try:
+        wait_for(lambda: failures)
+        put(driver, 2)
+        driver.wake.set()
+        wait_for(lambda: driver.tally.skipped == 2)
+        assert callback.seen == []
+        assert driver.put - driver.done == 1, "the end of the fit waits"
+        with pytest.raises(ValueError, match="bad number 0"):
+            driver.raise_failure()
+        wait_for(lambda: callback.seen == ["end"])
+    finally:
+        driver.end()
+        thread.join(20)
+
+
+def test_with_warn_it_retires(caplog: pytest.LogCaptureFixture) -> None:
+    """Rule 27: nothing is raised, and nothing runs any more."""
+    failures: list[Callable[[], None]] = []
+    sink = Memory()
+    callback = Logger(sink, bad=[1])
+    driver, _ = make(callback, surface=failures.append, on_error="warn")
+    put(driver, 0, 1, 2)
+    put(driver, 0, duty=END, event=FitEnd())
+    drive(driver)
+    assert (callback.seen, sink.records, failures) == ([0], [0], [])
+    assert (driver.retired, driver.refuses, driver.failure) == (True, True, None)
+    assert (driver.done, driver.tally.skipped) == (4, 2)
+    assert driver.tally.last_error == "ValueError: bad number 1"
+    assert "retires lane Logger, its callbacks see no more events: ValueError: bad number 1 (raised in" in caplog.text
+
+
+def test_a_state_that_cannot_be_brought_home_is_not_asked_for_again_and_again() -> None:
+    """Whoever waits for it gets the failure."""
+    failures: list[Callable[[], None]] = []
+
+    def surface(raise_it: Callable[[], None]) -> None:
+        failures.append(raise_it)
+        driver.end()
+
+    driver, transport = make(Logger(Memory()), surface=surface)
+    transport.error = ConnectionError("it is gone")
+    put(driver, 0)
+    drive(driver)
+    assert (driver.collected, driver.rush, transport.asked) == (1, False, 1)
+    with pytest.raises(ConnectionError, match="it is gone"):
+        failures[0]()
+
+
+def test_it_ends_without_a_failure_when_the_transport_has_stopped_waiting() -> None:
+    failures: list[Callable[[], None]] = []
+    driver, transport = make(Logger(Memory()), surface=failures.append)
+    transport.error = Abandoned()
+    put(driver, 0)
+    drive(driver)
+    assert (failures, driver.failure, transport.closed) == ([], None, 1)
+
+
+def test_the_copy_in_a_forked_child_finds_no_lock_taken_and_nothing_to_do(tmp_path: Path) -> None:
+    """Rule 30: whoever held its gate is not there."""
+    backend = JsonlBackend(tmp_path / "log.jsonl")
+    backend.open(Run("run"))
+    driver, transport = make(Logger(backend))
+    file = vars(backend)["_file"]
+    try:
+        put(driver, 0, 1)
+        assert driver.gate.hold(0)
+        driver.orphan()
+        assert driver.gate.hold(0)
+        assert (driver.closed, driver.refuses, transport.closed) == (True, True, 1)
+        assert (list(driver.queue), driver.done, driver.done_bytes) == ([], 2, 16)
+        assert vars(backend)["_file"] is None, "it never writes"
+    finally:
+        file.close()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.001)
