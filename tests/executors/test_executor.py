@@ -1,18 +1,14 @@
-"""The dask executor: rules 13 to 18 with real threads, what it holds, and what bad input gets."""
+"""The dask executor: what it runs and where, what it holds, what it says, and what bad input gets."""
 
 from __future__ import annotations
 
-import contextvars
 import gc
-import signal
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import dask.callbacks
-import dask.config
 import pytest
 import torch
 
@@ -108,41 +104,7 @@ def own_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("flowtrain-dask")]
 
 
-# --- at the same time, and never before what they wait for
-
-
-def test_independent_handlers_run_at_the_same_time(executor: DaskExecutor) -> None:
-    """Each waits for the other, so nothing but running both at once gets through."""
-    meet = threading.Barrier(2, timeout=TIMEOUT)
-    site = TinySite()
-    runner_of(executor, site, BatchEnd(), A(lambda _: meet.wait()), B(lambda _: meet.wait()))()
-    assert site.failures == []
-
-
-def test_a_handler_waits_for_a_predecessor_on_another_strand(executor: DaskExecutor) -> None:
-    """Rule 13: C runs after A and B, which are on two strands and end in either order."""
-    for slow in (0, 1):
-        ended: list[str] = []
-        gate = threading.Event()
-
-        def last(learner: LearnerView, ended: list[str] = ended, gate: threading.Event = gate) -> None:
-            assert gate.wait(TIMEOUT)
-            ended.append("slow")
-
-        def first(learner: LearnerView, ended: list[str] = ended, gate: threading.Event = gate) -> None:
-            ended.append("fast")
-            gate.set()
-
-        acts = [last, first] if slow == 0 else [first, last]
-        callbacks = [A(acts[0]), B(acts[1]), C(lambda _, ended=ended: ended.append("C"), (A, B))]  # type: ignore[misc]  # a default
-        runner_of(executor, _site(executor), BatchEnd(), *callbacks)()
-        assert ended == ["fast", "slow", "C"]
-
-
-def _site(executor: DaskExecutor) -> TinySite:
-    """Return the site that the executor has, or a new one."""
-    site: Any = vars(executor)["_site"]
-    return TinySite() if site is None else site
+# --- who runs, and where
 
 
 def test_what_draws_random_numbers_runs_on_the_training_thread(executor: DaskExecutor) -> None:
@@ -159,50 +121,6 @@ def test_what_draws_random_numbers_runs_on_the_training_thread(executor: DaskExe
 
     runner_of(executor, TinySite(), BatchEnd(), A(note("A")), Draws(note("Draws")))()
     assert threads["Draws"] == threading.get_ident() != threads["A"]
-
-
-# --- failures, rule 15
-
-
-def test_when_the_event_has_failed_no_handler_is_running(executor: DaskExecutor) -> None:
-    """A raises at once; B, on the other thread, ends long after that, and still before the failure is reported."""
-    raised, ended = threading.Event(), threading.Event()
-
-    def fail(learner: LearnerView) -> None:
-        raised.set()
-        raise ValueError("A is broken")
-
-    def slow(learner: LearnerView) -> None:
-        assert raised.wait(TIMEOUT)
-        opened = threading.Event()
-        timer = threading.Timer(0.05, opened.set)
-        timer.start()
-        assert opened.wait(TIMEOUT)
-        timer.join(TIMEOUT)
-        ended.set()
-
-    site = TinySite()
-    run = runner_of(executor, site, BatchEnd(), A(fail), B(slow))
-    run()
-    assert ended.is_set()
-    assert [(name, str(error)) for name, error in site.failures] == [("A", "A is broken")]
-
-
-def test_failures_come_in_serial_order_whoever_fails_first(executor: DaskExecutor) -> None:
-    second = threading.Event()
-
-    def early(learner: LearnerView) -> None:
-        assert second.wait(TIMEOUT)
-        raise ValueError("first in order, last in time")
-
-    def late(learner: LearnerView) -> None:
-        second.set()
-        raise KeyError("last in order, first in time")
-
-    site = TinySite()
-    runner_of(executor, site, BatchEnd(), A(early), B(late), C(nothing, (B,)))()
-    assert [name for name, _ in site.failures] == ["A", "B"]
-    assert [type(error) for _, error in site.failures] == [ValueError, KeyError]
 
 
 @pytest.mark.parametrize(("event", "ran"), [(BatchEnd(), []), (FitEnd(), ["B", "C"])])
@@ -230,109 +148,7 @@ def test_what_depends_on_a_failure_runs_at_the_end_of_a_fit_only(
     assert [name for name, _ in site.failures] == ["A"]
 
 
-def test_events_are_drained_in_serial_order_of_who_fired_them(executor: DaskExecutor) -> None:
-    """Rule 18: B fires first in time, A comes first in order; the events of one callback keep their order."""
-
-    class Own(Event):
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-    fired = threading.Event()
-
-    def late(learner: LearnerView) -> None:
-        assert fired.wait(TIMEOUT)
-        learner.fire(Own(1))
-        learner.fire(Own(2))
-
-    def early(learner: LearnerView) -> None:
-        learner.fire(Own(3))
-        learner.fire(Own(4))
-        fired.set()
-
-    site = TinySite()
-    run = runner_of(executor, site, BatchEnd(), A(late), B(early))
-    waiting = ("somebody", Own(0))
-    site.fired.append(waiting)  # of an event outside of this one: it keeps its place
-    run()
-    [drained] = site.drained
-    assert drained[0] is waiting
-    assert [event.number for _, event in drained if isinstance(event, Own)] == [0, 1, 2, 3, 4]
-
-
-# --- interrupts
-
-
-def test_an_interrupt_of_the_training_thread_waits_for_the_others(executor: DaskExecutor) -> None:
-    """Ctrl-C while the training thread waits for a handler: it goes on when that has ended, and C never starts."""
-    ended, ran = threading.Event(), list[str]()
-
-    def interrupts(learner: LearnerView) -> None:
-        if threading.current_thread() is threading.main_thread():
-            return
-        signal.raise_signal(signal.SIGINT)
-        timer = threading.Timer(0.05, ended.set)
-        timer.start()
-        timer.join(TIMEOUT)
-
-    site = TinySite()
-    run = runner_of(
-        executor, site, BatchEnd(), A(interrupts), B(interrupts), C(lambda _: ran.append("C"), (A, B))
-    )
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run()
-        assert ended.is_set()
-        assert ran == []
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert site.failures == []
-
-
-@pytest.mark.parametrize("where", ["training thread", "pool"])
-def test_an_exit_raised_by_a_handler_goes_on_when_nothing_runs(executor: DaskExecutor, where: str) -> None:
-    here = threading.get_ident()
-    meet, running = threading.Barrier(2, timeout=TIMEOUT), set[int]()
-
-    def leave(learner: LearnerView) -> None:
-        running.add(threading.get_ident())
-        meet.wait()
-        try:
-            if (threading.get_ident() == here) == (where == "training thread"):
-                raise SystemExit(3)
-        finally:
-            running.discard(threading.get_ident())
-
-    site = TinySite()
-    run = runner_of(executor, site, BatchEnd(), A(leave), B(leave), C(nothing, (A, B)))
-    with pytest.raises(SystemExit, match="3"):
-        run()
-    assert not running
-    run_again = runner_of(executor, site, BatchEnd(), A(nothing), B(nothing))
-    run_again()
-
-
 # --- what a handler sees, rule 14
-
-
-def test_handlers_see_the_callers_torch_state_and_context(executor: DaskExecutor) -> None:
-    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="default")
-    seen: dict[int, tuple[Any, ...]] = {}
-    meet = threading.Barrier(2, timeout=TIMEOUT)
-
-    def look(learner: LearnerView) -> None:
-        meet.wait()
-        autocast = torch.is_autocast_enabled("cpu")
-        seen[threading.get_ident()] = (variable.get(), torch.is_grad_enabled(), autocast, torch.get_num_threads())
-
-    run = runner_of(executor, TinySite(), BatchEnd(), A(look), B(look))
-    for value in ("one", "two"):  # threads that are warm see what has changed since
-        token = variable.set(value)
-        with torch.no_grad(), torch.autocast("cpu"):
-            run()
-        variable.reset(token)
-        assert len(seen) == 2
-        assert set(seen.values()) == {(value, False, True, torch.get_num_threads())}
 
 
 def test_handlers_of_validation_see_no_grad() -> None:
@@ -358,23 +174,6 @@ def test_a_handler_that_fires_through_the_learner_does_not_deadlock(executor: Da
     nested = runner_of(executor, site, BatchBegin(), A(lambda _: inner.append("A")), B(lambda _: inner.append("B")))
     runner_of(executor, site, BatchEnd(), A(lambda _: nested()), B(nothing))()
     assert inner == ["A", "B"]
-
-
-def test_settings_and_callbacks_of_dask_do_not_reach_it(executor: DaskExecutor) -> None:
-    """``chunksize=-1`` would crash dask's scheduler, and a global progress bar would count our tasks."""
-    tasks: list[str] = []
-
-    class Watches(dask.callbacks.Callback):
-        def _pretask(self, key: str, dsk: Any, state: Any) -> None:
-            tasks.append(key)
-
-    ran: list[str] = []
-    run = runner_of(executor, TinySite(), BatchEnd(), A(lambda _: ran.append("A")), B(lambda _: ran.append("B")))
-    watches = Watches()  # type: ignore[no-untyped-call]  # dask's own has no annotations
-    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), watches:
-        run()
-    assert sorted(ran) == ["A", "B"]
-    assert tasks == []
 
 
 # --- threads come and go

@@ -1,0 +1,280 @@
+"""The two ways to run a firing: what each times and returns, and what comes after it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain.plan import Plan, Step
+from flowtrain.registry import Callbacks
+from flowtrain.testing.site import TinySite
+from flowtrain_dask.parallel.compile import direct_predecessors
+from flowtrain_dask.parallel.firing import Crew
+from flowtrain_dask.parallel.strands import pack
+from flowtrain_dask.parallel.ways import Failures, Ways
+
+TIMEOUT = 20.0
+"""Seconds after which a test that waits for another thread has failed."""
+
+
+class Own(Event):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Does(Callback):
+    """Does what it is told when a batch ends."""
+
+    def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
+        self.act = act
+        self.after = tuple(after)
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return self.after
+
+    @on(BatchEnd)
+    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.act(learner)
+
+
+class A(Does): ...
+
+
+class B(Does): ...
+
+
+class C(Does): ...
+
+
+class Raises(TinySite):
+    """Raises for failures, as the loop does."""
+
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+        super().fail(plan, event, phase, failures)
+        raise failures[0][1]
+
+
+class Batch:
+    """What a handler holds when it fails."""
+
+
+class Bench:
+    """Ways of a plan, with a clock that only handlers move."""
+
+    def __init__(self, crew: Crew, *callbacks: Callback, site: TinySite | None = None) -> None:
+        self.now = 100.0
+        self.site = TinySite() if site is None else site
+        self.site.state.fired = self.site.fired
+        self.plan = Callbacks(callbacks, self.site.state).plan(BatchEnd, TrainingPhase)
+        self.ways = Ways(self.plan, crew, self.site, lambda: self.now)
+        self.strands = pack(direct_predecessors(self.plan), [1.0] * len(self.plan), crew.workers)
+
+    def takes(self, seconds: float) -> Callable[[LearnerView], None]:
+        """Return what a handler does that takes so long."""
+
+        def act(learner: LearnerView) -> None:
+            self.now += seconds
+
+        return act
+
+    def inline(self) -> tuple[list[float], Failures]:
+        return self.ways.inline(BatchEnd(), TrainingPhase())
+
+    def parallel(self) -> tuple[float, Failures]:
+        return self.ways.parallel(self.strands, BatchEnd(), TrainingPhase())
+
+    def settle(self, failures: Failures) -> None:
+        self.ways.settle(failures, BatchEnd(), TrainingPhase())
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    made = Crew(2)
+    yield made
+    made.close()
+
+
+def nothing(learner: LearnerView) -> None: ...
+
+
+def fail(learner: LearnerView) -> None:
+    raise ValueError("broken")
+
+
+def names(failures: Failures) -> list[tuple[str, str]]:
+    return [(step.node.name, str(failure)) for step, failure in failures]
+
+
+def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(crew: Crew) -> None:
+    ran: list[tuple[str, int]] = []
+    bench: Bench
+
+    def act(name: str, seconds: float) -> Callable[[LearnerView], None]:
+        def run(learner: LearnerView) -> None:
+            bench.takes(seconds)(learner)
+            ran.append((name, threading.get_ident()))
+
+        return run
+
+    bench = Bench(crew, A(act("A", 1.0), (B,)), B(act("B", 2.0)), C(act("C", 4.0)))
+    times, failures = bench.inline()
+    here = threading.get_ident()
+    assert [step.node.name for step in bench.plan.steps] == [name for name, _ in ran]
+    assert {thread for _, thread in ran} == {here}
+    assert times == [{"A": 1.0, "B": 2.0, "C": 4.0}[name] for name, _ in ran]
+    assert failures == []
+
+
+def test_inline_skips_what_depends_on_a_failure_and_times_only_what_ran(crew: Crew) -> None:
+    """Rule 15."""
+    ran: list[str] = []
+    bench = Bench(crew, A(fail), B(lambda _: ran.append("B"), (A,)), C(lambda _: ran.append("C")))
+    times, failures = bench.inline()
+    assert ran == ["C"]
+    assert len(times) == 2, "the failed one, and C"
+    assert names(failures) == [("A", "broken")]
+    assert bench.site.failures == [], "nothing is raised before it is settled"
+
+
+def test_inline_lets_an_interrupt_through(crew: Crew) -> None:
+    ran: list[str] = []
+
+    def leave(learner: LearnerView) -> None:
+        raise KeyboardInterrupt
+
+    bench = Bench(crew, A(leave), B(lambda _: ran.append("B")))
+    with pytest.raises(KeyboardInterrupt):
+        bench.inline()
+    assert ran == []
+
+
+def test_in_parallel_the_whole_firing_is_timed_and_failures_are_in_serial_order(crew: Crew) -> None:
+    second = threading.Event()
+    bench: Bench
+
+    def late(learner: LearnerView) -> None:
+        assert second.wait(TIMEOUT)
+        bench.now += 3.0
+        raise ValueError("A")
+
+    def early(learner: LearnerView) -> None:
+        second.set()
+        raise ValueError("B")
+
+    bench = Bench(crew, A(late), B(early))
+    took, failures = bench.parallel()
+    assert took == 3.0
+    assert names(failures) == [("A", "A"), ("B", "B")]
+    assert bench.site.failures == []
+
+
+def test_strands_are_running_only_while_they_are(crew: Crew) -> None:
+    busy: list[bool] = []
+    bench: Bench
+
+    def look(learner: LearnerView) -> None:
+        busy.append(bench.ways.busy)
+
+    bench = Bench(crew, A(look), B(look))
+    bench.inline()
+    assert busy == [False, False]
+    bench.parallel()
+    assert busy == [False, False, True, True]
+    assert not bench.ways.busy
+
+
+def test_events_are_drained_in_serial_order_of_who_fired_them(crew: Crew) -> None:
+    """Rule 18: B fires first in time, A comes first in order; the events of one callback keep their order."""
+    fired = threading.Event()
+
+    def late(learner: LearnerView) -> None:
+        assert fired.wait(TIMEOUT)
+        learner.fire(Own(1))
+        learner.fire(Own(2))
+
+    def early(learner: LearnerView) -> None:
+        learner.fire(Own(3))
+        learner.fire(Own(4))
+        fired.set()
+
+    bench = Bench(crew, A(late), B(early))
+    waiting = ("somebody", Own(0))
+    bench.site.fired.append(waiting)  # of an event outside of this one: it keeps its place
+    _, failures = bench.parallel()
+    assert bench.site.drained == []
+    bench.settle(failures)
+    [drained] = bench.site.drained
+    assert drained[0] is waiting
+    assert [event.number for _, event in drained if isinstance(event, Own)] == [0, 1, 2, 3, 4]
+    assert bench.site.fired == []
+
+
+def test_what_inline_handlers_fire_is_drained_in_their_order(crew: Crew) -> None:
+    bench = Bench(crew, A(lambda learner: learner.fire(Own(1))), B(lambda learner: learner.fire(Own(2))))
+    _, failures = bench.inline()
+    bench.settle(failures)
+    [drained] = bench.site.drained
+    assert [event.number for _, event in drained if isinstance(event, Own)] == [1, 2]
+
+
+def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_settle(crew: Crew) -> None:
+    bench = Bench(crew, A(nothing), B(nothing), site=Raises())
+    for _, failures in (bench.inline(), bench.parallel()):
+        bench.settle(failures)
+    assert bench.site.failures == []
+    assert bench.site.drained == []
+
+
+def test_failures_are_told_and_what_was_fired_is_drained_where_they_do_not_raise(crew: Crew) -> None:
+    bench = Bench(crew, A(fail), B(lambda learner: learner.fire(Own(1))))
+    _, failures = bench.inline()
+    bench.settle(failures)
+    assert failures == [], "the list is emptied"
+    assert [(name, str(failure)) for name, failure in bench.site.failures] == [("A", "broken")]
+    assert len(bench.site.drained) == 1
+
+
+def test_a_failure_that_raises_drains_nothing(crew: Crew) -> None:
+    """Rule 18: what was fired is dropped if the event raises; the loop does that."""
+    bench = Bench(crew, A(fail), B(lambda learner: learner.fire(Own(1))), site=Raises())
+    _, failures = bench.inline()
+    with pytest.raises(ValueError, match="broken"):
+        bench.settle(failures)
+    assert failures == []
+    assert bench.site.drained == []
+
+
+@pytest.mark.parametrize("way", ["inline", "parallel"])
+def test_no_frame_keeps_a_failure_alive(crew: Crew, way: str) -> None:
+    """A failure holds the frames that it went through, and those the batch."""
+
+    class Forgets(Raises):
+        def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+            raise failures[0][1]
+
+    held: list[weakref.ref[Batch]] = []
+
+    def note(learner: LearnerView) -> None:
+        batch = Batch()
+        held.append(weakref.ref(batch))
+        raise ValueError("broken")
+
+    bench = Bench(crew, A(note), B(nothing), site=Forgets())
+
+    def fire() -> None:
+        _, failures = bench.inline() if way == "inline" else bench.parallel()
+        bench.settle(failures)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            fire()
+        assert [each() for each in held] == [None]
+    finally:
+        gc.enable()
