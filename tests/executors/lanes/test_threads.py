@@ -1,0 +1,187 @@
+"""Lanes in this process: handlers run on the thread that calls, on the live callbacks, and stop when told (rule 23)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
+from flowtrain.access import declare
+from flowtrain.part import Owner
+from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
+from flowtrain_dask.lanes import threads
+from flowtrain_dask.lanes.gate import Gate
+from flowtrain_dask.lanes.report import Tally
+from flowtrain_dask.lanes.threads import ThreadTransport
+from flowtrain_dask.lanes.transport import Transport
+from flowtrain_dask.lanes.work import Duty, Entry, Job
+
+GROUP: Group = ("Step", "TrainingPhase")
+
+
+class Sink(LoggerBackend):
+    """Encodes, and is never written to by a lane's transport."""
+
+    @property
+    def sink(self) -> str:
+        return "nowhere"
+
+    def open(self, run: Run) -> None: ...
+
+    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
+        return f"{name} {step} {loggable.value}".encode()
+
+    def write(self, record: bytes) -> None:
+        raise AssertionError("records are handed back")
+
+    def flush(self) -> int:
+        return 0
+
+    def restore(self, position: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Adder(Callback):
+    """Adds up what it gets and logs the sum; fails at a negative number."""
+
+    def __init__(self) -> None:
+        self.name = "Adder"
+        self.backends = (Sink(),)
+        self.total = 0
+        self.seen: list[tuple[int, Identity | None, bool]] = []
+
+    @on(BatchEnd, TrainingPhase)
+    def add(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Take one number."""
+        number: int = learner.batch.inputs
+        if number < 0:
+            raise ValueError(f"number {number}")
+        self.total += number
+        self.seen.append((threading.get_ident(), identity(), torch.is_grad_enabled()))
+        log(self.backends, Value(self.total), "sum", number, GROUP)
+
+
+class Rig:
+    """A transport with one callback."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.callback = Adder()
+        declaration = declare({"batch.inputs": Read()}, "test")
+        [(_, handler)] = self.callback.handlers()
+        duty = Duty(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
+        self.job = Job("Adder", "run", ("Adder",), (duty,), **changes)
+        self.transport = ThreadTransport(self.job, [self.callback])
+        self.tally = Tally()
+        self.gate = Gate()
+
+    def process(self, *numbers: int, first: int = 0, closing: Callable[[], bool] = lambda: False) -> Any:
+        entries = [
+            Entry(first + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
+            for place, number in enumerate(numbers)
+        ]
+        return self.transport.process(entries, self.gate, closing, self.tally)
+
+
+def test_it_is_a_transport_whose_place_is_a_thread() -> None:
+    transport: Transport = Rig().transport
+    assert transport.where == "thread"
+    assert transport.linger > 0
+    assert transport.largest > 0
+    assert ThreadTransport(Rig().job, [], linger=0.5).linger == 0.5
+
+
+def test_handlers_run_on_the_thread_that_calls_and_on_the_callback_itself() -> None:
+    rig = Rig(first=10)
+    rig.transport.open(1.0)
+    thread = threading.Thread(target=lambda: rig.process(1, 2))
+    thread.start()
+    number = thread.ident
+    thread.join(20)
+    assert rig.callback.total == 3
+    assert rig.callback.seen == [
+        (number, Identity("run", "Adder", 10), False),
+        (number, Identity("run", "Adder", 11), False),
+    ]
+
+
+def test_records_are_handed_back_in_order_with_where_they_are_from() -> None:
+    """Rule 25: who trains writes them."""
+    outcome = Rig().process(1, 2, 3)
+    assert outcome.records == [(0, 0, 0, b"sum 1 1"), (1, 0, 0, b"sum 2 3"), (2, 0, 0, b"sum 3 6")]
+    assert (outcome.done, outcome.failure) == (3, None)
+
+
+def test_it_goes_on_from_where_it_was() -> None:
+    rig = Rig()
+    rig.process(1, 2)
+    outcome = rig.process(3, first=2)
+    assert outcome.records == [(2, 0, 0, b"sum 3 6")]
+    rig.transport.collect(lambda: False, rig.tally)
+    rig.transport.close()
+    assert rig.callback.total == 6, "the state never left"
+    assert rig.tally == Tally()
+
+
+def test_what_fails_ends_the_batch_and_is_handed_back() -> None:
+    """Rule 27."""
+    rig = Rig()
+    outcome = rig.process(1, -2, 3, first=5)
+    assert outcome.done == 2
+    assert outcome.failure is not None
+    sequence, failure = outcome.failure
+    assert (sequence, str(failure)) == (6, "number -2")
+    assert failure.__notes__ == ["raised in Adder.add at (BatchEnd, TrainingPhase), deferred as event 6 of lane Adder"]
+    assert rig.callback.total == 1
+
+
+def test_a_lane_that_is_closed_has_the_event_at_work_and_no_more() -> None:
+    rig = Rig()
+    outcome = rig.process(1, 2, 3, 4, closing=lambda: rig.callback.total >= 3)
+    assert (outcome.done, rig.callback.total) == (2, 3)
+    assert rig.process(5, 6, first=2, closing=lambda: True).done == 1
+
+
+def test_records_do_not_wait_for_all_of_a_long_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time is over, what is done is handed back; what is left comes again."""
+    monkeypatch.setattr(threads, "_SECONDS", -1.0)
+    rig = Rig()
+    assert [rig.process(*range(first, 4), first=first).done for first in range(4)] == [1] * 4
+    assert rig.callback.total == 0 + 1 + 2 + 3
+    monkeypatch.setattr(threads, "_SECONDS", 1e6)
+    assert rig.process(1, 2, 3, first=4).done == 3
+
+
+def test_the_gate_is_entered_around_each_event() -> None:
+    """Between two of them the lane can be made to stand still."""
+    rig = Rig()
+    told: list[str] = []
+
+    class Noted(Gate):
+        def __enter__(self) -> None:
+            super().__enter__()
+            told.append(f"in at {rig.callback.total}")
+
+        def __exit__(self, *exc: object) -> None:
+            told.append(f"out at {rig.callback.total}")
+            super().__exit__(*exc)
+
+    rig.gate = Noted()
+    rig.process(1, 2)
+    assert told == ["in at 0", "out at 1", "in at 1", "out at 3"]
+
+
+def test_a_lane_that_is_held_does_not_begin() -> None:
+    rig = Rig()
+    assert rig.gate.hold(1.0)
+    thread = threading.Thread(target=lambda: rig.process(1), daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert rig.callback.total == 0
+    rig.gate.release()
+    thread.join(20)
+    assert rig.callback.total == 1
