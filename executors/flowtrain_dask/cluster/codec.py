@@ -1,10 +1,12 @@
 """Events and snapshots as bytes, for another process, and back.
 
-A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers to, each copied once on either side::
+A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers to::
 
     b"FTB2"  number of buffers, size of pickle  size, place of each  pickle  buffer  buffer ...     (each part aligned)
 
 The place of a buffer is 0; or it is not among them, and lies at the beginning of the parcel with this number, from 1.
+Large buffers are used where they are, on either side. Small ones are copied where objects are made again: who keeps one
+of these keeps that alone, and not the memory of a whole batch.
 
 How tensors and other values are taken apart says `flowtrain_dask.cluster.reducing`.
 """
@@ -25,6 +27,9 @@ from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
 __all__ = ["Encoded", "decode", "encode"]
 
 _MAGIC = b"FTB2"
+_LARGE = 1 << 20
+"""Bytes of a buffer from which on it is used where it is: a snapshot of that size lies in a parcel of its own."""
+
 
 class Encoded:
     """An object as bytes: a head, and the buffers, which are where the object has them.
@@ -74,12 +79,12 @@ def encode(obj: object) -> bytes:
 def decode(
     blob: bytes | bytearray | memoryview, buffers: memoryview | None = None, parcels: Sequence[memoryview] = ()
 ) -> Any:
-    """Return the object of a blob, in memory of its own.
+    """Return the object of a blob.
 
     Args:
-        blob: What `encode` returned, or `Encoded.head`.
-        buffers: With a head, `Encoded.buffers` in one: the object keeps that as its memory, so it can be written to, is
-            aligned, and nobody else has it.
+        blob: What `encode` returned, or `Encoded.head`; it is copied.
+        buffers: With a head, `Encoded.buffers` in one: what is large in the object keeps that as its memory. So it is
+            aligned, and can be written to.
         parcels: The content of `Encoded.parcels`, likewise.
 
     Raises:
@@ -116,11 +121,9 @@ def _parts(
 ) -> Iterator[memoryview]:
     start = 0
     for size, place in zip(sizes, places, strict=True):
-        if place:
-            yield parcels[place - 1][:size]
-        else:
-            yield view[start : start + size]
-            start += _after(size)
+        part = parcels[place - 1][:size] if place else view[start : start + size]
+        yield _copy_of(part) if size < _LARGE else part
+        start += 0 if place else _after(size)
 
 
 def _aligned(*parts: bytes | memoryview) -> list[bytes | memoryview]:

@@ -3,19 +3,20 @@
 What is read can be written to, and that stays in this process. While somebody reads, the parcel is used for nothing
 else, so a reading ends when its batch is done. What a callback keeps of it becomes memory of this process then, at the
 same address; what nobody keeps costs no copy.
+
+A child that a handler forks reads on, perhaps long after the handler: it has the same lock, which ends with the child.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from flowtrain_dask.snapshots.mappings import mapped, replace
-from flowtrain_dask.snapshots.parcels import MARK, START, Ticket, possible
+from flowtrain_dask.snapshots.parcels import MARK, NAME, START, Ticket, forks, possible
 
 if sys.platform != "win32":
     import fcntl
@@ -29,6 +30,7 @@ class Reading:
     Args:
         descriptor: The file, opened and locked by this process, which it owns from here on.
         size: The bytes.
+        forks: How many children had been forked before the file was opened.
 
     Attributes:
         memory: What is in it.
@@ -39,38 +41,30 @@ class Reading:
 
     _descriptor = -1
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        array = mapped(START + size, descriptor, shared=False)
-        self._array = weakref.ref(array)
-        self._own = False
-        self._process = os.getpid()
-        self.memory = memoryview(array).cast("B")[START:]
+    def __init__(self, descriptor: int, size: int, forks: int) -> None:
+        memory = mapped(START + size, descriptor, shared=False)
+        self._mapped = weakref.ref(memory)
+        self._forks = forks
+        self.memory = memoryview(memory)[START:]
         self._descriptor = descriptor
-        _readings.add(self)
-
-    def own(self) -> None:
-        """Put memory of this process in the place of the parcel's, with the same in it, if something refers to it.
-
-        Raises:
-            OSError: There is no memory.
-        """
-        array = self._array()
-        if array is not None and not self._own:
-            replace(array)
-            self._own = True
 
     def close(self) -> None:
-        """Let the parcel be used again. What still refers to its memory has a copy from here on, where it is."""
+        """Let the parcel be used again. What still refers to its memory has a copy from here on, where it is.
+
+        By then nobody writes to it any more: the batch is done.
+        """
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return
         self.memory = memoryview(b"")
-        _readings.discard(self)
-        try:
-            self.own()
-        except OSError:  # then the file stays as it is, and open
-            return
-        if self._process == os.getpid():  # a child has the same lock
+        memory = self._mapped()
+        if memory is not None:
+            try:
+                replace(memory)
+            except OSError:  # no memory: then it is read until nobody refers to it
+                weakref.finalize(memory, os.close, descriptor).atexit = False
+                return
+        if self._forks == forks():  # otherwise a child may read on: the lock ends when it closes the file, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
@@ -78,42 +72,37 @@ class Reading:
         self.close()
 
 
-_readings: weakref.WeakSet[Reading] = weakref.WeakSet()
-
-
-def _own_all() -> None:
-    """Leave a child that is being forked nothing that somebody uses again."""
-    for reading in list(_readings):
-        reading.own()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_own_all)
-
-
 def read(ticket: Ticket) -> Reading | None:
-    """Return what is in a parcel; ``None`` if this process cannot get at it, or something else is in it by now.
+    """Return what is in a parcel; ``None`` where it is not to be found, or something else is in it by now.
 
     It has to be closed: until then the parcel cannot be used again.
+
+    Raises:
+        OSError: There is no memory, or too many files are open.
     """
     if not possible():
         return None
     path = f"/proc/{ticket.process}/fd/{ticket.descriptor}"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # of another machine's numbers: to open a pipe might wait for ever
+        # On another machine, or in another container, these numbers are somebody's file, which is not to be touched.
+        if not os.readlink(path).startswith(f"/memfd:{NAME}"):
             return None
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
+    before = forks()
     try:
-        if not _is_marked(descriptor, ticket):  # it may be anybody's file, which is not to be locked
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return None
+    try:
+        if not _is_marked(descriptor, ticket):  # somebody else's by now, which is not to be locked
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_size >= START + ticket.size and _is_marked(descriptor, ticket):
-            reading = Reading(descriptor, ticket.size)
+            reading = Reading(descriptor, ticket.size, before)
             descriptor = -1
             return reading
-    except OSError:  # it is being begun anew; there is no memory
+    except BlockingIOError:  # it is being begun anew
         pass
     finally:
         if descriptor >= 0:
@@ -128,17 +117,22 @@ class Readings(AbstractContextManager["Readings"]):
         tickets: Where they are.
 
     Attributes:
-        complete: Whether all of them were found.
+        missing: Why not all of them can be read; empty if they can.
     """
 
     def __init__(self, tickets: Sequence[Ticket]) -> None:
         self._readings: list[Reading] = []
+        self.missing = ""
         for ticket in tickets:
-            reading = read(ticket)
+            try:
+                reading = read(ticket)
+            except OSError as error:
+                self.missing = f"{type(error).__name__}: {error}"
+                return
             if reading is None:
-                break
+                self.missing = "memory of the process that trains is not found"
+                return
             self._readings.append(reading)
-        self.complete = len(self._readings) == len(tickets)
 
     @property
     def memories(self) -> list[memoryview]:

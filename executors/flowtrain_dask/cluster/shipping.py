@@ -20,11 +20,14 @@ __all__ = ["LEFT", "SENT", "Shipment", "Shipping"]
 SENT, LEFT = 8 << 20, 128 << 20
 """Bytes of a batch that is sent, which is in memory several times on its way, and of one that is left there."""
 
-_PARCEL = 256 << 10
-"""Bytes of a batch from which on it is not sent."""
+_WORTH = 256 << 10
+"""Bytes of a batch, without what is in parcels, from which on they are put into one and not sent."""
 
 _SPARE = 72 << 20
 """Bytes of memory that are kept between two batches, at most."""
+
+_AGAIN = 100
+"""After so many batches that were sent, it is tried again whether a worker finds memory."""
 
 
 class Shipment(NamedTuple):
@@ -52,17 +55,24 @@ class Shipping:
     def __init__(self) -> None:
         self.near = possible()
         self.largest = LEFT if self.near else SENT
+        self._sent = 0  # batches since a worker was far
+        self._packed: dict[tuple[int, int], Shipment] = {}  # until it has arrived: by its first event, and how many
         self._filled: list[Parcel] = []
-        self._left: list[Parcel] = []  # kept open until a worker has read them
+        self._lent: list[Parcel] = []  # of snapshots: kept open until a worker has read them
         self._spare: Parcel | None = None
 
     def pack(self, entries: Sequence[Entry]) -> Shipment:
-        """Return events as a worker gets them; they must not change until `arrived`."""
-        events = dump_entries(entries, share=self.near)
-        buffers = self._fill(events)
-        self._left += events.parcels
-        tickets = tuple(parcel.ticket for parcel in events.parcels)
-        return Shipment(bytes(events) if buffers is None else events.head, buffers, tickets)
+        """Return events as a worker gets them; they must not change until `arrived`. Another attempt gets the same."""
+        key = (entries[0].sequence if entries else -1, len(entries))
+        found = self._packed.get(key)
+        if found is None:
+            events = dump_entries(entries, share=self.near)
+            buffers = self._fill(events)
+            self._lent += events.parcels
+            tickets = tuple(parcel.ticket for parcel in events.parcels)
+            found = Shipment(bytes(events) if buffers is None else events.head, buffers, tickets)
+            self._packed[key] = found
+        return found
 
     def arrived(self) -> None:
         """Say that nobody needs what was packed any more."""
@@ -71,12 +81,18 @@ class Shipping:
                 self._spare = parcel
             else:
                 parcel.close()
-        self._filled, self._left = [], []
+        self._filled, self._lent = [], []
+        self._packed.clear()
+        if not self.near:
+            self._sent += 1
+            if self._sent >= _AGAIN and possible():
+                self.near, self.largest = True, LEFT
 
-    def is_far(self, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """Take workers to be on another machine from now on; return as many of the entries as are sent at once."""
+    def take_for_far(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Send everything for a while, since a worker does not find it; return what of the entries is sent at once."""
         self.near = False
         self.largest = SENT
+        self._sent = 0
         self._drop_spare()
         sizes = accumulate(entry.nbytes for entry in entries)
         return entries[: max(1, sum(size <= SENT for size in sizes))]
@@ -88,17 +104,19 @@ class Shipping:
 
     def _fill(self, events: Encoded) -> Ticket | None:
         """Put events where a worker on this machine finds them; ``None`` where that cannot be, or is not worth it."""
-        if not self.near or events.nbytes < _PARCEL:
+        if not self.near or events.nbytes < _WORTH:
             return None
         try:
             parcel = self._spare or Parcel()
             self._spare = None
             self._filled.append(parcel)
             try:
-                return parcel.fill(events.buffers)
+                ticket = parcel.fill(events.buffers)
             except BlockingIOError:  # a worker that was taken for lost is still at it
                 self._filled[-1] = parcel = Parcel()
-                return parcel.fill(events.buffers)
+                ticket = parcel.fill(events.buffers)
+            self.largest = LEFT
+            return ticket
         except OSError:  # no memory, or too many open files: then they are sent
             self.largest = SENT
             return None

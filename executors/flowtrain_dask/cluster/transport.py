@@ -21,6 +21,7 @@ from flowtrain.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.connect import Connection
+from flowtrain_dask.cluster.entries import dump_entries, load_entries
 from flowtrain_dask.cluster.freight import check_travels, dump_job, dump_state, load_state, stays
 from flowtrain_dask.cluster.shipping import Shipping
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
@@ -91,7 +92,8 @@ class ClusterTransport:
         if self._local is not None:
             return f"thread ({self._connection.address} was lost)"
         kind = "process" if self._connection.cluster is not None else self._connection.address
-        return f"{kind}, worker {self._holder}" if self._holder else kind
+        sent = "" if self._shipping.near else " (batches are sent)"
+        return f"{kind}, worker {self._holder}{sent}" if self._holder else kind
 
     def open(self, timeout: float) -> None:
         """See that the callbacks can travel, and that a worker has the same versions."""
@@ -186,7 +188,7 @@ class ClusterTransport:
                 return self._settle(reply, entries)
             self._refuse(reply)
             if reply.kind == "far":  # the worker is on another machine, and has not touched anything
-                entries = self._shipping.is_far(entries)  # the lane hands the rest over again
+                entries = self._shipping.take_for_far(entries)  # the lane hands the rest over again
                 continue
             complete = True
             tally.restarts += 1
@@ -264,7 +266,9 @@ class ClusterTransport:
         again = len(self._log)
         # All of it, however long it takes: what is in the log is not handed over again.
         job = self._job
-        outcome = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
+        # In memory of their own: a worker that was taken for lost may still read what the snapshots lie in.
+        events = load_entries(bytes(dump_entries([*self._log, *entries])))
+        outcome = run_entries(self._callbacks, job, events, job.run, job.lane, gate)
         outcome.done = max(0, outcome.done - again)
         tally.replays += again
         tally.local += len(entries)

@@ -92,8 +92,8 @@ class Reply:
     """What came of an assignment.
 
     Attributes:
-        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory is not
-            here; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
+        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory cannot be
+            read; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
         records: See `flowtrain_dask.lanes.work.Outcome`.
         done: The same.
         ran: How many entries the assignment had.
@@ -101,7 +101,7 @@ class Reply:
         state: The callbacks' new state, if it was wanted, or a handler failed.
         address: The worker.
         versions: The worker's.
-        text: What is broken.
+        text: What is broken, or why memory cannot be read.
     """
 
     kind: str
@@ -145,7 +145,7 @@ def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
     with Readings(assignment.tickets) as readings:
-        return _run(assignment, readings) if readings.complete else Reply("far")
+        return Reply("far", text=readings.missing) if readings.missing else _run(assignment, readings)
 
 
 def _run(assignment: Assignment, readings: Readings) -> Reply:

@@ -1,7 +1,8 @@
 """Batches: how many of the entries that wait in a lane are handed over at once.
 
-A batch should not take much longer than a second, and not hold much of what the lane may hold: a copy of it goes on its
-way, and its records come all at once. How long an event takes is known from the batch before.
+A batch should not take much longer than a second, and not hold much of what the lane may hold: a copy of it may go on
+its way, its snapshots are lent until all of it is done, and its records come all at once. How long an event takes is
+known from the batch before.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ A parcel is used again for something else, unless somebody reads it: a worker th
 long after its batch was done by another one. Who reads has a shared lock on the file (``flock``), and who begins anew
 takes the exclusive one. The kernel gives a lock back when its process ends. Each beginning has a mark, which a reader
 compares when it has the lock: what it was told of may be gone by then.
+
+A child that is forked sees the memory of its parent's parcels, not a copy of it, and no count in the parent tells
+whether it does. So what was in use when a child was forked is not used again (`Parcel.forks`).
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from flowtrain_dask.snapshots.mappings import mapped
+from flowtrain_dask.snapshots.mappings import address_of, mapped
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["MARK", "START", "Parcel", "Ticket", "parcel_at", "possible"]
+__all__ = ["MARK", "NAME", "START", "Parcel", "Ticket", "forks", "parcel_at", "possible"]
+
+NAME = "flowtrain"
+"""What its file is called."""
 
 START = mmap.PAGESIZE
 """Where a parcel's content begins; its mark is before."""
@@ -66,9 +72,10 @@ class Parcel:
         nbytes: Room for so much; it grows when it is filled with more.
 
     Attributes:
-        memory: An array of ctypes with the mark and, from `START` on, the content. Who refers to it keeps the memory,
-            also when the parcel is closed.
+        memory: The mark and, from `START` on, the content. Who refers to it keeps the memory, also when the parcel is
+            closed.
         ticket: Where it is, from the first `renew` on.
+        forks: How many children had been forked at the last `renew`.
 
     Raises:
         OSError: There are too many open files, or there is no memory.
@@ -77,9 +84,10 @@ class Parcel:
     def __init__(self, nbytes: int = 0) -> None:
         self._descriptor = -1
         self._process = os.getpid()
+        self.forks = forks()
         self.memory: Any = b""
         self.ticket = Ticket(self._process, -1, 0, b"")
-        self._descriptor = os.memfd_create("flowtrain")
+        self._descriptor = os.memfd_create(NAME)
         if nbytes:
             self._grow(nbytes)
 
@@ -102,6 +110,7 @@ class Parcel:
             self.memory[:MARK] = mark
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.forks = forks()
         self.ticket = Ticket(self._process, self._descriptor, nbytes, mark)
         return self.ticket
 
@@ -113,12 +122,12 @@ class Parcel:
             OSError: There is no memory.
         """
         ticket = self.renew(sum([len(piece) for piece in pieces]))
-        to, start = START, ctypes.addressof(self.memory)
+        to, start = START, address_of(self.memory)
         for piece in pieces:  # all of it without the lock of the interpreter
             if isinstance(piece, bytes):
                 ctypes.memmove(start + to, piece, len(piece))
             elif piece.readonly:
-                os.pwrite(self._descriptor, piece, to)
+                _write(self._descriptor, piece, to)
             elif len(piece):
                 ctypes.memmove(start + to, ctypes.byref(ctypes.c_char.from_buffer(piece)), len(piece))
             to += len(piece)
@@ -127,7 +136,8 @@ class Parcel:
     @property
     def address(self) -> int:
         """Where its content begins in this process; 0 where it is closed or has no room yet."""
-        return ctypes.addressof(self.memory) + START if self.memory else 0
+        memory = self.memory  # once: another thread may close it
+        return address_of(memory) + START if memory else 0
 
     @property
     def size(self) -> int:
@@ -151,6 +161,29 @@ class Parcel:
         os.posix_fallocate(self._descriptor, 0, START + nbytes)  # what is only mapped fails when written to, for good
         self.memory = mapped(START + nbytes, self._descriptor, shared=True)
         _by_address[self.address] = self
+
+
+def _write(descriptor: int, piece: memoryview, to: int) -> None:
+    written = 0
+    while written < len(piece):  # the system takes 2 GiB at once at most
+        written += os.pwrite(descriptor, piece[written:], to + written)
+
+
+def forks() -> int:
+    """Return how many children this process and its parents have forked since this module was loaded."""
+    return _forks
+
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_count_fork)
 
 
 _by_address: WeakValueDictionary[int, Parcel] = WeakValueDictionary()

@@ -18,12 +18,12 @@ import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from flowtrain.errors import UsageError, is_a
-from flowtrain_dask.snapshots.parcels import START, Parcel, possible
+from flowtrain_dask.snapshots.parcels import START, Parcel, forks, possible
 
 __all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
 
@@ -49,35 +49,47 @@ _Key: TypeAlias = "tuple[bool, tuple[_Shape, ...]]"
 class _Memory:
     """A piece of memory.
 
+    Args:
+        nbytes: Its size.
+        make: Where it is from.
+
     Attributes:
         buffer: What has it. Who uses the memory refers to this.
         offset: Where it begins in that.
         parcel: The parcel that it is the content of, if it is one.
+
+    Raises:
+        OSError: There is no parcel to be had.
     """
 
-    __slots__ = ("_unused", "buffer", "offset", "parcel")
+    __slots__ = ("_idle", "_nbytes", "buffer", "offset", "parcel")
 
-    def __init__(self, buffer: Any, offset: int, parcel: Parcel | None = None) -> None:
-        self.buffer = buffer
-        self.offset = offset
-        self.parcel = parcel
-        self._unused = 0
+    def __init__(self, nbytes: int, make: Literal["ordinary", "pinned", "parcel"]) -> None:
+        self._nbytes = nbytes
+        self.parcel: Parcel | None = None
+        if make == "parcel":
+            self._begin_parcel()
+        else:
+            self.buffer, self.offset = _pinned(nbytes) if make == "pinned" else aligned(nbytes)
+        self._idle = sys.getrefcount(self.buffer)  # measured: what counts as a reference differs between Pythons
 
-    def is_idle(self) -> bool:
-        """Return whether nobody uses it; a parcel is begun anew then."""
-        if sys.getrefcount(self.buffer) > self._unused:
+    def begin_anew(self) -> bool:
+        """Make it ready to be lent, if nobody uses it; return whether it is."""
+        if sys.getrefcount(self.buffer) > self._idle:
             return False
         try:
-            if self.parcel is not None:
-                self.parcel.renew(len(self.buffer) - self.offset)
-        except OSError:  # a worker reads it
+            if self.parcel is not None and self.parcel.forks != forks():
+                self._begin_parcel()  # a child may use what is in the other one: that stays to it
+            elif self.parcel is not None:
+                self.parcel.renew(self._nbytes)
+        except OSError:  # a worker reads it, or there is no other
             return False
         return True
 
-    def counted(self) -> _Memory:
-        """Return it, with the references that it has now taken for those of memory that nobody uses."""
-        self._unused = sys.getrefcount(self.buffer)  # measured: what counts as one differs between Pythons
-        return self
+    def _begin_parcel(self) -> None:
+        parcel = Parcel(self._nbytes)
+        parcel.renew(self._nbytes)
+        self.buffer, self.offset, self.parcel = parcel.memory, START, parcel
 
 
 class _Kind:
@@ -102,7 +114,7 @@ class _Kind:
         """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
         for _ in range(min(2, len(self.memories))):
             self.memories.rotate(-1)
-            if self.memories[-1].is_idle():
+            if self.memories[-1].begin_anew():
                 return self.memories[-1]
         return None
 
@@ -191,11 +203,11 @@ class Pool:
         if not self._room(kind.nbytes):
             return None
         shares = self._share and not pinned and kind.nbytes >= _LARGE and self._parcels < _PARCELS
-        found = _shared(kind.nbytes) if shares else None
-        if found is not None:
-            self._parcels += 1
-        else:
-            found = _Memory(*(_pinned if pinned else aligned)(kind.nbytes)).counted()
+        try:
+            found = _Memory(kind.nbytes, "parcel" if shares else "pinned" if pinned else "ordinary")
+            self._parcels += shares
+        except OSError:  # too many open files
+            found = _Memory(kind.nbytes, "ordinary")
         kind.memories.append(found)
         self._nbytes += kind.nbytes
         return found
@@ -246,16 +258,6 @@ def aligned(nbytes: int) -> tuple[Any, int]:
     memory = bytearray(nbytes + ALIGNMENT)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return memory, -address % ALIGNMENT
-
-
-def _shared(nbytes: int) -> _Memory | None:
-    """Return the memory of a new parcel; ``None`` where there is none, or too many files are open."""
-    try:
-        parcel = Parcel(nbytes)
-        parcel.renew(nbytes)
-    except OSError:
-        return None
-    return _Memory(parcel.memory, START, parcel).counted()
 
 
 def _pinned(nbytes: int) -> tuple[Any, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowtrain_dask.cluster import readings as readings_module
 from flowtrain_dask.cluster.codec import Encoded, decode
 from flowtrain_dask.cluster.readings import Readings, read
 from flowtrain_dask.snapshots.parcels import START, Parcel, Ticket, possible
@@ -87,17 +88,17 @@ def test_what_is_being_filled_is_not_read() -> None:
 
 def test_what_is_kept_stays_as_it_was() -> None:
     """A callback may keep a tensor: it has a copy when its batch is done, and the parcel is free."""
-    value = {"a": torch.arange(100_000.0), "b": torch.ones(3)}
+    value = {"a": torch.arange(300_000.0), "b": torch.ones(3)}
     encoded, parcel = Encoded(value), Parcel()
     reading = read(parcel.fill(encoded.buffers))
     assert reading is not None
     kept = decode(encoded.head, reading.memory)["a"]
     reading.close()
-    other = read(parcel.fill([bytes(1 << 20)]))
+    other = read(parcel.fill([bytes(2 << 20)]))
     assert other is not None, "nobody reads it, so it could be filled"
     assert torch.equal(kept, value["a"])
     kept += 1
-    assert bytes(other.memory) == bytes(1 << 20)
+    assert bytes(other.memory) == bytes(2 << 20)
     other.close()
     parcel.close()
 
@@ -107,7 +108,7 @@ def test_what_is_kept_keeps_no_file_open() -> None:
     parcel = Parcel()
     kept: list[torch.Tensor] = []
     for number in range(40):
-        encoded = Encoded(torch.full((10_000,), float(number)))
+        encoded = Encoded(torch.full((300_000,), float(number)))
         reading = read(parcel.fill(encoded.buffers))
         assert reading is not None
         kept.append(decode(encoded.head, reading.memory)[:3])
@@ -128,7 +129,7 @@ def test_what_nobody_keeps_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_child_that_was_forked_meanwhile_sees_what_was_there() -> None:
-    """A handler may fork, and the child be at work long after the handler."""
+    """A handler may fork, and the child be at work long after it; till it ends the parcel is not used again."""
     script = (
         "import os, sys\n"
         "from flowtrain_dask.snapshots.parcels import Parcel\n"
@@ -140,13 +141,84 @@ def test_a_child_that_was_forked_meanwhile_sees_what_was_there() -> None:
         "    os.read(go, 1)\n"
         "    print(bytes(reading.memory) == b'one' * 5000, flush=True)\n"
         "    os._exit(0)\n"
+        "reading.memory[:3] = b'ONE'\n"
+        "kept = reading.memory[:6]\n"
         "reading.close()\n"
-        "parcel.fill([b'two' * 5000])\n"
+        "try:\n"
+        "    parcel.fill([b'two' * 5000])\n"
+        "except BlockingIOError:\n"
+        "    print('read', flush=True)\n"
         "os.write(tell, b'x')\n"
         "os.wait()\n"
+        "parcel.fill([b'two' * 5000])\n"
+        "print(bytes(kept))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "read\nTrue\nb'ONEone'\n", done.stderr
+
+
+def test_a_fork_loses_nothing_that_a_handler_writes_meanwhile() -> None:
+    """On a worker with several threads, or one in the process that trains: another thread forks."""
+    script = (
+        "import os, threading\n"
+        "from flowtrain_dask.snapshots.parcels import Parcel\n"
+        "from flowtrain_dask.cluster.readings import read\n"
+        "size = 32 << 20\n"
+        "parcel = Parcel()\n"
+        "reading = read(parcel.fill([bytes(size)]))\n"
+        "def write():\n"
+        "    for start in range(0, size, 4096):\n"
+        "        reading.memory[start : start + 4096] = b'x' * 4096\n"
+        "writer = threading.Thread(target=write)\n"
+        "writer.start()\n"
+        "while writer.is_alive():\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "print(bytes(reading.memory) == b'x' * size)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_where_there_is_no_memory_for_what_is_kept_it_is_read_until_nobody_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(memory: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    before = len(os.listdir("/proc/self/fd"))
+    parcel = Parcel()
+    reading = read(parcel.fill([b"one"]))
+    assert reading is not None
+    kept = reading.memory[:3]
+    monkeypatch.setattr(readings_module, "replace", refuse)
+    reading.close()
+    with pytest.raises(BlockingIOError):
+        parcel.fill([b"two"])
+    assert bytes(kept) == b"one"
+    del kept
+    parcel.fill([b"two"])
+    parcel.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_too_many_open_files_are_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and the file is looked for again later."""
+    def refuse(*args: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    parcel = Parcel()
+    ticket = parcel.fill([b"one"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            read(ticket)
+        with Readings([ticket]) as readings:
+            assert readings.missing == "OSError: [Errno 24] Too many open files"
+    assert content(ticket) == b"one"
+    parcel.close()
 
 
 def test_other_numbers_are_nobodys_parcel(tmp_path: Path) -> None:
@@ -230,7 +302,7 @@ def three() -> Iterator[list[Parcel]]:
 def test_the_parcels_of_a_batch_are_read_in_their_order_until_its_end(three: list[Parcel]) -> None:
     tickets = [parcel.ticket for parcel in three]
     with Readings([tickets[2], tickets[0]]) as readings:
-        assert readings.complete
+        assert not readings.missing
         assert [bytes(memory) for memory in readings.memories] == [b"2" * 5000, b"0" * 5000]
         with pytest.raises(BlockingIOError):
             three[2].renew(1)
@@ -242,7 +314,7 @@ def test_the_parcels_of_a_batch_are_read_in_their_order_until_its_end(three: lis
 
 def test_a_batch_without_parcels_is_complete() -> None:
     with Readings([]) as readings:
-        assert readings.complete
+        assert not readings.missing
         assert readings.memories == []
 
 
@@ -252,7 +324,7 @@ def test_where_one_parcel_is_not_found_the_others_are_let_go_at_the_end(three: l
     tickets[missing] = tickets[missing]._replace(mark=bytes(16))
     before = len(os.listdir("/proc/self/fd"))
     with Readings(tickets) as readings:
-        assert not readings.complete
+        assert readings.missing == "memory of the process that trains is not found"
         for parcel in three[:missing]:
             with pytest.raises(BlockingIOError):
                 parcel.renew(1)

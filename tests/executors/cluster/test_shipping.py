@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowtrain import BatchEnd, TrainingPhase
+from flowtrain_dask.cluster import shipping as shipping_module
 from flowtrain_dask.cluster.entries import load_entries
 from flowtrain_dask.cluster.readings import Readings
 from flowtrain_dask.cluster.shipping import LEFT, SENT, Shipment, Shipping
@@ -38,7 +39,7 @@ def arrived(shipment: Shipment) -> list[Any]:
     """Return what a worker on this machine finds in the events."""
     tickets = [*shipment.parcels, *([] if shipment.buffers is None else [shipment.buffers])]
     with Readings(tickets) as readings:
-        assert readings.complete
+        assert not readings.missing
         memories = readings.memories
         buffers = None if shipment.buffers is None else memories.pop()
         return [entry.payload["batch", "inputs"] for entry in load_entries(shipment.events, buffers, memories)]
@@ -77,7 +78,7 @@ def test_snapshots_are_found_until_they_have_arrived(shipping: Shipping) -> None
     assert found.sum() == 3 * MB.numel()
     shipping.arrived()
     with Readings(shipment.parcels) as readings:
-        assert not readings.complete
+        assert readings.missing
     [found] = arrived(shipping.pack(entries))
     assert found.sum() == 3 * MB.numel(), "it is in no pool, and is put into a parcel"
 
@@ -86,8 +87,10 @@ def test_snapshots_are_found_until_they_have_arrived(shipping: Shipping) -> None
 def test_one_parcel_is_kept_for_the_next_batch(shipping: Shipping) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        first = shipping.pack(entries_of(MB))
-        second = shipping.pack(entries_of(MB))  # another attempt
+        entries = entries_of(MB, MB)
+        first = shipping.pack(entries)
+        assert shipping.pack(entries) is first, "another attempt gets the same"
+        second = shipping.pack(entries[1:])  # and one with other events something else
         assert first.buffers is not None
         assert second.buffers is not None
         assert first.buffers.descriptor != second.buffers.descriptor
@@ -103,15 +106,32 @@ def test_a_worker_that_is_far_gets_everything_and_less_at_once(shipping: Shippin
     entries = entries_of(*(pool.like(MB).fill_(number) for number in range(12)))
     assert shipping.largest == LEFT
     shipping.pack(entries)
-    rest = shipping.is_far(entries)
+    rest = shipping.take_for_far(entries)
     assert len(rest) == SENT >> 20
     assert shipping.largest == SENT
     shipment = shipping.pack(rest)
     assert (shipment.buffers, shipment.parcels) == (None, ())
     assert [float(found[0]) for found in arrived(shipment)] == list(range(8))
     large = entries_of(torch.zeros(SENT))
-    assert shipping.is_far(large) == large, "one is sent whatever its size"
-    assert shipping.is_far([]) == []
+    assert shipping.take_for_far(large) == large, "one is sent whatever its size"
+    assert shipping.take_for_far([]) == []
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+def test_after_many_batches_that_were_sent_memory_is_tried_again(
+    shipping: Shipping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may have had no memory for a moment, or another one be nearer."""
+    monkeypatch.setattr(shipping_module, "_AGAIN", 3)
+    entries = entries_of(MB)
+    shipping.take_for_far(entries)
+    for _ in range(3):
+        assert shipping.pack(entries).buffers is None
+        shipping.arrived()
+    assert shipping.pack(entries).buffers is not None
+    assert shipping.largest == LEFT
+    shipping.take_for_far(entries)
+    assert not shipping.near
 
 
 @pytest.mark.skipif(not possible(), reason="this system has no memfd_create")

@@ -85,6 +85,8 @@ class Summer(Callback):
             number += int(payload["large"][-1])
             self.kept.append(payload["large"])
             assert [int(each[0]) for each in self.kept] == list(range(len(self.kept))), "what it kept has changed"
+        if "scratch" in payload:
+            payload["scratch"] += 1
         if payload.get("raise"):
             raise ValueError(f"number {number}")
         if payload.get("cycle"):
@@ -431,7 +433,8 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     for number in range(10):
         rig.put(number)
         rig.wait_for(number + 1)
-    rig.put(10, sleep=0.2)
+    scratch = torch.zeros(3)
+    rig.put(10, sleep=0.2, scratch=scratch)
     rig.put(11)
     processes.scheduler.kill()
     processes.scheduler.wait(20)
@@ -440,6 +443,7 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     rig.lane.raise_failure()
     assert backend.records == expected(range(12))
     assert float(local.ballast[0]) == 12.0
+    assert scratch.tolist() == [0.0] * 3, "a worker that was taken for lost may still read it"
     report = rig.lane.report()
     assert report.where == f"thread ({connection.address} was lost)"
     assert report.tally.local >= 1

@@ -118,10 +118,22 @@ def test_settings_and_callbacks_of_dask_do_not_reach_it(pool: ThreadPoolExecutor
     ran: list[str] = []
     graph = graph_of(after("a", lambda: ran.append("A")), after("b", lambda: ran.append("B")))
     watches = Watches()  # type: ignore[no-untyped-call]  # dask's own has no annotations
-    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1, rerun_exceptions_locally=True), watches:
+    with dask.config.set(chunksize=-1, scheduler="processes", num_workers=1), watches:
         run_graph(graph, pool.submit, 2)
     assert sorted(ran) == ["A", "B"]
     assert tasks == []
+
+
+def test_what_fails_is_not_run_again_whatever_dask_is_set_to(pool: ThreadPoolExecutor) -> None:
+    ran: list[int] = []
+
+    def fail() -> None:
+        ran.append(threading.get_ident())
+        raise ValueError("broken")
+
+    with dask.config.set(rerun_exceptions_locally=True), pytest.raises(ValueError, match="broken"):
+        run_graph(graph_of(after("fail", fail)), pool.submit, 1)
+    assert len(ran) == 1
 
 
 def test_no_other_module_imports_what_dask_calls_its_own() -> None:

@@ -307,6 +307,28 @@ def test_an_interrupt_of_the_training_thread_waits_for_the_others(crew: Crew) ->
         signal.signal(signal.SIGINT, before)
 
 
+def test_after_an_interrupt_no_handler_starts_on_any_strand(crew: Crew) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    ran: list[str] = []
+
+    def interrupts(learner: LearnerView) -> None:
+        waiting = threading.Event()
+        signal.pthread_kill(main, signal.SIGINT)
+        while vars(crew)["_left_behind"] is None:  # until the training thread has seen it, and waits
+            waiting.wait(0.001)
+        ran.append("B")
+
+    plan = plan_of(A(nothing), B(interrupts), C(lambda _: ran.append("C")))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            crew.fire(plan, Strands(((0,), (1, 2)), (0, 0, 0), 0, 3.0, 2.0), BatchEnd(), TrainingPhase())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ran == ["B"]
+
+
 def test_a_second_interrupt_leaves_at_once_and_the_next_firing_waits_for_what_was_left(crew: Crew) -> None:
     main = threading.main_thread().ident
     assert main is not None

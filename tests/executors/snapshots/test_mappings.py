@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import mmap
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain_dask.snapshots.mappings import mapped, replace
+from flowtrain_dask.snapshots.mappings import address_of, mapped, replace
 from flowtrain_dask.snapshots.parcels import possible
 
 pytestmark = pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
@@ -35,11 +34,11 @@ def test_what_is_shared_is_seen_and_what_is_not_stays_here(file: int) -> None:
 
 def test_what_is_replaced_is_where_it_was_and_follows_the_file_no_more(file: int) -> None:
     array = mapped(8192, file, shared=False)
-    address = ctypes.addressof(array)
+    address = address_of(array)
     array[1:3] = b"yz"
     replace(array)
     os.pwrite(file, b"?" * 8192, 0)
-    assert ctypes.addressof(array) == address
+    assert address_of(array) == address
     assert bytes(array) == b"xyz" + b"x" * 8189
 
 
