@@ -124,18 +124,6 @@ def test_settings_and_callbacks_of_dask_do_not_reach_it(pool: ThreadPoolExecutor
     assert tasks == []
 
 
-def test_what_fails_is_not_run_again_whatever_dask_is_set_to(pool: ThreadPoolExecutor) -> None:
-    ran: list[int] = []
-
-    def fail() -> None:
-        ran.append(threading.get_ident())
-        raise ValueError("broken")
-
-    with dask.config.set(rerun_exceptions_locally=True), pytest.raises(ValueError, match="broken"):
-        run_graph(graph_of(after("fail", fail)), pool.submit, 1)
-    assert len(ran) == 1
-
-
 def test_no_other_module_imports_what_dask_calls_its_own() -> None:
     package = Path(flowtrain_dask.__file__).parent
     found = {
