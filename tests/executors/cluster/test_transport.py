@@ -86,7 +86,7 @@ class Summer(Callback):
             self.kept.append(payload["large"])
             assert [int(each[0]) for each in self.kept] == list(range(len(self.kept))), "what it kept has changed"
         if "scratch" in payload:
-            payload["scratch"] += 1
+            payload["scratch"].add_(1)
         if payload.get("raise"):
             raise ValueError(f"number {number}")
         if payload.get("cycle"):
