@@ -22,11 +22,12 @@ from flowtrain import (
     Write,
     on,
 )
+from flowtrain.conditions import Every
 from flowtrain.logging import JsonlBackend
 from flowtrain.phases import TrainingPhase
 from flowtrain.records import Text, Value, log
 
-__all__ = ["Chain", "Enough", "Losses", "Pace"]
+__all__ = ["Chain", "Enough", "Hang", "Losses", "Pace", "Paint"]
 
 
 class Chain(Callback):
@@ -74,6 +75,48 @@ class Losses(Callback):
         """Log the loss."""
         self.count += 1
         log(self.backends, Value(learner.batch.loss), "Loss", self.count, ("Step", repr(phase)))
+
+
+class Paint(Callback):
+    """Fills a large tensor with the number of the batch, where it is."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.canvas": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.canvas = torch.zeros(1 << 19)
+        self.count = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def fill(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Fill it."""
+        self.count += 1
+        learner.cbstate.canvas.fill_(self.count)
+
+
+class Hang(Callback):
+    """Logs the least and the largest of that tensor, which differ if a snapshot is torn.
+
+    Two megabytes are enough for a snapshot that a worker reads where it is.
+    """
+
+    deferrable = True
+
+    def __init__(self, backend: JsonlBackend, every: int) -> None:
+        self.backends = (backend,)
+        self.conditions = (Every(BatchEnd, every),)
+
+    def state_access(self) -> Access:
+        return {"cbstate.canvas": Read(), self.backends[0].resource: Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Log it, several times: a snapshot that somebody overwrites meanwhile is not always the same."""
+        canvas = learner.cbstate.canvas
+        step = int(canvas[0])
+        for look in range(4):
+            low, high = canvas.aminmax()
+            log(self.backends, Text(f"{float(low)} {float(high)}"), f"Canvas{look}", step, ("Step", repr(phase)))
 
 
 class Pace(Callback):

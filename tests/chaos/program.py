@@ -25,12 +25,12 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
 from flowtrain.phases import TrainingPhase
 from flowtrain_dask import DaskExecutor
-from tests.chaos.callbacks import Chain, Enough, Pace
+from tests.chaos.callbacks import Chain, Enough, Hang, Pace, Paint
 
 __all__ = ["LOGS", "main"]
 
-LOGS = ("shared.jsonl", "chain.jsonl")
-"""The logs of a run: that of two callbacks in one lane, and that of a callback with a large state."""
+LOGS = ("shared.jsonl", "chain.jsonl", "canvas.jsonl")
+"""The logs of a run: of two callbacks in one lane, of one with a large state, and of one that reads a large tensor."""
 
 
 def main() -> None:
@@ -62,7 +62,8 @@ def _train(folder: Path, executor: Executor, seed: int, is_enough: Callable[[int
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(inplace=True), torch.nn.Linear(64, 4))
     shared, chain, enough = JsonlBackend(folder / LOGS[0]), Chain(JsonlBackend(folder / LOGS[1])), Enough(is_enough)
     histograms = LogHistograms(shared, every=20, gradients=True)
-    callbacks: list[Callback] = [LogMetrics(shared), histograms, chain, enough, Metrics(accuracy)]
+    canvas = Hang(JsonlBackend(folder / LOGS[2]), every=4)
+    callbacks: list[Callback] = [LogMetrics(shared), histograms, chain, enough, Metrics(accuracy), Paint(), canvas]
     if pace:
         callbacks.append(Pace(pace))
     with Learner(

@@ -38,10 +38,14 @@ _IMMUTABLE = (
 )  # fmt: skip
 
 
+_NUMBERS = (int, float, complex, str, bytes)
+"""What is immutable, but for the attributes that a subclass may have."""
+
+
 def find_rebuilder(kind: type, value: Any) -> Copier | None:
     """Return how a type of Python or numpy, a subclass of one, or a dataclass is copied; ``None`` for others."""
     if issubclass(kind, _IMMUTABLE) and not (dataclasses.is_dataclass(kind) and not issubclass(kind, Event)):
-        return _itself
+        return _copy_number if issubclass(kind, _NUMBERS) and not issubclass(kind, enum.Enum) else _itself
     for base, copier in _CONTAINERS.items():
         if issubclass(kind, base):
             return copier
@@ -63,6 +67,14 @@ def _itself(value: Any, copying: Copying) -> Any:
     return value
 
 
+def _copy_number(value: Any, copying: Copying) -> Any:
+    own: dict[str, Any] = getattr(value, "__dict__", {})
+    if all(copying.copy_at(item, f".{name}") is item for name, item in own.items()):
+        return value
+    base: Any = next(base for base in _NUMBERS if isinstance(value, base))
+    return _with_attributes(value, base.__new__(type(value), *base.__getnewargs__(value)), copying)
+
+
 def _items(value: Any, copying: Copying) -> list[Any]:
     return [copying.copy_at(item, place) for place, item in enumerate(value)]
 
@@ -77,7 +89,7 @@ def _copy_list(value: list[Any], copying: Copying) -> Any:
 
 def _copy_tuple(value: tuple[Any, ...], copying: Copying) -> Any:
     items = _items(value, copying)
-    if all(one is other for one, other in zip(value, items, strict=True)):
+    if _is_same(value, items):
         return value
     kind = type(value)
     if kind is tuple:
@@ -109,29 +121,48 @@ def _copy_set(value: set[Any], copying: Copying) -> Any:
 
 def _copy_frozenset(value: frozenset[Any], copying: Copying) -> Any:
     items = _items(value, copying)
-    return value if all(one is other for one, other in zip(value, items, strict=True)) else type(value)(items)
+    if _is_same(value, items):
+        return value
+    kind: Any = type(value)
+    return _with_attributes(value, frozenset.__new__(kind, items), copying)
+
+
+def _is_same(value: tuple[Any, ...] | frozenset[Any], items: list[Any]) -> bool:
+    """Return whether something immutable is its own copy, given the copies of its items."""
+    return all(one is other for one, other in zip(value, items, strict=True)) and not getattr(value, "__dict__", None)
 
 
 def _copy_deque(value: deque[Any], copying: Copying) -> Any:
-    copy: deque[Any] = type(value)(maxlen=value.maxlen)
+    kind = type(value)
+    copy: deque[Any] = kind.__new__(kind)
+    deque.__init__(copy, (), value.maxlen)  # which a subclass may have another way to say
     copying.remember(value, copy)
-    copy.extend(_items(value, copying))
+    deque.extend(copy, _items(value, copying))
     return _with_attributes(value, copy, copying)
 
 
 def _copy_proxy(value: types.MappingProxyType[Any, Any], copying: Copying) -> Any:
-    return types.MappingProxyType({key: copying.copy_at(item, key) for key, item in value.items()})
+    shown: dict[Any, Any] = {}
+    copy = types.MappingProxyType(shown)
+    copying.remember(value, copy)
+    shown.update({key: copying.copy_at(item, key) for key, item in value.items()})
+    return copy
 
 
 def _copy_bytearray(value: bytearray, copying: Copying) -> Any:
     copying.nbytes += len(value)
-    return bytearray(value)
+    kind = type(value)
+    copy = kind.__new__(kind)
+    bytearray.__init__(copy, value)
+    return _with_attributes(value, copy, copying)
 
 
 def _copy_partial(value: functools.partial[Any], copying: Copying) -> Any:
     args = [copying.copy_at(arg, f".args[{place}]") for place, arg in enumerate(value.args)]
     keywords = {name: copying.copy_at(arg, f".keywords[{name!r}]") for name, arg in value.keywords.items()}
-    return functools.partial(copying.copy_at(value.func, ".func"), *args, **keywords)
+    kind: Any = type(value)
+    copy = functools.partial.__new__(kind, copying.copy_at(value.func, ".func"), *args, **keywords)
+    return _with_attributes(value, copy, copying)
 
 
 def _copy_object(value: Any, copying: Copying) -> Any:

@@ -75,6 +75,8 @@ def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[
 def _is_ordinary(value: torch.Tensor) -> bool:
     return (
         (type(value) is nn.Parameter or type(value) is torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
         and value.is_cpu
         and value.is_contiguous()
         and not value.is_quantized

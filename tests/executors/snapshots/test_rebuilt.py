@@ -299,6 +299,80 @@ def test_arrays_are_counted_and_in_a_dry_run_only_looked_at() -> None:
     assert caught.value.remedy == "Read a list in its place"
 
 
+class Sized(deque[Any]):
+    """Has a constructor of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(maxlen=size)
+
+
+class Row(tuple[Any, ...]):
+    note: Any
+
+
+class Bag(frozenset[Any]):
+    note: Any
+
+
+class Word(str):
+    note: Any
+
+
+class Score(float):
+    note: Any
+
+
+class Part(functools.partial[Any]):
+    note: Any
+
+
+class Raw(bytearray):
+    note: Any
+
+
+ANNOTATED: list[Any] = [Row([1]), Row([[1]]), Bag([1]), Bag([(1, Score(2))]), Word("abc"), Score(0.5), Raw(b"abc")]
+
+
+@pytest.mark.parametrize("value", ANNOTATED, ids=lambda value: f"{type(value).__name__}-{len(repr(value))}")
+def test_attributes_of_subclasses_of_what_is_immutable_are_copied(value: Any) -> None:
+    value.note = [1]
+    found = copied(value)
+    value.note.append(2)
+    assert type(found) is type(value)
+    assert found == value
+    assert found.note == [1]
+
+
+def test_a_subclass_without_attributes_is_its_own_copy() -> None:
+    value = [Word("abc"), Score(1), Row((1, "a")), Bag([1]), Colour.RED]
+    assert all(one is other for one, other in zip(copied(value), value, strict=True))
+    value[0].note = "def"  # type: ignore[union-attr]  # a Word
+    assert copied(value)[0] is value[0], "the attribute is immutable too"
+
+
+def test_no_constructor_of_a_subclass_runs() -> None:
+    value = Sized(3)
+    value.extend(range(5))
+    found = copied(value)
+    assert (type(found), list(found), found.maxlen) == (Sized, [2, 3, 4], 3)
+    part = Part(max, [1], key=None)
+    part.note = [1]
+    other = copied(part)
+    part.args[0].append(5)
+    part.note.append(2)
+    assert (type(other), other(), other.note) == (Part, 1, [1])
+
+
+def test_a_proxy_that_holds_itself_does_so_in_the_copy() -> None:
+    shown: dict[str, Any] = {"a": [1]}
+    shown["me"] = types.MappingProxyType(shown)
+    found = copied(shown["me"])
+    shown["a"].append(2)
+    assert type(found) is types.MappingProxyType
+    assert found["me"] is found
+    assert found["a"] == [1]
+
+
 def test_of_a_mapping_only_what_is_declared_is_copied() -> None:
     """A key may have dots in it, as the names of parameters do."""
     value = {"a": {"x": [1], "y": Box(1)}, "b.c": [2], "d": Box(1), 3: [4]}

@@ -192,6 +192,16 @@ class Own(torch.Tensor):
     """A type that may hold more than its elements."""
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_sparse_tensor_by_name_is_copied_and_other_kinds_are_refused() -> None:
+    sparse = torch.eye(4).to_sparse_csr()
+    found = copy_tensors({"a": torch.ones(2), "b": sparse}, Copying(Pool(0)))
+    sparse.values().zero_()
+    assert torch.equal(found["b"].to_dense(), torch.eye(4))
+    with pytest.raises(Refused, match="tensors of this kind"):
+        copy_tensors({"a": torch.ones(2), "b": torch.ones(3, 3).to_mkldnn()}, Copying(Pool(0)))
+
+
 def test_a_tensor_by_name_that_cannot_be_copied_is_named() -> None:
     with pytest.raises(Refused, match="a subclass of Tensor may hold more") as caught:
         copy_tensors({"fine": tensor(), "bad": tensor().as_subclass(Own)}, Copying(Pool(0)))
