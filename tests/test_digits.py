@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowtrain.examples import digits
 from flowtrain.examples.digits import main
 
 pytest.importorskip("sklearn", reason="the example's extra is not installed")
@@ -239,6 +240,18 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(serial: Logged
     assert "epoch   1  TrainingPhase" not in with_rest.output
     assert accuracy(with_rest.output) == accuracy(serial.output)
     assert lines(folder) == lines(serial.folder)
+
+
+def test_a_run_that_was_interrupted_before_it_began_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that are to be started take seconds."""
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "make_learner", interrupted)
+    with pytest.raises(SystemExit, match="Interrupted before training began: there is nothing to go on from"):
+        main(["--log", str(tmp_path / "a")])
 
 
 def test_processes_of_this_machine_take_the_logging(serial: Logged, tmp_path: Path) -> None:

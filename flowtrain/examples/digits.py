@@ -134,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.log is None:
             raise
         # The checkpoint for this case is written before `fit` is left.
+        if not checkpoints(options.log).exists():
+            raise SystemExit("\nInterrupted before training began: there is nothing to go on from.") from None
         raise SystemExit(f"\nInterrupted. Go on with the same command and --resume: {options.log}") from None
 
 
