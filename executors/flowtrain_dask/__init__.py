@@ -7,13 +7,14 @@
     print(learner.callbacks.explain())                               # what runs in parallel, and why
     learner.executor.graph(BatchEnd, TrainingPhase)                  # the task graph of one event
 
-A plan goes through these modules: `compile` (a task for each handler), `strands` (which handlers on which thread),
-`firing` (one event: the barrier, failures), `ways` and `race` (inline or parallel), `executor` (all of it). `compat`
-is the only one that imports dask's internals, and `torch_state` the only one that knows what torch keeps for a thread.
+Four folders hold the parts, each importing only from those before it. The modules beside them put the parts together.
 
-What deferred callbacks read goes through these: `snapshots` (what a handler reads, copied at its place in the plan),
-`copies` (how each type is copied; `register_copier` for your own), `pool` (memory that is used again), `frozen` (the
-view that the handler gets of it) and `codec` (all of it as bytes, for another process).
+- `parallel`: from a plan to a dask task graph and to strands; one firing on several threads; when that pays.
+- `snapshots`: what a deferred handler reads, copied at its place in the plan, and the view that shows the copy.
+- `lanes`: where deferred events wait and are processed, one at a time and in order, in a thread.
+- `cluster`: the same in another process: what travels there and back, and what is done when a worker is lost.
+- `deferral` says which callbacks are deferred; `deferred` and `opening` make their lanes; `deferring` and `executor` are
+  what a learner sees; `route` says how a plan is run, and why.
 """
 
 from flowtrain_dask.executor import DaskExecutor, Parallel
