@@ -13,8 +13,8 @@ Four folders hold the parts, each importing only from those before it. The modul
 - `snapshots`: what a deferred handler reads, copied at its place in the plan, and the view that shows the copy.
 - `lanes`: where deferred events wait and are processed, one at a time and in order, in a thread.
 - `cluster`: the same in another process: what travels there and back, and what is done when a worker is lost.
-- `deferral` says which callbacks are deferred; `deferred` and `opening` make their lanes; `deferring` and `executor` are
-  what a learner sees; `route` says how a plan is run, and why.
+- Beside them, `deferral` says which callbacks are deferred, `deferred` and `opening` make their lanes, `deferring` and
+  `executor` are what a learner sees, and `route` says how a plan is run, and why.
 """
 
 from flowtrain_dask.executor import DaskExecutor, Parallel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -155,115 +154,6 @@ def _refuse(event: Event, phase: Phase) -> None:
     raise ExecutorError("closed")
 
 
-class IgnoresEdges(Threads):
-    def may_start(self, plan: Plan, position: int, done: int) -> bool:
-        return True
-
-
-class IgnoresTheLastEdge(Threads):
-    """Waits for all but the last of those that it should wait for."""
-
-    def may_start(self, plan: Plan, position: int, done: int) -> bool:
-        ancestors = plan.ancestors[position]
-        needed = ancestors & ~(1 << ancestors.bit_length() - 1) if ancestors else 0
-        return needed & ~done == 0
-
-
-class ReversesResources(Threads):
-    """Runs in list order backwards where it may not: a plan's users of one resource."""
-
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        if all(step.node.union for step in plan.steps) and len(plan) == 3:
-            for step in reversed(plan.steps):
-                self.call(step, event, phase)
-            return []
-        return super().run(plan, event, phase)
-
-
-class StopsAtTheFirstFailure(Threads):
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        for step in plan.steps:
-            failure = self.call(step, event, phase)
-            if failure is not None:
-                return [(step, failure)]
-        return []
-
-
-class RunsAfterFailures(Threads):
-    """Also runs what depends on a failed handler."""
-
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        found = [(step, self.call(step, event, phase)) for step in plan.steps]
-        return [(step, failure) for step, failure in found if failure is not None]
-
-
-class Swallows(Threads):
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None: ...
-
-
-class RaisesItself(Threads):
-    """Raises the first failure by itself, past the loop."""
-
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None:
-        raise failures[0][1]
-
-
-class FailuresBackwards(Threads):
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None:
-        site.fail(plan, event, phase, failures[::-1])
-
-
-class DropsFired(Threads):
-    def ended(self, plan: Plan, site: Site, start: int) -> None:
-        site.fired.clear()
-
-
-class FiresInAnyOrder(Threads):
-    def ended(self, plan: Plan, site: Site, start: int) -> None: ...
-
-
-class FiresAtOnce(Threads):
-    """Drains when a handler returns and not when the event has ended."""
-
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        failure = super().call(step, event, phase)
-        if self.site is not None and self.site.fired and threading.current_thread() is threading.main_thread():
-            self.site.drain(phase)
-        return failure
-
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
-        found: Future[BaseException | None] = Future()
-        found.set_result(self.call(step, event, phase))
-        return found
-
-
-class DoesNotWait(Threads):
-    """Returns while the last handler runs."""
-
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        for step in plan.steps:
-            self.pool.submit(self.call, step, event, phase)
-        return []
-
-
-class BareThreads(Threads):
-    """Its threads have the state that threads begin with."""
-
-    def surrounded(self, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
-        return call
-
-
-class DrawsAnywhere(Threads):
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
-        return self.pool.submit(self.surrounded(self.call), step, event, phase)
-
-
 class LeavesThreads(Threads):
     def close(self) -> None:
         self.closed = True
@@ -296,41 +186,11 @@ class GoesOnWhenClosed(Threads):
         self.pool = ThreadPoolExecutor(8)
 
 
-class SkipsAtFitEnd(Threads):
-    """Does not look at `Plan.always`."""
-
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        failures: list[tuple[Step, BaseException]] = []
-        lost = 0
-        for position, step in enumerate(plan.steps):
-            failure = None if plan.ancestors[position] & lost else self.call(step, event, phase)
-            if failure is not None:
-                failures.append((step, failure))
-            if failure is not None or plan.ancestors[position] & lost:
-                lost |= 1 << position
-        return failures
-
-
 BROKEN: dict[type[Threads], str] = {
-    IgnoresEdges: "rule_12_a_chain_runs_in_its_order",
-    IgnoresTheLastEdge: "rule_12_no_handler_starts_before_those_it_waits_for",
-    ReversesResources: "rule_13_users_of_one_resource_never_run_together",
-    StopsAtTheFirstFailure: "rule_15_those_that_depend_on_no_failed_one_still_run",
-    RunsAfterFailures: "rule_15_those_that_depend_on_no_failed_one_still_run",
-    Swallows: "rule_15_the_first_in_serial_order_is_raised",
-    RaisesItself: "rule_15_every_exception_says_where_it_was_raised",
-    FailuresBackwards: "rule_15_the_first_in_serial_order_is_raised",
-    DropsFired: "rule_18_fired_events_wait_for_the_current_one",
-    FiresInAnyOrder: "rule_18_fired_events_wait_for_the_current_one",
-    FiresAtOnce: "rule_18_fired_events_wait_for_the_current_one",
-    DoesNotWait: "rule_13_an_event_ends_when_all_its_handlers_have",
-    BareThreads: "rule_14_grad_mode",
-    DrawsAnywhere: "rule_13_random_numbers_are_drawn_on_the_training_thread",
     LeavesThreads: "close_ends_the_threads",
     ForAnybody: "bind_takes_one_learner",
     KeepsPlans: "a_change_of_callbacks_counts_from_the_next_event_on",
     GoesOnWhenClosed: "a_closed_executor_runs_nothing",
-    SkipsAtFitEnd: "rule_17_fit_end_runs_for_every_callback",
 }
 
 
@@ -370,23 +230,9 @@ def test_a_broken_executor_fails_the_test_of_what_it_breaks(kind: type[Threads],
     assert said.startswith("AssertionError: "), said
 
 
-def test_what_bare_threads_miss() -> None:
-    """Rule 14 has a test for each thing that torch keeps for a thread, and for context variables."""
-    contract = contract_of(BareThreads)
-    missed = [name for name in TESTS if "rule_14" in name and failing(contract, name)]
-    # A thread takes over the number of intra-op threads when it starts, and the default dtype is one for all.
-    wanted = {"grad_mode", "inference_mode", "autocast", "default_device_and_dtype", "context_variables"}
-    assert {name.removeprefix("test_rule_14_") for name in missed} >= wanted
-
-
 @pytest.mark.parametrize(
     ("kind", "test", "message"),
     [
-        (IgnoresEdges, "rule_12_a_chain_runs_in_its_order", "started before ProbeC returned"),
-        (Swallows, "rule_15_the_first_in_serial_order_is_raised", "no Exception was raised"),
-        (DropsFired, "rule_18_fired_events_wait_for_the_current_one", "fired in round 1: []; wanted ['ProbeA 0', "),
-        (DoesNotWait, "rule_13_an_event_ends_when_all_its_handlers_have", "fire returned in round 1 while ['ProbeA'"),
-        (BareThreads, "rule_14_grad_mode", "saw True inside of the context, in round 2; the training thread has False"),
         (LeavesThreads, "close_ends_the_threads", "these threads run after close(): ['test-threads"),
     ],
 )
