@@ -154,6 +154,23 @@ def _refuse(event: Event, phase: Phase) -> None:
     raise ExecutorError("closed")
 
 
+class Swallows(Threads):
+    """Raises nothing."""
+
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None: ...
+
+
+class RaisesTheFirstOnly(Threads):
+    """Loses the failures that came with it."""
+
+    def fail(
+        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
+    ) -> None:
+        site.fail(plan, event, phase, failures[:1])
+
+
 class LeavesThreads(Threads):
     def close(self) -> None:
         self.closed = True
