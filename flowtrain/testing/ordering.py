@@ -113,11 +113,11 @@ class OrderPromises(ContractBase):
 
     def test_rule_12_every_handler_gets_its_event_phase_and_view(self) -> None:
         """Rule 12: each handler of the plan runs once, with the event and phase that were fired and its own view."""
-        trace, got = self.trace(), dict[str, tuple[Event, LearnerView]]()
+        trace, got = self.trace(), dict[str, tuple[Event, Phase | None, LearnerView]]()
 
         def note(probe: Probe, event: Event, learner: LearnerView) -> None:
             """Keep what the handler was called with."""
-            got[probe.name] = (event, learner)
+            got[probe.name] = (event, probe.phase, learner)
 
         with self.learner(*(kind(trace, note) for kind in KINDS[:4])) as learner:
             plan = learner.callbacks.plan(Ping, TrainingPhase)
@@ -129,8 +129,10 @@ class OrderPromises(ContractBase):
                 _same(sorted(trace.started), [step.node.name for step in plan.steps], number)
                 for step in plan.steps:
                     name = step.node.name
-                    assert got[name][0] is event, f"{name} got {got[name][0]!r} and not the event that was fired"
-                    assert got[name][1] is step.view, f"{name} got the view of another handler"
+                    found, phase, view = got[name]
+                    assert found is event, f"{name} got {found!r} and not the event that was fired"
+                    assert phase is TrainingPhase(), f"{name} got {phase!r} and not the phase that was fired"
+                    assert view is step.view, f"{name} got the view of another handler"
 
     def test_rule_13_an_event_ends_when_all_its_handlers_have(self) -> None:
         """Rule 13: when `fire` returns no handler still runs, or the loop would go on under it."""

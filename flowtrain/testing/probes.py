@@ -133,7 +133,12 @@ class Probe(Callback):
         access: What it declares.
         after: The types that it runs after.
         answers: What it answers to every conflict.
+
+    Attributes:
+        phase: The phase that its handler was called with, the last time.
     """
+
+    phase: Phase | None = None
 
     def __init__(
         self,
@@ -162,8 +167,9 @@ class Probe(Callback):
         """Answer what the test says."""
         return self.answers
 
-    def do(self, event: Event, learner: LearnerView) -> None:
-        """Note the start, act, note the end."""
+    def do(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        """Note the phase and the start, act, note the end."""
+        self.phase = phase
         self.trace.start(self.name)
         try:
             if self.does is not None:
@@ -178,7 +184,7 @@ class Pinged(Probe):
     @on(Ping)
     def act(self, event: Ping, phase: Phase, learner: LearnerView) -> None:
         """Do what the test says."""
-        self.do(event, learner)
+        self.do(event, phase, learner)
 
 
 class Everywhere(Probe):
@@ -187,7 +193,7 @@ class Everywhere(Probe):
     @on(Event)
     def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         """Do what the test says."""
-        self.do(event, learner)
+        self.do(event, phase, learner)
 
 
 KINDS: Sequence[type[Pinged]] = tuple(type(f"Probe{letter}", (Pinged,), {}) for letter in "ABCDEFGH")

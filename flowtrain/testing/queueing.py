@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flowtrain.errors import UsageError
 from flowtrain.events import Event
 from flowtrain.learner import Learner
-from flowtrain.phases import TrainingPhase
+from flowtrain.phases import Phase, TrainingPhase
 from flowtrain.protect import LearnerView
 from flowtrain.testing.probes import (
     KINDS,
@@ -118,7 +118,7 @@ class _Later(Event):
 class _Listens(Everywhere):
     """Notes each `_Later`."""
 
-    def do(self, event: Event, learner: LearnerView) -> None:
+    def do(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         """Note the event."""
         if isinstance(event, _Later):
             self.trace.start("later")

@@ -10,7 +10,7 @@ import torch
 
 from flowtrain.events import Event
 from flowtrain.execution import Executor, SerialExecutor
-from flowtrain.phases import Phase
+from flowtrain.phases import Phase, ValidationPhase
 from flowtrain.plan import Plan, Step
 from flowtrain.testing.ordering import OrderPromises
 from tests.testing.test_contract import Swallows, Threads, contract_of, failing
@@ -74,6 +74,11 @@ class FiresACopy(Threads):
         return super().call(step, copy(event), phase)
 
 
+class AnotherPhase(Threads):
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        return super().call(step, event, ValidationPhase())
+
+
 class OneViewForAll(Threads):
     def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
         for step in plan.steps:
@@ -116,6 +121,7 @@ BROKEN: list[tuple[type[Threads], str, str]] = [
     (SkipsTheLast, "rule_12_no_handler_starts_before_those_it_waits_for", "'ProbeF']; wanted is "),
     (SkipsTheLast, "rule_12_every_handler_gets_its_event_phase_and_view", "in round 1 ran ['ProbeA', 'ProbeB', "),
     (FiresACopy, "rule_12_every_handler_gets_its_event_phase_and_view", "and not the event that was fired"),
+    (AnotherPhase, "rule_12_every_handler_gets_its_event_phase_and_view", "ValidationPhase and not the phase that was"),
     (OneViewForAll, "rule_12_every_handler_gets_its_event_phase_and_view", "ProbeB got the view of another handler"),
     (DoesNotWait, "rule_13_an_event_ends_when_all_its_handlers_have", "fire returned in round "),
     (SkipsTheLast, "rule_13_an_event_ends_when_all_its_handlers_have", "in round 1 ran ['ProbeA', 'ProbeB']; wanted"),
