@@ -70,8 +70,10 @@ def main() -> None:
 
 
 def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool) -> None:
-    width = width_of(1e-3)
-    data = batches(1000) * 3  # what the flush at the end of a fit takes is little of so many
+    width, data = width_of(1e-3), batches(1000)
+    for _ in range(3):  # as it is in these trainings: a minute of them is not as fast as the first second
+        step = median(row[0] for row in loops_in_turns([partial(learner_of, width, data, (), "serial")], 5, 1000))
+        width = max(16, round(width * (1e-3 / step) ** 0.5))
     without = partial(learner_of, width, data, (), "serial")
 
     def logged(name: str, executor: Callable[[], str | Executor]) -> Learner:
@@ -83,7 +85,7 @@ def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool
         "deferred to a cluster": (lambda: logged("cluster", lambda: DaskExecutor(address)), 1.04),
     }
     for name, (make, goal) in made.items():
-        times = epochs_in_turns([without, make], 30)  # side by side, as a machine is not the same for long
+        times = loops_in_turns([without, make], 60, 1000)  # side by side, as a machine is not the same for long
         report.ratio(f"1 ms step, `LogMetrics` each batch, {name}; floor: without it", times, goal, steps=1)
     if peers:
         for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
@@ -131,7 +133,8 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
     times = epochs_in_turns([without, lambda: logged("serial", "serial")], 30)
     report.ratio(f"{what}, in place; floor: without it", times, None, steps=1)
     with beside(tensors) as process:
-        times = loops_in_turns([without, lambda: logged("process", DaskExecutor(address)), without], 30, process)
+        made = [without, lambda: logged("process", DaskExecutor(address)), without]
+        times = loops_in_turns(made, 30, 200, process)
     report.ratio(f"{what}, deferred to a process; floor: without it", times, 1.08, steps=1)
     report.ratio("a process that has nothing to do with training and computes the same; floor: without it", times, None,
                  steps=1, which=2)
@@ -376,22 +379,22 @@ def epochs_in_turns(make: Sequence[Callable[[], Learner]], repetitions: int) -> 
 
 
 def loops_in_turns(
-    make: Sequence[Callable[[], Learner]], repetitions: int, process: subprocess.Popen[bytes]
+    make: Sequence[Callable[[], Learner]], repetitions: int, lead: int, process: subprocess.Popen[bytes] | None = None
 ) -> list[tuple[float, ...]]:
-    """Time epochs in turns, each in the middle of training; `process` runs beside the last.
+    """Time epochs in turns, each in the middle of training; `process`, if there is one, runs beside the last.
 
-    A lane is as far behind when the time begins as when it ends: half an epoch goes before, and the flush comes after.
-    So as many events are done within the time as are put into the lane.
+    A lane is as far behind when the time begins as when it ends: `lead` batches, about a second of them, go before, and
+    the flush comes after. So as many events are done within the time as are put into the lane.
     """
     learners = [each() for each in make]
 
     def one(learner: Learner, beside: bool) -> float:
-        if beside:
+        if process is not None and beside:
             process.send_signal(signal.SIGCONT)
-        data = learner.data[TrainingPhase]
-        learner.epoch(TrainingPhase, data[: len(data) // 2])
+        learner.epoch(TrainingPhase, learner.data[TrainingPhase][:lead])
         took = timed(partial(learner.epoch, TrainingPhase), len(learner.data[TrainingPhase]))()
-        process.send_signal(signal.SIGSTOP)
+        if process is not None:
+            process.send_signal(signal.SIGSTOP)
         learner.flush()
         return took
 

@@ -7,6 +7,7 @@ prints, checkpoints or draws is off.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,7 @@ Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> Callable[[], object]:
     """Return one epoch in Lightning."""
     lightning: Any = import_module("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit says what it found
 
     class Module(lightning.LightningModule):  # type: ignore[misc]  # an optional peer is untyped
         def __init__(self) -> None:
