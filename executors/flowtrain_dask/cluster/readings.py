@@ -30,7 +30,7 @@ class Reading:
     Args:
         descriptor: The file, opened and locked by this process, which it owns from here on.
         size: The bytes.
-        forks: How many children had been forked before the file was opened.
+        forks: What `flowtrain_dask.snapshots.parcels.forks` returned before the file was opened.
 
     Attributes:
         memory: What is in it.

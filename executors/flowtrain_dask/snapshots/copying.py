@@ -122,6 +122,11 @@ class Copying:
             refused.where.append(where if isinstance(where, str) and where.startswith(".") else f"[{where!r}]")
             raise
 
+    def recalled(self, value: Any) -> Any:
+        """Return the copy of a value that was made meanwhile, within itself; ``None`` if there is none."""
+        known = self._memo.get(id(value))
+        return None if known is None else known[1]
+
     def remember(self, value: Any, result: Any) -> None:
         """Note the copy of a container before it is filled: it may hold itself."""
         self._memo[id(value)] = (value, result)

@@ -75,7 +75,7 @@ class Parcel:
         memory: The mark and, from `START` on, the content. Who refers to it keeps the memory, also when the parcel is
             closed.
         ticket: Where it is, from the first `renew` on.
-        forks: How many children had been forked at the last `renew`.
+        forks: What `forks` returned at the last `renew`.
 
     Raises:
         OSError: There are too many open files, or there is no memory.
@@ -170,7 +170,7 @@ def _write(descriptor: int, piece: memoryview, to: int) -> None:
 
 
 def forks() -> int:
-    """Return how many children this process and its parents have forked since this module was loaded."""
+    """Return a number that is another one after each child that is forked."""
     return _forks
 
 
@@ -183,7 +183,8 @@ def _count_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_count_fork)
+    # Afterwards once more: what other threads do while the hooks of others run counts as before the fork.
+    os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)
 
 
 _by_address: WeakValueDictionary[int, Parcel] = WeakValueDictionary()

@@ -17,7 +17,7 @@ import ctypes
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -73,9 +73,13 @@ class _Memory:
             self.buffer, self.offset = _pinned(nbytes) if make == "pinned" else aligned(nbytes)
         self._idle = sys.getrefcount(self.buffer)  # measured: what counts as a reference differs between Pythons
 
+    def is_unused(self) -> bool:
+        """Return whether nobody in this process uses it."""
+        return sys.getrefcount(self.buffer) <= self._idle
+
     def begin_anew(self) -> bool:
         """Make it ready to be lent, if nobody uses it; return whether it is."""
-        if sys.getrefcount(self.buffer) > self._idle:
+        if not self.is_unused():
             return False
         try:
             if self.parcel is not None and self.parcel.forks != forks():
@@ -110,11 +114,11 @@ class _Kind:
             self.nbytes += elements * dtype.itemsize
             self.nbytes += -self.nbytes % ALIGNMENT
 
-    def idle(self) -> _Memory | None:
-        """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
+    def find(self, fits: Callable[[_Memory], bool]) -> _Memory | None:
+        """Return memory that fits, if one of the first two does: more may be kept for ever by a callback."""
         for _ in range(min(2, len(self.memories))):
             self.memories.rotate(-1)
-            if self.memories[-1].begin_anew():
+            if fits(self.memories[-1]):
                 return self.memories[-1]
         return None
 
@@ -186,7 +190,7 @@ class Pool:
                 kind = self._kinds[key] = _Kind(shapes)
             else:
                 self._kinds.move_to_end(key)
-            found = kind.idle() or self._add(kind, pinned)
+            found = kind.find(_Memory.begin_anew) or self._add(kind, pinned)
             if found is None:
                 return [_ordinary(*shape, pinned=pinned) for shape in shapes]
             flats = kind.flats(found)  # from here on the memory is in use
@@ -221,10 +225,10 @@ class Pool:
             if not kind.memories:
                 del self._kinds[key]
                 continue
-            if kind.idle() is None:
+            if kind.find(_Memory.is_unused) is None:
                 self._kinds.move_to_end(key)
                 continue
-            self._parcels -= kind.memories.pop().parcel is not None  # the one that is idle
+            self._parcels -= kind.memories.pop().parcel is not None  # the one that was found
             self._nbytes -= kind.nbytes
         return self._nbytes + nbytes <= self.limit_bytes
 

@@ -1,7 +1,7 @@
 """Copies of Python's own containers and objects, and of numpy's arrays.
 
 A container is rebuilt with copies of its items; where no item needs a copy an immutable one is itself the copy. Of
-subclasses and dataclasses the attributes are copied too; no constructor runs.
+subclasses and dataclasses the attributes are copied too, but for arrays; no constructor runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import types
 import uuid
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from flowtrain.events import Event
 from flowtrain.part import Tree
 from flowtrain.phases import Phase
-from flowtrain_dask.snapshots.copying import Copier, Copying, Refused, declared_inside
+from flowtrain_dask.snapshots.copying import SHARED, Copier, Copying, Refused, declared_inside
 
 __all__ = ["find_rebuilder", "prune_mapping"]
 
@@ -44,8 +44,12 @@ _NUMBERS = (int, float, complex, str, bytes)
 
 def find_rebuilder(kind: type, value: Any) -> Copier | None:
     """Return how a type of Python or numpy, a subclass of one, or a dataclass is copied; ``None`` for others."""
+    if issubclass(kind, enum.Enum):
+        return _itself
+    if issubclass(kind, _NUMBERS):
+        return _copy_number
     if issubclass(kind, _IMMUTABLE) and not (dataclasses.is_dataclass(kind) and not issubclass(kind, Event)):
-        return _copy_number if issubclass(kind, _NUMBERS) and not issubclass(kind, enum.Enum) else _itself
+        return _itself
     for base, copier in _CONTAINERS.items():
         if issubclass(kind, base):
             return copier
@@ -68,11 +72,15 @@ def _itself(value: Any, copying: Copying) -> Any:
 
 
 def _copy_number(value: Any, copying: Copying) -> Any:
-    own: dict[str, Any] = getattr(value, "__dict__", {})
-    if all(copying.copy_at(item, f".{name}") is item for name, item in own.items()):
+    if all(type(item) in SHARED for item in _attributes(value).values()):
         return value
     base: Any = next(base for base in _NUMBERS if isinstance(value, base))
-    return _with_attributes(value, base.__new__(type(value), *base.__getnewargs__(value)), copying)
+    try:
+        copy = base.__new__(type(value), *base.__getnewargs__(value))
+    except TypeError as error:  # numpy's own floats are floats
+        raise Refused(value, f"it has attributes, and cannot be made again: {error}") from error
+    copying.remember(value, copy)
+    return _with_attributes(value, copy, copying)
 
 
 def _items(value: Any, copying: Copying) -> list[Any]:
@@ -81,7 +89,7 @@ def _items(value: Any, copying: Copying) -> list[Any]:
 
 def _copy_list(value: list[Any], copying: Copying) -> Any:
     kind = type(value)
-    copy: list[Any] = kind.__new__(kind)
+    copy: list[Any] = list.__new__(kind)
     copying.remember(value, copy)
     list.extend(copy, _items(value, copying))
     return _with_attributes(value, copy, copying)
@@ -89,6 +97,8 @@ def _copy_list(value: list[Any], copying: Copying) -> Any:
 
 def _copy_tuple(value: tuple[Any, ...], copying: Copying) -> Any:
     items = _items(value, copying)
+    if (known := copying.recalled(value)) is not None:  # something in it holds it
+        return known
     if _is_same(value, items):
         return value
     kind = type(value)
@@ -96,13 +106,15 @@ def _copy_tuple(value: tuple[Any, ...], copying: Copying) -> Any:
         return tuple(items)
     if hasattr(kind, "n_fields"):  # a C struct sequence, such as torch.max gives; it takes one argument
         return cast("Any", kind)(items)
-    return _with_attributes(value, tuple.__new__(kind, items), copying)
+    copy = tuple.__new__(kind, items)
+    copying.remember(value, copy)
+    return _with_attributes(value, copy, copying)
 
 
 def _copy_dict(value: dict[Any, Any], copying: Copying) -> Any:
     kind = type(value)
-    base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
-    copy: Any = kind.__new__(kind)
+    base: Any = next((each for each in (OrderedDict, defaultdict) if issubclass(kind, each)), dict)
+    copy: Any = base.__new__(kind)
     copying.remember(value, copy)
     if isinstance(value, defaultdict):
         copy.default_factory = value.default_factory
@@ -114,7 +126,8 @@ def _copy_dict(value: dict[Any, Any], copying: Copying) -> Any:
 
 def _copy_set(value: set[Any], copying: Copying) -> Any:
     kind = type(value)
-    copy: Any = kind.__new__(kind)
+    copy: Any = set.__new__(kind)
+    copying.remember(value, copy)
     set.update(copy, _items(value, copying))
     return _with_attributes(value, copy, copying)
 
@@ -124,17 +137,19 @@ def _copy_frozenset(value: frozenset[Any], copying: Copying) -> Any:
     if _is_same(value, items):
         return value
     kind: Any = type(value)
-    return _with_attributes(value, frozenset.__new__(kind, items), copying)
+    copy = frozenset.__new__(kind, items)
+    copying.remember(value, copy)
+    return _with_attributes(value, copy, copying)
 
 
 def _is_same(value: tuple[Any, ...] | frozenset[Any], items: list[Any]) -> bool:
     """Return whether something immutable is its own copy, given the copies of its items."""
-    return all(one is other for one, other in zip(value, items, strict=True)) and not getattr(value, "__dict__", None)
+    return all(one is other for one, other in zip(value, items, strict=True)) and not _attributes(value)
 
 
 def _copy_deque(value: deque[Any], copying: Copying) -> Any:
     kind = type(value)
-    copy: deque[Any] = kind.__new__(kind)
+    copy: deque[Any] = deque.__new__(kind)
     deque.__init__(copy, (), value.maxlen)  # which a subclass may have another way to say
     copying.remember(value, copy)
     deque.extend(copy, _items(value, copying))
@@ -142,18 +157,22 @@ def _copy_deque(value: deque[Any], copying: Copying) -> Any:
 
 
 def _copy_proxy(value: types.MappingProxyType[Any, Any], copying: Copying) -> Any:
-    shown: dict[Any, Any] = {}
+    shown: Any = value.copy()  # of the type that it shows: one with defaults, say
+    if not isinstance(shown, dict):
+        shown = dict(value.items())
     copy = types.MappingProxyType(shown)
     copying.remember(value, copy)
-    shown.update({key: copying.copy_at(item, key) for key, item in value.items()})
+    for key, item in value.items():
+        shown[key] = copying.copy_at(item, key)
     return copy
 
 
 def _copy_bytearray(value: bytearray, copying: Copying) -> Any:
     copying.nbytes += len(value)
     kind = type(value)
-    copy = kind.__new__(kind)
+    copy = bytearray.__new__(kind)
     bytearray.__init__(copy, value)
+    copying.remember(value, copy)
     return _with_attributes(value, copy, copying)
 
 
@@ -162,12 +181,16 @@ def _copy_partial(value: functools.partial[Any], copying: Copying) -> Any:
     keywords = {name: copying.copy_at(arg, f".keywords[{name!r}]") for name, arg in value.keywords.items()}
     kind: Any = type(value)
     copy = functools.partial.__new__(kind, copying.copy_at(value.func, ".func"), *args, **keywords)
+    copying.remember(value, copy)
     return _with_attributes(value, copy, copying)
 
 
 def _copy_object(value: Any, copying: Copying) -> Any:
     kind: Any = type(value)
-    copy = kind.__new__(kind)
+    try:
+        copy = object.__new__(kind)
+    except TypeError:  # of a type that is made in C
+        copy = kind.__new__(kind)
     copying.remember(value, copy)
     return _with_attributes(value, copy, copying)
 
@@ -178,12 +201,24 @@ def _with_attributes(value: Any, copy: Any, copying: Copying) -> Any:
     if own:
         # Past `__setattr__`: a frozen dataclass has one that refuses, others do more than to assign.
         copy.__dict__.update({name: copying.copy_at(item, f".{name}") for name, item in own.items()})
+    for name, item in _in_slots(value):
+        object.__setattr__(copy, name, copying.copy_at(item, f".{name}"))
+    return copy
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots too."""
+    return {**getattr(value, "__dict__", {}), **dict(_in_slots(value))}
+
+
+def _in_slots(value: Any) -> Iterator[tuple[str, Any]]:
     for kind in type(value).__mro__:
         slots: Any = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                object.__setattr__(copy, name, copying.copy_at(getattr(value, name), f".{name}"))
-    return copy
+                yield name, getattr(value, name)
 
 
 def _copy_array(value: Any, copying: Copying) -> Any:

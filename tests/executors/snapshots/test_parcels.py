@@ -204,3 +204,20 @@ def test_a_forked_child_refuses_to_begin_it_anew_and_takes_nothing_from_its_pare
     refused = "this memory belongs to process PARENT, and this is CHILD\n"
     assert done.stdout == f"{refused}{refused}b'one'\n", done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_what_other_threads_do_while_a_child_is_forked_counts_as_before() -> None:
+    """Hooks of others may let them run when ours has."""
+    script = (
+        "import os\n"
+        "seen = []\n"
+        "os.register_at_fork(before=lambda: seen.append(parcels.forks()))  # runs after the hooks that come later\n"
+        "from flowtrain_dask.snapshots import parcels\n"
+        "before = parcels.forks()\n"
+        "if not os.fork():\n"
+        "    os._exit(parcels.forks() == before)\n"
+        "_, status = os.wait()\n"
+        "print(status, before != seen[0] != parcels.forks())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0 True\n", done.stderr

@@ -343,6 +343,102 @@ def test_attributes_of_subclasses_of_what_is_immutable_are_copied(value: Any) ->
     assert found.note == [1]
 
 
+@pytest.mark.parametrize("value", [*ANNOTATED, Part(max, 1), Filled([1])], ids=lambda value: type(value).__name__)
+def test_what_refers_to_itself_does_so_in_the_copy(value: Any) -> None:
+    value.note = [value]
+    found = copied(value)
+    assert found is not value
+    assert found.note[0] is found
+
+
+def test_a_tuple_that_something_in_it_holds_is_one_in_the_copy() -> None:
+    inner: list[Any] = [1]
+    value = (inner,)
+    inner.append(value)
+    found = copied(value)
+    assert found is not value
+    assert found[0][1] is found
+
+
+class Marked(float):
+    __slots__ = ("__own", "note")
+    note: Any
+
+    def own(self) -> Any:
+        """Return what no subclass sees."""
+        return self.__own
+
+    def keep(self, what: Any) -> Any:
+        """Set it."""
+        self.__own = what
+
+
+def test_what_is_in_slots_is_copied_also_where_it_is_private() -> None:
+    value = Marked(2.5)
+    value.note, kept = [1], [2]
+    value.keep(kept)
+    found = copied(value)
+    value.note.append(0)
+    kept.append(0)
+    assert (type(found), found, found.note, found.own()) == (Marked, 2.5, [1], [2])
+
+
+@dataclass
+class Mixin:
+    number: int
+
+
+class Chosen(Mixin, enum.Enum):
+    ONE = 1
+
+
+@dataclass
+class Measured(float):
+    note: Any = None
+
+    def __new__(cls, value: float, note: Any = None) -> Measured:
+        return super().__new__(cls, value)
+
+    def __init__(self, value: float, note: Any = None) -> None:
+        self.note = note
+
+
+def test_dataclasses_that_are_something_else_as_well() -> None:
+    assert copied([Chosen.ONE])[0] is Chosen.ONE
+    value = Measured(3.5, [1])
+    found = copied(value)
+    value.note.append(2)
+    assert (type(found), float(found), found.note) == (Measured, 3.5, [1])
+
+
+class Strict(list[Any]):
+    def __new__(cls, size: int) -> Strict:
+        raise AssertionError(f"made with {size}")
+
+
+class Wide(np.float64):
+    note: Any
+
+
+def test_no_function_of_the_type_runs_and_what_cannot_be_made_is_refused() -> None:
+    value: Any = list.__new__(Strict)
+    value.append([1])
+    assert copied([value])[0] == [[1]]
+    wide = Wide(1.5)
+    assert copied([wide])[0] is wide
+    wide.note = [1]
+    with pytest.raises(Refused, match="it has attributes, and cannot be made again"):
+        Copying(Pool(0)).copy(wide)
+
+
+def test_a_proxy_keeps_what_is_missing_in_what_it_shows() -> None:
+    shown: dict[str, list[int]] = defaultdict(list, a=[1])
+    found = copied(types.MappingProxyType(shown))
+    shown["a"].append(2)
+    assert found["a"] == [1]
+    assert found["b"] == []
+
+
 def test_a_subclass_without_attributes_is_its_own_copy() -> None:
     value: list[Any] = [Word("abc"), Score(1), Row((1, "a")), Bag([1]), Colour.RED]
     assert all(one is other for one, other in zip(copied(value), value, strict=True))
