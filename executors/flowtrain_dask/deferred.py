@@ -212,6 +212,11 @@ class Deferred:
         """End the lanes; what they have not processed is dropped."""
         for lane in self.lanes:
             lane.close()
+        self.release()
+
+    def release(self) -> None:
+        """Keep no memory for snapshots any more; what somebody still has of it stays as it is."""
+        self._pool.clear()
 
     def _tell(self) -> None:
         """Log what is new among the troubles."""

@@ -127,6 +127,8 @@ class Deferring:
                 self.flush()
         finally:
             self._held.give_back()
+            if self._deferred is not None:
+                self._deferred.release()
 
 
 def _check(defer: object, resources: Mapping[str, float], options: Options) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 import threading
 import time
@@ -61,6 +62,7 @@ from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 from flowtrain_dask.lanes.limits import WhenFull
 from flowtrain_dask.lanes.report import Report
+from flowtrain_dask.snapshots.parcels import possible
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -432,6 +434,45 @@ def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     while own_processes() & started and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not own_processes() & started
+
+
+class Keeps(Callback):
+    """Keeps what it reads."""
+
+    deferrable = True
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def state_access(self) -> Access:
+        return {"batch.inputs": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def keep(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        """Keep it."""
+        self.kept.append(learner.batch.inputs)
+
+
+@pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
+def test_memory_that_workers_read_is_given_back_when_the_learner_is_closed(dask_processes: Any) -> None:
+    """Without waiting for the garbage collector; what a callback has kept is its own."""
+    def memory() -> int:
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return sum("memfd:flowtrain" in os.readlink(link) for link in links if os.path.islink(link))
+
+    before, collecting = memory(), gc.isenabled()
+    keeps = Keeps()
+    data = [(torch.full((1 << 18, 1), float(number)), torch.ones(1 << 18, 1)) for number in range(4)]
+    gc.disable()
+    try:
+        with tiny_learner(keeps, data=data, executor=DaskExecutor(dask_processes.address)) as learner:
+            learner.fit(1)
+            assert memory() > before, "a snapshot of a megabyte lies in such memory"
+        assert memory() == before
+    finally:
+        if collecting:
+            gc.enable()
+    assert [float(each.sum()) for each in keeps.kept] == [float(number << 18) for number in range(4)]
 
 
 def test_the_report_keeps_what_was_before_a_change_of_callbacks() -> None:
