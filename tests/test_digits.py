@@ -219,23 +219,27 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
     assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # two backends
 
 
-def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(serial: Logged, tmp_path: Path) -> None:
-    """Rules 28 and 29: the same log, the same checkpoints, the same accuracy."""
+@pytest.mark.parametrize(("executor", "number"), [("dask", signal.SIGTERM), ("local", signal.SIGINT)])
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    serial: Logged, tmp_path: Path, executor: str, number: signal.Signals
+) -> None:
+    """Rules 28 and 29: the same log, the same checkpoints, the same accuracy; workers get the signal too."""
     folder = tmp_path / "a"
     running = subprocess.Popen(
-        command(folder, "dask"), env=bare_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(folder, executor), env=bare_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     with running:
         while not (folder / "checkpoints" / "epoch-0001.ckpt").exists():
             assert running.poll() is None, running.communicate()
             time.sleep(0.005)
-        running.send_signal(signal.SIGTERM)
+        os.killpg(running.pid, number)
         _, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (
         1, f"\nInterrupted. Go on with the same command and --resume: {folder}\n"
     )  # fmt: skip
     assert (folder / "checkpoints" / "interrupted.ckpt").exists()
-    with_rest = log_run(folder, "dask", "--resume")
+    with_rest = log_run(folder, executor, "--resume")
     assert re.search(rf"^epoch +{EPOCHS}  ValidationPhase", with_rest.output, re.MULTILINE)
     assert "epoch   1  TrainingPhase" not in with_rest.output
     assert accuracy(with_rest.output) == accuracy(serial.output)

@@ -5,8 +5,8 @@ A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers t
     b"FTB2"  number of buffers, size of pickle  size, place of each  pickle  buffer  buffer ...     (each part aligned)
 
 The place of a buffer is 0; or it is not among them, and lies at the beginning of the parcel with this number, from 1.
-Large buffers are used where they are, on either side. Small ones are copied where objects are made again: who keeps one
-of these keeps that alone, and not the memory of a whole batch.
+Buffers of `LARGE` bytes and more are used where they are, on either side. Smaller ones are copied where objects are
+made again: who keeps one of these keeps that alone, and not the memory of a whole batch.
 
 How tensors and other values are taken apart says `flowtrain_dask.cluster.reducing`.
 """
@@ -22,14 +22,11 @@ from typing import Any
 
 from flowtrain_dask.cluster.reducing import ValuePickler
 from flowtrain_dask.snapshots.parcels import Parcel, parcel_at
-from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
+from flowtrain_dask.snapshots.pool import ALIGNMENT, LARGE, aligned
 
 __all__ = ["Encoded", "decode", "encode"]
 
 _MAGIC = b"FTB2"
-_LARGE = 1 << 20
-"""Bytes of a buffer from which on it is used where it is: a snapshot of that size lies in a parcel of its own."""
-
 
 class Encoded:
     """An object as bytes: a head, and the buffers, which are where the object has them.
@@ -122,7 +119,7 @@ def _parts(
     start = 0
     for size, place in zip(sizes, places, strict=True):
         part = parcels[place - 1][:size] if place else view[start : start + size]
-        yield _copy_of(part) if size < _LARGE else part
+        yield _copy_of(part) if size < LARGE else part
         start += 0 if place else _after(size)
 
 

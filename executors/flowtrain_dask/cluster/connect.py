@@ -170,6 +170,7 @@ def _start(deadline: float, workers: int | None, resources: dict[str, float] | N
                 processes=True,
                 dashboard_address="127.0.0.1:0",  # any free port; 8787 may be in use, which is a warning
                 resources=dict(resources or {}),
+                preload=["flowtrain_dask.cluster.worker"],  # for its `dask_setup`
             )
     except Exception as error:  # what a process cannot be started for is many things
         raise ExecutorError(

@@ -30,7 +30,7 @@ class Reading:
     Args:
         descriptor: The file, opened and locked by this process, which it owns from here on.
         size: The bytes.
-        forks: What `flowtrain_dask.snapshots.parcels.forks` returned before the file was opened.
+        before: What `forks` returned before the file was opened.
 
     Attributes:
         memory: What is in it.
@@ -41,10 +41,10 @@ class Reading:
 
     _descriptor = -1
 
-    def __init__(self, descriptor: int, size: int, forks: int) -> None:
+    def __init__(self, descriptor: int, size: int, before: int) -> None:
         memory = mapped(START + size, descriptor, shared=False)
         self._mapped = weakref.ref(memory)
-        self._forks = forks
+        self._forks = before
         self.memory = memoryview(memory)[START:]
         self._descriptor = descriptor
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import platform
+import signal
 import threading
 import traceback
 from collections import OrderedDict
@@ -29,7 +30,7 @@ from flowtrain_dask.cluster.readings import Readings
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 from flowtrain_dask.snapshots.parcels import Ticket
 
-__all__ = ["Assignment", "Reply", "Versions", "process", "versions"]
+__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "process", "versions"]
 
 
 class Versions(NamedTuple):
@@ -113,6 +114,17 @@ class Reply:
     address: str = ""
     versions: Versions = field(default_factory=versions)
     text: str = ""
+
+
+def dask_setup(worker: Any) -> None:
+    """Leave Ctrl-C and SIGTERM to the process that trains; dask calls it in the processes of ``DaskExecutor("local")``.
+
+    A terminal and a batch system send them to all processes of a program. That one stops training in good order, and
+    needs its workers for what is still pending; they end when it closes them, and when it dies.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def process(blob: bytes) -> bytes:

@@ -25,7 +25,7 @@ import torch
 from flowtrain.errors import UsageError, is_a
 from flowtrain_dask.snapshots.parcels import START, Parcel, forks, possible
 
-__all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
+__all__ = ["ALIGNMENT", "LARGE", "Pool", "aligned", "dense_strides"]
 
 ALIGNMENT = 64
 """As torch aligns its own memory: what a matrix product gives in the last bit may depend on it."""
@@ -33,7 +33,7 @@ ALIGNMENT = 64
 _SMALL = 1024
 """Bytes below which ordinary memory is as quick."""
 
-_LARGE = 1 << 20
+LARGE = 1 << 20
 """Bytes from which on a pool that shares lends a parcel: each is an open file."""
 
 _PARCELS = 64
@@ -206,7 +206,7 @@ class Pool:
         """Get new memory of a kind, if there is room."""
         if not self._room(kind.nbytes):
             return None
-        shares = self._share and not pinned and kind.nbytes >= _LARGE and self._parcels < _PARCELS
+        shares = self._share and not pinned and kind.nbytes >= LARGE and self._parcels < _PARCELS
         try:
             found = _Memory(kind.nbytes, "parcel" if shares else "pinned" if pinned else "ordinary")
             self._parcels += shares

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -77,3 +79,21 @@ def test_local_processes() -> None:
     assert len(connection.workers(10)) == 1
     connection.close()
     assert connection.cluster.status == Status.closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_local_processes_leave_signals_to_the_process_that_trains(number: signal.Signals) -> None:
+    """A terminal sends Ctrl-C to all of them, and what waits in the lanes is still to be done. Killed they are gone."""
+    connection = connect("local", 60, workers=2)
+    assert connection is not None
+    client: Any = connection.client
+    before: dict[str, int] = client.run(os.getpid)
+    assert len(before) == 2
+    for process in before.values():
+        os.kill(process, number)
+    assert client.submit(abs, -1).result(timeout=30) == 1
+    assert client.run(os.getpid) == before
+    connection.close()
+    for process in before.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
