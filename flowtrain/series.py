@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 
@@ -11,14 +11,20 @@ from flowtrain.errors import nearest
 from flowtrain.lag import Kept
 from flowtrain.readonly import refuse
 
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
 __all__ = ["Series", "SeriesMap"]
 
 
 class Series:
     """Values with the step at which each was recorded, in order.
 
-    Iterating gives ``(step, value)`` pairs; ``len`` is their number. Values of a device stay there, at most 256 of
-    them, until they are read: to read them is to wait for the device.
+    It is a sequence of ``(step, value)`` pairs: iterating and indexing give pairs, a slice gives a list of pairs, and
+    ``numpy.asarray`` and ``torch.as_tensor`` give an array of shape ``(n, 2)``. `steps` and `values` are lists of the
+    one and the other. Two series are equal if they are the same object; compare ``list(series)`` for what they hold.
+    ``copy.copy`` gives a series of one's own. Values of a device stay there, at most 256 of them, until they are read:
+    to read them is to wait for the device.
 
     Args:
         path: Where it lives, for messages.
@@ -26,8 +32,11 @@ class Series:
 
     >>> series = Series("cbstate.example")
     >>> series.push(0.5, step=1)
-    >>> series.last()
-    (1, 0.5)
+    >>> series.push(0.25, step=2)
+    >>> series.last(), series[0], series[1:]
+    ((2, 0.25), (1, 0.5), [(2, 0.25)])
+    >>> series.steps, series.values
+    ([1, 2], [0.5, 0.25])
     """
 
     __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
@@ -72,6 +81,16 @@ class Series:
         if self._kept:
             self._kept.settle_one(self._values, len(self._values) - 1)
         return self._steps[-1], self._values[-1]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps, in order; a list of one's own."""
+        return [step for step, _ in self]
+
+    @property
+    def values(self) -> list[Any]:
+        """The values, in order; a list of one's own."""
+        return [value for _, value in self]
 
     def newest(self) -> Any:
         """Return the newest value without waiting for it: a tensor of one element if it is on a device."""
@@ -118,6 +137,49 @@ class Series:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return zip(list(self._steps), self.since(0), strict=False)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, Any]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, Any] | list[tuple[int, Any]]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        length = len(self)
+        try:
+            position = range(length)[index]
+        except IndexError:
+            raise IndexError(f"{self._path} has {length} values, and none at position {index}.") from None
+        except TypeError:
+            raise TypeError(
+                f"{self._path}[{index!r}]: a series is indexed by position, as in [0], [-1] or [2:5]."
+            ) from None
+        return self._pair(position)
+
+    def _pair(self, position: int) -> tuple[int, Any]:
+        if self._kept:
+            self._kept.settle(self._values)
+        return self._steps[position], self._values[position]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the pairs as an array of shape ``(n, 2)``: the steps in the first column, the values in the second.
+
+        Raises:
+            ValueError: A value is no number, or ``copy=False``: the array is always a new one.
+        """
+        import numpy as np
+
+        if copy is False:
+            raise ValueError(f"{self._path}: the array of a series is a new one. Leave out copy=False.")
+        pairs = list(self)
+        if any(getattr(value, "ndim", 0) for _, value in pairs):
+            raise ValueError(f"{self._path} holds tensors, so it is no table of numbers. Use its .steps and .values.")
+        return np.array(pairs, dtype=dtype).reshape(len(pairs), 2)
+
+    def __copy__(self) -> Series:
+        copy = Series(self._path, self._late)
+        copy._steps, copy._values = self.steps, self.values
+        return copy
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._path}: {len(self)} values>"

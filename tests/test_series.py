@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +108,72 @@ def test_the_twin_of_a_series_is_live_and_refuses_to_push() -> None:
         with pytest.raises(ProtectedException, match=r"Write access to Learner\.cbstate\.smooth_loss disallowed"):
             refused()
     assert len(series) == 1
+
+
+# --- a series as a sequence of pairs
+
+
+@pytest.fixture(params=["series", "twin", "late"])
+def three(request: pytest.FixtureRequest) -> Series:
+    series = Series("cbstate.example", late=request.param == "late")
+    for step, value in ((1, 0.5), (2, 0.25), (4, 0.125)):
+        series.push(torch.tensor(value), step)
+    found: Series = readonly(series, "ignored") if request.param == "twin" else series
+    return found
+
+
+def test_arrays_of_a_series_are_its_pairs(three: Series) -> None:
+    pairs = [[1, 0.5], [2, 0.25], [4, 0.125]]
+    for array in (np.asarray(three), np.array(three), np.array(three, dtype=np.float32)):
+        assert array.tolist() == pairs
+    assert np.asarray(three).dtype == np.float64
+    assert np.array(three, dtype=np.float32).dtype == np.float32
+    steps, values = np.asarray(three).T
+    assert (steps.tolist(), values.min()) == ([1, 2, 4], 0.125)
+    assert torch.as_tensor(three).tolist() == torch.tensor(three).tolist() == pairs
+    assert (three.steps, three.values) == ([1, 2, 4], [0.5, 0.25, 0.125])
+
+
+def test_positions_and_slices_are_those_of_the_list(three: Series) -> None:
+    pairs = list(three)
+    assert [three[position] for position in range(-3, 3)] == pairs + pairs
+    assert (three[1:], three[::2], three[:-1], three[5:]) == (pairs[1:], pairs[::2], pairs[:-1], [])
+    assert list(reversed(three)) == pairs[::-1]
+    assert (2, 0.25) in three
+    for position in (3, -4):
+        with pytest.raises(IndexError, match=rf"^cbstate\.example has 3 values, and none at position {position}\.$"):
+            _ = three[position]
+    with pytest.raises(TypeError, match=r"^cbstate\.example\['Loss'\]: a series is indexed by position, as in \[0\]"):
+        _ = three["Loss"]  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # a mistake
+
+
+def test_an_empty_series_is_an_empty_table() -> None:
+    series = Series("s")
+    assert np.asarray(series).shape == (0, 2)
+    assert torch.as_tensor(series).numel() == 0
+    assert (series[:], series.steps, series.values, bool(series)) == ([], [], [], False)
+    with pytest.raises(IndexError, match=r"^s has 0 values, and none at position -1\."):
+        _ = series[-1]
+
+
+def test_a_series_of_tensors_is_no_table_of_numbers() -> None:
+    series = Series("cbstate.example")
+    series.push(torch.zeros(3), 1)
+    with pytest.raises(ValueError, match=r"^cbstate\.example holds tensors, so it is no table of numbers\. Use its"):
+        np.asarray(series)
+    with pytest.raises(ValueError, match="Leave out copy=False"):
+        np.array(series, copy=False)
+
+
+def test_a_copy_grows_for_itself(three: Series) -> None:
+    for made in (copy.copy(three), copy.deepcopy(copy.copy(three))):
+        made.push(1.0, 5)
+        assert (len(made), len(three), made.last()) == (4, 3, (5, 1.0))
+        three_again = copy.copy(three)
+        assert list(three_again) == list(three)
+        assert three_again != three  # by identity, as documented
+    same = {three: 1}
+    assert same[three] == 1
 
 
 # --- by name

@@ -142,6 +142,11 @@ class Tail(_Frozen):
     def _newest(self) -> tuple[int, Any]:
         return self._steps[-1], self._arrived()[-1]
 
+    def _pair(self, position: int) -> tuple[int, Any]:
+        if position < self._start:
+            self._refuse(f"position {position} is asked for")
+        return self._steps[position - self._start], self._arrived()[position - self._start]
+
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         self._refuse("it is iterated over")
 

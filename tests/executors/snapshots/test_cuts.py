@@ -50,6 +50,20 @@ def test_a_tail_has_the_newest_values(late: bool) -> None:
             list(each)
 
 
+def test_positions_are_those_of_the_series() -> None:
+    live = series(5)
+    cut, tail = Cut(live), Tail(live, 3)
+    live.push(9.0, 9)
+    assert (cut[-1], cut[0], cut[3:]) == ((4, 2.0), (0, 0.0), [(3, 1.5), (4, 2.0)])
+    assert cut.values == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert torch.as_tensor(cut).shape == (5, 2)
+    assert (tail[-1], tail[3]) == ((4, 2.0), (3, 1.5))
+    with pytest.raises(UsageError, match=r"position 2 is asked for.*from position 3 on.*Read\(full=True\)"):
+        _ = tail[2]
+    with pytest.raises(UsageError, match="it is iterated over"):
+        _ = tail.values
+
+
 def test_a_tail_without_news_still_has_the_newest() -> None:
     assert Tail(series(4), 4).last() == (3, 1.5)
     assert Tail(series(4), 4).since(4) == []
