@@ -47,6 +47,7 @@ class TorchCore:
             loss (https://docs.pytorch.org/docs/stable/amp.html). The parameters stay in their own type.
         accumulate: Batches in an accumulation group, which makes one update. The loss is divided by it for the
             backward pass; the last group of an epoch may be shorter, and its gradients are divided by its own length.
+            That update is made in the last batch, or behind it if that one was cancelled (rule 16).
         clip_grad_norm: Scale the gradients of an update to at most this total 2-norm.
         compile: Run the model through `torch.compile`, or with ``"loss"`` the model and the loss as one graph; a
             mapping gives keyword arguments, and ``"loss": True`` among them means the same (`flowtrain.compiling`).
@@ -186,13 +187,17 @@ class TorchCore:
         return autocast(self.device, self.precision)
 
     def end_groups(self) -> None:
-        """Throw away the gradients of a group that a cancelled batch left open; a group lies within one epoch."""
+        """Throw away the gradients of a group that is open; a group lies within one epoch."""
         self._placement.forget()
         if torch.is_grad_enabled():
             if self._guard is not None:
                 self._guard.clear()
             if self.groups.open:
                 self.discard()
+
+    def unfilled(self) -> list[list[str]]:
+        """Return the optimizers whose groups wait for more batches, as they are updated: alone or together."""
+        return self.groups.unfilled if torch.is_grad_enabled() else []  # validation may lie between direct steps
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._guard is not None:

@@ -7,10 +7,10 @@ it fires what handlers asked for (`drain`) and decides what their failures amoun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchCancelled, EpochBegin, Event
+from flowtrain.events import BatchCancelled, EpochBegin, Event, UpdateBegin, UpdateEnd
 from flowtrain.execution import Executor, Runner
 from flowtrain.graph import Node
 from flowtrain.phases import AbstractTrainingPhase, Phase
@@ -26,8 +26,8 @@ from flowtrain.steps import StepRunners
 
 __all__ = ["Dispatch"]
 
-_IN_A_BATCH = (EpochBegin, *StepRunners.events.values(), BatchCancelled)
-"""Events at which the batch state is that of the open batch, or of none."""
+_IN_A_BATCH: Set[type[Event]] = {EpochBegin, *StepRunners.events.values(), BatchCancelled}
+"""Events at which the batch state is that of the open batch, or of none; with accumulation an update may come later."""
 
 _MOST_FIRED = 10_000
 """Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
@@ -67,7 +67,9 @@ class Dispatch:
         checkpoint: What takes the checkpoints that handlers ask for.
     """
 
-    def __init__(self, state: LearnerState, scopes: Scopes, executor: Executor, sinks: Sinks) -> None:
+    def __init__(
+        self, state: LearnerState, scopes: Scopes, executor: Executor, sinks: Sinks, *, accumulates: bool = False
+    ) -> None:
         self.state = state
         self.executor = executor
         self.runners = _Runners(self)
@@ -77,6 +79,7 @@ class Dispatch:
         self.checkpoint: Callable[[CheckpointRequest], None] | None = None
         self._scopes = scopes
         self._sinks = sinks
+        self._in_a_batch = _IN_A_BATCH - {UpdateBegin, UpdateEnd} if accumulates else _IN_A_BATCH
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
@@ -87,7 +90,7 @@ class Dispatch:
         if self._callbacks is None:
             self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
         self._callbacks = callbacks
-        self._scopes.kept = _seen_after_a_batch(callbacks.nodes)
+        self._scopes.kept = _seen_after_a_batch(callbacks.nodes, self._in_a_batch)
         self._by_type.clear()
         self.runners.clear()
 
@@ -217,13 +220,13 @@ class Dispatch:
         return [failure for _, failure in failures if self._scopes.means_something(failure)]
 
 
-def _seen_after_a_batch(nodes: Sequence[Node]) -> frozenset[str] | None:
-    """Return the batch entries that handlers declare which run after a batch is closed; ``None`` for all."""
+def _seen_after_a_batch(nodes: Sequence[Node], within: Set[type[Event]]) -> frozenset[str] | None:
+    """Return the batch entries that handlers of other events than those `within` a batch declare; ``None`` for all."""
     paths = {
         path
         for node in nodes
         for _, handler in node.handlers
-        if handler.event_type not in _IN_A_BATCH
+        if handler.event_type not in within
         for path, _ in node.access[handler]
         if path[0] == "batch"
     }

@@ -1,8 +1,8 @@
 """Events: types that say which moment of training it is.
 
-The loop fires an instance of an event type; a callback's handlers are chosen by the type. Events of the library carry
-nothing and exist once; only `FitBegin` says how long the fit will be. An event of your own is a subclass, as a frozen
-dataclass if it carries something::
+The loop fires an instance of an event type; a callback's handlers are chosen by the type. Most events of the library
+carry nothing; `FitBegin` says how long the fit will be, `UpdateBegin` and `UpdateEnd` whether a batch is open. An event
+of your own is a subclass, as a frozen dataclass if it carries something::
 
     @dataclass(frozen=True)
     class Improved(Event):
@@ -15,6 +15,9 @@ One fit fires, for each epoch and batch::
         BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd   (or BatchCancelled)
       EpochEnd                                                                                (or EpochCancelled)
     FitEnd
+
+An accumulation group that waits for more batches when there are none is updated between the last batch
+and the end of the epoch (rule 16).
 """
 
 from __future__ import annotations
@@ -114,16 +117,27 @@ class BackwardEnd(Event):
     __slots__ = ()
 
 
+@dataclass(frozen=True, repr=False)
 class UpdateBegin(Event):
-    """The gradients of the group are complete, unscaled and not yet clipped; the optimizer's step comes next."""
+    """The gradients of the group are complete, unscaled and not yet clipped; the optimizer's step comes next.
 
-    __slots__ = ()
+    Attributes:
+        in_batch: Whether a batch is open. It is not for an accumulation group that waited for more batches when the
+            epoch ended: its update follows the last batch, whose state the handlers see.
+    """
+
+    in_batch: bool = True
 
 
+@dataclass(frozen=True, repr=False)
 class UpdateEnd(Event):
-    """The optimizer has stepped."""
+    """The optimizer has stepped.
 
-    __slots__ = ()
+    Attributes:
+        in_batch: As for `UpdateBegin`.
+    """
+
+    in_batch: bool = True
 
 
 class BatchEnd(Event):

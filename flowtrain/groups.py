@@ -1,8 +1,9 @@
 """Accumulation groups: how many batches each optimizer has gone without an update, and whose gradients are spent.
 
 A group is the batches that make one update. It begins with zeroed gradients, takes in one batch after the other, and
-ends with the optimizer's step: when it is full, or at the last batch of the epoch. Each optimizer has its own, since a
-step of one's own may update one of them alone.
+ends with the optimizer's step: when it is full, at the last batch of the epoch, or behind it, where the last batches
+were cancelled or the loader gave fewer than it had said. Each optimizer has its own, since a step of one's own may
+update one of them alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Groups:
         self._optimizers = optimizers
         self._zero = {name: zeroing(optimizer) for name, optimizer in optimizers.items()}
         self._counts = dict.fromkeys(optimizers, 0)
+        self._asked: dict[str, str | None] = {}  # for each optimizer the argument of `due`; the latest call is the last
         self._complete = dict.fromkeys(optimizers, True)
         self._spent: set[str] = set()  # stepped in this batch: their gradients belong to no group any more
 
@@ -63,7 +65,15 @@ class Groups:
         names = list(self._optimizers) if name is None else [name]
         for each in names:
             self._counts[each] += 1
+            self._asked.pop(each, None)
+            self._asked[each] = name
         return [each for each in names if self.last_batch or self._counts[each] >= self.size]
+
+    @property
+    def unfilled(self) -> list[list[str]]:
+        """The optimizers whose groups have taken in batches and are not full; together if `due` was asked for all."""
+        waiting = {name: call for name, call in self._asked.items() if self._counts[name]}
+        return [[name for name in waiting if waiting[name] == call] for call in dict.fromkeys(waiting.values())]
 
     def share(self, name: str) -> float:
         """Return what the gradients of a group that is due are to be multiplied with.
@@ -79,13 +89,15 @@ class Groups:
             self._complete[name] = True
             self._spent.add(name)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return which groups have begun, and after how many batches; the gradients are with the parameters."""
-        return {"counts": dict(self._counts), "complete": dict(self._complete)}
+        asked = [[name, call] for name, call in self._asked.items()]  # a list keeps its order in every format
+        return {"counts": dict(self._counts), "complete": dict(self._complete), "asked": asked}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._counts, self._complete = dict(state["counts"]), dict(state["complete"])
+        self._asked = dict(state.get("asked", []))
         self._spent.clear()
 
     def discard(self) -> None:

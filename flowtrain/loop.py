@@ -15,7 +15,17 @@ from flowtrain.core import TorchCore
 from flowtrain.cuts import Cuts
 from flowtrain.data import check_gave, length, shortest
 from flowtrain.dispatch import Dispatch
-from flowtrain.events import BatchCancelled, EpochBegin, EpochCancelled, EpochEnd, Event, FitBegin, FitEnd
+from flowtrain.events import (
+    BatchCancelled,
+    EpochBegin,
+    EpochCancelled,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    UpdateBegin,
+    UpdateEnd,
+)
 from flowtrain.execution import Executor
 from flowtrain.interrupts import Interrupts
 from flowtrain.phasemap import PhaseMap
@@ -37,7 +47,7 @@ from flowtrain.steps import CLOSED, CLOSING, OPEN, settle
 __all__ = ["Loop"]
 
 _FIT_END, _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = FitEnd(), EpochBegin(), EpochEnd(), EpochCancelled()
-_BATCH_CANCELLED = BatchCancelled()
+_BATCH_CANCELLED, _REST_BEGIN, _REST_END = BatchCancelled(), UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
 
 _LEFT_OPEN = "the step caught an exception and left its batch open"
 
@@ -62,7 +72,7 @@ class Loop:
         self.executor = executor
         self.scopes = Scopes()
         self.sinks = Sinks()
-        self.dispatch = Dispatch(state, self.scopes, executor, self.sinks)
+        self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
         self.runners = self.dispatch.runners
         self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.urgent)
         self.dispatch.checkpoint = self.cuts.take
@@ -176,15 +186,55 @@ class Loop:
                 failures.append(failure)
                 if isinstance(failure, CancelFittingException):  # what its batch asked for is taken before it closes
                     _attempt(failures, self.cuts.take_waiting)
+            self._show(scopes.completed)
+            self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
             self.core.end_groups()
-            self._show(scopes.completed)
             scopes.epoch = CLOSING
             if not failures:
                 position.end_epoch(scopes.batch_number)
             self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
         if failures:
             raise_worst(failures)
+
+    def _update_unfilled(self, phase: Phase, failures: list[BaseException]) -> None:
+        """Update with the gradients of groups that wait for more batches: there are none any more.
+
+        The last batch was cancelled, or the epoch, or the loader gave fewer batches than it had said. After an error or
+        an interrupt nothing is updated. For handlers it is as in an open batch, the last one that was completed: a
+        cancel throws the gradients away, and a checkpoint waits. What a cancel wants to end is ending already.
+        """
+        groups, scopes = self.core.unfilled(), self.scopes
+        if not groups or not all(isinstance(failure, CancelException) for failure in failures):
+            return
+        self.state.batch.grads = self.core.grads
+        scopes.batch = OPEN
+        try:
+            for names in groups:
+                self.update(phase, names, _REST_BEGIN, _REST_END)
+        except (CancelBatchException, CancelEpochException):
+            self.core.discard()
+        except BaseException as failure:  # raised when the epoch is closed
+            self.core.discard()
+            scopes.locate(failure, phase)
+            if not isinstance(failure, CancelException):
+                self.cuts.drop()
+            failures.append(failure)
+        scopes.batch = CLOSED
+
+    def update(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
+        """Step the optimizers of these names together, between the two events."""
+        on, core = self.runners[phase], self.core
+        core.unscale(names)
+        if on.update_begin is not None:
+            on.update_begin(begin, phase)
+        norm = core.clip(names)
+        if norm is not None:
+            self.state.batch.grad_norm = norm
+        core.step(names)
+        self.state.updates += 1
+        if on.update_end is not None:
+            on.update_end(end, phase)
 
     def _begin_epoch(self, phase: Phase, loader: Iterable[Any]) -> Iterable[Any]:
         """Fire `EpochBegin`, and return the batches that are left: all, unless a checkpoint was taken in this epoch.

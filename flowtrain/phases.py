@@ -182,7 +182,8 @@ class AbstractTrainingPhase(_Supervised):
     - `LossBegin`: ``batch.outputs``
     - `BackwardBegin`: ``batch.loss``, with its graph, not divided by the size of the accumulation group
     - `BackwardEnd`: ``batch.grads``; from here on ``batch.loss`` is detached
-    - `UpdateBegin`: gradients accumulated and unscaled, before clipping (not fired where a batch only accumulates)
+    - `UpdateBegin`: gradients accumulated and unscaled, before clipping (not fired where a batch only accumulates; for
+      a group that waits for more batches when the epoch ends it comes after the last batch)
     - `UpdateEnd`: ``batch.grad_norm``, before clipping (where clipping or a declaration asks for it)
     - `BatchEnd`, or `BatchCancelled`
 

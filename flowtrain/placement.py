@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,17 +59,7 @@ class Placement:
             return batches
         if total is None:
             return ahead(batches, None, self._tell)
-        return counted(batches, total, self._tell, self._miscounted)
-
-    def _miscounted(self, total: int, number: int) -> None:
-        if self._groups.open:
-            warnings.warn(
-                f"The loader said that {total} batches are left in this epoch, and gave {number}. So the last "
-                f"accumulation group was not known to be the last: its gradients are thrown away. Let the loader's "
-                f"__len__ return what it gives, or leave it out.",
-                UserWarning,
-                stacklevel=2,
-            )
+        return counted(batches, total, self._tell)
 
     def _tell(self, last: bool) -> None:
         self._groups.last_batch = last

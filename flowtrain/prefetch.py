@@ -130,20 +130,14 @@ def ahead(batches: Iterable[Any], transfer: Transfer | None, tell: Callable[[boo
             failure.clear()  # its frames hold this one
 
 
-def counted(
-    batches: Iterable[Any], total: int, tell: Callable[[bool], None], miscounted: Callable[[int, int], None]
-) -> Iterator[Any]:
+def counted(batches: Iterable[Any], total: int, tell: Callable[[bool], None]) -> Iterator[Any]:
     """Yield the batches as they are, and tell which is the last of `total`, without looking ahead.
 
     Args:
         batches: What the loader gives.
         total: How many that are, as it says.
         tell: As for `ahead`.
-        miscounted: Called, when they have ended, with `total` and how many there were, if that is not the same.
     """
-    number = 0
     for number, raw in enumerate(batches, start=1):
         tell(number == total)
         yield raw
-    if number != total:
-        miscounted(total, number)

@@ -160,21 +160,9 @@ class StepSite:
             UsageError: No batch is open.
         """
         self._need_batch("update")
-        core = self.core
-        names = core.due(name)
-        if not names:
-            return
-        on = self.loop.runners[phase]
-        core.unscale(names)
-        if on.update_begin is not None:
-            on.update_begin(_UPDATE_BEGIN, phase)
-        norm = core.clip(names)
-        if norm is not None:
-            self.state.batch.grad_norm = norm
-        core.step(names)
-        self.state.updates += 1
-        if on.update_end is not None:
-            on.update_end(_UPDATE_END, phase)
+        names = self.core.due(name)
+        if names:
+            self.loop.update(phase, names, _UPDATE_BEGIN, _UPDATE_END)
 
     def _need_batch(self, what: str) -> None:
         if self.loop.scopes.batch != OPEN:

@@ -18,6 +18,7 @@ from flowtrain import (
     Callback,
     CancelBatchException,
     CancelEpochException,
+    CancelFittingException,
     CoreError,
     EpochEnd,
     Event,
@@ -527,12 +528,18 @@ def train_groups(groups: list[list[int]], divided_by: int) -> Net:
         (UpdateBegin, [3], CancelBatchException, [[4, 5, 6], [7]]),
         # after the update: it has happened
         (UpdateEnd, [3], CancelBatchException, [[1, 2, 3], [4, 5, 6], [7]]),
-        # at the end of an epoch: what was open is not carried into the next epoch
+        # at the end of an epoch: a group that can be filled no more is a shorter one
         (BatchBegin, [7], CancelBatchException, [[1, 2, 3], [4, 5, 6]]),
-        (BatchBegin, [6, 7], CancelBatchException, [[1, 2, 3]]),
+        (BatchBegin, [6, 7], CancelBatchException, [[1, 2, 3], [4, 5]]),
+        (LossBegin, [6, 7], CancelBatchException, [[1, 2, 3], [4, 5]]),
         (BackwardEnd, [7], CancelBatchException, [[1, 2, 3], [4, 5, 6]]),
-        (BatchEnd, [5], CancelEpochException, [[1, 2, 3]]),
+        (BatchEnd, [5], CancelEpochException, [[1, 2, 3], [4, 5]]),
+        (BatchEnd, [6], CancelEpochException, [[1, 2, 3], [4, 5, 6]]),
+        (LossBegin, [3], CancelEpochException, [[1, 2]]),
         (BackwardBegin, [2], CancelEpochException, []),
+        (BatchBegin, [5], CancelFittingException, [[1, 2, 3], [4]]),
+        (BatchEnd, [1], CancelFittingException, [[1]]),
+        (BackwardEnd, [5], CancelFittingException, [[1, 2, 3]]),
         (BatchEnd, [2], CancelBatchException, [[1, 2, 3], [4, 5, 6], [7]]),
     ],
 )

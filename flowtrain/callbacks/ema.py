@@ -83,7 +83,7 @@ class EMA(Callback):
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers; the one of each batch only reads the model."""
         for base, handler in super().handlers():
-            if handler.attribute == "take_in":
+            if handler.attribute.startswith("take_in"):
                 yield base, replace(handler, access=dict.fromkeys(self.state_access(), Read()))
             else:
                 yield base, handler
@@ -100,6 +100,19 @@ class EMA(Callback):
     @on(BatchEnd, AbstractTrainingPhase)
     def take_in(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Take the weights after a batch with an update into the averages."""
+        self._take_in(learner)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def take_in_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Take in the weights after the update of a group that no batch has filled."""
+        self._take_in(learner)
+
+    @on(EpochCancelled, AbstractTrainingPhase)
+    def take_in_cancelled(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Take in the weights after the update of a group that no batch has filled."""
+        self._take_in(learner)
+
+    def _take_in(self, learner: LearnerView) -> None:
         if not self._due:
             return
         self._due = False

@@ -63,7 +63,7 @@ class GradNorm(Callback):
     )
     def record(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the norm of all gradients."""
-        step = learner.cbstate.history[phase].steps + 1
+        step = learner.cbstate.history[phase].steps + event.in_batch
         learner.cbstate.tracehistory[phase].push("GradNorm", learner.batch.grad_norm, step)
 
     @on(
@@ -73,7 +73,7 @@ class GradNorm(Callback):
     )
     def record_layers(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the norm of each layer."""
-        step = learner.cbstate.history[phase].steps + 1
+        step = learner.cbstate.history[phase].steps + event.in_batch
         by_layer: dict[str, list[torch.Tensor]] = {}
         for name, gradient in learner.batch.grads.items():
             by_layer.setdefault(name.partition(".")[0], []).append(gradient)

@@ -70,6 +70,6 @@ class LogHistograms(Callback):
     @on(UpdateBegin, AbstractTrainingPhase)
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the gradients of an update, at the batch that it is part of."""
-        step, group = learner.cbstate.history[phase].steps + 1, ("Step", repr(phase))
+        step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))
         for name, gradient in learner.batch.grads.items():
             log(self.backends, Histogram(gradient, self.bins), f"Gradients/{name}", step, group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a
@@ -59,14 +61,14 @@ class LearningRateMonitor(Callback):
     @on(UpdateBegin, AbstractTrainingPhase)
     def look(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the rates that are not what they were."""
+        series, step = learner.cbstate.tracehistory[phase], learner.cbstate.history[phase].steps + event.in_batch
         for name in self.optimizers or ("",):
             groups = (getattr(learner.optimizer, name) if name else learner.optimizer).hyperparams
             title = f"LearningRate.{name}" if name else "LearningRate"
             for number, group in enumerate(groups):
-                self._record(phase, learner, f"{title}.{number}" if len(groups) > 1 else title, float(group["lr"]))
+                self._record(series, f"{title}.{number}" if len(groups) > 1 else title, float(group["lr"]), step)
 
-    def _record(self, phase: AbstractTrainingPhase, learner: LearnerView, title: str, rate: float) -> None:
-        series = learner.cbstate.tracehistory[phase]
+    def _record(self, series: Any, title: str, rate: float, step: int) -> None:
         known = series.get(title)
         if known is None or not len(known) or known.last()[1] != rate:
-            series.push(title, rate, learner.cbstate.history[phase].steps + 1)
+            series.push(title, rate, step)

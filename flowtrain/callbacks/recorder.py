@@ -7,7 +7,7 @@ from typing import Any
 
 from flowtrain.access import Access, Write
 from flowtrain.callback import Callback, on
-from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochEnd
+from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
 from flowtrain.phasemap import Counts
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
@@ -20,7 +20,8 @@ class Recorder(Callback):
 
     Counted is what ended normally: a cancelled batch is no step; a cancelled epoch (`CancelEpochException`) is an
     epoch, one that an error or `CancelFittingException` ended is none. Several optimizers have an update each. The
-    updates of a batch are added when it ends, also when it is cancelled after them.
+    updates of a batch are added when it ends, also when it is cancelled after them; the update of a group that no batch
+    has filled (rule 16) when the epoch ends.
 
     Writes ``cbstate.history``, so those that read it run after it. Reads nothing else, and runs after nothing. Costs
     three to four microseconds for each batch.
@@ -68,6 +69,14 @@ class Recorder(Callback):
     @on(BatchCancelled)
     def keep_updates(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
         """Add the updates of a batch that is no step."""
+        self._add_updates(phase, learner)
+
+    @on(EpochCancelled)
+    def keep_last_updates(self, event: EpochCancelled, phase: Phase, learner: LearnerView) -> None:
+        """Add the update of a group that no batch has filled."""
+        self._add_updates(phase, learner)
+
+    def _add_updates(self, phase: Phase, learner: LearnerView) -> None:
         made = learner.updates
         if made != self._updates:
             history = learner.cbstate.history
@@ -78,6 +87,7 @@ class Recorder(Callback):
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Count the epoch."""
+        self._add_updates(phase, learner)
         history = learner.cbstate.history
         epochs, steps, steps_epoch, updates = history[phase]
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
