@@ -240,9 +240,7 @@ def test_an_error_or_interrupt_makes_no_update(failure: Any) -> None:
 
 
 @pytest.mark.parametrize("cancel", [CancelBatchException, CancelEpochException, CancelFittingException, ValueError])
-@pytest.mark.parametrize(
-    ("event", "groups"), [(UpdateBegin, [[1, 2, 3, 4]]), (UpdateEnd, [[1, 2, 3, 4], [5, 6, 7]])]
-)
+@pytest.mark.parametrize(("event", "groups"), [(UpdateBegin, [[1, 2, 3, 4]]), (UpdateEnd, [[1, 2, 3, 4], [5, 6, 7]])])
 def test_a_cancel_of_that_update(cancel: type[Exception], event: type[Event], groups: list[list[int]]) -> None:
     """Rule 16: at `UpdateBegin` it throws the gradients away, as in a batch; the epoch is closed once."""
     script = Script((BatchBegin, 8, CancelBatchException), (event, 8, cancel))
