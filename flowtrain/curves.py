@@ -2,6 +2,7 @@
 
 Everything lies over the number of training batches completed. So the mean of a training epoch is where the epoch ended,
 and that of a validation epoch where training stood then. Where nothing is trained, a phase's own batches count.
+Several evaluations may belong to one training epoch: the newest values go with the newest of them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from flowtrain.phases import AbstractTrainingPhase, Phase
 
 __all__ = ["Curve", "Ends", "curves", "find_names"]
 
-Ends: TypeAlias = Mapping[int, tuple[int, int]]
-"""For each epoch of a phase, how many batches were completed at its end: in the phase, and in all training."""
+Ends: TypeAlias = Sequence[tuple[int, int, int]]
+"""For each epoch of a phase its number, and how many batches were completed at its end: in the phase, and in training.
+
+The number is that of `flowtrain.phasemap.epoch_of`."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
     trained = any(isinstance(phase, AbstractTrainingPhase) for phase in (*by_batch, *by_epoch))
     found: list[Curve] = []
     for phase in dict.fromkeys([*by_batch, *by_epoch]):
-        ended = ends.get(repr(phase), {})
+        ended = ends.get(repr(phase), ())
         batches, epochs = _pairs(by_batch, phase, metric), _pairs(by_epoch, phase, metric)
         if batches and (not trained or isinstance(phase, AbstractTrainingPhase)):  # others stand still in between
             shifts = _shifts([step for step, _ in batches], ended) if trained else [0] * len(batches)
             x = [step + shift for (step, _), shift in zip(batches, shifts, strict=True)]
             found.append(Curve(metric, phase, "batch", x, [value for _, value in batches]))
-        placed = [(ended[epoch][1 if trained else 0], value) for epoch, value in epochs if epoch in ended]
+        placed = _placed(epochs, [(epoch, total if trained else own) for epoch, own, total in ended])
         if placed:
             found.append(Curve(metric, phase, "epoch", [x for x, _ in placed], [y for _, y in placed]))
     return found
@@ -80,10 +83,19 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
 
 def _shifts(steps: Iterable[int], ended: Ends) -> list[int]:
     """Return, for each batch of a training phase, how many batches other phases had trained before its epoch ended."""
-    last = [own for own, _ in ended.values()]
-    shifts = [total - own for own, total in ended.values()]
+    last = [own for _, own, _ in ended]
+    shifts = [total - own for _, own, total in ended]
     # What lies behind the last end belongs to an epoch that did not end; it counts on from there.
     return [shifts[min(bisect_left(last, step), len(last) - 1)] if last else 0 for step in steps]
+
+
+def _placed(epochs: Sequence[tuple[int, float]], ended: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+    """Return ``(x, value)`` of each value whose epoch is known; both arguments begin with the number of the epoch."""
+    places: dict[int, list[int]] = {}
+    for epoch, x in ended:
+        places.setdefault(epoch, []).append(x)
+    found = [(places[epoch].pop(), value) for epoch, value in reversed(epochs) if places.get(epoch)]
+    return found[::-1]
 
 
 def _containers(cbstate: Any) -> tuple[Any, Any]:

@@ -7,10 +7,10 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from flowtrain.phases import Phase
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.readonly import readonly, refuse
 
-__all__ = ["Counts", "CountsMap", "PhaseMap", "ReadOnlyPhaseMap", "as_phase"]
+__all__ = ["Counts", "CountsMap", "PhaseMap", "ReadOnlyPhaseMap", "as_phase", "epoch_of"]
 
 V = TypeVar("V")
 
@@ -150,6 +150,30 @@ class CountsMap(PhaseMap[Counts]):
 
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
+
+
+def epoch_of(history: Mapping[Phase, Counts], phase: Phase) -> int:
+    """Return the number of the epoch that has just ended in a phase: the training epoch that its results belong to.
+
+    A training epoch has its own number, from 1. An evaluation has that of the training epoch after which it ran, 0
+    before the first: so evaluations that are made before, between or beside fits do not shift those that come later.
+
+    Args:
+        history: ``cbstate.history``, in which the epoch is counted already.
+        phase: The phase.
+
+    >>> from flowtrain.phases import TrainingPhase, ValidationPhase
+    >>> history = CountsMap("cbstate.history")
+    >>> history[TrainingPhase()], history[ValidationPhase()] = Counts((3, 48, 16, 48)), Counts((5, 20, 4, 0))
+    >>> epoch_of(history, ValidationPhase())
+    3
+    """
+    trained = {
+        other: counts.epochs
+        for other, counts in history.items()
+        if isinstance(other, AbstractTrainingPhase) or counts.updates  # a phase of one's own may train as well
+    }
+    return trained[phase] if phase in trained else max(trained.values(), default=0)
 
 
 class ReadOnlyPhaseMap(PhaseMap[V]):

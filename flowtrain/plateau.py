@@ -91,7 +91,8 @@ def reduce_on_plateau(
 
     A metric m is better than the best one b if ``m < b * (1 - threshold)``, or without `relative` if
     ``m < b - threshold``; with ``mode="max"`` if ``m > b * (1 + threshold)`` or ``m > b + threshold``. The same as
-    torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`.
+    torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`. An evaluation counts once
+    for each state of the parameters: one that follows no update, as by ``learner.validate()``, is no epoch.
 
     Args:
         value: Where it begins.

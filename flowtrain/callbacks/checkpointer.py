@@ -15,8 +15,9 @@ from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
 from flowtrain.conditions import Every
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
-from flowtrain.events import BatchEnd, EpochEnd, FitBegin
+from flowtrain.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
+from flowtrain.phasemap import epoch_of
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.protect import LearnerView
 
@@ -28,9 +29,10 @@ _INTERRUPTED = "interrupted.ckpt"
 class Checkpointer(Callback):
     """Write a checkpoint of the whole training into a folder, at the end of epochs and when training is interrupted.
 
-    The files are ``epoch-0001.ckpt`` and so on, by the epochs of `phase`. ``latest`` and ``best`` name one each:
-    ``learner.fit(10, resume=folder)`` goes on from the latest, ``learner.load(folder + "/best")`` takes the best.
-    Each is complete from the moment it has its name. Give each run a folder of its own.
+    The files are ``epoch-0001.ckpt`` and so on. The number is that of the training epoch; an evaluation belongs to the
+    one after which it ran. Outside of `fit`, as in ``learner.validate()``, nothing is written. ``latest`` and ``best``
+    name one each: ``learner.fit(10, resume=folder)`` goes on from the latest, ``learner.load(folder + "/best")`` takes
+    the best. Each is complete from the moment it has its name. Give each run a folder of its own.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
@@ -42,7 +44,7 @@ class Checkpointer(Callback):
         folder: Where to; made if it is not there.
         keep_top_k: Keep the files of this many best epochs, and the latest; all of them if not given. Without a
             monitor: of the newest.
-        every: At the end of every n-th epoch.
+        every: Only after epochs whose number is a multiple of this.
         monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; ``None`` for none.
         phase: The phase whose epochs count and whose metric it is. If not given: the last phase in ``data`` that
             evaluates, or, without one, the last that trains.
@@ -89,12 +91,12 @@ class Checkpointer(Callback):
             raise UsageError(
                 f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
+        if not is_a(every, int) or isinstance(every, bool) or every < 1:
+            raise UsageError(f"Checkpointer(every={every!r}): every is a whole number, at least 1.")
         _check_weights(weights)
         self.folder = Path(folder)
         self.keep_top_k, self.monitor, self.phase, self.mode = keep_top_k, monitor, phase, mode
-        self.every_steps, self.weights = every_steps, weights is not None
-        if every != 1:
-            self.conditions = (Every(EpochEnd, every),)
+        self.every, self.every_steps, self.weights = every, every_steps, weights is not None
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
         self._watched: Phase | None = None
@@ -145,7 +147,10 @@ class Checkpointer(Callback):
         """Ask for a checkpoint, and say which ones are not wanted any more."""
         if phase is not self._watched:
             return
-        name = f"epoch-{learner.cbstate.history[phase].epochs:04d}.ckpt"
+        epoch = epoch_of(learner.cbstate.history, phase)
+        if epoch % self.every:
+            return
+        name = f"epoch-{epoch:04d}.ckpt"
         rank = self._rank(phase, learner)
         best = rank < self._best and self.monitor is not None
         if best:
@@ -155,6 +160,11 @@ class Checkpointer(Callback):
         remove = [*self._drop(), _INTERRUPTED, *filter(None, [self._step_file])]
         self._step_file = ""
         learner.request_checkpoint(self.folder / name, best=best, remove=remove, weights=self.weights)
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Ask for no more: from a checkpoint of an evaluation outside of fits no fit could go on."""
+        self._watched = None
 
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()})
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:

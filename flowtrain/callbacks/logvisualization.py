@@ -12,6 +12,7 @@ from flowtrain.errors import LoggingError, is_a, is_type
 from flowtrain.events import BatchEnd, EpochEnd, Event
 from flowtrain.handler import Handler
 from flowtrain.logging.plain import checked_backends
+from flowtrain.phasemap import epoch_of
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
 from flowtrain.records import Loggable, LoggerBackend, log
@@ -90,7 +91,7 @@ class LogVisualization(Callback):
         """Call the function and log what it returns."""
         counts = learner.cbstate.history[phase]
         if isinstance(event, EpochEnd):
-            group, step = ("Epoch", repr(phase)), counts.epochs
+            group, step = ("Epoch", repr(phase)), epoch_of(learner.cbstate.history, phase)
         else:
             group, step = ("Step", repr(phase)), counts.steps
         for name, loggable in self._named(self.f(learner)):

@@ -16,6 +16,7 @@ from flowtrain.errors import UsageError
 from flowtrain.events import BatchEnd, EpochBegin, EpochEnd
 from flowtrain.handler import Handler
 from flowtrain.metric import Metric, held, hold, values_of
+from flowtrain.phasemap import epoch_of
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
 from flowtrain.resolution import Resolution, Unresolvable
@@ -28,7 +29,9 @@ class Metrics(Callback):
 
     The value of an epoch is the mean over its batches, weighted by batch size (the length of the first tensor in
     ``batch.inputs``); for a torchmetrics object it is what that object computes over the epoch. Metrics are computed
-    without gradients, in phases that have outputs and targets. An epoch without a completed batch records nothing.
+    without gradients, in phases that have outputs and targets. An epoch without a completed batch records nothing. In
+    ``metrics_epoch`` the step is the number of the training epoch; an evaluation has that of the one after which it
+    ran, 0 before the first.
 
     A learner has one of them, with all metrics: two would both record the loss. On an accelerator nothing waits for
     the values: they stay there, at most 256 of each name, until they are read, at the latest for the mean of the epoch.
@@ -159,7 +162,7 @@ class Metrics(Callback):
     @on(EpochEnd)
     def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the values of the epoch."""
-        epochs, steps = learner.cbstate.history[phase].epochs, learner.cbstate.metrics_step
+        epochs, steps = epoch_of(learner.cbstate.history, phase), learner.cbstate.metrics_step
         means = learner.cbstate.metrics_epoch[phase]
         accumulated: dict[str, Any] = {}
         for metric in self.metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
 from flowtrain.events import EpochEnd
+from flowtrain.phasemap import epoch_of
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
 from flowtrain.terminal import console
@@ -15,6 +16,7 @@ __all__ = ["MetricsPrinter"]
 class MetricsPrinter(Callback):
     """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file.
 
+    The number is that of the training epoch; an evaluation has that of the one after which it ran.
     Reads ``cbstate.metrics_epoch`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and `Recorder`.
     Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
 
@@ -30,7 +32,10 @@ class MetricsPrinter(Callback):
     @on(EpochEnd)
     def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Print the line, if anything was recorded for this epoch."""
-        epochs = learner.cbstate.history[phase].epochs
+        history = learner.cbstate.history
+        if not history[phase].steps_epoch:
+            return  # no batch was completed: the newest values are those of another epoch
+        epochs = epoch_of(history, phase)
         newest = {name: series.last() for name, series in learner.cbstate.metrics_epoch[phase].items() if len(series)}
         values = [f"{name} {_number(value)}" for name, (epoch, value) in newest.items() if epoch == epochs]
         if values:

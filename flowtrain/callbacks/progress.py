@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,8 @@ from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.lag import Reading
-from flowtrain.phasemap import Counts
-from flowtrain.phases import AbstractTrainingPhase, Phase
+from flowtrain.phasemap import Counts, epoch_of
+from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.protect import LearnerView
 from flowtrain.terminal import BottomLine, console
 
@@ -86,7 +87,7 @@ class ProgressBar(Callback):
     @on(EpochBegin, access={"cbstate.history": Read(), "data": Read(), **_TERMINAL})
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Begin a new bar on the same line."""
-        self._describe(phase, learner.cbstate.history[phase], _length(learner.data.get(phase)))
+        self._describe(phase, learner.cbstate.history, _length(learner.data.get(phase)))
         self._progress = None
         now = time.monotonic()
         if self._line is None:
@@ -140,14 +141,18 @@ class ProgressBar(Callback):
         self._before.clear()
         self._close_epoch()
 
-    def _describe(self, phase: Phase, counts: Counts, length: int | None) -> None:
+    def _describe(self, phase: Phase, history: Mapping[Phase, Counts], length: int | None) -> None:
         """Say what the bar of an epoch counts, and up to what."""
-        self._title, self._total, self._since = f"{phase!r} epoch {counts.epochs + 1}", length, None
+        counts, evaluates = history[phase], isinstance(phase, AbstractValidationPhase)
+        number = epoch_of(history, phase) if evaluates else counts.epochs + 1
+        self._title, self._total, self._since = f"{phase!r} epoch {number}", length, None
         if self._fit is None:
             return
         before = self._before.setdefault(phase, counts)
         if self._fit.epochs is not None:
-            self._title += f"/{before.epochs + self._fit.epochs}"
+            trained = [each.epochs for other, each in self._before.items() if isinstance(other, AbstractTrainingPhase)]
+            begun = max(trained, default=None) if evaluates else before.epochs
+            self._title += "" if begun is None else f"/{begun + self._fit.epochs}"
         elif isinstance(phase, AbstractTrainingPhase):
             # By steps an epoch is not a pass of the loader: show how far the fit is.
             self._title, self._total, self._since = f"{phase!r} steps", self._fit.steps, before.steps

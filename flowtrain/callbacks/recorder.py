@@ -8,7 +8,7 @@ from typing import Any
 from flowtrain.access import Access, Write
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
-from flowtrain.phasemap import Counts
+from flowtrain.phasemap import Counts, epoch_of
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
 
@@ -34,12 +34,13 @@ class Recorder(Callback):
     Counts(epochs=2, steps=8, steps_epoch=4, updates=8)
 
     Attributes:
-        ends: For each phase, by name, where its epochs ended: the epoch's number to the batches that were completed by
-            then, in this phase and in all training phases together. Plots are drawn by it.
+        ends: For each phase, by name, where its epochs ended, in order: the number that the epoch has in
+            ``cbstate.metrics_epoch``, and the batches that were completed by then, in this phase and in all training
+            phases together. Plots are drawn by it.
     """
 
     def __init__(self) -> None:
-        self.ends: dict[str, dict[int, tuple[int, int]]] = {}
+        self.ends: dict[str, list[tuple[int, int, int]]] = {}
         self._updates = 0  # of the learner, as of the last batch that ended
 
     def state_access(self) -> Access:
@@ -92,15 +93,16 @@ class Recorder(Callback):
         epochs, steps, steps_epoch, updates = history[phase]
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
         trained = sum(counts[1] for other, counts in history.items() if isinstance(other, AbstractTrainingPhase))
-        self.ends.setdefault(repr(phase), {})[epochs + 1] = steps, trained
+        self.ends.setdefault(repr(phase), []).append((epoch_of(history, phase), steps, trained))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where epochs ended."""
-        return {"ends": {phase: dict(ends) for phase, ends in self.ends.items()}}
+        return {"ends": {phase: list(ends) for phase, ends in self.ends.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.ends = {
-            phase: {epoch: (own, trained) for epoch, (own, trained) in ends.items()}
-            for phase, ends in state["ends"].items()
-        }
+        self.ends = {}
+        for phase, ends in state["ends"].items():
+            if isinstance(ends, Mapping):  # a checkpoint of the first format has them by number
+                ends = [(epoch, *counts) for epoch, counts in ends.items()]
+            self.ends[phase] = [(epoch, own, trained) for epoch, own, trained in ends]

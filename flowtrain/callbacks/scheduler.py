@@ -69,6 +69,7 @@ class Scheduler(Callback):
         watching = [(each.name, plan) for each, plan in self.schedules.items() if isinstance(plan, ReduceOnPlateau)]
         self._watching = dict(watching)
         self._plateaus = {name: plan.begin() for name, plan in watching}
+        self._judged: dict[str, int] = {}  # by phase: the update after which the newest metric was taken in
         self._epochs: dict[str, int] = {}  # by training phase
         self._counted = False  # whether this batch's update is counted already
         # What the fit that runs, or the last one, is planned to be, and where it began.
@@ -146,6 +147,9 @@ class Scheduler(Callback):
         """Count a training epoch, and take in the metrics that are watched."""
         if isinstance(phase, AbstractTrainingPhase):
             self._epochs[repr(phase)] = self._epochs.get(repr(phase), 0) + 1
+        if self._judged.get(repr(phase), 0) == self.updates:
+            return  # a further evaluation of the same parameters, as by validate(), is no further epoch
+        self._judged[repr(phase)] = self.updates
         for name, plan in self._watching.items():
             if isinstance(phase, plan.phase):
                 series = learner.cbstate.metrics_epoch[phase][plan.monitor]
@@ -158,6 +162,7 @@ class Scheduler(Callback):
             "epochs": dict(self._epochs),
             "planned": list(self._planned),
             "began": [self._began[0], dict(self._began[1])],
+            "judged": dict(self._judged),
             "plateaus": {name: list(plateau) for name, plateau in self._plateaus.items()},
         }
 
@@ -167,6 +172,7 @@ class Scheduler(Callback):
         self._epochs = dict(state["epochs"])
         self._planned = (state["planned"][0], state["planned"][1])
         self._began = (state["began"][0], dict(state["began"][1]))
+        self._judged = dict(state.get("judged", {}))  # a checkpoint of the first format has none
         for name in self._watching.keys() & state["plateaus"].keys():
             self._plateaus[name] = Plateau(*state["plateaus"][name])
         self._stretch()

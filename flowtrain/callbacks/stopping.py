@@ -13,6 +13,7 @@ from flowtrain.criterion import Criterion, Disjunction, Mode
 from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
+from flowtrain.phasemap import epoch_of
 from flowtrain.phases import AbstractTrainingPhase, Phase, ValidationPhase
 from flowtrain.protect import LearnerView
 from flowtrain.signals import CancelFittingException
@@ -113,14 +114,14 @@ class EarlyStopping(Callback):
         """Give the value of the epoch to the criteria, and end training if one says so."""
         if phase is not self._watched:
             return
-        history, metrics = learner.cbstate.history[phase], learner.cbstate.metrics_epoch
+        history, metrics = learner.cbstate.history, learner.cbstate.metrics_epoch
         series = metrics[phase].get(self.monitor)
         if not series:
-            if history.steps_epoch:
+            if history[phase].steps_epoch:
                 raise self._not_recorded(metrics, phase)
             return  # an epoch without a completed batch
         epoch, value = series.last()
-        if epoch != history.epochs:
+        if epoch != epoch_of(history, phase) or not history[phase].steps_epoch:
             return  # nothing was recorded in this one
         why = self.criterion.update(value, self._new_of_training(metrics))
         if why is not None:

@@ -130,9 +130,11 @@ def test_whose_epochs_count(
     data = {each: tiny_batches(n_batches=1) for each in phases}
     callback = Checkpointer(tmp_path, phase=phase)
     tiny_learner(callback, data=data).fit(1)
-    done = torch.load(tmp_path / "epoch-0001.ckpt", weights_only=True)["position"]["done"]
+    # An evaluation before the first training epoch is that of epoch 0.
+    name = "epoch-0000.ckpt" if phases[0] is ValidationPhase else "epoch-0001.ckpt"
+    done = torch.load(tmp_path / name, weights_only=True)["position"]["done"]
     assert done[-1] == counted.__name__
-    assert callback.state_dict()["files"][0][0] == "epoch-0001.ckpt"
+    assert callback.state_dict()["files"][0][0] == name
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -199,7 +201,7 @@ def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
         ({"folder": 3}, r"folder=3\): folder is a path, such as 'runs/a'\."),
         ({"keep_top_k": 0}, r"keep_top_k=0\): keep_top_k is a whole number, at least 1, or None\."),
         ({"every_steps": True}, r"every_steps=True\): every_steps is a whole number"),
-        ({"every": 0}, r"every=0: every is a whole number, at least 1\."),
+        ({"every": 0}, r"every=0\): every is a whole number, at least 1\."),
         ({"monitor": "a.b"}, r"monitor='a\.b'\): monitor is the name of a metric, such as 'Loss'\."),
         ({"phase": "train"}, r"phase='train'\) is no phase type\. Write phase=ValidationPhase\."),
         ({"mode": "best"}, r"mode='best'\): mode is 'min' if small values of Loss are good, otherwise 'max'\."),

@@ -128,7 +128,7 @@ def test_the_mean_of_a_metric_over_any_batches_is_that_over_all_samples(sizes: l
     learner.validate()
     whole = learner.model(torch.cat([inputs for inputs, _ in data])).mean().item()
     [(epoch, value)] = epochs_of(learner, "Mean", ValidationPhase)
-    assert (epoch, value) == (1, pytest.approx(whole, abs=1e-6))
+    assert (epoch, value) == (0, pytest.approx(whole, abs=1e-6))
 
 
 def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_the_weight_of_a_batch_is_the_length_of_its_first_tensor(inputs: Any, we
     loaders = {ValidationPhase: data}
     learner = tiny_learner(Metrics(), model=Model(), lossfn=first, data=loaders)
     learner.validate()
-    assert epochs_of(learner, "Loss", ValidationPhase) == [(1, pytest.approx((weight * 1.0 + 10.0) / (weight + 1)))]
+    assert epochs_of(learner, "Loss", ValidationPhase) == [(0, pytest.approx((weight * 1.0 + 10.0) / (weight + 1)))]
 
 
 def test_metrics_of_some_phases_only() -> None:
@@ -307,7 +307,7 @@ def test_two_collections_keep_apart() -> None:
         for inputs, targets in data:
             collection.update(learner.model(inputs), targets)
         [(name, value)] = collection.compute().items()
-        assert epochs_of(learner, name, ValidationPhase) == [(1, value.item())]
+        assert epochs_of(learner, name, ValidationPhase) == [(0, value.item())]
 
 
 def test_no_graph_is_kept() -> None:
@@ -485,7 +485,7 @@ def test_a_metric_that_is_no_number_is_named(result: Any, message: str) -> None:
 def test_a_metric_may_be_any_single_number(result: Any) -> None:
     learner = tiny_learner(Metrics(Metric(lambda outputs, targets: result, name="Given")), n_batches=2)
     learner.epoch(ValidationPhase)
-    assert epochs_of(learner, "Given", ValidationPhase) == [(1, float(result))]
+    assert epochs_of(learner, "Given", ValidationPhase) == [(0, float(result))]
 
 
 def test_without_a_recorder_the_error_names_it() -> None:

@@ -331,7 +331,7 @@ def test_a_direct_epoch_has_a_bar_of_its_own(terminal: Terminal) -> None:
     terminal.assert_clean()
     learner.epoch(TrainingPhase)
     terminal.assert_clean()
-    assert [line.split(" ━")[0] for line in seen] == ["ValidationPhase epoch 1"] * 2 + ["TrainingPhase epoch 1"] * 2
+    assert [line.split(" ━")[0] for line in seen] == ["ValidationPhase epoch 0"] * 2 + ["TrainingPhase epoch 1"] * 2
 
 
 @on_terminal
