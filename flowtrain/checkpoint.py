@@ -16,7 +16,7 @@ entry           what it is
 ``position``    where the fit is: `flowtrain.position`; ``numbers`` of the epochs by phase
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
 ``lanes``       what the executor says of deferred callbacks
-``finite``      whether the models and the last loss hold no NaN and nothing infinite
+``finite``      whether the parameters that are trained and the last loss are neither NaN nor infinite
 ==============  =====================================================================================================
 
 Nothing is changed before everything has been checked. If a callback then refuses its state, what was there before is

@@ -276,7 +276,7 @@ class TorchCore:
         return 0 if self._scaling is None else self._scaling.skipped
 
     def finite(self) -> bool:
-        """Tell whether all parameters and buffers are finite. Waits for the device, once."""
+        """Tell whether all parameters that are trained are finite. Waits for the device, once."""
         return all_finite(self.modules)
 
     def like(self, **changes: Any) -> TorchCore:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,10 +99,14 @@ class Cuts:
 
     def _submit(self, request: CheckpointRequest) -> None:
         loss = vars(self._state.batch).get("loss")
-        loss = loss.detach().to("cpu", copy=True) if isinstance(loss, torch.Tensor) else None
-        contents = self._gather()
+        finite = self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
+        best, remove = request.best and finite, request.remove if finite else ()
+        if request.decide is not None:  # before the state of callbacks is copied, whose it changes
+            best, unwanted = request.decide(finite)
+            remove = tuple(unwanted)
+        contents = {**self._gather(), "finite": finite}
         contents["run"]["folder"] = real_folder(request.path)
-        self.writer.submit(contents, loss, request)
+        self.writer.submit(contents, replace(request, best=best, remove=remove))
 
     def interrupted(self) -> None:
         """Take the checkpoint that was asked for in case of an interrupt, and wait until it is written."""

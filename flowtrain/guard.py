@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from flowtrain.optimizers import takes_found_inf
@@ -49,11 +50,14 @@ class Guard:
 
 
 def all_finite(modules: Iterable[torch.nn.Module]) -> bool:
-    """Tell whether every parameter and buffer is finite. Waits for the device, once."""
+    """Tell whether every parameter that is trained is finite. Waits for the device, once.
+
+    Buffers may hold infinities, as attention masks do, and so may parameters that are frozen.
+    """
     found = [
-        tensor.detach().isfinite().all()
+        (param.detach().float() if param.element_size() == 1 else param.detach()).isfinite().all()  # float8 has no such
         for module in modules
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.is_floating_point() or tensor.is_complex()
+        for param in module.parameters()
+        if param.requires_grad and not is_lazy(param)
     ]
     return not found or bool(torch.stack([each.to(found[0].device) for each in found]).all())

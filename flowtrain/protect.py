@@ -10,7 +10,7 @@ learner and a frozen copy of its state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -81,21 +81,25 @@ class LearnerView:
         remove: Iterable[str] = (),
         weights: bool = False,
         on_interrupt: bool = False,
+        decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None,
     ) -> None:
         """Ask the loop for a checkpoint; it takes one when the current event has ended and no batch is open.
 
         The request is dropped if the event raises an error. `flowtrain.callbacks.Checkpointer` keeps a folder of them.
 
         Args:
-            path: The file to write; ``latest`` beside it will name it, if what it holds is finite.
+            path: The file to write; ``latest`` beside it will name it, if the parameters that are trained and the last
+                loss are finite.
             best: Let ``best``, beside it, name it too.
-            remove: Names of files beside it to remove once it is there; what ``latest`` or ``best`` names stays.
+            remove: Names of files beside it to remove once it is there; what ``latest`` or ``best`` names stays. If it
+                is not finite, nothing is removed.
             weights: Write the weights of the model also as safetensors, beside it.
             on_interrupt: Not now, but when an interrupt ends this fit.
+            decide: Called when it is taken, with whether it is finite; returns ``(best, remove)``, in place of both.
         """
         if not is_a(path, (str, PathLike)):
             raise UsageError(f"request_checkpoint() takes the path of a file, got {path!r}.")
-        request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt)
+        request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, decide)
         self._state.fired.append((self._owner.callback, request))
 
     if not TYPE_CHECKING:  # a checker must not think that every attribute exists

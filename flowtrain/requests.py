@@ -6,6 +6,7 @@ event: no handler ever sees it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flowtrain.events import Event
@@ -23,6 +24,8 @@ class CheckpointRequest(Event):
         remove: Files in the same folder that are not wanted any more, by name; what ``latest`` and ``best`` name stays.
         weights: Write the model's weights also as safetensors, beside the file.
         on_interrupt: Not now, but when an interrupt ends the fit.
+        decide: Called when the checkpoint is taken, before the state of callbacks is, with whether the parameters that
+            are trained and the last loss are finite; returns what counts in place of `best` and `remove`.
     """
 
     path: str
@@ -30,3 +33,4 @@ class CheckpointRequest(Event):
     remove: tuple[str, ...] = ()
     weights: bool = False
     on_interrupt: bool = False
+    decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None

@@ -6,7 +6,6 @@ is still being written. What fails is raised on the training thread: before its 
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -40,14 +39,16 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
-    def submit(self, contents: dict[str, Any], loss: Any, request: CheckpointRequest) -> None:
+    def submit(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
         """Begin to write a checkpoint; the one before is finished first.
+
+        Where ``contents["finite"]`` is false no pointer will name it.
 
         Raises:
             CheckpointError: The one before could not be written.
         """
         self.wait()
-        job = partial(self._write, contents, loss, request)
+        job = partial(self._write, contents, request)
         self._thread = threading.Thread(target=job, name="flowtrain-checkpoint")
         self._thread.start()
 
@@ -67,21 +68,20 @@ class Writer:
         if failure is not None:
             raise failure
 
-    def _write(self, contents: dict[str, Any], loss: Any, request: CheckpointRequest) -> None:
+    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
         path = Path(request.path)
         try:
-            contents["finite"] = finite = _finite([contents["model"], contents["loss module"], loss])
             path.parent.mkdir(parents=True, exist_ok=True)
             replace(path, partial(_save, contents), self.reached, "checkpoint")
             if request.weights:
                 tensors = _weights(contents["model"])
                 beside = path.with_suffix(".safetensors")
                 replace(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
-            if not finite:
+            if contents["finite"]:
+                for pointer in POINTERS if request.best else POINTERS[:1]:
+                    replace(path.with_name(pointer), lambda file: _put(file, path.name), self.reached, pointer)
+            else:
                 self._urgent.append(partial(_warn, path))
-                return
-            for pointer in POINTERS if request.best else POINTERS[:1]:
-                replace(path.with_name(pointer), lambda file: _put(file, path.name), self.reached, pointer)
             _remove(path.parent, request.remove)
             self.reached("removed")
         except BaseException as error:
@@ -129,22 +129,11 @@ def _remove(folder: Path, names: tuple[str, ...]) -> None:
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        floating = value.is_floating_point() or value.is_complex()
-        return not floating or bool(torch.isfinite(value).all())
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return all(_finite(each) for each in value.values()) if isinstance(value, Mapping) else (
-        all(_finite(each) for each in value) if isinstance(value, (list, tuple)) else True
-    )
-
-
 def _warn(path: Path) -> None:
     kept = target(path.parent, "latest")
     warnings.warn(
-        f"The checkpoint {path} holds values that are not finite (a parameter, or the last loss), so it does not "
-        f"become the latest; that is {kept or 'none'}.",
+        f"The checkpoint {path} holds values that are not finite (a parameter that is trained, or the last loss), so "
+        f"it does not become the latest; that is {kept or 'none'}.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -136,7 +136,16 @@ def test_all_finite() -> None:
     assert all_finite([])
     assert module.running_mean is not None
     module.running_mean[0] = float("inf")
+    assert all_finite([module]), "buffers may hold infinities"
+    for tiny in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.complex64):
+        for value in (1.0, float("nan")):
+            holder = torch.nn.Module()
+            holder.weight = torch.nn.Parameter(torch.tensor([value]).to(tiny))
+            assert all_finite([holder]) is (value == 1.0)
+    with torch.no_grad():
+        module.weight[0] = float("-inf")
     assert not all_finite([module])
+    assert all_finite([module.requires_grad_(False)]), "a frozen parameter is as it was before training"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,7 @@ class Checkpointer(Callback):
         self._files: list[tuple[str, float]] = []  # with what they are ranked by, oldest first
         self._best = math.inf
         self._step_file = ""
+        self._spare: list[str] = []  # not finite, so to be removed with the next request
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers; what they read depends on the metric."""
@@ -151,15 +153,8 @@ class Checkpointer(Callback):
         if epoch % self.every:
             return
         name = f"epoch-{epoch:04d}.ckpt"
-        rank = self._rank(phase, learner)
-        best = rank < self._best and self.monitor is not None
-        if best:
-            self._best = rank
-        self._files = [each for each in self._files if each[0] != name]
-        self._files.append((name, rank))
-        remove = [*self._drop(), _INTERRUPTED, *filter(None, [self._step_file])]
-        self._step_file = ""
-        learner.request_checkpoint(self.folder / name, best=best, remove=remove, weights=self.weights)
+        decide = partial(self._take_epoch, name, self._rank(phase, learner))
+        learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
@@ -169,18 +164,51 @@ class Checkpointer(Callback):
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()})
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Ask for a checkpoint in the midst of an epoch; it replaces the one before of its kind."""
-        before, self._step_file = self._step_file, f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"
-        remove = [_INTERRUPTED, *filter(None, [before])]
-        learner.request_checkpoint(self.folder / self._step_file, remove=remove, weights=self.weights)
+        name = f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"
+        decide = partial(self._take_step, name)
+        learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)
 
     def state_dict(self) -> dict[str, Any]:
         """Return which files there are, and what they are ranked by: small is good."""
-        return {"files": list(self._files), "best": self._best, "step file": self._step_file}
+        return {
+            "files": list(self._files), "best": self._best, "step file": self._step_file, "spare": list(self._spare),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._files = [(name, rank) for name, rank in state["files"]]
         self._best, self._step_file = state["best"], state["step file"]
+        self._spare = list(state.get("spare", ()))  # older checkpoints have none
+
+    def _take_epoch(self, name: str, rank: float, finite: bool) -> tuple[bool, list[str]]:
+        """Take the file of an epoch in; return whether it is the best, and the files that are not wanted any more."""
+        if not finite:
+            return False, self._take_damaged(name, kept=self.keep_top_k is None)
+        best = rank < self._best and self.monitor is not None
+        if best:
+            self._best = rank
+        self._files = [each for each in self._files if each[0] != name]
+        self._files.append((name, rank))
+        remove = [*self._drop(), *self._replaced(name), self._step_file]
+        self._step_file = ""
+        return best, list(filter(None, remove))
+
+    def _take_step(self, name: str, finite: bool) -> tuple[bool, list[str]]:
+        """Take a file within an epoch in; return that it is no best one, and the files that are not wanted any more."""
+        if not finite:
+            return False, self._take_damaged(name, kept=False)
+        before, self._step_file = self._step_file, name
+        return False, list(filter(None, [*self._replaced(name), before]))
+
+    def _take_damaged(self, name: str, kept: bool) -> list[str]:
+        """Take a file in that is not finite: it is none of the best, nor the latest, and goes with the next one."""
+        spare, self._spare = self._spare, [] if kept else [name]
+        return [each for each in spare if each != name]
+
+    def _replaced(self, name: str) -> list[str]:
+        """Return the files that any further one makes superfluous, and forget them."""
+        spare, self._spare = self._spare, []
+        return [_INTERRUPTED, *(each for each in spare if each != name)]
 
     def _rank(self, phase: Phase, learner: LearnerView) -> float:
         if self.monitor is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,114 @@ def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [
         "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt",
     ]  # fmt: skip
+
+
+class Masked(torch.nn.Module):
+    """``y = coeff * x``, with what a test registers beside the parameter."""
+
+    def __init__(self, **beside: torch.Tensor) -> None:
+        super().__init__()
+        self.coeff = torch.nn.Parameter(torch.zeros(()))
+        for name, value in beside.items():
+            if name == "frozen":
+                self.frozen = torch.nn.Parameter(value, requires_grad=False)
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.coeff * x
+
+
+INF = float("inf")
+BESIDE = {
+    "attention mask": {"mask": torch.full((3, 3), -INF).triu(1)},
+    "frozen": {"frozen": torch.tensor([0.0, -INF])},
+    "nan": {"seen": torch.tensor([NAN, 1.0])},
+    "integers": {"counts": torch.arange(3), "flags": torch.tensor([True, False])},
+    "complex": {"turns": torch.tensor([complex(INF, NAN)])},
+    "float8": {"scales": torch.ones(2).to(torch.float8_e4m3fn), "others": torch.ones(2).to(torch.float8_e5m2)},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_rule_28_what_is_not_trained_may_be_infinite(beside: str, tmp_path: Path) -> None:
+    """Rule 28: the parameters that are trained and the last loss count, nothing else."""
+    model = Masked(**BESIDE[beside])
+    tiny_learner(scored(2, 1, 3), Checkpointer(tmp_path, 1, monitor="Score"), model=model, n_batches=1).fit(3)
+    assert files(tmp_path) == ["2", "3"]
+    assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest")) == ("2", "3")
+    resumed = tiny_learner(scored(5), model=Masked(**BESIDE[beside]), n_batches=1)
+    with pytest.warns(UserWarning, match="has the state of Checkpointer"):
+        resumed.fit(4, resume=tmp_path)
+    for name, value in BESIDE[beside].items():
+        assert torch.equal(torch.nan_to_num(getattr(resumed.model, name).to(torch.cfloat)),
+                           torch.nan_to_num(value.to(torch.cfloat)))  # fmt: skip
+
+
+def test_rule_28_an_infinite_state_of_the_optimizer_does_not_count(tmp_path: Path) -> None:
+    optimizer = partial(torch.optim.Adam, lr=0.0)
+    learner = tiny_learner(Checkpointer(tmp_path), n_batches=2, optimizer=optimizer)
+    learner.fit(1)
+    learner.optimizer.state[learner.model.coeff]["exp_avg_sq"].fill_(INF)
+    learner.fit(1)
+    assert pointer(tmp_path, "latest") == "2"
+
+
+class Diverging(torch.nn.Module):
+    """Mean squared error, which is infinite in some epochs of validation."""
+
+    def __init__(self, *epochs: int, batches: int) -> None:
+        super().__init__()
+        self.epochs, self.batches, self.seen = epochs, batches, 0
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = torch.nn.functional.mse_loss(outputs, targets)
+        if self.training:
+            return loss
+        self.seen += 1
+        return loss * INF if 1 + (self.seen - 1) // self.batches in self.epochs else loss
+
+
+@pytest.mark.parametrize(
+    ("options", "infinite", "scores", "kept", "best", "latest"),
+    [
+        # without one that is infinite the second would be gone after the third, and it was there for ever
+        ({"keep_top_k": 1, "monitor": "Score"}, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
+        ({"keep_top_k": 1, "monitor": "Score"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # the third is the newest
+        ({"keep_top_k": 1, "monitor": "Score"}, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
+        ({"keep_top_k": 1, "monitor": "Score"}, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
+        # the best score belongs to weights that may not be used
+        ({"keep_top_k": 2, "monitor": "Score", "mode": "max"}, [2], [1, 9, 3, 2, 1], ["3", "4", "5"], "3", "5"),
+        ({"keep_top_k": 1, "monitor": None}, [2], [0, 0, 0], ["3"], "", "3"),
+        ({"keep_top_k": 1}, [2], [0, 0, 0], ["3"], "3", "3"),
+        ({}, [2], [0, 0, 0], ["1", "2", "3"], "3", "3"),
+    ],
+)
+def test_an_epoch_that_is_not_finite_leaves_nothing_behind(
+    options: dict[str, Any], infinite: list[int], scores: list[float], kept: list[str], best: str, latest: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    learner = tiny_learner(
+        scored(*scores), Checkpointer(tmp_path, **options), n_batches=1, lossfn=Diverging(*infinite, batches=1)
+    )
+    with pytest.warns(RuntimeWarning, match="holds values that are not finite"):
+        learner.fit(len(scores))
+    assert files(tmp_path) == kept
+    assert pointer(tmp_path, "latest") == latest
+    assert (pointer(tmp_path, "best") if best else "") == best
+
+
+def test_a_resumed_run_removes_what_was_not_finite_before_it(tmp_path: Path) -> None:
+    def learner(infinite: int) -> Learner:
+        loss = Diverging(infinite, batches=2)
+        return tiny_learner(Checkpointer(tmp_path, 1, every_steps=3), n_batches=2, lossfn=loss)
+
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        learner(2).fit(2)
+    assert files(tmp_path) == ["1", "2", "step-00000003"]
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        learner(1).fit(3, resume=tmp_path)
+    assert files(tmp_path) == ["3"]
 
 
 @pytest.mark.parametrize(
