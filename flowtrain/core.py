@@ -13,6 +13,7 @@ On an accelerator nothing here waits for it: batches come ahead (`flowtrain.pref
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from flowtrain.errors import CoreError
 from flowtrain.groups import Groups
 from flowtrain.guard import Guard, all_finite
 from flowtrain.hyperparams import OptimizerParts
+from flowtrain.modes import Modes
 from flowtrain.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.parameters import Gradients, Parameters
 from flowtrain.placement import Placement
@@ -92,6 +94,8 @@ class TorchCore:
         self._needs_norm = False
         self._guard: Guard | None = None
         self.report: Callable[[], None] = lambda: None  # called when an epoch has ended
+        self.modes: Modes | None = None  # while a phase has set them
+        self._warned = False
 
     # --- made once, by the learner
 
@@ -279,10 +283,27 @@ class TorchCore:
         """Tell whether all parameters that are trained are finite. Waits for the device, once."""
         return all_finite(self.modules)
 
+    def warn_woken(self) -> None:
+        """Warn, once, of a model in eval mode that is trained in train mode."""
+        if self._warned or self.modes is None or not self.modes.woken:
+            return
+        self._warned = True
+        names = {id(model): f"model {name!r}" if name else "The model" for name, model in self.models.items()}
+        which = ", ".join(names.get(id(root), "The loss function") for root in self.modes.woken)
+        warnings.warn(
+            f"{which} is in eval mode, and is trained in train mode, since not all parameters are frozen. Call train() "
+            f"on it before fit. To keep parts in eval mode call eval() on these alone; to keep all of it there freeze "
+            f"it: requires_grad_(False).",
+            UserWarning,
+            stacklevel=2,
+        )
+
     def like(self, **changes: Any) -> TorchCore:
-        """Return a core of the same settings that belongs to nobody yet; it does not compile."""
+        """Return a core of the same settings, for a copy of the learner; it does not compile and warns of no modes."""
         options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
-        return TorchCore(**options)
+        core = TorchCore(**options)
+        core._warned = True
+        return core
 
     def state_dict(self) -> dict[str, Any]:
         """Return what of the core a checkpoint must hold: the scaler's state."""

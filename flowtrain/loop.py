@@ -6,7 +6,8 @@ the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -170,7 +171,7 @@ class Loop:
     def _epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
         scopes, position = self.scopes, self.cuts.position
         failures: list[BaseException] = []
-        with phase.mode(self.core.modules):
+        with self._mode(phase):
             scopes.open_epoch(phase)
             self.state.show(BatchState())
             self.core.end_groups()
@@ -235,6 +236,17 @@ class Loop:
         self.state.updates += 1
         if on.update_end is not None:
             on.update_end(end, phase)
+
+    @contextmanager
+    def _mode(self, phase: Phase) -> Generator[None]:
+        """Set the modes of a phase; while they are, a checkpoint asks ``core.modes`` for those without it."""
+        core = self.core
+        with phase.mode(core.modules) as core.modes:
+            try:
+                core.warn_woken()
+                yield
+            finally:
+                core.modes = None
 
     def _begin_epoch(self, phase: Phase, loader: Iterable[Any]) -> Iterable[Any]:
         """Fire `EpochBegin`, and return the batches that are left: all, unless a checkpoint was taken in this epoch.
@@ -320,7 +332,7 @@ class Loop:
         """Run one batch outside of an epoch, in the phase's mode; return its state."""
         try:
             self.scopes.firing = True  # a step may not begin another one, nor a fit
-            with phase.mode(self.core.modules):
+            with self._mode(phase):
                 try:
                     phase.step(learner, raw)
                     if self.scopes.batch != CLOSED:

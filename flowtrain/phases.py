@@ -40,6 +40,7 @@ from flowtrain.events import (
     UpdateBegin,
     UpdateEnd,
 )
+from flowtrain.modes import Modes
 from flowtrain.steps import CLOSED, CLOSING, check_graph, forward, no_pair
 
 __all__ = [
@@ -150,8 +151,8 @@ class Phase:
             f"{self!r} has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."
         )
 
-    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
-        """Return the context in which an epoch of this phase runs, handlers included."""
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
+        """Return the context in which an epoch of this phase runs, handlers included; it may give what sets modes."""
         return nullcontext()
 
     def __reduce__(self) -> tuple[type[Phase], tuple[()]]:
@@ -203,8 +204,11 @@ class AbstractTrainingPhase(_Supervised):
         "grad_norm": UpdateEnd,
     }
 
-    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
-        """Train mode for all modules; their modes before are put back."""
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
+        """Train mode for all modules but those that were put into eval mode; their modes before are put back.
+
+        A whole model in eval mode stays there if all its parameters are frozen. What a handler sets stays.
+        """
         return _mode(modules, training=True)
 
     def step(self, learner: StepContext, raw: Any) -> None:
@@ -265,8 +269,8 @@ class AbstractValidationPhase(_Supervised):
         "loss": BatchEnd,
     }
 
-    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
-        """Eval mode for all modules and no gradients; their modes before are put back."""
+    def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
+        """Eval mode for all modules and no gradients; their modes before are put back, but for what a handler set."""
         return _mode(modules, training=False)
 
     def step(self, learner: StepContext, raw: Any) -> None:
@@ -286,14 +290,10 @@ class ValidationPhase(AbstractValidationPhase):
 
 
 @contextmanager
-def _mode(modules: Iterable[torch.nn.Module], *, training: bool) -> Generator[None]:
-    roots = list(modules)
-    before = [(module, module.training) for root in roots for module in root.modules()]
+def _mode(roots: Iterable[torch.nn.Module], *, training: bool) -> Generator[Modes]:
+    modes = Modes(roots, training=training)
     try:
-        for root in roots:
-            root.train(training)
         with torch.set_grad_enabled(training):
-            yield
+            yield modes
     finally:
-        for module, was_training in before:
-            module.training = was_training
+        modes.end()

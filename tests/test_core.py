@@ -650,7 +650,7 @@ def test_compile_is_for_one_model() -> None:
 
 def test_modes_are_those_of_the_phase_and_put_back() -> None:
     model, lossfn = Net(), Tempered()
-    model[2].eval()  # the user wants it that way outside of training
+    model[2].eval()
     seen: list[tuple[str, bool, bool, bool]] = []
 
     class Look(Callback):
@@ -662,7 +662,7 @@ def test_modes_are_those_of_the_phase_and_put_back() -> None:
     with torch.no_grad():
         learner.fit(1)
         assert not torch.is_grad_enabled()
-    assert seen == [("TrainingPhase", True, True, True), ("ValidationPhase", False, False, False)]
+    assert seen == [("TrainingPhase", False, True, True), ("ValidationPhase", False, False, False)]
     assert (model.training, model[2].training, lossfn.training) == (True, False, True)
     learner.add_callback(Canceller(BatchEnd, [1], ValueError))
     with pytest.raises(ValueError, match="batch 1"):

@@ -18,8 +18,8 @@ import pytest
 LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
-        "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "phases", "hyperparams",
-        "parameters", "phasemap", "lag", "series", "containers", "state",
+        "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "modes", "phases",
+        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "state",
     ),
     # what handlers see, what sinks get
     1: (

@@ -110,9 +110,8 @@ class SanityCheck(Callback):
         except CannotLook as reason:
             self.skipped.append(f"model and loss in {phase!r}: {reason}")
             return
-        trial.train(training)
         inputs, targets = on_device_of((inputs, targets), [model])
-        with torch.set_grad_enabled(training):
+        with phase.mode([each for each in (trial, loss_trial) if isinstance(each, torch.nn.Module)]):
             try:
                 outputs = trial(inputs)
             except Exception as error:
