@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from flowtrain.access import Access
 from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_type
@@ -133,6 +133,16 @@ class Callback:
         """Prepare, once, when the learner is built: make the ``cbstate`` entries that others read.
 
         The view allows what `state_access` and all handlers declare.
+        """
+
+    def metric_modes(self) -> Mapping[str, Literal["min", "max"]]:
+        """Return, for epoch metrics that this callback records, whether small or large values are good, if known."""
+        return {}
+
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Look at all callbacks of the learner, when it is built and when they change; raise what refuses them.
+
+        Called after every `setup`. If the change is refused, it is called again with the callbacks that stay.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,15 +16,39 @@ criterion of one's own says what it remembers, and judges::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive
 
-__all__ = ["Criterion", "Disjunction", "Mode", "Never", "Warmup", "check_count", "check_positive"]
+__all__ = ["Criterion", "Disjunction", "Mode", "Never", "Warmup", "check_count", "check_positive", "direction"]
 
 Mode = Literal["min", "max"]
+
+
+def direction(call: str, monitor: str, mode: Mode | None, callbacks: Iterable[Any]) -> Mode:
+    """Return whether small values of a metric are good, or large ones.
+
+    Args:
+        call: What watches it, as a call that is open: ``"EarlyStopping(..."``.
+        monitor: The name of the metric.
+        mode: What the user said, if anything.
+        callbacks: All of the learner; those that record metrics say what they know of them.
+
+    Raises:
+        UsageError: Nobody knows.
+    """
+    known: Mode | None = "min" if monitor == "Loss" else None
+    for callback in callbacks:
+        known = callback.metric_modes().get(monitor, known)
+    if mode is not None or known is not None:
+        return mode or known or "min"
+    raise UsageError(
+        f"{call}, monitor={monitor!r}) does not know whether large values of {monitor} are good or small ones. Write "
+        f'{call}, monitor={monitor!r}, mode="max") if large ones are, or mode="min" if small ones are; or say it where '
+        f'the metric is made: Metric(f, name={monitor!r}, mode="max").'
+    )
 
 
 class Criterion:

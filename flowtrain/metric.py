@@ -7,7 +7,7 @@ and given to a new one with `hold`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -42,16 +42,26 @@ class Metric:
         name: What it is called in ``cbstate`` and in logs; without it, the function's name in the form ``TopAccuracy``.
             The values of a torchmetrics collection keep the names that they have in it.
         phase: The phases in which it is computed, subclasses included.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are, for those that watch it. The metrics of
+            `flowtrain.metrics` and torchmetrics objects say it themselves, by their attribute ``higher_is_better``.
 
     Raises:
-        UsageError: `f` cannot be called, there is no name that could be used, or `phase` is no phase type.
+        UsageError: `f` cannot be called, there is no name that could be used, `phase` is no phase type, or `mode` is
+            something else.
 
     >>> from flowtrain.metrics import top_k_accuracy
     >>> Metric(top_k_accuracy(3))
     Metric(Top3Accuracy)
     """
 
-    def __init__(self, f: Callable[[Any, Any], Any], name: str | None = None, phase: type[Phase] = Phase) -> None:
+    def __init__(
+        self,
+        f: Callable[[Any, Any], Any],
+        name: str | None = None,
+        phase: type[Phase] = Phase,
+        *,
+        mode: Literal["min", "max"] | None = None,
+    ) -> None:
         if not callable(f) or is_a(f, type):
             made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
             if is_a(f, str) and str(f).isidentifier():
@@ -59,6 +69,9 @@ class Metric:
             raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
         if not is_type(phase, Phase):
             raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
+        if mode not in ("min", "max", None):
+            raise UsageError(f'Metric(mode={mode!r}): mode is "min" if small values are good, "max" if large ones are.')
+        self.mode = mode
         self.f: Any = f
         self.phase = phase
         self.accumulates = isinstance(f, Accumulator)
@@ -71,6 +84,15 @@ class Metric:
     def names(self) -> list[str]:
         """The names of its values: several for a torchmetrics collection."""
         return [*self.f.keys()] if self.accumulates and hasattr(self.f, "keys") else [self.name]
+
+    @property
+    def modes(self) -> dict[str, Literal["min", "max"]]:
+        """Whether small or large values are good, by the names of its values, for those of which it is known."""
+        if self.mode is not None:
+            return dict.fromkeys(self.names, self.mode)
+        parts = self.f.items() if self.accumulates and hasattr(self.f, "items") else [(self.name, self.f)]
+        known = {name: getattr(getattr(f, "func", f), "higher_is_better", None) for name, f in parts}
+        return {name: "max" if higher else "min" for name, higher in known.items() if higher is not None}
 
     def __repr__(self) -> str:
         return f"Metric({self.name})"

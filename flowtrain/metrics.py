@@ -1,12 +1,14 @@
 """Metrics of a batch: functions of ``(outputs, targets)`` that return a tensor with one element.
 
-Each refuses shapes that do not fit, because broadcasting would make a number of them all the same. For more than
+Each refuses shapes that do not fit, because broadcasting would make a number of them all the same. Each has the
+attribute ``higher_is_better``, as torchmetrics objects have, for those that look for the best epoch. For more than
 these, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -14,7 +16,21 @@ from flowtrain.errors import UsageError, is_a
 
 __all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "top_k_accuracy"]
 
+F = TypeVar("F", bound=Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 
+
+def _good(*, high: bool) -> Callable[[F], F]:
+    """Return a decorator that says of a metric whether high values are good."""
+
+    def mark(metric: F) -> F:
+        """Set the attribute."""
+        vars(metric)["higher_is_better"] = high
+        return metric
+
+    return mark
+
+
+@_good(high=True)
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the share of samples whose largest output is at the target class.
 
@@ -53,6 +69,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     if not is_a(k, int) or k < 1:
         raise UsageError(f"top_k_accuracy(k={k!r}): k is a whole number, at least 1.")
 
+    @_good(high=True)
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the share of rows whose target is among the k highest outputs."""
         if outputs.ndim != 2:
@@ -65,6 +82,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     return metric
 
 
+@_good(high=False)
 def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the mean of ``|outputs - targets|``; both have the same shape.
 
@@ -78,6 +96,7 @@ def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
     return (outputs - targets).abs().mean()
 
 
+@_good(high=False)
 def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the mean of ``(outputs - targets)**2``; both have the same shape.
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from flowtrain.criterion import Mode, direction
 from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.phases import Phase, ValidationPhase
 from flowtrain.schedule import check_number
@@ -22,13 +23,13 @@ class Plateau(NamedTuple):
 
     Attributes:
         value: The value now.
-        best: The best metric so far.
+        best: The best metric so far; ``None`` before the first.
         bad: Epochs since the best one, or since the value was lowered.
         cooldown: Epochs that are still not counted as bad.
     """
 
     value: float
-    best: float
+    best: float | None = None
     bad: int = 0
     cooldown: int = 0
 
@@ -40,7 +41,7 @@ class ReduceOnPlateau:
     value: float
     monitor: str
     phase: type[Phase]
-    mode: Literal["min", "max"]
+    mode: Mode | None
     factor: float
     patience: int
     threshold: float
@@ -50,12 +51,14 @@ class ReduceOnPlateau:
 
     def begin(self) -> Plateau:
         """Return what is remembered before the first epoch."""
-        return Plateau(self.value, math.inf if self.mode == "min" else -math.inf)
+        return Plateau(self.value)
 
     def after(self, plateau: Plateau, metric: float) -> Plateau:
         """Return what is remembered after one more epoch."""
         value, best, bad, cooldown = plateau
-        best, bad = (metric, 0) if self._is_better(metric, best) else (best, bad + 1)
+        mode = direction(f"reduce_on_plateau({self.value}", self.monitor, self.mode, ())
+        best = best if best is not None else math.inf if mode == "min" else -math.inf
+        best, bad = (metric, 0) if self._is_better(metric, best, mode) else (best, bad + 1)
         if cooldown > 0:
             bad, cooldown = 0, cooldown - 1
         if bad > self.patience:
@@ -64,9 +67,9 @@ class ReduceOnPlateau:
             bad, cooldown = 0, self.cooldown
         return Plateau(value, best, bad, cooldown)
 
-    def _is_better(self, metric: float, best: float) -> bool:
+    def _is_better(self, metric: float, best: float, mode: Mode) -> bool:
         share, amount = (self.threshold, 0.0) if self.relative else (0.0, self.threshold)
-        if self.mode == "min":
+        if mode == "min":
             return metric < best * (1 - share) - amount
         return metric > best * (1 + share) + amount
 
@@ -79,7 +82,7 @@ def reduce_on_plateau(
     *,
     monitor: str = "Loss",
     phase: type[Phase] = ValidationPhase,
-    mode: Literal["min", "max"] = "min",
+    mode: Mode | None = None,
     factor: float = 0.1,
     patience: int = 10,
     threshold: float = 1e-4,
@@ -98,7 +101,8 @@ def reduce_on_plateau(
         value: Where it begins.
         monitor: The name of a metric.
         phase: The phase whose metric it is, subclasses included.
-        mode: Whether a smaller or a greater metric is better.
+        mode: ``"min"`` or ``"max"``, whether a smaller or a greater metric is better. Without it, what is known of the
+            metric: of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
         factor: What the value is multiplied with, below 1.
         patience: How many epochs without a better metric are put up with.
         threshold: By how much a metric has to be better.
@@ -123,7 +127,7 @@ def reduce_on_plateau(
     for name, count in (("patience", patience), ("cooldown", cooldown)):
         if not is_a(count, int) or is_a(count, bool) or count < 0:
             raise UsageError(f"reduce_on_plateau({name}={count!r}): {name} is a whole number of epochs.")
-    if mode not in ("min", "max"):
+    if mode not in ("min", "max", None):
         raise UsageError(f'reduce_on_plateau(mode={mode!r}): mode is "min" or "max".')
     if not is_type(phase, Phase):
         raise UsageError(f"reduce_on_plateau(phase={phase!r}): phase is a type of phase, such as ValidationPhase.")

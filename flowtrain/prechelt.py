@@ -19,7 +19,9 @@ class GL(Criterion):
     """Stop when the generalization loss exceeds `alpha`: the value is worse than the best one by so many percent.
 
     ``GL(t) = 100 * (E(t) - E_opt) / |E_opt|``, with ``E(t)`` the value of epoch t and ``E_opt`` the best up to then.
-    It stops when ``GL(t) > alpha``. Next to a best value of 0 everything worse is infinitely so.
+    It stops when ``GL(t) > alpha``. Next to a best value of 0 everything worse is infinitely so, and NaN is next to any
+    best value. As long as there was no number nothing is compared: a patience, or `InvalidValue`, stops on a value that
+    is NaN from the first epoch on.
 
     Source: Prechelt, ``GL_alpha``, for errors, which are positive; with the absolute value as in EarlyStopping.jl.
 
@@ -44,7 +46,7 @@ class GL(Criterion):
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
         self.best = best = _least(loss, self.best)
         gl = _generalization_loss(loss, best)
-        if not gl > self.alpha:
+        if best is None or not gl > self.alpha:
             return None
         return f"the value {self.shown(loss)} is {gl:.6g} percent worse than the best, {self.shown(best)}"
 
@@ -57,7 +59,8 @@ class PQ(Criterion):
 
     ``PQ(t) = GL(t) / P(t)`` with ``P(t) = 1000 * (mean - min) / |min|``, mean and minimum taken over the last `k`
     values of training, and ``GL`` as in `GL`. It stops when ``PQ(t) > alpha``, or when ``P(t) <= tol``; never before
-    there are `k` values of training.
+    there are `k` values of training. Where some of these are NaN nothing is judged, where all are there is no
+    progress.
 
     Source: Prechelt, ``PQ_alpha``; from EarlyStopping.jl `tol`, and a look after each epoch in place of each strip.
 
@@ -86,12 +89,15 @@ class PQ(Criterion):
         self.training = [*self.training, *training][-self.k :]
         if len(self.training) < self.k:
             return None
-        least = min(self.training)
-        progress = 10 * _generalization_loss(math.fsum(self.training) / self.k, least)
+        numbers = [each for each in self.training if not math.isnan(each)]
+        least = min(numbers, default=math.nan)
+        progress = 10 * _generalization_loss(math.fsum(numbers) / self.k, least) if numbers else 0.0
+        if len(numbers) not in (0, self.k):
+            return None
         if progress <= self.tol:
             return f"training makes no progress: its last {self.k} values are {self.shown(least)}"
         gl = _generalization_loss(loss, best)
-        if not gl / progress > self.alpha:
+        if best is None or not gl / progress > self.alpha:
             return None
         return (
             f"the value {self.shown(loss)} is {gl:.6g} percent worse than the best, {self.shown(best)}, and training "
@@ -105,7 +111,8 @@ class PQ(Criterion):
 class UP(Criterion):
     """Stop when the value has become worse `s` times in a row, however little.
 
-    It stops when ``E(t) > E(t-1) > ... > E(t-s)``.
+    It stops when ``E(t) > E(t-1) > ... > E(t-s)``. NaN counts as worse than the value before, whatever that is, and a
+    number after it as better.
 
     Source: Prechelt, ``UP_s``, with one epoch in place of a strip of k; EarlyStopping.jl calls it ``Patience``.
 
@@ -131,7 +138,7 @@ class UP(Criterion):
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
         before, self.before = self.before, loss
-        if before is None or not loss > before:
+        if not math.isnan(loss) and (before is None or not loss > before):
             self.count, self.since = 0, loss
             return None
         self.count += 1
@@ -145,13 +152,18 @@ class UP(Criterion):
         return f"UP({self.s})"
 
 
-def _generalization_loss(loss: float, best: float) -> float:
-    """Return by how many percent a loss is above the best one."""
+def _generalization_loss(loss: float, best: float | None) -> float:
+    """Return by how many percent a loss is above the best one: infinitely where it is NaN."""
+    if best is None:
+        return math.nan
+    if math.isnan(loss):
+        return math.inf
     if best == 0:
         return math.inf if loss > 0 else 0.0
     return 100 * (loss - best) / abs(best)
 
 
-def _least(loss: float, best: float | None) -> float:
-    """Return the smaller one; NaN is no best value where there is another."""
-    return loss if best is None or math.isnan(best) or loss < best else best
+def _least(loss: float, best: float | None) -> float | None:
+    """Return the smaller one; NaN is no best value, and ``None`` where there is no other."""
+    numbers = [each for each in (best, loss) if each is not None and not math.isnan(each)]
+    return min(numbers, default=None)

@@ -87,6 +87,8 @@ class Callbacks(Sequence[Callback]):
         except BaseException:
             for node, name in zip(self._nodes, names_before, strict=True):
                 node.callback.name = name
+            for callback in (former := list(before)):
+                callback.check_callbacks(former)
             raise
 
     # --- what a user asks for
@@ -235,6 +237,8 @@ class Callbacks(Sequence[Callback]):
             for node in order_setup([node for node in with_setup if id(node.callback) not in known]):
                 self._call_setup(node)
             check_made(self._nodes, cbstate)
+            for node in self._nodes:
+                node.callback.check_callbacks(self)
             if self._accept is not None:
                 self._accept(self._nodes, self._state)
         except BaseException:

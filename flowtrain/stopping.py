@@ -18,7 +18,8 @@ criterion             stops when                                                
 ====================  ==========================================================  ===========
 
 Each is fed one value an epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a loop of one's own.
-"Worse" means larger, or smaller where `Criterion.begin` said ``"max"``. NaN is neither better nor worse than any value.
+"Worse" means larger, or smaller where `Criterion.begin` said ``"max"``. NaN is worse than every number: it is never a
+best value or an improvement, also where it is the first value.
 
 Sources: L. Prechelt, "Early Stopping - But When?", in Neural Networks: Tricks of the Trade, 1998
 (https://doi.org/10.1007/3-540-49430-8_3), and https://github.com/JuliaAI/EarlyStopping.jl. Prechelt looks at the
@@ -58,8 +59,9 @@ __all__ = [
 class Patience(Criterion):
     """Stop when there was no improvement for `n` epochs.
 
-    An improvement is a value better by more than `min_delta` than at the last improvement. This is what Keras and
-    Lightning call patience (https://keras.io/api/callbacks/early_stopping); EarlyStopping.jl gives the name to `UP`.
+    An improvement is the first number, and a value better by more than `min_delta` than at the last improvement. So a
+    metric that is NaN from the first epoch on ends training after `n` epochs. This is what Keras and Lightning call
+    patience (https://keras.io/api/callbacks/early_stopping); EarlyStopping.jl gives the name to `UP`.
 
     Args:
         n: For how many epochs.
@@ -86,13 +88,19 @@ class Patience(Criterion):
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
         best = self.best
-        if best is None or math.isnan(best) or loss < best - self.min_delta:
+        if not math.isnan(loss) and (best is None or loss < best - self.min_delta):
             self.best, self.count = loss, 0
             return None
         self.count += 1
         if self.count < self.n:
             return None
-        return f"no improvement on {self.shown(best)} for {self.count} epoch{'s' if self.count > 1 else ''}"
+        epochs = f"for {self.count} epoch{'s' if self.count > 1 else ''}"
+        return f"the value is NaN {epochs}" if best is None else f"no improvement on {self.shown(best)} {epochs}"
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.best is not None and math.isnan(self.best):  # an earlier version remembered NaN as the best value
+            self.best = None
 
     def __repr__(self) -> str:
         delta = f", min_delta={self.min_delta:g}" if self.min_delta else ""

@@ -37,7 +37,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "scratch", "dryrun", "syncs", "audit",
     ),  # training itself
     6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
-        "plateau", "criterion", "prechelt", "stopping"),  # what the bundled callbacks work with
+        "criterion", "plateau", "prechelt", "stopping"),  # what the bundled callbacks work with
     7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
     8: ("curves", "figure", "plot", "arguments", "callbacksite", "learner", "finder", "flowtrain"),  # one object
     9: ("testing", "examples"),  # users of the face

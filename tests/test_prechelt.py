@@ -49,8 +49,11 @@ def test_gl_exceeds_alpha(alpha: float, stop: int | None) -> None:
         ([2.0, 2.5], "min", 25.0, None),
         # next to zero everything above is infinitely worse
         ([1.0, 0.0, 0.0, 1e-9], "min", 1e9, 4),
-        # NaN is not compared, and is no best value
-        ([NAN, 2.0, NAN, 2.5], "min", 24.0, 4),
+        # NaN is no best value, infinitely worse than one, and not compared where there is none
+        ([NAN, NAN, 2.0, 2.5], "min", 24.0, 4),
+        ([NAN, 2.0, NAN, 2.5], "min", 1e9, 3),
+        ([NAN, 2.0, NAN, 2.5], "max", 1e9, 3),
+        ([NAN, NAN, NAN], "min", 1.0, None),
         ([2.0, INF], "min", 1e9, 2),
         ([INF, 2.0, 2.0], "min", 1.0, None),
     ],
@@ -116,6 +119,17 @@ def test_pq_where_large_values_are_good() -> None:
 def test_pq_leaves_nan_to_others() -> None:
     assert PQ(1, k=2).update(1.0, [NAN, 1.0]) is None
     assert PQ(1, k=2).update(1.0, [1.0, NAN]) is None
+    assert PQ(1, k=2).update(NAN, [1.0, 2.0]) is None, "there was no number"
+
+
+def test_pq_of_nan() -> None:
+    criterion = PQ(1, k=2)
+    assert criterion.update(1.0, [3.0]) is None
+    assert str(criterion.update(NAN, [2.0])).startswith(
+        "PQ(1, k=2): the value nan is inf percent worse than the best, 1"
+    )
+    stopped = PQ(1, k=2).update(1.0, [NAN, NAN])
+    assert stopped == "PQ(1, k=2): training makes no progress: its last 2 values are nan"
 
 
 # up and down:  -     +    -    +    +    =    +    +    +
@@ -128,9 +142,10 @@ def test_up_counts_rises_in_a_row(s: int, stop: int | None) -> None:
     assert stops_at(UP(s), [-value for value in RISES], "max") == stop
 
 
-def test_up_begins_to_count_again_after_nan() -> None:
-    assert stops_at(UP(2), [1.0, 2.0, NAN, 3.0, 4.0]) is None
-    assert stops_at(UP(2), [1.0, 2.0, NAN, 3.0, 4.0, 5.0]) == 6
+def test_up_takes_nan_for_worse() -> None:
+    assert stops_at(UP(2), [1.0, 2.0, NAN, 3.0]) == 3
+    assert stops_at(UP(3), [1.0, 2.0, NAN, 3.0, 4.0, NAN, NAN]) == 7
+    assert stops_at(UP(2), [NAN, 1.0, NAN, 1.0, NAN, 1.0]) is None
 
 
 def test_up_says_from_where_to_where_in_the_metrics_own_sign() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import flowtrain.stopping
 from flowtrain import UsageError
 from flowtrain.criterion import Criterion, Mode
-from flowtrain.stopping import InvalidValue, NumberLimit, NumberSinceBest, Patience, Threshold, TimeLimit
+from flowtrain.stopping import UP, InvalidValue, NumberLimit, NumberSinceBest, Patience, Threshold, TimeLimit, Warmup
 
 NAN, INF = math.nan, math.inf
 
@@ -65,7 +65,26 @@ def test_patience_asks_for_more_than_min_delta() -> None:
 
 def test_nan_is_no_improvement_and_no_best_value() -> None:
     assert stops_at(Patience(2), [NAN, 3.0, NAN, 2.0, NAN, NAN]) == 6
-    assert stops_at(Patience(2), [NAN, NAN, NAN, 3.0]) is None
+    assert stops_at(Patience(2), [NAN, 3.0, 4.0, 4.0]) == 4, "the first number is an improvement, whatever it is"
+    assert stops_at(Patience(4, min_delta=0.5), [NAN, NAN, NAN, 3.0, NAN, 2.6, 2.6, NAN]) == 8
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("make", [Patience, NumberSinceBest, UP], ids=lambda make: make.__name__)
+def test_what_is_nan_from_the_first_value_on_stops(make: Callable[[int], Criterion], mode: Mode) -> None:
+    for n in (1, 3):
+        assert stops_at(make(n), [NAN] * 9, mode) == n
+    assert stops_at(Warmup(make(2), 3), [NAN] * 9, mode) == 5
+    again = make(3)
+    again.load_state_dict({**make(3).state_dict(), **({} if make is UP else {"best": NAN, "count": 0})})
+    assert stops_at(again, [NAN] * 9, mode) == 3, "NaN was the best value in the state of an earlier version"
+
+
+def test_that_reason_names_nan() -> None:
+    assert Patience(1).update(NAN) == "Patience(1): the value is NaN for 1 epoch"
+    criterion = UP(2)
+    answers = [criterion.update(value) for value in (1.0, 2.0, NAN)]
+    assert answers == [None, None, "UP(2): the value became worse 2 times in a row, from 1 to nan"]
 
 
 def test_reasons_name_the_best_value_in_the_metrics_own_sign() -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
 from flowtrain.conditions import Every
+from flowtrain.criterion import Mode, direction
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
 from flowtrain.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
@@ -49,13 +50,15 @@ class Checkpointer(Callback):
         monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; ``None`` for none.
         phase: The phase whose epochs count and whose metric it is. If not given: the last phase in ``data`` that
             evaluates, or, without one, the last that trains.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
+            of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
         every_steps: Also after every n-th batch of training; of these only the newest is kept.
         weights: ``"safetensors"`` writes the model's weights beside each checkpoint, as
             ``epoch-0001.safetensors`` (https://huggingface.co/docs/safetensors).
 
     Raises:
-        UsageError: An argument means nothing. At the end of an epoch: the metric is not computed in that phase.
+        UsageError: An argument means nothing. When the learner is built: without `mode`, nothing is known of the
+            metric. At the end of an epoch: the metric is not computed in that phase.
         MissingStateError: When the learner is built: there is no metric of that name.
         CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
             full; the last complete checkpoint stays.
@@ -74,7 +77,7 @@ class Checkpointer(Callback):
         every: int = 1,
         monitor: str | None = "Loss",
         phase: type[Phase] | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Mode | None = None,
         *,
         every_steps: int | None = None,
         weights: Literal["safetensors"] | None = None,
@@ -88,7 +91,7 @@ class Checkpointer(Callback):
             raise UsageError(f"Checkpointer(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
         if phase is not None and not is_type(phase, Phase):
             raise UsageError(f"Checkpointer(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
-        if mode not in ("min", "max"):
+        if mode not in ("min", "max", None):
             raise UsageError(
                 f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
@@ -100,6 +103,7 @@ class Checkpointer(Callback):
         self.every, self.every_steps, self.weights = every, every_steps, weights is not None
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
+        self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built
         self._watched: Phase | None = None
         self._files: list[tuple[str, float]] = []  # with what they are ranked by, oldest first
         self._best = math.inf
@@ -115,6 +119,11 @@ class Checkpointer(Callback):
                 yield owner, replace(handler, phase_type=self.phase or Phase, access={**history, **metric})
             elif handler.attribute != "end_batch" or self.every_steps is not None:
                 yield owner, handler
+
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Find out whether small or large values are good."""
+        if self.monitor is not None:
+            self._direction = direction("Checkpointer(...", self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
@@ -225,7 +234,7 @@ class Checkpointer(Callback):
                 f"phase, or write Checkpointer(..., phase=...), or monitor=None."
             )
         value = float(series.last()[1])
-        return math.inf if math.isnan(value) else value if self.mode == "min" else -value
+        return math.inf if math.isnan(value) else value if self._direction == "min" else -value
 
     def _drop(self) -> list[str]:
         """Forget the files that are neither among the best nor the newest, and return their names."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import mul
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -87,6 +87,10 @@ class Metrics(Callback):
         }
         for owner, handler in super().handlers():
             yield owner, replace(handler, access=access.get(handler.attribute, handler.access))
+
+    def metric_modes(self) -> dict[str, Literal["min", "max"]]:
+        """Return what the metrics say of themselves."""
+        return {name: mode for metric in self.metrics for name, mode in metric.modes.items()}
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
         """Refuse another `Metrics`: both would record the loss. One takes any number of metrics."""

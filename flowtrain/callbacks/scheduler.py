@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 from flowtrain.access import Access, Read, Write
 from flowtrain.callback import Callback, on
+from flowtrain.criterion import direction
 from flowtrain.errors import UsageError, is_a
 from flowtrain.events import BatchBegin, EpochEnd, FitBegin, UpdateBegin
 from flowtrain.handler import Handler
@@ -68,6 +69,7 @@ class Scheduler(Callback):
             self.schedules[setting] = given if isinstance(given, ReduceOnPlateau) else as_schedule(given)
         watching = [(each.name, plan) for each, plan in self.schedules.items() if isinstance(plan, ReduceOnPlateau)]
         self._watching = dict(watching)
+        self._judging = dict(watching)  # the same, when it is known of each metric which values are good
         self._plateaus = {name: plan.begin() for name, plan in watching}
         self._judged: dict[str, int] = {}  # by phase: the update after which the newest metric was taken in
         self._epochs: dict[str, int] = {}  # by training phase
@@ -98,6 +100,12 @@ class Scheduler(Callback):
             elif self._watching or any(isinstance(s, Schedule) and s.unit == "epoch" for s in self.schedules.values()):
                 metrics = {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
                 yield base, replace(handler, access=metrics)
+
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Find out of the metrics that are watched whether small or large values are good."""
+        for name, plan in self._watching.items():
+            mode = direction(f"reduce_on_plateau({plan.value}", plan.monitor, plan.mode, callbacks)
+            self._judging[name] = replace(plan, mode=mode)
 
     def setup(self, learner: LearnerView) -> None:
         """Check that the hyperparameters are there; set those that are no optimizer's, for others to read."""
@@ -150,7 +158,7 @@ class Scheduler(Callback):
         if self._judged.get(repr(phase), 0) == self.updates:
             return  # a further evaluation of the same parameters, as by validate(), is no further epoch
         self._judged[repr(phase)] = self.updates
-        for name, plan in self._watching.items():
+        for name, plan in self._judging.items():
             if isinstance(phase, plan.phase):
                 series = learner.cbstate.metrics_epoch[phase][plan.monitor]
                 self._plateaus[name] = plan.after(self._plateaus[name], series.last()[1])

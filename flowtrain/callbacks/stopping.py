@@ -9,7 +9,7 @@ from typing import Any
 
 from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
-from flowtrain.criterion import Criterion, Disjunction, Mode
+from flowtrain.criterion import Criterion, Disjunction, Mode, direction
 from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
@@ -40,10 +40,12 @@ class EarlyStopping(Callback):
         patience: For how many epochs there may be no improvement: ``Patience(patience)``.
         monitor: The metric, by its name in ``cbstate.metrics_epoch``.
         phase: The phase. One of its subclasses is watched if that is what ``data`` has.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
+            of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
 
     Raises:
-        UsageError: There is no criterion, or an argument means nothing. At `FitBegin`: `phase` is not in ``data``. At
+        UsageError: There is no criterion, or an argument means nothing. When the learner is built: without `mode`,
+            nothing is known of the metric. At `FitBegin`: `phase` is not in ``data``. At
             the end of an epoch: the metric is not computed in that phase. To watch a metric that is recorded only in
             every n-th epoch write ``throttle(EarlyStopping(3), EpochEnd, every=n)``.
         MissingStateError: When the learner is built: there is no metric of that name.
@@ -59,7 +61,7 @@ class EarlyStopping(Callback):
         patience: int | None = None,
         monitor: str = "Loss",
         phase: type[Phase] = ValidationPhase,
-        mode: Mode = "min",
+        mode: Mode | None = None,
     ) -> None:
         chosen = [*criteria, *([] if patience is None else [patience])]
         if not chosen:
@@ -70,14 +72,15 @@ class EarlyStopping(Callback):
             raise UsageError(f"EarlyStopping(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
         if not is_type(phase, Phase):
             raise UsageError(f"EarlyStopping(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
-        if mode not in ("min", "max"):
+        if mode not in ("min", "max", None):
             raise UsageError(
                 f"EarlyStopping(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
         self.criterion = Disjunction(*(Patience(each) if isinstance(each, int) else each for each in chosen))
         self.monitor = monitor
         self.phase = phase
-        self.mode: Mode = mode
+        self.mode = mode
+        self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built
         self._watched: Phase | None = None  # the phase of `data` that is watched in this fit
         self._training: Phase | None = None
         self._seen = 0  # how many values of training the criterion has been given
@@ -91,6 +94,10 @@ class EarlyStopping(Callback):
                 access: Access = {metric: Read(), "cbstate.history": Read()}
                 handler = replace(handler, phase_type=self.phase, access=access)
             yield owner, handler
+
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Find out whether small or large values are good."""
+        self._direction = direction("EarlyStopping(...", self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
@@ -107,7 +114,7 @@ class EarlyStopping(Callback):
         if self._ended:
             self.criterion.reset()
             self._ended = ""
-        self.criterion.begin(self.mode)
+        self.criterion.begin(self._direction)
 
     @on(EpochEnd)
     def watch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -125,10 +132,9 @@ class EarlyStopping(Callback):
             return  # nothing was recorded in this one
         why = self.criterion.update(value, self._new_of_training(metrics))
         if why is not None:
-            best_epoch, best = self._best(series)
             self._ended = (
                 f"{self.name or 'EarlyStopping'} ends training after epoch {epoch} of {phase!r}. {why}. "
-                f"{self.monitor} is {value:.6g}; its best value was {best:.6g}, in epoch {best_epoch}."
+                f"{self.monitor} is {value:.6g}; {self._best(series)}."
             )
             raise CancelFittingException(self._ended)
 
@@ -172,9 +178,12 @@ class EarlyStopping(Callback):
         values: list[float] = series.since(seen)
         return values
 
-    def _best(self, series: Any) -> tuple[int, float]:
-        pairs = [(epoch, value) for epoch, value in series if value == value] or list(series)  # not NaN, or all NaN
-        return (min if self.mode == "min" else max)(pairs, key=itemgetter(1))
+    def _best(self, series: Any) -> str:
+        numbers = [(epoch, value) for epoch, value in series if value == value]  # NaN equals nothing
+        if not numbers:
+            return "it never was a number"
+        epoch, best = (min if self._direction == "min" else max)(numbers, key=itemgetter(1))
+        return f"its best value was {best:.6g}, in epoch {epoch}"
 
     def _not_recorded(self, metrics: Any, phase: Phase) -> UsageError:
         others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))

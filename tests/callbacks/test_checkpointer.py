@@ -80,7 +80,9 @@ NAN = float("nan")
 def test_the_best_and_the_latest_stay(
     options: dict[str, Any], scores: list[float], kept: list[str], best: str, tmp_path: Path
 ) -> None:
-    tiny_learner(scored(*scores), Checkpointer(tmp_path, monitor="Score", **options), n_batches=1).fit(4)
+    tiny_learner(
+        scored(*scores), Checkpointer(tmp_path, monitor="Score", **{"mode": "min", **options}), n_batches=1
+    ).fit(4)
     assert files(tmp_path) == kept
     assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == ("4", best)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
@@ -95,8 +97,8 @@ def test_without_a_monitor_the_newest_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_ranks_go_on_after_a_resumed_fit(stop: int, tmp_path: Path) -> None:
     scores = [3, 1, 2, 4]
-    tiny_learner(scored(*scores), Checkpointer(tmp_path, 1, monitor="Score"), n_batches=1).fit(stop)
-    again = tiny_learner(scored(*scores[stop:]), Checkpointer(tmp_path, 1, monitor="Score"), n_batches=1)
+    tiny_learner(scored(*scores), Checkpointer(tmp_path, 1, monitor="Score", mode="min"), n_batches=1).fit(stop)
+    again = tiny_learner(scored(*scores[stop:]), Checkpointer(tmp_path, 1, monitor="Score", mode="min"), n_batches=1)
     again.fit(4, resume=tmp_path)
     assert (files(tmp_path), pointer(tmp_path, "best")) == (["2", "4"], "2")
 
@@ -249,7 +251,10 @@ def test_whose_epochs_count(
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_at_the_same_event_loses_nothing(first: bool, tmp_path: Path) -> None:
     """Rule 15: the other handlers of the event run, and what they asked for is done."""
-    stops, saves = EarlyStopping(patience=1, monitor="Score"), Checkpointer(tmp_path, monitor="Score")
+    stops, saves = (
+        EarlyStopping(patience=1, monitor="Score", mode="min"),
+        Checkpointer(tmp_path, monitor="Score", mode="min"),
+    )
     callbacks = [stops, saves] if first else [saves, stops]
     learner = tiny_learner(scored(1, 2, 3, 4), *callbacks, n_batches=1)
     learner.fit(4)
@@ -276,7 +281,7 @@ def test_an_epoch_without_a_completed_batch_is_the_worst(tmp_path: Path) -> None
 def test_an_unknown_monitor_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(MissingStateError, match=r"cbstate\.metrics_epoch\.Los, .* there is Loss"):
         tiny_learner(Checkpointer(tmp_path, monitor="Los"))
-    wrong = Checkpointer(tmp_path, monitor="Score", phase=ValidationPhase)
+    wrong = Checkpointer(tmp_path, monitor="Score", mode="min", phase=ValidationPhase)
     learner = tiny_learner(scored(*range(99), phase=TrainingPhase), wrong, n_batches=1)
     with pytest.raises(UsageError, match=r"^Checkpointer ranks by 'Score' of ValidationPhase, and nothing .*; it is"):
         learner.fit(1)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
+from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, R2Score
+from torchmetrics.classification import MulticlassF1Score
 
 from flowtrain import (
+    Access,
+    Callback,
     CancelEpochException,
     CancelFittingException,
     EpochBegin,
@@ -20,18 +25,43 @@ from flowtrain import (
     LearnerView,
     MissingStateError,
     Phase,
+    Read,
     TrainingPhase,
     UsageError,
     ValidationPhase,
+    Write,
+    on,
 )
-from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics, throttle
+from flowtrain.callbacks import (
+    Checkpointer,
+    CustomCallback,
+    EarlyStopping,
+    LearningRate,
+    Metric,
+    Metrics,
+    Recorder,
+    Scheduler,
+    reduce_on_plateau,
+    throttle,
+)
 from flowtrain.criterion import Criterion, Warmup
 from flowtrain.errors import CheckpointError
 from flowtrain.execution import Executor
+from flowtrain.metrics import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
 from flowtrain.stopping import GL, PQ, UP, InvalidValue, Never, NumberLimit, Patience, Threshold
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 
 SCORES = [4.0, 2.0, 3.0, 2.5, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0]
+
+
+class Good:
+    """A function that says which of its values are good, as torchmetrics objects do."""
+
+    def __init__(self, higher_is_better: bool | None) -> None:
+        self.higher_is_better = higher_is_better
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).mean()
 
 
 class OODPhase(ValidationPhase):
@@ -57,7 +87,7 @@ def epochs_of(learner: Learner, phase: type[Phase] = ValidationPhase) -> int:
 
 def test_it_ends_training_and_says_why() -> None:
     """Best 2 in epoch 2; epochs 3, 4 and 5 are no better."""
-    learner = learner_with(EarlyStopping(patience=3, monitor="Score"))
+    learner = learner_with(EarlyStopping(patience=3, monitor="Score", mode="min"))
     learner.fit(10)
     assert epochs_of(learner) == epochs_of(learner, TrainingPhase) == 5
     assert isinstance(learner.stopped, CancelFittingException)
@@ -70,14 +100,17 @@ def test_it_ends_training_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("stopping", "epochs"),
     [
-        (lambda: EarlyStopping(1, monitor="Score"), 3),
-        (lambda: EarlyStopping(UP(2), monitor="Score"), 9),  # 1, 2, 3
-        (lambda: EarlyStopping(GL(99), monitor="Score"), 6),  # 100 * (5 - 2) / 2 = 150
-        (lambda: EarlyStopping(Threshold(1.5), monitor="Score"), 7),
-        (lambda: EarlyStopping(Threshold(1.5), UP(1), patience=9, monitor="Score"), 3),  # whichever comes first
+        (lambda: EarlyStopping(1, monitor="Score", mode="min"), 3),
+        (lambda: EarlyStopping(UP(2), monitor="Score", mode="min"), 9),  # 1, 2, 3
+        (lambda: EarlyStopping(GL(99), monitor="Score", mode="min"), 6),  # 100 * (5 - 2) / 2 = 150
+        (lambda: EarlyStopping(Threshold(1.5), monitor="Score", mode="min"), 7),
+        (
+            lambda: EarlyStopping(Threshold(1.5), UP(1), patience=9, monitor="Score", mode="min"),
+            3,
+        ),  # whichever comes first
         (lambda: EarlyStopping(2, monitor="Score", mode="max"), 3),  # 4 is the best, 2 and 3 are worse
         (lambda: EarlyStopping(Threshold(4.5), monitor="Score", mode="max"), 6),
-        (lambda: EarlyStopping(Never(), monitor="Score"), 10),
+        (lambda: EarlyStopping(Never(), monitor="Score", mode="min"), 10),
     ],
 )
 def test_every_criterion_is_fed_the_values_of_the_epochs(stopping: Callable[[], EarlyStopping], epochs: int) -> None:
@@ -103,7 +136,7 @@ def test_it_watches_the_validation_loss_unless_told_otherwise() -> None:
 
 
 def test_by_steps_an_epoch_is_validate_every_batches() -> None:
-    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    learner = learner_with(EarlyStopping(3, monitor="Score", mode="min"))
     learner.fit(steps=100, validate_every=3)
     assert learner.cbstate.history[TrainingPhase][:2] == (5, 15)
     assert str(learner.stopped).startswith("EarlyStopping ends training after epoch 5 of ValidationPhase. ")
@@ -126,7 +159,7 @@ def test_it_has_a_handler_at_epochs_of_the_watched_phase_alone() -> None:
 
 def test_strips_of_several_epochs() -> None:
     """Every second value of SCORES: 2, 2.5, 5: UP(2) stops at the third, after epoch 6."""
-    learner = learner_with(throttle(EarlyStopping(UP(2), monitor="Score"), EpochEnd, every=2))
+    learner = learner_with(throttle(EarlyStopping(UP(2), monitor="Score", mode="min"), EpochEnd, every=2))
     learner.fit(10)
     assert epochs_of(learner) == 6
 
@@ -154,7 +187,7 @@ def test_strips_bring_all_values_of_training_since_the_last_one() -> None:
 
 
 def test_outside_of_fit_nothing_is_watched() -> None:
-    learner = learner_with(EarlyStopping(2, monitor="Score"))
+    learner = learner_with(EarlyStopping(2, monitor="Score", mode="min"))
     learner.validate()  # 4
     learner.fit(2)  # 2, 3
     assert learner.stopped is None
@@ -166,7 +199,7 @@ def test_outside_of_fit_nothing_is_watched() -> None:
 
 
 def test_criteria_go_on_over_fits_and_begin_anew_when_they_have_ended_one() -> None:
-    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    learner = learner_with(EarlyStopping(3, monitor="Score", mode="min"))
     for _ in range(5):
         assert learner.stopped is None
         learner.fit(1)
@@ -178,7 +211,7 @@ def test_criteria_go_on_over_fits_and_begin_anew_when_they_have_ended_one() -> N
 
 def test_a_fit_that_was_ended_by_another_is_gone_on_with() -> None:
     ends = CustomCallback(cancel_fit, EpochEnd, ValidationPhase)
-    learner = learner_with(EarlyStopping(3, monitor="Score"))
+    learner = learner_with(EarlyStopping(3, monitor="Score", mode="min"))
     learner.add_callback(ends)
     learner.fit(10)
     assert str(learner.stopped) == "enough"
@@ -199,7 +232,7 @@ def test_an_epoch_without_a_batch_is_not_counted() -> None:
         if next(empty, False):
             raise CancelEpochException("no data today")
 
-    learner = learner_with(EarlyStopping(2, monitor="Score"))
+    learner = learner_with(EarlyStopping(2, monitor="Score", mode="min"))
     learner.add_callback(CustomCallback(cancel, EpochBegin, ValidationPhase))
     learner.fit(20)  # 4, -, -, 2, 3, -, 2.5
     assert epochs_of(learner) == 7
@@ -207,13 +240,16 @@ def test_an_epoch_without_a_batch_is_not_counted() -> None:
 
 def test_the_state_goes_on_in_another_learner() -> None:
     """Rule 28: ``torch.load(weights_only=True)`` suffices to read it."""
-    whole, first = learner_with(EarlyStopping(3, UP(4), monitor="Score")), EarlyStopping(3, UP(4), monitor="Score")
+    whole, first = (
+        learner_with(EarlyStopping(3, UP(4), monitor="Score", mode="min")),
+        EarlyStopping(3, UP(4), monitor="Score", mode="min"),
+    )
     whole.fit(10)
     learner_with(first).fit(3)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = EarlyStopping(3, UP(4), monitor="Score")
+    second = EarlyStopping(3, UP(4), monitor="Score", mode="min")
     second.load_state_dict(torch.load(file, weights_only=True))
     rest = learner_with(second, SCORES[3:])
     rest.fit(7)
@@ -319,7 +355,7 @@ def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], message: 
 
 def test_a_metric_that_nobody_computes_is_refused_when_the_learner_is_built() -> None:
     with pytest.raises(MissingStateError) as refused:
-        learner_with(EarlyStopping(3, monitor="Scores"))
+        learner_with(EarlyStopping(3, monitor="Scores", mode="min"))
     assert str(refused.value).startswith(
         "EarlyStopping reads cbstate.metrics_epoch.Scores, and no callback declares to write it. In "
         "cbstate.metrics_epoch there is Loss, Score. Did you mean 'Score'? "
@@ -329,7 +365,7 @@ def test_a_metric_that_nobody_computes_is_refused_when_the_learner_is_built() ->
 def test_a_metric_of_another_phase_is_refused_at_the_end_of_the_first_epoch() -> None:
     batches = tiny_batches(n_batches=2)
     data = {ValidationPhase: batches[:1], TrainingPhase: batches}
-    learner = tiny_learner(EarlyStopping(3, monitor="Score", phase=TrainingPhase), scores(), data=data)
+    learner = tiny_learner(EarlyStopping(3, monitor="Score", mode="min", phase=TrainingPhase), scores(), data=data)
     with pytest.raises(UsageError) as refused:
         learner.fit(3)
     assert str(refused.value) == (
@@ -337,7 +373,7 @@ def test_a_metric_of_another_phase_is_refused_at_the_end_of_the_first_epoch() ->
         "recorded in ValidationPhase. Give Metrics a metric that is computed in this phase. If it is recorded in every "
         "n-th epoch only, write throttle(EarlyStopping(...), EpochEnd, every=n)."
     )
-    learner = learner_with(EarlyStopping(PQ(), monitor="Score"))
+    learner = learner_with(EarlyStopping(PQ(), monitor="Score", mode="min"))
     with pytest.raises(UsageError, match=r"^EarlyStopping needs 'Score' of TrainingPhase, and nothing was recorded"):
         learner.fit(3)
 
@@ -381,3 +417,165 @@ def test_a_criterion_belongs_to_one_callback() -> None:
         learner.fit(1)
     with pytest.raises(UsageError, match=r"Patience\(2\) is in Disjunction twice, as one object .* Make another one\."):
         EarlyStopping(shared, GL(5) | shared)
+
+
+# --- which values are good
+
+
+def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs - targets).abs().mean()
+
+
+RISING = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+class Own(Callback):
+    """Records an epoch metric by itself, and says which of its values are good."""
+
+    def __init__(self, mode: Literal["min", "max"]) -> None:
+        self.mode: Literal["min", "max"] = mode
+
+    def state_access(self) -> Access:
+        return {"cbstate.metrics_epoch.Own": Write(), "cbstate.history": Read()}
+
+    def metric_modes(self) -> dict[str, Literal["min", "max"]]:
+        return {"Own": self.mode}
+
+    @on(EpochEnd, ValidationPhase)
+    def push(self, event: EpochEnd, phase: ValidationPhase, learner: LearnerView) -> None:
+        epoch = learner.cbstate.history[phase].epochs
+        learner.cbstate.metrics_epoch[phase].push("Own", float(epoch), epoch)
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        (accuracy, "max"),
+        (top_k_accuracy(2), "max"),
+        (mean_squared_error, "min"),
+        (Metric(partial(mean_absolute_error), name="Mae"), "min"),
+        (Metric(accuracy, name="Share"), "max"),
+        (Metric(accuracy, name="Wrong", mode="min"), "min"),
+        (Metric(score, mode="max"), "max"),
+        (Metric(Good(higher_is_better=True), name="Good"), "max"),
+        (Metric(Good(higher_is_better=False), name="Good"), "min"),
+        (MulticlassF1Score(num_classes=2), "max"),
+        (MeanSquaredError(), "min"),
+        (Metric(R2Score(), name="R2"), "max"),
+        (Own("max"), "max"),
+        (Own("min"), "min"),
+    ],
+    ids=str,
+)
+def test_which_values_are_good_is_known(metric: Any, mode: str, tmp_path: Path) -> None:
+    callbacks: list[Callback] = [metric] if isinstance(metric, Callback) else [Metrics(metric)]
+    [name] = [*callbacks[0].metric_modes()]
+    stops, saves = EarlyStopping(2, monitor=name), Checkpointer(tmp_path, monitor=name)
+    plateau = Scheduler({LearningRate: reduce_on_plateau(1.0, monitor=name, patience=1)})
+    learner = tiny_learner(*callbacks, stops, saves, plateau)
+    assert learner.callbacks.find(EarlyStopping) is stops
+    values = [float(number) for number in range(1, 6)]
+    stops.criterion.begin(stops._direction)
+    answers = [stops.criterion.update(value) for value in values]
+    assert [answer is not None for answer in answers] == (
+        [False, False, True, True, True] if mode == "min" else [False] * 5
+    )
+    assert (saves._direction, plateau._judging["LearningRate"].mode) == (mode, mode)
+
+
+def test_each_of_a_torchmetrics_collection_is_known() -> None:
+    collection = MetricCollection(
+        {"Error": MeanSquaredError(), "Fit": R2Score(), "Mean": MeanMetric()}, prefix="valid_"
+    )
+    known = Metrics(collection).metric_modes()
+    assert known == {"valid_Error": "min", "valid_Fit": "max"}
+
+
+def test_an_accuracy_that_rises_is_better() -> None:
+    """Of the metric that most people watch: five epochs are run, and the best one is the last."""
+    for monitor, mode, wanted in (("Accuracy", None, 5), ("Accuracy", "min", 3), ("Accuracy", "max", 5)):
+        rest = iter(RISING)
+
+        def rising(outputs: torch.Tensor, targets: torch.Tensor, rest: Iterator[float] = rest) -> float:
+            return next(rest)
+
+        rising.__dict__["higher_is_better"] = True
+        metrics = Metrics(Metric(rising, name="Accuracy", phase=ValidationPhase))
+        batches = tiny_batches(n_batches=1)
+        stopping = EarlyStopping(2, monitor=monitor, mode=cast(Any, mode))
+        learner = tiny_learner(stopping, metrics, data=(batches, batches))
+        learner.fit(5)
+        assert epochs_of(learner) == wanted, mode
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (lambda: EarlyStopping(3, monitor="Score"), "EarlyStopping(..., monitor='Score'"),
+        (lambda: Checkpointer("unused", monitor="Score"), "Checkpointer(..., monitor='Score'"),
+        (
+            lambda: Scheduler({LearningRate: reduce_on_plateau(0.1, monitor="Score")}),
+            "reduce_on_plateau(0.1, monitor='Score'",
+        ),
+    ],
+    ids=["stopping", "checkpointer", "plateau"],
+)
+@pytest.mark.parametrize("metric", [score, Metric(Good(None), name="Score")], ids=["function", "says nothing"])
+def test_which_values_are_good_is_asked_for(make: Callable[[], Callback], call: str, metric: Any) -> None:
+    with pytest.raises(UsageError) as raised:
+        tiny_learner(make(), Metrics(metric))
+    assert str(raised.value) == (
+        f'{call}) does not know whether large values of Score are good or small ones. Write {call}, mode="max") if '
+        f'large ones are, or mode="min" if small ones are; or say it where the metric is made: '
+        f"Metric(f, name='Score', mode=\"max\")."
+    )
+    learner = tiny_learner(Metrics(metric))
+    before = list(learner.callbacks)
+    with pytest.raises(UsageError, match="does not know whether"):
+        learner.add_callback(make())
+    assert list(learner.callbacks) == before
+    tiny_learner(make(), Metrics(Metric(score, mode="max")))
+
+
+def test_a_refused_change_leaves_which_values_are_good() -> None:
+    stopping = EarlyStopping(3, monitor="Score")
+    learner = tiny_learner(stopping, Metrics(Metric(score, mode="max")))
+    refused = [
+        Recorder(),
+        stopping,
+        Metrics(Metric(score, mode="min"), Metric(score, name="Other")),
+        EarlyStopping(3, monitor="Other"),
+    ]
+    with pytest.raises(UsageError, match="does not know whether large values of Other"):
+        learner.set_callbacks(refused)
+    kept: str = stopping._direction
+    assert kept == "max"
+    learner.replace_callback(Metrics(Metric(score, mode="min")))
+    assert stopping._direction == "min"
+
+
+def test_a_metric_that_is_nan_from_the_first_epoch_on_ends_training() -> None:
+    learner = learner_with(EarlyStopping(3, monitor="Score", mode="max"), [float("nan")] * 10)
+    learner.fit(10)
+    assert str(learner.stopped) == (
+        "EarlyStopping ends training after epoch 3 of ValidationPhase. Patience(3): the value is NaN for 3 epochs. "
+        "Score is nan; it never was a number."
+    )
+
+
+def test_the_first_reason_is_the_one_that_is_kept() -> None:
+    """Of two that stop at once it is the first in the list; the other one is attached."""
+    nan = [float("nan")] * 10
+    one = EarlyStopping(2, monitor="Score", mode="min")
+    other = EarlyStopping(InvalidValue(), monitor="Score", mode="min")
+    learner = tiny_learner(one, other, scores(nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)))
+    learner.fit(10)
+    assert "InvalidValue(): there is a value of nan" in str(learner.stopped)
+    assert epochs_of(learner) == 1
+    both = tiny_learner(
+        EarlyStopping(1, monitor="Score", mode="min"), EarlyStopping(InvalidValue(), monitor="Score", mode="min"),
+        scores(nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)),
+    )  # fmt: skip
+    both.fit(10)
+    assert "Patience(1): the value is NaN for 1 epoch" in str(both.stopped)
+    assert any("InvalidValue()" in str(each) for each in getattr(both.stopped, "others", ()))
