@@ -1,17 +1,16 @@
-"""What a callback declares: `Read` and `Write` on dotted paths, and when two paths meet.
+"""What a callback declares: `Read` and `Write` on dotted paths.
 
 A declaration maps paths to access, dotted or nested; both of these mean the same::
 
     {"batch.loss": Read(), "cbstate.best": Write()}
     {"batch": {"loss": Read()}, "cbstate": {"best": Write()}}
 
-A path covers everything below it, so two paths meet when one is a prefix of the other. Two callbacks conflict where
-their paths meet and at least one of them writes. Some state has two names; `canonical` gives the name that counts.
+A path covers everything below it. Which paths lead to the same state is the subject of `flowtrain.reach`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, Union
 
@@ -21,7 +20,6 @@ __all__ = [
     "ROOTS",
     "Access",
     "Declaration",
-    "Meeting",
     "Path",
     "Read",
     "Write",
@@ -30,7 +28,6 @@ __all__ = [
     "dotted",
     "granted",
     "meet",
-    "meetings",
     "render",
     "union",
 ]
@@ -173,7 +170,7 @@ def _quoted(path: Path) -> str:
 
 
 def canonical(path: Path) -> Path:
-    """Return the name under which a path conflicts: ``params`` are the parameters of ``model``.
+    """Return a path by the one name of what it names: ``params`` are the parameters of ``model``.
 
     >>> canonical(("params", "0", "weight"))
     ('model', '0', 'weight')
@@ -182,56 +179,8 @@ def canonical(path: Path) -> Path:
 
 
 def meet(one: Path, other: Path) -> bool:
-    """Tell whether two canonical paths overlap: one is a prefix of the other, or they are equal."""
+    """Tell whether two canonical paths overlap: one is a prefix of the other, or they are equal.
+
+    What else two paths have in common, such as a parameter that the optimizer holds too, `flowtrain.reach` knows.
+    """
     return one[: len(other)] == other[: len(one)]
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Two declarations that overlap, at least one of them writing.
-
-    Attributes:
-        first: Position of the one declaration, the smaller of the two.
-        second: Position of the other.
-        paths: What each declares, in the same order.
-        writes: Whether each writes, in the same order.
-    """
-
-    first: int
-    second: int
-    paths: tuple[Path, Path]
-    writes: tuple[bool, bool]
-
-
-def meetings(declarations: Sequence[Declaration]) -> Iterator[Meeting]:
-    """Yield every pair of positions whose declarations overlap with a write, once for each pair of paths.
-
-    The paths are indexed, and each is looked up under its own prefixes: the cost grows with the number of paths and
-    of meetings, not with the square of the declarations.
-    """
-    readers: dict[Path, list[tuple[int, Path]]] = {}
-    writers: dict[Path, list[tuple[int, Path]]] = {}
-    for position, declaration in enumerate(declarations):
-        for path, kind in declaration:
-            index = writers if isinstance(kind, Write) else readers
-            index.setdefault(canonical(path), []).append((position, path))
-    for path in sorted(readers.keys() | writers.keys()):  # sorted: messages and `explain` are the same in every run
-        for length in range(1, len(path) + 1):
-            prefix = path[:length]
-            above, below = writers.get(prefix, ()), writers.get(path, ())
-            for one in above:
-                for other in readers.get(path, ()):
-                    yield from _meeting(one, other, (True, False))
-            for one in readers.get(prefix, ()):
-                for other in below:
-                    yield from _meeting(one, other, (False, True)) if prefix != path else ()
-            for number, one in enumerate(above):
-                for other in below[number + 1 :] if prefix == path else below:
-                    yield from _meeting(one, other, (True, True))
-
-
-def _meeting(one: tuple[int, Path], other: tuple[int, Path], writes: tuple[bool, bool]) -> Iterator[Meeting]:
-    if one[0] < other[0]:
-        yield Meeting(one[0], other[0], (one[1], other[1]), writes)
-    elif other[0] < one[0]:
-        yield Meeting(other[0], one[0], (other[1], one[1]), (writes[1], writes[0]))

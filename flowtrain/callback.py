@@ -21,7 +21,7 @@ from flowtrain.protect import LearnerView
 from flowtrain.records import LoggerBackend
 from flowtrain.resolution import Resolution
 
-__all__ = ["Callback", "Condition", "check_handlers", "find_handler", "on"]
+__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "find_handler", "on"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -68,6 +68,8 @@ class Callback:
         deferrable: Nothing in training waits for its handlers: an executor may run them later, elsewhere, on a
             snapshot of what they declare. Such a callback declares no `Write` but on resources.
         durable: No event of it may be dropped, however far behind it is.
+        access_argument: What it was given as ``access=``, for a callback that calls a function of the user. Messages
+            then tell the user to pass more there, since its `state_access` is not theirs.
     """
 
     name: str = ""
@@ -76,6 +78,7 @@ class Callback:
     backends: tuple[LoggerBackend, ...] = ()
     deferrable: bool = False
     durable: bool = False
+    access_argument: Access | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -303,3 +306,53 @@ def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
                 f"{handler} can never run: {handler.phase_type.__name__} does not fire {handler.event_type.__name__}. "
                 f"It fires: {listed}."
             )
+
+
+_HOOKS = {
+    "FitBegin": "on_fit_start on_fit_begin on_train_start on_train_begin before_fit fit_start",
+    "FitEnd": "on_fit_end on_train_end after_fit fit_end",
+    "EpochBegin, TrainingPhase": "on_train_epoch_start on_epoch_begin on_epoch_start before_epoch before_train "
+    "epoch_start",
+    "EpochEnd, TrainingPhase": "on_train_epoch_end on_epoch_end after_epoch after_train epoch_end",
+    "BatchBegin, TrainingPhase": "on_train_batch_start on_train_batch_begin on_batch_begin on_batch_start "
+    "on_step_begin before_batch batch_start",
+    "LossBegin, TrainingPhase": "after_pred before_loss",
+    "BackwardBegin, TrainingPhase": "on_before_backward before_backward after_loss",
+    "BackwardEnd, TrainingPhase": "on_after_backward after_backward on_substep_end",
+    "UpdateBegin, TrainingPhase": "on_before_optimizer_step on_pre_optimizer_step before_step",
+    "UpdateEnd, TrainingPhase": "on_optimizer_step after_step",
+    "BatchEnd, TrainingPhase": "on_train_batch_end on_batch_end on_step_end after_batch batch_end",
+    "EpochBegin, ValidationPhase": "on_validation_epoch_start on_validation_start on_test_begin before_validate "
+    "eval_start",
+    "BatchEnd, ValidationPhase": "on_validation_batch_end on_test_batch_end on_prediction_step eval_batch_end",
+    "EpochEnd, ValidationPhase": "on_validation_epoch_end on_validation_end on_test_end on_evaluate after_validate "
+    "eval_end",
+    "EpochCancelled": "on_exception",
+}
+"""The hooks of other libraries, by what to pass to `on` for the same moment."""
+
+
+def check_marks(callback: Callback) -> None:
+    """Check that a callback without a handler has no method that is meant as one.
+
+    Raises:
+        HandlerError: It has: a hook of another library, or a method that takes what a handler takes. Nothing would
+            call it.
+    """
+    if type(callback).handlers is not Callback.handlers:
+        return  # it decides by itself which of its methods are handlers
+    hooks = {name: types for types, names in _HOOKS.items() for name in names.split()}
+    for kind in type(callback).__mro__[: type(callback).__mro__.index(Callback)]:
+        for name, value in vars(kind).items():
+            if not inspect.isfunction(value) or hasattr(Callback, name):
+                continue
+            if name in hooks or name.startswith("on_") or [*inspect.signature(value).parameters][1:] == _TAKES:
+                types = hooks.get(name, "EpochEnd, TrainingPhase")
+                raise HandlerError(
+                    f"{type(callback).__name__} has no handler, so it would do nothing: no method of it is marked with "
+                    f"on(), and a method is a handler by its mark, not by its name. For {name} write:\n\n"
+                    f"    @on({types})\n    def {name}(self, event, phase, learner) -> None: ...\n"
+                )
+
+
+_TAKES = ["event", "phase", "learner"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flowtrain.access import Declaration, Path, Read, Write, canonical, dotted, meet
+from flowtrain.access import Declaration, Path, Read, Write, dotted, meet
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import AccessError, CallbackError, MissingStateError, nearest
 from flowtrain.events import Event
@@ -32,7 +32,7 @@ def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
 
 def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
     return [
-        (node, canonical(path))
+        (node, path)
         for node in nodes
         for path, kind in node.union
         if isinstance(kind, Write) and path[0] == root

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flowtrain.access import Meeting, dotted
+from flowtrain.access import Path, dotted
 from flowtrain.errors import CycleError, WriteConflictError
 from flowtrain.graph import Node, Reason
+from flowtrain.reach import Meeting
 
 __all__ = ["Draft", "check_writers", "cycle_error"]
 
@@ -118,5 +119,17 @@ def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
         paths,
         draft.where,
         f"{names[0]} and {names[1]} both write at ({draft.where}), and nothing says which goes first: "
-        f"{names[0]} writes {paths[0]}, {names[1]} writes {paths[1]}.{more} Say it, in one of these ways:\n\n{remedy}",
+        f"{names[0]} writes {paths[0]}, {names[1]} writes {paths[1]}{meeting.why}.{more}"
+        f"{''.join(map(_narrower, names, meeting.paths)) if meeting.why else ''} Say it, in one of these ways:\n\n"
+        f"{remedy}",
     )
+
+
+def _narrower(name: str, path: Path) -> str:
+    """Say what a callback may declare instead of a path that reaches more than it names."""
+    if path == ("batch",):
+        return f" If {name} writes no gradients, let it declare the entries that it writes, such as batch.targets."
+    if path == ("optimizer",) or (path[0] == "optimizer" and path[-1] == "param_groups"):
+        narrow = dotted((*(path if len(path) == 1 else path[:-1]), "hyperparams"))
+        return f" If {name} sets hyperparameters only, let it use and declare {narrow}."
+    return ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from flowtrain.guard import Guard, all_finite
 from flowtrain.hyperparams import OptimizerParts
 from flowtrain.modes import Modes
 from flowtrain.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
-from flowtrain.parameters import Gradients, Parameters
+from flowtrain.parameters import Gradients, Parameters, named_parameters
 from flowtrain.placement import Placement
 from flowtrain.prefetch import Transfer
 from flowtrain.scaling import Precision, Scaling, autocast, in_precision
@@ -134,9 +135,11 @@ class TorchCore:
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
         one = self._optimizers.get("")
-        parts = {name: OptimizerParts(made, f"optimizer.{name}") for name, made in self._optimizers.items() if name}
+        named = partial(named_parameters, self.params, state.lossfn)
+        several = {name: each for name, each in self._optimizers.items() if name}
+        parts = {name: OptimizerParts(each, f"optimizer.{name}", named) for name, each in several.items()}
         state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
-        state.optimizers = OptimizerParts(one) if one is not None else Named("optimizer", parts)
+        state.optimizers = OptimizerParts(one, named=named) if one is not None else Named("optimizer", parts)
         self.optimizer = state.optimizer
         self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None
         self.groups = Groups(self._optimizers, self.accumulate)

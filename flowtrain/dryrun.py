@@ -26,6 +26,7 @@ from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Step, owner_of
 from flowtrain.protect import LearnerView
+from flowtrain.reach import Reach
 from flowtrain.recording import Log, RecordingView
 from flowtrain.records import Identity, collecting
 from flowtrain.registry import Callbacks
@@ -70,6 +71,10 @@ class Recording:
                 if name in self.decorators:
                     lines += [f"    {self.decorators[name]}access={render(declaration)})", f"    def {name}(...)", ""]
         for path, kind in self.union:
+            if path[0] == "optimizer" and path[-1] not in ("hyperparams", "state") and isinstance(kind, Write):
+                narrow = dotted((*path, "hyperparams"))
+                hint = f"{dotted(path)} reaches the parameters too: for learning rates use and declare {narrow}."
+                lines += [hint, ""]
             if isinstance(kind, Read) and kind.optional:
                 hint = nearest(dotted(path), self.known)
                 lines += [f"There was no {dotted(path)} when it was read, so it is optional here.{hint}", ""]
@@ -179,7 +184,7 @@ class _Probe:
             yield RecordingView(state, owner, log)
         finally:
             for path in changes(before, fingerprints(state)):
-                _log_write(log, path)
+                _log_write(log, path, Reach(state))
 
     def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
         """Return what was found."""
@@ -227,14 +232,15 @@ def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
             yield path, kind
 
 
-def _log_write(log: Log, changed: Path) -> None:
-    """Log a change: as a write of what the handler read to get there, if it did."""
-    for path in list(log):
-        target = canonical(path)
-        if changed[: len(target)] == target:
-            log[path] = Write()
-            return
-    log[declarable(changed)] = Write()
+def _log_write(log: Log, changed: Path, reach: Reach) -> None:
+    """Log a change of a region: as a write of the path by which the handler got there, if it read one.
+
+    A path that names the region goes before one that reaches it too: gradients are written as ``batch.grads`` by a
+    handler that has also read ``params``.
+    """
+    named = [path for path in log if changed[: len(path)] == canonical(path)]
+    reached = [path for path in log if reach.explains(path, changed)]
+    log[next(iter([*named, *reached]), declarable(changed))] = Write()
 
 
 def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from flowtrain.access import Access, Declaration, Read, Write, canonical, meet
+from flowtrain.access import Access, Declaration, Read, Write, meet
 from flowtrain.callback import Callback, on
 from flowtrain.errors import UsageError, is_a, is_positive
 from flowtrain.events import BatchEnd, UpdateBegin
@@ -222,7 +222,7 @@ def _needed(learner: Learner) -> set[str]:
     nodes = {node.name: node.union for node in learner.callbacks.nodes}
     # One that writes the optimizer would set the learning rate that is swept over.
     usable = {name for name, union in nodes.items() if not any(path[0] == "optimizer" for path in _paths(union, Write))}
-    roots = {"batch", "model", "lossfn"}
+    roots = {"batch", "model", "params", "lossfn"}
     found = {name for name in usable if any(path[0] in roots for path in _paths(nodes[name], Write))}
     waiting = list(found)
     while waiting:
@@ -235,7 +235,7 @@ def _needed(learner: Learner) -> set[str]:
 
 
 def _paths(declaration: Declaration, kind: type[Read] | type[Write]) -> list[tuple[str, ...]]:
-    return [canonical(path) for path, each in declaration if isinstance(each, kind)]
+    return [path for path, each in declaration if isinstance(each, kind)]
 
 
 class _Sweep(Callback):

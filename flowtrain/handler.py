@@ -68,8 +68,12 @@ class Handler:
 
     def decorator(self) -> str:
         """Return the decorator as source, up to the access."""
-        phase = "" if self.phase_type is Phase else f", {self.phase_type.__name__}"
-        return f"@on({self.event_type.__name__}{phase}, "
+        types = [self.event_type.__name__]
+        if self.function is not None:
+            types += [self.phase_type.__name__, self.callback_type]
+        elif self.phase_type is not Phase:
+            types.append(self.phase_type.__name__)
+        return f"@on({', '.join(types)}, "
 
     def __str__(self) -> str:
         return f"{self.callback_type}.{self.attribute} on ({self.event_type.__name__}, {self.phase_type.__name__})"

@@ -1,21 +1,22 @@
 """What handlers see of an optimizer: its hyperparameters and its state, as two things apart.
 
-A schedule writes ``optimizer.hyperparams`` while another callback reads ``optimizer.state``; neither touches the
+A schedule writes ``optimizer.hyperparams`` while another callback reads ``optimizer.state``; neither leads to the
 parameters, which belong to ``model``. Both are paths of their own, and bare ``optimizer`` covers them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-from flowtrain.errors import ProtectedException, UsageError
+from flowtrain.errors import ProtectedException, UsageError, nearest
 from flowtrain.readonly import readonly, refuse
 
-__all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts"]
+__all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts", "OptimizerState"]
 
 _STEPS = frozenset({"add_param_group", "load_state_dict", "step", "zero_grad"})
 
@@ -84,38 +85,109 @@ class HyperParams(Sequence[HyperParamGroup]):
         return f"HyperParams({[dict(group) for group in self]})"
 
 
+class OptimizerState(MutableMapping[Any, Any]):
+    """The state of an optimizer: ``state["0.weight"]["exp_avg"]``. A parameter can be given instead of its name.
+
+    Iteration gives names. torch's own mapping gives the parameters, which belong to another path. A state whose
+    parameter has no name goes by its place, as ``"#3"``.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, path: str, named: Callable[[], Mapping[str, torch.Tensor]], *, writable: bool
+    ) -> None:
+        self._state: Any = optimizer.state
+        self._path = path
+        self._find = named
+        self._writable = writable
+
+    @cached_property
+    def _named(self) -> Mapping[str, torch.Tensor]:
+        return self._find()
+
+    def _key(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return key
+        if key in self._named:
+            return self._named[key]
+        found = next((param for name, param in zip(self, self._state, strict=True) if name == key), None)
+        if found is None:
+            raise KeyError(f"{self._path}: there is no parameter {key!r}.{nearest(key, self._named)}")
+        return found
+
+    def __getitem__(self, key: Any) -> Any:
+        found = self._key(key)
+        return self._state[found] if self._writable else readonly(self._state, self._path)[found]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not self._writable:
+            raise refuse(self._path)
+        self._state[self._key(key)] = value
+
+    def __delitem__(self, key: Any) -> None:
+        if not self._writable:
+            raise refuse(self._path)
+        del self._state[self._key(key)]
+
+    def __contains__(self, key: object) -> bool:
+        return (key in set(self)) if isinstance(key, str) else key in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        names = {id(param): name for name, param in self._named.items()}
+        return iter([names.get(id(param), f"#{place}") for place, param in enumerate(self._state)])
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __repr__(self) -> str:
+        return f"OptimizerState({', '.join(self)})"
+
+
 class OptimizerParts:
     """An optimizer as handlers see it. Anything else of the optimizer is reached by its own name.
 
+    Args:
+        optimizer: The optimizer.
+        path: Where it is, dotted.
+        named: Returns its parameters by name.
+        writable: Whether it may be changed.
+
     Attributes:
         hyperparams: `HyperParams`.
-        state: The optimizer's state by parameter.
+        state: `OptimizerState`.
     """
 
-    __slots__ = ("__twins__", "_optimizer", "_path", "_writable", "hyperparams")
+    __slots__ = ("__twins__", "_named", "_optimizer", "_path", "_writable", "hyperparams")
 
     __twins__: OptimizerParts
+    _named: Callable[[], Mapping[str, torch.Tensor]]
     _optimizer: Optimizer
     _path: str
     _writable: bool
     hyperparams: HyperParams
 
-    def __init__(self, optimizer: Optimizer, path: str = "optimizer", *, writable: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        path: str = "optimizer",
+        named: Callable[[], Mapping[str, torch.Tensor]] = dict,
+        *,
+        writable: bool = True,
+    ) -> None:
         keep = partial(object.__setattr__, self)
+        keep("_named", named)
         keep("_optimizer", optimizer)
         keep("_path", path)
         keep("_writable", writable)
         keep("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
-        keep("__twins__", OptimizerParts(optimizer, path, writable=False) if writable else self)
+        keep("__twins__", OptimizerParts(optimizer, path, named, writable=False) if writable else self)
 
     def __twin__(self) -> OptimizerParts:
         return self.__twins__
 
     @property
-    def state(self) -> Any:
+    def state(self) -> OptimizerState:
         """The optimizer's state by parameter; load_state_dict replaces it, so it is looked up each time."""
-        state = self._optimizer.state
-        return state if self._writable else readonly(state, f"{self._path}.state")
+        return OptimizerState(self._optimizer, f"{self._path}.state", self._named, writable=self._writable)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -18,13 +18,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
-from flowtrain.access import Declaration, Path, dotted, meetings
+from flowtrain.access import Declaration, Path, dotted
 from flowtrain.conflicts import Draft, check_writers, cycle_error
 from flowtrain.errors import CallbackError, is_a
 from flowtrain.events import Event
 from flowtrain.graph import Edge, Node, Order, Reason
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
+from flowtrain.reach import Reach, meetings
 from flowtrain.resolution import NoConflict
 from flowtrain.resolver import Resolver
 
@@ -36,6 +37,7 @@ def order_event(
     phase_type: type[Phase],
     participants: Sequence[tuple[Node, Handler]],
     resolver: Resolver,
+    reach: Reach | None = None,
 ) -> Order:
     """Order the callbacks that meet at one event and phase.
 
@@ -44,6 +46,7 @@ def order_event(
         phase_type: The phase.
         participants: The callbacks with a handler for it, each with that handler, in list order.
         resolver: Answers conflicts.
+        reach: Which state a path reaches; without it the regions that hold without a learner.
 
     Raises:
         WriteConflictError: Two writers without an order.
@@ -55,7 +58,7 @@ def order_event(
     draft = Draft(nodes, f"{event_type.__name__}, {phase_type.__name__}")
     _add_run_after(draft)
     declarations = [node.access[handler] for node, handler in participants]
-    _add_conflicts(draft, declarations, resolver)
+    _add_conflicts(draft, declarations, resolver, reach)
     sequence = _topological(draft)
     _add_resources(draft, declarations, sequence)
     check_writers(draft, _ancestors(sequence, draft.hard))
@@ -88,8 +91,11 @@ def _add_run_after(draft: Draft) -> None:
                     draft.settled.add((min(before, after), max(before, after)))
 
 
-def _add_conflicts(draft: Draft, declarations: Sequence[Declaration], resolver: Resolver) -> None:
-    for meeting in meetings([tuple(item for item in each if item[0][0] != "resource") for each in declarations]):
+def _add_conflicts(
+    draft: Draft, declarations: Sequence[Declaration], resolver: Resolver, reach: Reach | None
+) -> None:
+    state = [tuple(item for item in each if item[0][0] != "resource") for each in declarations]
+    for meeting in meetings(state, reach):
         first, second = meeting.first, meeting.second
         answer = resolver.answer(draft.nodes[first], draft.nodes[second])
         if answer is not None:
@@ -108,15 +114,23 @@ def _add_conflicts(draft: Draft, declarations: Sequence[Declaration], resolver: 
             before, after = (second, first) if turned else (first, second)
             written, read = meeting.paths[::-1] if turned else meeting.paths
             what = "it" if written == read else dotted(read)
-            text = f"{draft.name(before)} writes {dotted(written)}, {draft.name(after)} reads {what}"
+            text = f"{draft.name(before)} writes {dotted(written)}, {draft.name(after)} reads {what}{meeting.why}"
             draft.edge(before, after, "access", text)
 
 
-def _add_resources(draft: Draft, declarations: Sequence[Declaration], sequence: Iterable[int]) -> None:
-    """Pair each user of a resource with the last one before it. That is a chain, and needs no pair for every two."""
+def _add_resources(draft: Draft, declarations: Sequence[Declaration], sequence: Sequence[int]) -> None:
+    """Pair each user of a resource with the last one before it. That is a chain, and needs no pair for every two.
+
+    Who declares ``callbacks`` looks at the attributes of all others, which these change without a declaration, so it
+    is paired with each of them.
+    """
     last: dict[Path, int] = {}
     below: dict[Path, set[Path]] = {}
     for position in sequence:
+        if any(path[0] == "callbacks" for path, _ in declarations[position]):
+            for other in set(sequence) - {position}:
+                text = f"{draft.name(position)} sees callbacks, and {draft.name(other)} is one"
+                draft.pair(other, position, "access", text)
         used = [path for path, _ in declarations[position] if path[0] == "resource"]
         for path in used:
             for other in (*(path[:length] for length in range(2, len(path))), *below.get(path, ())):
@@ -182,14 +196,15 @@ def _add_soft(
     return found
 
 
-def order_setup(nodes: Sequence[Node]) -> list[Node]:
+def order_setup(nodes: Sequence[Node], reach: Reach | None = None) -> list[Node]:
     """Return the order in which `setup` is called: writers before readers, list order inside a circle.
 
     Args:
         nodes: The callbacks to set up, in list order.
+        reach: As for `order_event`.
     """
     before: dict[int, set[int]] = {}
-    for meeting in meetings([node.union for node in nodes]):
+    for meeting in meetings([node.union for node in nodes], reach):
         if meeting.writes[0] != meeting.writes[1]:
             writer, reader = (meeting.first, meeting.second)[:: -1 if meeting.writes[1] else 1]
             before.setdefault(reader, set()).add(writer)

@@ -9,7 +9,7 @@ import torch
 from flowtrain.errors import nearest
 from flowtrain.readonly import refuse
 
-__all__ = ["Gradients", "Parameters"]
+__all__ = ["Gradients", "Parameters", "named_parameters"]
 
 
 class Parameters(Mapping[str, torch.nn.Parameter]):
@@ -76,3 +76,11 @@ class Gradients(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def named_parameters(params: Mapping[str, torch.Tensor], lossfn: object) -> dict[str, torch.Tensor]:
+    """Return all that optimizers may hold: the parameters by name, and those of the loss as ``lossfn.…``."""
+    found: dict[str, torch.Tensor] = dict(params.named() if isinstance(params, Parameters) else params)
+    if isinstance(lossfn, torch.nn.Module):
+        found |= lossfn.named_parameters("lossfn")
+    return found

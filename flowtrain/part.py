@@ -49,9 +49,10 @@ class Owner:
     Attributes:
         callback: The callback's name in the learner.
         type_name: The name of its type.
-        where: What to edit: ``"state_access"``, or the handler whose `on` has ``access=``.
+        where: What to edit: ``"state_access"``, the handler whose `on` has ``access=``, or ``"access="``.
         declaration: What is declared there.
         decorator: That handler's decorator as source, up to the access; empty for ``state_access``.
+        passed: What the user gave the callback as ``access=``, where it takes that.
     """
 
     callback: str
@@ -59,20 +60,35 @@ class Owner:
     where: str
     declaration: Declaration
     decorator: str = ""
+    passed: Declaration | None = None
 
     def refuse(self, access: str, path: Path) -> NoReturn:
         """Raise the `ProtectedException` for `path`, with the declaration to paste.
 
         A path that is declared as read is refused for writing only, and the new declaration replaces it.
         """
-        wanted = render(union([self.declaration, ((path, Write() if access == "Write" else Read()),)]))
-        what = f"{self.callback} declares {render(self.declaration) if self.declaration else 'nothing'}."
-        if self.decorator:
+        own = self.declaration if self.passed is None else self.passed
+        says = "declares" if self.passed is None else "was given access to"
+        what = f"{self.callback} {says} {render(own) if own else 'nothing'}."
+        target = path
+        if path[0] == "optimizer" and path[-1] == "param_groups":
+            target = (*path[:-1], "hyperparams")
+            what += (
+                f" param_groups reach the parameters too. The learning rates are at learner.{dotted(target)}, the same "
+                f"groups without the parameters, and these are at learner.params. Write "
+                f'learner.{dotted(target)}[0]["lr"] instead.'
+            )
+            if granted(self.declaration, target) is not None:
+                raise ProtectedException(access, dotted(path), what)
+        wanted = render(union([own, ((target, Write() if access == "Write" else Read()),)]))
+        place = f"In {self.type_name}.{self.where} write"
+        if self.passed is not None:
+            place, paste = "Pass it what its function touches", f"{self.type_name}(..., access={wanted})"
+        elif self.decorator:
             paste = f"{self.decorator}access={wanted})"
         else:
             paste = f"def state_access(self) -> Access:\n        return {wanted}"
-        remedy = f"{what} In {self.type_name}.{self.where} write:\n\n    {paste}\n"
-        raise ProtectedException(access, dotted(path), remedy)
+        raise ProtectedException(access, dotted(path), f"{what} {place}:\n\n    {paste}\n")
 
     def missing(self, path: Path, cause: BaseException | None) -> NoReturn:
         """Raise the `MissingStateError` for a declared path with nothing there."""

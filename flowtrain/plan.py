@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from flowtrain.access import declare
 from flowtrain.callback import Callback, Condition
 from flowtrain.events import Event, FitEnd
 from flowtrain.graph import Edge, Node, Order
@@ -137,7 +138,11 @@ def make_plan(
 def owner_of(node: Node, handler: Handler | None) -> Owner:
     """Return whose view a handler gets, or `setup` where there is no handler."""
     type_name = type(node.callback).__name__
-    if handler is None or handler.access is None:
+    passed = node.callback.access_argument
+    if passed is not None:
+        access = node.union if handler is None else node.access[handler]
+        return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name))
+    if handler is None or (handler.access is None and handler.function is None):
         access = node.union if handler is None else node.access[handler]
         return Owner(node.name, type_name, "state_access", access)
     return Owner(node.name, type_name, handler.attribute, node.access[handler], handler.decorator())

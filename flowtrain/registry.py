@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
-from flowtrain.callback import Callback, check_handlers, find_handler
+from flowtrain.callback import Callback, check_handlers, check_marks, find_handler
 from flowtrain.checks import check_batch, check_cbstate, check_deferrable, check_made, check_parts, entries_written
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
@@ -24,6 +24,7 @@ from flowtrain.order import order_event, order_setup
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
 from flowtrain.plan import Call, Plan, Step, make_plan, owner_of
 from flowtrain.protect import bind_view
+from flowtrain.reach import Reach
 from flowtrain.resolver import Resolver
 from flowtrain.series import SeriesMap
 from flowtrain.state import LearnerState, State, restore_point
@@ -62,6 +63,7 @@ class Callbacks(Sequence[Callback]):
         self._watch = watch
         self._accept = accept
         self._resolver = Resolver()
+        self._reach = Reach(state)
         self._plans: dict[_Key, Plan] = {}
         self._orders: dict[tuple[Any, ...], Order] = {}
         self._handlers_for: dict[_Key, list[tuple[Node, Handler]]] = {}
@@ -193,7 +195,7 @@ class Callbacks(Sequence[Callback]):
         # The same handlers at another phase have the same order.
         same = (event, *((node.position, id(handler)) for node, handler in participants))
         if same not in self._orders:
-            self._orders[same] = order_event(event, phase, participants, self._resolver)
+            self._orders[same] = order_event(event, phase, participants, self._resolver, self._reach)
         return self._orders[same]
 
     def _pairs(self) -> Iterator[_Key]:
@@ -205,10 +207,15 @@ class Callbacks(Sequence[Callback]):
 
     def _make_node(self, callback: Callback, name: str, position: int) -> Node:
         handlers = tuple(callback.handlers())
+        if not handlers:
+            check_marks(callback)
         check_handlers(handlers)
         for _, handler in handlers:
             handler.check(callback)
         type_name = type(callback).__name__
+        passed = callback.access_argument
+        if passed is not None:
+            declare(passed, f"{type_name}(access=...)")  # for messages about what the user wrote
         shared = declare(callback.state_access(), f"{type_name}.state_access()")
         access: dict[Handler, Declaration] = {}
         for _, handler in handlers:
@@ -234,7 +241,7 @@ class Callbacks(Sequence[Callback]):
         try:
             _make_containers(self._nodes, cbstate, late=self._state.lag > 0)
             with_setup = [node for node in self._nodes if type(node.callback).setup is not Callback.setup]
-            for node in order_setup([node for node in with_setup if id(node.callback) not in known]):
+            for node in order_setup([node for node in with_setup if id(node.callback) not in known], self._reach):
                 self._call_setup(node)
             check_made(self._nodes, cbstate)
             for node in self._nodes:

@@ -16,6 +16,7 @@ from flowtrain.fingerprint import changes, fingerprints
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Step
 from flowtrain.protect import LearnerView
+from flowtrain.reach import Reach
 from flowtrain.state import LearnerState
 
 __all__ = ["declarable", "undeclared", "watch"]
@@ -30,13 +31,13 @@ def watch(state: LearnerState) -> Callable[[Step], Call]:
 
     def wrap(step: Step) -> Call:
         """Return the call of a step, between two fingerprints."""
-        declaration = step.node.access[step.handler]
+        declaration, reach = step.node.access[step.handler], Reach(state)
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
             """Call the handler, and raise for what it changed without saying so."""
             before = fingerprints(state)
             step.call(event, phase, view)
-            found = undeclared(changes(before, fingerprints(state)), declaration)
+            found = undeclared(changes(before, fingerprints(state)), declaration, reach)
             if found:
                 raise _error(step, event, phase, found, declaration)
 
@@ -45,10 +46,11 @@ def watch(state: LearnerState) -> Callable[[Step], Call]:
     return wrap
 
 
-def undeclared(changed: Sequence[Path], declaration: Declaration) -> list[Path]:
-    """Return the paths that changed and that no declared `Write` covers."""
-    written = [canonical(path) for path, kind in declaration if isinstance(kind, Write)]
-    return [path for path in changed if not any(meet(path, other) for other in written)]
+def undeclared(changed: Sequence[Path], declaration: Declaration, reach: Reach | None = None) -> list[Path]:
+    """Return the places that changed and that no declared `Write` reaches."""
+    reach = reach or Reach()
+    written = [path for path, kind in declaration if isinstance(kind, Write)]
+    return [place for place in changed if not any(reach.explains(path, place) for path in written)]
 
 
 def declarable(path: Path) -> Path:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain.access import (
     ROOTS,
     Access,
     Declaration,
-    Meeting,
     Path,
     Read,
     Write,
-    canonical,
     declare,
     dotted,
     granted,
-    meet,
-    meetings,
     render,
     union,
 )
@@ -225,55 +220,3 @@ def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path
     if reads and expected is None:
         expected = Read(optional=all(kind.optional for kind in reads), full=any(kind.full for kind in reads))
     assert granted(union(several), path) == expected
-
-
-# --- where two meet
-
-
-def test_aliases_are_one_path() -> None:
-    """Rule 5: the parameters are the model's; gradients and the parts of the optimizer are paths of their own."""
-    assert canonical(("params", "0", "weight")) == ("model", "0", "weight")
-    for path in [("batch", "grads"), ("optimizer", "hyperparams"), ("optimizer", "state"), ("model", "params")]:
-        assert canonical(path) == path
-
-
-@settings(deadline=None)
-@given(paths, paths)
-def test_paths_meet_when_one_is_a_prefix(one: Path, other: Path) -> None:
-    shorter, longer = sorted([one, other], key=len)
-    assert meet(one, other) == meet(other, one) == (longer[: len(shorter)] == shorter)
-
-
-def naive(several: Sequence[Declaration]) -> list[Meeting]:
-    """All pairs of all paths of all pairs of declarations."""
-    return [
-        Meeting(first, second, (one, other), (isinstance(how, Write), isinstance(what, Write)))
-        for first, second in itertools.combinations(range(len(several)), 2)
-        for one, how in several[first]
-        for other, what in several[second]
-        if meet(canonical(one), canonical(other)) and (isinstance(how, Write) or isinstance(what, Write))
-    ]
-
-
-def ordered(found: list[Meeting]) -> list[tuple[Any, ...]]:
-    return sorted((each.first, each.second, each.paths, each.writes) for each in found)
-
-
-@settings(deadline=None)
-@given(st.lists(declarations, max_size=8))
-@example([declare({"params": Write(), "model.a": Write()}, "1"), declare({"model": Read(), "params.a": Write()}, "2")])
-@example([declare({"batch": Write(), "batch.a": Write()}, "1"), declare({"batch": Write(), "batch.a": Read()}, "2")])
-def test_meetings_are_those_of_all_pairs(several: list[Declaration]) -> None:
-    """Rule 7: two handlers meet where one path is a prefix of the other, and one of them writes. Each pair once."""
-    assert ordered(list(meetings(several))) == ordered(naive(several))
-
-
-def test_meetings_come_in_the_same_order_in_every_run() -> None:
-    several = [declare({f"cbstate.{name}": Write(), "batch": Write()}, name) for name in "cabcab"]
-    found = [each.paths[0] for each in meetings(several)]
-    assert found == sorted(found)
-
-
-def test_many_readers_of_one_path_do_not_meet() -> None:
-    """The index looks at writers: a thousand readers cost nothing."""
-    assert list(meetings([declare({"batch": Read(), "model": Read()}, "me")] * 1000)) == []

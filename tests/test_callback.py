@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import flowtrain
 from flowtrain import (
     AbstractTrainingPhase,
     Access,
@@ -28,7 +29,7 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callback import Condition, check_handlers, find_handler
+from flowtrain.callback import _HOOKS, Condition, check_handlers, find_handler
 from flowtrain.handler import Handler
 from flowtrain.registry import Callbacks
 from flowtrain.state import LearnerState
@@ -282,6 +283,20 @@ def test_an_added_function_is_a_handler_of_the_type(target: type[Base]) -> None:
     assert [step.label for step in old.plan(EpochEnd, MyTraining).steps] == ["Target.anything"]
 
 
+def test_an_added_function_that_touches_more_is_to_say_so_itself(target: type[Base]) -> None:
+    """Rule 3: the type may not be the user's, so its `state_access` is no remedy."""
+
+    @on(EpochEnd, TrainingPhase, target)
+    def extra(self: Base, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        _ = learner.batch.loss
+
+    with pytest.raises(flowtrain.ProtectedException) as caught:
+        run(target(), EpochEnd(), TrainingPhase())
+    assert str(caught.value).endswith(
+        "In Target.extra write:\n\n    @on(EpochEnd, TrainingPhase, Target, access={\"batch.loss\": Read()})\n"
+    )
+
+
 def test_an_added_function_goes_to_subclasses_but_not_to_the_base(target: type[Base]) -> None:
     class Sub(target):  # type: ignore[valid-type,misc]  # made by a fixture
         pass
@@ -490,3 +505,72 @@ def test_two_handlers_for_exactly_the_same_are_to_be_merged() -> None:
 def test_a_method_that_is_a_value_is_refused(method: str) -> None:
     with pytest.raises(CallbackError, match=rf"Wrong\.{method} is \{{\}}, and must be a method: def {method}\(self"):
         type("Wrong", (Callback,), {method: {}})
+
+
+# --- callbacks without a handler
+
+
+class Keras(Callback):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None: ...
+
+
+class Lightning(Callback):
+    def on_validation_epoch_end(self, trainer: Any, module: Any) -> None: ...
+
+
+class Fastai(Callback):
+    def before_fit(self) -> None: ...
+
+
+class Transformers(Callback):
+    def on_log(self, args: Any, state: Any, control: Any) -> None: ...
+
+
+class Forgotten(Callback):
+    """Inherited by one with nothing of its own."""
+
+    def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+class Child(Forgotten):
+    def helper(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "types"),
+    [
+        (Keras, "on_epoch_end", "EpochEnd, TrainingPhase"),
+        (Lightning, "on_validation_epoch_end", "EpochEnd, ValidationPhase"),
+        (Fastai, "before_fit", "FitBegin"),
+        (Transformers, "on_log", "EpochEnd, TrainingPhase"),
+        (Forgotten, "show", "EpochEnd, TrainingPhase"),
+        (Child, "show", "EpochEnd, TrainingPhase"),
+    ],
+)
+def test_a_callback_without_any_handler_that_has_a_method_meant_as_one_is_refused(
+    kind: type[Callback], name: str, types: str
+) -> None:
+    """It would do nothing, silently."""
+    with pytest.raises(HandlerError) as caught:
+        Callbacks([kind()], LearnerState())
+    assert str(caught.value) == (
+        f"{kind.__name__} has no handler, so it would do nothing: no method of it is marked with on(), and a method is "
+        f"a handler by its mark, not by its name. For {name} write:\n\n    @on({types})\n"
+        f"    def {name}(self, event, phase, learner) -> None: ...\n"
+    )
+
+
+def test_a_callback_without_a_handler_that_means_none_is_none() -> None:
+    class Prepares(Callback):
+        def setup(self, learner: LearnerView) -> None: ...
+
+        def helper(self, learner: LearnerView) -> None: ...
+
+    class Marks(Keras):
+        @on(EpochEnd, TrainingPhase)
+        def end(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            self.on_epoch_end(1)
+
+    assert [len(node.handlers) for node in Callbacks([Prepares(), Marks()], LearnerState()).nodes] == [0, 1]
+    for types in _HOOKS:
+        exec(f"@on({types})\ndef f(self, event, phase, learner): ...", vars(flowtrain).copy())

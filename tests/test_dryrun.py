@@ -176,6 +176,21 @@ class Undeclared(Callback):
         """Shadowed for ValidationPhase by the more specific handler, so the dry run never gets here."""
 
 
+class ByGroups(Callback):
+    """Sets the learning rate by the way that reaches the parameters too."""
+
+    @on(BatchEnd, TrainingPhase)
+    def set_rate(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.optimizer.param_groups[0]["lr"] = 0.05
+
+
+def test_who_goes_through_the_parameter_groups_is_told_the_narrow_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rule 5: parameter groups are hyperparameters and parameters."""
+    assert record_access(ByGroups()).union == ((("optimizer",), Write()),)
+    hint = "optimizer reaches the parameters too: for learning rates use and declare optimizer.hyperparams.\n"
+    assert hint in capsys.readouterr().out
+
+
 def test_a_callback_that_declares_nothing_gets_its_whole_declaration(capsys: pytest.CaptureFixture[str]) -> None:
     found = record_access(Undeclared())
     assert found.handlers == {

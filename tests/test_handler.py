@@ -45,6 +45,7 @@ def test_a_handler_prints_as_source() -> None:
     assert str(handler(BatchEnd, TrainingPhase)) == "Printer.show on (BatchEnd, TrainingPhase)"
     assert handler(BatchEnd, TrainingPhase).decorator() == "@on(BatchEnd, TrainingPhase, "
     assert handler(BatchEnd, Phase).decorator() == "@on(BatchEnd, "
+    assert handler(BatchEnd, Phase).as_function(print).decorator() == "@on(BatchEnd, Phase, Printer, "
 
 
 def test_it_binds_to_what_the_callback_has_now() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.optim import SGD, AdamW
 
 from flowtrain.errors import ProtectedException, UsageError
 from flowtrain.hyperparams import HyperParams, OptimizerParts
+from flowtrain.parameters import Parameters, named_parameters
 from flowtrain.readonly import readonly
 from flowtrain.state import Named
 
@@ -86,6 +88,34 @@ def test_state_is_looked_up_each_time() -> None:
     optimizer.load_state_dict(saved)
     assert len(parts.state) == len(parts.__twins__.state) == 0
     assert parts.hyperparams[0]["lr"] == 0.1
+
+
+def test_the_keys_of_the_state_are_names_which_lead_to_no_parameter() -> None:
+    """Rule 5: ``optimizer.state`` is a path of its own."""
+    model, loss = torch.nn.Linear(1, 1), torch.nn.Bilinear(1, 1, 1, bias=False)
+    optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
+    other = torch.nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [other]})
+    for param in (*model.parameters(), *loss.parameters(), other):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    named = partial(named_parameters, Parameters({"": model}), loss)
+    state = OptimizerParts(optimizer, named=named).state
+    assert list(state) == ["weight", "bias", "lossfn.weight", "#3"]
+    assert [key in state for key in ("bias", model.bias, "nowhere", torch.ones(1))] == [True, True, False, False]
+    assert state["bias"] is state[model.bias] is optimizer.state[model.bias]
+    assert state["#3"] is optimizer.state[other]
+    state["weight"] = {"step": 1}
+    del state["#3"]
+    assert optimizer.state[model.weight] == {"step": 1}
+    assert repr(state) == "OptimizerState(weight, bias, lossfn.weight)"
+    with pytest.raises(KeyError, match=r"optimizer\.state: there is no parameter 'wieght'\. Did you mean 'weight'\?"):
+        state["wieght"]
+    twin = OptimizerParts(optimizer, named=named).__twins__.state
+    for statement in ('x["bias"] = {}', 'del x["bias"]', 'x["bias"]["step"] = 1', "x.clear()"):
+        with pytest.raises(ProtectedException, match=r"Learner\.optimizer\.state"):
+            exec(statement, {"x": twin})
+    assert len(twin) == 3
 
 
 def test_a_reader_of_the_state_makes_no_entry() -> None:

@@ -19,7 +19,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
         "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "modes", "phases",
-        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "state",
+        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "state", "reach",
     ),
     # what handlers see, what sinks get
     1: (

@@ -131,7 +131,38 @@ def test_paths_meet_where_one_covers_the_other() -> None:
         ("B", "A"): "B writes optimizer.hyperparams, A reads optimizer"
     }
     assert edges(A({"optimizer.state": R}), B({"optimizer.hyperparams": W})) == {}
-    assert edges(A({"batch.grads": W}), B({"params": W}), C({"batch.loss": R})) == {}
+    assert edges(A({"batch.inputs": W}), B({"params": W}), C({"batch.loss": R})) == {}
+
+
+def test_paths_that_reach_one_object_meet_and_the_reason_names_it() -> None:
+    """Rule 5: gradients hang on parameters, and the optimizer holds parameters and hyperparameters in its groups."""
+    assert edges(A({"params.w": R}), B({"batch.grads": W})) == {
+        ("B", "A"): "B writes batch.grads, A reads params.w (both reach batch.grads.w)"
+    }
+    assert edges(A({"batch": R}), B({"model": W})) == {
+        ("B", "A"): "B writes model, A reads batch (both reach batch.grads)"
+    }
+    assert edges(A({"optimizer.hyperparams": R}), B({"optimizer.param_groups": W})) == {
+        ("B", "A"): "B writes optimizer.param_groups, A reads optimizer.hyperparams (both reach optimizer.hyperparams)"
+    }
+    assert edges(A({"optimizer": R}), B({"params.w": W}), C({"optimizer.state": R})) == {
+        ("B", "A"): "B writes params.w, A reads optimizer (both reach model.w)"
+    }
+    assert edges(A({"lossfn.scale": W}), B({"optimizer.gen.param_groups": R})) == {
+        ("A", "B"): "A writes lossfn.scale, B reads optimizer.gen.param_groups (both reach lossfn.scale)"
+    }
+
+
+def test_who_sees_callbacks_never_runs_with_one_of_them_and_that_is_no_circle() -> None:
+    """Rule 5: a callback changes its own attributes without a declaration, and ``callbacks`` reaches them."""
+    seen = Read()
+    assert edges(A({"callbacks": seen}), B({"cbstate.x": W}), C({"callbacks": seen})) == {
+        ("A", "B"): "A sees callbacks, and B is one",
+        ("B", "C"): "C sees callbacks, and B is one",
+    }
+    assert edges(A({"cbstate.x": R, "callbacks": seen}), B({"cbstate.x": W})) == {
+        ("B", "A"): "B writes cbstate.x, A reads it"
+    }
 
 
 def test_run_after_names_types_with_their_subclasses_and_never_itself() -> None:

@@ -274,6 +274,38 @@ def test_the_parts_of_an_optimizer(access: Access, lr: bool, state: bool) -> Non
     assert works(lambda: len(learner.optimizer.state)) is state
 
 
+@pytest.mark.parametrize(
+    ("access", "said"),
+    [
+        ({}, 'In Mine.state_access write:\n\n    def state_access(self) -> Access:\n        return {WANTED}\n'),
+        ({"optimizer.hyperparams": Write()}, ""),
+        ({"optimizer.hyperparams": Read(), "params": Read()}, ""),
+    ],
+)
+def test_who_touches_parameter_groups_is_told_the_path_that_reaches_no_parameter(access: Access, said: str) -> None:
+    """Rule 5: ``param_groups`` would be refused beside everybody who writes a parameter."""
+    with pytest.raises(ProtectedException) as caught:
+        view_of(access, made()).optimizer.param_groups[0]["lr"] = 0.5
+    assert caught.value.path == "optimizer.param_groups"
+    text = str(caught.value)
+    advice = (
+        "param_groups reach the parameters too. The learning rates are at learner.optimizer.hyperparams, the same "
+        'groups without the parameters, and these are at learner.params. Write learner.optimizer.hyperparams[0]["lr"] '
+        "instead."
+    )
+    assert advice in text
+    rest = text.split(advice)[1].strip()
+    assert rest == said.replace("WANTED", '"optimizer.hyperparams": Read()').strip()
+
+
+def test_several_optimizers_are_advised_by_name() -> None:
+    models = Named("model", {"gen": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
+    state = made(models, {"gen": torch.optim.SGD, "critic": torch.optim.SGD})
+    learner = view_of({"optimizer.gen.hyperparams": Write()}, state)
+    with pytest.raises(ProtectedException, match=r'Write learner\.optimizer\.gen\.hyperparams\[0\]\["lr"\] instead\.$'):
+        _ = learner.optimizer.gen.param_groups
+
+
 def test_several_optimizers_by_name() -> None:
     models = Named("model", {"gen": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
     state = made(models, {"gen": torch.optim.SGD, "critic": torch.optim.SGD})

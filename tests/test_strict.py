@@ -86,6 +86,17 @@ def test_a_write_covers_what_lies_below_and_aliases() -> None:
     assert undeclared(changed, declare({"model": Read(), "optimizer.hyperparams": Write()}, "it")) == changed
 
 
+def test_a_write_of_gradients_explains_no_change_of_values_and_the_other_way_round_it_does() -> None:
+    """Rule 5: gradients are reached through parameters, and the values of parameters not through gradients."""
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.coeff and does not declare"):
+        fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read(), "batch.grads": Write()})
+    fit(lambda learner: learner.params["coeff"].grad.mul_(2), {"params": Write()})
+    fit(lambda learner: learner.optimizer.param_groups[0].update(lr=0.5), {"optimizer.param_groups": Write()})
+    rate: Access = {"optimizer": Read(), "params": Write()}
+    with pytest.raises(UndeclaredWriteError, match=r"changed optimizer\.hyperparams and does not declare"):
+        fit(lambda learner: dict.update(learner.optimizer.param_groups._container[0], lr=2), rate)
+
+
 def test_a_changed_mode_is_found_and_named() -> None:
     with pytest.raises(UndeclaredWriteError, match=r"changed model\.training and does not declare to write it"):
         fit(lambda learner: learner.model.eval(), {"model": Read()})

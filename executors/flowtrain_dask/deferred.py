@@ -23,6 +23,7 @@ from flowtrain.graph import Node
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
 from flowtrain.plan import Call, Plan
+from flowtrain.reach import Reach
 from flowtrain.signals import raise_worst
 from flowtrain_dask.deferral import Deferral
 from flowtrain_dask.lanes.lane import Lane
@@ -92,7 +93,8 @@ class Deferred:
         self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self._make_lane) for lane in deferral.lanes]
         self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
-        fresh = _fresh(nodes)
+        self._reach = Reach(site.state)
+        fresh = _fresh(nodes, self._reach)
         for slot in self._slots:
             tail = connection is not None and not why_here(slot.nodes)
             for node in slot.nodes:
@@ -114,7 +116,7 @@ class Deferred:
         positions = self.positions(plan)
         if not positions:
             return plan, None
-        groups = copy_groups(plan, positions)
+        groups = copy_groups(plan, positions, self._reach)
         keys = [(path, key) for at in positions for path, key in groups[at].items()]
         shared: Shared | None = {} if len(set(keys)) < len(keys) else None
         calls: dict[int, Call] = {}
@@ -278,11 +280,11 @@ def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None) -> Call:
     return node
 
 
-def _fresh(nodes: Sequence[Node]) -> frozenset[tuple[str, ...]]:
+def _fresh(nodes: Sequence[Node], reach: Reach) -> frozenset[tuple[str, ...]]:
     """Return what the core has just made and no callback declares to write: the norm of the gradients.
 
     Not the loss: a loss function that reuses its memory gives the same tensor at each batch of a validation.
     """
     written = [path for node in nodes for path, kind in node.union if isinstance(kind, Write)]
     made = ("batch", "grad_norm")
-    return frozenset(() if ("batch",) in written or made in written else (made,))
+    return frozenset(() if any(reach.meet(path, made) for path in written) else (made,))

@@ -53,10 +53,10 @@ class CustomCallback(Callback):
         self.f = f
         self.event_type = event_type
         self.phase_type = phase_type
-        self._access: Access = {} if access is None else access
+        self.access_argument: Access = {} if access is None else access
 
     def state_access(self) -> Access:
-        return self._access
+        return self.access_argument
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""

@@ -78,10 +78,10 @@ class LogVisualization(Callback):
         self.phase_type = phase_type
         self.event_type = event_type
         self.conditions = (Every(event_type, every),)
-        self._access: Access = {"batch": Read()} if access is None else dict(access)
+        self.access_argument: Access = {"batch": Read()} if access is None else access
 
     def state_access(self) -> Access:
-        return {**self._access, "cbstate.history": Read(), **{each.resource: Write() for each in self.backends}}
+        return {**self.access_argument, "cbstate.history": Read(), **{each.resource: Write() for each in self.backends}}
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""

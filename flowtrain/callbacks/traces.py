@@ -59,11 +59,11 @@ class Traces(Callback):
         self.traces = dict(traces)
         self.event_type = event_type
         self.phase_type = phase_type
-        self._access: Access = {"batch": Read()} if access is None else access
+        self.access_argument: Access = {"batch": Read()} if access is None else access
 
     def state_access(self) -> Access:
         writes = {f"cbstate.tracehistory.{name}": Write() for name in self.traces}
-        return {**self._access, "cbstate.history": Read(), **writes}
+        return {**self.access_argument, "cbstate.history": Read(), **writes}
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flowtrain import (
+    AccessError,
     BatchEnd,
     EpochEnd,
     Event,
@@ -65,8 +66,17 @@ def test_what_is_not_declared_is_refused_in_its_name() -> None:
     learner = tiny_learner(CustomCallback(lambda learner: learner.batch.loss, EpochEnd, TrainingPhase))
     with pytest.raises(ProtectedException, match=r"^Read access to Learner\.batch\.loss disallowed\.") as caught:
         learner.fit(1)
-    assert "CustomCallback" in str(caught.value)
+    assert str(caught.value).endswith(
+        "CustomCallback was given access to nothing. Pass it what its function touches:\n\n"
+        '    CustomCallback(..., access={"batch.loss": Read()})\n'
+    )
     assert any("raised in CustomCallback.call at (EpochEnd, TrainingPhase)" in note for note in caught.value.__notes__)
+
+
+def test_a_wrong_declaration_is_one_of_the_argument() -> None:
+    said = r"^CustomCallback\(access=\.\.\.\) declares 'bach', but a learner has no 'bach'\. Did you mean 'batch'\?"
+    with pytest.raises(AccessError, match=said):
+        tiny_learner(CustomCallback(nothing, BatchEnd, access={"bach": Read()}))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, EpochEnd, LearnerView, ProtectedException, Read, TrainingPhase, ValidationPhase
+from flowtrain import (
+    AccessError,
+    BatchEnd,
+    EpochEnd,
+    LearnerView,
+    ProtectedException,
+    Read,
+    TrainingPhase,
+    ValidationPhase,
+)
 from flowtrain.callbacks import LogVisualization
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, Image, JsonlBackend, Text, Value
@@ -83,8 +92,14 @@ def test_it_declares_what_it_is_told_and_pickles() -> None:
     assert callback.deferrable
     callback = LogVisualization(repr, backend)
     assert pickle.loads(pickle.dumps(callback)).label == "Repr"
-    with pytest.raises(ProtectedException, match=r"Read access to Learner\.model disallowed"):
+    with pytest.raises(ProtectedException, match=r"Read access to Learner\.model disallowed") as caught:
         tiny_learner(LogVisualization(lambda learner: learner.model, backend, every=1)).fit(1)
+    assert str(caught.value).endswith(
+        'LogVisualization was given access to {"batch": Read()}. Pass it what its function touches:\n\n'
+        '    LogVisualization(..., access={"batch": Read(), "model": Read()})\n'
+    )
+    with pytest.raises(AccessError, match=r"^LogVisualization\(access=\.\.\.\) is \['batch'\], which is neither Read"):
+        tiny_learner(LogVisualization(repr, backend, access=["batch"]))  # type: ignore[arg-type]  # the mistake
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_a_parameter_is_recorded_as_the_number_it_was() -> None:
     assert not any(value.requires_grad for _, value in history["Twice"])
 
 
+def test_a_function_that_touches_more_is_to_be_given_more() -> None:
+    """Rule 3: in words that the user can follow, since `state_access` is not the user's."""
+    traces = Traces({"Rate": lambda learner: learner.optimizer.param_groups[0]["lr"]}, TrainingPhase, access={})
+    with pytest.raises(ProtectedException) as caught:
+        tiny_learner(traces).fit(1)
+    assert str(caught.value).endswith(
+        'Write learner.optimizer.hyperparams[0]["lr"] instead. Pass it what its function touches:\n\n'
+        '    Traces(..., access={"optimizer.hyperparams": Read()})\n'
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

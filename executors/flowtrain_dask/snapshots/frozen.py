@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -98,7 +99,11 @@ class Replica:
             self._optimizers[name].fill(copy, self._state.params)
         if self._state.optimizers is None:
             parts: dict[str, Any] = {
-                name: OptimizerParts(shown, f"optimizer.{name}" if name else "optimizer")  # type: ignore[arg-type]  # as views use one
+                name: OptimizerParts(
+                    shown,  # type: ignore[arg-type]  # as views use one
+                    f"optimizer.{name}" if name else "optimizer",
+                    partial(getattr, shown, "named"),
+                )
                 for name, shown in self._optimizers.items()
             }
             self._state.optimizers = parts[""] if "" in parts else Named("optimizer", parts)
@@ -109,14 +114,16 @@ class _Shown:
 
     param_groups: list[dict[str, Any]]
     state: dict[torch.Tensor, Any]
+    named: dict[str, torch.Tensor]
     defaults: dict[str, Any]
 
     def fill(self, copy: OptimizerCopy, params: Mapping[str, torch.Tensor]) -> None:
         """Show a copy; the keys of the state are the parameters that the handler sees, where it sees them."""
         self.param_groups = copy.groups or []
         self.state = defaultdict(dict)
-        for name, like, item in copy.state or ():
-            self.state[params.get(name, like)] = item
+        self.named = {name: params.get(name, like) for name, like, _ in copy.state or ()}
+        for name, _, item in copy.state or ():
+            self.state[self.named[name]] = item
         self.defaults = copy.defaults or {}
 
     def __getattr__(self, name: str) -> Any:

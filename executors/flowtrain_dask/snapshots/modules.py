@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from flowtrain.parameters import named_parameters
 from flowtrain.part import Tree
 from flowtrain.state import LearnerState, Named
 from flowtrain_dask.snapshots.copying import Copying, Refused
@@ -80,7 +81,7 @@ def copy_optimizers(state: LearnerState, inside: Tree | None, copying: Copying) 
         inside: What is declared of them; ``None`` is all.
         copying: The pass of copying.
     """
-    names = {id(parameter): name for name, parameter in state.params.items()}
+    names = {id(parameter): name for name, parameter in named_parameters(state.params, state.lossfn).items()}
     if not isinstance(state.optimizer, Named):
         return {} if state.optimizer is None else {"": _copy_optimizer(state.optimizer, inside, names, copying)}
     found: dict[str, OptimizerCopy] = {}

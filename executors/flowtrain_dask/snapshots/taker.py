@@ -11,10 +11,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from copy import copy
 from typing import Any, TypeAlias
 
-from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet
+from flowtrain.access import Declaration, Path, Write, dotted, meet
 from flowtrain.errors import UsageError
 from flowtrain.phasemap import PhaseMap
 from flowtrain.plan import Plan
+from flowtrain.reach import Reach
 from flowtrain.series import Series
 from flowtrain.state import LearnerState
 from flowtrain_dask.snapshots.copies import Copying, Pool
@@ -218,26 +219,33 @@ class Taker:
         return Tail(series, seen.length if seen is not None and seen.holds(series) else 0)
 
 
-def copy_groups(plan: Plan, deferred: Iterable[int]) -> dict[int, dict[Path, Hashable]]:
+def copy_groups(
+    plan: Plan, deferred: Iterable[int], reach: Reach | None = None
+) -> dict[int, dict[Path, Hashable]]:
     """Return, for each deferred handler and path, a key that is equal where they may share a copy (rule 20).
 
-    Two handlers may if no handler between them declares to write the path, or what lies above or below it.
+    Two handlers may if no handler between them declares to write a path that meets it.
 
     Args:
         plan: The plan.
         deferred: The positions of its deferred handlers.
+        reach: Which state a path reaches; without it the regions that hold without a learner.
     """
+    reach = reach or Reach()
     writes = [
-        (position, canonical(path))
+        (position, region)
         for position, step in enumerate(plan.steps)
         for path, kind in step.node.access[step.handler]
         if isinstance(kind, Write) and path[0] != "resource"
+        for region in reach(path)
     ]
 
     def last_writer(path: Path, before: int) -> int:
         """Return the position of the last handler before another that writes what meets a path, -1 if none does."""
-        name = canonical(path)
-        return max((at for at, written in writes if at < before and meet(written, name)), default=-1)
+        # A copy of parameters has no gradients, so writing those does not make it old.
+        regions = [region for region in reach(path) if path[0] == "batch" or region[0] != "batch.grads"]
+        earlier = ((at, written) for at, written in writes if at < before)
+        return max((at for at, written in earlier if any(meet(written, region) for region in regions)), default=-1)
 
     return {
         position: {

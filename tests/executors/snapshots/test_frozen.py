@@ -7,6 +7,7 @@ refused, in place, on a snapshot in this process, and on one that went through t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from flowtrain import BatchEnd, LearnerView, MissingStateError, Read, TrainingPh
 from flowtrain.access import Declaration, declare, union
 from flowtrain.batch import BatchState
 from flowtrain.hyperparams import OptimizerParts
-from flowtrain.parameters import Gradients, Parameters
+from flowtrain.parameters import Gradients, Parameters, named_parameters
 from flowtrain.part import Owner
 from flowtrain.phasemap import Counts, CountsMap, PhaseMap
 from flowtrain.protect import bind_view
@@ -83,6 +84,8 @@ LOOKS: dict[str, Callable[[Any], Any]] = {
     "put lr": lambda v: v.optimizer.gen.hyperparams[0].__setitem__("lr", 1.0),
     "state": lambda v: [each["momentum_buffer"] for each in v.optimizer.disc.state.values()],
     "state of": lambda v: v.optimizer.disc.state[v.params["disc.weight"]]["momentum_buffer"],
+    "state by name": lambda v: v.optimizer.disc.state["disc.weight"]["momentum_buffer"],
+    "state names": lambda v: list(v.optimizer.disc.state),
     "data": lambda v: v.data,
     "fit": lambda v: v.fit(1),
     "typo": lambda v: v.bacth,
@@ -97,7 +100,8 @@ def make_state() -> LearnerState:
     state.model = Named("model", {"gen": gen, "disc": disc})
     state.params = params = Parameters({"gen": gen, "disc": disc})
     state.optimizer = Named("optimizer", optimizers)
-    parts = {name: OptimizerParts(each, f"optimizer.{name}") for name, each in optimizers.items()}
+    named = partial(named_parameters, params, None)
+    parts = {name: OptimizerParts(each, f"optimizer.{name}", named) for name, each in optimizers.items()}
     state.optimizers = Named("optimizer", parts)
     state.lossfn = nn.functional.mse_loss
     disc(gen(torch.ones(1, 2))).sum().backward()
