@@ -138,7 +138,7 @@ def test_a_phase_of_ones_own_that_updates_trains() -> None:
 
 def test_a_further_evaluation_is_no_epoch_for_those_that_count_them(tmp_path: Path) -> None:
     def fit(*between: str) -> tuple[list[float], Any, list[str]]:
-        plan = reduce_on_plateau(1.0, monitor="Score", patience=1, factor=0.5)
+        plan = reduce_on_plateau(1.0, monitor="Score", mode="min", patience=1, factor=0.5)
         # As long as nothing else is evaluated each epoch gets the next value; one value is for all others.
         values = {0: 9.0, 1: 4.0, 2: 3.0, 3: 3.0, 4: 3.0, 5: 3.0, 6: 3.0}
         metric = Metric(lambda o, t: values[learner.cbstate.history[TrainingPhase].epochs], "Score", ValidationPhase)
@@ -146,8 +146,8 @@ def test_a_further_evaluation_is_no_epoch_for_those_that_count_them(tmp_path: Pa
         learner = tiny_learner(
             Metrics(metric),
             Scheduler({LearningRate: plan}),
-            EarlyStopping(patience=3, monitor="Score"),
-            Checkpointer(folder, every=2, monitor="Score"),
+            EarlyStopping(patience=3, monitor="Score", mode="min"),
+            Checkpointer(folder, every=2, monitor="Score", mode="min"),
             data=data(1),
         )
         for _ in range(6):

@@ -147,7 +147,8 @@ BESIDE = {
 def test_rule_28_what_is_not_trained_may_be_infinite(beside: str, tmp_path: Path) -> None:
     """Rule 28: the parameters that are trained and the last loss count, nothing else."""
     model = Masked(**BESIDE[beside])
-    tiny_learner(scored(2, 1, 3), Checkpointer(tmp_path, 1, monitor="Score"), model=model, n_batches=1).fit(3)
+    kept = Checkpointer(tmp_path, 1, monitor="Score", mode="min")
+    tiny_learner(scored(2, 1, 3), kept, model=model, n_batches=1).fit(3)
     assert files(tmp_path) == ["2", "3"]
     assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest")) == ("2", "3")
     resumed = tiny_learner(scored(5), model=Masked(**BESIDE[beside]), n_batches=1)
@@ -186,10 +187,10 @@ class Diverging(torch.nn.Module):
     ("options", "infinite", "scores", "kept", "best", "latest"),
     [
         # without one that is infinite the second would be gone after the third, and it was there for ever
-        ({"keep_top_k": 1, "monitor": "Score"}, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
-        ({"keep_top_k": 1, "monitor": "Score"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # the third is the newest
-        ({"keep_top_k": 1, "monitor": "Score"}, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
-        ({"keep_top_k": 1, "monitor": "Score"}, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
+        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
+        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # 3 is newest
+        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
+        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
         # the best score belongs to weights that may not be used
         ({"keep_top_k": 2, "monitor": "Score", "mode": "max"}, [2], [1, 9, 3, 2, 1], ["3", "4", "5"], "3", "5"),
         ({"keep_top_k": 1, "monitor": None}, [2], [0, 0, 0], ["3"], "", "3"),
