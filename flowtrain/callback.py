@@ -163,6 +163,14 @@ class Callback:
         """
         return nullcontext()
 
+    def hold_judged(self, held: bool) -> bool:
+        """Let the model have what evaluation judges it by, or what is trained; return whether that changes anything.
+
+        Called with ``True`` when a checkpoint is taken after an evaluation, inside of `at_rest`, and when it has been
+        loaded; with ``False`` before training goes on then. Here nothing is changed.
+        """
+        return False
+
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.
 

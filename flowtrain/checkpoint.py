@@ -4,7 +4,9 @@
 entry           what it is
 ==============  =====================================================================================================
 ``format``      what makes it a checkpoint of flowtrain; ``version`` of the format, ``flowtrain`` and ``torch``
-``model``       the state of each model by its name; a single one has the empty name
+``model``       the state of each model by its name; a single one has the empty name. After an evaluation it is what was
+                judged: the averages of `flowtrain.callbacks.EMA`
+``trained``     the same, as training goes on with it; only where that is something else than ``model``
 ``loss module`` the state of the loss function, where it is a module
 ``optimizer``   for each optimizer by name its ``type`` and ``state``
 ``core``        the scaler's state
@@ -33,20 +35,25 @@ from typing import Any
 import torch
 
 from flowtrain.callback import Callback
-from flowtrain.checkpointfile import FORMAT, VERSION
+from flowtrain.checkpointfile import FORMAT, JUDGED, VERSION
 from flowtrain.core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.phases import Phase
 from flowtrain.plain import Stage, fill
 from flowtrain.state import LearnerState, Named
 
-__all__ = ["apply", "check", "gather", "lost"]
+__all__ = ["apply", "check", "gather", "load_models", "lost"]
 
 _COMPILED = "_orig_mod."
 
 
-def gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
+def gather(state: LearnerState, core: TorchCore, *, judged: bool = False) -> dict[str, Any]:
     """Return the state of a learner, copied to the CPU; what belongs to the fit is added by the loop.
+
+    Args:
+        state: The state.
+        core: Its core.
+        judged: Whether ``model`` is to be what evaluation judges.
 
     Raises:
         CheckpointError: A callback or ``cbstate`` holds something that a checkpoint cannot.
@@ -54,7 +61,10 @@ def gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
     with ExitStack() as rest:  # what a callback has changed for a while only is not part of it
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        return _gather(state, core)
+        contents = _gather(state, core)
+        if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
+            contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
+        return contents
 
 
 def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
@@ -64,7 +74,7 @@ def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
         "version": VERSION,
         "flowtrain": _version(),
         "torch": str(torch.__version__),
-        "model": {name: stage.copy(_state_of(model), f"model {name}".strip()) for name, model in core.models.items()},
+        "model": _models(core, stage),
         "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
         "optimizer": {
             name: {"type": type(each).__name__, "state": stage.copy(each.state_dict(), f"optimizer {name}".strip())}
@@ -75,6 +85,10 @@ def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
         "cbstate": {name: stage.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
         "callbacks": {callback.name: _callback(callback, stage) for callback in state.callbacks},
     }
+
+
+def _models(core: TorchCore, stage: Stage) -> dict[str, Any]:
+    return {name: stage.copy(_state_of(model), f"model {name}".strip()) for name, model in core.models.items()}
 
 
 def _callback(callback: Callback, stage: Stage) -> dict[str, Any]:
@@ -208,8 +222,7 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
     stage = Stage()
-    for name, model in core.models.items():
-        _load_module(model, contents["model"][name])
+    load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in _optimizers(state).items():
         optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
@@ -228,6 +241,12 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
     for callback in state.callbacks:
         if callback.name in contents["callbacks"]:
             _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
+
+
+def load_models(saved: Mapping[str, Mapping[str, Any]], core: TorchCore) -> None:
+    """Put the models into the states of these names."""
+    for name, model in core.models.items():
+        _load_module(model, saved[name])
 
 
 def lost(contents: Mapping[str, Any], state: LearnerState) -> list[str]:

@@ -15,9 +15,12 @@ import torch
 
 from flowtrain.errors import CheckpointError
 
-__all__ = ["FORMAT", "POINTERS", "VERSION", "read", "real_folder", "replace", "resolve", "target"]
+__all__ = ["FORMAT", "JUDGED", "POINTERS", "VERSION", "read", "real_folder", "replace", "resolve", "target"]
 
 FORMAT, VERSION = "flowtrain checkpoint", 1
+JUDGED = 2
+"""The version of a checkpoint whose ``model`` is not what is trained: a reader of version 1 would train on with it."""
+
 POINTERS = ("latest", "best")
 
 Reached = Callable[[str], None]
@@ -112,10 +115,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} is no checkpoint of flowtrain: it holds {type(contents).__name__}. For weights alone call "
             f"learner.model.load_state_dict(torch.load(path))."
         )
-    if contents["version"] != VERSION:
+    if contents["version"] not in (VERSION, JUDGED):
         raise CheckpointError(
             f"{file} has version {contents['version']} of the format, written by flowtrain {contents['flowtrain']}; "
-            f"this one reads version {VERSION}. Use the flowtrain that wrote it, or a later one."
+            f"this one reads {VERSION} and {JUDGED}. Use the flowtrain that wrote it, or a later one."
         )
     return dict(contents)
 

@@ -12,13 +12,15 @@ not flushed, and says itself what is pending.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flowtrain.checkpoint import apply, check, gather, lost
+from flowtrain.callback import Callback
+from flowtrain.checkpoint import apply, check, gather, load_models, lost
 from flowtrain.checkpointfile import read, real_folder, resolve
 from flowtrain.core import TorchCore
 from flowtrain.errors import CheckpointError
@@ -45,6 +47,7 @@ class Cuts:
         position: Where the fit is.
         writer: What writes them.
         resumed: The checkpoint that this fit goes on from, until it has.
+        held: The callbacks that let the models show what was judged, since a checkpoint was loaded.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Cuts:
         self.position = Position()
         self.writer = Writer(urgent)
         self.resumed: Mapping[str, Any] | None = None
+        self.held: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
         self._lanes: Callable[[], Any] | None = getattr(executor, "state_dict", None)
@@ -104,7 +108,7 @@ class Cuts:
         if request.decide is not None:  # before the state of callbacks is copied, whose it changes
             best, unwanted = request.decide(finite)
             remove = tuple(unwanted)
-        contents = {**self._gather(), "finite": finite}
+        contents = {**self._gather(request.judged), "finite": finite}
         contents["run"]["folder"] = real_folder(request.path)
         self.writer.submit(contents, replace(request, best=best, remove=remove))
 
@@ -131,7 +135,7 @@ class Cuts:
         self.resumed = None
         self.position = Position()
 
-    def _gather(self) -> dict[str, Any]:
+    def _gather(self, judged: bool) -> dict[str, Any]:
         stage = Stage()
         lanes: Any = None
         if self._lanes is not None:
@@ -139,7 +143,7 @@ class Cuts:
         else:
             self._executor.flush()
         return {
-            **gather(self._state, self._core),
+            **gather(self._state, self._core, judged=judged),
             "random": random_state(),
             "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
             "position": self.position.state_dict(self._scopes.batch_number),
@@ -159,8 +163,35 @@ class Cuts:
         contents = read(path)
         check(contents, self._state, self._core)
         self._executor.flush()  # what is pending reads series that are about to be taken back, and changes callbacks
-        apply(contents, self._state, self._core)
+        with self._released():
+            apply(contents, self._state, self._core)
+        if "trained" in contents:
+            callbacks = [each for each in self._state.callbacks if each.name in contents["callbacks"]]
+            self.held = [callback for callback in callbacks if callback.hold_judged(True)]
+            if not self.held:  # nobody has what is trained beside it
+                load_models(contents["model"], self._core)
         self._set_numbers(contents)
+
+    def release(self) -> list[Callback]:
+        """Let the models have what is trained, after a checkpoint was loaded that shows what was judged.
+
+        Returns:
+            The callbacks that had changed the models.
+        """
+        released, self.held = self.held, []
+        for callback in released:
+            callback.hold_judged(False)
+        return released
+
+    @contextmanager
+    def _released(self) -> Generator[None]:
+        """Give a context in which the models have what is trained; if it fails, they show again what was judged."""
+        released = self.release()
+        try:
+            yield
+        except BaseException:
+            self.held = [callback for callback in released if callback.hold_judged(True)]
+            raise
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
         """Go on from a checkpoint: as `load`, and the next fit begins where the checkpoint was taken.
@@ -185,16 +216,17 @@ class Cuts:
         check_data(position, data)
         run, here = contents["run"], real_folder(resolve(path))
         self._executor.flush()  # as in `load`
-        before = gather(self._state, self._core)
-        apply(contents, self._state, self._core)
-        try:
-            if self._load_lanes is not None and contents["lanes"] is not None:
-                self._load_lanes(contents["lanes"])
-            positions = self._sinks.moved(run["positions"], run.get("folder", here), here)
-            self._sinks.restore(Run(run["id"], resumed=True), positions)
-        except BaseException:
-            apply(before, self._state, self._core)
-            raise
+        with self._released():
+            before = gather(self._state, self._core)
+            apply(contents, self._state, self._core)
+            try:
+                if self._load_lanes is not None and contents["lanes"] is not None:
+                    self._load_lanes(contents["lanes"])
+                positions = self._sinks.moved(run["positions"], run.get("folder", here), here)
+                self._sinks.restore(Run(run["id"], resumed=True), positions)
+            except BaseException:
+                apply(before, self._state, self._core)
+                raise
         missing = lost(contents, self._state)
         if missing:
             warnings.warn(
@@ -215,6 +247,7 @@ class Cuts:
 
     def begin_fit(self, unit: str) -> Position:
         """Return the position that the fit begins at: that of the checkpoint, or none of its epochs done."""
+        self.release()
         self.position = Position(unit) if self.resumed is None else Position.resumed(self.resumed["position"])
         return self.position
 

@@ -186,7 +186,8 @@ class Learner(CallbackSite):
         """Put the learner into the state of a checkpoint: models, optimizers, scaler, ``cbstate`` and callbacks.
 
         The random number generators belong to the process and stay as they are, and the next `fit` begins anew;
-        ``fit(..., resume=path)`` goes on where the checkpoint was taken.
+        ``fit(..., resume=path)`` goes on where the checkpoint was taken. Where an evaluation judged other weights than
+        those that are trained (`flowtrain.callbacks.EMA`), the model shows these until training goes on.
 
         Args:
             path: A checkpoint, a folder of them (its latest), or the folder's ``best``.

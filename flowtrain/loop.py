@@ -241,6 +241,8 @@ class Loop:
     def _mode(self, phase: Phase) -> Generator[None]:
         """Set the modes of a phase; while they are, a checkpoint asks ``core.modes`` for those without it."""
         core = self.core
+        if self.cuts.held and isinstance(phase, AbstractTrainingPhase):
+            self.cuts.release()
         with phase.mode(core.modules) as core.modes:
             try:
                 core.warn_woken()

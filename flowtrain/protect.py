@@ -81,6 +81,7 @@ class LearnerView:
         remove: Iterable[str] = (),
         weights: bool = False,
         on_interrupt: bool = False,
+        judged: bool = False,
         decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None,
     ) -> None:
         """Ask the loop for a checkpoint; it takes one when the current event has ended and no batch is open.
@@ -95,11 +96,13 @@ class LearnerView:
                 is not finite, nothing is removed.
             weights: Write the weights of the model also as safetensors, beside it.
             on_interrupt: Not now, but when an interrupt ends this fit.
+            judged: Hold as the model the weights that evaluation uses (those of `flowtrain.callbacks.EMA`, say), and
+                those that are trained beside it.
             decide: Called when it is taken, with whether it is finite; returns ``(best, remove)``, in place of both.
         """
         if not is_a(path, (str, PathLike)):
             raise UsageError(f"request_checkpoint() takes the path of a file, got {path!r}.")
-        request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, decide)
+        request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
         self._state.fired.append((self._owner.callback, request))
 
     if not TYPE_CHECKING:  # a checker must not think that every attribute exists

@@ -24,6 +24,7 @@ class CheckpointRequest(Event):
         remove: Files in the same folder that are not wanted any more, by name; what ``latest`` and ``best`` name stays.
         weights: Write the model's weights also as safetensors, beside the file.
         on_interrupt: Not now, but when an interrupt ends the fit.
+        judged: Hold as the model what epochs of evaluation are judged by, where a callback has changed that for them.
         decide: Called when the checkpoint is taken, before the state of callbacks is, with whether the parameters that
             are trained and the last loss are finite; returns what counts in place of `best` and `remove`.
     """
@@ -33,4 +34,5 @@ class CheckpointRequest(Event):
     remove: tuple[str, ...] = ()
     weights: bool = False
     on_interrupt: bool = False
+    judged: bool = False
     decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None

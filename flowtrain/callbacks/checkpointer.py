@@ -163,7 +163,8 @@ class Checkpointer(Callback):
             return
         name = f"epoch-{epoch:04d}.ckpt"
         decide = partial(self._take_epoch, name, self._rank(phase, learner))
-        learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)
+        judged = isinstance(phase, AbstractValidationPhase)
+        learner.request_checkpoint(self.folder / name, weights=self.weights, judged=judged, decide=decide)
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:

@@ -34,9 +34,13 @@ class EMA(Callback):
     are averaged like the weights.
 
     For each epoch of a validation phase the averages are put in the model, and the weights that are trained are put
-    back when it ends, whatever ended it. A checkpoint never holds averages as weights: it is taken inside of `at_rest`.
-    Training goes on with the weights themselves; when it is over, ``with ema.applied(): ...`` evaluates or saves the
-    averages, and `averages` has them by name.
+    back when it ends, whatever ended it. Training goes on with the weights themselves; when it is over,
+    ``with ema.applied(): ...`` evaluates or saves the averages, and `averages` has them by name.
+
+    A checkpoint that a `Checkpointer` takes after a validation epoch holds as ``model``, and in its safetensors file,
+    what was judged: the averages. The weights that are trained are beside them, as ``trained``. With
+    ``fit(resume=...)`` these go on, to the bit. After ``learner.load(...)`` the model has the averages until training
+    goes on.
 
     Reads ``model`` at `BatchEnd`, and writes it at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases
     and at `FitEnd`, so it runs after those that write the model and before those that read it. Costs a pass over the
@@ -75,6 +79,7 @@ class EMA(Callback):
         self._average = get_ema_multi_avg_fn(decay)
         self._weights: dict[str, torch.Tensor] = {}  # the model's own
         self._kept: dict[str, torch.Tensor] | None = None  # copies of what is trained, while the model has the averages
+        self._held = False  # whether it has them outside of validation, since a checkpoint was loaded
         self._due = False
 
     def state_access(self) -> Access:
@@ -135,17 +140,17 @@ class EMA(Callback):
     @on(EpochEnd, AbstractValidationPhase)
     def swap_out(self, event: EpochEnd, phase: AbstractValidationPhase, learner: LearnerView) -> None:
         """Put back the weights that are trained."""
-        self._put_back()
+        self._end_validation()
 
     @on(EpochCancelled, AbstractValidationPhase)
     def swap_out_cancelled(self, event: EpochCancelled, phase: AbstractValidationPhase, learner: LearnerView) -> None:
         """Put back the weights that are trained."""
-        self._put_back()
+        self._end_validation()
 
     @on(FitEnd)
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
         """Put back the weights that are trained, if a failure has kept them from it before."""
-        self._put_back()
+        self._end_validation()
 
     @on(EpochBegin, AbstractTrainingPhase)
     def begin_training(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
@@ -172,13 +177,25 @@ class EMA(Callback):
     @contextmanager
     def at_rest(self) -> Generator[None]:
         """Give a context in which the model has the weights that are trained; a checkpoint is taken in it."""
-        inside = self._kept is not None
+        inside, held = self._kept is not None, self._held
         self._put_back()
         try:
             yield
         finally:
+            self._put_back()
+            self._held = held
             if inside:
                 self._put_averages()
+
+    def hold_judged(self, held: bool) -> bool:
+        """Let the model have the averages, as validation judges it; or again the weights that are trained."""
+        changed = self._held if not held else bool(self.averages)
+        if changed and held:
+            self._put_averages()
+        elif changed:
+            self._put_back()
+        self._held = held and changed
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by name."""
@@ -198,6 +215,10 @@ class EMA(Callback):
         if inside:
             self._kept = None  # what the model holds now was loaded with this state
             self._put_averages()
+
+    def _end_validation(self) -> None:
+        if not self._held:
+            self._put_back()
 
     def _find(self, learner: LearnerView) -> dict[str, torch.Tensor]:
         model = getattr(learner.model, self.model) if self.model else learner.model

@@ -188,7 +188,7 @@ class Diverging(torch.nn.Module):
     [
         # without one that is infinite the second would be gone after the third, and it was there for ever
         ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
-        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # 3 is newest
+        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # 3: newest
         ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
         ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
         # the best score belongs to weights that may not be used

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowtrain import (
     AbstractTrainingPhase,
+    AbstractValidationPhase,
     Access,
     BatchEnd,
     Callback,
     CancelEpochException,
     CancelFittingException,
+    CheckpointError,
     EpochBegin,
     EpochEnd,
     Event,
@@ -35,7 +38,7 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import EMA, Recorder, throttle
+from flowtrain.callbacks import EMA, Checkpointer, Recorder, throttle
 from flowtrain.phases import StepContext
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 
@@ -360,3 +363,190 @@ def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_ru
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
     assert again.seen is None  # the third batch was before the checkpoint
+
+
+# --- checkpoints hold what was judged
+
+
+def validation_loss(model: torch.nn.Module, data: Any) -> float:
+    """The loss over batches of one size, as anybody would compute it with a model that was loaded from a file."""
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        losses = [torch.nn.functional.mse_loss(model(x), y).item() for x, y in data]
+    model.train(was)
+    return sum(losses) / len(losses)
+
+
+VALID = tiny_batches(coeff=2.5, n_batches=3)
+"""The best coefficient here is passed on the way to 3, so that the best epoch is not the last."""
+
+
+def judged(folder: Path, *callbacks: Callback, valid: bool = True, **options: Any) -> tuple[EMA, Learner]:
+    ema = EMA(0.8)
+    data = (tiny_batches(n_batches=6), VALID) if valid else (tiny_batches(n_batches=6),)
+    chosen: dict[str, Any] = {"model": make_model(), "optimizer": SGD, "data": data, **options}
+    return ema, tiny_learner(ema, Checkpointer(folder, weights="safetensors"), *callbacks, **chosen)
+
+
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in learner.model.state_dict().items()}
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    assert sorted(one) == sorted(other)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def best_of(folder: Path) -> Path:
+    return folder / (folder / "best").read_text().strip()
+
+
+def test_the_best_checkpoint_holds_what_was_judged(tmp_path: Path) -> None:
+    """Read by torch, as safetensors, and loaded by a learner with the callback and by one without."""
+    _, learner = judged(tmp_path)
+    learner.fit(6)
+    best = min(value for _, value in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"])
+    contents = torch.load(best_of(tmp_path), weights_only=True)
+    model = make_model()
+    model.load_state_dict(contents["model"][""])
+    assert validation_loss(model, VALID) == pytest.approx(best, rel=1e-6)
+    assert_equal(load_file(best_of(tmp_path).with_suffix(".safetensors")), dict(model.state_dict()))
+    trained = make_model()
+    trained.load_state_dict(contents["trained"][""])
+    assert validation_loss(trained, VALID) != pytest.approx(best, rel=1e-3), "the weights that are trained are others"
+    _, other = judged(tmp_path / "other")
+    without = tiny_learner(model=make_model(), optimizer=SGD)
+    for each in (other, without):
+        each.load(tmp_path / "best")
+        assert validation_loss(each.model, VALID) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("which", ["best", "epoch-0002.ckpt", "."])
+def test_a_fit_resumed_from_it_is_exact(which: str, tmp_path: Path) -> None:
+    ema, whole = judged(tmp_path / "whole")
+    whole.fit(6)
+    again, resumed = judged(tmp_path / "resumed")
+    resumed.fit(6, resume=tmp_path / "whole" / which)
+    assert_equal(weights_of(resumed), weights_of(whole))
+    assert_equal(again.averages, ema.averages)
+    assert list(resumed.cbstate.metrics_epoch[ValidationPhase]["Loss"]) == list(
+        whole.cbstate.metrics_epoch[ValidationPhase]["Loss"]
+    )
+
+
+@pytest.mark.parametrize("how", ["fit", "epoch", "step"])
+def test_what_is_loaded_is_shown_until_training_goes_on(how: str, tmp_path: Path) -> None:
+    """Validation in between leaves it; then training goes on with the weights that were trained, to the bit."""
+    _, first = judged(tmp_path)
+    first.fit(3)
+    contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
+    _, learner = judged(tmp_path / "other")
+    learner.load(tmp_path / "epoch-0002.ckpt")
+    shown = weights_of(learner)
+    assert_equal(shown, contents["model"][""])
+    learner.validate()
+    assert_equal(weights_of(learner), shown)
+    recorded = list(learner.cbstate.metrics_epoch[ValidationPhase]["Loss"])
+    assert recorded[-1][1] == pytest.approx(recorded[-2][1])
+    plain = tiny_learner(model=make_model(), optimizer=SGD, data=(tiny_batches(n_batches=6), VALID))
+    plain.model.load_state_dict(contents["trained"][""])
+    for each in (learner, plain):
+        if how == "fit":
+            each.fit(1)
+        elif how == "epoch":
+            each.epoch(TrainingPhase)
+        else:
+            each.step(TrainingPhase, tiny_batches()[0])
+    assert_equal(weights_of(learner), weights_of(plain))
+
+
+def test_one_load_after_the_other(tmp_path: Path) -> None:
+    """What is shown of one file is gone with the next, also where that one shows nothing, or is refused."""
+    ema, learner = judged(tmp_path)
+    learner.fit(2)
+    learner.load(tmp_path)
+    shown, before = weights_of(learner), copy.deepcopy(ema.averages)
+    torch.save({"format": "something"}, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        learner.load(tmp_path / "bad.ckpt")
+    assert_equal(weights_of(learner), shown)
+    assert_equal(ema.averages, before)
+    plain = tiny_learner(
+        Checkpointer(tmp_path / "plain"), model=make_model(), optimizer=SGD, data=(tiny_batches(n_batches=6), VALID)
+    )
+    plain.fit(1)
+    learner.load(tmp_path / "plain")
+    assert_equal(weights_of(learner), weights_of(plain))
+    learner.load(tmp_path)
+    learner.remove_callback(EMA)  # which has the weights that are trained
+    learner.fit(1)
+    again = tiny_learner(model=make_model(), optimizer=SGD, data=(tiny_batches(n_batches=6), VALID))
+    again.model.load_state_dict(torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)["trained"][""])
+    again.fit(1)
+    assert_equal(weights_of(learner), weights_of(again))
+
+
+def test_a_checkpoint_of_what_is_shown(tmp_path: Path) -> None:
+    ema, learner = judged(tmp_path)
+    learner.fit(2)
+    trained = weights_of(learner)
+    learner.load(tmp_path)
+    shown = weights_of(learner)
+
+    class Ask(Callback):
+        @on(EpochEnd, ValidationPhase)
+        def ask(self, event: EpochEnd, phase: ValidationPhase, learner: LearnerView) -> None:
+            learner.request_checkpoint(tmp_path / "asked.ckpt")
+            learner.request_checkpoint(tmp_path / "judged.ckpt", judged=True)
+
+    learner.add_callback(Ask())
+    learner.validate()
+    learner.flush()
+    assert_equal(weights_of(learner), shown)
+    asked, judged_file = (torch.load(tmp_path / name, weights_only=True) for name in ("asked.ckpt", "judged.ckpt"))
+    assert_equal(asked["model"][""], trained)
+    assert "trained" not in asked
+    assert_equal(judged_file["model"][""], shown)
+    assert_equal(judged_file["trained"][""], trained)
+    with ema.applied():
+        assert_equal(weights_of(learner), shown)
+
+
+def test_without_validation_the_weights_that_are_trained_are_judged(tmp_path: Path) -> None:
+    _, learner = judged(tmp_path, valid=False)
+    learner.fit(2)
+    contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
+    assert_equal(contents["model"][""], weights_of(learner))
+    assert "trained" not in contents
+    assert contents["version"] == 1
+    learner.load(tmp_path / "best")
+    assert_equal(weights_of(learner), contents["model"][""])
+
+
+def test_one_of_several_models_is_judged_by_its_averages(tmp_path: Path) -> None:
+    class Both(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw[0], y=raw[1]) as batch:
+                outputs = sum(learner.model[name](batch.x) for name in ("one", "two"))
+                batch.loss = learner.lossfn(outputs, batch.y)
+                learner.backward(self, batch.loss)
+                learner.update(self)
+
+    class Look(AbstractValidationPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw[0], y=raw[1]) as batch:
+                batch.loss = learner.lossfn(sum(learner.model[name](batch.x) for name in ("one", "two")), batch.y)
+
+    models = {"one": make_model(), "two": make_model()}
+    ema, data = EMA(0.5, model="one"), tiny_batches(n_batches=3)
+    learner = tiny_learner(
+        ema, Checkpointer(tmp_path), model=models, optimizer=dict.fromkeys(models, SGD), data={Both: data, Look: data}
+    )
+    learner.fit(2)
+    contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
+    assert_equal(contents["model"]["two"], contents["trained"]["two"])
+    for name, average in ema.averages.items():
+        assert torch.equal(contents["model"]["one"][name], average)
+        trained = contents["trained"]["one"][name]
+        assert name.startswith("1.") or torch.equal(trained, learner.model.one.state_dict()[name])
