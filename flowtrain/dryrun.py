@@ -48,6 +48,7 @@ class Recording:
         failure: What a handler raised, which may have kept it from touching more; or ``None``.
         decorators: The decorator of each handler as source, up to the access.
         known: The dotted paths that there were, for hints.
+        added: What the callback declares beside what it is given as ``access=``; ``None`` if it takes no such argument.
     """
 
     callback: str
@@ -56,6 +57,7 @@ class Recording:
     failure: BaseException | None = None
     decorators: dict[str, str] = field(default_factory=dict)
     known: tuple[str, ...] = ()
+    added: Mapping[Path, Read | Write] | None = None
 
     @property
     def union(self) -> Declaration:
@@ -65,7 +67,10 @@ class Recording:
     def __str__(self) -> str:
         lines = [f"{self.callback} needs, for all handlers together:", "", "    def state_access(self) -> Access:"]
         lines += [f"        return {render(self.union)}", ""]
-        if len(self.decorators) > 1:
+        if self.added is not None:
+            wanted = tuple((path, kind) for path, kind in self.union if path not in self.added)
+            lines = [f"{self.callback} needs:", "", f"    {self.callback}(..., access={render(wanted)})", ""]
+        elif len(self.decorators) > 1:
             lines += ["or, for each handler alone (setup then gets all of it):", ""]
             for name, declaration in self.handlers.items():
                 if name in self.decorators:
@@ -202,7 +207,15 @@ class _Probe:
             failure,
             decorators,
             known,
+            _added(self.subject),
         )
+
+
+def _added(subject: Callback) -> Mapping[Path, Read | Write] | None:
+    if subject.access_argument is None:
+        return None
+    given = dict(declare(subject.access_argument, "access="))
+    return {path: kind for path, kind in declare(subject.state_access(), "state_access()") if path not in given}
 
 
 class _Probed(Callbacks):

@@ -176,6 +176,24 @@ class Undeclared(Callback):
         """Shadowed for ValidationPhase by the more specific handler, so the dry run never gets here."""
 
 
+def test_a_callback_that_takes_its_access_is_told_what_to_pass(tmp_path: Path) -> None:
+    """What it adds by itself, such as the counts and its backend, is not for the user to write."""
+    backend = JsonlBackend(tmp_path / "log.jsonl")
+    wanted = 'access={"batch.loss": Read(), "params.coeff": Read()})\n'
+
+    def shown(learner: LearnerView) -> Value:
+        return Value(float(learner.batch.loss + learner.params["coeff"]))
+
+    callbacks = [
+        LogVisualization(shown, backend, every=1, access={"batch.loss": Read()}),
+        Traces({"Sum": shown}, TrainingPhase),
+        CustomCallback(shown, BatchEnd, TrainingPhase),
+    ]
+    for callback in callbacks:
+        name = type(callback).__name__
+        assert str(record_access(callback)).startswith(f"{name} needs:\n\n    {name}(..., {wanted}")
+
+
 class ByGroups(Callback):
     """Sets the learning rate by the way that reaches the parameters too."""
 

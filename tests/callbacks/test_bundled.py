@@ -14,9 +14,12 @@ import torch
 
 import flowtrain.callbacks
 from flowtrain import (
+    BackwardEnd,
+    BatchBegin,
     BatchEnd,
     Callback,
     CancelFittingException,
+    EpochEnd,
     LearnerView,
     LossBegin,
     Phase,
@@ -199,6 +202,36 @@ def test_what_each_handler_declares_is_what_it_touches(kind: type[Callback], tmp
             assert all(any(path[:length] in declared for length in range(len(path) + 1)) for path in touched), name
         else:
             assert declared == touched, name
+
+
+class Clip(Callback):
+    """Writes gradients, and the inputs at the events before."""
+
+    @on(BatchBegin, TrainingPhase, access={"batch.inputs": Write()})
+    def augment(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.batch.inputs = learner.batch.inputs + 0.0
+
+    @on(BackwardEnd, TrainingPhase, access={"batch.grads": Write()})
+    def clip(self, event: BackwardEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.batch.grads["coeff"].clamp_(-1, 1)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_all_of_them_go_together_whatever_the_order_of_the_list(turn: int, tmp_path: Path) -> None:
+    """Rule 5 finds no conflict and no circle between them, also with all of ``batch`` declared where it can be."""
+    callbacks: dict[str, Callback] = {"Clip": Clip()}
+    for kind in KINDS:
+        for callback in case_of(kind).make(tmp_path / kind.__name__):
+            callbacks.setdefault(type(callback).__name__, callback)
+    more = (
+        LogVisualization(shown, backend(tmp_path / "step"), every=1),
+        LogVisualization(shown, backend(tmp_path / "epoch"), every=1, event_type=EpochEnd, name="AtTheEnd"),
+        Traces({"Loss": loss_of}, TrainingPhase),
+    )
+    learner = tiny_learner(*[*callbacks.values(), *more][::turn], n_batches=3)
+    learner.fit(1)
+    assert learner.cbstate.history[TrainingPhase].steps == 3
+    assert learner.stopped is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

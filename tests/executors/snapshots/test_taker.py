@@ -307,7 +307,16 @@ class First(Reader):
 
 @pytest.mark.parametrize(
     ("path", "same_loss", "same_params"),
-    [("batch.loss", False, True), ("batch", False, True), ("model.coeff", True, False), ("batch.other", True, True)],
+    [
+        ("batch.loss", False, True),
+        ("batch", False, True),
+        ("model.coeff", True, False),
+        ("batch.other", True, True),
+        ("optimizer.param_groups", True, False),
+        ("optimizer", True, False),
+        ("optimizer.hyperparams", True, True),
+        ("batch.grads", True, True),  # no copy of parameters has gradients
+    ],
 )
 def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: bool, same_params: bool) -> None:
     """Rule 20; ``params`` are those of ``model``."""
