@@ -125,16 +125,15 @@ def _example(kind: type[Callback]) -> tuple[str, Callback]:
 
 
 def _access(callback: Callback) -> tuple[list[str], list[str]]:
-    """Return what a callback reads, and what it writes, its backends left out."""
+    """Return what a callback reads, and what it writes."""
     shared = callback.state_access()
     handlers = [handler.access for _, handler in callback.handlers()]
     setup = [shared] if type(callback).setup is not Callback.setup else []
     used = [*setup, *(shared if access is None else access for access in handlers)]
     declared = union([declare(access, callback.name) for access in used])
-    backends = {backend.resource for backend in callback.backends}
     reads = [dotted(path) for path, kind in declared if isinstance(kind, Read)]
     writes = [dotted(path) for path, kind in declared if isinstance(kind, Write)]
-    return reads, [path for path in writes if path not in backends]
+    return reads, writes
 
 
 def _events(callback: Callback) -> list[str]:

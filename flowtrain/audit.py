@@ -101,11 +101,11 @@ class _Probe:
 
 
 def _only_writes(learner: LearnerParts, callback: Callback) -> bool:
-    if callback.backends:
+    node = next(node for node in learner.state.callbacks.nodes if node.callback is callback)
+    if node.backends:
         return True
     if not type(callback).__module__.startswith("flowtrain.callbacks."):
         return False
-    node = next(node for node in learner.state.callbacks.nodes if node.callback is callback)
     writes = [path for path, kind in node.union if isinstance(kind, Write)]
     return bool(writes) and all(path[0] == "resource" for path in writes)
 

@@ -64,7 +64,8 @@ class Callback:
 
     Attributes:
         conditions: What is asked before a handler runs; `flowtrain.callbacks.throttle` adds one.
-        backends: The logging backends that its handlers give to `flowtrain.records.log`.
+        backends: The logging backends that its handlers give to `flowtrain.records.log`. They may as well be in other
+            attributes: `flowtrain.holding` finds them all.
         deferrable: Nothing in training waits for its handlers: an executor may run them later, elsewhere, on a
             snapshot of what they declare. Such a callback declares no `Write` but on resources.
         durable: No event of it may be dropped, however far behind it is.

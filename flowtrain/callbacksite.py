@@ -79,10 +79,10 @@ class CallbackSite(StepSite):
         self.core.need_grad_norm(("batch", "grad_norm") in named)
         self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
         self.loop.dispatch.use(made)
-        self.loop.sinks.use(made)  # last: a sink that cannot be closed is an error, and the change is done then
+        self.loop.sinks.use(made.nodes)  # last: a sink that cannot be closed is an error, and the change is done then
 
     def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        self.loop.sinks.check(node.callback for node in nodes)
+        self.loop.sinks.check(nodes)
         self.loop.executor.check(nodes, state)
 
 

@@ -142,7 +142,7 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
     scratch.loop.dispatch.use(built)
     failure: BaseException | None = None
     try:
-        with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0)):  # what is logged is written nowhere
+        with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0), None):  # no record is written
             warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
             scratch.fit(1)
     except Exception as error:  # reported with what was found until then

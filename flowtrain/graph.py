@@ -14,6 +14,7 @@ from flowtrain.callback import Callback
 from flowtrain.events import Event
 from flowtrain.handler import Handler
 from flowtrain.phases import Phase
+from flowtrain.records import LoggerBackend
 
 if TYPE_CHECKING:
     import networkx
@@ -34,6 +35,8 @@ class Node:
         handlers: Its handlers at the time the graph was built, each with the type that registers it.
         access: What each handler declares.
         union: What any of its handlers, or its `state_access`, declares.
+        backends: The logging backends that it holds.
+        sinks: What holding these declares. It is in `access` and `union` too.
     """
 
     callback: Callback
@@ -42,6 +45,12 @@ class Node:
     handlers: tuple[tuple[type, Handler], ...]
     access: Mapping[Handler, Declaration]
     union: Declaration
+    backends: tuple[LoggerBackend, ...] = ()
+    sinks: Declaration = ()
+
+    def stated(self, declaration: Declaration) -> Declaration:
+        """Return a declaration of this callback without `sinks`, which nobody writes down."""
+        return tuple(item for item in declaration if item not in self.sinks)
 
 
 @dataclass(frozen=True, slots=True)

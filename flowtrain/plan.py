@@ -144,8 +144,8 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
         return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name))
     if handler is None or (handler.access is None and handler.function is None):
         access = node.union if handler is None else node.access[handler]
-        return Owner(node.name, type_name, "state_access", access)
-    return Owner(node.name, type_name, handler.attribute, node.access[handler], handler.decorator())
+        return Owner(node.name, type_name, "state_access", node.stated(access))
+    return Owner(node.name, type_name, handler.attribute, node.stated(node.access[handler]), handler.decorator())
 
 
 def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:

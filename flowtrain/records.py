@@ -138,7 +138,7 @@ class LoggerBackend(ABC):
 
     @property
     def resource(self) -> str:
-        """The path under which callbacks declare that they use it: ``{backend.resource: Write()}``."""
+        """The resource that a callback uses which holds this backend; nobody has to declare it."""
         return f"resource.{type(self).__name__}({self.sink.replace('.', '·')})"
 
 
@@ -167,32 +167,62 @@ class Collector:
 
     Attributes:
         identity: What the handler is at work on.
-        records: For each record the position of the backend among the callback's, and the bytes.
+        backends: The backends that the callback holds; ``None``: it may log to any, and no record is kept.
+        records: For each record the position of its backend in `backends`, and the bytes.
     """
 
     identity: Identity
+    backends: Sequence[LoggerBackend] | None
     records: list[tuple[int, bytes]] = field(default_factory=list)
 
+    def take(self, backend: LoggerBackend, record: bytes) -> None:
+        """Keep a record.
+
+        Raises:
+            LoggingError: The callback does not hold the backend.
+        """
+        if self.backends is None:
+            return
+        place = next((place for place, one in enumerate(self.backends) if one is backend), None)
+        if place is None:
+            raise LoggingError(
+                f"{backend!r} is none of the backends that the callback held when it was given to the learner: "
+                f"{', '.join(map(repr, self.backends)) or 'it held none'}. {HOLD}"
+            )
+        self.records.append((place, record))
+
+
+HOLD = (
+    "A learner opens the backends that its callbacks hold when it is built or its callbacks change. Make all of them "
+    "in __init__ and keep them in attributes, as in self.backend = JsonlBackend(path); to use another one later, put "
+    "it into the callback between two fits and call learner.set_callbacks(list(learner.callbacks))."
+)
+"""What to do about a backend that no learner knows."""
 
 _collector: ContextVar[Collector | None] = ContextVar("flowtrain_collector", default=None)
 
 
-def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: int, group: Group) -> None:
-    """Log something to all backends of a callback that take its kind.
+def log(
+    backends: LoggerBackend | Iterable[LoggerBackend], loggable: Loggable, name: str, step: int, group: Group
+) -> None:
+    """Log something to one or several backends: to each that takes its kind.
 
     Args:
-        backends: The callback's ``backends``, all of them and in their order.
+        backends: One backend or several, of those that the callback holds. A callback holds what one of its attributes
+            leads to when it is given to the learner.
         loggable: What to log.
         name: What it is called, such as ``"Loss"``.
         step: The step that it belongs to.
         group: What the step counts, and where, such as ``("Step", "TrainingPhase")``.
 
     Raises:
-        LoggingError: No backend takes its kind, or one cannot take this one.
+        LoggingError: No backend takes its kind, one cannot take this one, the callback does not hold one, or an
+            argument is of another type.
     """
+    backends = _checked(backends, name, step, group)
     collector = _collector.get()
     taken = False
-    for position, backend in enumerate(backends):
+    for backend in backends:
         if not isinstance(loggable, backend.accepts):
             continue
         taken = True
@@ -201,7 +231,7 @@ def log(backends: Sequence[LoggerBackend], loggable: Loggable, name: str, step: 
             if collector is None:
                 backend.write(record)
             else:
-                collector.records.append((position, record))
+                collector.take(backend, record)
         except Exception as error:
             error.add_note(f"raised when {name!r} of {'/'.join(group)}, step {step}, was logged to {backend.sink}")
             raise
@@ -220,7 +250,7 @@ def deliver(
     """Write what a `Collector` kept, in the process that owns the sinks; each backend gets its own in order.
 
     Args:
-        backends: The ``backends`` of the callback whose handler logged.
+        backends: `Collector.backends`: those of the callback whose handler logged.
         records: `Collector.records`, here or in another process, of any number of events.
         failures: Where a backend that fails is noted, by its id, with what it raised; what is in it gets nothing more.
 
@@ -245,9 +275,9 @@ def deliver(
 
 
 @contextmanager
-def collecting(identity: Identity) -> Generator[Collector]:
-    """Keep the records of the handlers that run in this context, in place of writing them."""
-    collector = Collector(identity)
+def collecting(identity: Identity, backends: Sequence[LoggerBackend] | None) -> Generator[Collector]:
+    """Keep the records of the handlers that run in this context instead of writing them, see `Collector`."""
+    collector = Collector(identity, backends)
     token = _collector.set(collector)
     try:
         yield collector
@@ -259,3 +289,30 @@ def identity() -> Identity | None:
     """Return which event the calling handler is at work on; ``None`` in a handler that runs in place."""
     collector = _collector.get()
     return None if collector is None else collector.identity
+
+
+def _checked(backends: object, name: object, step: object, group: object) -> tuple[LoggerBackend, ...]:
+    """Return the backends that were given, when all arguments of `log` are of their types.
+
+    Raises:
+        LoggingError: One is not.
+    """
+    several: tuple[Any, ...] = (backends,)
+    if not isinstance(backends, LoggerBackend) and not isinstance(backends, str) and isinstance(backends, Iterable):
+        several = tuple(backends)
+    for backend in several:
+        if not isinstance(backend, LoggerBackend):
+            raise LoggingError(
+                f"log() was given {backend!r} to log to, which is no LoggerBackend. Write log(self.backend, ...), with "
+                f"self.backend = JsonlBackend(path) in __init__."
+            )
+    if not isinstance(name, str) or not name:
+        raise LoggingError(f"log() was given the name {name!r}. A name is a text that is not empty, such as \"Loss\".")
+    if not isinstance(step, int):
+        raise LoggingError(f"log({name!r}) was given the step {step!r}. A step is a whole number: write int(...).")
+    if not isinstance(group, tuple) or not group or not all(isinstance(part, str) and part for part in group):
+        raise LoggingError(
+            f"log({name!r}) was given the group {group!r}. A group is a tuple of texts, which say what the step "
+            f'counts, and where: ("Step", "TrainingPhase"), or ("Evaluation",).'
+        )
+    return several

@@ -19,6 +19,7 @@ from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
 from flowtrain.graph import CallbackGraph, Node, Order, to_networkx
 from flowtrain.handler import Handler
+from flowtrain.holding import backends_of
 from flowtrain.naming import unique_names
 from flowtrain.order import order_event, order_setup
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
@@ -216,12 +217,15 @@ class Callbacks(Sequence[Callback]):
         passed = callback.access_argument
         if passed is not None:
             declare(passed, f"{type_name}(access=...)")  # for messages about what the user wrote
-        shared = declare(callback.state_access(), f"{type_name}.state_access()")
+        backends = backends_of(callback)
+        sinks = declare({backend.resource: Write() for backend in backends}, type_name)
+        shared = union([declare(callback.state_access(), f"{type_name}.state_access()"), sinks])
         access: dict[Handler, Declaration] = {}
         for _, handler in handlers:
             where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
-            access[handler] = shared if handler.access is None else declare(handler.access, where)
-        return Node(callback, name, position, handlers, access, union([shared, *access.values()]))
+            access[handler] = shared if handler.access is None else union([declare(handler.access, where), sinks])
+        declared = union([shared, *access.values()])
+        return Node(callback, name, position, handlers, access, declared, backends, sinks)
 
     def _call_setup(self, node: Node) -> None:
         try:

@@ -1,7 +1,8 @@
 """Sinks: the logging backends of a learner's callbacks, opened before training and closed after it.
 
-A callback names its backends in ``backends``. The process that trains owns them: it opens each once, before the first
-event, whoever writes into it later. What a backend raises gets a note that names it and the callbacks that log to it.
+The backends of a callback are those that it holds, see `flowtrain.holding`. The process that trains owns them: it opens
+each once, before the first event, whoever writes into it later. What a backend raises gets a note that names it and the
+callbacks that log to it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from flowtrain.callback import Callback
 from flowtrain.errors import LoggingError, is_a
+from flowtrain.graph import Node
 from flowtrain.records import LoggerBackend, Run
 
 __all__ = ["Sinks"]
@@ -37,17 +38,17 @@ class Sinks:
         self._open: dict[str, _Owned] = {}
 
     @staticmethod
-    def check(callbacks: Iterable[Callback]) -> None:
+    def check(nodes: Iterable[Node]) -> None:
         """Check the backends of callbacks that a learner is about to use.
 
         Raises:
             LoggingError: Two of them write to the same place, or one is no backend.
         """
-        _owned(callbacks)
+        _owned(nodes)
 
-    def use(self, callbacks: Iterable[Callback]) -> None:
+    def use(self, nodes: Iterable[Node]) -> None:
         """Use the backends of these callbacks from now on; those that are open and not among them are closed."""
-        self._owned = _owned(callbacks)
+        self._owned = _owned(nodes)
         gone: dict[str, _Owned] = {}
         for sink, opened in list(self._open.items()):
             if sink not in self._owned or self._owned[sink].backend is not opened.backend:
@@ -167,17 +168,18 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
 
 
-def _owned(callbacks: Iterable[Callback]) -> dict[str, _Owned]:
+def _owned(nodes: Iterable[Node]) -> dict[str, _Owned]:
     """Return the backends of callbacks by sink, each with the names of those that log to it."""
     found: dict[str, _Owned] = {}
-    for callback in callbacks:
-        name = callback.name or type(callback).__name__
-        for backend in callback.backends:
+    for node in nodes:
+        name, stated = node.name, node.callback.backends
+        for backend in stated if is_a(stated, (list, tuple)) else (stated,):
             if not is_a(backend, LoggerBackend):
                 raise LoggingError(
                     f"{name} logs to {backend!r}, which is no LoggerBackend. Write "
-                    f'{type(callback).__name__}(TensorBoardBackend("runs/a")).'
+                    f'{type(node.callback).__name__}(TensorBoardBackend("runs/a")).'
                 )
+        for backend in node.backends:
             other, names = found.setdefault(backend.sink, _Owned(backend, []))
             if other is not backend:
                 raise LoggingError(

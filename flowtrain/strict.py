@@ -39,7 +39,7 @@ def watch(state: LearnerState) -> Callable[[Step], Call]:
             step.call(event, phase, view)
             found = undeclared(changes(before, fingerprints(state)), declaration, reach)
             if found:
-                raise _error(step, event, phase, found, declaration)
+                raise _error(step, event, phase, found, step.node.stated(declaration))
 
         return call
 

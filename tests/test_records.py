@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,10 +62,49 @@ def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) 
     backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
     who = Identity("run", "lane", 3)
     assert identity() is None
-    with collecting(who) as collector:
+    with collecting(who, backends) as collector:
         assert identity() is who
         log(backends, Text("hello"), "Note", 1, STEP)
         log(backends, Value(0.5), "Loss", 1, STEP)
     assert identity() is None
     assert [position for position, _ in collector.records] == [1, 0, 1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_belongs_to_the_backend_it_was_logged_to(tmp_path: Path) -> None:
+    """Rule 25: to a part of the callback's backends, to one, to what a generator gives; never to another one."""
+    first, second = JsonlBackend(tmp_path / "a"), JsonlBackend(tmp_path / "b")
+    with collecting(Identity("run", "lane", 3), (first, second)) as collector:
+        log((first, second)[1:], Value(1), "One", 1, STEP)
+        log(second, Value(1), "One", 1, STEP)
+        log((each for each in (second, first)), Value(1), "One", 1, STEP)
+        with pytest.raises(LoggingError) as caught:
+            log(JsonlBackend(tmp_path / "a"), Value(1), "One", 1, STEP)
+    assert [place for place, _ in collector.records] == [1, 1, 1, 0]
+    path = str(tmp_path)
+    assert str(caught.value).replace(path, "runs") == (
+        "JsonlBackend('runs/a') is none of the backends that the callback held when it was given to the learner: "
+        "JsonlBackend('runs/a'), JsonlBackend('runs/b'). A learner opens the backends that its callbacks hold when it "
+        "is built or its callbacks change. Make all of them in __init__ and keep them in attributes, as in "
+        "self.backend = JsonlBackend(path); to use another one later, put it into the callback between two fits and "
+        "call learner.set_callbacks(list(learner.callbacks))."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("log.jsonl", Value(1), "Loss", 1, STEP), r"was given 'log\.jsonl' to log to, which is no LoggerBackend"),
+        (([None], Value(1), "Loss", 1, STEP), r"log\(\) was given None to log to"),
+        ((JsonlBackend, Value(1), "Loss", 1, STEP), r"log\(\) was given <class .*JsonlBackend'> to log to"),
+        (([], Value(1), "", 1, STEP), r"was given the name ''\. A name is a text that is not empty"),
+        (([], Value(1), 1, 1, STEP), r"was given the name 1\."),
+        (([], Value(1), "Loss", 1.5, STEP), r"log\('Loss'\) was given the step 1\.5\. A step is a whole number"),
+        (([], Value(1), "Loss", 1, "Step"), r"was given the group 'Step'\. A group is a tuple of texts"),
+        (([], Value(1), "Loss", 1, ()), r"was given the group \(\)"),
+        (([], Value(1), "Loss", 1, ("Step", 1)), r"was given the group \('Step', 1\)"),
+    ],
+)
+def test_arguments_of_another_type_are_named(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(LoggingError, match=message):
+        log(*arguments)

@@ -15,6 +15,8 @@ import pytest
 from flowtrain.callback import Callback
 from flowtrain.callbacks import LogHyperParams, LogMetrics
 from flowtrain.errors import LoggingError
+from flowtrain.graph import Node
+from flowtrain.holding import backends_of
 from flowtrain.logging import CsvBackend, JsonlBackend, Run, Value
 from flowtrain.sinks import Sinks
 from flowtrain.testing import tiny_learner
@@ -24,6 +26,10 @@ STEP = ("Step", "TrainingPhase")
 
 def write(backend: JsonlBackend, step: int) -> None:
     backend.write(backend.encode(Value(step), "Loss", step, STEP))
+
+
+def nodes(callback: Callback) -> list[Node]:
+    return [Node(callback, type(callback).__name__, 0, (), {}, (), backends_of(callback))]
 
 
 def steps(path: Path) -> list[int]:
@@ -98,14 +104,14 @@ def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None
     """Rule 28: by sink, whichever callbacks hold it; a backend that is new since then is left as it is."""
     one, new = JsonlBackend(tmp_path / "one"), JsonlBackend(tmp_path / "new")
     sinks = Sinks()
-    sinks.use([LogMetrics(one)])
+    sinks.use(nodes(LogMetrics(one)))
     sinks.open()
     write(one, 1)
     positions = sinks.flush()
     write(one, 2)
     sinks.close()
     again = Sinks()
-    again.use([LogMetrics(JsonlBackend(tmp_path / "one"), new)])
+    again.use(nodes(LogMetrics(JsonlBackend(tmp_path / "one"), new)))
     again.restore(Run(sinks.run.id, resumed=True), positions)
     assert (again.run.id, again.run.resumed) == (sinks.run.id, True)
     write(new, 3)
@@ -117,7 +123,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_not_gone_on_with(tmp_path: Path) -
     """Rule 28: what does not fit changes nothing: what is trained next is not logged as that run."""
     backend = JsonlBackend(tmp_path / "log")
     sinks = Sinks()
-    sinks.use([LogMetrics(backend)])
+    sinks.use(nodes(LogMetrics(backend)))
     before = sinks.run
     with pytest.raises(LoggingError):
         sinks.restore(Run("other", resumed=True), {backend.sink: 10_000})
@@ -129,9 +135,9 @@ def test_a_run_that_cannot_be_gone_on_with_is_not_gone_on_with(tmp_path: Path) -
 def test_callbacks_that_leave_close_their_backends(tmp_path: Path) -> None:
     first, second = JsonlBackend(tmp_path / "log"), JsonlBackend(tmp_path / "log")
     sinks = Sinks()
-    sinks.use([LogMetrics(first)])
+    sinks.use(nodes(LogMetrics(first)))
     sinks.open()
-    sinks.use([LogMetrics(second)])
+    sinks.use(nodes(LogMetrics(second)))
     with pytest.raises(LoggingError, match="is not open"):
         write(first, 1)
     sinks.open()
@@ -148,7 +154,7 @@ def test_every_backend_is_closed_whatever_another_raises(tmp_path: Path) -> None
 
     broken, fine = Broken(tmp_path / "a"), JsonlBackend(tmp_path / "b")
     sinks = Sinks()
-    sinks.use([LogMetrics(broken, fine)])
+    sinks.use(nodes(LogMetrics(broken, fine)))
     broken.close = lambda: None  # type: ignore[method-assign]  # `open` closes first
     sinks.open()
     del broken.close
@@ -194,7 +200,7 @@ def test_positions_move_with_the_checkpoint(tmp_path: Path) -> None:
     """Only what lies as it did, seen from the checkpoint; a sink that is where it was stays what it is."""
     backends = [JsonlBackend(tmp_path / "b" / "log"), JsonlBackend(tmp_path / "same"), CsvBackend(tmp_path / "b" / "c")]
     sinks = Sinks()
-    sinks.use([LogMetrics(*backends)])
+    sinks.use(nodes(LogMetrics(*backends)))
     was = {str(tmp_path / "a" / "log"): 1, str(tmp_path / "same"): 2, "tracker:7": 3}
     before, here = str(tmp_path / "a" / "kept"), str(tmp_path / "b" / "kept")
     with pytest.warns(UserWarning, match=r"logged to tracker:7, and the learner does not.* goes to CsvBackend\(.*c'\)"):

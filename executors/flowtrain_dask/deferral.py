@@ -7,21 +7,17 @@ changes. Deferred callbacks that are joined in one of these two ways share a lan
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
 
 import torch
 
 from flowtrain.access import Path, Read
-from flowtrain.batch import BatchState
 from flowtrain.callback import Callback
 from flowtrain.errors import CallbackError
 from flowtrain.graph import Node
-from flowtrain.protect import LearnerView
-from flowtrain.state import LearnerState, State
+from flowtrain.holding import LIVE, is_learner, reachable
+from flowtrain.state import LearnerState
 
 __all__ = ["Deferral", "check_holds_no_state", "decide", "stays_here"]
 
@@ -80,45 +76,13 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
     if isinstance(state.model, torch.nn.Module):
         live |= {id(part) for part in (*state.model.modules(), *state.model.parameters())}
     for attribute, value in vars(callback).items():
-        found = _find(value, lambda one: id(one) in live or isinstance(one, _STATE) or _is_learner(one))
-        if found is not None:
+        held = (one for one in reachable(value) if id(one) in live or isinstance(one, LIVE) or is_learner(one))
+        if (found := next(held, None)) is not None:
             raise CallbackError(
                 f"{name} is deferred and keeps {type(found).__name__} in its attribute {attribute!r}: training goes on "
                 f"changing that while the callback reads it. Declare what its handlers read, and read it from their "
                 f"`learner`; or set deferrable = False."
             )
-
-
-_STATE = (LearnerView, LearnerState, BatchState, State)
-
-
-def _is_learner(value: object) -> bool:
-    return isinstance(vars(value).get("state") if hasattr(value, "__dict__") else None, LearnerState)
-
-
-def _find(value: Any, wanted: Callable[[Any], bool], depth: int = 4) -> Any:
-    """Return the first thing in a value, its containers and its objects' attributes that is wanted, or ``None``."""
-    if wanted(value):
-        return value
-    if depth == 0 or isinstance(value, (str, bytes, torch.Tensor, type, ModuleType)):
-        return None
-    if isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inner = list(value)
-    elif isinstance(value, MethodType):
-        inner = [value.__self__]
-    elif isinstance(value, FunctionType):
-        try:
-            inner = list(inspect.getclosurevars(value).nonlocals.values())
-        except ValueError:  # a variable that has no value yet
-            return None
-    elif hasattr(value, "__dict__"):
-        inner = list(vars(value).values())
-    else:
-        return None
-    found = (_find(one, wanted, depth - 1) for one in inner)
-    return next((one for one in found if one is not None), None)
 
 
 def _held_by(node: Node, in_place: Sequence[Node]) -> str:

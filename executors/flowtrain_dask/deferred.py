@@ -241,7 +241,6 @@ class Deferred:
         lane = Lane(
             job,
             transport_of(job, slot.nodes, self._options, self._connection),
-            [node.callback.backends for node in slot.nodes],
             self._options.limits,
             surface=surface,
             on_error=self._options.on_error,

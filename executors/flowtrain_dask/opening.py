@@ -60,7 +60,8 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
 
 def job_of(nodes: Sequence[Node], run: str, first: int = 0) -> Job:
     """Return what a lane of these callbacks is there for."""
-    return Job(name_of(nodes), run, tuple(node.name for node in nodes), duties_of(nodes), first=first)
+    names, backends = tuple(node.name for node in nodes), tuple(node.backends for node in nodes)
+    return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first)
 
 
 def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:

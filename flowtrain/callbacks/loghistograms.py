@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from flowtrain.access import Access, Read, Write
+from flowtrain.access import Read
 from flowtrain.callback import Callback, on
 from flowtrain.conditions import Every
 from flowtrain.events import BatchEnd, UpdateBegin
@@ -51,23 +50,19 @@ class LogHistograms(Callback):
         self.conditions = (Every(BatchEnd, every), Every(UpdateBegin, every))
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers, each with what it touches: that depends on the backends, and on whether both run."""
-        reads = {"log_weights": "params", "log_gradients": "batch.grads"}
-        rest: Access = {"cbstate.history": Read(), **{backend.resource: Write() for backend in self.backends}}
+        """Yield the handlers; the one for gradients only where gradients are asked for."""
         for owner, handler in super().handlers():
-            if handler.attribute == "log_gradients" and not self.gradients:
-                continue
-            read = reads.get(handler.attribute)
-            yield owner, replace(handler, access={read: Read(), **rest}) if read else handler
+            if handler.attribute != "log_gradients" or self.gradients:
+                yield owner, handler
 
-    @on(BatchEnd, AbstractTrainingPhase)
+    @on(BatchEnd, AbstractTrainingPhase, access={"params": Read(), "cbstate.history": Read()})
     def log_weights(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the parameters after a batch."""
         step, group = learner.cbstate.history[phase].steps, ("Step", repr(phase))
         for name, param in learner.params.items():
             log(self.backends, Histogram(param, self.bins), f"Weights/{name}", step, group)
 
-    @on(UpdateBegin, AbstractTrainingPhase)
+    @on(UpdateBegin, AbstractTrainingPhase, access={"batch.grads": Read(), "cbstate.history": Read()})
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the gradients of an update, at the batch that it is part of."""
         step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))

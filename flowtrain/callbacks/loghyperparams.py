@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
+from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochEnd, FitBegin
 from flowtrain.handler import Handler
@@ -53,15 +52,15 @@ class LogHyperParams(Callback):
         self._last: dict[str, Any] = {}
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers, each with what it touches: that depends on the backends and on the settings."""
-        sinks: Access = {backend.resource: Write() for backend in self.backends}
-        series: Access = {"cbstate.hyperparams": Read(optional=True), **sinks}
-        access = {"log_settings": sinks, "log_step": series, "log_epoch": series}
+        """Yield the handlers; there are none for settings where there are no settings."""
         for owner, handler in super().handlers():
             if handler.attribute != "log_settings" or self.settings is not None:
-                yield owner, replace(handler, access=access.get(handler.attribute, handler.access))
+                yield owner, handler
 
-    @on(FitBegin)
+    def state_access(self) -> Access:
+        return {"cbstate.hyperparams": Read(optional=True)}
+
+    @on(FitBegin, access={})
     def log_settings(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Log the settings, if that has not been done yet."""
         if self.settings is not None and not self._logged:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
+from flowtrain.access import Read
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochEnd
-from flowtrain.handler import Handler
 from flowtrain.logging.newest import newest
 from flowtrain.logging.plain import checked_backends
 from flowtrain.phases import Phase
@@ -43,22 +41,14 @@ class LogMetrics(Callback):
         self.backends = checked_backends("LogMetrics", backends, Value)
         self._seen: dict[str, int] = {}
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers, each with what it touches: that depends on the backends."""
-        reads = {"log_step": "cbstate.metrics_step", "log_epoch": "cbstate.metrics_epoch"}
-        sinks: Access = {backend.resource: Write() for backend in self.backends}
-        for owner, handler in super().handlers():
-            read = reads.get(handler.attribute)
-            yield owner, replace(handler, access={read: Read(), **sinks}) if read else handler
-
-    @on(BatchEnd)
+    @on(BatchEnd, access={"cbstate.metrics_step": Read()})
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Log what the batch has added."""
         group = ("Step", repr(phase))
         for name, step, value in newest(learner.cbstate.metrics_step[phase], group, self._seen):
             log(self.backends, Value(value), name, step, group)
 
-    @on(EpochEnd)
+    @on(EpochEnd, access={"cbstate.metrics_epoch": Read()})
     def log_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Log what the epoch has added."""
         group = ("Epoch", repr(phase))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
+from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
 from flowtrain.events import BatchEnd, EpochEnd, Event
 from flowtrain.logging.newest import loggable, newest
@@ -42,7 +42,7 @@ class LogTraces(Callback):
         self._seen: dict[str, int] = {}
 
     def state_access(self) -> Access:
-        return {"cbstate.tracehistory": Read(), **{backend.resource: Write() for backend in self.backends}}
+        return {"cbstate.tracehistory": Read()}
 
     @on(BatchEnd)
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:

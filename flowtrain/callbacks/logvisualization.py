@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
+from flowtrain.access import Access, Read
 from flowtrain.callback import Callback
 from flowtrain.conditions import Every
 from flowtrain.errors import LoggingError, is_a, is_type
@@ -81,7 +81,7 @@ class LogVisualization(Callback):
         self.access_argument: Access = {"batch": Read()} if access is None else access
 
     def state_access(self) -> Access:
-        return {**self.access_argument, "cbstate.history": Read(), **{each.resource: Write() for each in self.backends}}
+        return {**self.access_argument, "cbstate.history": Read()}
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowtrain.errors import LoggingError
 from flowtrain.logging.files import AppendingFile
-from flowtrain.records import LoggerBackend, Run
+from flowtrain.records import HOLD, LoggerBackend, Run
 
 __all__ = ["FileBackend", "not_open"]
 
@@ -89,5 +89,5 @@ class FileBackend(LoggerBackend):
 def not_open(backend: LoggerBackend) -> LoggingError:
     """Make the error for a record that comes before `open`."""
     return LoggingError(
-        f"{backend!r} is not open. A learner opens the backends of its callbacks; otherwise call open(Run(id)) first."
+        f"{backend!r} is not open. {HOLD} Without a learner, call open(Run(id)) first."
     )

@@ -172,8 +172,9 @@ class BackendContract:
         """Rule 25: workers encode, the owner of the sink writes."""
         backend = self._open(self.make_backend(tmp_path))
         log([backend], Value(0.5), "Loss", 1, _STEP)
-        with collecting(Identity("contract", "lane", 0)) as collector:
-            log([pickle.loads(pickle.dumps(backend))], Value(0.25), "Loss", 2, _STEP)
+        copy = pickle.loads(pickle.dumps(backend))
+        with collecting(Identity("contract", "lane", 0), [copy]) as collector:
+            log([copy], Value(0.25), "Loss", 2, _STEP)
         deliver([backend], collector.records)
         backend.close()
         self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25)]})

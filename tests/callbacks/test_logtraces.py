@@ -28,6 +28,6 @@ def test_the_log_is_the_trace_whatever_its_event(tmp_path: Path) -> None:
         assert [(each["step"], each["value"]) for each in records if each["name"] == name] == list(history[name])
     assert [sum(each["value"]["counts"]) for each in records if each["name"] == "Inputs"] == [8, 8]
     assert {each["group"] for each in records} == {"Step/TrainingPhase"}
-    assert callback.state_access().keys() == {"cbstate.tracehistory", backend.resource}
+    assert callback.state_access().keys() == {"cbstate.tracehistory"}
     assert callback.state_access()["cbstate.tracehistory"] == Read()
     assert callback.state_dict()["seen"]["Step/TrainingPhase/Loss"] == 6

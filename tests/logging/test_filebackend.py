@@ -45,7 +45,7 @@ def test_a_copy_leaves_behind_what_is_open_and_does_not_write(tmp_path: Path) ->
     record = backend.encode(Value(1), "Loss", 1, STEP)
     copy: LoggerBackend = pickle.loads(pickle.dumps(backend))
     with pytest.raises(
-        LoggingError, match=r"JsonlBackend\('.*log'\) is not open\. A learner opens the backends of its"
+        LoggingError, match=r"JsonlBackend\('.*log'\) is not open\. A learner opens the backends that its"
     ):
         copy.write(record)
     backend.write(record)

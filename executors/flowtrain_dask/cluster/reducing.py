@@ -7,6 +7,7 @@ two places comes back as one; tensors that show parts of one storage do as well,
 
 from __future__ import annotations
 
+import copyreg
 import ctypes
 import importlib
 import io
@@ -66,6 +67,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
             raise TypeError("a torch storage is not sent to another process; send a tensor")
         if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
             return importlib.import_module, (obj.__name__,)
+        if not isinstance(obj, type) and getattr(kind, "__slots__", None) and getattr(obj, "__dict__", None):
+            return _with_slots(obj)
         return super().reducer_override(obj)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
@@ -129,6 +132,21 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         for key, nbytes in used.items():
             if key[1] <= self.waste * nbytes + 1024:
                 self._bytes(storages[key], *key)
+
+
+def _with_slots(obj: Any) -> Any:
+    """Return how an object is made again, with slots as slots.
+
+    Cloudpickle makes a class anew without its slots, and the objects of that one keep them among their attributes. An
+    object of the original class has no such attributes.
+    """
+    reduced = obj.__reduce_ex__(5)
+    slots = set(copyreg._slotnames(type(obj)))  # type: ignore[attr-defined]  # not in the stubs
+    if isinstance(reduced, str) or not slots & vars(obj).keys() or hasattr(obj, "__setstate__"):
+        return NotImplemented
+    attributes = {name: value for name, value in vars(obj).items() if name not in slots}
+    kept = {name: value for name, value in vars(obj).items() if name in slots}
+    return (*reduced[:2], (attributes or None, kept), *reduced[3:])
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -67,7 +67,7 @@ class ClusterTransport:
         self._connection = connection
         self._on_loss = on_loss
         self._calls = Calls(connection, f"flowtrain-{job.run}-{job.lane}", patience)
-        self._kept = stays(callbacks)
+        self._kept = stays(job, callbacks)
         self._packed = b""
         self._versions = versions()
         self._local: ThreadTransport | None = None

@@ -20,12 +20,12 @@ from operator import itemgetter
 from typing import Literal
 
 from flowtrain.events import FitEnd
-from flowtrain.records import LoggerBackend, deliver
+from flowtrain.records import deliver
 from flowtrain_dask.lanes.batches import Batches
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, Transport
-from flowtrain_dask.lanes.work import Entry, Outcome, Record
+from flowtrain_dask.lanes.work import Entry, Job, Outcome, Record
 
 __all__ = ["Driver", "OnError"]
 
@@ -41,9 +41,8 @@ class Driver:
     """Has the events of one lane processed, in a thread that the lane starts.
 
     Args:
-        name: The lane's name.
+        job: What the lane is there for.
         transport: Runs its batches.
-        sinks: For each callback its backends.
         limit_bytes: What the entries of the lane may hold.
         hurry: How many waiting events end the linger.
         surface: Takes a callable that raises a failure, to be called by the training thread soon.
@@ -70,17 +69,16 @@ class Driver:
 
     def __init__(
         self,
-        name: str,
+        job: Job,
         transport: Transport,
-        sinks: Sequence[Sequence[LoggerBackend]],
         limit_bytes: int,
         hurry: int,
         surface: Callable[[Callable[[], None]], None],
         on_error: OnError,
     ) -> None:
-        self._name = name
+        self._name = job.lane
         self._transport = transport
-        self._sinks = sinks
+        self._sinks = job.backends
         self._hurry = hurry
         self._surface = surface
         self._on_error = on_error

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from flowtrain.errors import UsageError
 from flowtrain.events import Event
 from flowtrain.phases import Phase
-from flowtrain.records import LoggerBackend
 from flowtrain_dask.lanes.driver import Driver, OnError
 from flowtrain_dask.lanes.forks import guard
 from flowtrain_dask.lanes.gate import Gate
@@ -42,9 +41,8 @@ class Lane:
     """A bounded queue of events with a thread that has them processed.
 
     Args:
-        job: What it is there for.
+        job: What it is there for; its backends are open while there are entries.
         transport: Runs its batches; opened already.
-        sinks: For each callback its backends, which are open while there are entries.
         limits: How much may wait.
         surface: Takes a callable that raises a failure, to be called by the training thread soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
@@ -59,7 +57,6 @@ class Lane:
         self,
         job: Job,
         transport: Transport,
-        sinks: Sequence[Sequence[LoggerBackend]],
         limits: Limits,
         *,
         surface: Callable[[Callable[[], None]], None],
@@ -72,7 +69,7 @@ class Lane:
         self._limits = limits
         self._stopping = stopping
         self._hurry = max(1, min(hurry, limits.pending // 2))
-        self._driver = Driver(job.lane, transport, sinks, limits.bytes, self._hurry, surface, on_error)
+        self._driver = Driver(job, transport, limits.bytes, self._hurry, surface, on_error)
         self._thread: threading.Thread | None = None
         self.given_up = False
         guard(self)

@@ -24,7 +24,7 @@ from flowtrain.handler import Handler
 from flowtrain.part import Owner
 from flowtrain.phases import Phase
 from flowtrain.plan import Call
-from flowtrain.records import Identity, collecting
+from flowtrain.records import Identity, LoggerBackend, collecting
 from flowtrain.signals import CancelException
 from flowtrain_dask.snapshots.frozen import Replica
 from flowtrain_dask.snapshots.taker import Snapshot
@@ -93,6 +93,7 @@ class Job:
         lane: The lane's name: those of its callbacks, joined by ``+``.
         run: The run that it belongs to.
         callbacks: The names of its callbacks.
+        backends: The logging backends that each callback holds; elsewhere these are copies.
         duties: Its handlers; `Entry.duty` is a position among them.
         first: The number of its first event for `flowtrain.records.identity`; not 0 in a run that is resumed.
         surroundings: What its handlers run in.
@@ -101,6 +102,7 @@ class Job:
     lane: str
     run: str
     callbacks: tuple[str, ...]
+    backends: tuple[tuple[LoggerBackend, ...], ...]
     duties: tuple[Duty, ...]
     surroundings: Surroundings = field(default_factory=Surroundings)
     first: int = 0
@@ -127,7 +129,7 @@ class Entry(NamedTuple):
 
 
 Record: TypeAlias = tuple[int, int, int, bytes]
-"""The sequence number, the callback's position in the lane, the backend's position in the callback, and the bytes."""
+"""The sequence number, the callback's position in the lane, the backend's among `Job.backends` of it, and the bytes."""
 
 
 @dataclass(slots=True)
@@ -171,7 +173,8 @@ def run_entries(
     with job.surroundings.applied():
         for entry in entries:
             call, replica, callback = calls[entry.duty]
-            with gate, collecting(Identity(run, lane, job.first + entry.sequence)) as collector:
+            identity = Identity(run, lane, job.first + entry.sequence)
+            with gate, collecting(identity, job.backends[callback]) as collector:
                 try:
                     call(entry.event, entry.phase, replica.show(opened(entry.payload)))
                 except BaseException as failure:  # an exit of a handler must not end the lane's thread unseen

@@ -12,6 +12,7 @@ from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.callbacks import throttle
 from flowtrain.errors import ExecutorError
+from flowtrain.holding import backends_of
 from flowtrain.logging import JsonlBackend
 from flowtrain.part import Owner
 from flowtrain_dask.cluster.freight import build, check_travels, dump_job, dump_state, load_state, stays
@@ -53,13 +54,19 @@ def job_of(*callbacks: Callback) -> Job:
         for index, each in enumerate(callbacks)
         for _, handler in each.handlers()
     )
-    return Job("+".join(each.name for each in callbacks), "run", tuple(each.name for each in callbacks), duties)
+    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
+    return Job("+".join(names), "run", names, backends, duties)
+
+
+def kept_of(*callbacks: Callback) -> list[object]:
+    """Return what stays here when these callbacks travel."""
+    return stays(job_of(*callbacks), callbacks)
 
 
 def moved(*callbacks: Callback) -> tuple[list[Callback], list[object]]:
     """Return callbacks as they are in another process, and what stays of them there."""
     _, there, kept = build(dump_job(job_of(*callbacks), callbacks))
-    load_state(there, kept, dump_state(callbacks, stays(callbacks)))
+    load_state(there, kept, dump_state(callbacks, kept_of(*callbacks)))
     return there, kept
 
 
@@ -74,7 +81,7 @@ def test_what_two_callbacks_of_a_lane_share_they_share_there_and_at_home_again(t
     assert far_one.found is far_two.found
     assert far_one.backends[0] is far_two.backends[0] is not backend
     far_one.found.append(1)
-    load_state([one, two], stays([one, two]), dump_state(there, kept))
+    load_state([one, two], kept_of(one, two), dump_state(there, kept))
     assert one.found == [0, 1]
     assert one.found is two.found
     assert one.backends == (backend,)  # rule 26: backends stay the driver's objects
@@ -88,7 +95,7 @@ def test_an_attribute_may_lead_to_the_callback_itself_and_to_its_neighbour(tmp_p
     assert isinstance(there[0], Carrier)
     assert there[0].found["me"] is there[0]
     assert there[0].found["method"].__self__ is there[1]
-    load_state([one, two], stays([one, two]), dump_state(there, kept))
+    load_state([one, two], kept_of(one, two), dump_state(there, kept))
     assert one.found["me"] is one
     assert one.found["method"].__self__ is two
 
@@ -101,7 +108,7 @@ def test_conditions_stay_where_they_are_asked() -> None:
     there, kept = moved(one)
     assert there[0].conditions[0] is not condition
     condition.ready(TrainingPhase())
-    load_state([one], stays([one]), dump_state(there, kept))
+    load_state([one], kept_of(one), dump_state(there, kept))
     assert list(one.conditions) == [condition]
     assert condition.ready(TrainingPhase())  # the second
 
@@ -111,14 +118,14 @@ def test_state_that_comes_home_replaces_attributes_and_removes_those_that_are_go
     one.later = 1  # type: ignore[attr-defined]  # an attribute that a handler deletes
     there, kept = moved(one)
     del vars(there[0])["later"]
-    load_state([one], stays([one]), dump_state(there, kept))
+    load_state([one], kept_of(one), dump_state(there, kept))
     assert set(vars(one)) == set(vars(there[0]))
 
 
 def test_a_callback_has_its_backends_at_every_moment(tmp_path: Path) -> None:
     """State comes home on the lane's thread, and the training thread may look for the backends just then."""
     one = Carrier("one", JsonlBackend(tmp_path / "log.jsonl"))
-    kept, state = stays([one]), dump_state([one], stays([one]))
+    kept, state = kept_of(one), dump_state([one], kept_of(one))
     missing: list[BaseException] = []
     ended = threading.Event()
 

@@ -18,6 +18,7 @@ import torch
 from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.errors import ExecutorError
+from flowtrain.holding import backends_of
 from flowtrain.part import Owner
 from flowtrain.records import Group, LoggerBackend, Run, Value, identity, log
 from flowtrain_dask.cluster import transport as transport_module
@@ -122,12 +123,12 @@ class Rig:
             for _, handler in each.handlers()
         )
         self.callbacks = callbacks
-        self.job = Job("+".join(each.name for each in callbacks), "run", tuple(e.name for e in callbacks), duties)
+        names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
+        self.job = Job("+".join(names), "run", names, backends, duties)
         self.transport = ClusterTransport(self.job, callbacks, connection, on_loss, linger=0.02, **kwargs)
         self.transport.open(60)
         self.urgent: list[Callable[[], None]] = []
-        sinks = [each.backends for each in callbacks]
-        self.lane = Lane(self.job, self.transport, sinks, Limits(), surface=self.urgent.append)
+        self.lane = Lane(self.job, self.transport, Limits(), surface=self.urgent.append)
 
     def wait_for(self, records: int) -> None:
         """Wait until so many records are written; a failure of the lane ends it."""

@@ -51,12 +51,12 @@ def assign(
     declaration = declare({"batch.inputs": Read()}, "test")
     [(_, handler)] = callback.handlers()
     duty = Duty(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
-    job = Job("Adder", "run", ("Adder",), (duty,))
+    job = Job("Adder", "run", ("Adder",), ((),), (duty,))
     entries = [
         Entry(base + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
         for place, number in enumerate(numbers)
     ]
-    blob = dump_state([callback], stays([callback])) if state else None
+    blob = dump_state([callback], stays(job, [callback])) if state else None
     events = bytes(dump_entries(entries))
     call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, None, (), True)
     reply = pickle.loads(process(pickle.dumps(Assignment(**{**vars(call), **changes}))))
@@ -67,7 +67,7 @@ def assign(
 def total(reply: Reply) -> int:
     assert reply.state is not None
     home = Adder()
-    load_state([home], stays([home]), reply.state)
+    load_state([home], [home], reply.state)
     return home.total
 
 

@@ -14,6 +14,7 @@ import pytest
 from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.events import Event
+from flowtrain.holding import backends_of
 from flowtrain.logging import JsonlBackend
 from flowtrain.part import Owner
 from flowtrain.records import Group, LoggerBackend, Run, Value, log
@@ -137,7 +138,8 @@ def job_of(*callbacks: Callback) -> Job:
         for index, each in enumerate(callbacks)
         for _, handler in sorted(each.handlers(), key=lambda one: one[1].attribute, reverse=True)
     )
-    return Job("+".join(each.name for each in callbacks), "run", tuple(each.name for each in callbacks), duties)
+    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
+    return Job("+".join(names), "run", names, backends, duties)
 
 
 NOTE, END = 0, 1
@@ -154,8 +156,7 @@ def make(
     job = job_of(*callbacks)
     assert [duty.handler.attribute for duty in job.duties[:2]] == ["note", "end"]
     transport = kind(job, callbacks)
-    sinks = [each.backends for each in callbacks]
-    driver = Driver(job.lane, transport, sinks, 1 << 30, hurry, surface, on_error)
+    driver = Driver(job, transport, 1 << 30, hurry, surface, on_error)
     transport.end = driver.end
     return driver, transport
 

@@ -46,8 +46,8 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
     [(_, handler)] = callback.handlers()
     nothing = declare({}, "test")
     duty = Duty(0, "Locking", handler, nothing, Owner("Locking", "Locking", "state_access", nothing))
-    job = Job("Locking", "run", ("Locking",), (duty,))
-    lane = Lane(job, ThreadTransport(job, [callback], 0.001), [callback.backends], Limits(), surface=print)
+    job = Job("Locking", "run", ("Locking",), (callback.backends,), (duty,))
+    lane = Lane(job, ThreadTransport(job, [callback], 0.001), Limits(), surface=print)
     event, phase = BatchEnd(), TrainingPhase()
     for _ in range(60):
         for _ in range(5):

@@ -12,6 +12,7 @@ import pytest
 from flowtrain import BatchEnd, Callback, CancelFittingException, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.access import declare
 from flowtrain.errors import DeferredCancelError, UsageError
+from flowtrain.holding import backends_of
 from flowtrain.part import Owner
 from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
 from flowtrain_dask.lanes.lane import Lane, OnError
@@ -78,7 +79,8 @@ def job_of(*callbacks: Callback) -> Job:
         for index, each in enumerate(callbacks)
         for _, handler in each.handlers()
     )
-    return Job("+".join(each.name for each in callbacks), "run", tuple(each.name for each in callbacks), duties)
+    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
+    return Job("+".join(names), "run", names, backends, duties)
 
 
 MakeLane = Callable[..., Lane]
@@ -98,9 +100,8 @@ def make_lane() -> Iterator[MakeLane]:
         job = job_of(*callbacks)
         urgent: list[Callable[[], None]] = []
         kwargs.setdefault("surface", urgent.append)
-        sinks = [each.backends for each in callbacks]
         transport = ThreadTransport(job, callbacks, linger)
-        lane = Lane(job, transport, sinks, limits or Limits(), on_error=on_error, **kwargs)
+        lane = Lane(job, transport, limits or Limits(), on_error=on_error, **kwargs)
         lane.urgent = urgent  # type: ignore[attr-defined]  # for the test
         made.append(lane)
         return lane

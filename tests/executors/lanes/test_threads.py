@@ -74,7 +74,7 @@ class Rig:
         declaration = declare({"batch.inputs": Read()}, "test")
         [(_, handler)] = self.callback.handlers()
         duty = Duty(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
-        self.job = Job("Adder", "run", ("Adder",), (duty,), **changes)
+        self.job = Job("Adder", "run", ("Adder",), (self.callback.backends,), (duty,), **changes)
         self.transport = ThreadTransport(self.job, [self.callback])
         self.tally = Tally()
         self.gate = Gate()

@@ -31,7 +31,7 @@ def job_of(callback: Callback, **changes: object) -> Job:
     declaration = declare({"batch.inputs": Read()}, "test")
     [(_, handler)] = callback.handlers()
     duty = Duty(0, "Watcher", handler, declaration, Owner("Watcher", "Watcher", "state_access", declaration))
-    return Job("Watcher", "run", ("Watcher",), (duty,), **changes)  # type: ignore[arg-type]  # as each test says
+    return Job("Watcher", "run", ("Watcher",), ((),), (duty,), **changes)  # type: ignore[arg-type]  # as each test says
 
 
 def entries(*numbers: int) -> list[Entry]:
