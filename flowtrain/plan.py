@@ -141,7 +141,7 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
     passed = node.callback.access_argument
     if passed is not None:
         access = node.union if handler is None else node.access[handler]
-        return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name))
+        return Owner(node.name, type_name, "access=", node.stated(access), passed=declare(passed, type_name))
     if handler is None or (handler.access is None and handler.function is None):
         access = node.union if handler is None else node.access[handler]
         return Owner(node.name, type_name, "state_access", node.stated(access))

@@ -92,20 +92,20 @@ class Pen:
 
 class InHelpers(Logger):
     def __init__(self, first: JsonlBackend, second: JsonlBackend) -> None:
-        self.pens = {"first": Pen(first), "second": (Pen(second),)}
+        self.pens: dict[str, Any] = {"first": Pen(first), "second": (Pen(second),)}
 
     def write(self, step: int) -> None:
-        first, (second,) = self.pens["first"], self.pens["second"]  # type: ignore[misc]  # a dictionary of two types
-        first.draw(1, "First", step)  # type: ignore[union-attr]
+        first, (second,) = self.pens["first"], self.pens["second"]
+        first.draw(1, "First", step)
         second.draw(2, "Second", step)
         second.draw(3, "Both", step)
-        first.draw(3, "Both", step)  # type: ignore[union-attr]
+        first.draw(3, "Both", step)
 
 
 class InFunctions(Logger):
     def __init__(self, first: JsonlBackend, second: JsonlBackend) -> None:
         self.first = partial(log, first)
-        self.second = lambda value, name, step: log(second, Value(value), name, step, STEP)
+        self.second: Callable[[int, str, int], None] = lambda one, name, step: log(second, Value(one), name, step, STEP)
         self.third = Pen(first).draw
 
     def write(self, step: int) -> None:
