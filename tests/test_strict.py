@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from flowtrain import Access, BatchEnd, LearnerView, Read, TrainingPhase, UndeclaredWriteError, Write
+from flowtrain import Access, BatchBegin, BatchEnd, LearnerView, Read, TrainingPhase, UndeclaredWriteError, Write
 from flowtrain.access import declare
 from flowtrain.callbacks import CustomCallback, Metrics, Recorder, SmoothLoss, StopOnNaNLoss, Traces, throttle
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.strict import undeclared
-from flowtrain.testing import tiny_learner
+from flowtrain.testing import tiny_batches, tiny_learner
 
 
 def fit(f: Callable[[LearnerView], Any], access: Access) -> None:
@@ -95,6 +95,28 @@ def test_a_write_of_gradients_explains_no_change_of_values_and_the_other_way_rou
     rate: Access = {"optimizer": Read(), "params": Write()}
     with pytest.raises(UndeclaredWriteError, match=r"changed optimizer\.hyperparams and does not declare"):
         fit(lambda learner: dict.update(learner.optimizer.param_groups._container[0], lr=2), rate)
+
+
+class Same(TrainingPhase):
+    """The targets are the inputs, as for an autoencoder."""
+
+    def split(self, raw: Any) -> tuple[Any, Any]:
+        return raw[0], raw[0]
+
+
+def test_one_object_at_two_paths_by_the_users_own_code_is_found() -> None:
+    """Rule 5: flowtrain cannot know it before, and strict mode sees who writes it."""
+    change = CustomCallback(lambda learner: learner.batch.inputs.add_(1), BatchBegin, Same, {"batch.inputs": Write()})
+    learner = tiny_learner(change, data={Same: tiny_batches(n_batches=1)}, strict=True)
+    with pytest.raises(UndeclaredWriteError, match=r"changed batch\.targets and does not declare"):
+        learner.fit(1)
+    kept: Access = {"cbstate.kept": Write()}
+    change = CustomCallback(lambda learner: learner.cbstate.kept.data.add_(1), BatchEnd, access=kept)
+    learner = tiny_learner(default_callbacks=False, strict=True)
+    learner.cbstate.kept = learner.model.coeff
+    learner.add_callback(change)
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.coeff and does not declare"):
+        learner.fit(1)
 
 
 def test_a_changed_mode_is_found_and_named() -> None:
