@@ -21,7 +21,7 @@ from flowtrain.protect import LearnerView
 from flowtrain.records import LoggerBackend
 from flowtrain.resolution import Resolution
 
-__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "find_handler", "on"]
+__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "on"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -71,6 +71,9 @@ class Callback:
         durable: No event of it may be dropped, however far behind it is.
         access_argument: What it was given as ``access=``, for a callback that calls a function of the user. Messages
             then tell the user to pass more there, since its `state_access` is not theirs.
+        stochastic: Whether the handlers of a deferrable callback draw random numbers. ``False``: never, and nothing is
+            done about it. ``True``, or ``None`` for a callback that does not say: what they draw are numbers of their
+            own, and training's stay as they are. A subclass of a bundled callback says it anew.
     """
 
     name: str = ""
@@ -80,6 +83,7 @@ class Callback:
     deferrable: bool = False
     durable: bool = False
     access_argument: Access | None = None
+    stochastic: bool | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -186,6 +190,21 @@ class Callback:
 
     def __repr__(self) -> str:
         return f"<{self.name or type(self).__name__}>"
+
+
+def draws_own(callback: Callback) -> bool:
+    """Tell whether the handlers of a deferrable callback get random numbers of their own."""
+    if not callback.deferrable:
+        return False
+    kind = type(callback)
+    if "stochastic" not in vars(callback):
+        says = next(base for base in kind.__mro__ if "stochastic" in vars(base))
+        if says.__module__.startswith(_BUNDLED) and not kind.__module__.startswith(_BUNDLED):
+            return True  # the bundled callback that says False does not know what this subclass does
+    return callback.stochastic is not False
+
+
+_BUNDLED = "flowtrain.callbacks."
 
 
 def find_handler(

@@ -13,7 +13,7 @@ entry           what it is
 ``group``       an accumulation group that is open: its counts, and the gradients in the order of the parameters
 ``cbstate``     what callbacks share, as `flowtrain.plain` packs it
 ``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
-``random``      the generators of the process
+``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
 ``loaders``     for each phase the generators of its loader
 ``position``    where the fit is: `flowtrain.position`; ``numbers`` of the epochs by phase
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint

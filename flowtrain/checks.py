@@ -10,7 +10,7 @@ from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, dotted, meet
 from flowtrain.containers import CONTAINERS
-from flowtrain.errors import AccessError, CallbackError, MissingStateError, nearest
+from flowtrain.errors import AccessError, CallbackError, MissingStateError, is_a, nearest
 from flowtrain.events import Event
 from flowtrain.graph import Node
 from flowtrain.handler import Handler
@@ -43,23 +43,44 @@ def check_deferrable(nodes: Iterable[Node]) -> None:
     """Check that callbacks which may run later, elsewhere, only consume (rule 19).
 
     Raises:
-        CallbackError: A deferrable callback declares to write state, or to draw random numbers.
+        CallbackError: A deferrable callback declares to write state, or to draw training's random numbers; or one
+            says `Callback.stochastic` that is not deferrable, or something else than ``True``, ``False`` or ``None``.
     """
     for node in nodes:
+        _check_stochastic(node)
         if not node.callback.deferrable:
             continue
         for path, kind in node.union:
             if not isinstance(kind, Write) or (path[0] == "resource" and path[1] != "rng"):
                 continue
-            why = (
-                "random numbers are drawn on the training thread, in serial order"
-                if path[0] == "resource"
-                else "what it writes would come too late, or never reach this process"
-            )
+            if path[0] == "resource":
+                raise CallbackError(
+                    f"{node.name} is deferrable and declares Write() on 'resource.rng', training's random numbers. A "
+                    f"deferrable callback has random numbers of its own, from the seed of the run, its name and the "
+                    f"number of the event: leave 'resource.rng' out. Set deferrable = False if it must draw those of "
+                    f"training."
+                )
             raise CallbackError(
                 f"{node.name} is deferrable and declares Write() on {dotted(path)!r}. A deferrable callback may run "
-                f"later and elsewhere, on a snapshot: {why}. Set deferrable = False, or declare Read()."
+                f"later and elsewhere, on a snapshot: what it writes would come too late, or never reach this process. "
+                f"Set deferrable = False, or declare Read()."
             )
+
+
+def _check_stochastic(node: Node) -> None:
+    said = node.callback.stochastic
+    if said is None or said is False or (said is True and node.callback.deferrable):
+        return
+    if not is_a(said, bool):
+        raise CallbackError(
+            f"{node.name}.stochastic is {said!r}. It is True or False, whether the handlers of a deferrable callback "
+            f"draw random numbers, or None where it does not say."
+        )
+    raise CallbackError(
+        f"{node.name} says stochastic = True and is not deferrable, so it has no random numbers of its own: it draws "
+        f"those of training. If nothing in training waits for it, set deferrable = True. Otherwise leave stochastic "
+        f'out, and declare {{"resource.rng": Write()}} in {type(node.callback).__name__}.state_access.'
+    )
 
 
 def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:

@@ -144,7 +144,7 @@ class Cuts:
             self._executor.flush()
         return {
             **gather(self._state, self._core, judged=judged),
-            "random": random_state(),
+            "random": {**random_state(), "own": self._state.draws.state_dict()},
             "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
             "position": self.position.state_dict(self._scopes.batch_number),
             "numbers": {repr(phase): number for phase, number in self._scopes.numbers.items()},
@@ -236,6 +236,7 @@ class Cuts:
                 stacklevel=3,
             )
         self._set_numbers(contents)
+        self._set_draws(contents)  # for handlers of `FitBegin`
         self.resumed = contents
 
     def _set_numbers(self, contents: Mapping[str, Any]) -> None:
@@ -277,3 +278,9 @@ class Cuts:
             if repr(phase) in contents["loaders"]:
                 set_loader_state(loader, contents["loaders"][repr(phase)])
         set_random_state(contents["random"])
+        self._set_draws(contents)
+
+    def _set_draws(self, contents: Mapping[str, Any]) -> None:
+        """Let deferrable callbacks go on with their own random numbers; older checkpoints say nothing of them."""
+        if "own" in contents["random"]:
+            self._state.draws.load_state_dict(contents["random"]["own"])

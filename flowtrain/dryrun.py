@@ -24,7 +24,7 @@ from flowtrain.handler import Handler
 from flowtrain.part import Owner
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
-from flowtrain.plan import Call, Step, owner_of
+from flowtrain.plan import Call, Step, owner_of, set_up
 from flowtrain.protect import LearnerView
 from flowtrain.reach import Reach
 from flowtrain.recording import Log, RecordingView
@@ -189,7 +189,8 @@ class _Probe:
             yield RecordingView(state, owner, log)
         finally:
             for path in changes(before, fingerprints(state)):
-                _log_write(log, path, Reach(state))
+                if path != ("resource", "rng") or not self.subject.deferrable:  # which says it with `stochastic`
+                    _log_write(log, path, Reach(state))
 
     def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
         """Return what was found."""
@@ -236,7 +237,7 @@ class _Probed(Callbacks):
             super()._call_setup(node)
             return
         with self._probe.recorded("setup", self._state, owner_of(node, None)) as view:
-            node.callback.setup(view)
+            set_up(node, view, self._state)
 
 
 def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:

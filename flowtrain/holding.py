@@ -20,7 +20,7 @@ from flowtrain.protect import LearnerView
 from flowtrain.records import LoggerBackend
 from flowtrain.state import LearnerState, State
 
-__all__ = ["LIVE", "backends_of", "backends_of_type", "is_learner", "reachable"]
+__all__ = ["LIVE", "backends_of", "backends_of_type", "is_learner", "names_in", "reachable"]
 
 LIVE = (LearnerView, LearnerState, BatchState, State)
 """The types of a learner's state: what it leads to belongs to the learner, and not to whoever refers to it."""
@@ -127,7 +127,7 @@ def _used_by(function: FunctionType) -> Iterator[object]:
         except ValueError:  # a variable that has no value yet
             continue
     yield from (function.__defaults__, function.__kwdefaults__)
-    for name in _names(function.__code__):
+    for name in names_in(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, LoggerBackend) or (
             isinstance(value, FunctionType) and value.__module__ == function.__module__
@@ -135,8 +135,9 @@ def _used_by(function: FunctionType) -> Iterator[object]:
             yield value
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
+    """Yield the global names and attributes that code names, that of inner functions too."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _names(inner)
+            yield from names_in(inner)

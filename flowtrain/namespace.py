@@ -7,12 +7,14 @@ it for the whole learner: reading a declared entry runs C getters only. Everythi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from flowtrain.access import Read, Write, dotted, granted
+from flowtrain.access import Read, Write, granted
 from flowtrain.batch import ReadOnlyBatch
+from flowtrain.detached import detached
 from flowtrain.errors import MissingStateError
 from flowtrain.part import Owner, Part, Tree, writes
 from flowtrain.readonly import PLAIN, readonly
@@ -63,8 +65,9 @@ class Namespace:
         if access is None:
             self._owner.refuse("Read", path)
         try:
-            value = getattr(self._source(writing=isinstance(access, Write)), name)
-            return value if isinstance(access, Write) else readonly(value, dotted(path))
+            consumes = self._owner.consumes  # what is detached is the entry itself, and then shown read-only
+            value = getattr(self._source(writing=consumes or isinstance(access, Write)), name)
+            return value if isinstance(access, Write) else self._owner.shown(value, path)
         except MissingStateError as error:
             if isinstance(access, Read) and access.optional:
                 return None
@@ -143,8 +146,27 @@ _STABLE: dict[str, tuple[attrgetter[Any], attrgetter[Any]]] = {
 }
 
 
-def compile_namespace(root: str, inside: Tree) -> type[Namespace]:
-    """Make the class for one root: a C getter for each declared entry, a `Part` for what is declared deeper."""
+def _detached_getter(path: str, read: str, write: str, name: str) -> Callable[[Any], Any]:
+    """Return what gets an entry as a deferrable callback sees it: its twin, or one of it without graphs."""
+    get, get_twin = attrgetter(f"{write}.{name}"), attrgetter(f"{read}.{name}")
+
+    def show(view: Any) -> Any:
+        """Return the entry."""
+        value = get(view)
+        found = detached(value)
+        return get_twin(view) if found is value else readonly(found, path)
+
+    return show
+
+
+def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[Namespace]:
+    """Make the class for one root: a C getter for each declared entry, a `Part` for what is declared deeper.
+
+    Args:
+        root: The root.
+        inside: What is declared in it.
+        consumes: Whether it is for a handler that may run elsewhere, which sees detached tensors.
+    """
     read, write = ("_twins", "_live") if root in _STABLE else ("_state.batch_twin", "_state.batch")
     trees: dict[str, Tree] = {}
     members: dict[str, Any] = {}
@@ -157,6 +179,9 @@ def compile_namespace(root: str, inside: Tree) -> type[Namespace]:
         elif name:
             # The gradients are not the batch's own, so they bring their twin along.
             twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
+            if consumes and root != "optimizer" and not isinstance(covering, Write):
+                members[name] = property(_detached_getter(f"{root}.{name}", read, write, name))
+                continue
             members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}"))
     members |= {
         "__slots__": tuple(trees),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -19,6 +20,10 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
 
     def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
         self._models = models
+
+    def detached(self) -> Mapping[str, torch.Tensor]:
+        """Return the parameters as tensors that record no gradients and have none, by the same names."""
+        return DetachedParameters(self._models)
 
     def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield names and parameters: the quick way through all of them."""
@@ -40,6 +45,19 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
         return sum(1 for _ in self.named())
 
 
+class DetachedParameters(Parameters):
+    """The same as tensors that record no gradients and have none: what a deferrable callback sees."""
+
+    __slots__ = ()
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """Yield names and detached parameters."""
+        return ((name, parameter.detach()) for name, parameter in super().named())
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name).detach()
+
+
 class Gradients(Mapping[str, torch.Tensor]):
     """Gradients by parameter name; only of parameters that have one. Assigning replaces a gradient.
 
@@ -55,6 +73,10 @@ class Gradients(Mapping[str, torch.Tensor]):
 
     def __twin__(self) -> Gradients:
         return self.twin
+
+    def detached(self) -> Gradients:
+        """Return them read-only, and detached where a graph of the backward pass was kept."""
+        return DetachedGradients(self._params, writable=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
@@ -84,3 +106,16 @@ def named_parameters(params: Mapping[str, torch.Tensor], lossfn: object) -> dict
     if isinstance(lossfn, torch.nn.Module):
         found |= lossfn.named_parameters("lossfn")
     return found
+
+
+class DetachedGradients(Gradients):
+    """The same without a graph: what a deferrable callback sees."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).detach()
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and detached gradients."""
+        return ((name, gradient.detach()) for name, gradient in super().named())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from flowtrain.access import Declaration, Path, Read, Write, dotted, granted, render, union
+from flowtrain.detached import detached
 from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.phasemap import PhaseMap
 from flowtrain.phases import Phase
@@ -53,6 +54,7 @@ class Owner:
         declaration: What is declared there.
         decorator: That handler's decorator as source, up to the access; empty for ``state_access``.
         passed: What the user gave the callback as ``access=``, where it takes that.
+        consumes: Whether it is a handler that may run elsewhere, on a snapshot: it sees detached tensors here too.
     """
 
     callback: str
@@ -61,6 +63,19 @@ class Owner:
     declaration: Declaration
     decorator: str = ""
     passed: Declaration | None = None
+    consumes: bool = False
+
+    def shown(self, value: Any, path: Path) -> Any:
+        """Return what is at a path as the owner sees it who declares to read it."""
+        if self.consumes and not (path[0] == "params" and self.keeps_params):
+            value = detached(value)
+        return readonly(value, dotted(path))
+
+    @property
+    def keeps_params(self) -> bool:
+        """Whether the parameters are not detached: they are those of ``model``, or keys of the optimizer's state."""
+        paths = [path for path, _ in self.declaration]
+        return ("model",) in paths or any(path[0] == "optimizer" and path[-1] != "hyperparams" for path in paths)
 
     def refuse(self, access: str, path: Path) -> NoReturn:
         """Raise the `ProtectedException` for `path`, with the declaration to paste.
@@ -157,7 +172,7 @@ class Part(Mapping[Any, Any]):
             if isinstance(access, Read) and access.optional:
                 return None
             self._owner.missing(path, error)
-        return value if isinstance(access, Write) else readonly(value, dotted(path))
+        return value if isinstance(access, Write) else self._owner.shown(value, path)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._must_write(key)

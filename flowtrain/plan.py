@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
+
 from flowtrain.access import declare
-from flowtrain.callback import Callback, Condition
+from flowtrain.callback import Callback, Condition, draws_own
+from flowtrain.conditions import Every, When
+from flowtrain.draws import Draws, own_numbers
 from flowtrain.events import Event, FitEnd
 from flowtrain.graph import Edge, Node, Order
 from flowtrain.handler import Handler
@@ -16,7 +20,7 @@ from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView, bind_view
 from flowtrain.state import LearnerState
 
-__all__ = ["Call", "Plan", "Step", "make_plan"]
+__all__ = ["Call", "Plan", "Step", "make_plan", "owner_of", "set_up"]
 
 Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
 
@@ -121,7 +125,11 @@ def make_plan(
     for node, handler in zip(order.nodes, order.handlers, strict=True):
         view = bind_view(node.access[handler], state, owner_of(node, handler))
         asked = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
-        step = Step(node, handler, handler.bind(node.callback), view, asked)
+        call = handler.bind(node.callback)
+        if node.callback.deferrable:
+            call = _consuming(call, node, state.draws)
+            asked = (_Asked(asked, node, state.draws),) if any(map(_may_draw, asked)) else asked
+        step = Step(node, handler, call, view, asked)
         steps.append(step.instead(step.call if watch is None else watch(step)))
     return Plan(
         event_type,
@@ -135,17 +143,71 @@ def make_plan(
     )
 
 
+def set_up(node: Node, view: LearnerView, state: LearnerState) -> None:
+    """Call `Callback.setup`; that of a deferrable callback draws random numbers of its own, as its handlers do."""
+    if not draws_own(node.callback):
+        node.callback.setup(view)
+        return
+    with own_numbers(state.draws.before_training(node.name)):
+        node.callback.setup(view)
+
+
 def owner_of(node: Node, handler: Handler | None) -> Owner:
     """Return whose view a handler gets, or `setup` where there is no handler."""
     type_name = type(node.callback).__name__
-    passed = node.callback.access_argument
+    passed, consumes = node.callback.access_argument, handler is not None and node.callback.deferrable
+    access = node.stated(node.union if handler is None else node.access[handler])
     if passed is not None:
-        access = node.union if handler is None else node.access[handler]
-        return Owner(node.name, type_name, "access=", node.stated(access), passed=declare(passed, type_name))
+        return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name), consumes=consumes)
     if handler is None or (handler.access is None and handler.function is None):
-        access = node.union if handler is None else node.access[handler]
-        return Owner(node.name, type_name, "state_access", node.stated(access))
-    return Owner(node.name, type_name, handler.attribute, node.stated(node.access[handler]), handler.decorator())
+        return Owner(node.name, type_name, "state_access", access, consumes=consumes)
+    return Owner(node.name, type_name, handler.attribute, access, handler.decorator(), consumes=consumes)
+
+
+def _consuming(call: Call, node: Node, draws: Draws) -> Call:
+    """Return the call of a deferrable handler that runs in place: in the surroundings that it would have elsewhere."""
+    name = node.name
+    if not draws_own(node.callback):
+
+        def consume(event: Event, phase: Phase, view: LearnerView) -> None:
+            """Call the handler without recording gradients."""
+            with torch.no_grad():
+                call(event, phase, view)
+
+        return consume
+
+    def draw(event: Event, phase: Phase, view: LearnerView) -> None:
+        """Call the handler without recording gradients, with random numbers of its own."""
+        with torch.no_grad(), own_numbers(draws.next(name)):
+            call(event, phase, view)
+
+    return draw
+
+
+def _may_draw(condition: Condition) -> bool:
+    """Tell whether a condition calls code of a user's, which may draw random numbers."""
+    return isinstance(condition, When) or type(condition).__module__ != Every.__module__
+
+
+class _Asked(Condition):
+    """All conditions of a deferrable handler as one, asked with random numbers of their own."""
+
+    def __init__(self, conditions: tuple[Condition, ...], node: Node, draws: Draws) -> None:
+        super().__init__(Event)
+        self._conditions = conditions
+        self._draws = draws
+        self._name = f"{node.name} asks"
+
+    def ready(self, phase: Phase) -> bool:
+        """Ask each condition; every one counts the event, also when an earlier one has said no."""
+        with own_numbers(self._draws.next(self._name)):
+            ready = [condition.ready(phase) for condition in self._conditions]
+        return all(ready)
+
+    def passed(self, phase: Phase) -> None:
+        """Tell each condition."""
+        for condition in self._conditions:
+            condition.passed(phase)
 
 
 def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:

@@ -165,8 +165,13 @@ class CompiledView:
 
 
 @lru_cache(maxsize=4096)
-def compile_view(declaration: Declaration) -> CompiledView:
-    """Return the view class for a declaration; equal declarations share it."""
+def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledView:
+    """Return the view class for a declaration; equal declarations share it.
+
+    Args:
+        declaration: The declaration.
+        consumes: Whether it is for handlers that may run elsewhere, which see detached tensors.
+    """
     namespaces: dict[str, type[Namespace]] = {}
     trees: dict[str, Tree] = {}
     whole: dict[str, Read | Write] = {}
@@ -176,21 +181,27 @@ def compile_view(declaration: Declaration) -> CompiledView:
         if isinstance(covering, (Read, Write)):
             whole[root] = covering
         if root in NAMESPACES:
-            namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {})
+            namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {}, consumes)
         elif isinstance(inside, dict) and not isinstance(covering, (Read, Write)):
             if root != "resource":
                 trees[root] = inside
         elif root == "data" and isinstance(covering, Read):
             members[root] = property(lambda view: view._state.data.__twin__())
+        elif root == "params" and consumes:
+            members[root] = property(_params)
         else:
             members[root] = property(attrgetter(f"_state.{root}"))
     members["__slots__"] = (*namespaces, *trees)
     return CompiledView(type("LearnerView", (LearnerView,), members), namespaces, trees)
 
 
+def _params(view: LearnerView) -> Any:
+    return view._owner.shown(view._state.params, ("params",))
+
+
 def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> LearnerView:
     """Return a view of `state` that allows what is declared, and refuses in the name of `owner`."""
-    compiled = compile_view(declaration)
+    compiled = compile_view(declaration, owner.consumes)
     view = compiled.view_class()
     place = object.__setattr__
     place(view, "_state", state)

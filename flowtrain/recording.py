@@ -6,11 +6,12 @@ trace here; `flowtrain.dryrun` finds them by fingerprints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from flowtrain.access import Path, Read, Write
 from flowtrain.containers import CONTAINERS, holds_series
+from flowtrain.detached import detached
 from flowtrain.part import Owner
 from flowtrain.phases import Phase
 from flowtrain.protect import LearnerView
@@ -32,23 +33,25 @@ class RecordingView(LearnerView):
         log: What is found is added here.
     """
 
-    __slots__ = ("_log",)
+    __slots__ = ("_log", "_shown")
 
     _log: Log
+    _shown: Callable[[Any], Any]
 
     def __init__(self, state: LearnerState, owner: Owner, log: Log) -> None:
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_owner", owner)
         object.__setattr__(self, "_log", log)
+        object.__setattr__(self, "_shown", detached if owner.consumes else _itself)
 
     def __getattr__(self, name: str) -> Any:
-        state, log = self._state, self._log
+        state, log, shown = self._state, self._log, self._shown
         if name in ("batch", "cbstate"):
-            return RecordedNamespace(getattr(state, name), (name,), log)
+            return RecordedNamespace(getattr(state, name), (name,), log, shown)
         if name == "optimizer":
             return RecordedNamespace(state.optimizers, (name,), log)
         if name == "params" or (name == "model" and isinstance(state.model, Named)):
-            return RecordedMapping(getattr(state, name), (name,), log)
+            return RecordedMapping(getattr(state, name), (name,), log, shown if name == "params" else _itself)
         if name in _PLAIN_ROOTS:
             _read(log, (name,))
             return getattr(state, name)
@@ -58,8 +61,8 @@ class RecordingView(LearnerView):
 class RecordedNamespace:
     """``batch``, ``cbstate`` or ``optimizer`` under a recording view, or a namespace inside ``cbstate``."""
 
-    def __init__(self, target: Any, path: Path, log: Log) -> None:
-        self.__dict__.update(_target=target, _path=path, _log=log)
+    def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
+        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -73,11 +76,11 @@ class RecordedNamespace:
             return getattr(target, name)
         value = getattr(target, name, None)
         if isinstance(value, State) or (path[0] == "optimizer" and isinstance(target, Named)):
-            return RecordedNamespace(value, path, self._log)
+            return RecordedNamespace(value, path, self._log, self._shown)
         if path[0] == "cbstate" and holds_series(value):
             return RecordedMapping(value, path, self._log)
         _read(self._log, path, optional=value is None)
-        return value
+        return self._shown(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._log[*self._path, name] = Write()
@@ -95,17 +98,18 @@ class RecordedNamespace:
 class RecordedMapping(Mapping[Any, Any]):
     """Something that holds things by name, perhaps by phase first: one name is a path, all of it is a shorter one."""
 
-    def __init__(self, target: Any, path: Path, log: Log) -> None:
+    def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
         self._target = target
         self._path = path
         self._log = log
+        self._shown = shown or _itself
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, (Phase, type)):
             return RecordedMapping(self._target[key], self._path, self._log)
         found = self._target.get(key)
         _read(self._log, (*self._path, *str(key).split(".")), optional=found is None)
-        return found
+        return self._shown(found)
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return what is at a key."""
@@ -129,6 +133,10 @@ class RecordedMapping(Mapping[Any, Any]):
     def __len__(self) -> int:
         _read(self._log, self._path)
         return len(self._target)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _read(log: Log, path: Path, *, optional: bool = False) -> None:

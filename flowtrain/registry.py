@@ -23,7 +23,7 @@ from flowtrain.holding import backends_of
 from flowtrain.naming import unique_names
 from flowtrain.order import order_event, order_setup
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, TrainingPhase, ValidationPhase
-from flowtrain.plan import Call, Plan, Step, make_plan, owner_of
+from flowtrain.plan import Call, Plan, Step, make_plan, owner_of, set_up
 from flowtrain.protect import bind_view
 from flowtrain.reach import Reach
 from flowtrain.resolver import Resolver
@@ -229,7 +229,7 @@ class Callbacks(Sequence[Callback]):
 
     def _call_setup(self, node: Node) -> None:
         try:
-            node.callback.setup(bind_view(node.union, self._state, owner_of(node, None)))
+            set_up(node, bind_view(node.union, self._state, owner_of(node, None)), self._state)
         except Exception as error:
             error.add_note(f"raised in {node.name}.setup")
             raise

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from flowtrain.batch import BatchState, ReadOnlyBatch
+from flowtrain.draws import Draws
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.phasemap import PhaseMap
 from flowtrain.readonly import readonly, refuse
@@ -169,6 +170,7 @@ class LearnerState:
         batch_twin: What handlers with `Read` see of it; the batch itself while it holds only tensors.
         cbstate: What callbacks share.
         callbacks: The learner's callbacks.
+        draws: The seeds of the random numbers that deferrable callbacks draw.
         fired: Events that handlers of the current event asked to fire next, each with the name of who asked.
         updates: How many updates of optimizers the learner has made.
         lag: After how many batches a value of the device is read; 0 where reading does not wait.
@@ -180,6 +182,7 @@ class LearnerState:
         "callbacks",
         "cbstate",
         "data",
+        "draws",
         "fired",
         "lag",
         "lossfn",
@@ -201,6 +204,7 @@ class LearnerState:
         self.batch_twin: BatchState | ReadOnlyBatch = self.batch
         self.cbstate = State("cbstate")
         self.callbacks: Any = ()
+        self.draws = Draws()
         self.fired: list[tuple[str, Any]] = []
         self.lag = 0
         self.updates = 0

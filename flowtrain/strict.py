@@ -8,6 +8,7 @@ in-place operations on tensors, writes through an object that was read, and rand
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 from flowtrain.access import Declaration, Path, Write, canonical, dotted, meet, render, union
 from flowtrain.errors import UndeclaredWriteError
@@ -20,6 +21,8 @@ from flowtrain.reach import Reach
 from flowtrain.state import LearnerState
 
 __all__ = ["declarable", "undeclared", "watch"]
+
+_RNG: Path = ("resource", "rng")
 
 
 def watch(state: LearnerState) -> Callable[[Step], Call]:
@@ -63,17 +66,33 @@ def _error(
     step: Step, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
 ) -> UndeclaredWriteError:
     paths = tuple(dotted(path) for path in found)
-    wanted = union([declaration, tuple((path, Write()) for path in sorted(_to_declare(found, declaration)))])
     shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-    advice = "Work on a copy (tensor.clone()), or declare"
-    if ("resource", "rng") in found:
-        advice = "It drew random numbers: declare"
     return UndeclaredWriteError(
         step.label,
         paths,
         f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it. "
-        f"It declares {render(declaration)}. {advice}:\n\n    {render(wanted)}\n",
+        f"It declares {render(declaration)}. {_advice(step, found, declaration)}",
     )
+
+
+def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
+    """Say what to write instead: what can be declared depends on the callback."""
+    kind, deferrable = type(step.callback), step.callback.deferrable
+    others, said = [path for path in found if path != _RNG], ""
+    lead = f"Work on a copy (tensor.clone()), or {'set deferrable = False and ' if deferrable else ''}declare"
+    if _RNG in found and deferrable:
+        said = "It says stochastic = False and drew random numbers: leave that out, and it has numbers of its own."
+    elif _RNG in found and kind.__module__.startswith("flowtrain.") and "access" not in signature(kind).parameters:
+        said = (
+            "A function that it was given drew random numbers of training: let it draw from a generator of its own, "
+            "such as torch.Generator() or random.Random(0)."
+        )
+    elif _RNG in found:
+        others, lead = list(found), "It drew random numbers: declare"
+    if not others:
+        return said
+    wanted = union([declaration, tuple((path, Write()) for path in sorted(_to_declare(others, declaration)))])
+    return f"{said} {lead}:\n\n    {render(wanted)}\n".lstrip()
 
 
 def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:

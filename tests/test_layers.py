@@ -19,14 +19,14 @@ LAYERS: dict[int, tuple[str, ...]] = {
     # the words: what there is and what may be said of it; nothing here runs a callback
     0: (
         "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "modes", "phases",
-        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "state", "reach",
+        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "draws", "state", "reach", "detached",
     ),
     # what handlers see, what sinks get
     1: (
         "part", "namespace", "protect", "recording", "fingerprint", "terminal", "loggables", "records", "plain",
         "metric",
     ),
-    2: ("resolution", "handler", "callback", "conditions", "providers"),  # what a user writes
+    2: ("resolution", "handler", "callback", "conditions", "providers", "holding"),  # what a user writes
     3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (

@@ -3,23 +3,30 @@
 A deferrable callback stays in place where something in place needs it to have run: a callback that names it in
 ``run_after``, or one that uses a resource of its. That one staying can keep others, so it is asked until nothing
 changes. Deferred callbacks that are joined in one of these two ways share a lane, which keeps their order.
+
+It also stays in place where its lane would be a thread of this process and it may draw random numbers: Python, numpy
+and torch have one generator for all threads, and training draws from it at the same time. In place, and in another
+process, the handler has random numbers of its own (`flowtrain.draws`).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 
 from flowtrain.access import Path, Read
-from flowtrain.callback import Callback
+from flowtrain.callback import Callback, draws_own
 from flowtrain.errors import CallbackError
 from flowtrain.graph import Node
-from flowtrain.holding import LIVE, is_learner, reachable
-from flowtrain.state import LearnerState
+from flowtrain.holding import LIVE, is_learner, names_in, reachable
+from flowtrain.state import LearnerState, Named
 
-__all__ = ["Deferral", "check_holds_no_state", "decide", "stays_here"]
+__all__ = ["Deferral", "check_holds_no_state", "decide", "may_draw", "stays_here"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,12 @@ class Deferral:
     Attributes:
         lanes: The callbacks of each lane, in list order.
         kept: Why each other deferrable callback runs in place, by its name.
+        drawing: Which of them may draw random numbers, by name, and what says so.
     """
 
     lanes: tuple[tuple[Node, ...], ...] = ()
     kept: dict[str, str] | None = None
+    drawing: dict[str, str] = field(default_factory=dict)
 
     def lane_of(self, node: Node) -> int | None:
         """Return the number of a callback's lane; ``None`` if it runs in place."""
@@ -43,18 +52,32 @@ class Deferral:
         return (self.kept or {}).get(node.name, "")
 
 
-def decide(nodes: Sequence[Node]) -> Deferral:
-    """Decide what is deferred."""
+def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads: bool = True) -> Deferral:
+    """Decide what is deferred.
+
+    Args:
+        nodes: All callbacks.
+        state: The learner's state; it has the modules that callbacks read.
+        threads: Whether all lanes are threads of this process; otherwise those only that cannot leave it.
+    """
     kept: dict[str, str] = {}
     deferred = [node for node in nodes if node.callback.deferrable]
+    drawing = {node.name: what for node in deferred if (what := may_draw(node, state))}
     while True:
         staying = {id(node) for node in deferred}
         in_place = [node for node in nodes if id(node) not in staying]
         found = {node.name: why for node in deferred if (why := _held_by(node, in_place))}
         if not found:
-            return Deferral(_lanes(deferred), kept)
+            lanes = _lanes(deferred)
+            here = [node for lane in lanes if threads or any(map(stays_here, lane)) for node in lane]
+            found = {node.name: _BESIDE.format(drawing[node.name]) for node in here if node.name in drawing}
+        if not found:
+            return Deferral(lanes, kept, drawing)
         kept |= found
         deferred = [node for node in deferred if node.name not in found]
+
+
+_BESIDE = "it may draw random numbers ({}), and a thread would take them from training; see stochastic"
 
 
 def stays_here(node: Node) -> str:
@@ -83,6 +106,82 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
                 f"changing that while the callback reads it. Declare what its handlers read, and read it from their "
                 f"`learner`; or set deferrable = False."
             )
+
+
+def may_draw(node: Node, state: LearnerState | None = None) -> str:
+    """Return what in a callback draws random numbers, as far as its code shows; empty if it says that it draws none.
+
+    Looked at is the code of the user's that the callback holds or names, and the modules that it reads or holds. What a
+    package that is installed does inside is not seen: the callback says ``stochastic = True`` then.
+    """
+    callback = node.callback
+    if not draws_own(callback):
+        return ""
+    if callback.stochastic:
+        return "stochastic = True"
+    read = {path[0] for path, _ in node.union}
+    parts = [getattr(state, root) for root in ("model", "lossfn") if root in read and state is not None]
+    models = [model for part in parts for model in (dict(part).values() if isinstance(part, Named) else (part,))]
+    return _drawn_in([type(callback), callback, *models])
+
+
+_DRAWING = frozenset(
+    (
+        "DataLoader", "RandomSampler", "WeightedRandomSampler", "default_generator", "manual_seed", "random_split",
+        "seed", "fork_rng", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "random",
+        "random_", "random_sample", "normal", "normal_", "uniform", "uniform_", "bernoulli", "bernoulli_", "binomial",
+        "multinomial", "poisson", "exponential", "exponential_", "geometric", "geometric_", "cauchy_", "log_normal_",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "native_dropout",
+        "gumbel_softmax", "rrelu", "rsample", "sample", "randrange", "randbytes", "getrandbits", "choice", "choices",
+        "shuffle", "permutation", "permuted", "gauss", "normalvariate", "standard_normal", "triangular", "beta",
+        "gamma", "betavariate", "expovariate", "gammavariate", "lognormvariate", "paretovariate", "vonmisesvariate",
+        "weibullvariate", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "trunc_normal_",
+        "orthogonal_", "reset_parameters", "scaled_dot_product_attention",
+    )
+)  # fmt: skip
+"""Names of functions that draw from the generators of the process."""
+
+_OTHERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdlib_module_names}) - {"__main__"}
+
+
+def _drawn_in(waiting: list[Any]) -> str:
+    """Return what draws in what the values lead to: a function by what its code names, a module by its type."""
+    seen: dict[int, Any] = {}
+    while waiting:
+        for one in reachable(waiting.pop(0)):
+            if id(one) in seen:
+                continue
+            seen[id(one)] = one
+            kind = one if isinstance(one, type) else type(one)
+            if issubclass(kind, torch.nn.Module) and one is not kind:
+                rate = getattr(one, "dropout", None)  # of a recurrent layer, or of attention
+                if "Dropout" in kind.__name__ or kind.__name__ == "RReLU" or (isinstance(rate, float) and rate):
+                    return kind.__name__
+            elif isinstance(one, FunctionType) and _is_users(one.__module__):
+                names = {*names_in(one.__code__)}
+                if drawing := names & _DRAWING:
+                    return f"{min(drawing)} in {one.__qualname__}"
+                waiting += _globals_of(one, names)
+            if id(kind) not in seen or one is kind:
+                waiting += [each for base in kind.__mro__ if _is_users(base.__module__) for each in vars(base).values()]
+                seen[id(kind)] = kind
+    return ""
+
+
+def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
+    """Return the global functions, classes and objects that a function names, also those in other modules."""
+    found = [function.__globals__[name] for name in names & function.__globals__.keys()]
+    modules = [each for each in found if isinstance(each, ModuleType) and _is_users(each.__name__)]
+    inside = [vars(module)[name] for module in modules for name in names & vars(module).keys()]
+    return [each for each in (*found, *inside) if not isinstance(each, ModuleType)]
+
+
+def _is_users(module: str) -> bool:
+    """Tell whether code of a module is the user's own, and no package's that is installed."""
+    if module.partition(".")[0] in _OTHERS:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
 
 
 def _held_by(node: Node, in_place: Sequence[Node]) -> str:

@@ -17,6 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowtrain.access import Write
+from flowtrain.callback import draws_own
+from flowtrain.draws import Draws
 from flowtrain.events import Event
 from flowtrain.execution import Runner, Site
 from flowtrain.graph import Node
@@ -125,7 +127,8 @@ class Deferred:
             slot = self._slot_of[step.node]
             duty = slot.duty(step.node, step.handler)
             taker = self._takers[step.node, step.handler].sharing(groups[at])
-            calls[at] = _node(slot, duty, taker, shared)
+            draws = found.state.draws if (found := self._site()) is not None and draws_own(step.callback) else None
+            calls[at] = _node(slot, duty, taker, shared, draws, step.node.name)
         return plan.with_calls(calls), shared
 
     def explain(self, plan: Plan) -> str:
@@ -230,7 +233,7 @@ class Deferred:
     def _make_lane(self, slot: _Slot) -> Lane:
         site = self._site
         found = site()
-        job = job_of(slot.nodes, found.run.id if found is not None else "", slot.first)
+        job = job_of(slot.nodes, self.deferral, found.run.id if found is not None else "", slot.first)
 
         def surface(raise_it: Callable[[], None]) -> None:
             """Have a failure raised on the training thread."""
@@ -270,11 +273,12 @@ def sharing(runner: Runner, shared: Shared) -> Runner:
     return run
 
 
-def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None) -> Call:
+def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str) -> Call:
     def node(event: Event, phase: Phase, view: Any) -> None:
         """Copy what the handler reads, and put it into its lane."""
+        seed = None if draws is None else draws.next(name)
         snapshot = taker.take(shared)
-        (slot.lane or slot.opened()).put(duty, event, phase, snapshot, snapshot.nbytes)
+        (slot.lane or slot.opened()).put(duty, event, phase, snapshot, snapshot.nbytes, seed)
 
     return node
 

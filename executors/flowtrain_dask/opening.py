@@ -53,15 +53,16 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
                     error.add_note(f"{node.name} is deferred: its handlers see copies. See {node.name}.deferrable.")
                     raise
         if connection is not None and not why_here(nodes):
-            transport = transport_of(job_of(nodes, "check"), nodes, options, connection)
+            transport = transport_of(job_of(nodes, deferral, "check"), nodes, options, connection)
             transport.open(options.drain_timeout)
             transport.close()
 
 
-def job_of(nodes: Sequence[Node], run: str, first: int = 0) -> Job:
+def job_of(nodes: Sequence[Node], deferral: Deferral, run: str, first: int = 0) -> Job:
     """Return what a lane of these callbacks is there for."""
     names, backends = tuple(node.name for node in nodes), tuple(node.backends for node in nodes)
-    return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first)
+    draws = "; ".join(f"{name}: {what}" for name in names if (what := deferral.drawing.get(name)))
+    return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first, draws=draws)
 
 
 def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:

@@ -42,6 +42,7 @@ class LogHyperParams(Callback):
     """
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, *backends: LoggerBackend, settings: Mapping[str, Any] | None = None) -> None:
         self.backends = checked_backends("LogHyperParams", backends, Value)

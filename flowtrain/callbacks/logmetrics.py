@@ -36,6 +36,7 @@ class LogMetrics(Callback):
     """
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogMetrics", backends, Value)

@@ -36,6 +36,7 @@ class LogTraces(Callback):
     """
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogTraces", backends, Value)

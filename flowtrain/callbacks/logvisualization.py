@@ -25,9 +25,9 @@ class LogVisualization(Callback):
 
     The function is called with the learner's view, and returns something to log, a mapping of several by name, a
     sequence of several, or ``None``. Reads what `access` says, and ``cbstate.history`` of `Recorder` for the step; so
-    it runs after those that write these. Writes to its backends only. Costs what the function does, and a copy of what
-    it reads where it is deferred. To be deferred to another process the function must be importable: one of a module,
-    no lambda.
+    it runs after those that write these. Writes to its backends only. If the function draws random numbers, they are
+    its own, and training's stay as they are. Costs what the function does, and a copy of what it reads where it is
+    deferred. To be deferred to another process the function must be importable: one of a module, no lambda.
 
     At the end of an epoch the group is ``Epoch``, at every other event it is ``Step``, with the number of batches
     completed. Several are logged as ``<name>/<their name or number>``.

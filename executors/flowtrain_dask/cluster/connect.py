@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster, Security
 from distributed.deploy.cluster import Cluster
 
 from flowtrain.errors import ExecutorError, is_a
+from flowtrain_dask.cluster.worker import leave_random_numbers_alone
 
 __all__ = ["Connection", "connect"]
 
@@ -99,6 +100,7 @@ def connect(
     """
     if cluster is None:
         return None
+    leave_random_numbers_alone()
     end = time.monotonic() + deadline
     if cluster == "local":
         connection = _start(deadline, workers, resources)

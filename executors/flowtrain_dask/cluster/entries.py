@@ -25,9 +25,9 @@ def dump_entries(entries: Sequence[Entry], *, share: bool = False) -> Encoded:
     """
     packing = Packing()
     rows = []
-    for sequence, duty, event, phase, payload, nbytes in entries:
+    for sequence, duty, event, phase, payload, nbytes, seed in entries:
         copies, marks = _split(opened(payload), packing)
-        rows.append((sequence, duty, event, phase, copies, nbytes, marks))
+        rows.append((sequence, duty, event, phase, copies, nbytes, seed, marks))
     return Encoded((rows, packing.packed()), share=share)
 
 
@@ -38,10 +38,10 @@ def load_entries(
     rows, packed = decode(blob, buffers, parcels)
     sources = unpacked(packed)
     entries = []
-    for sequence, duty, event, phase, payload, nbytes, marks in rows:
+    for sequence, duty, event, phase, payload, nbytes, seed, marks in rows:
         for path, (place, before, lengths) in marks:
             payload[path] = Marked(sources[place], before, lengths)
-        entries.append(Entry(sequence, duty, event, phase, payload, nbytes))
+        entries.append(Entry(sequence, duty, event, phase, payload, nbytes, seed))
     return entries
 
 

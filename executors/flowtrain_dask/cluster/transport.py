@@ -252,11 +252,17 @@ class ClusterTransport:
         Raises:
             ExecutorError: That is not wanted.
         """
-        if self._on_loss == "raise":
+        if self._on_loss == "raise" or self._job.draws:
+            remedy = 'With DaskExecutor(on_cluster_loss="local") they are processed in this process.'
+            if self._job.draws:
+                remedy = (
+                    f"They may draw random numbers ({self._job.draws}), so no thread of this process may process them: "
+                    f"it would take those of training. Resume from the last checkpoint, or set stochastic = False on a "
+                    f"callback that draws none."
+                )
             raise ExecutorError(
                 f"The cluster at {self._connection.address} was lost during training ({lost}), and with it "
-                f"{len(entries) + len(self._log)} events of lane {self._job.lane}. With "
-                f'DaskExecutor(on_cluster_loss="local") they are processed in this process.'
+                f"{len(entries) + len(self._log)} events of lane {self._job.lane}. {remedy}"
             ) from lost
         if self._home is not None:
             load_state(self._callbacks, self._kept, self._home)

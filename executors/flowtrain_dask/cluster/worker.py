@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import pickle
 import platform
+import random
 import signal
+import sys
 import threading
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any, NamedTuple, cast
 
 import torch
 from distributed import get_worker
@@ -30,7 +34,7 @@ from flowtrain_dask.cluster.readings import Readings
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 from flowtrain_dask.snapshots.parcels import Ticket
 
-__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "process", "versions"]
+__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_numbers_alone", "process", "versions"]
 
 
 class Versions(NamedTuple):
@@ -127,8 +131,35 @@ def dask_setup(worker: Any) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+class _Generator(random.Random):
+    """Stands for the module ``random`` in the modules of dask."""
+
+    Random = random.Random
+
+
+@cache
+def leave_random_numbers_alone() -> None:
+    """Have dask draw from a generator of its own; called once in the process that trains, and once on each worker.
+
+    Its event loops run in threads and draw from Python's global generator whenever they estimate a size, or wait. So
+    they would change what training draws in the one process, and what handlers draw in the other.
+    """
+    own = _Generator()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("dask", "distributed", "tornado"):
+            for attribute, value in list(vars(module).items()):
+                if value is random:
+                    setattr(module, attribute, own)
+                elif isinstance(value, MethodType) and value.__self__ is _global:
+                    setattr(module, attribute, getattr(own, value.__name__))
+
+
+_global = cast("MethodType", random.randint).__self__
+
+
 def process(blob: bytes) -> bytes:
     """Run a pickled `Assignment`, return a pickled `Reply`."""
+    leave_random_numbers_alone()
     try:
         reply = _process(pickle.loads(blob))
         reply.address = _address()
@@ -167,7 +198,7 @@ def _run(assignment: Assignment, readings: Readings) -> Reply:
     memories = readings.memories
     buffers = memories.pop() if assignment.buffers is not None else None
     job, entries = resident.job, load_entries(assignment.entries, buffers, memories)
-    outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane)
+    outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane, seeded=True)
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))
     if outcome.failure is not None:

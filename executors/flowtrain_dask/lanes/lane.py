@@ -79,7 +79,9 @@ class Lane:
         """What makes its thread stand still."""
         return self._driver.gate
 
-    def put(self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int) -> bool:
+    def put(
+        self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None
+    ) -> bool:
         """Put an event at the end; wait for room if there is none. Called by the training thread only.
 
         Args:
@@ -88,6 +90,7 @@ class Lane:
             phase: The phase.
             payload: What the handler declared to read; nobody changes it any more.
             nbytes: How many bytes it holds that nobody else does.
+            seed: The seed of the random numbers that its handler draws.
 
         Returns:
             Whether the lane took it; otherwise it was dropped and counted.
@@ -99,7 +102,7 @@ class Lane:
             if not self._make_room(self.job.duties[duty].name, nbytes):
                 return False
             waiting = number - driver.done
-        driver.queue.append(Entry(number, duty, event, phase, payload, nbytes))
+        driver.queue.append(Entry(number, duty, event, phase, payload, nbytes, seed))
         driver.put_bytes += nbytes
         driver.put = number + 1
         room = driver.batches.largest - (driver.put_bytes - driver.done_bytes)

@@ -18,6 +18,7 @@ import torch
 
 from flowtrain.access import Declaration
 from flowtrain.callback import Callback
+from flowtrain.draws import own_numbers
 from flowtrain.errors import DeferredCancelError
 from flowtrain.events import Event
 from flowtrain.handler import Handler
@@ -97,6 +98,8 @@ class Job:
         duties: Its handlers; `Entry.duty` is a position among them.
         first: The number of its first event for `flowtrain.records.identity`; not 0 in a run that is resumed.
         surroundings: What its handlers run in.
+        draws: Which of its callbacks may draw random numbers, and what says so; then it runs in no thread beside
+            training.
     """
 
     lane: str
@@ -106,6 +109,7 @@ class Job:
     duties: tuple[Duty, ...]
     surroundings: Surroundings = field(default_factory=Surroundings)
     first: int = 0
+    draws: str = ""
 
 
 class Entry(NamedTuple):
@@ -118,6 +122,7 @@ class Entry(NamedTuple):
         phase: The phase.
         payload: What the handler declared to read, as it was: a `Snapshot`, or what it holds.
         nbytes: How many bytes the payload holds that nobody else does.
+        seed: The seed of the random numbers that its handler draws; ``None`` if it says that it draws none.
     """
 
     sequence: int
@@ -126,6 +131,7 @@ class Entry(NamedTuple):
     phase: Phase
     payload: Any
     nbytes: int
+    seed: int | None = None
 
 
 Record: TypeAlias = tuple[int, int, int, bytes]
@@ -155,6 +161,8 @@ def run_entries(
     lane: str,
     gate: AbstractContextManager[Any] | None = None,
     enough: Callable[[], bool] | None = None,
+    *,
+    seeded: bool = False,
 ) -> Outcome:
     """Run handlers for events, one at a time and in order, until one fails.
 
@@ -166,6 +174,8 @@ def run_entries(
         lane: The lane, for the same.
         gate: Entered around each event.
         enough: Asked after each event; what comes after it says so is not run.
+        seeded: Whether handlers are given the random numbers of their seeds. Not beside training: its draws, which come
+            in between, would be put back with theirs.
     """
     outcome = Outcome()
     calls = _bound(callbacks, job)
@@ -174,9 +184,11 @@ def run_entries(
         for entry in entries:
             call, replica, callback = calls[entry.duty]
             identity = Identity(run, lane, job.first + entry.sequence)
+            numbers = own_numbers(entry.seed) if seeded and entry.seed is not None else nullcontext()
             with gate, collecting(identity, job.backends[callback]) as collector:
                 try:
-                    call(entry.event, entry.phase, replica.show(opened(entry.payload)))
+                    with numbers:
+                        call(entry.event, entry.phase, replica.show(opened(entry.payload)))
                 except BaseException as failure:  # an exit of a handler must not end the lane's thread unseen
                     outcome.failure = entry.sequence, _explained(failure, job, entry)
             outcome.records += [(entry.sequence, callback, position, data) for position, data in collector.records]

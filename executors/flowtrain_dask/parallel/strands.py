@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from flowtrain.callback import draws_own
 from flowtrain.plan import Plan
 
 __all__ = ["Strands", "at_home", "is_chain", "pack"]
@@ -54,11 +55,12 @@ def is_chain(plan: Plan) -> bool:
 
 
 def at_home(plan: Plan) -> frozenset[int]:
-    """Return the positions of the handlers that stay on the training thread: those that draw random numbers."""
+    """Return the positions of the handlers that stay on the training thread: those that may draw random numbers."""
     return frozenset(
         position
         for position, step in enumerate(plan.steps)
-        if any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler])
+        if draws_own(step.callback)
+        or any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler])
     )
 
 

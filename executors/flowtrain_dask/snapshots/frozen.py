@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -38,7 +39,7 @@ class Replica:
 
     def __init__(self, declaration: Declaration, owner: Owner) -> None:
         self._declaration = declaration
-        self._owner = owner
+        self._owner = replace(owner, consumes=False)  # copies are detached already
         self._state = LearnerState()
         del self._state.updates  # a copy does not know: training has gone on
         self._state.fired = _NoEvents(owner.callback)

@@ -1,0 +1,286 @@
+"""Deferred callbacks that draw random numbers: the same numbers wherever they run, and training is never changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flowtrain import (
+    Access,
+    BatchEnd,
+    Callback,
+    ExecutorError,
+    FitEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    TrainingPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import Checkpointer, LogMetrics, LogVisualization
+from flowtrain.graph import Node
+from flowtrain.logging import JsonlBackend, Value
+from flowtrain.state import LearnerState
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor
+from flowtrain_dask.cluster.worker import leave_random_numbers_alone
+from flowtrain_dask.deferral import may_draw
+from tests.executors.conftest import DaskProcesses
+
+Where = Literal["serial", "dask", "local", "cluster"]
+PLACES: tuple[Where, ...] = ("serial", "dask", "local", "cluster")
+
+
+def drawn(learner: LearnerView) -> dict[str, Value]:
+    """Draw from each generator of the process."""
+    found = {"torch": float(torch.rand(())), "python": random.random(), "numpy": float(np.random.randn())}
+    return {name: Value(value) for name, value in found.items()}
+
+
+class Late(Callback):
+    """Draws at some events only, the first of them late."""
+
+    deferrable = True
+
+    def __init__(self, backend: JsonlBackend) -> None:
+        self.backends = (backend,)
+        self.count = 0
+        self.found: list[float] = []
+
+    def state_access(self) -> Access:
+        return {"cbstate.history": Read(), self.backends[0].resource: Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.count += 1
+        if self.count in (5, 6, 11):
+            self.found.append(random.gauss(0, 1) + float(torch.randn(())))
+
+    @on(FitEnd)
+    def pick(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        self.found.append(random.choice(range(1000)))
+
+
+def executor_at(where: Where, request: pytest.FixtureRequest) -> Any:
+    if where == "local":
+        return DaskExecutor("local")
+    return DaskExecutor(request.getfixturevalue("dask_processes").address) if where == "cluster" else where
+
+
+def learner_with(callbacks: list[Callback], executor: Any = "serial") -> Learner:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    data = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(6)]
+    return Learner(
+        model, nn.functional.cross_entropy, data=data, callbacks=callbacks, default_callbacks="quiet", executor=executor
+    )
+
+
+def train(callbacks: list[Callback], executor: Any = "serial", epochs: int = 2, resume: Path | None = None) -> Any:
+    """Train; return the last loss and the generators behind it."""
+    with learner_with(callbacks, executor) as learner:
+        learner.fit(epochs, resume=resume)
+        state = random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())
+        return float(learner.batch.loss), state
+
+
+def records(path: Path) -> list[tuple[int, str, float]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(record["step"], record["name"], record["value"]) for record in found]
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_what_a_consumer_draws_is_the_same_everywhere_and_training_is_not_changed(
+    where: Where, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    def callbacks(name: str) -> list[Callback]:
+        backend = JsonlBackend(tmp_path / name)
+        return [LogVisualization(drawn, backend, every=3, access={}), Late(JsonlBackend(tmp_path / f"late {name}"))]
+
+    here, there = callbacks("here"), callbacks("there")
+    plain = train([])
+    assert train(here) == plain
+    assert train(there, executor_at(where, request)) == plain
+    found = records(tmp_path / "here")
+    assert [step for step, _, _ in found] == [3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12]
+    assert len({value for _, _, value in found}) == 12
+    assert records(tmp_path / "there") == found
+    late = [callback.found for callback in (here[1], there[1]) if isinstance(callback, Late)]
+    assert late[0] == late[1]
+    assert len(late[0]) == 4
+
+
+@pytest.mark.parametrize(("first", "then"), [("serial", "serial"), ("dask", "serial"), ("serial", "cluster")])
+def test_a_run_that_resumes_draws_what_it_would_have_drawn(
+    first: Where, then: Where, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A fit that is resumed begins with one more event for who handles `FitBegin`."""
+
+    def callbacks(name: str) -> list[Callback]:
+        folder = tmp_path / name
+        return [
+            LogVisualization(drawn, JsonlBackend(folder / "log"), every=4, access={}),
+            Checkpointer(folder / "checkpoints"),
+        ]
+
+    whole = train(callbacks("whole"), epochs=4)
+    train(callbacks("parts"), executor_at(first, request), epochs=2)
+    torch.manual_seed(99)  # as in another process
+    resumed = train(callbacks("parts"), executor_at(then, request), epochs=4, resume=tmp_path / "parts/checkpoints")
+    assert resumed == whole
+    assert records(tmp_path / "parts/log") == records(tmp_path / "whole/log")
+
+
+class Stochastic(Late):
+    stochastic = True
+
+
+class Steady(Late):
+    stochastic = False
+
+
+def explained(callback: Callback, executor: Any) -> str:
+    with learner_with([callback], executor) as learner:
+        return learner.callbacks.explain()
+
+
+def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "log")
+    why = "runs in place: it may draw random numbers ({}), and a thread would take them from training; see stochastic"
+    assert f"Late.look {why.format('choice in Late.pick')}" in explained(Late(backend), DaskExecutor()).replace(
+        "gauss in Late.look", "choice in Late.pick"
+    )
+    assert why.format("stochastic = True") in explained(Stochastic(backend), DaskExecutor())
+    assert "Steady.look is deferred to lane Steady (a thread)" in explained(Steady(backend), DaskExecutor())
+    assert "Late.look is deferred to lane Late (a process)" in explained(Late(backend), DaskExecutor("local"))
+
+
+class Whole(Late):
+    def state_access(self) -> Access:
+        return {"cbstate.metrics_step": Read(full=True), **super().state_access()}
+
+
+def test_a_lane_that_cannot_leave_the_process_takes_none_that_draws(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "log")
+    text = explained(Whole(backend), DaskExecutor("local"))
+    assert "Whole.look runs in place: it may draw random numbers" in text
+    joined: list[Callback] = [Steady(backend), Whole(backend)]
+    with learner_with(joined, DaskExecutor("local")) as learner:
+        assert "Steady.look runs in place: Whole runs in place and shares resource" in learner.callbacks.explain()
+
+
+# --- what is seen in the code
+
+
+def helper() -> float:
+    return deeper()
+
+
+def deeper() -> float:
+    return float(torch.rand(()))
+
+
+class Picker:
+    def pick(self) -> int:
+        return random.randint(0, 3)
+
+
+class Dropping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x)
+
+
+def node(f: Callable[..., Any], access: Access | None = None) -> Node:
+    callback = LogVisualization(f, JsonlBackend("log"), access={} if access is None else access)
+    return tiny_learner(callback).callbacks.nodes[0]
+
+
+def closing(value: Any) -> Callable[..., Any]:
+    return lambda learner: value(learner)
+
+
+@pytest.mark.parametrize(
+    ("f", "what"),
+    [
+        (lambda learner: torch.rand(()), "rand in <lambda>"),
+        (lambda learner: [np.random.rand() for _ in range(3)], "rand in <lambda>"),
+        (lambda learner: helper(), "rand in deeper"),
+        (closing(lambda learner: random.random()), "random in <lambda>"),
+        (closing(Picker().pick), "randint in Picker.pick"),
+        (closing(Dropping()), "dropout in Dropping.forward"),
+        (closing(nn.Sequential(nn.Dropout())), "Dropout"),
+        (closing(nn.LSTM(2, 2, 2, dropout=0.1)), "LSTM"),
+        (lambda learner: learner.batch.outputs.mean(), ""),
+        (closing(nn.Linear(2, 2)), ""),
+        (closing(json.dumps), ""),
+    ],
+)
+def test_what_draws_is_found_in_functions_objects_and_modules(f: Callable[..., Any], what: str) -> None:
+    assert may_draw(node(f)) == what
+
+
+def test_a_model_that_is_read_may_draw_when_it_is_called() -> None:
+    state = LearnerState()
+    state.model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    quiet = node(lambda learner: learner.model, {"model": Read()})
+    assert may_draw(quiet, state) == "Dropout"
+    state.model = nn.Linear(2, 2)
+    assert may_draw(quiet, state) == ""
+
+
+# --- dask's own
+
+
+def test_dask_draws_from_a_generator_of_its_own() -> None:
+    """It draws in threads of the process that trains, whenever it estimates a size."""
+    from dask import sizeof
+    from distributed.protocol import compression
+
+    leave_random_numbers_alone()
+    state = random.getstate()
+    sizeof.sizeof(list(range(10_000)))
+    compression.byte_sample(memoryview(bytes(10_000)), 10, 3)
+    assert random.getstate() == state
+
+
+class Ends(Callback):
+    """Ends the cluster at a batch."""
+
+    def __init__(self, processes: DaskProcesses) -> None:
+        self.processes = processes
+        self.count = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def end(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.count += 1
+        if self.count == 3:
+            self.processes.close()
+
+
+def test_one_that_draws_is_not_processed_beside_training_when_the_cluster_is_lost(
+    make_dask_processes: Callable[[], DaskProcesses], tmp_path: Path
+) -> None:
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    logs = LogMetrics(JsonlBackend(tmp_path / "metrics"))
+    draws = LogVisualization(drawn, JsonlBackend(tmp_path / "log"), every=1, access={})
+    with (
+        pytest.raises(ExecutorError) as caught,
+        learner_with([Ends(processes), logs, draws], DaskExecutor(processes.address)) as learner,
+    ):
+        learner.fit(2)
+    text = str(caught.value)
+    assert "of lane LogVisualization. They may draw random numbers (LogVisualization: " in text
+    assert "Resume from the last checkpoint, or set stochastic = False on a callback that draws none." in text
