@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask import config
-from distributed import Client, LocalCluster, Security
+from distributed import Client, LocalCluster, Nanny, Security
 from distributed.deploy.cluster import Cluster
 
 from flowtrain.errors import ExecutorError, is_a
@@ -23,6 +23,8 @@ __all__ = ["Connection", "connect"]
 
 _FORGETFUL = {"distributed.admin.low-level-log-length": 10}
 """dask keeps the last thousand messages of each connection for its developers, with up to 1 MB of a batch in each."""
+_LEAVING = 30.0
+"""Seconds that the process of a worker may take to end. On a busy machine the five that dask gives are too few."""
 _START = "Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor(\"local\")."
 
 
@@ -70,10 +72,11 @@ class Connection:
 
     def close(self) -> None:
         """Close the client, and the cluster if it was started here."""
-        for each in (self.client, self.cluster):
-            if each is not None:
-                with contextlib.suppress(Exception):  # a scheduler that is gone cannot say good-bye
-                    each.close(timeout=5)
+        with contextlib.suppress(Exception):  # a scheduler that is gone cannot say good-bye
+            self.client.close(timeout=5)
+        if self.cluster is not None:
+            with contextlib.suppress(Exception):
+                self.cluster.close(timeout=2 * _LEAVING)
 
 
 def connect(
@@ -170,6 +173,7 @@ def _start(deadline: float, workers: int | None, resources: dict[str, float] | N
                 n_workers=number,
                 threads_per_worker=1,
                 processes=True,
+                worker_class=_Keeper,
                 dashboard_address="127.0.0.1:0",  # any free port; 8787 may be in use, which is a warning
                 resources=dict(resources or {}),
                 preload=["flowtrain_dask.cluster.worker"],  # for its `dask_setup`
@@ -186,6 +190,19 @@ def _start(deadline: float, workers: int | None, resources: dict[str, float] | N
         raise
     connection.cluster = cluster
     return connection
+
+
+class _Keeper(Nanny):
+    """Starts and ends the process of one worker.
+
+    A handler that is still at work is not waited for: when a cluster is closed, its results are too late. So a process
+    ends at once, and where it takes longer the machine is busy, which is no reason to kill it.
+    """
+
+    async def kill(self, timeout: float = _LEAVING, reason: str = "nanny-kill") -> None:
+        """End the process."""
+        if self.process is not None:
+            await self.process.kill(timeout=max(timeout, _LEAVING), executor_wait=False, reason=reason)
 
 
 def _wait_for_worker(connection: Connection, end: float, deadline: float) -> None:

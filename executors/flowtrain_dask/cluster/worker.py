@@ -8,6 +8,7 @@ by too deep a recursion, and whatever goes wrong in unpickling would look as if 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import platform
 import random
@@ -125,7 +126,10 @@ def dask_setup(worker: Any) -> None:
 
     A terminal and a batch system send them to all processes of a program. That one stops training in good order, and
     needs its workers for what is still pending; they end when it closes them, and when it dies.
+
+    A handler that is at work when it closes them is given up. The executor says so; dask need not say it again.
     """
+    logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

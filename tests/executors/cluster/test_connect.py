@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +82,53 @@ def test_local_processes() -> None:
     assert len(connection.workers(10)) == 1
     connection.close()
     assert connection.cluster.status == Status.closed
+
+
+def test_a_worker_that_is_slow_to_end_is_left_to_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a busy machine the end of a process takes seconds: dask would kill it after four, and say so."""
+    connection = connect("local", 60, workers=1)
+    assert connection is not None
+
+    def end_slowly(path: str) -> int:
+        def end() -> None:
+            time.sleep(5)
+            Path(path).write_text("ended", "utf-8")
+
+        atexit.register(end)
+        return os.getpid()
+
+    client: Any = connection.client
+    [process] = client.run(end_slowly, str(tmp_path / "ended")).values()
+    connection.close()
+    assert (tmp_path / "ended").read_text("utf-8") == "ended"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "WARNING" not in capfd.readouterr().err  # of the process that ended
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_worker_at_work_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rule 29: nothing that a handler still does keeps a process from ending."""
+    connection = connect("local", 60, workers=1)
+    assert connection is not None
+
+    def work(path: str) -> None:
+        Path(path).write_text(str(os.getpid()), "utf-8")
+        time.sleep(600)
+
+    future = connection.client.submit(work, str(tmp_path / "begun"))
+    while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text("utf-8"):
+        time.sleep(0.01)
+    connection.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "WARNING" not in capfd.readouterr().err  # of the process that ended
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "begun").read_text("utf-8")), 0)
+    del future
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
