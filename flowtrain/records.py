@@ -220,6 +220,8 @@ def log(
             argument is of another type.
     """
     backends = _checked(backends, name, step, group)
+    if not name.isascii():
+        name = name.encode(errors="replace").decode()  # half a character, as in the name of a file, becomes "?"
     collector = _collector.get()
     taken = False
     for backend in backends:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def _in_a_cycle(backend: Any) -> Any:
     return made
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Any], Any]] = {
     "attribute": lambda backend: backend,
     "list of tuples": lambda backend: [(1, backend)],
     "dictionary": lambda backend: {"a": {"b": [backend]}},

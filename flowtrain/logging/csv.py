@@ -7,7 +7,8 @@
     Step/TrainingPhase,2,0.5,
     Epoch/TrainingPhase,1,0.625,0.5
 
-A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end, for
+A name ``group`` or ``step`` gets ``_`` at its end, since these columns are there already; so does ``group_``, and so
+on. A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end, for
 which the file is written anew, beside, and renamed. There are no clock times: equal runs give equal files.
 """
 
@@ -84,6 +85,8 @@ class CsvBackend(FileBackend):
 
     def _append(self, file: AppendingFile, record: bytes) -> None:
         group, step, name, value = json.loads(record)
+        if name.rstrip("_") in _FIXED:
+            name += "_"
         if name not in self._columns:
             file = self._rewrite([*self._columns, name], self._read())
         if self._last[:2] == [group, step]:

@@ -20,6 +20,7 @@ from flowtrain.errors import LoggingError
 from flowtrain.logging.extras import needed
 from flowtrain.logging.filebackend import not_open
 from flowtrain.logging.files import read_file
+from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.plain import flat, number, refused, settings
 from flowtrain.records import Figure, File, Group, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
@@ -28,6 +29,7 @@ __all__ = ["MLflowBackend"]
 
 _RUN = "flowtrain.run"
 _CONTINUES = "flowtrain.continues"
+_FORBIDDEN, _LONGEST = r"[^\w\-. :/]", 250  # of the keys of metrics and parameters
 _BATCH = 500  # metrics in one request; MLflow takes 1000
 
 
@@ -36,6 +38,9 @@ class MLflowBackend(LoggerBackend):
 
     The key of a metric is the group and the name: ``Step/TrainingPhase/Loss``. Metrics are sent in batches, when
     there are 500 and at every `flush`. An image, a text, a figure or a file is an artifact of that path.
+
+    MLflow takes letters, digits and ``_-.: /`` in a key, of 250 characters at most. Other names are changed: ``mAP@50``
+    is logged as ``mAP_50``, and if there is a ``mAP_50`` before it, as ``mAP_50_2``. See `flowtrain.logging.names`.
 
     Args:
         experiment: The experiment; made if it is not there.
@@ -54,6 +59,8 @@ class MLflowBackend(LoggerBackend):
         self._silent = False
         self._waiting: list[Any] = []
         self._counts: Counter[str] = Counter()
+        self._names = Names(_FORBIDDEN, _LONGEST)
+        self._settings = Names(_FORBIDDEN, _LONGEST)
 
     @property
     def sink(self) -> str:
@@ -107,13 +114,14 @@ class MLflowBackend(LoggerBackend):
                 return
             raise not_open(self)
         sent = json.loads(record)
+        sent["key"] = self._names.of(sent["key"])
         entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
         if "value" in sent:
             self._waiting.append(entities.Metric(sent["key"], float(sent["value"]), sent["time"], sent["step"]))
             if len(self._waiting) >= _BATCH:
                 self._send()
         elif "settings" in sent:
-            parameters = [entities.Param(key, value) for key, value in sent["settings"].items()]
+            parameters = [entities.Param(self._settings.of(key), value) for key, value in sent["settings"].items()]
             with self._explained("take the settings"):
                 self._client.log_batch(self.run_id, params=parameters)
         else:
@@ -128,12 +136,15 @@ class MLflowBackend(LoggerBackend):
         if self._client is None:
             return None
         self._send()
-        return {"run": self.run_id, "metrics": dict(self._counts)}
+        names = {"names": self._names.given, "settings": self._settings.given}
+        return {"run": self.run_id, "metrics": dict(self._counts), **names}
 
     def restore(self, position: Any) -> None:
         """Go on from a position: in its MLflow run, or in a new one that begins with what that had then."""
         if self._client is None or position is None:
             return
+        self._names.restore(position.get("names", {}))  # there were none in the first format
+        self._settings.restore(position.get("settings", {}))
         self._waiting.clear()  # all of it came after the position, because `flush` sends
         if position["run"] == self.run_id and position["metrics"] == dict(self._counts):
             return

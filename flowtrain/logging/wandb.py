@@ -19,6 +19,7 @@ from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
 from flowtrain.logging.filebackend import not_open
 from flowtrain.logging.files import read_file, unwritable
+from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.plain import number, refused, settings
 from flowtrain.records import Figure, File, Group, Histogram, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
@@ -31,6 +32,9 @@ class WandbBackend(LoggerBackend):
 
     The key is the group and the name: ``Step/TrainingPhase/Loss``. W&B counts its own steps, so that each entry also
     has that of its group, ``Step/TrainingPhase/step``, which charts use as their axis.
+
+    A name is also the path of a file there. So names of more than 180 bytes are cut, control characters become ``_``,
+    as do the parts ``.`` and ``..``, and the name ``step`` becomes ``step_2``. See `flowtrain.logging.names`.
 
     A process of W&B writes the files. What was logged last is in them a moment after `close`, and at the latest when
     this process has ended: wait for that before ``wandb sync``.
@@ -60,6 +64,8 @@ class WandbBackend(LoggerBackend):
         self._silent = False
         self._count = 0
         self._groups: set[str] = set()
+        self._names = Names(r"[\x00-\x1f\x7f]", 180)
+        self._names.restore({"": "step"})  # the name of the axis is taken
 
     @property
     def sink(self) -> str:
@@ -102,6 +108,7 @@ class WandbBackend(LoggerBackend):
                 return
             raise not_open(self)
         entry = json.loads(record)
+        entry["group"], entry["name"] = self._names.of(entry["group"]), self._names.of(entry["name"])
         with self._explained(f"take {entry['group']}/{entry['name']}"):
             if "settings" in entry:
                 self._run.config.update(entry["settings"], allow_val_change=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def test_a_run_that_goes_back_is_a_new_one_that_names_the_old(tmp_path: Path) ->
 def test_what_mlflow_refuses_is_a_logging_error(tmp_path: Path) -> None:
     backend = make(tmp_path)
     backend.open(Run("r"))
-    backend.write(backend.encode(Value(1.0), "a?b", 1, STEP))
+    backend.write(backend.encode(Value(1.0), "Loss", 1, STEP))
+    shutil.rmtree(tmp_path / "mlruns")
     with pytest.raises(LoggingError, match=r"MLflowBackend\('digits', .*\) could not take 1 values, the first one St"):
         backend.flush()
     with pytest.raises(LoggingError, match=r"could not take 1 values"):

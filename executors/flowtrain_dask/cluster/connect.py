@@ -74,9 +74,10 @@ class Connection:
         """Close the client, and the cluster if it was started here."""
         with contextlib.suppress(Exception):  # a scheduler that is gone cannot say good-bye
             self.client.close(timeout=5)
-        if self.cluster is not None:
+        cluster: Any = self.cluster  # distributed leaves `close` without annotations
+        if cluster is not None:
             with contextlib.suppress(Exception):
-                self.cluster.close(timeout=2 * _LEAVING)
+                cluster.close(timeout=2 * _LEAVING)
 
 
 def connect(
