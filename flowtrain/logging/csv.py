@@ -8,8 +8,8 @@
     Epoch/TrainingPhase,1,0.625,0.5
 
 A name ``group`` or ``step`` gets ``_`` at its end, since these columns are there already; so does ``group_``, and so
-on. A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end, for
-which the file is written anew, beside, and renamed. There are no clock times: equal runs give equal files.
+on. A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end,
+for which the file is written anew, beside, and renamed. There are no clock times: equal runs give equal files.
 """
 
 from __future__ import annotations
