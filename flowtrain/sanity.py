@@ -11,10 +11,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from flowtrain.steps import describe
 
-__all__ = ["Problem", "check_batch", "check_loss", "check_optimizers", "check_outputs", "check_targets"]
+__all__ = [
+    "Broadcasts",
+    "Problem",
+    "check_backward",
+    "check_batch",
+    "check_classes",
+    "check_loss",
+    "check_optimizers",
+    "check_outputs",
+    "check_targets",
+    "remedy_for",
+]
 
 
 class Problem(NamedTuple):
@@ -88,6 +100,100 @@ def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
             yield from _within_unit(where, name, "outputs", outputs, advice)
 
 
+def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
+    """Check that targets have the type and shape of class numbers, or probabilities, where a loss of torch needs it."""
+    name, _ = _torch_loss(lossfn)
+    tensors = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+    if name not in ("cross_entropy", "nll_loss") or not tensors or not outputs.dim():
+        return
+    alike, integers = targets.shape == outputs.shape, targets.dtype in (torch.int64, torch.uint8)
+    if alike and name == "cross_entropy" and targets.is_floating_point():
+        return  # probabilities
+    if alike or not integers:
+        advice = "Convert them in the dataset: targets.long()."
+        if alike and outputs.dim() > 1:
+            advice = "Give class numbers, targets.argmax(1), or to cross_entropy probabilities, targets.float()."
+        yield Problem(where, f"{name} takes class numbers of type int64, got {describe(targets)}.", advice)
+    elif outputs.dim() == 2 and targets.dim() > 1:
+        what = f"{name} takes one class number for each row of outputs, got {describe(targets)}."
+        yield Problem(where, what, "Take the last dimension away in the dataset: targets.squeeze(1).")
+
+
+class Broadcasts(TorchFunctionMode):
+    """While it is entered, sees whether a loss stretches outputs and targets to a shape that neither of them has.
+
+    So a loss of outputs of shape ``(16, 1)`` and targets of shape ``(16,)`` compares every output with every target, in
+    a function of torch or in arithmetic, also inside a function of the user's.
+
+    Args:
+        outputs: What the model gave: a tensor, or containers of tensors.
+        targets: What the loader gave, in the same way.
+
+    Attributes:
+        found: What was stretched first, as ``(function, shape of outputs, shape of targets, shape of both)``.
+    """
+
+    def __init__(self, outputs: Any, targets: Any) -> None:
+        super().__init__()
+        self.found: tuple[str, torch.Size, torch.Size, torch.Size] | None = None
+        self._outputs = {tensor.shape for _, tensor in _tensors("", outputs)}
+        self._targets = {tensor.shape for _, tensor in _tensors("", targets)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments, and call the function."""
+        kwargs = kwargs or {}
+        two = [each.shape for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)][:2]
+        both = self._stretched(*two) if len(two) == 2 and self.found is None else None
+        if both is not None and func in _ELEMENTWISE:
+            self._note(func, two, both)
+        result = func(*args, **kwargs)
+        if both is not None and getattr(result, "shape", None) == both and both.numel() > max(s.numel() for s in two):
+            self._note(func, two, both)
+        return result
+
+    def _stretched(self, one: torch.Size, other: torch.Size) -> torch.Size | None:
+        known = (one in self._outputs and other in self._targets) or (one in self._targets and other in self._outputs)
+        if one == other or not known:
+            return None
+        try:
+            both: torch.Size = torch.broadcast_shapes(one, other)
+            return both
+        except RuntimeError:
+            return None  # the function itself refuses these
+
+    def _note(self, func: Any, two: list[torch.Size], both: torch.Size) -> None:
+        outputs, targets = two if two[0] in self._outputs and two[1] in self._targets else two[::-1]
+        self.found = getattr(func, "__name__", "the loss").strip("_"), outputs, targets, both
+
+    def problems(self, where: str) -> Iterator[Problem]:
+        """Yield what was found."""
+        if self.found is not None:
+            name, outputs, targets, both = self.found
+            yield Problem(
+                where,
+                f"{name} gets outputs of shape {tuple(outputs)} and targets of shape {tuple(targets)}, and stretches "
+                f"them to {tuple(both)}: it compares values that do not belong together.",
+                "Give both one shape: targets.unsqueeze(1) in the dataset, or .squeeze(1) at the end of the model.",
+            )
+
+
+def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
+    """Check that a backward pass gets from a loss to the outputs: some losses refuse a dtype only there."""
+    parts = [tensor for _, tensor in _tensors("outputs", outputs) if tensor.requires_grad]
+    if parts and isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
+        try:
+            torch.autograd.grad(loss.sum(), parts, allow_unused=True)
+        except RuntimeError as error:
+            yield Problem(where, f"its backward pass raised RuntimeError: {error}", remedy_for(error))
+
+
+def remedy_for(error: Exception) -> str:
+    """Return what to do about what a loss raised."""
+    if any(word in str(error) for word in ("dtype", "Long", "scalar type", "floating point type")):
+        return "Let the dataset give class numbers as integers, .long(), and other targets like the outputs: .float()."
+    return "Fit the loss and the model's last layer."
+
+
 def check_loss(where: str, loss: Any, *, training: bool) -> Iterator[Problem]:
     """Check that a loss is a finite tensor with one element and, in training, has a graph."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -158,6 +264,21 @@ _LOSSES: Mapping[Callable[..., Any], type[torch.nn.Module]] = {
     torch.nn.functional.binary_cross_entropy: torch.nn.BCELoss,
     torch.nn.functional.binary_cross_entropy_with_logits: torch.nn.BCEWithLogitsLoss,
 }
+
+
+_ELEMENTWISE = frozenset({
+    torch.nn.functional.binary_cross_entropy,
+    torch.nn.functional.binary_cross_entropy_with_logits,
+    torch.nn.functional.hinge_embedding_loss,
+    torch.nn.functional.huber_loss,
+    torch.nn.functional.kl_div,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.poisson_nll_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.soft_margin_loss,
+})  # fmt: skip
+"""Losses of torch that compare each output with its own target, and so need both in one shape."""
 
 
 def _tensors(name: str, value: Any) -> Iterable[tuple[str, torch.Tensor]]:

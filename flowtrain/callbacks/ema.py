@@ -30,8 +30,10 @@ class EMA(Callback):
     (https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema). Polyak and Juditsky, "Acceleration
     of stochastic approximation by averaging", https://doi.org/10.1137/0330046.
 
-    Buffers, such as the running statistics of batch normalisation, stay those of the model; with ``buffers=True`` they
-    are averaged like the weights.
+    Buffers stay those of the model. With ``buffers=True`` those that are averages by themselves are averaged like the
+    weights: the running statistics of normalisation layers, which are floating point numbers named ``running_...``. A
+    mean of anything else means nothing, such as of counters, unit vectors (spectral normalisation) or masks. A weight
+    with an infinity in it, as a mask that is a frozen parameter has, is copied: the average would be NaN.
 
     For each epoch of a validation phase the averages are put in the model, and the weights that are trained are put
     back when it ends, whatever ended it. Training goes on with the weights themselves; when it is over,
@@ -48,7 +50,7 @@ class EMA(Callback):
 
     Args:
         decay: How much of the average is kept at each update, from 0 to below 1.
-        buffers: Whether to average buffers too.
+        buffers: Whether to average running statistics too.
         model: The name of the model, where the learner has several.
 
     Raises:
@@ -81,6 +83,7 @@ class EMA(Callback):
         self._kept: dict[str, torch.Tensor] | None = None  # copies of what is trained, while the model has the averages
         self._held = False  # whether it has them outside of validation, since a checkpoint was loaded
         self._due = False
+        self._copied: list[str] = []  # the names of weights with infinities
 
     def state_access(self) -> Access:
         return {f"model.{self.model}" if self.model else "model": Write()}
@@ -123,12 +126,19 @@ class EMA(Callback):
         self._due = False
         weights = self._find(learner)
         if not self.averages:
-            self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
+            self._take(weights)
             return
         averages = self._placed()
         with torch.no_grad():
-            for names in _alike(weights):
+            for names in _alike({name: weight for name, weight in weights.items() if name not in self._copied}):
                 self._average([averages[name] for name in names], [weights[name].detach() for name in names], 0)
+            for name in self._copied:
+                averages[name].copy_(weights[name])
+
+    def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Begin with these averages, and find those that cannot be averaged with anything."""
+        self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._copied = [name for name, weight in self.averages.items() if not weight.isfinite().all()]
 
     @on(EpochBegin, AbstractValidationPhase)
     def swap_in(self, event: EpochBegin, phase: AbstractValidationPhase, learner: LearnerView) -> None:
@@ -211,7 +221,7 @@ class EMA(Callback):
         if self._weights and loaded:
             self._check(loaded)
         inside = self._kept is not None
-        self.averages = {name: average.detach().clone() for name, average in loaded.items()}
+        self._take({name: average for name, average in loaded.items() if not self._weights or name in self._weights})
         if inside:
             self._kept = None  # what the model holds now was loaded with this state
             self._put_averages()
@@ -228,7 +238,7 @@ class EMA(Callback):
         self._weights = {
             prefix + name: weight
             for prefix, module in modules
-            for name, weight in chain(module.named_parameters(), module.named_buffers() if self.buffers else ())
+            for name, weight in chain(module.named_parameters(), _statistics(module) if self.buffers else ())
         }
         return self._weights
 
@@ -262,6 +272,13 @@ class EMA(Callback):
                     f"The state of {self.name or 'EMA'} has {found} for {name!r}, of shape {tuple(weight.shape)}. "
                     f"Load a state of the same model, made with buffers={self.buffers}."
                 )
+
+
+def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers that are averages by themselves, with their names."""
+    for name, buffer in module.named_buffers():
+        if name.rpartition(".")[2].startswith("running_") and buffer.is_floating_point():
+            yield name, buffer
 
 
 def _alike(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:

@@ -13,7 +13,18 @@ from flowtrain.errors import DataError, SanityCheckError
 from flowtrain.events import FitBegin
 from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.protect import LearnerView
-from flowtrain.sanity import Problem, check_batch, check_loss, check_optimizers, check_outputs, check_targets
+from flowtrain.sanity import (
+    Broadcasts,
+    Problem,
+    check_backward,
+    check_batch,
+    check_classes,
+    check_loss,
+    check_optimizers,
+    check_outputs,
+    check_targets,
+    remedy_for,
+)
 from flowtrain.steps import describe
 from flowtrain.trial import CannotLook, borrowed, first_batch, on_device_of, untouched
 
@@ -27,8 +38,10 @@ class SanityCheck(Callback):
 
     - data: there is a batch, it is a pair, its numbers are finite, there are as many targets as inputs;
     - model: it runs, and its outputs are finite;
-    - targets: they lie in the range that `cross_entropy`, `nll_loss` and the binary ones of torch need;
-    - loss: it is a single finite number, and in training it has a graph;
+    - targets: they have the type, and lie in the range, that `cross_entropy`, `nll_loss` and the binary ones of torch
+      need;
+    - loss: it is a single finite number, in training it has a graph that can be gone through, and it does not stretch
+      outputs and targets of different shapes, such as ``(16, 1)`` and ``(16,)``, to a common one;
 
     and where there is training, the optimizer: it holds every trainable parameter, and its learning rates are positive.
 
@@ -122,17 +135,24 @@ class SanityCheck(Callback):
                 *(check_outputs(f"model in {phase!r}", outputs) if whole else ()),
                 *check_targets(f"targets of {phase!r}", lossfn, outputs, targets),
             ]
+            if whole and not wrong:
+                wrong = list(check_classes(f"targets of {phase!r}", lossfn, outputs, targets))
             yield from wrong
             if wrong or not whole:
                 return  # a loss of these says nothing more; and on a GPU a target out of range ends the process
             where = f"loss in {phase!r}"
+            broadcasts = Broadcasts(outputs, targets)
             try:
-                loss = loss_trial(outputs, targets)
+                with broadcasts:
+                    loss = loss_trial(outputs, targets)
             except Exception as error:
                 what = f"it raised {type(error).__name__}: {error}\n   outputs: {describe(outputs)}, "
-                yield Problem(where, f"{what}targets: {describe(targets)}.", "Fit the loss and the model's last layer.")
+                raised = Problem(where, f"{what}targets: {describe(targets)}.", remedy_for(error))
+                yield from [*broadcasts.problems(where)] or [raised]
                 return
+            yield from broadcasts.problems(where)
             yield from check_loss(where, loss, training=training)
+            yield from check_backward(where, loss, outputs)
 
     def _report(self, found: list[Problem]) -> str:
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"

@@ -74,6 +74,7 @@ def test_it_is_torchs_averaged_model_to_the_bit(buffers: bool, accumulate: int) 
     expected = dict(averaged.module.named_parameters())
     if buffers:
         expected |= dict(averaged.module.named_buffers())  # type: ignore[arg-type]  # tensors, both
+        del expected["1.num_batches_tracked"]  # a counter, which torch averages too
     assert list(ema.averages) == list(expected)
     for name, average in ema.averages.items():
         assert torch.equal(average, expected[name]), name
@@ -81,7 +82,65 @@ def test_it_is_torchs_averaged_model_to_the_bit(buffers: bool, accumulate: int) 
         assert torch.equal(weight, model.get_parameter(name)), name  # training does not notice
     with ema.applied():
         for name, value in learner.model.state_dict().items():
-            assert torch.equal(value, averaged.module.state_dict()[name]), name
+            if name != "1.num_batches_tracked" or not buffers:
+                assert torch.equal(value, averaged.module.state_dict()[name]), name
+        assert learner.model.state_dict()["1.num_batches_tracked"].item() == 12
+
+
+class Kinds(torch.nn.Module):
+    """A model with buffers that have no mean, and one that is a mean."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(1, 3))
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.last = torch.nn.Linear(3, 1)
+        self.mask = torch.nn.Parameter(torch.tensor([0.0, -torch.inf, 0.0]), requires_grad=False)
+        self.register_buffer("attention", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("flags", torch.tensor([True, False]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the last layer's outputs; both have one value for each sample."""
+        if self.training:
+            self.seen += len(x)
+        outputs: torch.Tensor = self.last(self.norm(self.linear(x)).masked_fill(self.mask < 0, 0.0))
+        return outputs
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_what_has_no_mean_is_not_averaged(buffers: bool, tmp_path: Path) -> None:
+    """Unit vectors stay of length 1, infinities stay what they are, counters and flags are those of the model."""
+    torch.manual_seed(0)
+    ema = EMA(0.5, buffers=buffers)
+    learner = tiny_learner(ema, Checkpointer(tmp_path), model=Kinds(), optimizer=SGD, n_batches=6)
+    learner.fit(2)
+    plain = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    assert {name for name in ema.averages if "running_" in name} == (
+        {"norm.running_mean", "norm.running_var"} if buffers else set()
+    )
+    assert not any("_u" in name or "_v" in name.rpartition(".")[2][:2] for name in ema.averages)
+    with ema.applied():
+        shown = learner.model.state_dict()
+        for name, value in shown.items():
+            assert not value.isnan().any(), name
+        for name in ("attention", "seen", "flags", "mask", "norm.num_batches_tracked"):
+            assert torch.equal(shown[name], plain[name]), name
+        for name, value in shown.items():
+            if name.endswith(("._u", "._v")):
+                assert value.norm().item() == pytest.approx(1.0), name
+                assert torch.equal(value, plain[name])
+        assert torch.equal(shown["norm.running_mean"], plain["norm.running_mean"]) is not buffers
+        assert not torch.equal(shown["last.weight"], plain["last.weight"])
+    assert plain["seen"].item() == 2 * 6 * 8
+    torch.manual_seed(0)
+    again = EMA(0.5, buffers=buffers)
+    other = tiny_learner(again, Checkpointer(tmp_path), model=Kinds(), optimizer=SGD, n_batches=6)
+    other.fit(2, resume=tmp_path / "epoch-0001.ckpt")
+    for name, average in ema.averages.items():
+        assert torch.equal(again.averages[name], average), name
 
 
 class Seen(Callback):

@@ -302,3 +302,129 @@ def test_the_same_under_every_executor() -> None:
         return tiny_learner(SanityCheck(), model=Counts(), n_batches=2, executor=executor)
 
     assert_equivalent(make, executors=["dask"], epochs=1)
+
+
+# --- shapes that a loss stretches, and types that it refuses
+
+
+class Wrapped(nn.Module):
+    """A loss in a module of the user's."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 2 * F.mse_loss(outputs, targets)
+
+
+class Squeezed(nn.Module):
+    """A model whose outputs have no second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        squeezed: torch.Tensor = self.linear(inputs).squeeze(1)
+        return squeezed
+
+
+def by_hand(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+def with_keywords(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.l1_loss(input=outputs.float(), target=targets.float())
+
+
+STRETCHING: list[tuple[Any, str]] = [
+    (F.mse_loss, "mse_loss"),
+    (nn.MSELoss(), "mse_loss"),
+    (F.l1_loss, "l1_loss"),
+    (F.smooth_l1_loss, "smooth_l1_loss"),
+    (nn.HuberLoss(delta=2.0), "huber_loss"),
+    (partial(F.huber_loss, delta=2.0), "huber_loss"),
+    (F.binary_cross_entropy_with_logits, "binary_cross_entropy_with_logits"),
+    (nn.BCEWithLogitsLoss(), "binary_cross_entropy_with_logits"),
+    (F.poisson_nll_loss, "poisson_nll_loss"),
+    (Wrapped(), "mse_loss"),
+    (by_hand, "sub"),
+    (with_keywords, "l1_loss"),
+    (lambda outputs, targets: (targets - outputs).abs().mean(), "sub"),
+    (lambda outputs, targets: nn.MSELoss(reduction="none")(outputs, targets).mean(), "mse_loss"),
+]
+
+
+@pytest.mark.parametrize(("lossfn", "name"), STRETCHING)
+def test_outputs_and_targets_that_are_stretched(lossfn: Any, name: str) -> None:
+    inputs, targets = torch.randn(16, 1), torch.rand(16)
+    for model, theirs, shapes in (
+        (nn.Linear(1, 1), targets, "outputs of shape (16, 1) and targets of shape (16,)"),
+        (Squeezed(), targets[:, None], "outputs of shape (16,) and targets of shape (16, 1)"),
+    ):
+        learner = tiny_learner(SanityCheck(), model=model, lossfn=lossfn, data=[(inputs, theirs)])
+        [(where, what, remedy)] = fails(learner)
+        assert where == "loss in TrainingPhase"
+        assert what == (
+            f"{name} gets {shapes}, and stretches them to (16, 16): it compares values that do not belong together."
+        )
+        assert "targets.unsqueeze(1) in the dataset, or .squeeze(1) at the end of the model" in remedy
+
+
+@pytest.mark.parametrize(("lossfn", "name"), STRETCHING)
+def test_outputs_and_targets_of_one_shape(lossfn: Any, name: str) -> None:
+    inputs, targets = torch.randn(16, 1), torch.rand(16)
+    tiny_learner(SanityCheck(), model=Squeezed(), lossfn=lossfn, data=[(inputs, targets)]).fit(1)
+    tiny_learner(SanityCheck(), model=nn.Linear(1, 1), lossfn=lossfn, data=[(inputs, targets[:, None])]).fit(1)
+
+
+def contrastive(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compares all pairs, on purpose."""
+    same = (targets[:, None] == targets[None, :]).float()
+    distances = (outputs[:, None, :] - outputs[None, :, :]).square().sum(2)
+    return (same * distances).mean()
+
+
+@pytest.mark.parametrize("lossfn", [F.cross_entropy, nn.CrossEntropyLoss(), contrastive])
+@pytest.mark.parametrize("batch", [3, 16])
+def test_a_loss_of_other_shapes_is_left_alone(lossfn: Any, batch: int) -> None:
+    """Also where the batch is as long as there are classes, so that both could be stretched."""
+    classifier(torch.arange(batch) % 3, lossfn).fit(1)
+
+
+@pytest.mark.parametrize(
+    ("lossfn", "targets", "what", "advice"),
+    [
+        (F.cross_entropy, torch.zeros(4), "cross_entropy takes class numbers of type int64", "targets.long()"),
+        (
+            nn.CrossEntropyLoss(),
+            torch.zeros(4).int(),
+            "cross_entropy takes class numbers of type int64",
+            "targets.long()",
+        ),
+        (F.cross_entropy, torch.eye(3).long(), "cross_entropy takes class numbers of type int64", "targets.argmax(1)"),
+        (
+            F.cross_entropy,
+            torch.zeros(4, 1).long(),
+            "takes one class number for each row of outputs",
+            "targets.squeeze(1)",
+        ),
+        (F.nll_loss, torch.zeros(4), "nll_loss takes class numbers of type int64", "targets.long()"),
+        (lambda o, t: F.cross_entropy(o, t), torch.zeros(4), "it raised RuntimeError", ".long()"),
+        (
+            lambda o, t: F.huber_loss(o[:, 0], t),
+            torch.zeros(4).long(),
+            "its backward pass raised RuntimeError",
+            ".float()",
+        ),
+        (lambda o, t: F.huber_loss(o[:, 0], t), torch.zeros(4).double(), "its backward pass raised", ".float()"),
+    ],
+)
+def test_targets_of_a_type_or_shape_that_the_loss_does_not_take(
+    lossfn: Any, targets: torch.Tensor, what: str, advice: str
+) -> None:
+    [(_, found, remedy)] = fails(classifier(targets, lossfn))
+    assert what in found
+    assert advice in remedy
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(4).byte(), torch.zeros(4).long(), torch.eye(3), torch.eye(3).double()])
+def test_targets_of_a_type_that_cross_entropy_takes(targets: torch.Tensor) -> None:
+    classifier(targets).fit(1)
