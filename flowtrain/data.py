@@ -48,6 +48,11 @@ def loaders(data: Any) -> PhaseMap[Any]:
     return found
 
 
+def _is_loader(value: object) -> bool:
+    """Tell whether something is a loader beyond doubt: a batch may be a list of lists."""
+    return isinstance(value, torch.utils.data.DataLoader)
+
+
 def _is_array(value: object) -> bool:
     return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
 
@@ -75,10 +80,17 @@ def check_loader(loader: Any, phase: Phase) -> None:
     Raises:
         DataError: It is a tensor, a dataset, a list of loaders, not iterable, or says that it is empty.
     """
-    if isinstance(loader, list) and loader and all(isinstance(item, torch.utils.data.DataLoader) for item in loader):
+    inside = list(loader.values()) if isinstance(loader, Mapping) else loader
+    if isinstance(inside, (list, tuple)) and inside and all(map(_is_loader, inside)):
+        remedy = "For training and validation pass a tuple: data=(train, valid)."
+        if not isinstance(phase, AbstractTrainingPhase):
+            remedy = (
+                "Give each of them a phase of its own: class OtherPhase(ValidationPhase): ..., and "
+                "data={TrainingPhase: train, ValidationPhase: valid, OtherPhase: other}."
+            )
         raise DataError(
-            f"The data for {phase!r} is a list of {len(loader)} loaders, and each of them would be taken for a batch. "
-            f"For training and validation pass a tuple: data=(train, valid)."
+            f"The data for {phase!r} is a {type(loader).__name__} of {len(inside)} loaders, and each of them would be "
+            f"taken for a batch. {remedy}"
         )
     if _is_array(loader):
         raise DataError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
 
 import torch
 
@@ -20,9 +20,11 @@ from flowtrain.arguments import (
     as_phase,
     check_core,
     check_counts,
+    check_keywords,
     check_lossfn,
     check_model,
     check_phase,
+    no_attribute,
 )
 from flowtrain.audit import SyncReport, audit
 from flowtrain.batch import BatchState
@@ -68,7 +70,7 @@ class Learner(CallbackSite):
     def __init__(
         self,
         model: torch.nn.Module | Mapping[str, torch.nn.Module],
-        lossfn: Callable[..., Any],
+        lossfn: Callable[..., Any] | None = None,
         *,
         data: Any = None,
         optimizer: Any = torch.optim.AdamW,
@@ -77,7 +79,9 @@ class Learner(CallbackSite):
         executor: str | Executor = "serial",
         core: TorchCore | None = None,
         strict: bool = False,
+        **unknown: Never,
     ) -> None:
+        check_keywords("Learner", unknown, Learner.__init__)
         self.state = LearnerState()
         self.state.model = check_model(model)
         self.state.lossfn = check_lossfn(lossfn)
@@ -108,6 +112,7 @@ class Learner(CallbackSite):
         validate_every: int | None = None,
         data: Any = None,
         resume: str | PathLike[str] | None = None,
+        **unknown: Never,
     ) -> None:
         """Train.
 
@@ -132,6 +137,7 @@ class Learner(CallbackSite):
             Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
         """
+        check_keywords("fit", unknown, Learner.fit)
         self._ready("fit()", opens=resume is None)
         check_counts(epochs, steps, validate_every)
         chosen = self.state.data if data is None else loaders(data)
@@ -284,6 +290,13 @@ class Learner(CallbackSite):
             )
         self._check_phases(data)
         warn_untrained(data, stacklevel=3)
+
+    if not TYPE_CHECKING:  # a checker must not think that every attribute exists
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # its own error, such as that of a property
+            raise no_attribute(name, dir(self))
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(

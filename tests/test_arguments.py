@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
+from flowtrain.arguments import _ARGUMENTS, _ATTRIBUTES
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 
 
@@ -52,7 +54,7 @@ BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
         lambda: tiny_learner(lossfn=nn.MSELoss),
         CoreError, "MSELoss'> is not a function of (outputs, targets). Write MSELoss(), an instance.",
     ),
-    "no loss": (lambda: Learner(TinyModel(), None), CoreError, "lossfn=None is not a function of (outputs, targets)."),  # type: ignore[arg-type]  # what is tested
+    "no loss": (lambda: Learner(TinyModel(), None), CoreError, "lossfn=None is not a function of (outputs, targets)."),
     "callbacks no list": (
         lambda: tiny_learner(callbacks=Some()),
         CallbackError, "callbacks=<Some> is not a list. Write callbacks=[...].",
@@ -162,3 +164,104 @@ def test_counts_that_mean_nothing(args: tuple[Any, ...], kwargs: dict[str, Any],
         learner.fit(*args, **kwargs)
     assert str(raised.value) == text
     assert learner.model.coeff == 0, "nothing ran"
+
+
+# --- the habits of other libraries
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lr", "optimizer=partial(torch.optim.AdamW, lr=1e-3) in Learner"),
+        ("learning_rate", "optimizer=partial(torch.optim.AdamW, lr=1e-3) in Learner"),
+        ("loss_fn", "Learner(model, lossfn, ...), the loss function second"),
+        ("criterion", "Learner(model, lossfn, ...), the loss function second"),
+        ("train_dataloaders", "data=(train_loader, valid_loader) in Learner or fit"),
+        ("dls", "data=(train_loader, valid_loader) in Learner or fit"),
+        ("metrics", "callbacks=[Metrics(accuracy)] in Learner"),
+        ("accelerator", "core=TorchCore(device=..."),
+        ("accumulate_grad_batches", "core=TorchCore(device=..."),
+        ("max_epochs", "learner.fit(10)"),
+        ("val_check_interval", "learner.fit(steps=1000), with validate_every=100"),
+        ("ckpt_path", "learner.fit(10, resume=folder)"),
+        ("cbs", "callbacks=[...] in Learner"),
+        ("verbose", 'default_callbacks="quiet" in Learner'),
+    ],
+)
+def test_arguments_of_other_libraries(name: str, advice: str) -> None:
+    unknown: dict[str, Any] = {name: 1}
+    with pytest.raises(UsageError) as raised:
+        Learner(TinyModel(), **unknown)
+    assert str(raised.value).startswith(f"Learner() takes no argument {name!r}. Write {advice}")
+    assert str(raised.value).endswith("default_callbacks, executor, core, strict.")
+    learner = tiny_learner()
+    before = learner.model.coeff.item()
+    with pytest.raises(UsageError) as raised:
+        learner.fit(**unknown)
+    assert str(raised.value).startswith(f"fit() takes no argument {name!r}. Write {advice}")
+    assert str(raised.value).endswith("It takes epochs, steps, validate_every, data, resume.")
+    assert learner.model.coeff.item() == before
+
+
+def test_arguments_that_nobody_has() -> None:
+    unknown: dict[str, Any] = {"executer": "serial"}
+    with pytest.raises(UsageError) as raised:
+        Learner(TinyModel(), mse_loss, **unknown)
+    assert str(raised.value) == (
+        "Learner() takes no argument 'executer'. Did you mean 'executor'? It takes model, lossfn, data, optimizer, "
+        "callbacks, default_callbacks, executor, core, strict."
+    )
+    with pytest.raises(CoreError, match=r"lossfn=None is not a function of .* Write Learner\(model, lossfn\)"):
+        Learner(TinyModel())
+    with pytest.raises(UsageError, match=r"fit\(\) takes no argument 'zzz'\. It takes epochs"):
+        tiny_learner().fit(1, zzz=1)  # type: ignore[arg-type]  # that is the point
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("predict", "Write with torch.no_grad(): outputs = learner.model.eval()(inputs)."),
+        ("history", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and"),
+        ("evaluate", "Write learner.validate(), or learner.epoch(ValidationPhase, loader) for other data;"),
+        ("callback_metrics", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss']"),
+        ("save", "Write torch.save(learner.model.state_dict(), path), or Checkpointer(folder)"),
+        ("load_checkpoint", "Write learner.load(path)."),
+        ("fit_one_cycle", "Write learner.fit(10)."),
+        ("lr_find", "Write flowtrain.find_learning_rate(learner)."),
+        ("to", "Write TorchCore(device=...) as Learner(core=...)."),
+        ("freeze", "Write requires_grad_(False) of the parameters"),
+        ("validat", "Did you mean 'validate'?"),
+    ],
+)
+def test_attributes_of_other_libraries(name: str, advice: str) -> None:
+    learner = tiny_learner()
+    with pytest.raises(AttributeError) as raised:
+        getattr(learner, name)
+    assert str(raised.value).startswith(f"A Learner has no attribute {name!r}. {advice}")
+    assert not hasattr(learner, name)
+
+
+def test_what_is_advised_is_there() -> None:
+    """No advice names an attribute of the learner that it does not have, nor one that it has as missing."""
+    learner = tiny_learner()
+    for advice, names in _ATTRIBUTES.items():
+        for called in re.findall(r"learner\.(\w+)", advice):
+            assert hasattr(learner, called), called
+        assert not [name for name in names.split() if hasattr(learner, name)]
+    own = {*signature(Learner.__init__).parameters, *signature(Learner.fit).parameters}
+    known = [name for names in _ARGUMENTS.values() for name in names.split()]
+    assert sorted(known) == sorted(set(known))
+    assert {*known} & own == {"callbacks", "epochs"}, "an argument of the other call"
+
+
+def test_the_error_of_a_property_is_its_own() -> None:
+    class Broken(Learner):
+        @property
+        def score(self) -> float:
+            return {}.nothing  # type: ignore[attr-defined,no-any-return]  # that is the point
+
+    learner = Broken(TinyModel(), mse_loss, default_callbacks=False)
+    with pytest.raises(AttributeError, match="'dict' object has no attribute 'nothing'"):
+        _ = learner.score
+    with pytest.raises(AttributeError, match="_private"):
+        _ = learner._private  # type: ignore[attr-defined]  # that is the point

@@ -149,6 +149,19 @@ def test_a_named_pair_is_a_pair() -> None:
             "The data for TrainingPhase is a list of 2 loaders, and each of them would be taken for a batch. For "
             "training and validation pass a tuple: data=(train, valid).",
         ),
+        *(
+            (
+                (DataLoader(Samples()), several),
+                f"The data for ValidationPhase is a {kind} of 2 loaders, and each of them would be taken for a batch. "
+                f"Give each of them a phase of its own: class OtherPhase(ValidationPhase): ..., and "
+                f"data={{TrainingPhase: train, ValidationPhase: valid, OtherPhase: other}}.",
+            )
+            for kind, several in (
+                ("list", [DataLoader(Samples()), DataLoader(Endless())]),
+                ("tuple", (DataLoader(Samples()), DataLoader(Samples()))),
+                ("dict", {"one": DataLoader(Samples()), "other": DataLoader(Samples())}),
+            )
+        ),
         ((), f"data is a tuple of 0 loaders. {HOW}"),
         ((1, 2, 3), f"data is a tuple of 3 loaders. {HOW}"),
         (
