@@ -8,7 +8,8 @@ entry           what it is
                 judged: the averages of `flowtrain.callbacks.EMA`
 ``trained``     the same, as training goes on with it; only where that is something else than ``model``
 ``loss module`` the state of the loss function, where it is a module
-``optimizer``   for each optimizer by name its ``type`` and ``state``
+``structure``   what training changed of modules and optimizers beside that: `flowtrain.structure`
+``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
 ``core``        the scaler's state
 ``group``       an accumulation group that is open: its counts, and the gradients in the order of the parameters
 ``cbstate``     what callbacks share, as `flowtrain.plain` packs it
@@ -47,27 +48,28 @@ __all__ = ["apply", "check", "gather", "load_models", "lost"]
 _COMPILED = "_orig_mod."
 
 
-def gather(state: LearnerState, core: TorchCore, *, judged: bool = False) -> dict[str, Any]:
+def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, here: bool = False) -> dict[str, Any]:
     """Return the state of a learner, copied to the CPU; what belongs to the fit is added by the loop.
 
     Args:
         state: The state.
         core: Its core.
         judged: Whether ``model`` is to be what evaluation judges.
+        here: It is put back in this process if something fails, and may hold what no file can.
 
     Raises:
-        CheckpointError: A callback or ``cbstate`` holds something that a checkpoint cannot.
+        CheckpointError: A callback, ``cbstate`` or a module holds something that a checkpoint cannot.
     """
     with ExitStack() as rest:  # what a callback has changed for a while only is not part of it
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        contents = _gather(state, core)
+        contents = _gather(state, core, here)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
             contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
         return contents
 
 
-def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
+def _gather(state: LearnerState, core: TorchCore, here: bool) -> dict[str, Any]:
     stage = Stage()
     return {
         "format": FORMAT,
@@ -76,8 +78,13 @@ def _gather(state: LearnerState, core: TorchCore) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "model": _models(core, stage),
         "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
+        "structure": core.structure.state_dict(stage, here=here),
         "optimizer": {
-            name: {"type": type(each).__name__, "state": stage.copy(each.state_dict(), f"optimizer {name}".strip())}
+            name: {
+                "type": type(each).__name__,
+                "groups": core.structure.group_state(name),
+                "state": stage.copy(each.state_dict(), f"optimizer {name}".strip()),
+            }
             for name, each in _optimizers(state).items()
         },
         "core": stage.copy(core.state_dict(), "core"),
@@ -144,6 +151,7 @@ def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
     for name, model in core.models.items():
         wrong = wrong or list(_differences(contents["model"][name], _state_of(model)))
     wrong = wrong or list(_differences(contents["loss module"], _state_of(state.lossfn)))
+    wrong = wrong or list(core.structure.differences(contents.get("structure")))
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(
@@ -153,7 +161,7 @@ def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
     optimizers = _optimizers(state)
     wrong = _wrong_names("optimizer", contents["optimizer"], optimizers)
     for name, optimizer in optimizers.items():
-        wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer))
+        wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer, core))
     if wrong:
         raise CheckpointError(
             f"The checkpoint was taken with another optimizer: {wrong[0]}. Build the learner with that optimizer. "
@@ -193,14 +201,15 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
                 yield f"its {name} is {value.dtype}, the learner's {here[name].dtype}"
 
 
-def _other_optimizer(name: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    called = f"optimizer {name!r}" if name else "it"
+def _other_optimizer(
+    name: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, core: TorchCore
+) -> Iterator[str]:
     if saved["type"] != type(optimizer).__name__:
+        called = f"optimizer {name!r}" if name else "it"
         yield f"{called} was a {saved['type']}, the learner has a {type(optimizer).__name__}"
-    sizes = [len(group["params"]) for group in saved["state"]["param_groups"]]
-    here = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != here:
-        yield f"{called} had groups of {sizes} parameters, the learner's has groups of {here}"
+    other = core.structure.other_groups(name, saved)
+    if other:
+        yield other
 
 
 # --- put back
@@ -212,7 +221,7 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
     Raises:
         CheckpointError: A model or callback refused its state; the learner is as it was then.
     """
-    before = gather(state, core)
+    before = gather(state, core, here=True)
     try:
         _apply(contents, state, core)
     except BaseException:
@@ -222,9 +231,12 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
     stage = Stage()
+    with core.own_modes():  # first: what modules load by themselves counts
+        core.structure.load_state_dict(contents.get("structure"))
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in _optimizers(state).items():
+        core.structure.arrange(name, contents["optimizer"][name])
         optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
     core.load_state_dict(contents["core"])
     if contents["group"] is not None:

@@ -14,8 +14,8 @@ On an accelerator nothing here waits for it: batches come ahead (`flowtrain.pref
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from flowtrain.prefetch import Transfer
 from flowtrain.scaling import Precision, Scaling, autocast, in_precision
 from flowtrain.settings import Settings
 from flowtrain.state import LearnerState, Named
+from flowtrain.structure import Structure
 
 __all__ = ["Precision", "TorchCore"]
 
@@ -146,6 +147,9 @@ class TorchCore:
         self._placement = Placement(self.settings, self.device, self.groups)
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
+        self.structure = Structure(
+            self.models, state.lossfn, self._optimizers, self.device, lambda: self.modes.own() if self.modes else {}
+        )
         self._choose()
 
     def _choose(self) -> None:
@@ -285,6 +289,15 @@ class TorchCore:
     def finite(self) -> bool:
         """Tell whether all parameters that are trained are finite. Waits for the device, once."""
         return all_finite(self.modules)
+
+    @contextmanager
+    def own_modes(self) -> Generator[None]:
+        """Give a context in which every module has its own mode, also while a phase has set others."""
+        if self.modes is not None:
+            self.modes.end()
+        yield
+        if self.modes is not None:
+            self.modes.begin()
 
     def warn_woken(self) -> None:
         """Warn, once, of a model in eval mode that is trained in train mode."""

@@ -217,7 +217,7 @@ class Cuts:
         run, here = contents["run"], real_folder(resolve(path))
         self._executor.flush()  # as in `load`
         with self._released():
-            before = gather(self._state, self._core)
+            before = gather(self._state, self._core, here=True)
             apply(contents, self._state, self._core)
             try:
                 if self._load_lanes is not None and contents["lanes"] is not None:
@@ -232,6 +232,15 @@ class Cuts:
             warnings.warn(
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
                 f"the fit goes on without.",
+                UserWarning,
+                stacklevel=3,
+            )
+        otherwise = self._core.structure.built_otherwise(contents.get("structure"))
+        if otherwise:
+            more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
+            warnings.warn(
+                f"The learner of the checkpoint began otherwise: {', '.join(otherwise[:3])}{more}. The fit goes on as "
+                f"this learner is. Build it as the other was if the fit is to be the same.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -253,8 +262,10 @@ class Cuts:
         return self.position
 
     def restore_random(self) -> None:
-        """Put the random numbers back to those of the checkpoint that the fit goes on from."""
+        """Put the random numbers back to those of the checkpoint that the fit goes on from; `FitBegin` was fired."""
         if self.resumed is not None:
+            if not self.resumed["position"]["phase"]:
+                self._check_hooks(self.resumed)
             self._set_random(self.resumed)
 
     def resume_stream(self, stream: Stream) -> None:
@@ -267,7 +278,17 @@ class Cuts:
         """Put everything back once more, after the `EpochBegin` of an epoch that had begun already."""
         if self.resumed is not None:
             apply(self.resumed, self._state, self._core)
+            self._check_hooks(self.resumed)
             self._set_random(self.resumed)
+
+    def _check_hooks(self, contents: Mapping[str, Any]) -> None:
+        missing = self._core.structure.missing_hooks(contents.get("structure"))
+        if missing:
+            raise CheckpointError(
+                f"The checkpoint was taken with other hooks: {'; '.join(missing[:3])} in training, and not in this "
+                f"fit. A checkpoint holds no hooks. Add and remove them before fit, in setup, or at FitBegin, which is "
+                f"fired when a fit goes on as well."
+            )
 
     def let_go(self) -> None:
         """Hold the checkpoint no longer that the fit went on from: its first epoch has begun."""

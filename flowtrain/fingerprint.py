@@ -122,6 +122,9 @@ def _bytes(value: torch.Tensor) -> bytes:
 def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     found: dict[Path, object] = {(*root, *name.split(".")): _tensor(value) for name, value in named}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        path = (*root, *name.split("."))
+        found[path] = (found[path], param.requires_grad)  # what freezes it is a write too
     for name, inner in module.named_modules():
         plain = [(key, value) for key, value in vars(inner).items() if isinstance(value, (bool, int, float, str))]
         for key, value in plain:  # such as `training`, which eval() and train() set

@@ -271,6 +271,7 @@ class Learner(CallbackSite):
             raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
         if opens:
+            self.core.structure.begin()
             self.loop.sinks.open()
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:

@@ -17,9 +17,10 @@ from flowtrain.phases import Phase
 from flowtrain.series import Series, SeriesMap
 from flowtrain.state import State
 
-__all__ = ["Stage", "fill", "phase_of"]
+__all__ = ["LeftOver", "Object", "Stage", "fill", "is_plain", "kept", "live", "phase_of", "same"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
+"""The types of plain values beside the containers of them; no subclasses, which a file does not bring back."""
 
 
 class Stage:
@@ -192,3 +193,104 @@ def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:
             return kind()
         found += kind.__subclasses__()
     raise CheckpointError(f"The checkpoint has state of the phase {name}, and no phase of that name is defined.")
+
+
+# --- values that are remembered, to see later whether they have changed
+
+
+class _Tensor:
+    """A tensor, and how often it had been changed in place."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = -1 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tensor) and self.tensor is other.tensor and self.version == other.version
+
+    __hash__ = None  # type: ignore[assignment]  # equal ones need not stay equal
+
+
+class Object:
+    """An object that is neither a tensor nor a plain value, as `kept` gives it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class LeftOver:
+    """Of a tensor with a graph, which a forward pass has left behind, and of parameters, which the state holds."""
+
+
+class _Unkept(Exception):
+    """Something in a value is neither a tensor nor plain."""
+
+
+def kept(value: Any) -> Any:
+    """Return a value in a form that tells later whether it has changed, and in which nobody else changes anything."""
+    try:
+        return _keep(value)
+    except _Unkept as reason:
+        return reason.args[0](value) if reason.args[0] is Object else LeftOver()
+
+
+def _keep(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
+        raise _Unkept(LeftOver)
+    if isinstance(value, torch.Tensor):
+        if value.grad_fn is not None:
+            raise _Unkept(LeftOver)
+        return _Tensor(value)
+    if kind in (list, tuple, torch.Size):
+        return [_keep(each) for each in value] if kind is list else tuple(_keep(each) for each in value)
+    if kind is dict and all(type(key) in _PLAIN for key in value):
+        return {key: _keep(each) for key, each in value.items()}
+    if kind in (set, frozenset) and all(type(each) in _PLAIN for each in value):
+        return kind(value)
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return _keep(value.item())  # a number of numpy's
+    raise _Unkept(Object)
+
+
+def is_plain(kept: Any) -> bool:
+    """Tell whether there is neither an object nor a tensor in a value that was kept."""
+    if isinstance(kept, (list, tuple)):
+        return all(is_plain(each) for each in kept)
+    if isinstance(kept, dict):
+        return all(is_plain(each) for each in kept.values())
+    return not isinstance(kept, (Object, LeftOver, _Tensor))
+
+
+def live(kept: Any, path: str) -> Any:
+    """Return the value that was kept, in containers of its own.
+
+    Raises:
+        CheckpointError: It is a tensor that was changed in place since.
+    """
+    if isinstance(kept, Object):
+        return kept.value
+    if isinstance(kept, _Tensor):
+        if kept != _Tensor(kept.tensor):
+            raise CheckpointError(
+                f"{path} was changed in place since training began, and the checkpoint, in which it is as it "
+                f"was then, does not hold it. Build the learner anew, then load."
+            )
+        return kept.tensor
+    if isinstance(kept, (list, tuple)):
+        return type(kept)(live(each, path) for each in kept)
+    if isinstance(kept, dict):
+        return {name: live(each, path) for name, each in kept.items()}
+    return set(kept) if type(kept) is set else kept
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same; objects that do not say so are if they are one."""
+    if isinstance(one, Object) and isinstance(other, Object):
+        try:
+            return one.value is other.value or bool(one.value == other.value)
+        except Exception:  # an array says it for each item
+            return False
+    return one is other or (type(one) is type(other) and bool(one == other))

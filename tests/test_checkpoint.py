@@ -291,8 +291,8 @@ def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_pat
     assert contents["optimizer"][""]["type"] == "SGD"
     assert contents["finite"] is True
     assert set(contents) == {
-        "format", "version", "flowtrain", "torch", "model", "loss module", "optimizer", "core", "group", "cbstate",
-        "callbacks", "random", "loaders", "position", "numbers", "run", "lanes", "finite",
+        "format", "version", "flowtrain", "torch", "model", "loss module", "structure", "optimizer", "core", "group",
+        "cbstate", "callbacks", "random", "loaders", "position", "numbers", "run", "lanes", "finite",
     }  # fmt: skip
 
 

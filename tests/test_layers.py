@@ -31,7 +31,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
     5: (
         "devices", "prefetch", "optimizers", "groups", "guard", "scaling", "compiling", "settings", "placement",
-        "core",
+        "structure", "core",
         "data", "planned", "scopes", "dispatch", "randomness", "position", "checkpointfile", "checkpoint", "writer",
         "cuts", "interrupts", "loop", "stepsite",
         "scratch", "dryrun", "syncs", "audit",

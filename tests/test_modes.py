@@ -179,10 +179,10 @@ def test_a_model_that_overrides_train_is_asked() -> None:
 
         def train(self, mode: bool = True) -> Stays:
             super().train(mode)
-            self[0][1].eval()
+            self.get_submodule("0.1").eval()
             return self
 
-    model = Stays(*tuned())
+    model: Any = Stays(*tuned())
     tiny_learner(look := Look(model), model=model, n_batches=1).fit(1)
     assert look.seen[0] == ("T", [True, True, True, False, True, True])
 

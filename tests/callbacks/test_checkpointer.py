@@ -133,6 +133,7 @@ class Masked(torch.nn.Module):
 
 
 INF = float("inf")
+ONE: dict[str, Any] = {"keep_top_k": 1, "monitor": "Score", "mode": "min"}
 BESIDE = {
     "attention mask": {"mask": torch.full((3, 3), -INF).triu(1)},
     "frozen": {"frozen": torch.tensor([0.0, -INF])},
@@ -147,8 +148,7 @@ BESIDE = {
 def test_rule_28_what_is_not_trained_may_be_infinite(beside: str, tmp_path: Path) -> None:
     """Rule 28: the parameters that are trained and the last loss count, nothing else."""
     model = Masked(**BESIDE[beside])
-    kept = Checkpointer(tmp_path, 1, monitor="Score", mode="min")
-    tiny_learner(scored(2, 1, 3), kept, model=model, n_batches=1).fit(3)
+    tiny_learner(scored(2, 1, 3), Checkpointer(tmp_path, **ONE), model=model, n_batches=1).fit(3)
     assert files(tmp_path) == ["2", "3"]
     assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest")) == ("2", "3")
     resumed = tiny_learner(scored(5), model=Masked(**BESIDE[beside]), n_batches=1)
@@ -187,10 +187,10 @@ class Diverging(torch.nn.Module):
     ("options", "infinite", "scores", "kept", "best", "latest"),
     [
         # without one that is infinite the second would be gone after the third, and it was there for ever
-        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
-        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # 3: newest
-        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
-        ({"keep_top_k": 1, "monitor": "Score", "mode": "min"}, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
+        (ONE, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
+        (ONE, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # the third is the newest
+        (ONE, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
+        (ONE, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
         # the best score belongs to weights that may not be used
         ({"keep_top_k": 2, "monitor": "Score", "mode": "max"}, [2], [1, 9, 3, 2, 1], ["3", "4", "5"], "3", "5"),
         ({"keep_top_k": 1, "monitor": None}, [2], [0, 0, 0], ["3"], "", "3"),
@@ -213,15 +213,15 @@ def test_an_epoch_that_is_not_finite_leaves_nothing_behind(
 
 
 def test_a_resumed_run_removes_what_was_not_finite_before_it(tmp_path: Path) -> None:
-    def learner(infinite: int) -> Learner:
-        loss = Diverging(infinite, batches=2)
+    def learner() -> Learner:
+        loss = Diverging(2, batches=2)  # goes on counting
         return tiny_learner(Checkpointer(tmp_path, 1, every_steps=3), n_batches=2, lossfn=loss)
 
     with pytest.warns(RuntimeWarning, match="not finite"):
-        learner(2).fit(2)
+        learner().fit(2)
     assert files(tmp_path) == ["1", "2", "step-00000003"]
     with pytest.warns(RuntimeWarning, match="not finite"):
-        learner(1).fit(3, resume=tmp_path)
+        learner().fit(3, resume=tmp_path)
     assert files(tmp_path) == ["3"]
 
 

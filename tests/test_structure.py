@@ -1,0 +1,494 @@
+"""Structure: what training changed beside all ``state_dict`` comes back, or is refused by its name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable as Function
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flowtrain import (
+    Access,
+    BatchEnd,
+    Callback,
+    CheckpointError,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    Learner,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    UndeclaredWriteError,
+    ValidationPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import Checkpointer, Recorder
+from flowtrain.testing import tiny_learner
+from flowtrain.testing.values import learner_leaves
+
+
+class Net(nn.Module):
+    """A backbone that is frozen and in eval mode, a head, and some of what a state_dict does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.back: Any = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4)).requires_grad_(False).eval()
+        self.drop: Any = nn.Dropout(0.0)
+        self.act: Any = nn.ReLU()
+        self.head: Any = nn.Linear(4, 1)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+        self.factor: Any = 1.0
+        self.weights: Any = {"a": [1.0, 2.0]}
+        self.function: Any = torch.tanh
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.function(self.act(self.drop(self.back(x))))
+        self.last = torch.distributions.Normal(hidden, 1.0)  # left behind, of no use later
+        out: torch.Tensor = self.head(hidden * self.scale * self.factor * self.weights["a"][0])
+        return out
+
+
+class Do(Callback):
+    """Does something with the learner at the n-th event of a type in a phase, once."""
+
+    def __init__(
+        self, do: Function[[Any], object], event: type[Event] = EpochBegin, number: int = 2,
+        phase: type[Phase] = TrainingPhase,
+    ) -> None:  # fmt: skip
+        self.do, self.event, self.number, self.phase, self.seen = do, event, number, phase(), 0
+
+    def state_access(self) -> Access:
+        return {"model": Write(), "optimizer": Write(), "lossfn": Write()}
+
+    @on(Event)
+    def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if type(event) is self.event and phase is self.phase:
+            self.seen += 1
+            if self.seen == self.number:
+                self.do(learner)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def head_alone(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([each for each in params if each.requires_grad], lr=0.05, momentum=0.9)
+
+
+def learner_of(*callbacks: Callback, model: Any = None, **options: Any) -> Learner:
+    chosen: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9), "n_batches": 4, **options}
+    return tiny_learner(*callbacks, model=model or Net(), **chosen)
+
+
+def weights(learner: Learner) -> list[list[float]]:
+    return [value.flatten().tolist() for value in learner.model.state_dict().values()]
+
+
+def unfreeze(learner: Any) -> None:
+    learner.model.back.requires_grad_(True).train()
+
+
+def add_group(learner: Any) -> None:
+    unfreeze(learner)
+    learner.optimizer.add_param_group({"params": list(learner.model.back.parameters()), "lr": 0.01, "name": "back"})
+
+
+def regroup(learner: Any) -> None:
+    """Move one parameter to a group of its own, in front, and turn the others round."""
+    first, *rest = learner.optimizer.param_groups[0]["params"]
+    group = learner.optimizer.param_groups[0]
+    group["params"] = rest[::-1]
+    learner.optimizer.param_groups.insert(0, {**group, "params": [first], "lr": 0.2, "note": [1, "a"]})
+
+
+def take_out(learner: Any) -> None:
+    bias = learner.optimizer.param_groups[0]["params"].pop()
+    learner.optimizer.state.pop(bias, None)
+
+
+def set_many(learner: Any) -> None:
+    model = learner.model
+    model.drop.p, model.factor, model.weights["a"][0] = 0.3, 0.5, 0.25
+    model.back[1].momentum = 0.7
+    model.scale = torch.full((1,), 2.0)
+    model.new = (3, "x", torch.arange(2))
+    del model.weights["a"][1]
+
+
+CHANGES: dict[str, tuple[Function[[Any], object], dict[str, Any]]] = {
+    "unfreeze": (unfreeze, {}),
+    "freeze": (lambda learner: learner.model.head.weight.requires_grad_(False), {}),
+    "eval": (lambda learner: learner.model.drop.eval(), {}),
+    "add_group": (add_group, {"optimizer": head_alone}),
+    "regroup": (regroup, {}),
+    "take_out": (take_out, {}),
+    "attributes": (set_many, {}),
+    "buffer in place": (lambda learner: learner.model.scale.mul_(3), {}),
+    "new buffer": (lambda learner: learner.model.register_buffer("more", torch.ones(2), persistent=False), {}),
+    "loss module": (lambda learner: setattr(learner.lossfn, "beta", 0.1), {"lossfn": nn.SmoothL1Loss()}),
+    "defaults": (lambda learner: learner.optimizer.defaults.update(lr=0.7), {}),
+}
+
+
+def all_of(learner: Learner) -> dict[str, Any]:
+    """Weights, and what the changes are about."""
+    model, optimizer = learner.model, learner.optimizer
+    names = {id(param): name for name, param in model.named_parameters()}
+    return copy.deepcopy({
+        "weights": weights(learner),
+        "frozen": [name for name, param in model.named_parameters() if not param.requires_grad],
+        "modes": [module.training for module in model.modules()],
+        "groups": [
+            {**group, "params": [names[id(param)] for param in group["params"]]} for group in optimizer.param_groups
+        ],
+        "defaults": optimizer.defaults,
+        "attributes": [model.drop.p, model.factor, model.weights, model.back[1].momentum,
+                       repr(getattr(model, "new", 0))],
+        "buffers": [(name, value.tolist()) for name, value in model.named_buffers()],
+        "beta": getattr(learner.lossfn, "beta", None),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("event", [EpochBegin, BatchEnd, EpochEnd])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_rule_28_what_training_changed_goes_on(change: str, event: type[Event], stop: int, tmp_path: Path) -> None:
+    """Rule 28: restored on resume, to the bit, and by ``load``."""
+    do, options = CHANGES[change]
+    number = 5 if event is BatchEnd else 2
+
+    def learner(*callbacks: Callback) -> Learner:
+        lossfn = nn.SmoothL1Loss() if "lossfn" in options else nn.functional.mse_loss
+        return learner_of(Do(do, event, number), *callbacks, **{**options, "lossfn": lossfn})
+
+    torch.manual_seed(1)
+    whole = learner(Checkpointer(tmp_path))
+    whole.fit(4)
+    resumed = learner(Checkpointer(tmp_path))
+    resumed.fit(4, resume=tmp_path / f"epoch-000{stop}.ckpt")
+    assert all_of(resumed) == all_of(whole)
+    loaded = learner()
+    loaded.load(tmp_path / "epoch-0004.ckpt")
+    assert all_of(loaded) == all_of(whole)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_within_an_epoch_and_before_the_change(change: str, tmp_path: Path) -> None:
+    """A checkpoint of the epoch of the change, or before it, loaded where training has gone on."""
+    do, options = CHANGES[change]
+    if change == "loss module":
+        options = {"lossfn": nn.SmoothL1Loss()}
+    torch.manual_seed(1)
+    learner = learner_of(Do(do, BatchEnd, 6), Checkpointer(tmp_path, every_steps=7), **options)
+    learner.fit(1)
+    before = all_of(learner)
+    learner.fit(1)
+    changed = all_of(learner)
+    assert {**changed, "weights": 0, "buffers": 0} != {**before, "weights": 0, "buffers": 0} or "buffer" in change
+    if change == "buffer in place":
+        with pytest.raises(CheckpointError, match=r"^model\.scale was changed in place since training began, and the"):
+            learner.load(tmp_path / "epoch-0001.ckpt")
+        assert all_of(learner) == changed
+        return
+    learner.load(tmp_path / "epoch-0001.ckpt")
+    assert all_of(learner) == before
+    learner.load(tmp_path / "epoch-0002.ckpt")
+    assert all_of(learner) == changed
+
+
+def test_within_the_epoch_of_the_change(tmp_path: Path) -> None:
+    class Ask(Callback):
+        count = 0
+
+        @on(BatchEnd)
+        def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            self.count += 1
+            learner.request_checkpoint(tmp_path / f"{self.count}.ckpt")
+
+    def learner(*callbacks: Callback) -> Learner:
+        return learner_of(Do(unfreeze, BatchEnd, 6), *callbacks)
+
+    whole = learner(Ask())
+    whole.fit(3)
+    for number in (10, 11, 13, 15):  # in training and in validation, after the change
+        resumed = learner()
+        resumed.fit(3, resume=tmp_path / f"{number}.ckpt")
+        assert all_of(resumed) == all_of(whole), number
+
+
+# --- how the learner is built counts
+
+
+def test_what_the_learner_is_built_with_stays(tmp_path: Path) -> None:
+    """Only what training changed comes of the checkpoint, so a further stage can be built otherwise."""
+    learner_of(Do(lambda learner: setattr(learner.model.drop, "p", 0.25)), Checkpointer(tmp_path)).fit(2)
+    model = Net()
+    unfreeze(type("Holder", (), {"model": model}))
+    model.factor, model.drop.p = 7.0, 0.9
+    learner = learner_of(model=model)
+    learner.load(tmp_path)
+    assert model.back[0].weight.requires_grad
+    assert model.back.training
+    assert (model.factor, model.drop.p) == (7.0, 0.25)
+
+
+def test_a_resumed_fit_says_what_is_built_otherwise(tmp_path: Path) -> None:
+    learner_of(Checkpointer(tmp_path)).fit(1)
+    model = Net()
+    unfreeze(type("Holder", (), {"model": model}))
+    with pytest.warns(UserWarning, match="began otherwise") as caught:
+        learner_of(Checkpointer(tmp_path), model=model).fit(2, resume=tmp_path)
+    assert str(caught[0].message) == (
+        "The learner of the checkpoint began otherwise: model.back.0.weight was frozen there and is trained here, "
+        "model.back.0.bias was frozen there and is trained here, model.back.1.weight was frozen there and is trained "
+        "here, and 4 more. The fit goes on as this learner is. Build it as the other was if the fit is to be the same."
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda params: torch.optim.SGD([{"params": [each]} for each in params]), r"it had groups of \[6\] parameters"),
+        (
+            lambda params: torch.optim.SGD(list(params)[::-1]),
+            r"it had model\.back\.0\.weight where the learner's has model\.head\.bias\. Build the learner with that ",
+        ),
+    ],
+)
+def test_groups_of_another_build_are_refused(make: Any, message: str, tmp_path: Path) -> None:
+    learner_of(Checkpointer(tmp_path), optimizer=torch.optim.SGD).fit(1)
+    learner = learner_of(optimizer=make)
+    before = list(learner_leaves(learner))
+    with pytest.raises(CheckpointError, match=message):
+        learner.load(tmp_path)
+    assert [path for path, _ in learner_leaves(learner)] == [path for path, _ in before]
+
+
+def test_groups_that_training_made_may_be_built(tmp_path: Path) -> None:
+    learner_of(Do(add_group), Checkpointer(tmp_path), optimizer=head_alone).fit(2)
+
+    def both(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        params = list(params)
+        return torch.optim.SGD([{"params": params[4:]}, {"params": params[:4]}], lr=1.0)
+
+    learner = learner_of(optimizer=both)
+    learner.load(tmp_path)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [0.05, 0.01]
+
+
+# --- what a file cannot hold
+
+
+def replace_act(learner: Any) -> None:
+    learner.model.act = nn.GELU()
+
+
+def remove_act(learner: Any) -> None:
+    learner.model.back.add_module("extra", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (replace_act, r"it has a GELU at model\.act, where training put it, the learner has a ReLU\. Build the lear"),
+        (remove_act, r"it has a Identity at model\.back\.extra, where training put it, the learner has nothing there"),
+        (lambda learner: setattr(learner.model, "head", nn.Linear(4, 1, bias=False)), r"has no head\.bias"),
+    ],
+)
+def test_a_module_that_training_put_there_is_asked_for(do: Any, message: str, tmp_path: Path) -> None:
+    def take_out_too(learner: Any) -> None:
+        do(learner)
+        kept = {id(param) for param in learner.model.parameters()}
+        group = learner.optimizer.param_groups[0]
+        for param in group["params"]:
+            if id(param) not in kept:
+                learner.optimizer.state.pop(param, None)
+        group["params"] = [param for param in group["params"] if id(param) in kept]
+
+    whole = learner_of(Do(take_out_too), Checkpointer(tmp_path))
+    whole.fit(2)
+    learner = learner_of(Do(take_out_too))
+    before = all_of(learner)
+    for take in (partial(learner.load, tmp_path), partial(learner.fit, 3, resume=tmp_path)):
+        with pytest.raises(CheckpointError, match=message):
+            take()
+        assert all_of(learner) == before
+    if do is replace_act:
+        learner.model.act = nn.GELU()
+        learner.load(tmp_path)  # built as it is asked for
+        with pytest.raises(CheckpointError, match=r"it has a ReLU at model\.act, .* the learner has a GELU"):
+            whole.load(tmp_path / "epoch-0001.ckpt")
+
+
+def test_an_object_that_training_replaced_is_refused(tmp_path: Path) -> None:
+    def other(learner: Any) -> None:
+        learner.model.function = torch.sigmoid
+
+    learner = learner_of(Do(other), Checkpointer(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        learner.fit(2)
+    assert str(caught.value).startswith(
+        "model.function cannot be in a checkpoint: training has replaced it, by <built-in method sigmoid of type"
+    )
+    assert "get_extra_state() and set_extra_state() in Net. An attribute that" in str(caught.value)
+    learner.load(tmp_path)  # what it was when training began is there
+    assert learner.model.function is torch.tanh
+
+
+def test_a_forward_that_was_covered_is_refused(tmp_path: Path) -> None:
+    def cover(learner: Any) -> None:
+        learner.model.act.forward = torch.sigmoid
+
+    with pytest.raises(CheckpointError, match=r"^model\.act\.forward cannot be in a checkpoint"):
+        learner_of(Do(cover), Checkpointer(tmp_path)).fit(2)
+
+
+def test_a_module_with_a_state_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    class Own(Net):
+        def get_extra_state(self) -> str:
+            return "tanh" if self.function is torch.tanh else "sigmoid"
+
+        def set_extra_state(self, state: str) -> None:
+            self.function = getattr(torch, state)
+
+    change = Do(lambda learner: setattr(learner.model, "function", torch.sigmoid))
+    learner_of(change, Checkpointer(tmp_path), model=Own()).fit(2)
+    learner = learner_of(model=Own())
+    learner.load(tmp_path)
+    assert learner.model.function is torch.sigmoid
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (
+            lambda learner: setattr(learner.model, "head", nn.Linear(4, 1)),
+            r"^optimizer has, in group 0, a parameter of shape \(1, 4\) that is none of the model's or the loss fun",
+        ),
+        (
+            lambda learner: learner.optimizer.param_groups[0]["params"].pop(),
+            r"^optimizer has state of model\.head\.bias, of shape \(1,\), which is in none of its groups\. Where a",
+        ),
+    ],
+)
+def test_what_a_handler_leaves_in_an_optimizer(do: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        learner_of(Do(do), Checkpointer(tmp_path)).fit(2)
+
+
+def reverse(gradient: torch.Tensor) -> torch.Tensor:
+    return -gradient
+
+
+def twice(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+@pytest.mark.parametrize("at", [(FitBegin, Phase, 1), (EpochBegin, TrainingPhase, 2)])
+def test_hooks(at: tuple[type[Event], type[Phase], int], tmp_path: Path) -> None:
+    event, phase, number = at
+
+    def add(learner: Any) -> None:
+        learner.model.act.register_forward_hook(twice)
+
+    class Always(Do):
+        def load_state_dict(self, state: Any) -> None:
+            """Begin to count again: the hook is added in each fit."""
+
+    kind = Do if event is EpochBegin else Always
+    learner_of(kind(add, event, number, phase), Checkpointer(tmp_path)).fit(2)
+    resumed = learner_of(kind(add, event, number, phase), Checkpointer(tmp_path))
+    if event is FitBegin:
+        resumed.fit(3, resume=tmp_path)
+        return
+    message = r"^The checkpoint was taken with other hooks: forward_hook twice, added to model\.act in training, and"
+    with pytest.raises(CheckpointError, match=message):
+        resumed.fit(3, resume=tmp_path)
+
+
+def test_a_hook_that_was_removed(tmp_path: Path) -> None:
+    def learner() -> Learner:
+        model = Net()
+        handle = model.head.weight.register_hook(reverse)
+        return learner_of(Do(lambda learner: handle.remove()), Checkpointer(tmp_path), model=model)
+
+    learner().fit(2)
+    with pytest.raises(CheckpointError, match=r"backward_hook reverse, removed from model\.head\.weight in training"):
+        learner().fit(3, resume=tmp_path)
+
+
+# --- several, and whose types matter not
+
+
+def test_several_models_and_optimizers(tmp_path: Path) -> None:
+    class Both(TrainingPhase):
+        """Train both models on their sum."""
+
+        def step(self, learner: Any, raw: Any) -> None:
+            with learner.run_batch(self, x=raw[0], y=raw[1]) as batch:
+                out = learner.model.one(batch.x) + learner.model.two(batch.x)
+                batch.loss = (out - batch.y).square().mean()
+                learner.backward(self, batch.loss)
+                learner.update(self)
+
+    def change(learner: Any) -> None:
+        learner.model.two.back.requires_grad_(True).train()
+        learner.optimizer.two.add_param_group({"params": list(learner.model.two.back.parameters())})
+        learner.model.one.drop.p = 0.5
+
+    def learner() -> Learner:
+        optimizer = {"one": head_alone, "two": head_alone}
+        data = {Both: [(torch.ones(3, 1), torch.zeros(3, 1))] * 3}
+        models = {"one": Net(), "two": Net()}
+        keep = Checkpointer(tmp_path, monitor=None)
+        return tiny_learner(Do(change, phase=Both), keep, Recorder(), model=models, optimizer=optimizer, data=data,
+                            default_callbacks=False)  # fmt: skip
+
+    whole = learner()
+    whole.fit(4)
+    resumed = learner()
+    resumed.fit(4, resume=tmp_path / "epoch-0002.ckpt")
+    for name in ("one", "two"):
+        assert str(resumed.model[name].state_dict()) == str(whole.model[name].state_dict())
+    assert [len(group["params"]) for group in resumed.optimizer.two.param_groups] == [2, 4]
+    assert resumed.model.one.drop.p == 0.5
+    assert resumed.model.two.back.training
+
+
+def test_compiled_parts_have_the_names_of_those_that_are_not(tmp_path: Path) -> None:
+    model = Net()
+    model.back = torch.compile(model.back, backend="eager")
+    learner_of(Do(unfreeze), Checkpointer(tmp_path), model=model).fit(2)
+    learner = learner_of()
+    learner.load(tmp_path)
+    assert learner.model.back[0].weight.requires_grad
+    assert learner.model.back.training
+
+
+def test_strict_mode_sees_a_layer_that_is_unfrozen() -> None:
+    class Sly(Callback):
+        @on(EpochBegin, TrainingPhase, access={"params": Write()})
+        def ok(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            learner.params["back.0.weight"].requires_grad_(True)
+
+        @on(EpochEnd, ValidationPhase, access={"batch": Write()})
+        def sly(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            model.back[0].weight.requires_grad_(False)
+
+    model = Net()
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.back\.0\.weight"):
+        learner_of(Sly(), model=model, strict=True).fit(1)
