@@ -22,7 +22,17 @@ from typing import Any, ClassVar, Literal
 
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive
 
-__all__ = ["Criterion", "Disjunction", "Mode", "Never", "Warmup", "check_count", "check_positive", "direction"]
+__all__ = [
+    "Criterion",
+    "Disjunction",
+    "Mode",
+    "Never",
+    "Warmup",
+    "check_count",
+    "check_positive",
+    "direction",
+    "several",
+]
 
 Mode = Literal["min", "max"]
 
@@ -32,23 +42,31 @@ def direction(call: str, monitor: str, mode: Mode | None, callbacks: Iterable[An
 
     Args:
         call: What watches it, as a call that is open: ``"EarlyStopping(..."``.
-        monitor: The name of the metric.
+        monitor: The name of the metric, or of one of its values.
         mode: What the user said, if anything.
         callbacks: All of the learner; those that record metrics say what they know of them.
 
     Raises:
         UsageError: Nobody knows.
     """
+    metric = monitor.partition(".")[0]  # of one with several values, such as "F1.cat"
     known: Mode | None = "min" if monitor == "Loss" else None
     for callback in callbacks:
-        known = callback.metric_modes().get(monitor, known)
+        modes = callback.metric_modes()
+        known = modes.get(monitor, modes.get(metric, known))
     if mode is not None or known is not None:
         return mode or known or "min"
     raise UsageError(
         f"{call}, monitor={monitor!r}) does not know whether large values of {monitor} are good or small ones. Write "
         f'{call}, monitor={monitor!r}, mode="max") if large ones are, or mode="min" if small ones are; or say it where '
-        f'the metric is made: Metric(f, name={monitor!r}, mode="max").'
+        f'the metric is made: Metric(f, name={metric!r}, mode="max").'
     )
+
+
+def several(monitor: str, series: Iterable[str]) -> str:
+    """Say, for a message, which values a metric has that is recorded as several series."""
+    names = [name for name in series if name.startswith(f"{monitor}.")]
+    return f"; {monitor} has several values: {', '.join(names)}. Write monitor={names[0]!r}" if names else ""
 
 
 class Criterion:

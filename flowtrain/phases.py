@@ -41,7 +41,7 @@ from flowtrain.events import (
     UpdateEnd,
 )
 from flowtrain.modes import Modes
-from flowtrain.steps import CLOSED, CLOSING, check_graph, forward, no_pair
+from flowtrain.steps import CLOSED, CLOSING, check_graph, forward, measure, no_pair
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -150,6 +150,19 @@ class Phase:
         raise UsageError(
             f"{self!r} has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."
         )
+
+    def batch_size(self, inputs: Any, targets: Any) -> Any:
+        """Return how many samples a batch has, which is its weight in the means of an epoch (`Metrics`).
+
+        What is not overridden takes the length that the tensors of both have in common, and `Metrics` warns where it
+        cannot be told. Override it for data whose first dimension is no batch, as ``return targets.shape[1]`` for time
+        first, or ``return (targets != -100).sum()`` where a sample is a token.
+
+        Args:
+            inputs: ``batch.inputs``; ``None`` where a step of one's own puts nothing there.
+            targets: ``batch.targets``, likewise.
+        """
+        return measure(inputs, targets)[0]
 
     def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
         """Return the context in which an epoch of this phase runs, handlers included; it may give what sets modes."""

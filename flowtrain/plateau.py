@@ -131,6 +131,6 @@ def reduce_on_plateau(
         raise UsageError(f'reduce_on_plateau(mode={mode!r}): mode is "min" or "max".')
     if not is_type(phase, Phase):
         raise UsageError(f"reduce_on_plateau(phase={phase!r}): phase is a type of phase, such as ValidationPhase.")
-    if not is_a(monitor, str) or not monitor or "." in monitor:
+    if not is_a(monitor, str) or not all(monitor.split(".")):
         raise UsageError(f'reduce_on_plateau(monitor={monitor!r}): monitor is the name of a metric, such as "Loss".')
     return ReduceOnPlateau(value, monitor, phase, mode, factor, patience, threshold, relative, cooldown, minimum)

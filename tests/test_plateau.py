@@ -49,7 +49,7 @@ def test_it_is_torchs(
         ({"patience": -1}, "reduce_on_plateau(patience=-1): patience is a whole number of epochs."),
         ({"mode": "least"}, "reduce_on_plateau(mode='least'): mode is \"min\" or \"max\"."),
         ({"phase": 3}, "reduce_on_plateau(phase=3): phase is a type of phase, such as ValidationPhase."),
-        ({"monitor": "a.b"}, "reduce_on_plateau(monitor='a.b'): monitor is the name of a metric, such as \"Loss\"."),
+        ({"monitor": "a."}, "reduce_on_plateau(monitor='a.'): monitor is the name of a metric, such as \"Loss\"."),
         ({"value": math.nan}, "reduce_on_plateau(value=nan): value is a finite number."),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
 from flowtrain.conditions import Every
-from flowtrain.criterion import Mode, direction
+from flowtrain.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
 from flowtrain.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
@@ -47,7 +47,8 @@ class Checkpointer(Callback):
         keep_top_k: Keep the files of this many best epochs, and the latest; all of them if not given. Without a
             monitor: of the newest.
         every: Only after epochs whose number is a multiple of this.
-        monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; ``None`` for none.
+        monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; of one with several
+            values, one of these, as ``"F1.cat"``. ``None`` for none.
         phase: The phase whose epochs count and whose metric it is. If not given: the last phase in ``data`` that
             evaluates, or, without one, the last that trains.
         mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
@@ -87,7 +88,7 @@ class Checkpointer(Callback):
         for name, count in (("keep_top_k", keep_top_k), ("every_steps", every_steps)):
             if count is not None and (not is_a(count, int) or isinstance(count, bool) or count < 1):
                 raise UsageError(f"Checkpointer({name}={count!r}): {name} is a whole number, at least 1, or None.")
-        if monitor is not None and (not is_a(monitor, str) or not monitor or "." in monitor):
+        if monitor is not None and (not is_a(monitor, str) or not all(monitor.split("."))):
             raise UsageError(f"Checkpointer(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
         if phase is not None and not is_type(phase, Phase):
             raise UsageError(f"Checkpointer(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
@@ -229,9 +230,10 @@ class Checkpointer(Callback):
             if not learner.cbstate.history[phase].steps_epoch:
                 return math.inf  # an epoch without a completed batch
             others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
+            there = f"; it is recorded in {others}" if others else several(self.monitor, metrics[phase])
             raise UsageError(
                 f"{self.name} ranks by {self.monitor!r} of {phase!r}, and nothing was recorded of it"
-                f"{f'; it is recorded in {others}' if others else ''}. Give Metrics a metric that is computed in this "
+                f"{there}. Give Metrics a metric that is computed in this "
                 f"phase, or write Checkpointer(..., phase=...), or monitor=None."
             )
         value = float(series.last()[1])

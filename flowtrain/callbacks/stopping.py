@@ -9,7 +9,7 @@ from typing import Any
 
 from flowtrain.access import Access, Read
 from flowtrain.callback import Callback, on
-from flowtrain.criterion import Criterion, Disjunction, Mode, direction
+from flowtrain.criterion import Criterion, Disjunction, Mode, direction, several
 from flowtrain.errors import UsageError, is_a, is_type
 from flowtrain.events import EpochEnd, FitBegin, FitEnd
 from flowtrain.handler import Handler
@@ -38,7 +38,8 @@ class EarlyStopping(Callback):
     Args:
         criteria: Of `flowtrain.stopping`; any of them ends training. A whole number is a patience.
         patience: For how many epochs there may be no improvement: ``Patience(patience)``.
-        monitor: The metric, by its name in ``cbstate.metrics_epoch``.
+        monitor: The metric, by its name in ``cbstate.metrics_epoch``; of one with several values, one of these, as
+            ``"F1.cat"``.
         phase: The phase. One of its subclasses is watched if that is what ``data`` has.
         mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
             of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
@@ -68,7 +69,7 @@ class EarlyStopping(Callback):
             raise UsageError(
                 "EarlyStopping() has no criterion. Write EarlyStopping(patience=5) or EarlyStopping(GL())."
             )
-        if not is_a(monitor, str) or not monitor or "." in monitor:
+        if not is_a(monitor, str) or not all(monitor.split(".")):
             raise UsageError(f"EarlyStopping(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
         if not is_type(phase, Phase):
             raise UsageError(f"EarlyStopping(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
@@ -187,7 +188,7 @@ class EarlyStopping(Callback):
 
     def _not_recorded(self, metrics: Any, phase: Phase) -> UsageError:
         others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
-        there = f"; it is recorded in {others}" if others else ""
+        there = f"; it is recorded in {others}" if others else several(self.monitor, metrics[phase])
         return UsageError(
             f"{self.name or 'EarlyStopping'} needs {self.monitor!r} of {phase!r}, and nothing was recorded by the end "
             f"of its first epoch{there}. Give Metrics a metric that is computed in this phase. If it is recorded in "

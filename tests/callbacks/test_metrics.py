@@ -152,7 +152,7 @@ def test_no_value_breaks_the_mean(values: list[float]) -> None:
     ("inputs", "weight"),
     [
         ({"x": torch.zeros(7, 1), "mask": torch.zeros(7)}, 7),
-        ([torch.zeros(4, 1), torch.zeros(9, 1)], 4),
+        ([torch.zeros(4, 1), torch.zeros(4, 9)], 4),
         (({"x": [torch.zeros(6, 1)]},), 6),
         ({"name": "a", "x": torch.zeros(5)}, 5),
         (torch.zeros(()), 1),
@@ -265,8 +265,9 @@ def test_torchmetrics_objects_give_their_own_result() -> None:
     for name, value in expected.compute().items():
         assert epochs_of(learner, name, ValidationPhase)[-1] == (2, value.item())
     # A mean of the batches would be another number: these metrics are no means.
-    batches = [value for _, value in steps_of(learner, "F1", ValidationPhase)[-2:]]
+    batches = [f1(learner.model(inputs), targets).item() for inputs, targets in valid]
     assert newest != pytest.approx((6 * batches[0] + 5 * batches[1]) / 11)
+    assert list(learner.cbstate.metrics_step[ValidationPhase]) == ["Loss"]
 
 
 def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch() -> None:
@@ -289,7 +290,7 @@ def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch
 
     users = Samples()
     users.update(torch.zeros(100), torch.zeros(100))  # what the user's object has seen is not ours
-    learner = classifier(Metrics(users), train=train, valid=valid)
+    learner = classifier(Metrics(Metric(users, on_step=True)), train=train, valid=valid)
     learner.fit(2)
     assert epochs_of(learner, "Samples") == [(1, 8.0), (2, 8.0)]
     assert epochs_of(learner, "Samples", ValidationPhase) == [(1, 4.0), (2, 4.0)]
@@ -381,7 +382,7 @@ def test_each_handler_declares_only_what_it_touches() -> None:
     learner = tiny_learner(Metrics(mean_of_outputs))
     node = next(node for node in learner.callbacks.nodes if isinstance(node.callback, Metrics))
     at = {handler.attribute: {".".join(path) for path, _ in node.access[handler]} for _, handler in node.handlers}
-    assert at["begin"] == set()
+    assert at["begin"] == {"data"}
     assert at["record"] == {
         "batch.inputs", "batch.loss", "batch.outputs", "batch.targets", "cbstate.history",
         "cbstate.metrics_step.Loss", "cbstate.metrics_step.MeanOfOutputs",
@@ -468,10 +469,11 @@ def test_mistakes_are_named_when_it_is_made(make: Any, message: str) -> None:
     ("result", "message"),
     [
         (torch.zeros(3, 1), r"The metric Wrong returned a tensor of shape \(3, 1\); a metric is one number. Reduce it"),
-        (None, "The metric Wrong returned None; a metric is one number, or a tensor with one element."),
+        (None, "The metric Wrong returned None; a metric is one number, a tensor with one element, or a mapping"),
         ("high", "The metric Wrong returned 'high'"),
         ([0.5, 0.5], r"The metric Wrong returned \[0.5, 0.5\]"),
-        ({"a": 0.5, "b": 0.1}, r"Wrong returned values named a, b; .* Pass a function for each of them: Metric\("),
+        (torch.zeros(3), r"The metric Wrong returned a tensor of shape \(3,\); .* Reduce it, .*Metric\(f, labels=\["),
+        ({"a": torch.zeros(2, 2)}, r"The metric Wrong\.a returned a tensor of shape \(2, 2\)"),
     ],
 )
 def test_a_metric_that_is_no_number_is_named(result: Any, message: str) -> None:

@@ -337,7 +337,7 @@ def test_the_watched_values_fell_or_the_tests_above_show_nothing() -> None:
         ((), {"patience": 2.5}, r"^2\.5 is no criterion\."),
         ((GL,), {}, r"^<class .*GL'> is no criterion.* Write GL\(\.\.\.\), an instance\."),
         (("Loss",), {}, r"^'Loss' is no criterion"),
-        ((3,), {"monitor": "valid.Loss"}, r"^EarlyStopping\(monitor='valid\.Loss'\): monitor is the name of a metric"),
+        ((3,), {"monitor": "valid."}, r"^EarlyStopping\(monitor='valid\.'\): monitor is the name of a metric"),
         ((3,), {"monitor": ""}, r"^EarlyStopping\(monitor=''\)"),
         ((3,), {"phase": "valid"}, r"^EarlyStopping\(phase='valid'\) is no phase type\. Write phase=ValidationPhase\."),
         ((3,), {"phase": ValidationPhase()}, r"^EarlyStopping\(phase=ValidationPhase\) is no phase type"),
