@@ -8,7 +8,7 @@ get an order from what they declare; where that is not enough they answer with a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -152,6 +152,14 @@ class Callback:
 
         Called after every `setup`. If the change is refused, it is called again with the callbacks that stay.
         """
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series that this callback writes to its backends, where they are known when a learner is built.
+
+        No two callbacks write one series to one backend. A series is the first part of its group, the phase, and its
+        name; a name such as ``"cbstate.metrics_step"`` stands for the names of all entries there.
+        """
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold for this callback: tensors and plain values."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowtrain.access import Declaration, Path, Read, Write, dotted, meet
 from flowtrain.containers import CONTAINERS
-from flowtrain.errors import AccessError, CallbackError, MissingStateError, is_a, nearest
+from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
 from flowtrain.events import Event
 from flowtrain.graph import Node
 from flowtrain.handler import Handler
@@ -18,7 +18,15 @@ from flowtrain.phases import Phase
 from flowtrain.providers import PROVIDERS
 from flowtrain.state import LearnerState, Named, State
 
-__all__ = ["check_batch", "check_cbstate", "check_deferrable", "check_made", "check_parts", "entries_written"]
+__all__ = [
+    "check_batch",
+    "check_cbstate",
+    "check_deferrable",
+    "check_made",
+    "check_parts",
+    "check_series",
+    "entries_written",
+]
 
 
 def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
@@ -264,3 +272,40 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
                 f"{kind}.setup:\n\n    def setup(self, learner: LearnerView) -> None:\n"
                 f"        learner.{dotted(entry)} = ...\n",
             )
+
+
+def check_series(nodes: Sequence[Node]) -> None:
+    """Check that no two callbacks write one series to one backend, or to ``cbstate``.
+
+    Raises:
+        LoggingError: Two do: their values would be mixed.
+    """
+    entries: dict[str, set[str]] = {}
+    for _, path in _writes(nodes, "cbstate"):
+        if len(path) > 2:
+            entries.setdefault(dotted(path[:2]), set()).add(".".join(path[2:]))
+    seen: dict[tuple[object, str, str], list[tuple[Node, type[Phase]]]] = {}
+    for node in nodes:
+        for group, phase, name in node.callback.series():
+            for each in sorted({name, *entries.get(name, ())}):
+                for backend in node.backends or (None,):
+                    before = seen.setdefault((backend and id(backend), group, each), [])
+                    for other, its in before:
+                        if other is not node and (issubclass(phase, its) or issubclass(its, phase)):
+                            raise _same_series(other, node, group, each, backend)
+                    before.append((node, phase))
+
+
+def _same_series(one: Node, other: Node, group: str, name: str, backend: object) -> LoggingError:
+    where = group if backend is None else f"{backend!r}, group {group}"
+    called = f"what is in {name}" if name.startswith("cbstate.") else repr(name)
+    remedy = "Remove one, or give each a backend of its own"
+    kinds = {type(node.callback).__name__ for node in (one, other)}
+    if "LogVisualization" in kinds:
+        remedy = "Give one another name, as in LogVisualization(f, backend, name='Other')"
+    elif "Traces" in kinds or ("LogTraces" in kinds and len(kinds) > 1):
+        remedy = "Give the trace another name"
+    return LoggingError(
+        f"{one.name} and {other.name} both write {called} to {where}: their values would be mixed in one series. "
+        f"{remedy}."
+    )

@@ -13,7 +13,15 @@ from typing import Any, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, check_marks, find_handler
-from flowtrain.checks import check_batch, check_cbstate, check_deferrable, check_made, check_parts, entries_written
+from flowtrain.checks import (
+    check_batch,
+    check_cbstate,
+    check_deferrable,
+    check_made,
+    check_parts,
+    check_series,
+    entries_written,
+)
 from flowtrain.containers import CONTAINERS
 from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.events import Event, FitBegin, FitEnd
@@ -75,6 +83,7 @@ class Callbacks(Sequence[Callback]):
         self._phases = _known_phases(self._nodes, phases)
         self._known = {key: self._order(*key) for key in self._pairs()}
         check_deferrable(self._nodes)
+        check_series(self._nodes)
         check_parts(self._nodes, state)
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from flowtrain.access import Read
 from flowtrain.callback import Callback, on
@@ -10,7 +10,7 @@ from flowtrain.conditions import Every
 from flowtrain.events import BatchEnd, UpdateBegin
 from flowtrain.handler import Handler
 from flowtrain.logging.plain import checked_backends
-from flowtrain.phases import AbstractTrainingPhase
+from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.protect import LearnerView
 from flowtrain.records import Histogram, LoggerBackend, log
 
@@ -55,6 +55,10 @@ class LogHistograms(Callback):
         for owner, handler in super().handlers():
             if handler.attribute != "log_gradients" or self.gradients:
                 yield owner, handler
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        names = ("Weights", "Gradients") if self.gradients else ("Weights",)
+        return [("Step", AbstractTrainingPhase, name) for name in names]
 
     @on(BatchEnd, AbstractTrainingPhase, access={"params": Read(), "cbstate.history": Read()})
     def log_weights(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flowtrain.access import Access, Read
@@ -60,6 +60,10 @@ class LogHyperParams(Callback):
 
     def state_access(self) -> Access:
         return {"cbstate.hyperparams": Read(optional=True)}
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        names = ("cbstate.hyperparams",) if self.settings is None else ("cbstate.hyperparams", "Settings")
+        return [(*_GROUP, Phase, name) for name in names]
 
     @on(FitBegin, access={})
     def log_settings(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:

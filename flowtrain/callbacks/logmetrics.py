@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowtrain.access import Read
@@ -41,6 +41,9 @@ class LogMetrics(Callback):
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogMetrics", backends, Value)
         self._seen: dict[str, int] = {}
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        return ("Step", Phase, "cbstate.metrics_step"), ("Epoch", Phase, "cbstate.metrics_epoch")
 
     @on(BatchEnd, access={"cbstate.metrics_step": Read()})
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowtrain.access import Access, Read
@@ -44,6 +44,9 @@ class LogTraces(Callback):
 
     def state_access(self) -> Access:
         return {"cbstate.tracehistory": Read()}
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        return (("Step", Phase, "cbstate.tracehistory"),)
 
     @on(BatchEnd)
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:

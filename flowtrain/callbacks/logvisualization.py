@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flowtrain.access import Access, Read
@@ -82,6 +82,9 @@ class LogVisualization(Callback):
 
     def state_access(self) -> Access:
         return {**self.access_argument, "cbstate.history": Read()}
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        return (("Epoch" if issubclass(self.event_type, EpochEnd) else "Step", self.phase_type, self.label),)
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flowtrain.access import Access, Read, Write
@@ -64,6 +64,9 @@ class Traces(Callback):
     def state_access(self) -> Access:
         writes = {f"cbstate.tracehistory.{name}": Write() for name in self.traces}
         return {**self.access_argument, "cbstate.history": Read(), **writes}
+
+    def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        return [("cbstate.tracehistory", self.phase_type, name) for name in self.traces]
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the one handler of this callback."""
