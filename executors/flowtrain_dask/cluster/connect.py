@@ -72,9 +72,10 @@ class Connection:
 
     def close(self) -> None:
         """Close the client, and the cluster if it was started here."""
+        client: Any = self.client  # distributed leaves `close` without annotations
+        cluster: Any = self.cluster
         with contextlib.suppress(Exception):  # a scheduler that is gone cannot say good-bye
-            self.client.close(timeout=5)
-        cluster: Any = self.cluster  # distributed leaves `close` without annotations
+            client.close(timeout=5)
         if cluster is not None:
             with contextlib.suppress(Exception):
                 cluster.close(timeout=2 * _LEAVING)
