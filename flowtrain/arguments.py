@@ -58,7 +58,9 @@ _ARGUMENTS = {
 """What to write, and the names that other libraries have for it as arguments."""
 
 _ATTRIBUTES = {
-    "with torch.no_grad(): outputs = learner.model.eval()(inputs)": "predict get_preds predict_step",
+    "with torch.no_grad(): outputs = learner.model.eval()(inputs), and learner.model.train() before the next fit": (
+        "predict get_preds predict_step"
+    ),
     "learner.validate(), or learner.epoch(ValidationPhase, loader) for other data; the values are then in "
     "learner.cbstate.metrics_epoch[ValidationPhase]": "evaluate test eval",
     "learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and "

@@ -220,7 +220,7 @@ def test_arguments_that_nobody_has() -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("predict", "Write with torch.no_grad(): outputs = learner.model.eval()(inputs)."),
+        ("predict", "Write with torch.no_grad(): outputs = learner.model.eval()(inputs), and"),
         ("history", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and"),
         ("evaluate", "Write learner.validate(), or learner.epoch(ValidationPhase, loader) for other data;"),
         ("callback_metrics", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss']"),
