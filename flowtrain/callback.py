@@ -184,6 +184,15 @@ class Callback:
         """
         return False
 
+    def stateful(self) -> Iterator[object]:
+        """Yield the objects that keep state for this callback alone: itself, and its conditions.
+
+        A learner refuses an object that another learner, or another callback, has: it would begin with the state of
+        that one. Override this to add objects of your own that a user passes to the constructor.
+        """
+        yield self
+        yield from self.conditions
+
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.
 

@@ -88,7 +88,7 @@ class Learner(CallbackSite):
         self.state.data = loaders(data)
         self.strict = strict
         self.stopped: BaseException | None = None
-        self._closed = False
+        self.closed = False
         found = find_executor(executor)
         chosen = [*as_list(callbacks)]
         chosen += default_callbacks_for(default_callbacks, chosen)
@@ -216,8 +216,8 @@ class Learner(CallbackSite):
 
     def close(self) -> None:
         """Flush the executor and give back what it holds. The learner can still be read."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             with ExitStack() as stack:  # each of them, whatever the others raise
                 stack.callback(self.loop.sinks.close)
                 stack.callback(self.loop.cuts.writer.wait)
@@ -267,7 +267,7 @@ class Learner(CallbackSite):
     # --- checks
 
     def _ready(self, what: str, opens: bool = True) -> None:
-        if self._closed:
+        if self.closed:
             raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
         if opens:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torchmetrics import MeanSquaredError
 
 from flowtrain import (
     AbstractValidationPhase,
@@ -29,8 +33,21 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
-from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
-from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+from flowtrain.callbacks import (
+    EMA,
+    EarlyStopping,
+    LearningRate,
+    Metrics,
+    MetricsPrinter,
+    ProgressBar,
+    Recorder,
+    Scheduler,
+    StopOnNaNLoss,
+    one_cycle,
+)
+from flowtrain.conditions import Every
+from flowtrain.stopping import GL, Patience
+from flowtrain.testing import TinyModel, record_access, tiny_batches, tiny_learner
 
 
 class OODPhase(AbstractValidationPhase):
@@ -228,3 +245,112 @@ def test_a_phase_met_later_is_checked_before_its_first_event() -> None:
             begin()
         assert fired == []
     learner.fit(1)
+
+
+# --- a callback has one learner
+
+
+def test_a_callback_of_another_learner_is_refused_before_anything_is_set_up() -> None:
+    first = First()
+    learner = tiny_learner(first)
+    with pytest.raises(CallbackError) as caught:
+        tiny_learner(Metrics(), first)
+    assert str(caught.value) == (
+        "First belongs to another learner, Learner(TinyModel, TorchCore(device='cpu', precision='fp32', accumulate=1), "
+        "executor='serial'), and would bring along what it has gathered there. Make a new First(...) for each learner, "
+        "such as one for each fold of a cross-validation. To move it with what it has gathered, write "
+        "other.remove_callback('First') first."
+    )
+    assert first.setups == 1
+    other = tiny_learner()
+    for change in (other.add_callback, lambda callback: other.set_callbacks([callback])):
+        with pytest.raises(CallbackError, match="First belongs to another learner"):
+            change(first)
+    assert first not in list(other.callbacks)
+    assert learner.get_callback(First) is first
+
+
+@pytest.mark.parametrize("ended", ["closed", "gone"])
+def test_the_folds_of_a_cross_validation_do_not_share_callbacks(ended: str) -> None:
+    """The averages, the patience and the count of updates of a fold would go on in the next one."""
+    callbacks = [EMA(), EarlyStopping(1), Scheduler({LearningRate: one_cycle(0.1)})]
+    learner = tiny_learner(*callbacks)
+    learner.fit(1)
+    learner.close()
+    if ended == "gone":
+        del learner
+        gc.collect()
+    for callback in callbacks:
+        with pytest.raises(CallbackError, match=rf"{callback.name} belongs to another learner, .*cross-validation\.$"):
+            tiny_learner(callback)
+
+
+def test_what_keeps_state_inside_of_a_callback_has_one_learner_too() -> None:
+    patience, every = Patience(2), Every(BatchEnd, 2)
+    first, second = First(), First()
+    first.conditions = second.conditions = (every,)
+    kept = [tiny_learner(EarlyStopping(patience)), tiny_learner(first)]
+    with pytest.raises(CallbackError, match=r"Patience\(2\) of EarlyStopping belongs to .* a new Patience\(\.\.\.\)"):
+        tiny_learner(EarlyStopping(GL(5) | patience))
+    with pytest.raises(CallbackError, match=r"<.*Every object .*> of First belongs to .* Make a new Every\(\.\.\.\)"):
+        tiny_learner(second)
+    kept[1].remove_callback(First)
+    third = Rival()
+    third.conditions = (every,)
+    with pytest.raises(CallbackError, match=r"First and Rival have the same <.*Every.*>, which would count the events"):
+        tiny_learner(second, third)
+    assert tiny_learner(second).get_callback(First) is second
+
+
+def test_a_callback_is_free_when_it_is_taken_out_or_its_learner_was_refused() -> None:
+    first, learner = First(), tiny_learner()
+    for take_out in (
+        lambda: learner.remove_callback(First),
+        lambda: learner.replace_callback(First()),
+        lambda: learner.set_callbacks([]),
+    ):
+        learner.add_callback(first)
+        take_out()
+        learner.set_callbacks([])
+        tiny_learner(first).set_callbacks([])
+    with pytest.raises(WriteConflictError):
+        tiny_learner(first, Rival())
+    executor = SerialExecutor()
+    kept = tiny_learner(executor=executor)
+    with pytest.raises(FlowtrainError, match="belongs to another learner"):
+        tiny_learner(first, executor=executor)
+    assert tiny_learner(first).get_callback(First) is first
+    assert kept.executor is executor
+
+
+def test_a_refused_change_leaves_everything_owned_as_it_was() -> None:
+    first = First()
+    learner = tiny_learner(first)
+    with pytest.raises(WriteConflictError):
+        learner.add_callback(rival := Rival())
+    tiny_learner(rival)
+    with pytest.raises(CallbackError, match="First belongs to another learner"):
+        tiny_learner(first)
+    learner.set_callbacks([first])  # its own
+
+
+def test_copies_belong_to_nobody() -> None:
+    first = First()
+    learner = tiny_learner(first)
+    learner.suggest_access(first)
+    learner.audit_syncs()
+    record_access(Recorder(), other := First())
+    assert tiny_learner(copy.deepcopy(first)) is not None
+    assert tiny_learner(pickle.loads(pickle.dumps(first))) is not None
+    assert tiny_learner(other) is not None
+
+
+def test_immutable_schedules_and_cloned_metrics_may_be_shared() -> None:
+    """They keep no state: a schedule is a function of the update, a torchmetrics object is cloned for each phase."""
+    schedule, metric = one_cycle(0.5), MeanSquaredError()
+    learners = [tiny_learner(Scheduler({LearningRate: schedule}), Metrics(metric)) for _ in range(2)]
+    losses = []
+    for learner in learners:
+        learner.fit(1)
+        losses.append(list(learner.cbstate.metrics_step[TrainingPhase]["MeanSquaredError"]))
+    assert losses[0] == losses[1]

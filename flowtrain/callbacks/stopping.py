@@ -32,7 +32,7 @@ class EarlyStopping(Callback):
     ``learner.validate()``, nothing is watched.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
-      `Recorder`; and ``data`` and ``callbacks`` at `FitBegin`. Writes nothing.
+      `Recorder`; and ``data`` at `FitBegin`. Writes nothing.
     - Costs a few microseconds an epoch.
 
     Args:
@@ -87,6 +87,11 @@ class EarlyStopping(Callback):
         self._seen = 0  # how many values of training the criterion has been given
         self._ended = ""  # the message with which it has ended the last fit
 
+    def stateful(self) -> Iterator[object]:
+        """Yield this callback, its conditions and its criteria."""
+        yield from super().stateful()
+        yield from self.criterion.parts()
+
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers; the one that watches is for the watched phase and metric."""
         for owner, handler in super().handlers():
@@ -100,12 +105,9 @@ class EarlyStopping(Callback):
         """Find out whether small or large values are good."""
         self._direction = direction("EarlyStopping(...", self.monitor, self.mode, callbacks)
 
-    @on(FitBegin, access={"callbacks": Read(), "data": Read()})
+    @on(FitBegin, access={"data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Find the watched phase in the data, and let the criteria begin."""
-        for other in learner.callbacks:
-            if isinstance(other, EarlyStopping) and other is not self:
-                self._check_own(other)
         if self._ended and event.resumed:
             raise CancelFittingException(self._ended)
         phases = list(learner.data)
@@ -158,15 +160,6 @@ class EarlyStopping(Callback):
         self.criterion.load_state_dict(state["criterion"])
         self._seen = state["seen"]
         self._ended = state["ended"] if state["by"] == repr(self.criterion) else ""
-
-    def _check_own(self, other: EarlyStopping) -> None:
-        theirs = {id(part) for part in other.criterion.parts()}
-        for part in self.criterion.parts():
-            if id(part) in theirs:
-                raise UsageError(
-                    f"{self.name} and {other.name} have the same {part!r}, which would take in the values of both. "
-                    f"Make one for each of them."
-                )
 
     def _new_of_training(self, metrics: Any) -> list[float]:
         """Return the values of training that the criteria have not been given."""

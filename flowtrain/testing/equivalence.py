@@ -116,7 +116,7 @@ def _check(learner: Learner, executor: Executor, used: list[Any]) -> None:
             f"make_learner(executor) made a learner that runs on {learner.executor!r}. "
             f"Pass on what it is called with: Learner(..., executor=executor)."
         )
-    made = [learner, learner.state.model, *learner.callbacks]
+    made = [learner, learner.state.model]  # the learner itself refuses callbacks that another one has
     for each in made:
         if any(each is other for other in used):
             raise UsageError(

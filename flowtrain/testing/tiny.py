@@ -100,6 +100,8 @@ def record_access(callback: Callback, *others: Callback, **learner_kwargs: Any) 
             return {"batch.loss": Read()}
     <BLANKLINE>
     """
-    found = record(tiny_learner(*others, **learner_kwargs), callback)
+    learner = tiny_learner(*others, **learner_kwargs)
+    found = record(learner, callback)
+    learner.set_callbacks(())  # the others are free for the next learner: only copies of them have run
     print(found)
     return found

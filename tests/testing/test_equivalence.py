@@ -15,6 +15,7 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    CallbackError,
     EpochEnd,
     Event,
     Executor,
@@ -326,9 +327,9 @@ def test_no_learner() -> None:
 
 def test_a_callback_or_model_that_is_used_twice() -> None:
     sums, model = Sums(), torch.nn.Linear(1, 1)
-    with pytest.raises(UsageError, match=r"has used this Sums before, and it remembers the run before\."):
+    with pytest.raises(CallbackError, match=r"Sums belongs to another learner, .*Make a new Sums\(\.\.\.\)"):
         assert_equivalent(lambda executor: tiny_learner(sums, executor=executor))
-    with pytest.raises(UsageError, match="has used this Linear before"):
+    with pytest.raises(UsageError, match=r"has used this Linear before, and it remembers the run before\."):
         assert_equivalent(lambda executor: tiny_learner(model=model, executor=executor))
 
 
