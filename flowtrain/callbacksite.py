@@ -17,7 +17,7 @@ from typing import NamedTuple
 from flowtrain.arguments import as_list
 from flowtrain.callback import Callback
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
-from flowtrain.errors import CallbackError, UsageError
+from flowtrain.errors import CallbackError, ExecutorError, UsageError
 from flowtrain.graph import Node
 from flowtrain.naming import unique_names
 from flowtrain.registry import Callbacks
@@ -100,6 +100,7 @@ class CallbackSite(StepSite):
         return found
 
     def _use(self, callbacks: list[Callback]) -> None:
+        self._check_open("Changing the callbacks")
         self.loop.scopes.refuse_nested("Changing the callbacks")
         phases = [type(phase) for phase in self.state.data]
         before = self.state.callbacks
@@ -114,6 +115,10 @@ class CallbackSite(StepSite):
         self.loop.dispatch.use(made)
         self._own(made, before)
         self.loop.sinks.use(made.nodes)  # last: a sink that cannot be closed is an error, and the change is done then
+
+    def _check_open(self, what: str) -> None:
+        if self.closed:
+            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
 
     def _check_free(self, callbacks: list[Callback]) -> None:
         """Check that nothing that keeps state is another learner's, or is in two of these callbacks.

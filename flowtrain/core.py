@@ -105,6 +105,16 @@ class TorchCore:
         """Belong to no learner: the one that was being built was refused."""
         self._state = None
 
+    def close(self) -> None:
+        """Hold nothing of the learner any more: its models, optimizers and data go with it, whoever holds the core."""
+        self.guard_nan(False)
+        kept = {**vars(self.settings), "settings": 0, "device": 0, "loss_name": 0, "_state": 0, "_scaling": 0}
+        for name in set(vars(self)) - set(kept):
+            delattr(self, name)
+        self.models: dict[str, torch.nn.Module] = {}
+        self._loss_modules: list[torch.nn.Module] = []
+        self.places = False
+
     def attach(self, state: LearnerState, optimizer: Any) -> None:
         """Move models and loss to the device and make the optimizers. Called once, by the learner.
 

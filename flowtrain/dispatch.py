@@ -7,9 +7,10 @@ it fires what handlers asked for (`drain`) and decides what their failures amoun
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence, Set
 
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import ExecutorError, UsageError, is_a
 from flowtrain.events import BatchCancelled, EpochBegin, Event, UpdateBegin, UpdateEnd
 from flowtrain.execution import Executor, Runner
 from flowtrain.graph import Node
@@ -38,7 +39,7 @@ class _Runners(dict[Phase, StepRunners]):
 
     def __init__(self, dispatch: Dispatch) -> None:
         super().__init__()
-        self._dispatch = dispatch
+        self._dispatch: Dispatch = weakref.proxy(dispatch)  # which holds the runners
 
     def __missing__(self, phase: Phase) -> StepRunners:
         found = StepRunners()
@@ -84,6 +85,7 @@ class Dispatch:
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
         self._kept = 0
+        self._closed = False
 
     def use(self, callbacks: Callbacks) -> None:
         """Run the plans of these callbacks from now on."""
@@ -104,13 +106,29 @@ class Dispatch:
         """The run that the logging backends are opened for."""
         return self._sinks.run
 
+    @property
+    def open_sinks(self) -> object:
+        """What keeps the logging backends open."""
+        return self._sinks.held
+
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
         """Return what runs an event in a phase; ``None`` where no callback has a handler."""
         key = (event_type, phase_type)
         if key not in self._by_type:
+            if self._closed:
+                raise ExecutorError("The learner is closed: its executor has given back all it held. Make a new one.")
             plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
             self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.steps else None
         return self._by_type[key]
+
+    def close(self) -> None:
+        """Fire nothing more, and let go of what leads back here: the runners, the executor, what takes checkpoints."""
+        self._closed = True
+        self._by_type.clear()
+        self.runners.clear()
+        self.forget()
+        self.checkpoint = self._callbacks = None
+        del self.executor
 
     def swap(self, plan: Plan, runner: Runner) -> None:
         """Use another runner for a plan from its next event on; a plan of callbacks that are gone stays gone."""

@@ -60,6 +60,11 @@ class Site(Protocol):
         ...
 
     @property
+    def open_sinks(self) -> object:
+        """What keeps the logging backends open: held by whatever writes into them when the learner may be gone."""
+        ...
+
+    @property
     def fired(self) -> list[tuple[str, Event]]:
         """The events that handlers asked to fire next, each with the name of the callback that asked."""
         ...
@@ -153,10 +158,10 @@ class SerialExecutor:
     def compile(self, plan: Plan) -> Runner:
         """Return a loop over the plan's calls."""
         site = self._site
-        if site is None:
-            raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
         if self._closed:
             raise ExecutorError(_CLOSED)
+        if site is None:
+            raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
         self._plans.add(plan)
         calls = plan.calls
         fired = site.fired

@@ -156,9 +156,9 @@ class OptimizerParts:
         state: `OptimizerState`.
     """
 
-    __slots__ = ("__twins__", "_named", "_optimizer", "_path", "_writable", "hyperparams")
+    __slots__ = ("_named", "_optimizer", "_path", "_twins", "_writable", "hyperparams")
 
-    __twins__: OptimizerParts
+    _twins: OptimizerParts | None
     _named: Callable[[], Mapping[str, torch.Tensor]]
     _optimizer: Optimizer
     _path: str
@@ -179,7 +179,11 @@ class OptimizerParts:
         keep("_path", path)
         keep("_writable", writable)
         keep("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
-        keep("__twins__", OptimizerParts(optimizer, path, named, writable=False) if writable else self)
+        keep("_twins", OptimizerParts(optimizer, path, named, writable=False) if writable else None)
+
+    @property
+    def __twins__(self) -> OptimizerParts:
+        return self if self._twins is None else self._twins
 
     def __twin__(self) -> OptimizerParts:
         return self.__twins__

@@ -7,8 +7,8 @@ who changes its callbacks in `CallbackSite`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
@@ -34,12 +34,13 @@ from flowtrain.callbacksite import CallbackSite, default_callbacks_for
 from flowtrain.core import TorchCore
 from flowtrain.data import loaders, warn_untrained
 from flowtrain.dryrun import Recording, record
-from flowtrain.errors import ExecutorError, UsageError
+from flowtrain.errors import UsageError
 from flowtrain.events import EpochBegin
 from flowtrain.execution import Executor, find_executor
 from flowtrain.loop import Loop
 from flowtrain.phases import AbstractTrainingPhase, Phase
 from flowtrain.plot import plot
+from flowtrain.signals import without_frames
 from flowtrain.state import LearnerState
 
 __all__ = ["Learner"]
@@ -138,21 +139,21 @@ class Learner(CallbackSite):
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
-        self._ready("fit()", opens=resume is None)
-        check_counts(epochs, steps, validate_every)
-        chosen = self.state.data if data is None else loaders(data)
-        self._check_fit_data(chosen, by_steps=steps is not None)
-        before, self.state.data = self.state.data, chosen
-        self.stopped = None
-        try:
-            if resume is not None:
-                self.loop.cuts.resume(resume, chosen, "epochs" if steps is None else "steps")
-            self.stopped = self.loop.fit(self, chosen, epochs, steps, validate_every)
-        except BaseException as failure:
-            self.stopped = failure
-            raise
-        finally:
-            self.state.data = before
+        with self._running("fit()", opens=resume is None):
+            check_counts(epochs, steps, validate_every)
+            chosen = self.state.data if data is None else loaders(data)
+            self._check_fit_data(chosen, by_steps=steps is not None)
+            before, self.state.data = self.state.data, chosen
+            self.stopped = None
+            try:
+                if resume is not None:
+                    self.loop.cuts.resume(resume, chosen, "epochs" if steps is None else "steps")
+                self.stopped = self.loop.fit(self, chosen, epochs, steps, validate_every)
+            except BaseException as failure:
+                self.stopped = failure
+                raise
+            finally:
+                self.state.data = before
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:
         """Run one epoch of a phase, over its loader or over `data`.
@@ -160,33 +161,33 @@ class Learner(CallbackSite):
         Raises:
             CancelFittingException: A handler ended training; only `fit` has something to end.
         """
-        self._ready("epoch()")
         phase = as_phase(phase, "epoch")
-        if data is None and phase not in self.state.data:
-            raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
-        chosen = self.state.data if data is None else loaders({**self.state.data, phase: data})
-        self._check_phases([phase])
-        before, self.state.data = self.state.data, chosen
-        try:
-            self.loop.epoch(self, phase, chosen[phase])
-        finally:
-            self.state.data = before
+        with self._running("epoch()", trains=isinstance(phase, AbstractTrainingPhase)):
+            if data is None and phase not in self.state.data:
+                raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
+            chosen = self.state.data if data is None else loaders({**self.state.data, phase: data})
+            self._check_phases([phase])
+            before, self.state.data = self.state.data, chosen
+            try:
+                self.loop.epoch(self, phase, chosen[phase])
+            finally:
+                self.state.data = before
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase on what a loader would give, and return the batch state."""
-        self._ready("step()")
         phase = as_phase(phase, "step")
-        self._check_phases([phase])
-        return self.loop.step(self, phase, raw)
+        with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
+            self._check_phases([phase])
+            return self.loop.step(self, phase, raw)
 
     def validate(self) -> None:
         """Run one epoch of every phase in `data` that does not train."""
-        self._ready("validate()")
-        phases = [phase for phase in self.state.data if not isinstance(phase, AbstractTrainingPhase)]
-        if not phases:
-            raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
-        for phase in phases:
-            self.loop.epoch(self, phase, self.state.data[phase])
+        with self._running("validate()", trains=False):
+            phases = [phase for phase in self.state.data if not isinstance(phase, AbstractTrainingPhase)]
+            if not phases:
+                raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
+            for phase in phases:
+                self.loop.epoch(self, phase, self.state.data[phase])
 
     def load(self, path: str | PathLike[str]) -> None:
         """Put the learner into the state of a checkpoint: models, optimizers, scaler, ``cbstate`` and callbacks.
@@ -201,7 +202,7 @@ class Learner(CallbackSite):
         Raises:
             CheckpointError: It cannot be read or does not fit; the learner is as it was.
         """
-        self._ready("load()", opens=False)
+        self._ready("load()")
         self.loop.cuts.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
@@ -215,13 +216,36 @@ class Learner(CallbackSite):
         self.loop.cuts.writer.wait()
 
     def close(self) -> None:
-        """Flush the executor and give back what it holds. The learner can still be read."""
-        if not self.closed:
-            self.closed = True
-            with ExitStack() as stack:  # each of them, whatever the others raise
-                stack.callback(self.loop.sinks.close)
-                stack.callback(self.loop.cuts.writer.wait)
-                stack.callback(self.loop.executor.close)
+        """Flush the executor, and give back what it and the backends hold. The learner can still be read.
+
+        Dropped after that, it is gone at once, its model too. One that is dropped without it is gone, files and all,
+        when the garbage collector comes.
+        """
+        self._close(None)
+
+    def _close(self, failure: BaseException | None) -> None:
+        """Close, after what was raised in the ``with`` block, if it was."""
+        if self.closed:
+            return
+        self.loop.scopes.refuse_nested("close()")
+        self.closed = True
+        sinks = self.loop.sinks
+        if failure is not None:
+            sinks.note(failure)
+        with ExitStack() as stack:  # from the last one to the first, and each of them, whatever the others raise
+            stack.callback(self._let_go)
+            stack.callback(sinks.close)
+            stack.enter_context(sinks.noting(trains=False))
+            stack.callback(self.loop.cuts.writer.wait)
+            stack.callback(self.loop.executor.close)
+
+    def _let_go(self) -> None:
+        """Move what is heavy out of every circle of references, and end these."""
+        self.loop.dispatch.close()
+        self.core.close()
+        self.state = self.state.moved()
+        if self.stopped is not None:
+            self.stopped = without_frames(self.stopped)
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +253,7 @@ class Learner(CallbackSite):
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(failure)
 
     # --- what callbacks touch
 
@@ -245,7 +269,7 @@ class Learner(CallbackSite):
         Raises:
             UsageError: The learner has no data, or something cannot be copied.
         """
-        self._ready("suggest_access()", opens=False)
+        self._ready("suggest_access()")
         found = record(self, callback)
         print(found)
         return found
@@ -259,20 +283,26 @@ class Learner(CallbackSite):
         Raises:
             UsageError: The learner has no data, or something cannot be copied.
         """
-        self._ready("audit_syncs()", opens=False)
+        self._ready("audit_syncs()")
         found = audit(self)
         print(found)
         return found
 
     # --- checks
 
-    def _ready(self, what: str, opens: bool = True) -> None:
-        if self.closed:
-            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
+    def _ready(self, what: str) -> None:
+        self._check_open(what)
         self.loop.scopes.refuse_nested(what)
-        if opens:
-            self.core.structure.begin()
-            self.loop.sinks.open()
+
+    @contextmanager
+    def _running(self, what: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
+        """Open the logging backends, and note for them how what runs in this context ends."""
+        self._ready(what)
+        with self.loop.sinks.noting(trains=trains):
+            if opens:
+                self.core.structure.begin()
+                self.loop.sinks.open()
+            yield
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:
         for phase in phases:

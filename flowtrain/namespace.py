@@ -48,10 +48,11 @@ class Namespace:
         for slot, source in zip(("_twins", "_live"), _STABLE.get(self._root, ()), strict=False):
             place(self, slot, source(state))
         for name, inside in self._trees.items():
-            place(self, name, Part(owner, (self._root, name), inside, partial(self._find, name)))
+            place(self, name, Part(owner, (self._root, name), inside, self._finder(name)))
 
-    def _find(self, name: str) -> Any:
-        return getattr(self._source(writing=True), name)
+    def _finder(self, name: str) -> Callable[[], Any]:
+        """Return what finds an entry; it holds no reference to this view, which holds the part that calls it."""
+        return partial(getattr, self._live, name)
 
     def _source(self, *, writing: bool) -> Any:
         """Return the object that holds the entries, or the twins of them."""
@@ -102,6 +103,9 @@ class BatchNamespace(Namespace):
 
     __slots__ = ()
 
+    def _finder(self, name: str) -> Callable[[], Any]:
+        return partial(_entry_of_batch, self._state, name)
+
     def _source(self, *, writing: bool) -> Any:
         return self._state.batch if writing else self._state.batch_twin
 
@@ -132,6 +136,10 @@ class CbstateNamespace(Namespace):
             entries[name] = self._twin_entries[name] = value
         else:
             Namespace.__setattr__(self, name, value)
+
+
+def _entry_of_batch(state: LearnerState, name: str) -> Any:
+    return getattr(state.batch, name)
 
 
 NAMESPACES: dict[str, type[Namespace]] = {

@@ -7,7 +7,10 @@ nothing was said about it: one kernel for all parameters, which also skips an up
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -190,12 +193,25 @@ def _make_optimizer(
         )
     if not params:
         raise CoreError(f"{what} has nothing to train: the model has no parameters.")
+    _import_dynamo()
     made = wanted(params)
     if not isinstance(made, Optimizer):
         raise CoreError(
             f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."
         )
     return _needs_no_closure(made, what)
+
+
+def _import_dynamo() -> None:
+    """Import what torch imports when it makes the first optimizer, in a thread of its own.
+
+    The import leaves circles of references behind, which hold all frames that led to it. Among these would be those of
+    the learner, and no reference counting would ever free the first learner of a process.
+    """
+    if "torch._dynamo" not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="flowtrain import")
+        thread.start()
+        thread.join()
 
 
 def _needs_no_closure(optimizer: Optimizer, what: str) -> Optimizer:

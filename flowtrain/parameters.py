@@ -67,11 +67,11 @@ class Gradients(Mapping[str, torch.Tensor]):
 
     __slots__ = ("_params", "twin")
 
-    def __init__(self, params: Parameters, *, writable: bool = True) -> None:
+    def __init__(self, params: Parameters) -> None:
         self._params = params
-        self.twin = Gradients(params, writable=False) if writable else self
+        self.twin: Mapping[str, torch.Tensor] = ReadOnlyGradients(params)
 
-    def __twin__(self) -> Gradients:
+    def __twin__(self) -> Mapping[str, torch.Tensor]:
         return self.twin
 
     def detached(self) -> Gradients:
@@ -85,8 +85,6 @@ class Gradients(Mapping[str, torch.Tensor]):
         return gradient
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
-        if self.twin is self:
-            raise refuse("batch.grads")
         self._params[name].grad = gradient
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,6 +96,23 @@ class Gradients(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+class ReadOnlyGradients(Gradients):
+    """The twin of `Gradients`, and its own: a property and no attribute, since that would be a circle."""
+
+    __slots__ = ()
+
+    def __init__(self, params: Parameters) -> None:
+        self._params = params
+
+    @property
+    def twin(self) -> ReadOnlyGradients:  # type: ignore[override]
+        """Itself."""
+        return self
+
+    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        raise refuse("batch.grads")
 
 
 def named_parameters(params: Mapping[str, torch.Tensor], lossfn: object) -> dict[str, torch.Tensor]:

@@ -144,8 +144,8 @@ class Part(Mapping[Any, Any]):
         if part is not None:
             return part
         if _is_phase(key):
-            phase = key if isinstance(key, Phase) else key()
-            part = Part(self._owner, self._path, self._tree, lambda: self._find()[phase])
+            phase, find = key if isinstance(key, Phase) else key(), self._find
+            part = Part(self._owner, self._path, self._tree, lambda: find()[phase])  # not `self`, which holds the part
             self._by_phase[phase] = part
             return part
         return self._item(str(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from operator import itemgetter
 from types import MappingProxyType
@@ -54,7 +55,7 @@ class PhaseMap(dict[Phase, V]):
         super().__init__()
         self._path = path
         self.make = make
-        self._twins: ReadOnlyPhaseMap[V] | None = None
+        self._twins: Callable[[], ReadOnlyPhaseMap[V] | None] = _nothing  # a weak reference: the twin holds the map
         self._awaited: dict[Phase, V] = {}  # what readers hold for phases that nobody has written yet
 
     if TYPE_CHECKING:
@@ -83,14 +84,16 @@ class PhaseMap(dict[Phase, V]):
         key = as_phase(phase, self._path)
         self._awaited.pop(key, None)
         dict.__setitem__(self, key, value)
-        if self._twins is not None:
-            dict.__setitem__(self._twins, key, readonly(value, self._path))
+        twin = self._twins()
+        if twin is not None:
+            dict.__setitem__(twin, key, readonly(value, self._path))
 
     def __delitem__(self, phase: Phase | type[Phase]) -> None:
         key = as_phase(phase, self._path)
         dict.__delitem__(self, key)
-        if self._twins is not None:
-            dict.pop(self._twins, key, None)
+        twin = self._twins()
+        if twin is not None:
+            dict.pop(twin, key, None)
 
     def __contains__(self, phase: object) -> bool:
         return dict.__contains__(self, phase() if isinstance(phase, type) and issubclass(phase, Phase) else phase)
@@ -120,13 +123,15 @@ class PhaseMap(dict[Phase, V]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_twins": None}  # a copy gets readers, and so a twin, of its own
+        return {**vars(self), "_twins": _nothing}  # a copy gets readers, and so a twin, of its own
 
     def __twin__(self) -> Mapping[Phase, V]:
         # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
-        if self._twins is None:
-            self._twins = ReadOnlyPhaseMap(self)
-        return self._twins
+        twin = self._twins()
+        if twin is None:
+            twin = ReadOnlyPhaseMap(self)
+            self._twins = weakref.ref(twin)
+        return twin
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._path}: {dict.__repr__(self)}>"
@@ -213,6 +218,10 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
 
     __setitem__ = __delitem__ = __ior__ = _refused
     pop = popitem = clear = update = setdefault = _refused  # pyright: ignore[reportAssignmentType]  # they only refuse
+
+
+def _nothing() -> None:
+    return None
 
 
 def _itself(container: Any) -> Any:

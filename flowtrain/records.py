@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from flowtrain.errors import LoggingError
 from flowtrain.loggables import Figure, File, Group, Histogram, Image, Loggable, Settings, Text, Value
@@ -29,6 +29,7 @@ __all__ = [
     "Image",
     "Loggable",
     "LoggerBackend",
+    "Outcome",
     "Run",
     "Settings",
     "Text",
@@ -55,14 +56,19 @@ class Run:
     rank: int = 0
 
 
+Outcome: TypeAlias = Literal["finished", "failed", "killed"]
+"""How a run ended: as it should, stopped early by a callback included; with an error; or from outside (Ctrl-C,
+SIGTERM, the end of the program in the middle of it)."""
+
+
 class LoggerBackend(ABC):
     """Takes what is logged: a file, or a tracker.
 
     A constructor only stores its arguments, and a copy by pickle leaves behind what is open: a backend is copied to
     other processes before and after it is opened, and the copy encodes and never writes. `open` comes first, before
-    training; then `write` for every record in order; `flush` at the end of a fit and for a checkpoint; `close` last.
-    It may be opened again after that, and goes on where it was. `flowtrain.testing.BackendContract` tests an
-    implementation.
+    training; then `write` for every record in order; `flush` at the end of a fit and for a checkpoint; `ended` and
+    `close` last. It may be opened again after that, and goes on where it was. `flowtrain.testing.BackendContract`
+    tests an implementation.
 
     Attributes:
         accepts: The kinds of loggables that `encode` takes. `log` gives it no others.
@@ -131,6 +137,9 @@ class LoggerBackend(ABC):
         Raises:
             LoggingError: What is there is not what was there at that position.
         """
+
+    def ended(self, outcome: Outcome) -> None:  # noqa: B027  # a sink that does not keep it has nothing to do
+        """Learn how the run ended, before `close`. To be overridden where the sink keeps that, as trackers do."""
 
     @abstractmethod
     def close(self) -> None:

@@ -9,7 +9,7 @@ is put back. A type met later is checked before its first event is fired.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 from flowtrain.access import Declaration, Write, declare, union
 from flowtrain.callback import Callback, check_handlers, check_marks, find_handler
@@ -42,6 +42,7 @@ __all__ = ["Callbacks", "callback_graph"]
 
 _ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)
 _Key = tuple[type[Event], type[Phase]]
+Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
 
 
 class Callbacks(Sequence[Callback]):
@@ -66,11 +67,10 @@ class Callbacks(Sequence[Callback]):
         phases: Iterable[type[Phase]] = (),
         before: Iterable[Callback] = (),
         watch: Callable[[Step], Call] | None = None,
-        accept: Callable[[Sequence[Node], LearnerState], None] | None = None,
+        accept: Accept | None = None,
     ) -> None:
         self._state = state
         self._watch = watch
-        self._accept = accept
         self._resolver = Resolver()
         self._reach = Reach(state)
         self._plans: dict[_Key, Plan] = {}
@@ -95,7 +95,7 @@ class Callbacks(Sequence[Callback]):
         for node in self._nodes:
             node.callback.name = node.name
         try:
-            self._set_up({id(callback) for callback in before})
+            self._set_up({id(callback) for callback in before}, accept)
         except BaseException:
             for node, name in zip(self._nodes, names_before, strict=True):
                 node.callback.name = name
@@ -248,7 +248,7 @@ class Callbacks(Sequence[Callback]):
                 f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
             )
 
-    def _set_up(self, known: set[int]) -> None:
+    def _set_up(self, known: set[int], accept: Accept | None) -> None:
         cbstate = self._state.cbstate
         restore = restore_point(cbstate)
         try:
@@ -259,8 +259,8 @@ class Callbacks(Sequence[Callback]):
             check_made(self._nodes, cbstate)
             for node in self._nodes:
                 node.callback.check_callbacks(self)
-            if self._accept is not None:
-                self._accept(self._nodes, self._state)
+            if accept is not None:
+                accept(self._nodes, self._state)
         except BaseException:
             restore()
             self._state.fired.clear()  # what a setup asked for before it raised
@@ -317,5 +317,5 @@ def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:
 class _Unbound(Callbacks):
     """Callbacks without a learner: ordered and checked, not set up."""
 
-    def _set_up(self, known: set[int]) -> None:
+    def _set_up(self, known: set[int], accept: Accept | None) -> None:
         pass

@@ -17,6 +17,7 @@ __all__ = [
     "CancelFittingException",
     "merge",
     "raise_worst",
+    "without_frames",
 ]
 
 
@@ -56,6 +57,17 @@ def _rank(failure: BaseException) -> int:
         if isinstance(failure, kind):
             return rank
     return 0 if isinstance(failure, Exception) else -1  # an interrupt comes before everything
+
+
+def without_frames(failure: BaseException) -> BaseException:
+    """Return an exception of the same type, arguments and notes that holds no frames, and with them no batch or model.
+
+    A copy, since who caught the exception itself may still print where it came from.
+    """
+    bare = type(failure).__new__(type(failure), *failure.args)
+    others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
+    vars(bare).update(vars(failure), **({"others": others} if others else {}))
+    return bare
 
 
 def merge(failures: Sequence[BaseException]) -> BaseException:

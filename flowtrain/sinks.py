@@ -3,26 +3,40 @@
 The backends of a callback are those that it holds, see `flowtrain.holding`. The process that trains owns them: it opens
 each once, before the first event, whoever writes into it later. What a backend raises gets a note that names it and the
 callbacks that log to it.
+
+The backends are open as long as somebody holds `Sinks.held`: the learner, and the lanes that have yet to write. When a
+learner is dropped that nobody closed, they are closed by the last of these.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
+import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from flowtrain.errors import LoggingError, is_a
 from flowtrain.graph import Node
-from flowtrain.records import LoggerBackend, Run
+from flowtrain.records import LoggerBackend, Outcome, Run
+from flowtrain.signals import CancelException
 
 __all__ = ["Sinks"]
 
 T = TypeVar("T")
+
+_logger = logging.getLogger("flowtrain")
+
+_PATIENCE = 30.0
+"""Seconds for which the garbage collector waits until backends are closed."""
 
 
 class Sinks:
@@ -30,12 +44,16 @@ class Sinks:
 
     Attributes:
         run: The run that they are opened for.
+        held: What keeps them open.
     """
 
     def __init__(self) -> None:
         self.run = Run(uuid.uuid4().hex[:12])
         self._owned: dict[str, _Owned] = {}  # by sink
-        self._open: dict[str, _Owned] = {}
+        self._books = _Books()
+        self._open = self._books.open
+        self.held = _Held()
+        weakref.finalize(self.held, _abandon, self._books)
 
     @staticmethod
     def check(nodes: Iterable[Node]) -> None:
@@ -53,7 +71,7 @@ class Sinks:
         for sink, opened in list(self._open.items()):
             if sink not in self._owned or self._owned[sink].backend is not opened.backend:
                 gone[sink] = self._open.pop(sink)
-        _each(gone, "closed", _close)
+        self._end(gone)
 
     def open(self) -> None:
         """Open the backends that are not open yet.
@@ -67,8 +85,10 @@ class Sinks:
         run = replace(self.run, rank=_rank())
 
         def begin(backend: LoggerBackend) -> None:
+            _check_free(backend, self.held)
             backend.open(run)
             self._open[backend.sink] = self._owned[backend.sink]
+            _holders[id(backend)] = weakref.ref(self.held)
 
         _each(new, "opened", begin)
 
@@ -126,10 +146,106 @@ class Sinks:
             self.close()
             raise
 
+    @contextmanager
+    def noting(self, *, trains: bool = True) -> Generator[None]:
+        """Note for the backends how what runs in this context ended.
+
+        Args:
+            trains: Whether it trains. If it only evaluates, its failure counts, and its success does not make up for
+                an earlier failure.
+        """
+        if trains:
+            self._books.outcome = "killed"  # if nobody comes to say otherwise
+        try:
+            yield
+        except BaseException as failure:
+            self.note(failure)
+            raise
+        if trains:
+            self._books.outcome = "finished"
+
+    def note(self, failure: BaseException) -> None:
+        """Note that the run ended with an exception."""
+        if not isinstance(failure, Exception):
+            self._books.outcome = "killed"
+        else:
+            self._books.outcome = "finished" if isinstance(failure, CancelException) else "failed"
+
     def close(self) -> None:
         """Close all; the first failure is raised when each has been tried."""
-        opened, self._open = self._open, {}
-        _each(opened, "closed", _close)
+        opened = dict(self._open)
+        self._open.clear()
+        self._end(opened)
+
+    def _end(self, opened: Mapping[str, _Owned]) -> None:
+        _each(opened, "closed", lambda backend: _close(backend, self._books.outcome))
+
+
+class _Held:
+    """Held by everybody who writes to the backends."""
+
+
+@dataclass
+class _Books:
+    """What is known of the open backends, also when their `Sinks` are gone.
+
+    Attributes:
+        open: The open backends by sink.
+        outcome: How the run has ended, or would if it ended now.
+        process: The process that opened them; a forked child has copies, and closes none.
+    """
+
+    open: dict[str, _Owned] = field(default_factory=dict)
+    outcome: Outcome = "finished"
+    process: int = field(default_factory=os.getpid)
+
+
+_holders: dict[int, weakref.ref[_Held]] = {}
+"""Who has opened a backend, by the id of the backend."""
+
+
+def _check_free(backend: LoggerBackend, held: _Held) -> None:
+    """Check that no other learner has the backend open.
+
+    Raises:
+        LoggingError: One has.
+    """
+    for last in (False, True):
+        reference = _holders.get(id(backend))
+        holder = None if reference is None else reference()
+        if holder is None or holder is held:
+            return
+        del holder
+        if not last:
+            gc.collect()  # a learner that was dropped and not closed
+    raise LoggingError(
+        f"{backend!r} is open for another learner, and the records of the two would be mixed. Close that one first: "
+        f"write `with Learner(...) as learner:`, or learner.close(). Or make a backend for each learner."
+    )
+
+
+def _abandon(books: _Books) -> None:
+    """Close the backends of a learner that nobody closed; called by the garbage collector, or when Python ends.
+
+    They are closed in another thread, which is waited for: the collector may come while this one holds a lock that a
+    backend needs.
+    """
+    if not books.open or os.getpid() != books.process:
+        return
+
+    def close() -> None:
+        try:
+            _each(books.open, "closed", lambda backend: _close(backend, books.outcome))
+        except Exception:
+            _logger.exception("flowtrain: a logging backend could not be closed, whose learner nobody had closed")
+
+    thread = threading.Thread(target=close, name="flowtrain closes backends", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # Python is ending
+        close()
+    else:
+        thread.join(_PATIENCE)
 
 
 class _Owned(NamedTuple):
@@ -139,7 +255,9 @@ class _Owned(NamedTuple):
     names: list[str]
 
 
-def _close(backend: LoggerBackend) -> None:
+def _close(backend: LoggerBackend, outcome: Outcome) -> None:
+    _holders.pop(id(backend), None)
+    backend.ended(outcome)
     backend.close()
 
 

@@ -209,6 +209,18 @@ class LearnerState:
         self.lag = 0
         self.updates = 0
 
+    def moved(self) -> LearnerState:
+        """Return another state with all that this one holds; nothing is left in this one.
+
+        Views, plans and executors hold this one in circles. What a closed learner holds goes with it at once, without
+        the garbage collector, because none of it is in a circle any more.
+        """
+        other = LearnerState()
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        self.__init__()  # type: ignore[misc]  # empty, as it was made
+        return other
+
     def show(self, batch: BatchState) -> None:
         """Make `batch` the current one, with a twin for what it may come to hold."""
         self.batch = batch
@@ -222,32 +234,9 @@ def restore_point(state: State) -> Callable[[], None]:
     put back by reference.
     """
     contents: dict[int, tuple[Any, Any]] = {}
-
-    def remember(value: Any) -> None:
-        """Keep what a container holds, and what is in it."""
-        if id(value) in contents:
-            return
-        if isinstance(value, (dict, list, set, deque)):
-            contents[id(value)] = (value, dict(dict.items(value)) if isinstance(value, dict) else list(value))
-            for inner in value.values() if isinstance(value, dict) else value:
-                remember(inner)
-        elif isinstance(value, tuple):
-            for inner in value:
-                remember(inner)
-        elif isinstance(value, State):
-            contents[id(value)] = (value, dict(value.__dict__))
-            for inner in value.__dict__.values():
-                remember(inner)
-        elif isinstance(value, SeriesMap):
-            contents[id(value)] = (value, value.snapshot())
-            for series in value.values():
-                remember(series)
-        elif isinstance(value, Series):
-            contents[id(value)] = (value, len(value))
-
     entries = dict(state.__dict__)
     for value in entries.values():
-        remember(value)
+        _remember(value, contents)
 
     def restore() -> None:
         """Put everything back."""
@@ -256,6 +245,29 @@ def restore_point(state: State) -> Callable[[], None]:
         _refill(state, entries)
 
     return restore
+
+
+def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
+    """Keep what a container holds, and what is in it."""
+    if id(value) in contents:
+        return
+    if isinstance(value, (dict, list, set, deque)):
+        contents[id(value)] = (value, dict(dict.items(value)) if isinstance(value, dict) else list(value))
+        for inner in value.values() if isinstance(value, dict) else value:
+            _remember(inner, contents)
+    elif isinstance(value, tuple):
+        for inner in value:
+            _remember(inner, contents)
+    elif isinstance(value, State):
+        contents[id(value)] = (value, dict(value.__dict__))
+        for inner in value.__dict__.values():
+            _remember(inner, contents)
+    elif isinstance(value, SeriesMap):
+        contents[id(value)] = (value, value.snapshot())
+        for series in value.values():
+            _remember(series, contents)
+    elif isinstance(value, Series):
+        contents[id(value)] = (value, len(value))
 
 
 def _refill(value: Any, content: Any) -> None:

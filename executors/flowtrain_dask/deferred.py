@@ -45,11 +45,11 @@ _logger = logging.getLogger("flowtrain")
 class _Slot:
     """One lane: its callbacks, and the lane itself once there are events."""
 
-    def __init__(self, nodes: Sequence[Node], first: int, make: Callable[[_Slot], Lane]) -> None:
+    def __init__(self, nodes: Sequence[Node], first: int, of: Deferred) -> None:
         self.nodes = nodes
         self.first = first
         self.lane: Lane | None = None
-        self._make = make
+        self._of: Deferred = weakref.proxy(of)  # which holds the slot
 
     def duty(self, node: Node, handler: Handler) -> int:
         """Return the position of a handler in the lane's job."""
@@ -58,7 +58,7 @@ class _Slot:
     def opened(self) -> Lane:
         """Return the lane."""
         if self.lane is None:
-            self.lane = self._make(self)
+            self.lane = self._of.make_lane(self)
         return self.lane
 
 
@@ -92,7 +92,7 @@ class Deferred:
         self.lanes = lanes
         self._site = weakref.ref(site)
         self._pool = Pool(options.limits.bytes, share=connection is not None)
-        self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self._make_lane) for lane in deferral.lanes]
+        self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self) for lane in deferral.lanes]
         self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
         self._reach = Reach(site.state)
@@ -230,7 +230,8 @@ class Deferred:
             self._told = troubles
             _logger.warning("flowtrain: %s", "; ".join(troubles))
 
-    def _make_lane(self, slot: _Slot) -> Lane:
+    def make_lane(self, slot: _Slot) -> Lane:
+        """Make the lane of a slot, for its first event."""
         site = self._site
         found = site()
         job = job_of(slot.nodes, self.deferral, found.run.id if found is not None else "", slot.first)
@@ -249,6 +250,7 @@ class Deferred:
             on_error=self._options.on_error,
             stopping=partial(_is_stopping, site),
         )
+        lane.holds = found.open_sinks if found is not None else None
         self.lanes.append(lane)
         return lane
 

@@ -196,6 +196,9 @@ class DaskExecutor:
         if self._site is not None:
             for entry in self._entries.values():
                 self._site.swap(entry.plan, _closed)
+        for entry in self._entries.values():
+            if entry.race is not None:
+                entry.race.runner = _closed  # in place of a method of its own, which leads back to the plan
         self._entries.clear()
 
     # --- plans

@@ -1,5 +1,7 @@
 """MLflow: values as metrics, settings as parameters, everything else as artifacts of a run.
 
+The status of the run says how training ended: FINISHED, FAILED after an error, KILLED when it was interrupted.
+
 MLflow takes nothing back. A run that goes on from a checkpoint continues its MLflow run if nothing came after it;
 otherwise a new MLflow run gets the parameters and the metrics up to there, and a tag that names the one before.
 """
@@ -23,13 +25,14 @@ from flowtrain.logging.files import read_file
 from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.plain import flat, number, refused, settings
-from flowtrain.records import Figure, File, Group, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
+from flowtrain.records import Figure, File, Group, Image, Loggable, LoggerBackend, Outcome, Run, Settings, Text, Value
 
 __all__ = ["MLflowBackend"]
 
 _RUN = "flowtrain.run"
 _CONTINUES = "flowtrain.continues"
 _FORBIDDEN, _LONGEST = r"[^\w\-. :/]", 250  # of the keys of metrics and parameters
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 _BATCH = 500  # metrics in one request; MLflow takes 1000
 
 
@@ -61,6 +64,8 @@ class MLflowBackend(LoggerBackend):
         self._counts: Counter[str] = Counter()
         self._names = Names(_FORBIDDEN, _LONGEST)
         self._settings = Names(_FORBIDDEN, _LONGEST)
+        self._outcome: Outcome = "finished"
+        self._before = ""  # the status that the run had when it was opened
 
     @property
     def sink(self) -> str:
@@ -81,10 +86,11 @@ class MLflowBackend(LoggerBackend):
             mine = f"tags.`{_RUN}` = '{run.id}'"
             there = client.search_runs([number], mine, order_by=["attributes.start_time DESC"], max_results=1)
             if there:
-                self.run_id = there[0].info.run_id
+                self.run_id, self._before = there[0].info.run_id, there[0].info.status
                 client.update_run(self.run_id, status="RUNNING")
             else:
                 self.run_id = client.create_run(number, tags={_RUN: run.id}, run_name=self.run_name).info.run_id
+                self._before = "RUNNING"
             keys = client.get_run(self.run_id).data.metrics
             self._counts = Counter({key: len(client.get_metric_history(self.run_id, key)) for key in keys})
             self._client = client
@@ -156,20 +162,28 @@ class MLflowBackend(LoggerBackend):
             tags = {_RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}
             new = client.create_run(known.info.experiment_id, tags=tags, run_name=known.info.run_name)
             client.set_tag(self.run_id, _RUN, "")
-            client.set_terminated(self.run_id, status="KILLED")
+            # One that is still said to run was killed in a way that left nobody to say so.
+            client.set_terminated(self.run_id, status="KILLED" if self._before == "RUNNING" else self._before)
             self.run_id, self._counts = new.info.run_id, Counter()
             client.log_batch(self.run_id, params=[entities.Param(*each) for each in known.data.params.items()])
             self._waiting = [metric for metrics in kept.values() for metric in metrics]
             self._send()
 
+    def ended(self, outcome: Outcome) -> None:
+        """Learn how the run ended, for its status."""
+        self._outcome = outcome
+
     def close(self) -> None:
         """Send what waits, and end MLflow's run."""
+        outcome, self._outcome = self._outcome, "finished"
         if self._client is None:
             return
         try:
-            self._send()
-            with self._explained("end the run"):
-                self._client.set_terminated(self.run_id)
+            try:
+                self._send()
+            finally:
+                with self._explained("end the run"):
+                    self._client.set_terminated(self.run_id, status=_STATUS[outcome])
         finally:
             self._client = None
 

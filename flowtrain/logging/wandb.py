@@ -1,5 +1,7 @@
 """Weights & Biases: what is logged, in the history of a run, offline or online.
 
+The exit code of the run says how training ended: 0, 1 after an error, 255 when it was interrupted, as W&B has it too.
+
 W&B takes nothing back. A run that goes on from a checkpoint does so in a new run of W&B, whose configuration says under
 ``flowtrain`` which one it continues, and after how many records. Runs of one learner share a W&B group.
 """
@@ -22,9 +24,24 @@ from flowtrain.logging.files import read_file, unwritable
 from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.plain import number, refused, settings
-from flowtrain.records import Figure, File, Group, Histogram, Image, Loggable, LoggerBackend, Run, Settings, Text, Value
+from flowtrain.records import (
+    Figure,
+    File,
+    Group,
+    Histogram,
+    Image,
+    Loggable,
+    LoggerBackend,
+    Outcome,
+    Run,
+    Settings,
+    Text,
+    Value,
+)
 
 __all__ = ["WandbBackend"]
+
+_EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}
 
 
 class WandbBackend(LoggerBackend):
@@ -66,6 +83,7 @@ class WandbBackend(LoggerBackend):
         self._groups: set[str] = set()
         self._names = Names(r"[\x00-\x1f\x7f]", 180)
         self._names.restore({"": "step"})  # the name of the axis is taken
+        self._outcome: Outcome = "finished"
 
     @property
     def sink(self) -> str:
@@ -133,12 +151,18 @@ class WandbBackend(LoggerBackend):
         with self._explained(f"go on with run {position['run']}"):
             self._run.config.update({"flowtrain": continues})
 
+    def ended(self, outcome: Outcome) -> None:
+        """Learn how the run ended, for its exit code."""
+        self._outcome = outcome
+
     def close(self) -> None:
         """End the run of W&B, which brings its records to the disk."""
         run, self._run = self._run, None
-        if run is not None:
+        outcome, self._outcome = self._outcome, "finished"
+        # When Python ends, W&B may have ended the run already, by what ended Python.
+        if run is not None and not getattr(run, "_atexit_cleanup_called", False):
             with self._explained("end the run"):
-                run.finish()
+                run.finish(exit_code=_EXIT_CODES[outcome])
 
     def _begin(self) -> None:
         wandb = needed("wandb", "WandbBackend", "wandb")

@@ -28,6 +28,7 @@ class TinySite:
         self.state = LearnerState()
         self.nodes: Sequence[Node] = ()
         self.run = Run("tiny")
+        self.open_sinks = object()
         self.stopping = False
         self.fired: list[tuple[str, Event]] = []
         self.urgent: list[Callable[[], None]] = []

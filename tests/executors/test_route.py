@@ -39,7 +39,8 @@ def plan_of(*callbacks: Callback, strict: bool = False, end: bool = False) -> Pl
     return learner.callbacks.plan(FitEnd, Phase) if end else learner.callbacks.plan(BatchEnd, TrainingPhase)
 
 
-TWO = (Own("a"), Own("b"))
+def two() -> tuple[Own, Own]:
+    return Own("a"), Own("b")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,12 @@ TWO = (Own("a"), Own("b"))
     [
         (plan_of(Own("a")), (), 2, "always", "one handler"),
         (plan_of(Own("a"), Own("b", reads="a")), (), 2, "always", "one chain"),
-        (plan_of(*TWO, end=True), (), 2, "always", "every handler runs, even after an interrupt"),
-        (plan_of(*TWO), (0, 1), 2, "always", "no handler may leave the training thread"),
-        (plan_of(*TWO, strict=True), (), 2, "always", "strict mode looks at the whole state around each handler"),
-        (plan_of(*TWO), (), 1, "always", "one worker"),
-        (plan_of(*TWO), (), 2, "never", "parallel='never'"),
-        (plan_of(*TWO), (0,), 2, "auto", ""),
+        (plan_of(*two(), end=True), (), 2, "always", "every handler runs, even after an interrupt"),
+        (plan_of(*two()), (0, 1), 2, "always", "no handler may leave the training thread"),
+        (plan_of(*two(), strict=True), (), 2, "always", "strict mode looks at the whole state around each handler"),
+        (plan_of(*two()), (), 1, "always", "one worker"),
+        (plan_of(*two()), (), 2, "never", "parallel='never'"),
+        (plan_of(*two()), (0,), 2, "auto", ""),
     ],
 )
 def test_why_a_plan_is_run_serially(

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flowtrain import Callback, CancelFittingException, EpochEnd, LearnerView, ValidationPhase
+from flowtrain.callbacks import Checkpointer, CustomCallback, LogMetrics, once
 from flowtrain.errors import LoggingError
-from flowtrain.logging import File, Image, LoggerBackend, MLflowBackend, Run, Settings, Text, Value
-from flowtrain.testing import BackendContract
+from flowtrain.logging import (
+    File,
+    Image,
+    JsonlBackend,
+    LoggerBackend,
+    MLflowBackend,
+    Outcome,
+    Run,
+    Settings,
+    Text,
+    Value,
+)
+from flowtrain.testing import BackendContract, tiny_learner
 
 STEP = ("Step", "TrainingPhase")
 
@@ -114,3 +129,117 @@ def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(LoggingError, match=r"MLflowBackend needs mlflow, .* pip install 'flowtrain\[mlflow\]'"):
         MLflowBackend("digits").open(Run("r"))
+
+
+# --- how the run ended
+
+
+def statuses(folder: Path) -> list[str]:
+    """The status of every run, the newest first."""
+    return [run.info.status for run in runs(folder)]
+
+
+def stop_with(kind: type[BaseException]) -> Callback:
+    def stop(learner: LearnerView) -> None:
+        raise kind("stop")
+
+    return CustomCallback(stop, EpochEnd, ValidationPhase)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (None, "FINISHED"),
+        (CancelFittingException, "FINISHED"),
+        (ValueError, "FAILED"),
+        (KeyboardInterrupt, "KILLED"),
+        (SystemExit, "KILLED"),
+    ],
+)
+@pytest.mark.parametrize("way", ["close", "with", "dropped"])
+def test_the_status_says_how_the_run_ended(
+    failure: type[BaseException] | None, status: str, way: str, tmp_path: Path
+) -> None:
+    callbacks = [] if failure is None else [stop_with(failure)]
+    learner = tiny_learner(LogMetrics(make(tmp_path)), *callbacks, n_batches=2)
+    with suppress(ValueError, KeyboardInterrupt, SystemExit), learner if way == "with" else nullcontext():
+        learner.fit(1)
+    if way == "close":
+        learner.close()
+    elif way == "dropped":
+        del learner, callbacks
+        gc.collect()
+    assert statuses(tmp_path) == [status]
+    [run] = runs(tmp_path)
+    assert run.data.metrics["Step/TrainingPhase/Loss"] > 0  # what waited was sent
+
+
+def test_what_is_trained_last_decides(tmp_path: Path) -> None:
+    """A failure that training has gone on from is none; an evaluation after it makes up for nothing."""
+    failing = stop_with(ValueError)
+    with tiny_learner(LogMetrics(make(tmp_path)), failing, n_batches=2) as learner:
+        with suppress(ValueError):
+            learner.fit(1)
+        learner.remove_callback(CustomCallback)
+        learner.validate()
+        assert statuses(tmp_path) == ["RUNNING"]
+    assert statuses(tmp_path) == ["FAILED"]
+    with suppress(ZeroDivisionError), tiny_learner(LogMetrics(make(tmp_path)), n_batches=2) as learner:
+        learner.fit(1)
+        _ = 1 / 0
+    assert statuses(tmp_path) == ["FAILED", "FAILED"]
+    with tiny_learner(LogMetrics(make(tmp_path)), once(stop_with(ValueError), EpochEnd), n_batches=2) as learner:
+        with suppress(ValueError):
+            learner.fit(1)
+        learner.fit(1)
+    assert statuses(tmp_path) == ["FINISHED", "FAILED", "FAILED"]
+
+
+def test_a_failed_run_that_is_resumed_finishes(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    with (
+        suppress(ValueError),
+        tiny_learner(LogMetrics(make(tmp_path)), Checkpointer(checkpoints), n_batches=2) as learner,
+    ):
+        learner.fit(1)
+        learner.add_callback(stop_with(ValueError))
+        learner.fit(1)
+    assert statuses(tmp_path) == ["FAILED"]
+    with tiny_learner(LogMetrics(make(tmp_path)), Checkpointer(checkpoints), n_batches=2) as learner:
+        learner.fit(3, resume=checkpoints)
+    # The failed one has more than the checkpoint, so this is another run.
+    assert sorted(statuses(tmp_path)) == ["FAILED", "FINISHED"]
+
+
+def test_a_run_that_failed_where_it_is_resumed_is_the_same_run(tmp_path: Path) -> None:
+    backend = make(tmp_path)
+    position: Any = None
+    ends: list[tuple[bool, Outcome | None, str]]
+    ends = [(False, "failed", "FAILED"), (True, "killed", "KILLED"), (True, None, "FINISHED")]
+    for resumed, outcome, status in ends:
+        backend.open(Run("r", resumed=resumed))
+        assert statuses(tmp_path) == ["RUNNING"]
+        if resumed:
+            backend.restore(position)
+        position = backend.flush()
+        if outcome is not None:
+            backend.ended(outcome)
+        backend.close()
+        assert statuses(tmp_path) == [status]
+
+
+class Old(JsonlBackend):
+    """A backend from before there was `ended`: its `close` takes nothing."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        super().close()
+
+
+def test_a_backend_that_does_not_ask_is_closed_as_ever(tmp_path: Path) -> None:
+    backend = Old(tmp_path / "log.jsonl")
+    with suppress(ValueError), tiny_learner(LogMetrics(backend), stop_with(ValueError)) as learner:
+        learner.fit(1)
+    assert backend.closed == 2  # `open` closes what is open

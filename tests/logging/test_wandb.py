@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flowtrain import EpochEnd, LearnerView, ValidationPhase
+from flowtrain.callbacks import CustomCallback, LogMetrics
 from flowtrain.errors import LoggingError
 from flowtrain.logging import File, Histogram, Image, LoggerBackend, Run, Settings, Text, Value, WandbBackend
-from flowtrain.testing import BackendContract
+from flowtrain.testing import BackendContract, tiny_learner
 
 STEP = ("Step", "TrainingPhase")
 BLOCK = 32768  # https://github.com/google/leveldb/blob/main/doc/log_format.md, after W&B's own header of 7 bytes
@@ -148,3 +153,49 @@ def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(LoggingError, match=r"WandbBackend needs wandb, .* pip install 'flowtrain\[wandb\]'"):
         make(tmp_path).open(Run("r"))
+
+
+def exit_codes(folder: Path) -> list[int]:
+    """The exit code of every run."""
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [record.exit.exit_code for path in files for record in complete(path) if record.HasField("exit")]
+
+
+@pytest.mark.parametrize(("failure", "code"), [(None, 0), (ValueError, 1), (KeyboardInterrupt, 255)])
+@pytest.mark.parametrize("way", ["close", "dropped"])
+def test_the_exit_code_says_how_the_run_ended(
+    failure: type[BaseException] | None, code: int, way: str, tmp_path: Path
+) -> None:
+    def stop(learner: LearnerView) -> None:
+        if failure is not None:
+            raise failure("stop")
+
+    learner = tiny_learner(LogMetrics(make(tmp_path)), CustomCallback(stop, EpochEnd, ValidationPhase), n_batches=2)
+    with suppress(ValueError, KeyboardInterrupt):
+        learner.fit(1)
+    if way == "close":
+        learner.close()
+    del learner
+    gc.collect()
+    assert exit_codes(tmp_path) == [code]
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError", 1)])
+def test_a_program_that_closes_nothing_says_how_it_ended_too(end: str, code: int, tmp_path: Path) -> None:
+    program = f"""
+from flowtrain import EpochEnd, ValidationPhase
+from flowtrain.callbacks import CustomCallback, LogMetrics
+from flowtrain.logging import JsonlBackend, WandbBackend
+from flowtrain.testing import tiny_learner
+
+def stop(learner):
+    {end or "pass"}
+
+backends = WandbBackend("digits", folder={str(tmp_path)!r}, mode="offline"), JsonlBackend({str(tmp_path / "log")!r})
+learner = tiny_learner(LogMetrics(*backends), CustomCallback(stop, EpochEnd, ValidationPhase), n_batches=2)
+learner.fit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, exit_codes(tmp_path)) == (code, [code]), done.stderr
+    assert "could not be closed" not in done.stderr
+    assert len((tmp_path / "log").read_text().splitlines()) >= 5

@@ -51,6 +51,7 @@ class Lane:
 
     Attributes:
         given_up: Whether the training thread has stopped waiting for it.
+        holds: What keeps its sinks open, also when the learner is gone.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Lane:
         self._driver = Driver(job, transport, limits.bytes, self._hurry, surface, on_error)
         self._thread: threading.Thread | None = None
         self.given_up = False
+        self.holds: object = None
         guard(self)
 
     @property

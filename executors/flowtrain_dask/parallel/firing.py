@@ -122,8 +122,12 @@ class Firing:
 
     def finish(self) -> list[tuple[Step, Exception]]:
         """Return the failures in serial order; raise an interrupt that came from a handler."""
-        if self._interrupt is not None:
-            raise self._interrupt
+        interrupt, self._interrupt = self._interrupt, None
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                del interrupt  # its frames hold this firing
         found = [(self._plan.steps[position], failure) for position, failure in sorted(self.failures, key=_position)]
         self.failures.clear()  # the frames of an exception hold this firing
         return found
