@@ -111,8 +111,8 @@ class TorchCore:
         kept = {**vars(self.settings), "settings": 0, "device": 0, "loss_name": 0, "_state": 0, "_scaling": 0}
         for name in set(vars(self)) - set(kept):
             delattr(self, name)
-        self.models: dict[str, torch.nn.Module] = {}
-        self._loss_modules: list[torch.nn.Module] = []
+        self.models: dict[str, Any] = {}
+        self._loss_modules: list[Any] = []
         self.places = False
 
     def attach(self, state: LearnerState, optimizer: Any) -> None:
