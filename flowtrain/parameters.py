@@ -76,7 +76,7 @@ class Gradients(Mapping[str, torch.Tensor]):
 
     def detached(self) -> Gradients:
         """Return them read-only, and detached where a graph of the backward pass was kept."""
-        return DetachedGradients(self._params, writable=False)
+        return DetachedGradients(self._params)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
@@ -123,7 +123,7 @@ def named_parameters(params: Mapping[str, torch.Tensor], lossfn: object) -> dict
     return found
 
 
-class DetachedGradients(Gradients):
+class DetachedGradients(ReadOnlyGradients):
     """The same without a graph: what a deferrable callback sees."""
 
     __slots__ = ()

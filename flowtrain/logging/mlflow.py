@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flowtrain.errors import LoggingError
@@ -181,9 +181,12 @@ class MLflowBackend(LoggerBackend):
         try:
             try:
                 self._send()
-            finally:
-                with self._explained("end the run"):
+            except LoggingError:
+                with suppress(Exception):  # the first error says more
                     self._client.set_terminated(self.run_id, status=_STATUS[outcome])
+                raise
+            with self._explained("end the run"):
+                self._client.set_terminated(self.run_id, status=_STATUS[outcome])
         finally:
             self._client = None
 
