@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from flowtrain import resolution
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def untracked() -> set[str]:
+    """The files in the checkout that git neither knows nor ignores; none where this is no checkout."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        return set()
+    command = [git, "ls-files", "--others", "--exclude-standard"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def leave_no_files() -> Iterator[None]:
+    """Fail when the tests have left files in the checkout: they belong into `tmp_path`."""
+    before = untracked()
+    yield
+    left = sorted(untracked() - before)
+    assert not left, f"the tests have left files in the checkout: {', '.join(left)}. Write into tmp_path."
 
 
 @pytest.fixture(autouse=True)

@@ -80,8 +80,8 @@ def test_every_counts_by_phase(tmp_path: Path) -> None:
     ]
 
 
-def test_it_declares_what_it_is_told_and_pickles() -> None:
-    backend = JsonlBackend("log")
+def test_it_declares_what_it_is_told_and_pickles(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "log")
     callback = LogVisualization(misclassified, backend, access={"batch.loss": Read()})
     assert callback.state_access().keys() == {"batch.loss", "cbstate.history"}
     assert LogVisualization(misclassified, backend).state_access().keys() == {

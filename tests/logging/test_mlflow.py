@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -243,3 +250,47 @@ def test_a_backend_that_does_not_ask_is_closed_as_ever(tmp_path: Path) -> None:
     with suppress(ValueError), tiny_learner(LogMetrics(backend), stop_with(ValueError)) as learner:
         learner.fit(1)
     assert backend.closed == 2  # `open` closes what is open
+
+
+def has_server() -> bool:
+    try:
+        return bool(importlib.metadata.version("mlflow"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_server(), reason="the server is in the package mlflow, of 300 MB")
+def test_a_real_server(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    with (tmp_path / "out").open("w") as out:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "out").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+                time.sleep(0.2)
+        for failing, status in (([], "FINISHED"), ([stop_with(ValueError)], "FAILED")):
+            backend = MLflowBackend("digits", tracking_uri=f"http://127.0.0.1:{port}")
+            with suppress(ValueError), tiny_learner(LogMetrics(backend), *failing, n_batches=3) as learner:
+                learner.fit(1)
+            run = mlflow_client(backend).get_run(backend.run_id)
+            assert run.info.status == status
+            history = mlflow_client(backend).get_metric_history(backend.run_id, "Step/TrainingPhase/Loss")
+            assert [metric.step for metric in history] == [1, 2, 3]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def mlflow_client(backend: MLflowBackend) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=backend.tracking_uri)

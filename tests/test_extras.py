@@ -1,0 +1,195 @@
+"""Every extra works as it is installed: in an interpreter that sees only what its install line brings.
+
+A folder of links to these distributions stands for the fresh environment, which takes no network and no time. What is
+installed beside them, for another extra or for the tests, is not there; nor is any environment variable.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+PRELUDE = """
+import os, warnings
+from functools import partial
+warnings.filterwarnings("error", module="flowtrain")  # those of other packages are their own
+import torch
+from flowtrain import Learner, Read
+from flowtrain.callbacks import LogHistograms, LogHyperParams, LogMetrics, LogVisualization
+from flowtrain.logging import *
+from flowtrain.testing import tiny_learner
+
+def everything(learner, kinds):
+    with open("report.txt", "w") as file:
+        file.write("a report")
+    shown = [Value(float(learner.batch.loss)), Image(torch.ones(3, 8, 8)), Text("text"), File("report.txt")]
+    return [each for each in [*shown, Histogram(torch.arange(9))] if isinstance(each, kinds)]
+
+def train(backend, executor="serial"):
+    show = LogVisualization(partial(everything, kinds=backend.accepts), backend, every=2, access={"batch.loss": Read()})
+    histograms = [LogHistograms(backend, every=2)] if Histogram in backend.accepts else []
+    callbacks = LogMetrics(backend), *histograms, show, LogHyperParams(backend, settings={"a": 1})
+    with tiny_learner(*callbacks, executor=executor, n_batches=4) as learner:
+        learner.fit(1)
+"""
+
+PROGRAMS = {
+    "": """
+train(JsonlBackend("log.jsonl"))
+print(len(open("log.jsonl").readlines()) > 20)
+with tiny_learner(LogMetrics(CsvBackend("a.csv"))) as learner:
+    learner.fit(1)
+print(open("a.csv").readline().strip())
+for make in (
+    lambda: tiny_learner(executor="dask"),
+    lambda: tiny_learner().plot(),
+    lambda: train(TensorBoardBackend("board")),
+    lambda: train(MLflowBackend("e")),
+    lambda: train(WandbBackend("p")),
+):
+    try:
+        make()
+    except Exception as error:
+        print(type(error).__name__, str(error).rpartition("pip install ")[2].split()[0].rstrip("."))
+""",
+    "mlflow": """
+import logging
+logging.disable(logging.INFO)
+train(MLflowBackend("e"))
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+[run] = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+print(run.info.status, sorted(run.data.metrics)[0], run.data.params)
+print(len(client.get_metric_history(run.info.run_id, "Step/TrainingPhase/Loss")), os.path.exists("mlflow.db"))
+print(sorted(each.path for each in client.list_artifacts(run.info.run_id)))
+""",
+    "wandb": """
+os.environ["WANDB_MODE"] = "offline"  # online it asks for an account
+train(WandbBackend("p"))
+print(len(os.listdir("wandb")) > 0)
+""",
+    "tensorboard": """
+train(TensorBoardBackend("board"))
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+board = EventAccumulator("board").Reload()
+print(sorted(board.Tags()["scalars"])[0], len(board.Tags()["images"]), len(board.Tags()["histograms"]))
+""",
+    "safetensors": """
+from flowtrain.callbacks import Checkpointer
+with tiny_learner(Checkpointer("folder", weights='safetensors')) as learner:
+    learner.fit(1)
+from safetensors.torch import load_file
+[file] = [each for each in os.listdir("folder") if each.endswith(".safetensors")]
+print(sorted(load_file(os.path.join("folder", file))))
+""",
+    "plot": """
+with tiny_learner() as learner:
+    learner.fit(1)
+    learner.plot(to="curves.png")
+print(os.path.getsize("curves.png") > 1000)
+""",
+    "dask": """
+from flowtrain_dask import DaskExecutor
+if __name__ == "__main__":
+    for number, executor in enumerate(["dask", DaskExecutor("local")]):
+        train(JsonlBackend(f"{number}.jsonl"), executor)
+        print(len(open(f"{number}.jsonl").readlines()) > 20)
+""",
+    "examples": """
+from flowtrain.examples import digits
+print(digits.__name__)
+""",
+}
+
+PRINTED = {
+    "": """True
+group,step,Loss
+ExecutorError 'flowtrain[dask]'
+UsageError 'flowtrain[plot]'
+LoggingError 'flowtrain[tensorboard]'
+LoggingError 'flowtrain[mlflow]'
+LoggingError 'flowtrain[wandb]'
+""",
+    "mlflow": """FINISHED Epoch/TrainingPhase/Loss {'a': '1'}
+4 True
+['Step']
+""",
+    "wandb": "True\n",
+    "tensorboard": "Epoch/TrainingPhase/Loss 2 3\n",
+    "safetensors": "['coeff']\n",
+    "plot": "True\n",
+    "dask": "True\nTrue\n",
+    "examples": "flowtrain.examples.digits\n",
+}
+
+
+def distributions(requirements: list[str]) -> dict[str, metadata.Distribution]:
+    """What pip installs for requirements: the distributions by name."""
+    found: dict[str, metadata.Distribution] = {}
+    done: set[tuple[str, str]] = set()
+    waiting = [Requirement(each) for each in requirements]
+    while waiting:
+        wanted = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        for extra in {"", *wanted.extras} - {extra for known, extra in done if known == name}:
+            done.add((name, extra))
+            found[name] = metadata.distribution(name)
+            for line in found[name].requires or ():
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    waiting.append(needed)
+    return found
+
+
+def link(folder: Path, requirements: list[str]) -> None:
+    """Fill a folder with links to what requirements bring: it stands for the packages of a fresh environment."""
+    for distribution in distributions(requirements).values():
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).is_symlink():
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
+
+
+def run_program(folder: Path, requirements: list[str], program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that sees the requirements, flowtrain, and nothing else."""
+    packages, here = folder / "packages", folder / "here"
+    packages.mkdir()
+    here.mkdir()
+    link(packages, requirements)
+    for source in (ROOT / "flowtrain", ROOT / "executors" / "flowtrain_dask"):
+        (packages / source.name).symlink_to(source)
+    (here / "program.py").write_text(program, "utf-8")
+    # -S: no site-packages. Workers of a cluster are started with the variables and the path of their parent.
+    start = f"import runpy, sys; sys.path.append({str(packages)!r}); runpy.run_path('program.py', run_name='__main__')"
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(here)}
+    return subprocess.run(
+        [sys.executable, "-S", "-B", "-c", start],
+        cwd=here, env=variables, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_every_extra_is_tried() -> None:
+    assert {"", *EXTRAS} - {"test", "dev"} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("extra", PROGRAMS)
+def test_an_extra_is_all_that_it_needs(extra: str, tmp_path: Path) -> None:
+    requirements = [*PROJECT["dependencies"], *EXTRAS.get(extra, [])]
+    done = run_program(tmp_path, requirements, PRELUDE + PROGRAMS[extra])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == PRINTED[extra]
+
+
+def test_nothing_else_is_seen(tmp_path: Path) -> None:
+    done = run_program(tmp_path, PROJECT["dependencies"], "import torch, sys\nimport pytest")
+    assert done.stderr.rstrip().endswith("ModuleNotFoundError: No module named 'pytest'")
