@@ -352,5 +352,5 @@ def test_immutable_schedules_and_cloned_metrics_may_be_shared() -> None:
     losses = []
     for learner in learners:
         learner.fit(1)
-        losses.append(list(learner.cbstate.metrics_step[TrainingPhase]["MeanSquaredError"]))
+        losses.append(list(learner.cbstate.metrics_epoch[TrainingPhase]["MeanSquaredError"]))
     assert losses[0] == losses[1]
