@@ -36,14 +36,14 @@ from bench.bench_loop import digits, loader, model_of
 from bench.pairs import Figure, Report, figure, in_turns, in_turns_afresh, median, ratios, seconds
 from flowtrain import BatchEnd, Callback, Event, Learner, LearnerView, Phase, SerialExecutor, TrainingPhase, on
 from flowtrain.callbacks import Metrics
-from flowtrain.execution import Executor, Runner
+from flowtrain.graph.executor import Executor, Runner
+from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.registry import Callbacks
 from flowtrain.metrics import accuracy
-from flowtrain.plan import Plan, Step
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask import DaskExecutor
-from flowtrain_dask.parallel.compile import compile_plan
+from flowtrain_dask.parallel.task_graph import compile_plan
 
 EVENT, PHASE = BatchEnd(), TrainingPhase()
 STEP = 5.5e-3
@@ -62,9 +62,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--table", action="store_true", help="every cost, kind and number of handlers")
     chosen = arguments.parse_args()
-    report = Report(
-        "Executors", "python -m bench.bench_executors" + (" --table" * chosen.table), "the serial executor"
-    )
+    report = Report("Executors", "python -m bench.bench_executors" + (" --table" * chosen.table), "the serial executor")
     if chosen.table:
         table(report)
     else:

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from bench.gpu_models import GPT2, Shape, language_loss, mlp
 from bench.pairs import Report, figure, in_turns, median
 from flowtrain import Learner, TorchCore, TrainingPhase
-from flowtrain.scaling import Precision, autocast
+from flowtrain.core.precision import Precision, autocast
 
 Batches = list[tuple[Tensor, Tensor]]
 Run = Callable[[], object]

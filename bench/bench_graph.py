@@ -28,9 +28,9 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.access import declare
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
+from flowtrain.callback.access import declare
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
 
 PATHS = 30
 COUNTS = (125, 250, 500, 1000, 2000)

@@ -34,9 +34,9 @@ from bench.pairs import Report, figure, second_core
 from bench.peers import ignite_fit, lightning_fit
 from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.logging import JsonlBackend
-from flowtrain.records import Histogram, Run, Value, log
+from flowtrain.logging.backend import Histogram, Run, Value, log
 from flowtrain_dask import DaskExecutor
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -136,15 +136,18 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
         made = [without, lambda: logged("process", DaskExecutor(address)), without]
         times = loops_in_turns(made, 30, 200, process)
     report.ratio(f"{what}, deferred to a process; floor: without it", times, 1.08, steps=1)
-    report.ratio("a process that has nothing to do with training and computes the same; floor: without it", times, None,
-                 steps=1, which=2)
+    report.ratio(
+        "a process that has nothing to do with training and computes the same; floor: without it",
+        times,
+        None,
+        steps=1,
+        which=2,
+    )
     report.ratio("deferred, to training beside that process", [row[::-1] for row in times], None, steps=1)
     if peers:
         for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
             log = partial(log_histograms, opened(folder / f"histograms-{name}.jsonl"))
-            times = in_turns(
-                [timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30
-            )
+            times = in_turns([timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30)
             report.ratio(f"the same histograms in {name}, in place; floor: without them", times, None, steps=1)
     found = backlogs(logged("backlog", DaskExecutor(address)), 1000, 30)
     grown = figure([end - half for half, end in found])
@@ -211,6 +214,7 @@ def log_all(weights: Sequence[torch.Tensor]) -> None:
 
 def throughput(report: Report, folder: Path) -> None:
     """Fit a tiny model with many metrics, and count the records that one lane writes in a second."""
+
     def metric(number: int) -> Callable[[Any, Any], float]:
         def value(outputs: torch.Tensor, targets: torch.Tensor) -> float:
             return float(number)
@@ -244,7 +248,12 @@ def throughput(report: Report, folder: Path) -> None:
     same = all(each == files[0] for each in files)
     report.row(
         f"records a second through `LogMetrics` to JSON lines on one lane, training included; files equal to serial: "
-        f"{same}", "", "", rate.text(1, 0), "20,000", reached=rate.median >= 20_000 and same,
+        f"{same}",
+        "",
+        "",
+        rate.text(1, 0),
+        "20,000",
+        reached=rate.median >= 20_000 and same,
     )
 
 
@@ -284,11 +293,13 @@ def recovery(report: Report) -> None:
         learner.close()
     found = figure(took)
     report.row(
-        "seconds until a lane goes on whose worker was killed with a batch at work, another being alive", "", "",
-        f"{found.text()}, at most {max(took):.2f}", "3", reached=found.median <= 3,
+        "seconds until a lane goes on whose worker was killed with a batch at work, another being alive",
+        "",
+        "",
+        f"{found.text()}, at most {max(took):.2f}",
+        "3",
+        reached=found.median <= 3,
     )
-
-
 
 
 def at_work(client: Any) -> int:

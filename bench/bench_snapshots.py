@@ -11,13 +11,13 @@ from torch import nn
 
 from bench.pairs import REPETITIONS, Report, differences, in_turns
 from flowtrain import Access, Read, TrainingPhase
-from flowtrain.access import declare
-from flowtrain.batch import BatchState
-from flowtrain.parameters import Parameters
-from flowtrain.phasemap import Counts, CountsMap, PhaseMap
-from flowtrain.series import SeriesMap
-from flowtrain.state import LearnerState
-from flowtrain_dask.snapshots.copies import Pool
+from flowtrain.callback.access import declare
+from flowtrain.state.batch import BatchState
+from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.parameters import Parameters
+from flowtrain.state.series import SeriesMap
+from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Taker
 
 TENSORS = 300

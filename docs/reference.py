@@ -19,9 +19,9 @@ from typing import Any
 import flowtrain.callbacks
 import flowtrain.metrics
 from flowtrain import Callback, EpochEnd, Event, LearnerView, Phase, TrainingPhase, Write
-from flowtrain.access import Read, declare, dotted, union
+from flowtrain.callback.access import Read, declare, dotted, union
+from flowtrain.graph.checks import PROVIDERS
 from flowtrain.logging import JsonlBackend
-from flowtrain.providers import PROVIDERS
 
 __all__ = ["EXAMPLES", "PAGE", "main", "page"]
 

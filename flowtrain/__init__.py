@@ -6,13 +6,50 @@ Start with `Learner` and `Callback`; the callbacks that come with it are in `flo
 
 from __future__ import annotations
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.core import TorchCore
+import sys as _sys
+
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchCancelled,
+    BatchEnd,
+    EpochBegin,
+    EpochCancelled,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
+from flowtrain.callback.phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    StepContext,
+    TrainingPhase,
+    ValidationPhase,
+)
+from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolve
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks import schedules as _schedules
+from flowtrain.callbacks import stopping as _stopping
+from flowtrain.callbacks import summary as _summary
+from flowtrain.core import compile as _compile
+from flowtrain.core.core import TorchCore
+from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
 from flowtrain.errors import (
     AccessError,
     AmbiguousHandlerError,
     CallbackError,
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFittingException,
     CheckpointError,
     CoreError,
     CycleError,
@@ -31,37 +68,11 @@ from flowtrain.errors import (
     UsageError,
     WriteConflictError,
 )
-from flowtrain.events import (
-    BackwardBegin,
-    BackwardEnd,
-    BatchBegin,
-    BatchCancelled,
-    BatchEnd,
-    EpochBegin,
-    EpochCancelled,
-    EpochEnd,
-    Event,
-    FitBegin,
-    FitEnd,
-    LossBegin,
-    UpdateBegin,
-    UpdateEnd,
-)
-from flowtrain.execution import Executor, SerialExecutor
-from flowtrain.finder import LearningRateSweep, find_learning_rate
+from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.registry import callback_graph
 from flowtrain.learner import Learner
-from flowtrain.phases import (
-    AbstractTrainingPhase,
-    AbstractValidationPhase,
-    Phase,
-    StepContext,
-    TrainingPhase,
-    ValidationPhase,
-)
-from flowtrain.protect import LearnerView
-from flowtrain.registry import callback_graph
-from flowtrain.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolve
-from flowtrain.signals import CancelBatchException, CancelEpochException, CancelException, CancelFittingException
+from flowtrain.logging import backend as _backend
+from flowtrain.state import hyperparameters as _hyperparameters
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -127,3 +138,15 @@ __all__ = [
     "on",
     "resolve",
 ]
+
+# The documented paths of modules that have moved since: both names are one module.
+_sys.modules.update(
+    {
+        f"{__name__}.compiling": _compile,
+        f"{__name__}.hyperparameter": _hyperparameters,
+        f"{__name__}.records": _backend,
+        f"{__name__}.schedules": _schedules,
+        f"{__name__}.stopping": _stopping,
+        f"{__name__}.summary": _summary,
+    }
+)

@@ -23,20 +23,33 @@
     ├── SanityCheckError           what a look at data, model, loss and optimizer found wrong, all of it
     └── UsageError                 a call at the wrong moment or with a value that means nothing
 
-What steers training rather than reports a mistake (`CancelException` and its kin) lives in `flowtrain.signals`.
+What steers training rather than reports a mistake (`CancelException` and its kin) lives in `flowtrain.errors`.
 The values that a message shows are also fields of the exception.
+
+Control flow by exception: how a handler ends a batch, an epoch or a fit, and which of several failures counts.
+
+A handler raises a `CancelException`; the loop closes what the exception names and goes on behind it. When several
+handlers of one event fail, one exception is raised and carries the others: an error before any cancel, the wider
+cancel before the narrower, and the earlier handler before the later (`merge`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any, ClassVar
+
+import torch
 
 __all__ = [
     "AccessError",
     "AmbiguousHandlerError",
     "CallbackError",
+    "CancelBatchException",
+    "CancelEpochException",
+    "CancelException",
+    "CancelFittingException",
     "CheckpointError",
     "CoreError",
     "CycleError",
@@ -54,10 +67,14 @@ __all__ = [
     "UndeclaredWriteError",
     "UsageError",
     "WriteConflictError",
+    "describe",
     "is_a",
     "is_positive",
     "is_type",
+    "merge",
     "nearest",
+    "raise_worst",
+    "without_frames",
 ]
 
 
@@ -236,3 +253,109 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+class CancelException(Exception):
+    """Base of the exceptions that end a part of training on purpose.
+
+    Raise one of the three below, with a message that says why: ``raise CancelFittingException("loss is flat")``.
+    """
+
+    scope: ClassVar[str] = ""
+    """What it ends: ``"batch"``, ``"epoch"`` or ``"fit"``."""
+
+
+class CancelBatchException(CancelException):
+    """Skip the rest of this batch. `BatchCancelled` fires in place of `BatchEnd`."""
+
+    scope = "batch"
+
+
+class CancelEpochException(CancelException):
+    """End this epoch now. An open batch is cancelled first, then `EpochEnd` fires."""
+
+    scope = "epoch"
+
+
+class CancelFittingException(CancelException):
+    """End training now. `fit` returns normally and `Learner.stopped` holds the exception."""
+
+    scope = "fit"
+
+
+_CANCELS = (CancelFittingException, CancelEpochException, CancelBatchException)
+
+
+def _rank(failure: BaseException) -> int:
+    for rank, kind in enumerate(_CANCELS, start=1):
+        if isinstance(failure, kind):
+            return rank
+    return 0 if isinstance(failure, Exception) else -1  # an interrupt comes before everything
+
+
+def without_frames(failure: BaseException) -> BaseException:
+    """Return an exception of the same type, arguments and notes that holds no frames, and with them no batch or model.
+
+    A copy, since who caught the exception itself may still print where it came from.
+    """
+    bare = type(failure).__new__(type(failure), *failure.args)
+    others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
+    vars(bare).update(vars(failure), **({"others": others} if others else {}))
+    return bare
+
+
+def merge(failures: Sequence[BaseException]) -> BaseException:
+    """Choose the exception to raise among several, and attach the others to it.
+
+    Args:
+        failures: At least one exception, in serial order of the handlers that raised them.
+
+    Returns:
+        The worst one: errors come before cancels, then `CancelFittingException`, `CancelEpochException` and
+        `CancelBatchException`, then serial order. Its attribute ``others`` is the tuple of the rest, and each of
+        these is also a note on it.
+
+    >>> merge([CancelBatchException("skip"), ValueError("broken")])
+    ValueError('broken')
+    """
+    distinct = list({id(failure): failure for failure in failures}.values())
+    worst, *others = sorted(distinct, key=_rank)
+    known: tuple[BaseException, ...] = getattr(worst, "others", ())
+    others = [other for other in others if all(other is not each for each in known)]
+    if others:
+        worst.others = (*known, *others)  # type: ignore[attr-defined]  # any exception may carry them
+        for other in others:
+            worst.add_note(f"also raised: {type(other).__name__}: {other}")
+    return worst
+
+
+def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> None:
+    """Raise what `merge` chooses, unless it is one of `ends`; the list is emptied.
+
+    An exception holds the frames that it went through. If one of them, or a list in one of them, held the exception in
+    turn, the batch in those frames, graph and all, would live until the garbage collector comes. So nothing keeps it.
+    """
+    worst = merge(failures)
+    failures.clear()
+    try:
+        if not isinstance(worst, ends):
+            raise worst
+    finally:
+        del worst
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what a piece of data is: type, shape and dtype, or length and first parts.
+
+    >>> import torch
+    >>> describe(torch.zeros(2, 3))
+    'Tensor of shape (2, 3), float32'
+    """
+    if isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
+    if isinstance(value, (tuple, list)):
+        parts = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
+    return f"{type(value).__name__} {value!r:.60}"

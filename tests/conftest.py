@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain import resolution
+from flowtrain.callback import resolution
 
 ROOT = Path(__file__).resolve().parent.parent
 

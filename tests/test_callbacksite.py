@@ -33,6 +33,7 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
+from flowtrain.callback.conditions import Every
 from flowtrain.callbacks import (
     EMA,
     EarlyStopping,
@@ -45,8 +46,7 @@ from flowtrain.callbacks import (
     StopOnNaNLoss,
     one_cycle,
 )
-from flowtrain.conditions import Every
-from flowtrain.stopping import GL, Patience
+from flowtrain.callbacks.stopping.criteria import GL, Patience
 from flowtrain.testing import TinyModel, record_access, tiny_batches, tiny_learner
 
 

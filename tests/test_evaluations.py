@@ -34,7 +34,7 @@ from flowtrain.callbacks import (
     Scheduler,
     reduce_on_plateau,
 )
-from flowtrain.curves import curves
+from flowtrain.diagnostics.plots import curves
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.testing import tiny_batches, tiny_learner
 

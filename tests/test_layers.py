@@ -1,7 +1,7 @@
-"""The direction of imports inside ``flowtrain/``, held by parsing every import statement.
+"""The direction of imports, held by parsing every import statement.
 
-A module imports what stands before it in `LAYERS`: from the rows above its own, and from the left in its own row.
-Every import counts as its reader sees it: inside a function or under ``if TYPE_CHECKING`` as well.
+A package of ``flowtrain/`` imports from those before it in `PACKAGES`, and no two modules import each other. Every
+import counts as its reader sees it: inside a function or under ``if TYPE_CHECKING`` as well.
 """
 
 from __future__ import annotations
@@ -14,44 +14,32 @@ from typing import NamedTuple
 
 import pytest
 
-# A package stands here as one module, and ``flowtrain`` is ``flowtrain/__init__.py``, the public face.
-LAYERS: dict[int, tuple[str, ...]] = {
-    # the words: what there is and what may be said of it; nothing here runs a callback
-    0: (
-        "errors", "signals", "events", "requests", "access", "readonly", "batch", "steps", "modes", "phases",
-        "hyperparams", "parameters", "phasemap", "lag", "series", "containers", "draws", "state", "reach", "detached",
-    ),
-    # what handlers see, what sinks get
-    1: (
-        "part", "namespace", "protect", "recording", "fingerprint", "terminal", "loggables", "records", "plain",
-        "metric",
-    ),
-    2: ("resolution", "handler", "callback", "conditions", "providers", "holding"),  # what a user writes
-    3: ("graph", "resolver", "conflicts", "order"),  # from declarations to an order, with reasons
-    4: ("naming", "checks", "plan", "strict", "registry", "execution", "sinks"),  # from an order to something that runs
-    5: (
-        "devices", "prefetch", "optimizers", "groups", "guard", "scaling", "compiling", "settings", "placement",
-        "structure", "core",
-        "data", "planned", "scopes", "dispatch", "randomness", "position", "checkpointfile", "checkpoint", "writer",
-        "cuts", "interrupts", "loop", "stepsite",
-        "scratch", "dryrun", "syncs", "audit",
-    ),  # training itself
-    6: ("trial", "summary", "sanity", "logging", "metrics", "hyperparameter", "schedule", "schedules", "combining",
-        "criterion", "plateau", "prechelt", "stopping"),  # what the bundled callbacks work with
-    7: ("callbacks",),  # bundled callbacks, written as a user's would be: see `NARROWED`
-    8: ("curves", "figure", "plot", "arguments", "callbacksite", "learner", "finder", "flowtrain"),  # one object
-    9: ("testing", "examples"),  # users of the face
-}
-NARROWED = {"callbacks": {0, 1, 2, 6}}  # the only layers these may import, and never a sibling in their package
+# The entries of ``flowtrain/`` from the bottom up; ``flowtrain`` is ``flowtrain/__init__.py``, the public face.
+PACKAGES = (
+    "errors",
+    "callback",
+    "state",
+    "logging",
+    "metrics",
+    "graph",
+    "core",
+    "training",
+    "diagnostics",
+    "callbacks",
+    "learner",
+    "flowtrain",
+    "testing",
+    "examples",
+)
+ENTRIES = {*PACKAGES} - {"flowtrain"} | {"__init__"}
 
-# The folders of ``executors/flowtrain_dask/``, each importing from those before it when it is loaded; no two modules
-# import each other. ``""`` stands for the modules beside them, which put the parts together.
-DASK = ("parallel", "snapshots", "lanes", "cluster", "")
-OPEN_TO_DASK = range(5)  # the layers of ``flowtrain/`` that an executor may know
+# The folders of ``executors/flowtrain_dask/``, each importing from those before it when it is loaded. ``""`` stands for
+# the modules beside them, which put the parts together.
+DASK = ("parallel", "snapshots", "lanes", "cluster", "deferred", "")
+OPEN_TO_DASK = ("errors", "callback", "state", "logging", "metrics", "graph")  # what an executor may know of flowtrain
 
 PACKAGE = Path(__file__).parents[1] / "flowtrain"
 EXECUTOR = Path(__file__).parents[1] / "executors" / "flowtrain_dask"
-PLACES = {name: (layer, column) for layer, names in LAYERS.items() for column, name in enumerate(names)}
 FOREIGN = {"dask", "distributed", "flowtrain_dask"}  # executors import flowtrain, never the other way round
 
 
@@ -63,7 +51,14 @@ class Import(NamedTuple):
     at_import: bool
 
 
-def test_every_import_goes_down_the_layers() -> None:
+def test_the_top_folder_has_the_entries_of_the_design() -> None:
+    found = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")
+    }
+    assert found == ENTRIES
+
+
+def test_every_import_goes_down() -> None:
     sources = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     assert sources, f"no source in {PACKAGE}"
     wrong = [f"flowtrain/{file}:{each}" for file, source in sources.items() for each in complaints(file, source)]
@@ -73,16 +68,16 @@ def test_every_import_goes_down_the_layers() -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("plan.py", "from flowtrain.graph import Graph"),
-        ("registry.py", "from flowtrain.plan import Plan"),
-        ("callbacks/metrics.py", "from flowtrain.metrics import accuracy\nimport flowtrain.events, torch"),
+        ("graph/plan.py", "from flowtrain.graph.nodes import Graph"),
+        ("graph/registry.py", "from flowtrain.callback.callback import Callback"),
+        ("callbacks/metrics.py", "from flowtrain.metrics import accuracy\nimport flowtrain.callback.events, torch"),
         ("callbacks/__init__.py", "from flowtrain.callbacks.metrics import Metrics"),
         ("logging/csv.py", "from flowtrain.logging.files import rename"),
         ("examples/digits.py", "from flowtrain import Learner, testing"),
         ("examples/digits.py", "def f():\n    from flowtrain_dask import DaskExecutor"),
         ("__init__.py", "from flowtrain.learner import Learner"),
-        ("graph.py", "def to_networkx():\n    import networkx"),
-        ("graph.py", "if TYPE_CHECKING:\n    import networkx as nx"),
+        ("graph/nodes.py", "def to_networkx():\n    import networkx"),
+        ("graph/nodes.py", "if TYPE_CHECKING:\n    import networkx as nx"),
     ],
 )
 def test_right_imports_pass(file: str, source: str) -> None:
@@ -92,19 +87,25 @@ def test_right_imports_pass(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("graph.py", "import torch\nimport flowtrain.plan", "2: graph (layer 3) imports plan (layer 4)"),
-        ("events.py", "def f():\n    from flowtrain import state", "2: events (layer 0) imports state (layer 0)"),
-        ("plan.py", "if TYPE_CHECKING:\n    import flowtrain.learner", "2: plan (layer 4) imports learner (layer 8)"),
-        ("core.py", "from flowtrain import Learner", "1: core (layer 5) imports flowtrain (layer 8)"),
-        ("callbacks/tune.py", "from flowtrain.core import TorchCore", "1: callbacks (layer 7) imports core (layer 5)"),
-        ("callbacks/tune.py", "from flowtrain.callbacks import Recorder", "1: callbacks (layer 7) imports a sibling"),
-        ("errors.py", "from flowtrain.utils import shorten", "1: errors (layer 0) imports utils, which has no layer"),
+        ("graph/plan.py", "import torch\nimport flowtrain.core.core", "2: graph imports core, which stands above it"),
+        ("callback/events.py", "def f():\n    from flowtrain import state", "2: callback imports state, which stands"),
+        ("graph/plan.py", "if TYPE_CHECKING:\n    import flowtrain.learner", "2: graph imports learner, which stands"),
+        ("core/core.py", "from flowtrain import Learner", "1: core imports flowtrain, which stands above it"),
+        (
+            "errors.py",
+            "from flowtrain.utils import shorten",
+            "1: errors imports utils, which is no entry of flowtrain/",
+        ),
         ("errors.py", "from .signals import CancelException", "1: errors imports relatively"),
-        ("utils.py", "", "1: utils has no layer"),
-        ("core.py", "def f():\n    import dask.threaded", "2: core imports dask"),
+        ("utils.py", "", "1: utils is no entry of flowtrain/"),
+        ("core/core.py", "def f():\n    import dask.threaded", "2: core imports dask"),
         ("examples/digits.py", "import flowtrain_dask", "1: examples imports flowtrain_dask"),
-        ("core.py", "def f():\n    from networkx import DiGraph", "2: core imports networkx"),
-        ("graph.py", "try:\n    import networkx\nfinally:\n    pass", "2: graph imports networkx when it is loaded"),
+        ("core/core.py", "def f():\n    from networkx import DiGraph", "2: core imports networkx"),
+        (
+            "graph/nodes.py",
+            "try:\n    import networkx\nfinally:\n    pass",
+            "2: graph imports networkx when it is loaded",
+        ),
     ],
 )
 def test_a_wrong_import_is_named(file: str, source: str, message: str) -> None:
@@ -112,7 +113,7 @@ def test_a_wrong_import_is_named(file: str, source: str, message: str) -> None:
     assert complaint.startswith(message)
 
 
-def test_the_dask_executor_imports_down_its_folders_and_knows_the_lower_layers_only() -> None:
+def test_the_dask_executor_imports_down_its_folders_and_knows_the_lower_packages_only() -> None:
     sources = {path.relative_to(EXECUTOR).as_posix(): path.read_text("utf-8") for path in EXECUTOR.rglob("*.py")}
     assert {file.rpartition("/")[0] for file in sources} == set(DASK)
     wrong = [f"{file}:{each}" for file, source in sources.items() for each in dask_complaints(file, source)]
@@ -134,13 +135,14 @@ def test_a_wrong_import_of_the_dask_executor_is_named(file: str, source: str, me
     assert complaint.startswith(message)
 
 
-def test_the_dask_executor_imports_in_no_circle() -> None:
-    """When it is loaded; what is imported for types only, or when it is needed, is left out."""
-    known = {f"flowtrain_dask.{'.'.join(path.relative_to(EXECUTOR).with_suffix('').parts)}": path
-             for path in EXECUTOR.rglob("*.py")}  # fmt: skip
+@pytest.mark.parametrize(("root", "name"), [(PACKAGE, "flowtrain"), (EXECUTOR, "flowtrain_dask")])
+def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
+    """When they are loaded; what is imported for types only, or when it is needed, is left out."""
+    known = {".".join((name, *path.relative_to(root).with_suffix("").parts)): path
+             for path in root.rglob("*.py") if path.name != "__init__.py"}  # fmt: skip
     needs = {
-        name: {each.module for each in imports(ast.parse(path.read_text("utf-8"))) if each.at_import} & known.keys()
-        for name, path in known.items()
+        module: {each.module for each in imports(ast.parse(path.read_text("utf-8"))) if each.at_import} & known.keys()
+        for module, path in known.items()
     }
     assert sum(map(len, needs.values())) > 100
     order = list(TopologicalSorter(needs).static_order())  # a circle is an error that names it
@@ -158,10 +160,8 @@ def dask_objection(folder: str, found: Import) -> str | None:
     top, _, rest = found.module.partition(".")
     if not top:
         return "imports relatively: write the module's whole name"
-    if top == "flowtrain":
-        place = PLACES.get(rest.split(".")[0] or "flowtrain")
-        if place is None or place[0] not in OPEN_TO_DASK:
-            return f"imports {found.module}: only layers 0 to {OPEN_TO_DASK[-1]} are open to an executor"
+    if top == "flowtrain" and rest.split(".")[0] not in OPEN_TO_DASK:
+        return f"imports {found.module}: open to an executor are {', '.join(OPEN_TO_DASK)}"
     if top == "flowtrain_dask" and found.at_import:
         there = rest.split(".")[0] if rest.split(".")[0] in DASK else ""
         before = DASK[: DASK.index(folder)]
@@ -173,13 +173,13 @@ def dask_objection(folder: str, found: Import) -> str | None:
 def complaints(file: str, source: str) -> list[str]:
     """What is wrong with the imports of ``flowtrain/<file>``, each as ``line: message``."""
     importer = "flowtrain" if file == "__init__.py" else file.split("/")[0].removesuffix(".py")
-    if importer not in PLACES:
-        return [f"1: {importer} has no layer: enter it in LAYERS, below and right of all it imports"]
+    if importer not in PACKAGES:
+        return [f"1: {importer} is no entry of flowtrain/: put the module into the package that its lines belong to"]
     found = imports(ast.parse(source, file))
-    return [f"{each.line}: {why}" for each in found if (why := objection(file, importer, each))]
+    return [f"{each.line}: {why}" for each in found if (why := objection(importer, each))]
 
 
-def objection(file: str, importer: str, found: Import) -> str | None:
+def objection(importer: str, found: Import) -> str | None:
     top, _, rest = found.module.partition(".")
     if not top:
         return f"{importer} imports relatively: write the module's whole name"
@@ -191,22 +191,11 @@ def objection(file: str, importer: str, found: Import) -> str | None:
         return f"{importer} imports networkx when it is loaded: import it inside the function that needs it"
     if top != "flowtrain":
         return None
-    return against_the_layers(file, importer, rest.split(".")[0] or "flowtrain")
-
-
-def against_the_layers(file: str, importer: str, imported: str) -> str | None:
-    layer = PLACES[importer][0]
-    if imported not in PLACES:
-        return f"{importer} (layer {layer}) imports {imported}, which has no layer"
-    if imported == importer:
-        if importer in NARROWED and not file.endswith("/__init__.py"):
-            return f"{importer} (layer {layer}) imports a sibling: what two of them need belongs in a layer below"
-        return None
-    words = f"{importer} (layer {layer}) imports {imported} (layer {PLACES[imported][0]})"
-    if PLACES[imported] > PLACES[importer]:
-        return f"{words}: only rows above, and modules further left in its row, are open to it"
-    if importer in NARROWED and PLACES[imported][0] not in NARROWED[importer]:
-        return f"{words}: only layers {sorted(NARROWED[importer])} are open to it"
+    imported = rest.split(".")[0] or "flowtrain"
+    if imported not in PACKAGES:
+        return f"{importer} imports {imported}, which is no entry of flowtrain/"
+    if PACKAGES.index(imported) > PACKAGES.index(importer):
+        return f"{importer} imports {imported}, which stands above it: {', '.join(PACKAGES)} is the order"
     return None
 
 
@@ -217,12 +206,27 @@ def imports(tree: ast.AST, at_import: bool = True) -> Iterator[Import]:
             case ast.Import(names=names):
                 yield from (Import(node.lineno, name.name, at_import) for name in names)
             case ast.ImportFrom(module="flowtrain", level=0, names=names):
-                # `from flowtrain import x` means the module x where there is one, otherwise a name of the face.
-                modules = {f"flowtrain.{name.name}" if name.name in PLACES else "flowtrain" for name in names}
+                # `from flowtrain import x` means the entry x where there is one, otherwise a name of the face.
+                modules = {f"flowtrain.{name.name}" if name.name in PACKAGES else "flowtrain" for name in names}
                 yield from (Import(node.lineno, module, at_import) for module in sorted(modules))
+            case ast.ImportFrom(module=module, level=level, names=names) if module and level == 0:
+                # `from package import module` loads the module; a name that is none is filtered by who looks.
+                yield Import(node.lineno, module, at_import)
+                if module.startswith(("flowtrain.", "flowtrain_dask")):
+                    yield from (
+                        Import(node.lineno, f"{module}.{name.name}", at_import)
+                        for name in names
+                        if submodule(module, name.name)
+                    )
             case ast.ImportFrom(module=module, level=level):
                 yield Import(node.lineno, "." * level + (module or ""), at_import)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.If(test=ast.Name(id="TYPE_CHECKING")):
                 yield from imports(node, at_import=False)
             case _:
                 yield from imports(node, at_import)
+
+
+def submodule(package: str, name: str) -> bool:
+    """Tell whether a name that is imported from a package is a module of it."""
+    root = EXECUTOR.parent if package.startswith("flowtrain_dask") else PACKAGE.parent
+    return (root.joinpath(*package.split(".")) / f"{name}.py").exists()

@@ -14,7 +14,7 @@ from flowtrain import (
     FlowtrainError,
     UsageError,
 )
-from flowtrain.signals import merge
+from flowtrain.errors import merge
 
 # From the first to be raised to the last.
 KINDS: list[tuple[type[BaseException], ...]] = [

@@ -20,7 +20,7 @@ Four folders hold the parts, each importing only from those before it. The modul
 from flowtrain_dask.executor import DaskExecutor, Parallel
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
-from flowtrain_dask.parallel.compile import EventGraph
-from flowtrain_dask.snapshots.copies import register_copier
+from flowtrain_dask.parallel.task_graph import EventGraph
+from flowtrain_dask.snapshots.copiers import register_copier
 
 __all__ = ["DaskExecutor", "EventGraph", "Limits", "Parallel", "Report", "register_copier"]

@@ -2,38 +2,45 @@
 
 ``compile`` gives a plan the runner that costs least. A plan of which no two handlers may run at the same time gets the
 serial executor's own. For the others `Race` decides, or `parallel` does. A runner that is no longer right is replaced
-in the loop (`flowtrain.execution.Site.swap`), so what has been decided is not asked again at every event.
+in the loop (`flowtrain.graph.executor.Site.swap`), so what has been decided is not asked again at every event.
+
+How one plan is run, and why: what the executor keeps of it, and the words in which it explains it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from flowtrain.callback.events import EpochBegin, Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
-from flowtrain.events import EpochBegin, Event
-from flowtrain.execution import Runner, SerialExecutor, Site
-from flowtrain.graph import Node
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan
-from flowtrain.state import LearnerState
-from flowtrain_dask.deferred import sharing
-from flowtrain_dask.deferring import Deferring, check_choice
+from flowtrain.graph.executor import Runner, SerialExecutor, Site
+from flowtrain.graph.nodes import Node
+from flowtrain.graph.plan import Plan
+from flowtrain.state.learner_state import LearnerState
+from flowtrain_dask.deferred.manager import Deferring, check_choice, sharing
+from flowtrain_dask.deferred.policy import Options
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.lanes.transport import OnLoss
-from flowtrain_dask.opening import Options
-from flowtrain_dask.parallel.compile import EventGraph, compile_plan
-from flowtrain_dask.parallel.firing import CLOSED, Crew
-from flowtrain_dask.parallel.race import Race
-from flowtrain_dask.parallel.strands import at_home
-from flowtrain_dask.parallel.ways import Ways
-from flowtrain_dask.route import Parallel, Route, spread, why_serial
+from flowtrain_dask.parallel.decision import Race
+from flowtrain_dask.parallel.firing import CLOSED, Crew, Ways
+from flowtrain_dask.parallel.strands import Strands, at_home, is_chain, pack
+from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
+from flowtrain_dask.snapshots.taker import Shared
 
-__all__ = ["DaskExecutor", "Parallel"]
+__all__ = [
+    "DaskExecutor",
+    "Parallel",
+    "Route",
+    "spread",
+    "why_serial",
+]
 
 
 class DaskExecutor:
@@ -274,3 +281,60 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+Parallel: TypeAlias = Literal["auto", "always", "never"]
+
+
+@dataclass
+class Route:
+    """What is known of one plan: its graph, its runner, and why it is run like that.
+
+    `plan` is what runs, with snapshot nodes; `original` is what the learner knows.
+    """
+
+    plan: Plan
+    graph: EventGraph
+    runner: Runner
+    reason: str
+    strands: Strands | None = None
+    race: Race | None = None
+    original: Plan | None = None
+    shared: Shared | None = None
+
+    def explain(self) -> str:
+        """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""
+        if self.race is None:
+            return _shown("inline" if self.strands is None else "parallel", self.reason, self.plan, self.strands)
+        race = self.race
+        return _shown(race.mode, race.reason, self.plan, race.strands if race.mode == "parallel" else None)
+
+
+def why_serial(plan: Plan, home: frozenset[int], workers: int, parallel: Parallel) -> str:
+    """Return why a plan can only, or must, be run by the serial executor's runner; empty if it need not."""
+    if len(plan) == 1:
+        return "one handler"
+    if is_chain(plan):
+        return "one chain"
+    if plan.always:
+        return "every handler runs, even after an interrupt"
+    if len(home) == len(plan):
+        return "no handler may leave the training thread"
+    if plan.watched:
+        return "strict mode looks at the whole state around each handler"
+    if workers == 1:
+        return "one worker"
+    return "parallel='never'" if parallel == "never" else ""
+
+
+def spread(graph: EventGraph, workers: int, home: frozenset[int], costs: Sequence[float]) -> Strands:
+    """Spread the handlers of a graph over strands, by their costs; those at `home` stay on the training thread."""
+    return pack(graph.before, costs, workers, home)
+
+
+def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:
+    text = f"{mode}: {reason}"
+    if strands is not None:
+        names = [", ".join(plan.steps[position].node.name for position in strand) for strand in strands.strands]
+        text += f"; strands: {' | '.join(names)}"
+    return text

@@ -10,6 +10,7 @@ from flowtrain.callbacks.checkpointer import Checkpointer
 from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
 from flowtrain.callbacks.devices import DeviceStats
+from flowtrain.callbacks.early_stopping import EarlyStopping
 from flowtrain.callbacks.ema import EMA
 from flowtrain.callbacks.gradients import GradNorm
 from flowtrain.callbacks.loghistograms import LogHistograms
@@ -25,18 +26,17 @@ from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
 from flowtrain.callbacks.sanity import SanityCheck
 from flowtrain.callbacks.scheduler import Scheduler
+from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
+from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
+from flowtrain.callbacks.schedules.plateau import reduce_on_plateau
+from flowtrain.callbacks.schedules.schedule import Schedule
 from flowtrain.callbacks.smooth import SmoothLoss
-from flowtrain.callbacks.stopping import EarlyStopping
 from flowtrain.callbacks.summary import ModelSummary
 from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
-from flowtrain.combining import per_epoch, sequence, warmup
-from flowtrain.hyperparameter import HyperParameter, LearningRate, Momentum, Setting, WeightDecay
-from flowtrain.metric import Metric
-from flowtrain.plateau import reduce_on_plateau
-from flowtrain.schedule import Schedule
-from flowtrain.schedules import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
+from flowtrain.metrics.metric import Metric
+from flowtrain.state.hyperparameters import HyperParameter, LearningRate, Momentum, Setting, WeightDecay
 
 __all__ = [
     "EMA",

@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from flowtrain.access import Access, Read
-from flowtrain.callback import Callback, on
-from flowtrain.conditions import Every
-from flowtrain.criterion import Mode, direction, several
+from flowtrain.callback.access import Access, Read
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.conditions import Every
+from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.stopping.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
-from flowtrain.events import BatchEnd, EpochEnd, FitBegin, FitEnd
-from flowtrain.handler import Handler
-from flowtrain.phasemap import epoch_of
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.protect import LearnerView
+from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["Checkpointer"]
 

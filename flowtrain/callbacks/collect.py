@@ -6,12 +6,12 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from flowtrain.access import Access, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["GarbageCollect"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flowtrain.access import Access
-from flowtrain.callback import Callback
+from flowtrain.callback.access import Access
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import HandlerError, is_type
-from flowtrain.events import Event
-from flowtrain.handler import Handler
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["CustomCallback"]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchEnd
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["DeviceStats"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd, UpdateEnd
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd, UpdateEnd
-from flowtrain.handler import Handler
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["EMA"]
 

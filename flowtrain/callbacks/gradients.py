@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import UpdateBegin, UpdateEnd
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import UpdateBegin, UpdateEnd
-from flowtrain.handler import Handler
-from flowtrain.phases import AbstractTrainingPhase
-from flowtrain.protect import LearnerView
 
 __all__ = ["GradNorm"]
 

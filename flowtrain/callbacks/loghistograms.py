@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from flowtrain.access import Read
-from flowtrain.callback import Callback, on
-from flowtrain.conditions import Every
-from flowtrain.events import BatchEnd, UpdateBegin
-from flowtrain.handler import Handler
-from flowtrain.logging.plain import checked_backends
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.records import Histogram, LoggerBackend, log
+from flowtrain.callback.access import Read
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.conditions import Every
+from flowtrain.callback.events import BatchEnd, UpdateBegin
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.logging.backend import Histogram, LoggerBackend, log
+from flowtrain.logging.values import checked_backends
 
 __all__ = ["LogHistograms"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from flowtrain.access import Access, Read
-from flowtrain.callback import Callback, on
-from flowtrain.events import BatchEnd, EpochEnd, FitBegin
-from flowtrain.handler import Handler
-from flowtrain.logging.plain import checked_backends, settings
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.records import LoggerBackend, Settings, Value, log
+from flowtrain.callback.access import Access, Read
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.logging.backend import LoggerBackend, Settings, Value, log
+from flowtrain.logging.values import checked_backends, settings
 
 __all__ = ["LogHyperParams"]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowtrain.access import Access, Read
-from flowtrain.callback import Callback, on
-from flowtrain.events import BatchEnd, EpochEnd, Event
-from flowtrain.logging.newest import loggable, newest
-from flowtrain.logging.plain import checked_backends
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
-from flowtrain.records import LoggerBackend, Value, log
+from flowtrain.callback.access import Access, Read
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochEnd, Event
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.logging.backend import LoggerBackend, Value, log
+from flowtrain.logging.values import checked_backends, loggable, newest
 
 __all__ = ["LogTraces"]
 

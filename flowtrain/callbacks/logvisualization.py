@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flowtrain.access import Access, Read
-from flowtrain.callback import Callback
-from flowtrain.conditions import Every
+from flowtrain.callback.access import Access, Read
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.conditions import Every
+from flowtrain.callback.events import BatchEnd, EpochEnd, Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import LoggingError, is_a, is_type
-from flowtrain.events import BatchEnd, EpochEnd, Event
-from flowtrain.handler import Handler
-from flowtrain.logging.plain import checked_backends
-from flowtrain.phasemap import epoch_of
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
-from flowtrain.records import Loggable, LoggerBackend, log
+from flowtrain.logging.backend import Loggable, LoggerBackend, log
+from flowtrain.logging.values import checked_backends
+from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["LogVisualization"]
 

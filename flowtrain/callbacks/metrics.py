@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import torch
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.errors import UsageError
-from flowtrain.events import BatchEnd, EpochBegin, EpochEnd
-from flowtrain.handler import Handler
-from flowtrain.lag import Reading
-from flowtrain.metric import Metric, Running, check_weight, values_of
-from flowtrain.phasemap import epoch_of
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
-from flowtrain.resolution import Resolution, Unresolvable
-from flowtrain.steps import describe, lengths, measure
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.resolution import Resolution, Unresolvable
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import UsageError, describe
+from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
+from flowtrain.state.by_phase import epoch_of
+from flowtrain.state.device_values import Reading
+from flowtrain.training.step import lengths, measure
 
 __all__ = ["Metrics"]
 

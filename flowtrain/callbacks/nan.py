@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 
-from flowtrain.access import Access, Read
-from flowtrain.callback import Callback, on
-from flowtrain.events import BackwardBegin, EpochBegin, EpochCancelled, EpochEnd
-from flowtrain.lag import Lagged
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.signals import CancelFittingException
+from flowtrain.callback.access import Access, Read
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BackwardBegin, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import CancelFittingException
+from flowtrain.state.device_values import Lagged
 
 __all__ = ["StopOnNaNLoss"]
 

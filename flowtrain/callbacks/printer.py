@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.events import EpochEnd
-from flowtrain.phasemap import epoch_of
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
-from flowtrain.terminal import console
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import EpochEnd
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.terminal import console
+from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["MetricsPrinter"]
 

@@ -1,7 +1,7 @@
 """ProgressBar: how far the epoch is.
 
-On a terminal the bar has the last line for itself (`flowtrain.terminal.BottomLine`). Where the output is no terminal,
-long epochs print plain lines.
+On a terminal the bar has the last line for itself (`flowtrain.callbacks.terminal.BottomLine`). Where the output is no
+terminal, long epochs print plain lines.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.terminal import BottomLine, console
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
-from flowtrain.lag import Reading
-from flowtrain.phasemap import Counts, epoch_of
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.terminal import BottomLine, console
+from flowtrain.state.by_phase import Counts, epoch_of
+from flowtrain.state.device_values import Reading
 
 if TYPE_CHECKING:
     from rich.progress import Progress

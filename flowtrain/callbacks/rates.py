@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import UpdateBegin
+from flowtrain.callback.phases import AbstractTrainingPhase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import UpdateBegin
-from flowtrain.phases import AbstractTrainingPhase
-from flowtrain.protect import LearnerView
 
 __all__ = ["LearningRateMonitor"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowtrain.access import Access, Write
-from flowtrain.callback import Callback, on
-from flowtrain.events import BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
-from flowtrain.phasemap import Counts, epoch_of
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.protect import LearnerView
+from flowtrain.callback.access import Access, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.state.by_phase import Counts, epoch_of
 
 __all__ = ["Recorder"]
 

@@ -1,34 +1,41 @@
-"""SanityCheck: what is wrong with data, model, loss and optimizer, all of it, before the first batch."""
+"""SanityCheck: what is wrong with data, model, loss and optimizer, all of it, before the first batch.
+
+What can be told of data, model, loss and optimizer before training: each function yields the problems it finds.
+
+A `Problem` is where, what is wrong, and what to do. Nothing is raised for what is wrong, so that all of it is found.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.errors import DataError, SanityCheckError
-from flowtrain.events import FitBegin
-from flowtrain.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.sanity import (
-    Broadcasts,
-    Problem,
-    check_backward,
-    check_batch,
-    check_classes,
-    check_loss,
-    check_optimizers,
-    check_outputs,
-    check_targets,
-    remedy_for,
-)
-from flowtrain.steps import describe
-from flowtrain.trial import CannotLook, borrowed, first_batch, on_device_of, untouched
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import FitBegin
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, on_device_of, untouched
+from flowtrain.errors import DataError, SanityCheckError, describe
 
-__all__ = ["SanityCheck"]
+__all__ = [
+    "Broadcasts",
+    "Problem",
+    "SanityCheck",
+    "check_backward",
+    "check_batch",
+    "check_classes",
+    "check_loss",
+    "check_optimizers",
+    "check_outputs",
+    "check_targets",
+    "remedy_for",
+]
 
 
 class SanityCheck(Callback):
@@ -174,3 +181,272 @@ def _trainable(model: Any, lossfn: Any) -> dict[str, torch.Tensor]:
         for name, param in module.named_parameters(prefix)
         if param.requires_grad
     }
+
+
+class Problem(NamedTuple):
+    """Something that training would fail on, or go wrong with.
+
+    Attributes:
+        where: ``"data of TrainingPhase"``, ``"optimizer"``, ...
+        what: What is wrong, with values.
+        remedy: What to do.
+    """
+
+    where: str
+    what: str
+    remedy: str
+
+
+def check_batch(where: str, inputs: Any, targets: Any) -> Iterator[Problem]:
+    """Check that all numbers of a batch are finite, and that there is a target for every input."""
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        for path, tensor in _tensors(name, value):
+            if not tensor.numel():
+                yield Problem(where, f"{path} is {describe(tensor)}: it holds nothing.", "Look at the dataset.")
+            elif bad := _not_finite(tensor):
+                yield Problem(
+                    where,
+                    f"{path} has {bad} of {tensor.numel()} values that are NaN or infinite.",
+                    "Leave such samples out, or fill them in, in the dataset; look for a division by a spread of zero.",
+                )
+    both = isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+    if both and inputs.dim() and targets.dim() and len(inputs) != len(targets):
+        yield Problem(
+            where,
+            f"there are {len(inputs)} inputs and {len(targets)} targets: {describe(inputs)}, {describe(targets)}.",
+            "Let the dataset, or collate_fn, give one target for each input, along the first dimension.",
+        )
+
+
+def check_outputs(where: str, outputs: Any) -> Iterator[Problem]:
+    """Check that the outputs of a model are finite."""
+    for path, tensor in _tensors("outputs", outputs):
+        if bad := _not_finite(tensor):
+            yield Problem(
+                where,
+                f"{path} has {bad} of {tensor.numel()} values that are NaN or infinite, before any update.",
+                "Look for a logarithm or square root of what may be zero or less, and at how weights are initialised.",
+            )
+
+
+def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
+    """Check that targets lie in the range that a loss of torch needs; other losses are not checked.
+
+    Sources: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html and the pages of the others.
+    """
+    name, settings = _torch_loss(lossfn)
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and targets.numel()):
+        return
+    if name in ("cross_entropy", "nll_loss") and not targets.is_floating_point() and outputs.dim():
+        classes = outputs.shape[1 if outputs.dim() > 1 else 0]
+        counted = targets[targets != settings.get("ignore_index", -100)]
+        if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):
+            yield Problem(
+                where,
+                f"targets go from {counted.min().item()} to {counted.max().item()}; {name} over outputs with {classes} "
+                f"classes takes 0 to {classes - 1}.",
+                "Number the classes from 0, or give the model's last layer as many outputs as there are classes.",
+            )
+    elif name in ("binary_cross_entropy", "binary_cross_entropy_with_logits"):
+        yield from _within_unit(where, name, "targets", targets, "Encode the classes as 0.0 and 1.0.")
+        if name == "binary_cross_entropy":
+            advice = "End the model with a sigmoid, or use binary_cross_entropy_with_logits, which includes one."
+            yield from _within_unit(where, name, "outputs", outputs, advice)
+
+
+def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
+    """Check that targets have the type and shape of class numbers, or probabilities, where a loss of torch needs it."""
+    name, _ = _torch_loss(lossfn)
+    tensors = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+    if name not in ("cross_entropy", "nll_loss") or not tensors or not outputs.dim():
+        return
+    alike, integers = targets.shape == outputs.shape, targets.dtype in (torch.int64, torch.uint8)
+    if alike and name == "cross_entropy" and targets.is_floating_point():
+        return  # probabilities
+    if alike or not integers:
+        advice = "Convert them in the dataset: targets.long()."
+        if alike and outputs.dim() > 1:
+            advice = "Give class numbers, targets.argmax(1), or to cross_entropy probabilities, targets.float()."
+        yield Problem(where, f"{name} takes class numbers of type int64, got {describe(targets)}.", advice)
+    elif outputs.dim() == 2 and targets.dim() > 1:
+        what = f"{name} takes one class number for each row of outputs, got {describe(targets)}."
+        yield Problem(where, what, "Take the last dimension away in the dataset: targets.squeeze(1).")
+
+
+class Broadcasts(TorchFunctionMode):
+    """While it is entered, sees whether a loss stretches outputs and targets to a shape that neither of them has.
+
+    So a loss of outputs of shape ``(16, 1)`` and targets of shape ``(16,)`` compares every output with every target, in
+    a function of torch or in arithmetic, also inside a function of the user's.
+
+    Args:
+        outputs: What the model gave: a tensor, or containers of tensors.
+        targets: What the loader gave, in the same way.
+
+    Attributes:
+        found: What was stretched first, as ``(function, shape of outputs, shape of targets, shape of both)``.
+    """
+
+    def __init__(self, outputs: Any, targets: Any) -> None:
+        super().__init__()
+        self.found: tuple[str, torch.Size, torch.Size, torch.Size] | None = None
+        self._outputs = {tensor.shape for _, tensor in _tensors("", outputs)}
+        self._targets = {tensor.shape for _, tensor in _tensors("", targets)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments, and call the function."""
+        kwargs = kwargs or {}
+        two = [each.shape for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)][:2]
+        both = self._stretched(*two) if len(two) == 2 and self.found is None else None
+        if both is not None and func in _ELEMENTWISE:
+            self._note(func, two, both)
+        result = func(*args, **kwargs)
+        if both is not None and getattr(result, "shape", None) == both and both.numel() > max(s.numel() for s in two):
+            self._note(func, two, both)
+        return result
+
+    def _stretched(self, one: torch.Size, other: torch.Size) -> torch.Size | None:
+        known = (one in self._outputs and other in self._targets) or (one in self._targets and other in self._outputs)
+        if one == other or not known:
+            return None
+        try:
+            both: torch.Size = torch.broadcast_shapes(one, other)
+            return both
+        except RuntimeError:
+            return None  # the function itself refuses these
+
+    def _note(self, func: Any, two: list[torch.Size], both: torch.Size) -> None:
+        outputs, targets = two if two[0] in self._outputs and two[1] in self._targets else two[::-1]
+        self.found = getattr(func, "__name__", "the loss").strip("_"), outputs, targets, both
+
+    def problems(self, where: str) -> Iterator[Problem]:
+        """Yield what was found."""
+        if self.found is not None:
+            name, outputs, targets, both = self.found
+            yield Problem(
+                where,
+                f"{name} gets outputs of shape {tuple(outputs)} and targets of shape {tuple(targets)}, and stretches "
+                f"them to {tuple(both)}: it compares values that do not belong together.",
+                "Give both one shape: targets.unsqueeze(1) in the dataset, or .squeeze(1) at the end of the model.",
+            )
+
+
+def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
+    """Check that a backward pass gets from a loss to the outputs: some losses refuse a dtype only there."""
+    parts = [tensor for _, tensor in _tensors("outputs", outputs) if tensor.requires_grad]
+    if parts and isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
+        try:
+            torch.autograd.grad(loss.sum(), parts, allow_unused=True)
+        except RuntimeError as error:
+            yield Problem(where, f"its backward pass raised RuntimeError: {error}", remedy_for(error))
+
+
+def remedy_for(error: Exception) -> str:
+    """Return what to do about what a loss raised."""
+    if any(word in str(error) for word in ("dtype", "Long", "scalar type", "floating point type")):
+        return "Let the dataset give class numbers as integers, .long(), and other targets like the outputs: .float()."
+    return "Fit the loss and the model's last layer."
+
+
+def check_loss(where: str, loss: Any, *, training: bool) -> Iterator[Problem]:
+    """Check that a loss is a finite tensor with one element and, in training, has a graph."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        yield Problem(where, f"it returned {describe(loss)}, which is no single number.", "Return loss.mean().")
+        return
+    if not math.isfinite(loss.item()):
+        yield Problem(where, f"it is {loss.item()} before any update.", "Look at the outputs and targets it gets.")
+    if training and not loss.requires_grad:
+        yield Problem(
+            where,
+            "it has no graph, so no parameter can get a gradient from it.",
+            "Look for detach(), item(), torch.no_grad() and frozen parameters between the parameters and the loss.",
+        )
+
+
+def check_optimizers(optimizers: Mapping[str, Any], trainable: Mapping[str, torch.Tensor]) -> Iterator[Problem]:
+    """Check that the optimizers hold every trainable parameter, and that learning rates are positive.
+
+    Args:
+        optimizers: By name; a single one has the empty name.
+        trainable: The parameters of all models that require gradients, by name.
+    """
+    held = {id(param) for each in optimizers.values() for group in each.param_groups for param in group["params"]}
+    missing = [name for name, param in trainable.items() if id(param) not in held]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        yield Problem(
+            "optimizer",
+            f"it does not hold {shown}, which require gradients: they would never change.",
+            "Make it from all parameters, or freeze these: requires_grad_(False).",
+        )
+    for name, optimizer in optimizers.items():
+        where = f"optimizer {name!r}" if name else "optimizer"
+        for number, group in enumerate(optimizer.param_groups):
+            rate = float(group.get("lr", 1.0))
+            scheduled = "initial_lr" in group  # torch's schedulers may begin at zero
+            if not math.isfinite(rate) or rate < 0 or (rate == 0 and not scheduled):
+                yield Problem(
+                    where,
+                    f"the learning rate of group {number} is {rate}.",
+                    "Give it a positive one, such as lr=1e-3; to train a part of the model, freeze the others.",
+                )
+
+
+def _within_unit(where: str, name: str, what: str, value: torch.Tensor, remedy: str) -> Iterator[Problem]:
+    least, most = value.min().item(), value.max().item()
+    if least < 0 or most > 1:
+        yield Problem(where, f"{what} go from {least:.4g} to {most:.4g}; {name} takes 0 to 1.", remedy)
+
+
+def _torch_loss(lossfn: Any) -> tuple[str, dict[str, Any]]:
+    """Return which function of torch.nn.functional a loss is, and with which arguments; an empty name for others."""
+    settings: dict[str, Any] = {}
+    while isinstance(lossfn, partial):
+        settings = {**lossfn.keywords, **settings}
+        lossfn = lossfn.func
+    for function, kind in _LOSSES.items():
+        if lossfn is function or type(lossfn) is kind:
+            if isinstance(lossfn, torch.nn.Module) and hasattr(lossfn, "ignore_index"):
+                settings = {"ignore_index": lossfn.ignore_index}
+            return function.__name__, settings
+    return "", settings
+
+
+_LOSSES: Mapping[Callable[..., Any], type[torch.nn.Module]] = {
+    torch.nn.functional.cross_entropy: torch.nn.CrossEntropyLoss,
+    torch.nn.functional.nll_loss: torch.nn.NLLLoss,
+    torch.nn.functional.binary_cross_entropy: torch.nn.BCELoss,
+    torch.nn.functional.binary_cross_entropy_with_logits: torch.nn.BCEWithLogitsLoss,
+}
+
+
+_ELEMENTWISE = frozenset({
+    torch.nn.functional.binary_cross_entropy,
+    torch.nn.functional.binary_cross_entropy_with_logits,
+    torch.nn.functional.hinge_embedding_loss,
+    torch.nn.functional.huber_loss,
+    torch.nn.functional.kl_div,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.poisson_nll_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.soft_margin_loss,
+})  # fmt: skip
+"""Losses of torch that compare each output with its own target, and so need both in one shape."""
+
+
+def _tensors(name: str, value: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}[{key!r}]", item)
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            yield from _tensors(f"{name}[{number}]", item)
+
+
+def _not_finite(tensor: torch.Tensor) -> int:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())

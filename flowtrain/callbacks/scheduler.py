@@ -8,18 +8,18 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.criterion import direction
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchBegin, EpochEnd, FitBegin, UpdateBegin
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.resolution import NoConflict, Resolution
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.schedules.plateau import Plateau, ReduceOnPlateau
+from flowtrain.callbacks.schedules.schedule import Schedule, ScheduleLike, as_schedule
+from flowtrain.callbacks.stopping.criterion import direction
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import BatchBegin, EpochEnd, FitBegin, UpdateBegin
-from flowtrain.handler import Handler
-from flowtrain.hyperparameter import Setting
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.plateau import Plateau, ReduceOnPlateau
-from flowtrain.protect import LearnerView
-from flowtrain.resolution import NoConflict, Resolution
-from flowtrain.schedule import Schedule, ScheduleLike, as_schedule
+from flowtrain.state.hyperparameters import Setting
 
 __all__ = ["Scheduler"]
 
@@ -29,9 +29,9 @@ _EXAMPLE = "Scheduler({LearningRate: one_cycle(1e-3)})"
 class Scheduler(Callback):
     """Set hyperparameters before each update, and record them: ``cbstate.hyperparams["LearningRate"]``.
 
-    A schedule without a length is stretched over the updates of each fit (`flowtrain.schedules`). Updates are counted
-    over the life of the learner. A batch in which several optimizers are updated counts once, and their hyperparameters
-    are set before the first of these updates. In the series the step is the number of the update.
+    A schedule without a length is stretched over the updates of each fit (`flowtrain.callbacks.schedules`). Updates are
+    counted over the life of the learner. A batch in which several optimizers are updated counts once, and their
+    hyperparameters are set before the first of these updates. In the series the step is the number of the update.
 
     Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
     hyperparameters, at `UpdateBegin`; reads the epoch metric that a `reduce_on_plateau` watches, so runs after
@@ -45,8 +45,8 @@ class Scheduler(Callback):
     Raises:
         UsageError: Not that.
 
-    >>> from flowtrain.hyperparameter import LearningRate, Momentum
-    >>> from flowtrain.schedules import one_cycle
+    >>> from flowtrain.state.hyperparameters import LearningRate, Momentum
+    >>> from flowtrain.callbacks.schedules import one_cycle
     >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
     <Scheduler>
     """

@@ -1,32 +1,46 @@
-"""ModelSummary: what the model is made of, before training."""
+"""ModelSummary: what the model is made of, before training.
+
+What a model is made of: its layers, what each gives, and how many parameters it has.
+
+::
+
+    print(summarize(model, inputs))
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import FitBegin
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.terminal import console, generator_kept
+from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, on_device_of, untouched
 from flowtrain.errors import UsageError, is_a
-from flowtrain.events import FitBegin
-from flowtrain.phases import AbstractTrainingPhase, Phase
-from flowtrain.protect import LearnerView
-from flowtrain.summary import summarize
-from flowtrain.terminal import console
-from flowtrain.trial import first_batch, untouched
 
-__all__ = ["ModelSummary"]
+__all__ = [
+    "Layer",
+    "ModelSummary",
+    "Summary",
+    "summarize",
+]
 
 
 class ModelSummary(Callback):
     """Print a table of the model's layers when the first fit begins: what they give, how many parameters they have.
 
-    `flowtrain.summary.summarize` makes the table, and works without a learner. For the shapes the model runs once, on a
-    copy that shares its parameters, with the inputs given here or with those of the first training batch. Where
-    neither can be had without changing what training gets (an iterator, an ``IterableDataset``), shapes are left out;
-    so they are where a learner has several models.
+    `flowtrain.callbacks.summary.summarize` makes the table, and works without a learner. For the shapes the model runs
+    once, on a copy that shares its parameters, with the inputs given here or with those of the first training batch.
+    Where neither can be had without changing what training gets (an iterator, an ``IterableDataset``), shapes are left
+    out; so they are where a learner has several models.
 
     Reads ``model`` and ``data``, so it runs after those that write these at `FitBegin`; writes no state. Its resources
     are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, which are put back. Costs one
@@ -87,3 +101,166 @@ class ModelSummary(Callback):
 
 
 _PLAIN: Mapping[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of a model.
+
+    Attributes:
+        name: As in ``model.named_modules()``; empty for the model itself.
+        kind: Its type's name.
+        parameters: Elements of all parameters in it and below it, each parameter counted once.
+        trainable: How many of these require gradients.
+        shape: Of what it gives, when it is first called, as text; empty where it was not called.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    trainable: int
+    shape: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a model, as `str` and as rich's console print them.
+
+    Attributes:
+        layers: The model itself first, then what is in it, in the order of ``model.named_modules()``.
+        size: Bytes of parameters and buffers.
+        note: Why there are no shapes, if that has a reason.
+    """
+
+    layers: tuple[Layer, ...]
+    size: int
+    note: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters."""
+        return self.layers[0].parameters
+
+    @property
+    def trainable(self) -> int:
+        """Elements of the parameters that require gradients."""
+        return self.layers[0].trainable
+
+    def __rich__(self) -> Group:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text  # names are no markup
+
+        shapes = any(layer.shape for layer in self.layers)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        table.add_column("Layer")
+        table.add_column("Type")
+        if shapes:
+            table.add_column("Output shape")
+        table.add_column("Parameters", justify="right")
+        table.add_column("Trainable", justify="right")
+        for layer in self.layers:
+            name = "  " * layer.name.count(".") + layer.name if layer.name else "(model)"
+            cells = [name, layer.kind, *([layer.shape] if shapes else [])]
+            table.add_row(*map(Text, cells), f"{layer.parameters:,}", f"{layer.trainable:,}")
+        return Group(table, Text(self._totals()))
+
+    def _totals(self) -> str:
+        frozen = self.parameters - self.trainable
+        size = f"{self.size / 2**20:,.2f} MiB"
+        text = f"Parameters: {self.parameters:,}, of them frozen: {frozen:,}. With buffers: {size}."
+        return f"\n{text}\n{self.note}" if self.note else f"\n{text}"
+
+    def __str__(self) -> str:
+        with generator_kept():
+            from rich.console import Console
+
+            output = io.StringIO()
+            Console(file=output, width=120, color_system=None, force_terminal=False, _environ={}).print(self)
+        return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
+
+
+def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Summary:
+    """Say what a model is made of. The model does not change, and neither do random numbers.
+
+    With inputs the model runs once, in eval mode and without gradients, on a copy that shares its parameters.
+
+    Args:
+        model: A module.
+        inputs: What the model is called with, for the shapes of what its layers give. It is moved to the model.
+        depth: How far down: 1 for the modules of the model, 2 for those in these too.
+
+    Raises:
+        UsageError: `model` is no module, or `depth` is no whole number or negative.
+
+    >>> print(summarize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.zeros(8, 3)))
+     Layer     Type         Output shape   Parameters   Trainable
+    ──────────────────────────────────────────────────────────────
+     (model)   Sequential   (8, 2)                  8           8
+     0         Linear       (8, 2)                  8           8
+     1         ReLU         (8, 2)                  0           0
+    <BLANKLINE>
+    Parameters: 8, of them frozen: 0. With buffers: 0.00 MiB.
+    """
+    if not is_a(model, torch.nn.Module):
+        raise UsageError(f"summarize({model!r}) takes a module. Write summarize(learner.model).")
+    if not is_a(depth, int) or isinstance(depth, bool) or depth < 0:
+        raise UsageError(f"summarize(depth={depth!r}): depth is a whole number, at least 0.")
+    shapes: dict[str, str] = {}
+    note = ""
+    if inputs is not None:
+        model, shapes, note = _run(model, inputs)
+    layers = [
+        _layer(name, module, shapes.get(name, ""))
+        for name, module in model.named_modules()
+        if not name or name.count(".") < depth
+    ]
+    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+    return Summary(tuple(layers), sum(tensor.numel() * tensor.element_size() for tensor in held), note)
+
+
+def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str, str], str]:
+    """Return a copy that has run, the shape of what each module gave, and what went wrong."""
+    shapes: dict[str, str] = {}
+    try:
+        copied = borrowed(model).eval()
+    except CannotLook as reason:
+        return model, shapes, f"Without shapes: {reason}"
+
+    def note_shape(name: str) -> Any:
+        """Return a hook that keeps the shape of the first output."""
+
+        def hook(module: torch.nn.Module, args: Any, outputs: Any) -> None:
+            shapes.setdefault(name, _shape(outputs))
+
+        return hook
+
+    for name, module in copied.named_modules():
+        module.register_forward_hook(note_shape(name))
+    with untouched(), torch.no_grad():
+        try:
+            copied(on_device_of(inputs, [copied]))
+        except Exception as error:  # a model that needs more than inputs still has layers
+            return copied, shapes, f"Some shapes are missing: the model raised {type(error).__name__}: {error}"
+    return copied, shapes, ""
+
+
+def _layer(name: str, module: torch.nn.Module, shape: str) -> Layer:
+    made = [param for param in module.parameters() if not is_lazy(param)]
+    trainable = sum(param.numel() for param in made if param.requires_grad)
+    return Layer(name, type(module).__name__, sum(param.numel() for param in made), trainable, shape)
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_shape(item)}" for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_shape, value))
+    return type(value).__name__

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from flowtrain.callback import Callback, Condition
-from flowtrain.conditions import After, Before, Every, EverySeconds, Once, When
+from flowtrain.callback.callback import Callback, Condition
+from flowtrain.callback.conditions import After, Before, Every, EverySeconds, Once, When
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError, is_a, is_positive, is_type
-from flowtrain.events import Event
-from flowtrain.phases import Phase
 
 __all__ = ["after", "before", "once", "throttle", "when"]
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback, on
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchBegin, BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError
-from flowtrain.events import BatchBegin, BatchCancelled, BatchEnd, EpochBegin, EpochCancelled, EpochEnd
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["Timer"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from flowtrain.access import Access, Read, Write
-from flowtrain.callback import Callback
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import BatchEnd, Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import HandlerError, is_a, is_type
-from flowtrain.events import BatchEnd, Event
-from flowtrain.handler import Handler
-from flowtrain.phases import Phase
-from flowtrain.protect import LearnerView
 
 __all__ = ["Traces"]
 

@@ -17,12 +17,7 @@ of your own is a `LoggerBackend`, and `flowtrain.testing.BackendContract` tests 
 
 from __future__ import annotations
 
-from flowtrain.logging.csv import CsvBackend
-from flowtrain.logging.jsonl import JsonlBackend
-from flowtrain.logging.mlflow import MLflowBackend
-from flowtrain.logging.tensorboard import TensorBoardBackend
-from flowtrain.logging.wandb import WandbBackend
-from flowtrain.records import (
+from flowtrain.logging.backend import (
     Figure,
     File,
     Histogram,
@@ -34,8 +29,14 @@ from flowtrain.records import (
     Settings,
     Text,
     Value,
+    identity,
     log,
 )
+from flowtrain.logging.csv import CsvBackend
+from flowtrain.logging.jsonl import JsonlBackend
+from flowtrain.logging.mlflow import MLflowBackend
+from flowtrain.logging.tensorboard import TensorBoardBackend
+from flowtrain.logging.wandb import WandbBackend
 
 __all__ = [
     "CsvBackend",
@@ -54,5 +55,6 @@ __all__ = [
     "Text",
     "Value",
     "WandbBackend",
+    "identity",
     "log",
 ]

@@ -22,10 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flowtrain.errors import LoggingError
-from flowtrain.logging.filebackend import FileBackend
-from flowtrain.logging.files import AppendingFile, replace_file
-from flowtrain.logging.plain import number, refused
-from flowtrain.records import Group, Loggable, Run, Value
+from flowtrain.logging.backend import Group, Loggable, Run, Value
+from flowtrain.logging.files import AppendingFile, FileBackend, replace_file
+from flowtrain.logging.values import number, refused
 
 __all__ = ["CsvBackend"]
 

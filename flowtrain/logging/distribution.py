@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import LoggingError, is_a
-from flowtrain.records import Histogram
+from flowtrain.logging.backend import Histogram
 
 __all__ = ["Distribution", "distribution"]
 

@@ -33,12 +33,11 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
+from flowtrain.logging.backend import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.distribution import distribution
-from flowtrain.logging.filebackend import FileBackend
-from flowtrain.logging.files import AppendingFile, read_file, replace_file
+from flowtrain.logging.files import AppendingFile, FileBackend, read_file, replace_file
 from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.plain import number, refused, settings
-from flowtrain.records import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
+from flowtrain.logging.values import number, refused, settings
 
 __all__ = ["JsonlBackend"]
 

@@ -19,13 +19,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from flowtrain.errors import LoggingError
+from flowtrain.logging.backend import (
+    Figure,
+    File,
+    Group,
+    Image,
+    Loggable,
+    LoggerBackend,
+    Outcome,
+    Run,
+    Settings,
+    Text,
+    Value,
+)
 from flowtrain.logging.extras import needed
-from flowtrain.logging.filebackend import not_open
-from flowtrain.logging.files import read_file
+from flowtrain.logging.files import not_open, read_file
 from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.plain import flat, number, refused, settings
-from flowtrain.records import Figure, File, Group, Image, Loggable, LoggerBackend, Outcome, Run, Settings, Text, Value
+from flowtrain.logging.values import flat, number, refused, settings
 
 __all__ = ["MLflowBackend"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import LoggingError
-from flowtrain.records import Figure, Image
+from flowtrain.logging.backend import Figure, Image
 
 __all__ = ["figure_png", "image_png", "pixels", "png"]
 

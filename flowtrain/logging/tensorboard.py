@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowtrain.errors import LoggingError
+from flowtrain.logging.backend import Figure, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.filebackend import FileBackend
-from flowtrain.logging.files import AppendingFile, unwritable
+from flowtrain.logging.files import AppendingFile, FileBackend, unwritable
 from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.plain import flat, number, refused, settings
-from flowtrain.records import Figure, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
+from flowtrain.logging.values import flat, number, refused, settings
 
 __all__ = ["TensorBoardBackend"]
 

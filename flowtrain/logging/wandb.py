@@ -17,14 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flowtrain.errors import LoggingError
-from flowtrain.logging.distribution import distribution
-from flowtrain.logging.extras import needed
-from flowtrain.logging.filebackend import not_open
-from flowtrain.logging.files import read_file, unwritable
-from flowtrain.logging.names import Names
-from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.plain import number, refused, settings
-from flowtrain.records import (
+from flowtrain.logging.backend import (
     Figure,
     File,
     Group,
@@ -38,6 +31,12 @@ from flowtrain.records import (
     Text,
     Value,
 )
+from flowtrain.logging.distribution import distribution
+from flowtrain.logging.extras import needed
+from flowtrain.logging.files import not_open, read_file, unwritable
+from flowtrain.logging.names import Names
+from flowtrain.logging.pictures import figure_png, image_png
+from flowtrain.logging.values import number, refused, settings
 
 __all__ = ["WandbBackend"]
 

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 from flowtrain.errors import LoggingError
-from flowtrain.records import (
+from flowtrain.logging.backend import (
     Figure,
     Group,
     Identity,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from flowtrain.events import BatchBegin, BatchEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd
-from flowtrain.execution import Executor, SerialExecutor
-from flowtrain.protect import LearnerView
-from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException
+from flowtrain.callback.events import BatchBegin, BatchEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import CancelBatchException, CancelEpochException, CancelFittingException
+from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.testing.probes import (
     EVERYWHERE,
     ContractBase,

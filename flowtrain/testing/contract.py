@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import threading
 
+from flowtrain.callback.phases import TrainingPhase
 from flowtrain.errors import ExecutorError
-from flowtrain.execution import find_executor
-from flowtrain.phases import TrainingPhase
+from flowtrain.graph.executor import find_executor
 from flowtrain.testing.closing import ClosingPromises
 from flowtrain.testing.failing import FailurePromises
 from flowtrain.testing.ordering import OrderPromises

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from flowtrain.errors import UsageError, is_a
-from flowtrain.execution import Executor, SerialExecutor, find_executor
+from flowtrain.graph.executor import Executor, SerialExecutor, find_executor
 from flowtrain.learner import Learner
 from flowtrain.testing.shuffled import ShuffledExecutor
 from flowtrain.testing.values import Leaf, learner_leaves, outcome_leaves, rng_leaves, show_difference

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from flowtrain.events import BatchBegin, BatchEnd, Event
-from flowtrain.execution import Executor, SerialExecutor
-from flowtrain.phases import TrainingPhase
-from flowtrain.protect import LearnerView
-from flowtrain.signals import CancelBatchException, CancelEpochException, CancelFittingException
+from flowtrain.callback.events import BatchBegin, BatchEnd, Event
+from flowtrain.callback.phases import TrainingPhase
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import CancelBatchException, CancelEpochException, CancelFittingException
+from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.testing.probes import (
     EVERYWHERE,
     KINDS,

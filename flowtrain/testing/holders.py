@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback import Callback
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import BatchEnd
 from flowtrain.callbacks import CustomCallback
-from flowtrain.events import BatchEnd
 from flowtrain.learner import Learner
 
 __all__ = ["holders", "leaks"]

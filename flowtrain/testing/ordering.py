@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from flowtrain.access import Read, Write
-from flowtrain.callback import Callback, on
-from flowtrain.events import BatchEnd, Event
-from flowtrain.execution import Executor
+from flowtrain.callback.access import Read, Write
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import BatchEnd, Event
+from flowtrain.callback.phases import Phase, TrainingPhase
+from flowtrain.callback.resolution import NoConflict
+from flowtrain.callback.view import LearnerView
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
-from flowtrain.phases import Phase, TrainingPhase
-from flowtrain.protect import LearnerView
-from flowtrain.resolution import NoConflict
 from flowtrain.testing.equivalence import assert_equivalent
 from flowtrain.testing.probes import KINDS, ContractBase, Ping, Probe, Trace, waits
 from flowtrain.testing.tiny import tiny_learner

@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from flowtrain.access import Access
-from flowtrain.callback import Callback, on
-from flowtrain.events import Event
-from flowtrain.execution import Executor
+from flowtrain.callback.access import Access
+from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase, TrainingPhase
+from flowtrain.callback.resolution import Resolution
+from flowtrain.callback.view import LearnerView
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
-from flowtrain.phases import Phase, TrainingPhase
-from flowtrain.protect import LearnerView
-from flowtrain.resolution import Resolution
 from flowtrain.testing.tiny import tiny_learner
 
 __all__ = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase, TrainingPhase
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError
-from flowtrain.events import Event
 from flowtrain.learner import Learner
-from flowtrain.phases import Phase, TrainingPhase
-from flowtrain.protect import LearnerView
 from flowtrain.testing.probes import (
     KINDS,
     ContractBase,

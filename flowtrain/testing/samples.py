@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.records import Figure, File, Histogram, Image, Loggable, Settings, Text, Value
+from flowtrain.logging.backend import Figure, File, Histogram, Image, Loggable, Settings, Text, Value
 
 __all__ = ["rounded", "samples", "single"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
-from flowtrain.events import Event
-from flowtrain.execution import Runner, Site
-from flowtrain.graph import Node
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan, Step
-from flowtrain.state import LearnerState
+from flowtrain.graph.executor import Runner, Site
+from flowtrain.graph.nodes import Node
+from flowtrain.graph.plan import Plan, Step
+from flowtrain.state.learner_state import LearnerState
 
 __all__ = ["ShuffledExecutor"]
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flowtrain.events import Event
-from flowtrain.execution import Runner
-from flowtrain.graph import Node
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan, Step
-from flowtrain.records import Run
-from flowtrain.state import LearnerState
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.graph.executor import Runner
+from flowtrain.graph.nodes import Node
+from flowtrain.graph.plan import Plan, Step
+from flowtrain.logging.backend import Run
+from flowtrain.state.learner_state import LearnerState
 
 __all__ = ["TinySite"]
 
 
 class TinySite:
-    """The loop as far as an executor sees it: a `flowtrain.execution.Site` that notes what it is told.
+    """The loop as far as an executor sees it: a `flowtrain.graph.executor.Site` that notes what it is told.
 
     Attributes:
         failures: The failed handlers, each with its callback's name, as `Site.fail` got them.

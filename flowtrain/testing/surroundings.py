@@ -8,9 +8,9 @@ from contextvars import ContextVar
 
 import torch
 
-from flowtrain.events import Event
-from flowtrain.phases import TrainingPhase
-from flowtrain.protect import LearnerView
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import TrainingPhase
+from flowtrain.callback.view import LearnerView
 from flowtrain.testing.probes import KINDS, ContractBase, Ping, Probe
 
 __all__ = ["TorchPromises"]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback import Callback
-from flowtrain.core import TorchCore
-from flowtrain.dryrun import Recording, record
+from flowtrain.callback.callback import Callback
+from flowtrain.core.core import TorchCore
+from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.learner import Learner
 
 __all__ = ["TinyModel", "record_access", "tiny_batches", "tiny_learner"]

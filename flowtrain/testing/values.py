@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from flowtrain.batch import BatchState
-from flowtrain.callback import Callback
-from flowtrain.execution import Executor
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.view import LearnerView
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.registry import Callbacks
 from flowtrain.learner import Learner
-from flowtrain.protect import LearnerView
-from flowtrain.registry import Callbacks
-from flowtrain.series import Series
-from flowtrain.state import LearnerState, Named, State
+from flowtrain.state.batch import BatchState
+from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.series import Series
 
 __all__ = ["Leaf", "learner_leaves", "leaves", "outcome_leaves", "rng_leaves", "show_difference"]
 

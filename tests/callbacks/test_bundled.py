@@ -29,8 +29,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.access import Path as StatePath
-from flowtrain.access import declare
+from flowtrain.callback.access import Path as StatePath
+from flowtrain.callback.access import declare
 from flowtrain.callbacks import (
     Checkpointer,
     CustomCallback,
@@ -51,7 +51,7 @@ from flowtrain.callbacks import (
     one_cycle,
     reduce_on_plateau,
 )
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.testing import assert_equivalent, record_access, tiny_learner

@@ -28,7 +28,7 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.access import declare
+from flowtrain.callback.access import declare
 from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner

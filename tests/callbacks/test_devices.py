@@ -12,7 +12,7 @@ import torch
 
 from flowtrain import TrainingPhase, UsageError, ValidationPhase
 from flowtrain.callbacks import DeviceStats
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 

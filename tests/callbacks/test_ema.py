@@ -38,8 +38,8 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import EMA, Checkpointer, Recorder, throttle
-from flowtrain.phases import StepContext
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 
 SGD = partial(torch.optim.SGD, lr=0.1)

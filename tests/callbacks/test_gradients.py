@@ -9,7 +9,7 @@ import torch
 
 from flowtrain import Access, Callback, LearnerView, Read, TorchCore, TrainingPhase, UpdateBegin, UsageError, on
 from flowtrain.callbacks import GradNorm
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 
@@ -51,9 +51,7 @@ def test_norms_before_clipping_of_whole_groups(settings: dict[str, Any], steps: 
     assert sorted(series) == ["GradNorm", "GradNorm.0", "GradNorm.2"]
     for name in series:
         layer = name.partition(".")[2]
-        expected = [
-            norm([gradient for key, gradient in kept.items() if key.startswith(layer)]) for kept in keeps.kept
-        ]
+        expected = [norm([gradient for key, gradient in kept.items() if key.startswith(layer)]) for kept in keeps.kept]
         assert [step for step, _ in series[name]] == steps
         assert [value for _, value in series[name]] == pytest.approx(expected, rel=1e-5)
 

@@ -66,9 +66,7 @@ def test_the_counts_are_those_of_the_values(tmp_path: Path) -> None:
 def test_gradients_are_declared_when_they_are_asked_for() -> None:
     backend = JsonlBackend("log")
     plain, both = LogHistograms(backend), LogHistograms(backend, gradients=True)
-    assert [dict(handler.access or {}).keys() for _, handler in plain.handlers()] == [
-        {"params", "cbstate.history"}
-    ]
+    assert [dict(handler.access or {}).keys() for _, handler in plain.handlers()] == [{"params", "cbstate.history"}]
     assert [dict(handler.access or {}).keys() for _, handler in both.handlers()] == [
         {"params", "cbstate.history"},
         {"batch.grads", "cbstate.history"},

@@ -24,7 +24,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import LogMetrics, LogTraces, Metrics, Recorder, Traces, throttle
 from flowtrain.errors import LoggingError
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.logging import CsvBackend, JsonlBackend, TensorBoardBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_learner

@@ -22,8 +22,8 @@ from flowtrain import (
     Write,
     on,
 )
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import StopOnNaNLoss
-from flowtrain.phases import StepContext
 from flowtrain.testing import tiny_batches, tiny_learner
 
 NAN = float("nan")

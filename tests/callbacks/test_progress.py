@@ -42,7 +42,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder
-from flowtrain.terminal import BottomLine
+from flowtrain.callbacks.terminal import BottomLine
 from flowtrain.testing import tiny_batches, tiny_learner
 
 P = ParamSpec("P")

@@ -22,10 +22,10 @@ from flowtrain import (
     Write,
     on,
 )
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import LearningRate, LearningRateMonitor, Scheduler, step
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
-from flowtrain.phases import StepContext
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_learner
 
 

@@ -29,8 +29,8 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import Recorder
-from flowtrain.phases import StepContext
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 
 Counted = tuple[int, int, int, int]

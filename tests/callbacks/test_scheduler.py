@@ -37,6 +37,7 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import (
     EMA,
     HyperParameter,
@@ -55,8 +56,7 @@ from flowtrain.callbacks import (
     step,
     warmup,
 )
-from flowtrain.dryrun import record
-from flowtrain.phases import StepContext
+from flowtrain.diagnostics.suggest_access import record
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

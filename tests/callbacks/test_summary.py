@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import AbstractTrainingPhase, UsageError
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import ModelSummary
-from flowtrain.execution import Executor
+from flowtrain.callbacks.summary import summarize
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
-from flowtrain.phases import StepContext
-from flowtrain.summary import summarize
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
 
 

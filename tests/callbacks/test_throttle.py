@@ -29,7 +29,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import SmoothLoss, after, before, once, throttle, when
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.testing import assert_equivalent, tiny_learner
 
 

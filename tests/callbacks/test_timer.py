@@ -19,7 +19,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Timer
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 

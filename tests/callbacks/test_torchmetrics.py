@@ -45,7 +45,7 @@ from flowtrain.callbacks import (
     reduce_on_plateau,
 )
 from flowtrain.logging import JsonlBackend
-from flowtrain.metric import Running
+from flowtrain.metrics.metric import Running
 from flowtrain.testing import assert_equivalent
 from flowtrain_dask import DaskExecutor
 

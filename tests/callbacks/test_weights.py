@@ -26,9 +26,9 @@ from flowtrain import (
     ValidationPhase,
 )
 from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics
-from flowtrain.checkpointfile import resolve
-from flowtrain.steps import lengths, measure
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.training.checkpoint.files import resolve
+from flowtrain.training.step import lengths, measure
 
 zeros = torch.zeros
 

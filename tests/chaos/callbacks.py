@@ -22,10 +22,10 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.conditions import Every
+from flowtrain.callback.conditions import Every
+from flowtrain.callback.phases import TrainingPhase
 from flowtrain.logging import JsonlBackend
-from flowtrain.phases import TrainingPhase
-from flowtrain.records import Text, Value, log
+from flowtrain.logging.backend import Text, Value, log
 
 __all__ = ["Chain", "Enough", "Hang", "Losses", "Pace", "Paint"]
 

@@ -19,11 +19,11 @@ import torch
 from torch.nn import functional as F
 
 from flowtrain import Callback, Learner
+from flowtrain.callback.phases import TrainingPhase
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
-from flowtrain.execution import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
-from flowtrain.phases import TrainingPhase
 from flowtrain_dask import DaskExecutor
 from tests.chaos.callbacks import Chain, Enough, Hang, Pace, Paint
 

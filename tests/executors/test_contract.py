@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
 from flowtrain.testing import ExecutorContract
 from flowtrain_dask import DaskExecutor
 

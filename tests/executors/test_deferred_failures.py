@@ -38,7 +38,7 @@ from flowtrain import (
 from flowtrain.callbacks import LogHistograms, LogMetrics
 from flowtrain.errors import DeferredCancelError, ExecutorError
 from flowtrain.logging import JsonlBackend
-from flowtrain.records import Value, log
+from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 
@@ -302,7 +302,7 @@ STUCK = """
 import signal, sys, time
 from flowtrain import BatchEnd, Callback, Read, TrainingPhase, Write, on
 from flowtrain.logging import JsonlBackend
-from flowtrain.records import Value, log
+from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 

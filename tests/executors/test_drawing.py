@@ -28,13 +28,13 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, LogMetrics, LogVisualization
-from flowtrain.graph import Node
+from flowtrain.graph.nodes import Node
 from flowtrain.logging import JsonlBackend, Value
-from flowtrain.state import LearnerState
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
-from flowtrain_dask.deferral import may_draw
+from flowtrain_dask.deferred.policy import may_draw
 from tests.executors.conftest import DaskProcesses
 
 Where = Literal["serial", "dask", "local", "cluster"]

@@ -36,9 +36,9 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.execution import Executor
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.testing.site import TinySite
 from flowtrain_dask import DaskExecutor

@@ -33,10 +33,10 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import LogMetrics
-from flowtrain.execution import Executor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.registry import Callbacks
 from flowtrain.logging import JsonlBackend
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.testing.site import TinySite
 from flowtrain_dask import DaskExecutor, Parallel
@@ -223,9 +223,7 @@ def test_close_in_a_handler_is_an_error(executor: DaskExecutor) -> None:
     site = TinySite()
     runner_of(executor, site, BatchEnd(), A(lambda _: executor.close()), B(nothing))()
     [(_, error)] = site.failures
-    assert str(error) == (
-        "close() was called in a handler, whose own thread it would end. Call it after fit()."
-    )
+    assert str(error) == ("close() was called in a handler, whose own thread it would end. Call it after fit().")
 
 
 # --- what it takes
@@ -309,9 +307,7 @@ def test_the_graph_of_an_event_is_there_before_it_is_fired_and_follows_the_callb
         ([A(nothing), B(nothing)], {"workers": 2}, "parallel='auto': not fired yet"),
     ],
 )
-def test_it_says_why_before_anything_has_run(
-    callbacks: list[Callback], arguments: dict[str, Any], said: str
-) -> None:
+def test_it_says_why_before_anything_has_run(callbacks: list[Callback], arguments: dict[str, Any], said: str) -> None:
     learner = tiny_learner(*callbacks, default_callbacks=False, executor=DaskExecutor(**arguments))
     assert f"BatchEnd, TrainingPhase  [{said}]" in learner.callbacks.explain().splitlines()
 
@@ -354,7 +350,9 @@ def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
 
 def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was decided for the old plan is not put in place of the new one."""
-    monkeypatch.setattr("flowtrain_dask.parallel.race._REARM_AFTER", -1.0)  # plans are looked at again at every `flush`
+    monkeypatch.setattr(
+        "flowtrain_dask.parallel.decision._REARM_AFTER", -1.0
+    )  # plans are looked at again at every `flush`
     counts: dict[str, int] = {}
 
     def count(name: str) -> Callable[[LearnerView], None]:

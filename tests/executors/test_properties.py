@@ -52,8 +52,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.execution import Executor
-from flowtrain.phases import StepContext
+from flowtrain.callback.phases import StepContext
+from flowtrain.graph.executor import Executor
 from flowtrain.testing import ShuffledExecutor, tiny_learner
 from flowtrain_dask import DaskExecutor
 

@@ -7,10 +7,10 @@ from typing import Literal
 import pytest
 
 from flowtrain import Access, BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, Write, on
-from flowtrain.plan import Plan
+from flowtrain.graph.plan import Plan
 from flowtrain.testing import tiny_learner
-from flowtrain_dask.parallel.compile import compile_plan
-from flowtrain_dask.route import Route, spread, why_serial
+from flowtrain_dask.executor import Route, spread, why_serial
+from flowtrain_dask.parallel.task_graph import compile_plan
 
 
 class Own(Callback):

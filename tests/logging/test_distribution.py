@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain.errors import LoggingError
+from flowtrain.logging.backend import Histogram
 from flowtrain.logging.distribution import Distribution, distribution
-from flowtrain.records import Histogram
 
 
 @given(st.lists(st.integers(-40, 40), min_size=1, max_size=60), st.integers(1, 9))

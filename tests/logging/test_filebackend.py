@@ -10,7 +10,7 @@ import pytest
 
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, JsonlBackend, LoggerBackend, Run, TensorBoardBackend, Value
-from flowtrain.logging.filebackend import FileBackend, not_open
+from flowtrain.logging.files import FileBackend, not_open
 
 STEP = ("Step", "TrainingPhase")
 

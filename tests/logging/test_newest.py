@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowtrain.logging import Histogram, Value
-from flowtrain.logging.newest import loggable, newest
-from flowtrain.series import SeriesMap
+from flowtrain.logging.values import loggable, newest
+from flowtrain.state.series import SeriesMap
 
 STEP, EPOCH = ("Step", "TrainingPhase"), ("Epoch", "TrainingPhase")
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image as Reader
 
 from flowtrain.errors import LoggingError
+from flowtrain.logging.backend import Figure, Image
 from flowtrain.logging.pictures import figure_png, image_png, pixels
-from flowtrain.records import Figure, Image
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])

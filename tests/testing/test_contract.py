@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from flowtrain import SerialExecutor
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
-from flowtrain.events import Event
-from flowtrain.execution import Executor, Runner, Site, find_executor
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan, Step
+from flowtrain.graph.executor import Executor, Runner, Site, find_executor
+from flowtrain.graph.plan import Plan, Step
 from flowtrain.testing import ExecutorContract, ShuffledExecutor, tiny_learner
 from flowtrain_dask.parallel.torch_state import TorchState
 

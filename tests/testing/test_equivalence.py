@@ -31,8 +31,8 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Metrics, Traces, throttle
 from flowtrain.errors import UsageError
-from flowtrain.execution import Runner
-from flowtrain.plan import Plan
+from flowtrain.graph.executor import Runner
+from flowtrain.graph.plan import Plan
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor
 

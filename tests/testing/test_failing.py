@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from flowtrain.events import Event
-from flowtrain.execution import Executor, SerialExecutor, Site
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan, Step
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.graph.executor import Executor, SerialExecutor, Site
+from flowtrain.graph.plan import Plan, Step
 from flowtrain.testing.failing import FailurePromises
 from tests.testing.test_contract import RaisesTheFirstOnly, Swallows, Threads, contract_of, failing
 

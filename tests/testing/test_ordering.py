@@ -8,10 +8,10 @@ from copy import copy
 import pytest
 import torch
 
-from flowtrain.events import Event
-from flowtrain.execution import Executor, SerialExecutor
-from flowtrain.phases import Phase, ValidationPhase
-from flowtrain.plan import Plan, Step
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase, ValidationPhase
+from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.plan import Plan, Step
 from flowtrain.testing.ordering import OrderPromises
 from tests.testing.test_contract import Swallows, Threads, contract_of, failing
 

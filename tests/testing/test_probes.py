@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from flowtrain import BatchBegin, BatchEnd, Callback, FitBegin, FitEnd, NoConflict, SerialExecutor, TrainingPhase, Write
+from flowtrain.callback.events import Event
+from flowtrain.callback.view import LearnerView
 from flowtrain.errors import ExecutorError
-from flowtrain.events import Event
-from flowtrain.execution import Executor
-from flowtrain.protect import LearnerView
+from flowtrain.graph.executor import Executor
 from flowtrain.testing.probes import (
     EVERYWHERE,
     KINDS,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain import loggables
+from flowtrain.logging import loggables
 from flowtrain.testing.samples import rounded, samples, single
 
 

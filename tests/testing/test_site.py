@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from flowtrain import SerialExecutor, TrainingPhase
-from flowtrain.events import Event
-from flowtrain.execution import Site
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.graph.executor import Site
+from flowtrain.graph.plan import Plan
 from flowtrain.testing import TinySite, tiny_learner
 from flowtrain.testing.probes import KINDS, Ping, Trace, raises
 

@@ -8,10 +8,10 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from flowtrain.events import Event
-from flowtrain.execution import Executor, SerialExecutor, Site
-from flowtrain.phases import Phase
-from flowtrain.plan import Plan, Step
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.graph.executor import Executor, SerialExecutor, Site
+from flowtrain.graph.plan import Plan, Step
 from flowtrain.testing.surroundings import TorchPromises
 from tests.testing.test_contract import TESTS, Threads, contract_of, failing
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowtrain import TrainingPhase, ValidationPhase
+from flowtrain.callback.events import EpochEnd
 from flowtrain.callbacks import CustomCallback, Metrics
-from flowtrain.events import EpochEnd
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from flowtrain import TrainingPhase, ValidationPhase
-from flowtrain.phasemap import PhaseMap
-from flowtrain.series import Series, SeriesMap
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
 from flowtrain.testing.values import learner_leaves, leaves, show_difference
 

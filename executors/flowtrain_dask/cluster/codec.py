@@ -28,6 +28,7 @@ __all__ = ["Encoded", "decode", "encode"]
 
 _MAGIC = b"FTB2"
 
+
 class Encoded:
     """An object as bytes: a head, and the buffers, which are where the object has them.
 

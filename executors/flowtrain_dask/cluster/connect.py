@@ -25,7 +25,7 @@ _FORGETFUL = {"distributed.admin.low-level-log-length": 10}
 """dask keeps the last thousand messages of each connection for its developers, with up to 1 MB of a batch in each."""
 _LEAVING = 30.0
 """Seconds that the process of a worker may take to end. On a busy machine the five that dask gives are too few."""
-_START = "Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor(\"local\")."
+_START = 'Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor("local").'
 
 
 @dataclass
@@ -134,14 +134,12 @@ def _find(cluster: object) -> tuple[str, Security | None]:
             raise ExecutorError(f"DaskExecutor(cluster={cluster!r}): this cluster is closed. Pass a running one.")
         return address, getattr(cluster, "security", None)
     raise ExecutorError(
-        f"DaskExecutor(cluster={cluster!r}): pass the address of a scheduler such as \"tcp://127.0.0.1:8786\", a "
+        f'DaskExecutor(cluster={cluster!r}): pass the address of a scheduler such as "tcp://127.0.0.1:8786", a '
         f'distributed.Client, a cluster object, or "local" for processes of this machine.'
     )
 
 
-def _reach(
-    address: str, security: Security | None, deadline: float, resources: dict[str, float] | None
-) -> Connection:
+def _reach(address: str, security: Security | None, deadline: float, resources: dict[str, float] | None) -> Connection:
     options: dict[str, Any] = {} if security is None else {"security": security}
     try:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from flowtrain.access import Path
+from flowtrain.callback.access import Path
 from flowtrain_dask.cluster.codec import Encoded, decode
 from flowtrain_dask.lanes.work import Entry, opened
 from flowtrain_dask.snapshots.marks import Lengths, Marked, Packing, unpacked
@@ -31,9 +31,7 @@ def dump_entries(entries: Sequence[Entry], *, share: bool = False) -> Encoded:
     return Encoded((rows, packing.packed()), share=share)
 
 
-def load_entries(
-    blob: bytes, buffers: memoryview | None = None, parcels: Sequence[memoryview] = ()
-) -> list[Entry]:
+def load_entries(blob: bytes, buffers: memoryview | None = None, parcels: Sequence[memoryview] = ()) -> list[Entry]:
     """Return the events of `dump_entries`, from all of its bytes or from its parts."""
     rows, packed = decode(blob, buffers, parcels)
     sources = unpacked(packed)

@@ -21,9 +21,9 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import nn
 
-from flowtrain.phasemap import Counts, CountsMap, PhaseMap
-from flowtrain.phases import Phase
-from flowtrain.state import Named, State
+from flowtrain.callback.phases import Phase
+from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
+from flowtrain.state.learner_state import Named, State
 from flowtrain_dask.snapshots.states import NamedGradients, NamedTensors
 from flowtrain_dask.snapshots.tensors import compressed_indices
 
@@ -235,9 +235,7 @@ def _quantized(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
     return _torch._make_per_tensor_quantized_tensor(integers, scale, zero)  # type: ignore[no-any-return]  # see above
 
 
-def _quantized_by_channel(
-    integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int
-) -> torch.Tensor:
+def _quantized_by_channel(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int) -> torch.Tensor:
     return _torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)  # type: ignore[no-any-return]  # see above
 
 

@@ -17,17 +17,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from flowtrain.callback import Callback
+from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
+from flowtrain_dask.cluster.callback_state import check_travels, dump_job, dump_state, load_state, stays
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.connect import Connection
 from flowtrain_dask.cluster.entries import dump_entries, load_entries
-from flowtrain_dask.cluster.freight import check_travels, dump_job, dump_state, load_state, stays
 from flowtrain_dask.cluster.shipping import Shipping
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
 from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.threads import ThreadTransport
-from flowtrain_dask.lanes.transport import Abandoned, OnLoss
+from flowtrain_dask.lanes.transport import Abandoned, OnLoss, ThreadTransport
 from flowtrain_dask.lanes.work import Entry, Job, Outcome, run_entries
 
 __all__ = ["ClusterTransport"]

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from distributed import get_worker
 
-from flowtrain.callback import Callback
+from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
+from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
 from flowtrain_dask.cluster.entries import load_entries
-from flowtrain_dask.cluster.freight import build, dump_state, load_state
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.cluster.readings import Readings
 from flowtrain_dask.lanes.work import Job, Record, run_entries
@@ -56,9 +56,7 @@ def versions() -> Versions:
         flowtrain = metadata.version("flowtrain")
     except metadata.PackageNotFoundError:
         flowtrain = "a checkout"
-    return Versions(
-        ".".join(platform.python_version_tuple()[:2]), torch.__version__.partition("+")[0], flowtrain
-    )
+    return Versions(".".join(platform.python_version_tuple()[:2]), torch.__version__.partition("+")[0], flowtrain)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Assignment:
     Attributes:
         token: The lane, and the driver's state that it started from: callbacks that stayed are told apart by it.
         versions: The driver's.
-        job: The job, see `flowtrain_dask.cluster.freight.dump_job`.
+        job: The job, see `flowtrain_dask.cluster.callback_state.dump_job`.
         base: How many events the state has seen.
         state: The callbacks' state after those; ``None``: the callbacks that stayed here.
         entries: The events after those.

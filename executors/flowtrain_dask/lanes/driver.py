@@ -19,8 +19,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Literal
 
-from flowtrain.events import FitEnd
-from flowtrain.records import deliver
+from flowtrain.callback.events import FitEnd
+from flowtrain.logging.backend import deliver
 from flowtrain_dask.lanes.batches import Batches
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally

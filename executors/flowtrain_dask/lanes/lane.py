@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError
-from flowtrain.events import Event
-from flowtrain.phases import Phase
 from flowtrain_dask.lanes.driver import Driver, OnError
 from flowtrain_dask.lanes.forks import guard
 from flowtrain_dask.lanes.gate import Gate
@@ -81,9 +81,7 @@ class Lane:
         """What makes its thread stand still."""
         return self._driver.gate
 
-    def put(
-        self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None
-    ) -> bool:
+    def put(self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
         """Put an event at the end; wait for room if there is none. Called by the training thread only.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flowtrain.callback import Callback
+from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError, is_a, nearest
 
 __all__ = ["Limits", "WhenFull", "check_droppable"]

@@ -16,19 +16,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from flowtrain.access import Declaration
-from flowtrain.callback import Callback
-from flowtrain.draws import own_numbers
-from flowtrain.errors import DeferredCancelError
-from flowtrain.events import Event
-from flowtrain.handler import Handler
-from flowtrain.part import Owner
-from flowtrain.phases import Phase
-from flowtrain.plan import Call
-from flowtrain.records import Identity, LoggerBackend, collecting
-from flowtrain.signals import CancelException
-from flowtrain_dask.snapshots.frozen import Replica
+from flowtrain.callback.access import Declaration
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.errors import CancelException, DeferredCancelError
+from flowtrain.graph.plan import Call
+from flowtrain.logging.backend import Identity, LoggerBackend, collecting
+from flowtrain.state.partial_view import Owner
+from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.snapshots.taker import Snapshot
+from flowtrain_dask.snapshots.view import Replica
 
 __all__ = ["Duty", "Entry", "Job", "Outcome", "Record", "Surroundings", "opened", "run_entries"]
 
@@ -96,7 +95,7 @@ class Job:
         callbacks: The names of its callbacks.
         backends: The logging backends that each callback holds; elsewhere these are copies.
         duties: Its handlers; `Entry.duty` is a position among them.
-        first: The number of its first event for `flowtrain.records.identity`; not 0 in a run that is resumed.
+        first: The number of its first event for `flowtrain.logging.backend.identity`; not 0 in a run that is resumed.
         surroundings: What its handlers run in.
         draws: Which of its callbacks may draw random numbers, and what says so; then it runs in no thread beside
             training.
@@ -170,7 +169,7 @@ def run_entries(
         callbacks: The lane's callbacks, in the state after all earlier events.
         job: What the lane is there for.
         entries: The events.
-        run: The run, for `flowtrain.records.identity`.
+        run: The run, for `flowtrain.logging.backend.identity`.
         lane: The lane, for the same.
         gate: Entered around each event.
         enough: Asked after each event; what comes after it says so is not run.

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from flowtrain.callback import draws_own
-from flowtrain.plan import Plan
+from flowtrain.callback.callback import draws_own
+from flowtrain.graph.plan import Plan
 
 __all__ = ["Strands", "at_home", "is_chain", "pack"]
 
@@ -88,9 +88,7 @@ def fuse(before: Sequence[Sequence[int]], home: Collection[int]) -> list[list[in
     return chains
 
 
-def pack(
-    before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, home: Collection[int] = ()
-) -> Strands:
+def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, home: Collection[int] = ()) -> Strands:
     """Spread handlers over strands.
 
     Args:

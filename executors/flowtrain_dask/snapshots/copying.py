@@ -1,4 +1,4 @@
-"""One pass of copying: what is common to all types. `flowtrain_dask.snapshots.copies` says how each type is copied.
+"""One pass of copying: what is common to all types. `flowtrain_dask.snapshots.copiers` says how each type is copied.
 
 The copy of one value keeps what it shares within itself: one tensor in two places stays one tensor, and a list that
 holds itself does so in the copy.
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from flowtrain.access import Path, Read, Write, dotted
+from flowtrain.callback.access import Path, Read, Write, dotted
 from flowtrain.errors import AccessError
-from flowtrain.part import Tree
-from flowtrain.series import Series
-from flowtrain_dask.snapshots.cuts import Cut
+from flowtrain.state.partial_view import Tree
+from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.pool import Pool
+from flowtrain_dask.snapshots.series import Cut
 
 __all__ = [
     "COPIERS",
@@ -37,7 +37,7 @@ SHARED: frozenset[type] = frozenset({int, float, bool, str, bytes, complex, type
 """Types that are their own copy; looked up first."""
 
 COPIERS: dict[type, Copier] = {}
-"""How each type is copied, by exact type; `flowtrain_dask.snapshots.copies` fills it, new types are entered later."""
+"""How each type is copied, by exact type; `flowtrain_dask.snapshots.copiers` fills it, new types are entered later."""
 
 FINDERS: list[Callable[[type, Any], Copier | None]] = []
 """What is asked, in turn, how a type is copied that is met for the first time."""
@@ -167,7 +167,6 @@ class Copying:
         if not isinstance(inside, dict) or "" in inside:
             return self.copy_at(value, where)
         return self.inside(value, inside)
-
 
 
 class Attributes:

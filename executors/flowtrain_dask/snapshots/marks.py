@@ -4,7 +4,7 @@
 
 Series only grow, so what was in them at an event is known from their lengths. A `Marker` notes these for all series of
 a map by phase; what the handler sees is made from them when it is looked at, of the phases and names that it looks at.
-That is `flowtrain_dask.snapshots.cuts` without the work for series that nobody reads. Where the values themselves are
+That is `flowtrain_dask.snapshots.series` without the work for series that nobody reads. Where the values themselves are
 read from is a source's business (`flowtrain_dask.snapshots.sources`).
 
 On the way to another process the events of a whole batch share their sources: `Packing` collects these, `Packed` is
@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from flowtrain.phasemap import PhaseMap, ReadOnlyPhaseMap, as_phase
-from flowtrain.phases import Phase
-from flowtrain.series import Series, SeriesMap
+from flowtrain.callback.phases import Phase
+from flowtrain.state.by_phase import PhaseMap, ReadOnlyPhaseMap, as_phase
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.snapshots.sources import Column, Here, Layout, Lengths, Source, There
 
 __all__ = ["Lengths", "Marked", "Marker", "Packed", "Packing", "unpacked"]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from flowtrain.parameters import named_parameters
-from flowtrain.part import Tree
-from flowtrain.state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.parameters import named_parameters
+from flowtrain.state.partial_view import Tree
 from flowtrain_dask.snapshots.copying import Copying, Refused
 
 __all__ = ["OptimizerCopy", "copy_module", "copy_optimizers"]
@@ -43,9 +43,7 @@ def copy_module(value: nn.Module, copying: Copying) -> nn.Module:
     try:
         return copy.deepcopy(value, memo)
     except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
-        raise Refused(
-            value, f"a deep copy of it fails: {error}", "Read params, which are copied one by one"
-        ) from error
+        raise Refused(value, f"a deep copy of it fails: {error}", "Read params, which are copied one by one") from error
 
 
 def _copy_owned(tensor: torch.Tensor, copying: Copying) -> torch.Tensor:

@@ -249,9 +249,7 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return strides if extent <= 2 * tensor.numel() else None
 
 
-def _ordinary(
-    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...] | None, *, pinned: bool
-) -> torch.Tensor:
+def _ordinary(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...] | None, *, pinned: bool) -> torch.Tensor:
     if strides is None:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
     return torch.empty_strided(shape, strides, dtype=dtype, device="cpu", pin_memory=pinned)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from flowtrain.access import Declaration, Path, Read, Write, dotted
+from flowtrain.callback.access import Declaration, Path, Read, Write, dotted
 from flowtrain.errors import AccessError
-from flowtrain.part import Tree, tree
-from flowtrain.state import LearnerState
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.partial_view import Tree, tree
 from flowtrain_dask.snapshots.copying import Copying
 from flowtrain_dask.snapshots.modules import copy_optimizers
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from flowtrain.phases import Phase
-from flowtrain.series import Series
-from flowtrain_dask.snapshots.cuts import Cut, tail_of
+from flowtrain.callback.phases import Phase
+from flowtrain.state.series import Series
+from flowtrain_dask.snapshots.series import Cut, tail_of
 
 __all__ = ["Column", "Here", "Layout", "Lengths", "Source", "There"]
 

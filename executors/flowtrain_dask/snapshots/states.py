@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from flowtrain.errors import nearest
-from flowtrain.parameters import Gradients, Parameters
-from flowtrain.part import Tree
-from flowtrain.phasemap import CountsMap, PhaseMap
-from flowtrain.readonly import refuse
-from flowtrain.series import Series, SeriesMap
-from flowtrain.state import Named, State
+from flowtrain.state.by_phase import CountsMap, PhaseMap
+from flowtrain.state.learner_state import Named, State
+from flowtrain.state.parameters import Gradients, Parameters
+from flowtrain.state.partial_view import Tree
+from flowtrain.state.readonly import refuse
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.snapshots.copying import Copier, Copying, Pruner, declared_inside
 from flowtrain_dask.snapshots.tensors import copy_tensors
 
@@ -211,4 +211,3 @@ STATE_PRUNERS: Mapping[type, Pruner] = {
     Parameters: _prune_tensors,
     Gradients: _prune_tensors,
 }
-

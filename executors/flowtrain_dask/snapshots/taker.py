@@ -11,16 +11,16 @@ from collections.abc import Hashable, Iterable, Mapping
 from copy import copy
 from typing import Any, TypeAlias
 
-from flowtrain.access import Declaration, Path, Write, dotted, meet
+from flowtrain.callback.access import Declaration, Path, Write, dotted, meet
 from flowtrain.errors import UsageError
-from flowtrain.phasemap import PhaseMap
-from flowtrain.plan import Plan
-from flowtrain.reach import Reach
-from flowtrain.series import Series
-from flowtrain.state import LearnerState
-from flowtrain_dask.snapshots.copies import Copying, Pool
-from flowtrain_dask.snapshots.cuts import Cut, Tail
+from flowtrain.graph.plan import Plan
+from flowtrain.graph.reach import Reach
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.series import Series
+from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.marks import Marker
+from flowtrain_dask.snapshots.series import Cut, Tail
 from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
 
 __all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
@@ -219,9 +219,7 @@ class Taker:
         return Tail(series, seen.length if seen is not None and seen.holds(series) else 0)
 
 
-def copy_groups(
-    plan: Plan, deferred: Iterable[int], reach: Reach | None = None
-) -> dict[int, dict[Path, Hashable]]:
+def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None) -> dict[int, dict[Path, Hashable]]:
     """Return, for each deferred handler and path, a key that is equal where they may share a copy (rule 20).
 
     Two handlers may if no handler between them declares to write a path that meets it.

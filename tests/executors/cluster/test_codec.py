@@ -14,7 +14,7 @@ import torch
 
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.readings import Readings
-from flowtrain_dask.snapshots.copies import Pool
+from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.parcels import parcel_at, possible
 from flowtrain_dask.snapshots.pool import ALIGNMENT
 from flowtrain_dask.snapshots.states import NamedTensors

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from flowtrain import BatchEnd, Event, Phase, Read, TrainingPhase
-from flowtrain.access import declare
-from flowtrain.batch import BatchState
-from flowtrain.state import LearnerState
+from flowtrain.callback.access import declare
+from flowtrain.state.batch import BatchState
+from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.cluster.entries import dump_entries, load_entries
 from flowtrain_dask.lanes.work import Entry
-from flowtrain_dask.snapshots.copies import Pool
+from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker
 
 

@@ -206,6 +206,7 @@ def test_where_there_is_no_memory_for_what_is_kept_it_is_read_until_nobody_keeps
 
 def test_too_many_open_files_are_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told, and the file is looked for again later."""
+
     def refuse(*args: object) -> int:
         raise OSError(24, "Too many open files")
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flowtrain import BatchEnd, Phase, TrainingPhase, ValidationPhase
-from flowtrain.phasemap import Counts, CountsMap, PhaseMap
-from flowtrain.series import Series, SeriesMap
-from flowtrain.state import Named, State
+from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
+from flowtrain.state.learner_state import Named, State
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.reducing import ValuePickler
-from flowtrain_dask.snapshots.copies import Copying, Pool
-from flowtrain_dask.snapshots.cuts import Tail
+from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.series import Tail
 from flowtrain_dask.snapshots.states import NamedGradients, NamedTensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -48,8 +48,9 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     count = 1
     for size in shape:
         count *= size
-    bits = torch.tensor(list(draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))),
-                        dtype=torch.uint8)
+    bits = torch.tensor(
+        list(draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))), dtype=torch.uint8
+    )
     made = (bits % 2).to(torch.bool)[:count] if dtype is torch.bool else bits.view(dtype)
     made = made.view(shape)
     if draw(st.booleans()) and shape:

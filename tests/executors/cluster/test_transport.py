@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
-from flowtrain.access import declare
+from flowtrain.callback.access import declare
 from flowtrain.errors import ExecutorError
-from flowtrain.holding import backends_of
-from flowtrain.part import Owner
-from flowtrain.records import Group, LoggerBackend, Run, Value, identity, log
+from flowtrain.graph.held_backends import backends_of
+from flowtrain.logging.backend import Group, LoggerBackend, Run, Value, identity, log
+from flowtrain.state.partial_view import Owner
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker
 from flowtrain_dask.cluster.calls import Patience

@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 
 from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.access import declare
-from flowtrain.events import Event
-from flowtrain.holding import backends_of
+from flowtrain.callback.access import declare
+from flowtrain.callback.events import Event
+from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging import JsonlBackend
-from flowtrain.part import Owner
-from flowtrain.records import Group, LoggerBackend, Run, Value, log
+from flowtrain.logging.backend import Group, LoggerBackend, Run, Value, log
+from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.driver import Driver, OnError
 from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.threads import ThreadTransport
-from flowtrain_dask.lanes.transport import Abandoned
+from flowtrain_dask.lanes.transport import Abandoned, ThreadTransport
 from flowtrain_dask.lanes.work import Duty, Entry, Job, Outcome
 
 

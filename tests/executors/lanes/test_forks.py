@@ -9,14 +9,14 @@ import warnings
 from pathlib import Path
 
 from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
-from flowtrain.access import declare
+from flowtrain.callback.access import declare
 from flowtrain.logging import JsonlBackend
-from flowtrain.part import Owner
-from flowtrain.records import Run, Value, log
+from flowtrain.logging.backend import Run, Value, log
+from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
-from flowtrain_dask.lanes.threads import ThreadTransport
+from flowtrain_dask.lanes.transport import ThreadTransport
 from flowtrain_dask.lanes.work import Duty, Job
 
 

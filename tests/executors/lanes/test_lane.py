@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from flowtrain import BatchEnd, Callback, CancelFittingException, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.access import declare
+from flowtrain.callback.access import declare
 from flowtrain.errors import DeferredCancelError, UsageError
-from flowtrain.holding import backends_of
-from flowtrain.part import Owner
-from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
+from flowtrain.graph.held_backends import backends_of
+from flowtrain.logging.backend import Group, Identity, LoggerBackend, Run, Value, identity, log
+from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
-from flowtrain_dask.lanes.threads import ThreadTransport
+from flowtrain_dask.lanes.transport import ThreadTransport
 from flowtrain_dask.lanes.work import Duty, Job
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.access import declare
-from flowtrain.part import Owner
-from flowtrain.records import Group, Identity, LoggerBackend, Run, Value, identity, log
-from flowtrain_dask.lanes import threads
+from flowtrain.callback.access import declare
+from flowtrain.logging.backend import Group, Identity, LoggerBackend, Run, Value, identity, log
+from flowtrain.state.partial_view import Owner
+from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.threads import ThreadTransport
-from flowtrain_dask.lanes.transport import Transport
+from flowtrain_dask.lanes.transport import ThreadTransport, Transport
 from flowtrain_dask.lanes.work import Duty, Entry, Job
 
 GROUP: Group = ("Step", "TrainingPhase")

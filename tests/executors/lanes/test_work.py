@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.access import declare
-from flowtrain.part import Owner
-from flowtrain.records import Identity, identity
+from flowtrain.callback.access import declare
+from flowtrain.logging.backend import Identity, identity
+from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.work import Duty, Entry, Job, Surroundings, run_entries
 
 

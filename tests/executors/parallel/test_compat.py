@@ -15,7 +15,7 @@ import dask.config
 import pytest
 
 import flowtrain_dask
-from flowtrain_dask.parallel.compat import Task, TaskRef, after, run_graph
+from flowtrain_dask.parallel.task_graph import Task, TaskRef, after, run_graph
 
 TIMEOUT = 20.0
 """Seconds after which a test that waits for another thread has failed."""
@@ -46,9 +46,7 @@ def test_a_task_runs_after_those_before_it_and_gets_their_results_in_order(pool:
 
 def test_a_text_that_is_also_a_key_is_no_edge(pool: ThreadPoolExecutor) -> None:
     seen: list[object] = []
-    graph = graph_of(
-        after("a", lambda: 1), Task("text", seen.append, "a"), Task("edge", seen.append, TaskRef("a"))
-    )
+    graph = graph_of(after("a", lambda: 1), Task("text", seen.append, "a"), Task("edge", seen.append, TaskRef("a")))
     run_graph(graph, pool.submit, 1)
     assert sorted(seen, key=str) == [1, "a"]
     assert set(graph["text"].dependencies) == set()

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from flowtrain import BatchEnd, Callback, Event, ExecutorError, LearnerView, Phase, TrainingPhase, on
-from flowtrain.plan import Plan
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
-from flowtrain_dask.parallel.compile import direct_predecessors
+from flowtrain.graph.plan import Plan
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.parallel.firing import CLOSED, Crew, Firing
 from flowtrain_dask.parallel.strands import Strands, at_home, pack
+from flowtrain_dask.parallel.task_graph import direct_predecessors
 
 TIMEOUT = 20.0
 """Seconds after which a test that waits for another thread has failed."""

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, Write, on
-from flowtrain.registry import Callbacks
-from flowtrain.state import LearnerState
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.parallel.strands import Strands, at_home, fuse, is_chain, pack
 
 

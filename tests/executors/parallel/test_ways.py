@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
-from flowtrain.plan import Plan, Step
-from flowtrain.registry import Callbacks
+from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.registry import Callbacks
 from flowtrain.testing.site import TinySite
-from flowtrain_dask.parallel.compile import direct_predecessors
-from flowtrain_dask.parallel.firing import Crew
+from flowtrain_dask.parallel.firing import Crew, Failures, Ways
 from flowtrain_dask.parallel.strands import pack
-from flowtrain_dask.parallel.ways import Failures, Ways
+from flowtrain_dask.parallel.task_graph import direct_predecessors
 
 TIMEOUT = 20.0
 """Seconds after which a test that waits for another thread has failed."""

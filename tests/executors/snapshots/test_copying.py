@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flowtrain import AccessError, Read
-from flowtrain.part import Tree
-from flowtrain.series import Series
-from flowtrain_dask.snapshots.copies import Copying, Pool
+from flowtrain.state.partial_view import Tree
+from flowtrain.state.series import Series
+from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused, declared_inside, prune_attributes
-from flowtrain_dask.snapshots.cuts import Cut, Tail
+from flowtrain_dask.snapshots.series import Cut, Tail
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from flowtrain import BatchEnd, Phase, TrainingPhase, UsageError, ValidationPhase
 from flowtrain.errors import ProtectedException
-from flowtrain.phasemap import PhaseMap
-from flowtrain.series import Series, SeriesMap
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.entries import dump_entries, load_entries
 from flowtrain_dask.lanes.work import Entry
 from flowtrain_dask.snapshots.marks import Marked, Marker

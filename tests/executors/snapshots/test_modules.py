@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from flowtrain.parameters import Parameters
-from flowtrain.state import LearnerState
-from flowtrain_dask.snapshots.copies import Copying, Pool
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.parameters import Parameters
+from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
 from flowtrain_dask.snapshots.modules import copy_module, copy_optimizers
 

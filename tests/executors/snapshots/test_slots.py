@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from flowtrain import Read, Write
-from flowtrain.access import Access, declare
-from flowtrain.batch import BatchState
+from flowtrain.callback.access import Access, declare
 from flowtrain.errors import AccessError
-from flowtrain.state import LearnerState
-from flowtrain_dask.snapshots.copies import Copying, Pool
+from flowtrain.state.batch import BatchState
+from flowtrain.state.learner_state import LearnerState
+from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.slots import MISSING, compile_slots, slots_now
 
 

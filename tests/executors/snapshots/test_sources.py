@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, UsageError
-from flowtrain.series import Series
+from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.sources import Here, Layout, Source, There
 
 LAYOUT = Layout("cbstate.x", None, {TrainingPhase(): ("cbstate.x", 0, ("a", "b"))})

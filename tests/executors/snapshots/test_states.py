@@ -8,13 +8,13 @@ from torch import nn
 
 from flowtrain import Read, TrainingPhase, ValidationPhase
 from flowtrain.errors import ProtectedException
-from flowtrain.parameters import Gradients, Parameters
-from flowtrain.part import Tree
-from flowtrain.phasemap import Counts, CountsMap, PhaseMap
-from flowtrain.series import Series, SeriesMap
-from flowtrain.state import State
-from flowtrain_dask.snapshots.copies import Copying, Pool
-from flowtrain_dask.snapshots.cuts import Cut
+from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
+from flowtrain.state.learner_state import State
+from flowtrain.state.parameters import Gradients, Parameters
+from flowtrain.state.partial_view import Tree
+from flowtrain.state.series import Series, SeriesMap
+from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.series import Cut
 
 
 def tied() -> nn.ModuleDict:

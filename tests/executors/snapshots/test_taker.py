@@ -30,14 +30,14 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.access import declare
-from flowtrain.batch import BatchState
-from flowtrain.parameters import Parameters
-from flowtrain.phasemap import PhaseMap
-from flowtrain.series import Series, SeriesMap
-from flowtrain.state import LearnerState
+from flowtrain.callback.access import declare
+from flowtrain.state.batch import BatchState
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.parameters import Parameters
+from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
-from flowtrain_dask.snapshots.copies import Pool
+from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Shared, Snapshot, Taker, copy_groups
 
 LOSS = ("batch", "loss")

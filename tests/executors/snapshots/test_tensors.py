@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowtrain_dask.snapshots.copies import Copying, Pool
+from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
 from flowtrain_dask.snapshots.tensors import compressed_indices, copy_tensor, copy_tensors
 

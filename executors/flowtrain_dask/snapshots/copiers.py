@@ -1,0 +1,98 @@
+"""How values are copied, so that nothing that training does later changes them.
+
+===============================================  ===============================================================
+value                                            its copy
+===============================================  ===============================================================
+tensors (also sparse, quantised, complex)        detached, in memory of a `Pool`, with the strides they have
+numbers, texts, types, functions, enums, ...     the value itself
+list, tuple, dict, set, deque, dataclasses, ...  rebuilt, subclasses and their attributes too; cycles are kept
+numpy arrays                                     copied; arrays of objects are refused
+series                                           `flowtrain_dask.snapshots.series`: in constant time
+counters, maps by phase, ``cbstate`` namespaces  rebuilt
+``torch.nn.Module``                              a deep copy: every parameter and buffer is copied
+anything else                                    what `register_copier` says; without it refused
+===============================================  ===============================================================
+
+This module has the table and its public face. `copying` is one pass of copying; `tensors`, `rebuilt`, `states` and
+`modules` copy what their names say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowtrain.callback.access import Declaration
+from flowtrain.errors import UsageError, is_a
+from flowtrain.state.learner_state import LearnerState
+from flowtrain_dask.snapshots.containers import find_rebuilder, prune_mapping
+from flowtrain_dask.snapshots.copying import COPIERS, FINDERS, PRUNERS, Copier, Copying, Refused
+from flowtrain_dask.snapshots.modules import copy_module
+from flowtrain_dask.snapshots.pool import Pool
+from flowtrain_dask.snapshots.slots import compile_slots, slots_now
+from flowtrain_dask.snapshots.states import STATE_COPIERS, STATE_PRUNERS
+from flowtrain_dask.snapshots.tensors import copy_tensor
+
+__all__ = ["Copying", "Pool", "check", "register_copier"]
+
+_registered: dict[type, Copier] = {}
+
+
+def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
+    """Say how a type of your own, and its subclasses, are copied for deferred callbacks.
+
+    Args:
+        kind: The type.
+        copy: Returns a copy that nothing which training does later changes, such as `copy.deepcopy`. Where callbacks
+            run in other processes, the copy must pickle.
+
+    Raises:
+        UsageError: The first is no type, or the second no function.
+    """
+    if not is_a(kind, type):
+        raise UsageError(f"register_copier({kind!r}, ...): the first argument is a type: register_copier(MyType, f).")
+    if not callable(copy):
+        raise UsageError(f"register_copier({kind.__name__}, {copy!r}): the second argument is a function of a value.")
+    _registered[kind] = lambda value, copying: value if copying.dry else copy(value)
+    for known in [each for each in COPIERS if issubclass(each, kind)]:
+        del COPIERS[known]  # found again, with the new answer
+
+
+def check(declaration: Declaration, state: LearnerState) -> None:
+    """Check that what a deferred handler declares to read can be copied, as far as it is there already.
+
+    Args:
+        declaration: What the handler declares.
+        state: The learner's state.
+
+    Raises:
+        AccessError: It cannot; the error says what is where, and what to write.
+    """
+    for declared in compile_slots(declaration):
+        for slot in slots_now(declared, state) if getattr(state, declared.path[0]) is not None else ():
+            slot.take(state, Copying(Pool(0), dry=True))
+
+
+def _find_registered(kind: type, value: Any) -> Copier | None:
+    return next((_registered[base] for base in kind.__mro__ if base in _registered), None)
+
+
+def _find_own(kind: type, value: Any) -> Copier | None:
+    if kind is torch.Tensor or kind is nn.Parameter:
+        return copy_tensor
+    if issubclass(kind, torch.Tensor):
+        return _refuse_subclass
+    if issubclass(kind, nn.Module):
+        return copy_module
+    return next((copier for base, copier in STATE_COPIERS.items() if issubclass(kind, base)), None)
+
+
+def _refuse_subclass(value: torch.Tensor, copying: Copying) -> Any:
+    raise Refused(value, "a subclass of Tensor may hold more than its elements, and nothing says how it is copied")
+
+
+FINDERS[:] = [_find_registered, _find_own, find_rebuilder]
+PRUNERS.update({**STATE_PRUNERS, Mapping: prune_mapping})

@@ -1,0 +1,158 @@
+"""What a deferred handler sees: the view that it has in place, bound to copies.
+
+A `Replica` has a state of its own, to which the handler's view is bound once. For each event the state is filled with
+the payload of a snapshot, so the same code reads the same paths and is refused the same ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from flowtrain.callback.access import Declaration, Path
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import UsageError
+from flowtrain.state.batch import BatchState, ReadOnlyBatch
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.optimizer_view import OptimizerParts
+from flowtrain.state.parameters import Parameters
+from flowtrain.state.partial_view import Owner
+from flowtrain.state.readonly import PLAIN, readonly
+from flowtrain.state.views import bind_view
+from flowtrain_dask.snapshots.modules import OptimizerCopy
+
+__all__ = ["Replica"]
+
+
+class Replica:
+    """The learner as one deferred handler sees it, where it runs.
+
+    Args:
+        declaration: What the handler declares.
+        owner: Whose view it is, for refusals.
+    """
+
+    def __init__(self, declaration: Declaration, owner: Owner) -> None:
+        self._declaration = declaration
+        self._owner = replace(owner, consumes=False)  # copies are detached already
+        self._state = LearnerState()
+        del self._state.updates  # a copy does not know: training has gone on
+        self._state.fired = _NoEvents(owner.callback)
+        self._optimizers: dict[str, _Shown] = {}
+        self._view: LearnerView | None = None
+
+    def show(self, payload: Mapping[Path, Any]) -> LearnerView:
+        """Return the view, filled with a snapshot; it shows that until the next one.
+
+        Args:
+            payload: `Snapshot.payload`, of the same declaration.
+        """
+        state = self._state
+        batch, twin, entries = BatchState(), False, {}
+        for path, value in payload.items():
+            if path[0] == "batch":
+                vars(batch)[path[1]] = value
+                twin = twin or type(value) not in PLAIN
+            elif path[0] == "cbstate":
+                entries[path[1]] = value
+            elif path[0] != "optimizer":
+                setattr(state, path[0], value)
+        state.batch, state.batch_twin = batch, ReadOnlyBatch(batch) if twin else batch
+        self._fill(entries)
+        if ("model",) in payload and not isinstance(payload["model",], dict):
+            state.params = _parameters(payload["model",], state.params)
+        if ("optimizer",) in payload:
+            self._fill_optimizers(payload["optimizer",])
+        if self._view is None:
+            if state.optimizers is None:
+                state.optimizers = OptimizerParts(_Shown())  # type: ignore[arg-type]  # nothing of it is declared
+            self._view = bind_view(self._declaration, state, self._owner)
+        return self._view
+
+    def clear(self) -> None:
+        """Let go of what was shown."""
+        if self._view is not None:
+            state, batch = self._state, BatchState()
+            state.batch = state.batch_twin = batch
+            state.params, state.model, state.lossfn = {}, None, None
+            self._fill({})
+            for shown in self._optimizers.values():
+                shown.fill(OptimizerCopy(), {})
+
+    def _fill(self, entries: dict[str, Any]) -> None:
+        # Past the state's `__setattr__`, which replaces no series: views hold the namespace, nobody what was in it.
+        state = self._state.cbstate
+        own, twins = vars(state), vars(state.__twins__)
+        own.clear()
+        twins.clear()
+        own.update(entries)
+        twins.update({name: readonly(value, f"cbstate.{name}") for name, value in entries.items()})
+
+    def _fill_optimizers(self, copies: Mapping[str, OptimizerCopy]) -> None:
+        for name, copy in copies.items():
+            if name not in self._optimizers:
+                self._optimizers[name] = _Shown()
+            self._optimizers[name].fill(copy, self._state.params)
+        if self._state.optimizers is None:
+            parts: dict[str, Any] = {
+                name: OptimizerParts(
+                    shown,  # type: ignore[arg-type]  # as views use one
+                    f"optimizer.{name}" if name else "optimizer",
+                    partial(getattr, shown, "named"),
+                )
+                for name, shown in self._optimizers.items()
+            }
+            self._state.optimizers = parts[""] if "" in parts else Named("optimizer", parts)
+
+
+class _Shown:
+    """Stands where views look for an optimizer; the same object for all events."""
+
+    param_groups: list[dict[str, Any]]
+    state: dict[torch.Tensor, Any]
+    named: dict[str, torch.Tensor]
+    defaults: dict[str, Any]
+
+    def fill(self, copy: OptimizerCopy, params: Mapping[str, torch.Tensor]) -> None:
+        """Show a copy; the keys of the state are the parameters that the handler sees, where it sees them."""
+        self.param_groups = copy.groups or []
+        self.state = defaultdict(dict)
+        self.named = {name: params.get(name, like) for name, like, _ in copy.state or ()}
+        for name, _, item in copy.state or ():
+            self.state[self.named[name]] = item
+        self.defaults = copy.defaults or {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"a deferred callback sees hyperparams, state and defaults of an optimizer, and there is no {name!r}. "
+            f"Set deferrable = False on the callback if it needs the optimizer itself."
+        )
+
+
+class _NoEvents(list[tuple[str, Any]]):
+    """Where the events that a handler fires would wait: training is somewhere else by now."""
+
+    def __init__(self, callback: str) -> None:
+        super().__init__()
+        self._callback = callback
+
+    def append(self, item: tuple[str, Any]) -> NoReturn:
+        """Refuse."""
+        raise UsageError(
+            f"{self._callback} calls learner.fire({item[1]!r}), but it is deferred: it runs after the event, perhaps "
+            f"in another process, and training has gone on. Set deferrable = False on the callback."
+        )
+
+
+def _parameters(model: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters of a copied model, so that ``params`` and ``model`` show the same ones, as in place."""
+    models: Mapping[str, Any] = model if isinstance(model, Named) else {"": model}
+    return Parameters(models) if all(isinstance(each, nn.Module) for each in models.values()) else params

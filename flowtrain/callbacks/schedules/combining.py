@@ -1,0 +1,103 @@
+"""Schedules made of schedules: a warm-up and another, several one after the other, one that counts epochs."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import replace
+
+from flowtrain.callbacks.schedules.schedule import (
+    Schedule,
+    ScheduleLike,
+    as_schedule,
+    check_count,
+    check_milestones,
+    check_number,
+)
+from flowtrain.errors import UsageError
+
+__all__ = ["per_epoch", "sequence", "warmup"]
+
+
+def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule:
+    """Return a schedule that rises in a straight line to where another begins, and goes on with that.
+
+    ``then(1) * (start + (1 - start) * t / updates)`` for the first `updates`, then ``then(n - updates)``. Goyal and
+    others, "Accurate, Large Minibatch SGD", https://arxiv.org/abs/1706.02677, section 2.2; the same as torch's
+    ``SequentialLR`` of ``LinearLR`` and the other.
+
+    Args:
+        then: A schedule, or a number to stay at. Without a length it is stretched over what the warm-up leaves.
+        updates: How many updates it rises.
+        start: Where it begins, as a share of ``then(1)``.
+
+    >>> [warmup(1.0, 4, start=0.0)(n) for n in range(1, 7)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    rest = _part("warmup", then)
+    updates = check_count("warmup", "updates", updates)
+    check_number("warmup", "start", start)
+
+    def formula(n: int, total: int) -> float:
+        """Return the value while it rises, or that of the other schedule."""
+        if n <= updates:
+            return rest.value(1, total - updates) * (start + (1 - start) * (n - 1) / updates)
+        return rest.value(n - updates, total - updates)
+
+    return Schedule(f"warmup({rest}, {updates})", formula, stretched=rest.is_open)
+
+
+def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
+    """Return a schedule that goes through several, one after the other, each with updates counted from its begin.
+
+    The same as torch's ``SequentialLR``. A schedule without a length is stretched over its part; the last one, over
+    what is left of the fit.
+
+    Args:
+        schedules: The schedules, or numbers.
+        at: After how many updates each next one begins, ascending; one fewer than there are schedules.
+
+    >>> from flowtrain.callbacks.schedules import polynomial
+    >>> [sequence([1.0, polynomial(0.5, length=2)], at=[2])(n) for n in range(1, 6)]
+    [1.0, 1.0, 0.5, 0.25, 0.0]
+    """
+    parts = [_part("sequence", each) for each in schedules]
+    done = check_milestones("sequence", "at", at)
+    if len(parts) != len(done) + 1:
+        raise UsageError(
+            f"sequence() got {len(parts)} schedules and {len(done)} numbers in at={done}: after each schedule but the "
+            f"last there is one, as sequence([a, b, c], at=[100, 200])."
+        )
+    begins = [0, *done]
+
+    def formula(n: int, total: int) -> float:
+        """Return the value of the schedule whose turn it is."""
+        turn = bisect_right(done, n - 1)
+        ends = [*done, total]
+        return parts[turn].value(n - begins[turn], ends[turn] - begins[turn])
+
+    return Schedule(f"sequence({parts}, at={done})", formula, stretched=parts[-1].is_open)
+
+
+def per_epoch(schedule: ScheduleLike) -> Schedule:
+    """Return a schedule that is called with the number of the epoch, from 1, in place of that of the update.
+
+    A length is then in epochs, and what has none is stretched over the epochs of the fit. Epochs of each training phase
+    are counted apart; one that an error ended counts as none.
+
+    >>> from flowtrain.callbacks.schedules import step
+    >>> per_epoch(step(0.1, every=30))
+    per_epoch(step(0.1, 30, 0.1))
+    """
+    inner = _part("per_epoch", schedule)
+    return replace(inner, text=f"per_epoch({inner})", unit="epoch")
+
+
+def _part(what: str, given: ScheduleLike) -> Schedule:
+    part = as_schedule(given)
+    if part.unit == "epoch":
+        raise UsageError(
+            f"{what}() got {part}, which counts epochs, and counts updates itself. Put per_epoch around the whole: "
+            f"per_epoch({what}(...))."
+        )
+    return part

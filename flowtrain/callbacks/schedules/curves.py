@@ -1,0 +1,245 @@
+"""Schedules: what value a hyperparameter has at each update.
+
+A schedule is any callable ``schedule(n) -> value``, where n is the number of the coming update, from 1. The functions
+here make schedules that are pure: the value depends on n alone, so nothing of them needs to be in a checkpoint.
+
+==================  ==========================================================================
+`constant`          one value
+`cosine`            falls along half a cosine
+`polynomial`        falls as a power of what is left; with ``power=1`` in a straight line
+`exponential`       is multiplied with a factor at each update
+`step`              is multiplied with a factor now and then
+`one_cycle`         rises to a peak, then falls far below where it began
+`from_torch`        any of ``torch.optim.lr_scheduler``
+==================  ==========================================================================
+
+`flowtrain.callbacks.schedules.combining` joins them, and `flowtrain.callbacks.schedules.plateau` has the one that is
+fed by a metric.
+
+Where a length is not given, `cosine`, `polynomial` and `one_cycle` are stretched over the updates that a fit plans, and
+begin anew with each fit; all others count updates over the learner's life. After its length a schedule keeps its last
+value. In the formulas below t is ``n - 1``, the number of updates that are done, and T the length.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from flowtrain.callbacks.schedules.schedule import Schedule, check_count, check_milestones, check_number
+from flowtrain.errors import UsageError, is_a
+
+__all__ = ["constant", "cosine", "exponential", "from_torch", "one_cycle", "polynomial", "step"]
+
+
+def constant(value: float) -> Schedule:
+    """Return a schedule of one value.
+
+    >>> constant(0.1)(1000)
+    0.1
+    """
+    check_number("constant", "value", value)
+    return Schedule(f"constant({value})", lambda n, _: value)
+
+
+def cosine(value: float, *, end: float = 0.0, length: int | None = None) -> Schedule:
+    """Return a schedule that falls from `value` to `end` along half a cosine.
+
+    ``end + (value - end) * (1 + cos(pi * t / T)) / 2``, which comes to `end` after the last update.
+    Loshchilov and Hutter, "SGDR", https://arxiv.org/abs/1608.03983, equation 5, without restarts; the same as torch's
+    ``CosineAnnealingLR`` for the first T updates.
+
+    Args:
+        value: Where it begins.
+        end: Where it ends.
+        length: T in updates; without it, all updates of the fit.
+
+    >>> [round(cosine(1.0, length=4)(n), 3) for n in range(1, 6)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    check_number("cosine", "value", value)
+    check_number("cosine", "end", end)
+
+    def formula(n: int, total: int) -> float:
+        """Return the value on the cosine."""
+        return _cosine(value, end, min(n - 1, total) / total)
+
+    return _stretched(f"cosine({value}, end={end}", length, formula)
+
+
+def polynomial(value: float, *, end: float = 0.0, power: float = 1.0, length: int | None = None) -> Schedule:
+    """Return a schedule that falls from `value` to `end` as a power of the updates that are left.
+
+    ``end + (value - end) * (1 - t / T) ** power``, which comes to `end` after the last update; with ``power=1`` a
+    straight line. Chen and others, "DeepLab", https://arxiv.org/abs/1606.00915, section 4.3.1 (the "poly" policy); with
+    ``end=0`` the same as torch's ``PolynomialLR``.
+
+    Args:
+        value: Where it begins.
+        end: Where it ends.
+        power: The exponent.
+        length: T in updates; without it, all updates of the fit.
+
+    >>> [polynomial(1.0, length=4)(n) for n in range(1, 7)]
+    [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    for name, number in (("value", value), ("end", end), ("power", power)):
+        check_number("polynomial", name, number)
+
+    def formula(n: int, total: int) -> float:
+        """Return the value at a power of the share that is left."""
+        return end + (value - end) * math.pow(1 - min(n - 1, total) / total, power)
+
+    return _stretched(f"polynomial({value}, end={end}, power={power}", length, formula)
+
+
+def exponential(value: float, gamma: float) -> Schedule:
+    """Return a schedule that is multiplied with `gamma` after each update: ``value * gamma ** t``.
+
+    The same as torch's ``ExponentialLR``.
+
+    >>> exponential(1.0, 0.5)(4)
+    0.125
+    """
+    check_number("exponential", "value", value)
+    check_number("exponential", "gamma", gamma)
+    return Schedule(f"exponential({value}, {gamma})", lambda n, _: value * gamma ** (n - 1))
+
+
+def step(value: float, every: int | Sequence[int], gamma: float = 0.1) -> Schedule:
+    """Return a schedule that is multiplied with `gamma` after each `every` updates, or after those that are listed.
+
+    ``value * gamma ** (t // every)``, torch's ``StepLR``; or ``value * gamma ** k`` where k of the listed numbers of
+    updates are done, torch's ``MultiStepLR``.
+
+    Args:
+        value: Where it begins.
+        every: How many updates; or a list of numbers of updates, ascending.
+        gamma: The factor.
+
+    >>> [step(1.0, 2, 0.5)(n) for n in range(1, 6)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    >>> [step(1.0, [1, 4], 0.5)(n) for n in range(1, 6)]
+    [1.0, 0.5, 0.5, 0.5, 0.25]
+    """
+    check_number("step", "value", value)
+    check_number("step", "gamma", gamma)
+    text = f"step({value}, {every}, {gamma})"
+    if isinstance(every, int):
+        period = check_count("step", "every", every)
+        return Schedule(text, lambda n, _: value * gamma ** ((n - 1) // period))
+    done = check_milestones("step", "every", every)
+    return Schedule(text, lambda n, _: value * gamma ** bisect_right(done, n - 1))
+
+
+def one_cycle(
+    max_value: float,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    peak: float = 0.3,
+    shape: Literal["cosine", "linear"] = "cosine",
+    length: int | None = None,
+) -> Schedule:
+    """Return a schedule that rises from `start` to `max_value`, and then falls to `end`.
+
+    Smith and Topin, "Super-Convergence", https://arxiv.org/abs/1708.07120; the same as torch's ``OneCycleLR`` with two
+    phases: the peak is at ``t = peak * T - 1`` and `end` at the last update, ``t = T - 1``. A momentum goes the other
+    way: ``one_cycle(0.85, start=0.95, end=0.95)``.
+
+    Args:
+        max_value: The value at the peak.
+        start: Where it begins; without it ``max_value / 25``.
+        end: Where it ends; without it ``start / 1e4``.
+        peak: Where the peak is, as a share of the length.
+        shape: ``"cosine"`` or ``"linear"``.
+        length: T in updates; without it, all updates of the fit.
+
+    >>> [round(one_cycle(1.0, start=0.0, peak=0.5, shape="linear", length=8)(n), 2) for n in range(1, 9)]
+    [0.0, 0.33, 0.67, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    check_number("one_cycle", "max_value", max_value)
+    start = max_value / 25 if start is None else start
+    end = start / 1e4 if end is None else end
+    for name, number in (("start", start), ("end", end), ("peak", peak)):
+        check_number("one_cycle", name, number)
+    if not 0 <= peak <= 1:
+        raise UsageError(f"one_cycle(peak={peak}): peak is a share of the length, from 0 to 1.")
+    if shape not in ("cosine", "linear"):
+        raise UsageError(f'one_cycle(shape={shape!r}): shape is "cosine" or "linear".')
+    between = _cosine if shape == "cosine" else _line
+
+    def formula(n: int, total: int) -> float:
+        """Return the value on the way up or on the way down."""
+        top, last, t = peak * total - 1, total - 1, min(n, total) - 1
+        if t <= top:
+            return between(start, max_value, t / top if top > 0 else 1.0)
+        return between(max_value, end, (t - top) / (last - top))
+
+    return _stretched(f"one_cycle({max_value}", length, formula)
+
+
+def from_torch(
+    make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], value: float, *, key: str = "lr"
+) -> Schedule:
+    """Return a schedule with the values of a scheduler of torch.
+
+    https://docs.pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate. The scheduler works on an optimizer of
+    its own with one parameter group, and is stepped once for each update.
+
+    Args:
+        make: Called with an optimizer; returns the scheduler, as ``lambda o: CosineAnnealingLR(o, T_max=100)``.
+        value: The value of the hyperparameter in that optimizer at first.
+        key: Which entry of the parameter group the schedule is; ``"momentum"`` for the momentum of ``OneCycleLR``.
+
+    Raises:
+        UsageError: No scheduler was made, or one that needs a metric.
+
+    >>> schedule = from_torch(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), 1.0)
+    >>> [schedule(n) for n in range(1, 6)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+    check_number("from_torch", "value", value)
+    settings: dict[str, Any] = {"lr": 1.0, key: value}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **settings)
+    scheduler = make(optimizer)
+    if not is_a(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise UsageError(
+            f"from_torch(make, value): make(optimizer) returned {scheduler!r}, which is no scheduler of torch. Write "
+            f"from_torch(lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), 0.1)."
+        )
+    name = type(scheduler).__name__
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UsageError(f"from_torch() got a {name}, which needs a metric. Use reduce_on_plateau({value}, ...).")
+    group = optimizer.param_groups[0]
+    values = [float(group[key])]
+
+    def formula(n: int, _: int) -> float:
+        """Return the value at update n; what comes before it has to be stepped through, once."""
+        while len(values) < n:
+            optimizer.step()  # torch warns where a scheduler steps before its optimizer
+            scheduler.step()
+            values.append(float(group[key]))
+        return values[n - 1]
+
+    return Schedule(f"from_torch({name}, {value})", formula)
+
+
+def _stretched(text: str, length: int | None, formula: Callable[[int, int], float]) -> Schedule:
+    """Return the schedule; `text` is how it is written up to the length."""
+    if length is None:
+        return Schedule(f"{text})", formula, stretched=True)
+    check_count(text.partition("(")[0], "length", length)
+    return Schedule(f"{text}, length={length})", formula, length, stretched=True)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _line(start: float, end: float, share: float) -> float:
+    return start + (end - start) * share

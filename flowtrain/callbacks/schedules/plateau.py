@@ -1,0 +1,136 @@
+"""Reduce on plateau: a value that is lowered when a metric has stopped getting better.
+
+It is no function of the update, so it is written as one of the metric: from a `Plateau`, what is remembered, and the
+metric of an epoch to the next `Plateau`. `flowtrain.callbacks.Scheduler` keeps it, and has it in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flowtrain.callback.phases import Phase, ValidationPhase
+from flowtrain.callbacks.schedules.schedule import check_number
+from flowtrain.callbacks.stopping.criterion import Mode, direction
+from flowtrain.errors import UsageError, is_a, is_type
+
+__all__ = ["Plateau", "ReduceOnPlateau", "reduce_on_plateau"]
+
+
+class Plateau(NamedTuple):
+    """What is remembered of the epochs so far.
+
+    Attributes:
+        value: The value now.
+        best: The best metric so far; ``None`` before the first.
+        bad: Epochs since the best one, or since the value was lowered.
+        cooldown: Epochs that are still not counted as bad.
+    """
+
+    value: float
+    best: float | None = None
+    bad: int = 0
+    cooldown: int = 0
+
+
+@dataclass(frozen=True)
+class ReduceOnPlateau:
+    """See `reduce_on_plateau`, which makes one."""
+
+    value: float
+    monitor: str
+    phase: type[Phase]
+    mode: Mode | None
+    factor: float
+    patience: int
+    threshold: float
+    relative: bool
+    cooldown: int
+    minimum: float
+
+    def begin(self) -> Plateau:
+        """Return what is remembered before the first epoch."""
+        return Plateau(self.value)
+
+    def after(self, plateau: Plateau, metric: float) -> Plateau:
+        """Return what is remembered after one more epoch."""
+        value, best, bad, cooldown = plateau
+        mode = direction(f"reduce_on_plateau({self.value}", self.monitor, self.mode, ())
+        best = best if best is not None else math.inf if mode == "min" else -math.inf
+        best, bad = (metric, 0) if self._is_better(metric, best, mode) else (best, bad + 1)
+        if cooldown > 0:
+            bad, cooldown = 0, cooldown - 1
+        if bad > self.patience:
+            lowered = max(value * self.factor, self.minimum)
+            value = lowered if value - lowered > 1e-8 else value  # a smaller step than that is none, as in torch
+            bad, cooldown = 0, self.cooldown
+        return Plateau(value, best, bad, cooldown)
+
+    def _is_better(self, metric: float, best: float, mode: Mode) -> bool:
+        share, amount = (self.threshold, 0.0) if self.relative else (0.0, self.threshold)
+        if mode == "min":
+            return metric < best * (1 - share) - amount
+        return metric > best * (1 + share) + amount
+
+    def __repr__(self) -> str:
+        return f"reduce_on_plateau({self.value}, monitor={self.monitor!r})"
+
+
+def reduce_on_plateau(
+    value: float,
+    *,
+    monitor: str = "Loss",
+    phase: type[Phase] = ValidationPhase,
+    mode: Mode | None = None,
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    relative: bool = True,
+    cooldown: int = 0,
+    minimum: float = 0.0,
+) -> ReduceOnPlateau:
+    """Return a schedule that is multiplied with `factor` when a metric has not got better for more than some epochs.
+
+    A metric m is better than the best one b if ``m < b * (1 - threshold)``, or without `relative` if
+    ``m < b - threshold``; with ``mode="max"`` if ``m > b * (1 + threshold)`` or ``m > b + threshold``. The same as
+    torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`. An evaluation counts once
+    for each state of the parameters: one that follows no update, as by ``learner.validate()``, is no epoch.
+
+    Args:
+        value: Where it begins.
+        monitor: The name of a metric.
+        phase: The phase whose metric it is, subclasses included.
+        mode: ``"min"`` or ``"max"``, whether a smaller or a greater metric is better. Without it, what is known of the
+            metric: of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
+        factor: What the value is multiplied with, below 1.
+        patience: How many epochs without a better metric are put up with.
+        threshold: By how much a metric has to be better.
+        relative: Whether the threshold is a share of the best metric.
+        cooldown: Epochs after it was lowered in which none counts as bad.
+        minimum: What the value does not fall below.
+
+    Raises:
+        UsageError: A value that means nothing.
+
+    >>> schedule = reduce_on_plateau(1.0, patience=1, factor=0.5)
+    >>> plateau = schedule.begin()
+    >>> for loss in (3.0, 2.0, 2.0, 2.0):
+    ...     plateau = schedule.after(plateau, loss)
+    >>> plateau
+    Plateau(value=0.5, best=2.0, bad=0, cooldown=0)
+    """
+    for name, number in (("value", value), ("threshold", threshold), ("factor", factor), ("minimum", minimum)):
+        check_number("reduce_on_plateau", name, number)
+    if not 0 < factor < 1:
+        raise UsageError(f"reduce_on_plateau(factor={factor}): factor is above 0 and below 1.")
+    for name, count in (("patience", patience), ("cooldown", cooldown)):
+        if not is_a(count, int) or is_a(count, bool) or count < 0:
+            raise UsageError(f"reduce_on_plateau({name}={count!r}): {name} is a whole number of epochs.")
+    if mode not in ("min", "max", None):
+        raise UsageError(f'reduce_on_plateau(mode={mode!r}): mode is "min" or "max".')
+    if not is_type(phase, Phase):
+        raise UsageError(f"reduce_on_plateau(phase={phase!r}): phase is a type of phase, such as ValidationPhase.")
+    if not is_a(monitor, str) or not all(monitor.split(".")):
+        raise UsageError(f'reduce_on_plateau(monitor={monitor!r}): monitor is the name of a metric, such as "Loss".')
+    return ReduceOnPlateau(value, monitor, phase, mode, factor, patience, threshold, relative, cooldown, minimum)

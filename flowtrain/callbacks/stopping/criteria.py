@@ -1,0 +1,242 @@
+"""Stopping criteria: those of Prechelt, "Early stopping - but when?", and of EarlyStopping.jl.
+
+====================  ==========================================================  ===========
+criterion             stops when                                                  in Prechelt
+====================  ==========================================================  ===========
+`GL`                  the value is worse than the best by some percent            GL_alpha
+`PQ`                  that, measured against the progress of training             PQ_alpha
+`UP`                  the value has become worse some times in a row              UP_s
+`Patience`            there was no improvement for some epochs
+`NumberSinceBest`     the best value is some epochs old
+`NumberLimit`         there were some values
+`Threshold`           the value is good enough
+`TimeLimit`           some time has gone by
+`InvalidValue`        a value is NaN or infinite
+`Never`               never
+`Disjunction`         any of several criteria stops
+`Warmup`              another criterion does, not counting the first values
+====================  ==========================================================  ===========
+
+Each is fed one value an epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a loop of one's own.
+"Worse" means larger, or smaller where `Criterion.begin` said ``"max"``. NaN is worse than every number: it is never a
+best value or an improvement, also where it is the first value.
+
+Sources: L. Prechelt, "Early Stopping - But When?", in Neural Networks: Tricks of the Trade, 1998
+(https://doi.org/10.1007/3-540-49430-8_3), and https://github.com/JuliaAI/EarlyStopping.jl. Prechelt looks at the
+validation set after *strips* of k epochs, EarlyStopping.jl and these criteria after each; strips are
+``throttle(EarlyStopping(UP(3)), EpochEnd, every=k)``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from flowtrain.callbacks.stopping.criterion import (
+    Criterion,
+    Disjunction,
+    Mode,
+    Never,
+    Warmup,
+    check_count,
+    check_positive,
+)
+from flowtrain.callbacks.stopping.prechelt import GL, PQ, UP
+from flowtrain.errors import UsageError, is_a
+
+__all__ = [
+    "GL",
+    "PQ",
+    "UP",
+    "Criterion",
+    "Disjunction",
+    "InvalidValue",
+    "Never",
+    "NumberLimit",
+    "NumberSinceBest",
+    "Patience",
+    "Threshold",
+    "TimeLimit",
+    "Warmup",
+]
+
+
+class Patience(Criterion):
+    """Stop when there was no improvement for `n` epochs.
+
+    An improvement is the first number, and a value better by more than `min_delta` than at the last improvement. So a
+    metric that is NaN from the first epoch on ends training after `n` epochs. This is what Keras and Lightning call
+    patience (https://keras.io/api/callbacks/early_stopping); EarlyStopping.jl gives the name to `UP`.
+
+    Args:
+        n: For how many epochs.
+        min_delta: How much better a value must be, in the metric's own unit.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 1, or `min_delta` is negative.
+
+    >>> criterion = Patience(2, min_delta=0.5)
+    >>> [criterion.update(value) for value in (3.0, 2.9, 2.6)]
+    [None, None, 'Patience(2, min_delta=0.5): no improvement on 3 for 2 epochs']
+    """
+
+    initial: ClassVar[Mapping[str, Any]] = {"best": None, "count": 0}
+    best: float | None
+    count: int
+
+    def __init__(self, n: int = 5, min_delta: float = 0.0) -> None:
+        self.n = check_count(type(self).__name__, n)
+        if isinstance(min_delta, bool) or not is_a(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
+            raise UsageError(f"Patience(min_delta={min_delta!r}): min_delta is a number, at least 0.")
+        self.min_delta = min_delta
+        super().__init__()
+
+    def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        best = self.best
+        if not math.isnan(loss) and (best is None or loss < best - self.min_delta):
+            self.best, self.count = loss, 0
+            return None
+        self.count += 1
+        if self.count < self.n:
+            return None
+        epochs = f"for {self.count} epoch{'s' if self.count > 1 else ''}"
+        return f"the value is NaN {epochs}" if best is None else f"no improvement on {self.shown(best)} {epochs}"
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.best is not None and math.isnan(self.best):  # an earlier version remembered NaN as the best value
+            self.best = None
+
+    def __repr__(self) -> str:
+        delta = f", min_delta={self.min_delta:g}" if self.min_delta else ""
+        return f"{type(self).__name__}({self.n}{delta})"
+
+
+class NumberSinceBest(Patience):
+    """Stop when the best value is `n` epochs old: `Patience` for which every improvement counts.
+
+    Source: ``NumberSinceBest`` of EarlyStopping.jl. A value that equals the best one is not a new best.
+
+    Args:
+        n: How many epochs.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 1.
+    """
+
+    def __init__(self, n: int = 6) -> None:
+        super().__init__(n)
+
+
+class NumberLimit(Criterion):
+    """Stop after `n` values.
+
+    Source: ``NumberLimit`` of EarlyStopping.jl.
+
+    Args:
+        n: How many values.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 1.
+    """
+
+    initial: ClassVar[Mapping[str, Any]] = {"count": 0}
+    count: int
+
+    def __init__(self, n: int = 100) -> None:
+        self.n = check_count("NumberLimit", n)
+        super().__init__()
+
+    def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        self.count += 1
+        return f"this is value {self.count}" if self.count >= self.n else None
+
+    def __repr__(self) -> str:
+        return f"NumberLimit({self.n})"
+
+
+class Threshold(Criterion):
+    """Stop when the value is better than `value`: below it, or above it where large values are good.
+
+    Source: ``Threshold`` of EarlyStopping.jl.
+
+    Args:
+        value: The threshold.
+
+    Raises:
+        UsageError: `value` is no number.
+    """
+
+    def __init__(self, value: float = 0.0) -> None:
+        if isinstance(value, bool) or not is_a(value, (int, float)) or math.isnan(value):
+            raise UsageError(f"Threshold(value={value!r}): value is a number.")
+        self.value = value
+        super().__init__()
+
+    def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        wanted = self._sign * self.value
+        return f"the value {self.shown(loss)} is better than {self.value:g}" if loss < wanted else None
+
+    def __repr__(self) -> str:
+        return f"Threshold({self.value:g})"
+
+
+class TimeLimit(Criterion):
+    """Stop when more than some time has gone by since the fit began, or since the first value where none began.
+
+    The clock is looked at when a value comes in, so at the end of an epoch. Time counts up to the last value: what
+    goes by between two fits does not, nor between a checkpoint and the fit that goes on with it.
+
+    Source: ``TimeLimit`` of EarlyStopping.jl.
+
+    Args:
+        limit: Seconds, or a `datetime.timedelta`.
+        clock: Returns the time in seconds.
+
+    Raises:
+        UsageError: `limit` is not positive.
+    """
+
+    initial: ClassVar[Mapping[str, Any]] = {"spent": 0.0}
+    spent: float
+
+    def __init__(self, limit: float | timedelta, *, clock: Callable[[], float] = time.monotonic) -> None:
+        seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit
+        self.seconds = check_positive("TimeLimit", "limit", seconds)
+        self._clock = clock
+        self._since: float | None = None
+        super().__init__()
+
+    def begin(self, mode: Mode = "min") -> None:
+        super().begin(mode)
+        self._since = self._clock()
+
+    def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        now = self._clock()
+        self.spent += now - (now if self._since is None else self._since)
+        self._since = now
+        return f"{self.spent:.6g} seconds have gone by" if self.spent > self.seconds else None
+
+    def reset(self) -> None:
+        super().reset()
+        self._since = None
+
+    def __repr__(self) -> str:
+        return f"TimeLimit({self.seconds:g})"
+
+
+class InvalidValue(Criterion):
+    """Stop when a value, or one of training, is NaN or infinite.
+
+    Source: ``InvalidValue`` of EarlyStopping.jl.
+    """
+
+    def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        bad = [self.shown(value) for value in (loss, *training) if not math.isfinite(value)]
+        return f"there is a value of {bad[0]}" if bad else None
+
+    def __repr__(self) -> str:
+        return "InvalidValue()"

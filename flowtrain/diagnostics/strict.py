@@ -1,0 +1,261 @@
+"""Strict mode: prove for every handler that it changed only what it declares to write.
+
+`Learner(strict=True)` compares fingerprints of the whole state around each handler. It finds what no view can refuse:
+in-place operations on tensors, writes through an object that was read, and random numbers drawn without
+``resource.rng``. It is slow, and meant for tests and for a first run of a new callback.
+
+Fingerprints of the learner's state: what changed between two moments, by path.
+
+A view can refuse an assignment, not an in-place operation on a tensor that was read. So strict mode, and the dry run
+that suggests declarations, take a fingerprint of everything before and after a handler and compare. A tensor's
+fingerprint is its identity, its version counter (https://docs.pytorch.org/docs/stable/notes/autograd.html, "In-place
+correctness checks") and a checksum of its content, because writes through ``.data`` or a shared numpy array leave the
+counter alone. This costs a pass over all of the state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+
+from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet, render, union
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import UndeclaredWriteError
+from flowtrain.graph.plan import Call, Step
+from flowtrain.graph.reach import Reach
+from flowtrain.state.by_phase import PhaseMap, holds_series
+from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.series import Series, SeriesMap
+
+__all__ = [
+    "changes",
+    "declarable",
+    "fingerprint",
+    "fingerprints",
+    "rng_state",
+    "undeclared",
+    "watch",
+]
+
+_RNG: Path = ("resource", "rng")
+
+
+def watch(state: LearnerState) -> Callable[[Step], Call]:
+    """Return what wraps the call of a step, so that it raises for undeclared writes.
+
+    Args:
+        state: The state to watch.
+    """
+
+    def wrap(step: Step) -> Call:
+        """Return the call of a step, between two fingerprints."""
+        declaration, reach = step.node.access[step.handler], Reach(state)
+
+        def call(event: Event, phase: Phase, view: LearnerView) -> None:
+            """Call the handler, and raise for what it changed without saying so."""
+            before = fingerprints(state)
+            step.call(event, phase, view)
+            found = undeclared(changes(before, fingerprints(state)), declaration, reach)
+            if found:
+                raise _error(step, event, phase, found, step.node.stated(declaration))
+
+        return call
+
+    return wrap
+
+
+def undeclared(changed: Sequence[Path], declaration: Declaration, reach: Reach | None = None) -> list[Path]:
+    """Return the places that changed and that no declared `Write` reaches."""
+    reach = reach or Reach()
+    written = [path for path, kind in declaration if isinstance(kind, Write)]
+    return [place for place in changed if not any(reach.explains(path, place) for path in written)]
+
+
+def declarable(path: Path) -> Path:
+    """Return what to declare for a path that changed: whole models, entries of the rest."""
+    depth = {"model": 1, "lossfn": 1, "batch": 2, "resource": 2}.get(path[0], 3)
+    return path[:depth]
+
+
+def _error(
+    step: Step, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
+) -> UndeclaredWriteError:
+    paths = tuple(dotted(path) for path in found)
+    shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+    return UndeclaredWriteError(
+        step.label,
+        paths,
+        f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it. "
+        f"It declares {render(declaration)}. {_advice(step, found, declaration)}",
+    )
+
+
+def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
+    """Say what to write instead: what can be declared depends on the callback."""
+    kind, deferrable = type(step.callback), step.callback.deferrable
+    others, said = [path for path in found if path != _RNG], ""
+    lead = f"Work on a copy (tensor.clone()), or {'set deferrable = False and ' if deferrable else ''}declare"
+    if _RNG in found and deferrable:
+        said = "It says stochastic = False and drew random numbers: leave that out, and it has numbers of its own."
+    elif _RNG in found and kind.__module__.startswith("flowtrain.") and "access" not in signature(kind).parameters:
+        said = (
+            "A function that it was given drew random numbers of training: let it draw from a generator of its own, "
+            "such as torch.Generator() or random.Random(0)."
+        )
+    elif _RNG in found:
+        others, lead = list(found), "It drew random numbers: declare"
+    if not others:
+        return said
+    wanted = union([declaration, tuple((path, Write()) for path in sorted(_to_declare(others, declaration)))])
+    return f"{said} {lead}:\n\n    {render(wanted)}\n".lstrip()
+
+
+def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:
+    """Return the paths to declare for changes; parameters that are read as ``params`` are written as that too."""
+    aliases = [path for path, _ in declaration if path != canonical(path)]
+    return {next((alias for alias in aliases if meet(canonical(alias), path)), declarable(path)) for path in found}
+
+
+_DEPTH = 6
+"""How deep attributes of unknown objects and nested containers are followed."""
+
+
+def fingerprints(state: LearnerState) -> dict[Path, object]:
+    """Return a fingerprint for each path of the state that holds something, in canonical paths."""
+    found: dict[Path, object] = {("resource", "rng"): rng_state()}
+    models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+    for name, model in models.items():
+        found.update(_module(("model", name) if name else ("model",), model))
+    if isinstance(state.lossfn, torch.nn.Module):
+        found.update(_module(("lossfn",), state.lossfn))
+    several = isinstance(state.optimizer, Named)
+    for name, optimizer in dict(state.optimizer).items() if several else (("", state.optimizer),):
+        root: Path = ("optimizer", name) if name else ("optimizer",)
+        if optimizer is not None:
+            found[*root, "hyperparams"] = tuple(
+                (key, fingerprint(value))
+                for group in optimizer.param_groups
+                for key, value in group.items()
+                if key != "params"
+            )
+            found[*root, "state"] = tuple(fingerprint(entry) for entry in optimizer.state.values())
+    found["batch", "grads"] = tuple((name, fingerprint(param.grad)) for name, param in state.params.items())
+    for name, value in vars(state.batch).items():
+        if name != "grads":
+            found["batch", name] = fingerprint(value)
+    for name in state.cbstate:
+        found.update(_entry(("cbstate", name), state.cbstate.__dict__[name]))
+    return found
+
+
+def changes(before: Mapping[Path, object], after: Mapping[Path, object]) -> list[Path]:
+    """Return the paths whose fingerprints differ, sorted."""
+    return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+
+
+def fingerprint(value: Any, depth: int = _DEPTH) -> object:
+    """Return something that compares equal as long as the value, and what it holds, stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return (type(value), repr(value))  # repr, since NaN does not equal itself
+    if isinstance(value, Series):
+        return (id(value), len(value), repr(value.last()) if len(value) else "")
+    if isinstance(value, SeriesMap):
+        return tuple((name, fingerprint(series)) for name, series in value.items() if len(series))
+    if isinstance(value, PhaseMap):
+        return tuple(item for item in sorted(_by_phase(value), key=repr))
+    if isinstance(value, State):
+        return tuple((name, fingerprint(value.__dict__[name], depth - 1)) for name in value)
+    if isinstance(value, torch.nn.Module):
+        return tuple(_module((), value).items())
+    if depth == 0:
+        return id(value)
+    if isinstance(value, Mapping):
+        return (id(value), tuple((repr(key), fingerprint(item, depth - 1)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (id(value), tuple(fingerprint(item, depth - 1) for item in value))
+    if isinstance(value, (set, frozenset)):
+        return (id(value), tuple(sorted(repr(item) for item in value)))
+    if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
+        return (id(value), getattr(value, "shape", None), zlib.crc32(value.tobytes()))
+    attributes = getattr(value, "__dict__", None)
+    return (id(value), fingerprint(dict(attributes), depth - 1)[1:] if attributes else None)  # type: ignore[index]
+
+
+def rng_state() -> object:
+    """Return a fingerprint of the random number generators: torch's, Python's, and numpy's where it is imported."""
+    states: list[object] = [zlib.crc32(_bytes(torch.get_rng_state())), hash(random.getstate())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += [zlib.crc32(_bytes(each)) for each in torch.cuda.get_rng_state_all()]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states.append((kind, zlib.crc32(keys.tobytes()), *rest))
+    return tuple(states)
+
+
+def _tensor(value: torch.Tensor) -> object:
+    version = -1 if value.is_inference() else value._version
+    content: object = None
+    if value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized:
+        content = zlib.crc32(_bytes(value))
+    return (id(value), version, tuple(value.shape), str(value.dtype), content)
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    flat = value.detach().cpu().contiguous()
+    size = flat.numel() * flat.element_size()
+    return ctypes.string_at(flat.data_ptr(), size) if size else b""
+
+
+def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    found: dict[Path, object] = {(*root, *name.split(".")): _tensor(value) for name, value in named}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        path = (*root, *name.split("."))
+        found[path] = (found[path], param.requires_grad)  # what freezes it is a write too
+    for name, inner in module.named_modules():
+        plain = [(key, value) for key, value in vars(inner).items() if isinstance(value, (bool, int, float, str))]
+        for key, value in plain:  # such as `training`, which eval() and train() set
+            found[(*root, *filter(None, name.split(".")), key)] = repr(value)
+    return found
+
+
+def _entry(path: Path, value: Any) -> dict[Path, object]:
+    """Return the fingerprints below one entry of ``cbstate``: by name where it holds things by name."""
+    if isinstance(value, State):
+        found: dict[Path, object] = {path: None}
+        for name in value:
+            found.update(_entry((*path, name), value.__dict__[name]))
+        return found
+    if isinstance(value, SeriesMap):
+        named = {(*path, *name.split(".")): fingerprint(series) for name, series in value.items() if len(series)}
+        return {path: None, **named}
+    if isinstance(value, PhaseMap) and holds_series(value):
+        found = {path: None}
+        for phase, item in value.items():
+            for name, series in item.items():
+                if len(series):
+                    full = (*path, *name.split("."))
+                    found[full] = (*found.get(full, ()), (repr(phase), fingerprint(series)))  # type: ignore[misc]  # a tuple
+        return found
+    return {path: fingerprint(value)}
+
+
+def _by_phase(value: PhaseMap[Any]) -> Iterator[object]:
+    """Yield the items of a map by phase; one that was only made by being looked up says nothing."""
+    fresh = None if value.make is None else fingerprint(value.make())
+    for phase, item in value.items():
+        found = fingerprint(item)
+        if found != fresh and not (isinstance(item, (Series, SeriesMap)) and not len(item)):
+            yield (repr(phase), found)

@@ -1,0 +1,403 @@
+"""Find the least that a callback must declare, by running it for one batch of every phase on copies.
+
+The model, the optimizer, the other callbacks and the callback itself are copied; the learner does not change, and
+neither do the random number generators. Reads are logged by a `RecordingView`; writes are what the fingerprints before
+and after each handler differ in, so in-place changes are found too. Resources other than ``resource.rng`` leave no
+trace, so those that are declared are kept.
+
+The recording view: it allows everything, and writes down which paths were read or assigned.
+
+It stands in for a protected view while the least declaration of a handler is looked for. In-place changes leave no
+trace here; `flowtrain.diagnostics.suggest_access` finds them by fingerprints.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from flowtrain.callback.access import Declaration, Path, Read, Write, canonical, declare, dotted, render, union
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_random_numbers
+from flowtrain.diagnostics.strict import changes, declarable, fingerprints
+from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
+from flowtrain.graph.nodes import Node
+from flowtrain.graph.plan import Call, Step, owner_of, set_up
+from flowtrain.graph.reach import Reach
+from flowtrain.graph.registry import Callbacks
+from flowtrain.logging.backend import Identity, collecting
+from flowtrain.state.by_phase import CONTAINERS, PhaseMap, holds_series
+from flowtrain.state.detached import detached
+from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.partial_view import Owner
+
+__all__ = [
+    "Log",
+    "Recording",
+    "RecordingView",
+    "record",
+]
+
+
+@dataclass(repr=False)
+class Recording:
+    """What a callback was seen to touch.
+
+    Attributes:
+        callback: The callback's type name.
+        handlers: For each handler that ran, what it must declare at least; also ``"setup"``, if there is one.
+        idle: The handlers that no event of the dry run reached.
+        failure: What a handler raised, which may have kept it from touching more; or ``None``.
+        decorators: The decorator of each handler as source, up to the access.
+        known: The dotted paths that there were, for hints.
+        added: What the callback declares beside what it is given as ``access=``; ``None`` if it takes no such argument.
+    """
+
+    callback: str
+    handlers: dict[str, Declaration]
+    idle: tuple[str, ...] = ()
+    failure: BaseException | None = None
+    decorators: dict[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    added: Mapping[Path, Read | Write] | None = None
+
+    @property
+    def union(self) -> Declaration:
+        """What `state_access` must return at least if no handler has an ``access=`` of its own."""
+        return _minimal(dict(union(self.handlers.values())))
+
+    def __str__(self) -> str:
+        lines = [f"{self.callback} needs, for all handlers together:", "", "    def state_access(self) -> Access:"]
+        lines += [f"        return {render(self.union)}", ""]
+        if self.added is not None:
+            wanted = tuple((path, kind) for path, kind in self.union if path not in self.added)
+            lines = [f"{self.callback} needs:", "", f"    {self.callback}(..., access={render(wanted)})", ""]
+        elif len(self.decorators) > 1:
+            lines += ["or, for each handler alone (setup then gets all of it):", ""]
+            for name, declaration in self.handlers.items():
+                if name in self.decorators:
+                    lines += [f"    {self.decorators[name]}access={render(declaration)})", f"    def {name}(...)", ""]
+        for path, kind in self.union:
+            if path[0] == "optimizer" and path[-1] not in ("hyperparams", "state") and isinstance(kind, Write):
+                narrow = dotted((*path, "hyperparams"))
+                hint = f"{dotted(path)} reaches the parameters too: for learning rates use and declare {narrow}."
+                lines += [hint, ""]
+            if isinstance(kind, Read) and kind.optional:
+                hint = nearest(dotted(path), self.known)
+                lines += [f"There was no {dotted(path)} when it was read, so it is optional here.{hint}", ""]
+        if self.idle:
+            lines += [f"No event of the dry run reached: {', '.join(self.idle)}. They may need more.", ""]
+        if self.failure is not None:
+            failed = type(self.failure).__name__
+            lines += [f"The dry run ended with {failed}: {self.failure}", "The callback may need more.", ""]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Recording of {self.callback}: {render(self.union)}>"
+
+
+def record(learner: LearnerParts, callback: Callback) -> Recording:
+    """Run a callback for one batch of every phase of a learner, on copies, and say what it touches.
+
+    Args:
+        learner: Whose model, data and other callbacks to use. A callback of the same type is left out.
+        callback: The callback; it need not be one of the learner's, and need not declare anything yet.
+
+    Raises:
+        UsageError: The learner has no data, a loader can be gone through only once, or something cannot be copied.
+    """
+    if not is_a(callback, Callback):
+        raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
+    with same_random_numbers():
+        data = first_batches(learner.state.data)
+        try:
+            return _dry_run(learner, data, callback, declared=True)
+        except _NotBuilt:
+            # What it declares now does not fit; it may be what the user wants to find out.
+            return _dry_run(learner, data, callback, declared=False)
+
+
+class _NotBuilt(Exception):
+    """The scratch learner could not be built."""
+
+
+def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
+    subject, model, lossfn, optimizer, others = copies(learner, callback)
+    probe = _Probe(subject, declared=declared)
+    try:
+        scratch = type(learner)(
+            model,
+            lossfn,
+            data=data,
+            optimizer=optimizer,
+            callbacks=(),
+            default_callbacks=False,
+            core=learner.core.like(),
+        )
+        built = _Probed([*others, subject], scratch.state, probe)
+    except FlowtrainError as error:
+        if declared:
+            raise _NotBuilt from error
+        raise
+    scratch.core.need_grad_norm(True)
+    scratch.state.callbacks = built
+    scratch.loop.dispatch.use(built)
+    failure: BaseException | None = None
+    try:
+        with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0), None):  # no record is written
+            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
+            scratch.fit(1)
+    except Exception as error:  # reported with what was found until then
+        failure = error
+    names = {name for phase in data for name in phase.provides or ()}
+    known = [*(f"batch.{name}" for name in sorted(names)), *(f"cbstate.{name}" for name in scratch.state.cbstate)]
+    return probe.recording(failure, tuple(known))
+
+
+class _Probe:
+    """Collects what one callback touches, by handler."""
+
+    def __init__(self, subject: Callback, *, declared: bool) -> None:
+        self.subject = subject
+        self.declared = declared
+        self.logs: dict[str, Log] = {}
+        self.handlers: dict[str, Handler] = {}
+        self.resources: dict[str, Log] = {}
+
+    def watch(self, state: LearnerState) -> Callable[[Step], Call]:
+        """Return what wraps a step's call: the subject's handlers get a recording view."""
+
+        def wrap(step: Step) -> Call:
+            """Return the call of a step, for the subject one with a recording view."""
+            if step.callback is not self.subject:
+                return step.call
+            name, owner = step.handler.attribute, owner_of(step.node, step.handler)
+
+            def call(event: Event, phase: Phase, view: LearnerView) -> None:
+                """Call the handler with a view that records, in place of its own."""
+                with self.recorded(name, state, owner) as recording:
+                    step.call(event, phase, recording)
+
+            return call
+
+        return wrap
+
+    @contextmanager
+    def recorded(self, name: str, state: LearnerState, owner: Owner) -> Generator[RecordingView]:
+        """Give the view for one call, and log what it reads and what has changed after it."""
+        log = self.logs.setdefault(name, {})
+        before = fingerprints(state)
+        try:
+            yield RecordingView(state, owner, log)
+        finally:
+            for path in changes(before, fingerprints(state)):
+                if path != ("resource", "rng") or not self.subject.deferrable:  # which says it with `stochastic`
+                    _log_write(log, path, Reach(state))
+
+    def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
+        """Return what was found."""
+        shared = self.subject.state_access()
+        declared = {
+            handler.attribute: dict(_resources(shared if handler.access is None else handler.access, handler.attribute))
+            for _, handler in self.subject.handlers()
+        }
+        handlers = {name: _minimal({**declared.get(name, {}), **log}) for name, log in self.logs.items()}
+        decorators = {handler.attribute: handler.decorator() for _, handler in self.subject.handlers()}
+        return Recording(
+            type(self.subject).__name__,
+            handlers,
+            tuple(name for name in decorators if name not in self.logs),
+            failure,
+            decorators,
+            known,
+            _added(self.subject),
+        )
+
+
+def _added(subject: Callback) -> Mapping[Path, Read | Write] | None:
+    if subject.access_argument is None:
+        return None
+    given = dict(declare(subject.access_argument, "access="))
+    return {path: kind for path, kind in declare(subject.state_access(), "state_access()") if path not in given}
+
+
+class _Probed(Callbacks):
+    """Callbacks of a scratch learner, one of which is being probed."""
+
+    def __init__(self, callbacks: Sequence[Callback], state: LearnerState, probe: _Probe) -> None:
+        self._probe = probe
+        super().__init__(callbacks, state, [type(phase) for phase in state.data], (), probe.watch(state))
+
+    def _make_node(self, callback: Callback, name: str, position: int) -> Node:
+        node = super()._make_node(callback, name, position)
+        if callback is not self._probe.subject or self._probe.declared:
+            return node
+        return Node(callback, name, position, node.handlers, dict.fromkeys(node.access, ()), ())
+
+    def _call_setup(self, node: Node) -> None:
+        if node.callback is not self._probe.subject:
+            super()._call_setup(node)
+            return
+        with self._probe.recorded("setup", self._state, owner_of(node, None)) as view:
+            set_up(node, view, self._state)
+
+
+def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
+    for path, kind in declare(access, owner):
+        if path[0] == "resource" and path != ("resource", "rng"):
+            yield path, kind
+
+
+def _log_write(log: Log, changed: Path, reach: Reach) -> None:
+    """Log a change of a region: as a write of the path by which the handler got there, if it read one.
+
+    A path that names the region goes before one that reaches it too: gradients are written as ``batch.grads`` by a
+    handler that has also read ``params``.
+    """
+    named = [path for path in log if changed[: len(path)] == canonical(path)]
+    reached = [path for path in log if reach.explains(path, changed)]
+    log[next(iter([*named, *reached]), declarable(changed))] = Write()
+
+
+def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
+    """Leave out what a shorter path covers."""
+    kept: dict[Path, Read | Write] = {}
+    for path, kind in sorted(log.items(), key=lambda item: len(item[0])):
+        above = [kept[path[:length]] for length in range(1, len(path)) if path[:length] in kept]
+        if any(isinstance(other, Write) or isinstance(kind, Read) for other in above):
+            continue
+        kept[path] = kind
+    return tuple(sorted(kept.items(), key=lambda item: item[0]))
+
+
+Log: TypeAlias = dict[Path, Read | Write]
+
+_PLAIN_ROOTS = ("callbacks", "data", "lossfn", "model")
+
+
+class RecordingView(LearnerView):
+    """A view of the live state that logs what a handler reads and assigns.
+
+    Args:
+        state: The state to show.
+        owner: Whose view it is.
+        log: What is found is added here.
+    """
+
+    __slots__ = ("_log", "_shown")
+
+    _log: Log
+    _shown: Callable[[Any], Any]
+
+    def __init__(self, state: LearnerState, owner: Owner, log: Log) -> None:
+        object.__setattr__(self, "_state", state)
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_log", log)
+        object.__setattr__(self, "_shown", detached if owner.consumes else _itself)
+
+    def __getattr__(self, name: str) -> Any:
+        state, log, shown = self._state, self._log, self._shown
+        if name in ("batch", "cbstate"):
+            return RecordedNamespace(getattr(state, name), (name,), log, shown)
+        if name == "optimizer":
+            return RecordedNamespace(state.optimizers, (name,), log)
+        if name == "params" or (name == "model" and isinstance(state.model, Named)):
+            return RecordedMapping(getattr(state, name), (name,), log, shown if name == "params" else _itself)
+        if name in _PLAIN_ROOTS:
+            _read(log, (name,))
+            return getattr(state, name)
+        return LearnerView.__getattr__(self, name)  # type: ignore[attr-defined]  # hidden from checkers there
+
+
+class RecordedNamespace:
+    """``batch``, ``cbstate`` or ``optimizer`` under a recording view, or a namespace inside ``cbstate``."""
+
+    def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
+        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        target, path = self._target, (*self._path, name)
+        if path[0] == "cbstate" and len(path) == 2 and name in CONTAINERS and name not in target:
+            # Not declared yet, so the learner has not made it.
+            setattr(target, name, CONTAINERS[name](f"cbstate.{name}"))
+        if path[0] == "optimizer" and name not in ("hyperparams", "state") and not isinstance(target, Named):
+            _read(self._log, self._path)  # a method or attribute of the optimizer itself
+            return getattr(target, name)
+        value = getattr(target, name, None)
+        if isinstance(value, State) or (path[0] == "optimizer" and isinstance(target, Named)):
+            return RecordedNamespace(value, path, self._log, self._shown)
+        if path[0] == "cbstate" and holds_series(value):
+            return RecordedMapping(value, path, self._log)
+        _read(self._log, path, optional=value is None)
+        return self._shown(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._log[*self._path, name] = Write()
+        setattr(self._target, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._log[*self._path, name] = Write()
+        delattr(self._target, name)
+
+    def __contains__(self, name: object) -> bool:
+        _read(self._log, (*self._path, str(name)), optional=True)
+        return name in (self._target if isinstance(self._target, State) else vars(self._target))
+
+
+class RecordedMapping(Mapping[Any, Any]):
+    """Something that holds things by name, perhaps by phase first: one name is a path, all of it is a shorter one."""
+
+    def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
+        self._target = target
+        self._path = path
+        self._log = log
+        self._shown = shown or _itself
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, (Phase, type)):
+            return RecordedMapping(self._target[key], self._path, self._log)
+        found = self._target.get(key)
+        _read(self._log, (*self._path, *str(key).split(".")), optional=found is None)
+        return self._shown(found)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return what is at a key."""
+        found = self[key]
+        return default if found is None else found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Append to a series."""
+        self._log[*self._path, *name.split(".")] = Write()
+        self._target.push(name, value, step)
+
+    def __iter__(self) -> Iterator[Any]:
+        _read(self._log, self._path)
+        return iter(self._target)
+
+    def __len__(self) -> int:
+        _read(self._log, self._path)
+        return len(self._target)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _read(log: Log, path: Path, *, optional: bool = False) -> None:
+    known = log.get(path)
+    if known is None or (isinstance(known, Read) and known.optional):
+        log[path] = Read(optional=optional)

@@ -1,0 +1,318 @@
+"""What is declared must exist: batch entries that the phase provides, entries of ``cbstate`` that somebody writes.
+
+All of it is checked when the learner is built or its callbacks change.
+
+Which bundled callback provides an entry of ``cbstate``: names only, for messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from flowtrain.callback.access import Declaration, Path, Read, Write, dotted, meet
+from flowtrain.callback.events import Event
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
+from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
+from flowtrain.graph.nodes import Node
+from flowtrain.state.by_phase import CONTAINERS
+from flowtrain.state.learner_state import LearnerState, Named, State
+
+__all__ = [
+    "PROVIDERS",
+    "check_batch",
+    "check_cbstate",
+    "check_deferrable",
+    "check_made",
+    "check_parts",
+    "check_series",
+    "entries_written",
+]
+
+
+def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
+    """Yield the paths below `root` that must be there to be read."""
+    return [
+        path
+        for path, kind in declaration
+        if isinstance(kind, Read) and not kind.optional and path[0] == root and len(path) > 1
+    ]
+
+
+def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
+    return [(node, path) for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == root]
+
+
+def check_deferrable(nodes: Iterable[Node]) -> None:
+    """Check that callbacks which may run later, elsewhere, only consume (rule 19).
+
+    Raises:
+        CallbackError: A deferrable callback declares to write state, or to draw training's random numbers; or one
+            says `Callback.stochastic` that is not deferrable, or something else than ``True``, ``False`` or ``None``.
+    """
+    for node in nodes:
+        _check_stochastic(node)
+        if not node.callback.deferrable:
+            continue
+        for path, kind in node.union:
+            if not isinstance(kind, Write) or (path[0] == "resource" and path[1] != "rng"):
+                continue
+            if path[0] == "resource":
+                raise CallbackError(
+                    f"{node.name} is deferrable and declares Write() on 'resource.rng', training's random numbers. A "
+                    f"deferrable callback has random numbers of its own, from the seed of the run, its name and the "
+                    f"number of the event: leave 'resource.rng' out. Set deferrable = False if it must draw those of "
+                    f"training."
+                )
+            raise CallbackError(
+                f"{node.name} is deferrable and declares Write() on {dotted(path)!r}. A deferrable callback may run "
+                f"later and elsewhere, on a snapshot: what it writes would come too late, or never reach this process. "
+                f"Set deferrable = False, or declare Read()."
+            )
+
+
+def _check_stochastic(node: Node) -> None:
+    said = node.callback.stochastic
+    if said is None or said is False or (said is True and node.callback.deferrable):
+        return
+    if not is_a(said, bool):
+        raise CallbackError(
+            f"{node.name}.stochastic is {said!r}. It is True or False, whether the handlers of a deferrable callback "
+            f"draw random numbers, or None where it does not say."
+        )
+    raise CallbackError(
+        f"{node.name} says stochastic = True and is not deferrable, so it has no random numbers of its own: it draws "
+        f"those of training. If nothing in training waits for it, set deferrable = True. Otherwise leave stochastic "
+        f'out, and declare {{"resource.rng": Write()}} in {type(node.callback).__name__}.state_access.'
+    )
+
+
+def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:
+    """Check that what handlers read of the batch is there when they run.
+
+    A declaration counts as met if at one of the events where its handlers run the entry is there: the phase provides
+    it from that event or an earlier one on, or a callback writes it there or earlier.
+
+    Args:
+        phase_type: The phase; one without `Phase.provides` is not checked.
+        meeting: For each event, the handlers that run at it.
+
+    Raises:
+        AccessError: An entry that the phase never provides and nobody writes.
+        MissingStateError: An entry that is there only later.
+    """
+    provides, fires = phase_type.provides, phase_type.events
+    if provides is None or fires is None:
+        return
+    rank = {event: place for place, event in enumerate(fires)}
+    there: dict[str, int] = {name: rank[event] for name, event in provides.items()}
+    first_writer: dict[str, int] = {}
+    for event, participants in meeting.items():
+        for node, handler in participants:
+            for path, kind in node.access[handler]:
+                if path[0] == "batch" and isinstance(kind, Write):
+                    for name in path[1:2] or ("",):
+                        first_writer[name] = min(first_writer.get(name, len(rank)), rank.get(event, 0))
+    for name, place in first_writer.items():
+        there[name] = min(there.get(name, len(rank)), place)
+    # Handlers without an access= share one declaration, which is for all of their events together.
+    runs: dict[tuple[Node, Handler | None], tuple[Declaration, list[type[Event]]]] = {}
+    for event, participants in meeting.items():
+        for node, handler in participants:
+            key = (node, None if handler.access is None else handler)
+            runs.setdefault(key, (node.access[handler], []))[1].append(event)
+    for (node, _), (declaration, events) in runs.items():
+        latest = max(rank.get(event, len(rank)) for event in events)
+        for path in _reads(declaration, "batch"):
+            place = min(there.get(path[1], len(rank) + 1), there.get("", len(rank) + 1))
+            if place <= latest:
+                continue
+            names = ", ".join(event.__name__ for event in events)
+            if path[1] in provides:
+                raise MissingStateError(
+                    dotted(path),
+                    f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), and it is not there yet: "
+                    f"{phase_type.__name__} has it from {provides[path[1]].__name__} on. Handle a later event, or "
+                    f'declare {{"{dotted(path)}": Read(optional=True)}} and handle None.',
+                )
+            raise AccessError(
+                f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), but {phase_type.__name__} "
+                f"provides {', '.join(provides)}, and no callback writes {dotted(path)}."
+                f"{nearest(path[1], there)}"
+            )
+
+
+def _exists(path: Path, cbstate: State) -> bool:
+    """Tell whether an entry is there. In a namespace that is looked up; what a container holds may still come."""
+    inside = cbstate.__dict__.get(path[1])
+    return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
+
+
+def entries_written(nodes: Iterable[Node]) -> frozenset[str]:
+    """Return the entries of ``cbstate`` that callbacks declare to write, wholly or in part."""
+    return frozenset(path[1] for _, path in _writes(nodes, "cbstate") if len(path) > 1)
+
+
+def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str] = ()) -> None:
+    """Check that every entry of ``cbstate`` that is read is written by some callback, or was put there by the user.
+
+    Args:
+        nodes: The callbacks.
+        cbstate: What is there.
+        earlier: The entries that callbacks of this learner have ever written: what none of the present ones writes is
+            not kept up to date any more.
+
+    Raises:
+        MissingStateError: Nobody writes it.
+    """
+    writes = _writes(nodes, "cbstate")
+    stale = {*earlier, *CONTAINERS}
+    names = sorted({*entries_written(nodes), *cbstate})
+    # Every writer counts, the reader itself too: it may write at one event what it reads at another.
+    written = {path for _, path in writes}
+    for node in nodes:
+        for path in _reads(node.union, "cbstate"):
+            if any(meet(path, other) for other in written) or (path[1] not in stale and _exists(path, cbstate)):
+                continue
+            entry = path[1]
+            siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
+            others = [name for name in names if name != entry]
+            inside = len(path) > 2 and bool(siblings)
+            hint = nearest("".join(path[2:3]), siblings) if inside else nearest(entry, others)
+            provider = PROVIDERS.get(entry)
+            known = f" In cbstate.{entry} there is {', '.join(siblings)}." if inside and provider else ""
+            remedy = f'Add the callback that makes it, or declare {{"{dotted(path)}": Read(optional=True)}}.'
+            if provider and entry not in {other[1] for other in written if len(other) > 1}:
+                remedy = f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
+            elif len(path) > 2 and path[2].endswith("Phase"):
+                remedy = f"A path leaves out the phase: declare {dotted((*path[:2], *path[3:]))!r}."
+            elif path[1] == "metrics_step" and any(meet(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
+                known, hint = f" {dotted(path[2:])} is computed at the end of an epoch.", ""
+                remedy = "For a value of each batch as well give Metrics a Metric(f, on_step=True)."
+            elif len(path) > 2 and provider == "Metrics" and not hint:
+                remedy = f"Give Metrics a metric of that name: Metrics(Metric(f, name={path[2]!r}))."
+            raise MissingStateError(
+                dotted(path),
+                f"{node.name} reads {dotted(path)}, and no callback declares to write it.{known}{hint} {remedy}",
+            )
+
+
+def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
+    """Check that what is declared inside the model, its parameters, the loss, the optimizer or the data is there.
+
+    Args:
+        nodes: The callbacks.
+        state: What there is; without a model nothing is checked.
+
+    Raises:
+        AccessError: There is no such part.
+    """
+    if state.model is None:
+        return
+    params: dict[str, Any] = {}
+    for parameter in state.params:
+        level = params
+        for name in parameter.split("."):
+            level = level.setdefault(name, {})
+    parts: dict[str, Any] = {"params": params, "optimizer": state.optimizers, "data": {}}  # by phase: no part of a path
+    read = {**parts, "model": state.model, "lossfn": state.lossfn}  # to write a new attribute of these two is fine
+    for node in nodes:
+        for path, kind in node.union:
+            inside: Any = (parts if isinstance(kind, Write) else read).get(path[0])
+            expected = inside is not None and not (isinstance(kind, Read) and kind.optional)
+            for depth, name in enumerate(path[1:] if expected else (), 1):
+                if not (name in inside if isinstance(inside, Mapping) else hasattr(inside, name)):
+                    above = dotted(path[:depth])
+                    known = map(str, inside if isinstance(inside, Mapping) else dir(inside))
+                    raise AccessError(
+                        f"{node.name} declares {dotted(path)!r}, but {above} has no {name!r}."
+                        f"{nearest(name, known)} {_remedy(path, above, state)}"
+                    )
+                inside = inside[name] if isinstance(inside, Mapping) else getattr(inside, name)
+
+
+def _remedy(path: Path, above: str, state: LearnerState) -> str:
+    """Say what to declare in place of a path with a part that is not there."""
+    remedy = f"Declare {above!r} as a whole, or Read(optional=True) if it comes later."
+    if above != "optimizer":
+        return remedy
+    if isinstance(state.optimizer, Named):
+        first, names = next(iter(state.optimizer)), ", ".join(map(repr, state.optimizer))
+        example = dotted(("optimizer", first, *path[1:][-1:]))
+        return (
+            f"The optimizers are {names}; name one, as in {example!r}: LearningRate({first!r}) in a Scheduler, "
+            f"LearningRateMonitor({first!r}), and so on."
+        )
+    if len(path) > 2:
+        return f"There is one optimizer, without a name: leave {path[1]!r} out, as in {dotted((path[0], *path[2:]))!r}."
+    return remedy
+
+
+def check_made(nodes: Sequence[Node], cbstate: State) -> None:
+    """Check, after `setup`, that every entry of ``cbstate`` that is read exists.
+
+    Raises:
+        MissingStateError: The declared writer did not make it.
+    """
+    for node in nodes:
+        for path in _reads(node.union, "cbstate"):
+            if _exists(path, cbstate):
+                continue
+            entry = path[:3] if path[1] in cbstate else path[:2]
+            writers = [writer for writer, written in _writes(nodes, "cbstate") if meet(path, written)]
+            names = ", ".join(dict.fromkeys(writer.name for writer in writers))
+            kind = type(writers[0].callback).__name__
+            raise MissingStateError(
+                dotted(path),
+                f"{node.name} reads {dotted(path)}, which {names} declares to write but has not made. Make it in "
+                f"{kind}.setup:\n\n    def setup(self, learner: LearnerView) -> None:\n"
+                f"        learner.{dotted(entry)} = ...\n",
+            )
+
+
+def check_series(nodes: Sequence[Node]) -> None:
+    """Check that no two callbacks write one series to one backend, or to ``cbstate``.
+
+    Raises:
+        LoggingError: Two do: their values would be mixed.
+    """
+    entries: dict[str, set[str]] = {}
+    for _, path in _writes(nodes, "cbstate"):
+        if len(path) > 2:
+            entries.setdefault(dotted(path[:2]), set()).add(".".join(path[2:]))
+    seen: dict[tuple[object, str, str], list[tuple[Node, type[Phase]]]] = {}
+    for node in nodes:
+        for group, phase, name in node.callback.series():
+            for each in sorted({name, *entries.get(name, ())}):
+                for backend in node.backends or (None,):
+                    before = seen.setdefault((backend and id(backend), group, each), [])
+                    for other, its in before:
+                        if other is not node and (issubclass(phase, its) or issubclass(its, phase)):
+                            raise _same_series(other, node, group, each, backend)
+                    before.append((node, phase))
+
+
+def _same_series(one: Node, other: Node, group: str, name: str, backend: object) -> LoggingError:
+    where = group if backend is None else f"{backend!r}, group {group}"
+    called = f"what is in {name}" if name.startswith("cbstate.") else repr(name)
+    remedy = "Remove one, or give each a backend of its own"
+    kinds = {type(node.callback).__name__ for node in (one, other)}
+    if "LogVisualization" in kinds:
+        remedy = "Give one another name, as in LogVisualization(f, backend, name='Other')"
+    elif "Traces" in kinds or ("LogTraces" in kinds and len(kinds) > 1):
+        remedy = "Give the trace another name"
+    return LoggingError(
+        f"{one.name} and {other.name} both write {called} to {where}: their values would be mixed in one series. "
+        f"{remedy}."
+    )
+
+
+PROVIDERS = {
+    "history": "Recorder",
+    "hyperparams": "Scheduler",
+    "metrics_epoch": "Metrics",
+    "metrics_step": "Metrics",
+    "smooth_loss": "SmoothLoss",
+    "tracehistory": "Traces",
+}

@@ -1,0 +1,380 @@
+"""The callbacks of a learner: checked, ordered and set up as one change, or not at all.
+
+`Callbacks` is made anew whenever the list changes. Making it checks every declaration and orders every event that is
+known (the library's events and those with a handler, in the phases that the learner has data for or that a handler
+names), then calls `setup` on what is new. If any of it fails, the learner keeps the callbacks it had, and ``cbstate``
+is put back. A type met later is checked before its first event is fired.
+
+The names of callbacks: unique in a learner, and the key of their state in checkpoints and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any, TypeAlias, overload
+
+from flowtrain.callback.access import Declaration, Write, declare, union
+from flowtrain.callback.callback import Callback, check_handlers, check_marks, find_handler
+from flowtrain.callback.events import Event, FitBegin, FitEnd
+from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+)
+from flowtrain.errors import CallbackError, is_a, is_type, nearest
+from flowtrain.graph.checks import (
+    check_batch,
+    check_cbstate,
+    check_deferrable,
+    check_made,
+    check_parts,
+    check_series,
+    entries_written,
+)
+from flowtrain.graph.held_backends import backends_of
+from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx
+from flowtrain.graph.order import order_event, order_setup
+from flowtrain.graph.plan import Call, Plan, Step, make_plan, owner_of, set_up
+from flowtrain.graph.reach import Reach
+from flowtrain.graph.resolver import Resolver
+from flowtrain.state.by_phase import CONTAINERS
+from flowtrain.state.learner_state import LearnerState, State, restore_point
+from flowtrain.state.series import SeriesMap
+from flowtrain.state.views import bind_view
+
+__all__ = [
+    "Callbacks",
+    "callback_graph",
+    "unique_names",
+]
+
+_ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)
+_Key = tuple[type[Event], type[Phase]]
+Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
+
+
+class Callbacks(Sequence[Callback]):
+    """The callbacks of a learner, in list order, with their graph and plans.
+
+    Args:
+        callbacks: The callbacks.
+        state: The learner's state, which their views show.
+        phases: The phases that the learner has data for.
+        before: The callbacks that the learner has now; what is in there too is not set up again.
+        watch: Wraps each handler's call; strict mode does.
+        accept: Called with the callbacks when all else is done; what it raises refuses them. An executor's `check`.
+
+    Raises:
+        FlowtrainError: What is declared has no valid order, or does not exist; the message says which.
+    """
+
+    def __init__(
+        self,
+        callbacks: Iterable[Callback],
+        state: LearnerState,
+        phases: Iterable[type[Phase]] = (),
+        before: Iterable[Callback] = (),
+        watch: Callable[[Step], Call] | None = None,
+        accept: Accept | None = None,
+    ) -> None:
+        self._state = state
+        self._watch = watch
+        self._resolver = Resolver()
+        self._reach = Reach(state)
+        self._plans: dict[_Key, Plan] = {}
+        self._orders: dict[tuple[Any, ...], Order] = {}
+        self._handlers_for: dict[_Key, list[tuple[Node, Handler]]] = {}
+        self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
+        self._notes: Callable[[Plan], str] = lambda plan: ""
+        names = unique_names(list(callbacks))
+        self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
+        self._phases = _known_phases(self._nodes, phases)
+        self._known = {key: self._order(*key) for key in self._pairs()}
+        check_deferrable(self._nodes)
+        check_series(self._nodes)
+        check_parts(self._nodes, state)
+        earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
+        check_cbstate(self._nodes, state.cbstate, earlier)
+        self.written: frozenset[str] = earlier | entries_written(self._nodes)
+        for phase in self._phases:
+            events = _step_events(phase, self._nodes)
+            check_batch(phase, {event: self._meeting(event, phase) for event in events})
+        names_before = [node.callback.name for node in self._nodes]
+        for node in self._nodes:
+            node.callback.name = node.name
+        try:
+            self._set_up({id(callback) for callback in before}, accept)
+        except BaseException:
+            for node, name in zip(self._nodes, names_before, strict=True):
+                node.callback.name = name
+            for callback in (former := list(before)):
+                callback.check_callbacks(former)
+            raise
+
+    # --- what a user asks for
+
+    @property
+    def graph(self) -> CallbackGraph:
+        """The graph over all known events: callbacks by name, each edge with ``reason`` and ``events``."""
+        return to_networkx(self._nodes, {key: order for key, order in self._known.items() if order.nodes})
+
+    def plan(self, event_type: type[Event], phase_type: type[Phase]) -> Plan:
+        """Return the plan for an event and phase; made, and checked, when first asked for."""
+        key = (event_type, phase_type)
+        if key not in self._plans:
+            if key not in self._known:
+                self._learn(event_type, phase_type)
+            self._plans[key] = make_plan(event_type, phase_type, self._known[key], self._state, self._watch)
+        return self._plans[key]
+
+    def explain(self) -> str:
+        """Return, for each event and phase with handlers, the order and the reason of every edge, as text."""
+        blocks = []
+        for (event, phase), order in self._known.items():
+            if not order.nodes:
+                continue
+            plan = self.plan(event, phase)
+            note, *more = self._notes(plan).split("\n")
+            title = f"{event.__name__}, {phase.__name__}" + (f"  [{note}]" if note else "")
+            blocks.append("\n".join([title, *plan.explain(), *(f"     {line}" for line in more)]))
+        return "\n\n".join(blocks) or "No callback has a handler for a known event."
+
+    def find(self, wanted: type | str) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        if isinstance(wanted, str):
+            return next((node.callback for node in self._nodes if node.name == wanted), None)
+        if not is_a(wanted, type):
+            raise CallbackError(f"A callback is found by its type or name, got {wanted!r}.")
+        return next((node.callback for node in self._nodes if isinstance(node.callback, wanted)), None)
+
+    def must_find(self, wanted: type | str) -> Callback:
+        """Return what `find` finds.
+
+        Raises:
+            CallbackError: There is none.
+        """
+        found = self.find(wanted)
+        if found is None:
+            name = wanted if isinstance(wanted, str) else wanted.__name__
+            names = [node.name for node in self._nodes]
+            raise CallbackError(
+                f"There is no callback {name}.{nearest(name, names)} The learner has: {', '.join(names) or 'none'}."
+            )
+        return found
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The callbacks with their names and declarations."""
+        return tuple(self._nodes)
+
+    def annotate(self, notes: Callable[[Plan], str]) -> None:
+        """Let `explain` print what `notes` says of a plan."""
+        self._notes = notes
+
+    @overload
+    def __getitem__(self, index: int) -> Callback: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Callback]: ...
+    def __getitem__(self, index: int | slice) -> Callback | list[Callback]:
+        return [node.callback for node in self._nodes][index]
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __repr__(self) -> str:
+        return f"<Callbacks: {', '.join(node.name for node in self._nodes) or 'none'}>"
+
+    # --- how it is made
+
+    def _meeting(self, event: type[Event], phase: type[Phase]) -> list[tuple[Node, Handler]]:
+        """Return the callbacks with a handler for an event and phase, in list order, each with that handler."""
+        key = (event, phase)
+        if key not in self._handlers_for:
+            found = []
+            for node in self._nodes:
+                lookup = (node.handlers, event, phase)
+                if lookup not in self._dispatch:
+                    self._dispatch[lookup] = find_handler(node.handlers, event, phase)
+                handler = self._dispatch[lookup]
+                if handler is not None:
+                    found.append((node, handler))
+            self._handlers_for[key] = found
+        return self._handlers_for[key]
+
+    def _learn(self, event_type: type[Event], phase_type: type[Phase]) -> None:
+        """Check what is seen for the first time: an event, or a phase with all its events before it fires one."""
+        events = list(dict.fromkeys([*_step_events(phase_type, self._nodes), event_type]))
+        check_batch(phase_type, {event: self._meeting(event, phase_type) for event in events})
+        wanted = [event_type] if phase_type in _ABSTRACT else events
+        self._known |= {(event, phase_type): self._order(event, phase_type) for event in wanted}
+
+    def _order(self, event: type[Event], phase: type[Phase]) -> Order:
+        participants = self._meeting(event, phase)
+        # The same handlers at another phase have the same order.
+        same = (event, *((node.position, id(handler)) for node, handler in participants))
+        if same not in self._orders:
+            self._orders[same] = order_event(event, phase, participants, self._resolver, self._reach)
+        return self._orders[same]
+
+    def _pairs(self) -> Iterator[_Key]:
+        yield FitBegin, Phase
+        for phase in self._phases:
+            for event in _step_events(phase, self._nodes):
+                yield event, phase
+        yield FitEnd, Phase
+
+    def _make_node(self, callback: Callback, name: str, position: int) -> Node:
+        handlers = tuple(callback.handlers())
+        if not handlers:
+            check_marks(callback)
+        check_handlers(handlers)
+        for _, handler in handlers:
+            handler.check(callback)
+        type_name = type(callback).__name__
+        passed = callback.access_argument
+        if passed is not None:
+            declare(passed, f"{type_name}(access=...)")  # for messages about what the user wrote
+        backends = backends_of(callback)
+        sinks = declare({backend.resource: Write() for backend in backends}, type_name)
+        shared = union([declare(callback.state_access(), f"{type_name}.state_access()"), sinks])
+        access: dict[Handler, Declaration] = {}
+        for _, handler in handlers:
+            where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
+            access[handler] = shared if handler.access is None else union([declare(handler.access, where), sinks])
+        declared = union([shared, *access.values()])
+        return Node(callback, name, position, handlers, access, declared, backends, sinks)
+
+    def _call_setup(self, node: Node) -> None:
+        try:
+            set_up(node, bind_view(node.union, self._state, owner_of(node, None)), self._state)
+        except Exception as error:
+            error.add_note(f"raised in {node.name}.setup")
+            raise
+        if self._state.fired:
+            event = self._state.fired[0][1]
+            raise CallbackError(
+                f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
+            )
+
+    def _set_up(self, known: set[int], accept: Accept | None) -> None:
+        cbstate = self._state.cbstate
+        restore = restore_point(cbstate)
+        try:
+            _make_containers(self._nodes, cbstate, late=self._state.lag > 0)
+            with_setup = [node for node in self._nodes if type(node.callback).setup is not Callback.setup]
+            for node in order_setup([node for node in with_setup if id(node.callback) not in known], self._reach):
+                self._call_setup(node)
+            check_made(self._nodes, cbstate)
+            for node in self._nodes:
+                node.callback.check_callbacks(self)
+            if accept is not None:
+                accept(self._nodes, self._state)
+        except BaseException:
+            restore()
+            self._state.fired.clear()  # what a setup asked for before it raised
+            raise
+
+
+def _known_phases(nodes: Iterable[Node], phases: Iterable[type[Phase]]) -> list[type[Phase]]:
+    named = (handler.phase_type for node in nodes for _, handler in node.handlers)
+    return [phase for phase in dict.fromkeys([*phases, *named]) if phase not in _ABSTRACT]
+
+
+def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]:
+    """Return the events known for a phase, in order: what it fires, and events of the user's with a handler."""
+    fires = phase.events
+    if fires is None:
+        fires = AbstractTrainingPhase.events or ()
+    others = {
+        handler.event_type: None
+        for node in nodes
+        for _, handler in node.handlers
+        if handler.event_type.__module__ != Event.__module__
+    }
+    return [*fires, *others]
+
+
+def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> None:
+    """Make the entries that the learner owes: series, and a namespace where only something inside it is declared."""
+    paths = [path for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == "cbstate"]
+    whole = {path[1] for path in paths if len(path) == 2}
+    for path in paths:
+        if len(path) == 1 or path[1] in cbstate:
+            continue
+        name = path[1]
+        if name in CONTAINERS:
+            setattr(cbstate, name, CONTAINERS[name](f"cbstate.{name}", late))
+        elif name not in whole:
+            setattr(cbstate, name, State(f"cbstate.{name}"))
+    for path in paths:
+        if len(path) > 2 and isinstance(cbstate.__dict__.get(path[1]), SeriesMap):
+            cbstate.__dict__[path[1]].series(".".join(path[2:]))
+
+
+def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:
+    """Return the graph of a list of callbacks without a learner, for training and validation and what handlers name.
+
+    Nothing is set up. Node attribute: ``callback``; edge attributes: ``reason`` and ``events``.
+
+    Raises:
+        FlowtrainError: As for a learner.
+    """
+    return _Unbound(callbacks, LearnerState(), (TrainingPhase, ValidationPhase)).graph
+
+
+class _Unbound(Callbacks):
+    """Callbacks without a learner: ordered and checked, not set up."""
+
+    def _set_up(self, known: set[int], accept: Accept | None) -> None:
+        pass
+
+
+def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
+    """Give each callback its name: its own, or its type's name with a number where that is taken.
+
+    Raises:
+        CallbackError: Not a callback, the same one twice, or two with one name of their own.
+    """
+    for callback in callbacks:
+        if is_type(callback, Callback):
+            name = getattr(callback, "__name__", "")
+            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
+        if not is_a(callback, Callback):
+            raise CallbackError(
+                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
+                f"CustomCallback(f, EpochEnd, TrainingPhase)."
+            )
+    if len({id(callback) for callback in callbacks}) < len(callbacks):
+        twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
+        raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
+    own = [callback.name for callback in callbacks if not _is_automatic(callback)]
+    for name in own:
+        if own.count(name) > 1:
+            raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
+    taken = set(own)
+    kept: set[int] = set()
+    for callback in callbacks:  # a name that a callback has had before stays its own, wherever it stands now
+        if _is_automatic(callback) and callback.name and callback.name not in taken:
+            taken.add(callback.name)
+            kept.add(id(callback))
+    numbers: dict[str, Iterator[int]] = {}
+    named = []
+    for callback in callbacks:
+        name = callback.name
+        if _is_automatic(callback) and id(callback) not in kept:
+            kind, name = type(callback).__name__, ""
+            while not name or name in taken:
+                number = next(numbers.setdefault(kind, count(1)))
+                name = kind if number == 1 else f"{kind}#{number}"
+            taken.add(name)
+        named.append((callback, name))
+    return named
+
+
+def _is_automatic(callback: Callback) -> bool:
+    kind, _, number = callback.name.partition("#")
+    return not callback.name or (kind == type(callback).__name__ and (not number or number.isdigit()))

@@ -1,0 +1,162 @@
+"""Plain values: what loggables hold, as numbers and texts that any sink can keep.
+
+What is new in series by name, without going through what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from flowtrain.errors import LoggingError, is_a
+from flowtrain.logging.backend import Group, Histogram, Loggable, LoggerBackend, Value
+from flowtrain.state.series import Series
+
+__all__ = [
+    "checked_backends",
+    "flat",
+    "loggable",
+    "newest",
+    "number",
+    "refused",
+    "settings",
+]
+
+
+def number(value: Any) -> float | int:
+    """Return a value as a number.
+
+    Args:
+        value: A number, or a tensor or array with one element.
+
+    Raises:
+        LoggingError: It is none, or not a real one.
+
+    >>> number(True), number(0.5)
+    (1, 0.5)
+    """
+    if type(value) is float or type(value) is int:
+        return value
+    if hasattr(value, "item") and hasattr(value, "shape"):
+        if math.prod(value.shape) != 1:
+            raise LoggingError(
+                f"Value(...) holds one number, and got a {type(value).__name__} of shape {tuple(value.shape)}. Log "
+                f"Histogram(...), or reduce it, as with .mean()."
+            )
+        value = value.item()
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise LoggingError(f"Value({value!r}) is no real number. Log a text as Text(...), many numbers as Histogram(...).")
+
+
+def settings(values: Any, where: str = "Settings(...)") -> dict[str, Any]:
+    """Return settings as plain values: paths become texts, tuples lists, and one-element tensors numbers.
+
+    Raises:
+        LoggingError: A name that is no text, or a value that is not plain; the message names it.
+    """
+    if not is_a(values, Mapping):
+        raise LoggingError(f"{where} takes a mapping from names to values, and got {values!r}. Write {{'lr': 0.1}}.")
+    return {_name(name, where): _setting(value, f"{where}[{name!r}]") for name, value in values.items()}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with one name for each value.
+
+    >>> flat({"model": {"width": 8}, "seed": 0})
+    {'model.width': 8, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def refused(backend: LoggerBackend, loggable: Loggable) -> LoggingError:
+    """Make the error for a loggable that a backend does not take."""
+    taken = ", ".join(kind.__name__ for kind in backend.accepts)
+    return LoggingError(f"{backend!r} takes {taken}, and got a {type(loggable).__name__}.")
+
+
+def checked_backends(owner: str, backends: Sequence[Any], kind: type[Loggable]) -> tuple[LoggerBackend, ...]:
+    """Return the backends that a callback was given, when each can take what it logs.
+
+    Args:
+        owner: The callback's type, for messages.
+        backends: What it was given.
+        kind: What it logs.
+
+    Raises:
+        LoggingError: None, something that is no backend, one that does not take `kind`, or one twice.
+    """
+    example = f'{owner}(TensorBoardBackend("runs/a"))'
+    if not backends:
+        raise LoggingError(f"{owner}() has no backend to log to. Write {example}.")
+    for backend in backends:
+        if not is_a(backend, LoggerBackend):
+            made = f" Write {backend.__name__}(...)." if isinstance(backend, type) else ""
+            raise LoggingError(f"{owner} logs to {backend!r}, which is no LoggerBackend.{made or f' Write {example}.'}")
+        if not any(issubclass(kind, taken) or issubclass(taken, kind) for taken in backend.accepts):
+            taken = ", ".join(each.__name__ for each in backend.accepts)
+            raise LoggingError(
+                f"{owner} logs {kind.__name__}, and {backend!r} takes {taken}. Give {owner} another backend, such as "
+                f"JsonlBackend(path)."
+            )
+        if sum(backend is other for other in backends) > 1:
+            raise LoggingError(f"{owner} was given {backend!r} twice, and would log everything twice. Give it once.")
+    return tuple(backends)
+
+
+def _name(name: Any, where: str) -> str:
+    if not is_a(name, str) or not name:
+        raise LoggingError(f"{where} has the name {name!r}; names are texts.")
+    return str(name)
+
+
+def _setting(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return settings(value, where)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return [_setting(item, f"{where}[{place}]") for place, item in enumerate(items)]
+    try:
+        return number(value)
+    except LoggingError:
+        raise LoggingError(
+            f"{where} is {value!r}. Settings are numbers, texts, None, and lists and mappings of these: write "
+            f"repr(...), or the part of it that matters."
+        ) from None
+
+
+def newest(series: Mapping[str, Series], group: Group, seen: dict[str, int]) -> Iterator[tuple[str, int, Any]]:
+    """Yield ``(name, step, value)``, the newest one, of each series that has grown.
+
+    Args:
+        series: Series by name.
+        group: Tells the series from those of other phases.
+        seen: How long each was when this was called before, by group and name; brought up to date.
+    """
+    prefix = "/".join(group)
+    for name, each in series.items():
+        length = len(each)
+        key = f"{prefix}/{name}"
+        if length and seen.get(key) != length:
+            seen[key] = length
+            yield name, *each.last()
+
+
+def loggable(value: Any) -> Loggable:
+    """Return an entry of a series as something to log: a number, or how the elements of a tensor are distributed."""
+    return Histogram(value) if hasattr(value, "numel") and value.numel() != 1 else Value(value)

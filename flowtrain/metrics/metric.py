@@ -1,0 +1,409 @@
+"""A metric: a function of outputs and targets, or a torchmetrics object, with a name and the phases it is computed in.
+
+A function has a value for each batch. A torchmetrics object accumulates: `Running` takes in the batches of one phase,
+and computes at the end of the epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+
+import torch
+
+from flowtrain.callback.phases import Phase
+from flowtrain.errors import UsageError, describe, is_a, is_type
+
+__all__ = ["Accumulator", "Metric", "Running", "check_weight", "values_of"]
+
+_MOST = 2000
+"""How many numbers without labels are taken for those of classes."""
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """What is used of a torchmetrics object (https://lightning.ai/docs/torchmetrics)."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a batch in."""
+
+    def compute(self) -> Any:
+        """Return the value over all batches since `reset`."""
+
+    def reset(self) -> Any:
+        """Forget all batches."""
+
+
+class Metric:
+    """A metric with a name, for some phases.
+
+    It is one number, or several with names of their own: a mapping, or one number for each class. Each of these becomes
+    a series, named by the metric and the key, or the number of the class: ``"F1.cat"``, ``"F1.0"``.
+
+    Args:
+        f: A function of ``(outputs, targets)`` that returns a number or a mapping from names to numbers; or a
+            torchmetrics object.
+        name: What it is called in ``cbstate`` and in logs; without it, the function's name in the form ``TopAccuracy``.
+            The values of a torchmetrics collection keep the names that they have in it.
+        phase: The phases in which it is computed, subclasses included.
+        mode: ``"min"`` if small values are good, ``"max"`` if large ones are, for those that watch it. The metrics of
+            `flowtrain.metrics` and torchmetrics objects say it themselves, by their attribute ``higher_is_better``.
+        weight: For a function: what a batch counts in the mean of an epoch, a function of ``(outputs, targets)`` that
+            returns a number, such as the number of tokens that are no padding. Without it: that of `Metrics`.
+        on_step: For a torchmetrics object: record a value of each batch too, NaN where it has none for one batch alone.
+            That costs a second update and a computation for each batch. A function always has a value for each batch.
+        labels: The names of the classes, where the value is one number for each class.
+
+    Raises:
+        UsageError: `f` cannot be called, there is no name that could be used, an argument means nothing, or what `f`
+            computes is known to be neither a number nor several with names, as a confusion matrix.
+
+    >>> from flowtrain.metrics import top_k_accuracy
+    >>> Metric(top_k_accuracy(3))
+    Metric(Top3Accuracy)
+    >>> values_of(Metric(lambda outputs, targets: {"low": 0.1, "high": 0.9}, name="Range"), {"low": 0.1, "high": 0.9})
+    {'Range.low': 0.1, 'Range.high': 0.9}
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        name: str | None = None,
+        phase: type[Phase] = Phase,
+        *,
+        mode: Literal["min", "max"] | None = None,
+        weight: Callable[[Any, Any], Any] | None = None,
+        on_step: bool | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        self.accumulates = isinstance(f, Accumulator) and not isinstance(f, type)
+        if not (callable(f) or self.accumulates) or is_a(f, type):
+            made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
+            if is_a(f, str) and str(f).isidentifier():
+                made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some."
+            raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
+        if not is_type(phase, Phase):
+            raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
+        if mode not in ("min", "max", None):
+            raise UsageError(f'Metric(mode={mode!r}): mode is "min" if small values are good, "max" if large ones are.')
+        self.mode = mode
+        self.f: Any = f
+        self.phase = phase
+        self.name = name if name is not None else _name(f)
+        for each in self.names:
+            if not is_a(each, str) or not each or "." in each or each == "<lambda>":
+                raise UsageError(f"The metric {f!r} needs a name without dots. Write Metric(f, name='MyMetric').")
+        self.weight = weight
+        self.on_step = bool(on_step) if self.accumulates else True
+        self.labels = None if labels is None else list(labels)
+        self.plain = not self.accumulates and labels is None
+        self._check(on_step)
+        if self.accumulates:
+            self._check_shape()
+
+    @property
+    def names(self) -> list[str]:
+        """The names that its values have or begin with: several for a torchmetrics collection."""
+        return [*self.f.keys()] if self.accumulates and hasattr(self.f, "keys") else [self.name]
+
+    @property
+    def modes(self) -> dict[str, Literal["min", "max"]]:
+        """Whether small or large values are good, by the names of its values, for those of which it is known."""
+        if self.mode is not None:
+            return dict.fromkeys(self.names, self.mode)
+        parts = self.f.items() if self.accumulates and hasattr(self.f, "items") else [(self.name, self.f)]
+        known = {name: _higher_is_better(f) for name, f in parts}
+        return {name: "max" if higher else "min" for name, higher in known.items() if higher is not None}
+
+    def _check(self, on_step: object) -> None:
+        if self.weight is not None and not callable(self.weight):
+            raise UsageError(
+                f"Metric({self.name}, weight={self.weight!r}): weight is a function of (outputs, targets) that returns "
+                f"what a batch counts, such as lambda outputs, targets: (targets != -100).sum()."
+            )
+        if self.weight is not None and self.accumulates:
+            raise UsageError(
+                f"Metric({self.name}, weight=...): {type(self.f).__name__} accumulates, and gives batches their weight "
+                f"itself. Leave weight out."
+            )
+        if on_step is False and not self.accumulates:
+            raise UsageError(
+                f"Metric({self.name}, on_step=False): a function has a value for each batch, and the value of an epoch "
+                f"is their mean. Leave on_step out."
+            )
+        if self.labels is not None and not all(is_a(label, str) and label for label in self.labels):
+            raise UsageError(f"Metric({self.name}, labels={self.labels!r}): labels are the names of the classes.")
+
+    def _check_shape(self) -> None:
+        """Refuse a torchmetrics object that says that it computes a curve, or whose value over no batch is a matrix."""
+        if not isinstance(self.f, torch.nn.Module):
+            return
+        f: Any = self.f
+        for name, member in f.items() if hasattr(f, "keys") else [(self.name, f)]:
+            if _is_tuple(type(member)):
+                raise UsageError(f"The metric {name} is a tuple, such as a curve{_take(self)}")
+        state = torch.get_rng_state()
+        try:
+            running = Running(self)
+            for module in running.total.modules():
+                module.sync_on_compute = False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it says that no batch was taken in
+                value = running.compute()
+        except Exception:  # many have no value without a batch: what they give is seen at the end of an epoch
+            return
+        finally:
+            torch.set_rng_state(state)
+        values_of(self, value)
+
+    def __repr__(self) -> str:
+        return f"Metric({self.name})"
+
+
+def values_of(metric: Metric, value: Any) -> dict[str, Any]:
+    """Return the values of a metric by name, checked to be single numbers.
+
+    Raises:
+        UsageError: It is a matrix, has more or fewer numbers than labels, or is no number.
+    """
+    if metric.plain and type(value) is torch.Tensor and value.numel() == 1:
+        return {metric.name: value}  # the usual case, in every batch: it would pass what follows
+    if isinstance(value, Mapping) and hasattr(metric.f, "keys"):  # a collection: its values have names of their own
+        return {name: item for key, each in value.items() for name, item in _spread(metric, str(key), each)}
+    return dict(_spread(metric, metric.name, value))
+
+
+def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield ``(name, number)`` of a value: itself, or one for each key or class."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _spread(metric, f"{name}.{key}", item)
+        return
+    if isinstance(value, torch.Tensor):
+        shape = tuple(value.shape)
+    else:
+        shape = tuple(getattr(value, "shape", ()))
+        if metric.labels is not None and isinstance(value, Sequence) and not isinstance(value, str):
+            shape = (len(value),)
+    if len(shape) == 1 and (metric.labels is not None or (metric.accumulates and shape != (1,))):
+        if metric.labels is None and shape[0] > _MOST:
+            raise UsageError(
+                f"The metric {name} has {shape[0]} values, each of which would be a series. If they are one for each "
+                f"sample reduce them, as with reduction='elementwise_mean'; if one for each class give Metric(f, "
+                f"labels=[...])."
+            )
+        labels = range(shape[0]) if metric.labels is None else metric.labels
+        if len(labels) != shape[0]:
+            raise UsageError(
+                f"The metric {name} has {shape[0]} values, and {len(labels)} labels: {', '.join(map(str, labels))}. "
+                f"Give one for each value."
+            )
+        for label, item in zip(labels, value, strict=True):
+            yield from _spread(metric, f"{name}.{label}", item)
+    elif isinstance(value, torch.Tensor) and value.numel() == 1:
+        yield name, value
+    elif math.prod(shape) != 1:
+        raise UsageError(f"The metric {name} {_shaped(metric, shape)}")
+    elif isinstance(value, (float, int)):
+        yield name, value
+    elif metric.accumulates and isinstance(value, (tuple, list)):
+        raise UsageError(f"The metric {name} has a value that is a {describe(value)}{_take(metric)}")
+    else:
+        try:
+            yield name, float(value)
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"The metric {name} returned {value!r:.200}; a metric is one number, a tensor with one element, or a "
+                f"mapping from names to such. For the numbers of classes give their names: Metric(f, labels=[...])."
+            ) from None
+
+
+def _shaped(metric: Metric, shape: tuple[int, ...]) -> str:
+    """Say what to do about a value of a shape that has no place in a series."""
+    what = f"returned a tensor of shape {shape}; a metric is one number"
+    if len(shape) == 1:
+        return f"{what}. Reduce it, as with .mean(); for one number for each class give Metric(f, labels=[...])."
+    if metric.accumulates:
+        return f"has a value of shape {shape}{_take(metric)}"
+    return f"{what}. Reduce it, as with .mean(), or return a mapping from names to numbers."
+
+
+def _take(metric: Metric) -> str:
+    return (
+        f"; a metric is one number, or one for each class. Take the numbers from it that you want to follow, in a "
+        f"subclass: class Mine({type(metric.f).__name__}) with a compute(self) that returns a number or a mapping from "
+        f"names to numbers. To log it whole use LogVisualization."
+    )
+
+
+def _is_tuple(kind: type) -> bool:
+    """Tell whether the annotation of `compute` says that it returns a tuple."""
+    try:
+        hint = get_type_hints(kind.compute)["return"]  # type: ignore[attr-defined]  # an accumulator has it
+    except Exception:  # no annotation, or one that cannot be evaluated
+        return False
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return all(get_origin(each) is tuple or each is tuple for each in kinds)
+
+
+def check_weight(weight: Any, what: str) -> Any:
+    """Return what a batch counts in a mean: a number, or a tensor with one element on a device, which is not read.
+
+    Args:
+        weight: What was returned.
+        what: Who returned it, for messages.
+
+    Raises:
+        UsageError: It is no number, negative, infinite or NaN.
+    """
+    if isinstance(weight, torch.Tensor) and weight.numel() == 1:
+        if not weight.is_cpu:
+            return weight.detach()
+        weight = weight.item()
+    elif not isinstance(weight, (int, float)) and hasattr(weight, "item") and getattr(weight, "shape", None) == ():
+        weight = weight.item()  # a number of numpy
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise UsageError(
+            f"{what} returned {weight!r:.200}; what a batch counts in the mean of an epoch is a number, at least 0."
+        )
+    return weight
+
+
+class Running:
+    """A torchmetrics object at work in one phase: reset for each epoch, on the device of what it is given.
+
+    Attributes:
+        total: The object that has taken in the batches of the epoch.
+        updates: How many these are.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.total = _fresh(metric.f)
+        self.updates = 0
+        self._placed = False
+        self._single = _fresh(metric.f) if metric.on_step else None
+        self._began = _plain(self.total)
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in a batch."""
+        if not self._placed:
+            self._placed = True
+            device = next((each.device for each in (outputs, targets) if isinstance(each, torch.Tensor)), None)
+            parts: list[Any] = [self.total, self._single]
+            for each in parts:
+                if device is not None and hasattr(each, "to"):
+                    each.to(device)
+        self.total.update(outputs, targets)
+        self.updates += 1
+
+    def value_of(self, outputs: Any, targets: Any) -> Any:
+        """Return the value of one batch alone; NaN where a single batch has none, as for R2 of one sample."""
+        single = self._single
+        assert single is not None  # asked for with on_step
+        single.reset()
+        single.update(outputs, targets)
+        try:
+            return _computed(single)
+        except (ValueError, RuntimeError, ZeroDivisionError):
+            return math.nan
+        finally:
+            single.reset()
+
+    def compute(self) -> Any:
+        """Return the value over the batches of the epoch; of a collection a mapping from names to values."""
+        return _computed(self.total)
+
+    def reset(self) -> None:
+        """Forget the batches."""
+        if self.updates:
+            self.total.reset()
+            self.updates, self._placed = 0, False
+
+    def state_dict(self) -> tuple[list[Any], int]:
+        """Return what it holds: of each object its state and its plain attributes, and the number of updates."""
+        return [_held(each, self._began) for each in (self.total, self._single) if each is not None], self.updates
+
+    def load_state_dict(self, parts: Sequence[Any], updates: int) -> None:
+        """Take back what `state_dict` returned."""
+        self.updates, self._placed = updates, False
+        for f, (state, plain) in zip((self.total, self._single), parts, strict=False):
+            if f is not None:
+                _hold(f, state, plain)
+
+
+def _held(f: Any, began: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
+    if not isinstance(f, torch.nn.Module):
+        return f.state_dict() if hasattr(f, "state_dict") else copy.deepcopy(vars(f)), []
+    if isinstance(f, torch.nn.ModuleDict):
+        list(f.items())  # a collection computes what its members share in one of them; now all have it
+    changed = [
+        {name: value for name, value in own.items() if name not in before or before[name] is not value}
+        for own, before in zip(_plain(f), began, strict=True)
+    ]
+    return f.state_dict(), changed
+
+
+def _hold(f: Any, state: dict[str, Any], plain: Sequence[Any]) -> None:
+    if not isinstance(f, torch.nn.Module) and not hasattr(f, "load_state_dict"):
+        vars(f).update(copy.deepcopy(state))
+        return
+    if state:
+        f.load_state_dict(state)
+    for module, own in zip(f.modules() if plain else (), plain, strict=True):
+        own = own if isinstance(own, Mapping) else {"_update_count": own}  # the first format has this number alone
+        for name, value in own.items():
+            setattr(module, name, value)
+
+
+def _plain(f: Any) -> list[dict[str, Any]]:
+    """Return the attributes of each part of a torchmetrics object that may count updates, and are no state of it.
+
+    Some keep more than their state, as the number of values in a window, or the least value of all epochs.
+    """
+    found = []
+    for part in f.modules() if isinstance(f, torch.nn.Module) else ():
+        aside = {*getattr(part, "_defaults", ()), "_computed", "_forward_cache", "_cache"}
+        kinds = (int, float, str, bool, torch.Tensor)
+        found.append({name: each for name, each in vars(part).items() if type(each) in kinds and name not in aside})
+    return found
+
+
+def _fresh(f: Any) -> Any:
+    """Return a clone of a torchmetrics object that has seen nothing, and all of whose state is in its `state_dict`."""
+    clone = f.clone() if hasattr(f, "clone") else copy.deepcopy(f)
+    clone.reset()  # the user's may have seen data
+    parts: list[Any] = [*clone.modules()] if isinstance(clone, torch.nn.Module) else []
+    for part in parts:
+        if hasattr(part, "persistent"):
+            part.persistent(mode=True)  # what is wrapped too
+    members = [*clone.values()] if isinstance(clone, torch.nn.ModuleDict) else []
+    if any(isinstance(child, Accumulator) for member in members for child in member.children()):
+        # A collection takes a wrapper for the same as another member, and from the second epoch on updates only that.
+        clone._enable_compute_groups, clone._groups_checked, clone._groups = False, False, {}
+    return clone
+
+
+def _computed(f: Any) -> Any:
+    # The members of a collection one by one: its own compute would lose whose the values of a wrapper are.
+    if not isinstance(f, torch.nn.ModuleDict):
+        return f.compute()
+    members: list[tuple[str, Any]] = [*f.items()]
+    return {name: member.compute() for name, member in members}
+
+
+def _higher_is_better(f: Any) -> bool | None:
+    own: bool | None = getattr(getattr(f, "func", f), "higher_is_better", None)
+    wrapped = getattr(f, "metric", None)  # of a ClasswiseWrapper
+    return own if own is not None or wrapped is None else _higher_is_better(wrapped)
+
+
+def _name(f: Any) -> str:
+    inner = getattr(f, "func", f)  # a functools.partial
+    name = str(getattr(inner, "__name__", type(f).__name__))
+    if "_" not in name and name[:1].isupper():
+        return name
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))

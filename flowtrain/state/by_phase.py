@@ -1,0 +1,300 @@
+"""A value for each phase, and the counters of training, which are kept that way.
+
+The entries of ``cbstate`` that the learner makes: series by name and by phase, and the counters of training.
+
+======================  =======================================  =====================================
+entry                   what it is                               who writes it
+======================  =======================================  =====================================
+``history``             `PhaseMap` of `Counts`                   `Recorder`
+``metrics_step``        `PhaseMap` of `SeriesMap`                `Metrics`, for each batch
+``metrics_epoch``       `PhaseMap` of `SeriesMap`                `Metrics`, for each epoch
+``tracehistory``        `PhaseMap` of `SeriesMap`                `Traces`
+``smooth_loss``         `PhaseMap` of `Series`                   `SmoothLoss`
+``hyperparams``         `SeriesMap`                              `Scheduler`
+======================  =======================================  =====================================
+
+The learner makes these containers (`CONTAINERS`) when somebody declares to write into them. They are never replaced,
+only filled. A series only grows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from operator import itemgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.state.readonly import readonly, refuse
+from flowtrain.state.series import Series, SeriesMap
+
+__all__ = [
+    "CONTAINERS",
+    "Counts",
+    "CountsMap",
+    "PhaseMap",
+    "ReadOnlyPhaseMap",
+    "as_phase",
+    "epoch_of",
+    "holds_series",
+]
+
+V = TypeVar("V")
+
+
+class Counts(tuple[int, int, int, int]):
+    """How far training in one phase is. Immutable: a new one replaces the old.
+
+    Built from one tuple, ``Counts((epochs, steps, steps_epoch, updates))``.
+    """
+
+    __slots__ = ()
+
+    epochs = property(itemgetter(0), doc="Epochs that ended normally.")
+    steps = property(itemgetter(1), doc="Batches that were completed.")
+    steps_epoch = property(itemgetter(2), doc="Batches completed in the current epoch, or in the last one.")
+    updates = property(itemgetter(3), doc="Updates of an optimizer, as of the last batch that ended.")
+
+    def __repr__(self) -> str:
+        return f"Counts(epochs={self[0]}, steps={self[1]}, steps_epoch={self[2]}, updates={self[3]})"
+
+
+_NONE = Counts((0, 0, 0, 0))
+
+
+class PhaseMap(dict[Phase, V]):
+    """A value for each phase. The phase itself and its type are the same key.
+
+    Args:
+        path: Where it lives, for messages.
+        make: Makes the value for a phase that is met for the first time; without it such a phase is a `KeyError`.
+            Kept as an attribute.
+
+    >>> from flowtrain.callback.phases import TrainingPhase
+    >>> seen = PhaseMap("cbstate.seen", make=lambda: 0)
+    >>> seen[TrainingPhase] += 1
+    >>> seen[TrainingPhase()]
+    1
+    """
+
+    def __init__(self, path: str, make: Callable[[], V] | None = None) -> None:
+        super().__init__()
+        self._path = path
+        self.make = make
+        self._twins: Callable[[], ReadOnlyPhaseMap[V] | None] = _nothing  # a weak reference: the twin holds the map
+        self._awaited: dict[Phase, V] = {}  # what readers hold for phases that nobody has written yet
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, phase: Phase | type[Phase], /) -> V: ...
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
+        key = as_phase(phase, self._path)
+        if key not in self:
+            if self.make is None:
+                known = ", ".join(repr(known) for known in self) or "none yet"
+                raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
+            self[key] = self._awaited[key] if key in self._awaited else self.make()
+        return dict.__getitem__(self, key)
+
+    def awaited(self, key: Phase) -> V:
+        """Return what a phase that is not here will have. Reading adds nothing: others would see it."""
+        if self.make is None:
+            return self[key]
+        if key not in self._awaited:
+            self._awaited[key] = self.make()
+        return self._awaited[key]
+
+    def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
+        key = as_phase(phase, self._path)
+        self._awaited.pop(key, None)
+        dict.__setitem__(self, key, value)
+        twin = self._twins()
+        if twin is not None:
+            dict.__setitem__(twin, key, readonly(value, self._path))
+
+    def __delitem__(self, phase: Phase | type[Phase]) -> None:
+        key = as_phase(phase, self._path)
+        dict.__delitem__(self, key)
+        twin = self._twins()
+        if twin is not None:
+            dict.pop(twin, key, None)
+
+    def __contains__(self, phase: object) -> bool:
+        return dict.__contains__(self, phase() if isinstance(phase, type) and issubclass(phase, Phase) else phase)
+
+    def get(self, phase: Any, default: Any = None) -> Any:
+        """Return the value for a phase or phase type, or the default; nothing is made."""
+        if phase in self:
+            return self[phase]
+        return default
+
+    def pop(self, phase: Any, *default: Any) -> Any:
+        """Remove a phase and return its value, or the default."""
+        if phase not in self and default:
+            return default[0]
+        value = self[phase]
+        del self[phase]
+        return value
+
+    # Those of a dict would write past `__setitem__`.
+    clear: Any = MutableMapping.clear
+    popitem: Any = MutableMapping.popitem
+    setdefault: Any = MutableMapping.setdefault
+    update: Any = MutableMapping.update
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]  # a dict's takes no phase types
+        self.update(other)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_twins": _nothing}  # a copy gets readers, and so a twin, of its own
+
+    def __twin__(self) -> Mapping[Phase, V]:
+        # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
+        twin = self._twins()
+        if twin is None:
+            twin = ReadOnlyPhaseMap(self)
+            self._twins = weakref.ref(twin)
+        return twin
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {dict.__repr__(self)}>"
+
+
+class CountsMap(PhaseMap[Counts]):
+    """`Counts` for each phase. They are immutable, so the twin is a plain proxy and writing is a plain dict write.
+
+    Phases are the keys; a phase type works for reading.
+    """
+
+    # The slots of dict itself: a write makes no Python call. Nobody needs to be told, the twin is a proxy.
+    __setitem__ = dict.__setitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
+    __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lambda: _NONE)
+
+    def __missing__(self, phase: Phase | type[Phase]) -> Counts:
+        return dict.get(self, as_phase(phase, self._path), _NONE)
+
+    def __twin__(self) -> Mapping[Phase, Counts]:
+        return MappingProxyType(self)
+
+
+def epoch_of(history: Mapping[Phase, Counts], phase: Phase) -> int:
+    """Return the number of the epoch that has just ended in a phase: the training epoch that its results belong to.
+
+    A training epoch has its own number, from 1. An evaluation has that of the training epoch after which it ran, 0
+    before the first: so evaluations that are made before, between or beside fits do not shift those that come later.
+
+    Args:
+        history: ``cbstate.history``, in which the epoch is counted already.
+        phase: The phase.
+
+    >>> from flowtrain.callback.phases import TrainingPhase, ValidationPhase
+    >>> history = CountsMap("cbstate.history")
+    >>> history[TrainingPhase()], history[ValidationPhase()] = Counts((3, 48, 16, 48)), Counts((5, 20, 4, 0))
+    >>> epoch_of(history, ValidationPhase())
+    3
+    """
+    trained = {
+        other: counts.epochs
+        for other, counts in history.items()
+        if isinstance(other, AbstractTrainingPhase) or counts.updates  # a phase of one's own may train as well
+    }
+    return trained[phase] if phase in trained else max(trained.values(), default=0)
+
+
+class ReadOnlyPhaseMap(PhaseMap[V]):
+    """The twin of a `PhaseMap`; its values are twins too."""
+
+    def __init__(self, original: PhaseMap[V]) -> None:
+        super().__init__(original._path)
+        self._original = original
+        for phase, value in original.items():
+            dict.__setitem__(self, phase, readonly(value, self._path))
+
+    def __missing__(self, phase: Phase | type[Phase]) -> V:
+        key = as_phase(phase, self._path)
+        if key not in self._original:
+            return cast(V, readonly(self._original.awaited(key), self._path))
+        if not dict.__contains__(self, key):
+            dict.__setitem__(self, key, readonly(self._original[key], self._path))
+        return dict.__getitem__(self, key)
+
+    def __contains__(self, phase: object) -> bool:
+        return phase in self._original
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __twin__(self) -> ReadOnlyPhaseMap[V]:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self._original,)  # as of other twins: a deep copy is one of the container
+
+    def _refused(self, *args: Any, **kwargs: Any) -> Any:
+        raise refuse(self._path)
+
+    __setitem__ = __delitem__ = __ior__ = _refused
+    pop = popitem = clear = update = setdefault = _refused  # pyright: ignore[reportAssignmentType]  # they only refuse
+
+
+def _nothing() -> None:
+    return None
+
+
+def _itself(container: Any) -> Any:
+    return container
+
+
+def as_phase(phase: object, path: str) -> Phase:
+    """Return the phase that a key of a map by phase means.
+
+    Raises:
+        KeyError: It means none.
+    """
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, type) and issubclass(phase, Phase):
+        return phase()
+    raise KeyError(f"{path} is kept by phase; {phase!r} is none. Write {path}[phase] or {path}[TrainingPhase].")
+
+
+def holds_series(value: object) -> bool:
+    """Tell whether a container holds series by name, directly or for each phase."""
+    if isinstance(value, PhaseMap):
+        made = value.make() if value.make is not None else next(iter(value.values()), None)
+        return isinstance(made, SeriesMap)
+    return isinstance(value, SeriesMap)
+
+
+def _by_phase(path: str, late: bool = False) -> PhaseMap[SeriesMap]:
+    return PhaseMap(path, lambda: SeriesMap(path, late))
+
+
+def _smooth_loss(path: str, late: bool = False) -> PhaseMap[Series]:
+    return PhaseMap(path, lambda: Series(path, late))
+
+
+def _history(path: str, late: bool = False) -> CountsMap:
+    return CountsMap(path)
+
+
+CONTAINERS: Mapping[str, Callable[..., Any]] = {
+    "history": _history,
+    "hyperparams": SeriesMap,
+    "metrics_epoch": _by_phase,
+    "metrics_step": _by_phase,
+    "smooth_loss": _smooth_loss,
+    "tracehistory": _by_phase,
+}
+"""The entries of ``cbstate`` that the learner makes, each with what makes it from its path, and whether tensors on the
+CPU are to be treated as those of a device (`flowtrain.state.device_values`)."""

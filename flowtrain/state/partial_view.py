@@ -1,0 +1,248 @@
+"""A part of a container: what a view gives where only something inside it is declared.
+
+``Write`` on ``cbstate.tracehistory.GradNorm`` gives, at ``learner.cbstate.tracehistory``, a `Part` that has that one
+series in every phase. ``Read`` on ``params.encoder.weight`` gives, at ``learner.params``, one parameter. The phase is
+left out of a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+from flowtrain.callback.access import Declaration, Path, Read, Write, dotted, granted, render, union
+from flowtrain.callback.phases import Phase
+from flowtrain.errors import MissingStateError, ProtectedException
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.detached import detached
+from flowtrain.state.readonly import readonly
+from flowtrain.state.series import SeriesMap
+
+__all__ = ["Owner", "Part", "Tree", "tree", "writes"]
+
+Tree: TypeAlias = "dict[str, Tree | Read | Write]"
+
+
+def tree(declaration: Declaration) -> Tree:
+    """Nest a declaration by the parts of its paths. What a declared path covers already is left out.
+
+    >>> from flowtrain.callback.access import declare
+    >>> tree(declare({"batch.loss": Read(), "batch.inputs": Read()}, "example"))
+    {'batch': {'inputs': Read(), 'loss': Read()}}
+    """
+    root: Tree = {}
+    for path, kind in declaration:
+        level = root
+        for name in path[:-1]:
+            inner = level.setdefault(name, {})
+            if not isinstance(inner, dict):  # the shorter path sorts first and covers this one
+                inner = level[name] = {"": inner}
+            level = inner
+        level[path[-1]] = kind
+    return root
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose view it is, so that a refusal can be written in the callback's own name.
+
+    Attributes:
+        callback: The callback's name in the learner.
+        type_name: The name of its type.
+        where: What to edit: ``"state_access"``, the handler whose `on` has ``access=``, or ``"access="``.
+        declaration: What is declared there.
+        decorator: That handler's decorator as source, up to the access; empty for ``state_access``.
+        passed: What the user gave the callback as ``access=``, where it takes that.
+        consumes: Whether it is a handler that may run elsewhere, on a snapshot: it sees detached tensors here too.
+    """
+
+    callback: str
+    type_name: str
+    where: str
+    declaration: Declaration
+    decorator: str = ""
+    passed: Declaration | None = None
+    consumes: bool = False
+
+    def shown(self, value: Any, path: Path) -> Any:
+        """Return what is at a path as the owner sees it who declares to read it."""
+        if self.consumes and not (path[0] == "params" and self.keeps_params):
+            value = detached(value)
+        return readonly(value, dotted(path))
+
+    @property
+    def keeps_params(self) -> bool:
+        """Whether the parameters are not detached: they are those of ``model``, or keys of the optimizer's state."""
+        paths = [path for path, _ in self.declaration]
+        return ("model",) in paths or any(path[0] == "optimizer" and path[-1] != "hyperparams" for path in paths)
+
+    def refuse(self, access: str, path: Path) -> NoReturn:
+        """Raise the `ProtectedException` for `path`, with the declaration to paste.
+
+        A path that is declared as read is refused for writing only, and the new declaration replaces it.
+        """
+        own = self.declaration if self.passed is None else self.passed
+        says = "declares" if self.passed is None else "was given access to"
+        what = f"{self.callback} {says} {render(own) if own else 'nothing'}."
+        target = path
+        if path[0] == "optimizer" and path[-1] == "param_groups":
+            target = (*path[:-1], "hyperparams")
+            what += (
+                f" param_groups reach the parameters too. The learning rates are at learner.{dotted(target)}, the same "
+                f"groups without the parameters, and these are at learner.params. Write "
+                f'learner.{dotted(target)}[0]["lr"] instead.'
+            )
+            if granted(self.declaration, target) is not None:
+                raise ProtectedException(access, dotted(path), what)
+        wanted = render(union([own, ((target, Write() if access == "Write" else Read()),)]))
+        place = f"In {self.type_name}.{self.where} write"
+        if self.passed is not None:
+            place, paste = "Pass it what its function touches", f"{self.type_name}(..., access={wanted})"
+        elif self.decorator:
+            paste = f"{self.decorator}access={wanted})"
+        else:
+            paste = f"def state_access(self) -> Access:\n        return {wanted}"
+        raise ProtectedException(access, dotted(path), f"{what} {place}:\n\n    {paste}\n")
+
+    def missing(self, path: Path, cause: BaseException | None) -> NoReturn:
+        """Raise the `MissingStateError` for a declared path with nothing there."""
+        reason = f" {cause}" if isinstance(cause, MissingStateError) else ""
+        raise MissingStateError(
+            dotted(path),
+            f"{self.callback} reads Learner.{dotted(path)}, and there is nothing.{reason} "
+            f'If that is expected, declare {{"{dotted(path)}": Read(optional=True)}} and handle None.',
+        ) from cause
+
+
+class Part(Mapping[Any, Any]):
+    """A mapping and namespace of the declared items of one container, by phase where the container is by phase."""
+
+    __slots__ = ("_by_phase", "_find", "_open", "_owner", "_path", "_tree")
+
+    def __init__(self, owner: Owner, path: Path, inside: Tree, find: Callable[[], Any]) -> None:
+        self._owner = owner
+        self._path = path
+        self._tree = inside
+        self._find = find
+        self._by_phase: dict[Phase, Part] = {}
+        self._open: dict[str, Callable[[Any, int], None]] = {}
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Append a value to the series `name`, if it is declared for writing."""
+        push = self._open.get(name)
+        if push is None:
+            container = self._find()
+            if not isinstance(container, SeriesMap):
+                raise TypeError(f"Learner.{dotted(self._path)} is a {type(container).__name__}; only series take push")
+            self._must_write(name)
+            push = self._open[name] = container.series(name).push
+        push(value, step)
+
+    def __getitem__(self, key: Any) -> Any:
+        part = self._by_phase.get(key)
+        if part is not None:
+            return part
+        if _is_phase(key):
+            phase, find = key if isinstance(key, Phase) else key(), self._find
+            part = Part(self._owner, self._path, self._tree, lambda: find()[phase])  # not `self`, which holds the part
+            self._by_phase[phase] = part
+            return part
+        return self._item(str(key))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._item(name)
+
+    def _item(self, name: str) -> Any:
+        path = (*self._path, *name.split("."))
+        access = granted(self._owner.declaration, path)
+        inner = self._tree.get(name)
+        if isinstance(inner, dict) and (access is None or (isinstance(access, Read) and writes(inner))):
+            return Part(self._owner, path, inner, lambda: _look(self._find(), name))
+        if access is None:
+            self._owner.refuse("Read", path)
+        try:
+            container = self._find()
+            if isinstance(container, SeriesMap) and isinstance(access, Write):
+                return container.series(name)
+            value = _look(container, name)
+        except (KeyError, AttributeError) as error:
+            if isinstance(access, Read) and access.optional:
+                return None
+            self._owner.missing(path, error)
+        return value if isinstance(access, Write) else self._owner.shown(value, path)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._must_write(key)
+        self._find()[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        self._must_write(key)
+        del self._find()[key]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Part.__slots__:
+            object.__setattr__(self, name, value)
+            return
+        self._must_write(name)
+        setattr(self._find(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._must_write(name)
+        delattr(self._find(), name)
+
+    def _must_write(self, key: Any) -> None:
+        # The phase is left out of a path, so who writes a whole phase writes the container.
+        path = self._path if _is_phase(key) else (*self._path, *str(key).split("."))
+        if not isinstance(granted(self._owner.declaration, path), Write):
+            self._owner.refuse("Write", path)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return what is at a key, or the default where nothing is there."""
+        return self[key] if key in self else default  # noqa: SIM401  # this is `get` itself
+
+    def __contains__(self, key: object) -> bool:
+        path = (*self._path, *str(key).split("."))
+        if not _is_phase(key) and str(key) not in self._tree and granted(self._owner.declaration, path) is None:
+            self._owner.refuse("Read", path)
+        try:
+            container = self._find()
+        except (KeyError, AttributeError):
+            return False
+        return key in container if isinstance(container, Mapping) else hasattr(container, str(key))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: to call a module is to read all of it."""
+        self._owner.refuse("Read", self._path)
+
+    def __iter__(self) -> Iterator[Any]:
+        container = self._find()
+        if isinstance(container, PhaseMap):
+            return iter(list(container))
+        if not isinstance(container, Mapping):
+            return iter([name for name in self._tree if name])
+        return iter([key for key in container if granted(self._owner.declaration, (*self._path, *str(key).split(".")))])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"Part(Learner.{dotted(self._path)}: {', '.join(name for name in self._tree if name)})"
+
+
+def writes(inside: Tree) -> bool:
+    """Tell whether anything in a nested declaration is a `Write`."""
+    return any(writes(kind) if isinstance(kind, dict) else isinstance(kind, Write) for kind in inside.values())
+
+
+def _is_phase(key: object) -> bool:
+    return isinstance(key, Phase) or (isinstance(key, type) and issubclass(key, Phase))
+
+
+def _look(container: Any, name: str) -> Any:
+    """Find an item by name: a key of a mapping, otherwise an attribute."""
+    if isinstance(container, Mapping):
+        return container[name]
+    return getattr(container, name)

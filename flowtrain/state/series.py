@@ -1,0 +1,283 @@
+"""Series: values over time, that only grow; and series by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, overload
+
+import torch
+
+from flowtrain.errors import nearest
+from flowtrain.state.device_values import Kept
+from flowtrain.state.readonly import refuse
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["Series", "SeriesMap"]
+
+
+class Series:
+    """Values with the step at which each was recorded, in order.
+
+    It is a sequence of ``(step, value)`` pairs: iterating and indexing give pairs, a slice gives a list of pairs, and
+    ``numpy.asarray`` and ``torch.as_tensor`` give an array of shape ``(n, 2)``. `steps` and `values` are lists of the
+    one and the other. Two series are equal if they are the same object; compare ``list(series)`` for what they hold.
+    ``copy.copy`` gives a series of one's own. Values of a device stay there, at most 256 of them, until they are read:
+    to read them is to wait for the device.
+
+    Args:
+        path: Where it lives, for messages.
+        late: Treat tensors on the CPU as those of a device (``TorchCore(lag=...)`` on the CPU).
+
+    >>> series = Series("cbstate.example")
+    >>> series.push(0.5, step=1)
+    >>> series.push(0.25, step=2)
+    >>> series.last(), series[0], series[1:]
+    ((2, 0.25), (1, 0.5), [(2, 0.25)])
+    >>> series.steps, series.values
+    ([1, 2], [0.5, 0.25])
+    """
+
+    __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
+
+    rewound: ClassVar[int] = 0
+    """How often any series has lost values, taken back or replaced by those of a checkpoint; else they only grow."""
+
+    def __init__(self, path: str, late: bool = False) -> None:
+        self._path = path
+        self._late = late
+        self._steps: list[int] = []
+        self._values: list[Any] = []
+        self._kept = Kept()
+
+    def push(self, value: Any, step: int) -> None:
+        """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
+
+        A tensor with more elements is copied, so that what is done to it later does not change what was recorded.
+        """
+        if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
+            if value.numel() != 1:
+                value = value.detach().clone()
+            elif value.is_cpu and not self._late:
+                value = value.item()
+            else:
+                value = value.detach() if type(value) is torch.Tensor else value.detach().clone()
+                self._values.append(value)
+                self._steps.append(step)
+                self._kept.add(self._values)
+                return
+        self._values.append(value)
+        self._steps.append(step)
+
+    def last(self) -> tuple[int, Any]:
+        """Return the newest ``(step, value)``.
+
+        Raises:
+            LookupError: The series is empty.
+        """
+        if not self._steps:
+            raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
+        if self._kept:
+            self._kept.settle_one(self._values, len(self._values) - 1)
+        return self._steps[-1], self._values[-1]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps, in order; a list of one's own."""
+        return [step for step, _ in self]
+
+    @property
+    def values(self) -> list[Any]:
+        """The values, in order; a list of one's own."""
+        return [value for _, value in self]
+
+    def newest(self) -> Any:
+        """Return the newest value without waiting for it: a tensor of one element if it is on a device."""
+        if self._values[-1] is None and self._kept:  # it went with a chunk
+            return self.last()[1]
+        return self._values[-1]
+
+    def since(self, start: int) -> list[Any]:
+        """Return the values from position `start` on, without their steps."""
+        if self._kept:
+            self._kept.settle(self._values)
+        return self._values[start:]
+
+    def snapshot(self) -> int:
+        """Return what `restore` needs to come back to here."""
+        return len(self._steps)
+
+    def restore(self, snapshot: int) -> None:
+        """Take back what was recorded after a snapshot."""
+        if self._kept:
+            self._kept.forget(self._values, snapshot)
+        Series.rewound += 1
+        del self._values[snapshot:], self._steps[snapshot:]
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Return the steps and the values, for a checkpoint."""
+        return {"steps": list(self._steps), "values": self.since(0)}
+
+    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
+        """Take back what `state_dict` returned; in place, because twins and views hold the lists."""
+        self.since(0)  # nothing on a device is to be settled into what comes now
+        Series.rewound += 1
+        self._steps[:], self._values[:] = state["steps"], state["values"]
+
+    def __twin__(self) -> ReadOnlySeries:
+        return ReadOnlySeries(self)
+
+    def __getstate__(self) -> object:
+        self.since(0)  # what is copied or pickled has no part on a device
+        return object.__getstate__(self)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return zip(list(self._steps), self.since(0), strict=False)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, Any]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, Any] | list[tuple[int, Any]]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        length = len(self)
+        try:
+            position = range(length)[index]
+        except IndexError:
+            raise IndexError(f"{self._path} has {length} values, and none at position {index}.") from None
+        except TypeError:
+            raise TypeError(
+                f"{self._path}[{index!r}]: a series is indexed by position, as in [0], [-1] or [2:5]."
+            ) from None
+        return self._pair(position)
+
+    def _pair(self, position: int) -> tuple[int, Any]:
+        if self._kept:
+            self._kept.settle(self._values)
+        return self._steps[position], self._values[position]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the pairs as an array of shape ``(n, 2)``: the steps in the first column, the values in the second.
+
+        Raises:
+            ValueError: A value is no number, or ``copy=False``: the array is always a new one.
+        """
+        import numpy as np
+
+        if copy is False:
+            raise ValueError(f"{self._path}: the array of a series is a new one. Leave out copy=False.")
+        pairs = list(self)
+        if any(getattr(value, "ndim", 0) for _, value in pairs):
+            raise ValueError(f"{self._path} holds tensors, so it is no table of numbers. Use its .steps and .values.")
+        return np.array(pairs, dtype=dtype).reshape(len(pairs), 2)
+
+    def __copy__(self) -> Series:
+        copy = Series(self._path, self._late)
+        copy._steps, copy._values = self.steps, self.values
+        return copy
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {len(self)} values>"
+
+
+class ReadOnlySeries(Series):
+    """The twin of a series: it shows the live values and refuses to `push`."""
+
+    __slots__ = ()
+
+    def __init__(self, series: Series) -> None:
+        self._path, self._steps, self._values = series._path, series._steps, series._values
+        self._late, self._kept = series._late, series._kept
+
+    def push(self, value: Any, step: int) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
+    def restore(self, snapshot: int) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
+    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
+
+class SeriesMap(Mapping[str, Series]):
+    """Series by name. `push` makes a series when its name is new."""
+
+    __slots__ = ("_late", "_path", "_series")
+
+    def __init__(self, path: str, late: bool = False) -> None:
+        self._path = path
+        self._late = late
+        self._series: dict[str, Series] = {}
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Append a value to the series `name`."""
+        series = self._series.get(name)
+        if series is None:
+            series = self.series(name)
+        series.push(value, step)
+
+    def series(self, name: str) -> Series:
+        """Return the series `name`, made if it is new."""
+        return self._series.setdefault(name, Series(f"{self._path}.{name}", self._late))
+
+    def __twin__(self) -> ReadOnlySeriesMap:
+        return ReadOnlySeriesMap(self)
+
+    def snapshot(self) -> dict[str, Series]:
+        """Return what `restore` needs to come back to here; the series themselves have snapshots of their own."""
+        return dict(self._series)
+
+    def restore(self, snapshot: Mapping[str, Series]) -> None:
+        """Forget the series that came after a snapshot."""
+        self._series.clear()
+        self._series.update(snapshot)
+
+    def __getitem__(self, name: str) -> Series:
+        try:
+            return self._series[name]
+        except KeyError:
+            known = ", ".join(self._series) or "none yet"
+            raise KeyError(
+                f"{self._path} has no series {name!r}; it has: {known}.{nearest(str(name), self._series)}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._series))
+
+    def __len__(self) -> int:
+        return len(self._series)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._path}: {', '.join(self) or 'empty'}>"
+
+
+class ReadOnlySeriesMap(SeriesMap):
+    """The twin of a `SeriesMap`."""
+
+    __slots__ = ()
+
+    def __init__(self, series: SeriesMap) -> None:
+        self._path, self._late, self._series = series._path, series._late, series._series
+
+    def __getitem__(self, name: str) -> Series:
+        return super().__getitem__(name).__twin__()
+
+    def series(self, name: str) -> Series:
+        """Return the twin of a series that is there."""
+        return self[name]
+
+    def push(self, name: str, value: Any, step: int) -> None:
+        """Refuse."""
+        raise refuse(f"{self._path}.{name}")
+
+    def restore(self, snapshot: Mapping[str, Series]) -> None:
+        """Refuse."""
+        raise refuse(self._path)

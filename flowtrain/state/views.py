@@ -1,0 +1,325 @@
+"""Protected views: a handler sees the learner through an object that allows exactly what it declares.
+
+For each declaration a view class is compiled once (`compile_view`) and shared by all handlers with that declaration.
+Reading a declared path runs C getters only: no Python call, no look-up in the declaration. Everything that is not
+declared falls through to ``__getattr__`` and is refused there, with the declaration to paste.
+
+A view is bound (`bind_view`) to any object with the attributes of `LearnerState`, so the same classes serve the live
+learner and a frozen copy of its state.
+
+Namespaces: what a handler sees of ``batch``, ``cbstate`` and ``optimizer``, entry by entry.
+
+For the entries that are declared in one of them a class is compiled (`compile_namespace`), as `flowtrain.state.views`
+does it for the whole learner: reading a declared entry runs C getters only. Everything else falls through to
+``__getattr__``, where it is found under a declaration for the whole namespace, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flowtrain.callback.access import ROOTS, Declaration, Read, Write, granted
+from flowtrain.callback.view import LearnerView
+from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.state.batch import ReadOnlyBatch
+from flowtrain.state.detached import detached
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.partial_view import Owner, Part, Tree, tree, writes
+from flowtrain.state.readonly import PLAIN, readonly
+
+__all__ = ["NAMESPACES", "CompiledView",  "Namespace", "bind_view", "compile_namespace", "compile_view"]
+
+_LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
+
+
+class GuardedView(LearnerView):
+    """The base of all compiled views: what is not declared falls through to ``__getattr__`` and is refused there."""
+
+    __slots__ = ()
+
+    _whole: ClassVar[dict[str, Read | Write]] = {}
+
+    if not TYPE_CHECKING:  # a checker must not think that every attribute exists
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _LOOP_METHODS:
+                raise UsageError(
+                    f"{self._owner.callback} calls learner.{name}() in a handler, but the loop is running. "
+                    f"Raise CancelBatchException, CancelEpochException or CancelFittingException to end a part of "
+                    f"training, or fire an event with learner.fire(...)."
+                )
+            if name not in ROOTS or name == "resource":
+                known = [root for root in ROOTS if root != "resource"]
+                raise AttributeError(
+                    f"a handler's learner has no {name!r}.{nearest(name, [*known, 'fire'])} It has: {', '.join(known)} "
+                    f"and fire(); how far training is stands in cbstate.history."
+                )
+            if name in self._whole:
+                self._owner.missing((name,), None)
+            if name in NAMESPACES:  # nothing in it is declared: what is touched next is refused, by its own path
+                return compile_namespace(name, {})(self._state, self._owner)
+            return self._owner.refuse("Read", (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ROOTS:
+            raise AttributeError(
+                f"a handler's learner has no {name!r}.{nearest(name, ROOTS)} To keep something declare "
+                f'{{"cbstate.{name}": Write()}} and write learner.cbstate.{name}.'
+            )
+        kind = self._whole.get(name)
+        if name not in ROOTS or name == "resource":
+            raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, ROOTS)}")
+        if isinstance(kind, Write):
+            raise UsageError(
+                f"{self._owner.callback} replaces learner.{name}; a handler changes it in place, since the training "
+                f"core, the optimizer and other views hold it."
+            )
+        self._owner.refuse("Write", (name,))
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
+
+
+@dataclass(frozen=True)
+class CompiledView:
+    """A view class and what its slots hold.
+
+    Attributes:
+        view_class: The class, with a C getter for each root that is declared as a whole.
+        namespaces: The class for each root that is a namespace.
+        trees: What is declared inside each other root that is not declared as a whole.
+    """
+
+    view_class: type[LearnerView]
+    namespaces: dict[str, type[Namespace]]
+    trees: dict[str, Tree]
+
+
+@lru_cache(maxsize=4096)
+def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledView:
+    """Return the view class for a declaration; equal declarations share it.
+
+    Args:
+        declaration: The declaration.
+        consumes: Whether it is for handlers that may run elsewhere, which see detached tensors.
+    """
+    namespaces: dict[str, type[Namespace]] = {}
+    trees: dict[str, Tree] = {}
+    whole: dict[str, Read | Write] = {}
+    members: dict[str, Any] = {"_whole": whole}
+    for root, inside in tree(declaration).items():
+        covering = inside.get("") if isinstance(inside, dict) else inside
+        if isinstance(covering, (Read, Write)):
+            whole[root] = covering
+        if root in NAMESPACES:
+            namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {}, consumes)
+        elif isinstance(inside, dict) and not isinstance(covering, (Read, Write)):
+            if root != "resource":
+                trees[root] = inside
+        elif root == "data" and isinstance(covering, Read):
+            members[root] = property(lambda view: view._state.data.__twin__())
+        elif root == "params" and consumes:
+            members[root] = property(_params)
+        else:
+            members[root] = property(attrgetter(f"_state.{root}"))
+    members["__slots__"] = (*namespaces, *trees)
+    return CompiledView(type("LearnerView", (GuardedView,), members), namespaces, trees)
+
+
+def _params(view: LearnerView) -> Any:
+    return view._owner.shown(view._state.params, ("params",))
+
+
+def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> LearnerView:
+    """Return a view of `state` that allows what is declared, and refuses in the name of `owner`."""
+    compiled = compile_view(declaration, owner.consumes)
+    view = compiled.view_class()
+    place = object.__setattr__
+    place(view, "_state", state)
+    place(view, "_owner", owner)
+    for root, namespace in compiled.namespaces.items():
+        place(view, root, namespace(state, owner))
+    for root, inside in compiled.trees.items():
+        place(view, root, Part(owner, (root,), inside, partial(getattr, state, root)))
+    return view
+
+
+class Namespace:
+    """The base of compiled views of ``batch``, ``cbstate`` and ``optimizer``.
+
+    A compiled subclass has a C getter for each declared entry, and a slot with a `Part` for each entry of which only
+    something inside is declared. What lands in ``__getattr__`` is an entry under a declaration for the whole
+    namespace, an entry that is not there, or one that is not declared.
+    """
+
+    __slots__ = ("_live", "_owner", "_state", "_twins")
+
+    _live: Any
+    _owner: Owner
+    _state: LearnerState
+    _twins: Any
+    _root: ClassVar[str]
+    _writable: ClassVar[frozenset[str]]
+    _trees: ClassVar[dict[str, Tree]]
+
+    def __init__(self, state: LearnerState, owner: Owner) -> None:
+        place = object.__setattr__
+        place(self, "_state", state)
+        place(self, "_owner", owner)
+        for slot, source in zip(("_twins", "_live"), _STABLE.get(self._root, ()), strict=False):
+            place(self, slot, source(state))
+        for name, inside in self._trees.items():
+            place(self, name, Part(owner, (self._root, name), inside, self._finder(name)))
+
+    def _finder(self, name: str) -> Callable[[], Any]:
+        """Return what finds an entry; it holds no reference to this view, which holds the part that calls it."""
+        return partial(getattr, self._live, name)
+
+    def _source(self, *, writing: bool) -> Any:
+        """Return the object that holds the entries, or the twins of them."""
+        return self._live if writing else self._twins
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        path = (self._root, name)
+        access = granted(self._owner.declaration, path)
+        if access is None:
+            self._owner.refuse("Read", path)
+        try:
+            consumes = self._owner.consumes  # what is detached is the entry itself, and then shown read-only
+            value = getattr(self._source(writing=consumes or isinstance(access, Write)), name)
+            return value if isinstance(access, Write) else self._owner.shown(value, path)
+        except MissingStateError as error:
+            if isinstance(access, Read) and access.optional:
+                return None
+            self._owner.missing(path, error)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_write(name)
+        setattr(self._source(writing=True), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._check_write(name)
+        delattr(self._source(writing=True), name)
+
+    def _check_write(self, name: str) -> None:
+        if name not in self._writable and not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
+            if name.startswith("_"):
+                raise AttributeError(f"{self._root}.{name}: no entry begins with an underscore")
+            self._owner.refuse("Write", (self._root, name))
+
+    def __contains__(self, name: object) -> bool:
+        if granted(self._owner.declaration, (self._root, str(name))) is None and name not in self._trees:
+            self._owner.refuse("Read", (self._root, str(name)))
+        source = self._source(writing=True)
+        return name in vars(source) if hasattr(source, "__dict__") else hasattr(source, str(name))
+
+    def __repr__(self) -> str:
+        return f"Learner.{self._root} as {self._owner.callback} sees it"
+
+
+class BatchNamespace(Namespace):
+    """``batch``: a new object for each batch; one that only ever held tensors gets a twin with the first container."""
+
+    __slots__ = ()
+
+    def _finder(self, name: str) -> Callable[[], Any]:
+        return partial(_entry_of_batch, self._state, name)
+
+    def _source(self, *, writing: bool) -> Any:
+        return self._state.batch if writing else self._state.batch_twin
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_write(name)
+        state = self._state
+        setattr(state.batch, name, value)
+        if type(value) not in PLAIN and state.batch_twin is state.batch:
+            state.batch_twin = ReadOnlyBatch(state.batch)
+
+
+class CbstateNamespace(Namespace):
+    """``cbstate``: a plain value that replaces a plain value is its own twin, and takes a short way."""
+
+    __slots__ = ("_entries", "_twin_entries")
+
+    _entries: dict[str, Any]
+    _twin_entries: dict[str, Any]
+
+    def __init__(self, state: LearnerState, owner: Owner) -> None:
+        super().__init__(state, owner)
+        object.__setattr__(self, "_entries", vars(self._live))
+        object.__setattr__(self, "_twin_entries", vars(self._twins))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        entries = self._entries
+        if name in self._writable and type(value) in PLAIN and type(entries.get(name)) in PLAIN:
+            entries[name] = self._twin_entries[name] = value
+        else:
+            Namespace.__setattr__(self, name, value)
+
+
+def _entry_of_batch(state: LearnerState, name: str) -> Any:
+    return getattr(state.batch, name)
+
+
+NAMESPACES: dict[str, type[Namespace]] = {
+    "batch": BatchNamespace,
+    "cbstate": CbstateNamespace,
+    "optimizer": Namespace,
+}
+_STABLE: dict[str, tuple[attrgetter[Any], attrgetter[Any]]] = {
+    # Objects that stay the same as long as the learner lives: their twins, and they themselves.
+    "cbstate": (attrgetter("cbstate.__twins__"), attrgetter("cbstate")),
+    "optimizer": (attrgetter("optimizers.__twins__"), attrgetter("optimizers")),
+}
+
+
+def _detached_getter(path: str, read: str, write: str, name: str) -> Callable[[Any], Any]:
+    """Return what gets an entry as a deferrable callback sees it: its twin, or one of it without graphs."""
+    get, get_twin = attrgetter(f"{write}.{name}"), attrgetter(f"{read}.{name}")
+
+    def show(view: Any) -> Any:
+        """Return the entry."""
+        value = get(view)
+        found = detached(value)
+        return get_twin(view) if found is value else readonly(found, path)
+
+    return show
+
+
+def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[Namespace]:
+    """Make the class for one root: a C getter for each declared entry, a `Part` for what is declared deeper.
+
+    Args:
+        root: The root.
+        inside: What is declared in it.
+        consumes: Whether it is for a handler that may run elsewhere, which sees detached tensors.
+    """
+    read, write = ("_twins", "_live") if root in _STABLE else ("_state.batch_twin", "_state.batch")
+    trees: dict[str, Tree] = {}
+    members: dict[str, Any] = {}
+    for name, kind in inside.items():
+        covering = kind.get("") if isinstance(kind, dict) else kind
+        if isinstance(inside.get(""), Write):
+            covering = inside[""]  # a `Read` of an entry takes nothing from a `Write` of all
+        if isinstance(kind, dict) and (covering is None or (isinstance(covering, Read) and writes(kind))):
+            trees[name] = kind
+        elif name:
+            # The gradients are not the batch's own, so they bring their twin along.
+            twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
+            if consumes and root != "optimizer" and not isinstance(covering, Write):
+                members[name] = property(_detached_getter(f"{root}.{name}", read, write, name))
+                continue
+            members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}"))
+    members |= {
+        "__slots__": tuple(trees),
+        "_root": root,
+        "_writable": frozenset(name for name, kind in inside.items() if isinstance(kind, Write)),
+        "_trees": trees,
+    }
+    return type(f"{root.capitalize()}View", (NAMESPACES[root],), members)

@@ -1,0 +1,291 @@
+"""A checkpoint: the whole state of a learner, gathered as tensors and plain values, checked against one, and put back.
+
+==============  =====================================================================================================
+entry           what it is
+==============  =====================================================================================================
+``format``      what makes it a checkpoint of flowtrain; ``version`` of the format, ``flowtrain`` and ``torch``
+``model``       the state of each model by its name; a single one has the empty name. After an evaluation it is what was
+                judged: the averages of `flowtrain.callbacks.EMA`
+``trained``     the same, as training goes on with it; only where that is something else than ``model``
+``loss module`` the state of the loss function, where it is a module
+``structure``   what training changed of modules and optimizers beside that: `flowtrain.core.structure`
+``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
+``core``        the scaler's state
+``group``       an accumulation group that is open: its counts, and the gradients in the order of the parameters
+``cbstate``     what callbacks share, as `flowtrain.state.encoding` packs it
+``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
+``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
+``loaders``     for each phase the generators of its loader
+``position``    where the fit is: `flowtrain.training.checkpoint.position`; ``numbers`` of the epochs by phase
+``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
+``lanes``       what the executor says of deferred callbacks
+``finite``      whether the parameters that are trained and the last loss are neither NaN nor infinite
+==============  =====================================================================================================
+
+Nothing is changed before everything has been checked. If a callback then refuses its state, what was there before is
+put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.phases import Phase
+from flowtrain.core.core import TorchCore
+from flowtrain.errors import CheckpointError
+from flowtrain.state.encoding import Stage, fill
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
+
+__all__ = ["apply", "check", "gather", "load_models", "lost"]
+
+_COMPILED = "_orig_mod."
+
+
+def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, here: bool = False) -> dict[str, Any]:
+    """Return the state of a learner, copied to the CPU; what belongs to the fit is added by the loop.
+
+    Args:
+        state: The state.
+        core: Its core.
+        judged: Whether ``model`` is to be what evaluation judges.
+        here: It is put back in this process if something fails, and may hold what no file can.
+
+    Raises:
+        CheckpointError: A callback, ``cbstate`` or a module holds something that a checkpoint cannot.
+    """
+    with ExitStack() as rest:  # what a callback has changed for a while only is not part of it
+        for callback in state.callbacks:
+            rest.enter_context(callback.at_rest())
+        contents = _gather(state, core, here)
+        if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
+            contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
+        return contents
+
+
+def _gather(state: LearnerState, core: TorchCore, here: bool) -> dict[str, Any]:
+    stage = Stage()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "flowtrain": _version(),
+        "torch": str(torch.__version__),
+        "model": _models(core, stage),
+        "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
+        "structure": core.structure.state_dict(stage, here=here),
+        "optimizer": {
+            name: {
+                "type": type(each).__name__,
+                "groups": core.structure.group_state(name),
+                "state": stage.copy(each.state_dict(), f"optimizer {name}".strip()),
+            }
+            for name, each in _optimizers(state).items()
+        },
+        "core": stage.copy(core.state_dict(), "core"),
+        "group": _group(core, stage),
+        "cbstate": {name: stage.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
+        "callbacks": {callback.name: _callback(callback, stage) for callback in state.callbacks},
+    }
+
+
+def _models(core: TorchCore, stage: Stage) -> dict[str, Any]:
+    return {name: stage.copy(_state_of(model), f"model {name}".strip()) for name, model in core.models.items()}
+
+
+def _callback(callback: Callback, stage: Stage) -> dict[str, Any]:
+    conditions = [
+        {
+            "type": type(condition).__name__,
+            "state": stage.copy(condition.state_dict(), f"the condition {type(condition).__name__} of {callback.name}"),
+        }
+        for condition in callback.conditions
+    ]
+    return {
+        "type": type(callback).__name__,
+        "state": stage.copy(callback.state_dict(), f"{callback.name}.state_dict()"),
+        "conditions": conditions,
+    }
+
+
+def _group(core: TorchCore, stage: Stage) -> dict[str, Any] | None:
+    if not core.groups.open:
+        return None
+    gradients = [param.grad for module in core.modules for param in module.parameters()]
+    return stage.copy({"state": core.groups.state_dict(), "gradients": gradients}, "the gradients")  # type: ignore[no-any-return]  # a copy of this dict
+
+
+def _version() -> str:
+    try:
+        return version("flowtrain")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _optimizers(state: LearnerState) -> dict[str, Any]:
+    return dict(state.optimizer) if isinstance(state.optimizer, Named) else {"": state.optimizer}
+
+
+def _state_of(module: Any) -> dict[str, Any]:
+    """Return a module's state by name, the same whether it or a part of it is compiled or not."""
+    if not isinstance(module, torch.nn.Module):
+        return {}
+    return {key.replace(_COMPILED, ""): value for key, value in module.state_dict().items()}
+
+
+# --- check
+
+
+def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+    """Check that a checkpoint fits a learner.
+
+    Raises:
+        CheckpointError: It was taken of another model, with other optimizers, or with other callbacks of these names.
+    """
+    wrong = _wrong_names("model", contents["model"], core.models)
+    for name, model in core.models.items():
+        wrong = wrong or list(_differences(contents["model"][name], _state_of(model)))
+    wrong = wrong or list(_differences(contents["loss module"], _state_of(state.lossfn)))
+    wrong = wrong or list(core.structure.differences(contents.get("structure")))
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"The checkpoint was taken of another model: {'; '.join(wrong[:5])}{more}. Build the learner with the "
+            f"model that the checkpoint was taken of. Nothing has been changed."
+        )
+    optimizers = _optimizers(state)
+    wrong = _wrong_names("optimizer", contents["optimizer"], optimizers)
+    for name, optimizer in optimizers.items():
+        wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer, core))
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint was taken with another optimizer: {wrong[0]}. Build the learner with that optimizer. "
+            f"Nothing has been changed."
+        )
+    for callback in state.callbacks:
+        saved = contents["callbacks"].get(callback.name)
+        if saved is not None and saved["type"] != type(callback).__name__ and saved["state"]:
+            raise CheckpointError(
+                f"The checkpoint has the state of a {saved['type']} under the name {callback.name!r}, and here that is "
+                f"a {type(callback).__name__}. Give one of them another name. Nothing has been changed."
+            )
+
+
+def _wrong_names(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    if set(saved) == set(here):
+        return []
+
+    def listed(names: Mapping[str, Any]) -> str:
+        return ", ".join(repr(name) for name in names if name) or "one without a name"
+
+    return [f"it has as {what} {listed(saved)}, the learner has {listed(here)}"]
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what tells two states of a module apart: names, shapes and dtypes."""
+    for name in here:
+        if name not in saved:
+            yield f"it has no {name}"
+    for name, value in saved.items():
+        if name not in here:
+            yield f"it has {name}, and the learner's has not"
+        elif isinstance(value, torch.Tensor) and isinstance(here[name], torch.Tensor):
+            if value.shape != here[name].shape:
+                yield f"its {name} has shape {tuple(value.shape)}, the learner's {tuple(here[name].shape)}"
+            elif value.dtype != here[name].dtype:
+                yield f"its {name} is {value.dtype}, the learner's {here[name].dtype}"
+
+
+def _other_optimizer(
+    name: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, core: TorchCore
+) -> Iterator[str]:
+    if saved["type"] != type(optimizer).__name__:
+        called = f"optimizer {name!r}" if name else "it"
+        yield f"{called} was a {saved['type']}, the learner has a {type(optimizer).__name__}"
+    other = core.structure.other_groups(name, saved)
+    if other:
+        yield other
+
+
+# --- put back
+
+
+def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+    """Put a learner into the state of a checkpoint that `check` has passed. What is read stays as it is.
+
+    Raises:
+        CheckpointError: A model or callback refused its state; the learner is as it was then.
+    """
+    before = gather(state, core, here=True)
+    try:
+        _apply(contents, state, core)
+    except BaseException:
+        _apply(before, state, core)
+        raise
+
+
+def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+    stage = Stage()
+    with core.own_modes():  # first: what modules load by themselves counts
+        core.structure.load_state_dict(contents.get("structure"))
+    load_models(contents.get("trained", contents["model"]), core)
+    _load_module(state.lossfn, contents["loss module"])
+    for name, optimizer in _optimizers(state).items():
+        core.structure.arrange(name, contents["optimizer"][name])
+        optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
+    core.load_state_dict(contents["core"])
+    if contents["group"] is not None:
+        core.groups.load_state_dict(contents["group"]["state"])
+        params = (param for module in core.modules for param in module.parameters())
+        for param, gradient in zip(params, contents["group"]["gradients"], strict=True):
+            param.grad = None if gradient is None else gradient.to(param.device, copy=True)
+    phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
+    for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
+        if not _is_made(state, name):
+            delattr(state.cbstate, name)
+    for name, packed in contents["cbstate"].items():
+        fill(state.cbstate, name, stage.copy(packed, f"cbstate.{name}"), phases)
+    for callback in state.callbacks:
+        if callback.name in contents["callbacks"]:
+            _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
+
+
+def load_models(saved: Mapping[str, Mapping[str, Any]], core: TorchCore) -> None:
+    """Put the models into the states of these names."""
+    for name, model in core.models.items():
+        _load_module(model, saved[name])
+
+
+def lost(contents: Mapping[str, Any], state: LearnerState) -> list[str]:
+    """Return the names of callbacks that have state in a checkpoint, and are not the learner's."""
+    names = {callback.name for callback in state.callbacks}
+    return [name for name, saved in contents["callbacks"].items() if saved["state"] and name not in names]
+
+
+def _is_made(state: LearnerState, name: str) -> bool:
+    """Tell whether a callback of the learner writes an entry: then it stays, though the checkpoint has none."""
+    return name in getattr(state.callbacks, "written", ())
+
+
+def _load_module(module: Any, saved: Mapping[str, Any]) -> None:
+    if isinstance(module, torch.nn.Module):
+        module.load_state_dict({key: saved[key.replace(_COMPILED, "")] for key in module.state_dict()})
+
+
+def _load_callback(callback: Callback, saved: Mapping[str, Any]) -> None:
+    conditions = callback.conditions
+    try:
+        callback.load_state_dict(saved["state"])
+        if [type(condition).__name__ for condition in conditions] == [each["type"] for each in saved["conditions"]]:
+            for condition, each in zip(conditions, saved["conditions"], strict=True):
+                condition.load_state_dict(each["state"])
+    except Exception as error:
+        raise CheckpointError(
+            f"{callback.name} does not take back its state of the checkpoint: {type(error).__name__}: {error}. Was it "
+            f"made with other arguments? Nothing has been changed."
+        ) from error

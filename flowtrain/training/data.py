@@ -1,0 +1,199 @@
+"""Data: loaders by phase, checked as early as their kind allows.
+
+Planned updates: how many updates a fit will come to, worked out before it begins.
+
+A schedule that is stretched over training needs this number. It is one update for each accumulation group of batches;
+the last group of an epoch may be shorter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from math import ceil
+from typing import Any
+
+import torch
+
+from flowtrain.callback.phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+)
+from flowtrain.errors import DataError, describe
+from flowtrain.state.by_phase import PhaseMap
+
+__all__ = [
+    "check_gave",
+    "length",
+    "loaders",
+    "planned_updates",
+    "shortest",
+    "warn_untrained",
+]
+
+_EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
+
+
+def loaders(data: Any) -> PhaseMap[Any]:
+    """Return the loaders by phase.
+
+    Args:
+        data: ``None``; one loader, for training; a tuple of a training and a validation loader; or a mapping from
+            phases or phase types to loaders, in the order in which an epoch of each is run.
+
+    Raises:
+        DataError: Not that, or a loader that is a tensor, a dataset, or empty.
+    """
+    found: PhaseMap[Any] = PhaseMap("data")
+    if data is None:
+        return found
+    if isinstance(data, Mapping):
+        pairs = [(_phase(key), loader) for key, loader in data.items()]
+    elif isinstance(data, tuple):
+        if data and all(_is_array(item) for item in data):
+            kind = "tensors" if all(isinstance(item, torch.Tensor) for item in data) else "arrays"
+            raise DataError(f"data is {describe(data)}: {kind}, not loaders. {_make_loader(*data)}")
+        if not 1 <= len(data) <= 2:
+            raise DataError(f"data is a tuple of {len(data)} loaders. Pass {_EXAMPLE}.")
+        pairs = list(zip((TrainingPhase(), ValidationPhase()), data, strict=False))
+    else:
+        pairs = [(TrainingPhase(), data)]
+    for phase, loader in pairs:
+        check_loader(loader, phase)
+        found[phase] = loader
+    return found
+
+
+def _is_loader(value: object) -> bool:
+    """Tell whether something is a loader beyond doubt: a batch may be a list of lists."""
+    return isinstance(value, torch.utils.data.DataLoader)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
+
+
+def _make_loader(*arrays: object) -> str:
+    names = ("inputs", "targets")
+    if not all(isinstance(array, torch.Tensor) for array in arrays):
+        names = ("torch.as_tensor(inputs)", "torch.as_tensor(targets)")
+    made = f"DataLoader(TensorDataset({', '.join(names)}), batch_size=32)"
+    return f"Make batches of {'it' if len(arrays) == 1 else 'them'}: {made}, and pass {_EXAMPLE}."
+
+
+def _phase(key: object) -> Phase:
+    phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
+    if not isinstance(phase, Phase):
+        raise DataError(f"data has the key {key!r}, which is no phase. Pass {_EXAMPLE}.")
+    if type(phase) in (Phase, AbstractTrainingPhase, AbstractValidationPhase):
+        raise DataError(f"data has the key {phase!r}, which is abstract. Use a subclass of it.")
+    return phase
+
+
+def check_loader(loader: Any, phase: Phase) -> None:
+    """Check what can be told of a loader without taking a batch from it.
+
+    Raises:
+        DataError: It is a tensor, a dataset, a list of loaders, not iterable, or says that it is empty.
+    """
+    inside = list(loader.values()) if isinstance(loader, Mapping) else loader
+    if isinstance(inside, (list, tuple)) and inside and all(map(_is_loader, inside)):
+        remedy = "For training and validation pass a tuple: data=(train, valid)."
+        if not isinstance(phase, AbstractTrainingPhase):
+            remedy = (
+                "Give each of them a phase of its own: class OtherPhase(ValidationPhase): ..., and "
+                "data={TrainingPhase: train, ValidationPhase: valid, OtherPhase: other}."
+            )
+        raise DataError(
+            f"The data for {phase!r} is a {type(loader).__name__} of {len(inside)} loaders, and each of them would be "
+            f"taken for a batch. {remedy}"
+        )
+    if _is_array(loader):
+        raise DataError(
+            f"The data for {phase!r} is {describe(loader)}, not a loader of batches. {_make_loader(loader)}"
+        )
+    if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
+        raise DataError(
+            f"The data for {phase!r} is a {type(loader).__name__}, a dataset of single samples. "
+            f"Make batches of it: DataLoader(dataset, batch_size=32)."
+        )
+    if isinstance(loader, (str, bytes)) or not (isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")):
+        raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
+    if length(loader) == 0:
+        raise DataError(_empty(phase, loader))
+
+
+def warn_untrained(data: PhaseMap[Any], stacklevel: int) -> None:
+    """Warn of a fit whose phases all evaluate; it is allowed, and rarely meant."""
+    if all(isinstance(phase, AbstractValidationPhase) for phase in data):
+        warnings.warn(
+            f"fit() has no training phase in its data, only {', '.join(map(repr, data))}: nothing is trained. Use "
+            f"validate(), or add the data to train on: data={{TrainingPhase: loader, ...}}.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_gave(count: int, phase: Phase, loader: object) -> None:
+    """Check, after an epoch, that the loader gave at least one batch.
+
+    Raises:
+        DataError: It gave none.
+    """
+    if not count:
+        raise DataError(_empty(phase, loader))
+
+
+def _empty(phase: Phase, loader: object) -> str:
+    text = f"The loader for {phase!r} ({type(loader).__name__}) gives no batch."
+    if isinstance(loader, Iterator):
+        return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or another iterable."
+    return f"{text} Is the dataset empty, or smaller than one batch with drop_last=True?"
+
+
+def length(loader: object) -> int | None:
+    """Return the number of batches in a loader, or ``None`` where it does not know, or only guesses."""
+    if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
+        return None  # a DataLoader divides what the dataset says of itself, which need not be what it gives
+    try:
+        return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # or a TypeError, as here
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def shortest(*lengths: int | None) -> int | None:
+    """Return the smallest of the lengths that are known; ``None`` where none is."""
+    return min((each for each in lengths if each is not None), default=None)
+
+
+def planned_updates(
+    data: PhaseMap[Any], accumulate: int, epochs: int | None, steps: int | None, validate_every: int | None
+) -> int | None:
+    """Return how many updates a fit comes to if nothing is cancelled; ``None`` where a loader's length is not known.
+
+    Args:
+        data: The loaders by phase.
+        accumulate: Batches in an accumulation group.
+        epochs: As for `Learner.fit`.
+        steps: As for `Learner.fit`.
+        validate_every: As for `Learner.fit`.
+
+    >>> from flowtrain.callback.phases import TrainingPhase
+    >>> loaders = PhaseMap("data")
+    >>> loaders[TrainingPhase] = range(10)
+    >>> planned_updates(loaders, 4, epochs=2, steps=None, validate_every=None)
+    6
+    """
+    lengths = [length(loader) for phase, loader in data.items() if isinstance(phase, AbstractTrainingPhase)]
+    if epochs is not None:
+        known = [each for each in lengths if each is not None]
+        return epochs * sum(ceil(each / accumulate) for each in known) if len(known) == len(lengths) else None
+    if steps is None or accumulate == 1:
+        return steps
+    batches = validate_every or lengths[0]
+    if not batches:
+        return None
+    return steps // batches * ceil(batches / accumulate) + ceil(steps % batches / accumulate)

@@ -1,0 +1,220 @@
+"""Declarations: their normal form, what they grant, and where two of them meet."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtrain.callback.access import (
+    ROOTS,
+    Access,
+    Declaration,
+    Path,
+    Read,
+    Write,
+    declare,
+    dotted,
+    granted,
+    render,
+    union,
+)
+from flowtrain.errors import AccessError
+
+NAMES = ["a", "b", "0", "weight"]
+KINDS: list[Read | Write] = [Read(), Read(optional=True), Read(full=True), Read(optional=True, full=True), Write()]
+
+roots = st.sampled_from(["batch", "cbstate", "model", "params", "optimizer", "resource"])
+paths = st.tuples(roots, st.lists(st.sampled_from(NAMES), max_size=3)).map(lambda each: (each[0], *each[1]))
+
+
+def _legal(entry: tuple[Path, Read | Write]) -> tuple[Path, Read | Write]:
+    path = entry[0]
+    return ((*path, "rng") if len(path) == 1 else path, Write()) if path[0] == "resource" else entry
+
+
+entries = st.tuples(paths, st.sampled_from(KINDS)).map(_legal)
+declarations = st.lists(entries, max_size=6).map(lambda found: union([((path, kind),) for path, kind in found]))
+
+
+# --- normal form
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        {"batch.loss": Read(), "batch.x.y": Write(), "cbstate": Read(optional=True)},
+        {"batch": {"loss": Read(), "x": {"y": Write()}}, "cbstate": Read(optional=True)},
+        {"batch": {"x.y": Write(), "loss": Read()}, "cbstate": Read(optional=True)},
+        {"cbstate": Read(optional=True), "batch.x": {"y": Write()}, "batch": {"loss": Read()}},
+    ],
+)
+def test_dotted_and_nested_mean_the_same(access: Access) -> None:
+    assert declare(access, "me") == (
+        (("batch", "loss"), Read()),
+        (("batch", "x", "y"), Write()),
+        (("cbstate",), Read(optional=True)),
+    )
+
+
+@settings(deadline=None)
+@given(declarations, st.data())
+def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declaration, data: st.DataObject) -> None:
+    """Each path is cut into dotted keys at random, in random order; the normal form does not notice."""
+    order = data.draw(st.permutations(declaration))
+    access: dict[str, Any] = {}
+    for path, kind in order:
+        cuts = data.draw(st.sets(st.integers(1, len(path) - 1))) if len(path) > 1 else set[int]()
+        bounds = [0, *sorted(cuts), len(path)]
+        keys = [".".join(path[start:end]) for start, end in itertools.pairwise(bounds)]
+        level = access
+        for key in keys[:-1]:
+            if not isinstance(level.setdefault(key, {}), dict):
+                break  # the place is taken by Read() or Write(): only the dotted form can say both
+            level = level[key]
+        else:
+            if keys[-1] not in level:
+                level[keys[-1]] = kind
+                continue
+        access.setdefault(dotted(path), kind)
+    found = declare(access, "me")
+    assert set(found) <= set(declaration)
+    if len(found) == len(declaration):
+        assert found == declaration
+    assert declare({dotted(path): kind for path, kind in order}, "me") == declaration
+
+
+@settings(deadline=None)
+@given(declarations)
+def test_a_rendered_declaration_reads_back(declaration: Declaration) -> None:
+    assert declare(eval(render(declaration), {"Read": Read, "Write": Write}), "me") == declaration
+
+
+@pytest.mark.parametrize("name", ['say "hi"', "it's", "back\\slash", "two words", "π", "line\nbreak"])
+def test_names_of_any_kind_are_rendered_as_source(name: str) -> None:
+    declaration = declare({"cbstate.tracehistory": {name: Write()}}, "me")
+    assert declare(eval(render(declaration), {"Write": Write}), "me") == declaration
+
+
+def test_one_path_twice_is_the_stronger_of_both() -> None:
+    assert declare({"batch": {"x": Read(optional=True)}, "batch.x": Read()}, "me") == ((("batch", "x"), Read()),)
+    assert declare({"batch.x": Write(), "batch": {"x": Read()}}, "me") == ((("batch", "x"), Write()),)
+
+
+def test_a_full_read_stays_full() -> None:
+    """Rule 22: who iterates over a whole series says so, and no other declaration takes that back."""
+    full, optional, plain = Read(full=True), Read(optional=True), Read()
+    x: Path = ("cbstate", "x")
+    assert union([((x, full),), ((x, optional),), ((x, plain),)]) == ((x, Read(full=True)),)
+    assert union([((x, optional),), ((x, Read(optional=True, full=True)),)]) == ((x, Read(optional=True, full=True)),)
+    assert union([((x, full),), ((x, Write()),)]) == ((x, Write()),)
+    assert granted(((("cbstate",), full), (x, optional)), x) == full
+    assert render(((x, Read(optional=True, full=True)),)) == '{"cbstate.x": Read(optional=True, full=True)}'
+
+
+def test_empty_declarations() -> None:
+    assert declare({}, "me") == declare({"batch": {}}, "me") == ()
+    assert render(()) == "{}"
+
+
+@pytest.mark.parametrize(
+    ("access", "message"),
+    [
+        (
+            {"btach.loss": Read()},
+            "P.state_access() declares 'btach.loss', but a learner has no 'btach'. Did you mean 'batch'? A path begins "
+            f"with one of: {', '.join(ROOTS)}.",
+        ),
+        (
+            {"batch.loss": Read},
+            "P.state_access() declares 'batch.loss': Read without parentheses. Write Read(), an instance of it.",
+        ),
+        (
+            {"batch": {"loss": Write}},
+            "P.state_access() declares 'batch.loss': Write without parentheses. Write Write(), an instance of it.",
+        ),
+        (Read, "P.state_access() is Read without parentheses. Write Read(), an instance of it."),
+        (
+            {"batch.loss": "read"},
+            "P.state_access() declares 'batch.loss': 'read', which is neither Read(), Write() nor a mapping. "
+            'Write a mapping such as {"batch.loss": Read()}.',
+        ),
+        (
+            ["batch.loss"],
+            "P.state_access() is ['batch.loss'], which is neither Read(), Write() nor a mapping. "
+            'Write a mapping such as {"batch.loss": Read()}.',
+        ),
+        (
+            None,
+            "P.state_access() is None, which is neither Read(), Write() nor a mapping. "
+            'Write a mapping such as {"batch.loss": Read()}.',
+        ),
+        (
+            {"batch..loss": Read()},
+            "P.state_access() declares the path 'batch..loss'. A path is names joined by dots, as \"batch.loss\".",
+        ),
+        (
+            {"batch": {"": Read()}},
+            "P.state_access() declares the path ''. A path is names joined by dots, as \"batch.loss\".",
+        ),
+        (
+            {("batch", "loss"): Read()},
+            "P.state_access() declares the path ('batch', 'loss'). A path is names joined by dots, as \"batch.loss\".",
+        ),
+        (
+            {"resource": Write()},
+            "P.state_access() declares 'resource': Write(). A resource has a name and is used or not used: "
+            'write {"resource.rng": Write()}.',
+        ),
+        (
+            {"resource.pyplot": Read()},
+            "P.state_access() declares 'resource.pyplot': Read(). A resource has a name and is used or not used: "
+            'write {"resource.pyplot": Write()}.',
+        ),
+        (
+            {"cbstate._state": Write()},
+            "P.state_access() declares 'cbstate._state': an entry's name does not begin with an underscore.",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_said(access: Any, message: str) -> None:
+    """Rule 4: unknown first parts and `Read` without parentheses are errors with the nearest name."""
+    with pytest.raises(AccessError) as caught:
+        declare(access, "P.state_access()")
+    assert str(caught.value) == message
+
+
+def test_declarations_are_values() -> None:
+    assert (repr(Read()), repr(Read(optional=True)), repr(Write())) == ("Read()", "Read(optional=True)", "Write()")
+    assert len({Read(), Read(), Read(optional=True), Write(), Write()}) == 3
+    assert len({declare({"batch.x": Read()}, "one"), declare({"batch": {"x": Read()}}, "other")}) == 1
+
+
+# --- what is granted
+
+
+def test_a_path_covers_what_lies_below_it() -> None:
+    """Rule 4."""
+    declaration = declare({"batch": Read(), "batch.x": Write(), "cbstate.a.b": Read(optional=True)}, "me")
+    assert granted(declaration, ("batch",)) == Read()
+    assert granted(declaration, ("batch", "loss", "deep")) == Read()
+    assert granted(declaration, ("batch", "x", "deep")) == Write()
+    assert granted(declaration, ("cbstate", "a")) is None
+    assert granted(declaration, ("cbstate", "a", "b", "c")) == Read(optional=True)
+    assert granted(declaration, ("cbstate", "a", "bc")) is None
+    assert granted((), ("batch",)) is None
+
+
+@settings(deadline=None)
+@given(st.lists(declarations, max_size=4), paths)
+def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path: Path) -> None:
+    """Rule 3: `setup` gets the union."""
+    each = [kind for declaration in several if (kind := granted(declaration, path)) is not None]
+    expected: Read | Write | None = Write() if Write() in each else None
+    reads = [kind for kind in each if isinstance(kind, Read)]
+    if reads and expected is None:
+        expected = Read(optional=all(kind.optional for kind in reads), full=any(kind.full for kind in reads))
+    assert granted(union(several), path) == expected

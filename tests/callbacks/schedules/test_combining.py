@@ -1,0 +1,102 @@
+"""Schedules made of schedules, against torch's SequentialLR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
+
+from flowtrain import UsageError
+from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
+from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, polynomial, step
+from flowtrain.callbacks.schedules.schedule import Schedule
+
+
+@settings(max_examples=30, deadline=None)
+@given(updates=st.integers(1, 20), rest=st.integers(1, 40), start=st.floats(0.01, 1.0), value=st.floats(1e-3, 1.0))
+def test_warmup_then_cosine(updates: int, rest: int, start: float, value: float) -> None:
+    theirs = from_torch(
+        lambda optimizer: SequentialLR(
+            optimizer,
+            [LinearLR(optimizer, start, total_iters=updates), CosineAnnealingLR(optimizer, T_max=rest)],
+            [updates],
+        ),
+        value,
+    )
+    total = updates + rest
+    for schedule in (
+        warmup(cosine(value, length=rest), updates, start=start),
+        warmup(cosine(value), updates, start=start).over(total),  # stretched over what the warm-up leaves
+    ):
+        assert [schedule(n) for n in range(1, total + 1)] == pytest.approx(
+            [theirs(n) for n in range(1, total + 1)], rel=1e-12, abs=1e-12
+        )
+
+
+def test_sequence_is_torchs() -> None:
+    theirs = from_torch(
+        lambda optimizer: SequentialLR(
+            optimizer, [StepLR(optimizer, 3), ExponentialLR(optimizer, 0.9), StepLR(optimizer, 4, 0.5)], [10, 25]
+        ),
+        0.5,
+    )
+    schedule = sequence([step(0.5, 3), exponential(0.5, 0.9), step(0.5, 4, 0.5)], at=[10, 25])
+    assert [schedule(n) for n in range(1, 61)] == pytest.approx([theirs(n) for n in range(1, 61)], rel=1e-12)
+
+
+def test_open_parts_are_stretched_over_their_turns() -> None:
+    schedule = sequence([polynomial(1.0), 0.5, polynomial(0.5)], at=[4, 6])
+    assert schedule.is_open
+    assert [schedule.over(8)(n) for n in range(1, 10)] == [1.0, 0.75, 0.5, 0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
+    closed = sequence([polynomial(1.0), 0.5], at=[4])
+    assert not closed.is_open
+    assert closed(4) == 0.25
+
+
+def test_a_fit_that_is_shorter_than_the_warmup() -> None:
+    assert [warmup(cosine(1.0), 10, start=0.0).over(5)(n) for n in (1, 6, 11)] == [0.0, 0.5, 1.0]
+
+
+def test_functions_and_numbers_are_schedules_too() -> None:
+    schedule = warmup(lambda n: 1 / n, 2, start=0.0)
+    assert [schedule(n) for n in range(1, 5)] == [0.0, 0.5, 1.0, 0.5]
+    assert repr(sequence([0.1, constant(0.2)], at=[5])) == "sequence([0.1, constant(0.2)], at=[5])"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: warmup(per_epoch(cosine(1.0)), 5),
+            "warmup() got per_epoch(cosine(1.0, end=0.0)), which counts epochs, and counts updates itself. "
+            "Put per_epoch around the whole: per_epoch(warmup(...)).",
+        ),
+        (lambda: warmup(1.0, 0), "warmup(updates=0): updates is a whole number of updates, at least 1."),
+        (
+            lambda: sequence([1.0, 2.0], at=[]),
+            "sequence() got 2 schedules and 0 numbers in at=[]: after each schedule but the last there is one, as "
+            "sequence([a, b, c], at=[100, 200]).",
+        ),
+        (
+            lambda: sequence([1.0, "x"], at=[1]),  # type: ignore[list-item]  # on purpose
+            "A schedule is a function schedule(n) of the coming update, from 1, or a number; got 'x'. "
+            "Write one_cycle(1e-3), or lambda n: 1e-3 / n.",
+        ),
+    ],
+)
+def test_arguments_that_mean_nothing(make: Callable[[], Schedule], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+def test_torch_leaves_no_warning_behind() -> None:
+    """Warnings are errors here: each wrapped scheduler steps after its own optimizer."""
+    schedule = from_torch(partial(CosineAnnealingLR, T_max=3), 1.0)
+    assert schedule(4) == pytest.approx(0.0)
+    assert isinstance(torch.optim.lr_scheduler.LRScheduler, type)

@@ -1,0 +1,252 @@
+"""Compilation of the model, and of the model with its loss; names, copies and recompilations."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from flowtrain import Learner, TorchCore, TrainingPhase, Write
+from flowtrain.callback.events import BatchEnd, LossBegin
+from flowtrain.callbacks import CustomCallback
+from flowtrain.core.compile import Compiled, has_graphs, original, recompilations
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations() -> None:
+    torch.compiler.reset()
+
+
+class Net(nn.Sequential):
+    """A small network."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batches(*sizes: int) -> Pairs:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 6, generator=generator), torch.randint(3, (size,), generator=generator)) for size in sizes
+    ]
+
+
+class Counted:
+    """A loss that counts how often it runs outside of a compiled graph."""
+
+    eager = 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.eager += 1
+        return cross_entropy(outputs, targets)
+
+
+def trained(compile: Any, *callbacks: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:  # noqa: A002
+    learner = Learner(
+        options.pop("model", None) or Net(),
+        lossfn,
+        data=(batches(5, 5, 5), batches(4)),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=callbacks,
+        default_callbacks="quiet",
+        core=TorchCore("cpu", compile=compile, **options),
+    )
+    learner.fit(2)
+    return learner
+
+
+def assert_close(one: nn.Module, other: nn.Module) -> None:
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_model_and_loss_as_one_graph_train_the_same(precision: Any) -> None:
+    lossfn = Counted()
+    learner = trained({"loss": True, "backend": "aot_eager"}, lossfn=lossfn, precision=precision)
+    expected = trained(False, precision=precision)
+    rtol, atol = (1e-5, 1e-6) if precision == "fp32" else (0.05, 0.02)
+    for name, tensor in learner.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.model.state_dict()[name], rtol=rtol, atol=atol)
+    assert lossfn.eager == 0
+    assert learner.cbstate.metrics_epoch[TrainingPhase]["Loss"].last()[1] == pytest.approx(
+        expected.cbstate.metrics_epoch[TrainingPhase]["Loss"].last()[1], rel=0.02
+    )
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("entry", ["outputs", "targets"])
+def test_what_a_handler_of_loss_begin_writes_counts(entry: str, in_place: bool) -> None:
+    """The loss that was made with the outputs is not that of what a handler put in their place."""
+
+    def change(view: Any) -> None:
+        value = getattr(view.batch, entry)
+        if in_place:
+            value.data.zero_()
+            torch.Tensor.add_(value.detach(), 0)
+        else:
+            setattr(view.batch, entry, torch.zeros_like(value) if entry == "targets" else value * 0.5)
+
+    def writer() -> CustomCallback:
+        return CustomCallback(change, LossBegin, TrainingPhase, {f"batch.{entry}": Write()})
+
+    lossfn = Counted()
+    learner = trained({"loss": True, "backend": "eager"}, writer(), lossfn=lossfn)
+    assert_close(learner.model, trained(False, writer()).model)
+    assert lossfn.eager == 6
+
+
+def test_names_never_begin_with_the_wrapper() -> None:
+    inner = Net()
+    compiled = torch.compile(inner, backend="eager")
+    assert original(compiled) is inner
+    assert original(inner) is inner
+    for model in (compiled, Net()):
+        learner = trained(False if model is compiled else {"backend": "eager"}, model=model)
+        assert learner.model is model
+        names = [*learner.core.models[""].state_dict(), *learner.params, *learner.core.grads]
+        assert not [name for name in names if "_orig_mod" in name]
+        assert set(learner.params) == set(Net().state_dict())
+    assert_close(inner, trained(False).model)
+
+
+def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs give every result in the same memory; here a model does."""
+    begun: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(torch, "compile", static)
+    kept: list[tuple[Tensor, Tensor]] = []
+    keep = CustomCallback(lambda view: kept.append((view.batch.outputs, view.batch.loss)), BatchEnd, TrainingPhase,
+                          {"batch.outputs": Write(), "batch.loss": Write()})  # fmt: skip
+    for wanted in ({"mode": "reduce-overhead"}, {"mode": "max-autotune", "loss": True}):
+        kept.clear()
+        learner = trained(wanted, keep)
+        seen = list(learner.cbstate.metrics_step[TrainingPhase]["Loss"])
+        assert len({outputs.data_ptr() for outputs, _ in kept}) == len(kept) == 6
+        assert [loss.item() for _, loss in kept] == [value for _, value in seen]
+        assert len({value for _, value in seen}) == 6
+    assert len(begun) == 2 * 8, "each batch, validation too, begins a step"
+
+
+def static(function: Any, **options: Any) -> Static:
+    """Stand in for `torch.compile`."""
+    return Static(function)
+
+
+class Static:
+    """Gives what a function returns in the same memory again and again, with its graph."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.memory: dict[Any, Tensor] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        made = self.function(*args)
+        return tuple(map(self._same, made)) if isinstance(made, tuple) else self._same(made)
+
+    def _same(self, value: Tensor) -> Tensor:
+        memory = self.memory.setdefault((value.shape, value.requires_grad), torch.empty_like(value))
+
+        class Same(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, tensor: Tensor) -> Tensor:
+                memory.data.copy_(tensor)
+                return memory.data.view_as(memory)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return grads[0]
+
+        return Same.apply(value)  # type: ignore[no-untyped-call,no-any-return]  # torch's
+
+
+@pytest.mark.parametrize(
+    ("wanted", "graphs"),
+    [
+        (True, False),
+        ("loss", False),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"options": {"triton.cudagraphs": True}}, True),
+    ],
+)
+def test_which_ways_record_graphs(wanted: Any, graphs: bool) -> None:
+    assert has_graphs(wanted) is graphs
+
+
+@pytest.mark.parametrize(("sizes", "warns"), [((2, 3, 4, 5, 6), True), ((2, 3, 4, 5), False)])
+def test_who_compiles_again_and_again_is_told_once(sizes: tuple[int, ...], warns: bool) -> None:
+    """With the number and the reason; three of them are nothing to speak of."""
+    learner = Learner(
+        Net(),
+        cross_entropy,
+        data=batches(*sizes),
+        default_callbacks=False,
+        core=TorchCore("cpu", compile={"backend": "eager", "dynamic": False}),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.fit(2)
+    found = [str(each.message) for each in caught if "compiled code again" in str(each.message)]
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith("torch has compiled code again 4 times, and waits for it each time. The last was ")
+        assert "size mismatch at index 0. expected 5, actual 6" in found[0]
+
+
+def test_recompilations_are_counted_with_their_reason() -> None:
+    before = len(recompilations())
+    learner = Learner(
+        Net(), cross_entropy, data=batches(5, 6, 7), default_callbacks=False,
+        core=TorchCore("cpu", compile={"backend": "eager", "dynamic": False}),
+    )  # fmt: skip
+    learner.fit(1)
+    found = recompilations()[before:]
+    assert len(found) == 2
+    assert "size mismatch" in found[0].reason
+    assert str(found[0]) == f"{found[0].where} was compiled again: {found[0].reason}"
+    learner.fit(2)
+    assert len(recompilations()) == before + 2, "the same shapes come to the same code"
+
+
+def test_nothing_of_a_batch_is_kept() -> None:
+    [(inputs, targets)] = batches(5)
+    made = Compiled({"": Net()}, cross_entropy, {"loss": True, "backend": "eager"}, lambda: targets)
+    outputs = made.model(inputs)
+    loss = made.lossfn(outputs, targets)
+    loss.backward()
+    gone = weakref.ref(outputs)
+    del outputs, loss
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("loss", [True, False])
+def test_cuda_graphs_do_not_change_what_callbacks_keep(loss: bool) -> None:
+    kept: list[Tensor] = []
+    access = {"batch.outputs": Write()}
+    keep = CustomCallback(lambda view: kept.append(view.batch.outputs), BatchEnd, TrainingPhase, access)
+    results = []
+    for wanted in (False, {"mode": "reduce-overhead", "loss": loss}):
+        kept.clear()
+        learner = Learner(
+            Net(), cross_entropy, data=batches(*[5] * 8), callbacks=[keep], default_callbacks="quiet",
+            core=TorchCore("cuda", compile=wanted),
+        )  # fmt: skip
+        learner.fit(2)
+        results.append([outputs.detach().cpu() for outputs in kept])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,76 @@
+"""Devices: which one is used, and how data gets there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from flowtrain import CoreError, Learner, TorchCore
+from flowtrain.core.devices import find_device, place
+
+META = torch.device("meta")
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+def test_nested_data_goes_to_the_device_and_keeps_its_shape() -> None:
+    raw: Any = (
+        torch.zeros(2),
+        [torch.zeros(3), "text", None],
+        {"a": torch.zeros(1), "b": (torch.ones(1), 7)},
+        Pair(torch.zeros(4), 2.5),
+        OrderedDict(z=torch.zeros(1), y=[torch.zeros(1)]),
+    )
+    placed = place(raw, META)
+    assert [type(item) for item in placed] == [Tensor, list, dict, Pair, OrderedDict]
+    tensors = [placed[0], placed[1][0], placed[2]["a"], placed[2]["b"][0], placed[3].left, placed[4]["z"]]
+    assert {tensor.device.type for tensor in [*tensors, placed[4]["y"][0]]} == {"meta"}
+    assert placed[1][1:] == ["text", None]
+    assert placed[2]["b"][1] == 7
+    assert placed[3].right == 2.5
+    assert list(placed[4]) == ["z", "y"]
+    assert raw[0].device.type == raw[2]["a"].device.type == "cpu", "the loader's own data stays where it is"
+
+
+def test_objects_that_know_how_to_move_are_asked() -> None:
+    class Graph:
+        def __init__(self, nodes: Tensor) -> None:
+            self.nodes = nodes
+
+        def to(self, device: torch.device) -> Graph:
+            return Graph(self.nodes.to(device))
+
+    assert place([Graph(torch.zeros(2))], META)[0].nodes.device.type == "meta"
+    module = nn.Linear(1, 1)
+    assert place({"helper": module}, META)["helper"] is module
+    assert module.weight.device.type == "cpu", "a module in the data is not ours to move"
+    packed = place(pack_sequence([torch.zeros(2), torch.zeros(1)]), META)
+    assert isinstance(packed, PackedSequence)
+    assert (packed.data.device.type, packed.batch_sizes.device.type) == ("meta", "cpu")
+
+
+def test_auto_is_the_first_accelerator_or_the_cpu() -> None:
+    expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert find_device("auto", []) == expected
+    assert find_device("auto", [nn.Linear(1, 1, device="meta")]) == expected, "that is no place to train on"
+    core = TorchCore()
+    Learner(nn.Linear(1, 1), mse_loss, default_callbacks=False, core=core)
+    assert core.device == expected
+    assert repr(core) == f"TorchCore(device={str(expected)!r}, precision='fp32', accumulate=1)"
+
+
+@pytest.mark.parametrize("device", ["quux", "privateuseone", None, 2.5])
+def test_a_device_that_is_not_there(device: Any) -> None:
+    with pytest.raises(CoreError, match=r"^device=.* cannot be used: ") as raised:
+        find_device(device, [nn.Linear(1, 1)])
+    assert repr(device) in str(raised.value)
+    assert raised.value.__cause__ is not None

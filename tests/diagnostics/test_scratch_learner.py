@@ -1,0 +1,85 @@
+"""What a dry run works on: copies, first batches, and random numbers that come back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from flowtrain import Access, Callback, LearnerView, UsageError, Write
+from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
+from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_random_numbers
+from flowtrain.testing import record_access, tiny_batches, tiny_learner
+
+
+def test_bad_input_is_refused_before_anything_is_used_up() -> None:
+    with pytest.raises(UsageError, match="The dry run needs a batch of data"):
+        tiny_learner(data=None).suggest_access(Recorder())
+    batches = iter([(torch.ones(2, 1), torch.ones(2, 1))])
+    with pytest.raises(UsageError, match="The data for TrainingPhase is an iterator"):
+        tiny_learner(data=batches).suggest_access(Recorder())
+    assert len(list(batches)) == 1
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    class HasFile(Recorder):
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+    with open(__file__) as file, pytest.raises(UsageError, match="cannot be copied: TypeError: cannot pickle"):
+        record_access(HasFile(file))
+
+
+class Holds(Callback):
+    """Holds what somebody else holds too."""
+
+    def __init__(self, shared: object) -> None:
+        self.shared = shared
+
+
+class Writes(Holds):
+    """Others may need it, because it writes."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.made": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.made = self.shared
+
+
+def test_copies_share_what_the_originals_share_and_leave_out_who_only_looks() -> None:
+    shared = [1]
+    subject = Holds(shared)
+    learner = tiny_learner(Writes(shared), subject, MetricsPrinter())
+    copy, model, _, _, others = copies(learner, subject)
+    assert (type(copy), model is learner.model) == (Holds, False)
+    assert torch.equal(model.coeff, learner.model.coeff)
+    assert [type(other) for other in others] == [Writes, Recorder, Metrics]
+    assert vars(others[0])["shared"] is vars(copy)["shared"] is not shared
+
+
+def test_the_first_batch_of_every_loader() -> None:
+    data = tiny_learner(data=(tiny_batches(n_batches=3), tiny_batches(n_batches=2))).data
+    found = first_batches(data)
+    assert [(phase, len(batches)) for phase, batches in found.items()] == [(phase, 1) for phase in data]
+    assert all(found[phase][0] is data[phase][0] for phase in data)
+
+
+def draw() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(numpy.random.rand())
+
+
+def test_random_numbers_come_back_also_after_an_error() -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def fail() -> None:
+        with same_random_numbers():
+            drawn.append(draw())
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        fail()
+    assert draw() == drawn[0]

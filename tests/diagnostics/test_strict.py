@@ -1,0 +1,129 @@
+"""Strict mode: what no view can refuse is found around every handler (rule 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import Access, BatchBegin, BatchEnd, LearnerView, Read, TrainingPhase, UndeclaredWriteError, Write
+from flowtrain.callback.access import declare
+from flowtrain.callbacks import CustomCallback, Metrics, Recorder, SmoothLoss, StopOnNaNLoss, Traces, throttle
+from flowtrain.diagnostics.strict import undeclared
+from flowtrain.metrics import mean_absolute_error
+from flowtrain.testing import tiny_batches, tiny_learner
+
+
+def fit(f: Callable[[LearnerView], Any], access: Access) -> None:
+    """Fit strictly for one batch with a callback that calls `f`."""
+    tiny_learner(CustomCallback(f, BatchEnd, TrainingPhase, access), n_batches=1, strict=True).fit(1)
+
+
+CASES: list[tuple[Callable[[LearnerView], Any], Access, str]] = [
+    (lambda learner: learner.batch.inputs.add_(1), {"batch.inputs": Read()}, "batch.inputs"),
+    (lambda learner: learner.batch.outputs.data.add_(1), {"batch": Read()}, "batch.outputs"),
+    (lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read()}, "model.coeff"),
+    (lambda learner: learner.model.coeff.data.mul_(2), {"model": Read()}, "model.coeff"),
+    (lambda learner: learner.batch.grads["coeff"].mul_(2), {"batch.grads": Read()}, "batch.grads"),
+    (lambda learner: torch.rand(1), {}, "resource.rng"),
+]
+
+
+@pytest.mark.parametrize(("f", "access", "path"), CASES)
+def test_an_undeclared_change_is_an_error_that_says_who_and_what(
+    f: Callable[[LearnerView], Any], access: Access, path: str
+) -> None:
+    with pytest.raises(UndeclaredWriteError) as caught:
+        fit(f, access)
+    error = caught.value
+    assert error.handler == "CustomCallback.call"
+    assert error.paths == (path,)
+    text = str(error)
+    assert text.startswith(
+        f"CustomCallback.call at (BatchEnd, TrainingPhase) changed {path} and does not declare to write it."
+    )
+    assert ("It drew random numbers: declare:" in text) == (path == "resource.rng")
+    # What it tells to declare makes it legal.
+    pasted: Access = eval(text.split("declare:")[1].strip(), {"Read": Read, "Write": Write})
+    fit(f, pasted)
+
+
+def test_what_is_declared_is_no_error() -> None:
+    fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Write()})
+    fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params.coeff": Write()})
+    fit(lambda learner: learner.batch.inputs.add_(1), {"batch": Write()})
+    fit(lambda learner: torch.rand(1), {"resource.rng": Write()})
+
+
+def test_the_bundled_callbacks_pass() -> None:
+    callbacks = [
+        Recorder(),
+        Metrics(mean_absolute_error),
+        StopOnNaNLoss(),
+        SmoothLoss(),
+        throttle(Traces({"Squared": lambda learner: learner.batch.loss**2}, TrainingPhase), BatchEnd, every=2),
+    ]
+    learner = tiny_learner(*callbacks, strict=True, n_batches=3)
+    learner.fit(2)
+    assert learner.stopped is None
+    assert len(learner.cbstate.tracehistory[TrainingPhase]["Squared"]) == 3
+
+
+def test_training_is_the_same_with_and_without() -> None:
+    coeffs = []
+    for strict in (False, True):
+        learner = tiny_learner(strict=strict)
+        learner.fit(2)
+        coeffs.append(learner.model.coeff.detach())
+    assert torch.equal(*coeffs)
+
+
+def test_a_write_covers_what_lies_below_and_aliases() -> None:
+    changed = [("model", "0", "weight"), ("optimizer", "state"), ("cbstate", "seen", "a")]
+    assert undeclared(changed, declare({"params": Write(), "optimizer": Write(), "cbstate.seen": Write()}, "it")) == []
+    assert undeclared(changed, declare({"model": Read(), "optimizer.hyperparams": Write()}, "it")) == changed
+
+
+def test_a_write_of_gradients_explains_no_change_of_values_and_the_other_way_round_it_does() -> None:
+    """Rule 5: gradients are reached through parameters, and the values of parameters not through gradients."""
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.coeff and does not declare"):
+        fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read(), "batch.grads": Write()})
+    fit(lambda learner: learner.params["coeff"].grad.mul_(2), {"params": Write()})
+    fit(lambda learner: learner.optimizer.param_groups[0].update(lr=0.5), {"optimizer.param_groups": Write()})
+    rate: Access = {"optimizer": Read(), "params": Write()}
+    with pytest.raises(UndeclaredWriteError, match=r"changed optimizer\.hyperparams and does not declare"):
+        fit(lambda learner: dict.update(learner.optimizer.param_groups._container[0], lr=2), rate)
+
+
+class Same(TrainingPhase):
+    """The targets are the inputs, as for an autoencoder."""
+
+    def split(self, raw: Any) -> tuple[Any, Any]:
+        return raw[0], raw[0]
+
+
+def test_one_object_at_two_paths_by_the_users_own_code_is_found() -> None:
+    """Rule 5: flowtrain cannot know it before, and strict mode sees who writes it."""
+    change = CustomCallback(lambda learner: learner.batch.inputs.add_(1), BatchBegin, Same, {"batch.inputs": Write()})
+    learner = tiny_learner(change, data={Same: tiny_batches(n_batches=1)}, strict=True)
+    with pytest.raises(UndeclaredWriteError, match=r"changed batch\.targets and does not declare"):
+        learner.fit(1)
+    kept: Access = {"cbstate.kept": Write()}
+    change = CustomCallback(lambda learner: learner.cbstate.kept.data.add_(1), BatchEnd, access=kept)
+    learner = tiny_learner(default_callbacks=False, strict=True)
+    learner.cbstate.kept = learner.model.coeff
+    learner.add_callback(change)
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.coeff and does not declare"):
+        learner.fit(1)
+
+
+def test_a_changed_mode_is_found_and_named() -> None:
+    with pytest.raises(UndeclaredWriteError, match=r"changed model\.training and does not declare to write it"):
+        fit(lambda learner: learner.model.eval(), {"model": Read()})
+
+
+def test_what_is_read_by_another_name_is_to_be_declared_by_that_name() -> None:
+    with pytest.raises(UndeclaredWriteError, match=r'or declare:\n\n    \{"params": Write\(\)\}'):
+        fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read()})

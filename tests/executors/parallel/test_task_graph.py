@@ -1,0 +1,130 @@
+"""The task graph of a plan: one task for each handler, the edges that are implied by no others."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import dask.base
+import dask.threaded
+import networkx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain.graph.plan import Plan
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor
+from flowtrain_dask.parallel.task_graph import compile_plan
+
+
+class Notes(Callback):
+    def __init__(self, after: Sequence[type[Callback]] = ()) -> None:
+        self.after = tuple(after)
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return self.after
+
+    @on(BatchEnd)
+    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+KINDS = [type(f"K{number}", (Notes,), {}) for number in range(8)]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    count = draw(st.integers(1, len(KINDS)))
+    callbacks = [
+        KINDS[number]([KINDS[other] for other in draw(st.sets(st.integers(0, number - 1)))] if number else ())
+        for number in range(count)
+    ]
+    return Callbacks(draw(st.permutations(callbacks)), LearnerState()).plan(BatchEnd, TrainingPhase)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans())
+def test_tasks_are_the_handlers_and_edges_the_transitive_reduction(plan: Plan) -> None:
+    graph = compile_plan(plan)
+    labels = [step.label for step in plan.steps]
+    assert list(graph) == labels
+    whole: networkx.DiGraph[str] = networkx.DiGraph()
+    whole.add_nodes_from(labels)
+    whole.add_edges_from((labels[edge.before], labels[edge.after]) for edge in plan.edges)
+    found = {(before, after) for after, task in graph.items() for before in task.dependencies}
+    assert found == set(networkx.transitive_reduction(whole).edges)
+    assert [{labels[before] for before in each} for each in graph.before] == [
+        set(graph[label].dependencies) for label in labels
+    ]
+
+
+class Noted:
+    """A firing that notes which handlers the tasks ask for."""
+
+    def __init__(self) -> None:
+        self.ran: list[int] = []
+        self.lock = threading.Lock()
+
+    def run(self, position: int) -> None:
+        with self.lock:
+            self.ran.append(position)
+
+
+@settings(max_examples=30, deadline=None)
+@given(plans())
+def test_dask_runs_the_graph_in_the_order_of_its_edges(plan: Plan) -> None:
+    graph, firing = compile_plan(plan), Noted()
+    graph.cell.firing = firing
+    dask.threaded.get(graph, list(graph), num_workers=2)
+    assert sorted(firing.ran) == list(range(len(plan)))
+    for place, position in enumerate(firing.ran):
+        assert plan.ancestors[position] & ~sum(1 << before for before in firing.ran[:place]) == 0
+
+
+def test_between_firings_the_graph_runs_nothing() -> None:
+    graph = compile_plan(Callbacks([KINDS[0]()], LearnerState()).plan(BatchEnd, TrainingPhase))
+    assert dask.threaded.get(graph, list(graph)) == (None,)
+
+
+def test_the_graph_says_what_it_is_of() -> None:
+    callbacks = [KINDS[0](), KINDS[1]([KINDS[0]])]
+    graph = compile_plan(Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase))
+    assert repr(graph) == "EventGraph(BatchEnd, TrainingPhase: 2 tasks, 1 edges)"
+
+
+def test_dask_takes_it_for_a_collection_that_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `dask.visualize` hands to graphviz, which need not be installed here."""
+    drawn: list[Any] = []
+
+    def draw(dsk: Any, **_: Any) -> None:
+        drawn.append(dsk)
+
+    monkeypatch.setattr(dask.base, "visualize_dsk", draw)
+    callbacks = [KINDS[0](), KINDS[1]([KINDS[0]])]
+    graph = compile_plan(Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase))
+    dask.base.visualize(graph)
+    [dsk] = drawn
+    assert {key: set(task.dependencies) for key, task in dict(dsk).items()} == {
+        "K0.note": set(),
+        "K1.note": {"K0.note"},
+    }
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
+def test_dask_draws_the_graph(tmp_path: Path) -> None:
+    """Each handler by its label, and an arrow for each edge; dask draws another from each task to its result."""
+    pytest.importorskip("graphviz")
+    learner = tiny_learner(executor="dask")
+    graph = cast(DaskExecutor, learner.executor).graph(BatchEnd, TrainingPhase)
+    dask.base.visualize(graph, filename=str(tmp_path / "graph"), format="svg")
+    drawn = (tmp_path / "graph.svg").read_text("utf-8")
+    boxes = re.findall(r"<text[^>]*>([^<]+)<", drawn)
+    assert sorted(box for box in boxes if "." in box) == sorted(graph)
+    assert drawn.count('class="edge"') == len(graph) + sum(len(before) for before in graph.before)

@@ -1,0 +1,403 @@
+"""What is declared must exist: batch entries from their event on (rule 4), entries of ``cbstate`` (rule 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    Access,
+    AccessError,
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    FlowtrainError,
+    LearnerView,
+    LossBegin,
+    MissingStateError,
+    Phase,
+    Read,
+    TrainingPhase,
+    UpdateBegin,
+    UpdateEnd,
+    ValidationPhase,
+    Write,
+)
+from flowtrain.callback.handler import Handler
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.testing import tiny_learner
+
+R, W = Read(), Write()
+
+
+class At(Callback):
+    """Handles the events that a test says, each under its own access or under the shared one."""
+
+    def __init__(
+        self,
+        name: str,
+        shared: Access | None = None,
+        *events: type[Event],
+        phase: type[Phase] = Phase,
+        own: dict[type[Event], Access] | None = None,
+        makes: str = "",
+    ) -> None:
+        self.name = name
+        self.shared: Access = shared or {}
+        self.phase = phase
+        self.own = {**dict.fromkeys(events), **(own or {})}
+        self.makes = makes
+
+    def state_access(self) -> Access:
+        return self.shared
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        for event, access in self.own.items():
+            yield type(self), Handler(event, self.phase, access, "At", "handle")
+
+    def setup(self, learner: LearnerView) -> None:
+        if self.makes:
+            setattr(learner.cbstate, self.makes, 1)
+
+    def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+def build(*callbacks: Callback, phases: tuple[type[Phase], ...] = (TrainingPhase,)) -> Callbacks:
+    return Callbacks(callbacks, LearnerState(), phases)
+
+
+def refused(
+    kind: type[FlowtrainError], *callbacks: Callback, phases: tuple[type[Phase], ...] = (TrainingPhase,)
+) -> str:
+    with pytest.raises(kind) as caught:
+        build(*callbacks, phases=phases)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# --- batch
+
+
+def test_an_entry_that_the_phase_does_not_provide() -> None:
+    """Rule 4: an error with the nearest name, when built."""
+    assert refused(AccessError, At("Printer", {"batch.outptus": R}, BatchEnd)) == (
+        "Printer reads batch.outptus at (BatchEnd, TrainingPhase), but TrainingPhase provides inputs, targets, "
+        "outputs, loss, grads, grad_norm, and no callback writes batch.outptus. Did you mean 'outputs'?"
+    )
+
+
+def test_an_entry_that_another_phase_provides() -> None:
+    message = refused(AccessError, At("Printer", {"batch.grads": R}, BatchEnd), phases=(TrainingPhase, ValidationPhase))
+    assert message.startswith(
+        "Printer reads batch.grads at (BatchEnd, ValidationPhase), but ValidationPhase provides inputs, targets, "
+        "outputs, loss, and no callback writes batch.grads."
+    )
+    build(At("Printer", {"batch.grads": R}, BatchEnd, phase=TrainingPhase), phases=(TrainingPhase, ValidationPhase))
+
+
+PROVIDED = [
+    (TrainingPhase, "inputs", EpochBegin, BatchBegin),
+    (TrainingPhase, "targets", EpochBegin, BatchBegin),
+    (TrainingPhase, "outputs", BatchBegin, LossBegin),
+    (TrainingPhase, "loss", LossBegin, BackwardBegin),
+    (TrainingPhase, "grads", BackwardBegin, BackwardEnd),
+    (TrainingPhase, "grad_norm", UpdateBegin, UpdateEnd),
+    (ValidationPhase, "outputs", BatchBegin, LossBegin),
+    (ValidationPhase, "loss", LossBegin, BatchEnd),
+]
+
+
+@pytest.mark.parametrize(("phase", "entry", "early", "there"), PROVIDED)
+def test_an_entry_that_is_not_there_yet(phase: type[Phase], entry: str, early: type[Event], there: type[Event]) -> None:
+    """Rule 4: each phase says from which event on its entries are there."""
+    path = f"batch.{entry}"
+    callback = At("Printer", {path: R}, early, phase=phase)
+    assert refused(MissingStateError, callback, phases=(phase,)) == (
+        f"Printer reads {path} at ({early.__name__}, {phase.__name__}), and it is not there yet: {phase.__name__} has "
+        f"it from {there.__name__} on. Handle a later event, or declare "
+        f'{{"{path}": Read(optional=True)}} and handle None.'
+    )
+    build(At("Printer", {path: R}, there, phase=phase), phases=(phase,))
+    build(At("Printer", {path: Read(optional=True)}, early, phase=phase), phases=(phase,))
+
+
+def test_a_shared_declaration_counts_at_the_latest_event() -> None:
+    """One `state_access` for several handlers is met where one of them can read it; `access=` is checked by itself."""
+    build(At("Printer", {"batch.loss": R}, BatchBegin, BatchEnd))
+    message = refused(MissingStateError, At("Printer", {"batch.loss": R}, BatchBegin, LossBegin))
+    assert "at (BatchBegin, LossBegin, TrainingPhase), and it is not there yet" in message
+    own: dict[type[Event], Access] = {BatchBegin: {"batch.loss": R}}
+    assert "at (BatchBegin, TrainingPhase)" in refused(MissingStateError, At("Printer", {}, BatchEnd, own=own))
+
+
+def test_optional_reads_are_exempt() -> None:
+    build(At("Printer", {"batch.anything": Read(optional=True), "cbstate.anything": Read(optional=True)}, EpochBegin))
+
+
+def test_the_whole_batch_may_be_read_everywhere() -> None:
+    build(At("Printer", {"batch": R}, EpochBegin))
+
+
+@pytest.mark.parametrize("write", ["batch.extra", "batch.extra.part", "batch"])
+def test_a_callback_may_provide_an_entry(write: str) -> None:
+    """Rule 4: an entry that somebody writes, at that event or an earlier one."""
+    reader = At("Printer", {"batch.extra": R}, LossBegin)
+    build(reader, At("Maker", {write: W}, LossBegin))
+    build(reader, At("Maker", {write: W}, BatchBegin))
+    later = At("Maker", {write: W}, BatchEnd)
+    message = refused(AccessError, At("Printer", {"batch.extra": R}, LossBegin), later)
+    assert message.startswith("Printer reads batch.extra at (LossBegin, TrainingPhase), but TrainingPhase provides ")
+
+
+def test_a_callback_may_provide_an_entry_earlier_than_the_phase() -> None:
+    reader = At("Printer", {"batch.loss": R}, BatchEnd, own={LossBegin: {"batch.loss": R}})
+    assert "not there yet" in refused(MissingStateError, reader)
+    build(At("Printer", {"batch.loss": R}, LossBegin), At("Maker", {"batch.loss": W}, BatchBegin))
+
+
+def test_a_writer_in_another_phase_does_not_count() -> None:
+    writer = At("Maker", {"batch.extra": W}, BatchBegin, phase=ValidationPhase)
+    message = refused(AccessError, At("Printer", {"batch.extra": R}, BatchEnd), writer)
+    assert "at (BatchEnd, TrainingPhase)" in message
+
+
+def test_who_writes_an_entry_may_read_it() -> None:
+    """`Write` includes reading."""
+    build(At("Maker", {"batch.extra": W}, BatchEnd))
+
+
+def test_events_of_ones_own() -> None:
+    """They may come at any time, so that what they read is only looked for in the whole phase."""
+
+    class Mine(Event): ...
+
+    build(At("Printer", {"batch.grad_norm": R}, Mine))
+    build(At("Printer", {"batch.extra": R}, BatchBegin), At("Maker", {"batch.extra": W}, Mine))
+    assert "no callback writes batch.extra" in refused(AccessError, At("Printer", {"batch.extra": R}, Mine))
+
+
+class Silent(Phase):
+    """Says nothing of its events and of what it provides."""
+
+    def step(self, learner: Any, raw: Any) -> None: ...
+
+
+class Provides(Phase):
+    """A phase with a step of its own that says what it provides."""
+
+    events = (EpochBegin, BatchBegin, BatchEnd, EpochEnd)
+    provides = {"real": BatchBegin, "fake": BatchEnd}  # noqa: RUF012  # a constant of the class, typed in Phase
+
+    def step(self, learner: Any, raw: Any) -> None: ...
+
+
+def test_a_phase_that_does_not_say_is_not_checked() -> None:
+    """Rule 4: without `provides` a missing entry is found when it is read."""
+    build(At("Printer", {"batch.anything": R}, BatchBegin, phase=Silent), phases=(Silent,))
+
+
+def test_a_phase_of_ones_own_that_says_is_checked() -> None:
+    build(At("Printer", {"batch.fake": R}, BatchEnd, phase=Provides))
+    assert "Provides has it from BatchEnd on" in refused(
+        MissingStateError, At("Printer", {"batch.fake": R}, BatchBegin, phase=Provides)
+    )
+    assert "but Provides provides real, fake, and" in refused(
+        AccessError, At("Printer", {"batch.loss": R}, BatchEnd, phase=Provides)
+    )
+
+
+def test_phases_are_checked_that_have_data_or_are_named() -> None:
+    """Rule 4: those in `data` and those named in an `on`."""
+    build(At("Printer", {"batch.grads": R}, BatchEnd), phases=(TrainingPhase,))
+    named = At("Other", {}, BatchEnd, phase=ValidationPhase)
+    assert "(BatchEnd, ValidationPhase)" in refused(AccessError, At("Printer", {"batch.grads": R}, BatchEnd), named)
+
+
+def test_the_fit_has_no_batch_to_check() -> None:
+    build(At("Printer", {"batch.loss": Read(optional=True)}, FitBegin, FitEnd))
+
+
+# --- cbstate
+
+
+def test_an_entry_that_nobody_writes() -> None:
+    """Rule 10: the callback, the entry, and what to write."""
+    assert refused(MissingStateError, At("Printer", {"cbstate.best": R}, BatchEnd)) == (
+        "Printer reads cbstate.best, and no callback declares to write it. Add the callback that makes it, or declare "
+        '{"cbstate.best": Read(optional=True)}.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "provider"),
+    [
+        ("cbstate.history", "Recorder"),
+        ("cbstate.metrics_epoch", "Metrics"),
+        ("cbstate.metrics_epoch.Loss", "Metrics"),
+        ("cbstate.smooth_loss", "SmoothLoss"),
+    ],
+)
+def test_the_bundled_callback_that_provides_it(path: str, provider: str) -> None:
+    """Rule 10: the bundled callback that provides the entry."""
+    entry = ".".join(path.split(".")[:2])
+    assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd)) == (
+        f"Printer reads {path}, and no callback declares to write it. "
+        f"Add flowtrain.callbacks.{provider}, which provides {entry}."
+    )
+
+
+def test_the_nearest_name() -> None:
+    maker = At("Maker", {"cbstate.best_loss": W}, BatchEnd, makes="best_loss")
+    assert refused(MissingStateError, At("Printer", {"cbstate.bestloss": R}, BatchEnd), maker) == (
+        "Printer reads cbstate.bestloss, and no callback declares to write it. Did you mean 'best_loss'? "
+        'Add the callback that makes it, or declare {"cbstate.bestloss": Read(optional=True)}.'
+    )
+
+
+def test_the_nearest_name_inside_an_entry() -> None:
+    maker = At("Maker", {"cbstate.metrics_step.Accuracy": W, "cbstate.metrics_step.Loss": W}, BatchEnd)
+    message = refused(MissingStateError, At("Printer", {"cbstate.metrics_step.Acuracy": R}, BatchEnd), maker)
+    assert message == (
+        "Printer reads cbstate.metrics_step.Acuracy, and no callback declares to write it. In cbstate.metrics_step "
+        "there is Accuracy, Loss. Did you mean 'Accuracy'? "
+        'Add the callback that makes it, or declare {"cbstate.metrics_step.Acuracy": Read(optional=True)}.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "write"),
+    [
+        ("cbstate.metrics_step", "cbstate.metrics_step.Loss"),
+        ("cbstate.metrics_step.Loss", "cbstate.metrics_step"),
+        ("cbstate.metrics_step.Loss", "cbstate.metrics_step.Loss"),
+    ],
+)
+def test_a_writer_of_a_part_or_of_the_whole_counts(read: str, write: str) -> None:
+    build(At("Printer", {read: R}, BatchEnd), At("Maker", {write: W}, BatchEnd))
+
+
+def test_a_writer_at_any_event_counts() -> None:
+    """State of callbacks lives on, so that it may be written at another event, or by the reader itself."""
+    maker = At("Maker", {"cbstate.best": W}, EpochEnd, makes="best")
+    build(At("Printer", {"cbstate.best": R}, BatchBegin), maker)
+    own: dict[type[Event], Access] = {BatchBegin: {"cbstate.best": R}, EpochEnd: {"cbstate.best": W}}
+    build(At("Both", {}, own=own, makes="best"))
+
+
+def test_what_is_there_already_needs_no_writer() -> None:
+    state = LearnerState()
+    state.cbstate.best = 3
+    Callbacks([At("Printer", {"cbstate.best": R}, BatchEnd)], state)
+
+
+def test_an_entry_of_a_namespace_must_be_there_itself() -> None:
+    """That ``cbstate.stats`` exists says nothing of ``cbstate.stats.mean``."""
+
+    class Makes(At):
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.stats.mean = 0.0
+
+    state = LearnerState()
+    before = Callbacks([Makes("Maker", {"cbstate.stats.mean": W}, BatchEnd)], state)
+    Callbacks([*before, At("Printer", {"cbstate.stats.mean": R}, BatchEnd)], state, (), before)
+    with pytest.raises(MissingStateError) as caught:
+        Callbacks([*before, At("Printer", {"cbstate.stats.maen": R}, BatchEnd)], state, (), before)
+    assert str(caught.value).startswith(
+        "Printer reads cbstate.stats.maen, and no callback declares to write it. Did you mean 'mean'?"
+    )
+
+
+# --- after setup
+
+
+def test_a_declared_writer_that_made_nothing() -> None:
+    """Rule 10: after `setup` every entry that is read exists, or the error names the writers and what to write."""
+    message = refused(
+        MissingStateError,
+        At("Printer", {"cbstate.best": R}, BatchEnd),
+        At("Idle", {"cbstate.best": W}, BatchBegin),
+        At("Lazy", {"cbstate.best": W}, EpochEnd),
+    )
+    assert message == (
+        "Printer reads cbstate.best, which Idle, Lazy declares to write but has not made. Make it in At.setup:\n\n"
+        "    def setup(self, learner: LearnerView) -> None:\n"
+        "        learner.cbstate.best = ...\n"
+    )
+
+
+def test_a_namespace_is_made_but_not_what_is_in_it() -> None:
+    message = refused(
+        MissingStateError,
+        At("Printer", {"cbstate.stats.mean": R}, BatchEnd),
+        At("Idle", {"cbstate.stats.mean": W}, EpochEnd),
+    )
+    assert message.startswith("Printer reads cbstate.stats.mean, which Idle declares to write but has not made.")
+    assert message.endswith("        learner.cbstate.stats.mean = ...\n")
+
+
+@pytest.mark.parametrize("read", ["cbstate.history", "cbstate.metrics_step.Loss", "cbstate.hyperparams.LearningRate"])
+def test_series_and_counters_are_made_by_the_learner(read: str) -> None:
+    build(At("Printer", {read: R}, BatchEnd), At("Maker", {read: W}, EpochEnd))
+
+
+def test_an_entry_of_a_removed_writer_is_not_what_was_meant() -> None:
+    """What is missing is not offered as the nearest name."""
+    state = LearnerState()
+    before = Callbacks([At("Writer", {"cbstate.best": W}, BatchEnd, makes="best")], state)
+    with pytest.raises(MissingStateError) as caught:
+        Callbacks([At("R", {"cbstate.best": R}, BatchEnd)], state, before=before)
+    assert str(caught.value).startswith(
+        "R reads cbstate.best, and no callback declares to write it. Add the callback that makes it, or declare"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("cbstate.metrics_epoch.Accuracy", "Give Metrics a metric of that name: Metrics(Metric(f, name='Accuracy'))."),
+        ("cbstate.metrics_epoch.ValidPhase.Loss", "A path leaves out the phase: declare 'cbstate.metrics_epoch.Loss'."),
+    ],
+)
+def test_what_metrics_could_provide(path: str, remedy: str) -> None:
+    maker = At("Maker", {"cbstate.metrics_epoch.Loss": W}, BatchEnd)
+    assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd), maker).endswith(
+        f"write it. In cbstate.metrics_epoch there is Loss. {remedy}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "access", "said"),
+    [
+        ("params.0.wieght", R, "params.0 has no 'wieght'. Did you mean 'weight'? Declare 'params.0' as a whole"),
+        ("params.0.weight.data", W, "params.0.weight has no 'data'. Declare"),
+        ("model.1", R, "model has no '1'. "),
+        ("lossfn.redution", R, "lossfn has no 'redution'. Did you mean 'reduction'?"),
+        ("optimizer.hyperparms", W, "optimizer has no 'hyperparms'. Did you mean 'hyperparams'?"),
+        ("optimizer.hyperparams.lr", W, "optimizer.hyperparams has no 'lr'. "),
+        ("data.TrainingPhase", R, "data has no 'TrainingPhase'. Declare 'data' as a whole"),
+    ],
+)
+def test_a_part_that_is_not_there(path: str, access: Read | Write, said: str) -> None:
+    """A misspelt path is found when the learner is built, wherever it leads, with the nearest name."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with pytest.raises(AccessError) as caught:
+        tiny_learner(At("Probe", {path: access}, BatchEnd), model=model, lossfn=torch.nn.MSELoss())
+    assert str(caught.value).startswith(f"Probe declares {path!r}, but {said}")
+
+
+def test_parts_that_are_there_or_may_come() -> None:
+    paths: Access = {"params.0.weight": W, "model.0": R, "model.new": W, "optimizer.state": R, "lossfn.reduction": R}
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    later: Access = {"model.later": Read(optional=True), "params.1": Read(optional=True)}
+    tiny_learner(At("Probe", {**paths, **later}, BatchEnd), model=model, lossfn=torch.nn.MSELoss()).fit(1)

@@ -1,0 +1,110 @@
+"""Records: from a handler to its backends, in place and from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, JsonlBackend, Run, Text, Value
+from flowtrain.logging.backend import Identity, collecting, deliver, identity, log
+
+STEP = ("Step", "TrainingPhase")
+
+
+def test_each_backend_gets_what_it_takes(tmp_path: Path) -> None:
+    backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    for backend in backends:
+        backend.open(Run("r"))
+    log(backends, Value(0.5), "Loss", 1, STEP)
+    log(backends, Text("hello"), "Note", 1, STEP)
+    for backend in backends:
+        backend.close()
+    assert (tmp_path / "v.csv").read_text("utf-8") == "group,step,Loss\nStep/TrainingPhase,1,0.5\n"
+    assert [line.split(",")[0] for line in (tmp_path / "l.jsonl").read_text("utf-8").splitlines()] == [
+        '{"name": "Loss"',
+        '{"name": "Note"',
+    ]
+
+
+def test_what_nobody_takes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoggingError, match=r"Text 'Note' was logged to CsvBackend\(.*\), and none takes that kind\. "):
+        log([CsvBackend(tmp_path / "v.csv")], Text("hello"), "Note", 1, STEP)
+    with pytest.raises(LoggingError, match=r"Value 'Loss' was logged to no backend"):
+        log([], Value(1), "Loss", 1, STEP)
+
+
+def test_a_failure_says_what_was_logged_where(tmp_path: Path) -> None:
+    backend = JsonlBackend(tmp_path / "l.jsonl")
+    with pytest.raises(LoggingError, match=r"is not open") as caught:
+        log([backend], Value(1), "Loss", 7, STEP)
+    assert caught.value.__notes__ == [f"raised when 'Loss' of Step/TrainingPhase, step 7, was logged to {backend.sink}"]
+    with pytest.raises(LoggingError) as caught:
+        deliver([backend], [(0, b"{}\n")])
+    assert caught.value.__notes__ == [f"raised when records were written to {backend.sink}"]
+
+
+def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path: Path) -> None:
+    """In a batch of records as in place, where the other backend had its own before."""
+    failing, other = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    other.open(Run("r"))
+    records = [(0, b"[]"), (1, b'{"step": 1}\n'), (0, b"[]"), (1, b'{"step": 2}\n')]
+    with pytest.raises(LoggingError, match=r"v\.csv'\) is not open"):
+        deliver([failing, other], records)
+    other.close()
+    assert (tmp_path / "l.jsonl").read_text("utf-8").splitlines() == ['{"step": 1}', '{"step": 2}']
+
+
+def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) -> None:
+    """Rule 25: by its place among the callback's, because a copy is not the driver's object."""
+    backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
+    who = Identity("run", "lane", 3)
+    assert identity() is None
+    with collecting(who, backends) as collector:
+        assert identity() is who
+        log(backends, Text("hello"), "Note", 1, STEP)
+        log(backends, Value(0.5), "Loss", 1, STEP)
+    assert identity() is None
+    assert [position for position, _ in collector.records] == [1, 0, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_belongs_to_the_backend_it_was_logged_to(tmp_path: Path) -> None:
+    """Rule 25: to a part of the callback's backends, to one, to what a generator gives; never to another one."""
+    first, second = JsonlBackend(tmp_path / "a"), JsonlBackend(tmp_path / "b")
+    with collecting(Identity("run", "lane", 3), (first, second)) as collector:
+        log((first, second)[1:], Value(1), "One", 1, STEP)
+        log(second, Value(1), "One", 1, STEP)
+        log((each for each in (second, first)), Value(1), "One", 1, STEP)
+        with pytest.raises(LoggingError) as caught:
+            log(JsonlBackend(tmp_path / "a"), Value(1), "One", 1, STEP)
+    assert [place for place, _ in collector.records] == [1, 1, 1, 0]
+    path = str(tmp_path)
+    assert str(caught.value).replace(path, "runs") == (
+        "JsonlBackend('runs/a') is none of the backends that the callback held when it was given to the learner: "
+        "JsonlBackend('runs/a'), JsonlBackend('runs/b'). A learner opens the backends that its callbacks hold when it "
+        "is built or its callbacks change. Make all of them in __init__ and keep them in attributes, as in "
+        "self.backend = JsonlBackend(path); to use another one later, put it into the callback between two fits and "
+        "call learner.set_callbacks(list(learner.callbacks))."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("log.jsonl", Value(1), "Loss", 1, STEP), r"was given 'log\.jsonl' to log to, which is no LoggerBackend"),
+        (([None], Value(1), "Loss", 1, STEP), r"log\(\) was given None to log to"),
+        ((JsonlBackend, Value(1), "Loss", 1, STEP), r"log\(\) was given <class .*JsonlBackend'> to log to"),
+        (([], Value(1), "", 1, STEP), r"was given the name ''\. A name is a text that is not empty"),
+        (([], Value(1), 1, 1, STEP), r"was given the name 1\."),
+        (([], Value(1), "Loss", 1.5, STEP), r"log\('Loss'\) was given the step 1\.5\. A step is a whole number"),
+        (([], Value(1), "Loss", 1, "Step"), r"was given the group 'Step'\. A group is a tuple of texts"),
+        (([], Value(1), "Loss", 1, ()), r"was given the group \(\)"),
+        (([], Value(1), "Loss", 1, ("Step", 1)), r"was given the group \('Step', 1\)"),
+    ],
+)
+def test_arguments_of_another_type_are_named(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(LoggingError, match=message):
+        log(*arguments)

@@ -1,0 +1,96 @@
+"""Plain values: numbers and settings as every sink can keep them, and backends that are checked."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowtrain.errors import LoggingError
+from flowtrain.logging import CsvBackend, Image, JsonlBackend, Value
+from flowtrain.logging.values import checked_backends, flat, number, refused, settings
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (True, 1),
+        (3, 3),
+        (Fraction(1, 2), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (torch.tensor([[2.0]]), 2.0),
+        (torch.tensor(True), 1),
+        (math.inf, math.inf),
+    ],
+)
+def test_numbers(value: Any, wanted: float) -> None:
+    found = number(value)
+    assert (found, type(found)) == (wanted, type(wanted))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.ones(2), r"holds one number, and got a Tensor of shape \(2,\)\. Log Histogram"),
+        (np.zeros((0,)), r"holds one number, and got a ndarray of shape \(0,\)"),
+        ("0.5", r"Value\('0\.5'\) is no real number\. Log a text as Text"),
+        (1j, r"Value\(1j\) is no real number"),
+        (None, r"Value\(None\) is no real number"),
+    ],
+)
+def test_no_numbers(value: Any, text: str) -> None:
+    with pytest.raises(LoggingError, match=text):
+        number(value)
+
+
+def test_settings_become_plain() -> None:
+    given = {"path": PurePosixPath("a/b"), "sizes": (1, 2), "names": {"b", "a"}, "deep": {"rate": torch.tensor(0.5)}}
+    assert settings(given) == {"path": "a/b", "sizes": [1, 2], "names": ["a", "b"], "deep": {"rate": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([1], r"Settings\(\.\.\.\) takes a mapping from names to values, and got \[1\]\. Write \{'lr': 0\.1\}"),
+        ({1: 2}, r"Settings\(\.\.\.\) has the name 1; names are texts"),
+        ({"a": {"": 2}}, r"Settings\(\.\.\.\)\['a'\] has the name ''; names are texts"),
+        (
+            {"a": [0, {"b": print}]},
+            r"Settings\(\.\.\.\)\['a'\]\[1\]\['b'\] is <built-in function print>\. Settings are",
+        ),
+    ],
+)
+def test_what_is_no_setting_is_named_with_its_place(given: Any, text: str) -> None:
+    with pytest.raises(LoggingError, match=text):
+        settings(given)
+
+
+NAMES = st.text("abc", min_size=1, max_size=3)
+
+
+@given(st.dictionaries(NAMES, st.recursive(st.integers(), lambda inner: st.dictionaries(NAMES, inner, min_size=1))))
+def test_flat_names_lead_to_the_values(nested: dict[str, Any]) -> None:
+    for path, value in flat(nested).items():
+        at: Any = nested
+        for name in path.split("."):
+            at = at[name]
+        assert at == value
+    assert all(not isinstance(value, dict) for value in flat(nested).values())
+
+
+def test_backends_are_checked_for_what_is_logged() -> None:
+    table, lines = CsvBackend("table"), JsonlBackend("log")
+    assert checked_backends("LogMetrics", [table, lines], Value) == (table, lines)
+    with pytest.raises(
+        LoggingError, match=r"^Mine logs Image, and CsvBackend\('.*table'\) takes Value\. Give Mine another"
+    ):
+        checked_backends("Mine", [lines, table], Image)
+    assert "takes Value, and got a Image." in str(refused(table, Image(torch.ones(2, 2))))

@@ -1,0 +1,150 @@
+"""Values read a fixed number of batches late."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtrain import TorchCore, TrainingPhase
+from flowtrain.callbacks import Metrics, SmoothLoss
+from flowtrain.metrics import mean_squared_error
+from flowtrain.state.device_values import CHUNK, Lagged, Reading, reading
+from flowtrain.state.readonly import readonly
+from flowtrain.state.series import Series, SeriesMap
+from flowtrain.testing import assert_equivalent, tiny_learner
+
+
+def test_a_reading_gives_the_values_of_when_it_began() -> None:
+    value = torch.tensor(1.0)
+    one, several = Reading([value]), Reading([value, value + 1])
+    value.fill_(7)
+    assert one.numbers() == [1.0]
+    assert several.numbers() == [1.0, 2.0]
+
+
+def test_numbers_keep_their_types_and_order() -> None:
+    values = [torch.tensor(2), torch.tensor([0.5]), torch.tensor(True), torch.tensor([[3]]), torch.tensor(1.5)]
+    found = Reading(values).numbers()
+    assert found == [2, 0.5, True, 3, 1.5]
+    assert [type(each) for each in found] == [int, float, bool, int, float]
+    assert Reading([torch.tensor(2**62 + 1)]).numbers() == [2**62 + 1]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False)), st.integers(0, 4))
+def test_each_value_comes_once_in_order_and_exactly_lag_pushes_later(values: list[float], lag: int) -> None:
+    late = Lagged(lag)
+    seen = [late.push(torch.tensor(value), position) for position, value in enumerate(values)]
+    assert seen[:lag] == [None] * min(lag, len(values))
+    found = [each for each in seen[lag:] if each is not None]
+    assert len(found) == max(len(values) - lag, 0), "never earlier and never later"
+    assert found + late.flush() == list(enumerate(values))
+    assert late.flush() == []
+
+
+def test_reading_is_told_while_numbers_are_read() -> None:
+    assert not reading()
+    Reading([torch.tensor(1.0)]).numbers()
+    assert not reading()
+
+
+# --- series
+
+
+def on_device(series: Series) -> int:
+    values: list[Any] = series._values  # pyright: ignore[reportPrivateUsage]  # only there it shows
+    return sum(isinstance(value, torch.Tensor) for value in values)
+
+
+def late_series(count: int) -> Series:
+    series = Series("s", late=True)
+    for step in range(count):
+        series.push(torch.tensor(float(step)), step)
+    return series
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_a_series_keeps_at_most_a_chunk_on_the_device(count: int) -> None:
+    series = late_series(count)
+    assert on_device(series) == count % CHUNK
+    assert len(series) == count
+    assert list(series) == [(step, float(step)) for step in range(count)]
+    assert on_device(series) == 0
+
+
+def test_the_newest_value_is_given_without_waiting() -> None:
+    series = late_series(3)
+    newest = series.newest()
+    assert isinstance(newest, torch.Tensor)
+    assert newest.item() == 2
+    assert series.last() == (2, 2.0)
+    assert series.newest() == 2.0
+    assert type(series.newest()) is float
+    assert on_device(series) == 2, "the others stay there"
+    full = late_series(CHUNK)
+    assert full.newest() == CHUNK - 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, CHUNK + 40), st.integers(0, CHUNK + 40))
+def test_what_is_taken_back_is_gone_and_the_rest_is_whole(count: int, cut: int) -> None:
+    series = late_series(count)
+    series.restore(min(cut, count))
+    series.push(torch.tensor(-1.0), -1)
+    assert list(series) == [*((step, float(step)) for step in range(min(cut, count))), (-1, -1.0)]
+
+
+def test_copies_and_twins_of_a_series_in_between() -> None:
+    series = late_series(CHUNK + 2)
+    twin = readonly(series, "s")
+    for other in (copy.deepcopy(series), pickle.loads(pickle.dumps(series)), twin):
+        assert list(other) == [(step, float(step)) for step in range(CHUNK + 2)]
+    series.push(torch.tensor(0.25), 99)
+    assert twin.last() == (99, 0.25)
+
+
+def test_series_by_name_are_late_too() -> None:
+    metrics = SeriesMap("m", late=True)
+    metrics.push("Loss", torch.tensor(1.0), 1)
+    assert isinstance(metrics["Loss"].newest(), torch.Tensor)
+    assert metrics["Loss"].last() == (1, 1.0)
+
+
+def test_numbers_and_larger_tensors_are_kept_as_ever() -> None:
+    series = Series("s", late=True)
+    values: list[Any] = [1.5, torch.zeros(2), None, torch.tensor(2.0)]
+    for step, value in enumerate(values):
+        series.push(value, step)
+    assert series.since(0)[0] == 1.5
+    assert series.since(0)[1].tolist() == [0, 0]
+    assert series.since(0)[2:] == [None, 2.0]
+
+
+# --- the whole loop
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loop_that_reads_late_comes_to_the_same_under_every_executor(accumulate: int) -> None:
+    """Rule 13: the result is the serial result, also where values are read late."""
+
+    def make(executor: Any) -> Any:
+        core = TorchCore("cpu", lag=2, accumulate=accumulate)
+        return tiny_learner(SmoothLoss(), Metrics(mean_squared_error), executor=executor, core=core, n_batches=7)
+
+    assert_equivalent(make, executors=["dask"], interleavings=3)
+
+
+def test_what_is_recorded_does_not_depend_on_the_lag() -> None:
+    found = []
+    for lag in (0, 1, 2, 300):
+        learner = tiny_learner(Metrics(mean_squared_error), core=TorchCore("cpu", lag=lag), n_batches=CHUNK + 20)
+        learner.fit(1)
+        recorded = learner.cbstate.metrics_step[TrainingPhase]
+        found.append({name: list(series) for name, series in recorded.items()})
+    assert all(each == found[0] for each in found[1:])

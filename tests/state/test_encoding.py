@@ -1,0 +1,89 @@
+"""Plain copies: what is packed and filled again is what it was, in the containers that were there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
+from flowtrain.state.by_phase import Counts, CountsMap
+from flowtrain.state.encoding import Stage, fill, phase_of
+from flowtrain.state.learner_state import State
+from flowtrain.state.series import SeriesMap
+from flowtrain.testing import tiny_learner
+
+PHASES: dict[str, Phase] = {"TrainingPhase": TrainingPhase(), "ValidationPhase": ValidationPhase()}
+
+
+def test_copies_are_nobody_elses_and_share_what_was_shared() -> None:
+    shared, inside = torch.zeros(3), {"deep": [torch.ones(1)]}
+    copy = Stage().copy({"a": shared, "b": shared, "c": inside}, "x")
+    shared += 1
+    inside["deep"][0] += 1
+    assert copy["a"] is copy["b"]
+    assert copy["a"].tolist() == [0, 0, 0]
+    assert copy["c"]["deep"][0].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            {"a": [1, object]},
+            r"Mine\.state_dict\(\) cannot be in a checkpoint: \['a'\]\[1\] is <class 'object'> \(type\)",
+        ),
+        ({("a",): 1}, r"cannot be in a checkpoint: the key \('a',\) is \('a',\) \(tuple\)"),
+        (print, r"itself is <built-in function print>"),
+    ],
+)
+def test_what_is_not_plain_is_named(value: Any, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        Stage().copy(value, "Mine.state_dict()")
+
+
+def test_containers_are_filled_in_place() -> None:
+    """Views hold them, so they must stay the ones they are; what came since is gone."""
+    state = State("cbstate")
+    state.history, state.metrics = CountsMap("cbstate.history"), SeriesMap("cbstate.metrics")
+    state.history[TrainingPhase()] = Counts((1, 2, 2, 2))
+    state.metrics.push("Loss", 0.5, 1)
+    state.mine = {"rate": 0.1}
+    packed = {name: Stage().pack(getattr(state, name), f"cbstate.{name}") for name in state}
+    history, loss = state.history, state.metrics["Loss"]
+    history[ValidationPhase()] = history[TrainingPhase()] = Counts((9, 9, 9, 9))
+    state.metrics.push("Loss", 0.25, 2)
+    state.metrics.push("New", 1.0, 2)
+    state.mine = 3
+    for name, each in packed.items():
+        fill(state, name, each, PHASES)
+    assert state.history is history
+    assert state.metrics["Loss"] is loss
+    assert history == {TrainingPhase(): Counts((1, 2, 2, 2))}
+    assert list(loss) == [(1, 0.5)]
+    assert len(state.metrics["New"]) == 0
+    assert state.mine == {"rate": 0.1}
+
+
+def test_all_of_a_fit_goes_there_and_back() -> None:
+    learner = tiny_learner(n_batches=2)
+    learner.fit(1)
+    cbstate = learner.state.cbstate
+    packed = {name: Stage().pack(getattr(cbstate, name), name) for name in cbstate}
+    before = {name: repr(getattr(cbstate, name)) for name in cbstate}
+    learner.fit(1)
+    assert before != {name: repr(getattr(cbstate, name)) for name in cbstate}
+    for name, each in packed.items():
+        fill(cbstate, name, each, PHASES)
+    assert before == {name: repr(getattr(cbstate, name)) for name in cbstate}
+
+
+def test_phases_by_name() -> None:
+    class SomewhereElsePhase(ValidationPhase):
+        """Not among the data."""
+
+    assert phase_of("TrainingPhase", PHASES) is PHASES["TrainingPhase"]
+    assert isinstance(phase_of("SomewhereElsePhase", PHASES), SomewhereElsePhase)
+    with pytest.raises(CheckpointError, match="has state of the phase NowherePhase, and no phase of that name"):
+        phase_of("NowherePhase", PHASES)

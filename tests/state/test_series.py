@@ -1,0 +1,226 @@
+"""Series and series by name, each with its read-only twin."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtrain.callback.phases import AbstractValidationPhase
+from flowtrain.errors import ProtectedException
+from flowtrain.state.readonly import readonly
+from flowtrain.state.series import Series, SeriesMap
+
+
+class OODPhase(AbstractValidationPhase):
+    """A user's own phase."""
+
+
+# --- one series
+
+
+def test_a_series_gives_values_with_their_steps() -> None:
+    series = Series("cbstate.smooth_loss")
+    for step, value in enumerate("abc", start=1):
+        series.push(value, step * 10)
+    assert series.last() == (30, "c")
+    assert list(series) == [(10, "a"), (20, "b"), (30, "c")]
+    assert len(series) == 3
+    assert series.since(1) == ["b", "c"]
+    assert series.since(3) == []
+    assert repr(series) == "<Series cbstate.smooth_loss: 3 values>"
+
+
+def test_an_empty_series_has_no_last_value() -> None:
+    with pytest.raises(LookupError) as caught:
+        Series("cbstate.smooth_loss").last()
+    assert str(caught.value) == "cbstate.smooth_loss is empty: nothing has been recorded yet. Test len() first."
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(0.5),
+        torch.nn.Parameter(torch.tensor(0.5)),
+        torch.tensor([[0.5]]) * torch.nn.Parameter(torch.ones(1)),
+    ],
+    ids=["tensor", "parameter", "result"],
+)
+def test_a_tensor_is_recorded_as_the_number_it_is_now(value: torch.Tensor) -> None:
+    series = Series("s")
+    series.push(value, step=1)
+    value.detach().add_(1)
+    assert series.last() == (1, 0.5)
+    assert type(series.last()[1]) is float
+
+
+def test_a_larger_tensor_is_copied() -> None:
+    value = torch.nn.Parameter(torch.zeros(3))
+    series = Series("s")
+    series.push(value, step=1)
+    value.detach().add_(1)
+    found = series.last()[1]
+    assert found.tolist() == [0, 0, 0]
+    assert not found.requires_grad
+    assert next(iter(series))[1] is found
+
+
+def test_what_is_pushed_while_iterating_comes_with_the_next_iteration() -> None:
+    series = Series("s")
+    series.push(1, 1)
+    seen = []
+    for step, value in series:
+        series.push(value + 1, step + 1)
+        seen.append(value)
+    assert seen == [1]
+    assert len(series) == 2
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers()), st.data())
+def test_a_snapshot_comes_back(values: list[int], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(values)))
+    series = Series("s")
+    for value in values[:cut]:
+        series.push(value, value)
+    snapshot = series.snapshot()
+    for value in values[cut:]:
+        series.push(value, value)
+    series.restore(snapshot)
+    assert list(series) == [(value, value) for value in values[:cut]]
+
+
+def test_the_twin_of_a_series_is_live_and_refuses_to_push() -> None:
+    series = Series("cbstate.smooth_loss")
+    twin = readonly(series, "ignored")
+    series.push(1.0, 1)
+    assert list(twin) == [(1, 1.0)]
+    assert twin.last() == (1, 1.0)
+    assert isinstance(twin, Series)
+    refusals: list[Callable[[], Any]] = [lambda: twin.push(2.0, 2), lambda: twin.restore(0)]
+    for refused in refusals:
+        with pytest.raises(ProtectedException, match=r"Write access to Learner\.cbstate\.smooth_loss disallowed"):
+            refused()
+    assert len(series) == 1
+
+
+# --- a series as a sequence of pairs
+
+
+@pytest.fixture(params=["series", "twin", "late"])
+def three(request: pytest.FixtureRequest) -> Series:
+    series = Series("cbstate.example", late=request.param == "late")
+    for step, value in ((1, 0.5), (2, 0.25), (4, 0.125)):
+        series.push(torch.tensor(value), step)
+    found: Series = readonly(series, "ignored") if request.param == "twin" else series
+    return found
+
+
+def test_arrays_of_a_series_are_its_pairs(three: Series) -> None:
+    pairs = [[1, 0.5], [2, 0.25], [4, 0.125]]
+    for array in (np.asarray(three), np.array(three), np.array(three, dtype=np.float32)):
+        assert array.tolist() == pairs
+    assert np.asarray(three).dtype == np.float64
+    assert np.array(three, dtype=np.float32).dtype == np.float32
+    steps, values = np.asarray(three).T
+    assert (steps.tolist(), values.min()) == ([1, 2, 4], 0.125)
+    assert torch.as_tensor(three).tolist() == torch.tensor(three).tolist() == pairs
+    assert (three.steps, three.values) == ([1, 2, 4], [0.5, 0.25, 0.125])
+
+
+def test_positions_and_slices_are_those_of_the_list(three: Series) -> None:
+    pairs = list(three)
+    assert [three[position] for position in range(-3, 3)] == pairs + pairs
+    assert (three[1:], three[::2], three[:-1], three[5:]) == (pairs[1:], pairs[::2], pairs[:-1], [])
+    assert list(reversed(three)) == pairs[::-1]
+    assert (2, 0.25) in three
+    for position in (3, -4):
+        with pytest.raises(IndexError, match=rf"^cbstate\.example has 3 values, and none at position {position}\.$"):
+            _ = three[position]
+    with pytest.raises(TypeError, match=r"^cbstate\.example\['Loss'\]: a series is indexed by position, as in \[0\]"):
+        _ = three["Loss"]  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # a mistake
+
+
+def test_an_empty_series_is_an_empty_table() -> None:
+    series = Series("s")
+    assert np.asarray(series).shape == (0, 2)
+    assert torch.as_tensor(series).numel() == 0
+    assert (series[:], series.steps, series.values, bool(series)) == ([], [], [], False)
+    with pytest.raises(IndexError, match=r"^s has 0 values, and none at position -1\."):
+        _ = series[-1]
+
+
+def test_a_series_of_tensors_is_no_table_of_numbers() -> None:
+    series = Series("cbstate.example")
+    series.push(torch.zeros(3), 1)
+    with pytest.raises(ValueError, match=r"^cbstate\.example holds tensors, so it is no table of numbers\. Use its"):
+        np.asarray(series)
+    with pytest.raises(ValueError, match="Leave out copy=False"):
+        np.array(series, copy=False)
+
+
+def test_a_copy_grows_for_itself(three: Series) -> None:
+    for made in (copy.copy(three), copy.deepcopy(copy.copy(three))):
+        made.push(1.0, 5)
+        assert (len(made), len(three), made.last()) == (4, 3, (5, 1.0))
+        three_again = copy.copy(three)
+        assert list(three_again) == list(three)
+        assert three_again != three  # by identity, as documented
+    same = {three: 1}
+    assert same[three] == 1
+
+
+# --- by name
+
+
+def test_series_by_name() -> None:
+    metrics = SeriesMap("cbstate.metrics_step")
+    metrics.push("Loss", 0.5, 1)
+    metrics.push("Loss", 0.25, 2)
+    assert metrics["Loss"].last() == (2, 0.25)
+    assert metrics.series("Accuracy") is metrics["Accuracy"]
+    assert dict(metrics) == {"Loss": metrics["Loss"], "Accuracy": metrics["Accuracy"]}
+    assert repr(metrics) == "<SeriesMap cbstate.metrics_step: Loss, Accuracy>"
+    with pytest.raises(KeyError):
+        metrics["loss"]
+
+
+def test_the_twin_of_series_by_name_is_live_and_protected() -> None:
+    metrics = SeriesMap("cbstate.metrics_step")
+    twin = readonly(metrics, "ignored")
+    metrics.push("Loss", 0.5, 1)
+    assert list(twin) == ["Loss"]
+    assert twin["Loss"].last() == (1, 0.5)
+    refusals: dict[str, list[Callable[[], Any]]] = {
+        "cbstate.metrics_step.Loss": [
+            lambda: twin.push("Loss", 1.0, 2),
+            lambda: twin["Loss"].push(1.0, 2),
+            lambda: next(iter(twin.values())).push(1.0, 2),
+            lambda: twin.get("Loss").push(1.0, 2),
+            lambda: twin.series("Loss").push(1.0, 2),
+        ],
+        "cbstate.metrics_step": [lambda: twin.restore({})],
+    }
+    for path, statements in refusals.items():
+        for refused in statements:
+            with pytest.raises(ProtectedException) as caught:
+                refused()
+            assert caught.value.path == path
+    with pytest.raises(KeyError):
+        twin.series("new")
+    assert list(metrics) == ["Loss"]
+    assert len(metrics["Loss"]) == 1
+
+
+def test_a_name_that_is_not_there_is_named() -> None:
+    series = SeriesMap("cbstate.metrics_epoch")
+    series.push("Loss", 1.0, 1)
+    for each in (series, readonly(series, "cbstate.metrics_epoch")):
+        with pytest.raises(KeyError, match=r"cbstate\.metrics_epoch has no series 'Los'; it has: Loss\. Did you mean"):
+            _ = each["Los"]

@@ -1,0 +1,439 @@
+"""Protected views: what is declared works, everything else is refused with the declaration to paste (rules 3 to 5)."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flowtrain import Access, Event, Read, TrainingPhase, ValidationPhase, Write
+from flowtrain.callback.access import ROOTS, Declaration, Path, declare, dotted, granted, meet, union
+from flowtrain.callback.view import LearnerView
+from flowtrain.core.core import TorchCore
+from flowtrain.errors import FlowtrainError, ProtectedException, UsageError
+from flowtrain.state.by_phase import CONTAINERS
+from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.partial_view import Owner
+from flowtrain.state.readonly import ReadOnlyList
+from flowtrain.state.views import bind_view, compile_view
+
+
+class Model(torch.nn.Module):
+    """Two layers by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(2, 2)
+        self.head = torch.nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return one number for each sample."""
+        found: torch.Tensor = self.head(self.encoder(x))
+        return found
+
+
+def made(models: Named | None = None, optimizer: Any = torch.optim.SGD) -> LearnerState:
+    """The state of a learner in the middle of a batch."""
+    state = LearnerState()
+    state.model = Model() if models is None else models
+    state.lossfn = torch.nn.functional.mse_loss
+    core = TorchCore(device="cpu")
+    core.attach(state, optimizer)
+    for param in state.params.values():
+        param.grad = torch.ones_like(param)
+    state.batch.inputs = {"x": torch.ones(2)}
+    state.batch.loss = torch.ones(())
+    state.batch.grads = core.grads
+    state.show(state.batch)
+    state.data[TrainingPhase] = [1, 2]
+    state.cbstate.best = 0.5
+    state.cbstate.seen = [1]
+    state.cbstate.mine = State("cbstate.mine")
+    state.cbstate.mine.p = [1]
+    state.cbstate.mine.q = 2
+    state.cbstate.tracehistory = CONTAINERS["tracehistory"]("cbstate.tracehistory")
+    state.cbstate.tracehistory[TrainingPhase].push("Norm", 1.0, 1)
+    return state
+
+
+def view_of(access: Access | Declaration, state: LearnerState, decorator: str = "") -> LearnerView:
+    declaration = access if isinstance(access, tuple) else declare(access, "Mine.state_access()")
+    return bind_view(declaration, state, Owner("Mine", "Mine", "state_access", declaration, decorator))
+
+
+# --- the property: granted or refused, and what is refused can be declared
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Something that a handler does, and the access that it needs."""
+
+    path: Path
+    access: str
+    do: str
+
+    def __call__(self, learner: LearnerView) -> None:
+        exec(self.do, {"learner": learner, "P": TrainingPhase, "one": torch.ones(1), "torch": torch})
+
+    def allowed(self, declaration: Declaration) -> bool:
+        kind = granted(declaration, self.path)
+        return kind is not None and (self.access == "Read" or isinstance(kind, Write))
+
+
+TOUCHES = [
+    Touch(tuple(path.split(".")), access, do)
+    for path, access, do in [
+        ("model", "Read", "learner.model(torch.ones(1, 2))"),
+        ("model.encoder", "Read", "learner.model.encoder"),
+        ("lossfn", "Read", "learner.lossfn"),
+        ("callbacks", "Read", "learner.callbacks"),
+        ("data", "Read", "learner.data[P][0]"),
+        ("data", "Write", "learner.data[P] = [3]"),
+        ("params.encoder.weight", "Read", "learner.params['encoder.weight']"),
+        ("params.head.bias", "Read", "learner.params['head.bias'].sum()"),
+        ("optimizer.hyperparams", "Read", "learner.optimizer.hyperparams[0]['lr']"),
+        ("optimizer.hyperparams", "Write", "learner.optimizer.hyperparams[0]['lr'] = 0.5"),
+        ("optimizer.state", "Read", "len(learner.optimizer.state)"),
+        ("optimizer", "Write", "learner.optimizer.step()"),
+        ("batch.loss", "Read", "learner.batch.loss"),
+        ("batch.loss", "Read", "'loss' in learner.batch"),
+        ("batch.loss", "Write", "learner.batch.loss = one"),
+        ("batch.loss", "Write", "del learner.batch.loss"),
+        ("batch.inputs", "Read", "learner.batch.inputs['x']"),
+        ("batch.inputs", "Write", "learner.batch.inputs['x'] = one"),
+        ("batch.new", "Write", "learner.batch.new = [1]"),
+        ("batch.grads.encoder.weight", "Read", "learner.batch.grads['encoder.weight']"),
+        ("batch.grads.head.bias", "Write", "learner.batch.grads['head.bias'] = one"),
+        ("cbstate.best", "Read", "learner.cbstate.best"),
+        ("cbstate.best", "Write", "learner.cbstate.best = 0.1"),
+        ("cbstate.best", "Write", "learner.cbstate.best = []"),
+        ("cbstate.seen", "Read", "len(learner.cbstate.seen)"),
+        ("cbstate.seen", "Write", "learner.cbstate.seen.append(2)"),
+        ("cbstate.seen", "Write", "learner.cbstate.seen += [2]"),
+        ("cbstate.new", "Write", "learner.cbstate.new = {}"),
+        ("cbstate.mine.p", "Read", "learner.cbstate.mine.p[0]"),
+        ("cbstate.mine.p", "Write", "learner.cbstate.mine.p.append(2)"),
+        ("cbstate.mine.q", "Write", "learner.cbstate.mine.q = 3"),
+        ("cbstate.mine.q", "Write", "del learner.cbstate.mine.q"),
+        ("cbstate.tracehistory.Norm", "Read", "learner.cbstate.tracehistory[P]['Norm'].last()"),
+        ("cbstate.tracehistory.Norm", "Write", "learner.cbstate.tracehistory[P].push('Norm', 1.0, 2)"),
+        ("cbstate.tracehistory.Norm", "Write", "learner.cbstate.tracehistory[P]['Norm'].push(1.0, 2)"),
+        ("cbstate.tracehistory.New one", "Write", "learner.cbstate.tracehistory[P].push('New one', 1.0, 2)"),
+    ]
+]
+
+PATHS = sorted({touch.path[:length] for touch in TOUCHES for length in range(1, len(touch.path) + 1)})
+declarations = st.dictionaries(
+    st.sampled_from(PATHS), st.sampled_from([Read(), Read(optional=True), Write()]), max_size=6
+).map(lambda found: tuple(sorted(found.items())))
+
+
+def pasted(message: str) -> Declaration:
+    """The declaration in a refusal, run as the source code that it is."""
+    names = {"Read": Read, "Write": Write, "Access": dict}
+    code = textwrap.dedent(message.partition("\n\n")[2])
+    if code.startswith("def state_access"):
+        exec(code, names)
+        function: Any = names["state_access"]
+        return declare(function(None), "pasted")
+    if code.startswith("@on("):
+        names["on"] = lambda *args, access: access  # type: ignore[assignment]  # in place of the real decorator
+        return declare(eval(code[1:], {**names, "BatchEnd": None}), "pasted")
+    # A twin knows the path and not the callback: it says what to add.
+    [found] = re.findall(r"[Dd]eclare (\{.*\})\.", message)
+    return declare(eval(found, names), "pasted")
+
+
+@settings(max_examples=300, deadline=None)
+@given(declarations, st.sampled_from(TOUCHES), st.sampled_from(["", "@on(BatchEnd, "]))
+@example(declare({"cbstate.tracehistory": Read()}, ""), TOUCHES[-2], "")
+@example(declare({"cbstate.mine.p": Read(), "cbstate": Write()}, ""), TOUCHES[-7], "")
+@example(declare({"optimizer": Write(), "optimizer.step": Read()}, ""), TOUCHES[11], "")
+def test_an_access_is_granted_or_its_declaration_is_printed(
+    declaration: Declaration, touch: Touch, decorator: str
+) -> None:
+    """Rules 3 and 4: just what is declared works; pasting what a refusal prints makes it work, and keeps the rest."""
+    while not touch.allowed(declaration):
+        with pytest.raises(ProtectedException) as caught:
+            touch(view_of(declaration, made(), decorator))
+        refused, text = caught.value, str(caught.value)
+        assert meet(tuple(refused.path.split(".")), touch.path)
+        assert text.startswith(f"{refused.access} access to Learner.{refused.path} disallowed.\n")
+        wider = pasted(text)
+        if "The container was read" in text or "() writes." in text:
+            wider = union([declaration, wider])
+        assert wider != declaration
+        assert all(granted(wider, path) in (kind, Read(), Write()) for path, kind in declaration)
+        declaration = wider
+    touch(view_of(declaration, made(), decorator))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: f"{touch.access} {touch.do}")
+def test_without_a_declaration_nothing_is_allowed(touch: Touch) -> None:
+    with pytest.raises(ProtectedException):
+        touch(view_of({}, made()))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: f"{touch.access} {touch.do}")
+def test_the_declaration_of_the_path_alone_is_enough(touch: Touch) -> None:
+    touch(view_of({dotted(touch.path): Write()}, made()))
+    if touch.access == "Read":
+        touch(view_of({dotted(touch.path): Read()}, made()))
+    else:
+        with pytest.raises(ProtectedException):
+            touch(view_of({dotted(touch.path): Read()}, made()))
+
+
+def test_a_refusal_in_full() -> None:
+    """Rule 3: the path that was touched, also where nothing of it is declared, and the callback's own name."""
+    with pytest.raises(ProtectedException) as caught:
+        _ = view_of({}, made()).batch.loss
+    text = str(caught.value)
+    assert text.startswith("Read access to Learner.batch.loss disallowed.\n")
+    assert text.endswith(
+        'In Mine.state_access write:\n\n    def state_access(self) -> Access:\n        return {"batch.loss": Read()}\n'
+    )
+
+
+# --- compiled once, shared
+
+
+def test_equal_declarations_share_one_class() -> None:
+    """Rule 5: compiled once per declaration and cached by it."""
+    one = declare({"batch.loss": Read(), "cbstate.best": Write()}, "one")
+    other = declare({"cbstate": {"best": Write()}, "batch": {"loss": Read()}}, "other")
+    assert compile_view(one) is compile_view(other)
+    state = made()
+    first, second = view_of(one, state), view_of(other, made())
+    assert type(first) is type(second)
+    assert type(first.batch) is type(second.batch)
+    assert type(first) is not type(view_of({"batch.loss": Read()}, state))
+    assert first.cbstate.best == second.cbstate.best
+    first.cbstate.best = 7
+    assert (first.cbstate.best, second.cbstate.best) == (7, 0.5)
+
+
+def test_a_declared_entry_is_read_without_a_python_call() -> None:
+    state = made()
+    state.batch.inputs = torch.ones(2)
+    state.batch_twin = state.batch  # as the phases do where a batch holds tensors only
+    learner = view_of({"batch.loss": Read(), "batch.inputs": Write(), "cbstate.seen": Read()}, state)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    _, _, _ = learner.batch.loss, learner.batch.inputs, learner.cbstate.seen
+    sys.setprofile(None)
+    assert calls == []
+
+
+# --- aliases and resources
+
+
+def test_parameters_are_a_read_only_mapping() -> None:
+    """Rule 5."""
+    learner = view_of({"params": Write()}, made())
+    assert list(learner.params) == ["encoder.weight", "encoder.bias", "head.weight", "head.bias"]
+    with pytest.raises(TypeError):
+        learner.params["encoder.weight"] = torch.ones(1)
+
+
+def test_the_model_does_not_open_its_parameters_path() -> None:
+    with pytest.raises(ProtectedException, match=r"Read access to Learner\.params disallowed"):
+        _ = view_of({"model": Write()}, made()).params
+
+
+@pytest.mark.parametrize(
+    ("access", "lr", "state"),
+    [
+        ({"optimizer.hyperparams": Write()}, True, False),
+        ({"optimizer.hyperparams": Write(), "optimizer.state": Read()}, True, True),
+        ({"optimizer.state": Write()}, False, True),
+        ({"optimizer": Read()}, False, True),
+        ({"optimizer": Write()}, True, True),
+        ({"optimizer": Read(), "optimizer.hyperparams": Write()}, True, True),
+    ],
+)
+def test_the_parts_of_an_optimizer(access: Access, lr: bool, state: bool) -> None:
+    """Rule 5: each a path of its own, and bare `optimizer` covers both."""
+    learner = view_of(access, made())
+
+    def works(do: Callable[[], Any]) -> bool:
+        try:
+            do()
+        except ProtectedException:
+            return False
+        return True
+
+    assert works(lambda: learner.optimizer.hyperparams[0].update(lr=0.5)) is lr
+    assert works(lambda: len(learner.optimizer.state)) is state
+
+
+@pytest.mark.parametrize(
+    ("access", "said"),
+    [
+        ({}, "In Mine.state_access write:\n\n    def state_access(self) -> Access:\n        return {WANTED}\n"),
+        ({"optimizer.hyperparams": Write()}, ""),
+        ({"optimizer.hyperparams": Read(), "params": Read()}, ""),
+    ],
+)
+def test_who_touches_parameter_groups_is_told_the_path_that_reaches_no_parameter(access: Access, said: str) -> None:
+    """Rule 5: ``param_groups`` would be refused beside everybody who writes a parameter."""
+    with pytest.raises(ProtectedException) as caught:
+        view_of(access, made()).optimizer.param_groups[0]["lr"] = 0.5
+    assert caught.value.path == "optimizer.param_groups"
+    text = str(caught.value)
+    advice = (
+        "param_groups reach the parameters too. The learning rates are at learner.optimizer.hyperparams, the same "
+        'groups without the parameters, and these are at learner.params. Write learner.optimizer.hyperparams[0]["lr"] '
+        "instead."
+    )
+    assert advice in text
+    rest = text.split(advice)[1].strip()
+    assert rest == said.replace("WANTED", '"optimizer.hyperparams": Read()').strip()
+
+
+def test_several_optimizers_are_advised_by_name() -> None:
+    models = Named("model", {"gen": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
+    state = made(models, {"gen": torch.optim.SGD, "critic": torch.optim.SGD})
+    learner = view_of({"optimizer.gen.hyperparams": Write()}, state)
+    with pytest.raises(ProtectedException, match=r'Write learner\.optimizer\.gen\.hyperparams\[0\]\["lr"\] instead\.$'):
+        _ = learner.optimizer.gen.param_groups
+
+
+def test_several_optimizers_by_name() -> None:
+    models = Named("model", {"gen": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
+    state = made(models, {"gen": torch.optim.SGD, "critic": torch.optim.SGD})
+    writer = view_of({"optimizer.gen.hyperparams": Write()}, state)
+    writer.optimizer.gen.hyperparams[0]["lr"] = 0.5
+    for access in ({"optimizer.gen.hyperparams": Read()}, {"optimizer.gen": Read()}, {"optimizer": Read()}):
+        reader = view_of(access, state)
+        assert reader.optimizer.gen.hyperparams[0]["lr"] == 0.5
+        with pytest.raises(ProtectedException, match=r"Learner\.optimizer\.gen\.hyperparams"):
+            reader.optimizer.gen.hyperparams[0]["lr"] = 1
+    refused: list[Callable[[], Any]] = [lambda: writer.optimizer.critic, lambda: writer.optimizer.gen.state]
+    for undeclared in refused:
+        with pytest.raises(ProtectedException):
+            undeclared()
+    assert view_of({"model.gen": Read()}, state).model.gen is models.gen
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["batch of tensors", "batch with containers"])
+def test_gradients_to_read_cannot_be_replaced(plain: bool) -> None:
+    """Rule 5: a path of its own. Every way to read it is read-only."""
+    state = made()
+    if plain:
+        state.batch_twin = state.batch
+    for access in ({"batch.grads": Read()}, {"batch": Read()}, {"batch.grads.head": Read()}):
+        learner = view_of(access, state)
+        assert torch.equal(learner.batch.grads["head.bias"], torch.ones(1))
+        with pytest.raises(ProtectedException, match=r"Write access to Learner\.batch\.grads"):
+            learner.batch.grads["head.bias"] = torch.zeros(1)
+    view_of({"batch.grads": Write()}, state).batch.grads["head.bias"] = torch.zeros(1)
+    assert state.model.head.bias.grad.item() == 0
+
+
+def test_gradients_that_a_phase_keeps_in_a_dict() -> None:
+    state = made()
+    state.batch.grads = {"w": torch.ones(1)}
+    for access in ({"batch.grads": Read()}, {"batch": Read()}):
+        assert view_of(access, state).batch.grads["w"] == 1
+
+
+def test_resources_are_no_attributes() -> None:
+    """Rule 6: what no path can name."""
+    learner = view_of({"resource.rng": Write(), "resource.pyplot": Write()}, made())
+    with pytest.raises(AttributeError, match="a handler's learner has no 'resource'"):
+        _ = learner.resource  # type: ignore[attr-defined]  # that is the point
+
+
+def test_data_by_phase() -> None:
+    state = made()
+    reader, writer = view_of({"data": Read()}, state), view_of({"data": Write()}, state)
+    assert type(reader.data[TrainingPhase]) is ReadOnlyList
+    writer.data[ValidationPhase] = [1]
+    assert ValidationPhase in reader.data
+    with pytest.raises(ProtectedException):
+        del reader.data[TrainingPhase]
+
+
+# --- the view itself
+
+
+@pytest.mark.parametrize("name", ["fit", "epoch", "step", "validate", "run_batch"])
+def test_the_loop_is_not_a_handlers_to_run(name: str) -> None:
+    """Rule 18."""
+    with pytest.raises(UsageError) as caught:
+        getattr(view_of({"model": Write()}, made()), name)
+    assert str(caught.value) == (
+        f"Mine calls learner.{name}() in a handler, but the loop is running. Raise CancelBatchException, "
+        f"CancelEpochException or CancelFittingException to end a part of training, or fire an event with "
+        f"learner.fire(...)."
+    )
+
+
+def test_a_name_that_no_learner_has() -> None:
+    learner: Any = view_of({"batch": Write()}, made())
+    with pytest.raises(AttributeError) as caught:
+        _ = learner.btach
+    assert str(caught.value) == (
+        "a handler's learner has no 'btach'. Did you mean 'batch'? It has: model, lossfn, optimizer, data, params, "
+        "batch, cbstate, callbacks and fire(); how far training is stands in cbstate.history."
+    )
+    with pytest.raises(AttributeError, match=r"no 'seen'\. To keep something declare .* write learner\.cbstate\.seen"):
+        learner.seen = 1
+    assert not isinstance(caught.value, FlowtrainError)
+    with pytest.raises(AttributeError, match=r"^a handler's learner has no 'modle'\. Did you mean 'model'\?"):
+        learner.modle = 1
+
+
+@pytest.mark.parametrize("root", [root for root in ROOTS if root != "resource"])
+def test_nothing_of_the_learner_is_replaced(root: str) -> None:
+    """Pasting a declaration would not help, so none is printed where `Write` is declared already."""
+    changes: list[Callable[[LearnerView], None]] = [lambda x: setattr(x, root, 1), lambda x: delattr(x, root)]
+    for change in changes:
+        with pytest.raises(ProtectedException, match=rf"Write access to Learner\.{root} disallowed"):
+            change(view_of({root: Read()}, made()))
+        with pytest.raises(UsageError) as caught:
+            change(view_of({root: Write()}, made()))
+        assert str(caught.value) == (
+            f"Mine replaces learner.{root}; a handler changes it in place, since the training core, the optimizer "
+            f"and other views hold it."
+        )
+
+
+def test_an_entry_with_an_underscore_is_none() -> None:
+    learner = view_of({"cbstate.best": Read(), "batch.loss": Read()}, made())
+    for space in (learner.cbstate, learner.batch):
+        with pytest.raises(AttributeError):
+            _ = space._mine
+        with pytest.raises(AttributeError, match="no entry begins with an underscore"):
+            space._mine = 1
+
+
+def test_fire_puts_an_event_in_the_queue() -> None:
+    """Rule 18."""
+
+    class Improved(Event):
+        """A user's event."""
+
+    state, event = made(), Improved()
+    learner = view_of({}, state)
+    learner.fire(event)
+    assert state.fired == [("Mine", event)]
+    with pytest.raises(UsageError) as caught:
+        learner.fire(Improved)  # type: ignore[arg-type]  # that is the point
+    assert str(caught.value) == f"fire() takes an event, got {Improved!r}. Write learner.fire(MyEvent())."
+
+
+def test_what_a_view_says_of_itself() -> None:
+    learner = view_of({"batch.loss": Read()}, made())
+    assert isinstance(learner, LearnerView)
+    assert repr(learner) == "LearnerView of Mine"
+    assert repr(learner.batch) == "Learner.batch as Mine sees it"

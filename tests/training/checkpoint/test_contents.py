@@ -1,0 +1,326 @@
+"""A checkpoint: what is in it, what reads it, and what a learner says to one that does not fit."""
+
+from __future__ import annotations
+
+import enum
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowtrain import (
+    Access,
+    Callback,
+    CheckpointError,
+    EpochEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import Checkpointer, SmoothLoss, throttle
+from flowtrain.testing import tiny_learner
+from flowtrain.training.checkpoint.contents import gather
+
+
+def net(width: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(1, width, bias=bias), torch.nn.Linear(width, 1)).to(dtype)
+
+
+def learner_of(*callbacks: Callback, **options: Any) -> Learner:
+    return tiny_learner(*callbacks, **dict[str, Any]({"n_batches": 2, "model": net(), **options}))
+
+
+def one_group_each(params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [each]} for each in params])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the checkpoint of one epoch."""
+    learner_of(SmoothLoss(), Checkpointer(tmp_path / "run")).fit(1)
+    return tmp_path / "run"
+
+
+def state_of(learner: Learner) -> str:
+    """All of the state of a learner that a checkpoint could change, for comparison."""
+    contents = gather(learner.state, learner.core)
+    return repr([contents, torch.get_rng_state().sum(), learner.loop.scopes.numbers, learner.loop.sinks.run])
+
+
+# --- what does not fit changes nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": net(4)}, r"another model: its 0\.weight has shape \(3, 1\), the learner's \(4, 1\); its 0\.bias"),
+        ({"model": net(bias=False)}, r"another model: it has 0\.bias, and the learner's has not\. Build the learner"),
+        (
+            {"model": torch.nn.Sequential(*net().children(), torch.nn.Linear(1, 1))},
+            r"another model: it has no 2\.weight; it has no 2\.bias\. Build the learner with the model",
+        ),
+        ({"model": net(dtype=torch.float64)}, r"its 0\.weight is torch\.float32, the learner's torch\.float64; "),
+        (
+            {"model": {"gen": net(), "critic": net()}, "data": None},
+            r"another model: it has as model one without a name, the learner has 'gen', 'critic'\.",
+        ),
+        ({"lossfn": torch.nn.CrossEntropyLoss(torch.ones(3))}, r"another model: it has no weight\."),
+        ({"optimizer": torch.optim.Adam}, r"another optimizer: it was a SGD, the learner has a Adam\. Build the lear"),
+        (
+            {"optimizer": one_group_each},
+            r"it had groups of \[4\] parameters, the learner's has groups of \[1, 1, 1, 1\]\.",
+        ),
+        (
+            {"model": (one := net()), "optimizer": {"one": torch.optim.SGD(one.parameters(), lr=0.1)}},
+            r"another optimizer: it has as optimizer one without a name, the learner has 'one'\.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_of_another_model_or_optimizer(options: dict[str, Any], message: str, resume: bool, folder: Path) -> None:
+    learner = learner_of(SmoothLoss(), **options)
+    before = state_of(learner)
+    takes_part = resume and options.get("data", ()) is not None
+    take = partial(learner.fit, 2, resume=folder) if takes_part else partial(learner.load, folder)
+    with pytest.raises(CheckpointError, match=message):
+        take()
+    assert state_of(learner) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "other", "newer", "folder", "pointer"])
+def test_one_that_is_none(damage: str, folder: Path) -> None:
+    file = folder / "epoch-0001.ckpt"
+    contents = torch.load(file, weights_only=True)
+    message = f"{file} cannot be read as a checkpoint: .* truncated, or it is something else"
+    path = file
+    if damage in ("missing", "pointer"):
+        file.unlink()
+        path = file if damage == "missing" else folder
+        message = f"There is no checkpoint {file}: no such file"
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "text":
+        file.write_text("no checkpoint")
+    elif damage == "other":
+        torch.save({"weight": torch.zeros(1)}, file)
+        message = f"{file} is no checkpoint of flowtrain: it holds dict. For weights alone call learner"
+    elif damage == "newer":
+        torch.save({**contents, "version": 7, "flowtrain": "9.0"}, file)
+        message = f"{file} has version 7 of the format, written by flowtrain 9.0; this one reads 1 and 2. Use the flo"
+    else:
+        path = folder / "inside"
+        path.mkdir()
+        (path / "notes.txt").touch()
+        message = r"inside has no checkpoint that is complete: .*it holds: notes\.txt\)\. Pass the folder of a Checkp"
+    learner = learner_of(SmoothLoss())
+    before = state_of(learner)
+    with pytest.raises(CheckpointError, match=message):
+        learner.fit(2, resume=path)
+    assert state_of(learner) == before
+
+
+class Refuses(Callback):
+    """Has state, and may not take it back."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"limit": 3}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.refuses:
+            self.refuses = False  # its own state, which is put back after the failure, it takes
+            raise KeyError("limits")
+
+
+def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(folder: Path) -> None:
+    learner_of(SmoothLoss(), Refuses(False), Checkpointer(folder)).fit(1)
+    learner = learner_of(SmoothLoss(), Refuses(True))
+    learner.fit(1)
+    before = state_of(learner)
+    with pytest.raises(CheckpointError, match=r"^Refuses does not take back its state of the checkpoint: KeyError"):
+        learner.load(folder)
+    assert state_of(learner) == before
+
+
+def test_callbacks_by_name(folder: Path) -> None:
+    class Other(Callback):
+        name = "SmoothLoss"
+
+    with pytest.raises(CheckpointError, match=r"state of a SmoothLoss under the name 'SmoothLoss', and here that"):
+        learner_of(Other()).load(folder)
+    with pytest.warns(UserWarning, match="has the state of SmoothLoss, Checkpointer, and the learner has no"):
+        learner_of().fit(1, resume=folder)
+    learner_of().load(folder)  # to look at a model nobody needs the callbacks that trained it
+
+
+# --- what is in it
+
+
+class Kind(enum.IntEnum):
+    """Looks like a number, and is none."""
+
+    ONE = 1
+
+
+class Holds(Callback):
+    """Has in its state what a test gives it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": {"values": [1, self.value]}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value = state["best"]["values"][1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 3, 2.5, 1 + 2j, "text", b"bytes", (1, (2,)), [1, [2]], {"a": 1, 2: {"b": None}}, {1, 2}, torch.half],
+)
+def test_plain_values_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
+    learner_of(Holds(value), Checkpointer(tmp_path)).fit(1)
+    callback = Holds("other")
+    learner_of(callback).load(tmp_path)
+    assert callback.value == value
+    assert type(callback.value) is type(value)
+
+
+def test_tensors_are_copied_and_shared_ones_stay_shared(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    callback = Holds((shared, shared[2:4], shared.view(2, 3), np.float64(0.5)))
+    learner_of(callback, Checkpointer(tmp_path)).fit(1)
+    shared.zero_()
+    other = Holds(None)
+    learner_of(other).load(tmp_path)
+    whole, part, view, number = other.value
+    assert (whole.tolist(), part.tolist()) == ([0, 1, 2, 3, 4, 5], [2, 3])
+    assert view.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert type(number) is float
+
+
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (lambda: Kind.ONE, r"<Kind\.ONE: 1> \(Kind\)"),
+        (lambda: np.zeros(2), r"array\(\[0\., 0\.\]\) \(ndarray\)"),
+        (lambda: Path("a"), r"Path\('a'\) \(PosixPath\)"),
+        (lambda: print, r"<built-in function print> \(builtin_function_or_method\)"),
+    ],
+)
+def test_anything_else_names_the_callback_and_the_key(make: Callable[[], Any], shown: str, tmp_path: Path) -> None:
+    """Rule 28: an error naming the callback."""
+    message = rf"^Holds\.state_dict\(\) cannot be in a checkpoint: \['best'\]\['values'\]\[1\] is .*{shown}\. A "
+    with pytest.raises(CheckpointError, match=message):
+        learner_of(Holds(make()), Checkpointer(tmp_path)).fit(1)
+    with pytest.raises(CheckpointError, match=r"the key <Kind\.ONE: 1> of \['best'\]\['values'\]\[1\] is "):
+        learner_of(Holds({Kind.ONE: 1}), Checkpointer(tmp_path)).fit(1)
+
+
+class Shares(Callback):
+    """Puts entries of its own into ``cbstate``."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_access(self) -> Access:
+        return {"cbstate.mine": Write(), "cbstate.deep.inner": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.mine = None
+        learner.cbstate.deep.inner = 0
+
+    @on(EpochEnd, TrainingPhase)
+    def put(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.cbstate.mine = self.value
+        learner.cbstate.deep.inner += 1
+
+
+def test_entries_of_the_users(tmp_path: Path) -> None:
+    learner_of(Shares({"seen": [1, 2]}), Checkpointer(tmp_path)).fit(2)
+    loaded = learner_of(Shares(None))
+    loaded.load(tmp_path)
+    assert loaded.cbstate.mine == {"seen": [1, 2]}
+    assert loaded.cbstate.deep.inner == 2
+    with pytest.raises(CheckpointError, match=r"^cbstate\.mine cannot be in a checkpoint: itself is <object"):
+        learner_of(Shares(object()), Checkpointer(tmp_path)).fit(1)
+
+
+def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
+    learner = learner_of(SmoothLoss())
+    learner.fit(3)
+    twin = learner.cbstate.metrics_step[TrainingPhase]["Loss"]
+    learner.load(folder)
+    assert len(twin) == 2  # in place: who holds the series sees it
+    assert learner.cbstate.history[TrainingPhase].epochs == 1
+    learner.fit(1)
+    assert len(twin) == 4
+    assert [step for step, _ in twin] == [1, 2, 3, 4]
+    assert len(learner.cbstate.smooth_loss[TrainingPhase]) == 4
+
+
+def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_path: Path) -> None:
+    """Rule 28: ``torch.load(weights_only=True)`` suffices; a compiled model has the names of one that is not."""
+    compiled: Any = torch.compile(net(), backend="eager")
+    part: Any = torch.compile(net(), backend="eager")
+    inner = torch.nn.Sequential(part)
+    for each, name in ((compiled, "0.weight"), (inner, "0.0.weight")):
+        learner_of(Checkpointer(tmp_path), model=each).fit(1)
+        contents = torch.load(tmp_path / "epoch-0001.ckpt", weights_only=True)
+        assert "_orig_mod" not in repr(contents)
+        assert name in contents["model"][""]
+    plain = learner_of(model=torch.nn.Sequential(net()))
+    plain.load(tmp_path)
+    assert torch.equal(plain.model[0][0].weight, inner.state_dict()["0._orig_mod.0.weight"])
+    assert contents["optimizer"][""]["type"] == "SGD"
+    assert contents["finite"] is True
+    assert set(contents) == {
+        "format", "version", "flowtrain", "torch", "model", "loss module", "structure", "optimizer", "core", "group",
+        "cbstate", "callbacks", "random", "loaders", "position", "numbers", "run", "lanes", "finite",
+    }  # fmt: skip
+
+
+def test_a_run_goes_on_under_its_identifier(folder: Path) -> None:
+    learner = learner_of(SmoothLoss(), Checkpointer(folder))
+    learner.fit(2, resume=folder)
+    run = torch.load(folder / "epoch-0001.ckpt", weights_only=True)["run"]["id"]
+    assert learner.loop.sinks.run.id == run
+    assert learner.loop.sinks.run.resumed
+
+
+def test_a_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
+    shutil.move(folder, tmp_path / "elsewhere")
+    learner = learner_of(SmoothLoss())
+    learner.load(tmp_path / "elsewhere")
+    learner.load(str(tmp_path / "elsewhere" / "best"))
+    assert learner.cbstate.history[ValidationPhase].epochs == 1
+
+
+def test_conditions_go_on_counting(tmp_path: Path) -> None:
+    class Counts(Callback):
+        seen = 0
+
+        @on(EpochEnd, TrainingPhase)
+        def count(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            self.seen += 1
+
+    throttled = partial(throttle, event_type=EpochEnd, every=2)
+    learner_of(throttled(Counts()), Checkpointer(tmp_path)).fit(3)
+    counts = throttled(Counts())
+    resumed = learner_of(counts, Checkpointer(tmp_path))
+    resumed.fit(4, resume=tmp_path)
+    assert counts.seen == 1  # the fourth

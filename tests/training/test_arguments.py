@@ -1,0 +1,267 @@
+"""What a user passes to a learner and to its methods, and what is said of what means nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    BatchEnd,
+    Callback,
+    CallbackError,
+    CoreError,
+    FlowtrainError,
+    Learner,
+    StepContext,
+    TorchCore,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+from flowtrain.training.arguments import _ARGUMENTS, _ATTRIBUTES
+
+
+class Some(Callback): ...
+
+
+# --- model, loss function and callbacks
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "_hidden", "two words", 3, "a.b", ""])
+def test_a_model_needs_a_name_that_can_be_written(name: Any) -> None:
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(model={name: TinyModel()}, data=None)
+    assert str(raised.value).startswith(f"model has the name {name!r}, which learner.model.<name> cannot be.")
+
+
+BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
+    "no module": (
+        lambda: tiny_learner(model=print),
+        CoreError, "model=<built-in function print> is no torch.nn.Module, nor a mapping of names to modules.",
+    ),
+    "no modules": (lambda: tiny_learner(model={"a": 1}), CoreError, "model={'a': 1} is no torch.nn.Module, nor a map"),
+    "no models": (lambda: Learner({}, mse_loss), CoreError, "model={} is no torch.nn.Module"),
+    "loss class": (
+        lambda: tiny_learner(lossfn=nn.MSELoss),
+        CoreError, "MSELoss'> is not a function of (outputs, targets). Write MSELoss(), an instance.",
+    ),
+    "no loss": (lambda: Learner(TinyModel(), None), CoreError, "lossfn=None is not a function of (outputs, targets)."),
+    "callbacks no list": (
+        lambda: tiny_learner(callbacks=Some()),
+        CallbackError, "callbacks=<Some> is not a list. Write callbacks=[...].",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD.values(), ids=BAD)
+def test_what_bad_input_gets(make: Callable[[], object], error: type[FlowtrainError], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("core", "text"),
+    [
+        ("cuda", "core='cuda' is no TorchCore. Write core=TorchCore(device=\"cuda\")."),
+        ("cpu", "core='cpu' is no TorchCore. Write core=TorchCore(device=\"cpu\")."),
+        (torch.device("cpu"), "core=device(type='cpu') is no TorchCore. Write core=TorchCore(device=\"cpu\")."),
+        (TorchCore, "core=TorchCore is a class. Write core=TorchCore(), an instance."),
+        (16, 'core=16 is no TorchCore. Write core=TorchCore(device="cuda").'),
+    ],
+)
+def test_what_is_no_core(core: Any, text: str) -> None:
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(core=core)
+    assert str(raised.value) == text
+
+
+# --- what can be trained
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return mse_loss(outputs * self.factor, targets)
+
+
+class OwnStep(AbstractTrainingPhase):
+    """A step that may thaw what it trains."""
+
+    def step(self, learner: StepContext, raw: Any) -> None: ...
+
+
+def test_a_frozen_model_has_nothing_to_train() -> None:
+    model = nn.Linear(1, 1).requires_grad_(False)
+    text = (
+        "TrainingPhase has nothing to train: no parameter of the model or the loss function requires grad, all 2 are "
+        "frozen. Call requires_grad_(True) on what is to be trained, or pass the data as data={ValidationPhase: loader}"
+        "."
+    )
+    with pytest.raises(CoreError) as raised:
+        tiny_learner(model=model)
+    assert str(raised.value) == text
+    without = tiny_learner(model=model, data={ValidationPhase: tiny_batches()})
+    without.validate()  # what the message says works
+    for train in (lambda: without.fit(1, data=tiny_batches()), lambda: without.step(TrainingPhase, tiny_batches()[0])):
+        with pytest.raises(CoreError) as raised:
+            train()
+        assert str(raised.value) == text
+
+
+def test_what_may_have_something_to_train() -> None:
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    tiny_learner(model=frozen, lossfn=Tempered()).fit(1)
+    tiny_learner(model=frozen, data={OwnStep: tiny_batches()}).fit(1)
+    half = nn.Sequential(frozen, nn.Linear(1, 1))
+    tiny_learner(model=half).fit(1)
+
+
+# --- phases and counts
+
+
+@pytest.mark.parametrize("what", ["epoch", "step"])
+@pytest.mark.parametrize("phase", ["train", None, BatchEnd])
+def test_epoch_and_step_take_a_phase(what: str, phase: Any) -> None:
+    learner = tiny_learner()
+    with pytest.raises(UsageError) as raised:
+        getattr(learner, what)(phase, [])
+    expected = f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...)."
+    assert str(raised.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((), {}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
+        ((1,), {"steps": 2}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
+        ((0,), {}, "fit(epochs=0): epochs is a whole number, at least 1."),
+        ((-3,), {}, "fit(epochs=-3): epochs is a whole number, at least 1."),
+        ((1.5,), {}, "fit(epochs=1.5): epochs is a whole number, at least 1."),
+        ((True,), {}, "fit(epochs=True): epochs is a whole number, at least 1."),
+        (("3",), {}, "fit(epochs='3'): epochs is a whole number, at least 1."),
+        ((), {"steps": 0}, "fit(steps=0): steps is a whole number, at least 1."),
+        ((), {"steps": 5, "validate_every": 0}, "fit(validate_every=0): validate_every is a whole number, at least 1."),
+        ((2,), {"validate_every": 5}, "fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100)."),
+    ],
+)
+def test_counts_that_mean_nothing(args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> None:
+    learner = tiny_learner()
+    with pytest.raises(UsageError) as raised:
+        learner.fit(*args, **kwargs)
+    assert str(raised.value) == text
+    assert learner.model.coeff == 0, "nothing ran"
+
+
+# --- the habits of other libraries
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lr", "optimizer=partial(torch.optim.AdamW, lr=1e-3) in Learner"),
+        ("learning_rate", "optimizer=partial(torch.optim.AdamW, lr=1e-3) in Learner"),
+        ("loss_fn", "Learner(model, lossfn, ...), the loss function second"),
+        ("criterion", "Learner(model, lossfn, ...), the loss function second"),
+        ("train_dataloaders", "data=(train_loader, valid_loader) in Learner or fit"),
+        ("dls", "data=(train_loader, valid_loader) in Learner or fit"),
+        ("metrics", "callbacks=[Metrics(accuracy)] in Learner"),
+        ("accelerator", "core=TorchCore(device=..."),
+        ("accumulate_grad_batches", "core=TorchCore(device=..."),
+        ("max_epochs", "learner.fit(10)"),
+        ("val_check_interval", "learner.fit(steps=1000), with validate_every=100"),
+        ("ckpt_path", "learner.fit(10, resume=folder)"),
+        ("cbs", "callbacks=[...] in Learner"),
+        ("verbose", 'default_callbacks="quiet" in Learner'),
+    ],
+)
+def test_arguments_of_other_libraries(name: str, advice: str) -> None:
+    unknown: dict[str, Any] = {name: 1}
+    with pytest.raises(UsageError) as raised:
+        Learner(TinyModel(), **unknown)
+    assert str(raised.value).startswith(f"Learner() takes no argument {name!r}. Write {advice}")
+    assert str(raised.value).endswith("default_callbacks, executor, core, strict.")
+    learner = tiny_learner()
+    before = learner.model.coeff.item()
+    with pytest.raises(UsageError) as raised:
+        learner.fit(**unknown)
+    assert str(raised.value).startswith(f"fit() takes no argument {name!r}. Write {advice}")
+    assert str(raised.value).endswith("It takes epochs, steps, validate_every, data, resume.")
+    assert learner.model.coeff.item() == before
+
+
+def test_arguments_that_nobody_has() -> None:
+    unknown: dict[str, Any] = {"executer": "serial"}
+    with pytest.raises(UsageError) as raised:
+        Learner(TinyModel(), mse_loss, **unknown)
+    assert str(raised.value) == (
+        "Learner() takes no argument 'executer'. Did you mean 'executor'? It takes model, lossfn, data, optimizer, "
+        "callbacks, default_callbacks, executor, core, strict."
+    )
+    with pytest.raises(CoreError, match=r"lossfn=None is not a function of .* Write Learner\(model, lossfn\)"):
+        Learner(TinyModel())
+    with pytest.raises(UsageError, match=r"fit\(\) takes no argument 'zzz'\. It takes epochs"):
+        tiny_learner().fit(1, zzz=1)  # type: ignore[arg-type]  # that is the point
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("predict", "Write with torch.no_grad(): outputs = learner.model.eval()(inputs), and"),
+        ("history", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and"),
+        ("evaluate", "Write learner.validate(), or learner.epoch(ValidationPhase, loader) for other data;"),
+        ("callback_metrics", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss']"),
+        ("save", "Write torch.save(learner.model.state_dict(), path), or Checkpointer(folder)"),
+        ("load_checkpoint", "Write learner.load(path)."),
+        ("fit_one_cycle", "Write learner.fit(10)."),
+        ("lr_find", "Write flowtrain.find_learning_rate(learner)."),
+        ("to", "Write TorchCore(device=...) as Learner(core=...)."),
+        ("freeze", "Write requires_grad_(False) of the parameters"),
+        ("validat", "Did you mean 'validate'?"),
+    ],
+)
+def test_attributes_of_other_libraries(name: str, advice: str) -> None:
+    learner = tiny_learner()
+    with pytest.raises(AttributeError) as raised:
+        getattr(learner, name)
+    assert str(raised.value).startswith(f"A Learner has no attribute {name!r}. {advice}")
+    assert not hasattr(learner, name)
+
+
+def test_what_is_advised_is_there() -> None:
+    """No advice names an attribute of the learner that it does not have, nor one that it has as missing."""
+    learner = tiny_learner()
+    for advice, names in _ATTRIBUTES.items():
+        for called in re.findall(r"learner\.(\w+)", advice):
+            assert hasattr(learner, called), called
+        assert not [name for name in names.split() if hasattr(learner, name)]
+    own = {*signature(Learner.__init__).parameters, *signature(Learner.fit).parameters}
+    known = [name for names in _ARGUMENTS.values() for name in names.split()]
+    assert sorted(known) == sorted(set(known))
+    assert {*known} & own == {"callbacks", "epochs"}, "an argument of the other call"
+
+
+def test_the_error_of_a_property_is_its_own() -> None:
+    class Broken(Learner):
+        @property
+        def score(self) -> float:
+            return {}.nothing  # type: ignore[attr-defined,no-any-return]  # that is the point
+
+    learner = Broken(TinyModel(), mse_loss, default_callbacks=False)
+    with pytest.raises(AttributeError, match="'dict' object has no attribute 'nothing'"):
+        _ = learner.score
+    with pytest.raises(AttributeError, match="_private"):
+        _ = learner._private  # type: ignore[attr-defined]  # that is the point

@@ -1,0 +1,309 @@
+"""Data: what a learner takes for loaders, and what it says to everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    DataError,
+    Learner,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+)
+from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.training.data import length, loaders
+
+Pairs = list[tuple[Tensor, Tensor]]
+X, Y = torch.zeros(6, 1), torch.ones(6, 1)
+HOW = "Pass data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}."
+
+
+class OODPhase(AbstractValidationPhase):
+    """A third phase."""
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """Single samples, as a dataset gives them."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= len(self):
+            raise IndexError(index)
+        return X[index], Y[index]
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(list(zip(X, Y, strict=True)))
+
+
+class OldStyle:
+    """Iterable only by index."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return tiny_batches(n_batches=2)[index]
+
+
+def learner_on(data: Any) -> Learner:
+    return tiny_learner(data=data, default_callbacks=False)
+
+
+# --- what is taken
+
+
+@pytest.mark.parametrize(
+    ("data", "phases"),
+    [
+        (None, []),
+        ({}, []),
+        (tiny_batches(), ["TrainingPhase"]),
+        ((tiny_batches(),), ["TrainingPhase"]),
+        ((tiny_batches(), tiny_batches()), ["TrainingPhase", "ValidationPhase"]),
+        ({OODPhase: tiny_batches(), TrainingPhase(): tiny_batches()}, ["OODPhase", "TrainingPhase"]),
+    ],
+)
+def test_loaders_by_phase(data: Any, phases: list[str]) -> None:
+    assert [repr(phase) for phase in loaders(data)] == phases
+
+
+def test_a_phase_and_its_type_are_one_key() -> None:
+    train = tiny_batches()
+    found: Any = loaders((train, OldStyle()))
+    assert found[TrainingPhase] is found[TrainingPhase()] is train
+    assert OODPhase not in found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(Samples(), batch_size=2),
+        DataLoader(Endless(), batch_size=4),
+        OldStyle(),
+        [[X, Y], (X, Y)],
+        (pair for pair in tiny_batches(n_batches=2)),
+    ],
+    ids=["DataLoader", "DataLoader without length", "by index", "lists and tuples", "generator"],
+)
+def test_anything_that_gives_pairs_is_trained_on(data: Any) -> None:
+    learner = learner_on(data)
+    learner.fit(1)
+    assert learner.loop.scopes.batch_number in (2, 3)
+
+
+class Pair(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+def test_a_named_pair_is_a_pair() -> None:
+    learner_on([Pair(X, Y)]).fit(1)
+
+
+# --- what is refused when the learner is built
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (
+            (X, Y),
+            "data is tuple of 2: Tensor of shape (6, 1), float32, Tensor of shape (6, 1), float32: tensors, not "
+            "loaders. Make batches of them: DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass "
+            "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            (X.numpy(), Y.numpy()),
+            "data is tuple of 2: ndarray of shape (6, 1), float32, ndarray of shape (6, 1), float32: arrays, not "
+            "loaders. Make batches of them: DataLoader(TensorDataset(torch.as_tensor(inputs), "
+            "torch.as_tensor(targets)), batch_size=32), and pass "
+            "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            X,
+            "The data for TrainingPhase is Tensor of shape (6, 1), float32, not a loader of batches. Make batches of "
+            "it: DataLoader(TensorDataset(inputs, targets), batch_size=32), and pass data=(train_loader, "
+            "valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            (tiny_batches(), X.numpy()),
+            "The data for ValidationPhase is ndarray of shape (6, 1), float32, not a loader of batches. Make batches "
+            "of it: DataLoader(TensorDataset(torch.as_tensor(inputs), torch.as_tensor(targets)), batch_size=32), and "
+            "pass data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}.",
+        ),
+        (
+            [DataLoader(Samples()), DataLoader(Endless())],
+            "The data for TrainingPhase is a list of 2 loaders, and each of them would be taken for a batch. For "
+            "training and validation pass a tuple: data=(train, valid).",
+        ),
+        *(
+            (
+                (DataLoader(Samples()), several),
+                f"The data for ValidationPhase is a {kind} of 2 loaders, and each of them would be taken for a batch. "
+                f"Give each of them a phase of its own: class OtherPhase(ValidationPhase): ..., and "
+                f"data={{TrainingPhase: train, ValidationPhase: valid, OtherPhase: other}}.",
+            )
+            for kind, several in (
+                ("list", [DataLoader(Samples()), DataLoader(Endless())]),
+                ("tuple", (DataLoader(Samples()), DataLoader(Samples()))),
+                ("dict", {"one": DataLoader(Samples()), "other": DataLoader(Samples())}),
+            )
+        ),
+        ((), f"data is a tuple of 0 loaders. {HOW}"),
+        ((1, 2, 3), f"data is a tuple of 3 loaders. {HOW}"),
+        (
+            TensorDataset(X, Y),
+            "The data for TrainingPhase is a TensorDataset, a dataset of single samples. Make batches of it: "
+            "DataLoader(dataset, batch_size=32).",
+        ),
+        (
+            (tiny_batches(), Samples()),
+            "The data for ValidationPhase is a Samples, a dataset of single samples. Make batches of it: "
+            "DataLoader(dataset, batch_size=32).",
+        ),
+        (
+            (tiny_batches(), None),
+            f"The data for ValidationPhase is NoneType None, not a loader of batches. {HOW}",
+        ),
+        ("mnist", f"The data for TrainingPhase is str 'mnist', not a loader of batches. {HOW}"),
+        (7, f"The data for TrainingPhase is int 7, not a loader of batches. {HOW}"),
+        (
+            [],
+            "The loader for TrainingPhase (list) gives no batch. Is the dataset empty, or smaller than one batch with "
+            "drop_last=True?",
+        ),
+        (
+            (tiny_batches(), DataLoader(Samples(), batch_size=32, drop_last=True)),
+            "The loader for ValidationPhase (DataLoader) gives no batch. Is the dataset empty, or smaller than one "
+            "batch with drop_last=True?",
+        ),
+        ({"train": tiny_batches()}, f"data has the key 'train', which is no phase. {HOW}"),
+        (
+            {Phase: tiny_batches()},
+            "data has the key Phase, which is abstract. Use a subclass of it.",
+        ),
+        (
+            {AbstractTrainingPhase: tiny_batches()},
+            "data has the key AbstractTrainingPhase, which is abstract. Use a subclass of it.",
+        ),
+    ],
+)
+def test_data_that_is_refused_at_once(data: Any, text: str) -> None:
+    with pytest.raises(DataError) as raised:
+        learner_on(data)
+    assert str(raised.value) == text
+    with pytest.raises(DataError) as again:
+        tiny_learner(default_callbacks=False).fit(1, data=data)
+    assert str(again.value) == text
+
+
+def test_data_for_a_direct_epoch_is_checked_alike() -> None:
+    learner = learner_on(None)
+    with pytest.raises(DataError, match=r"^The loader for OODPhase \(list\) gives no batch"):
+        learner.epoch(OODPhase, [])
+    with pytest.raises(DataError, match="The data for TrainingPhase is a TensorDataset"):
+        learner.epoch(TrainingPhase, TensorDataset(X, Y))
+    with pytest.raises(DataError, match="data has the key Phase, which is abstract"):
+        learner.epoch(Phase, tiny_batches())
+
+
+def test_a_fit_that_trains_nothing_says_so() -> None:
+    """It is allowed; the warning points at the caller."""
+    learner = learner_on({ValidationPhase: tiny_batches(n_batches=2), OODPhase: tiny_batches(n_batches=2)})
+    with pytest.warns(UserWarning, match="nothing is trained") as caught:
+        learner.fit(1)
+    [warning] = caught
+    assert str(warning.message) == (
+        "fit() has no training phase in its data, only ValidationPhase, OODPhase: nothing is trained. Use validate(), "
+        "or add the data to train on: data={TrainingPhase: loader, ...}."
+    )
+    assert warning.filename == __file__
+    assert learner.loop.scopes.numbers == {ValidationPhase(): 1, OODPhase(): 1}
+    learner.validate()  # what the message says works, and does not warn
+    learner.fit(1, data={ValidationPhase: tiny_batches(), TrainingPhase: tiny_batches()})
+
+
+# --- what only a batch can tell
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (X, "Tensor of shape (6, 1), float32"),
+        ((X,), "tuple of 1: Tensor of shape (6, 1), float32"),
+        ((X, Y, Y), "tuple of 3: Tensor of shape (6, 1), float32, Tensor of shape (6, 1), float32, Tensor of shape"),
+        ({"x": X, "y": Y}, "dict with keys 'x', 'y'"),
+        ([], "list of 0"),
+        (None, "NoneType None"),
+    ],
+)
+@pytest.mark.parametrize("phase", [TrainingPhase, OODPhase])
+def test_a_batch_that_is_no_pair(batch: Any, got: str, phase: type[Phase]) -> None:
+    learner = learner_on({phase: [batch]})
+    with pytest.raises(DataError) as raised:
+        learner.epoch(phase)
+    text = str(raised.value)
+    assert text.startswith(f"{phase.__name__} needs (inputs, targets) from its loader and got {got}")
+    assert text.endswith(
+        f"Let the dataset return pairs, or override {phase.__name__}.split(raw) to return (inputs, targets)."
+    )
+    with pytest.raises(DataError, match=r"needs \(inputs, targets\)"):
+        learner.step(phase, batch)
+
+
+def test_a_loader_that_turns_out_empty() -> None:
+    learner = learner_on(pair for pair in tiny_batches(n_batches=0))
+    with pytest.raises(DataError) as raised:
+        learner.fit(1)
+    assert str(raised.value) == (
+        "The loader for TrainingPhase (generator) gives no batch. It is an iterator, used up after one pass: pass a "
+        "list, a DataLoader, or another iterable."
+    )
+
+
+@pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 3}, {"steps": 3, "validate_every": 3}], ids=str)
+def test_a_generator_lasts_one_pass(how: dict[str, Any]) -> None:
+    learner = learner_on(pair for pair in tiny_batches(n_batches=2))
+    with pytest.raises(DataError, match=r"^The loader for TrainingPhase \(generator\) gives no batch\. It is an it"):
+        learner.fit(**how)
+    assert learner.loop.scopes.numbers[TrainingPhase()] == (1 if "validate_every" in how else 2)
+
+
+def test_data_is_put_back_after_a_fit_of_its_own() -> None:
+    own = tiny_batches(n_batches=3)
+    learner = learner_on(own)
+    learner.fit(1, data=tiny_batches(n_batches=1))
+    assert learner.data[TrainingPhase] is own
+    with pytest.raises(DataError):
+        learner.fit(1, data=[X])
+    assert learner.data[TrainingPhase] is own
+    with pytest.raises(UsageError, match=r"^fit\(\) has no data\. Pass data=\(train_loader, valid_loader\) to Learner"):
+        learner_on(None).fit(1)
+    with pytest.raises(UsageError, match=r"^There is no data for OODPhase\. Pass it: learner\.epoch\(OODPhase"):
+        learner.epoch(OODPhase)
+
+
+def test_what_an_iterable_dataset_says_of_its_length_is_a_guess() -> None:
+    class Stream(IterableDataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 10
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(torch.zeros(3, 1))
+
+    assert length(DataLoader(Stream(), batch_size=1)) is None
+    assert length([1, 2]) == 2
+    assert length(iter([1])) is None

@@ -1,0 +1,952 @@
+"""The loop: every Begin gets one End or Cancelled, whatever is raised wherever (rules 15 to 18)."""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Access,
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchCancelled,
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFittingException,
+    DataError,
+    EpochBegin,
+    EpochCancelled,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    Learner,
+    LearnerView,
+    LossBegin,
+    LossError,
+    Phase,
+    Read,
+    StepContext,
+    TrainingPhase,
+    UpdateBegin,
+    UpdateEnd,
+    UsageError,
+    ValidationPhase,
+    on,
+)
+from flowtrain.callbacks import CustomCallback
+from flowtrain.testing import tiny_batches, tiny_learner
+
+Script = Mapping[int, str]
+
+SUPERVISED: list[type[Event]] = [BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
+EVALUATED: list[type[Event]] = [BatchBegin, LossBegin, BatchEnd]
+OWN: list[type[Event]] = [BatchBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
+
+
+class OwnPhase(AbstractTrainingPhase):
+    """A training step written with the methods for custom phases."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+            with learner.forward():
+                batch.loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+            learner.backward(self, batch.loss)
+            learner.update(self)
+
+
+class Ping(Event):
+    """Fired by handlers."""
+
+
+@dataclass
+class Fired:
+    """An event that was handled, and what its handlers did."""
+
+    event: Event
+    phase: Phase
+    did: list[str] = field(default_factory=list)
+
+
+class Watch(Callback):
+    """Write down every event."""
+
+    def __init__(self) -> None:
+        self.log: list[Fired] = []
+
+    @on(Event)
+    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.log.append(Fired(event, phase))
+
+    @property
+    def names(self) -> list[str]:
+        return [type(fired.event).__name__ for fired in self.log]
+
+
+RAISE: dict[str, Callable[[], BaseException]] = {
+    "batch": lambda: CancelBatchException("script"),
+    "epoch": lambda: CancelEpochException("script"),
+    "fit": lambda: CancelFittingException("script"),
+    "error": lambda: ValueError("script"),
+    "interrupt": lambda: KeyboardInterrupt("script"),
+}
+
+
+class Actor(Callback):
+    """At the n-th event, do what the script says for n."""
+
+    def __init__(self, watch: Watch, script: Script) -> None:
+        self.watch, self.script = watch, script
+
+    @on(Event)
+    def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        action = self.script.get(len(self.watch.log) - 1)
+        if action is None:
+            return
+        self.watch.log[-1].did.append(action)
+        if action == "fire":
+            learner.fire(Ping())
+        else:
+            raise RAISE[action]()
+
+
+class Automaton:
+    """Says, from the rules alone, which event must come next.
+
+    It follows a fit of `epochs` rounds over `phases`, each a list of the events of a batch, with `n_batches` batches;
+    or one direct epoch (no fit), or one direct step (no epoch either).
+    """
+
+    SEVERITY = ("", "batch", "epoch", "fit", "error")
+
+    def __init__(self, kind: str, phases: list[list[type[Event]]], epochs: int, n_batches: int) -> None:
+        self.kind, self.n_batches = kind, n_batches
+        self.todo = phases * epochs if kind == "fit" else phases[:1]
+        self.fit = self.epoch = self.batch = "closed"
+        self.batches = 0
+        self.place = -1
+        self.pings = 0
+        self.pending = ""
+        self.ended = ""
+
+    def scope_open(self, action: str) -> bool:
+        if action == "fit":
+            return self.fit != "closing"
+        return {"batch": self.batch, "epoch": self.epoch}.get(action, "open") == "open"
+
+    def take(self, fired: Fired) -> None:
+        """Take an event that was fired, with what its handlers did."""
+        self.enter(type(fired.event))
+        raised = [action for action in fired.did if action != "fire" and self.scope_open(action)]
+        for action in raised:
+            severity = "error" if action == "interrupt" else action
+            self.pending = max(self.pending, severity, key=self.SEVERITY.index)
+        if "interrupt" in raised:
+            self.pings = 0
+        elif not raised:
+            self.pings += fired.did.count("fire")
+
+    def enter(self, event: type[Event]) -> None:
+        if event is Ping:
+            self.pings -= 1
+        elif event is FitBegin:
+            self.fit = "open"
+        elif event is FitEnd:
+            self.fit = "closing"
+        elif event is EpochBegin:
+            self.epoch, self.batches = "open", 0
+        elif event in (EpochEnd, EpochCancelled):
+            self.epoch = "closing"
+        elif event is BatchBegin:
+            self.batch, self.place = "open", 0
+            self.batches += 1
+        elif event in (BatchEnd, BatchCancelled):
+            self.batch = "closing"
+        else:
+            self.place = self.todo[0].index(event)
+
+    def expected(self) -> type[Event] | None:
+        """Return the type of the event that must come next; ``None`` if it is over."""
+        if self.pings:
+            return Ping
+        if self.batch == "open":
+            events = self.todo[0]
+            return BatchCancelled if self.pending else events[self.place + 1]
+        self.batch = "closed"
+        if self.pending == "batch":
+            self.pending = ""
+        if self.kind == "step":
+            return BatchBegin if not self.batches and not self.pending else None
+        if self.epoch == "open":
+            if self.pending:
+                return EpochEnd if self.pending == "epoch" else EpochCancelled
+            return BatchBegin if self.batches < self.n_batches else EpochEnd
+        if self.epoch == "closing":
+            self.epoch = "closed"
+            self.todo = self.todo[1:]
+        if self.pending == "epoch":
+            self.pending = ""
+        if self.kind == "epoch":
+            return EpochBegin if self.todo and not self.pending else None
+        if self.fit == "open":
+            return EpochBegin if self.todo and not self.pending else FitEnd
+        if self.fit == "closing":
+            self.fit = "closed"
+            return None
+        return FitBegin
+
+
+def run(kind: str, phase: type[Phase], events: list[type[Event]], *scripts: Script) -> None:
+    """Run a fit, epoch or step with actors that follow the scripts, and compare what is fired with the rules."""
+    watch = Watch()
+    data = {phase: tiny_batches(n_batches=2), ValidationPhase: tiny_batches(n_batches=2)}
+    actors = [Actor(watch, script) for script in scripts]
+    learner = tiny_learner(watch, *actors, data=data, default_callbacks=False)
+    raised: BaseException | None = None
+    try:
+        if kind == "fit":
+            learner.fit(2)
+        elif kind == "epoch":
+            learner.epoch(phase)
+        else:
+            learner.step(phase, data[phase][0])
+    except (ValueError, CancelFittingException, KeyboardInterrupt) as failure:
+        raised = failure
+
+    automaton = Automaton(kind, [events, EVALUATED], 2, 2)
+    for number, fired in enumerate(watch.log):
+        expected = automaton.expected()
+        assert type(fired.event) is expected, f"event {number} of {watch.names}, after {watch.log[:number]}"
+        automaton.take(fired)
+    assert automaton.expected() is None, f"more must be fired after {watch.names}"
+
+    did = [action for fired in watch.log for action in fired.did]
+    if "interrupt" in did:
+        assert isinstance(raised, KeyboardInterrupt)
+    elif automaton.pending == "error":
+        assert isinstance(raised, ValueError)
+    elif automaton.pending == "fit" and kind != "fit":
+        assert isinstance(raised, CancelFittingException)
+    else:
+        assert raised is None
+    if kind == "fit":
+        stopped = raised if automaton.pending != "fit" else learner.stopped
+        assert learner.stopped is stopped
+        assert isinstance(learner.stopped, CancelFittingException) is (automaton.pending == "fit")
+    assert learner.model.training
+    assert torch.is_grad_enabled()
+    # Nothing sticks: the same learner trains on.
+    for actor in actors:
+        actor.script = {}
+    watch.log.clear()
+    learner.fit(1)
+    assert watch.names == names_of_a_fit([events, EVALUATED], 2)
+
+
+def names_of_a_fit(phases: Iterable[list[type[Event]]], n_batches: int) -> list[str]:
+    fired: list[type[Event]] = [FitBegin]
+    for events in phases:
+        fired += [EpochBegin, *events * n_batches, EpochEnd]
+    fired.append(FitEnd)
+    return [event.__name__ for event in fired]
+
+
+SCRIPTS = st.dictionaries(st.integers(0, 55), st.sampled_from(["fire", *RAISE]), max_size=7)
+EARLY = st.dictionaries(st.integers(0, 20), st.sampled_from(["fire", *RAISE]), max_size=5)
+QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@QUICK
+@given(SCRIPTS, SCRIPTS)
+def test_every_begin_gets_one_end_or_cancelled_in_a_fit(one: Script, other: Script) -> None:
+    """Rule 16."""
+    run("fit", TrainingPhase, SUPERVISED, one, other)
+
+
+@QUICK
+@given(SCRIPTS, EARLY)
+def test_every_begin_gets_one_end_or_cancelled_with_a_step_of_ones_own(one: Script, other: Script) -> None:
+    """Rule 16, when a phase is written with `run_batch`, `backward` and `update`."""
+    run("fit", OwnPhase, OWN, one, other)
+
+
+@QUICK
+@given(EARLY, EARLY)
+def test_every_begin_gets_one_end_or_cancelled_in_a_direct_epoch(one: Script, other: Script) -> None:
+    """Rule 16: `epoch` called directly lets `CancelFittingException` through."""
+    run("epoch", TrainingPhase, SUPERVISED, one, other)
+
+
+@QUICK
+@given(EARLY, EARLY)
+def test_every_begin_gets_one_end_or_cancelled_in_a_direct_step(one: Script, other: Script) -> None:
+    run("step", OwnPhase, OWN, one, other)
+
+
+# --- rule 16, sentence by sentence
+
+
+class Raise(Callback):
+    """Raise once, at the n-th time that an event is fired."""
+
+    def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
+        self.event_type, self.exception, self.left = event_type, exception, nth
+
+    @on(Event)
+    def maybe(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if type(event) is self.event_type:
+            self.left -= 1
+            if not self.left:
+                raise self.exception
+
+
+def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
+    """A learner with one phase of training and without default callbacks, and what it fires."""
+    watch = Watch()
+    chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
+    return watch, tiny_learner(watch, *callbacks, **chosen)
+
+
+def short(names: list[str]) -> str:
+    """Only the events that open and close, abbreviated: ``F( E( B( B) E) F)``, with x for Cancelled."""
+    found = (re.fullmatch("(Fit|Epoch|Batch)(Begin|End|Cancelled)", name) for name in names)
+    marks = {"Begin": "(", "End": ")", "Cancelled": "x"}
+    return " ".join(match[1][0] + marks[match[2]] for match in found if match)
+
+
+@pytest.mark.parametrize(
+    ("event", "exception", "fired"),
+    [
+        # a cancelled batch fires BatchCancelled, and the next one follows
+        (BatchBegin, CancelBatchException(), "F( E( B( Bx B( B) E) F)"),
+        (UpdateEnd, CancelBatchException(), "F( E( B( Bx B( B) E) F)"),
+        # a cancelled epoch closes an open batch first, then fires EpochEnd
+        (BackwardEnd, CancelEpochException(), "F( E( B( Bx E) F)"),
+        (EpochBegin, CancelEpochException(), "F( E( E) F)"),
+        # CancelFittingException closes batch, epoch and fit
+        (LossBegin, CancelFittingException(), "F( E( B( Bx Ex F)"),
+        (EpochBegin, CancelFittingException(), "F( E( Ex F)"),
+        (FitBegin, CancelFittingException(), "F( F)"),
+        # a cancel raised inside an End or Cancelled event takes effect after it, and fires nothing more for that scope
+        (BatchEnd, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
+        (BatchEnd, CancelEpochException(), "F( E( B( B) E) F)"),
+        (BatchEnd, CancelFittingException(), "F( E( B( B) Ex F)"),
+        (EpochEnd, CancelEpochException(), "F( E( B( B) B( B) E) F)"),
+        (EpochEnd, CancelFittingException(), "F( E( B( B) B( B) E) F)"),
+        (FitEnd, CancelFittingException(), "F( E( B( B) B( B) E) F)"),
+        # one whose scope is not open does nothing
+        (EpochBegin, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
+        (EpochEnd, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
+        (FitBegin, CancelEpochException(), "F( E( B( B) B( B) E) F)"),
+        (FitEnd, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None if isinstance(value, str) else repr(value),
+)
+def test_cancels(event: type[Event], exception: Exception, fired: str) -> None:
+    """Rule 16; `fit` returns normally after each of them."""
+    watch, learner = watched(Raise(event, exception))
+    learner.fit(1)
+    assert short(watch.names) == fired
+    ends_fit = isinstance(exception, CancelFittingException) and event is not FitEnd
+    assert learner.stopped is (exception if ends_fit else None)
+
+
+@pytest.mark.parametrize(
+    ("event", "fired"),
+    [
+        (FitBegin, "F( F)"),
+        (EpochBegin, "F( E( Ex F)"),
+        (BackwardBegin, "F( E( B( Bx Ex F)"),
+        (BatchEnd, "F( E( B( B) Ex F)"),
+        (EpochEnd, "F( E( B( B) B( B) E) F)"),
+        (FitEnd, "F( E( B( B) B( B) E) F)"),
+    ],
+)
+@pytest.mark.parametrize("exception", [ValueError("broken"), KeyboardInterrupt("stop"), SystemExit(2)], ids=repr)
+def test_errors_and_interrupts_close_everything(event: type[Event], fired: str, exception: BaseException) -> None:
+    """Rule 16: errors close the batch, the epoch and the fit, and are raised."""
+    watch, learner = watched(Raise(event, exception))
+    with pytest.raises(type(exception)) as raised:
+        learner.fit(1)
+    assert raised.value is learner.stopped is exception
+    assert short(watch.names) == fired
+
+
+def test_cancelled_events_can_be_cancelled_further() -> None:
+    watch, learner = watched(
+        Raise(LossBegin, CancelBatchException("first")), Raise(BatchCancelled, CancelEpochException("second"))
+    )
+    learner.fit(2)
+    assert short(watch.names) == "F( E( B( Bx E) E( B( B) B( B) E) F)"
+
+
+def test_an_error_after_a_cancel_is_what_counts() -> None:
+    """Rule 15: errors before cancels, also when they came later; the others are attached."""
+    cancel, error = CancelFittingException("first"), ValueError("later")
+    watch, learner = watched(Raise(LossBegin, cancel), Raise(EpochCancelled, error))
+    with pytest.raises(ValueError, match="later") as raised:
+        learner.fit(1)
+    assert raised.value.others == (cancel,)  # type: ignore[attr-defined]  # any exception may carry them
+    assert "also raised: CancelFittingException: first" in raised.value.__notes__
+    assert short(watch.names) == "F( E( B( Bx Ex F)"
+
+
+def test_a_direct_epoch_lets_the_cancel_of_a_fit_through() -> None:
+    """Rule 16."""
+    watch, learner = watched(Raise(BatchEnd, CancelFittingException("enough")))
+    with pytest.raises(CancelFittingException, match="enough"):
+        learner.epoch(TrainingPhase)
+    assert short(watch.names) == "E( B( B) Ex"
+    assert learner.stopped is None
+
+
+def test_a_direct_step() -> None:
+    """Rule 16: there is no epoch to cancel; a cancelled batch returns what there is of its state."""
+    raw = tiny_batches(n_batches=1)[0]
+    watch, learner = watched(Raise(LossBegin, CancelEpochException()))
+    assert list(vars(learner.step(TrainingPhase, raw))) == ["inputs", "targets", "outputs", "loss", "grads"]
+    assert short(watch.names) == "B( B)"
+    watch, learner = watched(Raise(LossBegin, CancelBatchException()))
+    assert list(vars(learner.step(TrainingPhase, raw))) == ["inputs", "targets", "outputs"]
+    assert short(watch.names) == "B( Bx"
+
+
+def test_a_cancel_after_backward_begin_discards_the_gradients() -> None:
+    """Rule 16: NaN gradients of a cancelled batch do not poison the next update."""
+    poisoned = tiny_batches(n_batches=3)
+    poisoned[1] = (poisoned[1][0] * float("nan"), poisoned[1][1])
+
+    def skip(view: LearnerView) -> None:
+        if view.batch.loss.isnan():
+            raise CancelBatchException("NaN")
+
+    guard = CustomCallback(skip, BackwardEnd, TrainingPhase, {"batch.loss": Read()})
+    _, learner = watched(guard, data=poisoned)
+    learner.fit(1)
+    _, other = watched(data=[poisoned[0], poisoned[2]])
+    other.fit(1)
+    assert torch.equal(learner.model.coeff, other.model.coeff)
+
+
+def test_at_epoch_end_the_batch_is_the_last_completed_one() -> None:
+    seen: dict[str, list[str]] = {}
+
+    class Look(Callback):
+        def state_access(self) -> dict[str, Read]:
+            return {"batch": Read()}
+
+        @on(Event)
+        def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            inputs = getattr(learner.batch, "inputs", None)
+            number = next((str(i) for i, (x, _) in enumerate(data) if inputs is x), "none")
+            seen.setdefault(type(event).__name__, []).append(number)
+
+    data = tiny_batches(n_batches=3)
+    look = Look()
+    _, learner = watched(look, Raise(LossBegin, CancelBatchException(), 3), data=data)
+    learner.fit(2)
+    assert seen["EpochEnd"] == ["1", "2"], "batch 2 of the first epoch was cancelled"
+    assert seen["BatchCancelled"] == ["2"]
+    assert seen["EpochBegin"] == ["none", "none"], "at EpochBegin there is no batch yet"
+    assert seen["FitBegin"] == ["none"]
+    assert seen["FitEnd"] == ["2"]
+    seen.clear()
+    _, learner = watched(Look(), Raise(BatchBegin, CancelEpochException()), data=data)
+    learner.fit(1)
+    assert seen["EpochEnd"] == ["none"], "no batch was completed"
+
+
+# --- what is raised by the loader, the model and the step rather than by a handler
+
+
+def test_a_loader_that_raises_midway_cancels_the_epoch() -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            yield from tiny_batches(n_batches=2)
+            raise OSError("disk gone")
+
+    watch, learner = watched(data=Loader())
+    with pytest.raises(OSError, match="disk gone"):
+        learner.fit(1)
+    assert short(watch.names) == "F( E( B( B) B( B) Ex F)"
+    assert learner.model.training
+    learner.fit(1, data=tiny_batches(n_batches=1))
+    assert short(watch.names).endswith("F( E( B( B) E) F)")
+
+
+def test_a_model_that_raises_says_with_which_input() -> None:
+    watch, learner = watched(data=[(torch.zeros(2, 3), torch.zeros(2, 3))], model=torch.nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
+        learner.fit(1)
+    note = "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 3), float32"
+    assert raised.value.__notes__ == [note, "in TrainingPhase, epoch 1, batch 1"]
+    assert short(watch.names) == "F( E( B( Bx Ex F)"
+
+
+def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
+    class Robust(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            try:
+                super().step(learner, raw)
+            except (RuntimeError, LossError):
+                return
+
+    bad = (torch.zeros(8, 1), torch.zeros(8, 1, dtype=torch.complex64))
+    good = tiny_batches(n_batches=2)
+    watch, learner = watched(Raise(BatchEnd, RuntimeError("late"), 2), data={Robust: [good[0], bad, good[1]]})
+    learner.fit(1)
+    assert short(watch.names) == "F( E( B( B) B( Bx B( B) E) F)"
+    watch.log.clear()
+    learner.step(Robust, bad)
+    assert short(watch.names) == "B( Bx"
+
+
+def test_a_phase_whose_mode_fails_leaves_the_learner_usable() -> None:
+    class Broken(TrainingPhase):
+        def mode(self, modules: Any) -> Any:
+            raise ValueError("no mode")
+
+    watch, learner = watched()
+    with pytest.raises(ValueError, match="no mode"):
+        learner.fit(1, data={Broken: tiny_batches(n_batches=1)})
+    assert short(watch.names) == "F( F)", "the epoch never began"
+    learner.fit(1)
+
+
+# --- rule 17
+
+
+def test_fit_end_runs_for_every_callback_whatever_failed() -> None:
+    """Rule 17: also for those that depend on one that failed; the first error is raised, the others attached."""
+    closed: list[str] = []
+
+    class First(Callback):
+        @on(FitEnd)
+        def close(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            closed.append("First")
+            raise OSError("first cannot close")
+
+    class Second(Callback):
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return (First,)
+
+        @on(FitEnd)
+        def close(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            closed.append("Second")
+            raise LookupError("second neither")
+
+    class Third(Second):
+        @on(FitEnd)
+        def close(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            closed.append("Third")
+
+    batch_error, epoch_error = ValueError("in the batch"), TypeError("in the epoch")
+    _, learner = watched(Third(), Second(), First(), Raise(LossBegin, batch_error), Raise(EpochCancelled, epoch_error))
+    with pytest.raises(ValueError, match="in the batch") as raised:
+        learner.fit(1)
+    assert closed == ["First", "Third", "Second"]
+    assert raised.value is learner.stopped is batch_error
+    others = raised.value.others  # type: ignore[attr-defined]  # any exception may carry them
+    assert [repr(other) for other in others] == ["TypeError('in the epoch')", "OSError('first cannot close')"]
+    notes = raised.value.__notes__
+    assert "also raised: TypeError: in the epoch" in notes
+    assert "also raised: OSError: first cannot close" in notes
+    nested = others[1].others
+    assert [repr(other) for other in nested] == ["LookupError('second neither')"]
+
+
+# --- rule 15
+
+
+def test_handlers_run_unless_they_depend_on_a_failed_one() -> None:
+    """Rule 15: exactly the handlers with no failed ancestor run."""
+    ran: list[str] = []
+
+    class Base(Callback):
+        fails: bool = False
+        after: tuple[type[Callback], ...] = ()
+
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return self.after
+
+        @on(BatchEnd)
+        def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            ran.append(type(self).__name__)
+            if self.fails:
+                raise ValueError(type(self).__name__)
+
+    class A(Base):
+        fails = True
+
+    class B(Base):
+        after = (A,)
+
+    class C(Base):
+        after = (B,)
+
+    class D(Base): ...
+
+    class E(Base):
+        after = (D,)
+        fails = True
+
+    _, learner = watched(A(), B(), C(), D(), E())
+    with pytest.raises(ValueError, match="A") as raised:
+        learner.fit(1)
+    assert ran == ["A", "D", "E"]
+    assert [str(other) for other in raised.value.others] == ["E"]  # type: ignore[attr-defined]  # may carry them
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "wins"),
+    [
+        ([CancelBatchException(), CancelEpochException(), CancelFittingException(), ValueError("e")], 3),
+        ([CancelBatchException(), CancelFittingException(), CancelEpochException()], 1),
+        ([CancelBatchException(), CancelEpochException()], 1),
+        ([ValueError("one"), ValueError("two")], 0),
+        ([CancelBatchException("one"), CancelBatchException("two")], 0),
+    ],
+)
+def test_which_of_several_exceptions_counts(exceptions: list[Exception], wins: int) -> None:
+    """Rule 15: errors, then the cancel of the fit, the epoch, the batch; then serial order."""
+    watch, learner = watched(*(Raise(LossBegin, exception) for exception in exceptions))
+    with suppress(ValueError):
+        learner.fit(1)
+    ends_fit = isinstance(exceptions[wins], (ValueError, CancelFittingException))
+    assert learner.stopped is (exceptions[wins] if ends_fit else None)
+    expected = {
+        "ValueError": "F( E( B( Bx Ex F)",
+        "CancelFittingException": "F( E( B( Bx Ex F)",
+        "CancelEpochException": "F( E( B( Bx E) F)",
+        "CancelBatchException": "F( E( B( Bx B( B) E) F)",
+    }
+    assert short(watch.names) == expected[type(exceptions[wins]).__name__]
+    others = getattr(exceptions[wins], "others", None)
+    assert others is not None
+    assert {id(other) for other in others} == {id(e) for e in exceptions} - {id(exceptions[wins])}
+
+
+# --- rule 18
+
+
+TRAINING = "Training is already running. In a handler raise CancelBatchException, CancelEpochException or"
+
+
+CALLS: dict[str, tuple[Callable[[Learner], object], str]] = {
+    "fit": (lambda learner: learner.fit(1), "fit()"),
+    "epoch": (lambda learner: learner.epoch(ValidationPhase), "epoch()"),
+    "step": (lambda learner: learner.step(TrainingPhase, None), "step()"),
+    "validate": (lambda learner: learner.validate(), "validate()"),
+    "set": (lambda learner: learner.set_callbacks([]), "Changing the callbacks"),
+    "add": (lambda learner: learner.add_callback(Watch()), "Changing the callbacks"),
+    "remove": (lambda learner: learner.remove_callback(Watch), "Changing the callbacks"),
+    "replace": (lambda learner: learner.replace_callback(Watch()), "Changing the callbacks"),
+}
+
+
+@pytest.mark.parametrize(("call", "what"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("event", [FitBegin, EpochBegin, LossBegin, BatchEnd, EpochEnd, FitEnd, Ping])
+def test_training_inside_a_handler_is_refused(call: Callable[[Learner], object], what: str, event: type[Event]) -> None:
+    """Rule 18: through a learner that the handler has captured."""
+    captured: list[Learner] = []
+    inside = CustomCallback(lambda view: call(captured[0]), event)
+    watch, learner = watched(inside, n_batches=1)
+    captured.append(learner)
+    with pytest.raises(UsageError) as raised:
+        learner.fit(1) if event is not Ping else learner.fire(Ping(), TrainingPhase())
+    assert str(raised.value).startswith(f"{what} was called inside ")
+    assert TRAINING in str(raised.value)
+    assert len(learner.callbacks) == 2
+    learner.get_callback(CustomCallback).f = lambda view: None  # type: ignore[union-attr]  # it is there
+    watch.log.clear()
+    learner.fit(1)
+    assert watch.names == names_of_a_fit([SUPERVISED], 1)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_training_inside_a_step_is_an_error(direct: bool) -> None:
+    """Rule 18: a step is part of a loop that runs."""
+
+    class Delegating(AbstractValidationPhase):
+        def step(self, learner: Any, raw: Any) -> None:
+            learner.step(ValidationPhase, raw)
+
+    _, learner = watched()
+    with pytest.raises(UsageError, match=r"^step\(\) was called inside .*, from a handler or a step. Training is alr"):
+        learner.step(Delegating, None) if direct else learner.epoch(Delegating, [1])
+    learner.fit(1)
+
+
+@pytest.mark.parametrize("name", ["fit", "epoch", "step", "validate", "run_batch"])
+def test_a_view_says_that_the_loop_is_running(name: str) -> None:
+    _, learner = watched(CustomCallback(lambda view: getattr(view, name)(), BatchEnd))
+    with pytest.raises(UsageError, match=rf"CustomCallback calls learner.{name}\(\) in a handler, but the"):
+        learner.fit(1)
+
+
+# --- counting
+
+
+def test_fit_by_steps_with_an_epoch_that_is_cancelled_before_its_first_batch() -> None:
+    """Such an epoch counts as run, so that the fit ends."""
+    watch, learner = watched(*(Raise(EpochBegin, CancelEpochException(), nth) for nth in range(1, 9)), n_batches=2)
+    learner.fit(steps=4, validate_every=2)
+    assert short(watch.names) == "F( E( E) E( E) F)"
+
+
+def test_cancelled_batches_are_steps_too() -> None:
+    watch, learner = watched(*(Raise(LossBegin, CancelBatchException(), nth) for nth in range(1, 9)), n_batches=2)
+    learner.fit(steps=3)
+    assert short(watch.names) == "F( E( B( Bx B( Bx E) E( B( Bx E) F)"
+
+
+def test_an_epoch_over_an_empty_iterator_is_cancelled() -> None:
+    watch, learner = watched(data=iter(tiny_batches(n_batches=1)))
+    learner.fit(1)
+    with pytest.raises(DataError, match="is an iterator, used up after one pass"):
+        learner.fit(1)
+    assert short(watch.names) == "F( E( B( B) E) F) F( E( Ex F)"
+
+
+class _Refuse(Callback):
+    """Raise with a batch whose graph is there, and remember the loss weakly."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = type(failure)
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    @on(BackwardBegin, access={"batch.loss": Read()})
+    def refuse(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(weakref.ref(learner.batch.loss))
+        raise self.failure("no")
+
+
+class _RefuseToo(_Refuse):
+    """A second failure of the same event."""
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("failure", [CancelBatchException(), CancelEpochException(), CancelFittingException()])
+def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: bool) -> None:
+    """They are gone with the next batch, without the garbage collector: no exception holds itself."""
+    one, other = _Refuse(failure), _RefuseToo(failure)
+    data = {OwnPhase if own else TrainingPhase: tiny_batches(n_batches=3)}
+    learner = tiny_learner(one, other, data=data)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            learner.fit(1)
+        with suppress(CancelFittingException):
+            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # takes the place of the last one
+        losses = [*one.seen[:-1], *other.seen[:-1]]
+        assert len(losses) >= 6
+        assert [loss for loss in losses if loss() is not None] == []
+    finally:
+        gc.enable()
+
+
+class _Unwatched(Callback):
+    """Look at the loss of a batch that was cancelled, and at nothing else."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchCancelled)
+    def look(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(learner.batch.loss.requires_grad)
+
+
+def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
+    """A step leaves that out while nobody can; a cancelled batch shows it, and a step that calls the bundled one."""
+    callback = _Unwatched()
+
+    class Refuses(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise CancelBatchException("not this one")
+
+    tiny_learner(
+        callback, optimizer=partial(Refuses, lr=0.1), default_callbacks=False, data=tiny_batches(n_batches=2)
+    ).fit(1)
+    assert callback.seen == [False, False]
+    seen: list[bool] = []
+
+    class Inherits(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            super().step(learner, raw)
+            seen.append(learner.batch.loss.requires_grad)
+
+    tiny_learner(default_callbacks=False, data={Inherits: tiny_batches(n_batches=2)}).fit(1)
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
+    """A second signal strikes at any line of the loop; what was open is not open any more, and training can go on."""
+    learner = tiny_learner(data=tiny_batches(n_batches=1))
+
+    def run() -> None:
+        if whole:
+            learner.fit(1)
+        else:
+            learner.epoch(TrainingPhase)
+
+    run()
+    struck = set[int]()
+    for line in range(1, 1000):
+        hit = _interrupt(line, run)
+        if hit is None:
+            break
+        struck.add(hit)
+        run()
+    assert len(struck) > 25
+
+
+def _interrupt(number: int, run: Callable[[], None]) -> int | None:
+    """Raise at the n-th line that runs in the module, except where it clears up; return where, if there are so many."""
+    at, left = None, number
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        return strike if frame.f_globals.get("__name__") == "flowtrain.training.loop" else None
+
+    def strike(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal at, left
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        clears_up = "self.scopes" in line and "CLOSED" in line
+        if event == "line" and not clears_up:
+            left -= 1
+            if left == 0:
+                at = frame.f_lineno
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return strike
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return at
+
+
+def test_the_batch_of_an_error_is_not_kept() -> None:
+    """A learner that is trained again after an error, such as one of memory, holds nothing of before."""
+    callback = _Refuse(ValueError())
+    learner = tiny_learner(callback)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with suppress(ValueError):
+                learner.fit(1)
+        assert [loss() is None for loss in callback.seen] == [True, True]  # the last batch's, in `stopped`, is detached
+    finally:
+        gc.enable()
+
+
+# --- where it happened
+
+
+class Boom(torch.nn.Module):
+    """Fails when it is called for the `at`-th time."""
+
+    def __init__(self, at: int, failure: BaseException) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(1, 1)
+        self.at, self.failure, self.calls = at, failure, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.failure
+        outputs: Tensor = self.inner(inputs)
+        return outputs
+
+
+class Breaks:
+    """A loader that fails before it gives the batch after `good` ones, in its second pass."""
+
+    def __init__(self, good: int) -> None:
+        self.good, self.passes = good, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        yield from tiny_batches(n_batches=self.good)
+        if self.passes == 2:
+            raise OSError("disk")
+
+
+class Fails(Callback):
+    """A handler that fails at once."""
+
+    @on(BatchEnd)
+    def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        raise OSError("disk")
+
+
+def notes(failure: BaseException) -> list[str]:
+    return list(getattr(failure, "__notes__", []))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("failure", [KeyError("weight"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_the_model_says_in_which_batch(failure: BaseException, own: bool) -> None:
+    phase: type[Phase] = OwnPhase if own else TrainingPhase
+    learner = tiny_learner(model=Boom(7, failure), data={phase: tiny_batches(n_batches=4)})
+    failure.__notes__ = []
+    with pytest.raises(type(failure)) as caught:
+        learner.fit(3)
+    assert notes(caught.value) == [f"in {phase.__name__}, epoch 2, batch 3"]
+
+
+@pytest.mark.parametrize(("good", "where"), [(0, "epoch 2"), (3, "epoch 2, after batch 3")])
+def test_an_error_of_the_loader_says_after_which_batch(good: int, where: str) -> None:
+    loader = Breaks(good)
+    learner = tiny_learner(data=loader)
+    loader.passes = 0 if good else 1
+    learner.loop.scopes.numbers[TrainingPhase()] = loader.passes
+    with pytest.raises(OSError, match="disk") as caught:
+        learner.fit(2)
+    assert notes(caught.value) == [f"in TrainingPhase, {where}"]
+
+
+def test_data_that_is_no_pair_says_in_which_batch() -> None:
+    learner = tiny_learner(data=[*tiny_batches(n_batches=2), torch.zeros(4, 1)])
+    with pytest.raises(DataError) as caught:
+        learner.fit(1)
+    assert notes(caught.value) == ["in TrainingPhase, epoch 1, batch 3"]
+
+
+def test_what_is_said_already_is_not_said_again() -> None:
+    with pytest.raises(OSError, match="disk") as caught:
+        tiny_learner(Fails()).fit(1)
+    assert notes(caught.value) == ["raised in Fails.fail at (BatchEnd, TrainingPhase), epoch 1, batch 1"]
+    with pytest.raises(KeyError) as alone:  # a step outside of an epoch has no place
+        tiny_learner(model=Boom(1, KeyError())).step(TrainingPhase, tiny_batches()[0])
+    assert notes(alone.value) == []

@@ -1,0 +1,108 @@
+"""Scopes: what an exception means where training is, and what it says about that."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from flowtrain import (
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFittingException,
+    EpochBegin,
+    Event,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+    on,
+)
+from flowtrain.graph.plan import Step
+from flowtrain.testing import tiny_learner
+from flowtrain.training.scopes import Scopes
+from flowtrain.training.step import CLOSED, CLOSING, OPEN
+
+
+class Note(Callback):
+    @on(Event)
+    def take(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+def step() -> Step:
+    return tiny_learner(Note(), default_callbacks=False).callbacks.plan(BatchEnd, TrainingPhase).steps[0]
+
+
+@pytest.mark.parametrize("where", list(itertools.product((CLOSED, OPEN, CLOSING), repeat=3)))
+def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
+    """Rule 16: a cancel counts while its scope is open; without a fit that of a fit goes to the caller."""
+    scopes = Scopes()
+    scopes.fit, scopes.epoch, scopes.batch = where
+    assert scopes.means_something(CancelFittingException()) is (scopes.fit != CLOSING)
+    assert scopes.means_something(CancelEpochException()) is (scopes.epoch == OPEN)
+    assert scopes.means_something(CancelBatchException()) is (scopes.batch == OPEN)
+    assert scopes.means_something(ValueError())
+    assert scopes.means_something(KeyboardInterrupt())
+
+
+def test_a_cancel_of_ones_own_means_what_its_base_means() -> None:
+    class Plateau(CancelEpochException):
+        """The loss does not move."""
+
+    scopes = Scopes()
+    assert not scopes.means_something(Plateau())
+    scopes.open_epoch(TrainingPhase())
+    assert scopes.means_something(Plateau())
+    assert issubclass(Plateau, CancelException)
+
+
+def test_epochs_are_counted_by_phase_and_batches_by_epoch() -> None:
+    scopes = Scopes()
+    seen: list[tuple[str, int, int]] = []
+    for phase in (TrainingPhase(), ValidationPhase(), TrainingPhase()):
+        scopes.open_epoch(phase)
+        seen.append((repr(scopes.phase), scopes.epoch_number, scopes.batch_number))
+        scopes.batch_number += 5
+    assert seen == [("TrainingPhase", 1, 0), ("ValidationPhase", 1, 0), ("TrainingPhase", 2, 0)]
+    assert scopes.completed is None
+
+
+def test_the_note_on_an_exception() -> None:
+    """Rule 15: callback, handler, event, phase, and where there is one epoch and batch."""
+    scopes, failure, raised_in = Scopes(), ValueError("x"), step()
+    scopes.note(failure, raised_in, BatchEnd(), TrainingPhase())
+    scopes.open_epoch(TrainingPhase())
+    scopes.note(failure, raised_in, EpochBegin(), TrainingPhase())
+    scopes.batch_number = 7
+    scopes.note(failure, raised_in, BatchEnd(), TrainingPhase())
+    assert failure.__notes__ == [
+        "raised in Note.take at (BatchEnd, TrainingPhase)",
+        "raised in Note.take at (EpochBegin, TrainingPhase), epoch 1",
+        "raised in Note.take at (BatchEnd, TrainingPhase), epoch 1, batch 7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scope", "inside"),
+    [("fit", "inside fit"), ("epoch", "inside an epoch of Phase"), ("batch", "a batch or an event")],
+)
+@pytest.mark.parametrize("state", [OPEN, CLOSING])
+def test_training_inside_of_training_is_refused(scope: str, inside: str, state: int) -> None:
+    """Rule 18."""
+    scopes = Scopes()
+    scopes.refuse_nested("fit()")
+    setattr(scopes, scope, state)
+    with pytest.raises(UsageError, match=r"^fit\(\) was called inside .*, from a handler or a step\.") as raised:
+        scopes.refuse_nested("fit()")
+    assert inside in str(raised.value)
+
+
+def test_while_an_event_is_fired_from_outside_training_cannot_start() -> None:
+    scopes = Scopes()
+    scopes.firing = True
+    with pytest.raises(UsageError, match="a batch or an event"):
+        scopes.refuse_nested("step()")

@@ -1,0 +1,229 @@
+"""What the bundled steps are made of: runners, and what they say of data that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, mse_loss
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Access,
+    BackwardBegin,
+    BatchEnd,
+    Callback,
+    DataError,
+    LearnerView,
+    LossError,
+    Phase,
+    Read,
+    StepContext,
+    TorchCore,
+    TrainingPhase,
+    ValidationPhase,
+    Write,
+    on,
+)
+from flowtrain.errors import describe
+from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.training.step import StepRunners
+
+TYPES = [Phase, AbstractTrainingPhase, TrainingPhase, AbstractValidationPhase, ValidationPhase]
+SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+]
+
+
+def test_there_is_a_runner_for_each_event_of_a_step() -> None:
+    assert {*StepRunners.events, "pairs", "watched"} == set(StepRunners.__slots__)
+    assert set(StepRunners.events.values()) <= set(AbstractTrainingPhase.events or ())
+
+
+class SeesLoss(Callback):
+    def __init__(self) -> None:
+        self.graphs: list[bool] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def see(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.graphs.append(learner.batch.loss.requires_grad)
+
+
+@pytest.mark.parametrize("callbacks", [[], [SeesLoss()]], ids=["nobody looks", "somebody looks"])
+def test_the_loss_is_detached_when_it_can_be_looked_at(callbacks: list[SeesLoss]) -> None:
+    learner = tiny_learner(*callbacks, default_callbacks=False)
+    learner.epoch(TrainingPhase)
+    assert not learner.batch.loss.requires_grad
+    assert not learner.step(TrainingPhase, tiny_batches(n_batches=1)[0]).loss.requires_grad
+    assert not any(graph for each in callbacks for graph in each.graphs)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(2, dtype=torch.int64), "Tensor of shape (2,), int64"),
+        (torch.nn.Parameter(torch.zeros(())), "Parameter of shape (), float32"),
+        (np.zeros((2, 3), dtype=np.float64), "ndarray of shape (2, 3), float64"),
+        ((), "tuple of 0"),
+        ([torch.zeros(1), [1]], "list of 2: Tensor of shape (1,), float32, list of 1: int 1"),
+        ([1, 2, 3, 4], "list of 4: int 1, int 2, int 3, ..."),
+        ({}, "dict with keys "),
+        (dict.fromkeys(range(9), 0), "dict with keys 0, 1, 2, 3, 4, 5"),
+        ("x" * 100, f"str '{'x' * 59}"),
+    ],
+)
+def test_describe(value: Any, said: str) -> None:
+    assert describe(value) == said
+
+
+# --- the step
+
+
+def quiet(lossfn: Any, **more: Any) -> Any:
+    return tiny_learner(lossfn=lossfn, default_callbacks=False, **more)
+
+
+def half(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return mse_loss(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("kind", [TrainingPhase, ValidationPhase])
+def test_a_loss_that_is_no_single_number(kind: type[Phase]) -> None:
+    with pytest.raises(LossError) as caught:
+        quiet(half).step(kind, (torch.ones(2, 1), torch.ones(2, 1)))
+    assert str(caught.value) == (
+        f"The loss function half returned Tensor of shape (2, 1), float32, which is no single number\n"
+        f"In {kind.__name__} it was called with batch.outputs: Tensor of shape (2, 1), float32 and batch.targets: "
+        f"Tensor of shape (2, 1), float32. The model and the loss must fit: change the model's last layer, the targets "
+        f"that the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with "
+        f"one element."
+    )
+
+
+def test_a_loss_that_does_not_fit_the_model() -> None:
+    with pytest.raises(LossError, match=r"The loss function cross_entropy raised RuntimeError: ") as caught:
+        quiet(cross_entropy).step(TrainingPhase, (torch.ones(2, 1), torch.ones(2, 1, dtype=torch.int32)))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "batch.targets: Tensor of shape (2, 1), int32" in str(caught.value)
+
+
+def test_a_model_that_fails_keeps_its_error() -> None:
+    learner = quiet(mse_loss, model=torch.nn.Linear(3, 1))
+    with pytest.raises(RuntimeError, match="shapes") as caught:
+        learner.step(TrainingPhase, (torch.ones(2, 1), torch.ones(2, 1)))
+    assert caught.value.__notes__[0] == (
+        "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 1), float32"
+    )
+
+
+# --- what an overridden split returns
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class Split(TrainingPhase):
+    """Returns what a test wants; `Split.made` takes the batch."""
+
+    made: Callable[[Any], Any] = staticmethod(tuple)
+
+    def split(self, raw: Any) -> Any:
+        return type(self).made(raw)
+
+
+X, Y = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
+
+
+NO_PAIRS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda raw: raw[0], "Tensor of shape (8, 4), float32"),
+    (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # would unpack, by rows
+    (lambda raw: None, "NoneType None"),
+    (lambda raw: (raw[0],), "tuple of 1: Tensor of shape (8, 4), float32"),
+    (lambda raw: "ab", "str 'ab'"),
+    (lambda raw: {"x": raw[0], "y": raw[1]}, "dict with keys 'x', 'y'"),
+]
+
+
+@pytest.mark.parametrize(("made", "got"), NO_PAIRS)
+def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any], got: str) -> None:
+    monkeypatch.setattr(Split, "made", staticmethod(made))
+    learner = quiet(cross_entropy, model=torch.nn.Linear(4, 2), data={Split: [(X, Y)]})
+    with pytest.raises(DataError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == f"Split.split(raw) must return (inputs, targets), got {got}."
+
+
+@pytest.mark.parametrize("made", [tuple, list, Pair._make])
+def test_a_split_that_gives_a_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any]) -> None:
+    monkeypatch.setattr(Split, "made", staticmethod(made))
+    batch = quiet(cross_entropy, model=torch.nn.Linear(4, 2)).step(Split, (X, Y))
+    assert batch.inputs is X
+    assert batch.targets is Y
+
+
+# --- a loss that no backward pass can begin at
+
+
+class Cuts(Callback):
+    """Puts a loss without a graph into the batch."""
+
+    @on(BackwardBegin, access={"batch.loss": Write()})
+    def cut(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+        learner.batch.loss = learner.batch.loss.detach()
+
+
+class OwnStep(AbstractTrainingPhase):
+    """Runs a backward pass with the parts of a step."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self):
+            learner.backward(self, learner.lossfn(learner.model(raw[0]), raw[1]))
+
+
+def cut(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(outputs.detach(), targets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "more"),
+    [
+        (TrainingPhase, "batch.loss", {}),
+        (TrainingPhase, "batch.loss", {"core": TorchCore(device="cpu", accumulate=2)}),
+        (TrainingPhase, "batch.loss", {"lossfn": cross_entropy, "callbacks": [Cuts()]}),
+        (OwnStep, "the loss", {}),
+    ],
+    ids=["plain", "accumulate", "handler", "own step"],
+)
+def test_a_loss_without_a_graph(kind: type[Phase], what: str, more: dict[str, Any]) -> None:
+    options = {"lossfn": cut, "model": torch.nn.Linear(4, 2), "data": {kind: [(X, Y)]}, **more}
+    with pytest.raises(LossError) as caught:
+        quiet(**options).fit(1)
+    assert str(caught.value) == (
+        f"{kind.__name__} cannot run a backward pass: {what} is Tensor of shape (), float32, without a graph, so no "
+        f"parameter can get a gradient from it. Something between the parameters and the loss cuts the graph: look for "
+        f"detach(), item(), torch.tensor(...), torch.no_grad() and torch.inference_mode() in the model, the loss "
+        f"function and around the call, and for frozen parameters (requires_grad_(False))."
+    )
+    assert "does not require grad" in str(caught.value.__cause__)
+
+
+def twice(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss = cross_entropy(outputs, targets)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("kind", [TrainingPhase, OwnStep])
+def test_another_error_of_the_backward_pass_is_torchs_own(kind: type[Phase]) -> None:
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        quiet(twice, model=torch.nn.Linear(4, 2), data={kind: [(X, Y)]}).fit(1)
