@@ -39,7 +39,6 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
 from flowtrain.callbacks import summary as _summary
-from flowtrain.core import compile as _compile
 from flowtrain.core.core import TorchCore
 from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
 from flowtrain.errors import (
@@ -142,7 +141,6 @@ __all__ = [
 # The documented paths of modules that have moved since: both names are one module.
 _sys.modules.update(
     {
-        f"{__name__}.compiling": _compile,
         f"{__name__}.hyperparameter": _hyperparameters,
         f"{__name__}.records": _backend,
         f"{__name__}.schedules": _schedules,

@@ -1,6 +1,6 @@
 """Compilation: the model, or the model with its loss, through `torch.compile`.
 
-`Compiled` gives what a step calls in place of the model and the loss function. Three things are its own affair:
+A step calls `Compiled.model` and `Compiled.lossfn` instead of the model and the loss function. Beside `torch.compile`:
 
 - ``learner.model`` stays the module that was passed, and names never begin with ``_orig_mod.`` (`original`).
 - ``compile="loss"`` compiles model and loss as one graph, so that the outputs need not be written and read again
@@ -9,15 +9,12 @@
 - With CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) torch gives every result in the same memory, batch
   after batch. What a batch keeps is a copy.
 
-Recompilations are counted (`recompilations`), each with the reason that torch gives. One that is a habit is reported
-once, when an epoch has ended.
+When torch compiles something once more, ``TORCH_LOGS=recompiles`` has it say what and why.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +22,7 @@ import torch
 from flowtrain.core.devices import rebuild
 from flowtrain.errors import CoreError, is_a
 
-__all__ = ["Compiled", "Recompilation", "check_compile", "original", "recompilations"]
-
-MANY = 3
-"""Recompilations that are not reported: the last batch of training, and that of validation, may be shorter."""
+__all__ = ["Compiled", "check_compile", "original"]
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -67,7 +61,7 @@ def original(model: Any) -> Any:
 
 
 class Compiled:
-    """What a step calls in place of a model and a loss function.
+    """A model and a loss function, compiled, as a step calls them.
 
     Args:
         models: The one model, under the empty name.
@@ -92,8 +86,6 @@ class Compiled:
         self._lossfn = lossfn
         self._targets = targets
         self._made: list[tuple[Any, ...]] = []
-        self._before = _compilations()
-        self._reported = False
         self.lossfn: Any = lossfn
         self._run: Any = torch.compile(_with_loss(model, lossfn) if joint else model, **options)
         self.model: Any = self._run
@@ -102,34 +94,15 @@ class Compiled:
         elif self._graphs:
             self.model = self._copied
 
-    def report(self) -> None:
-        """Warn, once, if torch has compiled something again more than `MANY` times since this was made."""
-        if self._reported:
-            return
-        found = [_recompilation(each) for each in _compilations() if not any(each is old for old in self._before)]
-        again = [each for each in found if each is not None]
-        if len(again) > MANY:
-            self._reported = True
-            reason = " ".join(again[-1].reason.split())
-            warnings.warn(
-                f"torch has compiled code again {len(again)} times, and waits for it each time. The last was "
-                f"{again[-1].where}, because: {reason}. After some times (torch._dynamo.config.recompile_limit) it "
-                f"gives up and runs that code without compilation. If sizes change, give batches the same size "
-                f"(drop_last=True in the loader, or padding), or write compile={{'dynamic': True}}. All of them: "
-                f"flowtrain.core.compile.recompilations().",
-                UserWarning,
-                stacklevel=2,
-            )
-
     def _begin(self) -> None:
         if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the batch before made may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # the results of the batch before may be overwritten
 
     def _keep(self, results: Any) -> Any:
         return rebuild(results, torch.Tensor.clone, lambda item: item) if self._graphs else results
 
     def _copied(self, inputs: Any) -> Any:
-        """Run the model, and copy what it gives."""
+        """Run the model, and copy the outputs."""
         self._begin()
         return self._keep(self._run(inputs))
 
@@ -165,40 +138,3 @@ def _versions(data: Any) -> list[int]:
     found: list[int] = []
     rebuild(data, lambda tensor: found.append(tensor._version), lambda item: item)
     return found
-
-
-@dataclass(frozen=True)
-class Recompilation:
-    """A piece of code that torch compiled once more.
-
-    Attributes:
-        where: Function, file and line.
-        reason: Which assumption of the compilation before did not hold.
-    """
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where} was compiled again: {self.reason}"
-
-
-def recompilations() -> tuple[Recompilation, ...]:
-    """Return what torch compiled more than once in this process, the oldest first; it remembers the last 64.
-
-    The one place that reads torch's records of it (``torch._dynamo.utils``), which are no public interface.
-    """
-    found = [_recompilation(each) for each in _compilations()]
-    return tuple(each for each in found if each is not None)
-
-
-def _compilations() -> list[Any]:
-    from torch._dynamo.utils import get_compilation_metrics
-
-    return list(get_compilation_metrics())
-
-
-def _recompilation(record: Any) -> Recompilation | None:
-    if not record.recompile_reason:
-        return None
-    return Recompilation(f"{record.co_name} ({record.co_filename}:{record.co_firstlineno})", record.recompile_reason)

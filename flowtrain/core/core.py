@@ -97,7 +97,6 @@ class TorchCore:
         self._state: LearnerState | None = None
         self._needs_norm = False
         self._guard: Guard | None = None
-        self.report: Callable[[], None] = lambda: None  # called when an epoch has ended
         self.modes: Modes | None = None  # while a phase has set them
         self._warned = False
 
@@ -142,7 +141,7 @@ class TorchCore:
         self._lossfn: Any = state.lossfn
         if self.settings.compile is not False:
             made = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
-            self._model, self._lossfn, self.report = made.model, made.lossfn, made.report
+            self._model, self._lossfn = made.model, made.lossfn
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
         self._state = state  # from here on nothing can fail
         state.params = self.params = Parameters(self.models)

@@ -178,7 +178,6 @@ class Loop:
                 batches = self._begin_epoch(phase, loader)
                 self._run(learner, phase, batches, shortest(length(loader), most), most)
                 check_gave(scopes.batch_number, phase, loader)
-                self.core.report()
             except CancelEpochException:
                 pass
             except BaseException as failure:  # raised below, when the epoch is closed

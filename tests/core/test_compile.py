@@ -1,9 +1,8 @@
-"""Compilation of the model, and of the model with its loss; names, copies and recompilations."""
+"""Compilation of the model, and of the model with its loss; names and copies."""
 
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from flowtrain import Learner, TorchCore, TrainingPhase, Write
 from flowtrain.callback.events import BatchEnd, LossBegin
 from flowtrain.callbacks import CustomCallback
-from flowtrain.core.compile import Compiled, has_graphs, original, recompilations
+from flowtrain.core.compile import Compiled, has_graphs, original
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -127,10 +126,12 @@ def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: p
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     monkeypatch.setattr(torch, "compile", static)
     kept: list[tuple[Tensor, Tensor]] = []
-    keep = CustomCallback(lambda view: kept.append((view.batch.outputs, view.batch.loss)), BatchEnd, TrainingPhase,
-                          {"batch.outputs": Write(), "batch.loss": Write()})  # fmt: skip
+    access = {"batch.outputs": Write(), "batch.loss": Write()}
     for wanted in ({"mode": "reduce-overhead"}, {"mode": "max-autotune", "loss": True}):
         kept.clear()
+        keep = CustomCallback(
+            lambda view: kept.append((view.batch.outputs, view.batch.loss)), BatchEnd, TrainingPhase, access
+        )
         learner = trained(wanted, keep)
         seen = list(learner.cbstate.metrics_step[TrainingPhase]["Loss"])
         assert len({outputs.data_ptr() for outputs, _ in kept}) == len(kept) == 6
@@ -186,41 +187,6 @@ def test_which_ways_record_graphs(wanted: Any, graphs: bool) -> None:
     assert has_graphs(wanted) is graphs
 
 
-@pytest.mark.parametrize(("sizes", "warns"), [((2, 3, 4, 5, 6), True), ((2, 3, 4, 5), False)])
-def test_who_compiles_again_and_again_is_told_once(sizes: tuple[int, ...], warns: bool) -> None:
-    """With the number and the reason; three of them are nothing to speak of."""
-    learner = Learner(
-        Net(),
-        cross_entropy,
-        data=batches(*sizes),
-        default_callbacks=False,
-        core=TorchCore("cpu", compile={"backend": "eager", "dynamic": False}),
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        learner.fit(2)
-    found = [str(each.message) for each in caught if "compiled code again" in str(each.message)]
-    assert len(found) == warns
-    if warns:
-        assert found[0].startswith("torch has compiled code again 4 times, and waits for it each time. The last was ")
-        assert "size mismatch at index 0. expected 5, actual 6" in found[0]
-
-
-def test_recompilations_are_counted_with_their_reason() -> None:
-    before = len(recompilations())
-    learner = Learner(
-        Net(), cross_entropy, data=batches(5, 6, 7), default_callbacks=False,
-        core=TorchCore("cpu", compile={"backend": "eager", "dynamic": False}),
-    )  # fmt: skip
-    learner.fit(1)
-    found = recompilations()[before:]
-    assert len(found) == 2
-    assert "size mismatch" in found[0].reason
-    assert str(found[0]) == f"{found[0].where} was compiled again: {found[0].reason}"
-    learner.fit(2)
-    assert len(recompilations()) == before + 2, "the same shapes come to the same code"
-
-
 def test_nothing_of_a_batch_is_kept() -> None:
     [(inputs, targets)] = batches(5)
     made = Compiled({"": Net()}, cross_entropy, {"loss": True, "backend": "eager"}, lambda: targets)
@@ -238,10 +204,10 @@ def test_nothing_of_a_batch_is_kept() -> None:
 def test_cuda_graphs_do_not_change_what_callbacks_keep(loss: bool) -> None:
     kept: list[Tensor] = []
     access = {"batch.outputs": Write()}
-    keep = CustomCallback(lambda view: kept.append(view.batch.outputs), BatchEnd, TrainingPhase, access)
     results = []
     for wanted in (False, {"mode": "reduce-overhead", "loss": loss}):
         kept.clear()
+        keep = CustomCallback(lambda view: kept.append(view.batch.outputs), BatchEnd, TrainingPhase, access)
         learner = Learner(
             Net(), cross_entropy, data=batches(*[5] * 8), callbacks=[keep], default_callbacks="quiet",
             core=TorchCore("cuda", compile=wanted),
