@@ -16,6 +16,7 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
 from flowtrain.graph.nodes import Node
+from flowtrain.graph.reach import COMPUTED, attribute
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, Named, State
 
@@ -221,15 +222,20 @@ def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
         for path, kind in node.union:
             inside: Any = (parts if isinstance(kind, Write) else read).get(path[0])
             expected = inside is not None and not (isinstance(kind, Read) and kind.optional)
+            look = attribute if path[0] in ("model", "lossfn") else getattr
             for depth, name in enumerate(path[1:] if expected else (), 1):
-                if not (name in inside if isinstance(inside, Mapping) else hasattr(inside, name)):
+                try:
+                    found = inside[name] if isinstance(inside, Mapping) else look(inside, name)
+                except (KeyError, AttributeError):
                     above = dotted(path[:depth])
                     known = map(str, inside if isinstance(inside, Mapping) else dir(inside))
                     raise AccessError(
                         f"{node.name} declares {dotted(path)!r}, but {above} has no {name!r}."
                         f"{nearest(name, known)} {_remedy(path, above, state)}"
-                    )
-                inside = inside[name] if isinstance(inside, Mapping) else getattr(inside, name)
+                    ) from None
+                if found is COMPUTED:
+                    break
+                inside = found
 
 
 def _remedy(path: Path, above: str, state: LearnerState) -> str:

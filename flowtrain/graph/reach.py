@@ -16,6 +16,7 @@ callbacks conflict where their paths meet and at least one of them writes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from flowtrain.callback.access import Declaration, Path, Write, canonical, dotte
 from flowtrain.callback.events import BatchBegin
 from flowtrain.state.learner_state import LearnerState, Named
 
-__all__ = ["Meeting", "Reach", "meetings"]
+__all__ = ["COMPUTED", "Meeting", "Reach", "attribute", "meetings"]
 
 _GRADS = "batch.grads"
 _PARTS = ("hyperparams", "state", "param_groups", "defaults")
@@ -134,7 +135,7 @@ class Reach:
         return found
 
     def _registered(self, path: Path) -> Path:
-        """Return a region by registered names: a property of a module may show another module, or any part of it."""
+        """Return a region by registered names: an attribute of a module may be another module, or any part of it."""
         root, module = next(((at, each) for at, each in self._modules if path[: len(at)] == at), ((), None))
         for depth in range(len(root), len(path)):
             name = path[depth]
@@ -143,10 +144,12 @@ class Reach:
             if name in module._modules:
                 module = module._modules[name]
                 continue
+            if "_orig_mod" in module._modules:  # compiled: the names are those of the module inside
+                return self._registered((*path[:depth], "_orig_mod", *path[depth:]))
             try:
-                value = getattr(module, name, None)
-            except Exception:  # a property of the user's, which may need a forward pass first
-                return path[:depth]
+                value = attribute(module, name)
+            except AttributeError:
+                return path
             if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
                 return path  # nothing that another name could reach
             place = self._places.get(id(value))
@@ -200,6 +203,36 @@ class Reach:
             last_end = max(last_end, end)
             groups[-1].append(path)
         return [names for names in map(_distinct, groups) if len(names) > 1]
+
+
+def attribute(holder: object, name: str) -> Any:
+    """Return an attribute of an object, without running code of its class; `COMPUTED` where that would have to run.
+
+    The code of a property may draw random numbers, and that of a spectral norm changes a buffer.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    if isinstance(holder, nn.Module):
+        for members in (holder._parameters, holder._buffers, holder._modules):
+            if name in members:
+                return members[name]
+        if "_orig_mod" in holder._modules:  # compiled
+            return attribute(holder._modules["_orig_mod"], name)
+    if name in (own := getattr(holder, "__dict__", {})):
+        return own[name]
+    value = inspect.getattr_static(type(holder), name, _MISSING)
+    if value is not _MISSING:
+        return COMPUTED if hasattr(type(value), "__get__") else value
+    if inspect.getattr_static(type(holder), "__getattr__", _OF_MODULES) is _OF_MODULES:
+        raise AttributeError(name)
+    return COMPUTED
+
+
+COMPUTED = object()
+"""Stands for an attribute that exists only when code has run, if at all."""
+_MISSING = object()
+_OF_MODULES = nn.Module.__getattr__
 
 
 def _join(root: Path, *names: str) -> Path:

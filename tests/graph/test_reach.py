@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from flowtrain import (
 )
 from flowtrain.callback.access import Declaration, declare
 from flowtrain.callbacks import LearningRate, LearningRateMonitor, Scheduler, one_cycle
+from flowtrain.errors import AccessError
 from flowtrain.graph.reach import Reach, meetings
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.partial_view import Owner
@@ -255,6 +257,10 @@ MORE: dict[Callable[[], Learner], set[tuple[str, ...]]] = {
         # A name in a model that is no registered one may show any part of it.
         *((path, "model.parts") for path in ("model.again.running_mean", "model.backbone.bias", "model.norm")),
         ("model.parts", "model.temperature"),
+        *((path, "model.backbone.bias") for path in ("batch.grads.first.weight", "batch.grads.head.bias",
+          "model.again.running_mean")),
+        *(("model.backbone.bias", path) for path in ("model.first.weight", "model.norm", "model.temperature",
+          "model.tied.weight", "params.first.weight", "params.head.bias", "params.tied.weight")),
     },
     # A phase that does not say what it provides may take any entry from the data.
     two_models: {("batch.loss", "data"), ("batch.outputs", "data")},
@@ -341,6 +347,63 @@ def test_a_model_without_a_size_yet_and_properties_that_fail_are_no_obstacle() -
     assert Reach(state)(("model", "features")) == (("batch.grads",), ("model",))
     assert Reach(state)(("model", "layer", "weight"))[-1] == ("model", "layer", "weight")
     assert Reach(state)(("model", "layer", "in_features")) == (("model", "layer", "in_features"),)
+
+
+class Drawing(nn.Module):
+    """A spectral norm, and attributes that code of the user's has to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """Draws."""
+        return torch.rand(1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "later":
+            return torch.rand(1)
+        return super().__getattr__(name)
+
+
+class Looks(Callback):
+    """Declares to read one path, and does nothing with it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def state_access(self) -> Access:
+        return {self.path: Read()}
+
+    @on(UpdateBegin)
+    def look(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
+        pass
+
+
+@pytest.mark.parametrize("path", ["model.noise", "model.later", "model.layer.weight", "model.noise.of.its.own"])
+def test_to_declare_a_path_runs_no_code_of_the_model(path: str) -> None:
+    """That of a spectral norm changes a buffer, so training with a reader would be another one than without."""
+    torch.manual_seed(0)
+    model = Drawing()
+    before, drawn = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
+    learner = tiny_learner(Looks(path), model=model)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    whole = "model.layer" if path == "model.layer.weight" else "model"
+    assert regions(learner, path) == {whole, whole.replace("model", "batch.grads")}  # it may show any part of it
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_part_has_the_names_of_the_module_inside() -> None:
+    part: Any = torch.compile(nn.Sequential(nn.Linear(1, 1)))
+    model = nn.Sequential(OrderedDict(compiled=part))
+    learner = tiny_learner(Looks("model.compiled.0.weight"), model=model)
+    inside = "compiled._orig_mod.0.weight"
+    assert regions(learner, "model.compiled.0.weight") == {f"model.{inside}", f"batch.grads.{inside}"}
+    assert regions(learner, "params.compiled._orig_mod.0.weight") == regions(learner, "model.compiled.0.weight")
+    with pytest.raises(AccessError, match=r"'model\.compiled\.0\.wieght', but model\.compiled\.0 has no 'wieght'"):
+        tiny_learner(Looks("model.compiled.0.wieght"), model=model)
 
 
 # --- what users see of it
