@@ -21,7 +21,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_type
 from flowtrain.logging.backend import LoggerBackend
 
-__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "on"]
+__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -212,14 +212,29 @@ class Callback:
 
 def draws_own(callback: Callback) -> bool:
     """Tell whether the handlers of a deferrable callback get random numbers of their own."""
-    if not callback.deferrable:
-        return False
-    kind = type(callback)
-    if "stochastic" not in vars(callback):
-        says = next(base for base in kind.__mro__ if "stochastic" in vars(base))
-        if says.__module__.startswith(_BUNDLED) and not kind.__module__.startswith(_BUNDLED):
-            return True  # the bundled callback that says False does not know what this subclass does
-    return callback.stochastic is not False
+    if not callback.deferrable or callback.stochastic is not False:
+        return callback.deferrable
+    return _of_bundled(callback) and not is_quiet(callback)
+
+
+def is_quiet(callback: Callback) -> bool:
+    """Tell whether a callback is a bundled one that draws no random numbers and calls no code of a user's.
+
+    The class that says ``stochastic = False`` does not know what a subclass does, or a handler that `on` added to it.
+    """
+    functions = (handler.function for _, handler in callback.handlers())
+    return (
+        callback.stochastic is False
+        and _of_bundled(callback)
+        and type(callback).__module__.startswith(_BUNDLED)
+        and all(function is None or function.__module__.startswith(_BUNDLED) for function in functions)
+    )
+
+
+def _of_bundled(callback: Callback) -> bool:
+    """Tell whether it is a bundled class that says what `Callback.stochastic` is, and not a user."""
+    says = next(base for base in type(callback).__mro__ if "stochastic" in vars(base))
+    return "stochastic" not in vars(callback) and says.__module__.startswith(_BUNDLED)
 
 
 _BUNDLED = "flowtrain.callbacks."

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from flowtrain.callback.access import declare
-from flowtrain.callback.callback import Callback, Condition, draws_own
+from flowtrain.callback.callback import Callback, Condition, draws_own, is_quiet
 from flowtrain.callback.conditions import Every, When
 from flowtrain.callback.events import Event, FitEnd
 from flowtrain.callback.handler import Handler
@@ -166,8 +166,13 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
 
 
 def _consuming(call: Call, node: Node, draws: Draws) -> Call:
-    """Return the call of a deferrable handler that runs in place: in the surroundings that it would have elsewhere."""
+    """Return the call of a deferrable handler that runs in place: in the surroundings that it would have elsewhere.
+
+    Bundled loggers, which run at every batch, call nothing that could see a difference.
+    """
     name = node.name
+    if is_quiet(node.callback):
+        return call
     if not draws_own(node.callback):
 
         def consume(event: Event, phase: Phase, view: LearnerView) -> None:

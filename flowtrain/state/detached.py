@@ -28,6 +28,8 @@ _DEPTH = 8
 """How deep containers are followed: one may hold itself."""
 _OBJECTS = (UserDict, UserList, types.SimpleNamespace)
 _AS_THEY_ARE = (CountsMap, Series, SeriesMap)  # these hold numbers, and copies of tensors
+_SAME = (PLAIN - {torch.Tensor, torch.nn.Parameter}) | {*_AS_THEY_ARE}
+"""Types of values without a graph, by exact type, which is quick: loggers read such values at every batch."""
 
 
 def detached(value: Any, depth: int = _DEPTH) -> Any:
@@ -37,10 +39,18 @@ def detached(value: Any, depth: int = _DEPTH) -> Any:
         value: What is in the learner's state, and no read-only twin of it. Modules stay as they are.
         depth: How deep to follow containers and dataclasses.
     """
+    kind = type(value)
+    if kind in _SAME:
+        return value
     if isinstance(value, torch.Tensor):
         return value.detach() if value.requires_grad else value
-    kind = type(value)
-    if kind in PLAIN or depth == 0 or isinstance(value, _AS_THEY_ARE):
+    if depth == 0:
+        return value
+    if isinstance(value, PhaseMap):
+        if all(type(item) in _SAME for item in value.values()):
+            return value
+        return _with(value, value.items(), PhaseMap.__setitem__, depth)
+    if isinstance(value, _AS_THEY_ARE):
         return value
     if isinstance(value, (Parameters, Gradients)):
         return value.detached()
@@ -53,8 +63,7 @@ def detached(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, State):
         return _copied_state(value, depth)
     if isinstance(value, dict):
-        place: Callable[..., None] = PhaseMap.__setitem__ if isinstance(value, PhaseMap) else dict.__setitem__
-        return _with(value, dict.items(value), place, depth)
+        return _with(value, dict.items(value), dict.__setitem__, depth)
     for sequence in (list, deque):
         if isinstance(value, sequence):
             return _with(value, enumerate(value), sequence.__setitem__, depth)
@@ -89,7 +98,7 @@ def _copied_state(value: State, depth: int) -> State:
 
 def _changed(items: Any, depth: int) -> Iterator[tuple[Any, Any]]:
     for key, item in items:
-        if type(item) not in PLAIN or isinstance(item, torch.Tensor):
+        if type(item) not in _SAME:
             new = detached(item, depth - 1)
             if new is not item:
                 yield key, new

@@ -238,6 +238,32 @@ def test_bundled_loggers_say_that_they_draw_nothing_and_their_subclasses_do_not(
     assert not draws_own(CustomCallback(lambda learner: None, BatchEnd))  # it draws training's, and declares it
 
 
+def test_a_handler_of_a_user_s_that_was_added_to_a_bundled_logger_draws_numbers_of_its_own(tmp_path: Path) -> None:
+    """The logger says that it draws nothing, and does not know of the handler."""
+    before = dict(LogMetrics._handlers)
+    try:
+
+        @on(BatchEnd, TrainingPhase, LogMetrics, access={})
+        def sample(callback: LogMetrics, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            draw()
+
+        logs = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
+        assert draws_own(logs)
+        assert train(logs) == train()
+    finally:
+        LogMetrics._handlers.clear()
+        LogMetrics._handlers.update(before)
+
+
+def test_a_bundled_logger_is_called_as_it_is(tmp_path: Path) -> None:
+    """It runs at every batch, so what others need must cost it nothing; nor does it copy what it reads."""
+    learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")))
+    step = next(step for step in learner.callbacks.plan(BatchEnd, TrainingPhase).steps if "LogMetrics" in step.label)
+    assert step.call == step.handler.bind(step.callback)
+    twins = learner.state.cbstate.__twins__
+    assert step.view.cbstate.metrics_step is twins.metrics_step
+
+
 # --- what is refused, and what it says
 
 
