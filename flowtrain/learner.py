@@ -48,6 +48,7 @@ from flowtrain.training.arguments import (
     check_keywords,
     check_lossfn,
     check_model,
+    check_path,
     check_phase,
     no_attribute,
 )
@@ -309,7 +310,8 @@ class Learner(CallbackSite):
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit; the learner is as it was.
             KeyboardInterrupt: Ctrl-C or SIGTERM, seen at a batch boundary (rule 29).
-            UsageError: Called inside a handler or a step, or with counts that mean nothing.
+            UsageError: Called inside a handler or a step, with counts that mean nothing, or with a `resume` that is no
+                path.
             DataError: There is no data.
             Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
@@ -317,6 +319,8 @@ class Learner(CallbackSite):
         check_keywords("fit", unknown, Learner.fit)
         with self._running("fit()", opens=resume is None):
             check_counts(epochs, steps, validate_every)
+            if resume is not None:
+                check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
             chosen = self.state.data if data is None else loaders(data)
             self._check_fit_data(chosen, by_steps=steps is not None)
             before, self.state.data = self.state.data, chosen
@@ -379,6 +383,7 @@ class Learner(CallbackSite):
             CheckpointError: It cannot be read or does not fit; the learner is as it was.
         """
         self._ready("load()")
+        check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
         self.loop.cuts.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:

@@ -194,6 +194,17 @@ class Callback:
         yield self
         yield from self.conditions
 
+    def moved(self, before: str, here: str) -> None:
+        """Take note of where the checkpoint lies whose state was just loaded: nothing, here.
+
+        A callback whose state names files can tell by it whether they are its own. `flowtrain.callbacks.Checkpointer`
+        counts only the files of its folder.
+
+        Args:
+            before: The folder that the checkpoint was written into, absolute and without symbolic links.
+            here: The folder that it was read from, likewise.
+        """
+
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.
 

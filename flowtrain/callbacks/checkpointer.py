@@ -109,6 +109,8 @@ class Checkpointer(Callback):
         self._files: list[tuple[str, float]] = []  # with what they are ranked by, oldest first
         self._best = math.inf
         self._step_file = ""
+        self._ranked_by: list[str | None] = []  # the metric, whether small is good, and the phase, once they are known
+        self._loaded_from = ""  # the folder that the files of a loaded state are in
         self._spare: list[str] = []  # not finite, so to be removed with the next request
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
@@ -152,6 +154,7 @@ class Checkpointer(Callback):
                 f"{', '.join(map(repr, phases))}. Write Checkpointer(..., phase={phases[-1]!r})."
             )
         self._watched = (exact or found)[-1]
+        self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
         learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True)
 
     @on(EpochEnd)
@@ -183,13 +186,35 @@ class Checkpointer(Callback):
         """Return which files there are, and what they are ranked by: small is good."""
         return {
             "files": list(self._files), "best": self._best, "step file": self._step_file, "spare": list(self._spare),
+            "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._files = [(name, rank) for name, rank in state["files"]]
         self._best, self._step_file = state["best"], state["step file"]
-        self._spare = list(state.get("spare", ()))  # older checkpoints have none
+        self._spare = list(state.get("spare", ()))  # older checkpoints have none of these
+        self._loaded_from = state.get("folder", "")
+        self._rank_by(state.get("ranked by", self._ranked_by), self._ranked_by)
+
+    def moved(self, before: str, here: str) -> None:
+        """Count only the files that are in this folder, which may have been moved together with the checkpoint.
+
+        A fit that resumes from the checkpoint of another folder leaves the files there alone.
+        """
+        recorded = self._loaded_from or before
+        moved = os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
+        if os.path.realpath(self.folder) not in (recorded, moved):
+            self._files, self._spare, self._step_file = [], [], ""
+        self._files = [each for each in self._files if (self.folder / each[0]).is_file()]
+        if self.monitor is not None:
+            self._best = min((rank for _, rank in self._files), default=math.inf)
+
+    def _rank_by(self, before: list[str | None], now: list[str | None]) -> None:
+        """Rank by a metric of a phase from now on; ranks by another one say nothing beside those."""
+        if before and now and before != now:
+            self._files, self._best = [], math.inf
+        self._ranked_by = now or before
 
     def _take_epoch(self, name: str, rank: float, finite: bool) -> tuple[bool, list[str]]:
         """Take the file of an epoch in; return whether it is the best, and the files that are not wanted any more."""

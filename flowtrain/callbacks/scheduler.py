@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Any
 
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
-from flowtrain.callback.events import BatchBegin, EpochEnd, FitBegin, UpdateBegin
+from flowtrain.callback.events import BatchBegin, EpochEnd, FitBegin, FitEnd, UpdateBegin
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.resolution import NoConflict, Resolution
@@ -77,6 +78,7 @@ class Scheduler(Callback):
         # What the fit that runs, or the last one, is planned to be, and where it began.
         self._planned: tuple[int | None, int | None] = (None, None)
         self._began: tuple[int, dict[str, int]] = (0, {})
+        self._in_fit = False
         self._stretch()
 
     def state_access(self) -> Access:
@@ -122,8 +124,10 @@ class Scheduler(Callback):
         """Stretch the schedules without a length over the fit."""
         if not event.resumed:
             self._began = (self.updates, dict(self._epochs))
-        self._planned = (event.updates, event.epochs)
+        before, self._planned, self._in_fit = self._planned, (event.updates, event.epochs), True
         self._stretch()
+        if event.resumed:
+            self._warn_of_another_length(before)
         for setting, schedule in self._stretched.items():
             if isinstance(schedule, Schedule) and schedule.is_open:
                 why = "the fit counts steps" if schedule.unit == "epoch" else "a loader does not know how many it has"
@@ -131,6 +135,11 @@ class Scheduler(Callback):
                     f"The schedule {schedule} of {setting.name} is stretched over the {schedule.unit}s of the fit, and "
                     f"how many these are is not known: {why}. Give it a length, in {schedule.unit}s: length=1000."
                 )
+
+    @on(FitEnd, access={})
+    def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Take the plan of the next state that is loaded as it is."""
+        self._in_fit = False
 
     @on(BatchBegin, access={})
     def begin_batch(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
@@ -178,7 +187,8 @@ class Scheduler(Callback):
         """Take back what `state_dict` returned."""
         self.updates = state["updates"]
         self._epochs = dict(state["epochs"])
-        self._planned = (state["planned"][0], state["planned"][1])
+        if not self._in_fit:  # the state is loaded once more in a fit that resumes, which may be of another length
+            self._planned = (state["planned"][0], state["planned"][1])
         self._began = (state["began"][0], dict(state["began"][1]))
         self._judged = dict(state.get("judged", {}))  # a checkpoint of the first format has none
         for name in self._watching.keys() & state["plateaus"].keys():
@@ -194,6 +204,32 @@ class Scheduler(Callback):
             if isinstance(schedule, Schedule) and schedule.is_open:
                 planned = epochs if schedule.unit == "epoch" else updates
             self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]
+
+    def _warn_of_another_length(self, before: tuple[int | None, int | None]) -> None:
+        """Warn, once for all schedules, if the fit was planned to be longer or shorter when it was interrupted."""
+        totals: dict[str, str] = {}
+        jumps: list[str] = []
+        for setting, schedule in self.schedules.items():
+            if not isinstance(schedule, Schedule) or not schedule.is_open:
+                continue
+            by_epoch = schedule.unit == "epoch"
+            old, new = before[by_epoch], self._planned[by_epoch]
+            phases = self._epochs.items() if by_epoch else [("", self.updates)]
+            began = self._began[1] if by_epoch else {"": self._began[0]}
+            done = max((count - began.get(name, 0) for name, count in phases), default=0)
+            if old is None or new is None or old == new or done >= new:
+                continue
+            totals[schedule.unit] = f"{old} {schedule.unit}s, and this fit comes to {new}"
+            values = schedule.value(done + 1, old), schedule.value(done + 1, new)
+            jumps.append(f"{setting.name} is now {values[1]:.4g}, and would have been {values[0]:.4g}, by {schedule}")
+        if jumps:
+            warnings.warn(
+                f"The fit that wrote the checkpoint was planned to come to {'; '.join(totals.values())}. A schedule "
+                f"without a length is stretched over the new total, so it jumps here: {'; '.join(jumps)}. To go on as "
+                f"before, resume with the total of then, or give the schedule a length from the beginning.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _value(self, setting: Setting, schedule: Schedule | ReduceOnPlateau, phase: Phase) -> object:
         if isinstance(schedule, ReduceOnPlateau):

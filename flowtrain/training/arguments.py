@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
+from os import PathLike
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "check_keywords",
     "check_lossfn",
     "check_model",
+    "check_path",
     "check_phase",
     "no_attribute",
 ]
@@ -222,3 +224,22 @@ def check_counts(epochs: object, steps: object, validate_every: object) -> None:
             raise UsageError(f"fit({name}={value!r}): {name} is a whole number, at least 1.")
     if validate_every is not None and steps is None:
         raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")
+
+
+def check_path(path: object, called: str, instead: str) -> None:
+    """Check that the argument that names a checkpoint is a path.
+
+    Args:
+        path: What the user passed.
+        called: The call up to the value, as ``"fit(resume="``.
+        instead: What to do if no checkpoint is meant.
+
+    Raises:
+        UsageError: It is something else, or an empty string.
+    """
+    if not isinstance(path, (str, PathLike)) or path == "":
+        example = "fit(10, resume='runs/a')" if "=" in called else f"{called}'runs/a')"
+        raise UsageError(
+            f"{called}{path!r}) takes the path of a checkpoint, or of a folder of them: write {example} with the "
+            f"folder of a Checkpointer. {instead}"
+        )

@@ -27,14 +27,20 @@ from flowtrain.state.by_phase import PhaseMap
 
 __all__ = [
     "check_gave",
+    "has_workers",
     "length",
     "loaders",
+    "parts",
     "planned_updates",
+    "set_epoch",
     "shortest",
     "warn_untrained",
 ]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
+
+_PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "loader", "loaders", "dataloader", "base_dataloader")
+"""Where a loader, or a part of it, has the parts that it is made of, in torch and in the usual wrappers."""
 
 
 def loaders(data: Any) -> PhaseMap[Any]:
@@ -197,3 +203,43 @@ def planned_updates(
     if not batches:
         return None
     return steps // batches * ceil(batches / accumulate) + ceil(steps % batches / accumulate)
+
+
+def parts(loader: Any) -> list[Any]:
+    """Return a loader and what it is made of, each object once: its samplers, its dataset, and those inside of them."""
+    found, known = [loader], {id(loader)}
+    for part in found:  # grows meanwhile
+        for name in _PARTS:
+            inner = _part(part, name)
+            several = name in ("datasets", "loaders") and isinstance(inner, (list, tuple, Mapping))
+            for each in (inner.values() if isinstance(inner, Mapping) else inner) if several else (inner,):
+                if each is not None and id(each) not in known:
+                    known.add(id(each))
+                    found.append(each)
+    return found
+
+
+def _part(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # a property of the user's that does not work here
+        return None
+
+
+def set_epoch(loader: Any, number: int) -> None:
+    """Tell a loader, and what it is made of, which pass over the data begins: whatever has ``set_epoch``.
+
+    Args:
+        loader: Any loader.
+        number: The number of the pass, from 0.
+    """
+    for part in parts(loader):
+        setter = _part(part, "set_epoch")
+        if callable(setter):
+            setter(number)
+
+
+def has_workers(loader: Any) -> bool:
+    """Tell whether a loader has worker processes."""
+    counts = [_part(part, "num_workers") for part in parts(loader)]
+    return any(isinstance(count, int) and count > 0 for count in counts)

@@ -77,7 +77,7 @@ class Dispatch:
         self.fired = state.fired
         self.urgent: list[Callable[[], None]] = []
         self.stopping = False
-        self.checkpoint: Callable[[CheckpointRequest], None] | None = None
+        self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
         self._scopes = scopes
         self._sinks = sinks
         self._in_a_batch = _IN_A_BATCH - {UpdateBegin, UpdateEnd} if accumulates else _IN_A_BATCH
@@ -196,11 +196,10 @@ class Dispatch:
         """Take the checkpoints asked for, now that no handler runs; none after an error, which may be in the state."""
         if self.checkpoint is None or not all(isinstance(failure, CancelException) for failure in failures):
             return
-        for request in dict.fromkeys(requests):
-            try:
-                self.checkpoint(request)
-            except Exception as failure:  # raised with the others
-                failures.append(failure)
+        try:
+            self.checkpoint(list(dict.fromkeys(requests)))
+        except Exception as failure:  # raised with the others
+            failures.append(failure)
 
     def forget(self) -> None:
         """Forget what is urgent, and what handlers asked to fire: the fit is over."""

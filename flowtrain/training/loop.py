@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -37,7 +38,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.manager import Cuts
 from flowtrain.training.checkpoint.position import Position, Stream, begin_again, beginning
-from flowtrain.training.data import check_gave, length, planned_updates, shortest
+from flowtrain.training.data import check_gave, has_workers, length, planned_updates, set_epoch, shortest
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.scopes import Scopes
@@ -89,7 +90,8 @@ class Loop:
     ) -> BaseException | None:
         """Run a fit; return the `CancelFittingException` that ended it, or ``None``. Errors are raised."""
         try:
-            with Interrupts(self.dispatch, self.cuts.interrupted):
+            workers = any(has_workers(loader) for loader in data.values())
+            with Interrupts(self.dispatch, self.cuts.interrupted, workers):
                 return self._fit(learner, data, epochs, steps, validate_every)
         finally:  # a second interrupt can strike anywhere, and the learner is still to be of use
             self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
@@ -147,7 +149,8 @@ class Loop:
         training = next(phase for phase in data if isinstance(phase, AbstractTrainingPhase))
         loader = data[training]
         if validate_every is not None:
-            loader = position.stream = Stream(loader, training)
+            number = partial(self.scopes.begin_pass, training)
+            loader = position.stream = Stream(loader, training, number)
             self.cuts.resume_stream(position.stream)
         while position.steps < steps or position.done:
             if repr(training) not in position.done:
@@ -183,8 +186,8 @@ class Loop:
             except BaseException as failure:  # raised below, when the epoch is closed
                 scopes.locate(failure, phase, "after ")
                 failures.append(failure)
-                if isinstance(failure, CancelFittingException):  # what its batch asked for is taken before it closes
-                    _attempt(failures, self.cuts.take_waiting)
+                if isinstance(failure, Exception):  # a batch boundary, if the loader failed or a batch ended the fit
+                    _attempt(failures, self.dispatch.attend)
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
@@ -259,11 +262,13 @@ class Loop:
             self.scopes.batch_number = position.batches
         else:
             position.begin_epoch(phase)
+        if not isinstance(loader, Stream):
+            set_epoch(loader, self.scopes.begin_pass(phase))  # a handler of `EpochBegin` may choose another number
         self.dispatch.fire(_EPOCH_BEGIN, phase)
         if self.dispatch.urgent:
             self.dispatch.attend()
         batches = loader
-        if resuming and position.batches and position.begun is not None:
+        if resuming and position.begun is not None:
             batches = begin_again(loader, position.begun, position.batches, phase)
             cuts.reenter()
         else:

@@ -7,7 +7,7 @@ of that scope has nothing left to cancel then, and neither has a cancel of a sco
 from __future__ import annotations
 
 from flowtrain.callback.events import Event
-from flowtrain.callback.phases import Phase
+from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.errors import CancelException, UsageError
 from flowtrain.graph.plan import Step
 from flowtrain.state.batch import BatchState
@@ -30,6 +30,8 @@ class Scopes:
         phase: The phase of the current or last epoch.
         epoch_number: The number of the current epoch of that phase, from 1.
         batch_number: The number of the current batch in that epoch, from 1.
+        numbers: The epochs of each phase that have begun.
+        passes: The passes over the data of each phase that have begun, of the phases that do not evaluate.
     """
 
     __slots__ = (
@@ -43,6 +45,7 @@ class Scopes:
         "fit",
         "kept",
         "numbers",
+        "passes",
         "phase",
     )
 
@@ -56,6 +59,7 @@ class Scopes:
         self.epoch_number = 0
         self.batch_number = 0
         self.numbers: dict[Phase, int] = {}
+        self.passes: dict[Phase, int] = {}
 
     def open_epoch(self, phase: Phase) -> None:
         """Begin an epoch of `phase`."""
@@ -64,6 +68,17 @@ class Scopes:
         self.numbers[phase] = self.epoch_number = self.numbers.get(phase, 0) + 1
         self.batch_number = 0
         self.completed = None
+
+    def begin_pass(self, phase: Phase) -> int:
+        """Begin a pass over the data of `phase`, and return its number, from 0.
+
+        They are counted over the life of the learner. Evaluation has the number of the pass of training that it
+        follows, so it is the same however often it is repeated.
+        """
+        if isinstance(phase, AbstractValidationPhase):
+            return max(self.passes.values(), default=1) - 1
+        self.passes[phase] = self.passes.get(phase, 0) + 1
+        return self.passes[phase] - 1
 
     def hand_over(self) -> None:
         """Let go of what nobody will look at of the last completed batch, as the next one begins.

@@ -37,7 +37,7 @@ def test_what_is_asked_for_is_what_is_in_it(tmp_path: Path) -> None:
             view.request_checkpoint(tmp_path / "a", best=True, remove=["b"], weights=True, on_interrupt=True)
 
     learner = tiny_learner(Asks(), n_batches=1)
-    learner.loop.dispatch.checkpoint = found.append
+    learner.loop.dispatch.checkpoint = found.extend
     learner.fit(1)
     assert found == [CheckpointRequest(str(tmp_path / "a"), True, ("b",), True, True)]
     with pytest.raises(AttributeError, match="cannot assign"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,112 @@ def test_ranks_go_on_after_a_resumed_fit(stop: int, tmp_path: Path) -> None:
     again = tiny_learner(scored(*scores[stop:]), Checkpointer(tmp_path, 1, monitor="Score", mode="min"), n_batches=1)
     again.fit(4, resume=tmp_path)
     assert (files(tmp_path), pointer(tmp_path, "best")) == (["2", "4"], "2")
+
+
+def resume(source: Path, *checkpointers: Checkpointer, scores: list[float], epochs: int) -> None:
+    """Go on from a folder with the scores of the epochs that are left."""
+    tiny_learner(scored(*scores), *checkpointers, n_batches=1).fit(epochs, resume=source)
+
+
+def test_files_of_another_folder_do_not_count(tmp_path: Path) -> None:
+    """The other folder stays as it is; here are the best, and `best`, of what is here."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    tiny_learner(scored(1, 2, 3), Checkpointer(a, 3, monitor="Score", mode="min"), n_batches=1).fit(3)
+    before = {each.name: each.read_bytes() for each in a.iterdir()}
+    resume(a, Checkpointer(b, 3, monitor="Score", mode="min"), scores=[5, 4, 7, 6], epochs=7)
+    assert (files(b), pointer(b, "latest"), pointer(b, "best")) == (["4", "5", "7"], "7", "5")
+    assert {each.name: each.read_bytes() for each in a.iterdir()} == before
+    resume(b, Checkpointer(b, 3, monitor="Score", mode="min"), scores=[4.5], epochs=8)
+    assert (files(b), pointer(b, "latest"), pointer(b, "best")) == (["4", "5", "8"], "8", "5")
+
+
+def test_files_of_another_run_in_the_folder_stay(tmp_path: Path) -> None:
+    """They have the names of files that count in the folder of the checkpoint, and are not these."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    tiny_learner(scored(1, 2), Checkpointer(a, 1, monitor="Score", mode="min"), n_batches=1).fit(2)
+    b.mkdir()
+    (b / "epoch-0001.ckpt").write_text("another run's")
+    resume(a, Checkpointer(b, 1, monitor="Score", mode="min"), scores=[4, 3, 5], epochs=5)
+    assert (files(b), pointer(b, "best")) == (["1", "4", "5"], "4")
+    assert (b / "epoch-0001.ckpt").read_text() == "another run's"
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "relative", "link"])
+def test_files_of_this_folder_count_wherever_it_is_now(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = tmp_path / "runs" / "a", tmp_path / "others" / "b"
+    tiny_learner(scored(1, 2), Checkpointer(a, 1, monitor="Score", mode="min"), n_batches=1).fit(2)
+    b.parent.mkdir()
+    if how == "moved":
+        a.rename(b)
+    elif how == "copied":
+        shutil.copytree(a, b)
+    elif how == "relative":
+        monkeypatch.chdir(tmp_path / "runs")
+        b = Path("a")
+    else:
+        b.symlink_to(a)
+    assert files(b) == ["1", "2"]
+    resume(b, Checkpointer(b, 1, monitor="Score", mode="min"), scores=[3, 4], epochs=4)
+    assert (files(b), pointer(b, "latest"), pointer(b, "best")) == (["1", "4"], "4", "1")
+
+
+def test_two_checkpointers_go_on_in_their_own_folders(tmp_path: Path) -> None:
+    """Also if both folders were moved, and only one of them is named."""
+
+    def both(place: Path) -> list[Checkpointer]:
+        modes: list[tuple[str, Any]] = [("a", "min"), ("b", "max")]
+        return [Checkpointer(place / name, 1, monitor="Score", mode=mode) for name, mode in modes]
+
+    tiny_learner(scored(2, 1, 3), *both(tmp_path / "old"), n_batches=1).fit(3)
+    (tmp_path / "old").rename(tmp_path / "new")
+    a, b = tmp_path / "new" / "a", tmp_path / "new" / "b"
+    resume(a, *both(tmp_path / "new"), scores=[1.5, 2.5], epochs=5)
+    assert (files(a), pointer(a, "best")) == (["2", "5"], "2")
+    assert (files(b), pointer(b, "best")) == (["3", "5"], "3")
+    assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"mode": "max"}, False),
+        ({"monitor": "Loss"}, False),
+        ({"phase": TrainingPhase}, False),
+        ({"phase": ValidationPhase}, True),
+        ({"phase": AbstractValidationPhase}, True),
+    ],
+)
+def test_files_that_another_metric_ranked_stay_and_do_not_count(
+    other: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"keep_top_k": 1, "monitor": "Score", "mode": "min"}
+
+    def metrics(*scores: float) -> Metrics:
+        return scored(*(score for score in scores for _ in "tv"), phase=Phase)  # in training, and in validation
+
+    tiny_learner(metrics(1, 2, 3), Checkpointer(tmp_path, **options), n_batches=1).fit(3)
+    assert files(tmp_path) == ["1", "3"]
+    checkpointer = Checkpointer(tmp_path, **{**options, **other})
+    tiny_learner(metrics(4, 5, 6), checkpointer, n_batches=1).fit(6, resume=tmp_path)
+    assert pointer(tmp_path, "best") in (["1"] if same else ["4", "5", "6"])
+    assert files(tmp_path) == (["1", "6"] if same else ["1", "3", *sorted({pointer(tmp_path, "best"), "6"})])
+
+
+def test_files_that_were_removed_do_not_count(tmp_path: Path) -> None:
+    tiny_learner(scored(1, 2, 3), Checkpointer(tmp_path, 2, monitor="Score", mode="min"), n_batches=1).fit(3)
+    (tmp_path / "epoch-0001.ckpt").unlink()
+    resume(tmp_path, Checkpointer(tmp_path, 2, monitor="Score", mode="min"), scores=[4, 1.5], epochs=5)
+    assert (files(tmp_path), pointer(tmp_path, "best")) == (["2", "5"], "5")
+
+
+def test_a_loaded_checkpoint_of_another_folder_does_not_count_either(tmp_path: Path) -> None:
+    tiny_learner(scored(1), Checkpointer(tmp_path / "a", monitor="Score", mode="min"), n_batches=1).fit(1)
+    learner = tiny_learner(scored(3, 2), Checkpointer(tmp_path / "b", 1, monitor="Score", mode="min"), n_batches=1)
+    learner.load(tmp_path / "a" / "best")
+    learner.fit(2)
+    assert (files(tmp_path / "b"), pointer(tmp_path / "b", "best")) == (["3"], "3")
 
 
 def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:

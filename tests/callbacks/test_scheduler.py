@@ -492,3 +492,67 @@ def test_a_resumed_fit_is_the_whole_one(batch: int, tmp_path: Path) -> None:
         hyperparams, metrics = learner.cbstate.hyperparams, learner.cbstate.metrics_epoch[ValidationPhase]
         recorded.append({name: list(series) for kept in (hyperparams, metrics) for name, series in kept.items()})
     assert recorded[0] == recorded[1]
+
+
+def lengthened(schedules: Any, path: Path, at: int, first: dict[str, Any], then: dict[str, Any]) -> Learner:
+    """Return a learner that has resumed, as `then` says, a fit of 4 batches an epoch that was `first`."""
+
+    def make(n_batches: int, *more: Callback) -> Learner:
+        batches = tiny_batches(n_batches=n_batches)
+        return tiny_learner(Scheduler(schedules), *more, data=batches, optimizer=SGD)
+
+    make(4, StopAfter(at, path)).fit(**first)
+    again = make(then.pop("n_batches", 4))
+    again.fit(**then, resume=path)
+    return again
+
+
+@pytest.mark.parametrize("at", [6, 8])  # within the second epoch, and at its end
+@pytest.mark.parametrize(
+    ("first", "then", "totals"),
+    [
+        ({"epochs": 2}, {"epochs": 4}, (8, 16)),
+        ({"epochs": 4}, {"epochs": 3}, (16, 12)),
+        ({"epochs": 4}, {"epochs": 4, "n_batches": 5}, (16, 20)),
+        ({"steps": 10}, {"steps": 20}, (10, 20)),
+        ({"steps": 20, "validate_every": 3}, {"steps": 11, "validate_every": 3}, (20, 11)),
+    ],
+)
+def test_a_schedule_that_was_made_for_another_total_says_that_it_jumps(
+    at: int, first: dict[str, Any], then: dict[str, Any], totals: tuple[int, int], tmp_path: Path
+) -> None:
+    schedule = one_cycle(0.1)
+    before, now = (f"{schedule.value(at + 1, total):.4g}" for total in totals)
+    with pytest.warns(UserWarning, match="was planned to come to") as caught:
+        learner = lengthened({LearningRate: schedule}, tmp_path / "cut.pt", at, first, dict(then))
+    (text,) = [str(each.message) for each in caught]
+    assert f"planned to come to {totals[0]} updates, and this fit comes to {totals[1]}. " in text
+    assert f"jumps here: LearningRate is now {now}, and would have been {before}, by one_cycle(0.1). " in text
+    rates = dict(learner.cbstate.hyperparams["LearningRate"])
+    assert max(rates) == totals[1] - (1 if "n_batches" in then else 0)  # its first epoch had a batch less
+    for update, rate in rates.items():
+        assert rate == schedule.value(update, totals[update > at])
+
+
+def test_several_schedules_that_jump_are_one_warning(tmp_path: Path) -> None:
+    schedules = {LearningRate: cosine(0.1), Momentum: per_epoch(cosine(0.9))}
+    with pytest.warns(UserWarning, match="was planned to come to") as caught:
+        lengthened(schedules, tmp_path / "cut.pt", 7, {"epochs": 2}, {"epochs": 4})
+    (text,) = [str(each.message) for each in caught]
+    assert "come to 8 updates, and this fit comes to 16; 2 epochs, and this fit comes to 4. A schedule" in text
+    assert "LearningRate is now 0.05975, and would have been 0.003806, by cosine(0.1, end=0.0); Momentum is now" in text
+    assert "Momentum is now 0.7682, and would have been 0.45, by per_epoch(cosine(0.9, end=0.0)). To" in text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "then"),
+    [
+        (one_cycle(0.1), {"epochs": 2}),
+        (one_cycle(0.1, length=30), {"epochs": 4}),
+        (step(0.1, every=3), {"epochs": 4}),
+        (one_cycle(0.1), {"epochs": 1}),  # done already: nothing is trained
+        (per_epoch(cosine(0.1)), {"epochs": 2, "n_batches": 6}),
+    ],
+)
+def test_a_schedule_that_does_not_jump_says_nothing(schedule: Any, then: dict[str, Any], tmp_path: Path) -> None:
+    lengthened({LearningRate: schedule}, tmp_path / "cut.pt", 6, {"epochs": 2}, dict(then))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from flowtrain import (
     BatchEnd,
     Callback,
     CallbackError,
+    CheckpointError,
     CoreError,
     FlowtrainError,
     Learner,
@@ -265,3 +267,68 @@ def test_the_error_of_a_property_is_its_own() -> None:
         _ = learner.score
     with pytest.raises(AttributeError, match="_private"):
         _ = learner._private  # type: ignore[attr-defined]  # that is the point
+
+
+RESUME = "takes the path of a checkpoint, or of a folder of them: write fit(10, resume='runs/a') with the folder of a "
+RESUME += "Checkpointer. Leave it out for a fit that begins anew."
+
+
+@pytest.mark.parametrize("resume", [True, False, 1, b"runs", ["runs"], ""])
+def test_what_a_fit_resumes_from_is_a_path(resume: Any) -> None:
+    with pytest.raises(UsageError) as raised:
+        tiny_learner().fit(1, resume=resume)
+    assert str(raised.value) == f"fit(resume={resume!r}) {RESUME}"
+
+
+@pytest.mark.parametrize("path", [None, True, 1])
+def test_what_is_loaded_is_a_path(path: Any) -> None:
+    with pytest.raises(UsageError) as raised:
+        tiny_learner().load(path)
+    text = f"load({path!r}) takes the path of a checkpoint, or of a folder of them: write load('runs/a') with the"
+    assert str(raised.value).startswith(text)
+
+
+def test_a_fit_without_a_checkpoint_begins_anew() -> None:
+    learner = tiny_learner(n_batches=1)
+    learner.fit(1, resume=None)
+    assert learner.cbstate.history[TrainingPhase].epochs == 1
+
+
+def test_paths_without_a_checkpoint_say_what_is_there(tmp_path: Path) -> None:
+    empty, other, weights = tmp_path / "empty", tmp_path / "other", tmp_path / "weights.pt"
+    empty.mkdir()
+    other.mkdir()
+    (other / "notes.txt").write_text("notes")
+    torch.save(TinyModel().state_dict(), weights)
+    nothing = "The folder {} has no checkpoint that is complete: there is no file 'latest' in it (it holds: "
+    said = {
+        empty: nothing + "nothing). Pass the folder of a Checkpointer, or a checkpoint's file.",
+        other: nothing + "notes.txt). Pass the folder",
+        tmp_path / "none": "There is no checkpoint {}: no such file.",
+        weights: "{} is no checkpoint of flowtrain: it holds OrderedDict. For weights alone call ",
+        other / "notes.txt": "{} cannot be read as a checkpoint: ",
+    }
+    learner = tiny_learner(n_batches=1)
+    for path, text in said.items():
+        with pytest.raises(CheckpointError) as raised:
+            learner.fit(1, resume=path)
+        assert str(raised.value).startswith(text.format(path))
+    learner.fit(1)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"epochs": "3"},
+        {"epochs": 3.0},
+        {"epochs": True},
+        {"steps": True},
+        {"steps": "3"},
+        {"steps": 3, "validate_every": "1"},
+    ],
+)
+def test_counts_of_a_fit_are_whole_numbers(counts: dict[str, Any]) -> None:
+    name, value = list(counts.items())[-1]
+    with pytest.raises(UsageError) as raised:
+        tiny_learner().fit(**counts)
+    assert str(raised.value) == f"fit({name}={value!r}): {name} is a whole number, at least 1."

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from flowtrain import (
     AbstractTrainingPhase,
@@ -21,7 +30,7 @@ from flowtrain import (
     ValidationPhase,
 )
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import length, loaders
+from flowtrain.training.data import has_workers, length, loaders, parts, set_epoch
 
 Pairs = list[tuple[Tensor, Tensor]]
 X, Y = torch.zeros(6, 1), torch.ones(6, 1)
@@ -307,3 +316,67 @@ def test_what_an_iterable_dataset_says_of_its_length_is_a_guess() -> None:
     assert length(DataLoader(Stream(), batch_size=1)) is None
     assert length([1, 2]) == 2
     assert length(iter([1])) is None
+
+
+class Told:
+    """Something that is told which pass begins."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def set_epoch(self, number: int) -> None:
+        self.told.append(number)
+
+
+class ToldSamples(Told, Samples):
+    """A dataset that is."""
+
+
+class ToldSampler(Told, RandomSampler):
+    """A sampler that is."""
+
+    def __init__(self, source: Samples) -> None:
+        Told.__init__(self)
+        RandomSampler.__init__(self, source)
+
+
+class ToldBatches(Told, BatchSampler):
+    """A batch sampler that is."""
+
+    def __init__(self, sampler: ToldSampler) -> None:
+        Told.__init__(self)
+        BatchSampler.__init__(self, sampler, 2, False)
+
+
+class Wrapper(Told):
+    """A loader of a user's own, around one of torch."""
+
+    def __init__(self, dataloader: Any) -> None:
+        super().__init__()
+        self.dataloader = dataloader
+
+    @property
+    def dataset(self) -> Any:
+        raise RuntimeError("not prepared")
+
+
+def test_whatever_has_set_epoch_is_told_once_where_a_loader_keeps_it() -> None:
+    samples = ToldSamples()
+    sampler, batches = ToldSampler(samples), ToldBatches(ToldSampler(samples))
+    loader, batched = DataLoader(samples, 2, sampler=sampler), DataLoader(samples, batch_sampler=batches)
+    other = ToldSamples()
+    nested: DataLoader[Any] = DataLoader(Subset(ConcatDataset([samples, other]), [0, 1]), num_workers=2)
+    wrapper = Wrapper(batched)
+    set_epoch(loader, 1)
+    set_epoch(batched, 2)
+    set_epoch(nested, 3)
+    set_epoch(wrapper, 4)
+    set_epoch([torch.zeros(1)], 5)
+    assert sampler.told == [1]
+    assert batches.told == [2, 4]
+    assert batches.sampler.told == [2, 4]  # type: ignore[union-attr]  # a sampler
+    assert other.told == [3]
+    assert wrapper.told == [4]
+    assert samples.told == [1, 2, 3, 4]
+    assert parts(loader)[:2] == [loader, sampler]
+    assert [has_workers(each) for each in (loader, nested, Wrapper(nested), [1])] == [False, True, True, False]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    EpochBegin,
     EpochEnd,
     Event,
     FitBegin,
@@ -121,6 +122,52 @@ def test_rule_29_a_checkpoint_first_and_the_fit_goes_on_from_it(at: int, tmp_pat
     for phase, series in whole.cbstate.metrics_epoch.items():
         assert list(resumed.cbstate.metrics_epoch[phase]["Loss"]) == list(series["Loss"])
     assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [f"epoch-000{n}.ckpt" for n in (1, 2, 3)]
+
+
+def test_rule_29_every_callback_that_asked_has_its_checkpoint(tmp_path: Path) -> None:
+    places = tmp_path / "a", tmp_path / "b"
+    learner = tiny_learner(*map(Checkpointer, places), Interrupt(signal.SIGTERM, BatchEnd, 3))
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(1)
+    for place in places:
+        resumed = tiny_learner(*map(Checkpointer, places))
+        resumed.fit(1, resume=place)
+        assert resumed.cbstate.history[TrainingPhase].steps == 16
+
+
+def test_rule_29_interrupted_again_before_the_fit_has_got_back(tmp_path: Path) -> None:
+    """Rule 28: what handlers of `EpochBegin` did once more is not in the checkpoint of the second interrupt."""
+
+    class Begun(Callback):
+        """Count the epochs that begin."""
+
+        def __init__(self) -> None:
+            self.begun = 0
+
+        @on(EpochBegin, TrainingPhase)
+        def count(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            self.begun += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"begun": self.begun}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            self.begun = state["begun"]
+
+    whole = tiny_learner(Checkpointer(tmp_path / "whole"), Begun())
+    whole.fit(2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(Checkpointer(tmp_path), Begun(), Interrupt(signal.SIGTERM, BatchEnd, 19)).fit(2)
+    for event in (EpochBegin, FitBegin):
+        again = tiny_learner(Checkpointer(tmp_path), Begun(), Interrupt(signal.SIGTERM, event, 1))
+        with pytest.raises(KeyboardInterrupt):
+            again.fit(2, resume=tmp_path)
+    begun = Begun()
+    resumed = tiny_learner(Checkpointer(tmp_path), begun)
+    resumed.fit(2, resume=tmp_path)
+    assert begun.begun == 2
+    assert torch.equal(resumed.model.coeff, whole.model.coeff)
+    assert resumed.cbstate.history == whole.cbstate.history
 
 
 def test_a_checkpoint_that_cannot_be_taken_does_not_hold_up_the_interrupt(tmp_path: Path) -> None:

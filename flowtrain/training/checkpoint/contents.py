@@ -16,7 +16,7 @@ entry           what it is
 ``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
 ``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
 ``loaders``     for each phase the generators of its loader
-``position``    where the fit is: `flowtrain.training.checkpoint.position`; ``numbers`` of the epochs by phase
+``position``    where the fit is: `flowtrain.training.checkpoint.position`; ``numbers`` of epochs, ``passes``, by phase
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
 ``lanes``       what the executor says of deferred callbacks
 ``finite``      whether the parameters that are trained and the last loss are neither NaN nor infinite

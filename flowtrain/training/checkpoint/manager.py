@@ -12,7 +12,7 @@ not flushed, and says itself what is pending.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.core import TorchCore
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, raise_worst
 from flowtrain.graph.executor import Executor
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
@@ -30,8 +30,15 @@ from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.contents import apply, check, gather, load_models, lost
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
-from flowtrain.training.checkpoint.position import Position, Stream, check_data
-from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
+from flowtrain.training.checkpoint.rng import (
+    keeps_workers,
+    loader_state,
+    random_state,
+    set_loader_state,
+    set_random_state,
+    start_workers,
+)
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import OPEN
@@ -67,24 +74,24 @@ class Cuts:
         self._lanes: Callable[[], Any] | None = getattr(executor, "state_dict", None)
         self._load_lanes: Callable[[Any], None] | None = getattr(executor, "load_state_dict", None)
         self._urgent = urgent
-        self._standing: CheckpointRequest | None = None
+        self._standing: list[CheckpointRequest] = []
         self._waiting: list[CheckpointRequest] = []
 
     # --- taking
 
-    def take(self, request: CheckpointRequest) -> None:
-        """Take a checkpoint now, or, if a batch is open, at the next batch boundary.
+    def take(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Take checkpoints now, or, if a batch is open, at the next batch boundary.
 
         Raises:
             CheckpointError: Something cannot be in a checkpoint, or the one before could not be written.
         """
-        if request.on_interrupt:
-            self._standing = request
-        elif self._scopes.batch == OPEN:
-            self._waiting.append(request)
+        self._standing += [request for request in requests if request.on_interrupt]
+        now = [request for request in requests if not request.on_interrupt]
+        if now and self._scopes.batch == OPEN:
+            self._waiting += now
             self._urgent.append(self.take_waiting)
-        else:
-            self._submit(request)
+        elif now:
+            self._submit(now)
 
     def take_waiting(self) -> None:
         """Take the checkpoints that were asked for within the last batch.
@@ -92,31 +99,39 @@ class Cuts:
         Raises:
             CheckpointError: As for `take`.
         """
-        while self._waiting:
-            self._submit(self._waiting.pop(0))
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._submit(waiting)
 
     def drop(self) -> None:
         """Forget what was asked for: an error has left the state between two batches."""
-        self._standing = None
+        self._standing.clear()
         self._waiting.clear()
 
-    def _submit(self, request: CheckpointRequest) -> None:
+    def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         loss = vars(self._state.batch).get("loss")
         finite = self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
-        best, remove = request.best and finite, request.remove if finite else ()
-        if request.decide is not None:  # before the state of callbacks is copied, whose it changes
-            best, unwanted = request.decide(finite)
-            remove = tuple(unwanted)
-        contents = {**self._gather(request.judged), "finite": finite}
-        contents["run"]["folder"] = real_folder(request.path)
-        self.writer.submit(contents, replace(request, best=best, remove=remove))
+        # All callbacks that asked decide before the state of any is copied: each checkpoint holds what all know of it.
+        decided = [_decide(request, finite) for request in requests]
+        failures: list[BaseException] = []
+        for request in decided:
+            try:
+                # Until the fit has got back to where its checkpoint was taken, an interrupt leaves that one once more.
+                again = self.resumed if request.on_interrupt else None
+                contents = {**(self._gather(request.judged) if again is None else again), "finite": finite}
+                contents["run"] = {**contents["run"], "folder": real_folder(request.path)}
+                self.writer.submit(contents, request)
+            except CheckpointError as failure:  # raised when the others are taken
+                failures.append(failure)
+        if failures:
+            raise_worst(failures)
 
     def interrupted(self) -> None:
-        """Take the checkpoint that was asked for in case of an interrupt, and wait until it is written."""
+        """Take the checkpoints that were asked for in case of an interrupt, and wait until they are written."""
         self.take_waiting()
-        request, self._standing = self._standing, None
-        if request is not None:
-            self._submit(request)
+        standing, self._standing = self._standing, []
+        if standing:
+            self._submit(standing)
             self.writer.wait()
 
     def end_fit(self) -> None:
@@ -147,6 +162,7 @@ class Cuts:
             "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
             "position": self.position.state_dict(self._scopes.batch_number),
             "numbers": {repr(phase): number for phase, number in self._scopes.numbers.items()},
+            "passes": {repr(phase): number for phase, number in self._scopes.passes.items()},
             "run": {"id": self._sinks.run.id, "positions": stage.copy(self._sinks.flush(), "the position of a sink")},
             "lanes": lanes,
         }
@@ -159,11 +175,11 @@ class Cuts:
         Raises:
             CheckpointError: The checkpoint cannot be read, or does not fit; nothing has been changed.
         """
-        contents = read(path)
+        contents = self._read(path)
         check(contents, self._state, self._core)
         self._executor.flush()  # what is pending reads series that are about to be taken back, and changes callbacks
         with self._released():
-            apply(contents, self._state, self._core)
+            self._apply(contents)
         if "trained" in contents:
             callbacks = [each for each in self._state.callbacks if each.name in contents["callbacks"]]
             self.held = [callback for callback in callbacks if callback.hold_judged(True)]
@@ -203,7 +219,7 @@ class Cuts:
         Raises:
             CheckpointError: As for `load`, or the fit it was taken in counts something else, or has other phases.
         """
-        contents = read(path)
+        contents = self._read(path)
         position = contents["position"]
         check(contents, self._state, self._core)
         if position["unit"] != unit:
@@ -213,15 +229,15 @@ class Cuts:
                 f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a fit of its own."
             )
         check_data(position, data)
-        run, here = contents["run"], real_folder(resolve(path))
+        run = contents["run"]
         self._executor.flush()  # as in `load`
         with self._released():
             before = gather(self._state, self._core, here=True)
-            apply(contents, self._state, self._core)
+            self._apply(contents)
             try:
                 if self._load_lanes is not None and contents["lanes"] is not None:
                     self._load_lanes(contents["lanes"])
-                positions = self._sinks.moved(run["positions"], run.get("folder", here), here)
+                positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
                 self._sinks.restore(Run(run["id"], resumed=True), positions)
             except BaseException:
                 apply(before, self._state, self._core)
@@ -243,16 +259,49 @@ class Cuts:
                 UserWarning,
                 stacklevel=3,
             )
+        self._warn_of_workers(contents, data)
         self._set_numbers(contents)
         self._set_draws(contents)  # for handlers of `FitBegin`
         self.resumed = contents
 
+    def _warn_of_workers(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
+        found: list[str] = []
+        for phase, loader in data.items():
+            begun, _ = open_pass(contents["position"], phase)
+            state = begun["loader"] if begun is not None else contents["loaders"].get(repr(phase), {})
+            if state.get("workers") and keeps_workers(loader):
+                found.append(repr(phase))
+        if found:
+            warnings.warn(
+                f"The loader for {' and '.join(found)} keeps its workers from one pass to the next "
+                f"(persistent_workers=True), and no checkpoint holds the states of their random numbers: what the "
+                f"workers draw from here on (an augmentation) is not what they would have drawn without the "
+                f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _read(self, path: Any) -> dict[str, Any]:
+        """Return what is in a checkpoint, with the folder that it lies in as ``here`` of the run."""
+        contents, here = read(path), real_folder(resolve(path))
+        return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # the oldest have no folder
+
+    def _apply(self, contents: Mapping[str, Any]) -> None:
+        apply(contents, self._state, self._core)
+        for callback in self._state.callbacks:
+            if callback.name in contents["callbacks"]:
+                callback.moved(contents["run"]["folder"], contents["run"]["here"])
+
     def _set_numbers(self, contents: Mapping[str, Any]) -> None:
         phases = {repr(phase): phase for phase in self._state.data}
-        self._scopes.numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
-        position = contents["position"]
-        if position["phase"] in phases:
-            self._scopes.numbers[phases[position["phase"]]] -= 1  # that epoch begins once more
+        scopes, position = self._scopes, contents["position"]
+        scopes.numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
+        scopes.passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
+        phase = phases.get(position["phase"])
+        if phase is not None:  # that epoch begins once more, and with it the pass, unless epochs share passes
+            scopes.numbers[phase] -= 1
+            if phase in scopes.passes and position["stream"] is None:
+                scopes.passes[phase] -= 1
 
     def begin_fit(self, unit: str) -> Position:
         """Return the position that the fit begins at: that of the checkpoint, or none of its epochs done."""
@@ -276,7 +325,7 @@ class Cuts:
     def reenter(self) -> None:
         """Put everything back once more, after the `EpochBegin` of an epoch that had begun already."""
         if self.resumed is not None:
-            apply(self.resumed, self._state, self._core)
+            self._apply(self.resumed)
             self._check_hooks(self.resumed)
             self._set_random(self.resumed)
 
@@ -296,7 +345,10 @@ class Cuts:
     def _set_random(self, contents: Mapping[str, Any]) -> None:
         for phase, loader in self._state.data.items():
             if repr(phase) in contents["loaders"]:
-                set_loader_state(loader, contents["loaders"][repr(phase)])
+                state = contents["loaders"][repr(phase)]
+                if open_pass(contents["position"], phase)[0] is None:  # otherwise they start as that pass began
+                    start_workers(loader, state)
+                set_loader_state(loader, state)
         set_random_state(contents["random"])
         self._set_draws(contents)
 
@@ -304,3 +356,11 @@ class Cuts:
         """Let deferrable callbacks go on with their own random numbers; older checkpoints say nothing of them."""
         if "own" in contents["random"]:
             self._state.draws.load_state_dict(contents["random"]["own"])
+
+
+def _decide(request: CheckpointRequest, finite: bool) -> CheckpointRequest:
+    best, remove = request.best and finite, request.remove if finite else ()
+    if request.decide is not None:
+        best, unwanted = request.decide(finite)
+        remove = tuple(unwanted)
+    return replace(request, best=best, remove=remove)

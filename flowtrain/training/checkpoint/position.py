@@ -7,17 +7,23 @@ did, with the generators as they were then, and the batches that were done are t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
-from flowtrain.training.data import check_gave, length
+from flowtrain.training.checkpoint.rng import (
+    loader_state,
+    random_state,
+    set_loader_state,
+    set_random_state,
+    start_workers,
+)
+from flowtrain.training.data import check_gave, length, set_epoch
 
-__all__ = ["Position", "Stream", "begin_again", "beginning", "check_data"]
+__all__ = ["Position", "Stream", "begin_again", "beginning", "check_data", "open_pass"]
 
 
 class Position:
@@ -123,15 +129,19 @@ def check_data(state: Mapping[str, Any], data: PhaseMap[Any]) -> None:
             f"The checkpoint was taken in an epoch of {state['phase']}, and this fit has data for "
             f"{', '.join(names)}. Resume with the data of the run that wrote it."
         )
-    stream = state["stream"]
     for phase, loader in data.items():
-        if stream is not None and isinstance(phase, AbstractTrainingPhase):
-            given = stream["count"] if stream["begun"] is not None else 0
-        else:
-            given = state["batches"] if repr(phase) == state["phase"] else 0
+        _, given = open_pass(state, phase)
         there = length(loader)
         if there is not None and there < given:
             raise _too_short(given, phase, there)
+
+
+def open_pass(state: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any] | None, int]:
+    """Return what the pass of a phase began with that was open at a position, and how many batches it had given."""
+    stream = state["stream"]
+    if stream is not None and isinstance(phase, AbstractTrainingPhase):
+        return stream["begun"], stream["count"] if stream["begun"] is not None else 0
+    return (state["begun"], state["batches"]) if repr(phase) == state["phase"] else (None, 0)
 
 
 def _too_short(batches: int, phase: Phase, there: int) -> CheckpointError:
@@ -147,6 +157,7 @@ def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, p
     Raises:
         CheckpointError: The loader has fewer.
     """
+    start_workers(loader, begun["loader"])
     if begun["random"] is not None:
         set_random_state(begun["random"])
     set_loader_state(loader, begun["loader"])
@@ -165,6 +176,11 @@ class Stream:
 
     Iterating again goes on where the last iteration stopped.
 
+    Args:
+        loader: The loader.
+        phase: The phase whose data it gives.
+        number: Called when a pass begins; returns its number, for `set_epoch`.
+
     Attributes:
         given: How many batches it has given.
 
@@ -172,10 +188,11 @@ class Stream:
         DataError: A pass gives no batch.
     """
 
-    def __init__(self, loader: Iterable[Any], phase: Phase) -> None:
+    def __init__(self, loader: Iterable[Any], phase: Phase, number: Callable[[], int]) -> None:
         self.given = 0
-        self._loader, self._phase = loader, phase
+        self._loader, self._phase, self._number = loader, phase, number
         self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # what it began with, and the batches it has given
+        self._before: tuple[dict[str, Any] | None, int] = (None, 0)
         self._resumed: Iterable[Any] | None = None
         self._again = False
         self._batches = self._run()
@@ -188,7 +205,10 @@ class Stream:
             source, self._resumed = self._resumed, None
             begun, count = self._pass
             if source is None:
-                source, begun, count = self._loader, beginning(self._loader), 0
+                number = self._number()
+                set_epoch(self._loader, number)
+                source, begun, count = self._loader, {**beginning(self._loader), "number": number}, 0
+                self._pass, self._before = (begun, count), self._pass
             for raw in source:
                 count += 1
                 self._again = True
@@ -210,9 +230,11 @@ class Stream:
         """Draw again what was drawn, from what `state_dict` returned. To be called before the first batch."""
         if state["begun"] is not None:
             self._pass = state["begun"], state["count"]
+            set_epoch(self._loader, state["begun"].get("number", 0))
             self._resumed = begin_again(self._loader, state["begun"], state["count"], self._phase)
 
     def state_dict(self, ahead: int) -> dict[str, Any]:
         """Return what the pass began with, and how many batches it has given, less those that were taken `ahead`."""
-        begun, count = self._pass  # of a pass that has given one at least, and ahead is one at most
+        # What was taken ahead, one batch at most, may be the last of the pass before.
+        begun, count = self._pass if self._pass[1] >= ahead else self._before
         return {"begun": begun, "count": count - ahead}

@@ -1,8 +1,11 @@
 """The states of the random number generators: those of the process, and those that loaders carry themselves.
 
 Of the process there are Python's, numpy's, torch's and CUDA's. A loader has a ``torch.Generator`` of its own where the
-user gave it one, or gave one to its sampler. A loader with ``state_dict()`` and ``load_state_dict()`` keeps its
-position itself.
+user gave it one, or gave one to its sampler or its dataset. A loader with ``state_dict()`` and ``load_state_dict()``
+keeps its position itself.
+
+Worker processes have generators of their own, seeded by a number that a loader draws when it starts them. With
+``persistent_workers=True`` it does so once, and each further pass begins without drawing it.
 """
 
 from __future__ import annotations
@@ -10,15 +13,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
 
-__all__ = ["loader_state", "random_state", "set_loader_state", "set_random_state"]
+from flowtrain.training.data import parts
 
-_GENERATORS = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
-"""Where a ``torch.utils.data.DataLoader`` may have one."""
+__all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", "set_random_state", "start_workers"]
 
 
 def random_state() -> dict[str, Any]:
@@ -48,8 +49,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
-    """Return the states of the generators of a loader, and its own state where it keeps one."""
+    """Return the states of the generators of a loader, its own state where it keeps one, and if workers stay."""
     state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)], "own": None}
+    state["workers"] = any(_runs(part) for part in _persistent(loader))
     if _keeps_its_own(loader):
         state["own"] = loader.state_dict()
     return state
@@ -69,13 +71,38 @@ def _keeps_its_own(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
+def keeps_workers(loader: Any) -> bool:
+    """Tell whether the worker processes of a loader stay from one pass to the next."""
+    return bool(_persistent(loader))
+
+
+def start_workers(loader: Any, state: Mapping[str, Any]) -> None:
+    """Start the workers of a loader whose workers were running, so that its next pass begins without starting them.
+
+    To be called before the generators are put back, since starting workers draws from them. What the workers had in
+    memory is lost.
+
+    Args:
+        loader: The loader.
+        state: What `loader_state` returned.
+    """
+    for part in _persistent(loader) if state.get("workers") else ():
+        if not _runs(part):
+            iter(part)
+
+
+def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
+    return [each for each in parts(loader) if isinstance(each, torch.utils.data.DataLoader) and each.persistent_workers]
+
+
+def _runs(loader: torch.utils.data.DataLoader[Any]) -> bool:
+    return getattr(loader, "_iterator", None) is not None
+
+
 def _generators(loader: Any) -> list[torch.Generator]:
     found: list[torch.Generator] = []
-    for path in _GENERATORS:
-        try:
-            generator = attrgetter(path)(loader)
-        except AttributeError:
-            continue
+    for part in parts(loader):
+        generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator) and all(generator is not each for each in found):
             found.append(generator)
     return found

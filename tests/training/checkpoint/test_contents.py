@@ -290,7 +290,7 @@ def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_pat
     assert contents["finite"] is True
     assert set(contents) == {
         "format", "version", "flowtrain", "torch", "model", "loss module", "structure", "optimizer", "core", "group",
-        "cbstate", "callbacks", "random", "loaders", "position", "numbers", "run", "lanes", "finite",
+        "cbstate", "callbacks", "random", "loaders", "position", "numbers", "passes", "run", "lanes", "finite",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 from flowtrain import (
     Access,
@@ -217,6 +218,137 @@ def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp
     resumed = learner_of(data=data, accumulate=accumulate, seed=99)
     resumed.fit(3, resume=path)
     assert everything(resumed) == wanted
+
+
+class ByEpoch(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples that are others in each pass."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.told: list[int] = []
+
+    def set_epoch(self, number: int) -> None:
+        self.number = number
+        self.told.append(number)
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.full((3,), index / 20 + self.number)
+        return x, x[:2] ** 2
+
+
+def distributed() -> Any:
+    dataset = shuffled().dataset
+    return DataLoader(dataset, 5, sampler=DistributedSampler(dataset, num_replicas=1, rank=0))
+
+
+def by_epoch() -> Any:
+    return DataLoader(ByEpoch(), 5, shuffle=True)
+
+
+def wrapped() -> Any:
+    class Loader:
+        """A loader of a user's own, which passes the number of the pass on, with an offset."""
+
+        def __init__(self) -> None:
+            self.inner = distributed()
+
+        def set_epoch(self, number: int) -> None:
+            self.inner.sampler.set_epoch(100 + number)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.inner)
+
+    return Loader()
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("data", [distributed, by_epoch, wrapped])
+@pytest.mark.parametrize(
+    ("event", "phase", "number"),
+    [(BatchEnd, TrainingPhase, 4), (BatchEnd, TrainingPhase, 12), (EpochEnd, ValidationPhase, 2)],
+)
+def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(
+    fit: str, data: Run, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
+) -> None:
+    """Rule 28: a resumed fit tells the loader the pass that it was in, not one that begins anew."""
+    path = tmp_path / "one.ckpt"
+    whole = learner_of(Ask(path, event, phase, number), data=data)
+    whole.fit(**FITS[fit])
+    wanted = everything(whole)
+    resumed = learner_of(data=data, seed=99)
+    resumed.fit(**FITS[fit], resume=path)
+    assert everything(resumed) == wanted
+
+
+def persistent() -> Any:
+    return DataLoader(shuffled().dataset, 5, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("fit", ["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("event", "phase", "number", "warned"),
+    [
+        (BatchEnd, TrainingPhase, 3, ""),
+        (EpochEnd, TrainingPhase, 1, "TrainingPhase"),
+        (BatchEnd, TrainingPhase, 9, "TrainingPhase and ValidationPhase"),
+        (BatchEnd, ValidationPhase, 3, "TrainingPhase and ValidationPhase"),
+    ],
+)
+def test_workers_that_stay_are_exact_but_for_what_they_draw(
+    fit: str, event: type[Event], phase: type[Phase], number: int, warned: str, tmp_path: Path
+) -> None:
+    """Rule 28: a pass that did not start workers is not begun as one that did; resuming says what is lost, once."""
+    path = tmp_path / "one.ckpt"
+
+    def run(*callbacks: Callback, **how: Any) -> dict[str, Any]:
+        learner = learner_of(*callbacks, data=persistent, seed=99 if how else 0)
+        validation = DataLoader(shuffled().dataset, 11, num_workers=1, persistent_workers=True)
+        learner.fit(**FITS[fit], data=(learner.data[TrainingPhase], validation), **how)
+        return everything(learner)
+
+    wanted = run(Ask(path, event, phase, number))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run(resume=path) == wanted
+    texts = [str(each.message) for each in caught if "persistent_workers" in str(each.message)]
+    assert len(texts) == bool(warned)
+    if warned:
+        assert texts[0].startswith(f"The loader for {warned} keeps its workers from one pass to the next")
+
+
+def test_every_pass_has_a_number_of_its_own_over_the_life_of_a_learner(tmp_path: Path) -> None:
+    train, valid = ByEpoch(), ByEpoch()
+    loaders = DataLoader(train, 5), DataLoader(valid, 11)
+    path = tmp_path / "one.ckpt"
+    learner = tiny_learner(Ask(path, FitEnd, Phase, 3), data=loaders, model=torch.nn.Linear(3, 2))
+    learner.validate()
+    learner.fit(2)
+    learner.validate()
+    learner.fit(steps=12, validate_every=4)  # three epochs, within the passes 2, 3 and 4
+    learner.epoch(TrainingPhase)
+    assert train.told == [0, 1, 2, 3, 4, 5]
+    # Evaluation has the number of the pass of training that it follows.
+    assert valid.told == [0, 0, 1, 1, 2, 3, 4]
+    learner.fit(1)
+    loaded = tiny_learner(data=loaders, model=torch.nn.Linear(3, 2))
+    loaded.load(path)
+    loaded.fit(1)
+    assert train.told[6:] == [6, 7]
+
+
+def test_a_handler_may_choose_the_number_of_a_pass() -> None:
+    data = ByEpoch()
+
+    class Choose(Callback):
+        @on(EpochBegin, TrainingPhase)
+        def choose(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            data.set_epoch(50)
+
+    tiny_learner(Choose(), data=DataLoader(data, 22), model=torch.nn.Linear(3, 2)).fit(2)
+    assert data.told == [0, 50, 1, 50]
 
 
 def test_epochs_are_the_total_and_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -23,26 +23,26 @@ def numbers(batches: object) -> list[int]:
 
 
 def test_a_stream_goes_round() -> None:
-    stream = Stream([1, 2], TrainingPhase())
+    stream = Stream([1, 2], TrainingPhase(), count().__next__)
     assert list(islice(stream, 3)) == [1, 2, 1]
     assert list(islice(stream, 2)) == [2, 1]  # it goes on where it was
     assert stream.given == 5
     with pytest.raises(DataError, match="gives no batch"):
-        next(iter(Stream([], TrainingPhase())))
+        next(iter(Stream([], TrainingPhase(), count().__next__)))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 12])
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_stream_resumes_with_the_order_that_it_had(taken: int, ahead: int) -> None:
     torch.manual_seed(0)
-    stream = Stream(shuffled(), TrainingPhase())
+    stream = Stream(shuffled(), TrainingPhase(), count().__next__)
     list(islice(stream, taken))
     ahead = min(ahead, taken)
     state, random = stream.state_dict(ahead), random_state()
     torch.manual_seed(0)
-    wanted = numbers(islice(Stream(shuffled(), TrainingPhase()), taken + 8))[taken - ahead :]
+    wanted = numbers(islice(Stream(shuffled(), TrainingPhase(), count().__next__), taken + 8))[taken - ahead :]
     torch.manual_seed(7)
-    resumed = Stream(shuffled(), TrainingPhase())
+    resumed = Stream(shuffled(), TrainingPhase(), count().__next__)
     resumed.resume(state)
     set_random_state(random)
     assert numbers(islice(resumed, 8 + ahead)) == wanted
@@ -120,7 +120,7 @@ def test_an_open_epoch_is_resumed_once() -> None:
 )
 def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches: int, refused: bool) -> None:
     data = loaders(([1, 2], [1]))
-    state = {"stream": stream, "phase": phase, "batches": batches}
+    state = {"stream": stream, "phase": phase, "batches": batches, "begun": None}
     if refused:
         with pytest.raises(
             CheckpointError, match=r"taken after batch \d of an epoch of \w+, and the loader gives only"

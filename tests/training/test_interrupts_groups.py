@@ -1,0 +1,254 @@
+"""Rule 29 in real process groups: a signal that the workers of a data loader get as well, wherever training is.
+
+This file is also the program that is signalled: in a session of its own, with workers, it sends a signal to its whole
+group, catches the `KeyboardInterrupt`, resumes, and compares with the run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flowtrain import (
+    BackwardEnd,
+    BatchEnd,
+    Callback,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    Learner,
+    LearnerView,
+    Phase,
+    TorchCore,
+    TrainingPhase,
+    on,
+)
+from flowtrain.callbacks import Checkpointer, LogHistograms
+from flowtrain.logging import JsonlBackend
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples with random noise; a worker that finds the file `flag` signals the group, which waits for it then."""
+
+    def __init__(self, flag: Path, number: signal.Signals) -> None:
+        self.flag, self.number = flag, number
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with suppress(FileNotFoundError):  # of several workers one sends the signal
+            if self.flag.read_text() in ("", str(index)):
+                time.sleep(0.3)  # all batches before this one have been trained
+                self.flag.unlink()
+                to_the_group(self.number)
+        x = torch.full((3,), index / 24) + 0.1 * torch.randn(3)
+        return x, x[:2] ** 2
+
+
+class Signal(Callback):
+    """Call a function at the n-th event of a type in training, or in any phase."""
+
+    def __init__(self, send: Callable[[], object], event: type[Event], at: int) -> None:
+        self.send, self.event, self.at = send, event, at
+        self.seen = 0
+
+    @on(Event)
+    def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if type(event) is self.event and type(phase) in (TrainingPhase, Phase):
+            self.seen += 1
+            if self.seen == self.at:
+                self.send()
+
+
+def to_the_group(number: signal.Signals) -> None:
+    """Let another process signal the group: workers take a signal of their parent for the end of its data."""
+    kill(number, -os.getpgrp())
+    time.sleep(0.3)  # the workers have died before the batch ends
+
+
+def to_the_workers(number: signal.Signals) -> None:
+    kill(number, *(child.pid for child in multiprocessing.active_children()))
+    time.sleep(0.3)
+
+
+def one_by_one(number: signal.Signals) -> None:
+    to_the_workers(number)
+    kill(number, os.getpid())
+
+
+def kill(number: signal.Signals, *processes: int | None) -> None:
+    command = ["kill", f"-{number.value}", "--", *map(str, processes)]
+    subprocess.run(command, check=True, start_new_session=True)
+
+
+# Where the signal comes: from a handler, or, with "worker", from a worker that the training thread waits for: at the
+# sample of this index, or at the first one that it draws.
+CASES: dict[str, dict[str, Any]] = {
+    "within a batch": {"event": BackwardEnd, "at": 8},
+    "within a batch, the workers first": {"event": BackwardEnd, "at": 8, "send": one_by_one},
+    "at the end of a batch": {"event": BatchEnd, "at": 9},
+    "before the fit's first batch": {"event": FitBegin, "at": 1},
+    "before an epoch's first batch": {"event": EpochBegin, "at": 2},
+    "between epochs": {"event": EpochEnd, "at": 1},
+    "waiting for the first batch": {"worker": "", "event": EpochBegin, "at": 2},
+    "waiting for a batch": {"worker": "17", "event": EpochBegin, "at": 2},
+    "waiting within an open accumulation group": {"worker": "17", "event": EpochBegin, "at": 2, "accumulate": 4},
+    "within an open accumulation group": {"event": BackwardEnd, "at": 9, "accumulate": 4},
+    "waiting in the only epoch": {"worker": "17", "event": EpochBegin, "at": 1, "fit": {"epochs": 1}},
+    "waiting in a fit by steps": {"worker": "", "event": BatchEnd, "at": 9, "fit": {"steps": 15, "validate_every": 4}},
+    "within a fit by steps": {"event": BackwardEnd, "at": 9, "fit": {"steps": 15, "validate_every": 4}},
+}
+
+
+def train(case: dict[str, Any], number: signal.Signals, folder: Path, *, interrupt: bool, **options: Any) -> list[Any]:
+    """Return everything that a run of a case comes to."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
+    flag = folder / "flag"
+    send = partial(case.get("send", to_the_group), number)
+    if "worker" in case:
+        send = partial(flag.write_text, case["worker"])
+    start, executor = options.pop("start"), options.pop("executor")
+    data = DataLoader(Noisy(flag, number), 4, shuffle=True, num_workers=2, multiprocessing_context=start)
+    extra: list[Callback] = [Signal(send, case["event"], case["at"])] if interrupt else []
+    if executor == "local":
+        extra.append(LogHistograms(JsonlBackend(folder / "log.jsonl"), every=2))
+    with Learner(
+        model,
+        torch.nn.functional.mse_loss,
+        data=(data, DataLoader(Noisy(folder / "none", number), 12)),
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        callbacks=[Checkpointer(folder), *extra],
+        default_callbacks="quiet",
+        core=TorchCore(device="cpu", accumulate=case.get("accumulate", 1)),
+        executor=DaskExecutor("local") if executor == "local" else executor,
+    ) as learner:
+        learner.fit(**case.get("fit", {"epochs": 3}), **options)
+    metrics = learner.cbstate.metrics_epoch
+    moments = learner.optimizer.state.values()
+    optimizer = [{key: torch.as_tensor(value).tolist() for key, value in each.items()} for each in moments]
+    return [
+        {name: value.tolist() for name, value in model.state_dict().items()},
+        optimizer,
+        {repr(phase): list(metrics[phase]["Loss"]) for phase in metrics},
+        {repr(phase): str(counts) for phase, counts in learner.cbstate.history.items()},
+        torch.rand(1).item(),
+    ]
+
+
+def run(name: str, number: signal.Signals, times: int, **options: Any) -> None:
+    """Interrupt and resume a case several times, and print its name with what it comes to."""
+    case = CASES[name]
+    wanted: list[Any] | None = None
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            if wanted is None:
+                (folder / "whole").mkdir()
+                wanted = train(case, number, folder / "whole", interrupt=False, **options)
+            (folder / "a").mkdir()
+            try:
+                train(case, number, folder / "a", interrupt=True, **options)
+                print(f"{name}: was not interrupted")
+            except KeyboardInterrupt as interrupt:
+                text = str(interrupt)
+            if text != f"training was interrupted by {number.name}":
+                print(f"{name}: {text}")
+            latest = (folder / "a" / "latest").read_text().strip() if (folder / "a" / "latest").exists() else "nothing"
+            if latest != "interrupted.ckpt":
+                print(f"{name}: the latest checkpoint is {latest}")
+                continue
+            found = train(case, number, folder / "a", interrupt=False, resume=folder / "a", **options)
+            print(f"{name}: {'equal' if found == wanted else f'{found} is not {wanted}'}", flush=True)
+
+
+def main(number: signal.Signals, names: list[str], times: int, **options: Any) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        run(name, number, times, **options)
+
+
+def signalled(*arguments: str) -> list[str]:
+    """Run this file as a program in a session of its own; return what it has printed, line by line."""
+    program = subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", __file__, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = program.communicate(timeout=300)
+    finally:
+        program.kill()
+    assert program.returncode == 0, errors
+    return output.splitlines()
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_rule_29_a_signal_to_the_group_leaves_a_checkpoint_wherever_training_is(number: signal.Signals) -> None:
+    names = [*CASES, "within a batch", "waiting for a batch", "within a batch", "waiting for a batch"]
+    assert signalled(number.name, "1", "fork", "serial", *names) == [f"{name}: equal" for name in names]
+
+
+def test_rule_29_workers_that_end_without_an_error_when_interrupted() -> None:
+    """Ctrl-C ends the workers of a fork server as if they were done, so torch says nothing of it for a while."""
+    lines = signalled("SIGINT", "1", "forkserver", "serial", "waiting in the only epoch")
+    assert lines == ["waiting in the only epoch: equal"]
+
+
+def test_rule_29_a_signal_to_the_group_with_callbacks_in_processes() -> None:
+    names = ["within a batch", "waiting for a batch"]
+    assert signalled("SIGTERM", "1", "fork", "local", *names) == [f"{name}: equal" for name in names]
+
+
+class Deadly(Noisy):
+    """Samples of which one kills the worker that draws it, while the training thread waits."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == 9:
+            time.sleep(0.3)
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, TERM])
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_worker_that_dies_without_an_interrupt_is_an_error(
+    waiting: bool, number: signal.Signals, tmp_path: Path
+) -> None:
+    """The batch of that time is completed; a checkpoint for an interrupt is not taken."""
+    before = signal.getsignal(TERM), signal.getsignal(INT)
+    data = (Deadly if waiting else Noisy)(tmp_path / "none", number)
+    strike = Signal(partial(to_the_workers, number), BackwardEnd, 99 if waiting else 2)
+    loader = DataLoader(data, 4, num_workers=1)
+    learner = tiny_learner(Checkpointer(tmp_path), strike, data=loader, model=torch.nn.Linear(3, 2))
+    died = r"DataLoader worker \(pid(\(s\))? \d+\) (is killed by signal: (Killed|Terminated)|exited unexpectedly)"
+    with pytest.raises(RuntimeError, match=died):
+        learner.fit(1)
+    assert learner.cbstate.history[TrainingPhase].steps == 2
+    assert not (tmp_path / "interrupted.ckpt").exists()
+    assert (signal.getsignal(TERM), signal.getsignal(INT)) == before
+
+
+if __name__ == "__main__":
+    signal.signal(TERM, signal.SIG_DFL)
+    chosen, count, start, executor, *cases = sys.argv[1:]
+    main(signal.Signals[chosen], cases, int(count), start=start, executor=executor)
