@@ -217,7 +217,7 @@ def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, update
 
 def _needed(learner: LearnerParts) -> set[str]:
     """Return the names of the callbacks that shape training, and of those whose ``cbstate`` these read."""
-    nodes = {node.name: node.union for node in learner.callbacks.nodes}
+    nodes = {node.name: node.union for node in learner.state.callbacks.nodes}
     # One that writes the optimizer would set the learning rate that is swept over.
     usable = {name for name, union in nodes.items() if not any(path[0] == "optimizer" for path in _paths(union, Write))}
     roots = {"batch", "model", "params", "lossfn"}

@@ -71,6 +71,6 @@ def test_a_gradient_is_replaced_by_assigning_and_its_twin_refuses() -> None:
     assert grads["weight"] is new
     assert dict(grads.twin) == {"weight": new}
     with pytest.raises(ProtectedException, match=r"^Write access to Learner\.batch\.grads disallowed\."):
-        grads.twin["weight"] = torch.zeros(1, 2)
+        grads.twin["weight"] = torch.zeros(1, 2)  # type: ignore[index]  # a mapping that is only read
     with pytest.raises(KeyError, match=r"there is no parameter 'wieght'\. Did you mean 'weight'\?"):
         grads["wieght"] = new
