@@ -195,7 +195,7 @@ def signalled(*arguments: str) -> list[str]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        output, errors = program.communicate(timeout=300)
+        output, errors = program.communicate(timeout=900)
     finally:
         program.kill()
     assert program.returncode == 0, errors
