@@ -9,11 +9,9 @@
 
 from flowtrain.testing.backends import BackendContract
 from flowtrain.testing.contract import ExecutorContract
-from flowtrain.testing.equivalence import assert_equivalent
+from flowtrain.testing.equivalence import ShuffledExecutor, assert_equivalent
 from flowtrain.testing.holders import holders, leaks
-from flowtrain.testing.shuffled import ShuffledExecutor
-from flowtrain.testing.site import TinySite
-from flowtrain.testing.tiny import TinyModel, record_access, tiny_batches, tiny_learner
+from flowtrain.testing.tiny import TinyModel, TinySite, record_access, tiny_batches, tiny_learner
 
 __all__ = [
     "BackendContract",

@@ -17,9 +17,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest import mock
@@ -29,20 +30,24 @@ import torch
 from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import (
     Figure,
+    File,
     Group,
+    Histogram,
     Identity,
+    Image,
     Loggable,
     LoggerBackend,
     Run,
+    Settings,
+    Text,
     Value,
     collecting,
     deliver,
     log,
 )
 from flowtrain.testing.probes import catching
-from flowtrain.testing.samples import rounded, samples, single
 
-__all__ = ["BackendContract", "Entries"]
+__all__ = ["BackendContract", "Entries", "samples"]
 
 Entries: TypeAlias = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
 """Values as a sink has them: for each group, with slashes, and name the ``(step, value)`` in the sink's order."""
@@ -117,9 +122,9 @@ class BackendContract:
                 self._write(backend, "Accuracy", step, -step)
         backend.close()
         found = self.read(tmp_path)
-        assert rounded(found["Step/TrainingPhase", "Loss"]) == [(n, single(1 / n)) for n in range(1, 30)]
-        assert rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
-        assert rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
+        assert _rounded(found["Step/TrainingPhase", "Loss"]) == [(n, _single(1 / n)) for n in range(1, 30)]
+        assert _rounded(found["Step/TrainingPhase", "Accuracy"]) == [(n, -float(n)) for n in range(3, 30, 3)]
+        assert _rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
 
     def test_records_written_together_are_those_written_one_by_one(self, tmp_path: Path) -> None:
         """`write_all` may be cheaper and is nothing else, whatever kinds the records are of."""
@@ -134,7 +139,7 @@ class BackendContract:
         with catching(LoggingError):
             backend.write_all(values)
         found = self.read(tmp_path)["Step/TrainingPhase", "Loss"]
-        assert rounded(found) == [(step, float(step)) for step in range(1, 5)]
+        assert _rounded(found) == [(step, float(step)) for step in range(1, 5)]
 
     def test_any_number_is_a_value(self, tmp_path: Path) -> None:
         """NaN and infinite values are kept; tensors with one element are numbers; what is no number is refused."""
@@ -148,8 +153,8 @@ class BackendContract:
                 backend.encode(Value(wrong), "Loss", 9, _STEP)
         backend.close()
         found = self.read(tmp_path)["Step/TrainingPhase", "Loss"]
-        wanted = [3.0, 1.0, math.inf, -math.inf, single(1e-30), 0.5, 2.0]
-        assert rounded(found[:7]) == list(enumerate(wanted, start=1))
+        wanted = [3.0, 1.0, math.inf, -math.inf, _single(1e-30), 0.5, 2.0]
+        assert _rounded(found[:7]) == list(enumerate(wanted, start=1))
         assert found[7][0] == 8
         assert math.isnan(found[7][1]), f"NaN came back as {found[7][1]}"
 
@@ -284,3 +289,31 @@ class BackendContract:
     def _expect(self, folder: Path, wanted: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         found = {key: list(entries) for key, entries in self.read(folder).items()}
         assert found == {("Step/TrainingPhase", name): list(entries) for name, entries in wanted.items()}
+
+
+def samples(folder: Path) -> Iterator[Loggable]:
+    """Yield one loggable of each kind, a figure only where matplotlib is installed."""
+    path = folder / "sample.txt"
+    path.write_text("sample", "utf-8")
+    yield Value(0.5)
+    yield Image(torch.linspace(0, 1, 12).reshape(3, 2, 2))
+    yield Text("**text**")
+    yield Histogram(torch.arange(10.0))
+    yield File(path)
+    yield Settings({"batch_size": 32, "optimizer": {"name": "SGD", "momentum": None}, "tags": ["a", "b"]})
+    if find_spec("matplotlib"):
+        from matplotlib.figure import Figure as Drawing
+
+        drawing = Drawing((1, 1))
+        drawing.subplots().plot([1, 2])
+        yield Figure(drawing)
+
+
+def _single(value: float) -> float:
+    """Return a number as a sink with single precision keeps it."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _rounded(entries: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return pairs of ``(step, value)`` with the values in single precision."""
+    return [(step, _single(value)) for step, value in entries]

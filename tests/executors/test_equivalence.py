@@ -39,8 +39,7 @@ from flowtrain import (
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.testing.site import TinySite
+from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "60"))

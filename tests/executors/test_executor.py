@@ -37,8 +37,7 @@ from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.testing.site import TinySite
+from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Parallel
 
 TIMEOUT = 20.0

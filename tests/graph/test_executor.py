@@ -40,7 +40,7 @@ from flowtrain.graph.executor import EXECUTORS, find_executor
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing.site import TinySite
+from flowtrain.testing import TinySite
 
 
 class Fails(Callback):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from flowtrain.logging import JsonlBackend, LoggerBackend, Run
+from flowtrain.logging import JsonlBackend, LoggerBackend, Run, loggables
 from flowtrain.testing import BackendContract
+from flowtrain.testing.backends import samples
 
 
 class ContractOf(BackendContract):
@@ -81,3 +82,9 @@ def test_what_breaks_a_promise_fails_its_test(
     (tmp_path / "broken").mkdir()
     with pytest.raises((AssertionError, OSError)):
         test(ContractOf(kind), tmp_path / "broken")
+
+
+def test_the_contract_logs_one_of_each_kind(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kinds = [type(sample).__name__ for sample in samples(tmp_path)]
+    assert sorted(kinds) == sorted(set(loggables.__all__) - {"Group", "Loggable"})

@@ -1,25 +1,26 @@
-"""The contract of executors: two of ours pass it, and one that is installed; each broken one fails the right test."""
+"""The contract of executors: correct ones pass it, and each broken one fails the test of the rule that it breaks."""
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
-from pathlib import Path
+from contextlib import ExitStack
+from copy import copy
 
 import pytest
 import torch
 
 from flowtrain import SerialExecutor
 from flowtrain.callback.events import Event
-from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError
-from flowtrain.graph.executor import Executor, Runner, Site, find_executor
+from flowtrain.callback.phases import Phase, ValidationPhase
+from flowtrain.graph.executor import Executor, Runner, Site
 from flowtrain.graph.plan import Plan, Step
-from flowtrain.testing import ExecutorContract, ShuffledExecutor, tiny_learner
-from flowtrain_dask.parallel.torch_state import TorchState
+from flowtrain.testing import ExecutorContract, ShuffledExecutor
+from flowtrain.testing.probes import TORCH_SETTINGS, Trace, catching, messages, torch_state
+from tests.support.executors import Call, Failures, Threads
 
 
 class TestSerialExecutor(ExecutorContract):
@@ -32,156 +33,33 @@ class TestShuffledExecutor(ExecutorContract):
         return ShuffledExecutor(1)
 
 
-# --- executors that break a promise
+class TestThreads(ExecutorContract):
+    """Nothing is wrong with the executor that the broken ones are made of, and it runs in parallel what it may."""
+
+    def make_executor(self) -> Executor:
+        return Threads()
 
 
-class Threads:
-    """An executor that keeps every promise with one thread for each handler; those below break one each."""
-
-    name = "threads"
-
-    def __init__(self) -> None:
-        self.site: Site | None = None
-        self.pool = ThreadPoolExecutor(8, "test-threads")
-        self.plans: list[Plan] = []
-        self.closed = False
-
-    def bind(self, site: Site) -> None:
-        if self.closed or (self.site is not None and self.site is not site):
-            raise ExecutorError("closed, or another learner's")
-        self.site = site
-
-    def check(self, nodes: object, state: object) -> None: ...
-
-    def compile(self, plan: Plan) -> Runner:
-        if self.closed or self.site is None:
-            raise ExecutorError("closed, or no learner's")
-        site = self.site
-        self.plans.append(plan)
-
-        def run(event: Event, phase: Phase) -> None:
-            start = len(site.fired)
-            failures = self.run(plan, event, phase)
-            self.ended(plan, site, start)
-            if failures:
-                self.fail(site, plan, event, phase, failures)
-            if site.fired:
-                site.drain(phase)
-
-        return run
-
-    def run(self, plan: Plan, event: Event, phase: Phase) -> list[tuple[Step, BaseException]]:
-        """Run what is ready, all of it at once, until nothing is left."""
-        failures: dict[int, BaseException] = {}
-        left, done, lost = list(range(len(plan))), 0, 0
-        interrupt: BaseException | None = None
-        while left and interrupt is None:
-            ready = [position for position in left if self.may_start(plan, position, done)]
-            running: list[tuple[int, Future[BaseException | None]]] = []
-            for position in ready:
-                left.remove(position)
-                if plan.ancestors[position] & lost and not plan.always:
-                    lost |= 1 << position
-                else:
-                    running.append((position, self.start(plan.steps[position], event, phase)))
-            for position, future in running:
-                failure = future.result()
-                if failure is not None:
-                    lost |= 1 << position
-                    failures[position] = failure
-                    if not isinstance(failure, Exception):
-                        interrupt = failure
-            done |= sum(1 << position for position in ready)
-        if interrupt is not None and not plan.always:
-            raise interrupt
-        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
-
-    def may_start(self, plan: Plan, position: int, done: int) -> bool:
-        return plan.ancestors[position] & ~done == 0
-
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
-        """Run handlers that draw random numbers here, and others on another thread, in this thread's state."""
-        if any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler]):
-            found: Future[BaseException | None] = Future()
-            found.set_result(self.call(step, event, phase))
-            return found
-        return self.pool.submit(self.surrounded(self.call), step, event, phase)
-
-    def surrounded(self, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
-        return _in_this_state(TorchState.capture(), call)
-
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        try:
-            step.call(event, phase, step.view)
-        except BaseException as failure:  # a value here, raised by `fail`
-            return failure
-        return None
-
-    def ended(self, plan: Plan, site: Site, start: int) -> None:
-        rank = {step.node.name: position for position, step in enumerate(plan.steps)}
-        site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank[one[0]])
-
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None:
-        site.fail(plan, event, phase, failures)
-
-    def explain(self, plan: Plan) -> str:
-        return "a thread for each handler"
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None:
-        self.closed = True
-        self.pool.shutdown()
-        for plan in self.plans:
-            if self.site is not None:
-                self.site.swap(plan, _refuse)
+# --- executors that break one promise
 
 
-def _in_this_state(state: TorchState, call: Callable[..., BaseException | None]) -> Callable[..., BaseException | None]:
-    context = copy_context()
-
-    def run(*args: object) -> BaseException | None:
-        found: list[BaseException | None] = []
-        context.run(state.call, lambda: found.append(call(*args)))
-        return found[0]
-
-    return run
-
-
-def _refuse(event: Event, phase: Phase) -> None:
-    raise ExecutorError("closed")
-
-
-class Swallows(Threads):
-    """Raises nothing."""
-
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None: ...
-
-
-class RaisesTheFirstOnly(Threads):
-    """Loses the failures that came with it."""
-
-    def fail(
-        self, site: Site, plan: Plan, event: Event, phase: Phase, failures: list[tuple[Step, BaseException]]
-    ) -> None:
-        site.fail(plan, event, phase, failures[:1])
-
-
-class LeavesThreads(Threads):
-    def close(self) -> None:
-        self.closed = True
-        for plan in self.plans:
-            if self.site is not None:
-                self.site.swap(plan, _refuse)
+class Nameless(Threads):
+    name = ""
 
 
 class ForAnybody(Threads):
     def bind(self, site: Site) -> None:
         self.site = site
+
+
+class CompilesForNobody(Threads):
+    def compile(self, plan: Plan) -> Runner:
+        return self.refuse if self.site is None else super().compile(plan)
+
+
+class ExplainsAtLength(Threads):
+    def explain(self, plan: Plan) -> str:
+        return "one line\nand another"
 
 
 class KeepsPlans(Threads):
@@ -196,75 +74,339 @@ class KeepsPlans(Threads):
         return self.known.setdefault((plan.event_type, plan.phase_type), made)
 
 
-class GoesOnWhenClosed(Threads):
+class ClosesOnce(Threads):
     def close(self) -> None:
-        """Nothing ends, but the threads."""
+        assert not self.closed, "closed twice"
+        super().close()
+
+
+class RunsWhenClosed(Threads):
+    """Nothing ends, but the threads."""
+
+    def close(self) -> None:
         self.pool.shutdown()
         self.pool = ThreadPoolExecutor(8)
 
 
-BROKEN: dict[type[Threads], str] = {
-    LeavesThreads: "close_ends_the_threads",
-    ForAnybody: "bind_takes_one_learner",
-    KeepsPlans: "a_change_of_callbacks_counts_from_the_next_event_on",
-    GoesOnWhenClosed: "a_closed_executor_runs_nothing",
-}
+class BindsWhenClosed(Threads):
+    def bind(self, site: Site) -> None:
+        self.closed = False
+        super().bind(site)
 
 
-class TestThreads(ExecutorContract):
-    """Nothing is wrong with what the broken ones are made of, and it runs what it may at the same time."""
+class LeavesThreads(Threads):
+    def close(self) -> None:
+        pool, self.pool = self.pool, ThreadPoolExecutor()
+        super().close()
+        self.pool = pool
 
-    def make_executor(self) -> Executor:
-        return Threads()
+
+class IgnoresEdges(Threads):
+    def may_start(self, plan: Plan, position: int, done: int) -> bool:
+        return True
 
 
-def contract_of(kind: Callable[[], Executor]) -> ExecutorContract:
+class IgnoresTheLastEdge(Threads):
+    """Waits for all but the last of those that it should wait for."""
+
+    def may_start(self, plan: Plan, position: int, done: int) -> bool:
+        ancestors = plan.ancestors[position]
+        needed = ancestors & ~(1 << ancestors.bit_length() - 1) if ancestors else 0
+        return needed & ~done == 0
+
+
+class SkipsTheLast(Threads):
+    """Calls all handlers but the last of a plan."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        for step in plan.steps[:-1]:
+            self.call(step, event, phase)
+        return []
+
+
+class FiresACopy(Threads):
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        return super().call(step, copy(event), phase)
+
+
+class AnotherPhase(Threads):
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        return super().call(step, event, ValidationPhase())
+
+
+class OneViewForAll(Threads):
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        for step in plan.steps:
+            step.call(event, phase, plan.steps[0].view)
+        return []
+
+
+class DoesNotWait(Threads):
+    """Returns while the handlers run."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        for step in plan.steps:
+            self.pool.submit(self.call, step, event, phase)
+        return []
+
+
+class RaisesAtOnce(Threads):
+    """Leaves the others running when a handler has raised an exception of one kind."""
+
+    kind: type[BaseException] = Exception
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        started = [self.start(step, event, phase) for step in plan.steps]
+        first = started[0].result()
+        if isinstance(first, self.kind):
+            raise first
+        for each in started:
+            each.result()
+        return [] if first is None else [(plan.steps[0], first)]
+
+
+class InterruptsAtOnce(RaisesAtOnce):
+    kind = KeyboardInterrupt
+
+
+class HidesInterrupts(Threads):
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        failure = super().call(step, event, phase)
+        return None if isinstance(failure, KeyboardInterrupt) else failure
+
+
+class ReversesResources(Threads):
+    """Runs the users of one resource in list order backwards."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        if all(step.node.union for step in plan.steps) and len(plan) == 3:
+            for step in reversed(plan.steps):
+                self.call(step, event, phase)
+            return []
+        return super().run(plan, event, phase)
+
+
+class DrawsAnywhere(Threads):
+    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+        return self.pool.submit(self.surrounded(self.call), step, event, phase)
+
+
+class Draws(Threads):
+    """Takes a random number for itself."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        torch.rand(())
+        return super().run(plan, event, phase)
+
+
+class BareThreads(Threads):
+    """Its threads have the state of torch that threads begin with."""
+
+    def surrounded(self, call: Call) -> Call:
+        return call
+
+
+class LeavesGradMode(Threads):
+    """Leaves the training thread without gradients."""
+
+    def ended(self, plan: Plan, site: Site, start: int) -> None:
+        super().ended(plan, site, start)
+        torch.set_grad_enabled(False)
+
+
+class StopsAtTheFirstFailure(Threads):
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        for step in plan.steps:
+            failure = self.call(step, event, phase)
+            if failure is not None:
+                return [(step, failure)]
+        return []
+
+
+class RunsAfterFailures(Threads):
+    """Also runs the handlers that depend on a failed one."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        found = [(step, self.call(step, event, phase)) for step in plan.steps]
+        return [(step, failure) for step, failure in found if failure is not None]
+
+
+class GivesUpOnWhoFailed(Threads):
+    """Never again calls a handler that has raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given_up: set[str] = set()
+
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        failure = None if step.node.name in self.given_up else super().call(step, event, phase)
+        if failure is not None:
+            self.given_up.add(step.node.name)
+        return failure
+
+
+class Swallows(Threads):
+    """Raises nothing."""
+
+    def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None: ...
+
+
+class FailuresBackwards(Threads):
+    def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
+        site.fail(plan, event, phase, failures[::-1])
+
+
+class RaisesTheFirstOnly(Threads):
+    """Loses the failures that came with it."""
+
+    def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
+        site.fail(plan, event, phase, failures[:1])
+
+
+class TakesTheNotes(Threads):
+    def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
+        try:
+            site.fail(plan, event, phase, failures)
+        except Exception as error:
+            error.__notes__ = []
+            raise
+
+
+class SkipsAtFitEnd(Threads):
+    """Does not look at `Plan.always`."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        failures, lost = Failures(), 0
+        for position, step in enumerate(plan.steps):
+            failure = None if plan.ancestors[position] & lost else self.call(step, event, phase)
+            if failure is not None:
+                failures.append((step, failure))
+            if failure is not None or plan.ancestors[position] & lost:
+                lost |= 1 << position
+        return failures
+
+
+class DropsFired(Threads):
+    def ended(self, plan: Plan, site: Site, start: int) -> None:
+        site.fired.clear()
+
+
+class FiresInAnyOrder(Threads):
+    def ended(self, plan: Plan, site: Site, start: int) -> None:
+        random.Random(0).shuffle(site.fired)
+
+
+class FiresAtOnce(Threads):
+    """Fires what a handler fired when that returns, and not when the event has ended."""
+
+    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+        found: Future[BaseException | None] = Future()
+        found.set_result(self.call(step, event, phase))
+        if self.site is not None and self.site.fired:
+            self.site.drain(phase)
+        return found
+
+
+class FiresWhatRaised(Threads):
+    """Fires what was fired in an event that raises."""
+
+    def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
+        site.drain(phase)
+        site.fail(plan, event, phase, failures)
+
+
+BROKEN: list[tuple[str, type[Threads], str]] = [
+    ("it_is_an_executor", Nameless, "name is empty; reports show it"),
+    ("bind_takes_one_learner", ForAnybody, "no ExecutorError was raised"),
+    ("compile_needs_a_learner", CompilesForNobody, "no ExecutorError was raised"),
+    ("explain_is_one_line", ExplainsAtLength, "explain() is more than a line: 'one line\\nand another'"),
+    ("a_change_of_callbacks_counts_from_the_next_event_on", KeepsPlans, "['ProbeA', 'ProbeC', 'ProbeD']"),
+    ("flush_and_close_may_be_repeated", ClosesOnce, "closed twice"),
+    ("a_closed_executor_runs_nothing", RunsWhenClosed, "no ExecutorError was raised"),
+    ("a_closed_executor_runs_nothing", BindsWhenClosed, "no ExecutorError was raised"),
+    ("close_ends_the_threads", LeavesThreads, "these threads run after close(): ['test-threads"),
+    ("rule_12_no_handler_starts_before_those_it_waits_for", IgnoresEdges, "started before ProbeD returned"),
+    ("rule_12_no_handler_starts_before_those_it_waits_for", IgnoresTheLastEdge, " started before "),
+    ("rule_12_no_handler_starts_before_those_it_waits_for", SkipsTheLast, "'ProbeF']; wanted are "),
+    ("rule_12_every_handler_gets_its_event_phase_and_view", FiresACopy, "and not the event that was fired"),
+    ("rule_12_every_handler_gets_its_event_phase_and_view", AnotherPhase, "got ValidationPhase; TrainingPhase was"),
+    ("rule_12_every_handler_gets_its_event_phase_and_view", OneViewForAll, "ProbeB got the view of another handler"),
+    ("rule_13_an_event_ends_when_all_its_handlers_have", DoesNotWait, "in round 1 the event ended while "),
+    ("rule_13_an_event_ends_when_all_its_handlers_have", RaisesAtOnce, "in round 1 the event ended while ['ProbeB'"),
+    (
+        "rule_13_an_event_ends_when_all_its_handlers_have",
+        InterruptsAtOnce,
+        "in round 1 the event ended while ['ProbeB'",
+    ),
+    ("rule_13_an_event_ends_when_all_its_handlers_have", HidesInterrupts, "no KeyboardInterrupt was raised"),
+    ("rule_13_what_must_not_run_together_runs_in_the_serial_order", IgnoresEdges, " started before ProbeA"),
+    ("rule_13_what_must_not_run_together_runs_in_the_serial_order", ReversesResources, "started before ProbeA"),
+    ("rule_13_random_numbers_are_drawn_on_the_training_thread", DrawsAnywhere, "on another thread in round "),
+    ("rule_13_it_comes_to_the_serial_result", Draws, "cbstate.total differs from the serial run"),
+    (
+        "rule_14_a_handler_sees_the_training_threads_state_of_torch",
+        BareThreads,
+        "saw grad mode True in round 1; ",
+    ),
+    ("rule_14_a_handler_sees_the_training_threads_state_of_torch", LeavesGradMode, "the training thread, after the"),
+    ("rule_15_those_that_depend_on_no_failed_one_still_run", StopsAtTheFirstFailure, "ran ['ProbeA', 'ProbeB']; "),
+    ("rule_15_those_that_depend_on_no_failed_one_still_run", RunsAfterFailures, "'ProbeB', 'ProbeC', 'ProbeD'"),
+    ("rule_15_those_that_depend_on_no_failed_one_still_run", GivesUpOnWhoFailed, "in round 1 ran after a failure ['"),
+    ("rule_15_the_first_in_serial_order_is_raised", FailuresBackwards, "were raised [\"'second'\", 'first']; wanted"),
+    ("rule_15_the_first_in_serial_order_is_raised", RaisesTheFirstOnly, "were raised ['first']; wanted"),
+    ("rule_15_the_first_in_serial_order_is_raised", TakesTheNotes, "no note on the other: ValueError('first')"),
+    ("rule_15_errors_go_before_cancels", RaisesTheFirstOnly, "in a fit were raised []; wanted are ['fit', 'epoch', 'b"),
+    ("rule_15_every_exception_says_where_it_was_raised", RaisesTheFirstOnly, "two handlers failed, and what was "),
+    ("rule_15_every_exception_says_where_it_was_raised", TakesTheNotes, "do not say 'raised in ProbeA.act at "),
+    ("rule_16_every_begin_has_one_end", Swallows, "after CancelFittingException at FitBegin came "),
+    ("rule_17_fit_end_runs_for_every_callback", SkipsAtFitEnd, "got FitEnd ['ProbeA', 'ProbeC']; wanted"),
+    ("rule_17_fit_end_runs_for_every_callback", FailuresBackwards, "were raised ['end ProbeC', "),
+    ("rule_18_fired_events_wait_for_the_current_one", DropsFired, "were fired []; wanted are ['ProbeA 0', "),
+    ("rule_18_fired_events_wait_for_the_current_one", FiresInAnyOrder, "in round 1 were fired ["),
+    ("rule_18_fired_events_wait_for_the_current_one", FiresAtOnce, "handled while its asker's event was running"),
+    ("rule_18_fired_events_are_dropped_if_the_event_raises", FiresWhatRaised, "although their event raised ['later']"),
+    (
+        "rule_18_fired_events_are_dropped_if_the_event_raises",
+        DropsFired,
+        "after the next event []; wanted are ",
+    ),
+    ("rule_18_training_cannot_be_started_in_a_handler", Swallows, "no UsageError was raised"),
+    (
+        "rule_18_training_cannot_be_started_in_a_handler",
+        RaisesTheFirstOnly,
+        "only 1 of fit, epoch and step were",
+    ),
+]
+
+TESTS = {name.removeprefix("test_") for name in dir(ExecutorContract) if name.startswith("test_")}
+
+
+@pytest.mark.parametrize(("test", "kind", "message"), BROKEN, ids=[f"{kind.__name__}-{at}" for at, kind, _ in BROKEN])
+def test_a_broken_executor_fails_the_test_of_the_rule_that_it_breaks(
+    test: str, kind: type[Threads], message: str
+) -> None:
     class Contract(ExecutorContract):
         rounds = 2
+        patience = 0.1  # the machine may be busy
 
         def make_executor(self) -> Executor:
             return kind()
 
-    return Contract()
+    with torch.enable_grad(), pytest.raises(AssertionError) as caught:  # one of them leaves it off
+        getattr(Contract(), f"test_{test}")()
+    assert message in str(caught.value)
 
 
-TESTS = [name for name in dir(ExecutorContract) if name.startswith("test_")]
+def test_every_test_of_the_contract_has_caught_a_broken_executor() -> None:
+    assert {test for test, _, _ in BROKEN} == TESTS
+    assert {int(test.split("_")[1]) for test in TESTS if test.startswith("rule_")} == set(range(12, 19))
 
 
-def failing(contract: ExecutorContract, name: str) -> str:
-    """What a test of the contract says; empty if it passes."""
-    try:
-        getattr(contract, name)()
-    except Exception as error:  # whichever way it fails
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-@pytest.mark.parametrize(("kind", "test"), BROKEN.items(), ids=lambda each: getattr(each, "__name__", ""))
-def test_a_broken_executor_fails_the_test_of_what_it_breaks(kind: type[Threads], test: str) -> None:
-    assert f"test_{test}" in TESTS
-    said = failing(contract_of(kind), f"test_{test}")
-    assert said.startswith("AssertionError: "), said
-
-
-@pytest.mark.parametrize(
-    ("kind", "test", "message"),
-    [
-        (LeavesThreads, "close_ends_the_threads", "these threads run after close(): ['test-threads"),
-    ],
-)
-def test_what_a_failing_test_says(kind: type[Threads], test: str, message: str) -> None:
-    assert message in failing(contract_of(kind), f"test_{test}")
-
-
-def test_every_rule_has_a_test_that_says_what_is_promised() -> None:
-    for rule in range(12, 19):
-        assert any(f"rule_{rule}_" in name for name in TESTS), f"no test of rule {rule}"
+def test_every_test_of_the_contract_says_what_is_promised() -> None:
     for name in TESTS:
-        assert getattr(ExecutorContract, name).__doc__, f"{name} does not say what is promised"
-        if "rule_" in name:
-            number = name.split("_")[2]
-            assert number in getattr(ExecutorContract, name).__doc__, f"{name} does not name its rule"
+        said = getattr(ExecutorContract, f"test_{name}").__doc__
+        assert said, f"{name} does not say what is promised"
+        assert not name.startswith("rule_") or name.split("_")[1] in said, f"{name} does not name its rule"
 
 
 def test_a_contract_without_an_executor_says_what_to_define() -> None:
@@ -282,98 +424,69 @@ def test_it_needs_no_pytest() -> None:
     subprocess.run([sys.executable, "-c", source], check=True)
 
 
-# --- an executor that somebody else has installed
-
-PACKAGE = '''
-"""Runs handlers by whoever waits longest; written without a line of flowtrain's own executors."""
-
-from flowtrain.errors import ExecutorError
+# --- the parts of the contract
 
 
-class BackwardsExecutor:
-    name = "backwards"
+def test_the_settings_of_rule_14_change_each_part_of_torchs_state() -> None:
+    before, changed = torch_state(), {"CUDA stream"}  # on a machine without CUDA there is none to change
+    for setting in TORCH_SETTINGS:
+        with ExitStack() as stack:
+            for enter in setting:
+                stack.enter_context(enter())
+            changed |= {what for what, value in torch_state().items() if value != before[what]}
+        assert torch_state() == before
+    assert changed == set(before)
 
-    def __init__(self):
-        self.site, self.plans, self.closed, self.ran = None, [], False, 0
 
-    def bind(self, site):
-        if self.closed or self.site not in (None, site):
-            raise ExecutorError("This BackwardsExecutor is closed, or belongs to another learner.")
-        self.site = site
+def test_a_trace_says_who_started_before_whom_and_who_still_runs() -> None:
+    trace = Trace(0.0)
+    trace.before = {"c": ["a", "b"]}
+    trace.start("a")
+    trace.end("a")
+    trace.start("c")
+    assert trace.wrong == ["c started before b returned"]
+    assert trace.started == ["a", "c"]
+    assert trace.running() == ["c"]
+    assert trace.threads == dict.fromkeys("ac", threading.get_ident())
+    trace.clear()
+    assert trace.started == trace.ended == trace.wrong == []
+    trace.start("c")
+    trace.start("c")
+    trace.end("c")
+    assert trace.running() == ["c"], "a handler that runs twice at once runs until both have ended"
 
-    def check(self, nodes, state):
+
+def test_a_trace_waits_until_it_changes_and_no_longer_than_its_patience() -> None:
+    trace, returned = Trace(60.0), list[str]()
+
+    def wait() -> None:
+        trace.wait_for_start("a", "b")
+        returned.append("ab")
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    trace.start("a")
+    assert not returned
+    trace.start("b")
+    waiting.join(30.0)
+    assert returned == ["ab"]
+    Trace(0.001).wait_for_start("a")
+
+
+def test_catching_gives_the_exception_that_came_and_lets_others_through() -> None:
+    error = KeyError("here")
+    with catching(LookupError) as found:
+        raise error
+    assert found == [error]
+    with pytest.raises(AssertionError, match=r"^no ValueError was raised"), catching(ValueError):
         pass
-
-    def compile(self, plan):
-        if self.closed or self.site is None:
-            raise ExecutorError("This BackwardsExecutor is closed, or has no learner.")
-        site, ranks = self.site, {step.node.name: rank for rank, step in enumerate(plan.steps)}
-        self.plans.append(plan)
-
-        def run(event, phase):
-            start, left, done, lost, failures = len(site.fired), set(range(len(plan))), 0, 0, {}
-            while left:
-                position = max(one for one in left if not plan.ancestors[one] & ~done)
-                left.remove(position)
-                done |= 1 << position
-                if plan.ancestors[position] & lost and not plan.always:
-                    lost |= 1 << position
-                    continue
-                step = plan.steps[position]
-                self.ran += 1
-                try:
-                    step.call(event, phase, step.view)
-                except Exception as failure:
-                    failures[position] = failure
-                    lost |= 1 << position
-            site.fired[start:] = sorted(site.fired[start:], key=lambda one: ranks[one[0]])
-            if failures:
-                site.fail(plan, event, phase, [(plan.steps[one], failures[one]) for one in sorted(failures)])
-            if site.fired:
-                site.drain(phase)
-
-        return run
-
-    def explain(self, plan):
-        return "backwards"
-
-    def flush(self):
-        pass
-
-    def close(self):
-        self.closed = True
-        for plan in self.plans:
-            self.site.swap(plan, self.refuse)
-
-    def refuse(self, event, phase):
-        raise ExecutorError("This BackwardsExecutor is closed.")
-'''
+    with pytest.raises(KeyError, match="other"), catching(ValueError):
+        raise KeyError("other")
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A package with an entry point, in a folder on ``sys.path``: installed as far as Python knows."""
-    (tmp_path / "backwards_executors.py").write_text(PACKAGE, "utf-8")
-    info = tmp_path / "backwards_executors-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: backwards-executors\nVersion: 0.1\n", "utf-8")
-    points = "[flowtrain.executors]\nbackwards = backwards_executors:BackwardsExecutor\n"
-    (info / "entry_points.txt").write_text(points, "utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "backwards"
-    sys.modules.pop("backwards_executors", None)
-
-
-def test_an_installed_executor_is_used_by_its_name(installed: str) -> None:
-    with tiny_learner(executor=installed) as learner, tiny_learner() as serial:
-        learner.fit(1)
-        serial.fit(1)
-        assert type(learner.executor).__name__ == "BackwardsExecutor"
-        assert vars(learner.executor)["ran"] > 0
-        assert torch.equal(learner.model.coeff, serial.model.coeff)
-
-
-@pytest.mark.parametrize("test", TESTS)
-def test_an_installed_executor_keeps_the_contract(installed: str, test: str) -> None:
-    said = failing(contract_of(lambda: find_executor(installed)), test)
-    assert not said
+def test_the_messages_of_an_exception_are_those_of_all_that_is_attached_too() -> None:
+    a, b, c, d = (ValueError(letter) for letter in "abcd")
+    vars(a)["others"] = [b, d]
+    vars(b)["others"] = [c]
+    assert messages(a) == ["a", "b", "c", "d"]
+    assert messages(None) == []

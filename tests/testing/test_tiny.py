@@ -5,10 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowtrain import TrainingPhase, ValidationPhase
-from flowtrain.callback.events import EpochEnd
+from flowtrain import (
+    BatchEnd,
+    Callback,
+    EpochEnd,
+    Event,
+    LearnerView,
+    Phase,
+    SerialExecutor,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+)
 from flowtrain.callbacks import CustomCallback, Metrics
-from flowtrain.testing import record_access, tiny_batches, tiny_learner
+from flowtrain.graph.executor import Site
+from flowtrain.testing import TinySite, record_access, tiny_batches, tiny_learner
 
 
 def test_a_tiny_learner_learns_its_coefficient_quietly(capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +63,34 @@ def test_every_choice_can_be_replaced() -> None:
 def test_record_access_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
     found = record_access(Metrics())
     assert capsys.readouterr().out == f"{found}\n"
+
+
+class Probe(Callback):
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    @on(BatchEnd)
+    def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_tiny_site_notes_what_an_executor_tells_it_and_raises_nothing() -> None:
+    with tiny_learner(Probe(), Probe(ValueError("broken")), default_callbacks=False) as learner:
+        plan = learner.callbacks.plan(BatchEnd, TrainingPhase)
+    site, executor = TinySite(), SerialExecutor()
+    as_an_executor_sees_it: Site = site
+    assert as_an_executor_sees_it.runner(BatchEnd, TrainingPhase) is None
+    assert not any((site.nodes, site.stopping, site.urgent, site.failures, site.drained, site.swapped))
+    executor.bind(site)
+    run, fired, event = executor.compile(plan), site.fired, BatchEnd()
+    fired.append(("Probe", event))
+    run(event, TrainingPhase())
+    run(event, TrainingPhase())  # nothing was fired: it does not drain
+    assert [(name, repr(failure)) for name, failure in site.failures] == [("Probe#2", "ValueError('broken')")] * 2
+    assert site.drained == [[("Probe", event)]]
+    assert site.fired is fired == []
+    executor.close()
+    assert len(site.swapped) == 1
+    site.swap(plan, run)
+    assert site.swapped[1:] == [run]

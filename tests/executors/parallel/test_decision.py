@@ -12,7 +12,7 @@ from flowtrain.graph.executor import Runner, SerialExecutor
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing.site import TinySite
+from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.decision import Race
 from flowtrain_dask.parallel.firing import Crew, Ways
 from flowtrain_dask.parallel.strands import pack

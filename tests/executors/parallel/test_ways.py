@@ -13,7 +13,7 @@ import pytest
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.graph.registry import Callbacks
-from flowtrain.testing.site import TinySite
+from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.firing import Crew, Failures, Ways
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
