@@ -243,10 +243,21 @@ class EMA(Callback):
         return self._weights
 
     def _placed(self) -> dict[str, torch.Tensor]:
-        """Return the averages, moved to where the weights are; a checkpoint gives them on the CPU."""
+        """Return the averages, moved to where the weights are; a checkpoint gives them on the CPU.
+
+        The average of a weight that training has added, or put in the place of one of another shape, begins with it.
+        """
+        if self.averages.keys() != self._weights.keys():
+            self.averages = {name: average for name, average in self.averages.items() if name in self._weights}
+        new: dict[str, torch.Tensor] = {}
         for name, weight in self._weights.items():
-            if self.averages[name].device != weight.device:
-                self.averages[name] = self.averages[name].to(weight.device)
+            average = self.averages.get(name)
+            if average is None or average.shape != weight.shape:
+                new[name] = weight
+            elif average.device != weight.device:
+                self.averages[name] = average.to(weight.device)
+        if new:
+            self._take({**self.averages, **new})
         return self.averages
 
     def _put_averages(self) -> None:

@@ -297,23 +297,19 @@ class Broadcasts(TorchFunctionMode):
         """Look at the arguments, and call the function."""
         kwargs = kwargs or {}
         two = [each.shape for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)][:2]
-        both = self._stretched(*two) if len(two) == 2 and self.found is None else None
-        if both is not None and func in _ELEMENTWISE:
+        both = _stretched(*two) if len(two) == 2 and self.found is None else None
+        if both is None:
+            return func(*args, **kwargs)
+        known = (two[0] in self._outputs and two[1] in self._targets) or (
+            two[0] in self._targets and two[1] in self._outputs
+        )
+        larger = both.numel() > max(shape.numel() for shape in two)
+        if func in _ELEMENTWISE and (known or larger):  # also of outputs and targets that the loss has reshaped
             self._note(func, two, both)
         result = func(*args, **kwargs)
-        if both is not None and getattr(result, "shape", None) == both and both.numel() > max(s.numel() for s in two):
+        if known and larger and getattr(result, "shape", None) == both:
             self._note(func, two, both)
         return result
-
-    def _stretched(self, one: torch.Size, other: torch.Size) -> torch.Size | None:
-        known = (one in self._outputs and other in self._targets) or (one in self._targets and other in self._outputs)
-        if one == other or not known:
-            return None
-        try:
-            both: torch.Size = torch.broadcast_shapes(one, other)
-            return both
-        except RuntimeError:
-            return None  # the function itself refuses these
 
     def _note(self, func: Any, two: list[torch.Size], both: torch.Size) -> None:
         outputs, targets = two if two[0] in self._outputs and two[1] in self._targets else two[::-1]
@@ -329,6 +325,15 @@ class Broadcasts(TorchFunctionMode):
                 f"them to {tuple(both)}: it compares values that do not belong together.",
                 "Give both one shape: targets.unsqueeze(1) in the dataset, or .squeeze(1) at the end of the model.",
             )
+
+
+def _stretched(one: torch.Size, other: torch.Size) -> torch.Size | None:
+    """Return the shape that two are stretched to; ``None`` where they are one, or do not fit: torch refuses these."""
+    try:
+        both: torch.Size = torch.broadcast_shapes(one, other)
+    except RuntimeError:
+        return None
+    return both if one != other else None
 
 
 def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
@@ -423,11 +428,13 @@ _LOSSES: Mapping[Callable[..., Any], type[torch.nn.Module]] = {
 _ELEMENTWISE = frozenset({
     torch.nn.functional.binary_cross_entropy,
     torch.nn.functional.binary_cross_entropy_with_logits,
+    torch.nn.functional.gaussian_nll_loss,
     torch.nn.functional.hinge_embedding_loss,
     torch.nn.functional.huber_loss,
     torch.nn.functional.kl_div,
     torch.nn.functional.l1_loss,
     torch.nn.functional.mse_loss,
+    torch.nn.functional.multilabel_soft_margin_loss,
     torch.nn.functional.poisson_nll_loss,
     torch.nn.functional.smooth_l1_loss,
     torch.nn.functional.soft_margin_loss,

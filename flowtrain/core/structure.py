@@ -5,10 +5,11 @@ kind              what it is
 ================= =====================================================================================================
 ``requires_grad`` of each parameter
 ``mode``          train or eval, of each module, as it is without what a phase has set
-``attribute``     tensors and plain values in attributes of modules, such as the ``p`` of a dropout; plain values in
-                  those of optimizers, and of a loss function that is no module
+``attribute``     tensors and plain values in attributes of modules, such as the ``p`` of a dropout, of optimizers, and
+                  of a loss function that is no module; and of the objects in attributes, such as a configuration
 ``buffer``        of each module those that are registered with ``persistent=False``
 ``type``          of each module
+``order``         of the parameters and modules in each module, which is that of a ``Sequential``
 ``hooks``         those of modules, parameters and optimizers that take part in computing
 ================= =====================================================================================================
 
@@ -23,7 +24,9 @@ The parameter groups of optimizers are held by the names of the parameters (`Str
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ from torch.optim import Optimizer
 
 from flowtrain.core.devices import place, rebuild
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import LeftOver, Object, Stage, is_plain, kept, live, same
+from flowtrain.state.encoding import LeftOver, Object, Stage, kept, live, same
 
 __all__ = ["Structure"]
 
@@ -74,12 +77,14 @@ class Structure:
             self._objects["lossfn"] = lossfn
         self._optimizers, self._device, self._modes = optimizers, device, modes
         self._began: dict[Key, Any] | None = None
+        self._owned: set[str] = set()
         self._groups: dict[str, list[list[str]]] = {}
 
     def begin(self) -> None:
         """Remember how everything is, the first time: training begins, or a checkpoint is to be loaded."""
         if self._began is None:
             self._began = self._look()
+            self._owned = set(self._owners())
             self._groups = {name: self._named(name) for name in self._optimizers}
 
     # --- what is different
@@ -96,10 +101,11 @@ class Structure:
         """
         began = self._begun()
         now = self._look()
+        new = {name for name, each in self._owners().items() if not isinstance(each, torch.nn.Module)} - self._owned
         changed = []
         for key in {**began, **now}:
             before, value = began.get(key, _NOTHING), now.get(key, _NOTHING)
-            if isinstance(value, LeftOver) or same(before, value):
+            if isinstance(value, LeftOver) or same(before, value) or (key[0] == "attribute" and key[1] in new):
                 continue
             if isinstance(value, Object) and not here:
                 self._check_object(key, before, value.value)
@@ -128,18 +134,21 @@ class Structure:
     def _check_object(self, key: Key, before: Any, value: Any) -> None:
         """Refuse an object that training has put in the place of something; what it only left somewhere is left out."""
         module: Any = self._owners().get(key[1])
-        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+        own = getattr(type(module), "get_extra_state", torch.nn.Module.get_extra_state)
+        if own is not torch.nn.Module.get_extra_state:
             return  # it says itself what its state is
         if before is _NOTHING and callable(getattr(type(module), key[2], None)):
             before = key[2]  # a method, which it covers
         if before is _NOTHING or before is None or isinstance(before, LeftOver):
             return
+        more = f", or define get_extra_state() and set_extra_state() in {type(module).__name__}"
+        more = more if isinstance(module, torch.nn.Module) else ""
         raise CheckpointError(
             f"{_dotted(key)} cannot be in a checkpoint: training has replaced it, by {value!r:.80} "
             f"({type(value).__name__}). What training changes in an attribute is held if it is a tensor or a plain "
             f"value (None, bool, int, float, str, bytes; dict, list, tuple and set of them). Keep such a value there, "
-            f"and find the object by it, or define get_extra_state() and set_extra_state() in {type(module).__name__}. "
-            f"An attribute that a forward pass only leaves something in begins as None."
+            f"and find the object by it{more}. An attribute that a forward pass only leaves something in begins as "
+            f"None."
         )
 
     # --- what does not fit
@@ -242,8 +251,8 @@ class Structure:
                     raise CheckpointError(
                         f"{_called(name)} has, in group {number}, a parameter of shape {tuple(param.shape)} that is "
                         f"none of the model's or the loss function's any more, so it has no name in a checkpoint. "
-                        f"Where a handler replaces a module, take the old parameters out of the groups, and their "
-                        f"state out of optimizer.state."
+                        f"Where a handler replaces a module, put the new parameters into the groups in place of the "
+                        f"old ones, and take the state of these out of optimizer.state."
                     )
         for param in optimizer.state:
             if isinstance(param, torch.Tensor) and id(param) not in grouped:
@@ -309,16 +318,20 @@ class Structure:
         }
 
     def _owners(self) -> dict[str, Any]:
-        """Return what has any of it, by name: modules, without the shells of compiled ones, and objects."""
-        return {
-            **{
-                _clean(f"{root}.{name}" if name else root): inner
-                for root, module in self._roots.items()
-                for name, inner in module.named_modules()
-                if "_orig_mod" not in inner._modules
-            },
-            **self._objects,
-        }
+        """Return what has any of it, by name: modules, without the shells of compiled ones, and objects.
+
+        Objects are optimizers, a loss function that is no module, and what is in an attribute of that or of a module.
+        What is in the attributes of such an object is not looked at: it may be anything.
+        """
+        found = {**_modules_in(self._roots), **self._objects}
+        seen = {id(each) for each in found.values()}
+        for owner, each in list(found.items()):
+            for name, part in () if isinstance(each, Optimizer) else _attributes(each).items():
+                if id(part) not in seen and name not in _MODULE and _is_object(part):
+                    seen.add(id(part))
+                    inside = {f"{owner}.{name}": part}
+                    found.update(_modules_in(inside) if isinstance(part, torch.nn.Module) else inside)
+        return found
 
     def _look(self) -> dict[Key, Any]:
         found: dict[Key, Any] = {}
@@ -327,11 +340,13 @@ class Structure:
             if isinstance(each, (torch.nn.Module, Optimizer)):
                 _add_hooks(found, owner, "", each)
             if not isinstance(each, torch.nn.Module):
-                held = {name: kept(value) for name, value in getattr(each, "__dict__", {}).items()
-                        if name not in _OPTIMIZER}  # fmt: skip
-                found.update({("attribute", owner, name): value for name, value in held.items() if is_plain(value)})
+                for name, value in _attributes(each).items():
+                    remembered = kept(value)
+                    if owner == "lossfn" or not (name in _OPTIMIZER or isinstance(remembered, (Object, LeftOver))):
+                        found["attribute", owner, name] = remembered
                 continue
             found["type", owner, ""] = type(each).__name__
+            found["order", owner, ""] = (*each._parameters, *each._modules)
             found["mode", owner, ""] = modes.get(each, each.training)
             for name, value in vars(each).items():
                 if name not in _MODULE:
@@ -343,6 +358,26 @@ class Structure:
                     found["requires_grad", owner, name] = param.requires_grad
                     _add_hooks(found, owner, name, param)
         return found
+
+
+def _modules_in(roots: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        _clean(f"{root}.{name}" if name else root): inner
+        for root, module in roots.items()
+        if isinstance(module, torch.nn.Module)
+        for name, inner in module.named_modules()
+        if "_orig_mod" not in inner._modules
+    }
+
+
+def _attributes(each: Any) -> MutableMapping[str, Any]:
+    """Return the attributes of an object by name, to be read and written; of a partial function its keywords."""
+    return each.keywords if isinstance(each, partial) else getattr(each, "__dict__", {})
+
+
+def _is_object(value: Any) -> bool:
+    """Tell whether a value may have attributes that training changes; classes and the like are shared by others."""
+    return hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, torch.Tensor, Optimizer))
 
 
 def _add_hooks(found: dict[Key, Any], owner: str, name: str, each: Any) -> None:
@@ -367,10 +402,14 @@ def _put(owner: Any, kind: str, name: str, value: Any) -> None:
     elif kind == "buffer":
         owner._buffers[name] = value
         owner._non_persistent_buffers_set.add(name)
+    elif kind == "order":
+        for part in (owner._parameters, owner._modules):
+            ordered = {each: part.pop(each) for each in value if each in part}
+            part.update(ordered)
     elif value is _NOTHING:
-        vars(owner).pop(name, None)
+        _attributes(owner).pop(name, None)
     else:
-        vars(owner)[name] = value  # past a __setattr__ that would register it
+        _attributes(owner)[name] = value  # past a __setattr__ that would register it
 
 
 # --- names

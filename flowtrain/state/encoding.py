@@ -17,7 +17,7 @@ from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import Series, SeriesMap
 
-__all__ = ["LeftOver", "Object", "Stage", "fill", "is_plain", "kept", "live", "phase_of", "same"]
+__all__ = ["LeftOver", "Object", "Stage", "fill", "kept", "live", "phase_of", "same"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values beside the containers of them; no subclasses, which a file does not bring back."""
@@ -253,15 +253,6 @@ def _keep(value: Any) -> Any:
     if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _keep(value.item())  # a number of numpy's
     raise _Unkept(Object)
-
-
-def is_plain(kept: Any) -> bool:
-    """Tell whether there is neither an object nor a tensor in a value that was kept."""
-    if isinstance(kept, (list, tuple)):
-        return all(is_plain(each) for each in kept)
-    if isinstance(kept, dict):
-        return all(is_plain(each) for each in kept.values())
-    return not isinstance(kept, (Object, LeftOver, _Tensor))
 
 
 def live(kept: Any, path: str) -> Any:

@@ -36,6 +36,7 @@ from flowtrain import (
     UpdateEnd,
     UsageError,
     ValidationPhase,
+    Write,
     on,
 )
 from flowtrain.callback.phases import StepContext
@@ -609,3 +610,33 @@ def test_one_of_several_models_is_judged_by_its_averages(tmp_path: Path) -> None
         assert torch.equal(contents["model"]["one"][name], average)
         trained = contents["trained"]["one"][name]
         assert name.startswith("1.") or torch.equal(trained, learner.model.one.state_dict()[name])
+
+
+class Grow(Callback):
+    """Put a layer with a bias in the place of one without, after the first epoch, and train it."""
+
+    def state_access(self) -> Access:
+        return {"model": Write(), "optimizer": Write(), "cbstate.history": Read()}
+
+    @on(EpochEnd, TrainingPhase)
+    def grow(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        if learner.cbstate.history[phase].epochs == 1:
+            learner.model[1] = torch.nn.Linear(2, 1)
+            torch.nn.init.ones_(learner.model[1].weight)
+            torch.nn.init.ones_(learner.model[1].bias)
+            learner.optimizer.param_groups[0]["params"] = [*learner.model.parameters()]
+
+
+def test_the_average_of_a_weight_that_training_adds_begins_with_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1, bias=False))
+    ema = EMA(0.5)
+    learner = tiny_learner(Grow(), ema, model=model, n_batches=1)
+    learner.fit(1)
+    first = ema.averages["0.weight"].clone()
+    assert list(ema.averages) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert ema.averages["1.bias"].tolist() == [1.0]
+    learner.fit(1)
+    weights = dict(model.named_parameters())
+    torch.testing.assert_close(ema.averages["0.weight"], (first + weights["0.weight"]) / 2)
+    torch.testing.assert_close(ema.averages["1.bias"], (1 + weights["1.bias"]) / 2)
+    assert weights["1.bias"].item() != 1.0

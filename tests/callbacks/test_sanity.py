@@ -344,6 +344,7 @@ STRETCHING: list[tuple[Any, str]] = [
     (F.binary_cross_entropy_with_logits, "binary_cross_entropy_with_logits"),
     (nn.BCEWithLogitsLoss(), "binary_cross_entropy_with_logits"),
     (F.poisson_nll_loss, "poisson_nll_loss"),
+    (lambda outputs, targets: F.gaussian_nll_loss(outputs, targets, torch.ones_like(outputs)), "gaussian_nll_loss"),
     (Wrapped(), "mse_loss"),
     (by_hand, "sub"),
     (with_keywords, "l1_loss"),
@@ -366,6 +367,16 @@ def test_outputs_and_targets_that_are_stretched(lossfn: Any, name: str) -> None:
             f"{name} gets {shapes}, and stretches them to (16, 16): it compares values that do not belong together."
         )
         assert "targets.unsqueeze(1) in the dataset, or .squeeze(1) at the end of the model" in remedy
+
+
+def test_what_a_loss_has_reshaped_is_stretched() -> None:
+    def lossfn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(outputs, targets.view(-1))
+
+    learner = tiny_learner(SanityCheck(), model=nn.Linear(1, 1), lossfn=lossfn, data=[(torch.ones(16, 1),) * 2])
+    with pytest.warns(UserWarning, match="different to the input size"):  # of torch, which runs it all the same
+        [(_, what, _)] = fails(learner)
+    assert what.startswith("mse_loss gets outputs of shape (16, 1) and targets of shape (16,), and stretches them to")
 
 
 @pytest.mark.parametrize(("lossfn", "name"), STRETCHING)

@@ -230,6 +230,136 @@ def test_within_the_epoch_of_the_change(tmp_path: Path) -> None:
         assert all_of(resumed) == all_of(whole), number
 
 
+class Settings:
+    """A configuration, as models have one."""
+
+    def __init__(self) -> None:
+        self.factor: Any = 1.0
+
+
+class Configured(Net):
+    """A model whose parts share an object with values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: Any = Settings()
+        self.back.config = self.config
+        self.scaled: Any = partial(torch.mul, other=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.scaled(super().forward(x)) * self.back.config.factor
+        return out
+
+
+class Loss:
+    """A loss function that is no module, and has one."""
+
+    def __init__(self) -> None:
+        self.weight: Any = torch.ones(())
+        self.weights: Any = {"a": torch.ones(1)}
+        self.huber = nn.HuberLoss()
+        self.last: Any = None
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.last = torch.distributions.Normal(outputs.detach(), 1.0)  # left behind, of no use later
+        squares = self.weight * self.weights["a"] * (outputs - targets).square()
+        loss: torch.Tensor = squares.mean() + self.huber(outputs, targets)
+        return loss
+
+
+class Slower(torch.optim.SGD):
+    """An optimizer with a tensor that is in none of its groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.05)
+        self.rate: Any = torch.full((), 0.05)
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["lr"] = self.rate.item()
+        return super().step(closure)
+
+
+def move_to_the_end(learner: Any) -> None:
+    layers = learner.model.back._modules
+    layers["0"] = layers.pop("0")
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda learner: setattr(learner.model.config, "factor", 0.5),
+        lambda learner: setattr(learner.model.config, "factor", torch.full((1,), 0.5)),
+        lambda learner: learner.model.scaled.keywords.update(other=0.5),
+        lambda learner: setattr(learner.lossfn, "weight", torch.tensor(0.5)),
+        lambda learner: learner.lossfn.weight.mul_(0.5),
+        lambda learner: learner.lossfn.weights["a"].mul_(0.5),
+        lambda learner: setattr(learner.lossfn.huber, "delta", 0.01),
+        lambda learner: learner.optimizer.rate.mul_(0.2),
+        move_to_the_end,
+    ],
+)
+def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
+    """Rule 28: also in what is no module, as a configuration, and in the order of layers."""
+
+    def learner(number: int) -> Learner:
+        model = Configured()
+        model.back = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
+        model.head = nn.Linear(1, 1)
+        model.back.config = model.config
+        callbacks = [Do(do, number=number), Checkpointer(tmp_path)]
+        return learner_of(*callbacks, model=model, lossfn=Loss(), optimizer=Slower)
+
+    torch.manual_seed(1)
+    other = learner(99)
+    other.fit(3)
+    torch.manual_seed(1)
+    whole = learner(2)
+    whole.fit(3)
+    resumed = learner(2)
+    torch.manual_seed(1)
+    resumed.fit(3, resume=tmp_path / "epoch-0002.ckpt")
+    assert weights(resumed) == weights(whole) != weights(other)
+
+
+def test_a_module_that_training_put_into_a_loss_function_is_asked_for(tmp_path: Path) -> None:
+    do = Do(lambda learner: setattr(learner.lossfn, "huber", nn.MSELoss()))
+    learner_of(do, Checkpointer(tmp_path / "a"), lossfn=Loss()).fit(2)
+    with pytest.raises(
+        CheckpointError, match=r"it has a MSELoss at lossfn\.huber, where training put it, the learner "
+    ):
+        learner_of(lossfn=Loss()).load(tmp_path / "a")
+
+
+def test_a_function_that_a_loss_function_replaced_is_refused(tmp_path: Path) -> None:
+    class Reduced(Loss):
+        reduce: Any
+
+        def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = self.reduce((outputs - targets) ** 2)
+            return loss
+
+    lossfn = Reduced()
+    lossfn.reduce = torch.mean
+    do = Do(lambda learner: setattr(learner.lossfn, "reduce", torch.sum))
+    with pytest.raises(CheckpointError) as caught:
+        learner_of(do, Checkpointer(tmp_path), lossfn=lossfn).fit(2)
+    assert str(caught.value).startswith(
+        "lossfn.reduce cannot be in a checkpoint: training has replaced it, by <built-in"
+    )
+    assert "Keep such a value there, and find the object by it. An attribute that" in str(caught.value)
+
+
+def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
+    learner_of(Checkpointer(tmp_path), model=nn.Linear(1, 1)).fit(1)
+    learner = learner_of(model=nn.LazyLinear(1))
+    with pytest.raises(
+        CheckpointError, match="its weight has a shape, the learner's has none yet: call the model once"
+    ):
+        learner.load(tmp_path)
+    learner.model(torch.ones(1, 1))
+    learner.load(tmp_path)
+
+
 # --- how the learner is built counts
 
 

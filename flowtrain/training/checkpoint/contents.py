@@ -34,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
@@ -194,6 +195,8 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     for name, value in saved.items():
         if name not in here:
             yield f"it has {name}, and the learner's has not"
+        elif is_lazy(here[name]):
+            yield f"its {name} has a shape, the learner's has none yet: call the model once before, model(inputs)"
         elif isinstance(value, torch.Tensor) and isinstance(here[name], torch.Tensor):
             if value.shape != here[name].shape:
                 yield f"its {name} has shape {tuple(value.shape)}, the learner's {tuple(here[name].shape)}"
