@@ -69,10 +69,16 @@ class FitBegin(Event):
     resumed: bool = False
 
 
+@dataclass(frozen=True, repr=False)
 class FitEnd(Event):
-    """`Learner.fit` ends, whatever ended it. Fired with `Phase()`; every handler runs, also after failures."""
+    """`Learner.fit` ends, whatever ended it. Fired with `Phase()`; every handler runs, also after failures.
 
-    __slots__ = ()
+    Attributes:
+        stopped: Why a `CancelFittingException` ended it: the text of that, or, if it has none, where it was raised.
+            Empty if nothing was cancelled, and after an error, which is raised.
+    """
+
+    stopped: str = ""
 
 
 class EpochBegin(Event):

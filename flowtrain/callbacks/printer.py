@@ -1,10 +1,10 @@
-"""MetricsPrinter: the metrics of each epoch, as a line of text."""
+"""MetricsPrinter: the metrics of each epoch, and why training was stopped, as lines of text."""
 
 from __future__ import annotations
 
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
-from flowtrain.callback.events import EpochEnd
+from flowtrain.callback.events import EpochEnd, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import console
@@ -15,6 +15,8 @@ __all__ = ["MetricsPrinter"]
 
 class MetricsPrinter(Callback):
     """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file.
+
+    If a callback such as `EarlyStopping` ends the fit, its reason is the last line.
 
     The number is that of the training epoch; an evaluation has that of the one after which it ran.
     Reads ``cbstate.metrics_epoch`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and `Recorder`.
@@ -41,6 +43,12 @@ class MetricsPrinter(Callback):
         if values:
             line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(values)}"
             console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @on(FitEnd, access={"resource.terminal": Write()})
+    def show_reason(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Print why the fit was stopped, if it was."""
+        if event.stopped:
+            console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)
 
 
 def _number(value: object) -> str:

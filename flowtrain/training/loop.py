@@ -47,7 +47,7 @@ from flowtrain.training.step import CLOSED, CLOSING, OPEN, settle
 
 __all__ = ["Loop"]
 
-_FIT_END, _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = FitEnd(), EpochBegin(), EpochEnd(), EpochCancelled()
+_EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
 _BATCH_CANCELLED, _REST_BEGIN, _REST_END = BatchCancelled(), UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
 
 _LEFT_OPEN = "the step caught an exception and left its batch open"
@@ -121,7 +121,7 @@ class Loop:
         except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
         self.scopes.fit = CLOSING
-        self._close(_FIT_END, Phase(), failures)
+        self._close(FitEnd(_why_stopped(failures)), Phase(), failures)
         # What is urgent comes first while the position is known, which a checkpoint needs; then what the rest brought.
         attend = self.dispatch.attend
         for finish in (self.executor.flush, attend, self.cuts.end_fit, self.sinks.flush, attend):
@@ -352,6 +352,14 @@ class Loop:
             self.scopes.firing = False
             self.scopes.batch = CLOSED
         return self.state.batch
+
+
+def _why_stopped(failures: list[BaseException]) -> str:
+    """Return why a fit was cancelled, if it was: what the exception says, or where it was raised."""
+    if not failures or not isinstance(failures[0], CancelFittingException):
+        return ""
+    cancel = failures[0]
+    return str(cancel) or ", ".join([type(cancel).__name__, *getattr(cancel, "__notes__", ())])
 
 
 def _attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from flowtrain import (
     BatchBegin,
     Callback,
     CancelEpochException,
+    CancelFittingException,
     LearnerView,
     MissingStateError,
     Phase,
@@ -44,6 +47,30 @@ def constant(value: float) -> Any:
 
 def printing(*callbacks: Callback, metrics: Metrics, n_batches: int = 2) -> Any:
     return tiny_learner(*callbacks, metrics, MetricsPrinter(), n_batches=n_batches)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (partial(CancelFittingException, "[red]Enough."), "[red]Enough."),
+        (
+            CancelFittingException,
+            "CancelFittingException, raised in Stop.stop at (BatchBegin, TrainingPhase), epoch 1, batch 1",
+        ),
+        (partial(CancelEpochException, "Not the fit."), ""),
+        (partial(ValueError, "An error is raised."), ""),
+    ],
+)
+def test_the_reason_why_a_fit_was_stopped(make: Callable[[], Exception], line: str, output: io.StringIO) -> None:
+    class Stop(Callback):
+        @on(BatchBegin, TrainingPhase)
+        def stop(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            raise make()
+
+    with suppress(ValueError):
+        printing(Stop(), metrics=Metrics(Metric(constant(1.0), name="A", phase=TrainingPhase))).fit(1)
+    found = [each for each in output.getvalue().splitlines() if not each.startswith("epoch   1  ValidationPhase")]
+    assert found == ([line] if line else [])
 
 
 def test_one_plain_line_for_each_epoch(output: io.StringIO) -> None:
