@@ -37,6 +37,7 @@ from flowtrain.state.by_phase import CONTAINERS, PhaseMap, holds_series
 from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import LearnerState, Named, State
 from flowtrain.state.partial_view import Owner
+from flowtrain.state.views import GuardedView
 
 __all__ = [
     "Log",
@@ -282,7 +283,7 @@ Log: TypeAlias = dict[Path, Read | Write]
 _PLAIN_ROOTS = ("callbacks", "data", "lossfn", "model")
 
 
-class RecordingView(LearnerView):
+class RecordingView(GuardedView):
     """A view of the live state that logs what a handler reads and assigns.
 
     Args:
@@ -313,7 +314,7 @@ class RecordingView(LearnerView):
         if name in _PLAIN_ROOTS:
             _read(log, (name,))
             return getattr(state, name)
-        return LearnerView.__getattr__(self, name)  # type: ignore[attr-defined]  # hidden from checkers there
+        return GuardedView.__getattr__(self, name)  # type: ignore[attr-defined]  # hidden from checkers there
 
 
 class RecordedNamespace:

@@ -124,11 +124,15 @@ def cycle() -> Scheduler:
 
 
 PUT_BACK = "it writes only what a failure has kept from being put back"
+FILLED = "no accumulation group is left unfilled at the end of the epoch"
 CASES: dict[str, Case] = {
     "Checkpointer": Case(lambda folder: (Checkpointer(folder),), placed=("folder",)),
     "CustomCallback": Case(lambda _: (CustomCallback(loss_of, BatchEnd, access={"batch.loss": Read()}),)),
     "DeviceStats": Case(lambda _: (DeviceStats(1, lambda: {"Watt": 250.0}),)),
-    "EMA": Case(lambda _: (flowtrain.callbacks.EMA(0.5),), unseen={"begin_training": PUT_BACK, "end_fit": PUT_BACK}),
+    "EMA": Case(
+        lambda _: (flowtrain.callbacks.EMA(0.5),),
+        unseen={"begin_training": PUT_BACK, "end_fit": PUT_BACK, "take_in_last": FILLED, "take_in_cancelled": FILLED},
+    ),
     "EarlyStopping": Case(lambda _: (EarlyStopping(patience=5),)),
     "GradNorm": Case(lambda _: (GradNorm(layers=True),), unseen={"record_layers": "the model names the layers"}),
     "LogHistograms": Case(lambda folder: (LogHistograms(backend(folder), every=1),), placed=("backends",)),
@@ -145,7 +149,8 @@ CASES: dict[str, Case] = {
     ),
     "ProgressBar": Case(lambda _: (ProgressBar(redraw=0, report=0),), placed=("_drawn", "_next")),
     "Recorder": Case(
-        lambda _: (flowtrain.callbacks.Recorder(),), unseen={"keep_updates": "no batch is cancelled after its update"}
+        lambda _: (flowtrain.callbacks.Recorder(),),
+        unseen={"keep_updates": "no batch is cancelled after its update", "keep_last_updates": FILLED},
     ),
     "SanityCheck": Case(
         lambda _: (flowtrain.callbacks.SanityCheck(),), unseen={"check": "random numbers are put back in it"}

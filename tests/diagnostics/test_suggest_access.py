@@ -120,6 +120,9 @@ MAKERS: dict[str, Callable[[], Callback]] = {"LogTraces": _traces}
 """What makes the state that a bundled callback reads, where no default callback does."""
 
 
+AFTER_A_GROUP = {"take_in_last", "take_in_cancelled"}
+"""Handlers that touch something only where a group was left unfilled by its last batch, which no dry run does."""
+
 PUTS_BACK = {"ModelSummary", "SanityCheck"}
 """They draw random numbers and put the generators back, which leaves no trace; others must not draw meanwhile."""
 
@@ -144,7 +147,7 @@ def test_the_bundled_callbacks_declare_exactly_what_they_touch(name: str) -> Non
         del declared["resource.rng"]
     assert kinds(found.union) == declared
     for _, handler in node.handlers:
-        if handler.access is not None and handler.attribute in found.handlers:
+        if handler.access is not None and handler.attribute in found.handlers.keys() - AFTER_A_GROUP:
             stated = kinds(node.stated(node.access[handler]))
             assert kinds(found.handlers[handler.attribute]) == stated, handler.attribute
 
