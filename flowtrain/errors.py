@@ -37,8 +37,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -71,9 +71,11 @@ __all__ = [
     "is_a",
     "is_positive",
     "is_type",
+    "is_whole",
     "merge",
     "nearest",
     "raise_worst",
+    "whole_number",
     "without_frames",
 ]
 
@@ -232,6 +234,32 @@ def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
 def is_positive(value: object) -> bool:
     """Tell whether what a user passed is a number above zero."""
     return not is_a(value, bool) and isinstance(value, Real) and float(value) > 0
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether what a user passed is a whole number: also one of NumPy, but neither ``True`` nor ``2.0``."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def whole_number(what: str, value: object, least: int = 1, error: type[FlowtrainError] = UsageError) -> int:
+    """Return what a user passed as an ``int``, if it is a whole number (`is_whole`) that is large enough.
+
+    Args:
+        what: What it was passed as, for the message.
+        value: What was passed.
+        least: The smallest number that is allowed.
+        error: The type of the error.
+
+    Raises:
+        FlowtrainError: It is no whole number, or below `least`.
+
+    >>> whole_number("Every(): n", 2.0)
+    Traceback (most recent call last):
+    flowtrain.errors.UsageError: Every(): n is a whole number, at least 1, got 2.0.
+    """
+    if not is_whole(value) or (number := int(cast("int", value))) < least:
+        raise error(f"{what} is a whole number, at least {least}, got {value!r}.")
+    return number
 
 
 def is_type(value: object, base: type) -> bool:

@@ -318,7 +318,7 @@ class Learner(CallbackSite):
         """
         check_keywords("fit", unknown, Learner.fit)
         with self._running("fit()", opens=resume is None):
-            check_counts(epochs, steps, validate_every)
+            epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
             chosen = self.state.data if data is None else loaders(data)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError
+from flowtrain.errors import ExecutorError, whole_number
 from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
@@ -92,7 +92,11 @@ class DaskExecutor:
         self.parallel: Parallel = parallel
         options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
         self._deferring = Deferring(cluster, defer, dict(resources or {}), options)
-        self._crew = Crew(_cores() if workers is None else _check_workers(workers))
+        if workers is not None:
+            workers = whole_number(
+                "DaskExecutor(): workers, of which the training thread is one,", workers, 1, ExecutorError
+            )
+        self._crew = Crew(_cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
         self._entries: dict[tuple[type[Event], type[Phase]], Route] = {}
@@ -265,15 +269,6 @@ class DaskExecutor:
 
 def _closed(event: Event, phase: Phase) -> None:
     raise ExecutorError(CLOSED)
-
-
-def _check_workers(workers: object) -> int:
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise ExecutorError(
-            f"workers={workers!r}: an executor needs at least one worker, which is the training thread. "
-            f"Leave it out to use every core."
-        )
-    return workers
 
 
 def _cores() -> int:

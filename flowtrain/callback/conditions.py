@@ -13,7 +13,7 @@ from typing import Any
 from flowtrain.callback.callback import Condition
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = ["After", "Before", "Counting", "Every", "EverySeconds", "Once", "When"]
 
@@ -52,9 +52,7 @@ class Every(Counting):
 
     def __init__(self, event_type: type[Event], every: int) -> None:
         super().__init__(event_type)
-        if not is_a(every, int) or isinstance(every, bool) or every < 1:
-            raise UsageError(f"every={every!r}: every is a whole number, at least 1.")
-        self.every = every
+        self.every = whole_number("every", every)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether it is a multiple of n."""

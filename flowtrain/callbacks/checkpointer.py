@@ -20,7 +20,7 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.stopping.criterion import Mode, direction, several
-from flowtrain.errors import CheckpointError, UsageError, is_a, is_type
+from flowtrain.errors import CheckpointError, UsageError, is_a, is_type, whole_number
 from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["Checkpointer"]
@@ -85,9 +85,10 @@ class Checkpointer(Callback):
     ) -> None:
         if not is_a(folder, (str, os.PathLike)):
             raise UsageError(f"Checkpointer(folder={folder!r}): folder is a path, such as 'runs/a'.")
-        for name, count in (("keep_top_k", keep_top_k), ("every_steps", every_steps)):
-            if count is not None and (not is_a(count, int) or isinstance(count, bool) or count < 1):
-                raise UsageError(f"Checkpointer({name}={count!r}): {name} is a whole number, at least 1, or None.")
+        if keep_top_k is not None:
+            keep_top_k = whole_number("Checkpointer(): keep_top_k", keep_top_k)
+        if every_steps is not None:
+            every_steps = whole_number("Checkpointer(): every_steps", every_steps)
         if monitor is not None and (not is_a(monitor, str) or not all(monitor.split("."))):
             raise UsageError(f"Checkpointer(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
         if phase is not None and not is_type(phase, Phase):
@@ -96,12 +97,11 @@ class Checkpointer(Callback):
             raise UsageError(
                 f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
-        if not is_a(every, int) or isinstance(every, bool) or every < 1:
-            raise UsageError(f"Checkpointer(every={every!r}): every is a whole number, at least 1.")
         _check_weights(weights)
         self.folder = Path(folder)
         self.keep_top_k, self.monitor, self.phase, self.mode = keep_top_k, monitor, phase, mode
-        self.every, self.every_steps, self.weights = every, every_steps, weights is not None
+        self.every = whole_number("Checkpointer(): every", every)
+        self.every_steps, self.weights = every_steps, weights is not None
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
         self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built

@@ -11,7 +11,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import whole_number
 
 __all__ = ["GarbageCollect"]
 
@@ -40,9 +40,7 @@ class GarbageCollect(Callback):
     """
 
     def __init__(self, every: int = 100) -> None:
-        if not is_a(every, int) or isinstance(every, bool) or every < 1:
-            raise UsageError(f"GarbageCollect(every={every!r}): every is a whole number of batches, at least 1.")
-        self.every = every
+        self.every = whole_number("GarbageCollect(): every", every)
         self._counts: dict[str, int] = {}
         self._was_on = False
 

@@ -15,7 +15,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = ["DeviceStats"]
 
@@ -51,11 +51,9 @@ class DeviceStats(Callback):
     """
 
     def __init__(self, every: int = 100, measure: Callable[[], Mapping[str, float]] | None = None) -> None:
-        if not is_a(every, int) or isinstance(every, bool) or every < 1:
-            raise UsageError(f"DeviceStats(every={every!r}): every is a whole number of batches, at least 1.")
+        self.every = whole_number("DeviceStats(): every", every)
         if measure is not None and not callable(measure):
             raise UsageError(f"DeviceStats(measure={measure!r}): measure is a function that returns numbers by name.")
-        self.every = every
         self.measure: Callable[[], Mapping[str, float]] = _Usage() if measure is None else measure
         found = self.measure()
         if not is_a(found, Mapping) or not found or not all(is_a(name, str) and name for name in found):

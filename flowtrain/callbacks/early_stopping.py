@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from operator import itemgetter
 from typing import Any
 
@@ -76,7 +77,7 @@ class EarlyStopping(Callback):
             raise UsageError(
                 f"EarlyStopping(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
-        self.criterion = Disjunction(*(Patience(each) if isinstance(each, int) else each for each in chosen))
+        self.criterion = Disjunction(*map(_criterion, chosen))
         self.monitor = monitor
         self.phase = phase
         self.mode = mode
@@ -204,3 +205,8 @@ class EarlyStopping(Callback):
             f"{self.criterion!r} needs the values of one training phase, and the data has {listed}. "
             f"Use a criterion without them, such as GL."
         )
+
+
+def _criterion(given: Any) -> Any:
+    """Return a criterion; a number is a patience, and `Disjunction` refuses what is neither."""
+    return Patience(given) if is_a(given, Real) else given

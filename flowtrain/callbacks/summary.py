@@ -24,7 +24,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import console, generator_kept
 from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, on_device_of, untouched
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = [
     "Layer",
@@ -63,10 +63,8 @@ class ModelSummary(Callback):
     """
 
     def __init__(self, inputs: Any = None, depth: int = 2) -> None:
-        if not is_a(depth, int) or isinstance(depth, bool) or depth < 0:
-            raise UsageError(f"ModelSummary(depth={depth!r}): depth is a whole number, at least 0.")
         self.inputs = inputs
-        self.depth = depth
+        self.depth = whole_number("ModelSummary(): depth", depth, least=0)
         self._shown = False
 
     def state_access(self) -> Access:
@@ -209,8 +207,7 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
     """
     if not is_a(model, torch.nn.Module):
         raise UsageError(f"summarize({model!r}) takes a module. Write summarize(learner.model).")
-    if not is_a(depth, int) or isinstance(depth, bool) or depth < 0:
-        raise UsageError(f"summarize(depth={depth!r}): depth is a whole number, at least 0.")
+    depth = whole_number("summarize(): depth", depth, least=0)
     shapes: dict[str, str] = {}
     note = ""
     if inputs is not None:

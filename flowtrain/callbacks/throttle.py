@@ -26,7 +26,7 @@ from flowtrain.callback.callback import Callback, Condition
 from flowtrain.callback.conditions import After, Before, Every, EverySeconds, Once, When
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a, is_positive, is_type
+from flowtrain.errors import UsageError, is_a, is_positive, is_type, whole_number
 
 __all__ = ["after", "before", "once", "throttle", "when"]
 
@@ -64,7 +64,7 @@ def throttle(
     if (every is None) == (seconds is None):
         raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
     if every is not None:
-        return _attach(callback, Every(event_type, _at_least(1, f"throttle(every={every!r})", "every", every)))
+        return _attach(callback, Every(event_type, whole_number("throttle(): every", every)))
     if seconds is None or not is_positive(seconds):
         raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
     return _attach(callback, EverySeconds(event_type, seconds, clock))
@@ -96,7 +96,7 @@ def after(callback: CB, event_type: type[Event], n: int) -> CB:
         UsageError: `n` is no whole number, or below 1, or the callback does not handle the event.
     """
     _check("after", callback, event_type, "100")
-    return _attach(callback, After(event_type, _at_least(1, f"after(..., {n!r})", "n", n)))
+    return _attach(callback, After(event_type, whole_number("after(): n", n)))
 
 
 def before(callback: CB, event_type: type[Event], n: int) -> CB:
@@ -111,7 +111,7 @@ def before(callback: CB, event_type: type[Event], n: int) -> CB:
         UsageError: `n` is no whole number, or below 2, or the callback does not handle the event.
     """
     _check("before", callback, event_type, "100")
-    return _attach(callback, Before(event_type, _at_least(2, f"before(..., {n!r})", "n", n)))
+    return _attach(callback, Before(event_type, whole_number("before(): n", n, least=2)))
 
 
 def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> CB:
@@ -154,12 +154,6 @@ def _check(name: str, callback: Callback, event_type: type[Event], last: str = "
             f"{name}({type(callback).__name__}(), {event_type.__name__}): the callback does not handle "
             f"{event_type.__name__}; it handles {listed}."
         )
-
-
-def _at_least(least: int, what: str, name: str, value: int) -> int:
-    if not is_a(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{what}: {name} is a whole number, at least {least}.")
-    return value
 
 
 def _attach(callback: CB, condition: Condition) -> CB:

@@ -91,7 +91,7 @@ class TorchCore:
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
         )  # fmt: skip
         self.precision: Precision = precision
-        self.accumulate = accumulate
+        self.accumulate = self.settings.accumulate
         self.clip_grad_norm = clip_grad_norm
         self.clip_grad_value = clip_grad_value
         self._state: LearnerState | None = None

@@ -11,7 +11,7 @@ import torch
 from flowtrain.core.compile import check_compile
 from flowtrain.core.precision import DTYPES, Precision
 from flowtrain.core.prefetch import Transfer
-from flowtrain.errors import CoreError, is_a, is_positive
+from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 
 __all__ = ["Settings"]
 
@@ -41,22 +41,18 @@ class Settings:
         if self.precision not in DTYPES:
             known = ", ".join(map(repr, DTYPES))
             raise CoreError(f"precision={self.precision!r} is unknown. It is one of: {known}.")
-        if not _is_count(self.accumulate) or self.accumulate < 1:
-            raise CoreError(f"accumulate is a number of batches, at least 1; got {self.accumulate!r}.")
+        object.__setattr__(self, "accumulate", whole_number("accumulate", self.accumulate, error=CoreError))
         for name, limit in (("clip_grad_norm", self.clip_grad_norm), ("clip_grad_value", self.clip_grad_value)):
             if limit is not None and not is_positive(limit):
                 raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
         if not is_positive(self.init_scale):
             raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {self.init_scale!r}.")
-        if self.lag is not None and (not _is_count(self.lag) or self.lag < 0):
-            raise CoreError(f"lag is a number of batches, at least 0, or None for the device's own; got {self.lag!r}.")
+        if self.lag is not None:
+            lag = whole_number("lag, in batches, or None for the device's own,", self.lag, least=0, error=CoreError)
+            object.__setattr__(self, "lag", lag)
         if not is_a(self.prefetch, (bool, Transfer)):
             raise CoreError(f"prefetch is True, False or a Transfer of your own; got {self.prefetch!r}.")
         for name, value, also in (("channels_last", self.channels_last, ""), ("tf32", self.tf32, " or None")):
             if not is_a(value, bool) and not (also and value is None):
                 raise CoreError(f"{name} is True, False{also}; got {value!r}.")
         check_compile(self.compile, self.accumulate)
-
-
-def _is_count(value: object) -> bool:
-    return is_a(value, int) and not isinstance(value, bool)

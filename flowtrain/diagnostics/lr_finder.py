@@ -20,7 +20,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.plots import save
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, same_random_numbers
-from flowtrain.errors import CancelFittingException, UsageError, is_a, is_positive
+from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
 from flowtrain.training.checkpoint.rng import loader_state, set_loader_state
@@ -154,7 +154,8 @@ def find_learning_rate(
     >>> sweep.diverged, 0.01 < sweep.steepest < 1
     (True, True)
     """
-    _check(start, end, updates, smoothing, divergence)
+    updates = whole_number("find_learning_rate(): updates", updates, least=2)
+    _check(start, end, smoothing, divergence)
     learner.loop.scopes.refuse_nested("find_learning_rate()")
     phase, loader = _training_data(learner)
     sweep = _Sweep(LearningRate(optimizer), start, end, updates, smoothing, divergence)
@@ -173,11 +174,9 @@ def find_learning_rate(
     return LearningRateSweep(tuple(sweep.rates), tuple(sweep.losses), tuple(sweep.smoothed), sweep.diverged, settled)
 
 
-def _check(start: float, end: float, updates: int, smoothing: float, divergence: float) -> None:
+def _check(start: float, end: float, smoothing: float, divergence: float) -> None:
     if not is_positive(start) or not is_positive(end) or not start < end < math.inf:
         raise UsageError(f"find_learning_rate(start={start!r}, end={end!r}): 0 < start < end, as 1e-7 and 10.0.")
-    if not is_a(updates, int) or is_a(updates, bool) or updates < 2:
-        raise UsageError(f"find_learning_rate(updates={updates!r}): updates is a whole number, at least 2.")
     if not 0 <= smoothing < 1:
         raise UsageError(f"find_learning_rate(smoothing={smoothing!r}): smoothing is at least 0 and below 1.")
     if not divergence > 1:

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from flowtrain.errors import LoggingError
+from flowtrain.errors import LoggingError, is_whole
 from flowtrain.logging.loggables import Figure, File, Group, Histogram, Image, Loggable, Settings, Text, Value
 
 __all__ = [
@@ -229,6 +229,7 @@ def log(
             argument is of another type.
     """
     backends = _checked(backends, name, step, group)
+    step = int(step)  # also of NumPy's
     if not name.isascii():
         name = name.encode(errors="replace").decode()  # half a character, as in the name of a file, becomes "?"
     collector = _collector.get()
@@ -319,7 +320,7 @@ def _checked(backends: object, name: object, step: object, group: object) -> tup
             )
     if not isinstance(name, str) or not name:
         raise LoggingError(f'log() was given the name {name!r}. A name is a text that is not empty, such as "Loss".')
-    if not isinstance(step, int):
+    if not is_whole(step):
         raise LoggingError(f"log({name!r}) was given the step {step!r}. A step is a whole number: write int(...).")
     if not isinstance(group, tuple) or not group or not all(isinstance(part, str) and part for part in group):
         raise LoggingError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import LoggingError, is_a
+from flowtrain.errors import LoggingError, whole_number
 from flowtrain.logging.backend import Histogram
 
 __all__ = ["Distribution", "distribution"]
@@ -59,9 +59,7 @@ def distribution(histogram: Histogram) -> Distribution:
     >>> distribution(Histogram([0.0, 1.0, 1.0, float("nan")], bins=2)).counts
     (1, 2)
     """
-    bins = histogram.bins
-    if not is_a(bins, int) or bins < 1:
-        raise LoggingError(f"Histogram(bins={bins!r}): bins is a whole number, at least 1.")
+    bins = whole_number("Histogram(): bins", histogram.bins, error=LoggingError)
     values = _values(histogram.values)
     size = values.numel()
     low, high = (float(limit) for limit in values.aminmax()) if size else (0.0, 0.0)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, whole_number
 
 __all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "top_k_accuracy"]
 
@@ -66,8 +66,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     >>> top_k_accuracy(2)(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]), torch.tensor([1, 2]))
     tensor(0.5000)
     """
-    if not is_a(k, int) or k < 1:
-        raise UsageError(f"top_k_accuracy(k={k!r}): k is a whole number, at least 1.")
+    k = whole_number("top_k_accuracy(): k", k)
 
     @_good(high=True)
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

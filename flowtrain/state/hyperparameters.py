@@ -31,7 +31,7 @@ import torch
 
 from flowtrain.callback.access import Access, Write
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a, nearest
+from flowtrain.errors import UsageError, is_a, nearest, whole_number
 
 __all__ = ["HyperParameter", "LearningRate", "Momentum", "Setting", "WeightDecay"]
 
@@ -101,10 +101,9 @@ class HyperParameter(Setting):
         what = type(self).__name__
         if not is_a(self.optimizer, str) or "." in self.optimizer:
             raise UsageError(f"{what}({self.optimizer!r}) takes the name of an optimizer, as {what}('gen').")
-        if self.group is not None and (not is_a(self.group, int) or isinstance(self.group, bool) or self.group < 0):
-            raise UsageError(
-                f"{what}(group={self.group!r}): group is the position of a parameter group, from 0, or None for all."
-            )
+        if self.group is not None:
+            group = whole_number(f"{what}(): group, the position of a parameter group,", self.group, least=0)
+            object.__setattr__(self, "group", group)
 
     @property
     def name(self) -> str:

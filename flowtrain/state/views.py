@@ -31,7 +31,7 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner, Part, Tree, tree, writes
 from flowtrain.state.readonly import PLAIN, readonly
 
-__all__ = ["NAMESPACES", "CompiledView",  "Namespace", "bind_view", "compile_namespace", "compile_view"]
+__all__ = ["NAMESPACES", "CompiledView", "Namespace", "bind_view", "compile_namespace", "compile_view"]
 
 _LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
 

@@ -12,7 +12,7 @@ import torch
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.core.core import TorchCore
-from flowtrain.errors import CallbackError, CoreError, UsageError, nearest
+from flowtrain.errors import CallbackError, CoreError, UsageError, nearest, whole_number
 from flowtrain.state.learner_state import Named
 
 __all__ = [
@@ -210,8 +210,8 @@ def as_phase(phase: Any, what: str) -> Phase:
     raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
 
 
-def check_counts(epochs: object, steps: object, validate_every: object) -> None:
-    """Check what says how long a fit is.
+def check_counts(epochs: object, steps: object, validate_every: object) -> tuple[int | None, ...]:
+    """Check what says how long a fit is, and return it in the same order.
 
     Raises:
         UsageError: Not exactly one of `epochs` and `steps`, a number that is not whole or below 1, or
@@ -219,11 +219,12 @@ def check_counts(epochs: object, steps: object, validate_every: object) -> None:
     """
     if (epochs is None) == (steps is None):
         raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
-    for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UsageError(f"fit({name}={value!r}): {name} is a whole number, at least 1.")
+    named = {"epochs": epochs, "steps": steps, "validate_every": validate_every}
+    found = (None if each is None else whole_number(f"fit(): {name}", each) for name, each in named.items())
+    counts = tuple(found)
     if validate_every is not None and steps is None:
         raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")
+    return counts
 
 
 def check_path(path: object, called: str, instead: str) -> None:

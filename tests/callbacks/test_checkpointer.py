@@ -421,9 +421,9 @@ def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"folder": 3}, r"folder=3\): folder is a path, such as 'runs/a'\."),
-        ({"keep_top_k": 0}, r"keep_top_k=0\): keep_top_k is a whole number, at least 1, or None\."),
-        ({"every_steps": True}, r"every_steps=True\): every_steps is a whole number"),
-        ({"every": 0}, r"every=0\): every is a whole number, at least 1\."),
+        ({"keep_top_k": 0}, r"Checkpointer\(\): keep_top_k is a whole number, at least 1, got 0\."),
+        ({"every_steps": True}, r"Checkpointer\(\): every_steps is a whole number, at least 1, got True\."),
+        ({"every": 0}, r"Checkpointer\(\): every is a whole number, at least 1, got 0\."),
         ({"monitor": "a."}, r"monitor='a\.'\): monitor is the name of a metric, such as 'Loss'\."),
         ({"phase": "train"}, r"phase='train'\) is no phase type\. Write phase=ValidationPhase\."),
         ({"mode": "best"}, r"mode='best'\): mode is 'min' if small values of Loss are good, otherwise 'max'\."),

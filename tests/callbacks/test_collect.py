@@ -94,7 +94,7 @@ def test_the_count_goes_on_after_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "10"])
 def test_every_is_a_positive_whole_number(every: Any) -> None:
-    with pytest.raises(UsageError, match="every is a whole number of batches, at least 1"):
+    with pytest.raises(UsageError, match=r"GarbageCollect\(\): every is a whole number, at least 1, got "):
         GarbageCollect(every=every)
 
 

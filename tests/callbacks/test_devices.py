@@ -70,7 +70,7 @@ def test_memory_of_the_gpu() -> None:
 
 @pytest.mark.parametrize("every", [0, 2.0, True])
 def test_every_is_a_positive_whole_number(every: Any) -> None:
-    with pytest.raises(UsageError, match="every is a whole number of batches, at least 1"):
+    with pytest.raises(UsageError, match=r"DeviceStats\(\): every is a whole number, at least 1, got "):
         DeviceStats(every=every)
 
 

@@ -333,7 +333,7 @@ def test_the_watched_values_fell_or_the_tests_above_show_nothing() -> None:
     ("arguments", "options", "message"),
     [
         ((), {}, r"^EarlyStopping\(\) has no criterion\. Write EarlyStopping\(patience=5\) or"),
-        ((0,), {}, r"^Patience\(n=0\): n is a whole number, at least 1\."),
+        ((0,), {}, r"^Patience\(\): n is a whole number, at least 1, got 0\."),
         ((), {"patience": 2.5}, r"^2\.5 is no criterion\."),
         ((GL,), {}, r"^<class .*GL'> is no criterion.* Write GL\(\.\.\.\), an instance\."),
         (("Loss",), {}, r"^'Loss' is no criterion"),

@@ -78,5 +78,5 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(LoggingError, match=r"LogHistograms logs Histogram, and CsvBackend\(.*\) takes Value\. Give Lo"):
         LogHistograms(CsvBackend(tmp_path / "v.csv"))
     for wrong in (0, 1.5, True):
-        with pytest.raises(UsageError, match=rf"every={wrong}: every is a whole number, at least 1\."):
+        with pytest.raises(UsageError, match=rf"every is a whole number, at least 1, got {wrong}\."):
             LogHistograms(JsonlBackend(tmp_path / "log"), every=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose

@@ -302,7 +302,11 @@ def test_a_schedule_that_is_bad_from_the_first_is_refused_when_built() -> None:
             "Scheduler has two schedules for LearningRate.1: of LearningRate() and LearningRate(group=1).",
         ),
         (lambda: LearningRate("a.b"), UsageError, "LearningRate('a.b') takes the name of an optimizer"),
-        (lambda: LearningRate(group=-1), UsageError, "LearningRate(group=-1): group is the position"),
+        (
+            lambda: LearningRate(group=-1),
+            UsageError,
+            "LearningRate(): group, the position of a parameter group, is a whole number, at least 0, got -1.",
+        ),
         (
             lambda: tiny_learner(Scheduler({Momentum: 0.9}), optimizer=torch.optim.Adagrad),
             UsageError,

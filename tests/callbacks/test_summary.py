@@ -71,7 +71,7 @@ def test_several_models_have_a_table_each(output: io.StringIO) -> None:
 
 
 def test_depth_is_checked() -> None:
-    with pytest.raises(UsageError, match=r"ModelSummary\(depth=-1\): depth is a whole number, at least 0"):
+    with pytest.raises(UsageError, match=r"ModelSummary\(\): depth is a whole number, at least 0, got -1\."):
         ModelSummary(depth=-1)
 
 

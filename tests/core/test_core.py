@@ -601,9 +601,9 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
     ("options", "text"),
     [
         ({"precision": "fp8"}, "precision='fp8' is unknown. It is one of: 'fp32', 'bf16', 'fp16'."),
-        ({"accumulate": 0}, "accumulate is a number of batches, at least 1; got 0."),
-        ({"accumulate": 2.0}, "accumulate is a number of batches, at least 1; got 2.0."),
-        ({"accumulate": True}, "accumulate is a number of batches, at least 1; got True."),
+        ({"accumulate": 0}, "accumulate is a whole number, at least 1, got 0."),
+        ({"accumulate": 2.0}, "accumulate is a whole number, at least 1, got 2.0."),
+        ({"accumulate": True}, "accumulate is a whole number, at least 1, got True."),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a positive number, or None for no clipping; got 0.0."),
         ({"clip_grad_value": -1}, "clip_grad_value must be a positive number, or None for no clipping; got -1."),
         ({"clip_grad_norm": math.nan}, "clip_grad_norm must be a positive number, or None for no clipping; got nan."),
@@ -622,7 +622,7 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
             "same memory, and accumulate=2 adds them up. Use compile=True, or a mode without CUDA graphs such as "
             "'max-autotune-no-cudagraphs'.",
         ),
-        ({"lag": -1}, "lag is a number of batches, at least 0, or None for the device's own; got -1."),
+        ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
         ({"prefetch": "yes"}, "prefetch is True, False or a Transfer of your own; got 'yes'."),
         ({"channels_last": None}, "channels_last is True, False; got None."),
         ({"tf32": 1}, "tf32 is True, False or None; got 1."),

@@ -223,7 +223,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: find_learning_rate(tiny_learner(), updates=1),
-            "find_learning_rate(updates=1): updates is a whole number, at least 2.",
+            "find_learning_rate(): updates is a whole number, at least 2, got 1.",
         ),
         (
             lambda: find_learning_rate(tiny_learner(), smoothing=1.0),

@@ -236,7 +236,10 @@ def test_an_executor_belongs_to_one_learner(executor: DaskExecutor) -> None:
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2"])
 def test_workers_is_a_number_of_at_least_one(workers: Any) -> None:
-    with pytest.raises(ExecutorError, match=rf"workers={workers!r}: an executor needs at least one worker"):
+    with pytest.raises(
+        ExecutorError,
+        match=rf"workers, of which the training thread is one, is a whole number, at least 1, got {workers!r}\.",
+    ):
         DaskExecutor(workers=workers)
 
 

@@ -54,7 +54,7 @@ def test_values_without_a_width() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(LoggingError, match=r"Histogram\(bins=0\): bins is a whole number, at least 1"):
+    with pytest.raises(LoggingError, match=r"Histogram\(\): bins is a whole number, at least 1, got 0\."):
         distribution(Histogram([1.0], bins=0))
     with pytest.raises(LoggingError, match=r"got torch\.complex64, and counts real numbers"):
         distribution(Histogram(torch.ones(2, dtype=torch.complex64)))

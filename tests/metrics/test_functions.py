@@ -74,5 +74,5 @@ def test_shapes_that_would_only_broadcast_are_refused(
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, None])
 def test_top_k_needs_a_whole_number(k: int) -> None:
-    with pytest.raises(UsageError, match=rf"top_k_accuracy\(k={k!r}\): k is a whole number, at least 1."):
+    with pytest.raises(UsageError, match=rf"top_k_accuracy\(\): k is a whole number, at least 1, got {k!r}\."):
         top_k_accuracy(k)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowtrain.callback.callback import Callback
-from flowtrain.errors import ExecutorError, is_a, nearest
+from flowtrain.errors import ExecutorError, nearest, whole_number
 
 __all__ = ["Limits", "WhenFull", "check_droppable"]
 
@@ -35,11 +35,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("pending", self.pending), ("bytes", self.bytes)):
-            if not is_a(value, int) or is_a(value, bool) or value < 1:
-                raise ExecutorError(
-                    f"Limits({name}={value!r}): a lane holds at least one, given as an integer. Write "
-                    f"Limits(pending=10_000, bytes=1 << 30)."
-                )
+            object.__setattr__(self, name, whole_number(f"Limits(): {name}", value, error=ExecutorError))
         if self.when_full not in _CHOICES:
             raise ExecutorError(
                 f"Limits(when_full={self.when_full!r}) is neither 'block' nor 'drop'."

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import whole_number
 from flowtrain_dask.snapshots.parcels import START, Parcel, forks, possible
 
 __all__ = ["ALIGNMENT", "LARGE", "Pool", "aligned", "dense_strides"]
@@ -146,9 +146,7 @@ class Pool:
     """
 
     def __init__(self, limit_bytes: int, *, share: bool = False) -> None:
-        if not is_a(limit_bytes, int) or limit_bytes < 0:
-            raise UsageError(f"Pool({limit_bytes!r}): the limit is a number of bytes, 0 or more, as Pool(1 << 28).")
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = whole_number("Pool(): limit_bytes", limit_bytes, least=0)
         self._kinds: OrderedDict[_Key, _Kind] = OrderedDict()
         self._nbytes = 0
         self._share = share and possible()

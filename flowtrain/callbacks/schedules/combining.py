@@ -10,11 +10,10 @@ from flowtrain.callbacks.schedules.schedule import (
     Schedule,
     ScheduleLike,
     as_schedule,
-    check_count,
     check_milestones,
     check_number,
 )
-from flowtrain.errors import UsageError
+from flowtrain.errors import UsageError, whole_number
 
 __all__ = ["per_epoch", "sequence", "warmup"]
 
@@ -35,7 +34,7 @@ def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
     rest = _part("warmup", then)
-    updates = check_count("warmup", "updates", updates)
+    updates = whole_number("warmup(): updates", updates)
     check_number("warmup", "start", start)
 
     def formula(n: int, total: int) -> float:

@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 import torch
 
-from flowtrain.callbacks.schedules.schedule import Schedule, check_count, check_milestones, check_number
-from flowtrain.errors import UsageError, is_a
+from flowtrain.callbacks.schedules.schedule import Schedule, check_milestones, check_number
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = ["constant", "cosine", "exponential", "from_torch", "one_cycle", "polynomial", "step"]
 
@@ -129,11 +129,11 @@ def step(value: float, every: int | Sequence[int], gamma: float = 0.1) -> Schedu
     check_number("step", "value", value)
     check_number("step", "gamma", gamma)
     text = f"step({value}, {every}, {gamma})"
-    if isinstance(every, int):
-        period = check_count("step", "every", every)
-        return Schedule(text, lambda n, _: value * gamma ** ((n - 1) // period))
-    done = check_milestones("step", "every", every)
-    return Schedule(text, lambda n, _: value * gamma ** bisect_right(done, n - 1))
+    if isinstance(every, Sequence) and not is_a(every, str):
+        done = check_milestones("step", "every", every)
+        return Schedule(text, lambda n, _: value * gamma ** bisect_right(done, n - 1))
+    period = whole_number("step(): every", every)
+    return Schedule(text, lambda n, _: value * gamma ** ((n - 1) // period))
 
 
 def one_cycle(
@@ -233,7 +233,7 @@ def _stretched(text: str, length: int | None, formula: Callable[[int, int], floa
     """Return the schedule; `text` is how it is written up to the length."""
     if length is None:
         return Schedule(f"{text})", formula, stretched=True)
-    check_count(text.partition("(")[0], "length", length)
+    length = whole_number(f"{text.partition('(')[0]}(): length", length)
     return Schedule(f"{text}, length={length})", formula, length, stretched=True)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.callbacks.schedules.schedule import check_number
 from flowtrain.callbacks.stopping.criterion import Mode, direction
-from flowtrain.errors import UsageError, is_a, is_type
+from flowtrain.errors import UsageError, is_a, is_type, whole_number
 
 __all__ = ["Plateau", "ReduceOnPlateau", "reduce_on_plateau"]
 
@@ -124,9 +124,8 @@ def reduce_on_plateau(
         check_number("reduce_on_plateau", name, number)
     if not 0 < factor < 1:
         raise UsageError(f"reduce_on_plateau(factor={factor}): factor is above 0 and below 1.")
-    for name, count in (("patience", patience), ("cooldown", cooldown)):
-        if not is_a(count, int) or is_a(count, bool) or count < 0:
-            raise UsageError(f"reduce_on_plateau({name}={count!r}): {name} is a whole number of epochs.")
+    patience = whole_number("reduce_on_plateau(): patience", patience, least=0)
+    cooldown = whole_number("reduce_on_plateau(): cooldown", cooldown, least=0)
     if mode not in ("min", "max", None):
         raise UsageError(f'reduce_on_plateau(mode={mode!r}): mode is "min" or "max".')
     if not is_type(phase, Phase):

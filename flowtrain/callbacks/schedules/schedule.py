@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 
-__all__ = ["Schedule", "ScheduleLike", "as_schedule", "check_count", "check_milestones", "check_number"]
+__all__ = ["Schedule", "ScheduleLike", "as_schedule", "check_milestones", "check_number"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,24 +97,13 @@ def check_number(what: str, name: str, value: Any) -> None:
         raise UsageError(f"{what}({name}={value!r}): {name} is a finite number.")
 
 
-def check_count(what: str, name: str, value: Any) -> int:
-    """Check that an argument is a positive whole number, and return it.
-
-    Raises:
-        UsageError: It is not.
-    """
-    if not is_a(value, int) or is_a(value, bool) or value < 1:
-        raise UsageError(f"{what}({name}={value!r}): {name} is a whole number of updates, at least 1.")
-    return int(value)
-
-
 def check_milestones(what: str, name: str, given: Iterable[Any]) -> list[int]:
     """Check that an argument is ascending positive whole numbers, and return them.
 
     Raises:
         UsageError: It is not.
     """
-    found = list(given)
-    if not all(is_a(each, int) and each > 0 for each in found) or found != sorted(set(found)):
-        raise UsageError(f"{what}({name}={found!r}): {name} is whole numbers of updates, ascending, each at least 1.")
+    found = [whole_number(f"{what}(): each of {name}", each) for each in given]
+    if found != sorted(set(found)):
+        raise UsageError(f"{what}({name}={found!r}): {name} is numbers of updates, in ascending order, none twice.")
     return found

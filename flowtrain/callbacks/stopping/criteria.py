@@ -41,11 +41,10 @@ from flowtrain.callbacks.stopping.criterion import (
     Mode,
     Never,
     Warmup,
-    check_count,
     check_positive,
 )
 from flowtrain.callbacks.stopping.prechelt import GL, PQ, UP
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = [
     "GL",
@@ -88,7 +87,7 @@ class Patience(Criterion):
     count: int
 
     def __init__(self, n: int = 5, min_delta: float = 0.0) -> None:
-        self.n = check_count(type(self).__name__, n)
+        self.n = whole_number(f"{type(self).__name__}(): n", n)
         if isinstance(min_delta, bool) or not is_a(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
             raise UsageError(f"Patience(min_delta={min_delta!r}): min_delta is a number, at least 0.")
         self.min_delta = min_delta
@@ -147,7 +146,7 @@ class NumberLimit(Criterion):
     count: int
 
     def __init__(self, n: int = 100) -> None:
-        self.n = check_count("NumberLimit", n)
+        self.n = whole_number("NumberLimit(): n", n)
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
-from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive
+from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive, whole_number
 
 __all__ = [
     "Criterion",
@@ -28,7 +28,6 @@ __all__ = [
     "Mode",
     "Never",
     "Warmup",
-    "check_count",
     "check_positive",
     "direction",
     "several",
@@ -252,7 +251,7 @@ class Warmup(_Several):
     count: int
 
     def __init__(self, criterion: Criterion, n: int = 1) -> None:
-        self.n = check_count("Warmup", n)
+        self.n = whole_number("Warmup(): n", n)
         super().__init__([criterion])
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
@@ -262,17 +261,6 @@ class Warmup(_Several):
 
     def __repr__(self) -> str:
         return f"Warmup({self.criteria[0]!r}, {self.n})"
-
-
-def check_count(what: str, n: int, least: int = 1, name: str = "n") -> int:
-    """Return `n`.
-
-    Raises:
-        UsageError: It is no whole number, or below `least`.
-    """
-    if not is_a(n, int) or isinstance(n, bool) or n < least:
-        raise UsageError(f"{what}({name}={n!r}): {name} is a whole number, at least {least}.")
-    return n
 
 
 def check_positive(what: str, name: str, value: float) -> float:

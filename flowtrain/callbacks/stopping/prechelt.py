@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from flowtrain.callbacks.stopping.criterion import Criterion, check_count, check_positive
+from flowtrain.callbacks.stopping.criterion import Criterion, check_positive
+from flowtrain.errors import whole_number
 
 __all__ = ["GL", "PQ", "UP"]
 
@@ -80,7 +81,7 @@ class PQ(Criterion):
 
     def __init__(self, alpha: float = 0.75, k: int = 5, tol: float = 2.0**-52) -> None:
         self.alpha = check_positive("PQ", "alpha", alpha)
-        self.k = check_count("PQ", k, least=2, name="k")
+        self.k = whole_number("PQ(): k", k, least=2)
         self.tol = check_positive("PQ", "tol", tol)
         super().__init__()
 
@@ -133,7 +134,7 @@ class UP(Criterion):
     count: int
 
     def __init__(self, s: int = 5) -> None:
-        self.s = check_count("UP", s, name="s")
+        self.s = whole_number("UP(): s", s)
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:

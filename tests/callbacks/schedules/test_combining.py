@@ -76,7 +76,7 @@ def test_functions_and_numbers_are_schedules_too() -> None:
             "warmup() got per_epoch(cosine(1.0, end=0.0)), which counts epochs, and counts updates itself. "
             "Put per_epoch around the whole: per_epoch(warmup(...)).",
         ),
-        (lambda: warmup(1.0, 0), "warmup(updates=0): updates is a whole number of updates, at least 1."),
+        (lambda: warmup(1.0, 0), "warmup(): updates is a whole number, at least 1, got 0."),
         (
             lambda: sequence([1.0, 2.0], at=[]),
             "sequence() got 2 schedules and 0 numbers in at=[]: after each schedule but the last there is one, as "

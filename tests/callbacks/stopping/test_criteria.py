@@ -199,7 +199,7 @@ def test_the_table_names_every_criterion() -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (Patience, {"n": 0}, r"^Patience\(n=0\): n is a whole number, at least 1\."),
+        (Patience, {"n": 0}, r"^Patience\(\): n is a whole number, at least 1, got 0\."),
         (Patience, {"n": True}, r"^Patience\(n=True\)"),
         (Patience, {"min_delta": -1}, r"^Patience\(min_delta=-1\): min_delta is a number, at least 0\."),
         (Patience, {"min_delta": NAN}, r"^Patience\(min_delta=nan\)"),

@@ -135,7 +135,7 @@ NO_CRITERION = r"^3 is no criterion\. flowtrain\.callbacks\.stopping has some, s
         (Disjunction, (), r"^Disjunction\(\) has no criterion\. Write Disjunction\(Patience\(5\)"),
         (Disjunction, (3,), NO_CRITERION),
         (Warmup, (UP,), r"^<class .*UP'> is no criterion.* Write UP\(\.\.\.\), an instance\."),
-        (Warmup, (UP(2), 0), r"^Warmup\(n=0\): n is a whole number, at least 1\."),
+        (Warmup, (UP(2), 0), r"^Warmup\(\): n is a whole number, at least 1, got 0\."),
         (or_, (UP(2), 3), NO_CRITERION),
     ],
 )

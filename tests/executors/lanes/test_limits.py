@@ -18,8 +18,8 @@ class Stub(Callback):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pending": 0}, r"Limits\(pending=0\): a lane holds at least one"),
-        ({"bytes": 1.5}, r"Limits\(bytes=1.5\)"),
+        ({"pending": 0}, r"Limits\(\): pending is a whole number, at least 1, got 0\."),
+        ({"bytes": 1.5}, r"Limits\(\): bytes is a whole number, at least 1, got 1\.5\."),
         ({"when_full": "blok"}, r"Limits\(when_full='blok'\) is neither .* Did you mean 'block'\?"),
     ],
 )

@@ -94,7 +94,7 @@ def test_strides_that_a_copy_keeps() -> None:
 
 
 def test_a_limit_that_means_nothing() -> None:
-    with pytest.raises(UsageError, match=r"Pool\(-1\): the limit is a number of bytes, 0 or more"):
+    with pytest.raises(UsageError, match=r"Pool\(\): limit_bytes is a whole number, at least 0, got -1\."):
         Pool(-1)
 
 
