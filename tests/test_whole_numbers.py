@@ -95,8 +95,8 @@ def test_what_is_kept_is_an_int() -> None:
     stopping = EarlyStopping(np.int64(3))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
     assert repr(stopping.criterion) == "Disjunction(Patience(3))"
     with pytest.raises(UsageError) as caught:
-        EarlyStopping(2.0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # refused
-    assert str(caught.value) == "Patience(): n is a whole number, at least 1, got 2.0."
+        EarlyStopping(True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # refused
+    assert str(caught.value) == "Patience(): n is a whole number, at least 1, got True."
 
 
 def test_a_step_of_a_log_is_a_whole_number_too(tmp_path: Path) -> None:

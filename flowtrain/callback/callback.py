@@ -18,7 +18,7 @@ from flowtrain.callback.handler import Handler, Marked, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_type
+from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_a, is_type
 from flowtrain.logging.backend import LoggerBackend
 
 __all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
@@ -117,8 +117,9 @@ class Callback:
             HandlerError: The earlier one is the same function, for another event: there are two `on` on it.
         """
         earlier = cls._handlers.get(key)
-        where = (handler.event_type, handler.phase_type)
-        if earlier and earlier.function is handler.function and (earlier.event_type, earlier.phase_type) != where:
+        where = (handler.event_type, handler.phase_type, handler.names)
+        before = earlier and (earlier.event_type, earlier.phase_type, earlier.names)
+        if earlier and earlier.function is handler.function and before != where:
             raise HandlerError(
                 f"{handler.attribute} is marked by two @on, and the outer one would replace the inner one. Write two "
                 f"functions for {earlier.event_type.__name__} and {handler.event_type.__name__}, and call what they "
@@ -209,16 +210,27 @@ class Callback:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.
 
         A method that overrides a handler without `on` keeps the inherited registration; one with `on` replaces it.
+
+        Raises:
+            HandlerError: `on` was given the name of an attribute that is not there, or is no type where one belongs.
         """
-        taken: set[str] = set()
-        for base in type(self).__mro__:
-            for attribute, handler in base.__dict__.get("_handlers", {}).items():
-                if attribute not in taken:
-                    taken.add(attribute)
-                    yield base, handler
+        for base, handler in _registered(type(self)):
+            own = handler.of(self)
+            if own is not None:
+                yield base, own
 
     def __repr__(self) -> str:
         return f"<{self.name or type(self).__name__}>"
+
+
+def _registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
+    """Yield the handlers of a type of callbacks, each with the type that registers it, most derived type first."""
+    taken: set[str] = set()
+    for base in kind.__mro__:
+        for attribute, handler in base.__dict__.get("_handlers", {}).items():
+            if attribute not in taken:
+                taken.add(attribute)
+                yield base, handler
 
 
 def draws_own(callback: Callback) -> bool:
@@ -292,48 +304,73 @@ def find_handler(
 
 @overload
 def on(
-    event_type: type[E], *, access: Access | None = None
+    event_type: type[E], phase_type: str = ..., *, access: Access | str | None = None, enabled: str | None = None
 ) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]: ...
 @overload
 def on(
-    event_type: type[E], phase_type: type[P], *, access: Access | None = None
+    event_type: str,
+    phase_type: str | type[Phase] = ...,
+    *,
+    access: Access | str | None = None,
+    enabled: str | None = None,
+) -> Callable[[Callable[[C, Event, Phase, LearnerView], None]], Callable[[C, Event, Phase, LearnerView], None]]: ...
+@overload
+def on(
+    event_type: type[E], phase_type: type[P], *, access: Access | str | None = None, enabled: str | None = None
 ) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]: ...
 @overload
 def on(
-    event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: Access | None = None
+    event_type: type[E],
+    phase_type: type[P],
+    callback_type: type[CB],
+    *,
+    access: Access | str | None = None,
+    enabled: str | None = None,
 ) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]: ...
 def on(
-    event_type: type[Event],
-    phase_type: type[Phase] = Phase,
+    event_type: type[Event] | str,
+    phase_type: type[Phase] | str = Phase,
     callback_type: type[Callback] | None = None,
     *,
-    access: Access | None = None,
+    access: Access | str | None = None,
+    enabled: str | None = None,
 ) -> Callable[[Any], Any]:
     """Mark a method as the handler of an event, or add a function as handler to an existing callback type.
 
     A handler takes ``(self, event, phase, learner)``, positionally, and returns nothing.
+
+    Where instances differ, a text stands for a value: the name of an attribute or a method of the callback, which is
+    looked up when a learner is built. ``@on("event_type", "phase_type")`` handles what the constructor was given.
 
     Args:
         event_type: The event; subclasses of it too.
         phase_type: The phase; subclasses of it too. `Phase` is any phase.
         callback_type: With it, the decorated function becomes a handler of that type. Learners that were built
             before do not change.
-        access: What this handler touches, in place of `Callback.state_access`.
+        access: What this handler touches, instead of `Callback.state_access`.
+        enabled: The name of an attribute or method: where it is, or returns, ``None`` or ``False``, the instance does
+            not have this handler.
 
     Raises:
         HandlerError: The types are none, the function does not take four arguments, or it is marked already.
     """
-    if not is_type(event_type, Event):
+    if not isinstance(event_type, str) and not is_type(event_type, Event):
         raise HandlerError(f"on() takes an event type first, got {event_type!r}. Write @on(BatchEnd, TrainingPhase).")
-    if not is_type(phase_type, Phase):
+    if not isinstance(phase_type, str) and not is_type(phase_type, Phase):
         raise HandlerError(f"on() takes a phase type second, got {phase_type!r}. Write @on(BatchEnd, TrainingPhase).")
-    marked = mark(event_type, phase_type, access)
+    if enabled is not None and not is_a(enabled, str):
+        raise HandlerError(
+            f"on() got enabled={enabled!r}; enabled is the name of an attribute or method of the callback that says "
+            f'whether it has this handler: @on(BatchEnd, enabled="verbose"), with self.verbose = True in __init__.'
+        )
+    marked = mark(event_type, phase_type, access, enabled)
+    event, phase = (each if isinstance(each, str) else each.__name__ for each in (event_type, phase_type))
     if callback_type is None:
         return marked
     if not is_type(callback_type, Callback) or callback_type is Callback:
         raise HandlerError(
             f"on() adds handlers to a subclass of Callback, got {callback_type!r}. "
-            f"Write @on({event_type.__name__}, {phase_type.__name__}, MyCallback)."
+            f"Write @on({event}, {phase}, MyCallback)."
         )
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -342,7 +379,7 @@ def on(
         # A cell that is run again replaces its handler; the key cannot clash with a method's name.
         key = f"{function.__module__}:{function.__qualname__}"
         if function.__name__ == "_":  # no name: told apart by what it handles
-            key += f" {event_type.__name__} {phase_type.__name__}"
+            key += f" {event} {phase}"
         callback_type.add_handler(key, wanted.as_function(function))
         return function
 
@@ -411,8 +448,8 @@ def check_marks(callback: Callback) -> None:
         HandlerError: It has: a hook of another library, or a method that takes what a handler takes. Nothing would
             call it.
     """
-    if type(callback).handlers is not Callback.handlers:
-        return  # it decides by itself which of its methods are handlers
+    if type(callback).handlers is not Callback.handlers or any(_registered(type(callback))):
+        return  # it decides by itself which of its methods are handlers, or this instance has not enabled them
     hooks = {name: types for types, names in _HOOKS.items() for name in names.split()}
     for kind in type(callback).__mro__[: type(callback).__mro__.index(Callback)]:
         for name, value in vars(kind).items():

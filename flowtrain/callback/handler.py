@@ -10,7 +10,7 @@ from typing import Any
 from flowtrain.callback.access import Access
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import HandlerError
+from flowtrain.errors import HandlerError, is_type, nearest
 
 __all__ = ["Handler", "Marked", "mark"]
 
@@ -27,6 +27,8 @@ class Handler:
         attribute: The name of the method.
         function: The function to call with the callback as first argument, or ``None``: the method of that name, so
             that an override is called.
+        names: What each instance of the callback decides for itself (``"event_type"``, ``"phase_type"``, ``"access"``
+            or ``"enabled"``), each with the name of the attribute or method that says it. `of` looks them up.
     """
 
     event_type: type[Event]
@@ -35,6 +37,36 @@ class Handler:
     callback_type: str
     attribute: str
     function: Callable[..., None] | None = None
+    names: tuple[tuple[str, str], ...] = ()
+
+    def of(self, callback: object) -> Handler | None:
+        """Return the handler as one instance of its callback has it; ``None`` if that has not enabled it.
+
+        Raises:
+            HandlerError: The instance has no attribute or method of a name, or it says something else than a type.
+        """
+        if not self.names:
+            return self
+        said = {what: self._said(callback, what, name) for what, name in self.names}
+        enabled = said.pop("enabled", True)
+        return None if enabled is None or enabled is False else replace(self, names=(), **said)
+
+    def _said(self, callback: object, what: str, name: str) -> Any:
+        kind = type(callback).__name__
+        where = f"{self.callback_type}.{self.attribute} takes its {what} from {name!r}, as on() says"
+        remedy = f"Set self.{name} in __init__, or write what it is: @on(BatchEnd, TrainingPhase, access={{...}})."
+        try:
+            said = getattr(callback, name)
+        except AttributeError as error:
+            hint = nearest(name, dir(callback))
+            raise HandlerError(
+                f"{where}, and {kind} has no attribute or method of that name.{hint} {remedy}"
+            ) from error
+        value = said() if inspect.ismethod(said) else said
+        base = {"event_type": Event, "phase_type": Phase}.get(what)
+        if base is not None and not is_type(value, base):
+            raise HandlerError(f"{where}, and that is {value!r}, which is no subclass of {base.__name__}. {remedy}")
+        return value
 
     def covers(self, other: Handler) -> bool:
         """Tell whether this handler is at least as specific as `other`, and not the same registration twice."""
@@ -86,11 +118,12 @@ class Marked:
     event_type: type[Event]
     phase_type: type[Phase]
     access: Access | None
+    names: tuple[tuple[str, str], ...]
     function: Callable[..., None]
 
     def handler(self, callback_type: str, attribute: str) -> Handler:
         """Return the registration for the class that has it."""
-        return Handler(self.event_type, self.phase_type, self.access, callback_type, attribute)
+        return Handler(self.event_type, self.phase_type, self.access, callback_type, attribute, names=self.names)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind like a method: in a class that is no `Callback`, as a mixin for one, the mark has no effect."""
@@ -101,21 +134,28 @@ class Marked:
         self.function(*args, **kwargs)
 
 
-def mark(event_type: type[Event], phase_type: type[Phase], access: Access | None) -> Callable[[Any], Marked]:
+def mark(
+    event_type: type[Event] | str, phase_type: type[Phase] | str, access: Access | str | None, enabled: str | None
+) -> Callable[[Any], Marked]:
     """Return the decorator of `on` for methods."""
+    given = {"event_type": event_type, "phase_type": phase_type, "access": access, "enabled": enabled}
+    names = tuple((what, name) for what, name in given.items() if isinstance(name, str))
+    event = Event if isinstance(event_type, str) else event_type
+    phase = Phase if isinstance(phase_type, str) else phase_type
+    declared = None if isinstance(access, str) else access
 
     def decorate(function: Any) -> Marked:
         """Return the function with what it handles."""
         if isinstance(function, Marked):
             raise HandlerError(
                 f"{function.function.__qualname__} is marked by two @on; a method handles one event. Write two methods "
-                f"for {function.event_type.__name__} and {event_type.__name__}, and call what they share."
+                f"for {function.event_type.__name__} and {event.__name__}, and call what they share."
             )
         method: Callable[..., None] = function
         if not callable(function):
-            raise HandlerError(f"@on({event_type.__name__}) marks a method, got {function!r}.")
+            raise HandlerError(f"@on({event.__name__}) marks a method, got {function!r}.")
         _check_function(method)
-        return Marked(event_type, phase_type, access, method)
+        return Marked(event, phase, declared, names, method)
 
     return decorate
 

@@ -6,8 +6,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from flowtrain.callback.access import Access, Read
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.stopping.criterion import Mode, direction, several
@@ -113,15 +111,12 @@ class Checkpointer(Callback):
         self._loaded_from = ""  # the folder that the files of a loaded state are in
         self._spare: list[str] = []  # not finite, so to be removed with the next request
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; what they read depends on the metric."""
-        history: Access = {"cbstate.history": Read()}
+    def _phase_type(self) -> type[Phase]:
+        return self.phase or Phase
+
+    def _reads(self) -> Access:
         metric: Access = {} if self.monitor is None else {f"cbstate.metrics_epoch.{self.monitor}": Read()}
-        for owner, handler in super().handlers():
-            if handler.attribute == "end_epoch":
-                yield owner, replace(handler, phase_type=self.phase or Phase, access={**history, **metric})
-            elif handler.attribute != "end_batch" or self.every_steps is not None:
-                yield owner, handler
+        return {"cbstate.history": Read(), **metric}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values are good."""
@@ -157,7 +152,7 @@ class Checkpointer(Callback):
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
         learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True)
 
-    @on(EpochEnd)
+    @on(EpochEnd, "_phase_type", access="_reads")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Ask for a checkpoint, and say which ones are not wanted any more."""
         if phase is not self._watched:
@@ -175,7 +170,7 @@ class Checkpointer(Callback):
         """Ask for no more: from a checkpoint of an evaluation outside of fits no fit could go on."""
         self._watched = None
 
-    @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()})
+    @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Ask for a checkpoint in the midst of an epoch; it replaces the one before of its kind."""
         name = f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from flowtrain.callback.access import Access
-from flowtrain.callback.callback import Callback
+from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import Event
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import HandlerError, is_type
@@ -58,10 +57,7 @@ class CustomCallback(Callback):
     def state_access(self) -> Access:
         return self.access_argument
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the one handler of this callback."""
-        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "call")
-
+    @on("event_type", "phase_type")
     def call(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         """Call the function."""
         self.f(learner)

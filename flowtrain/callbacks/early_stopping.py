@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from numbers import Real
+from numbers import Integral
 from operator import itemgetter
 from typing import Any
 
 from flowtrain.callback.access import Access, Read
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import EpochEnd, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, ValidationPhase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.stopping.criteria import Patience
@@ -92,14 +90,8 @@ class EarlyStopping(Callback):
         yield from super().stateful()
         yield from self.criterion.parts()
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; the one that watches is for the watched phase and metric."""
-        for owner, handler in super().handlers():
-            if handler.attribute == "watch":
-                metric = f"cbstate.metrics_epoch.{self.monitor}"
-                access: Access = {metric: Read(), "cbstate.history": Read()}
-                handler = replace(handler, phase_type=self.phase, access=access)
-            yield owner, handler
+    def _reads(self) -> Access:
+        return {f"cbstate.metrics_epoch.{self.monitor}": Read(), "cbstate.history": Read()}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values are good."""
@@ -119,7 +111,7 @@ class EarlyStopping(Callback):
             self._ended = ""
         self.criterion.begin(self._direction)
 
-    @on(EpochEnd)
+    @on(EpochEnd, "phase", access="_reads")
     def watch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Give the value of the epoch to the criteria, and end training if one says so."""
         if phase is not self._watched:
@@ -208,5 +200,5 @@ class EarlyStopping(Callback):
 
 
 def _criterion(given: Any) -> Any:
-    """Return a criterion; a number is a patience, and `Disjunction` refuses what is neither."""
-    return Patience(given) if is_a(given, Real) else given
+    """Return a criterion; a whole number is a patience, and `Disjunction` refuses what is neither."""
+    return Patience(given) if is_a(given, Integral) else given

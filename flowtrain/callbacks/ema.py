@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd, UpdateEnd
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
@@ -88,13 +86,8 @@ class EMA(Callback):
     def state_access(self) -> Access:
         return {f"model.{self.model}" if self.model else "model": Write()}
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; the one of each batch only reads the model."""
-        for base, handler in super().handlers():
-            if handler.attribute.startswith("take_in"):
-                yield base, replace(handler, access=dict.fromkeys(self.state_access(), Read()))
-            else:
-                yield base, handler
+    def _reads(self) -> Access:
+        return dict.fromkeys(self.state_access(), Read())
 
     def setup(self, learner: LearnerView) -> None:
         """Find the weights."""
@@ -105,17 +98,17 @@ class EMA(Callback):
         """Remember that this batch has changed the weights."""
         self._due = True
 
-    @on(BatchEnd, AbstractTrainingPhase)
+    @on(BatchEnd, AbstractTrainingPhase, access="_reads")
     def take_in(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Take the weights after a batch with an update into the averages."""
         self._take_in(learner)
 
-    @on(EpochEnd, AbstractTrainingPhase)
+    @on(EpochEnd, AbstractTrainingPhase, access="_reads")
     def take_in_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Take in the weights after the update of a group that no batch has filled."""
         self._take_in(learner)
 
-    @on(EpochCancelled, AbstractTrainingPhase)
+    @on(EpochCancelled, AbstractTrainingPhase, access="_reads")
     def take_in_cancelled(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Take in the weights after the update of a group that no batch has filled."""
         self._take_in(learner)

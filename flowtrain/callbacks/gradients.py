@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import UpdateBegin, UpdateEnd
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
@@ -50,12 +47,6 @@ class GradNorm(Callback):
             raise UsageError(f"GradNorm(layers={layers!r}): layers is True or False; the names come from the model.")
         self.layers = layers
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers: the one for layers only where it is asked for."""
-        for owner, handler in super().handlers():
-            if self.layers or handler.attribute != "record_layers":
-                yield owner, handler
-
     @on(
         UpdateEnd,
         AbstractTrainingPhase,
@@ -70,6 +61,7 @@ class GradNorm(Callback):
         UpdateBegin,
         AbstractTrainingPhase,
         access={**_HISTORY, "batch.grads": Read(), "cbstate.tracehistory.GradNorm": Write()},
+        enabled="layers",
     )
     def record_layers(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the norm of each layer."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from flowtrain.callback.access import Read
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, UpdateBegin
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.logging.backend import Histogram, LoggerBackend, log
@@ -50,12 +49,6 @@ class LogHistograms(Callback):
         self.bins = bins
         self.conditions = (Every(BatchEnd, every), Every(UpdateBegin, every))
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; the one for gradients only where gradients are asked for."""
-        for owner, handler in super().handlers():
-            if handler.attribute != "log_gradients" or self.gradients:
-                yield owner, handler
-
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
         names = ("Weights", "Gradients") if self.gradients else ("Weights",)
         return [("Step", AbstractTrainingPhase, name) for name in names]
@@ -67,7 +60,12 @@ class LogHistograms(Callback):
         for name, param in learner.params.items():
             log(self.backends, Histogram(param, self.bins), f"Weights/{name}", step, group)
 
-    @on(UpdateBegin, AbstractTrainingPhase, access={"batch.grads": Read(), "cbstate.history": Read()})
+    @on(
+        UpdateBegin,
+        AbstractTrainingPhase,
+        access={"batch.grads": Read(), "cbstate.history": Read()},
+        enabled="gradients",
+    )
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the gradients of an update, at the batch that it is part of."""
         step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowtrain.callback.access import Access, Read
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.logging.backend import LoggerBackend, Settings, Value, log
@@ -52,12 +51,6 @@ class LogHyperParams(Callback):
         self._logged = False
         self._last: dict[str, Any] = {}
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; there are none for settings where there are no settings."""
-        for owner, handler in super().handlers():
-            if handler.attribute != "log_settings" or self.settings is not None:
-                yield owner, handler
-
     def state_access(self) -> Access:
         return {"cbstate.hyperparams": Read(optional=True)}
 
@@ -65,7 +58,7 @@ class LogHyperParams(Callback):
         names = ("cbstate.hyperparams",) if self.settings is None else ("cbstate.hyperparams", "Settings")
         return [(*_GROUP, Phase, name) for name in names]
 
-    @on(FitBegin, access={})
+    @on(FitBegin, access={}, enabled="settings")
     def log_settings(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Log the settings, if that has not been done yet."""
         if self.settings is not None and not self._logged:

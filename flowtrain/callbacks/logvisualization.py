@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flowtrain.callback.access import Access, Read
-from flowtrain.callback.callback import Callback
+from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, EpochEnd, Event
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import LoggingError, is_a, is_type
@@ -86,10 +85,7 @@ class LogVisualization(Callback):
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
         return (("Epoch" if issubclass(self.event_type, EpochEnd) else "Step", self.phase_type, self.label),)
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the one handler of this callback."""
-        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "visualize")
-
+    @on("event_type", "phase_type")
     def visualize(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         """Call the function and log what it returns."""
         counts = learner.cbstate.history[phase]

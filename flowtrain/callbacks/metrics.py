@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from operator import mul
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ import torch
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
@@ -92,22 +90,20 @@ class Metrics(Callback):
         self._each: int | None = None  # how many samples the loader puts into a batch, where it says so
         self._warned: set[Phase] = set()
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers, each with what it touches: that depends on the metrics."""
-        names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
-        of_steps = ["Loss", *(name for metric in self.metrics if metric.on_step for name in metric.names)]
+    def _steps(self) -> list[str]:
+        """Return the paths of the series with a value for each batch."""
+        names = ["Loss", *(name for metric in self.metrics if metric.on_step for name in metric.names)]
+        return [f"cbstate.metrics_step.{name}" for name in names]
+
+    def _of_batches(self) -> Access:
         entries = ["inputs", "loss", "targets", *(["outputs"] if self.metrics or self.weight is not None else [])]
-        steps = [f"cbstate.metrics_step.{name}" for name in of_steps]
-        epochs = [f"cbstate.metrics_epoch.{name}" for name in names]
-        history: Access = {"cbstate.history": Read()}
-        batch: Access = {f"batch.{name}": Read(optional=True) for name in entries}
-        access: dict[str, Access] = {
-            "begin": {"data": Read()},
-            "record": {**history, **batch, **dict.fromkeys(steps, Write())},
-            "end": {**history, **dict.fromkeys(steps, Read()), **dict.fromkeys(epochs, Write())},
-        }
-        for owner, handler in super().handlers():
-            yield owner, replace(handler, access=access.get(handler.attribute, handler.access))
+        batch = {f"batch.{name}": Read(optional=True) for name in entries}
+        return {"cbstate.history": Read(), **batch, **dict.fromkeys(self._steps(), Write())}
+
+    def _of_epochs(self) -> Access:
+        names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
+        epochs = {f"cbstate.metrics_epoch.{name}": Write() for name in names}
+        return {"cbstate.history": Read(), **dict.fromkeys(self._steps(), Read()), **epochs}
 
     def metric_modes(self) -> dict[str, Literal["min", "max"]]:
         """Return what the metrics say of themselves."""
@@ -117,7 +113,7 @@ class Metrics(Callback):
         """Refuse another `Metrics`: both would record the loss. One takes any number of metrics."""
         return Unresolvable() if isinstance(other, Metrics) else None
 
-    @on(EpochBegin)
+    @on(EpochBegin, access={"data": Read()})
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the epoch before, also of one that was cancelled."""
         self._late = learner.lag > 0
@@ -128,7 +124,7 @@ class Metrics(Callback):
         self._each = _samples(learner.data.get(phase))
         self._quick = None
 
-    @on(BatchEnd)
+    @on(BatchEnd, access="_of_batches")
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the loss and the metrics of the batch."""
         batch = learner.batch
@@ -238,7 +234,7 @@ class Metrics(Callback):
                 running.load_state_dict(*held)
         return running
 
-    @on(EpochEnd)
+    @on(EpochEnd, access="_of_epochs")
     def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the values of the epoch."""
         epoch, steps = epoch_of(learner.cbstate.history, phase), learner.cbstate.metrics_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchBegin, EpochEnd, FitBegin, FitEnd, UpdateBegin
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.resolution import NoConflict, Resolution
 from flowtrain.callback.view import LearnerView
@@ -94,14 +93,13 @@ class Scheduler(Callback):
         shared = any(mine.overlaps(theirs) for mine in self.schedules for theirs in other.schedules)
         return None if shared else NoConflict()
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the handlers; that of the epoch's end only where a schedule needs it."""
-        for base, handler in super().handlers():
-            if handler.attribute != "end_epoch":
-                yield base, handler
-            elif self._watching or any(isinstance(s, Schedule) and s.unit == "epoch" for s in self.schedules.values()):
-                metrics = {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
-                yield base, replace(handler, access=metrics)
+    def _by_epoch(self) -> bool:
+        """Tell whether a schedule depends on epochs."""
+        by_number = (isinstance(each, Schedule) and each.unit == "epoch" for each in self.schedules.values())
+        return bool(self._watching) or any(by_number)
+
+    def _watched(self) -> Access:
+        return {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out of the metrics that are watched whether small or large values are good."""
@@ -159,7 +157,7 @@ class Scheduler(Callback):
             setting.set(learner, value)
             series.push(setting.name, value, self.updates)
 
-    @on(EpochEnd)
+    @on(EpochEnd, access="_watched", enabled="_by_epoch")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Count a training epoch, and take in the metrics that are watched."""
         if isinstance(phase, AbstractTrainingPhase):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flowtrain.callback.access import Access, Read, Write
-from flowtrain.callback.callback import Callback
+from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, Event
-from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import HandlerError, is_a, is_type
@@ -68,10 +67,7 @@ class Traces(Callback):
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
         return [("cbstate.tracehistory", self.phase_type, name) for name in self.traces]
 
-    def handlers(self) -> Iterator[tuple[type, Handler]]:
-        """Yield the one handler of this callback."""
-        yield type(self), Handler(self.event_type, self.phase_type, None, type(self).__name__, "trace")
-
+    @on("event_type", "phase_type")
     def trace(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         """Call the functions and record what they return, each at the number of batches completed."""
         step = learner.cbstate.history[phase].steps
