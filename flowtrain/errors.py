@@ -238,7 +238,7 @@ def is_positive(value: object) -> bool:
 
 def is_whole(value: object) -> bool:
     """Tell whether what a user passed is a whole number: also one of NumPy, but neither ``True`` nor ``2.0``."""
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    return type(value) is int or (is_a(value, Integral) and not is_a(value, bool))
 
 
 def whole_number(what: str, value: object, least: int = 1, error: type[FlowtrainError] = UsageError) -> int:

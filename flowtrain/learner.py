@@ -146,7 +146,7 @@ class CallbackSite(StepSite):
         self.state.callbacks = made
         named = (path for node in made.nodes for path, _ in node.union)
         self.core.need_grad_norm(("batch", "grad_norm") in named)
-        self.core.guard_nan(any(isinstance(callback, StopOnNaNLoss) for callback in made))
+        self.core.guard_nan(any(callback.stops_at_nan for callback in made))
         self.loop.dispatch.use(made)
         self._own(made, before)
         self.loop.sinks.use(made.nodes)  # last: a sink that cannot be closed is an error, and the change is done then

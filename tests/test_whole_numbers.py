@@ -95,7 +95,7 @@ def test_what_is_kept_is_an_int() -> None:
     stopping = EarlyStopping(np.int64(3))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
     assert repr(stopping.criterion) == "Disjunction(Patience(3))"
     with pytest.raises(UsageError) as caught:
-        EarlyStopping(True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # refused
+        EarlyStopping(True)
     assert str(caught.value) == "Patience(): n is a whole number, at least 1, got True."
 
 

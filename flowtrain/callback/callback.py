@@ -74,7 +74,15 @@ class Callback:
             then tell the user to pass more there, since its `state_access` is not theirs.
         stochastic: Whether the handlers of a deferrable callback draw random numbers. ``False``: never, and nothing is
             done about it. ``True``, or ``None`` for a callback that does not say: what they draw are numbers of their
-            own, and training's stay as they are. A subclass of a bundled callback says it anew.
+            own, and training's stay as they are.
+        quiet: Whether this very class is known to draw no random numbers, to change nothing that it reads and to call
+            no code of the user's, so that its handlers are called as they are. A subclass says it anew, and it does
+            not hold where `on` has added a handler.
+        audited: Whether `Learner.audit_syncs` runs its handlers; not those that print, or wait for the device by
+            purpose.
+        stops_at_nan: Whether it ends training at a loss that is NaN. Where losses are read late, the core keeps the
+            parameters from the updates in between.
+        renaming: What the user can write to give its series another name, for messages about two of one name.
     """
 
     name: str = ""
@@ -85,6 +93,10 @@ class Callback:
     durable: bool = False
     access_argument: Access | None = None
     stochastic: bool | None = None
+    quiet: ClassVar[bool] = False
+    audited: ClassVar[bool] = True
+    stops_at_nan: ClassVar[bool] = False
+    renaming: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -235,32 +247,13 @@ def _registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
 
 def draws_own(callback: Callback) -> bool:
     """Tell whether the handlers of a deferrable callback get random numbers of their own."""
-    if not callback.deferrable or callback.stochastic is not False:
-        return callback.deferrable
-    return _of_bundled(callback) and not is_quiet(callback)
+    return callback.deferrable and callback.stochastic is not False and not is_quiet(callback)
 
 
 def is_quiet(callback: Callback) -> bool:
-    """Tell whether a callback is a bundled one that draws no random numbers and calls no code of a user's.
-
-    The class that says ``stochastic = False`` does not know what a subclass does, or a handler that `on` added to it.
-    """
-    functions = (handler.function for _, handler in callback.handlers())
-    return (
-        callback.stochastic is False
-        and _of_bundled(callback)
-        and type(callback).__module__.startswith(_BUNDLED)
-        and all(function is None or function.__module__.startswith(_BUNDLED) for function in functions)
-    )
-
-
-def _of_bundled(callback: Callback) -> bool:
-    """Tell whether it is a bundled class that says what `Callback.stochastic` is, and not a user."""
-    says = next(base for base in type(callback).__mro__ if "stochastic" in vars(base))
-    return "stochastic" not in vars(callback) and says.__module__.startswith(_BUNDLED)
-
-
-_BUNDLED = "flowtrain.callbacks."
+    """Tell whether all handlers of a callback are those of which `Callback.quiet` says that they are known."""
+    kind = type(callback)
+    return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in _registered(kind))
 
 
 def find_handler(

@@ -118,8 +118,8 @@ class Marked:
     event_type: type[Event]
     phase_type: type[Phase]
     access: Access | None
-    names: tuple[tuple[str, str], ...]
     function: Callable[..., None]
+    names: tuple[tuple[str, str], ...] = ()
 
     def handler(self, callback_type: str, attribute: str) -> Handler:
         """Return the registration for the class that has it."""
@@ -135,7 +135,10 @@ class Marked:
 
 
 def mark(
-    event_type: type[Event] | str, phase_type: type[Phase] | str, access: Access | str | None, enabled: str | None
+    event_type: type[Event] | str,
+    phase_type: type[Phase] | str,
+    access: Access | str | None,
+    enabled: str | None = None,
 ) -> Callable[[Any], Marked]:
     """Return the decorator of `on` for methods."""
     given = {"event_type": event_type, "phase_type": phase_type, "access": access, "enabled": enabled}
@@ -155,7 +158,7 @@ def mark(
         if not callable(function):
             raise HandlerError(f"@on({event.__name__}) marks a method, got {function!r}.")
         _check_function(method)
-        return Marked(event, phase, declared, names, method)
+        return Marked(event, phase, declared, method, names)
 
     return decorate
 

@@ -41,7 +41,7 @@ class LogHistograms(Callback):
     """
 
     deferrable = True
-    stochastic = False
+    quiet = True
 
     def __init__(self, *backends: LoggerBackend, every: int = 100, gradients: bool = False, bins: int = 64) -> None:
         self.backends = checked_backends("LogHistograms", backends, Histogram)

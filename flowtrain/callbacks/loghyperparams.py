@@ -41,7 +41,7 @@ class LogHyperParams(Callback):
     """
 
     deferrable = True
-    stochastic = False
+    quiet = True
 
     def __init__(self, *backends: LoggerBackend, settings: Mapping[str, Any] | None = None) -> None:
         self.backends = checked_backends("LogHyperParams", backends, Value)

@@ -35,7 +35,7 @@ class LogMetrics(Callback):
     """
 
     deferrable = True
-    stochastic = False
+    quiet = True
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogMetrics", backends, Value)

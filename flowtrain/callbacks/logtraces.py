@@ -35,7 +35,8 @@ class LogTraces(Callback):
     """
 
     deferrable = True
-    stochastic = False
+    quiet = True
+    renaming = "Give the trace another name"
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogTraces", backends, Value)

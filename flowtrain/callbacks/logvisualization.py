@@ -52,6 +52,7 @@ class LogVisualization(Callback):
     """
 
     deferrable = True
+    renaming = "Give one another name, as in LogVisualization(f, backend, name='Other')"
 
     def __init__(
         self,

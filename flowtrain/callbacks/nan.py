@@ -40,6 +40,8 @@ class StopOnNaNLoss(Callback):
     The loss is NaN in batch 1 of epoch 1 of TrainingPhase (step 1). Training stops before the update.
     """
 
+    stops_at_nan = True
+
     def __init__(self) -> None:
         self._late: Lagged | None = None  # where numbers are read at once
 

@@ -28,6 +28,8 @@ class MetricsPrinter(Callback):
     epoch   1  ValidationPhase   Loss ...
     """
 
+    audited = False
+
     def state_access(self) -> Access:
         return {"cbstate.history": Read(), "cbstate.metrics_epoch": Read(), "resource.terminal": Write()}
 

@@ -54,6 +54,8 @@ class ProgressBar(Callback):
     >>> tiny_learner(ProgressBar()).fit(1)  # in a document, which is no terminal, and shorter than a minute
     """
 
+    audited = False
+
     def __init__(self, redraw: float = 0.2, report: float = 60.0) -> None:
         for name, seconds in (("redraw", redraw), ("report", report)):
             if not is_a(seconds, (int, float)) or not seconds >= 0:

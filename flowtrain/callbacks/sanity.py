@@ -71,6 +71,8 @@ class SanityCheck(Callback):
     >>> tiny_learner(SanityCheck()).fit(1)
     """
 
+    audited = False
+
     def __init__(self) -> None:
         self.skipped: list[str] = []
 

@@ -62,6 +62,8 @@ class ModelSummary(Callback):
     Parameters: 1, of them frozen: 0. With buffers: 0.00 MiB.
     """
 
+    audited = False
+
     def __init__(self, inputs: Any = None, depth: int = 2) -> None:
         self.inputs = inputs
         self.depth = whole_number("ModelSummary(): depth", depth, least=0)

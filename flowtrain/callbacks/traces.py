@@ -36,6 +36,8 @@ class Traces(Callback):
     <Traces>
     """
 
+    renaming = "Give the trace another name"
+
     def __init__(
         self,
         traces: Mapping[str, Callable[[LearnerView], Any]],

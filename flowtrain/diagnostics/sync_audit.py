@@ -28,7 +28,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowtrain.callback.access import Write
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
@@ -199,7 +198,7 @@ class SyncReport(tuple[Sync, ...]):
 def audit(learner: LearnerParts) -> SyncReport:
     """Run the callbacks of a learner for one batch of every phase, on copies, and report where the host would wait.
 
-    Callbacks of the library that only print or write files, and those with a logging backend, are not run.
+    Callbacks that are not to be audited, such as those that print, and those with a logging backend are not run.
 
     Args:
         learner: It does not change, and neither do the random number generators.
@@ -209,8 +208,9 @@ def audit(learner: LearnerParts) -> SyncReport:
     """
     with same_random_numbers():
         data = first_batches(learner.state.data)
-        chosen = [callback for callback in learner.state.callbacks if not _only_writes(learner, callback)]
-        left_out = [callback.name for callback in learner.state.callbacks if callback not in chosen]
+        nodes = learner.state.callbacks.nodes
+        chosen = [node.callback for node in nodes if node.callback.audited and not node.backends]
+        left_out = [node.name for node in nodes if node.callback not in chosen]
         model, lossfn, optimizer, callbacks = _copied(learner, chosen)
         core = learner.core.like(lag=learner.state.lag or DEFAULT_LAG)
         scratch = type(learner)(
@@ -253,16 +253,6 @@ class _Probe:
                 self._now = before
 
         return call
-
-
-def _only_writes(learner: LearnerParts, callback: Callback) -> bool:
-    node = next(node for node in learner.state.callbacks.nodes if node.callback is callback)
-    if node.backends:
-        return True
-    if not type(callback).__module__.startswith("flowtrain.callbacks."):
-        return False
-    writes = [path for path, kind in node.union if isinstance(kind, Write)]
-    return bool(writes) and all(path[0] == "resource" for path in writes)
 
 
 def _copied(learner: LearnerParts, callbacks: Iterable[Callback]) -> tuple[Any, Any, Any, list[Callback]]:

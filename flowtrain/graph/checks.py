@@ -295,19 +295,16 @@ def check_series(nodes: Sequence[Node]) -> None:
                     before = seen.setdefault((backend and id(backend), group, each), [])
                     for other, its in before:
                         if other is not node and (issubclass(phase, its) or issubclass(its, phase)):
-                            raise _same_series(other, node, group, each, backend)
+                            raise _same_series(other, node, group, each, backend, named_here=name == each)
                     before.append((node, phase))
 
 
-def _same_series(one: Node, other: Node, group: str, name: str, backend: object) -> LoggingError:
+def _same_series(one: Node, other: Node, group: str, name: str, backend: object, *, named_here: bool) -> LoggingError:
     where = group if backend is None else f"{backend!r}, group {group}"
     called = f"what is in {name}" if name.startswith("cbstate.") else repr(name)
     remedy = "Remove one, or give each a backend of its own"
-    kinds = {type(node.callback).__name__ for node in (one, other)}
-    if "LogVisualization" in kinds:
-        remedy = "Give one another name, as in LogVisualization(f, backend, name='Other')"
-    elif "Traces" in kinds or ("LogTraces" in kinds and len(kinds) > 1):
-        remedy = "Give the trace another name"
+    if type(one.callback) is not type(other.callback) or named_here:
+        remedy = one.callback.renaming or other.callback.renaming or remedy
     return LoggingError(
         f"{one.name} and {other.name} both write {called} to {where}: their values would be mixed in one series. "
         f"{remedy}."

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowtrain import CancelFittingException, TorchCore, TrainingPhase
+from flowtrain import Callback, CancelFittingException, EpochEnd, LearnerView, Phase, TorchCore, TrainingPhase, on
 from flowtrain.callbacks import StopOnNaNLoss
 from flowtrain.core.nan_guard import Guard, all_finite
 from flowtrain.core.optimizers import takes_found_inf
@@ -75,6 +75,15 @@ def test_a_scaler_needs_no_guard() -> None:
     assert core.skipped == 1
 
 
+class Watches(Callback):
+    """A user's own, which says that it stops at NaN."""
+
+    stops_at_nan = True
+
+    @on(EpochEnd)
+    def look(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
 def test_only_where_somebody_watches_and_values_are_late() -> None:
     def guarded(learner: Any) -> bool:
         return hasattr(learner.optimizer, "found_inf")
@@ -85,6 +94,8 @@ def test_only_where_somebody_watches_and_values_are_late() -> None:
     assert not guarded(late)
     assert late.core.backward is torch.Tensor.backward
     assert not guarded(tiny_learner(core=TorchCore(device="cpu"), optimizer=FUSED))
+    late.add_callback(Watches())
+    assert guarded(late)
 
 
 def test_direct_steps_are_looked_at_at_once() -> None:

@@ -87,6 +87,18 @@ def test_the_learner_does_not_change() -> None:
     assert learner.cbstate.history[TrainingPhase].steps == 3
 
 
+class Prints(Printer):
+    """Says that an audit is not to run it."""
+
+    audited = False
+
+
+def test_a_callback_may_say_that_an_audit_is_not_to_run_it() -> None:
+    report = tiny_learner(Prints(), data=tiny_batches(n_batches=2)).audit_syncs()
+    assert not report
+    assert report.left_out == ("Prints",)
+
+
 def test_the_default_callbacks_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
     learner = Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, data=tiny_batches(n_batches=2))
     assert not learner.audit_syncs()

@@ -331,4 +331,4 @@ def test_counts_of_a_fit_are_whole_numbers(counts: dict[str, Any]) -> None:
     name, value = list(counts.items())[-1]
     with pytest.raises(UsageError) as raised:
         tiny_learner().fit(**counts)
-    assert str(raised.value) == f"fit({name}={value!r}): {name} is a whole number, at least 1."
+    assert str(raised.value) == f"fit(): {name} is a whole number, at least 1, got {value!r}."
