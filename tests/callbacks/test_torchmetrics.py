@@ -401,6 +401,7 @@ class Reader(Callback):
     """Reads one value among several, as a deferrable callback does: what it saw comes back."""
 
     deferrable = True
+    stochastic = False
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

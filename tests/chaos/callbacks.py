@@ -37,6 +37,7 @@ class Chain(Callback):
     """
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, backend: JsonlBackend) -> None:
         self.backends = (backend,)
@@ -62,6 +63,7 @@ class Losses(Callback):
     """Logs the loss of each batch and keeps nothing."""
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, backend: JsonlBackend) -> None:
         self.backends = (backend,)
@@ -101,6 +103,7 @@ class Hang(Callback):
     """
 
     deferrable = True
+    stochastic = False
 
     def __init__(self, backend: JsonlBackend, every: int) -> None:
         self.backends = (backend,)
