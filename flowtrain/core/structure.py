@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from types import ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import torch
 from torch.optim import Optimizer
@@ -210,7 +211,11 @@ class Structure:
                 continue
             if key in changed:
                 value = self._from(changed[key])
-            elif same(began.get(key, _NOTHING), now.get(key, _NOTHING)) or isinstance(began.get(key), LeftOver):
+            elif (
+                same(began.get(key, _NOTHING), now.get(key, _NOTHING))
+                or isinstance(began.get(key), LeftOver)
+                or (isinstance(now.get(key), LeftOver) and not isinstance(owners[owner], torch.nn.Module))
+            ):
                 continue
             elif key in began:
                 value = live(began[key], _dotted(key))
@@ -341,9 +346,10 @@ class Structure:
                 _add_hooks(found, owner, "", each)
             if not isinstance(each, torch.nn.Module):
                 for name, value in _attributes(each).items():
-                    remembered = kept(value)
-                    if owner == "lossfn" or not (name in _OPTIMIZER or isinstance(remembered, (Object, LeftOver))):
-                        found["attribute", owner, name] = remembered
+                    if not isinstance(each, Optimizer) or name not in _OPTIMIZER:
+                        remembered = kept(value)
+                        its_own = isinstance(remembered, Object) and owner != "lossfn"
+                        found["attribute", owner, name] = LeftOver() if its_own else remembered
                 continue
             found["type", owner, ""] = type(each).__name__
             found["order", owner, ""] = (*each._parameters, *each._modules)
@@ -377,7 +383,9 @@ def _attributes(each: Any) -> MutableMapping[str, Any]:
 
 def _is_object(value: Any) -> bool:
     """Tell whether a value may have attributes that training changes; classes and the like are shared by others."""
-    return hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, torch.Tensor, Optimizer))
+    if type(value) in ProxyTypes or not hasattr(value, "__dict__"):
+        return False  # what a weak reference leads to is another's, as the module around
+    return not isinstance(value, (type, ModuleType, torch.Tensor, Optimizer))
 
 
 def _add_hooks(found: dict[Key, Any], owner: str, name: str, each: Any) -> None:

@@ -235,6 +235,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.factor: Any = 1.0
+        self.users: Any = set()  # of objects, once it is in use
 
 
 class Configured(Net):
@@ -247,6 +248,7 @@ class Configured(Net):
         self.scaled: Any = partial(torch.mul, other=1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.config.users.add(self)
         out: torch.Tensor = self.scaled(super().forward(x)) * self.back.config.factor
         return out
 
@@ -319,6 +321,8 @@ def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     resumed.fit(3, resume=tmp_path / "epoch-0002.ckpt")
     assert weights(resumed) == weights(whole) != weights(other)
+    whole.load(tmp_path / "epoch-0002.ckpt")
+    assert whole.model.config.users == {whole.model}
 
 
 def test_a_module_that_training_put_into_a_loss_function_is_asked_for(tmp_path: Path) -> None:
