@@ -264,7 +264,6 @@ class Slow(Callback):
     """A deferred callback that is always at work when there is something to do."""
 
     deferrable = True
-    stochastic = False
 
     @on(BatchEnd)
     def wait(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:

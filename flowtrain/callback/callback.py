@@ -74,7 +74,7 @@ class Callback:
             then tell the user to pass more there, since its `state_access` is not theirs.
         stochastic: Whether the handlers of a deferrable callback draw random numbers. ``False``: never, and nothing is
             done about it. ``True``, or ``None`` for a callback that does not say: what they draw are numbers of their
-            own, and training's stay as they are; no thread beside training runs them.
+            own, and training's stay as they are.
         quiet: Whether this very class is known to draw no random numbers, to change nothing that it reads and to call
             no code of the user's, so that its handlers are called as they are. A subclass says it anew, and it does
             not hold where `on` has added a handler.

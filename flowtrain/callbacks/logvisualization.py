@@ -39,7 +39,6 @@ class LogVisualization(Callback):
         name: What it is logged as; without it, the function's name.
         phase_type: The phase, subclasses included.
         event_type: The event, subclasses included.
-        stochastic: ``False`` says that the function draws no random numbers, and lets a thread call it beside training.
 
     Raises:
         LoggingError: No function, no backend, something that is none, one twice, or types that are none.
@@ -64,7 +63,6 @@ class LogVisualization(Callback):
         name: str | None = None,
         phase_type: type[Phase] = Phase,
         event_type: type[Event] = BatchEnd,
-        stochastic: bool | None = None,
     ) -> None:
         if not callable(f) or is_a(f, LoggerBackend):
             raise LoggingError(
@@ -79,8 +77,6 @@ class LogVisualization(Callback):
         self.label = name if name is not None else _label(f)
         self.phase_type = phase_type
         self.event_type = event_type
-        if stochastic is not None:
-            self.stochastic = stochastic
         self.conditions = (Every(event_type, every),)
         self.access_argument: Access = {"batch": Read()} if access is None else access
 

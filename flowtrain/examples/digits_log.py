@@ -30,14 +30,11 @@ def watching(folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
     """
     board, lines = TensorBoardBackend(folder), JsonlBackend(folder / "log.jsonl")
     reads = {f"batch.{name}": Read() for name in ("inputs", "targets", "outputs")}
-    shown = LogVisualization(
-        misclassified, board, lines, every=1, access=reads, phase_type=ValidationPhase, stochastic=False
-    )
     return [
         LogMetrics(board, lines),
         LogHyperParams(board, lines, settings=settings),
         LogHistograms(board, lines, every=20, gradients=True),
-        shown,
+        LogVisualization(misclassified, board, lines, every=1, access=reads, phase_type=ValidationPhase),
         Checkpointer(checkpoints(folder), keep_top_k=2, monitor="Accuracy", mode="max"),
     ]
 

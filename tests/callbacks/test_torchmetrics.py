@@ -401,7 +401,6 @@ class Reader(Callback):
     """Reads one value among several, as a deferrable callback does: what it saw comes back."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

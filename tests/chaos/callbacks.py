@@ -37,7 +37,6 @@ class Chain(Callback):
     """
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, backend: JsonlBackend) -> None:
         self.backends = (backend,)
@@ -63,7 +62,6 @@ class Losses(Callback):
     """Logs the loss of each batch and keeps nothing."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, backend: JsonlBackend) -> None:
         self.backends = (backend,)
@@ -103,7 +101,6 @@ class Hang(Callback):
     """
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, backend: JsonlBackend, every: int) -> None:
         self.backends = (backend,)

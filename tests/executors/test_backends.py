@@ -31,7 +31,6 @@ class Logger(Callback):
     """Logs to one backend, to the other one, and to both in the other order; says nothing of backends."""
 
     deferrable = True
-    stochastic = False
     count = 0
 
     def state_access(self) -> Access:
@@ -290,7 +289,6 @@ def write(step):
 
 class Imported(Callback):
     deferrable = True
-    stochastic = False
     backend = JsonlBackend("class")
 
     @on(BatchEnd, TrainingPhase)

@@ -49,7 +49,6 @@ class Logs(Callback):
     """Logs the number of the batch; at one of them something else happens first."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, path: Path, at: int = 0, then: Callable[[], Any] | None = None) -> None:
         self.backends = (JsonlBackend(path),)
@@ -244,7 +243,6 @@ from flowtrain_dask import DaskExecutor, Limits
 
 class Slow(Callback):
     deferrable = True
-    stochastic = False
 
     def state_access(self):
         return {"batch.inputs": Read()}
@@ -313,7 +311,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Stuck(Callback):
     deferrable = True
-    stochastic = False
 
     def __init__(self, path):
         self.backends = (JsonlBackend(path),)

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import networkx
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch import rand as noise
 
 from flowtrain import (
     Access,
@@ -30,9 +28,13 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, LogMetrics, LogVisualization
+from flowtrain.graph.nodes import Node
 from flowtrain.logging import JsonlBackend, Value
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
+from flowtrain_dask.deferred.policy import may_draw
 from tests.executors.conftest import DaskProcesses
 
 Where = Literal["serial", "dask", "local", "cluster"]
@@ -154,42 +156,15 @@ def explained(callback: Callback, executor: Any) -> str:
         return learner.callbacks.explain()
 
 
-def test_explain_says_why_one_that_may_draw_is_not_deferred_to_a_thread(tmp_path: Path) -> None:
+def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(tmp_path: Path) -> None:
     backend = JsonlBackend(tmp_path / "log")
-    why = "runs in place: it may draw random numbers, and a thread would take training's; set stochastic = False if it"
-    assert f"Late.look {why} draws none" in explained(Late(backend), DaskExecutor())
-    assert f"Stochastic.look {why}" in explained(Stochastic(backend), DaskExecutor())
+    why = "runs in place: it may draw random numbers ({}), and a thread would take them from training; see stochastic"
+    assert f"Late.look {why.format('choice in Late.pick')}" in explained(Late(backend), DaskExecutor()).replace(
+        "gauss in Late.look", "choice in Late.pick"
+    )
+    assert why.format("stochastic = True") in explained(Stochastic(backend), DaskExecutor())
     assert "Steady.look is deferred to lane Steady (a thread)" in explained(Steady(backend), DaskExecutor())
     assert "Late.look is deferred to lane Late (a process)" in explained(Late(backend), DaskExecutor("local"))
-
-
-def lays_out(learner: LearnerView) -> Value:
-    """Draw within an installed package: it takes numpy's generator of the process where it is given none."""
-    places = networkx.spring_layout(networkx.path_graph(4), iterations=1)
-    return Value(float(np.abs(list(places.values())).sum()))
-
-
-def noisy(learner: LearnerView) -> Value:
-    """Draw under another name."""
-    return Value(float(noise(())))
-
-
-@pytest.mark.parametrize("f", [drawn, lays_out, noisy])
-def test_no_thread_runs_a_function_that_does_not_say_that_it_draws_nothing(
-    f: Callable[[LearnerView], Any], tmp_path: Path
-) -> None:
-    def found(name: str, executor: Any) -> Any:
-        logs = LogVisualization(f, JsonlBackend(tmp_path / name), every=2, access={})
-        return train([logs], executor), records(tmp_path / name)
-
-    serial = found("serial", "serial")
-    assert found("dask", "dask") == serial
-    assert serial[0] == train([])
-    backend = JsonlBackend(tmp_path / "log")
-    why = "Visualization.visualize runs in place: it may draw random numbers"
-    assert why in explained(LogVisualization(f, backend, access={}), DaskExecutor())
-    says = LogVisualization(f, backend, access={}, stochastic=False)
-    assert "LogVisualization.visualize is deferred to lane LogVisualization (a thread)" in explained(says, "dask")
 
 
 class Whole(Late):
@@ -204,6 +179,65 @@ def test_a_lane_that_cannot_leave_the_process_takes_none_that_draws(tmp_path: Pa
     joined: list[Callback] = [Steady(backend), Whole(backend)]
     with learner_with(joined, DaskExecutor("local")) as learner:
         assert "Steady.look runs in place: Whole runs in place and shares resource" in learner.callbacks.explain()
+
+
+# --- what is seen in the code
+
+
+def helper() -> float:
+    return deeper()
+
+
+def deeper() -> float:
+    return float(torch.rand(()))
+
+
+class Picker:
+    def pick(self) -> int:
+        return random.randint(0, 3)
+
+
+class Dropping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x)
+
+
+def node(f: Callable[..., Any], access: Access | None = None) -> Node:
+    callback = LogVisualization(f, JsonlBackend("log"), access={} if access is None else access)
+    return tiny_learner(callback).callbacks.nodes[0]
+
+
+def closing(value: Any) -> Callable[..., Any]:
+    return lambda learner: value(learner)
+
+
+@pytest.mark.parametrize(
+    ("f", "what"),
+    [
+        (lambda learner: torch.rand(()), "rand in <lambda>"),
+        (lambda learner: [np.random.rand() for _ in range(3)], "rand in <lambda>"),
+        (lambda learner: helper(), "rand in deeper"),
+        (closing(lambda learner: random.random()), "random in <lambda>"),
+        (closing(Picker().pick), "randint in Picker.pick"),
+        (closing(Dropping()), "dropout in Dropping.forward"),
+        (closing(nn.Sequential(nn.Dropout())), "Dropout"),
+        (closing(nn.LSTM(2, 2, 2, dropout=0.1)), "LSTM"),
+        (lambda learner: learner.batch.outputs.mean(), ""),
+        (closing(nn.Linear(2, 2)), ""),
+        (closing(json.dumps), ""),
+    ],
+)
+def test_what_draws_is_found_in_functions_objects_and_modules(f: Callable[..., Any], what: str) -> None:
+    assert may_draw(node(f)) == what
+
+
+def test_a_model_that_is_read_may_draw_when_it_is_called() -> None:
+    state = LearnerState()
+    state.model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    quiet = node(lambda learner: learner.model, {"model": Read()})
+    assert may_draw(quiet, state) == "Dropout"
+    state.model = nn.Linear(2, 2)
+    assert may_draw(quiet, state) == ""
 
 
 # --- dask's own
@@ -248,5 +282,5 @@ def test_one_that_draws_is_not_processed_beside_training_when_the_cluster_is_los
     ):
         learner.fit(2)
     text = str(caught.value)
-    assert "of lane LogVisualization. They may draw random numbers, so no thread of this process may process" in text
+    assert "of lane LogVisualization. They may draw random numbers (LogVisualization: " in text
     assert "Resume from the last checkpoint, or set stochastic = False on a callback that draws none." in text

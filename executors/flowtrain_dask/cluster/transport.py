@@ -255,9 +255,9 @@ class ClusterTransport:
             remedy = 'With DaskExecutor(on_cluster_loss="local") they are processed in this process.'
             if self._job.draws:
                 remedy = (
-                    "They may draw random numbers, so no thread of this process may process them: it would take those "
-                    "of training. Resume from the last checkpoint, or set stochastic = False on a "
-                    "callback that draws none."
+                    f"They may draw random numbers ({self._job.draws}), so no thread of this process may process them: "
+                    f"it would take those of training. Resume from the last checkpoint, or set stochastic = False on a "
+                    f"callback that draws none."
                 )
             raise ExecutorError(
                 f"The cluster at {self._connection.address} was lost during training ({lost}), and with it "

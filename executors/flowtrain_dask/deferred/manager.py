@@ -248,7 +248,7 @@ class Deferred:
         """Make the lane of a slot, for its first event."""
         site = self._site
         found = site()
-        job = job_of(slot.nodes, found.run.id if found is not None else "", slot.first)
+        job = job_of(slot.nodes, self.deferral, found.run.id if found is not None else "", slot.first)
 
         def surface(raise_it: Callable[[], None]) -> None:
             """Have a failure raised on the training thread."""
@@ -342,7 +342,7 @@ class Deferring:
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
         """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
-        deferral = self._decide(nodes)
+        deferral = self._decide(nodes, state)
         if deferral.lanes and self._held.connection is None and self._cluster is not None:
             try:
                 from flowtrain_dask.cluster.connect import connect  # distributed takes a while to import
@@ -367,7 +367,7 @@ class Deferring:
                 self._past += tuple(replace(lane, where="ended") for lane in self._deferred.report().lanes)
                 self._deferred.close()
             # A change that was refused after it was checked has left its own decision behind.
-            deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes)
+            deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes, site.state)
             self._nodes = nodes
             self._held.lanes = []
             self._deferred = Deferred(
@@ -375,8 +375,8 @@ class Deferring:
             )
         return self._deferred
 
-    def _decide(self, nodes: Sequence[Node]) -> Deferral:
-        return decide(nodes, threads=self._cluster is None) if self._defer else Deferral()
+    def _decide(self, nodes: Sequence[Node], state: LearnerState) -> Deferral:
+        return decide(nodes, state, threads=self._cluster is None) if self._defer else Deferral()
 
     def explain(self, plan: Plan) -> str:
         """Say what of a plan is deferred; empty where there is nothing to say."""

@@ -4,30 +4,31 @@ A deferrable callback stays in place where something in place needs it to have r
 ``run_after``, or one that uses a resource of its. That one staying can keep others, so it is asked until nothing
 changes. Deferred callbacks that are joined in one of these two ways share a lane, which keeps their order.
 
-It also stays in place where its lane would be a thread of this process, unless it says that it draws no random numbers
-(``stochastic = False``): Python, numpy and torch have one generator for all threads, and training draws from it at the
-same time. In place, and in another process, the handler has random numbers of its own
-(`flowtrain.state.random_numbers`).
+It also stays in place where its lane would be a thread of this process and it may draw random numbers: Python, numpy
+and torch have one generator for all threads, and training draws from it at the same time. In place, and in another
+process, the handler has random numbers of its own (`flowtrain.state.random_numbers`).
 
 How a lane is opened: the options, its job, where it runs, and what is checked before.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowtrain.callback.access import Declaration, Path, Read
 from flowtrain.callback.callback import Callback, draws_own
 from flowtrain.errors import CallbackError
-from flowtrain.graph.held_backends import LIVE, is_learner, reachable
+from flowtrain.graph.held_backends import LIVE, is_learner, names_in, reachable
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import owner_of
 from flowtrain.state.by_phase import holds_series
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.state.series import Series
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
@@ -42,6 +43,7 @@ __all__ = [
     "decide",
     "duties_of",
     "job_of",
+    "may_draw",
     "name_of",
     "stays_here",
     "transport_of",
@@ -57,10 +59,12 @@ class Deferral:
     Attributes:
         lanes: The callbacks of each lane, in list order.
         kept: Why each other deferrable callback runs in place, by its name.
+        drawing: Which of them may draw random numbers, by name, and what says so.
     """
 
     lanes: tuple[tuple[Node, ...], ...] = ()
     kept: dict[str, str] | None = None
+    drawing: dict[str, str] = field(default_factory=dict)
 
     def lane_of(self, node: Node) -> int | None:
         """Return the number of a callback's lane; ``None`` if it runs in place."""
@@ -71,15 +75,17 @@ class Deferral:
         return (self.kept or {}).get(node.name, "")
 
 
-def decide(nodes: Sequence[Node], *, threads: bool = True) -> Deferral:
+def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads: bool = True) -> Deferral:
     """Decide what is deferred.
 
     Args:
         nodes: All callbacks.
+        state: The learner's state; it has the modules that callbacks read.
         threads: Whether all lanes are threads of this process; otherwise those only that cannot leave it.
     """
     kept: dict[str, str] = {}
     deferred = [node for node in nodes if node.callback.deferrable]
+    drawing = {node.name: what for node in deferred if (what := may_draw(node, state))}
     while True:
         staying = {id(node) for node in deferred}
         in_place = [node for node in nodes if id(node) not in staying]
@@ -87,14 +93,14 @@ def decide(nodes: Sequence[Node], *, threads: bool = True) -> Deferral:
         if not found:
             lanes = _lanes(deferred)
             here = [node for lane in lanes if threads or any(map(stays_here, lane)) for node in lane]
-            found = {node.name: _BESIDE for node in here if draws_own(node.callback)}
+            found = {node.name: _BESIDE.format(drawing[node.name]) for node in here if node.name in drawing}
         if not found:
-            return Deferral(lanes, kept)
+            return Deferral(lanes, kept, drawing)
         kept |= found
         deferred = [node for node in deferred if node.name not in found]
 
 
-_BESIDE = "it may draw random numbers, and a thread would take training's; set stochastic = False if it draws none"
+_BESIDE = "it may draw random numbers ({}), and a thread would take them from training; see stochastic"
 
 
 def stays_here(node: Node) -> str:
@@ -123,6 +129,82 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
                 f"changing that while the callback reads it. Declare what its handlers read, and read it from their "
                 f"`learner`; or set deferrable = False."
             )
+
+
+def may_draw(node: Node, state: LearnerState | None = None) -> str:
+    """Return what in a callback draws random numbers, as far as its code shows; empty if it says that it draws none.
+
+    Looked at is the code of the user's that the callback holds or names, and the modules that it reads or holds. What a
+    package that is installed does inside is not seen: the callback says ``stochastic = True`` then.
+    """
+    callback = node.callback
+    if not draws_own(callback):
+        return ""
+    if callback.stochastic:
+        return "stochastic = True"
+    read = {path[0] for path, _ in node.union}
+    parts = [getattr(state, root) for root in ("model", "lossfn") if root in read and state is not None]
+    models = [model for part in parts for model in (dict(part).values() if isinstance(part, Named) else (part,))]
+    return _drawn_in([type(callback), callback, *models])
+
+
+_DRAWING = frozenset(
+    (
+        "DataLoader", "RandomSampler", "WeightedRandomSampler", "default_generator", "manual_seed", "random_split",
+        "seed", "fork_rng", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "random",
+        "random_", "random_sample", "normal", "normal_", "uniform", "uniform_", "bernoulli", "bernoulli_", "binomial",
+        "multinomial", "poisson", "exponential", "exponential_", "geometric", "geometric_", "cauchy_", "log_normal_",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "native_dropout",
+        "gumbel_softmax", "rrelu", "rsample", "sample", "randrange", "randbytes", "getrandbits", "choice", "choices",
+        "shuffle", "permutation", "permuted", "gauss", "normalvariate", "standard_normal", "triangular", "beta",
+        "gamma", "betavariate", "expovariate", "gammavariate", "lognormvariate", "paretovariate", "vonmisesvariate",
+        "weibullvariate", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "trunc_normal_",
+        "orthogonal_", "reset_parameters", "scaled_dot_product_attention",
+    )
+)  # fmt: skip
+"""Names of functions that draw from the generators of the process."""
+
+_OTHERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdlib_module_names}) - {"__main__"}
+
+
+def _drawn_in(waiting: list[Any]) -> str:
+    """Return what draws in what the values lead to: a function by what its code names, a module by its type."""
+    seen: dict[int, Any] = {}
+    while waiting:
+        for one in reachable(waiting.pop(0)):
+            if id(one) in seen:
+                continue
+            seen[id(one)] = one
+            kind = one if isinstance(one, type) else type(one)
+            if issubclass(kind, torch.nn.Module) and one is not kind:
+                rate = getattr(one, "dropout", None)  # of a recurrent layer, or of attention
+                if "Dropout" in kind.__name__ or kind.__name__ == "RReLU" or (isinstance(rate, float) and rate):
+                    return kind.__name__
+            elif isinstance(one, FunctionType) and _is_users(one.__module__):
+                names = {*names_in(one.__code__)}
+                if drawing := names & _DRAWING:
+                    return f"{min(drawing)} in {one.__qualname__}"
+                waiting += _globals_of(one, names)
+            if id(kind) not in seen or one is kind:
+                waiting += [each for base in kind.__mro__ if _is_users(base.__module__) for each in vars(base).values()]
+                seen[id(kind)] = kind
+    return ""
+
+
+def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
+    """Return the global functions, classes and objects that a function names, also those in other modules."""
+    found = [function.__globals__[name] for name in names & function.__globals__.keys()]
+    modules = [each for each in found if isinstance(each, ModuleType) and _is_users(each.__name__)]
+    inside = [vars(module)[name] for module in modules for name in names & vars(module).keys()]
+    return [each for each in (*found, *inside) if not isinstance(each, ModuleType)]
+
+
+def _is_users(module: str) -> bool:
+    """Tell whether code of a module is the user's own, and no package's that is installed."""
+    if module.partition(".")[0] in _OTHERS:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
 
 
 def _held_by(node: Node, in_place: Sequence[Node]) -> str:
@@ -187,15 +269,15 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
                     error.add_note(f"{node.name} is deferred: its handlers see copies. See {node.name}.deferrable.")
                     raise
         if connection is not None and not why_here(nodes):
-            transport = transport_of(job_of(nodes, "check"), nodes, options, connection)
+            transport = transport_of(job_of(nodes, deferral, "check"), nodes, options, connection)
             transport.open(options.drain_timeout)
             transport.close()
 
 
-def job_of(nodes: Sequence[Node], run: str, first: int = 0) -> Job:
+def job_of(nodes: Sequence[Node], deferral: Deferral, run: str, first: int = 0) -> Job:
     """Return what a lane of these callbacks is there for."""
     names, backends = tuple(node.name for node in nodes), tuple(node.backends for node in nodes)
-    draws = any(draws_own(node.callback) for node in nodes)
+    draws = "; ".join(f"{name}: {what}" for name in names if (what := deferral.drawing.get(name)))
     return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first, draws=draws)
 
 

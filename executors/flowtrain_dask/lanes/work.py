@@ -97,7 +97,8 @@ class Job:
         duties: Its handlers; `Entry.duty` is a position among them.
         first: The number of its first event for `flowtrain.logging.backend.identity`; not 0 in a run that is resumed.
         surroundings: What its handlers run in.
-        draws: Whether its callbacks may draw random numbers; then it runs in no thread beside training.
+        draws: Which of its callbacks may draw random numbers, and what says so; then it runs in no thread beside
+            training.
     """
 
     lane: str
@@ -107,7 +108,7 @@ class Job:
     duties: tuple[Duty, ...]
     surroundings: Surroundings = field(default_factory=Surroundings)
     first: int = 0
-    draws: bool = False
+    draws: str = ""
 
 
 class Entry(NamedTuple):

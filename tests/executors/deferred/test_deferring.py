@@ -126,7 +126,7 @@ class Drawn(Callback):
 
     def __init__(self, spec: Spec, journal: list[Any]) -> None:
         self.spec = spec
-        self.deferrable, self.stochastic = spec.deferred, False if spec.deferred else None
+        self.deferrable = spec.deferred
         self.journal = journal
         self.seen: list[Any] = []
 

@@ -94,7 +94,6 @@ class Sums(Callback):
     """Keeps a state that depends on every event and their order; grows a list, a dict and a tensor."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -244,7 +243,6 @@ class Look(Callback):
     """Reads the outputs at the end of a batch, and keeps where they were and which event it was."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, name: str, after: type[Callback] | None = None) -> None:
         self.name = name
@@ -442,7 +440,6 @@ class Keeps(Callback):
     """Keeps what it reads."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self) -> None:
         self.kept: list[torch.Tensor] = []
@@ -482,7 +479,6 @@ def test_memory_that_workers_read_is_given_back_when_the_learner_is_closed(dask_
 def test_the_report_keeps_what_was_before_a_change_of_callbacks() -> None:
     class Sees(Callback):
         deferrable = True
-        stochastic = False
 
         @on(BatchEnd, TrainingPhase)
         def see(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None: ...

@@ -199,7 +199,6 @@ class Taker(Callback):
     """Describes what it reads, and keeps it."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.names = list(values)
@@ -253,7 +252,6 @@ class Reader(Callback):
     """A deferred callback that reads what it is told to."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, access: Access, *, durable: bool = False, **attributes: Any) -> None:
         self.access = access

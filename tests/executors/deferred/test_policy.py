@@ -40,7 +40,7 @@ class Sees(Callback):
         access: Access | None = None,
     ) -> None:
         self.name = name
-        self.deferrable, self.stochastic = deferrable, False if deferrable else None
+        self.deferrable = deferrable
         self.after = tuple(after)
         self.access: Access = {"batch.loss": Read()} if access is None else access
 

@@ -34,7 +34,6 @@ from flowtrain_dask import DaskExecutor
 
 class Slow(Callback):
     deferrable = True
-    stochastic = False
 
     def __init__(self, path):
         self.backends = (JsonlBackend(path),)
@@ -101,7 +100,6 @@ class Gated(Callback):
     """Logs each loss when it is let."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self, gate: threading.Event, backend: JsonlBackend) -> None:
         self.gate = gate
@@ -163,7 +161,6 @@ class Sizes(Callback):
     """Notes, late, how long a series was and what was its last value."""
 
     deferrable = True
-    stochastic = False
 
     def __init__(self) -> None:
         self.found: list[tuple[int, float]] = []

@@ -275,7 +275,6 @@ def test_what_cannot_be_copied_later_is_an_error_then() -> None:
 
 class Reader(Callback):
     deferrable = True
-    stochastic = False
 
     def state_access(self) -> Access:
         return {"batch.loss": Read(), "params": Read()}
