@@ -1,32 +1,20 @@
-"""The learner: one object that holds the state of training and hands the work to its parts.
+"""The learner: one object that holds the state of training and gives the work to its parts.
 
-State is in `LearnerState`, callbacks in `Callbacks`, computing in `TorchCore`, running in `Loop`. The learner checks
-what a user passes, joins these parts, and delegates. What it offers to a step is in `StepSite`, and what it offers to
-who changes its callbacks in `CallbackSite`.
-
-The callbacks of a learner, from outside: found, added, replaced and removed, each as one change or not at all.
-
-`Learner` is one of these. A change makes a new `flowtrain.graph.registry.Callbacks`, which checks and orders all of
-them. Then everybody who works for the callbacks is told: core, dispatch and sinks.
-
-A callback has one learner, and keeps it when that is closed or gone: it holds what it has gathered there. It is free
-again when it is taken out of the learner, and a learner that could not be built never had it.
+`LearnerState` holds the state, `Callbacks` the callbacks, which `CallbackChanges` changes; `TorchCore` computes and
+`Loop` runs. The learner checks what a user passes, joins these parts, and delegates to them.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Never, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
 
 import torch
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.events import EpochBegin
+from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core.core import TorchCore
@@ -34,12 +22,11 @@ from flowtrain.diagnostics.plots import plot
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
-from flowtrain.errors import CallbackError, ExecutorError, UsageError, without_frames
+from flowtrain.errors import ExecutorError, UsageError, without_frames
 from flowtrain.graph.executor import Executor, find_executor
-from flowtrain.graph.nodes import Node
-from flowtrain.graph.registry import Callbacks, unique_names
+from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training.arguments import (
     as_list,
     as_phase,
@@ -52,178 +39,23 @@ from flowtrain.training.arguments import (
     check_phase,
     no_attribute,
 )
-from flowtrain.training.data import loaders, warn_untrained
+from flowtrain.training.callback_changes import CallbackChanges
+from flowtrain.training.data import check_fit_data, loaders
 from flowtrain.training.loop import Loop
-from flowtrain.training.step_site import StepSite
 
-__all__ = [
-    "CallbackSite",
-    "Learner",
-    "default_callbacks_for",
-]
+__all__ = ["Learner", "with_defaults"]
 
 
-class _Owner(NamedTuple):
-    """Who has an object that keeps state.
-
-    Attributes:
-        part: The object; its entry goes when it does.
-        site: The learner.
-        learner: How the learner is written, also when it is gone.
-        callback: The name of the callback.
-    """
-
-    part: weakref.ref[object]
-    site: weakref.ref[CallbackSite]
-    learner: str
-    callback: str
-
-
-_owners: dict[int, _Owner] = {}
-"""The owner of each callback, condition and criterion by its id.
-
-It is kept here and not on the object, whose copies (for a dry run, in another process) belong to nobody.
-"""
-
-
-class CallbackSite(StepSite):
-    """A learner as who changes its callbacks sees it.
-
-    Attributes:
-        strict: Whether every handler is checked to change only what it declares.
-        closed: Whether the learner is closed.
-    """
-
-    strict: bool
-    closed: bool
-
-    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
-        return self.callbacks.find(wanted)
-
-    def add_callback(self, callback: Callback) -> None:
-        """Add a callback at the end of the list. A refused change leaves everything as it was; so with the next."""
-        self._use([*self.callbacks, callback])
-
-    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
-        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
-        self._use(as_list(callbacks))
-
-    def replace_callback(self, new: Callback) -> Callback:
-        """Replace the callback of the same type, and return it.
-
-        Raises:
-            CallbackError: There is none of exactly that type, or more than one.
-        """
-        same = [callback for callback in self.callbacks if type(callback) is type(new)]
-        if len(same) != 1:
-            raise CallbackError(
-                f"replace_callback({new!r}) needs exactly one {type(new).__name__} to replace; there are {len(same)}. "
-                f"Use set_callbacks(...) or add_callback(...)."
-            )
-        self._use([new if callback is same[0] else callback for callback in self.callbacks])
-        return same[0]
-
-    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
-        """Remove the first callback of a type, subclasses included, or of a name, and return it.
-
-        Raises:
-            CallbackError: There is none.
-        """
-        found = self.callbacks.must_find(wanted)
-        self._use([callback for callback in self.callbacks if callback is not found])
-        return found
-
-    def _use(self, callbacks: list[Callback]) -> None:
-        self._check_open("Changing the callbacks")
-        self.loop.scopes.refuse_nested("Changing the callbacks")
-        phases = [type(phase) for phase in self.state.data]
-        before = self.state.callbacks
-        self._check_free(callbacks)
-        watched = watch(self.state) if self.strict else None
-        made = Callbacks(callbacks, self.state, phases, before, watched, self._accept)
-        made.annotate(self.loop.executor.explain)
-        self.state.callbacks = made
-        named = (path for node in made.nodes for path, _ in node.union)
-        self.core.need_grad_norm(("batch", "grad_norm") in named)
-        self.core.guard_nan(any(callback.stops_at_nan for callback in made))
-        self.loop.dispatch.use(made)
-        self._own(made, before)
-        self.loop.sinks.use(made.nodes)  # last: a sink that cannot be closed is an error, and the change is done then
-
-    def _check_open(self, what: str) -> None:
-        if self.closed:
-            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
-
-    def _check_free(self, callbacks: list[Callback]) -> None:
-        """Check that nothing that keeps state is another learner's, or is in two of these callbacks.
-
-        Raises:
-            CallbackError: Something is.
-        """
-        holders: dict[int, str] = {}
-        for callback, name in unique_names(callbacks):
-            for part in callback.stateful():
-                owner = _owners.get(id(part))
-                if owner is not None and owner.site() is not self:
-                    raise _taken(name, callback, part, owner)
-                other = holders.setdefault(id(part), name)
-                if other != name:
-                    raise CallbackError(
-                        f"{other} and {name} have the same {part!r}, which would count the events or values of both. "
-                        f"Make one for each of them."
-                    )
-
-    def _own(self, callbacks: Iterable[Callback], before: Iterable[Callback]) -> None:
-        for callback in before:
-            for part in callback.stateful():
-                _owners.pop(id(part), None)
-        me, written = weakref.ref(self), repr(self)
-        for callback in callbacks:
-            for part in callback.stateful():
-                gone = partial(_forget, _owners, id(part))
-                _owners[id(part)] = _Owner(weakref.ref(part, gone), me, written, callback.name)
-
-    def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        self.loop.sinks.check(nodes)
-        self.loop.executor.check(nodes, state)
-
-
-def _forget(owners: dict[int, _Owner], place: int, part: weakref.ref[object]) -> None:
-    owners.pop(place, None)
-
-
-def _taken(name: str, callback: Callback, part: object, owner: _Owner) -> CallbackError:
-    """Make the error for an object that another learner has."""
-    learner = owner.site()
-    what = name if part is callback else f"{part!r} of {name}"
-    text = (
-        f"{what} belongs to another learner, {owner.learner}, and would bring along what it has gathered there. Make a "
-        f"new {type(part).__name__}(...) for each learner, such as one for each fold of a cross-validation."
-    )
-    if learner is not None and not learner.closed and part is callback:
-        text += f" To move it with what it has gathered, write other.remove_callback({owner.callback!r}) first."
-    return CallbackError(text)
-
-
-def default_callbacks_for(wanted: object, chosen: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks that a learner has without being told, except where one of that type was chosen.
-
-    Args:
-        wanted: ``True``, ``False``, or ``"quiet"``, which leaves out those that print.
-        chosen: The user's.
-    """
+def with_defaults(chosen: list[Callback], wanted: object) -> list[Callback]:
+    """Return the chosen callbacks, and after them the default ones of each type that is not among them."""
     if wanted not in (True, False, "quiet"):
         raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
-    if not wanted:
-        return []
-    kinds: list[type[Callback]] = [Recorder, Metrics, StopOnNaNLoss]
-    if wanted != "quiet":
-        kinds += [ProgressBar, MetricsPrinter]
-    return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen)]
+    printing: list[type[Callback]] = [] if wanted == "quiet" else [ProgressBar, MetricsPrinter]
+    kinds = [Recorder, Metrics, StopOnNaNLoss, *printing] if wanted else []
+    return [*chosen, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen))]
 
 
-class Learner(CallbackSite):
+class Learner:
     """Trains a model.
 
     Args:
@@ -240,6 +72,12 @@ class Learner(CallbackSite):
         executor: ``"serial"``, the name of another, or an `Executor`.
         core: How to compute; `TorchCore()` if not given.
         strict: Check around every handler that it changed only what it declares, tensors included. Slow.
+
+    Attributes:
+        state: What is trained, and what callbacks share.
+        core: How it is computed.
+        loop: What runs it.
+        stopped: What ended the last fit before its time, an error or a cancel; ``None`` if nothing did.
 
     Raises:
         FlowtrainError: Something of this does not fit; nothing has run then but `setup`.
@@ -266,15 +104,13 @@ class Learner(CallbackSite):
         self.state.data = loaders(data)
         self.strict = strict
         self.stopped: BaseException | None = None
-        self.closed = False
-        found = find_executor(executor)
-        chosen = [*as_list(callbacks)]
-        chosen += default_callbacks_for(default_callbacks, chosen)
+        chosen = with_defaults(as_list(callbacks), default_callbacks)
         self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
             self._check_phases(self.state.data)
-            self.loop = Loop(self.state, self.core, found)
+            self.loop = Loop(self.state, self.core, find_executor(executor))
+            self._changes = CallbackChanges(self.loop, repr(self))
             self._use(chosen)
         except BaseException:
             self.core.release()  # so that the next attempt, with what was wrong put right, can have it
@@ -310,8 +146,7 @@ class Learner(CallbackSite):
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit; the learner is as it was.
             KeyboardInterrupt: Ctrl-C or SIGTERM, seen at a batch boundary (rule 29).
-            UsageError: Called inside a handler or a step, with counts that mean nothing, or with a `resume` that is no
-                path.
+            UsageError: Called inside a handler or a step, or with counts or a `resume` that cannot be.
             DataError: There is no data.
             Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
                 has a note that says which. `CancelFittingException` is not raised: see `stopped`.
@@ -322,13 +157,14 @@ class Learner(CallbackSite):
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
             chosen = self.state.data if data is None else loaders(data)
-            self._check_fit_data(chosen, by_steps=steps is not None)
+            self._check_phases(chosen)
+            check_fit_data(chosen, by_steps=steps is not None, stacklevel=2)
             before, self.state.data = self.state.data, chosen
             self.stopped = None
             try:
                 if resume is not None:
                     self.loop.cuts.resume(resume, chosen, "epochs" if steps is None else "steps")
-                self.stopped = self.loop.fit(self, chosen, epochs, steps, validate_every)
+                self.stopped = self.loop.fit(chosen, epochs, steps, validate_every)
             except BaseException as failure:
                 self.stopped = failure
                 raise
@@ -349,7 +185,7 @@ class Learner(CallbackSite):
             self._check_phases([phase])
             before, self.state.data = self.state.data, chosen
             try:
-                self.loop.epoch(self, phase, chosen[phase])
+                self.loop.epoch(phase, chosen[phase])
             finally:
                 self.state.data = before
 
@@ -358,7 +194,7 @@ class Learner(CallbackSite):
         phase = as_phase(phase, "step")
         with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
             self._check_phases([phase])
-            return self.loop.step(self, phase, raw)
+            return self.loop.step(phase, raw)
 
     def validate(self) -> None:
         """Run one epoch of every phase in `data` that does not train."""
@@ -367,7 +203,7 @@ class Learner(CallbackSite):
             if not phases:
                 raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
             for phase in phases:
-                self.loop.epoch(self, phase, self.state.data[phase])
+                self.loop.epoch(phase, self.state.data[phase])
 
     def load(self, path: str | PathLike[str]) -> None:
         """Put the learner into the state of a checkpoint: models, optimizers, scaler, ``cbstate`` and callbacks.
@@ -399,8 +235,7 @@ class Learner(CallbackSite):
     def close(self) -> None:
         """Flush the executor, and give back what it and the backends hold. The learner can still be read.
 
-        Dropped after that, it is gone at once, its model too. One that is dropped without it is gone, files and all,
-        when the garbage collector comes.
+        Once dropped, it is then gone at once with its model; without `close`, when the garbage collector comes.
         """
         self._close(None)
 
@@ -409,14 +244,13 @@ class Learner(CallbackSite):
         if self.closed:
             return
         self.loop.scopes.refuse_nested("close()")
-        self.closed = True
-        sinks = self.loop.sinks
+        self._changes.closed = True
         if failure is not None:
-            sinks.note(failure)
+            self.loop.sinks.note(failure)
         with ExitStack() as stack:  # from the last one to the first, and each of them, whatever the others raise
             stack.callback(self._let_go)
-            stack.callback(sinks.close)
-            stack.enter_context(sinks.noting(trains=False))
+            stack.callback(self.loop.sinks.close)
+            stack.enter_context(self.loop.sinks.noting(trains=False))
             stack.callback(self.loop.cuts.writer.wait)
             stack.callback(self.loop.executor.close)
 
@@ -431,12 +265,121 @@ class Learner(CallbackSite):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
         self._close(failure)
 
-    # --- what callbacks touch
+    # --- what it holds
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: the learner can be read, and cannot run any more."""
+        return self._changes.closed
+
+    @property
+    def model(self) -> Any:
+        """The module that was passed, or all of them by name."""
+        return self.state.model
+
+    @property
+    def lossfn(self) -> Any:
+        """The loss function."""
+        return self.state.lossfn
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or all of them by name."""
+        return self.state.optimizer
+
+    @property
+    def data(self) -> Any:
+        """The loaders by phase: ``learner.data[TrainingPhase]``."""
+        return self.state.data
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters of the model by name; with several models the name begins with the model's."""
+        return self.state.params
+
+    @property
+    def batch(self) -> BatchState:
+        """The state of the current, or last, batch."""
+        return self.state.batch
+
+    @property
+    def cbstate(self) -> State:
+        """What callbacks share with each other."""
+        return self.state.cbstate
+
+    @property
+    def callbacks(self) -> Callbacks:
+        """The callbacks: iterable, with ``graph``, ``plan`` and ``explain``."""
+        callbacks: Callbacks = self.state.callbacks
+        return callbacks
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the callbacks."""
+        return self.loop.executor
+
+    # --- the parts of a batch, as a step has them (`flowtrain.StepContext`)
+
+    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]:
+        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`."""
+        return self.loop.parts.run_batch(phase, **state)
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Return the context of a forward pass: autocast, if the precision asks for it."""
+        return self.loop.parts.forward()
+
+    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`; with `name`, for one optimizer only."""
+        self.loop.parts.backward(phase, loss, name)
+
+    def update(self, phase: Phase, name: str | None = None) -> None:
+        """Clip and step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its group is complete."""
+        self.loop.parts.update(phase, name)
+
+    def fire(self, event: Event, phase: Phase) -> None:
+        """Fire an event. In a handler call ``learner.fire(event)`` of the handler's own `learner`."""
+        self.loop.parts.fire(event, phase)
+
+    # --- callbacks
+
+    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        return self.callbacks.find(wanted)
+
+    def add_callback(self, callback: Callback) -> None:
+        """Add a callback at the end of the list. If it is refused, everything stays as it was, as for each change."""
+        self._use([*self.callbacks, callback])
+
+    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
+        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
+        self._use(as_list(callbacks))
+
+    def replace_callback(self, new: Callback) -> Callback:
+        """Replace the callback of the same type, and return it.
+
+        Raises:
+            CallbackError: There is none of exactly that type, or more than one.
+        """
+        old = self.callbacks.must_find_same(new)
+        self._use([new if callback is old else callback for callback in self.callbacks])
+        return old
+
+    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
+        """Remove the first callback of a type, subclasses included, or of a name, and return it.
+
+        Raises:
+            CallbackError: There is none.
+        """
+        found = self.callbacks.must_find(wanted)
+        self._use([callback for callback in self.callbacks if callback is not found])
+        return found
+
+    def _use(self, callbacks: list[Callback]) -> None:
+        self._ready("Changing the callbacks")
+        self._changes.use(callbacks, watch(self.state) if self.strict else None)
 
     def suggest_access(self, callback: Callback) -> Recording:
         """Find the least that each handler of a callback must declare, and print it, ready to paste.
@@ -469,10 +412,9 @@ class Learner(CallbackSite):
         print(found)
         return found
 
-    # --- checks
-
     def _ready(self, what: str) -> None:
-        self._check_open(what)
+        if self.closed:
+            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
         self.loop.scopes.refuse_nested(what)
 
     @contextmanager
@@ -490,18 +432,6 @@ class Learner(CallbackSite):
             check_phase(phase, self.state.model, self.core.modules)
             if self.state.callbacks:
                 self.callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
-
-    def _check_fit_data(self, data: Any, *, by_steps: bool) -> None:
-        if not data:
-            raise UsageError("fit() has no data. Pass data=(train_loader, valid_loader) to Learner or to fit.")
-        training = [repr(phase) for phase in data if isinstance(phase, AbstractTrainingPhase)]
-        if by_steps and len(training) != 1:
-            raise UsageError(
-                f"fit(steps=...) counts the batches of one training phase; the data has "
-                f"{', '.join(training) or 'none'}. Use fit(epochs), or data with one."
-            )
-        self._check_phases(data)
-        warn_untrained(data, stacklevel=3)
 
     if not TYPE_CHECKING:  # a checker must not think that every attribute exists
 

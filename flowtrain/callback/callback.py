@@ -19,7 +19,6 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_a, is_type
-from flowtrain.logging.backend import LoggerBackend
 
 __all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
 
@@ -64,9 +63,8 @@ class Callback:
 
     Attributes:
         conditions: What is asked before a handler runs; `flowtrain.callbacks.throttle` adds one.
-        backends: The logging backends that its handlers give to `flowtrain.logging.backend.log`. They may as well be in
-        other
-            attributes: `flowtrain.graph.held_backends` finds them all.
+        backends: The logging backends (`flowtrain.logging.LoggerBackend`) that its handlers log to. A callback may keep
+            them in other attributes as well: `flowtrain.graph.held_backends` finds them all.
         deferrable: Nothing in training waits for its handlers: an executor may run them later, elsewhere, on a
             snapshot of what they declare. Such a callback declares no `Write` but on resources.
         durable: No event of it may be dropped, however far behind it is.
@@ -88,7 +86,7 @@ class Callback:
     name: str = ""
     _handlers: ClassVar[dict[str, Handler]] = {}
     conditions: tuple[Condition, ...] = ()
-    backends: tuple[LoggerBackend, ...] = ()
+    backends: tuple[Any, ...] = ()
     deferrable: bool = False
     durable: bool = False
     access_argument: Access | None = None

@@ -1,4 +1,4 @@
-"""Phases: types that say what kind of epoch runs, and own its step.
+"""Phases: types that say what kind of epoch runs, which events it fires, and what happens in one batch, its step.
 
 A phase has no data of its own: there is one instance of each type, and the type works as a key wherever the instance
 does. A phase of your own is a subclass. To run the usual supervised step on other data, subclass and write nothing::
@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from flowtrain.callback.batch_size import measure
 from flowtrain.callback.events import (
     BackwardBegin,
     BackwardEnd,
@@ -39,9 +40,7 @@ from flowtrain.callback.events import (
     UpdateEnd,
 )
 from flowtrain.callback.modes import Modes
-from flowtrain.errors import UsageError
-from flowtrain.state.batch import BatchState
-from flowtrain.training.step import CLOSED, CLOSING, check_graph, forward, measure, no_pair
+from flowtrain.errors import DataError, UsageError, describe
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -52,14 +51,12 @@ __all__ = [
     "ValidationPhase",
 ]
 
-_BACKWARD_BEGIN, _BACKWARD_END, _BATCH_END = BackwardBegin(), BackwardEnd(), BatchEnd()
-_UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
-
 
 class StepContext(Protocol):
-    """What a step may use of the learner.
+    """What a step gets as ``learner``: the state of training, and the parts of a batch.
 
-    A step of your own needs ``model``, ``lossfn``, ``optimizer``, ``batch`` and ``cbstate``, and the methods.
+    `train` and `evaluate` are the steps of the bundled phases in one piece; a step of your own is written with the
+    other methods.
     """
 
     @property
@@ -80,20 +77,25 @@ class StepContext(Protocol):
         ...
 
     @property
-    def batch(self) -> BatchState:
+    def data(self) -> Any:
+        """The loaders by phase."""
+
+    @property
+    def batch(self) -> Any:
         """The state of the current, or last, batch."""
-        ...
 
     @property
     def cbstate(self) -> Any:
         """What callbacks share with each other."""
 
-    @property
-    def loop(self) -> Any:
-        """What runs training; the bundled steps use it in place of the methods."""
+    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[Any]:
+        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`.
 
-    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]:
-        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`."""
+        An exception in its body closes the batch with `BatchCancelled` and is raised again, so a step may catch it.
+
+        Raises:
+            UsageError: A batch is open.
+        """
         ...
 
     def forward(self) -> AbstractContextManager[None]:
@@ -101,16 +103,40 @@ class StepContext(Protocol):
         ...
 
     def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass with its events, scaled and divided as the core is set up.
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`, scaled and divided as the core is set up.
 
-        With `name`, only the parameters of that one of several optimizers get gradients.
+        Args:
+            phase: The phase whose step calls this.
+            loss: A tensor with one element. If it is ``batch.loss``, that is detached afterwards.
+            name: Which of several optimizers the loss is for: only its parameters get gradients. Without a name all
+                parameters that the loss depends on do, also those of a model that it only passes through.
+
+        Raises:
+            CoreError: The loss is no tensor with one element, or there is no optimizer of that name.
+            LossError: The loss has no graph.
+            UsageError: No batch is open.
         """
 
     def update(self, phase: Phase, name: str | None = None) -> None:
-        """Step the optimizer, or the one of that name, with its events, clipping and accumulation."""
+        """Clip and step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its group is complete.
+
+        Args:
+            phase: The phase whose step calls this.
+            name: Which of several optimizers.
+
+        Raises:
+            CoreError: There is no optimizer of that name.
+            UsageError: No batch is open.
+        """
 
     def fire(self, event: Event, phase: Phase) -> None:
         """Fire an event of your own."""
+
+    def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
+        """Run one batch: forward, loss, backward, update. What handlers put into the batch is used from then on."""
+
+    def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
+        """Run one batch: forward and loss."""
 
 
 class Phase:
@@ -185,7 +211,10 @@ class _Supervised(Phase):
             DataError: `raw` is not a tuple or list of two.
         """
         if not isinstance(raw, (tuple, list)) or len(raw) != 2:
-            raise no_pair(self, raw)
+            raise DataError(
+                f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
+                f"Let the dataset return pairs, or override {self!r}.split(raw) to return (inputs, targets)."
+            )
         return raw[0], raw[1]
 
 
@@ -225,37 +254,8 @@ class AbstractTrainingPhase(_Supervised):
         return _mode(modules, training=True)
 
     def step(self, learner: StepContext, raw: Any) -> None:
-        """Run one batch: forward, loss, backward, update. What handlers put into the batch counts from then on."""
-        loop = learner.loop
-        on, core, scopes = loop.runners[self], loop.core, loop.scopes
-        batch = forward(self, loop, on, raw, True)
-        scopes.backward = True
-        if on.backward_begin is not None:
-            on.backward_begin(_BACKWARD_BEGIN, self)
-        try:
-            core.backward(batch.loss)
-        except RuntimeError as error:
-            check_graph(self, "batch.loss", batch.loss, error)
-            raise
-        if on.watched:  # otherwise the loop does it when the batch can be looked at: it costs most of a microsecond
-            batch.loss = batch.loss.detach()
-        batch.grads = core.grads
-        if on.backward_end is not None:
-            on.backward_end(_BACKWARD_END, self)
-        if core.plain:
-            if on.update_begin is not None:
-                on.update_begin(_UPDATE_BEGIN, self)
-            core.optimizer.step()
-            loop.state.updates += 1
-            if on.update_end is not None:
-                on.update_end(_UPDATE_END, self)
-        else:
-            learner.update(self)
-        scopes.batch = CLOSING
-        if on.batch_end is not None:
-            on.batch_end(_BATCH_END, self)
-        scopes.batch = CLOSED
-        scopes.completed = batch
+        """Run one batch: forward, loss, backward, update (`StepContext.train`)."""
+        learner.train(self, raw)
 
 
 class TrainingPhase(AbstractTrainingPhase):
@@ -287,15 +287,8 @@ class AbstractValidationPhase(_Supervised):
         return _mode(modules, training=False)
 
     def step(self, learner: StepContext, raw: Any) -> None:
-        """Run one batch: forward and loss."""
-        loop = learner.loop
-        on, scopes = loop.runners[self], loop.scopes
-        batch = forward(self, loop, on, raw, False)
-        scopes.batch = CLOSING
-        if on.batch_end is not None:
-            on.batch_end(_BATCH_END, self)
-        scopes.batch = CLOSED
-        scopes.completed = batch
+        """Run one batch: forward and loss (`StepContext.evaluate`)."""
+        learner.evaluate(self, raw)
 
 
 class ValidationPhase(AbstractValidationPhase):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.batch_size import lengths, measure
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
 from flowtrain.callback.phases import Phase
@@ -20,7 +21,6 @@ from flowtrain.errors import UsageError, describe
 from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.device_values import Reading
-from flowtrain.training.step import lengths, measure
 
 __all__ = ["Metrics"]
 

@@ -166,6 +166,20 @@ class Callbacks(Sequence[Callback]):
             )
         return found
 
+    def must_find_same(self, new: Callback) -> Callback:
+        """Return the one callback of exactly the type of `new`, which is to replace it.
+
+        Raises:
+            CallbackError: There is none of exactly that type, or more than one.
+        """
+        same = [node.callback for node in self._nodes if type(node.callback) is type(new)]
+        if len(same) != 1:
+            raise CallbackError(
+                f"replace_callback({new!r}) needs exactly one {type(new).__name__} to replace; there are {len(same)}. "
+                f"Use set_callbacks(...) or add_callback(...)."
+            )
+        return same[0]
+
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The callbacks with their names and declarations."""

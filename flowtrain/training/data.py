@@ -22,10 +22,11 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import DataError, describe
+from flowtrain.errors import DataError, UsageError, describe
 from flowtrain.state.by_phase import PhaseMap
 
 __all__ = [
+    "check_fit_data",
     "check_gave",
     "has_workers",
     "length",
@@ -34,7 +35,6 @@ __all__ = [
     "planned_updates",
     "set_epoch",
     "shortest",
-    "warn_untrained",
 ]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
@@ -132,8 +132,27 @@ def check_loader(loader: Any, phase: Phase) -> None:
         raise DataError(_empty(phase, loader))
 
 
-def warn_untrained(data: PhaseMap[Any], stacklevel: int) -> None:
-    """Warn of a fit whose phases all evaluate; it is allowed, and rarely meant."""
+def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> None:
+    """Check that a fit has data, and if it counts batches, those of one training phase.
+
+    A fit in which every phase evaluates is allowed, and rarely meant, so it warns.
+
+    Args:
+        data: The loaders by phase.
+        by_steps: Whether the fit counts batches.
+        stacklevel: Where the warning points, as for `warnings.warn` in the caller.
+
+    Raises:
+        UsageError: It has none, or the training phases are none or several.
+    """
+    if not data:
+        raise UsageError("fit() has no data. Pass data=(train_loader, valid_loader) to Learner or to fit.")
+    training = [repr(phase) for phase in data if isinstance(phase, AbstractTrainingPhase)]
+    if by_steps and len(training) != 1:
+        raise UsageError(
+            f"fit(steps=...) counts the batches of one training phase; the data has "
+            f"{', '.join(training) or 'none'}. Use fit(epochs), or data with one."
+        )
     if all(isinstance(phase, AbstractValidationPhase) for phase in data):
         warnings.warn(
             f"fit() has no training phase in its data, only {', '.join(map(repr, data))}: nothing is trained. Use "

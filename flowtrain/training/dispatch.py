@@ -9,9 +9,21 @@ without handlers has no runner and costs a test for ``None``. `Dispatch` is the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, ClassVar
 
-from flowtrain.callback.events import BatchCancelled, EpochBegin, Event, UpdateBegin, UpdateEnd
+from flowtrain.callback.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchCancelled,
+    BatchEnd,
+    EpochBegin,
+    Event,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
@@ -23,15 +35,57 @@ from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
-from flowtrain.training.step import StepRunners
 
-__all__ = ["Dispatch"]
-
-_IN_A_BATCH: Set[type[Event]] = {EpochBegin, *StepRunners.events.values(), BatchCancelled}
-"""Events at which the batch state is that of the open batch, or of none; with accumulation an update may come later."""
+__all__ = ["Dispatch", "StepRunners"]
 
 _MOST_FIRED = 10_000
 """Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
+
+
+class StepRunners:
+    """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
+
+    A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
+
+    Attributes:
+        watched: Whether any callback has a handler that comes after the backward pass.
+        pairs: Whether the phase takes data as the pair that it is.
+    """
+
+    __slots__ = (
+        "backward_begin",
+        "backward_end",
+        "batch_begin",
+        "batch_end",
+        "loss_begin",
+        "pairs",
+        "update_begin",
+        "update_end",
+        "watched",
+    )
+    events: ClassVar[Mapping[str, type[Event]]] = {
+        "batch_begin": BatchBegin,
+        "loss_begin": LossBegin,
+        "backward_begin": BackwardBegin,
+        "backward_end": BackwardEnd,
+        "update_begin": UpdateBegin,
+        "update_end": UpdateEnd,
+        "batch_end": BatchEnd,
+    }
+
+    batch_begin: Any
+    loss_begin: Any
+    backward_begin: Any
+    backward_end: Any
+    update_begin: Any
+    update_end: Any
+    batch_end: Any
+    watched: bool
+    pairs: bool
+
+
+_IN_A_BATCH: Set[type[Event]] = {EpochBegin, *StepRunners.events.values(), BatchCancelled}
+"""Events at which the batch state is that of the open batch, or of none; with accumulation an update may come later."""
 
 
 class _Runners(dict[Phase, StepRunners]):
@@ -92,7 +146,7 @@ class Dispatch:
         if self._callbacks is None:
             self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
         self._callbacks = callbacks
-        self._scopes.kept = _seen_after_a_batch(callbacks.nodes, self._in_a_batch)
+        self._scopes.keep(_seen_after_a_batch(callbacks.nodes, self._in_a_batch))
         self._by_type.clear()
         self.runners.clear()
 
@@ -152,14 +206,26 @@ class Dispatch:
 
     def fire_from_outside(self, event: Event, phase: Phase) -> None:
         """Fire an event for a caller that may be outside of every scope; handlers cannot start training then."""
-        before, self._scopes.firing = self._scopes.firing, True
+        before = self._scopes.begin_call()
         try:
             self.fire(event, phase)
         except BaseException:
             self.fired.clear()
             raise
         finally:
-            self._scopes.firing = before
+            self._scopes.end_call(before)
+
+    def fire_last(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
+        """Fire the event that closes a scope; what it raises is added to `failures`.
+
+        What earlier events asked to fire is dropped: an interrupt may have left it behind.
+        """
+        self.fired.clear()
+        try:
+            self.fire(event, phase)
+        except BaseException as failure:
+            failures.append(failure)
+            self.fired.clear()
 
     def drain(self, phase: Phase) -> None:
         """Fire what handlers asked for, first in, first out; called by runners when an event has ended."""

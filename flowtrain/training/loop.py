@@ -13,17 +13,15 @@ from itertools import islice
 from typing import Any
 
 from flowtrain.callback.events import (
-    BatchCancelled,
     EpochBegin,
     EpochCancelled,
     EpochEnd,
-    Event,
     FitBegin,
     FitEnd,
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase, StepContext
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.core.core import TorchCore
 from flowtrain.errors import (
     CancelBatchException,
@@ -43,12 +41,12 @@ from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
-from flowtrain.training.step import CLOSED, CLOSING, OPEN, settle
+from flowtrain.training.step import StepParts, settle
 
 __all__ = ["Loop"]
 
 _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
-_BATCH_CANCELLED, _REST_BEGIN, _REST_END = BatchCancelled(), UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
+_REST_BEGIN, _REST_END = UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
 
 _LEFT_OPEN = "the step caught an exception and left its batch open"
 
@@ -62,7 +60,7 @@ class Loop:
         executor: What runs the plans.
         scopes: What is open, and where training is.
         dispatch: What fires events.
-        runners: For each phase, what to call at each event of its step.
+        parts: What steps run a batch with.
         sinks: The logging backends of the callbacks.
         cuts: The checkpoints.
     """
@@ -74,15 +72,14 @@ class Loop:
         self.scopes = Scopes()
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
-        self.runners = self.dispatch.runners
         self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.urgent)
         self.dispatch.checkpoint = self.cuts.take
+        self.parts = StepParts(state, core, self.scopes, self.dispatch, self.cuts)
 
     # --- fit and epoch
 
     def fit(
         self,
-        learner: StepContext,
         data: PhaseMap[Any],
         epochs: int | None,
         steps: int | None,
@@ -92,21 +89,20 @@ class Loop:
         try:
             workers = any(has_workers(loader) for loader in data.values())
             with Interrupts(self.dispatch, self.cuts.interrupted, workers):
-                return self._fit(learner, data, epochs, steps, validate_every)
+                return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can strike anywhere, and the learner is still to be of use
-            self.scopes.fit = self.scopes.epoch = self.scopes.batch = CLOSED
+            self.scopes.close_fit()
             self.cuts.leave_fit()
             self.dispatch.forget()
 
     def _fit(
         self,
-        learner: StepContext,
         data: PhaseMap[Any],
         epochs: int | None,
         steps: int | None,
         validate_every: int | None,
     ) -> BaseException | None:
-        self.scopes.fit = OPEN
+        self.scopes.open_fit()
         failures: list[BaseException] = []
         try:
             updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
@@ -115,13 +111,13 @@ class Loop:
             self.cuts.restore_random()  # what handlers of `FitBegin` drew was drawn before the checkpoint too
             if epochs is not None:
                 while position.rounds < epochs:
-                    self._fit_round(learner, data, position)
+                    self._fit_round(data, position)
             else:
-                self._fit_steps(learner, data, steps or 0, validate_every, position)
+                self._fit_steps(data, steps or 0, validate_every, position)
         except BaseException as failure:  # raised below, when the fit is closed
             failures.append(failure)
-        self.scopes.fit = CLOSING
-        self._close(FitEnd(_why_stopped(failures)), Phase(), failures)
+        self.scopes.end_fit()
+        self.dispatch.fire_last(FitEnd(_why_stopped(failures)), Phase(), failures)
         # What is urgent comes first while the position is known, which a checkpoint needs; then what the rest brought.
         attend = self.dispatch.attend
         for finish in (self.executor.flush, attend, self.cuts.end_fit, self.sinks.flush, attend):
@@ -135,16 +131,14 @@ class Loop:
             return cancel
         return None
 
-    def _fit_round(self, learner: StepContext, data: PhaseMap[Any], position: Position) -> None:
+    def _fit_round(self, data: PhaseMap[Any], position: Position) -> None:
         """Run an epoch of every phase that has not had its own in this round."""
         for phase, loader in data.items():
             if repr(phase) not in position.done:
-                self.epoch(learner, phase, loader)
+                self.epoch(phase, loader)
         position.end_round()
 
-    def _fit_steps(
-        self, learner: StepContext, data: PhaseMap[Any], steps: int, validate_every: int | None, position: Position
-    ) -> None:
+    def _fit_steps(self, data: PhaseMap[Any], steps: int, validate_every: int | None, position: Position) -> None:
         """Train in epochs of `validate_every` batches, or of one pass of the loader, each followed by the others."""
         training = next(phase for phase in data if isinstance(phase, AbstractTrainingPhase))
         loader = data[training]
@@ -158,19 +152,19 @@ class Loop:
                 most = left if validate_every is None else min(left, validate_every)
                 # An epoch that was cancelled before its first batch counts too, or this might never end.
                 position.count(training, 1 if validate_every is None else most)
-                self.epoch(learner, training, loader, most)
-            self._fit_round(learner, data, position)
+                self.epoch(training, loader, most)
+            self._fit_round(data, position)
 
-    def epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
+    def epoch(self, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
         try:
-            self._epoch(learner, phase, loader, most)
+            self._epoch(phase, loader, most)
         finally:  # an interrupt can strike while the epoch is being closed
-            self.scopes.epoch = self.scopes.batch = CLOSED
+            self.scopes.close_epoch()
         if self.dispatch.urgent:  # what was asked for in a batch that ended the epoch
             self.dispatch.attend()
 
-    def _epoch(self, learner: StepContext, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
+    def _epoch(self, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
         scopes, position = self.scopes, self.cuts.position
         failures: list[BaseException] = []
         with self._mode(phase):
@@ -179,7 +173,7 @@ class Loop:
             self.core.end_groups()
             try:
                 batches = self._begin_epoch(phase, loader)
-                self._run(learner, phase, batches, shortest(length(loader), most), most)
+                self._run(phase, batches, shortest(length(loader), most), most)
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
@@ -192,10 +186,10 @@ class Loop:
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
             self.core.end_groups()
-            scopes.epoch = CLOSING
+            scopes.end_epoch()
             if not failures:
                 position.end_epoch(scopes.batch_number)
-            self._close(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
+            self.dispatch.fire_last(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
         if failures:
             raise_worst(failures)
 
@@ -210,10 +204,10 @@ class Loop:
         if not groups or not all(isinstance(failure, CancelException) for failure in failures):
             return
         self.state.batch.grads = self.core.grads
-        scopes.batch = OPEN
+        scopes.open_batch()
         try:
             for names in groups:
-                self.update(phase, names, _REST_BEGIN, _REST_END)
+                self.parts.update_due(phase, names, _REST_BEGIN, _REST_END)
         except (CancelBatchException, CancelEpochException):
             self.core.discard()
         except BaseException as failure:  # raised when the epoch is closed
@@ -222,21 +216,7 @@ class Loop:
             if not isinstance(failure, CancelException):
                 self.cuts.drop()
             failures.append(failure)
-        scopes.batch = CLOSED
-
-    def update(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
-        """Step the optimizers of these names together, between the two events."""
-        on, core = self.runners[phase], self.core
-        core.unscale(names)
-        if on.update_begin is not None:
-            on.update_begin(begin, phase)
-        norm = core.clip(names)
-        if norm is not None:
-            self.state.batch.grad_norm = norm
-        core.step(names)
-        self.state.updates += 1
-        if on.update_end is not None:
-            on.update_end(end, phase)
+        scopes.close_batch()
 
     @contextmanager
     def _mode(self, phase: Phase) -> Generator[None]:
@@ -259,7 +239,7 @@ class Loop:
         cuts, position = self.cuts, self.cuts.position
         resuming = position.leave_resumed(phase)
         if resuming:
-            self.scopes.batch_number = position.batches
+            self.scopes.continue_epoch(position.batches)
         else:
             position.begin_epoch(phase)
         if not isinstance(loader, Stream):
@@ -279,78 +259,47 @@ class Loop:
         cuts.let_go()
         return batches
 
-    def _close(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
-        """Fire the event that closes a scope; what it raises is added to `failures`."""
-        self.dispatch.fired.clear()
-        before = len(failures)
-        _attempt(failures, self.dispatch.fire, event, phase)
-        if len(failures) > before:
-            self.dispatch.fired.clear()
-
     def _show(self, batch: BatchState | None) -> None:
         if batch is not self.state.batch:
             self.state.show(batch if batch is not None else BatchState())
         settle(self.state.batch)
 
-    def _run(
-        self, learner: StepContext, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None
-    ) -> None:
+    def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
         """Run the batches that are left of an epoch of `total` batches, where that is known, and of `most` at most."""
-        step, scopes, urgent = phase.step, self.scopes, self.dispatch.urgent
+        step, scopes, urgent = self.parts.step_of(phase), self.scopes, self.dispatch.urgent
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
         fed = self.core.feed(batches, None if total is None else total - done)
         for scopes.batch_number, raw in enumerate(fed, done + 1):
             try:
-                step(learner, raw)
+                step(raw)
                 if scopes.batch:  # not CLOSED, which is 0; every instruction here is one for each batch
                     raise CancelBatchException(_LEFT_OPEN)
             except BaseException as failure:  # closes the batch, then raises what is left
-                self.close_batch(phase, failure, CancelBatchException)
+                self.parts.cancel_batch(phase, failure, CancelBatchException)
             if urgent:  # before the loader is asked for more, so that a checkpoint knows what it has drawn
                 self.dispatch.attend()
 
-    def close_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
-        """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
-        scopes = self.scopes
-        scopes.locate(failure, phase)
-        failures = [failure]
-        del failure  # see `raise_worst`
-        self.dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for
-        if not isinstance(failures[0], CancelException):
-            self.cuts.drop()
-        if scopes.batch == OPEN:
-            scopes.batch = CLOSING
-            if scopes.backward:
-                self.core.discard()
-                settle(self.state.batch)
-            self._close(_BATCH_CANCELLED, phase, failures)
-        elif scopes.batch == CLOSING:
-            scopes.completed = self.state.batch  # BatchEnd was fired: the batch itself is complete
-        scopes.batch = CLOSED
-        raise_worst(failures, *ends)
-
     # --- one batch
 
-    def step(self, learner: StepContext, phase: Phase, raw: Any) -> BatchState:
+    def step(self, phase: Phase, raw: Any) -> BatchState:
         """Run one batch outside of an epoch, in the phase's mode; return its state."""
         try:
-            self.scopes.firing = True  # a step may not begin another one, nor a fit
+            self.scopes.begin_call()  # a step may not begin another one, nor a fit
             with self._mode(phase):
                 try:
-                    phase.step(learner, raw)
-                    if self.scopes.batch != CLOSED:
+                    self.parts.step_of(phase)(raw)
+                    if self.scopes.batch:
                         raise CancelBatchException(_LEFT_OPEN)
                 except BaseException as failure:  # closes the batch, then raises what is left
                     # There is no epoch to cancel.
-                    self.close_batch(phase, failure, CancelBatchException, CancelEpochException)
+                    self.parts.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
             settle(self.state.batch)
             if self.dispatch.urgent:
                 self.dispatch.attend()
         finally:
-            self.scopes.firing = False
-            self.scopes.batch = CLOSED
+            self.scopes.close_step()
         return self.state.batch
 
 

@@ -25,10 +25,10 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
+from flowtrain.callback.batch_size import lengths, measure
 from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.checkpoint.files import resolve
-from flowtrain.training.step import lengths, measure
 
 zeros = torch.zeros
 

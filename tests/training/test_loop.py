@@ -835,7 +835,7 @@ def _interrupt(number: int, run: Callable[[], None]) -> int | None:
     def strike(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal at, left
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        clears_up = "self.scopes" in line and "CLOSED" in line
+        clears_up = "self.scopes.close" in line
         if event == "line" and not clears_up:
             left -= 1
             if left == 0:

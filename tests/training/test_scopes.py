@@ -24,8 +24,7 @@ from flowtrain import (
 )
 from flowtrain.graph.plan import Step
 from flowtrain.testing import tiny_learner
-from flowtrain.training.scopes import Scopes
-from flowtrain.training.step import CLOSED, CLOSING, OPEN
+from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
 
 class Note(Callback):
@@ -37,12 +36,12 @@ def step() -> Step:
     return tiny_learner(Note(), default_callbacks=False).callbacks.plan(BatchEnd, TrainingPhase).steps[0]
 
 
-@pytest.mark.parametrize("where", list(itertools.product((CLOSED, OPEN, CLOSING), repeat=3)))
+@pytest.mark.parametrize("where", list(itertools.product((CLOSED, OPEN, ENDING), repeat=3)))
 def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
     """Rule 16: a cancel counts while its scope is open; without a fit that of a fit goes to the caller."""
     scopes = Scopes()
     scopes.fit, scopes.epoch, scopes.batch = where
-    assert scopes.means_something(CancelFittingException()) is (scopes.fit != CLOSING)
+    assert scopes.means_something(CancelFittingException()) is (scopes.fit != ENDING)
     assert scopes.means_something(CancelEpochException()) is (scopes.epoch == OPEN)
     assert scopes.means_something(CancelBatchException()) is (scopes.batch == OPEN)
     assert scopes.means_something(ValueError())
@@ -90,7 +89,7 @@ def test_the_note_on_an_exception() -> None:
     ("scope", "inside"),
     [("fit", "inside fit"), ("epoch", "inside an epoch of Phase"), ("batch", "a batch or an event")],
 )
-@pytest.mark.parametrize("state", [OPEN, CLOSING])
+@pytest.mark.parametrize("state", [OPEN, ENDING])
 def test_training_inside_of_training_is_refused(scope: str, inside: str, state: int) -> None:
     """Rule 18."""
     scopes = Scopes()
@@ -103,6 +102,6 @@ def test_training_inside_of_training_is_refused(scope: str, inside: str, state: 
 
 def test_while_an_event_is_fired_from_outside_training_cannot_start() -> None:
     scopes = Scopes()
-    scopes.firing = True
+    scopes.begin_call()
     with pytest.raises(UsageError, match="a batch or an event"):
         scopes.refuse_nested("step()")

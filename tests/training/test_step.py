@@ -31,7 +31,7 @@ from flowtrain import (
 )
 from flowtrain.errors import describe
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.step import StepRunners
+from flowtrain.training.dispatch import StepRunners
 
 TYPES = [Phase, AbstractTrainingPhase, TrainingPhase, AbstractValidationPhase, ValidationPhase]
 SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [

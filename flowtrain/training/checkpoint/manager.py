@@ -39,9 +39,8 @@ from flowtrain.training.checkpoint.rng import (
     set_random_state,
     start_workers,
 )
-from flowtrain.training.scopes import Scopes
+from flowtrain.training.scopes import OPEN, Scopes
 from flowtrain.training.sinks import Sinks
-from flowtrain.training.step import OPEN
 
 __all__ = ["Cuts"]
 
@@ -294,14 +293,15 @@ class Cuts:
 
     def _set_numbers(self, contents: Mapping[str, Any]) -> None:
         phases = {repr(phase): phase for phase in self._state.data}
-        scopes, position = self._scopes, contents["position"]
-        scopes.numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
-        scopes.passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
+        numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
+        passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
+        position = contents["position"]
         phase = phases.get(position["phase"])
         if phase is not None:  # that epoch begins once more, and with it the pass, unless epochs share passes
-            scopes.numbers[phase] -= 1
-            if phase in scopes.passes and position["stream"] is None:
-                scopes.passes[phase] -= 1
+            numbers[phase] -= 1
+            if phase in passes and position["stream"] is None:
+                passes[phase] -= 1
+        self._scopes.restore_numbers(numbers, passes)
 
     def begin_fit(self, unit: str) -> Position:
         """Return the position that the fit begins at: that of the checkpoint, or none of its epochs done."""

@@ -18,6 +18,7 @@ from flowtrain import (
     LearnerView,
     Phase,
     StepContext,
+    TrainingPhase,
     UsageError,
     on,
 )
@@ -186,3 +187,54 @@ def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:
     learner = Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, default_callbacks=False)
     with pytest.raises(CoreError, match=r"backward\(name='gen'\): there is no such optimizer"):
         learner.step(Wrong, torch.ones(2, 1))
+
+
+# --- what a step gets
+
+
+def test_a_step_gets_what_its_context_documents() -> None:
+    seen: dict[str, Any] = {}
+
+    class Looks(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw):
+                names = [name for name, value in vars(StepContext).items() if isinstance(value, property)]
+                seen.update({name: getattr(learner, name) for name in names})
+
+    _, learner = watched(data={Looks: [torch.ones(2)]})
+    learner.fit(1)
+    assert {*seen} == {"model", "lossfn", "optimizer", "params", "data", "batch", "cbstate"}
+    for name, value in seen.items():
+        assert value is getattr(learner, name) or value == getattr(learner, name), name
+
+
+def test_a_step_that_asks_for_something_else_is_told_what_there_is() -> None:
+    class Asks(AbstractTrainingPhase):
+        def step(self, learner: Any, raw: Any) -> None:
+            learner.get_callback(Watch)
+
+    _, learner = watched(data={Asks: [1]})
+    with pytest.raises(AttributeError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == (
+        "A step's learner has no 'get_callback'. It has model, lossfn, optimizer, params, data, batch, cbstate, and "
+        "the methods run_batch, forward, backward, update and fire. Other objects that a step needs go into cbstate, "
+        "by a callback's setup."
+    )
+
+
+def test_a_bundled_step_that_is_called_by_a_step_of_ones_own_is_the_bundled_one() -> None:
+    """The fast form runs where a step is inherited, and where it is called with ``super()``: one training."""
+
+    class Calls(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            super().step(learner, raw)
+
+    def trained(phase: type[Phase]) -> tuple[list[str], torch.Tensor]:
+        watch, learner = watched(data={phase: tiny_batches(n_batches=3)})
+        learner.fit(2)
+        return watch.names, learner.model.coeff.detach()
+
+    (inherited, one), (called, other) = trained(TrainingPhase), trained(Calls)
+    assert inherited == called
+    assert torch.equal(one, other)
