@@ -805,7 +805,7 @@ def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
-    """A second signal strikes at any line of the loop; what was open is not open any more, and training can go on."""
+    """After a second signal at any line of the loop or a step nothing is open, and the learner can train again."""
     learner = tiny_learner(data=tiny_batches(n_batches=1))
 
     def run() -> None:
@@ -815,22 +815,24 @@ def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
             learner.epoch(TrainingPhase)
 
     run()
-    struck = set[int]()
+    struck = set[tuple[str, int]]()
     for line in range(1, 1000):
         hit = _interrupt(line, run)
         if hit is None:
             break
         struck.add(hit)
         run()
-    assert len(struck) > 25
+    assert len(struck) > 60
+    assert {file.rpartition("/")[2] for file, _ in struck} == {"loop.py", "step.py"}
 
 
-def _interrupt(number: int, run: Callable[[], None]) -> int | None:
-    """Raise at the n-th line that runs in the module, except where it clears up; return where, if there are so many."""
+def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
+    """Raise at the n-th line that runs in the loop or a step, but for those that close scopes; return where it was."""
     at, left = None, number
+    modules = ("flowtrain.training.loop", "flowtrain.training.step")
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        return strike if frame.f_globals.get("__name__") == "flowtrain.training.loop" else None
+        return strike if frame.f_globals.get("__name__") in modules else None
 
     def strike(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal at, left
@@ -839,7 +841,7 @@ def _interrupt(number: int, run: Callable[[], None]) -> int | None:
         if event == "line" and not clears_up:
             left -= 1
             if left == 0:
-                at = frame.f_lineno
+                at = frame.f_code.co_filename, frame.f_lineno
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return strike
