@@ -49,7 +49,7 @@ EVENT, PHASE = BatchEnd(), TrainingPhase()
 STEP = 5.5e-3
 WORKERS = 2
 SETTLED = 30
-"""Firings before anything is timed: a decision takes 12."""
+"""Firings before anything is timed: a decision takes 11 at most."""
 
 COSTS = (10e-6, 100e-6, 500e-6, 2e-3, 10e-3, 50e-3)
 COUNTS = (2, 4, 8)

@@ -1,8 +1,8 @@
 """The executor: one for a learner, with a task graph, strands and a decision for each plan.
 
 ``compile`` gives a plan the runner that costs least. A plan of which no two handlers may run at the same time gets the
-serial executor's own. For the others `Race` decides, or `parallel` does. A runner that is no longer right is replaced
-in the loop (`flowtrain.graph.executor.Site.swap`), so what has been decided is not asked again at every event.
+serial executor's own. For the others a `Decision` is made, or ``parallel=`` says it. A runner that is no longer right
+is replaced in the loop (`flowtrain.graph.executor.Site.swap`), so a decision is not asked for at every event.
 
 How one plan is run, and why: what the executor keeps of it, and the words in which it explains it.
 """
@@ -28,8 +28,8 @@ from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.lanes.transport import OnLoss
-from flowtrain_dask.parallel.decision import Race
-from flowtrain_dask.parallel.firing import CLOSED, Crew, Ways
+from flowtrain_dask.parallel.decision import Decision
+from flowtrain_dask.parallel.firing import CLOSED, Crew, TimedPlan
 from flowtrain_dask.parallel.strands import Strands, at_home, is_chain, pack
 from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
 from flowtrain_dask.snapshots.taker import Shared
@@ -179,12 +179,12 @@ class DaskExecutor:
         return entry.explain()
 
     def flush(self) -> None:
-        """Wait until every deferred event is processed; plans that were found to be cheap are timed again.
+        """Wait until every deferred event is processed; plans that were decided on long ago are timed again.
 
         Raises:
             Exception: What a deferred callback raised.
         """
-        self._rearm()
+        self._look_again()
         self._deferring.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,9 +207,6 @@ class DaskExecutor:
         if self._site is not None:
             for entry in self._entries.values():
                 self._site.swap(entry.plan, _closed)
-        for entry in self._entries.values():
-            if entry.race is not None:
-                entry.race.runner = _closed  # in place of a method of its own, which leads back to the plan
         self._entries.clear()
 
     # --- plans
@@ -220,21 +217,13 @@ class DaskExecutor:
         why = why_serial(plan, home, self.workers, self.parallel)
         if why:
             return Route(plan, graph, serial, why)
-        ways = Ways(plan, self._crew, site)
+        timed = TimedPlan(plan, self._crew, site, serial)
         pack = partial(spread, graph, self.workers, home)
         if self.parallel == "auto":
-            race = Race(plan, ways, pack, serial, self._swap)
-            return Route(plan, graph, race.runner, "", race=race)
+            decision = Decision(timed, pack, partial(self._swap, plan))
+            return Route(plan, graph, decision.measure, "", decision=decision)
         strands = pack([1.0] * len(plan))
-
-        def always(event: Event, phase: Phase) -> None:
-            if ways.busy:
-                serial(event, phase)
-            else:
-                _, failures = ways.parallel(strands, event, phase)
-                ways.settle(failures, event, phase)
-
-        return Route(plan, graph, always, "parallel='always'", strands)
+        return Route(plan, graph, partial(timed.fire, strands), "parallel='always'", strands)
 
     def _swap(self, plan: Plan, runner: Runner) -> None:
         entry = self._entries.get((plan.event_type, plan.phase_type))
@@ -242,22 +231,22 @@ class DaskExecutor:
             self._site.swap(plan, self._hooked(entry, runner))
 
     def _hooked(self, entry: Route, runner: Runner) -> Runner:
-        """Return the runner; at the beginning of an epoch with a look at the plans that are not counted."""
+        """Return the runner; that of the beginning of an epoch also has plans timed again."""
         if entry.shared is not None:
             runner = sharing(runner, entry.shared)
         if not issubclass(entry.plan.event_type, EpochBegin):
             return runner
 
         def begin(event: Event, phase: Phase) -> None:
-            self._rearm()
+            self._look_again()
             runner(event, phase)
 
         return begin
 
-    def _rearm(self) -> None:
+    def _look_again(self) -> None:
         for entry in self._entries.values():
-            if entry.race is not None:
-                entry.race.rearm()
+            if entry.decision is not None:
+                entry.decision.look_again()
 
     def _check_open(self) -> None:
         if self._crew.closed:
@@ -293,16 +282,16 @@ class Route:
     runner: Runner
     reason: str
     strands: Strands | None = None
-    race: Race | None = None
+    decision: Decision | None = None
     original: Plan | None = None
     shared: Shared | None = None
 
     def explain(self) -> str:
         """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""
-        if self.race is None:
+        found = self.decision
+        if found is None:
             return _shown("inline" if self.strands is None else "parallel", self.reason, self.plan, self.strands)
-        race = self.race
-        return _shown(race.mode, race.reason, self.plan, race.strands if race.mode == "parallel" else None)
+        return _shown(found.mode, found.reason, self.plan, found.strands if found.mode == "parallel" else None)
 
 
 def why_serial(plan: Plan, home: frozenset[int], workers: int, parallel: Parallel) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import dask.threaded
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,8 @@ from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor
+from flowtrain_dask.parallel.firing import Firing
+from flowtrain_dask.parallel.task_graph import compile_plan
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "60"))
 ENTRIES = ("cbstate.a", "cbstate.b", "cbstate.c")
@@ -232,7 +235,7 @@ LOGGERS = [type(f"L{number}", (Logs,), {}) for number in range(10)]
 @settings(max_examples=EXAMPLES * 4, deadline=None)
 @given(st.data())
 def test_no_handler_starts_before_those_that_it_waits_for_have_returned(data: st.DataObject) -> None:
-    """Also on more strands than cores, with failures, resources and `NoConflict`."""
+    """On strands, and as tasks of the graph that dask runs by itself; with failures, resources and `NoConflict`."""
     count = data.draw(st.integers(2, len(LOGGERS)))
     failing = data.draw(st.sets(st.integers(0, count - 1), max_size=3))
     pauses = data.draw(st.lists(st.sampled_from([0.0, 0.0, 1e-5, 2e-4]), min_size=count, max_size=count))
@@ -269,14 +272,26 @@ def test_no_handler_starts_before_those_that_it_waits_for_have_returned(data: st
         executor.close()
         return [(name, str(failure)) for name, failure in site.failures]
 
+    def fire_graph(workers: int) -> list[tuple[str, str]]:
+        graph, firing = compile_plan(plan), Firing(plan, (0,) * count, 0, BatchEnd(), TrainingPhase())
+        graph.cell.firing = firing
+        dask.threaded.get(graph, list(graph), num_workers=workers)
+        return [(step.node.name, str(failure)) for step, failure in firing.finish()]
+
     wanted, ran = fire(SerialExecutor()), {name for _, name in log}
-    log.clear()
-    assert fire(DaskExecutor(workers=data.draw(st.integers(2, 5)), parallel="always")) == wanted
-    assert {name for _, name in log} == ran
-    assert len(log) == 2 * len(ran)
-    for position, name in enumerate(names):
-        if name in ran:
-            start = log.index(("start", name))
-            for before in range(position):
-                if plan.ancestors[position] >> before & 1:
-                    assert log.index(("end", names[before])) < start
+    workers = data.draw(st.integers(2, 5))
+    firings: list[Callable[[], list[tuple[str, str]]]] = [
+        lambda: fire(DaskExecutor(workers=workers, parallel="always")),
+        lambda: fire_graph(workers),
+    ]
+    for failures in firings:
+        log.clear()
+        assert failures() == wanted
+        assert {name for _, name in log} == ran
+        assert len(log) == 2 * len(ran)
+        for position, name in enumerate(names):
+            if name in ran:
+                start = log.index(("start", name))
+                for before in range(position):
+                    if plan.ancestors[position] >> before & 1:
+                        assert log.index(("end", names[before])) < start

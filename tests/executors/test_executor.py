@@ -352,9 +352,8 @@ def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
 
 def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was decided for the old plan is not put in place of the new one."""
-    monkeypatch.setattr(
-        "flowtrain_dask.parallel.decision._REARM_AFTER", -1.0
-    )  # plans are looked at again at every `flush`
+    for name in ("_LOOK_AFTER", "_SHARE"):  # plans are timed again at every `flush`
+        monkeypatch.setattr(f"flowtrain_dask.parallel.decision.{name}", 0.0)
     counts: dict[str, int] = {}
 
     def count(name: str) -> Callable[[LearnerView], None]:

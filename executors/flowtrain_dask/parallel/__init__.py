@@ -1,6 +1,6 @@
 """Independent handlers of one event at the same time, with the serial result.
 
-A plan goes through these modules: `compile` (a dask task for each handler), `strands` (which handlers on which thread),
-`firing` (one event: the barrier, failures), `ways` and `race` (inline or parallel: measured). `compat` is the only one
-that imports dask's internals, and `torch_state` the only one that knows what torch keeps for a thread.
+`task_graph` compiles a plan to a dask graph, a task for each handler: the graph that is shown and drawn. From its edges
+`strands` says which handlers run one after the other on which thread, `firing` runs them and waits for all, and
+`decision` times whether that is faster than inline. `torch_state` knows what torch keeps for each thread.
 """

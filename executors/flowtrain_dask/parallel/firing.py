@@ -7,13 +7,9 @@ that exactly the handlers with no failed ancestor run. Nothing is raised before 
 Plans of which every handler runs whatever failed (`Plan.always`) are not run here: no interrupt may stop those.
 
 An interrupt (an exception that is no `Exception`) stops the firing: no handler starts any more, those that run are
-waited for, and the interrupt goes on. A second interrupt during that wait leaves at once.
+waited for, and then the interrupt is raised. A second interrupt during that wait is raised at once.
 
-The two ways to run one firing of a plan, timed: inline in serial order, or on strands.
-
-Both only run handlers and return the failures in serial order. `Ways.settle` does what comes after: it raises for the
-failures, and fires what the handlers asked for. It is called last, after all book-keeping, because either can raise,
-and either can fire the same event again.
+A `Crew` has the threads that strands run on, and a `TimedPlan` runs one plan, inline or on strands.
 """
 
 from __future__ import annotations
@@ -21,32 +17,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
-from flowtrain.graph.executor import Site
+from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.plan import Plan, Step
 from flowtrain_dask.parallel.strands import Strands
-from flowtrain_dask.parallel.task_graph import Task, after, run_graph
 from flowtrain_dask.parallel.torch_state import TorchState
 
-__all__ = [
-    "CLOSED",
-    "Crew",
-    "Failures",
-    "Firing",
-    "Ways",
-]
+__all__ = ["CLOSED", "Crew", "Failures", "Firing", "TimedPlan"]
 
 CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
 
-_HOME = "strand 0"
-"""The key of the task that is the training thread's."""
+Failures: TypeAlias = list[tuple[Step, Exception]]
+"""Handlers that failed, in serial order."""
 
 
 class Firing:
@@ -135,7 +123,7 @@ class Firing:
             while self._running:
                 self._changed.wait()
 
-    def finish(self) -> list[tuple[Step, Exception]]:
+    def finish(self) -> Failures:
         """Return the failures in serial order; raise an interrupt that came from a handler."""
         interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
@@ -168,7 +156,7 @@ class Crew:
         self._pool: ThreadPoolExecutor | None = None
         self._left_behind: Firing | None = None
 
-    def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> list[tuple[Step, Exception]]:
+    def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> Failures:
         """Run a plan on its strands; return the failures in serial order when every strand has ended.
 
         Args:
@@ -188,13 +176,13 @@ class Crew:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max(1, self.workers - 1), "flowtrain-dask")
         firing = Firing(plan, strands.waits, strands.signals, event, phase)
-        graph: dict[str, Task] = {}
-        for number, strand in enumerate(strands.strands):
-            key = f"strand {number}"
-            graph[key] = after(key, partial(firing.work, strand))
+        here, *others = strands.strands
         self.busy = True
         try:
-            run_graph(graph, _Hands(self._pool, len(graph)).submit, len(graph))
+            ends = [self._pool.submit(copy_context().run, firing.work, strand) for strand in others]
+            firing.work(here)
+            for end in ends:
+                end.result()
         except BaseException:  # an interrupt of the training thread
             firing.stop()
             self._left_behind = firing
@@ -219,58 +207,46 @@ class Crew:
             self._pool = None
 
 
-class _Hands:
-    """Takes the tasks of one firing: all but the training thread's go to the pool at once, that one runs last, here.
+class TimedPlan:
+    """Runs one plan, inline or on strands, and times it.
 
-    Were the training thread's task run as soon as it is handed over, those behind it would wait for it.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor, tasks: int) -> None:
-        self._pool = pool
-        self._left = tasks
-        self._held: tuple[Future[Any], Any, Any] | None = None
-
-    def submit(self, function: Any, tasks: list[tuple[Any, ...]]) -> Future[Any]:
-        self._left -= 1
-        if tasks[0][0] == _HOME:
-            found: Future[Any] = Future()
-            self._held = (found, function, tasks)
-        else:
-            found = self._pool.submit(copy_context().run, function, tasks)
-        if not self._left and self._held is not None:
-            held, call, arguments = self._held
-            held.set_result(call(arguments))  # dask's function catches what its tasks raise
-        return found
-
-
-Failures: TypeAlias = list[tuple[Step, Exception]]
-
-
-class Ways:
-    """Runs one plan.
+    `inline` and `parallel` run the handlers and return the failures. `settle` comes last, after all book-keeping: it
+    raises for the failures and fires what the handlers asked for, either can raise, and either can fire the same event
+    again.
 
     Args:
         plan: The plan.
-        crew: Who runs strands.
+        crew: Runs strands.
         site: The loop.
+        serial: The serial executor's runner of the plan.
         clock: The time in seconds.
     """
 
-    def __init__(self, plan: Plan, crew: Crew, site: Site, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, crew: Crew, site: Site, serial: Runner, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.plan = plan
+        self.serial = serial
         self._crew = crew
         self._site = site
         self._clock = clock
         self._rank = {step.node.name: position for position, step in enumerate(plan.steps)}
 
+    def fire(self, strands: Strands, event: Event, phase: Phase) -> None:
+        """Run on strands, whatever that takes; inline where a handler that runs on a strand fires the event."""
+        if self.busy:
+            return self.serial(event, phase)
+        _, failures = self.parallel(strands, event, phase)
+        return self.settle(failures, event, phase)
+
     @property
     def busy(self) -> bool:
-        """Whether strands are running: then a handler fires an event by itself, and that runs where it is."""
+        """Whether strands are running: an event that a handler fires meanwhile runs inline, on the handler's thread."""
         return self._crew.busy
 
     def inline(self, event: Event, phase: Phase) -> tuple[list[float], Failures]:
         """Run as the serial executor does; return the seconds of each handler that ran, and the failures."""
-        plan, clock = self._plan, self._clock
+        plan, clock = self.plan, self._clock
         times: list[float] = []
         failures: Failures = []
         lost = 0
@@ -294,7 +270,7 @@ class Ways:
         fired = self._site.fired
         start = len(fired)
         before = self._clock()
-        failures = self._crew.fire(self._plan, strands, event, phase)
+        failures = self._crew.fire(self.plan, strands, event, phase)
         took = self._clock() - before
         if len(fired) - start > 1:  # strands fire in any order; one callback's own events keep theirs
             fired[start:] = sorted(fired[start:], key=lambda one: self._rank.get(one[0], len(self._rank)))
@@ -310,7 +286,7 @@ class Ways:
             handed = list(failures)
             failures.clear()
             try:
-                self._site.fail(self._plan, event, phase, handed)
+                self._site.fail(self.plan, event, phase, handed)
             finally:
                 handed.clear()
         if self._site.fired:

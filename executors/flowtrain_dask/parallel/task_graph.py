@@ -5,41 +5,23 @@ the plan's edges without those that others imply. The tasks take nothing but the
 from a `Cell` that all tasks of one plan share, and which is filled for each firing. What an event really runs is
 derived from it, see `flowtrain_dask.parallel.strands`: a dask task for every handler costs more than most handlers do.
 
-What flowtrain needs of dask's internals; no other module imports them.
-
-dask's own documentation names other places for these, which do not exist in the versions that are supported.
-
-- `Task` is a node of a graph: a key, a function, and arguments. A `TaskRef` among the arguments is an edge. (A tuple
-  ``(f, "a")`` would be one too, but is deprecated, and mistakes any string that equals a key for an edge.)
-- `run_graph` is dask's threaded scheduler without its global settings: no callbacks of `dask.diagnostics`, no
-  configured cache, chunks of one task. On an error it raises at once and leaves other tasks running, so what it runs
-  must not raise.
+`Task` and `TaskRef` are dask's own: a task is a node, with a key, a function and arguments, and a `TaskRef` among the
+arguments is an edge. dask's documentation names another place for them, which does not exist in the versions that are
+supported. (A tuple ``(f, "a")`` would be a node too, but is deprecated, and mistakes any string that equals a key for
+an edge.) No other module imports what dask keeps for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Protocol
 
 from dask._task_spec import Task, TaskRef
-from dask.local import get_async
 
 from flowtrain.graph.plan import Plan
 
-__all__ = [
-    "Cell",
-    "EventGraph",
-    "HandlerRun",
-    "Submit",
-    "Task",
-    "TaskRef",
-    "after",
-    "compile_plan",
-    "direct_predecessors",
-    "run_graph",
-]
+__all__ = ["Cell", "EventGraph", "HandlerRun", "Task", "TaskRef", "compile_plan", "direct_predecessors"]
 
 
 class HandlerRun(Protocol):
@@ -124,45 +106,10 @@ def compile_plan(plan: Plan) -> EventGraph:
     for position, key in enumerate(keys):
         task = partial(_run, cell, position)
         task.__name__ = key  # type: ignore[attr-defined]  # what dask draws
-        graph[key] = after(key, task, [keys[before] for before in graph.before[position]])
+        graph[key] = Task(key, task, *(TaskRef(keys[before]) for before in graph.before[position]))
     return graph
 
 
 def _run(cell: Cell, position: int, *_: object) -> None:
     if cell.firing is not None:
         cell.firing.run(position)
-
-
-Submit = Callable[..., "Future[Any]"]
-"""Runs ``function(arguments)`` somewhere: the shape of `concurrent.futures.Executor.submit`."""
-
-
-def after(key: str, function: Callable[..., object], before: Sequence[str] = ()) -> Task:
-    """Return a task that runs when the tasks with the keys `before` have run.
-
-    Args:
-        key: The key of the new task.
-        function: Called with the result of each task in `before`.
-        before: The keys of the tasks to wait for.
-    """
-    return Task(key, function, *(TaskRef(other) for other in before))
-
-
-def run_graph(graph: Mapping[str, Task], submit: Submit, workers: int) -> None:
-    """Run every task of a graph, and return when all have run.
-
-    Args:
-        graph: The tasks by key.
-        submit: Runs one task. The scheduler itself runs on the calling thread.
-        workers: How many tasks may run at the same time.
-    """
-    get_async(  # type: ignore[no-untyped-call]  # dask leaves it without annotations
-        submit,
-        workers,
-        graph,
-        list(graph),
-        cache={},
-        callbacks=(),
-        chunksize=1,
-        rerun_exceptions_locally=False,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import threading
@@ -16,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flowtrain_dask
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
-from flowtrain_dask.parallel.task_graph import compile_plan
+from flowtrain_dask.parallel.task_graph import Task, TaskRef, compile_plan
 
 
 class Notes(Callback):
@@ -128,3 +130,32 @@ def test_dask_draws_the_graph(tmp_path: Path) -> None:
     boxes = re.findall(r"<text[^>]*>([^<]+)<", drawn)
     assert sorted(box for box in boxes if "." in box) == sorted(graph)
     assert drawn.count('class="edge"') == len(graph) + sum(len(before) for before in graph.before)
+
+
+def test_a_text_that_is_also_a_key_is_no_edge() -> None:
+    """Why the graph is made of dask's tasks, and not of tuples."""
+    seen: list[object] = []
+    graph = {
+        "a": Task("a", lambda: 1),
+        "text": Task("text", seen.append, "a"),
+        "edge": Task("edge", seen.append, TaskRef("a")),
+    }
+    dask.threaded.get(graph, list(graph))
+    assert sorted(seen, key=str) == [1, "a"]
+    assert set(graph["text"].dependencies) == set()
+
+
+def test_no_other_module_imports_what_dask_calls_its_own() -> None:
+    package = Path(flowtrain_dask.__file__).parent
+    found = {
+        str(path.relative_to(package)): name
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom)
+            else [each.name for each in node.names] if isinstance(node, ast.Import)
+            else []
+        )
+        if name == "dask.local" or name.startswith("dask._")
+    }  # fmt: skip
+    assert set(found) == {str(Path("parallel", "task_graph.py"))}

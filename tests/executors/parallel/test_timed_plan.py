@@ -1,4 +1,4 @@
-"""The two ways to run a firing: what each times and returns, and what comes after it."""
+"""A plan run inline and on strands: the times and the failures of each, and what is done with them afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain.graph.executor import SerialExecutor
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.graph.registry import Callbacks
 from flowtrain.testing import TinySite
-from flowtrain_dask.parallel.firing import Crew, Failures, Ways
+from flowtrain_dask.parallel.firing import Crew, Failures, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
 
@@ -64,14 +65,16 @@ class Batch:
 
 
 class Bench:
-    """Ways of a plan, with a clock that only handlers move."""
+    """A plan with a clock that only handlers move."""
 
     def __init__(self, crew: Crew, *callbacks: Callback, site: TinySite | None = None) -> None:
         self.now = 100.0
         self.site = TinySite() if site is None else site
         self.site.state.fired = self.site.fired
         self.plan = Callbacks(callbacks, self.site.state).plan(BatchEnd, TrainingPhase)
-        self.ways = Ways(self.plan, crew, self.site, lambda: self.now)
+        serial = SerialExecutor()
+        serial.bind(self.site)
+        self.timed = TimedPlan(self.plan, crew, self.site, serial.compile(self.plan), lambda: self.now)
         self.strands = pack(direct_predecessors(self.plan), [1.0] * len(self.plan), crew.workers)
 
     def takes(self, seconds: float) -> Callable[[LearnerView], None]:
@@ -83,13 +86,13 @@ class Bench:
         return act
 
     def inline(self) -> tuple[list[float], Failures]:
-        return self.ways.inline(BatchEnd(), TrainingPhase())
+        return self.timed.inline(BatchEnd(), TrainingPhase())
 
     def parallel(self) -> tuple[float, Failures]:
-        return self.ways.parallel(self.strands, BatchEnd(), TrainingPhase())
+        return self.timed.parallel(self.strands, BatchEnd(), TrainingPhase())
 
     def settle(self, failures: Failures) -> None:
-        self.ways.settle(failures, BatchEnd(), TrainingPhase())
+        self.timed.settle(failures, BatchEnd(), TrainingPhase())
 
 
 @pytest.fixture
@@ -178,14 +181,14 @@ def test_strands_are_running_only_while_they_are(crew: Crew) -> None:
     bench: Bench
 
     def look(learner: LearnerView) -> None:
-        busy.append(bench.ways.busy)
+        busy.append(bench.timed.busy)
 
     bench = Bench(crew, A(look), B(look))
     bench.inline()
     assert busy == [False, False]
     bench.parallel()
     assert busy == [False, False, True, True]
-    assert not bench.ways.busy
+    assert not bench.timed.busy
 
 
 def test_events_are_drained_in_serial_order_of_who_fired_them(crew: Crew) -> None:
