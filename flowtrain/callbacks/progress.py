@@ -1,7 +1,7 @@
 """ProgressBar: how far the epoch is.
 
-On a terminal the bar has the last line for itself (`flowtrain.callbacks.terminal.BottomLine`). Where the output is no
-terminal, long epochs print plain lines.
+On a terminal the bar has the last line for itself (`flowtrain.callbacks.terminal.BottomLine`), in a notebook an output
+of the cell. Elsewhere long epochs print plain lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.terminal import BottomLine, console
+from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.by_phase import Counts, epoch_of
 from flowtrain.state.device_values import Reading
@@ -34,8 +34,9 @@ _TERMINAL: Access = {"resource.terminal": Write()}
 class ProgressBar(Callback):
     """Show a bar for the current epoch: one line for the whole fit, redrawn at most five times a second.
 
-    While the bar is there, what is printed goes above it. Where the output is no terminal there is no bar; an epoch
-    that takes long prints a plain line now and then. The terminal is the one of ``rich.get_console()``.
+    While the bar is there, all output of the program goes above it. In a notebook the bar is an output of the cell.
+    Where the output is a file or a pipe there is no bar; an epoch that takes long prints a plain line now and then. The
+    terminal is the one of ``rich.get_console()``.
 
     On an accelerator the loss that is shown is read when a redraw is due, and shown ``TorchCore(lag=2)`` batches later.
 
@@ -67,7 +68,7 @@ class ProgressBar(Callback):
         self._title = ""
         self._total: int | None = None
         self._since: int | None = None  # count the steps from this one on, not those of the epoch
-        self._line: BottomLine | None = None  # none: plain lines
+        self._line: BottomLine | CellOutput | None = None  # None: plain lines
         self._progress: Progress | None = None
         self._drawn = -math.inf
         self._next = math.inf  # no epoch is open: nothing to show
@@ -93,7 +94,7 @@ class ProgressBar(Callback):
         self._progress = None
         now = time.monotonic()
         if self._line is None:
-            self._line = BottomLine.of(console())
+            self._line = place_for(console())
         if self._line is None:
             self._next = now + self.report
         elif now >= self._drawn + self.redraw:
@@ -128,12 +129,12 @@ class ProgressBar(Callback):
 
     @on(EpochEnd, access=_TERMINAL)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Take the bar away where no fit is to go on with it."""
+        """Take the bar away, unless the fit has more epochs."""
         self._close_epoch()
 
     @on(EpochCancelled, access=_TERMINAL)
     def cancel_epoch(self, event: EpochCancelled, phase: Phase, learner: LearnerView) -> None:
-        """Take the bar away where no fit is to go on with it."""
+        """Take the bar away, unless the fit has more epochs."""
         self._close_epoch()
 
     @on(FitEnd, access=_TERMINAL)
@@ -159,12 +160,12 @@ class ProgressBar(Callback):
             # By steps an epoch is not a pass of the loader: show how far the fit is.
             self._title, self._total, self._since = f"{phase!r} steps", self._fit.steps, before.steps
 
-    def _draw(self, line: BottomLine, now: float, done: int, loss: str) -> None:
+    def _draw(self, line: BottomLine | CellOutput, now: float, done: int, loss: str) -> None:
         self._drawn, self._next = now, now + self.redraw
         line.show(lambda: self._bar(line, done, loss))
 
-    def _bar(self, line: BottomLine, done: int, loss: str) -> Any:
-        """Return what rich draws."""
+    def _bar(self, line: BottomLine | CellOutput, done: int, loss: str) -> Any:
+        """Return the bar as a table of one row, which rich draws on a terminal and in a notebook."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._progress is None:  # it has the columns and the estimate; never started, it draws nothing by itself
@@ -178,7 +179,7 @@ class ProgressBar(Callback):
             )
             self._progress.add_task(self._title, total=self._total, completed=done, loss=loss)
         self._progress.update(self._progress.task_ids[0], completed=done, loss=loss)
-        return self._progress.get_renderable()
+        return self._progress.make_tasks_table(self._progress.tasks)
 
     def _print(self, now: float, done: int, loss: str) -> None:
         self._next = now + self.report

@@ -1,15 +1,18 @@
 """The terminal that callbacks print to: rich's own console, imported when there is something to print.
 
-Whoever prints declares ``resource.terminal``, so that two never print at the same time. What is to stay in sight while
-others print, as a progress bar, goes to the `BottomLine`: the lines above it become the region that scrolls, as when a
-package manager installs. So whatever is printed, by whomever and through whichever stream, goes above it, and no
-stream has to be replaced.
+A callback that prints declares ``resource.terminal``, so that two never print at the same time. A progress bar stays
+in sight while others print. On a terminal it has the `BottomLine`: the lines above it become the region that scrolls,
+as when a package manager installs. So all output goes above it, unchanged, whoever writes it and through whichever
+stream: a logging handler that was made before, a child process, half a line. rich's ``Live`` and tqdm know only the
+streams that they replace: other output is written into the bar, half a line is lost or broken in two, and rich takes
+``[/tmp]`` in one for markup and raises. In a notebook the bar has a `CellOutput`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import io
 import os
 import random
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BottomLine", "console", "generator_kept"]
+__all__ = ["BottomLine", "CellOutput", "console", "generator_kept", "place_for"]
 
 
 def console() -> Console:
@@ -38,6 +41,37 @@ def generator_kept() -> Generator[None]:
         yield
     finally:
         random.setstate(before)
+
+
+def place_for(console: Console) -> BottomLine | CellOutput | None:
+    """Return where something can be shown and shown anew, or ``None`` where all that can be done is to print."""
+    return CellOutput(console) if console.is_jupyter else BottomLine.of(console)
+
+
+class CellOutput:
+    """One output of a notebook's cell, which changes while others are added. It needs no widgets.
+
+    Args:
+        console: The console of the notebook.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._shown: Any = None
+
+    def show(self, content: Callable[[], Any]) -> None:
+        """Show something that rich can draw in a notebook."""
+        with generator_kept():
+            if self._shown is None:
+                self._shown = importlib.import_module("IPython.display").display(content(), display_id=True)
+            else:
+                self._shown.update(content())
+
+    def close(self) -> None:
+        """Leave the output empty."""
+        if self._shown is not None:
+            self._shown.update({"text/plain": ""}, raw=True)
+            self._shown = None
 
 
 class BottomLine:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,38 @@ from flowtrain.callbacks.terminal import BottomLine, console
 print(BottomLine.of(console()))
 """
     assert run(program) == "None\n"
+
+
+NOTEBOOK = """
+from flowtrain import BatchEnd, TrainingPhase
+from flowtrain.callbacks import CustomCallback, ProgressBar
+from flowtrain.testing import tiny_learner
+say = CustomCallback(lambda learner: print("printed"), BatchEnd, TrainingPhase, {})
+tiny_learner(say, ProgressBar(redraw=0), n_batches=2).fit(1)
+"""
+
+
+def test_in_a_notebook_the_bar_is_one_output_that_ends_empty() -> None:
+    """In a kernel of Jupyter's, with the messages that its frontends get. No widgets are needed."""
+    pytest.importorskip("ipykernel")
+    jupyter = pytest.importorskip("jupyter_client.manager")
+    manager, client = jupyter.start_new_kernel(env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        client.execute(NOTEBOOK)
+        messages: list[dict[str, Any]] = []
+        while not messages or messages[-1]["content"].get("execution_state") != "idle":
+            messages.append(client.get_iopub_msg(timeout=120))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    shown = [each["content"] for each in messages if each["msg_type"].endswith("display_data")]
+    printed = "".join(each["content"]["text"] for each in messages if each["msg_type"] == "stream")
+    assert [each["msg_type"] for each in messages if each["msg_type"] == "error"] == []
+    assert printed.count("printed\n") == printed.count("\n") == 2
+    assert len({each["transient"]["display_id"] for each in shown}) == 1
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", each["data"]["text/plain"]) for each in shown]
+    assert [re.sub(r" [━╸╺]+ (\d/\d) .*\n", r" \1", line) for line in lines[:-1]] == [
+        f"{phase} epoch 1/1 {done}/2" for phase in ("TrainingPhase", "ValidationPhase") for done in (0, 1, 2)
+    ]
+    assert all("text/html" in each["data"] for each in shown[:-1])
+    assert lines[-1] == ""
