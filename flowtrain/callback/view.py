@@ -91,15 +91,15 @@ class LearnerView:
         if not is_a(path, (str, PathLike)):
             raise UsageError(f"request_checkpoint() takes the path of a file, got {path!r}.")
         request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
-        self._state.fired.append((self._owner.callback, request))
+        self._state.requests.append((self._owner.callback, request))
 
     def __repr__(self) -> str:
         return f"LearnerView of {self._owner.callback}"
 
 
 @dataclass(frozen=True)
-class CheckpointRequest(Event):
-    """Take a checkpoint when the current event has ended.
+class CheckpointRequest:
+    """What a handler asks for: a checkpoint, when the current event has ended.
 
     Attributes:
         path: The file to write.

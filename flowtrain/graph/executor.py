@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakSet
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import ExecutorError, nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
 
-__all__ = ["EXECUTORS", "Executor", "Runner", "SerialExecutor", "Site", "find_executor"]
+__all__ = ["EXECUTORS", "Executor", "Mailbox", "Resumable", "Runner", "SerialExecutor", "Site", "find_executor"]
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
 
@@ -39,6 +40,40 @@ EXECUTORS: dict[str, tuple[str, str]] = {
 _GROUP = "flowtrain.executors"
 
 _CLOSED = "This SerialExecutor is closed. Give the learner a new one."
+
+
+class Mailbox:
+    """What is to be done on the training thread, between two batches.
+
+    Any thread may put a call into it, and a signal handler too: an executor puts in the failure of a lane, the writer
+    of checkpoints its own, an interrupt the end of the fit, and the loop the checkpoints that were asked for within a
+    batch. The training thread empties it after each batch, after `EpochBegin`, after each epoch, and twice when a fit
+    is closed: before and after the last checkpoint is written. What a call raises ends the fit; what is left when the
+    fit has ended is dropped.
+
+    Attributes:
+        calls: What was put in and is not done yet, first in, first out. The loop looks after each batch whether it is
+            empty.
+        stopping: Whether an interrupt is about to end the fit. Who waits for room, or for work far away, stops waiting.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+        self.stopping = False
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Have something called on the training thread."""
+        self.calls.append(call)
+
+    def empty(self) -> None:
+        """Make the calls that are in it; what they put in meanwhile waits for the next time."""
+        for _ in range(len(self.calls)):
+            self.calls.pop(0)()
+
+    def clear(self) -> None:
+        """Drop what is in it: the fit is over."""
+        self.stopping = False
+        self.calls.clear()
 
 
 class Site(Protocol):
@@ -70,20 +105,20 @@ class Site(Protocol):
         ...
 
     @property
-    def urgent(self) -> list[Callable[[], None]]:
-        """What is to be called on the training thread before its next batch; any thread may append to it.
-
-        What such a call raises ends the fit. This is how a failure on another thread gets there.
-        """
+    def requests(self) -> list[tuple[str, CheckpointRequest]]:
+        """The checkpoints that handlers of the current event asked for, each with the callback's name; as `fired`."""
         ...
 
     @property
-    def stopping(self) -> bool:
-        """Whether an interrupt is about to end the fit; what waits for room, or for work far away, stops waiting."""
+    def mailbox(self) -> Mailbox:
+        """What is to be done on the training thread: a failure on another thread gets there through it."""
         ...
 
     def drain(self, phase: Phase) -> None:
-        """Fire the events in `fired`, in their order. To be called on the training thread after an event."""
+        """Fire the events in `fired`, in their order, then take the checkpoints in `requests`.
+
+        To be called on the training thread after an event.
+        """
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise for the handlers that failed, given in serial order; returns where every failure means nothing now."""
@@ -101,7 +136,8 @@ class Executor(Protocol):
 
     A runner calls every handler of its plan with ``(event, phase, view)`` and returns when all have returned. It keeps
     the order of the plan's edges; when handlers raise, those with no failed ancestor still run, then it hands the
-    failures to `Site.fail`. At the end it calls `Site.drain` if `Site.fired` holds something.
+    failures to `Site.fail`. At the end it brings what this event has added to `Site.fired` and `Site.requests` into the
+    serial order of who asked, and calls `Site.drain` if one of them holds something.
     """
 
     @property
@@ -134,6 +170,28 @@ class Executor(Protocol):
         """Flush, and give back every resource. A closed executor runs nothing more."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """What an executor may have beside `Executor`: a part in checkpoints.
+
+    One without it is flushed before a checkpoint is taken, and begins anew in a fit that resumes.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what a checkpoint must hold: tensors and plain values.
+
+        Called on the training thread, when no handler runs there. What is pending then must be done by the time that
+        this returns, or be in what it returns.
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned, before the first event of the fit that resumes.
+
+        Not called for a checkpoint of an executor that has no part in it.
+        """
+
+
 class SerialExecutor:
     """Run handlers one after the other on the training thread, in the serial order. The default."""
 
@@ -164,7 +222,7 @@ class SerialExecutor:
             raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
         self._plans.add(plan)
         calls = plan.calls
-        fired = site.fired
+        fired, requests = site.fired, site.requests
         # Where every handler runs whatever failed, that includes an interrupt.
         caught: type[BaseException] = BaseException if plan.always else Exception
 
@@ -178,7 +236,7 @@ class SerialExecutor:
             except caught as raised:
                 failure = raised
             else:
-                if fired:
+                if fired or requests:
                     site.drain(phase)
                 return
             # Outside of the except block, so that what is raised now keeps its own context.
@@ -186,7 +244,7 @@ class SerialExecutor:
                 site.fail(plan, event, phase, _finish(plan, view, failure, event, phase))
             finally:
                 del failure  # see `flowtrain.errors.raise_worst`
-            if fired:
+            if fired or requests:
                 site.drain(phase)
 
         return run
@@ -258,6 +316,12 @@ def find_executor(executor: object) -> Executor:
         needed = "name, bind, check, compile, explain, flush and close"
         raise ExecutorError(
             f"executor={executor!r} is no executor: it needs {needed}. Pass one by name instead: {_known()}."
+        )
+    has = [name for name in ("state_dict", "load_state_dict") if hasattr(executor, name)]
+    if len(has) == 1:
+        raise ExecutorError(
+            f"executor={executor!r} has {has[0]} alone, so nothing of it could be resumed. An executor has both "
+            f"state_dict() and load_state_dict(state), or neither."
         )
     return executor
 

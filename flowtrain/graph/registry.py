@@ -273,6 +273,10 @@ class Callbacks(Sequence[Callback]):
             raise CallbackError(
                 f"{node.name}.setup fires {event!r}, and nothing runs yet that it could follow. Fire it at FitBegin."
             )
+        if self._state.requests:
+            raise CallbackError(
+                f"{node.name}.setup asks for a checkpoint, and no learner is built yet. Ask for it at FitBegin."
+            )
 
     def _set_up(self, known: set[int], accept: Accept | None) -> None:
         cbstate = self._state.cbstate
@@ -290,6 +294,7 @@ class Callbacks(Sequence[Callback]):
         except BaseException:
             restore()
             self._state.fired.clear()  # what a setup asked for before it raised
+            self._state.requests.clear()
             raise
 
 

@@ -190,6 +190,7 @@ class LearnerState:
         "optimizer",
         "optimizers",
         "params",
+        "requests",
         "updates",
     )
 
@@ -206,6 +207,7 @@ class LearnerState:
         self.callbacks: Any = ()
         self.draws = Draws()
         self.fired: list[tuple[str, Any]] = []
+        self.requests: list[tuple[str, Any]] = []
         self.lag = 0
         self.updates = 0
 

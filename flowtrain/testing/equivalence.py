@@ -239,9 +239,10 @@ class ShuffledExecutor:
             start = len(site.fired)
             failures = self._run(plan, event, phase)
             site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank.get(one[0], -1))
+            site.requests.sort(key=lambda one: rank.get(one[0], -1))
             if failures:
                 site.fail(plan, event, phase, failures)
-            if site.fired:
+            if site.fired or site.requests:
                 site.drain(phase)
 
         return run

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
+from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.core import TorchCore
 from flowtrain.diagnostics.suggest_access import Recording, record
-from flowtrain.graph.executor import Runner
+from flowtrain.graph.executor import Mailbox, Runner
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.learner import Learner
@@ -129,17 +130,18 @@ class TinySite:
         self.nodes: Sequence[Node] = ()
         self.run = Run("tiny")
         self.open_sinks = object()
-        self.stopping = False
         self.fired: list[tuple[str, Event]] = []
-        self.urgent: list[Callable[[], None]] = []
+        self.requests: list[tuple[str, CheckpointRequest]] = []
+        self.mailbox = Mailbox()
         self.failures: list[tuple[str, BaseException]] = []
         self.drained: list[list[tuple[str, Event]]] = []
         self.swapped: list[Runner] = []
 
     def drain(self, phase: Phase) -> None:
-        """Note what is in `fired`, and forget it."""
+        """Note what is in `fired`, and forget it, and what is in `requests`."""
         self.drained.append(list(self.fired))
         self.fired.clear()
+        self.requests.clear()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Note the failures; nothing is raised."""

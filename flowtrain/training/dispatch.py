@@ -27,7 +27,7 @@ from flowtrain.callback.events import (
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
-from flowtrain.graph.executor import Executor, Runner
+from flowtrain.graph.executor import Executor, Mailbox, Runner
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.graph.registry import Callbacks
@@ -117,8 +117,8 @@ class Dispatch:
         executor: What runs the plans.
         runners: For each phase, what to call at each event of its step.
         fired: The events that handlers asked to fire.
-        urgent: What other threads want done on the training thread before the next batch; what it raises ends the fit.
-        stopping: Whether an interrupt is about to end the fit.
+        requests: The checkpoints that handlers of the current event asked for.
+        mailbox: What is to be done on this thread between two batches.
         checkpoint: What takes the checkpoints that handlers ask for.
     """
 
@@ -129,8 +129,8 @@ class Dispatch:
         self.executor = executor
         self.runners = _Runners(self)
         self.fired = state.fired
-        self.urgent: list[Callable[[], None]] = []
-        self.stopping = False
+        self.requests = state.requests
+        self.mailbox = Mailbox()
         self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
         self._scopes = scopes
         self._sinks = sinks
@@ -139,6 +139,7 @@ class Dispatch:
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
         self._kept = 0
+        self._asked: list[CheckpointRequest] = []  # of events that have ended, while others are drained
         self._closed = False
 
     def use(self, callbacks: Callbacks) -> None:
@@ -180,7 +181,8 @@ class Dispatch:
         self._closed = True
         self._by_type.clear()
         self.runners.clear()
-        self.forget()
+        self.mailbox.clear()
+        self.drop()
         self.checkpoint = self._callbacks = None
         del self.executor
 
@@ -210,7 +212,7 @@ class Dispatch:
         try:
             self.fire(event, phase)
         except BaseException:
-            self.fired.clear()
+            self.drop()
             raise
         finally:
             self._scopes.end_call(before)
@@ -220,27 +222,27 @@ class Dispatch:
 
         What earlier events asked to fire is dropped: an interrupt may have left it behind.
         """
-        self.fired.clear()
+        self.drop()
         try:
             self.fire(event, phase)
         except BaseException as failure:
             failures.append(failure)
-            self.fired.clear()
+            self.drop()
 
     def drain(self, phase: Phase) -> None:
-        """Fire what handlers asked for, first in, first out; called by runners when an event has ended."""
+        """Fire what handlers asked for, first in, first out; called by runners when an event has ended.
+
+        Then take the checkpoints that they asked for, those of the events that were fired too.
+        """
+        self._asked += self._requested()
         if self._draining:
             return  # the outer call goes on with what was added
         self._draining = True
         failures: list[BaseException] = []
-        requests: list[CheckpointRequest] = []
         count = 0
         try:
             while self.fired:
                 _, event = self.fired.pop(0)
-                if type(event) is CheckpointRequest:
-                    requests.append(event)
-                    continue
                 count += 1
                 if count > _MOST_FIRED:
                     raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
@@ -253,30 +255,30 @@ class Dispatch:
             self._draining = False
             self._kept = 0
             self.fired.clear()
-        if requests:
-            self._take(requests, failures)
+            asked, self._asked = self._asked, []
+        self._take(asked, failures)
         if failures:
             raise_worst(failures)
 
+    def _requested(self) -> list[CheckpointRequest]:
+        """Return the checkpoints that the handlers of the event that has ended asked for, and forget them."""
+        found = [request for _, request in self.requests]
+        self.requests.clear()
+        return found
+
     def _take(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
         """Take the checkpoints asked for, now that no handler runs; none after an error, which may be in the state."""
-        if self.checkpoint is None or not all(isinstance(failure, CancelException) for failure in failures):
+        if not requests or self.checkpoint is None or not _only_cancels(failures):
             return
         try:
             self.checkpoint(list(dict.fromkeys(requests)))
         except Exception as failure:  # raised with the others
             failures.append(failure)
 
-    def forget(self) -> None:
-        """Forget what is urgent, and what handlers asked to fire: the fit is over."""
-        self.stopping = False
-        self.urgent.clear()
+    def drop(self) -> None:
+        """Forget what the handlers of an event asked for: it has not ended as it should."""
         self.fired.clear()
-
-    def attend(self) -> None:
-        """Do what is urgent, first in, first out; what is added meanwhile waits for the next time."""
-        for _ in range(len(self.urgent)):
-            self.urgent.pop(0)()
+        self.requests.clear()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
         """Raise what the failures of an event's handlers amount to; what the event fired is dropped.
@@ -286,12 +288,12 @@ class Dispatch:
         meant = self._meant(event, phase, failures)
         del failures  # see `raise_worst`
         if meant:
-            asked = [each for each in self.fired[self._kept :] if type(each[1]) is CheckpointRequest]
             del self.fired[self._kept :]
-            if self._draining:  # other events are waiting, so a checkpoint waits too; `drain` looks for errors again
-                self.fired += [] if any(not isinstance(each, CancelException) for each in meant) else asked
-            elif asked:
-                self._take([request for _, request in asked], meant)
+            asked = self._requested()
+            if not self._draining:
+                self._take(asked, meant)
+            elif _only_cancels(meant):  # other events are waiting, so a checkpoint waits too, and for their errors
+                self._asked += asked
             raise_worst(meant)
 
     def _meant(self, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> list[BaseException]:
@@ -299,6 +301,10 @@ class Dispatch:
         for step, failure in failures:
             self._scopes.note(failure, step, event, phase)
         return [failure for _, failure in failures if self._scopes.means_something(failure)]
+
+
+def _only_cancels(failures: Sequence[BaseException]) -> bool:
+    return all(isinstance(failure, CancelException) for failure in failures)
 
 
 def _seen_after_a_batch(nodes: Sequence[Node], within: Set[type[Event]]) -> frozenset[str] | None:

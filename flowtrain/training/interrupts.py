@@ -26,7 +26,7 @@ from typing import Any, Self
 from torch.utils.data._utils import signal_handling
 
 from flowtrain.errors import raise_worst
-from flowtrain.training.dispatch import Dispatch
+from flowtrain.graph.executor import Mailbox
 
 __all__ = ["Interrupts"]
 
@@ -40,13 +40,13 @@ class Interrupts:
     """The context of a fit.
 
     Args:
-        dispatch: Where the training thread looks before each batch; its ``stopping`` tells everybody.
+        mailbox: Where the training thread looks after each batch; its ``stopping`` tells everybody.
         before_leaving: Called on the training thread before it leaves.
         workers: Whether a data loader has worker processes.
     """
 
-    def __init__(self, dispatch: Dispatch, before_leaving: Callable[[], None], workers: bool) -> None:
-        self._dispatch = dispatch
+    def __init__(self, mailbox: Mailbox, before_leaving: Callable[[], None], workers: bool) -> None:
+        self._mailbox = mailbox
         self._before_leaving = before_leaving
         self._workers = workers
         self._replaced: dict[signal.Signals, Any] = {}
@@ -79,7 +79,7 @@ class Interrupts:
         with ExitStack() as stack:  # each of them, since the one that is put back may be called, and raise, at once
             for number, before in self._replaced.items():
                 stack.callback(signal.signal, number, before)
-        self._dispatch.stopping = False
+        self._mailbox.stopping = False
         if self._received is not None and (failure is None or isinstance(failure, Exception)):
             interrupt = KeyboardInterrupt(_text(self._received))  # too late for the last batch boundary
             raise_worst([interrupt] if failure is None else [failure, interrupt])
@@ -90,8 +90,8 @@ class Interrupts:
             raise KeyboardInterrupt(f"{_text(received)} for the second time")
         if self._received is None:
             self._received = received
-            self._dispatch.urgent.append(self._leave)
-        self._dispatch.stopping = True
+            self._mailbox.put(self._leave)
+        self._mailbox.stopping = True
 
     def _child_ended(self, number: int, frame: FrameType | None) -> None:
         before = self._replaced[signal.SIGCHLD]
@@ -102,7 +102,7 @@ class Interrupts:
             if _waits_for_a_worker(frame):
                 self._await_signal()
                 raise
-            self._dispatch.urgent.append(partial(self._fail, failure))
+            self._mailbox.put(partial(self._fail, failure))
 
     def _await_signal(self) -> None:
         """Wait a moment for a signal to this process, unless there was one."""

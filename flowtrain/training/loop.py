@@ -72,7 +72,7 @@ class Loop:
         self.scopes = Scopes()
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
-        self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.urgent)
+        self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.mailbox)
         self.dispatch.checkpoint = self.cuts.take
         self.parts = StepParts(state, core, self.scopes, self.dispatch, self.cuts)
 
@@ -88,12 +88,13 @@ class Loop:
         """Run a fit; return the `CancelFittingException` that ended it, or ``None``. Errors are raised."""
         try:
             workers = any(has_workers(loader) for loader in data.values())
-            with Interrupts(self.dispatch, self.cuts.interrupted, workers):
+            with Interrupts(self.dispatch.mailbox, self.cuts.interrupted, workers):
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can strike anywhere, and the learner is still to be of use
             self.scopes.close_fit()
             self.cuts.leave_fit()
-            self.dispatch.forget()
+            self.dispatch.mailbox.clear()
+            self.dispatch.drop()
 
     def _fit(
         self,
@@ -118,9 +119,9 @@ class Loop:
             failures.append(failure)
         self.scopes.end_fit()
         self.dispatch.fire_last(FitEnd(_why_stopped(failures)), Phase(), failures)
-        # What is urgent comes first while the position is known, which a checkpoint needs; then what the rest brought.
-        attend = self.dispatch.attend
-        for finish in (self.executor.flush, attend, self.cuts.end_fit, self.sinks.flush, attend):
+        # The mailbox is emptied while the position is known, which a checkpoint needs; then what the rest has put in.
+        empty = self.dispatch.mailbox.empty
+        for finish in (self.executor.flush, empty, self.cuts.end_fit, self.sinks.flush, empty):
             _attempt(failures, finish)
         try:
             if failures:
@@ -161,8 +162,8 @@ class Loop:
             self._epoch(phase, loader, most)
         finally:  # an interrupt can strike while the epoch is being closed
             self.scopes.close_epoch()
-        if self.dispatch.urgent:  # what was asked for in a batch that ended the epoch
-            self.dispatch.attend()
+        if self.dispatch.mailbox.calls:  # what was asked for in a batch that ended the epoch
+            self.dispatch.mailbox.empty()
 
     def _epoch(self, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
         scopes, position = self.scopes, self.cuts.position
@@ -181,7 +182,7 @@ class Loop:
                 scopes.locate(failure, phase, "after ")
                 failures.append(failure)
                 if isinstance(failure, Exception):  # a batch boundary, if the loader failed or a batch ended the fit
-                    _attempt(failures, self.dispatch.attend)
+                    _attempt(failures, self.dispatch.mailbox.empty)
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
@@ -245,8 +246,8 @@ class Loop:
         if not isinstance(loader, Stream):
             set_epoch(loader, self.scopes.begin_pass(phase))  # a handler of `EpochBegin` may choose another number
         self.dispatch.fire(_EPOCH_BEGIN, phase)
-        if self.dispatch.urgent:
-            self.dispatch.attend()
+        if self.dispatch.mailbox.calls:
+            self.dispatch.mailbox.empty()
         batches = loader
         if resuming and position.begun is not None:
             batches = begin_again(loader, position.begun, position.batches, phase)
@@ -266,7 +267,7 @@ class Loop:
 
     def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
         """Run the batches that are left of an epoch of `total` batches, where that is known, and of `most` at most."""
-        step, scopes, urgent = self.parts.step_of(phase), self.scopes, self.dispatch.urgent
+        step, scopes, calls = self.parts.step_of(phase), self.scopes, self.dispatch.mailbox.calls
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
@@ -278,8 +279,8 @@ class Loop:
                     raise CancelBatchException(_LEFT_OPEN)
             except BaseException as failure:  # closes the batch, then raises what is left
                 self.parts.cancel_batch(phase, failure, CancelBatchException)
-            if urgent:  # before the loader is asked for more, so that a checkpoint knows what it has drawn
-                self.dispatch.attend()
+            if calls:  # before the loader is asked for more, so that a checkpoint knows what it has drawn
+                self.dispatch.mailbox.empty()
 
     # --- one batch
 
@@ -296,8 +297,8 @@ class Loop:
                     # There is no epoch to cancel.
                     self.parts.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
             settle(self.state.batch)
-            if self.dispatch.urgent:
-                self.dispatch.attend()
+            if self.dispatch.mailbox.calls:
+                self.dispatch.mailbox.empty()
         finally:
             self.scopes.close_step()
         return self.state.batch

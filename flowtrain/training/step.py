@@ -313,7 +313,7 @@ class StepParts(StepContext):
         scopes.locate(failure, phase)
         failures = [failure]
         del failure  # see `raise_worst`
-        self._dispatch.fired.clear()  # an interrupt leaves behind what its event had asked for
+        self._dispatch.drop()  # an interrupt leaves behind what its event had asked for
         if not isinstance(failures[0], CancelException):
             self._cuts.drop()
         completed = None

@@ -81,7 +81,8 @@ def test_a_tiny_site_notes_what_an_executor_tells_it_and_raises_nothing() -> Non
     site, executor = TinySite(), SerialExecutor()
     as_an_executor_sees_it: Site = site
     assert as_an_executor_sees_it.runner(BatchEnd, TrainingPhase) is None
-    assert not any((site.nodes, site.stopping, site.urgent, site.failures, site.drained, site.swapped))
+    assert not any((site.nodes, site.mailbox.stopping, site.mailbox.calls, site.requests))
+    assert not any((site.failures, site.drained, site.swapped))
     executor.bind(site)
     run, fired, event = executor.compile(plan), site.fired, BatchEnd()
     fired.append(("Probe", event))

@@ -187,7 +187,7 @@ def test_rule_29_deferred_work_is_finished_and_knows_why() -> None:
     class Watching(SerialExecutor):
         def flush(self) -> None:
             assert self._site is not None
-            told.append(("flush", self._site.stopping))
+            told.append(("flush", self._site.mailbox.stopping))
 
     learner = tiny_learner(Interrupt(signal.SIGINT), executor=Watching())
     with pytest.raises(KeyboardInterrupt):

@@ -254,7 +254,7 @@ class Deferred:
             """Have a failure raised on the training thread."""
             there = site()
             if there is not None:
-                there.urgent.append(raise_it)
+                there.mailbox.put(raise_it)
 
         lane = Lane(
             job,
@@ -272,7 +272,7 @@ class Deferred:
 def _is_stopping(site: weakref.ref[Site]) -> bool:
     """Return whether training is about to end."""
     there = site()
-    return there is None or there.stopping
+    return there is None or there.mailbox.stopping
 
 
 def sharing(runner: Runner, shared: Shared) -> Runner:

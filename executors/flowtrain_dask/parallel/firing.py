@@ -274,6 +274,8 @@ class TimedPlan:
         took = self._clock() - before
         if len(fired) - start > 1:  # strands fire in any order; one callback's own events keep theirs
             fired[start:] = sorted(fired[start:], key=lambda one: self._rank.get(one[0], len(self._rank)))
+        if len(self._site.requests) > 1:
+            self._site.requests.sort(key=lambda one: self._rank.get(one[0], len(self._rank)))
         return took, failures
 
     def settle(self, failures: Failures, event: Event, phase: Phase) -> None:
@@ -289,5 +291,5 @@ class TimedPlan:
                 self._site.fail(self.plan, event, phase, handed)
             finally:
                 handed.clear()
-        if self._site.fired:
+        if self._site.fired or self._site.requests:
             self._site.drain(phase)

@@ -43,7 +43,8 @@ class Replica:
         self._owner = replace(owner, consumes=False)  # copies are detached already
         self._state = LearnerState()
         del self._state.updates  # a copy does not know: training has gone on
-        self._state.fired = _NoEvents(owner.callback)
+        self._state.fired = _Refusing(owner.callback, "fire")
+        self._state.requests = _Refusing(owner.callback, "request_checkpoint")
         self._optimizers: dict[str, _Shown] = {}
         self._view: LearnerView | None = None
 
@@ -137,18 +138,19 @@ class _Shown:
         )
 
 
-class _NoEvents(list[tuple[str, Any]]):
-    """Where the events that a handler fires would wait: training is somewhere else by now."""
+class _Refusing(list[tuple[str, Any]]):
+    """Where what a handler asks of the loop would wait: training is somewhere else by now."""
 
-    def __init__(self, callback: str) -> None:
+    def __init__(self, callback: str, method: str) -> None:
         super().__init__()
         self._callback = callback
+        self._method = method
 
     def append(self, item: tuple[str, Any]) -> NoReturn:
         """Refuse."""
         raise UsageError(
-            f"{self._callback} calls learner.fire({item[1]!r}), but it is deferred: it runs after the event, perhaps "
-            f"in another process, and training has gone on. Set deferrable = False on the callback."
+            f"{self._callback} calls learner.{self._method}({item[1]!r}), but it is deferred: it runs after the event, "
+            f"perhaps in another process, and training has gone on. Set deferrable = False on the callback."
         )
 
 

@@ -23,6 +23,7 @@ import torch
 
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CheckpointError
+from flowtrain.graph.executor import Mailbox
 
 __all__ = [
     "FORMAT",
@@ -151,15 +152,15 @@ class Writer:
     """Writes checkpoints.
 
     Args:
-        urgent: Gets what the training thread is to do before its next batch: raise what went wrong.
+        mailbox: Gets what the training thread is to do: raise what went wrong.
 
     Attributes:
         reached: Called, on the writing thread, at each named point of a write. A test stops there.
     """
 
-    def __init__(self, urgent: list[Callable[[], None]]) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         self.reached: Callable[[str], None] = lambda point: None
-        self._urgent = urgent
+        self._mailbox = mailbox
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
@@ -205,7 +206,7 @@ class Writer:
                 for pointer in POINTERS if request.best else POINTERS[:1]:
                     replace(path.with_name(pointer), lambda file: _put(file, path.name), self.reached, pointer)
             else:
-                self._urgent.append(partial(_warn, path))
+                self._mailbox.put(partial(_warn, path))
             _remove(path.parent, request.remove)
             self.reached("removed")
         except BaseException as error:
@@ -217,7 +218,7 @@ class Writer:
             )
             failure.__cause__ = error
             self._failure = failure
-            self._urgent.append(self._raise)
+            self._mailbox.put(self._raise)
 
 
 def _put(file: Any, name: str) -> None:

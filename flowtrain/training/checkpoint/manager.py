@@ -5,14 +5,14 @@ runs then. It waits for the end of the batch, which cannot be left in the middle
 flushed, sinks are flushed, the state is copied (`flowtrain.training.checkpoint.contents`), and training goes on while
 the copy is written (`flowtrain.training.checkpoint.files`).
 
-An executor that keeps deferred events of its own may have ``state_dict()`` and ``load_state_dict(state)``: then it is
-not flushed, and says itself what is pending.
+An executor with a part in checkpoints (`flowtrain.graph.executor.Resumable`) is not flushed, and says itself what is
+pending.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.core import TorchCore
 from flowtrain.errors import CheckpointError, raise_worst
-from flowtrain.graph.executor import Executor
+from flowtrain.graph.executor import Executor, Mailbox, Resumable
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
@@ -62,17 +62,16 @@ class Cuts:
         executor: Executor,
         scopes: Scopes,
         sinks: Sinks,
-        urgent: list[Callable[[], None]],
+        mailbox: Mailbox,
     ) -> None:
         self.position = Position()
-        self.writer = Writer(urgent)
+        self.writer = Writer(mailbox)
         self.resumed: Mapping[str, Any] | None = None
         self.held: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
-        self._lanes: Callable[[], Any] | None = getattr(executor, "state_dict", None)
-        self._load_lanes: Callable[[Any], None] | None = getattr(executor, "load_state_dict", None)
-        self._urgent = urgent
+        self._resumable = executor if isinstance(executor, Resumable) else None
+        self._mailbox = mailbox
         self._standing: list[CheckpointRequest] = []
         self._waiting: list[CheckpointRequest] = []
 
@@ -88,7 +87,7 @@ class Cuts:
         now = [request for request in requests if not request.on_interrupt]
         if now and self._scopes.batch == OPEN:
             self._waiting += now
-            self._urgent.append(self.take_waiting)
+            self._mailbox.put(self.take_waiting)
         elif now:
             self._submit(now)
 
@@ -151,8 +150,8 @@ class Cuts:
     def _gather(self, judged: bool) -> dict[str, Any]:
         stage = Stage()
         lanes: Any = None
-        if self._lanes is not None:
-            lanes = stage.copy(self._lanes(), f"the executor {self._executor.name!r}")
+        if self._resumable is not None:
+            lanes = stage.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")
         else:
             self._executor.flush()
         return {
@@ -234,8 +233,8 @@ class Cuts:
             before = gather(self._state, self._core, here=True)
             self._apply(contents)
             try:
-                if self._load_lanes is not None and contents["lanes"] is not None:
-                    self._load_lanes(contents["lanes"])
+                if self._resumable is not None and contents["lanes"] is not None:
+                    self._resumable.load_state_dict(contents["lanes"])
                 positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
                 self._sinks.restore(Run(run["id"], resumed=True), positions)
             except BaseException:

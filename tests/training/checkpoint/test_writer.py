@@ -15,6 +15,7 @@ import torch
 from flowtrain import CheckpointError, EpochEnd, Learner, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.callbacks import Checkpointer
+from flowtrain.graph.executor import Mailbox
 from flowtrain.testing import TinyModel, tiny_learner
 from flowtrain.training.checkpoint.files import Writer, target
 
@@ -171,7 +172,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 def test_one_is_written_at_a_time(tmp_path: Path) -> None:
-    writer = Writer([])
+    writer = Writer(Mailbox())
     open_now, at_work, most = threading.Event(), [], []
 
     def reached(point: str) -> None:
@@ -198,8 +199,8 @@ def _contents(finite: bool = True) -> dict[str, Any]:
 @pytest.mark.parametrize("good", [True, False])
 def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Path) -> None:
     """Rule 28: the file is there, and a warning."""
-    urgent: list[Any] = []
-    writer = Writer(urgent)
+    mailbox = Mailbox()
+    writer = Writer(mailbox)
     writer.submit(_contents(), CheckpointRequest(str(tmp_path / "1.ckpt")))
     (tmp_path / "0.ckpt").touch()
     request = CheckpointRequest(str(tmp_path / "2.ckpt"), best=True, remove=("1.ckpt", "0.ckpt"))
@@ -213,8 +214,8 @@ def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Pa
     if not good:
         message = r"2\.ckpt holds values that are not finite \(a parameter that is trained, .* that is 1\.ckpt\."
         with pytest.warns(RuntimeWarning, match=message):
-            urgent.pop()()
-    assert not urgent
+            mailbox.empty()
+    assert not mailbox.calls
 
 
 def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
