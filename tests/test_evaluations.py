@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from flowtrain import (
-    AbstractValidationPhase,
     CancelEpochException,
     EpochEnd,
     Learner,
@@ -37,10 +36,7 @@ from flowtrain.callbacks import (
 from flowtrain.diagnostics.plots import curves
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.testing import tiny_batches, tiny_learner
-
-
-class OODPhase(AbstractValidationPhase):
-    """Validate on other data."""
+from tests.support.fired import OODPhase
 
 
 def epochs(learner: Learner, phase: type[Phase], name: str = "Loss") -> list[int]:

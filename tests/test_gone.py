@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -69,6 +68,7 @@ from flowtrain.logging import CsvBackend, JsonlBackend, TensorBoardBackend, Valu
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.waiting import wait_for
 
 EXECUTORS: dict[str, Callable[[], Any]] = {
     "serial": lambda: "serial",
@@ -383,13 +383,6 @@ def test_what_waits_in_a_lane_is_written_before_its_file_is_closed(tmp_path: Pat
 def value_when(go: threading.Event, learner: LearnerView) -> Value:
     go.wait(30)
     return Value(1.0)
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_backend_is_one_learner_s_while_it_is_open(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from flowtrain import (
     AbstractTrainingPhase,
-    AbstractValidationPhase,
     Access,
     BatchEnd,
     Callback,
@@ -42,10 +41,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
-
-
-class OODPhase(AbstractValidationPhase):
-    """A third phase."""
+from tests.support.fired import OODPhase
 
 
 class Count(Callback):

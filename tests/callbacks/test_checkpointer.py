@@ -33,10 +33,7 @@ from flowtrain.callback.access import declare
 from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
-
-
-class OODPhase(AbstractValidationPhase):
-    """Validate on other data."""
+from tests.support.fired import OODPhase
 
 
 class Scores:

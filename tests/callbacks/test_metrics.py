@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from flowtrain import (
     Access,
-    BatchBegin,
     BatchEnd,
     Callback,
     CancelBatchException,
@@ -39,6 +38,7 @@ from flowtrain import (
 from flowtrain.callbacks import Metric, Metrics, Recorder
 from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.fired import CancelAt
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
@@ -72,20 +72,6 @@ def steps_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) ->
 
 def epochs_of(learner: Learner, name: str, phase: type[Phase] = TrainingPhase) -> list[tuple[int, Any]]:
     return list(learner.cbstate.metrics_epoch[phase][name])
-
-
-class CancelAt(Callback):
-    """Raise in the given batches, counted from 1 over the whole training."""
-
-    def __init__(self, cancels: dict[int, type[Exception]]) -> None:
-        self.cancels = cancels
-        self.batches = 0
-
-    @on(BatchBegin, TrainingPhase)
-    def cancel(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
-        self.batches += 1
-        if self.batches in self.cancels:
-            raise self.cancels[self.batches]("on purpose")
 
 
 # --- values

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from flowtrain import (
     AbstractTrainingPhase,
     Access,
-    BatchBegin,
     BatchEnd,
     Callback,
     CancelBatchException,
@@ -32,22 +31,9 @@ from flowtrain import (
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+from tests.support.fired import CancelAt
 
 Counted = tuple[int, int, int, int]
-
-
-class CancelAt(Callback):
-    """Raise in the given batches of training, counted from 1 over all epochs."""
-
-    def __init__(self, cancels: dict[int, type[Exception]]) -> None:
-        self.cancels = cancels
-        self.batches = 0
-
-    @on(BatchBegin, TrainingPhase)
-    def cancel(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
-        self.batches += 1
-        if self.batches in self.cancels:
-            raise self.cancels[self.batches]("on purpose")
 
 
 class OODPhase(ValidationPhase):

@@ -21,10 +21,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Traces
 from flowtrain.testing import tiny_batches, tiny_learner
-
-
-class OODPhase(AbstractValidationPhase):
-    """Validate on other data."""
+from tests.support.fired import OODPhase
 
 
 def squared(learner: LearnerView) -> torch.Tensor:

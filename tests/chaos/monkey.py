@@ -18,7 +18,8 @@ from typing import Any
 
 from distributed import Client
 
-from tests.executors.conftest import DaskProcesses, wait_for
+from tests.executors.conftest import DaskProcesses
+from tests.support.waiting import wait_for
 
 __all__ = ["Monkey", "Seen"]
 

@@ -39,6 +39,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Metrics
+from tests.support.fired import OODPhase
 
 ADAM = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999))
 LATENT = 2
@@ -248,10 +249,6 @@ def test_a_missing_model_is_named() -> None:
 
 
 # --- a second validation set
-
-
-class OODPhase(AbstractValidationPhase):
-    """Validate on data from elsewhere than the training data."""
 
 
 def line(slope: float, offset: float = 0.0) -> list[tuple[Tensor, Tensor]]:

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.waiting import wait_for
 
 
 class DaskProcesses:
@@ -76,14 +77,6 @@ class DaskProcesses:
             return subprocess.Popen(
                 [sys.executable, "-m", "dask", *command], stdout=log, stderr=log, env=environment, cwd=self.folder
             )
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
+from tests.support.waiting import wait_for
 
 Where = Literal["threads", "cluster"]
 
@@ -100,13 +101,6 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def steps(path: Path) -> list[int]:
     return [record["step"] for record in records(path)]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.01)
 
 
 @pytest.fixture(params=["threads", "cluster"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,80 +14,18 @@ from flowtrain import (
     BatchEnd,
     Callback,
     CycleError,
-    Event,
     LearnerView,
     NoConflict,
     Phase,
     Read,
-    Resolution,
     RunFirst,
-    TrainingPhase,
     Write,
     WriteConflictError,
     on,
     resolve,
 )
 from flowtrain.callbacks import Recorder
-from flowtrain.graph.plan import Plan
-from flowtrain.graph.registry import Callbacks
-from flowtrain.state.learner_state import LearnerState
-
-
-class At(Callback):
-    """Handles `BatchEnd` and declares what it is told to; tests subclass it to have types."""
-
-    def __init__(self, access: Access | None = None, after: Sequence[type[Callback]] = (), name: str = "") -> None:
-        self.access: Access = access or {}
-        self.after = tuple(after)
-        self.answers: dict[Callback, Resolution] = {}
-        self.name = name
-
-    def state_access(self) -> Access:
-        return self.access
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    def resolve_conflict(self, other: Callback) -> Resolution | None:
-        return self.answers.get(other)
-
-    @on(BatchEnd)
-    def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
-
-
-class A(At): ...
-
-
-class B(At): ...
-
-
-class C(At): ...
-
-
-class SubA(A): ...
-
-
-def plan(*callbacks: Callback) -> Plan:
-    """Order the callbacks at (BatchEnd, TrainingPhase); every entry that these tests read is there."""
-    state = LearnerState()
-    for name in ("x", "y", "z", "stats"):
-        setattr(state.cbstate, name, {})
-    return Callbacks(callbacks, state).plan(BatchEnd, TrainingPhase)
-
-
-def order(*callbacks: Callback) -> list[str]:
-    """Return the names in serial order."""
-    return [step.node.name for step in plan(*callbacks).steps]
-
-
-def edges(*callbacks: Callback) -> dict[tuple[str, str], str]:
-    """Return the edges by names, each with its reasons as text."""
-    found = plan(*callbacks)
-    return {
-        (found.steps[edge.before].node.name, found.steps[edge.after].node.name): "; ".join(map(str, edge.reasons))
-        for edge in found.edges
-    }
-
+from tests.support.ordered import A, At, B, C, SubA, edges, order
 
 W, R = Write(), Read()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import networkx
@@ -24,7 +23,6 @@ from flowtrain import (
     NoConflict,
     Phase,
     Read,
-    Resolution,
     RunFirst,
     TrainingPhase,
     ValidationPhase,
@@ -40,40 +38,7 @@ from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.resolver import Resolver
 from flowtrain.state.learner_state import LearnerState
-
-
-class At(Callback):
-    """Handles `BatchEnd` and declares what it is told to; tests subclass it to have types."""
-
-    def __init__(self, access: Access | None = None, after: Sequence[type[Callback]] = (), name: str = "") -> None:
-        self.access: Access = access or {}
-        self.after = tuple(after)
-        self.answers: dict[Callback, Resolution] = {}
-        self.name = name
-
-    def state_access(self) -> Access:
-        return self.access
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    def resolve_conflict(self, other: Callback) -> Resolution | None:
-        return self.answers.get(other)
-
-    @on(BatchEnd)
-    def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
-
-
-class A(At): ...
-
-
-class B(At): ...
-
-
-class C(At): ...
-
-
-class SubA(A): ...
+from tests.support.ordered import A, At, B, C, SubA, state_with_everything
 
 
 def order(*callbacks: Callback) -> list[str]:
@@ -91,14 +56,6 @@ def ordered(*callbacks: Callback) -> Order:
         assert handler is not None
         participants.append((node, handler))
     return order_event(BatchEnd, TrainingPhase, participants, Resolver())
-
-
-def state_with_everything() -> LearnerState:
-    """A state in which every entry that these tests read is there, so that only the order is in question."""
-    state = LearnerState()
-    for name in ("x", "y", "z", "stats"):
-        setattr(state.cbstate, name, {})
-    return state
 
 
 def edges(*callbacks: Callback) -> dict[tuple[str, str], str]:

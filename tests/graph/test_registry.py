@@ -36,7 +36,6 @@ from flowtrain import (
     on,
 )
 from flowtrain.callback.handler import Handler
-from flowtrain.callback.phases import AbstractValidationPhase
 from flowtrain.callbacks import Recorder
 from flowtrain.errors import HandlerError
 from flowtrain.graph.registry import Callbacks
@@ -44,6 +43,7 @@ from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
+from tests.support.fired import OODPhase
 
 R, W = Read(), Write()
 
@@ -382,10 +382,6 @@ def test_a_learner_that_is_refused_when_built_says_why() -> None:
 
 
 # --- types first seen later
-
-
-class OODPhase(AbstractValidationPhase):
-    """A phase that comes late."""
 
 
 class Mine(Event): ...

@@ -11,16 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, ValidationPhase
-from flowtrain.callback.phases import AbstractValidationPhase
 from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import CONTAINERS, Counts, CountsMap, PhaseMap
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series
-
-
-class OODPhase(AbstractValidationPhase):
-    """A user's own phase."""
-
+from tests.support.fired import OODPhase
 
 # --- by phase
 

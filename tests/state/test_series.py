@@ -12,15 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowtrain.callback.phases import AbstractValidationPhase
 from flowtrain.errors import ProtectedException
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
-
-
-class OODPhase(AbstractValidationPhase):
-    """A user's own phase."""
-
 
 # --- one series
 

@@ -12,7 +12,6 @@ import pytest
 from torchmetrics import MeanSquaredError
 
 from flowtrain import (
-    AbstractValidationPhase,
     Access,
     AccessError,
     BatchEnd,
@@ -48,10 +47,7 @@ from flowtrain.callbacks import (
 )
 from flowtrain.callbacks.stopping.criteria import GL, Patience
 from flowtrain.testing import TinyModel, record_access, tiny_batches, tiny_learner
-
-
-class OODPhase(AbstractValidationPhase):
-    """Data from elsewhere."""
+from tests.support.fired import OODPhase
 
 
 class First(Callback):

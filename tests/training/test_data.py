@@ -21,7 +21,6 @@ from torch.utils.data import (
 
 from flowtrain import (
     AbstractTrainingPhase,
-    AbstractValidationPhase,
     DataError,
     Learner,
     Phase,
@@ -31,14 +30,11 @@ from flowtrain import (
 )
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.data import has_workers, length, loaders, parts, set_epoch
+from tests.support.fired import OODPhase
 
 Pairs = list[tuple[Tensor, Tensor]]
 X, Y = torch.zeros(6, 1), torch.ones(6, 1)
 HOW = "Pass data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}."
-
-
-class OODPhase(AbstractValidationPhase):
-    """A third phase."""
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -34,46 +33,15 @@ from flowtrain.callbacks import CustomCallback
 from flowtrain.graph.executor import SerialExecutor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.testing import tiny_batches
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
+from tests.support.fired import Raise, Watch, watched
 
 
 class Ping(Event):
     """Fired from outside, or by handlers."""
-
-
-class Watch(Callback):
-    """Write down every event with its phase."""
-
-    def __init__(self) -> None:
-        self.log: list[tuple[Event, Phase]] = []
-
-    @on(Event)
-    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.log.append((event, phase))
-
-
-class Raise(Callback):
-    """Raise once, at the n-th time that an event is fired."""
-
-    def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
-        self.event_type, self.exception, self.left = event_type, exception, nth
-
-    @on(Event)
-    def maybe(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        if type(event) is self.event_type:
-            self.left -= 1
-            if not self.left:
-                raise self.exception
-
-
-def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
-    """A learner with one phase of training and without default callbacks, and what it fires."""
-    watch = Watch()
-    chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
-    return watch, tiny_learner(watch, *callbacks, **chosen)
 
 
 # --- firing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import linecache
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +55,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import CustomCallback
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.fired import Raise, short, watched
 
 Script = Mapping[int, str]
 
@@ -304,34 +304,6 @@ def test_every_begin_gets_one_end_or_cancelled_in_a_direct_step(one: Script, oth
 
 
 # --- rule 16, sentence by sentence
-
-
-class Raise(Callback):
-    """Raise once, at the n-th time that an event is fired."""
-
-    def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
-        self.event_type, self.exception, self.left = event_type, exception, nth
-
-    @on(Event)
-    def maybe(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        if type(event) is self.event_type:
-            self.left -= 1
-            if not self.left:
-                raise self.exception
-
-
-def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
-    """A learner with one phase of training and without default callbacks, and what it fires."""
-    watch = Watch()
-    chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
-    return watch, tiny_learner(watch, *callbacks, **chosen)
-
-
-def short(names: list[str]) -> str:
-    """Only the events that open and close, abbreviated: ``F( E( B( B) E) F)``, with x for Cancelled."""
-    found = (re.fullmatch("(Fit|Epoch|Batch)(Begin|End|Cancelled)", name) for name in names)
-    marks = {"Begin": "(", "End": ")", "Cancelled": "x"}
-    return " ".join(match[1][0] + marks[match[2]] for match in found if match)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,58 +10,14 @@ import torch
 from flowtrain import (
     AbstractTrainingPhase,
     BatchBegin,
-    Callback,
     CoreError,
-    Event,
     Learner,
-    LearnerView,
-    Phase,
     StepContext,
     TrainingPhase,
     UsageError,
-    on,
 )
-from flowtrain.testing import tiny_batches, tiny_learner
-
-
-class Watch(Callback):
-    """Write down the name of every event."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    @on(Event)
-    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.names.append(type(event).__name__)
-
-
-class Raise(Callback):
-    """Raise once, at the n-th time that an event is fired."""
-
-    def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
-        self.event_type, self.exception, self.left = event_type, exception, nth
-
-    @on(Event)
-    def maybe(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        if type(event) is self.event_type:
-            self.left -= 1
-            if not self.left:
-                raise self.exception
-
-
-def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
-    """A learner with one phase of training and without default callbacks, and what it fires."""
-    watch = Watch()
-    chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
-    return watch, tiny_learner(watch, *callbacks, **chosen)
-
-
-def short(names: list[str]) -> str:
-    """Only the events that open and close, abbreviated: ``F( E( B( B) E) F)``, with x for Cancelled."""
-    found = (re.fullmatch("(Fit|Epoch|Batch)(Begin|End|Cancelled)", name) for name in names)
-    marks = {"Begin": "(", "End": ")", "Cancelled": "x"}
-    return " ".join(match[1][0] + marks[match[2]] for match in found if match)
-
+from flowtrain.testing import tiny_batches
+from tests.support.fired import Raise, short, watched
 
 # --- run_batch
 

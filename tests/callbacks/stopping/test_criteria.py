@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from flowtrain.callbacks.stopping.criteria import (
     Warmup,
 )
 from flowtrain.callbacks.stopping.criterion import Criterion, Mode
+from tests.support.criteria import stops_at
 
 NAN, INF = math.nan, math.inf
 
@@ -36,13 +37,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def stops_at(criterion: Criterion, values: Sequence[float], mode: Mode = "min") -> int | None:
-    """The number of the first value, from 1, at which a criterion stops."""
-    criterion.begin(mode)
-    answers = (criterion.update(value) for value in values)
-    return next((number for number, why in enumerate(answers, start=1) if why is not None), None)
 
 
 # since best:  0    0    1    2    0    1    2    3    4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from flowtrain import UsageError
 from flowtrain.callbacks.stopping.criterion import Criterion, Mode
 from flowtrain.callbacks.stopping.prechelt import GL, PQ, UP
+from tests.support.criteria import stops_at
 
 NAN, INF = math.nan, math.inf
-
-
-def stops_at(criterion: Criterion, values: Sequence[float], mode: Mode = "min") -> int | None:
-    """The number of the first value, from 1, at which a criterion stops."""
-    criterion.begin(mode)
-    answers = (criterion.update(value) for value in values)
-    return next((number for number, why in enumerate(answers, start=1) if why is not None), None)
 
 
 # E:        4.0   3.2        3.0   3.3         3.6         3.9

@@ -21,6 +21,7 @@ from flowtrain_dask.cluster.connect import Connection, connect
 from flowtrain_dask.cluster.worker import Assignment, Reply, versions
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned
+from tests.support.waiting import wait_for
 
 OTHER = versions()._replace(torch="0.0")
 REFUSED = pickle.dumps(Assignment("token", OTHER, b"", 0, None, b"", None, (), False))
@@ -89,13 +90,6 @@ def reach(processes: Any) -> Connection:
     made = connect(processes.address, 60)
     assert made is not None
     return made
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.005)
 
 
 def addresses(connection: Connection) -> dict[str, str]:

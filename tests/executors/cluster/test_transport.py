@@ -32,6 +32,7 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.lanes.work import Duty, Job, Outcome
 from flowtrain_dask.snapshots.parcels import Parcel, Ticket, possible
+from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -174,13 +175,6 @@ def parcels() -> int:
 def memory_files() -> list[str]:
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     return [link for link in links if os.path.islink(link) and "memfd:flowtrain" in os.readlink(link)]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.005)
 
 
 def test_records_and_state_come_home(connection: Connection, folder: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.waiting import wait_for
 
 SCRIPT = """
 import sys, time
@@ -112,13 +113,6 @@ class Gated(Callback):
     def note(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         assert self.gate.wait(20)
         log(self.backends, Value(learner.batch.loss), "Loss", 1, ("Step", "TrainingPhase"))
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.001)
 
 
 def names() -> list[str]:

@@ -22,6 +22,7 @@ from flowtrain_dask.lanes.driver import Driver, OnError
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, ThreadTransport
 from flowtrain_dask.lanes.work import Duty, Entry, Job, Outcome
+from tests.support.waiting import wait_for
 
 
 class Memory(LoggerBackend):
@@ -390,10 +391,3 @@ def test_the_copy_in_a_forked_child_finds_no_lock_taken_and_nothing_to_do(tmp_pa
         assert vars(backend)["_file"] is None, "it never writes"
     finally:
         file.close()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.001)

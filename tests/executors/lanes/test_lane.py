@@ -19,6 +19,7 @@ from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import ThreadTransport
 from flowtrain_dask.lanes.work import Duty, Job
+from tests.support.waiting import wait_for
 
 
 class Memory(LoggerBackend):
@@ -117,13 +118,6 @@ def put(lane: Lane, number: int, duty: int = 0, nbytes: int = 8) -> bool:
 
 def urgent(lane: Lane) -> list[Callable[[], None]]:
     return lane.urgent  # type: ignore[attr-defined,no-any-return]  # see `make_lane`
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.001)
 
 
 def test_events_are_processed_one_at_a_time_in_order(make_lane: MakeLane) -> None:

@@ -1,0 +1,71 @@
+"""Callbacks that declare what a test says, and the order that the graph gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Resolution, TrainingPhase, on
+from flowtrain.graph.plan import Plan
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
+
+
+class At(Callback):
+    """Handles `BatchEnd` and declares what it is told to; tests subclass it to have types."""
+
+    def __init__(self, access: Access | None = None, after: Sequence[type[Callback]] = (), name: str = "") -> None:
+        self.access: Access = access or {}
+        self.after = tuple(after)
+        self.answers: dict[Callback, Resolution] = {}
+        self.name = name
+
+    def state_access(self) -> Access:
+        return self.access
+
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return self.after
+
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        return self.answers.get(other)
+
+    @on(BatchEnd)
+    def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+
+class A(At): ...
+
+
+class B(At): ...
+
+
+class C(At): ...
+
+
+class SubA(A): ...
+
+
+def state_with_everything() -> LearnerState:
+    """A state in which every entry that these tests read is there, so that only the order is in question."""
+    state = LearnerState()
+    for name in ("x", "y", "z", "stats"):
+        setattr(state.cbstate, name, {})
+    return state
+
+
+def plan(*callbacks: Callback) -> Plan:
+    """Order the callbacks at (BatchEnd, TrainingPhase)."""
+    return Callbacks(callbacks, state_with_everything()).plan(BatchEnd, TrainingPhase)
+
+
+def order(*callbacks: Callback) -> list[str]:
+    """Return the names in serial order."""
+    return [step.node.name for step in plan(*callbacks).steps]
+
+
+def edges(*callbacks: Callback) -> dict[tuple[str, str], str]:
+    """Return the edges by names, each with its reasons as text."""
+    found = plan(*callbacks)
+    return {
+        (found.steps[edge.before].node.name, found.steps[edge.after].node.name): "; ".join(map(str, edge.reasons))
+        for edge in found.edges
+    }
