@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, TensorDataset
 
 import flowtrain.callbacks
 from flowtrain import (
@@ -59,8 +60,12 @@ from flowtrain.callbacks import (
     one_cycle,
 )
 from flowtrain.callbacks.stopping.criteria import PQ
+from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, untouched
+from flowtrain.diagnostics.suggest_access import Log, RecordingView
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.metrics import mean_absolute_error
+from flowtrain.state.learner_state import State
+from flowtrain.state.partial_view import Owner
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
 
@@ -339,3 +344,172 @@ def test_a_learner_that_only_validates_is_not_warned_of() -> None:
     found = record_access(Shows(), data={ValidationPhase: tiny_batches()})
     assert {dotted(path) for path, _ in found.union} == {"batch.loss"}
     assert found.failure is None
+
+
+# --- recording
+
+
+PHASE = TrainingPhase()
+
+
+def recorded(f: Callable[[LearnerView], Any]) -> dict[str, Read | Write]:
+    """What a function touches of a learner that has run one batch."""
+    learner = tiny_learner()
+    learner.step(PHASE, (torch.ones(2, 1), torch.ones(2, 1)))
+    learner.state.cbstate.space = State("cbstate.space")
+    log: Log = {}
+    f(RecordingView(learner.state, Owner("it", "It", "state_access", ()), log))
+    return {dotted(path): kind for path, kind in log.items()}
+
+
+def _assign(learner: LearnerView) -> None:
+    learner.cbstate.mine = 1
+    learner.batch.more = 2
+    learner.cbstate.space.inner = 3
+    del learner.batch.more
+
+
+CASES: list[tuple[Callable[[LearnerView], Any], dict[str, Read | Write]]] = [
+    (lambda learner: learner.batch.loss, {"batch.loss": Read()}),
+    (lambda learner: learner.batch.nothing, {"batch.nothing": Read(optional=True)}),
+    (lambda learner: "nothing" in learner.batch, {"batch.nothing": Read(optional=True)}),
+    (_assign, {"cbstate.mine": Write(), "batch.more": Write(), "cbstate.space.inner": Write()}),
+    (lambda learner: learner.cbstate.history[PHASE].steps, {"cbstate.history": Read()}),
+    (lambda learner: learner.cbstate.metrics_step[PHASE]["Loss"].last(), {"cbstate.metrics_step.Loss": Read()}),
+    (lambda learner: list(learner.cbstate.metrics_step[PHASE]), {"cbstate.metrics_step": Read()}),
+    (lambda learner: len(learner.cbstate.metrics_step), {"cbstate.metrics_step": Read()}),
+    (
+        lambda learner: learner.cbstate.tracehistory[PHASE].push("New", 1.0, 1),
+        {"cbstate.tracehistory.New": Write()},
+    ),
+    (
+        lambda learner: learner.cbstate.hyperparams.push("LearningRate", 0.1, 1),
+        {"cbstate.hyperparams.LearningRate": Write()},
+    ),
+    (lambda learner: learner.model(torch.ones(1)), {"model": Read()}),
+    (lambda learner: learner.params["coeff"], {"params.coeff": Read()}),
+    (lambda learner: dict(learner.params.items()), {"params": Read(), "params.coeff": Read()}),
+    (lambda learner: learner.batch.grads["coeff"], {"batch.grads": Read()}),
+    (lambda learner: learner.optimizer.hyperparams[0]["lr"], {"optimizer.hyperparams": Read()}),
+    (lambda learner: learner.optimizer.state, {"optimizer.state": Read()}),
+    (lambda learner: learner.optimizer.state_dict(), {"optimizer": Read()}),
+    (lambda learner: len(learner.data[PHASE]), {"data": Read()}),
+    (lambda learner: (learner.lossfn, len(learner.callbacks)), {"lossfn": Read(), "callbacks": Read()}),
+]
+
+
+@pytest.mark.parametrize(("f", "paths"), CASES)
+def test_what_is_touched_is_logged_by_path(f: Callable[[LearnerView], Any], paths: dict[str, Read | Write]) -> None:
+    assert recorded(f) == paths
+
+
+def test_a_plain_read_beats_an_optional_one_and_a_write_beats_both() -> None:
+    def touch(learner: LearnerView) -> None:
+        _ = learner.cbstate.mine
+        learner.cbstate.mine = 1
+        _ = learner.cbstate.mine
+        _ = "loss" in learner.batch
+        _ = learner.batch.loss
+
+    assert recorded(touch) == {"cbstate.mine": Write(), "batch.loss": Read()}
+
+
+def test_what_no_view_allows_is_refused_here_too() -> None:
+    with pytest.raises(UsageError, match=r"it calls learner\.fit\(\) in a handler"):
+        recorded(lambda learner: learner.fit)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
+    with pytest.raises(AttributeError, match="Did you mean 'batch'"):
+        recorded(lambda learner: learner.bacth)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
+
+
+# --- the trial run
+
+
+class Stateful(Sampler[int]):
+    """Gives other indices in every pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.passes += 1
+        return iter([self.passes, self.passes + 1, self.passes + 2, self.passes + 3])
+
+
+DATA = TensorDataset(torch.arange(12.0))
+
+
+def seeded(**settings: Any) -> DataLoader[Any]:
+    return DataLoader(DATA, shuffle=True, generator=torch.Generator().manual_seed(5), **settings)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: seeded(batch_size=4),
+        lambda: seeded(batch_size=4, num_workers=1, persistent_workers=True, timeout=30),
+        lambda: DataLoader(DATA, batch_size=3, sampler=Stateful()),
+        lambda: DataLoader(DATA, batch_sampler=BatchSampler(Stateful(), 2, drop_last=False)),
+        lambda: DataLoader(DATA, batch_size=None, sampler=Stateful()),
+        lambda: [[torch.zeros(2)], [torch.ones(2)]],
+        lambda: ([torch.zeros(2)],),
+    ],
+    ids=["generator", "workers", "sampler", "batch sampler", "no batching", "list", "tuple"],
+)
+def test_the_first_batch_is_the_one_that_training_gets_next(make: Any) -> None:
+    loader = make()
+    with untouched():
+        [[seen]] = first_batch(loader)
+        assert torch.equal(first_batch(loader)[0][0], seen)
+    seen += 0
+    assert torch.equal(next(iter(loader))[0], seen)
+
+
+def test_what_is_done_to_the_batch_is_not_done_to_the_data() -> None:
+    data = [torch.zeros(2)]
+    first_batch(data)[0].add_(1)
+    assert data[0].tolist() == [0, 0]
+
+
+def test_no_batch() -> None:
+    assert first_batch([]) == []
+    assert first_batch(DataLoader(DATA, batch_size=20, drop_last=True)) == []
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("it was asked")
+
+
+class Locked(Stateful):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("no copies")
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (iter([1]), "a list_iterator is asked for batches by training alone"),
+        (DataLoader(Stream()), "an IterableDataset may lose what it gives"),
+        (DataLoader(DATA, sampler=Locked()), "its samplers cannot be copied: TypeError: no copies"),
+    ],
+)
+def test_loaders_that_are_left_alone(loader: Any, reason: str) -> None:
+    with pytest.raises(CannotLook) as raised:
+        first_batch(loader)
+    assert str(raised.value) == reason
+
+
+def test_a_borrowed_model_shares_parameters_and_nothing_else() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
+    copied = borrowed(model)
+    assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+    assert not any(a is b for a, b in zip(copied.buffers(), model.buffers(), strict=True))
+    assert borrowed(torch.nn.functional.mse_loss) is torch.nn.functional.mse_loss
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.kept = iter([1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    model.lock = (each for each in [1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(CannotLook, match="it cannot be copied: TypeError: cannot pickle 'generator' object"):
+        borrowed(model)

@@ -38,7 +38,7 @@ from flowtrain import (
 from flowtrain.callback.handler import Handler
 from flowtrain.callbacks import Recorder
 from flowtrain.errors import HandlerError
-from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.registry import Callbacks, unique_names
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.series import SeriesMap
@@ -617,3 +617,67 @@ def test_a_callback_knows_its_name_in_setup_and_a_refused_one_has_none() -> None
         learner.add_callback(second)
     assert names == ["Named", "Named#2"]
     assert second.name == ""
+
+
+# --- names are unique in a learner, and kept while the list changes
+
+
+class Named(Callback):
+    """Is given a name, or none."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+
+class OtherNamed(Named): ...
+
+
+def named(*callbacks: Callback) -> list[str]:
+    return [name for _, name in unique_names(list(callbacks))]
+
+
+def test_names_are_unique() -> None:
+    assert named(Named(), OtherNamed(), Named(), Named()) == ["Named", "OtherNamed", "Named#2", "Named#3"]
+
+
+def test_a_name_of_ones_own_is_kept_and_never_given_away() -> None:
+    assert named(Named(), Named(name="Named#2"), Named(), Named(name="mine")) == ["Named", "Named#2", "Named#3", "mine"]
+    assert named(OtherNamed(), Named(name="OtherNamed")) == ["OtherNamed#2", "OtherNamed"]
+
+
+def test_names_stay_when_the_list_changes() -> None:
+    learner = tiny_learner(Named(), Named(), Named(), default_callbacks=False)
+    learner.remove_callback("Named#2")
+    assert [callback.name for callback in learner.callbacks] == ["Named", "Named#3"]
+    learner.add_callback(Named())
+    assert [callback.name for callback in learner.callbacks] == ["Named", "Named#3", "Named#2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: [Named(name="mine"), OtherNamed(name="mine")],
+            "Two callbacks have the name 'mine'. A name is unique in a learner: change one.",
+        ),
+        (lambda: [Named], "Named is a class. Pass an instance: Named()."),
+        (
+            lambda: [print],
+            "<built-in function print> is no callback. Subclass flowtrain.Callback, or wrap a function: "
+            "CustomCallback(f, EpochEnd, TrainingPhase).",
+        ),
+        (lambda: [Named()] * 2, "<Named> is in the list twice. Make two instances if you want two."),
+    ],
+)
+def test_what_is_no_list_of_callbacks(make: Callable[[], list[Any]], message: str) -> None:
+    with pytest.raises(CallbackError) as caught:
+        unique_names(make())
+    assert str(caught.value) == message
+
+
+def test_a_name_stays_with_its_callback_wherever_it_stands() -> None:
+    """It is the key of its state."""
+    first = Recorder()
+    first.name = "Recorder"
+    second = Recorder()
+    assert unique_names([second, first]) == [(second, "Recorder#2"), (first, "Recorder")]

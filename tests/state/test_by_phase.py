@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, ValidationPhase
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import CONTAINERS, Counts, CountsMap, PhaseMap
 from flowtrain.state.readonly import readonly
-from flowtrain.state.series import Series
+from flowtrain.state.series import Series, SeriesMap
 from tests.support.fired import OODPhase
 
 # --- by phase
@@ -158,3 +159,20 @@ def test_reading_a_phase_that_is_not_there_adds_nothing_and_the_reader_sees_what
     series[TrainingPhase].push(1.5, 1)
     assert held.last() == (1, 1.5)
     assert list(series) == [TrainingPhase()]
+
+
+# --- the entries of ``cbstate`` that the learner makes
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_containers_that_the_learner_makes(name: str) -> None:
+    path = f"cbstate.{name}"
+    made = CONTAINERS[name](path)
+    assert path in repr(made)
+    if isinstance(made, PhaseMap):
+        inner = made[Phase]
+        assert isinstance(inner, (Counts, Series, SeriesMap))
+        if not isinstance(inner, Counts):
+            assert path in repr(inner)  # the phase is left out of a path
+    else:
+        assert isinstance(made, SeriesMap)

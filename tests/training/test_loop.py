@@ -55,7 +55,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import CustomCallback
 from flowtrain.testing import tiny_batches, tiny_learner
-from tests.support.fired import Raise, short, watched
+from tests.support.fired import Raise, Watch, short, watched
 
 Script = Mapping[int, str]
 
@@ -88,7 +88,7 @@ class Fired:
     did: list[str] = field(default_factory=list)
 
 
-class Watch(Callback):
+class Record(Callback):
     """Write down every event."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ RAISE: dict[str, Callable[[], BaseException]] = {
 class Actor(Callback):
     """At the n-th event, do what the script says for n."""
 
-    def __init__(self, watch: Watch, script: Script) -> None:
+    def __init__(self, watch: Record, script: Script) -> None:
         self.watch, self.script = watch, script
 
     @on(Event)
@@ -218,7 +218,7 @@ class Automaton:
 
 def run(kind: str, phase: type[Phase], events: list[type[Event]], *scripts: Script) -> None:
     """Run a fit, epoch or step with actors that follow the scripts, and compare what is fired with the rules."""
-    watch = Watch()
+    watch = Record()
     data = {phase: tiny_batches(n_batches=2), ValidationPhase: tiny_batches(n_batches=2)}
     actors = [Actor(watch, script) for script in scripts]
     learner = tiny_learner(watch, *actors, data=data, default_callbacks=False)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
 
-from flowtrain import CheckpointError
-from flowtrain.training.checkpoint.files import FORMAT, VERSION, read, real_folder, replace, resolve, target
+from flowtrain import CheckpointError, EpochEnd, Learner, LearnerView, Phase, TrainingPhase, on
+from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callbacks import Checkpointer
+from flowtrain.graph.executor import Mailbox
+from flowtrain.testing import TinyModel, tiny_learner
+from flowtrain.training.checkpoint.files import FORMAT, VERSION, Writer, read, real_folder, replace, resolve, target
 
 
 def saved(path: Path, **contents: object) -> Path:
@@ -89,3 +97,246 @@ def test_the_folder_of_a_file_is_without_links(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert real_folder(tmp_path / "link" / "a.ckpt") == str((tmp_path / "real").resolve())
+
+
+# --- the writer
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from flowtrain.callbacks import Checkpointer
+from flowtrain.testing import tiny_learner
+
+def train(folder, point, number):
+    learner = tiny_learner(Checkpointer(folder, keep_top_k=1, weights="safetensors"), n_batches=2)
+    seen = []
+
+    def reached(name):
+        seen.append(name)
+        if seen.count(point) == number:
+            os._exit(9)
+
+    learner.loop.cuts.writer.reached = reached
+    learner.fit(3)
+
+torch.set_num_threads(1)
+train(Path(sys.argv[1]) / "whole", "", 1)  # so that all that is imported late is there for the children
+for number in (1, 2):
+    for point in sys.argv[2:]:
+        child = os.fork()  # each is a process that is killed; they share the import
+        if not child:
+            try:
+                train(Path(sys.argv[1]) / f"{point} {number}", point, number)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, (point, number)
+"""
+
+POINTS = [
+    f"{what} {point}"
+    for what in ("checkpoint", "weights", "latest", "best")
+    for point in ("begun", "written", "renamed")
+] + ["removed"]
+
+LIMITED = """
+import resource, sys
+from flowtrain import CheckpointError
+from flowtrain.callbacks import Checkpointer
+from flowtrain.testing import tiny_learner
+import torch
+
+class Grows(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.coeff = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("rest", torch.zeros(100_000))
+    def forward(self, x):
+        return self.coeff * x
+
+learner = tiny_learner(Checkpointer(sys.argv[1]), model=Grows(), n_batches=2)
+learner.fit(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    learner.fit(3)
+except CheckpointError as error:
+    print(error)
+learner.load(sys.argv[1])
+print(learner.cbstate.history)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each point, as it was when the process was killed there for the first or second time."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the processes are forked")
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, str(folder), *POINTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("point", POINTS)
+def test_rule_28_a_killed_process_leaves_what_loads(killed: Path, point: str, number: int) -> None:
+    """Rule 28: what ``latest`` and ``best`` name is complete, and every file that has a checkpoint's name."""
+    tmp_path = killed / f"{point} {number}"
+    for file in tmp_path.glob("*.ckpt"):
+        tiny_learner().load(file)
+    for pointer in ("latest", "best"):
+        if (tmp_path / pointer).exists():
+            learner = tiny_learner(n_batches=2)
+            learner.load(tmp_path / pointer)
+            assert target(tmp_path, pointer) == f"epoch-{learner.cbstate.history[TrainingPhase].epochs:04d}.ckpt"
+    pointed = POINTS.index(point) >= POINTS.index("latest renamed")
+    assert (tmp_path / "latest").exists() == (number == 2 or pointed)
+    if (tmp_path / "latest").exists():
+        resumed = tiny_learner(Checkpointer(tmp_path, keep_top_k=1), n_batches=2)
+        resumed.fit(3, resume=tmp_path)
+        whole = tiny_learner(n_batches=2)
+        whole.fit(3)
+        assert torch.equal(resumed.model.coeff, whole.model.coeff)
+        assert not list(tmp_path.glob(".epoch-0003*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    error, history = done.stdout.splitlines()
+    assert error == (
+        f"The checkpoint {tmp_path}/epoch-0002.ckpt could not be written: [Errno 27] File too large. The last one that "
+        f"is complete is {tmp_path}/epoch-0001.ckpt. Make room, or choose another folder, and go on with "
+        f"fit(..., resume=...)."
+    )
+    assert "TrainingPhase: Counts(epochs=1," in history
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["best", "epoch-0001.ckpt", "latest"]
+
+
+class Gate:
+    """Stops a writer at a point until it is opened."""
+
+    def __init__(self, learner: Learner, point: str) -> None:
+        self.point, self.reached, self.open = point, threading.Event(), threading.Event()
+        learner.loop.cuts.writer.reached = self.at
+
+    def at(self, point: str) -> None:
+        if point == self.point:
+            self.reached.set()
+            assert self.open.wait(60)
+
+
+class Opens(Checkpointer):
+    """Opens the gate when training has gone on, and notes how many batches were trained before."""
+
+    gate: Gate
+    passed: bool = False
+
+    @on(EpochEnd, TrainingPhase, access={})
+    def let_through(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        if self.gate.reached.is_set():
+            self.passed = not self.gate.open.is_set() or self.passed
+            self.gate.open.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The first is stuck until the training epoch after it has ended; a wait for it would never return."""
+    callback = Opens(tmp_path)
+    learner = tiny_learner(callback, n_batches=200)
+    callback.gate = Gate(learner, "checkpoint begun")
+    learner.fit(3)
+    assert callback.passed
+    assert target(tmp_path, "latest") == "epoch-0003.ckpt"
+
+
+def test_one_is_written_at_a_time(tmp_path: Path) -> None:
+    writer = Writer(Mailbox())
+    open_now, at_work, most = threading.Event(), [], []
+
+    def reached(point: str) -> None:
+        if point == "checkpoint begun":
+            at_work.append(point)
+            most.append(len(at_work))
+            assert open_now.wait(60)
+        if point == "removed":
+            at_work.pop()
+
+    writer.reached = reached
+    writer.submit(_contents(), CheckpointRequest(str(tmp_path / "1.ckpt")))
+    threading.Timer(0.05, open_now.set).start()
+    writer.submit(_contents(), CheckpointRequest(str(tmp_path / "2.ckpt")))
+    writer.wait()
+    assert most == [1, 1]
+    assert target(tmp_path, "latest") == "2.ckpt"
+
+
+def _contents(finite: bool = True) -> dict[str, Any]:
+    return {"model": {"": {"w": torch.ones(1)}}, "loss module": {}, "finite": finite}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Path) -> None:
+    """Rule 28: the file is there, and a warning."""
+    mailbox = Mailbox()
+    writer = Writer(mailbox)
+    writer.submit(_contents(), CheckpointRequest(str(tmp_path / "1.ckpt")))
+    (tmp_path / "0.ckpt").touch()
+    request = CheckpointRequest(str(tmp_path / "2.ckpt"), best=True, remove=("1.ckpt", "0.ckpt"))
+    writer.submit(_contents(good), request)
+    writer.wait()
+    assert torch.load(tmp_path / "2.ckpt")["finite"] == good
+    assert target(tmp_path, "latest") == ("2.ckpt" if good else "1.ckpt")
+    assert target(tmp_path, "best") == ("2.ckpt" if good else "")
+    assert (tmp_path / "1.ckpt").exists() != good, "what a pointer names stays"
+    assert not (tmp_path / "0.ckpt").exists()
+    if not good:
+        message = r"2\.ckpt holds values that are not finite \(a parameter that is trained, .* that is 1\.ckpt\."
+        with pytest.warns(RuntimeWarning, match=message):
+            mailbox.empty()
+    assert not mailbox.calls
+
+
+def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
+    batches: list[int] = []
+
+    class Breaks(Checkpointer):
+        @on(EpochEnd, TrainingPhase, access={})
+        def note(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            batches.append(1)
+
+    learner = tiny_learner(Breaks(tmp_path), n_batches=500)
+    learner.loop.cuts.writer.reached = _fail
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.ckpt could not be written: OSError|no space") as caught:
+        learner.fit(100)
+    assert len(batches) < 100
+    assert isinstance(caught.value.__cause__, OSError)
+    assert "There is none before it." in str(caught.value)
+    learner.flush()  # it was raised once
+    assert not list(tmp_path.iterdir())
+
+
+def _fail(point: str) -> None:
+    raise OSError("no space")
+
+
+def test_an_error_of_the_last_checkpoint_surfaces_at_the_end_of_the_fit(tmp_path: Path) -> None:
+    learner = tiny_learner(Checkpointer(tmp_path), n_batches=1)
+    learner.loop.cuts.writer.reached = _fail
+    with pytest.raises(CheckpointError, match="could not be written: no space"):
+        learner.fit(1)
+    assert not any(thread.name == "flowtrain-checkpoint" for thread in threading.enumerate())
+
+
+def test_weights_as_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    learner = tiny_learner(Checkpointer(tmp_path, weights="safetensors"))
+    learner.fit(1)
+    loaded = TinyModel()
+    loaded.load_state_dict(safetensors.load_file(tmp_path / "epoch-0001.safetensors"))
+    assert torch.equal(loaded.coeff, learner.model.coeff)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
