@@ -12,12 +12,13 @@ from flowtrain import (
     BatchBegin,
     CoreError,
     Learner,
+    Phase,
     StepContext,
     TrainingPhase,
     UsageError,
 )
 from flowtrain.testing import tiny_batches
-from tests.support.fired import Raise, short, watched
+from tests.support.fired import Raise, Watch, short, watched
 
 # --- run_batch
 
