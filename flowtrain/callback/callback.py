@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
 from flowtrain.callback.access import Access
 from flowtrain.callback.events import Event, FitBegin, FitEnd
@@ -26,6 +26,8 @@ C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
 E = TypeVar("E", bound=Event)
 P = TypeVar("P", bound=Phase)
+_Given: TypeAlias = Access | str | None
+_Name: TypeAlias = str | None
 
 
 class Condition:
@@ -295,36 +297,27 @@ def find_handler(
 
 @overload
 def on(
-    event_type: type[E], phase_type: str = ..., *, access: Access | str | None = None, enabled: str | None = None
+    event_type: type[E], phase_type: str = ..., *, access: _Given = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]: ...
 @overload
 def on(
-    event_type: str,
-    phase_type: str | type[Phase] = ...,
-    *,
-    access: Access | str | None = None,
-    enabled: str | None = None,
+    event_type: str, phase_type: str | type[Phase] = ..., *, access: _Given = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, Event, Phase, LearnerView], None]], Callable[[C, Event, Phase, LearnerView], None]]: ...
 @overload
 def on(
-    event_type: type[E], phase_type: type[P], *, access: Access | str | None = None, enabled: str | None = None
+    event_type: type[E], phase_type: type[P], *, access: _Given = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]: ...
 @overload
 def on(
-    event_type: type[E],
-    phase_type: type[P],
-    callback_type: type[CB],
-    *,
-    access: Access | str | None = None,
-    enabled: str | None = None,
+    event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: _Given = None, enabled: _Name = None
 ) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]: ...
 def on(
     event_type: type[Event] | str,
     phase_type: type[Phase] | str = Phase,
     callback_type: type[Callback] | None = None,
     *,
-    access: Access | str | None = None,
-    enabled: str | None = None,
+    access: _Given = None,
+    enabled: _Name = None,
 ) -> Callable[[Any], Any]:
     """Mark a method as the handler of an event, or add a function as handler to an existing callback type.
 
@@ -360,8 +353,7 @@ def on(
         return marked
     if not is_type(callback_type, Callback) or callback_type is Callback:
         raise HandlerError(
-            f"on() adds handlers to a subclass of Callback, got {callback_type!r}. "
-            f"Write @on({event}, {phase}, MyCallback)."
+            f"on() adds handlers to a subclass of Callback, got {callback_type!r}. Write @on({event}, {phase}, MyCallback)."
         )
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
