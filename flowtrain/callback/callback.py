@@ -353,7 +353,7 @@ def on(
         return marked
     if not is_type(callback_type, Callback) or callback_type is Callback:
         raise HandlerError(
-            f"on() adds handlers to a subclass of Callback, got {callback_type!r}. Write @on({event}, {phase}, MyCallback)."
+            f"on() adds handlers to a subclass of Callback, got {callback_type!r}. Write @on({event}, {phase}, Mine)."
         )
 
     def add(function: Callable[..., None]) -> Callable[..., None]:

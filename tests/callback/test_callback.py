@@ -367,7 +367,7 @@ def wrong(event_type: Any, phase_type: Any = Phase, callback_type: Any = None) -
             (BatchEnd, Phase, Callback),
             "on() adds handlers to a subclass of Callback, got <class 'flowtrain.callback.callback",
         ),
-        ((BatchEnd, TrainingPhase, int), "Write @on(BatchEnd, TrainingPhase, MyCallback)."),
+        ((BatchEnd, TrainingPhase, int), "Write @on(BatchEnd, TrainingPhase, Mine)."),
     ],
 )
 def test_on_takes_types(arguments: tuple[Any, ...], message: str) -> None:
