@@ -97,7 +97,8 @@ class Checkpointer(Callback):
             )
         _check_weights(weights)
         self.folder = Path(folder)
-        self.keep_top_k, self.monitor, self.phase, self.mode = keep_top_k, monitor, phase, mode
+        self.keep_top_k, self.monitor, self.phase = keep_top_k, monitor, phase
+        self.mode: Mode | None = mode
         self.every = whole_number("Checkpointer(): every", every)
         self.every_steps, self.weights = every_steps, weights is not None
         if every_steps is not None:

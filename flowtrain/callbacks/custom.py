@@ -52,10 +52,11 @@ class CustomCallback(Callback):
         self.f = f
         self.event_type = event_type
         self.phase_type = phase_type
-        self.access_argument: Access = {} if access is None else access
+        self._access: Access = {} if access is None else access
+        self.access_argument = self._access
 
     def state_access(self) -> Access:
-        return self.access_argument
+        return self._access
 
     @on("event_type", "phase_type")
     def call(self, event: Event, phase: Phase, learner: LearnerView) -> None:

@@ -78,7 +78,7 @@ class EarlyStopping(Callback):
         self.criterion = Disjunction(*map(_criterion, chosen))
         self.monitor = monitor
         self.phase = phase
-        self.mode = mode
+        self.mode: Mode | None = mode
         self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built
         self._watched: Phase | None = None  # the phase of `data` that is watched in this fit
         self._training: Phase | None = None

@@ -78,10 +78,11 @@ class LogVisualization(Callback):
         self.phase_type = phase_type
         self.event_type = event_type
         self.conditions = (Every(event_type, every),)
-        self.access_argument: Access = {"batch": Read()} if access is None else access
+        self._access: Access = {"batch": Read()} if access is None else access
+        self.access_argument = self._access
 
     def state_access(self) -> Access:
-        return {**self.access_argument, "cbstate.history": Read()}
+        return {**self._access, "cbstate.history": Read()}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
         return (("Epoch" if issubclass(self.event_type, EpochEnd) else "Step", self.phase_type, self.label),)

@@ -60,11 +60,12 @@ class Traces(Callback):
         self.traces = dict(traces)
         self.event_type = event_type
         self.phase_type = phase_type
-        self.access_argument: Access = {"batch": Read()} if access is None else access
+        self._access: Access = {"batch": Read()} if access is None else access
+        self.access_argument = self._access
 
     def state_access(self) -> Access:
         writes = {f"cbstate.tracehistory.{name}": Write() for name in self.traces}
-        return {**self.access_argument, "cbstate.history": Read(), **writes}
+        return {**self._access, "cbstate.history": Read(), **writes}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
         return [("cbstate.tracehistory", self.phase_type, name) for name in self.traces]

@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# torch has no public way to the tables of a module without running properties of the user's.
 """Structure: what training can change about models, loss function and optimizers that no ``state_dict`` holds.
 
 ================= =====================================================================================================
@@ -175,7 +177,7 @@ class Structure:
             ("requires_grad", "frozen", ("frozen", "trained")),
             ("mode", "eval", ("in eval mode", "in train mode")),
         ):
-            there = set(() if saved is None else saved[listed])
+            there: set[str] = set(() if saved is None else saved[listed])
             for key, value in self._begun().items():
                 name = _dotted(key)
                 if saved is not None and key[0] == kind and value is (name in there):
@@ -260,7 +262,8 @@ class Structure:
                         f"old ones, and take the state of these out of optimizer.state."
                     )
         for param in optimizer.state:
-            if isinstance(param, torch.Tensor) and id(param) not in grouped:
+            # Optimizers of users keep what they like there.
+            if isinstance(param, torch.Tensor) and id(param) not in grouped:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise CheckpointError(
                     f"{_called(name)} has state of {names.get(id(param), 'a parameter')}, of shape "
                     f"{tuple(param.shape)}, which is in none of its groups. Where a handler takes a parameter out of a "

@@ -188,7 +188,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
                 remedy = f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
             elif len(path) > 2 and path[2].endswith("Phase"):
                 remedy = f"A path leaves out the phase: declare {dotted((*path[:2], *path[3:]))!r}."
-            elif path[1] == "metrics_step" and any(meet(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
+            elif entry == "metrics_step" and any(meet(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
                 known, hint = f" {dotted(path[2:])} is computed at the end of an epoch.", ""
                 remedy = "For a value of each batch as well give Metrics a Metric(f, on_step=True)."
             elif len(path) > 2 and provider == "Metrics" and not hint:

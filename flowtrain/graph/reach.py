@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# torch has no public way to the tables of a module without running properties of the user's.
 """The model of conflicts: which state a path reaches, and where two declarations meet.
 
 Several paths can reach one object: ``params["0.weight"]`` is a parameter of ``model``, its ``.grad`` is an entry of

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, Union, cast, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 
@@ -90,7 +90,7 @@ class Metric:
             raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
         if mode not in ("min", "max", None):
             raise UsageError(f'Metric(mode={mode!r}): mode is "min" if small values are good, "max" if large ones are.')
-        self.mode = mode
+        self.mode: Literal["min", "max"] | None = mode
         self.f: Any = f
         self.phase = phase
         self.name = name if name is not None else _name(f)
@@ -214,7 +214,7 @@ def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"The metric {name} has a value that is a {describe(value)}{_take(metric)}")
     else:
         try:
-            yield name, float(value)
+            yield name, float(cast(Any, value))
         except (TypeError, ValueError):
             raise UsageError(
                 f"The metric {name} returned {value!r:.200}; a metric is one number, a tensor with one element, or a "
@@ -383,7 +383,7 @@ def _fresh(f: Any) -> Any:
     members = [*clone.values()] if isinstance(clone, torch.nn.ModuleDict) else []
     if any(isinstance(child, Accumulator) for member in members for child in member.children()):
         # A collection takes a wrapper for the same as another member, and from the second epoch on updates only that.
-        clone._enable_compute_groups, clone._groups_checked, clone._groups = False, False, {}
+        vars(clone).update(_enable_compute_groups=False, _groups_checked=False, _groups={})
     return clone
 
 

@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# The views that are compiled here are made from outside: `bind_view` fills their slots.
 """Protected views: a handler sees the learner through an object that allows exactly what it declares.
 
 For each declaration a view class is compiled once (`compile_view`) and shared by all handlers with that declaration.

@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# The table of hooks is tested entry by entry.
 """Dispatch: which handler of a callback runs, where handlers come from, and which can never run (rules 1 and 2)."""
 
 from __future__ import annotations

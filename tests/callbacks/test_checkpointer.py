@@ -78,9 +78,8 @@ NAN = float("nan")
 def test_the_best_and_the_latest_stay(
     options: dict[str, Any], scores: list[float], kept: list[str], best: str, tmp_path: Path
 ) -> None:
-    tiny_learner(
-        scored(*scores), Checkpointer(tmp_path, monitor="Score", **{"mode": "min", **options}), n_batches=1
-    ).fit(4)
+    options = {"mode": "min", **options}
+    tiny_learner(scored(*scores), Checkpointer(tmp_path, monitor="Score", **options), n_batches=1).fit(4)
     assert files(tmp_path) == kept
     assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == ("4", best)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

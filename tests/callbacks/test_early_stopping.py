@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# What a callback knows of the direction of its metric is looked at from inside.
 """EarlyStopping: when it ends training, what it says, what it goes on with, and what it refuses."""
 
 from __future__ import annotations

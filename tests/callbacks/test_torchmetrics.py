@@ -69,8 +69,8 @@ def numbers(sizes: list[int], seed: int = 0) -> list[Pair]:
 
 
 class Flat(torch.nn.Linear):
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs).squeeze(1)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's own name
+        return super().forward(input).squeeze(1)
 
 
 def classifier(*callbacks: Callback, train: list[Pair], valid: list[Pair], **options: Any) -> Learner:
@@ -140,8 +140,8 @@ def test_an_update_for_each_batch_and_a_computation_for_each_epoch(on_step: bool
     assert list(learner.cbstate.metrics_epoch[TrainingPhase]["Counting"]) == [(1, 11), (2, 11)]
     assert list(learner.cbstate.metrics_epoch[ValidationPhase]["Counting"]) == [(1, 10), (2, 10)]
     # Nothing of the outputs is kept between epochs, in memory or in a checkpoint.
-    parts = [part for *_, parts, updates in metrics.state_dict()["held"] for part in parts]
-    assert all(state == {"seen": []} or not state for state, plain in parts)
+    parts = [part for *_, parts, _updates in metrics.state_dict()["held"] for part in parts]
+    assert all(state == {"seen": []} or not state for state, _plain in parts)
 
 
 @pytest.mark.parametrize("on_step", [False, True])

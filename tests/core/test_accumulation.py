@@ -325,7 +325,8 @@ class Together(Pair):
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, x=raw) as batch:
-            learner.backward(self, sum((learner.model[name](batch.x) ** 2).mean() for name in ("disc", "gen")))
+            losses = [(learner.model[name](batch.x) ** 2).mean() for name in ("disc", "gen")]
+            learner.backward(self, losses[0] + losses[1])
             learner.update(self)
 
 

@@ -151,7 +151,7 @@ class Talkative:
         raise AssertionError(name)
 
     @property  # type: ignore[misc]  # as a proxy does
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise AssertionError("class")
 
     def __eq__(self, other: object) -> bool:

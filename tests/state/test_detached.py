@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, deque, namedtuple
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,7 +32,10 @@ from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import State
 from flowtrain_dask import DaskExecutor
 
-Pair = namedtuple("Pair", ["mean", "scale"])
+
+class Pair(NamedTuple):
+    mean: Any
+    scale: Any
 
 
 @dataclass(frozen=True)

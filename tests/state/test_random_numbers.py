@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# Handlers that a test adds to a bundled type are taken out again.
 """Random numbers of their own for deferrable callbacks, in place: rules 6, 13 and 19."""
 
 from __future__ import annotations

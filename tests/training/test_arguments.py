@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# The tables of advice are tested entry by entry.
 """What a user passes to a learner and to its methods, and what is said of what means nothing."""
 
 from __future__ import annotations
@@ -269,8 +271,10 @@ def test_the_error_of_a_property_is_its_own() -> None:
         _ = learner._private  # type: ignore[attr-defined]  # that is the point
 
 
-RESUME = "takes the path of a checkpoint, or of a folder of them: write fit(10, resume='runs/a') with the folder of a "
-RESUME += "Checkpointer. Leave it out for a fit that begins anew."
+RESUME = (
+    "takes the path of a checkpoint, or of a folder of them: write fit(10, resume='runs/a') with the folder of a "
+    "Checkpointer. Leave it out for a fit that begins anew."
+)
 
 
 @pytest.mark.parametrize("resume", [True, False, 1, b"runs", ["runs"], ""])

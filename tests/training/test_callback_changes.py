@@ -322,8 +322,9 @@ def test_a_callback_is_free_when_it_is_taken_out_or_its_learner_was_refused() ->
 def test_a_refused_change_leaves_everything_owned_as_it_was() -> None:
     first = First()
     learner = tiny_learner(first)
+    rival = Rival()
     with pytest.raises(WriteConflictError):
-        learner.add_callback(rival := Rival())
+        learner.add_callback(rival)
     tiny_learner(rival)
     with pytest.raises(CallbackError, match="First belongs to another learner"):
         tiny_learner(first)

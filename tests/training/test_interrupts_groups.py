@@ -167,6 +167,7 @@ def run(name: str, number: signal.Signals, times: int, **options: Any) -> None:
                 (folder / "whole").mkdir()
                 wanted = train(case, number, folder / "whole", interrupt=False, **options)
             (folder / "a").mkdir()
+            text = "it was not interrupted"
             try:
                 train(case, number, folder / "a", interrupt=True, **options)
                 print(f"{name}: was not interrupted")

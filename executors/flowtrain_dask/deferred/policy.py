@@ -84,6 +84,7 @@ def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads:
         threads: Whether all lanes are threads of this process; otherwise those only that cannot leave it.
     """
     kept: dict[str, str] = {}
+    lanes: tuple[tuple[Node, ...], ...] = ()
     deferred = [node for node in nodes if node.callback.deferrable]
     drawing = {node.name: what for node in deferred if (what := may_draw(node, state))}
     while True:
@@ -218,7 +219,7 @@ def _held_by(node: Node, in_place: Sequence[Node]) -> str:
 
 
 def _lanes(deferred: Sequence[Node]) -> tuple[tuple[Node, ...], ...]:
-    lanes: list[list[Node]] = []
+    lanes: tuple[tuple[Node, ...], ...] = ()
     for node in deferred:
         joined = [lane for lane in lanes if any(_joined(node, other) for other in lane)]
         lanes = [lane for lane in lanes if lane not in joined]

@@ -116,7 +116,8 @@ class Cuts:
             try:
                 # Until the fit has got back to where its checkpoint was taken, an interrupt leaves that one once more.
                 again = self.resumed if request.on_interrupt else None
-                contents = {**(self._gather(request.judged) if again is None else again), "finite": finite}
+                gathered = self._gather(request.judged) if again is None else again
+                contents: dict[str, Any] = {**gathered, "finite": finite}
                 contents["run"] = {**contents["run"], "folder": real_folder(request.path)}
                 self.writer.submit(contents, request)
             except CheckpointError as failure:  # raised when the others are taken
