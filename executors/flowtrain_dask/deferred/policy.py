@@ -219,7 +219,7 @@ def _held_by(node: Node, in_place: Sequence[Node]) -> str:
 
 
 def _lanes(deferred: Sequence[Node]) -> tuple[tuple[Node, ...], ...]:
-    lanes: tuple[tuple[Node, ...], ...] = ()
+    lanes: list[list[Node]] = []
     for node in deferred:
         joined = [lane for lane in lanes if any(_joined(node, other) for other in lane)]
         lanes = [lane for lane in lanes if lane not in joined]
