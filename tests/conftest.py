@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from flowtrain.callback import resolution
+from tests.support.examples import ORDINARY
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("ordinary", max_examples=ORDINARY, deadline=None)
+settings.register_profile(
+    "long", max_examples=100 * ORDINARY, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ordinary")  # the option --hypothesis-profile=long comes later, and counts
 
 
 def untracked() -> set[str]:

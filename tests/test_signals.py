@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import (
@@ -34,7 +34,6 @@ def others(failure: BaseException) -> tuple[BaseException, ...]:
     return found
 
 
-@settings(deadline=None)
 @given(failures)
 def test_merge_orders_all_that_failed(raised: list[BaseException]) -> None:
     """Rule 15: errors before cancels, Fitting before Epoch before Batch, then serial order; nothing is lost."""
@@ -45,7 +44,6 @@ def test_merge_orders_all_that_failed(raised: list[BaseException]) -> None:
     assert notes == [f"also raised: {type(other).__name__}: why" for other in expected[1:]]
 
 
-@settings(deadline=None)
 @given(failures, st.data())
 def test_merge_counts_an_exception_once(raised: list[BaseException], data: st.DataObject) -> None:
     again = data.draw(st.lists(st.sampled_from(raised), max_size=4))
@@ -54,7 +52,6 @@ def test_merge_counts_an_exception_once(raised: list[BaseException], data: st.Da
     assert worst not in others(worst)
 
 
-@settings(deadline=None)
 @given(failures)
 def test_merging_again_changes_nothing(raised: list[BaseException]) -> None:
     worst = merge(raised)

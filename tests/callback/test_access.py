@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain.callback.access import (
@@ -60,7 +60,6 @@ def test_dotted_and_nested_mean_the_same(access: Access) -> None:
     )
 
 
-@settings(deadline=None)
 @given(declarations, st.data())
 def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declaration, data: st.DataObject) -> None:
     """Each path is cut into dotted keys at random, in random order; the normal form does not notice."""
@@ -87,7 +86,6 @@ def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declara
     assert declare({dotted(path): kind for path, kind in order}, "me") == declaration
 
 
-@settings(deadline=None)
 @given(declarations)
 def test_a_rendered_declaration_reads_back(declaration: Declaration) -> None:
     assert declare(eval(render(declaration), {"Read": Read, "Write": Write}), "me") == declaration
@@ -208,7 +206,6 @@ def test_a_path_covers_what_lies_below_it() -> None:
     assert granted((), ("batch",)) is None
 
 
-@settings(deadline=None)
 @given(st.lists(declarations, max_size=4), paths)
 def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path: Path) -> None:
     """Rule 3: `setup` gets the union."""

@@ -38,6 +38,7 @@ from flowtrain import (
 from flowtrain.callbacks import Metric, Metrics, Recorder
 from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.examples import examples
 from tests.support.fired import CancelAt
 
 with warnings.catch_warnings():
@@ -106,7 +107,7 @@ def test_epoch_values_are_means_over_samples_also_with_a_smaller_last_batch() ->
     assert epochs_of(learner, "Accuracy", ValidationPhase) == [(1, pytest.approx(accuracy(outputs, targets).item()))]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_the_mean_of_a_metric_over_any_batches_is_that_over_all_samples(sizes: list[int]) -> None:
     data = labelled(sizes)
@@ -121,7 +122,7 @@ def mean_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return outputs.mean()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=4))
 @example([math.inf, -math.inf])
 @example([3.0e38, 3.0e38])

@@ -31,6 +31,7 @@ from flowtrain import (
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+from tests.support.examples import examples
 from tests.support.fired import CancelAt
 
 Counted = tuple[int, int, int, int]
@@ -99,7 +100,7 @@ def test_an_error_ends_the_epoch_without_counting_it() -> None:
 KINDS = {"batch": CancelBatchException, "epoch": CancelEpochException}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     cancels=st.dictionaries(st.integers(1, 12), st.sampled_from(sorted(KINDS)), max_size=5),
     epochs=st.integers(1, 3),

@@ -31,6 +31,7 @@ from flowtrain import (
 from flowtrain.callbacks import SmoothLoss, after, before, once, throttle, when
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import assert_equivalent, tiny_learner
+from tests.support.examples import examples
 
 
 class Note(Callback):
@@ -91,7 +92,7 @@ def test_every_counts_over_epochs_for_each_phase() -> None:
     assert note.steps(TrainingPhase) == [3, 6, 9, 12]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(every=st.integers(1, 6), n_batches=st.integers(1, 5), epochs=st.integers(1, 3))
 def test_every_lets_the_multiples_pass(every: int, n_batches: int, epochs: int) -> None:
     note = throttle(Note(), BatchEnd, every=every)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -63,7 +63,6 @@ def grads(params: Params) -> list[float | None]:
     return [None if param.grad is None else param.grad.item() for param in params.values()]
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 6), total=st.integers(1, 20))
 def test_every_group_is_full_but_the_last(size: int, total: int) -> None:
     """Each update has the gradients of its own group, in full, also where the last group is shorter."""

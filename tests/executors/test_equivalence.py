@@ -1,11 +1,10 @@
 """Rules 13, 15 and 18 as properties: whatever is declared, raised and fired, dask comes to what serial comes to.
 
-``HYPOTHESIS_MAX_EXAMPLES=5000 python -m pytest tests/executors/test_equivalence.py`` is the longer run.
+``python -m pytest --hypothesis-profile=long tests/executors/test_equivalence.py`` is the longer run.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +43,8 @@ from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.parallel.firing import Firing
 from flowtrain_dask.parallel.task_graph import compile_plan
+from tests.support.examples import examples
 
-EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "60"))
 ENTRIES = ("cbstate.a", "cbstate.b", "cbstate.c")
 RESOURCES = ("resource.rng", "resource.pyplot", "resource.file")
 ERRORS = (None, ValueError, KeyError, CancelBatchException, CancelEpochException, CancelFittingException)
@@ -191,7 +190,7 @@ def run(found: Sequence[Spec], executor: Executor, order: Sequence[int]) -> Outc
         )
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=examples(60))
 @given(specs(), st.randoms(use_true_random=False), st.integers(2, 4), st.sampled_from(["always", "always", "auto"]))
 def test_dask_does_what_serial_does(found: list[Spec], random: Any, workers: int, parallel: Any) -> None:
     order = list(range(len(found)))
@@ -232,7 +231,7 @@ class Logs(Callback):
 LOGGERS = [type(f"L{number}", (Logs,), {}) for number in range(10)]
 
 
-@settings(max_examples=EXAMPLES * 4, deadline=None)
+@settings(max_examples=examples(240))
 @given(st.data())
 def test_no_handler_starts_before_those_that_it_waits_for_have_returned(data: st.DataObject) -> None:
     """On strands, and as tasks of the graph that dask runs by itself; with failures, resources and `NoConflict`."""

@@ -5,14 +5,11 @@ cancels, that handle random events, those of the loop among them, and fire some 
 events in batches. Compared are what was raised, with all that is attached to it, who ran at which event, ``cbstate``,
 what every handler saw, and the random numbers. And no handler starts before one that it waits for has returned.
 
-Some thousand examples take about a minute and a half on two cores. The longer run is::
-
-    HYPOTHESIS_MAX_EXAMPLES=100000 python -m pytest tests/executors/test_properties.py
+The longer run is ``python -m pytest --hypothesis-profile=long tests/executors/test_properties.py``.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -56,8 +53,7 @@ from flowtrain.callback.phases import StepContext
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import ShuffledExecutor, tiny_learner
 from flowtrain_dask import DaskExecutor
-
-EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "2400"))
+from tests.support.examples import examples
 
 ENTRIES = ("cbstate.a", "cbstate.b", "cbstate.c")
 RESOURCES = ("resource.rng", "resource.pyplot", "resource.file")
@@ -321,14 +317,10 @@ def compare(found: list[Spec], events: list[list[type[Event]]], random: Any, mak
     count(f"others: {len((serial['raised'] or serial['stopped'] or ((),))[-1])}")
 
 
-long = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+patient = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
-@long
+@patient
 @given(specs(), batches, st.randoms(use_true_random=False), st.integers(2, 5), st.sampled_from(PARALLEL))
 def test_dask_comes_to_what_serial_comes_to(
     found: list[Spec], events: list[list[type[Event]]], random: Any, workers: int, parallel: Any
@@ -337,7 +329,7 @@ def test_dask_comes_to_what_serial_comes_to(
     compare(found, events, random, partial(DaskExecutor, workers=workers, parallel=parallel))
 
 
-@settings(long, max_examples=max(1, EXAMPLES // 3))
+@settings(patient, max_examples=examples(100))
 @given(specs(), batches, st.randoms(use_true_random=False), st.integers(0, 1000))
 def test_every_legal_order_comes_to_what_serial_comes_to(
     found: list[Spec], events: list[list[type[Event]]], random: Any, seed: int

@@ -41,6 +41,7 @@ from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
+from tests.support.examples import examples
 
 
 class Fails(Callback):
@@ -100,7 +101,7 @@ def failed_above(waits: list[set[int]], failing: list[int]) -> set[int]:
         found |= new
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(dags())
 def test_exactly_those_without_a_failed_ancestor_run(dag: tuple[list[set[int]], list[int]]) -> None:
     """Rule 15: whatever depends on what, and whoever fails."""
@@ -201,7 +202,7 @@ def rank(error: Exception) -> int:
     return 1 + cancels.index(type(error)) if isinstance(error, cancels) else 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.lists(st.sampled_from(ERRORS), min_size=1, max_size=4, unique_by=str))
 def test_errors_before_cancels_and_the_others_attached(errors: list[Exception]) -> None:
     """Rule 15: errors before cancels, Fitting before Epoch before Batch, then serial order; the rest in `.others`."""

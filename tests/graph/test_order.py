@@ -38,6 +38,7 @@ from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.resolver import Resolver
 from flowtrain.state.learner_state import LearnerState
+from tests.support.examples import examples
 from tests.support.ordered import A, At, B, C, SubA, state_with_everything
 
 
@@ -366,7 +367,7 @@ def conflict(one: Declaration, other: Declaration) -> bool:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(declared())
 def test_every_conflicting_pair_is_ordered_or_refused(callbacks: list[At]) -> None:
     """Rules 7 and 8: where no error is raised, each pair that conflicts has one that runs before the other."""
@@ -380,7 +381,7 @@ def test_every_conflicting_pair_is_ordered_or_refused(callbacks: list[At]) -> No
                 assert found.ancestors[later] >> earlier & 1, (found.nodes[earlier].name, found.nodes[later].name)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(declared())
 def test_the_serial_order_is_the_first_topological_order_by_list(callbacks: list[At]) -> None:
     """Rule 12: among all topological orders the one that follows the list, as networkx finds it."""
@@ -400,7 +401,7 @@ def test_the_serial_order_is_the_first_topological_order_by_list(callbacks: list
     assert positions == list(networkx.lexicographical_topological_sort(hard))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(declared())
 def test_ancestors_are_those_of_the_graph(callbacks: list[At]) -> None:
     found = try_to_order(callbacks)
@@ -412,7 +413,7 @@ def test_ancestors_are_those_of_the_graph(callbacks: list[At]) -> None:
         assert bits >> position == 0  # only earlier ones
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(declared())
 def test_an_edge_added_last_is_never_implied(callbacks: list[At]) -> None:
     """Rule 8: what other edges imply needs no edge of its own, so the graph shows what matters."""
@@ -427,7 +428,7 @@ def test_an_edge_added_last_is_never_implied(callbacks: list[At]) -> None:
             graph.add_edge(edge.before, edge.after)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(declared())
 def test_a_cycle_error_names_a_real_cycle(callbacks: list[At]) -> None:
     """Rule 9: each line of the message is an edge, and the lines close."""
@@ -442,7 +443,7 @@ def test_a_cycle_error_names_a_real_cycle(callbacks: list[At]) -> None:
         pass
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(st.tuples(st.sets(st.sampled_from("uvwxyz")), st.sets(st.sampled_from("uvwxyz"))), max_size=8))
 def test_setup_order(declarations: list[tuple[set[str], set[str]]]) -> None:
     """Rule 7: writers before readers; inside a circle list order, one after the other; without circles list order."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -504,7 +504,6 @@ def naive(several: Sequence[Declaration]) -> set[Any]:
     }
 
 
-@settings(deadline=None)
 @given(st.lists(declarations, max_size=8))
 @example([declare({"params": Write(), "model.a": Write()}, "1"), declare({"model": Read(), "params.a": Write()}, "2")])
 @example([declare({"batch": Write(), "batch.a": Write()}, "1"), declare({"batch": Write(), "batch.a": Read()}, "2")])

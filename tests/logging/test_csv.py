@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, LoggerBackend, Run, Text, Value
 from flowtrain.testing import BackendContract
+from tests.support.examples import examples
 
 STEP = ("Step", "TrainingPhase")
 
@@ -59,7 +60,7 @@ def test_the_table(tmp_path: Path) -> None:
     entries=st.lists(st.tuples(st.sampled_from(["A", "B", 'C"\n,']), st.integers(1, 3)), min_size=1, max_size=12),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_restoring_anywhere_gives_the_file_of_that_moment(
     entries: list[tuple[str, int]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

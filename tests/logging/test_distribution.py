@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import Histogram
 from flowtrain.logging.distribution import Distribution, distribution
+from tests.support.examples import examples
 
 
 @given(st.lists(st.integers(-40, 40), min_size=1, max_size=60), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_counts_are_numpys(values: list[int], bins: int) -> None:
     found = distribution(Histogram([value / 8 for value in values] + [float("nan"), float("-inf")], bins=bins))
     assert sum(found.counts) == len(values)

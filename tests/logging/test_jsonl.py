@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain.errors import LoggingError
@@ -45,7 +45,6 @@ def test_a_record_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 names = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
-@settings(deadline=None)
 @given(names, st.lists(names, min_size=1, max_size=3), st.integers(0, 10**9), st.floats() | st.integers())
 def test_the_line_of_a_number_is_what_the_standard_library_writes(
     name: str, group: list[str], step: int, value: float

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, ValidationPhase
@@ -68,7 +68,6 @@ CHANGES = ["x[P] = [0]", "x[P].append(0)", "if P in x: del x[P]", "x.pop(P, None
            "x.update({P: [2]})", "x |= {P: [3]}", "if x: x.popitem()", "x.clear()"]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PHASES)), max_size=12), st.integers(0, 12))
 def test_twins_stay_in_step(steps: list[tuple[str, Any]], watched_from: int) -> None:
     """Whatever is done to the original, and whenever the twin was made, it shows the same by every way to look."""

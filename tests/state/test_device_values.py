@@ -18,6 +18,7 @@ from flowtrain.state.device_values import CHUNK, Lagged, Reading, reading
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import assert_equivalent, tiny_learner
+from tests.support.examples import examples
 
 
 def test_a_reading_gives_the_values_of_when_it_began() -> None:
@@ -36,7 +37,6 @@ def test_numbers_keep_their_types_and_order() -> None:
     assert Reading([torch.tensor(2**62 + 1)]).numbers() == [2**62 + 1]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False)), st.integers(0, 4))
 def test_each_value_comes_once_in_order_and_exactly_lag_pushes_later(values: list[float], lag: int) -> None:
     late = Lagged(lag)
@@ -91,7 +91,7 @@ def test_the_newest_value_is_given_without_waiting() -> None:
     assert full.newest() == CHUNK - 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(0, CHUNK + 40), st.integers(0, CHUNK + 40))
 def test_what_is_taken_back_is_gone_and_the_rest_is_whole(count: int, cut: int) -> None:
     series = late_series(count)

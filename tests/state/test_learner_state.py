@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import TrainingPhase, ValidationPhase
@@ -246,7 +246,6 @@ def damage(draw: Any, value: Any) -> None:
         value.push(draw(st.sampled_from(["a", "new"])), 5, 5)
 
 
-@settings(deadline=None)
 @given(states(), st.data())
 def test_a_restore_point_gives_back_exactly_what_was_there(state: State, data: st.DataObject) -> None:
     """Rule 11: a refused change puts `cbstate` back; the containers stay the same objects, since views hold them."""

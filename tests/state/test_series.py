@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain.errors import ProtectedException
@@ -76,7 +76,6 @@ def test_what_is_pushed_while_iterating_comes_with_the_next_iteration() -> None:
     assert len(series) == 2
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers()), st.data())
 def test_a_snapshot_comes_back(values: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(values)))

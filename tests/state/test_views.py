@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowtrain import Access, Event, Read, TrainingPhase, ValidationPhase, Write
@@ -106,7 +106,6 @@ def pasted(message: str) -> Declaration:
     return declare(eval(found, names), "pasted")
 
 
-@settings(max_examples=300, deadline=None)
 @given(declarations, st.sampled_from(TOUCHES), st.sampled_from(["", "@on(BatchEnd, "]))
 @example(declare({"cbstate.tracehistory": Read()}, ""), TOUCHES[-2], "")
 @example(declare({"cbstate.mine.p": Read(), "cbstate": Write()}, ""), TOUCHES[-7], "")

@@ -38,6 +38,7 @@ from flowtrain import (
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.data import has_workers, length, loaders, parts, planned_updates, set_epoch
+from tests.support.examples import examples
 from tests.support.fired import OODPhase
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -410,7 +411,7 @@ class Streamed(torch.utils.data.IterableDataset[Any]):
         return iter([(torch.ones(1), torch.ones(1))] * 6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     lengths=st.tuples(st.integers(1, 5), st.integers(0, 4)),
     accumulate=st.integers(1, 4),

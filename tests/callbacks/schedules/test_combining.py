@@ -15,9 +15,10 @@ from flowtrain import UsageError
 from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, polynomial, step
 from flowtrain.callbacks.schedules.schedule import Schedule
+from tests.support.examples import examples
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(updates=st.integers(1, 20), rest=st.integers(1, 40), start=st.floats(0.01, 1.0), value=st.floats(1e-3, 1.0))
 def test_warmup_then_cosine(updates: int, rest: int, start: float, value: float) -> None:
     theirs = from_torch(

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import (
 from flowtrain import UsageError
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 from flowtrain.callbacks.schedules.schedule import Schedule
+from tests.support.examples import examples
 
 Make = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -56,14 +57,14 @@ counts = st.integers(1, 60)
 rates = st.floats(1e-4, 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(value=rates, end=st.floats(0, 0.1), length=counts)
 def test_cosine(value: float, end: float, length: int) -> None:
     make = partial(CosineAnnealingLR, T_max=length, eta_min=end)
     assert ours(cosine(value, end=end, length=length), length) == near(torchs(make, value, length))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(value=rates, power=st.floats(0.5, 3.0), length=counts)
 def test_polynomial(value: float, power: float, length: int) -> None:
     make = partial(PolynomialLR, total_iters=length, power=power)
@@ -71,27 +72,27 @@ def test_polynomial(value: float, power: float, length: int) -> None:
     assert ours(schedule, length + 5) == near(torchs(make, value, length + 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(value=rates, gamma=st.floats(0.5, 1.0))
 def test_exponential(value: float, gamma: float) -> None:
     assert ours(exponential(value, gamma), 80) == near(torchs(partial(ExponentialLR, gamma=gamma), value, 80))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(value=rates, every=counts, gamma=st.floats(0.1, 1.0))
 def test_step(value: float, every: int, gamma: float) -> None:
     make = partial(StepLR, step_size=every, gamma=gamma)
     assert ours(step(value, every, gamma), 80) == near(torchs(make, value, 80))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(value=rates, at=st.sets(counts, max_size=5), gamma=st.floats(0.1, 1.0))
 def test_step_at(value: float, at: set[int], gamma: float) -> None:
     make = partial(MultiStepLR, milestones=sorted(at), gamma=gamma)
     assert ours(step(value, sorted(at), gamma), 80) == near(torchs(make, value, 80))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(value=rates, peak=st.floats(0.05, 0.9), length=st.integers(3, 60), shape=st.sampled_from(["cosine", "linear"]))
 def test_one_cycle(value: float, peak: float, length: int, shape: Any) -> None:
     if abs(peak * length - 1) < 1e-9:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from flowtrain import Phase, UsageError
 from flowtrain.callbacks.schedules.plateau import reduce_on_plateau
+from tests.support.examples import examples
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(
     metrics=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.99, 1.0, 1.02, 2.0, math.nan, math.inf]), max_size=40),
     mode=st.sampled_from(["min", "max"]),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -67,7 +67,6 @@ def bits(value: torch.Tensor) -> bytes:
     return bytes(flat.copy_(value.reshape(-1)).view(torch.uint8).tolist())
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.lists(tensors(), max_size=4))
 def test_tensors_come_back_bit_for_bit(sources: list[torch.Tensor]) -> None:
     found = decode(encode(sources))

@@ -3,12 +3,11 @@
 Drawn are callbacks that write in place and deferred ones that read, at any events and paths, with conditions, shared
 resources and ``run_after``; the model works in place, takes apart its input, and gives out buffers of its own.
 
-``HYPOTHESIS_MAX_EXAMPLES=5000 python -m pytest tests/executors/test_deferring.py`` is the longer run.
+``python -m pytest --hypothesis-profile=long tests/executors/deferred/test_deferring.py`` is the longer run.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +43,7 @@ from flowtrain.callbacks import throttle
 from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.state.series import Series
 from flowtrain_dask import DaskExecutor
-
-EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "60"))
+from tests.support.examples import examples
 
 EVENTS = (BatchBegin, LossBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd, EpochEnd)
 WRITABLE = ("batch.inputs", "batch.outputs", "batch.note", "cbstate.tensor", "cbstate.list", "cbstate.nested")
@@ -261,7 +259,7 @@ def run(drawn: list[Spec], executor: Executor) -> tuple[Any, ...]:
 
 
 @given(specs())
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=examples(60))
 def test_deferred_handlers_see_what_they_would_have_seen_in_place(drawn: list[Spec]) -> None:
     serial = run(drawn, SerialExecutor())
     assert run(drawn, DaskExecutor()) == serial

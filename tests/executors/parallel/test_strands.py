@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, Write, on
@@ -40,7 +40,6 @@ def rounds(strands: Strands, before: list[tuple[int, ...]]) -> list[int]:
     return done
 
 
-@settings(max_examples=400, deadline=None)
 @given(dags(), st.integers(1, 4))
 def test_strands_keep_every_edge_and_never_get_stuck(
     dag: tuple[list[tuple[int, ...]], list[float], frozenset[int]], workers: int

@@ -25,6 +25,7 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.parallel.task_graph import Task, TaskRef, compile_plan
+from tests.support.examples import examples
 
 
 class Notes(Callback):
@@ -51,7 +52,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return Callbacks(draw(st.permutations(callbacks)), LearnerState()).plan(BatchEnd, TrainingPhase)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(plans())
 def test_tasks_are_the_handlers_and_edges_the_transitive_reduction(plan: Plan) -> None:
     graph = compile_plan(plan)
@@ -79,7 +80,7 @@ class Noted:
             self.ran.append(position)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(plans())
 def test_dask_runs_the_graph_in_the_order_of_its_edges(plan: Plan) -> None:
     graph, firing = compile_plan(plan), Noted()

@@ -15,6 +15,7 @@ from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.entries import dump_entries, load_entries
 from flowtrain_dask.lanes.work import Entry
 from flowtrain_dask.snapshots.marks import Marked, Marker
+from tests.support.examples import examples
 
 PATH = ("cbstate", "metrics_step")
 
@@ -46,7 +47,7 @@ pushes = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(pushes, st.integers(1, 4))
 def test_each_event_sees_what_was_there(events: list[list[Push]], batch: int) -> None:
     """Rule 22: all of it here, and elsewhere the length, the newest, and what came since the event before."""

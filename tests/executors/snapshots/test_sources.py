@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from flowtrain import TrainingPhase, UsageError
 from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.sources import Here, Layout, Source, There
+from tests.support.examples import examples
 
 LAYOUT = Layout("cbstate.x", None, {TrainingPhase(): ("cbstate.x", 0, ("a", "b"))})
 
@@ -49,7 +50,7 @@ def test_for_another_process_the_older_values_are_left_out(where: str) -> None:
         list(shown)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=8), st.integers(0, 3))
 def test_what_has_travelled_shows_what_the_learner_would_show(growth: list[int], later: int) -> None:
     """For each event of a batch; the first number is how long the series was before it."""

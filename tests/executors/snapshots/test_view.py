@@ -31,6 +31,7 @@ from flowtrain_dask.cluster.codec import decode, encode
 from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Taker
 from flowtrain_dask.snapshots.view import Replica
+from tests.support.examples import examples
 
 PATHS = (
     "batch", "batch.loss", "batch.inputs", "batch.inputs.pixels", "batch.grads", "batch.grads.gen.0.weight",
@@ -159,7 +160,7 @@ entries = st.tuples(st.sampled_from(PATHS), kinds).map(
 declarations = st.lists(entries, max_size=7).map(union)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(declarations, st.booleans())
 def test_the_same_on_copies_as_in_place(declaration: Declaration, tail: bool) -> None:
     owner = Owner("Reader", "Reader", "state_access", declaration)
