@@ -36,8 +36,7 @@ def main() -> None:
         "python -m bench.bench_snapshots",
         "the same copied into buffers that are there already; for small ones an empty loop",
     )
-    large(report, "100 MB in 300 tensors", share=False)
-    large(report, "the same into memory that a worker reads where it is", share=True)
+    large(report, "100 MB in 300 tensors")
     for name, access, tail in (
         ("loss and counters", LOSS, False),
         ("counters and 4 series of 100,000 values", METRICS, False),
@@ -46,7 +45,7 @@ def main() -> None:
         small(report, name, access, tail)
 
 
-def large(report: Report, name: str, *, share: bool) -> None:
+def large(report: Report, name: str) -> None:
     """100 MB in 300 tensors; the snapshot before is released when the next is taken, as a lane does that keeps up."""
     state = LearnerState()
     rows = BYTES // TENSORS // 4 // 64
@@ -54,7 +53,7 @@ def large(report: Report, name: str, *, share: bool) -> None:
     state.model, state.params = model, Parameters({"": model})
     sources = [parameter.detach() for parameter in model.parameters()]
     buffers = [torch.empty_like(source) for source in sources]
-    taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES, share=share), fresh=frozenset(), tail=False)
+    taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES), fresh=frozenset(), tail=False)
 
     def floor() -> None:
         """Copy into buffers that are there already."""

@@ -144,7 +144,7 @@ def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
         module: {each.module for each in imports(ast.parse(path.read_text("utf-8"))) if each.at_import} & known.keys()
         for module, path in known.items()
     }
-    assert sum(map(len, needs.values())) > 100
+    assert sum(map(len, needs.values())) > 50
     order = list(TopologicalSorter(needs).static_order())  # a circle is an error that names it
     assert len(order) == len(known)
 

@@ -97,7 +97,7 @@ class Paint(Callback):
 class Hang(Callback):
     """Logs the least and the largest of that tensor, which differ if a snapshot is torn.
 
-    Two megabytes are enough for a snapshot that a worker reads where it is.
+    Two megabytes are enough for a batch that a worker copies out of the memory of this process.
     """
 
     deferrable = True

@@ -2,6 +2,6 @@
 
 `connect` makes a client of what the user passed, `transport` is a lane's side and keeps book of where the state is,
 `calls` makes one call and sees it through, `worker` is what runs there. As bytes: `codec` and `reducing` (events and
-snapshots), `entries` (a batch), `freight` and `pickling` (callbacks and their state). `shipping` leaves in memory what
-need not be sent, and `readings` reads it there.
+snapshots), `entries` (a batch), `callback_state` and `pickling` (callbacks and their state). `block` is the memory
+through which a worker on the same machine gets a large batch.
 """

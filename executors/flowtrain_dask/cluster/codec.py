@@ -2,18 +2,16 @@
 
 A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers to::
 
-    b"FTB2"  number of buffers, size of pickle  size, place of each  pickle  buffer  buffer ...     (each part aligned)
+    b"FTB3"  number of buffers, size of pickle, size of each buffer  pickle  buffer  buffer ...     (each part aligned)
 
-The place of a buffer is 0; or it is not among them, and lies at the beginning of the parcel with this number, from 1.
-Buffers of `LARGE` bytes and more are used where they are, on either side. Smaller ones are copied where objects are
-made again: who keeps one of these keeps that alone, and not the memory of a whole batch.
+Buffers of a mebibyte and more are used where they are, on either side. Smaller ones are copied where objects are made
+again: a callback that keeps one of these keeps that alone, and not the memory of a whole batch.
 
 How tensors and other values are taken apart says `flowtrain_dask.cluster.reducing`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import pickle
 import struct
@@ -21,48 +19,40 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flowtrain_dask.cluster.reducing import ValuePickler
-from flowtrain_dask.snapshots.parcels import Parcel, parcel_at
-from flowtrain_dask.snapshots.pool import ALIGNMENT, LARGE, aligned
+from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
 
-__all__ = ["Encoded", "decode", "encode"]
+__all__ = ["Encoded", "decode", "encode", "memory_for"]
 
-_MAGIC = b"FTB2"
+_MAGIC = b"FTB3"
+_LARGE = 1 << 20
 
 
 class Encoded:
-    """An object as bytes: a head, and the buffers, which are where the object has them.
+    """An object as bytes, most of which stay where the object has them.
 
     Args:
-        obj: The object; it must not change as long as the buffers are used.
-        share: Whether what is in a parcel already is left there.
+        obj: The object; it must not change as long as the pieces are used.
 
     Attributes:
-        head: What comes before the buffers.
-        buffers: The buffers, each followed by what aligns the next one.
-        parcels: Where the buffers are that are left in parcels, each at the beginning of one.
-        nbytes: The bytes of the head and the buffers, without what is in parcels.
+        pieces: The bytes, one piece after the other; the buffers among them are the memory of the object.
+        nbytes: The bytes of all pieces.
 
     Raises:
         TypeError: Something in it can be sent to no other process.
     """
 
-    def __init__(self, obj: object, *, share: bool = False) -> None:
+    def __init__(self, obj: object) -> None:
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
         self._pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
         self._pickler.dump(obj)
-        pickled, parts = file.getbuffer(), [buffer.raw() for buffer in buffers]
-        found = [_parcel_of(part) if share else None for part in parts]
-        self.parcels = list(dict.fromkeys(parcel for parcel in found if parcel is not None))
-        places = [0 if parcel is None else 1 + self.parcels.index(parcel) for parcel in found]
-        sizes = [number for part, place in zip(parts, places, strict=True) for number in (part.nbytes, place)]
-        head = _MAGIC + struct.pack(f"<{len(sizes) + 2}Q", len(parts), pickled.nbytes, *sizes)
-        self.head = b"".join(_aligned(head, pickled))
-        self.buffers = _aligned(*(part for part, place in zip(parts, places, strict=True) if not place))
-        self.nbytes = len(self.head) + sum(len(each) for each in self.buffers)
+        parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+        head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
+        self.pieces = _aligned(head, *parts)
+        self.nbytes = sum(len(piece) for piece in self.pieces)
 
     def __bytes__(self) -> bytes:
-        return b"".join((self.head, *self.buffers))
+        return b"".join(self.pieces)
 
 
 def encode(obj: object) -> bytes:
@@ -74,54 +64,44 @@ def encode(obj: object) -> bytes:
     return bytes(Encoded(obj))
 
 
-def decode(
-    blob: bytes | bytearray | memoryview, buffers: memoryview | None = None, parcels: Sequence[memoryview] = ()
-) -> Any:
+def decode(blob: bytes | memoryview) -> Any:
     """Return the object of a blob.
 
     Args:
-        blob: What `encode` returned, or `Encoded.head`; it is copied.
-        buffers: With a head, `Encoded.buffers` in one: what is large in the object keeps that as its memory. So it is
-            aligned, and can be written to.
-        parcels: The content of `Encoded.parcels`, likewise.
+        blob: The bytes, which are copied; or memory of `memory_for` that holds them, which the large parts of the
+            object keep as theirs.
 
     Raises:
         ValueError: It is no blob of this codec.
     """
-    source = memoryview(blob)
-    if bytes(source[:4]) != _MAGIC or source.nbytes < 20:
+    memory = blob if isinstance(blob, memoryview) else memory_for(len(blob))
+    if memory is not blob:
+        memory[:] = blob
+    if bytes(memory[:4]) != _MAGIC or memory.nbytes < 20:
         raise ValueError(
-            f"this is no blob of flowtrain's codec: it begins with {bytes(source[:4])!r}, not with {_MAGIC!r}. "
+            f"this is no blob of flowtrain's codec: it begins with {bytes(memory[:4])!r}, not with {_MAGIC!r}. "
             f"Both sides must have the same version of flowtrain."
         )
-    view = _copy_of(source)
-    count, pickled = struct.unpack_from("<2Q", view, 4)
-    sizes = struct.unpack_from(f"<{2 * count}Q", view, 20)
-    start = _after(20 + 16 * count)
-    first = view[start : start + pickled]
-    rest = view[start + _after(pickled) :] if buffers is None else buffers
-    return pickle.loads(first, buffers=_parts(rest, parcels, sizes[::2], sizes[1::2]))
+    count, pickled = struct.unpack_from("<2Q", memory, 4)
+    sizes = struct.unpack_from(f"<{count}Q", memory, 20)
+    start = _after(20 + 8 * count)
+    return pickle.loads(memory[start : start + pickled], buffers=_buffers(memory, start + _after(pickled), sizes))
 
 
-def _copy_of(source: memoryview) -> memoryview:
-    memory, start = aligned(source.nbytes)  # bytes cannot be written into, and may begin anywhere
-    view = memoryview(memory)[start : start + source.nbytes]
-    view[:] = source
-    return view
+def memory_for(size: int) -> memoryview:
+    """Return new memory of some bytes, aligned as torch aligns its own."""
+    memory, start = aligned(size)
+    return memoryview(memory)[start : start + size]
 
 
-def _parcel_of(part: memoryview) -> Parcel | None:
-    return None if part.readonly or not part.nbytes else parcel_at(ctypes.addressof(ctypes.c_char.from_buffer(part)))
-
-
-def _parts(
-    view: memoryview, parcels: Sequence[memoryview], sizes: Sequence[int], places: Sequence[int]
-) -> Iterator[memoryview]:
-    start = 0
-    for size, place in zip(sizes, places, strict=True):
-        part = parcels[place - 1][:size] if place else view[start : start + size]
-        yield _copy_of(part) if size < LARGE else part
-        start += 0 if place else _after(size)
+def _buffers(memory: memoryview, start: int, sizes: Sequence[int]) -> Iterator[memoryview]:
+    for size in sizes:
+        part = memory[start : start + size]
+        start += _after(size)
+        if size < _LARGE:
+            part, shared = memory_for(size), part
+            part[:] = shared
+        yield part
 
 
 def _aligned(*parts: bytes | memoryview) -> list[bytes | memoryview]:

@@ -16,24 +16,19 @@ __all__ = ["dump_entries", "load_entries"]
 _Marks: TypeAlias = "list[tuple[Path, tuple[int, Lengths, Lengths]]]"
 
 
-def dump_entries(entries: Sequence[Entry], *, share: bool = False) -> Encoded:
-    """Return events as bytes; the series that they show are in it once for all of them.
-
-    Args:
-        entries: The events.
-        share: Whether what of them is in parcels is left there.
-    """
+def dump_entries(entries: Sequence[Entry]) -> Encoded:
+    """Return events as bytes; the series that they show are in it once for all of them."""
     packing = Packing()
     rows = []
     for sequence, duty, event, phase, payload, nbytes, seed in entries:
         copies, marks = _split(opened(payload), packing)
         rows.append((sequence, duty, event, phase, copies, nbytes, seed, marks))
-    return Encoded((rows, packing.packed()), share=share)
+    return Encoded((rows, packing.packed()))
 
 
-def load_entries(blob: bytes, buffers: memoryview | None = None, parcels: Sequence[memoryview] = ()) -> list[Entry]:
-    """Return the events of `dump_entries`, from all of its bytes or from its parts."""
-    rows, packed = decode(blob, buffers, parcels)
+def load_entries(blob: bytes | memoryview) -> list[Entry]:
+    """Return the events of `dump_entries`; see `flowtrain_dask.cluster.codec.decode`."""
+    rows, packed = decode(blob)
     sources = unpacked(packed)
     entries = []
     for sequence, duty, event, phase, payload, nbytes, seed, marks in rows:

@@ -19,11 +19,12 @@ from typing import Any
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
+from flowtrain_dask.cluster.block import Block, Place, possible
 from flowtrain_dask.cluster.callback_state import check_travels, dump_job, dump_state, load_state, stays
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
+from flowtrain_dask.cluster.codec import Encoded
 from flowtrain_dask.cluster.connect import Connection
-from flowtrain_dask.cluster.entries import dump_entries, load_entries
-from flowtrain_dask.cluster.shipping import Shipping
+from flowtrain_dask.cluster.entries import dump_entries
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, OnLoss, ThreadTransport
@@ -37,6 +38,11 @@ _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
 """When a large state is asked for: so many events, bytes of events, or seconds after the last time."""
+
+_LARGEST = 32 << 20
+"""Bytes of events in a batch, which is in memory several times on its way."""
+_WORTH = 256 << 10
+"""Bytes of a batch from which on it is put into a block and not sent."""
 
 
 class ClusterTransport:
@@ -78,12 +84,13 @@ class ClusterTransport:
         self._log_bytes = 0
         self._asked = 0.0
         self._holder = ""
-        self._shipping = Shipping()
+        self._block: Block | None = None
+        self._near = possible()  # whether workers are taken to be on this machine
 
     @property
     def largest(self) -> int:
-        """How many bytes of events it takes at once: less, where they have to be sent."""
-        return self._shipping.largest if self._local is None else self._local.largest
+        """How many bytes of events it takes at once."""
+        return _LARGEST if self._local is None else self._local.largest
 
     @property
     def where(self) -> str:
@@ -91,7 +98,7 @@ class ClusterTransport:
         if self._local is not None:
             return f"thread ({self._connection.address} was lost)"
         kind = "process" if self._connection.cluster is not None else self._connection.address
-        sent = "" if self._shipping.near else " (batches are sent)"
+        sent = "" if self._near else " (batches are sent)"
         return f"{kind}, worker {self._holder}{sent}" if self._holder else kind
 
     def open(self, timeout: float) -> None:
@@ -144,8 +151,9 @@ class ClusterTransport:
             raise failure[1]
 
     def close(self) -> None:
-        """Give back memory that a worker was to find; the connection is the caller's."""
-        self._shipping.close()
+        """Give back the memory of the block; the connection is the caller's."""
+        if self._block is not None:
+            self._block.close()
 
     def _is_due(self, entries: Sequence[Entry]) -> bool:
         """Return whether the next batch should bring the state home."""
@@ -173,39 +181,51 @@ class ClusterTransport:
         while True:
             whole = complete
 
-            def blob(everything: bool, whole: bool = whole, events: Sequence[Entry] = entries) -> bytes:
+            def blob(again: bool, whole: bool = whole) -> bytes:
                 """Return the assignment, with home and the log or with neither."""
-                if everything and not whole:
+                if again and not whole:
                     tally.replays += len(self._log)
-                return self._assignment(events, everything or whole, want)
+                # Further attempts are sent: what is in the block stays as it is, for the worker that has the first.
+                return self._assignment(entries, again or whole, want, send=again)
 
             try:
                 reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
             finally:
-                self._shipping.arrived()
+                if self._block is not None:
+                    self._block.shrink()
             if reply.kind == "done":
                 return self._settle(reply, entries)
             self._refuse(reply)
             if reply.kind == "far":  # the worker is on another machine, and has not touched anything
-                entries = self._shipping.take_for_far(entries)  # the lane hands the rest over again
+                self._near = False
                 continue
             complete = True
             tally.restarts += 1
             tally.replays += len(self._log)
 
-    def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool) -> bytes:
+    def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool, *, send: bool) -> bytes:
         log: list[Entry] = self._log if everything else []
-        shipment = self._shipping.pack([*log, *entries])
+        events = dump_entries([*log, *entries])
         call = Assignment(
             self._token,
             self._versions,
             self._packed,
             self._seen - len(log),
             self._home if everything else None,
-            *shipment,
+            bytes(events) if send else self._left(events),
             want,
         )
         return pickle.dumps(call)
+
+    def _left(self, events: Encoded) -> bytes | Place:
+        """Put events into the block if a worker is taken to find them there, and it is worth it; else return them."""
+        if self._near and events.nbytes >= _WORTH:
+            try:
+                self._block = self._block or Block(_LARGEST)
+                return self._block.fill(events.pieces)
+            except OSError:  # no memory, or too many open files
+                pass
+        return bytes(events)
 
     def _settle(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
         """Take a reply that is done; what was run again is not counted again."""
@@ -266,14 +286,13 @@ class ClusterTransport:
         if self._home is not None:
             load_state(self._callbacks, self._kept, self._home)
         self._home = None
+        self.close()
         self._local = ThreadTransport(self._job, self._callbacks)
         self.linger = self._local.linger
         again = len(self._log)
         # All of it, however long it takes: what is in the log is not handed over again.
         job = self._job
-        # In memory of their own: a worker that was taken for lost may still read what the snapshots lie in.
-        events = load_entries(bytes(dump_entries([*self._log, *entries])))
-        outcome = run_entries(self._callbacks, job, events, job.run, job.lane, gate)
+        outcome = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
         outcome.done = max(0, outcome.done - again)
         tally.replays += again
         tally.local += len(entries)

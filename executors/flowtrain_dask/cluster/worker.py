@@ -28,12 +28,11 @@ from distributed import get_worker
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
+from flowtrain_dask.cluster.block import Place, read
 from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
 from flowtrain_dask.cluster.entries import load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
-from flowtrain_dask.cluster.readings import Readings
 from flowtrain_dask.lanes.work import Job, Record, run_entries
-from flowtrain_dask.snapshots.parcels import Ticket
 
 __all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_numbers_alone", "process", "versions"]
 
@@ -69,9 +68,8 @@ class Assignment:
         job: The job, see `flowtrain_dask.cluster.callback_state.dump_job`.
         base: How many events the state has seen.
         state: The callbacks' state after those; ``None``: the callbacks that stayed here.
-        entries: The events after those.
-        buffers: Where their buffers are, in memory of the driver's machine; ``None``: they are in `entries`.
-        parcels: Where those buffers are that were in such memory before, see `flowtrain_dask.cluster.codec.Encoded`.
+        entries: The events after those, see `flowtrain_dask.cluster.entries.dump_entries`; or where they are, in memory
+            of the driver's machine.
         want: Whether the new state is to be sent back.
     """
 
@@ -80,15 +78,8 @@ class Assignment:
     job: bytes
     base: int
     state: bytes | None
-    entries: bytes
-    buffers: Ticket | None
-    parcels: tuple[Ticket, ...]
+    entries: bytes | Place
     want: bool
-
-    @property
-    def tickets(self) -> tuple[Ticket, ...]:
-        """All memory of the driver's machine that it refers to; that of `buffers` is the last."""
-        return self.parcels if self.buffers is None else (*self.parcels, self.buffers)
 
 
 @dataclass
@@ -96,8 +87,8 @@ class Reply:
     """What came of an assignment.
 
     Attributes:
-        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory cannot be
-            read; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
+        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory is
+            not found; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
         records: See `flowtrain_dask.lanes.work.Outcome`.
         done: The same.
         ran: How many entries the assignment had.
@@ -105,7 +96,7 @@ class Reply:
         state: The callbacks' new state, if it was wanted, or a handler failed.
         address: The worker.
         versions: The worker's.
-        text: What is broken, or why memory cannot be read.
+        text: What is broken.
     """
 
     kind: str
@@ -189,17 +180,15 @@ _lock = threading.Lock()
 def _process(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
-    with Readings(assignment.tickets) as readings:
-        return Reply("far", text=readings.missing) if readings.missing else _run(assignment, readings)
-
-
-def _run(assignment: Assignment, readings: Readings) -> Reply:
+    events: bytes | memoryview | Place | None = assignment.entries
+    if isinstance(events, Place):
+        events = read(events)
+    if events is None:
+        return Reply("far")
     resident = _take(assignment)
     if resident is None:
         return Reply("missing")
-    memories = readings.memories
-    buffers = memories.pop() if assignment.buffers is not None else None
-    job, entries = resident.job, load_entries(assignment.entries, buffers, memories)
+    job, entries = resident.job, load_entries(events)
     outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane, seeded=True)
     resident.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))

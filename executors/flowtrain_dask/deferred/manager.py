@@ -105,7 +105,7 @@ class Deferred:
         self._connection = connection
         self.lanes = lanes
         self._site = weakref.ref(site)
-        self._pool = Pool(options.limits.bytes, share=connection is not None)
+        self._pool = Pool(options.limits.bytes)
         self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self) for lane in deferral.lanes]
         self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}

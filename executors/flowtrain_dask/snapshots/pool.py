@@ -6,9 +6,6 @@ nobody can see a tensor change because somebody else released it: a callback may
 
 Memory is found again by the dtypes, shapes and strides of the tensors in it. What was not used for the longest time
 goes first when the limit is reached; beyond the limit tensors are ordinary ones.
-
-A pool that shares has its large memory in parcels: a worker on this machine reads what was copied there where it is.
-That memory is in use as long as a worker reads it, too.
 """
 
 from __future__ import annotations
@@ -17,27 +14,20 @@ import ctypes
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from flowtrain.errors import whole_number
-from flowtrain_dask.snapshots.parcels import START, Parcel, forks, possible
 
-__all__ = ["ALIGNMENT", "LARGE", "Pool", "aligned", "dense_strides"]
+__all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
 
 ALIGNMENT = 64
 """As torch aligns its own memory: what a matrix product gives in the last bit may depend on it."""
 
 _SMALL = 1024
 """Bytes below which ordinary memory is as quick."""
-
-LARGE = 1 << 20
-"""Bytes from which on a pool that shares lends a parcel: each is an open file."""
-
-_PARCELS = 64
-"""The most parcels of one pool."""
 
 _LOOKS = 8
 """How many kinds of memory are looked at for some to give up, each time."""
@@ -51,49 +41,22 @@ class _Memory:
 
     Args:
         nbytes: Its size.
-        make: Where it is from.
+        pinned: Whether it is pinned.
 
     Attributes:
-        buffer: What has it. Who uses the memory refers to this.
-        offset: Where it begins in that.
-        parcel: The parcel that it is the content of, if it is one.
-
-    Raises:
-        OSError: There is no parcel to be had.
+        buffer: The object that has the memory. Everybody who uses the memory refers to this.
+        offset: Where the memory begins in that.
     """
 
-    __slots__ = ("_idle", "_nbytes", "buffer", "offset", "parcel")
+    __slots__ = ("_idle", "buffer", "offset")
 
-    def __init__(self, nbytes: int, make: Literal["ordinary", "pinned", "parcel"]) -> None:
-        self._nbytes = nbytes
-        self.parcel: Parcel | None = None
-        if make == "parcel":
-            self._begin_parcel()
-        else:
-            self.buffer, self.offset = _pinned(nbytes) if make == "pinned" else aligned(nbytes)
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.buffer, self.offset = _pinned(nbytes) if pinned else aligned(nbytes)
         self._idle = sys.getrefcount(self.buffer)  # measured: what counts as a reference differs between Pythons
 
     def is_unused(self) -> bool:
-        """Return whether nobody in this process uses it."""
+        """Return whether nobody uses it."""
         return sys.getrefcount(self.buffer) <= self._idle
-
-    def begin_anew(self) -> bool:
-        """Make it ready to be lent, if nobody uses it; return whether it is."""
-        if not self.is_unused():
-            return False
-        try:
-            if self.parcel is not None and self.parcel.forks != forks():
-                self._begin_parcel()  # a child may use what is in the other one: that stays to it
-            elif self.parcel is not None:
-                self.parcel.renew(self._nbytes)
-        except OSError:  # a worker reads it, or there is no other
-            return False
-        return True
-
-    def _begin_parcel(self) -> None:
-        parcel = Parcel(self._nbytes)
-        parcel.renew(self._nbytes)
-        self.buffer, self.offset, self.parcel = parcel.memory, START, parcel
 
 
 class _Kind:
@@ -114,11 +77,11 @@ class _Kind:
             self.nbytes += elements * dtype.itemsize
             self.nbytes += -self.nbytes % ALIGNMENT
 
-    def find(self, fits: Callable[[_Memory], bool]) -> _Memory | None:
-        """Return memory that fits, if one of the first two does: more may be kept for ever by a callback."""
+    def find_unused(self) -> _Memory | None:
+        """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
         for _ in range(min(2, len(self.memories))):
             self.memories.rotate(-1)
-            if fits(self.memories[-1]):
+            if self.memories[-1].is_unused():
                 return self.memories[-1]
         return None
 
@@ -139,18 +102,15 @@ class Pool:
 
     Args:
         limit_bytes: How much memory it keeps, in bytes, lent or not.
-        share: Whether large memory is in parcels, where the system has such.
 
     Raises:
         UsageError: The limit is no number of bytes.
     """
 
-    def __init__(self, limit_bytes: int, *, share: bool = False) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = whole_number("Pool(): limit_bytes", limit_bytes, least=0)
         self._kinds: OrderedDict[_Key, _Kind] = OrderedDict()
         self._nbytes = 0
-        self._share = share and possible()
-        self._parcels = 0
         self._lock = threading.Lock()
 
     @property
@@ -188,7 +148,7 @@ class Pool:
                 kind = self._kinds[key] = _Kind(shapes)
             else:
                 self._kinds.move_to_end(key)
-            found = kind.find(_Memory.begin_anew) or self._add(kind, pinned)
+            found = kind.find_unused() or self._add(kind, pinned)
             if found is None:
                 return [_ordinary(*shape, pinned=pinned) for shape in shapes]
             flats = kind.flats(found)  # from here on the memory is in use
@@ -198,18 +158,13 @@ class Pool:
         """Keep nothing any more. What is lent stays as it is."""
         with self._lock:
             self._kinds.clear()
-            self._nbytes = self._parcels = 0
+            self._nbytes = 0
 
     def _add(self, kind: _Kind, pinned: bool) -> _Memory | None:
         """Get new memory of a kind, if there is room."""
         if not self._room(kind.nbytes):
             return None
-        shares = self._share and not pinned and kind.nbytes >= LARGE and self._parcels < _PARCELS
-        try:
-            found = _Memory(kind.nbytes, "parcel" if shares else "pinned" if pinned else "ordinary")
-            self._parcels += shares
-        except OSError:  # too many open files
-            found = _Memory(kind.nbytes, "ordinary")
+        found = _Memory(kind.nbytes, pinned)
         kind.memories.append(found)
         self._nbytes += kind.nbytes
         return found
@@ -223,10 +178,10 @@ class Pool:
             if not kind.memories:
                 del self._kinds[key]
                 continue
-            if kind.find(_Memory.is_unused) is None:
+            if kind.find_unused() is None:
                 self._kinds.move_to_end(key)
                 continue
-            self._parcels -= kind.memories.pop().parcel is not None  # the one that was found
+            kind.memories.pop()  # the one that was found
             self._nbytes -= kind.nbytes
         return self._nbytes + nbytes <= self.limit_bytes
 

@@ -24,7 +24,7 @@ from flowtrain_dask.lanes.transport import Abandoned
 from tests.support.waiting import wait_for
 
 OTHER = versions()._replace(torch="0.0")
-REFUSED = pickle.dumps(Assignment("token", OTHER, b"", 0, None, b"", None, (), False))
+REFUSED = pickle.dumps(Assignment("token", OTHER, b"", 0, None, b"", False))
 """The assignment that is answered the quickest: the versions differ."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import threading
@@ -23,15 +22,14 @@ from flowtrain.logging.backend import Group, LoggerBackend, Run, Value, identity
 from flowtrain.state.partial_view import Owner
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker
+from flowtrain_dask.cluster.block import Block, Place, possible
 from flowtrain_dask.cluster.calls import Patience
 from flowtrain_dask.cluster.connect import Connection, connect
-from flowtrain_dask.cluster.shipping import LEFT, SENT
 from flowtrain_dask.cluster.transport import ClusterTransport
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.lanes.work import Duty, Job, Outcome
-from flowtrain_dask.snapshots.parcels import Parcel, Ticket, possible
 from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -87,8 +85,6 @@ class Summer(Callback):
             number += int(payload["large"][-1])
             self.kept.append(payload["large"])
             assert [int(each[0]) for each in self.kept] == list(range(len(self.kept))), "what it kept has changed"
-        if "scratch" in payload:
-            payload["scratch"].add_(1)
         if payload.get("raise"):
             raise ValueError(f"number {number}")
         if payload.get("cycle"):
@@ -167,14 +163,10 @@ def at_work(folder: Path) -> int:
         return 0
 
 
-def parcels() -> int:
-    """Return how many parcels this process has open."""
-    return len({os.stat(link).st_ino for link in memory_files()})  # a file that is mapped is open twice
-
-
-def memory_files() -> list[str]:
+def blocks() -> int:
+    """Return how many blocks this process has open."""
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-    return [link for link in links if os.path.islink(link) and "memfd:flowtrain" in os.readlink(link)]
+    return sum("memfd:flowtrain" in os.readlink(link) for link in links if os.path.islink(link))
 
 
 def test_records_and_state_come_home(connection: Connection, folder: Path) -> None:
@@ -221,8 +213,8 @@ def test_a_large_state_stays_on_the_worker(
     sent: list[int] = []
     make = ClusterTransport._assignment  # pyright: ignore[reportPrivateUsage]  # what is sent is what is tested
 
-    def watch(self: ClusterTransport, *args: Any) -> bytes:
-        blob = make(self, *args)
+    def watch(self: ClusterTransport, *args: Any, **more: Any) -> bytes:
+        blob = make(self, *args, **more)
         sent.append(len(blob))
         return blob
 
@@ -249,20 +241,20 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
 ) -> None:
     """They are sent to a worker that does not: it says so, and nothing has been run."""
     sent: list[int] = []
-    make, fill = ClusterTransport._assignment, Parcel.fill  # pyright: ignore[reportPrivateUsage]  # as above
+    make, fill = ClusterTransport._assignment, Block.fill  # pyright: ignore[reportPrivateUsage]  # as above
 
-    def watch(self: ClusterTransport, entries: Any, *args: Any) -> bytes:
-        blob = make(self, entries, *args)
+    def watch(self: ClusterTransport, entries: Any, *args: Any, **more: Any) -> bytes:
+        blob = make(self, entries, *args, **more)
         if entries:
             sent.append(len(blob))
         return blob
 
-    def misplace(self: Parcel, pieces: Any) -> Ticket:
+    def misplace(self: Block, pieces: Any) -> Place:
         return fill(self, pieces)._replace(process=2**22 + 1)  # as if it were on another machine
 
     monkeypatch.setattr(ClusterTransport, "_assignment", watch)
     if not near:
-        monkeypatch.setattr(Parcel, "fill", misplace)
+        monkeypatch.setattr(Block, "fill", misplace)
     backend = Memory()
     rig = Rig(connection, Summer(backend, folder))
     for number in range(6):
@@ -277,33 +269,36 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
     wanted = [False] * len(large) if near else [False, *[True] * (len(large) - 1)]
     assert large == wanted, "tried once where it is not near, and from then on sent"
     assert len(large) >= 3, "it was waited for after each two"
-    assert parcels() == int(near), "the memory that is kept for the next batch"
-    assert rig.transport.largest == (LEFT if near else SENT), "what is sent is in memory several times"
+    assert ("batches are sent" in rig.lane.report().where) is not near
+    assert blocks() == 1, "it is kept for the next batch"
     rig.lane.close()
-    assert parcels() == 0
+    assert blocks() == 0
 
 
 @pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
-def test_memory_that_a_lost_worker_still_reads_is_left_to_it(connection: Connection, folder: Path) -> None:
-    """It was stopped, say, while another one did its batch."""
+def test_where_there_is_no_memory_batches_are_sent(
+    connection: Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a block is full in the middle of a batch; the next batch is tried again."""
+    fill, rest = Block.fill, iter([False, True, False])
+
+    def refuse(self: Block, pieces: Any) -> Place:
+        place = fill(self, pieces)
+        if next(rest):
+            raise OSError(28, "No space left on device")
+        return place
+
+    monkeypatch.setattr(Block, "fill", refuse)
     backend = Memory()
     rig = Rig(connection, Summer(backend, folder))
-    rig.put(0, large=torch.full((200_000,), 0))
-    rig.wait_for(1)
-    wait_for(lambda: rig.lane.idle)
-    link = memory_files()[0]
-    reader = os.open(link, os.O_RDONLY)
-    fcntl.flock(reader, fcntl.LOCK_SH)
-    before = os.pread(reader, 1 << 20, 0)
-    for number in range(1, 4):
+    for number in range(3):
         rig.put(0, large=torch.full((200_000,), number))
         rig.wait_for(number + 1)
-    assert backend.records == expected(range(4))
-    assert os.pread(reader, 1 << 20, 0) == before
-    assert rig.transport.largest == LEFT, "there was other memory, and nothing was sent"
-    os.close(reader)
+    assert backend.records == expected(range(3))
+    assert "batches are sent" not in rig.lane.report().where
+    assert next(rest, None) is None
     rig.lane.close()
-    assert parcels() == 0
+    assert blocks() == 0
 
 
 @pytest.mark.parametrize("ballast", [0, 1_000_000])
@@ -428,8 +423,7 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     for number in range(10):
         rig.put(number)
         rig.wait_for(number + 1)
-    scratch = torch.zeros(3)
-    rig.put(10, sleep=0.2, scratch=scratch)
+    rig.put(10, sleep=0.2, large=torch.full((200_000,), 0))
     rig.put(11)
     processes.scheduler.kill()
     processes.scheduler.wait(20)
@@ -438,7 +432,7 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     rig.lane.raise_failure()
     assert backend.records == expected(range(12))
     assert float(local.ballast[0]) == 12.0
-    assert scratch.tolist() == [0.0] * 3, "a worker that was taken for lost may still read it"
+    assert blocks() == 0, "no worker is there to read it"
     report = rig.lane.report()
     assert report.where == f"thread ({connection.address} was lost)"
     assert report.tally.local >= 1

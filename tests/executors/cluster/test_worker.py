@@ -58,7 +58,7 @@ def assign(
     ]
     blob = dump_state([callback], stays(job, [callback])) if state else None
     events = bytes(dump_entries(entries))
-    call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, None, (), True)
+    call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, True)
     reply = pickle.loads(process(pickle.dumps(Assignment(**{**vars(call), **changes}))))
     assert type(reply) is Reply
     return reply

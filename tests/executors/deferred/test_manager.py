@@ -60,9 +60,9 @@ from flowtrain.logging.backend import Identity, Run, identity
 from flowtrain.metrics import accuracy
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
+from flowtrain_dask.cluster.block import possible
 from flowtrain_dask.lanes.limits import WhenFull
 from flowtrain_dask.lanes.report import Report
-from flowtrain_dask.snapshots.parcels import possible
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -468,7 +468,7 @@ def test_memory_that_workers_read_is_given_back_when_the_learner_is_closed(dask_
     try:
         with tiny_learner(keeps, data=data, executor=DaskExecutor(dask_processes.address)) as learner:
             learner.fit(1)
-            assert memory() > before, "a snapshot of a megabyte lies in such memory"
+            assert memory() > before, "a batch of megabytes is in such memory"
         assert memory() == before
     finally:
         if collecting:
