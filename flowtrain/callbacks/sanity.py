@@ -314,7 +314,10 @@ class Broadcasts(TorchFunctionMode):
         return result
 
     def _note(self, func: Any, two: list[torch.Size], both: torch.Size) -> None:
-        outputs, targets = two if two[0] in self._outputs and two[1] in self._targets else two[::-1]
+        # The first argument is the outputs, as for torch's losses, unless only the other way round has both shapes.
+        straight = two[0] in self._outputs and two[1] in self._targets
+        crossed = two[0] in self._targets and two[1] in self._outputs
+        outputs, targets = two[::-1] if crossed and not straight else two
         self.found = getattr(func, "__name__", "the loss").strip("_"), outputs, targets, both
 
     def problems(self, where: str) -> Iterator[Problem]:

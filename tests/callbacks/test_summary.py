@@ -172,8 +172,8 @@ def test_a_forward_pass_that_fails_says_so_below_the_table() -> None:
     ("model", "depth", "message"),
     [
         (nn.Linear, 1, r"takes a module. Write summarize\(learner.model\)"),
-        (nn.Linear(1, 1), -1, r"summarize\(depth=-1\)"),
-        (nn.Linear(1, 1), 1.5, r"summarize\(depth=1.5\)"),
+        (nn.Linear(1, 1), -1, r"^summarize\(\): depth is a whole number, at least 0, got -1\.$"),
+        (nn.Linear(1, 1), 1.5, r"^summarize\(\): depth is a whole number, at least 0, got 1\.5\.$"),
     ],
 )
 def test_bad_input(model: Any, depth: Any, message: str) -> None:
