@@ -219,11 +219,17 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
     assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # two backends
 
 
-@pytest.mark.parametrize(("executor", "number"), [("dask", signal.SIGTERM), ("local", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("executor", "number", "where"),
+    [("dask", signal.SIGTERM, "thread"), ("local", signal.SIGINT, "process, worker tcp:")],
+)
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
-    serial: Logged, tmp_path: Path, executor: str, number: signal.Signals
+    serial: Logged, tmp_path: Path, executor: str, number: signal.Signals, where: str
 ) -> None:
-    """Rules 28 and 29: the same log, the same checkpoints, the same accuracy; workers get the signal too."""
+    """Rules 28 and 29: the same log, the same checkpoints, the same accuracy; workers get the signal too.
+
+    The workers of the machine import the program, which begins to train only where it is the main one.
+    """
     folder = tmp_path / "a"
     running = subprocess.Popen(
         command(folder, executor), env=bare_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -244,6 +250,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
     assert "epoch   1  TrainingPhase" not in with_rest.output
     assert accuracy(with_rest.output) == accuracy(serial.output)
     assert lines(folder) == lines(serial.folder)
+    assert re.search(rf"^LogMetrics\+\S+  {where}", with_rest.output, re.MULTILINE)
 
 
 def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,13 +262,6 @@ def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monk
     monkeypatch.setattr(digits, "make_learner", interrupted)
     with pytest.raises(SystemExit, match="Interrupted before training began: there is nothing to go on from"):
         main(["--log", str(tmp_path / "a")])
-
-
-def test_processes_of_this_machine_take_the_logging(serial: Logged, tmp_path: Path) -> None:
-    """The workers import the program, which begins to train only where it is the main one."""
-    found = log_run(tmp_path / "a", "local")
-    assert lines(found.folder) == lines(serial.folder)
-    assert re.search(r"^LogMetrics\+\S+  process, worker tcp://", found.output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

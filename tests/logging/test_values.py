@@ -77,7 +77,11 @@ def test_what_is_no_setting_is_named_with_its_place(given: Any, text: str) -> No
 NAMES = st.text("abc", min_size=1, max_size=3)
 
 
-@given(st.dictionaries(NAMES, st.recursive(st.integers(), lambda inner: st.dictionaries(NAMES, inner, min_size=1))))
+def dicts(inner: st.SearchStrategy[Any], least: int = 1) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(NAMES, inner, min_size=least, max_size=4)
+
+
+@given(dicts(st.recursive(st.integers(), dicts, max_leaves=8), 0))
 def test_flat_names_lead_to_the_values(nested: dict[str, Any]) -> None:
     for path, value in flat(nested).items():
         at: Any = nested

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,14 @@ from flowtrain.metrics import mean_squared_error
 from flowtrain.testing import holders, leaks, tiny_batches, tiny_learner
 
 KEPT: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def unfrozen() -> Iterator[None]:
+    """Who is looked for among the holders may be older than the tests: see `freeze_imports` of tests/conftest.py."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 class Keeper(Callback):
