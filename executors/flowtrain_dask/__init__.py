@@ -7,14 +7,14 @@
     print(learner.callbacks.explain())                               # what runs in parallel, and why
     learner.executor.graph(BatchEnd, TrainingPhase)                  # the task graph of one event
 
-Four folders hold the parts, each importing only from those before it. The modules beside them put the parts together.
+Five folders hold the parts, each importing only from those before it.
 
 - `parallel`: from a plan to a dask task graph and to strands; one firing on several threads; when that pays.
 - `snapshots`: what a deferred handler reads, copied at its place in the plan, and the view that shows the copy.
 - `lanes`: where deferred events wait and are processed, one at a time and in order, in a thread.
 - `cluster`: the same in another process: what travels there and back, and what is done when a worker is lost.
-- Beside them, `deferral` says which callbacks are deferred, `deferred` and `opening` make their lanes, `deferring` and
-  `executor` are what a learner sees, and `route` says how a plan is run, and why.
+- `deferred`: which callbacks are deferred, the lanes that are made for them, and how these end.
+- `executor`, beside them, is what a learner sees; it says how each plan is run, and why.
 """
 
 from flowtrain_dask.executor import DaskExecutor, Parallel

@@ -325,7 +325,7 @@ def test_in_place_an_event_has_no_number() -> None:
 
 
 def lane_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("flowtrain")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("flowtrain lane")]
 
 
 def test_close_processes_what_waits_and_ends_the_threads() -> None:
