@@ -235,20 +235,28 @@ from flowtrain import BatchEnd, Callback, Read, on
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 
+# Slower than training, however busy the machine: the first event ends a second after the lane is full.
 class Slow(Callback):
     deferrable = True
+
+    def __init__(self, full):
+        self.full, self.begun = full, False
 
     def state_access(self):
         return {"batch.inputs": Read()}
 
     @on(BatchEnd)
     def work(self, event, phase, learner):
-        time.sleep(0.02)
+        deadline = time.monotonic() + 90
+        while not self.begun and not os.path.exists(self.full) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.02 if self.begun else 1.0)
+        self.begun = True
         self.last = float(learner.batch.inputs.sum())
 
 class Look(Callback):
-    def __init__(self, executor):
-        self.executor = executor
+    def __init__(self, executor, full):
+        self.executor, self.full = executor, full
         self.pending = self.bytes = self.base = self.count = 0
 
     @on(BatchEnd)
@@ -258,6 +266,8 @@ class Look(Callback):
             self.base = memory()
         lane = self.executor.report().lanes[0]
         self.pending, self.bytes = max(self.pending, lane.pending), max(self.bytes, lane.bytes)
+        if lane.pending == 64:
+            Path(self.full).touch()
 
 def memory():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -266,9 +276,10 @@ def memory():
 def main():
     torch.set_num_threads(1)
     executor = DaskExecutor(sys.argv[1] or None, limits=Limits(bytes=64 << 20))
-    look = Look(executor)
+    full = str(Path(__file__).with_name("full"))
+    look = Look(executor, full)
     data = [(torch.ones(1 << 18, 1), torch.ones(1 << 18, 1)) for _ in range(20)]
-    with tiny_learner(Slow(), look, data=data, executor=executor) as learner:
+    with tiny_learner(Slow(full), look, data=data, executor=executor) as learner:
         learner.fit(6)
         print(look.pending, look.bytes, memory() - look.base, executor.report().troubles()[0], sep="|")
 
