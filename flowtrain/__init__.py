@@ -1,7 +1,70 @@
 """flowtrain: train PyTorch models with callbacks that cannot race.
 
-A callback declares what it reads and writes; from the declarations flowtrain proves an order before anything runs.
-Start with `Learner` and `Callback`; the callbacks that come with it are in `flowtrain.callbacks`.
+A callback declares what it reads and writes. From the declarations flowtrain derives an order before anything runs,
+refuses callbacks that have no valid order, and runs independent callbacks in parallel or later, with the result of a
+serial run. Start with `Learner` and `Callback`; the bundled callbacks are in `flowtrain.callbacks`.
+
+The code and the documentation use these words, each for one thing.
+
+Training:
+
+- *learner*: the object that a user makes; it holds the state of training and delegates the work to its parts.
+- *loop*: the part of the learner that runs fits, epochs and batches, and that fires the events.
+- *core*: the part of the learner that computes: it knows devices, precision, gradients and optimizers (`TorchCore`).
+- *phase*: a type that says what kind of epoch runs (`TrainingPhase`, `ValidationPhase`) and that defines its step.
+- *step*: what a phase does with one batch, from the data of the loader to the loss or the update.
+- *accumulation group*: the batches whose gradients are added up for one update.
+- *update*: the change that an optimizer makes to the parameters at the end of an accumulation group.
+- *batch state*: the object that holds the inputs, outputs, loss and further entries of one batch (``learner.batch``).
+- *cbstate*: the state that callbacks share with each other (``learner.cbstate``).
+- *series*: the values that were pushed under one name, each with its step number; a series only grows.
+- *host* and *device*: the process that runs Python, and where the model computes: an accelerator, or the CPU itself.
+- *lag*: after how many batches the host reads a value of the device, so that it does not wait for the device.
+- *training thread*: the thread that calls `Learner.fit`; it runs the loop, the model and the optimizers.
+
+Callbacks:
+
+- *event*: a type that names a moment of training, such as `BatchEnd`; the loop fires instances of it.
+- *callback*: an object with handlers, with declarations of what they access, and with state of its own.
+- *handler*: a method of a callback that is marked with `on` and runs at an event in a phase.
+- *condition*: an object that decides whether a callback handles an event, such as every tenth one (``every=10``).
+- *path*: the name of a piece of the learner's state, such as ``batch.loss``; a path covers everything below it.
+- *access declaration*: the paths that a handler touches, each with `Read()` or `Write()`; `Write()` includes reading.
+- *resource*: something that no path names and that handlers use one after the other, such as a file.
+- *view*: the object that a handler gets as ``learner``; it shows the declared paths and refuses all others.
+- *twin*: the read-only counterpart of a container; a view shows the twin where only `Read()` is declared.
+
+Order:
+
+- *meet*: two callbacks meet at an event and phase if both have a handler for that event in that phase.
+- *conflict*: two callbacks meet, and at least one of them writes state that the other one touches.
+- *region*: one piece of state, however many paths reach it (`flowtrain.graph.reach`).
+- *resolution*: the answer to a conflict: which callback runs first, or that the order does not matter (`RunFirst`).
+- *dependency graph*: callbacks, and an edge with its reasons wherever one runs before another (`callback_graph`).
+- *serial order*: the topological order of the dependency graph that follows the list of callbacks where it can choose.
+- *plan*: the handlers for one event type and one phase type, in serial order, with the edges between them.
+
+Execution:
+
+- *executor*: the object that runs plans, in whichever way, with the result of the serial order (`Executor`).
+- *runner*: the function that an executor makes of a plan and that the loop calls for each event.
+- *strand*: the handlers of one event that run one after the other on one thread, beside the other strands.
+- *deferrable*: said of a callback that only consumes: nothing in training waits for its handlers.
+- *deferred*: said of a callback whose handlers the executor runs later, on a snapshot; all others run *in place*.
+- *snapshot*: a frozen copy of what a deferred handler declares to read, taken at the handler's place in the plan.
+- *copier*: a function that copies objects of one type for snapshots.
+- *lane*: a queue of deferred events and the thread that processes them, one at a time and in order.
+- *worker*: a process that computes for the training process: of a dask cluster for lanes, or of a data loader.
+
+Records:
+
+- *loggable*: what a callback logs: a value, an image, a text, a histogram, a file.
+- *record*: a loggable with its name, its step and its group, as it is written.
+- *backend*: the object that callbacks log to; it encodes loggables and writes records (`LoggerBackend`).
+- *sink*: the place where the records of a backend end up: a file, or a tracker.
+- *run*: one fit, together with the fits that resume it, as backends know it.
+- *checkpoint*: a file with the state of training between two batches, from which a later fit resumes.
+- *position*: how far a fit has come through its epochs and batches; of a sink: how much of it has been written.
 """
 
 from __future__ import annotations
