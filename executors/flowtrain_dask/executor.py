@@ -22,8 +22,8 @@ from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.manager import Deferring, check_choice, sharing
-from flowtrain_dask.deferred.policy import Options
+from flowtrain_dask.deferred.manager import Deferring, sharing
+from flowtrain_dask.deferred.policy import Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report

@@ -27,27 +27,31 @@ from flowtrain.callback.callback import draws_own
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError, is_a, is_positive, nearest, raise_worst
+from flowtrain.errors import ExecutorError, raise_worst
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, Plan
 from flowtrain.graph.reach import Reach
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.random_numbers import Draws
-from flowtrain_dask.deferred.policy import Deferral, Options, decide, job_of, name_of, transport_of, validate, why_here
+from flowtrain_dask.deferred.policy import (
+    Deferral,
+    Options,
+    check_options,
+    decide,
+    job_of,
+    name_of,
+    transport_of,
+    validate,
+    why_here,
+)
 from flowtrain_dask.deferred.shutdown import Held
 from flowtrain_dask.lanes.lane import Lane
-from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport, Report
 from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker, copy_groups
 
-__all__ = [
-    "Deferred",
-    "Deferring",
-    "check_choice",
-    "sharing",
-]
+__all__ = ["Deferred", "Deferring", "sharing"]
 
 if TYPE_CHECKING:
     from flowtrain_dask.cluster.connect import Connection
@@ -309,10 +313,6 @@ def _fresh(nodes: Sequence[Node], reach: Reach) -> frozenset[tuple[str, ...]]:
     return frozenset(() if any(reach.meet(path, made) for path in written) else (made,))
 
 
-_LONGEST = 604_800
-"""Seconds of `drain_timeout`; dask cannot wait for an infinite time."""
-
-
 class Deferring:
     """The deferrable callbacks of an executor's learner.
 
@@ -327,7 +327,7 @@ class Deferring:
     """
 
     def __init__(self, cluster: object, defer: bool, resources: dict[str, float], options: Options) -> None:
-        _check(defer, resources, options)
+        check_options(defer, resources, options)
         self._cluster = cluster
         self._defer = defer
         self._resources = resources
@@ -414,39 +414,3 @@ class Deferring:
             self._held.give_back()
             if self._deferred is not None:
                 self._deferred.release()
-
-
-def _check(defer: object, resources: Mapping[str, float], options: Options) -> None:
-    if not is_a(defer, bool):
-        raise ExecutorError(f"DaskExecutor(defer={defer!r}): defer is True or False. Write DaskExecutor(defer=False).")
-    if not is_a(options.limits, Limits):
-        raise ExecutorError(
-            f"DaskExecutor(limits={options.limits!r}) is no Limits. Write DaskExecutor(limits=Limits(pending=1000)), "
-            f"with `from flowtrain_dask import Limits`."
-        )
-    for name, amount in resources.items():
-        if not is_a(name, str) or not is_positive(amount):
-            raise ExecutorError(
-                f"DaskExecutor(resources={dict(resources)!r}): resources are positive numbers by name. Write "
-                f'DaskExecutor(address, resources={{"flowtrain": 1}}), and start the worker with '
-                f"`dask worker ADDRESS --resources flowtrain=1`."
-            )
-    if not is_positive(options.drain_timeout) or options.drain_timeout > _LONGEST:
-        raise ExecutorError(
-            f"DaskExecutor(drain_timeout={options.drain_timeout!r}): it is a positive number of seconds, such as 30.0, "
-            f"and at most {_LONGEST:,}, a week."
-        )
-    check_choice("on_error", options.on_error, ("raise", "warn"))
-    check_choice("on_cluster_loss", options.on_cluster_loss, ("local", "raise"))
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Check an argument that is one of several words.
-
-    Raises:
-        ExecutorError: It is none of them.
-    """
-    if value not in choices:
-        raise ExecutorError(
-            f"{name}={value!r} is none of {', '.join(map(repr, choices))}.{nearest(str(value), choices)}"
-        )

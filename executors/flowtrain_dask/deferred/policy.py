@@ -14,7 +14,7 @@ How a lane is opened: the options, its job, where it runs, and what is checked b
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import torch
 
 from flowtrain.callback.access import Declaration, Path, Read
 from flowtrain.callback.callback import Callback, draws_own
-from flowtrain.errors import CallbackError
+from flowtrain.errors import CallbackError, ExecutorError, is_a, is_positive, nearest
 from flowtrain.graph.held_backends import LIVE, is_learner, names_in, reachable
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import owner_of
@@ -39,7 +39,9 @@ from flowtrain_dask.snapshots.copiers import check
 __all__ = [
     "Deferral",
     "Options",
+    "check_choice",
     "check_holds_no_state",
+    "check_options",
     "decide",
     "duties_of",
     "job_of",
@@ -251,6 +253,51 @@ class Options:
     on_error: OnError = "raise"
     on_cluster_loss: OnLoss = "local"
     drain_timeout: float = 30.0
+
+
+_LONGEST = 604_800
+"""Seconds of `drain_timeout`; dask cannot wait for an infinite time."""
+
+
+def check_options(defer: object, resources: Mapping[str, float], options: Options) -> None:
+    """Check the arguments of an executor that say how callbacks are deferred.
+
+    Raises:
+        ExecutorError: One of them means nothing; the text says what to write.
+    """
+    if not is_a(defer, bool):
+        raise ExecutorError(f"DaskExecutor(defer={defer!r}): defer is True or False. Write DaskExecutor(defer=False).")
+    if not is_a(options.limits, Limits):
+        raise ExecutorError(
+            f"DaskExecutor(limits={options.limits!r}) is no Limits. Write DaskExecutor(limits=Limits(pending=1000)), "
+            f"with `from flowtrain_dask import Limits`."
+        )
+    for name, amount in resources.items():
+        if not is_a(name, str) or not is_positive(amount):
+            raise ExecutorError(
+                f"DaskExecutor(resources={dict(resources)!r}): resources are positive numbers by name. Write "
+                f'DaskExecutor(address, resources={{"flowtrain": 1}}), and start the worker with '
+                f"`dask worker ADDRESS --resources flowtrain=1`."
+            )
+    if not is_positive(options.drain_timeout) or options.drain_timeout > _LONGEST:
+        raise ExecutorError(
+            f"DaskExecutor(drain_timeout={options.drain_timeout!r}): it is a positive number of seconds, such as 30.0, "
+            f"and at most {_LONGEST:,}, a week."
+        )
+    check_choice("on_error", options.on_error, ("raise", "warn"))
+    check_choice("on_cluster_loss", options.on_cluster_loss, ("local", "raise"))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check an argument that is one of several words.
+
+    Raises:
+        ExecutorError: It is none of them.
+    """
+    if value not in choices:
+        raise ExecutorError(
+            f"{name}={value!r} is none of {', '.join(map(repr, choices))}.{nearest(str(value), choices)}"
+        )
 
 
 def validate(deferral: Deferral, state: LearnerState, options: Options, connection: Connection | None) -> None:

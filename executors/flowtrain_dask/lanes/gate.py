@@ -1,11 +1,22 @@
-"""A gate: how another thread makes a lane's thread stand still between two events."""
+"""A gate: how another thread makes a lane's thread stand still between two events, and how every fork does so.
+
+A data loader starts its workers by copying this process, beside running lanes. Only the thread that forks lives on in
+the child: a lock that another thread held stays locked there for ever, and what it had written in part is written
+twice. So before a fork every lane is made to stand still between two events; afterwards the parent's lanes go on. The
+child's copies of the lanes take no events, and its copies of their backends are what a backend is when it is sent to
+another process: they encode and never write.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
+from typing import Protocol
+from weakref import WeakSet
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "guard"]
 
 
 class Gate:
@@ -50,3 +61,51 @@ class Gate:
     def __exit__(self, *exc: object) -> None:
         self._inside = 0
         self._lock.release()
+
+
+class _Standing(Protocol):
+    """A lane, as forks see it."""
+
+    @property
+    def gate(self) -> Gate:
+        """What makes its thread stand still."""
+        ...
+
+    def orphan(self) -> None:
+        """Be the copy in a forked child."""
+        ...
+
+
+_PATIENCE = 5.0
+"""Seconds that a fork waits for lanes to stand still; a handler that takes longer is not waited for."""
+
+_lanes: WeakSet[_Standing] = WeakSet()
+_held: list[_Standing] = []
+_installed: list[int] = []
+
+
+def guard(lane: _Standing) -> None:
+    """Make a lane stand still whenever this process is forked, as long as the lane lives."""
+    if not _installed and hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+        _installed.append(os.getpid())
+        os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+    _lanes.add(lane)
+
+
+def _before() -> None:
+    end = time.monotonic() + _PATIENCE
+    for lane in list(_lanes):
+        if lane.gate.hold(max(0.0, end - time.monotonic())):
+            _held.append(lane)
+
+
+def _after_in_parent() -> None:
+    while _held:
+        _held.pop().gate.release()
+
+
+def _after_in_child() -> None:
+    _held.clear()
+    for lane in list(_lanes):
+        with contextlib.suppress(Exception):  # a child that cannot let go of a sink is a child all the same
+            lane.orphan()

@@ -24,8 +24,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError
 from flowtrain_dask.lanes.driver import Driver, OnError
-from flowtrain_dask.lanes.forks import guard
-from flowtrain_dask.lanes.gate import Gate
+from flowtrain_dask.lanes.gate import Gate, guard
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.transport import Transport

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 from flowtrain import BatchEnd, TrainingPhase
-from flowtrain_dask.lanes.batches import Batches
+from flowtrain_dask.lanes.driver import Batches
 from flowtrain_dask.lanes.work import Entry
 
 
