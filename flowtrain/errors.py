@@ -1,36 +1,35 @@
-"""The errors a user can cause, each with what is wrong, why, and what to write instead.
+"""The errors that a user can cause, and the exceptions with which a handler ends a part of training.
+
+Every error says what is wrong, with names and values, why it is wrong, and what to write instead. The values in the
+message are also fields of the exception.
 
 ::
 
     FlowtrainError
-    ├── AccessError                a declaration that cannot be read: unknown path, `Read` without parentheses
+    ├── AccessError                a declaration with an unknown path, `Read` without parentheses, or the like
     ├── ProtectedException         a handler touched state that it does not declare
-    ├── UndeclaredWriteError       strict mode: state changed behind a handler that does not declare to write it
-    ├── HandlerError               a handler that does not fit: stacked `on`, wrong arity, can never run
+    ├── UndeclaredWriteError       strict mode: a handler changed state that it does not declare to write
+    ├── HandlerError               a handler with two `on`, with wrong parameters, or that can never run
     │   └── AmbiguousHandlerError  two handlers of one callback fit an event equally well
-    ├── CallbackError              a list of callbacks that does not fit: a class, a duplicate, an unknown name
-    ├── WriteConflictError         two writers of one path without an order
+    ├── CallbackError              a list of callbacks with a class, a duplicate or an unknown name in it
+    ├── WriteConflictError         two callbacks write the same state, and nothing orders them
     ├── CycleError                 declarations that ask for a circular order
     ├── ResolutionError            answers to a conflict that contradict each other
-    ├── MissingStateError          state that is read and that nobody has made (also an ``AttributeError``)
+    ├── MissingStateError          a handler reads state that does not exist (also an ``AttributeError``)
     ├── DataError                  data that a phase cannot use
     ├── LossError                  a loss function that does not fit the model's outputs
     ├── CoreError                  a device, precision or optimizer that does not fit
     ├── ExecutorError              an executor that is unknown, closed or in use
-    ├── LoggingError               a logging backend that cannot do what it is asked to
-    ├── CheckpointError            a checkpoint that cannot be written, read, or does not fit
-    ├── DeferredCancelError        a cancel raised off the training thread, where nothing is left to cancel
-    ├── SanityCheckError           what a look at data, model, loss and optimizer found wrong, all of it
-    └── UsageError                 a call at the wrong moment or with a value that means nothing
+    ├── LoggingError               a logging backend that cannot do the task that it was given
+    ├── CheckpointError            a checkpoint that cannot be written or read, or that does not fit
+    ├── DeferredCancelError        a cancel raised by a deferred handler, after its batch has passed
+    ├── SanityCheckError           all problems that a check of data, model, loss and optimizer has found
+    └── UsageError                 a call at the wrong moment, or an argument with a wrong value
 
-What steers training rather than reports a mistake (`CancelException` and its kin) lives in `flowtrain.errors`.
-The values that a message shows are also fields of the exception.
-
-Control flow by exception: how a handler ends a batch, an epoch or a fit, and which of several failures counts.
-
-A handler raises a `CancelException`; the loop closes what the exception names and goes on behind it. When several
-handlers of one event fail, one exception is raised and carries the others: an error before any cancel, the wider
-cancel before the narrower, and the earlier handler before the later (`merge`).
+`CancelException` and its subclasses are no errors: a handler raises one to end a batch, an epoch or a fit, and the loop
+continues behind that part of training. When several handlers of one event fail, one exception is raised and carries the
+others (`merge`): an error goes before a cancel, a wider cancel before a narrower one, an earlier handler before a later
+one.
 """
 
 from __future__ import annotations
@@ -81,15 +80,15 @@ __all__ = [
 
 
 class FlowtrainError(Exception):
-    """Base of every error that flowtrain raises about the way it is used."""
+    """Base of all errors that flowtrain raises about the way it is used."""
 
     def __reduce__(self) -> tuple[Callable[..., FlowtrainError], tuple[object, ...]]:
-        # Pickled by its fields: an error may come from another process, and constructors here take more than a text.
+        # Errors come from worker processes too. Pickle would call the constructor with the text as its only argument.
         return _restore, (type(self), self.args, dict(vars(self)))
 
 
 class AccessError(FlowtrainError):
-    """A declaration of state access that flowtrain cannot read."""
+    """An access declaration is not valid."""
 
 
 class ProtectedException(FlowtrainError):
@@ -97,7 +96,7 @@ class ProtectedException(FlowtrainError):
 
     Attributes:
         path: The dotted path that was touched, such as ``"batch.loss"``.
-        access: ``"Read"`` or ``"Write"``.
+        access: The access that is not declared: ``"Read"`` or ``"Write"``.
     """
 
     def __init__(self, access: str, path: str, remedy: str = "") -> None:
@@ -108,10 +107,10 @@ class ProtectedException(FlowtrainError):
 
 
 class UndeclaredWriteError(FlowtrainError):
-    """Strict mode found state changed by a handler that does not declare to write it.
+    """Strict mode found that a handler changed state that it does not declare to write.
 
     Attributes:
-        handler: Callback and method, such as ``"Printer.show"``.
+        handler: The names of the callback and of the handler, such as ``"Printer.show"``.
         paths: The dotted paths that changed.
     """
 
@@ -130,15 +129,15 @@ class AmbiguousHandlerError(HandlerError):
 
 
 class CallbackError(FlowtrainError):
-    """Callbacks that do not make a list: a class for an instance, a duplicate, a name that is not there."""
+    """A list of callbacks is not valid: a class instead of an instance, a duplicate, or a name that does not exist."""
 
 
 class WriteConflictError(FlowtrainError):
-    """Two callbacks write state that overlaps, and nothing says which goes first.
+    """Two callbacks write the same state, and nothing says which of them runs first.
 
     Attributes:
         callbacks: The names of the two callbacks.
-        paths: What each of them declares to write.
+        paths: The dotted paths that the two declare to write.
         event: The event at which they meet, as ``"BatchEnd, TrainingPhase"``.
     """
 
@@ -150,11 +149,11 @@ class WriteConflictError(FlowtrainError):
 
 
 class CycleError(FlowtrainError):
-    """The declarations ask for an order that goes in a circle.
+    """The declarations ask for a circular order.
 
     Attributes:
-        cycle: The names along the circle, the first one not repeated at the end.
-        event: The event at which they meet.
+        cycle: The names of the callbacks along the cycle; the first one is not repeated at the end.
+        event: The event at which the callbacks meet, as ``"BatchEnd, TrainingPhase"``.
     """
 
     def __init__(self, cycle: tuple[str, ...], event: str, message: str) -> None:
@@ -164,11 +163,11 @@ class CycleError(FlowtrainError):
 
 
 class ResolutionError(FlowtrainError):
-    """A conflict was declared unresolvable, or its resolutions contradict each other."""
+    """An answer to a conflict is `Unresolvable`, or the answers contradict each other."""
 
 
 class MissingStateError(FlowtrainError, AttributeError):
-    """State is read that nobody has made.
+    """A handler reads state that does not exist.
 
     Attributes:
         path: The dotted path that is missing.
@@ -180,38 +179,38 @@ class MissingStateError(FlowtrainError, AttributeError):
 
 
 class DataError(FlowtrainError):
-    """Data that a phase cannot use: no pairs, a bare tensor, an empty loader."""
+    """A phase cannot use the data: items that are no pairs, a bare tensor, or an empty loader."""
 
 
 class LossError(FlowtrainError):
-    """The loss function does not fit the model's outputs, or returned no scalar tensor."""
+    """The loss function does not fit the model's outputs, or did not return a tensor with one element."""
 
 
 class CoreError(FlowtrainError):
-    """A device, precision, model or optimizer that the training core cannot use."""
+    """The training core cannot use a device, precision, model or optimizer."""
 
 
 class ExecutorError(FlowtrainError):
-    """An executor that is unknown, closed, or bound to another learner."""
+    """An executor is unknown, closed, or bound to another learner."""
 
 
 class LoggingError(FlowtrainError):
-    """A logging backend cannot do what it is asked to."""
+    """A logging backend cannot do the task that it was given."""
 
 
 class CheckpointError(FlowtrainError):
-    """A checkpoint cannot be written, read, or does not fit."""
+    """A checkpoint cannot be written or read, or does not fit the learner."""
 
 
 class DeferredCancelError(FlowtrainError):
-    """A handler that runs off the training thread raised a cancel, and what it wanted to end has gone on."""
+    """A deferred handler raised a cancel, which comes too late: training is past the batch or epoch it should end."""
 
 
 class SanityCheckError(FlowtrainError):
     """Data, model, loss or optimizer cannot be trained with.
 
     Attributes:
-        problems: Each with where it is, what is wrong, and what to do.
+        problems: For each problem its place, what is wrong, and the remedy.
     """
 
     def __init__(self, problems: tuple[tuple[str, str, str], ...], message: str) -> None:
@@ -220,38 +219,39 @@ class SanityCheckError(FlowtrainError):
 
 
 class UsageError(FlowtrainError):
-    """A call at the wrong moment, or with an argument that means nothing."""
+    """A call comes at the wrong moment, or has an argument with a wrong value."""
 
 
 def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Tell whether what a user passed is what its annotation promises.
+    """Tell whether an argument of a user has the type that its annotation promises.
 
-    The same as ``isinstance``, for values whose annotation is no proof: a type checker may not have been run.
+    The same as ``isinstance``. Type checkers take an annotation for proof and would report the plain call as always
+    true, but a user may not run one.
     """
     return isinstance(value, kind)
 
 
 def is_positive(value: object) -> bool:
-    """Tell whether what a user passed is a number above zero."""
+    """Tell whether an argument of a user is a number above zero, and not a ``bool``."""
     return not is_a(value, bool) and isinstance(value, Real) and float(value) > 0
 
 
 def is_whole(value: object) -> bool:
-    """Tell whether what a user passed is a whole number: also one of NumPy, but neither ``True`` nor ``2.0``."""
+    """Tell whether an argument of a user is an integer, also one of NumPy, but neither ``True`` nor ``2.0``."""
     return type(value) is int or (is_a(value, Integral) and not is_a(value, bool))
 
 
 def whole_number(what: str, value: object, least: int = 1, error: type[FlowtrainError] = UsageError) -> int:
-    """Return what a user passed as an ``int``, if it is a whole number (`is_whole`) that is large enough.
+    """Return an argument of a user as an ``int``, if it is a whole number (`is_whole`) that is large enough.
 
     Args:
-        what: What it was passed as, for the message.
-        value: What was passed.
+        what: The name of the argument, for the message.
+        value: The argument.
         least: The smallest number that is allowed.
-        error: The type of the error.
+        error: The type of the error to raise.
 
     Raises:
-        FlowtrainError: It is no whole number, or below `least`.
+        FlowtrainError: The argument is no whole number, or is below `least`.
 
     >>> whole_number("Every(): n", 2.0)
     Traceback (most recent call last):
@@ -263,38 +263,39 @@ def whole_number(what: str, value: object, least: int = 1, error: type[Flowtrain
 
 
 def is_type(value: object, base: type) -> bool:
-    """Tell whether what a user passed is a type, and `base` or a subclass of it."""
+    """Tell whether an argument of a user is a type, and `base` or a subclass of it."""
     return isinstance(value, type) and issubclass(value, base)
 
 
 def _restore(kind: type[FlowtrainError], args: tuple[object, ...], fields: dict[str, object]) -> FlowtrainError:
+    """Return the error that was pickled, without calling its constructor."""
     error = kind.__new__(kind, *args)
     vars(error).update(fields)
     return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name closest to `name`, or an empty string.
+    """Return ``" Did you mean 'x'?"`` with the known name closest to `name`, or an empty text if none is close.
 
     >>> nearest("outptus", ["inputs", "outputs"])
     " Did you mean 'outputs'?"
     """
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 class CancelException(Exception):
     """Base of the exceptions that end a part of training on purpose.
 
-    Raise one of the three below, with a message that says why: ``raise CancelFittingException("loss is flat")``.
+    Raise one of its three subclasses, with a message that says why: ``raise CancelFittingException("loss is flat")``.
     """
 
     scope: ClassVar[str] = ""
-    """What it ends: ``"batch"``, ``"epoch"`` or ``"fit"``."""
+    """The part of training that the exception ends: ``"batch"``, ``"epoch"`` or ``"fit"``."""
 
 
 class CancelBatchException(CancelException):
-    """Skip the rest of this batch. `BatchCancelled` fires in place of `BatchEnd`."""
+    """Skip the rest of this batch. `BatchCancelled` fires instead of `BatchEnd`."""
 
     scope = "batch"
 
@@ -315,16 +316,18 @@ _CANCELS = (CancelFittingException, CancelEpochException, CancelBatchException)
 
 
 def _rank(failure: BaseException) -> int:
+    """Return the rank of a failure in `merge`; the smallest rank is raised."""
     for rank, kind in enumerate(_CANCELS, start=1):
         if isinstance(failure, kind):
             return rank
-    return 0 if isinstance(failure, Exception) else -1  # an interrupt comes before everything
+    return 0 if isinstance(failure, Exception) else -1  # an interrupt goes before every error
 
 
 def without_frames(failure: BaseException) -> BaseException:
-    """Return an exception of the same type, arguments and notes that holds no frames, and with them no batch or model.
+    """Return a copy of an exception without its traceback, whose frames may hold a batch or a model.
 
-    A copy, since who caught the exception itself may still print where it came from.
+    The copy has the same type, arguments and notes. The exception itself is not changed, since code that caught it may
+    still print its traceback.
     """
     bare = type(failure).__new__(type(failure), *failure.args)
     others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
@@ -339,17 +342,17 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
         failures: At least one exception, in serial order of the handlers that raised them.
 
     Returns:
-        The worst one: errors come before cancels, then `CancelFittingException`, `CancelEpochException` and
-        `CancelBatchException`, then serial order. Its attribute ``others`` is the tuple of the rest, and each of
-        these is also a note on it.
+        The worst exception: errors go before cancels, `CancelFittingException` before `CancelEpochException` before
+        `CancelBatchException`, and among equals the serial order decides. Its attribute ``others`` is a tuple of the
+        other exceptions, and its notes name each of them.
 
     >>> merge([CancelBatchException("skip"), ValueError("broken")])
     ValueError('broken')
     """
-    distinct = list({id(failure): failure for failure in failures}.values())
+    distinct = list({id(failure): failure for failure in failures}.values())  # one exception may come twice
     worst, *others = sorted(distinct, key=_rank)
     known: tuple[BaseException, ...] = getattr(worst, "others", ())
-    others = [other for other in others if all(other is not each for each in known)]
+    others = [other for other in others if all(other is not listed for listed in known)]
     if others:
         worst.others = (*known, *others)  # type: ignore[attr-defined]  # any exception may carry them
         for other in others:
@@ -358,10 +361,11 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
 
 
 def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> None:
-    """Raise what `merge` chooses, unless it is one of `ends`; the list is emptied.
+    """Raise the exception that `merge` chooses, unless it has one of the types `ends`, and empty the list.
 
-    An exception holds the frames that it went through. If one of them, or a list in one of them, held the exception in
-    turn, the batch in those frames, graph and all, would live until the garbage collector comes. So nothing keeps it.
+    An exception holds the frames that it went through. If a variable or a list in one of these frames held the
+    exception, this would be a reference cycle, and the batch in those frames would stay in memory, with its graph,
+    until the garbage collector runs. So neither the list nor the variable here keeps the exception.
     """
     worst = merge(failures)
     failures.clear()
@@ -373,7 +377,7 @@ def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> No
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what a piece of data is: type, shape and dtype, or length and first parts.
+    """Describe a piece of data for a message: its type, with shape and dtype, or with its length and first parts.
 
     >>> import torch
     >>> describe(torch.zeros(2, 3))

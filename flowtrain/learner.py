@@ -1,13 +1,15 @@
-"""The learner: one object that holds the state of training and gives the work to its parts.
+"""The learner: one object that holds the state of training and delegates the work to its parts.
 
-`LearnerState` holds the state, `Callbacks` the callbacks, which `CallbackChanges` changes; `TorchCore` computes and
-`Loop` runs. The learner checks what a user passes, joins these parts, and delegates to them.
+`LearnerState` holds the state, and `Callbacks` the callbacks, which `CallbackChanges` replaces as a whole. `TorchCore`
+computes, and `Loop` runs fits, epochs and batches. The learner itself only checks the arguments of the user and joins
+these parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import attrgetter
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
 
@@ -47,9 +49,11 @@ __all__ = ["Learner", "with_defaults"]
 
 
 def with_defaults(chosen: list[Callback], wanted: object) -> list[Callback]:
-    """Return the chosen callbacks, and after them the default ones of each type that is not among them."""
+    """Return the chosen callbacks, followed by the default ones whose type is not among them, as far as wanted."""
     if wanted not in (True, False, "quiet"):
-        raise UsageError(f'default_callbacks={wanted!r} is not True, False or "quiet".')
+        raise UsageError(
+            f'default_callbacks={wanted!r} is not True, False or "quiet". Your own callbacks go into callbacks=[...].'
+        )
     printing: list[type[Callback]] = [] if wanted == "quiet" else [ProgressBar, MetricsPrinter]
     kinds = [Recorder, Metrics, StopOnNaNLoss, *printing] if wanted else []
     return [*chosen, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen))]
@@ -59,28 +63,28 @@ class Learner:
     """Trains a model.
 
     Args:
-        model: A module, or a mapping of several by name (then ``learner.model.gen``, and a phase with a step of its
-            own).
-        lossfn: Called with ``(batch.outputs, batch.targets)``; returns a tensor with one element. If it is a module,
-            its parameters are trained too.
-        data: Loaders: one for training; ``(training, validation)``; or a mapping from phases.
-        optimizer: Called with the parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; or an optimizer; or a
-            mapping of either by name. With several models, a name is that of the model whose parameters it gets.
-        callbacks: In the order that decides where their declarations leave a choice.
+        model: A module, or a mapping from names to several modules. Several modules are ``learner.model.gen`` and so
+            on, and need a phase with a step for them.
+        lossfn: A function of ``(batch.outputs, batch.targets)`` that returns a tensor with one element. The parameters
+            of a loss function that is a module are trained too.
+        data: One loader for training; a pair ``(training, validation)``; or a mapping from phases to loaders.
+        optimizer: A function of the parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; an optimizer; or a
+            mapping from names to either. With several models, a name is that of the model whose parameters it gets.
+        callbacks: The callbacks. Their order in the list decides where their declarations leave a choice.
         default_callbacks: ``True`` adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter`
-            after them, each unless one of its type is there; ``"quiet"`` leaves out the last two, which print.
-        executor: ``"serial"``, the name of another, or an `Executor`.
-        core: How to compute; `TorchCore()` if not given.
-        strict: Check around every handler that it changed only what it declares, tensors included. Slow.
+            after them, each if no callback of its type is there; ``"quiet"`` leaves out the last two, which print.
+        executor: ``"serial"``, the name of another executor, or an `Executor`.
+        core: The part that computes, by default `TorchCore()`.
+        strict: Whether to check around every handler, slowly, that it changed only what it declares, tensors included.
 
     Attributes:
-        state: What is trained, and what callbacks share.
-        core: How it is computed.
-        loop: What runs it.
-        stopped: What ended the last fit before its time, an error or a cancel; ``None`` if nothing did.
+        state: The state of training, which the views of handlers show.
+        core: The part that computes.
+        loop: The part that runs fits, epochs and batches.
+        stopped: The exception that ended the last fit early, an error or a cancel; ``None`` if it ended by itself.
 
     Raises:
-        FlowtrainError: Something of this does not fit; nothing has run then but `setup`.
+        FlowtrainError: An argument does not fit. Nothing has run then except the `setup` of callbacks.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Learner:
             self._changes = CallbackChanges(self.loop, repr(self))
             self._use(chosen)
         except BaseException:
-            self.core.release()  # so that the next attempt, with what was wrong put right, can have it
+            self.core.release()  # so that the user can pass the same core again
             raise
 
     # --- training
@@ -128,28 +132,27 @@ class Learner:
         resume: str | PathLike[str] | None = None,
         **unknown: Never,
     ) -> None:
-        """Train.
+        """Train for a number of epochs, or for a number of steps.
 
-        Give `epochs`, or `steps`. By epochs, each epoch runs one epoch of every phase in `data`, in order. By steps,
-        the training loader is gone through again and again until `steps` batches were run; each `validate_every`
-        batches (without it: each pass of the loader) are one training epoch and are followed by one epoch of every
-        other phase.
+        With `epochs`, one epoch of every phase in `data` is run in turn, that many times. With `steps`, the training
+        loader is repeated until that many batches were run. One training epoch is then `validate_every` batches, or
+        one pass over the loader, and one epoch of every other phase follows it.
 
         Args:
-            epochs: How many epochs.
-            steps: How many training batches.
-            validate_every: Training batches in an epoch; only with `steps`.
+            epochs: The number of epochs of each phase.
+            steps: The number of training batches.
+            validate_every: The number of training batches in an epoch; only with `steps`.
             data: Loaders for this fit, as for `Learner`.
-            resume: A checkpoint to go on from, or a folder of them (its latest). `epochs`, or `steps`, is the total
-                then, with what was done before the checkpoint; give what the fit that wrote it was given.
+            resume: The checkpoint to resume from, or a folder whose latest checkpoint is used. `epochs`, or `steps`, is
+                then the total, with the part before the checkpoint: pass the same number as to the first fit.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read or does not fit; the learner is as it was.
-            KeyboardInterrupt: Ctrl-C or SIGTERM, seen at a batch boundary (rule 29).
-            UsageError: Called inside a handler or a step, or with counts or a `resume` that cannot be.
+            CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
+            KeyboardInterrupt: Ctrl-C or SIGTERM came, and a batch boundary was reached (rule 29).
+            UsageError: A handler or a step called this, or an argument has a wrong value.
             DataError: There is no data.
-            Exception: Whatever a handler, the model or the loader raised, after `FitEnd`. An exception from a handler
-                has a note that says which. `CancelFittingException` is not raised: see `stopped`.
+            Exception: A handler, the model or the loader raised it; `FitEnd` was fired before. A note names the handler
+                if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
         with self._running("fit()", opens=resume is None):
@@ -159,7 +162,7 @@ class Learner:
             chosen = self.state.data if data is None else loaders(data)
             self._check_phases(chosen)
             check_fit_data(chosen, by_steps=steps is not None, stacklevel=2)
-            before, self.state.data = self.state.data, chosen
+            before, self.state.data = self.state.data, chosen  # handlers see the loaders of this fit
             self.stopped = None
             try:
                 if resume is not None:
@@ -175,7 +178,8 @@ class Learner:
         """Run one epoch of a phase, over its loader or over `data`.
 
         Raises:
-            CancelFittingException: A handler ended training; only `fit` has something to end.
+            CancelFittingException: A handler wants to end training, and there is no fit to end.
+            UsageError: There is no loader for the phase, or a handler or a step called this.
         """
         phase = as_phase(phase, "epoch")
         with self._running("epoch()", trains=isinstance(phase, AbstractTrainingPhase)):
@@ -190,14 +194,18 @@ class Learner:
                 self.state.data = before
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
-        """Run one batch of a phase on what a loader would give, and return the batch state."""
+        """Run one batch of a phase, `raw` as the loader would give it, and return the batch state."""
         phase = as_phase(phase, "step")
         with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
             self._check_phases([phase])
             return self.loop.step(phase, raw)
 
     def validate(self) -> None:
-        """Run one epoch of every phase in `data` that does not train."""
+        """Run one epoch of every phase in `data` that does not train.
+
+        Raises:
+            UsageError: `data` has no such phase, or a handler or a step called this.
+        """
         with self._running("validate()", trains=False):
             phases = [phase for phase in self.state.data if not isinstance(phase, AbstractTrainingPhase)]
             if not phases:
@@ -206,48 +214,49 @@ class Learner:
                 self.loop.epoch(phase, self.state.data[phase])
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Put the learner into the state of a checkpoint: models, optimizers, scaler, ``cbstate`` and callbacks.
+        """Restore models, optimizers, scaler, ``cbstate`` and callbacks from a checkpoint.
 
-        The random number generators belong to the process and stay as they are, and the next `fit` begins anew;
-        ``fit(..., resume=path)`` goes on where the checkpoint was taken. Where an evaluation judged other weights than
-        those that are trained (`flowtrain.callbacks.EMA`), the model shows these until training goes on.
+        The random number generators belong to the process and do not change, and the next `fit` begins at its first
+        batch; use ``fit(..., resume=path)`` to continue where the checkpoint was taken. If evaluations use other
+        weights than the trained ones (`flowtrain.callbacks.EMA`), the model has these until training continues.
 
         Args:
-            path: A checkpoint, a folder of them (its latest), or the folder's ``best``.
+            path: A checkpoint, a folder whose latest checkpoint is used, or the file ``best`` of a folder.
 
         Raises:
-            CheckpointError: It cannot be read or does not fit; the learner is as it was.
+            CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
         """
         self._ready("load()")
         check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
         self.loop.cuts.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
-        """Draw recorded metrics, or all of them; return a matplotlib figure. See `flowtrain.diagnostics.plots.plot`."""
+        """Draw the named metrics, or all recorded ones; return a matplotlib figure (`flowtrain.diagnostics.plots`)."""
         recorder = self.get_callback(Recorder)
         return plot(metrics, self.cbstate, recorder.ends if isinstance(recorder, Recorder) else {}, to)
 
     def flush(self) -> None:
-        """Return when everything that the executor was given is done, and checkpoints are written."""
+        """Wait until the executor has done everything that it was given and all checkpoints are written."""
         self.loop.executor.flush()
         self.loop.cuts.writer.wait()
 
     def close(self) -> None:
-        """Flush the executor, and give back what it and the backends hold. The learner can still be read.
+        """Flush and close the executor and the logging backends. The learner can still be read.
 
-        Once dropped, it is then gone at once with its model; without `close`, when the garbage collector comes.
+        A closed learner and its model are freed as soon as the last reference to the learner is gone; without `close`
+        they wait for the garbage collector.
         """
         self._close(None)
 
     def _close(self, failure: BaseException | None) -> None:
-        """Close, after what was raised in the ``with`` block, if it was."""
+        """Close the learner, after a failure in the ``with`` block if there was one."""
         if self.closed:
             return
         self.loop.scopes.refuse_nested("close()")
         self._changes.closed = True
-        if failure is not None:
+        if failure is not None:  # the backends are told how the run ended
             self.loop.sinks.note(failure)
-        with ExitStack() as stack:  # from the last one to the first, and each of them, whatever the others raise
+        with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
             stack.callback(self._let_go)
             stack.callback(self.loop.sinks.close)
             stack.enter_context(self.loop.sinks.noting(trains=False))
@@ -255,7 +264,7 @@ class Learner:
             stack.callback(self.loop.executor.close)
 
     def _let_go(self) -> None:
-        """Move what is heavy out of every circle of references, and end these."""
+        """Move the models and the data out of the reference cycles of the learner, and break these cycles."""
         self.loop.dispatch.close()
         self.core.close()
         self.state = self.state.moved()
@@ -268,100 +277,85 @@ class Learner:
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
         self._close(failure)
 
-    # --- what it holds
+    # --- the state of training
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called: the learner can be read, and cannot run any more."""
         return self._changes.closed
 
-    @property
-    def model(self) -> Any:
-        """The module that was passed, or all of them by name."""
-        return self.state.model
-
-    @property
-    def lossfn(self) -> Any:
-        """The loss function."""
-        return self.state.lossfn
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer, or all of them by name."""
-        return self.state.optimizer
-
-    @property
-    def data(self) -> Any:
-        """The loaders by phase: ``learner.data[TrainingPhase]``."""
-        return self.state.data
+    model = property(attrgetter("state.model"), doc="The module that was passed, or all modules by name.")
+    lossfn = property(attrgetter("state.lossfn"), doc="The loss function.")
+    optimizer = property(attrgetter("state.optimizer"), doc="The optimizer, or all optimizers by name.")
+    data = property(attrgetter("state.data"), doc="The loaders by phase: ``learner.data[TrainingPhase]``.")
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The parameters of the model by name; with several models the name begins with the model's."""
+        """The parameters of the model by name; with several models each name begins with the name of the model."""
         return self.state.params
 
     @property
     def batch(self) -> BatchState:
-        """The state of the current, or last, batch."""
+        """The state of the current batch, or of the last one if no batch is open."""
         return self.state.batch
 
     @property
     def cbstate(self) -> State:
-        """What callbacks share with each other."""
+        """The state that callbacks share with each other."""
         return self.state.cbstate
 
     @property
     def callbacks(self) -> Callbacks:
-        """The callbacks: iterable, with ``graph``, ``plan`` and ``explain``."""
+        """The callbacks, a sequence with ``graph``, ``plan`` and ``explain``."""
         callbacks: Callbacks = self.state.callbacks
         return callbacks
 
     @property
     def executor(self) -> Executor:
-        """What runs the callbacks."""
+        """The executor, which runs the callbacks."""
         return self.loop.executor
 
-    # --- the parts of a batch, as a step has them (`flowtrain.StepContext`)
+    # --- the parts of a step, as in `flowtrain.StepContext`
 
     def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]:
-        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`."""
+        """Return the context of one batch; it gives the batch state, and fires `BatchBegin` and `BatchEnd`."""
         return self.loop.parts.run_batch(phase, **state)
 
     def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass: autocast, if the precision asks for it."""
+        """Return the context of a forward pass, which is autocast if the precision asks for it."""
         return self.loop.parts.forward()
 
     def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`; with `name`, for one optimizer only."""
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`, for one optimizer if `name` is given."""
         self.loop.parts.backward(phase, loss, name)
 
     def update(self, phase: Phase, name: str | None = None) -> None:
-        """Clip and step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its group is complete."""
+        """Count a batch for an optimizer, or for all, and update where the accumulation group is complete."""
         self.loop.parts.update(phase, name)
 
     def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event. In a handler call ``learner.fire(event)`` of the handler's own `learner`."""
+        """Fire an event. A handler calls ``learner.fire(event)`` of its view instead."""
         self.loop.parts.fire(event, phase)
 
     # --- callbacks
 
     def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is no such one."""
         return self.callbacks.find(wanted)
 
     def add_callback(self, callback: Callback) -> None:
-        """Add a callback at the end of the list. If it is refused, everything stays as it was, as for each change."""
+        """Add a callback at the end of the list. A change that is refused with an error changes nothing."""
         self._use([*self.callbacks, callback])
 
     def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
-        """Use these callbacks, and no default ones. Those that are there already are not set up again."""
+        """Use these callbacks and no others, without default ones. Callbacks that stay are not set up again."""
         self._use(as_list(callbacks))
 
     def replace_callback(self, new: Callback) -> Callback:
-        """Replace the callback of the same type, and return it.
+        """Replace the callback of the same type, and return the old one.
 
         Raises:
-            CallbackError: There is none of exactly that type, or more than one.
+            CallbackError: No callback has exactly that type, or more than one has it.
         """
         old = self.callbacks.must_find_same(new)
         self._use([new if callback is old else callback for callback in self.callbacks])
@@ -371,56 +365,57 @@ class Learner:
         """Remove the first callback of a type, subclasses included, or of a name, and return it.
 
         Raises:
-            CallbackError: There is none.
+            CallbackError: The learner has no such callback.
         """
-        found = self.callbacks.must_find(wanted)
-        self._use([callback for callback in self.callbacks if callback is not found])
-        return found
+        removed = self.callbacks.must_find(wanted)
+        self._use([callback for callback in self.callbacks if callback is not removed])
+        return removed
 
     def _use(self, callbacks: list[Callback]) -> None:
         self._ready("Changing the callbacks")
         self._changes.use(callbacks, watch(self.state) if self.strict else None)
 
     def suggest_access(self, callback: Callback) -> Recording:
-        """Find the least that each handler of a callback must declare, and print it, ready to paste.
+        """Find the smallest declaration for each handler of a callback, print them ready to paste, and return them.
 
-        The callback, copied, is run for one batch of every phase, on copies of the model, the optimizer and the
+        A copy of the callback runs for one batch of every phase, on copies of the model, the optimizer and the
         learner's callbacks. The learner does not change.
 
         Args:
-            callback: One of the learner's, or one that it does not have yet; it need not declare anything.
+            callback: A callback of the learner or a new one; it need not declare anything.
 
         Raises:
-            UsageError: The learner has no data, or something cannot be copied.
+            UsageError: The learner has no data, or an object cannot be copied.
         """
         self._ready("suggest_access()")
-        found = record(self, callback)
-        print(found)
-        return found
+        recording = record(self, callback)
+        print(recording)
+        return recording
 
     def audit_syncs(self) -> SyncReport:
-        """Find what makes the host wait for the device, by callback and line, and print it with what to do about it.
+        """Find the lines at which the host waits for the device, print them by callback with a remedy, and return them.
 
         The callbacks run for one batch of every phase, on copies; the learner does not change. Without a device the
         CPU counts as one. Callbacks that only print or write files are left out.
 
         Raises:
-            UsageError: The learner has no data, or something cannot be copied.
+            UsageError: The learner has no data, or an object cannot be copied.
         """
         self._ready("audit_syncs()")
-        found = audit(self)
-        print(found)
-        return found
+        report = audit(self)
+        print(report)
+        return report
 
-    def _ready(self, what: str) -> None:
+    def _ready(self, call: str) -> None:
+        """Refuse a call on a closed learner, and one from within a handler or a step."""
         if self.closed:
-            raise ExecutorError(f"{what} on a closed learner: its executor has given back all it held. Make a new one.")
-        self.loop.scopes.refuse_nested(what)
+            raise ExecutorError(f"{call} on a closed learner: its executor has given back all it held. Make a new one.")
+        self.loop.scopes.refuse_nested(call)
 
     @contextmanager
-    def _running(self, what: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
-        """Open the logging backends, and note for them how what runs in this context ends."""
-        self._ready(what)
+    def _running(self, call: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
+        """Open the logging backends for the calls in this context, and tell them how these end."""
+        self._ready(call)
         with self.loop.sinks.noting(trains=trains):
             if opens:
                 self.core.structure.begin()
@@ -433,11 +428,11 @@ class Learner:
             if self.state.callbacks:
                 self.callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
 
-    if not TYPE_CHECKING:  # a checker must not think that every attribute exists
+    if not TYPE_CHECKING:  # a type checker would think that every attribute exists
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_") or hasattr(type(self), name):
-                return object.__getattribute__(self, name)  # its own error, such as that of a property
+                return object.__getattribute__(self, name)  # raises the usual error, or that of a property
             raise no_attribute(name, dir(self))
 
     def __reduce__(self) -> NoReturn:

@@ -1,9 +1,10 @@
-"""Callbacks: what users write, and the words in which they say what it touches.
+"""Callbacks: the classes that users subclass, and the types with which they say when and on what a handler works.
 
-`events` and `phases` are the types that say when a handler runs; `access` is what it declares to read and write;
-`callback` is the base class with `on`, `handler` one marked method; `conditions` skip events (``every=``, `throttle`),
-`resolution` answers a conflict with another callback, `view` is the object that a handler gets as ``learner``, and
-`modes` keeps modules in train or eval mode while a phase runs.
+`events` and `phases` are the types that say when a handler runs, and `access` declares the state that it reads and
+writes. `callback` has the base class and the decorator `on`, `handler` the registration of one marked method.
+`conditions` decide which events a callback skips (``every=``, `throttle`), `resolution` answers a conflict with another
+callback, and `view` is the object that a handler gets as ``learner``. `modes` keeps modules in train or eval mode while
+a phase runs, and `batch_size` finds how many samples a batch has.
 """
 
 __all__: list[str] = []

@@ -1,8 +1,11 @@
-"""Callbacks: objects with handlers for events, and declarations of the state that the handlers touch.
+"""Callbacks: objects with handlers for events, and with declarations of the state that the handlers touch.
 
-A handler is a method marked with `on`, or a function added to an existing callback type. For a fired event and phase a
-callback runs at most one handler, the most specific; `find_handler` decides. Two callbacks that touch the same state
-get an order from what they declare; where that is not enough they answer with a `Resolution`.
+A handler is a method marked with `on`, or a function that `on` adds to an existing callback type. For a fired event and
+phase a callback runs at most one handler, the most specific one (`find_handler`). Two callbacks that touch the same
+state are ordered by their declarations; where these leave the order open the callbacks answer with a `Resolution`.
+
+`on` leaves a `Marked` in the class body, and `Callback.__init_subclass__` turns it into a `Handler` when the class is
+complete. `Callback.handlers` gives the handlers of one instance, which a learner looks up once, when it is built.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
 from flowtrain.callback.access import Access
+from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event, FitBegin, FitEnd
 from flowtrain.callback.handler import Handler, Marked, mark
 from flowtrain.callback.phases import Phase
@@ -20,69 +24,43 @@ from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_a, is_type
 
-__all__ = ["Callback", "Condition", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
+__all__ = ["Callback", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
 E = TypeVar("E", bound=Event)
 P = TypeVar("P", bound=Phase)
-_Given: TypeAlias = Access | str | None
+_Access: TypeAlias = Access | str | None  # as `on` takes it: a declaration, or the name of an attribute
 _Name: TypeAlias = str | None
 
 
-class Condition:
-    """Whether a handler of a callback runs at an event; asked on the training thread, before anything else.
-
-    `flowtrain.callbacks.throttle` attaches conditions. A subclass overrides `ready`.
-
-    Attributes:
-        event_type: The events that it decides about; other events are not asked.
-    """
-
-    def __init__(self, event_type: type[Event]) -> None:
-        self.event_type = event_type
-
-    def ready(self, phase: Phase) -> bool:
-        """Return whether the handler runs now. Called once for each such event."""
-        raise NotImplementedError(f"{type(self).__name__} does not define ready(phase)")
-
-    def passed(self, phase: Phase) -> None:
-        """Learn that the handler runs now: every condition that was asked is ready."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `ready` needs to go on from here, as plain values."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-
-
 class Callback:
-    """Base of all callbacks: subclass it, mark methods with `on`, declare what they touch in `state_access`.
+    """Base of all callbacks: subclass it, mark methods with `on`, and declare in `state_access` what they touch.
 
-    A callback in a learner has a unique `name`: its type's name, with ``#2`` and so on for further ones, unless it
-    sets one itself. The name is the key of its state in checkpoints and reports.
+    A callback in a learner has a unique `name`: the name of its type, with ``#2``, ``#3``, ... for further callbacks of
+    that type, unless the callback sets a name itself. The name is the key of its state in checkpoints and reports.
 
     Attributes:
-        conditions: What is asked before a handler runs; `flowtrain.callbacks.throttle` adds one.
-        backends: The logging backends (`flowtrain.logging.LoggerBackend`) that its handlers log to. A callback may keep
-            them in other attributes as well: `flowtrain.graph.held_backends` finds them all.
-        deferrable: Nothing in training waits for its handlers: an executor may run them later, elsewhere, on a
-            snapshot of what they declare. Such a callback declares no `Write` but on resources.
-        durable: No event of it may be dropped, however far behind it is.
-        access_argument: What it was given as ``access=``, for a callback that calls a function of the user. Messages
-            then tell the user to pass more there, since its `state_access` is not theirs.
-        stochastic: Whether the handlers of a deferrable callback draw random numbers. ``False``: never, and nothing is
-            done about it. ``True``, or ``None`` for a callback that does not say: what they draw are numbers of their
-            own, and training's stay as they are.
-        quiet: Whether this very class is known to draw no random numbers, to change nothing that it reads and to call
-            no code of the user's, so that its handlers are called as they are. A subclass says it anew, and it does
-            not hold where `on` has added a handler.
-        audited: Whether `Learner.audit_syncs` runs its handlers; not those that print, or wait for the device by
-            purpose.
-        stops_at_nan: Whether it ends training at a loss that is NaN. Where losses are read late, the core keeps the
-            parameters from the updates in between.
-        renaming: What the user can write to give its series another name, for messages about two of one name.
+        conditions: The conditions that are asked before a handler runs; `flowtrain.callbacks.throttle` adds one.
+        backends: The logging backends (`flowtrain.logging.LoggerBackend`) that the handlers log to. A callback may keep
+            backends in other attributes as well: `flowtrain.graph.held_backends` finds them all.
+        deferrable: Whether the handlers only consume, so that an executor may run them later and elsewhere, on a
+            snapshot of what they declare. A deferrable callback declares no `Write` except on resources.
+        durable: Whether every event of the callback must be processed, however full its lane is.
+        access_argument: The declaration that a user passed as ``access=`` to a callback that calls a function of the
+            user. Messages then tell the user to pass more there, since the user did not write `state_access`.
+        stochastic: Whether the handlers of a deferrable callback draw random numbers. With ``False`` the handlers are
+            called as they are. With ``True``, or ``None`` if the callback does not say, they draw from generators that
+            are seeded for them, and the generators of training stay as they are.
+        quiet: Whether the handlers of exactly this class draw no random numbers, change nothing that they read and call
+            no code of the user, so that they are called as they are. A subclass does not inherit it, and it does not
+            hold where `on` has added a handler.
+        audited: Whether `Learner.audit_syncs` runs the handlers; ``False`` for handlers that print, or that wait for
+            the device on purpose.
+        stops_at_nan: Whether the callback ends training when a loss is NaN. Where losses are read late, the core then
+            lets no update change the parameters between the NaN and the end of training.
+        renaming: A hint for messages about two series of one name: what the user can write to rename those of this
+            callback.
     """
 
     name: str = ""
@@ -100,6 +78,7 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A class that assigns a mapping to `state_access` would otherwise fail much later, with an error of Python's.
         for method in ("state_access", "run_after", "resolve_conflict", "setup"):
             if not callable(getattr(cls, method)):
                 raise CallbackError(
@@ -109,8 +88,8 @@ class Callback:
         cls._handlers = {}
         inherited = {base for parent in cls.__bases__ if issubclass(parent, Callback) for base in parent.__mro__}
         taken: set[str] = set()
-        for base in cls.__mro__:  # the most derived first: it decides, as for every attribute
-            if base in inherited:
+        for base in cls.__mro__:  # the most derived class first: it decides, as for every attribute
+            if base in inherited:  # these handlers are registered already, and `_registered` finds them there
                 taken.update(base.__dict__.get("_handlers", ()))
                 continue
             for attribute, value in list(vars(base).items()):
@@ -118,20 +97,21 @@ class Callback:
                     continue
                 taken.add(attribute)
                 cls._handlers[attribute] = value.handler(cls.__name__, attribute)
-                if inspect.getattr_static(cls, attribute) is value:  # not overridden without a mark
+                # A subclass may have overridden the method without a mark; then its method stays in the class.
+                if inspect.getattr_static(cls, attribute) is value:
                     setattr(cls, attribute, value.function)
 
     @classmethod
     def add_handler(cls, key: str, handler: Handler) -> None:
-        """Register a handler for this type, in place of an earlier one with the same key; `on` calls this.
+        """Register a handler for this type, and replace an earlier handler with the same key; `on` calls this.
 
         Raises:
-            HandlerError: The earlier one is the same function, for another event: there are two `on` on it.
+            HandlerError: The earlier handler has the same function for another event, so the function has two `on`.
         """
         earlier = cls._handlers.get(key)
-        where = (handler.event_type, handler.phase_type, handler.names)
-        before = earlier and (earlier.event_type, earlier.phase_type, earlier.names)
-        if earlier and earlier.function is handler.function and before != where:
+        types = (handler.event_type, handler.phase_type, handler.names)
+        earlier_types = earlier and (earlier.event_type, earlier.phase_type, earlier.names)
+        if earlier and earlier.function is handler.function and earlier_types != types:
             raise HandlerError(
                 f"{handler.attribute} is marked by two @on, and the outer one would replace the inner one. Write two "
                 f"functions for {earlier.event_type.__name__} and {handler.event_type.__name__}, and call what they "
@@ -140,7 +120,7 @@ class Callback:
         cls._handlers[key] = handler
 
     def state_access(self) -> Access:
-        """Return what the handlers touch. Called once when a learner is built; a handler's ``access=`` goes first."""
+        """Return what the handlers touch that have no ``access=``. Called once, when a learner is built."""
         return {}
 
     def run_after(self) -> tuple[type[Callback], ...]:
@@ -148,74 +128,78 @@ class Callback:
         return ()
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Answer for a conflict with `other`: `RunFirst`, `NoConflict`, `Unresolvable`, or ``None`` for no answer."""
+        """Answer a conflict with `other`: `RunFirst`, `NoConflict`, `Unresolvable`, or ``None`` for no answer."""
         return None
 
     def setup(self, learner: LearnerView) -> None:
-        """Prepare, once, when the learner is built: make the ``cbstate`` entries that others read.
+        """Prepare the callback once, when the learner is built: make the ``cbstate`` entries that other callbacks read.
 
-        The view allows what `state_access` and all handlers declare.
+        Args:
+            learner: A view that allows everything that `state_access` and the handlers declare.
         """
 
     def metric_modes(self) -> Mapping[str, Literal["min", "max"]]:
-        """Return, for epoch metrics that this callback records, whether small or large values are good, if known."""
+        """Return, by the names of the epoch metrics that this callback records, whether small or large values are good.
+
+        Metrics of which this is not known are left out.
+        """
         return {}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
-        """Look at all callbacks of the learner, when it is built and when they change; raise what refuses them.
+        """Check all callbacks of the learner when it is built and when they change; raise an error to refuse them.
 
-        Called after every `setup`. If the change is refused, it is called again with the callbacks that stay.
+        Called after every `setup`. If the change is refused, this is called again with the callbacks that stay.
         """
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
-        """Return the series that this callback writes to its backends, where they are known when a learner is built.
+        """Return the series that this callback writes to its backends, as far as they are known when it is built.
 
-        No two callbacks write one series to one backend. A series is the first part of its group, the phase, and its
-        name; a name such as ``"cbstate.metrics_step"`` stands for the names of all entries there.
+        A learner refuses two callbacks that write one series to one backend. A series is given as the first part of its
+        group, the phase type and its name; a name such as ``"cbstate.metrics_step"`` stands for all entries there.
         """
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold for this callback: tensors and plain values."""
+        """Return the state that a checkpoint must hold for this callback: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
     def at_rest(self) -> AbstractContextManager[None]:
-        """Return a context in which what this callback has changed for a while only is as it was: nothing, here.
+        """Return a context in which temporary changes that this callback has made to the learner are undone.
 
-        A checkpoint is taken inside of it, `state_dict` included. `flowtrain.callbacks.EMA` puts the weights that are
-        trained back in the model.
+        A checkpoint is taken within it, `state_dict` included. `flowtrain.callbacks.EMA`, which replaces the weights
+        during an evaluation, puts the trained weights back into the model. The base class changes nothing.
         """
         return nullcontext()
 
     def hold_judged(self, held: bool) -> bool:
-        """Let the model have what evaluation judges it by, or what is trained; return whether that changes anything.
+        """Put the weights that evaluation uses into the model, or the trained ones; return whether they differ.
 
-        Called with ``True`` when a checkpoint is taken after an evaluation, inside of `at_rest`, and when it has been
-        loaded; with ``False`` before training goes on then. Here nothing is changed.
+        Called with ``True`` within `at_rest` when a checkpoint is taken after an evaluation, and after that checkpoint
+        has been loaded; called with ``False`` before training continues. The base class changes nothing.
         """
         return False
 
     def stateful(self) -> Iterator[object]:
-        """Yield the objects that keep state for this callback alone: itself, and its conditions.
+        """Yield the objects that keep state for this callback alone: the callback itself, and its conditions.
 
-        A learner refuses an object that another learner, or another callback, has: it would begin with the state of
-        that one. Override this to add objects of your own that a user passes to the constructor.
+        A learner refuses an object that belongs to another callback, or to a callback of another learner, since it
+        would begin with the state of that one. Override this to add objects that a user passes to the constructor.
         """
         yield self
         yield from self.conditions
 
     def moved(self, before: str, here: str) -> None:
-        """Take note of where the checkpoint lies whose state was just loaded: nothing, here.
+        """Take note of the folder of the checkpoint whose state was just loaded. The base class does nothing.
 
-        A callback whose state names files can tell by it whether they are its own. `flowtrain.callbacks.Checkpointer`
+        A callback whose state names files can tell whether the files are its own: `flowtrain.callbacks.Checkpointer`
         counts only the files of its folder.
 
         Args:
             before: The folder that the checkpoint was written into, absolute and without symbolic links.
-            here: The folder that it was read from, likewise.
+            here: The folder that the checkpoint was read from, absolute and without symbolic links.
         """
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
@@ -224,10 +208,11 @@ class Callback:
         A method that overrides a handler without `on` keeps the inherited registration; one with `on` replaces it.
 
         Raises:
-            HandlerError: `on` was given the name of an attribute that is not there, or is no type where one belongs.
+            HandlerError: `on` was given the name of an attribute that does not exist, or that holds no event type or
+                phase type.
         """
         for base, handler in _registered(type(self)):
-            own = handler.of(self)
+            own = handler.for_instance(self)
             if own is not None:
                 yield base, own
 
@@ -246,12 +231,12 @@ def _registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
 
 
 def draws_own(callback: Callback) -> bool:
-    """Tell whether the handlers of a deferrable callback get random numbers of their own."""
+    """Tell whether the handlers of a callback draw from generators that are seeded for them, not from training's."""
     return callback.deferrable and callback.stochastic is not False and not is_quiet(callback)
 
 
 def is_quiet(callback: Callback) -> bool:
-    """Tell whether all handlers of a callback are those of which `Callback.quiet` says that they are known."""
+    """Tell whether `Callback.quiet` holds for all handlers of a callback: its class says it, and `on` added none."""
     kind = type(callback)
     return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in _registered(kind))
 
@@ -259,15 +244,15 @@ def is_quiet(callback: Callback) -> bool:
 def find_handler(
     handlers: Sequence[tuple[type, Handler]], event_type: type[Event], phase_type: type[Phase]
 ) -> Handler | None:
-    """Return the handler that a callback runs for an event and phase, or ``None``.
+    """Return the handler that a callback runs for an event and phase, or ``None`` if it has no handler for them.
 
-    The handlers of the most derived type that has a fitting one are compared; among them the one whose event type and
-    phase type are both at least as specific as every other's.
+    Only the handlers of the most derived type with a fitting handler are compared. Among these, the event type and the
+    phase type of the result are both at least as specific as those of every other one.
 
     Args:
-        handlers: What `Callback.handlers` yields.
-        event_type: The event.
-        phase_type: The phase.
+        handlers: The handlers as `Callback.handlers` yields them, most derived type first.
+        event_type: The type of the event.
+        phase_type: The type of the phase.
 
     Raises:
         AmbiguousHandlerError: No handler is the most specific one.
@@ -275,7 +260,7 @@ def find_handler(
     owner: type | None = None
     fitting: list[Handler] = []
     for base, handler in handlers:
-        if fitting and base is not owner:
+        if fitting and base is not owner:  # the handlers of a base class do not compete with those of a derived one
             break
         if issubclass(event_type, handler.event_type) and issubclass(phase_type, handler.phase_type):
             owner = base
@@ -286,6 +271,7 @@ def find_handler(
     if best:
         return best[0]
     one, other = fitting[:2]
+    # A handler for exactly this event and phase would be more specific than both, unless one of them is for exactly it.
     remedy = "Remove one, or merge them"
     if (event_type, phase_type) not in [(handler.event_type, handler.phase_type) for handler in fitting]:
         remedy = f"Remove one, or add a handler with @on({event_type.__name__}, {phase_type.__name__})"
@@ -297,46 +283,51 @@ def find_handler(
 
 @overload
 def on(
-    event_type: type[E], phase_type: str = ..., *, access: _Given = None, enabled: _Name = None
-) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]: ...
+    event_type: type[E], phase_type: str = ..., *, access: _Access = None, enabled: _Name = None
+) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]:
+    """Mark a method that handles an event in any phase, or in a phase that each instance chooses."""
 @overload
 def on(
-    event_type: str, phase_type: str | type[Phase] = ..., *, access: _Given = None, enabled: _Name = None
-) -> Callable[[Callable[[C, Event, Phase, LearnerView], None]], Callable[[C, Event, Phase, LearnerView], None]]: ...
+    event_type: str, phase_type: str | type[Phase] = ..., *, access: _Access = None, enabled: _Name = None
+) -> Callable[[Callable[[C, Event, Phase, LearnerView], None]], Callable[[C, Event, Phase, LearnerView], None]]:
+    """Mark a method that handles an event which each instance chooses."""
 @overload
 def on(
-    event_type: type[E], phase_type: type[P], *, access: _Given = None, enabled: _Name = None
-) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]: ...
+    event_type: type[E], phase_type: type[P], *, access: _Access = None, enabled: _Name = None
+) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]:
+    """Mark a method that handles an event in a phase."""
 @overload
 def on(
-    event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: _Given = None, enabled: _Name = None
-) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]: ...
+    event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: _Access = None, enabled: _Name = None
+) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]:
+    """Add a function as a handler to an existing callback type."""
 def on(
     event_type: type[Event] | str,
     phase_type: type[Phase] | str = Phase,
     callback_type: type[Callback] | None = None,
     *,
-    access: _Given = None,
+    access: _Access = None,
     enabled: _Name = None,
 ) -> Callable[[Any], Any]:
-    """Mark a method as the handler of an event, or add a function as handler to an existing callback type.
+    """Mark a method as the handler of an event, or add a function as a handler to an existing callback type.
 
     A handler takes ``(self, event, phase, learner)``, positionally, and returns nothing.
 
-    Where instances differ, a text stands for a value: the name of an attribute or a method of the callback, which is
-    looked up when a learner is built. ``@on("event_type", "phase_type")`` handles what the constructor was given.
+    Where instances differ, pass a string: the name of an attribute or method of the callback, which is looked up when
+    a learner is built. ``@on("event_type", "phase_type")`` handles the types that the constructor stored there.
 
     Args:
-        event_type: The event; subclasses of it too.
-        phase_type: The phase; subclasses of it too. `Phase` is any phase.
-        callback_type: With it, the decorated function becomes a handler of that type. Learners that were built
-            before do not change.
-        access: What this handler touches, instead of `Callback.state_access`.
-        enabled: The name of an attribute or method: where it is, or returns, ``None`` or ``False``, the instance does
-            not have this handler.
+        event_type: The type of the events, subclasses included.
+        phase_type: The type of the phases, subclasses included. `Phase` is any phase.
+        callback_type: The type to which the decorated function is added as a handler. Learners that were built before
+            do not change.
+        access: The declaration of this handler, used instead of `Callback.state_access`.
+        enabled: The name of an attribute or method. An instance does not have this handler if the attribute is, or the
+            method returns, ``None`` or ``False``.
 
     Raises:
-        HandlerError: The types are none, the function does not take four arguments, or it is marked already.
+        HandlerError: An argument has the wrong type, the function does not take four arguments, or it is marked
+            already.
     """
     if not isinstance(event_type, str) and not is_type(event_type, Event):
         raise HandlerError(f"on() takes an event type first, got {event_type!r}. Write @on(BatchEnd, TrainingPhase).")
@@ -348,7 +339,7 @@ def on(
             f'whether it has this handler: @on(BatchEnd, enabled="verbose"), with self.verbose = True in __init__.'
         )
     marked = mark(event_type, phase_type, access, enabled)
-    event, phase = (each if isinstance(each, str) else each.__name__ for each in (event_type, phase_type))
+    event, phase = (kind if isinstance(kind, str) else kind.__name__ for kind in (event_type, phase_type))
     if callback_type is None:
         return marked
     if not is_type(callback_type, Callback) or callback_type is Callback:
@@ -357,13 +348,13 @@ def on(
         )
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        """Add the function to the handlers of the type."""
-        wanted = marked(function).handler(callback_type.__name__, function.__name__)
-        # A cell that is run again replaces its handler; the key cannot clash with a method's name.
+        """Add the function to the handlers of the callback type."""
+        handler = marked(function).handler(callback_type.__name__, function.__name__)
+        # A notebook cell that is run again replaces its own handler. The colon keeps the key apart from method names.
         key = f"{function.__module__}:{function.__qualname__}"
-        if function.__name__ == "_":  # no name: told apart by what it handles
+        if function.__name__ == "_":  # functions named _ are told apart by their event and phase
             key += f" {event} {phase}"
-        callback_type.add_handler(key, wanted.as_function(function))
+        callback_type.add_handler(key, handler.as_function(function))
         return function
 
     return add
@@ -373,8 +364,8 @@ def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
     """Check that every handler of a callback can run.
 
     Raises:
-        AmbiguousHandlerError: Two handlers fit equally well.
-        HandlerError: A handler is shadowed, or the phase never fires its event.
+        AmbiguousHandlerError: Two handlers fit an event equally well.
+        HandlerError: Another handler always runs instead of one, or the phase of a handler never fires its event.
     """
     for _, handler in handlers:
         first = find_handler(handlers, handler.event_type, handler.phase_type)
@@ -389,9 +380,9 @@ def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
                 f"{handler.phase_type.__name__}. Write @on({handler.event_type.__name__})."
             )
         fires = handler.phase_type.events
-        ours = handler.event_type.__module__ == Event.__module__
-        if handler.phase_type is Phase or fires is None or not ours:
-            continue  # any phase, a phase that does not say what it fires, or an event that anybody may fire
+        bundled = handler.event_type.__module__ == Event.__module__
+        if handler.phase_type is Phase or fires is None or not bundled:
+            continue  # any phase; a phase that does not list its events; a user's event, which any handler may fire
         if not any(issubclass(event, handler.event_type) for event in fires):
             listed = ", ".join(event.__name__ for event in fires)
             raise HandlerError(
@@ -421,30 +412,29 @@ _HOOKS = {
     "eval_end",
     "EpochCancelled": "on_exception",
 }
-"""The hooks of other libraries, by what to pass to `on` for the same moment."""
+"""The hooks of other libraries, by the arguments of `on` that stand for the same moment."""
+
+_PARAMETERS = ["event", "phase", "learner"]
 
 
 def check_marks(callback: Callback) -> None:
-    """Check that a callback without a handler has no method that is meant as one.
+    """Check that a callback without a handler has no method that its author meant as a handler.
 
     Raises:
-        HandlerError: It has: a hook of another library, or a method that takes what a handler takes. Nothing would
-            call it.
+        HandlerError: A method has the name of a hook of another library, or the parameters of a handler. Nothing would
+            ever call it.
     """
     if type(callback).handlers is not Callback.handlers or any(_registered(type(callback))):
-        return  # it decides by itself which of its methods are handlers, or this instance has not enabled them
+        return  # the callback chooses its handlers itself, or this instance has not enabled them
     hooks = {name: types for types, names in _HOOKS.items() for name in names.split()}
     for kind in type(callback).__mro__[: type(callback).__mro__.index(Callback)]:
         for name, value in vars(kind).items():
             if not inspect.isfunction(value) or hasattr(Callback, name):
                 continue
-            if name in hooks or name.startswith("on_") or [*inspect.signature(value).parameters][1:] == _TAKES:
+            if name in hooks or name.startswith("on_") or [*inspect.signature(value).parameters][1:] == _PARAMETERS:
                 types = hooks.get(name, "EpochEnd, TrainingPhase")
                 raise HandlerError(
                     f"{type(callback).__name__} has no handler, so it would do nothing: no method of it is marked with "
                     f"on(), and a method is a handler by its mark, not by its name. For {name} write:\n\n"
                     f"    @on({types})\n    def {name}(self, event, phase, learner) -> None: ...\n"
                 )
-
-
-_TAKES = ["event", "phase", "learner"]

@@ -1,7 +1,9 @@
-"""Conditions: when a callback handles an event. `throttle` and its kin attach them, so do arguments like ``every=``.
+"""Conditions: objects that decide which events a callback handles and which it skips.
 
-A condition that counts counts the events that its callback handles, for each phase, over the callback's life; also
-those that another condition holds back.
+`flowtrain.callbacks.throttle` and its relatives attach conditions to a callback, and so do arguments like ``every=``.
+All conditions of a callback are asked at each event that it has a handler for, and the handler runs if all of them are
+ready. So a condition that counts events (`Counting`) also counts the events that another condition skips. It counts for
+each phase separately, over the whole life of the callback, and its counts are part of checkpoints.
 """
 
 from __future__ import annotations
@@ -10,23 +12,49 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowtrain.callback.callback import Condition
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError, is_a, whole_number
 
-__all__ = ["After", "Before", "Counting", "Every", "EverySeconds", "Once", "When"]
+__all__ = ["After", "Before", "Condition", "Counting", "Every", "EverySeconds", "Once", "When"]
+
+
+class Condition:
+    """Decides at an event whether a callback handles it. A subclass overrides `ready`.
+
+    Conditions are asked on the training thread, before a snapshot is taken and before the handler is called.
+
+    Attributes:
+        event_type: The condition is asked at events of this type, subclasses included, and at no others.
+    """
+
+    def __init__(self, event_type: type[Event]) -> None:
+        self.event_type = event_type
+
+    def ready(self, phase: Phase) -> bool:
+        """Return whether the callback may handle the current event. Called exactly once for each event."""
+        raise NotImplementedError(f"{type(self).__name__} does not define ready(phase)")
+
+    def passed(self, phase: Phase) -> None:
+        """Take note that the handler runs now, because all conditions of the callback are ready."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint must hold, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
 
 
 class Counting(Condition):
-    """Base of the conditions that count events, for each phase. A subclass calls `number` in `ready`, once."""
+    """Base of the conditions that count events, for each phase. `ready` of a subclass calls `number` once."""
 
     def __init__(self, event_type: type[Event]) -> None:
         super().__init__(event_type)
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # by the name of the phase, since a checkpoint holds plain values only
 
     def number(self, phase: Phase) -> int:
-        """Count the event, and return the number it has, from 1."""
+        """Count the current event, and return its number in this phase, from 1."""
         count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
         return count
 
@@ -35,7 +63,7 @@ class Counting(Condition):
         return {"counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the counts that `state_dict` returned."""
         self._counts = dict(state["counts"])
 
 
@@ -43,11 +71,11 @@ class Every(Counting):
     """Let the n-th, 2n-th, ... event pass, counted for each phase.
 
     Args:
-        event_type: The events that are counted.
-        every: The n.
+        event_type: The type of the events that are counted.
+        every: The n, at least 1.
 
     Raises:
-        UsageError: It is no whole number, or below 1.
+        UsageError: `every` is no whole number, or below 1.
     """
 
     def __init__(self, event_type: type[Event], every: int) -> None:
@@ -55,7 +83,7 @@ class Every(Counting):
         self.every = whole_number("every", every)
 
     def ready(self, phase: Phase) -> bool:
-        """Count the event, and tell whether it is a multiple of n."""
+        """Count the event, and tell whether its number is a multiple of n."""
         return self.number(phase) % self.every == 0
 
 
@@ -87,8 +115,9 @@ class When(Counting):
     """Let an event pass if a predicate says so.
 
     Args:
-        event_type: The events that it decides about.
-        predicate: Called with the number of the event, from 1 and for each phase, and the phase; returns a ``bool``.
+        event_type: The type of the events that the condition decides about.
+        predicate: A function of the number of the event (from 1, counted for each phase) and the phase; it returns a
+            ``bool``.
     """
 
     def __init__(self, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> None:
@@ -104,41 +133,44 @@ class When(Counting):
         answer = self.predicate(self.number(phase), phase)
         if not is_a(answer, bool):
             name = getattr(self.predicate, "__name__", repr(self.predicate))
-            raise UsageError(f"The predicate {name} of when() returned {answer!r}. It returns True or False.")
+            raise UsageError(
+                f"The predicate {name} of when() returned {answer!r}. The answer decides whether the handler runs, so "
+                f"it must be True or False: write bool(...) around it."
+            )
         return answer
 
 
 class Once(Condition):
-    """Let an event pass until the handler has run once in that phase."""
+    """Let events of a phase pass until the handler has run once in that phase."""
 
     def __init__(self, event_type: type[Event]) -> None:
         super().__init__(event_type)
-        self._over: list[str] = []
+        self._finished: list[str] = []
 
     def ready(self, phase: Phase) -> bool:
-        """Tell whether the handler has yet to run in this phase."""
-        return repr(phase) not in self._over
+        """Tell whether the handler has not run in this phase yet."""
+        return repr(phase) not in self._finished
 
     def passed(self, phase: Phase) -> None:
-        """Let no further event pass, now that the handler runs; another condition may have held it back before."""
-        self._over.append(repr(phase))
+        """Let no further event of this phase pass. `ready` does not, since another condition may skip its event."""
+        self._finished.append(repr(phase))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phases in which the handler has run."""
-        return {"over": list(self._over)}
+        return {"over": list(self._finished)}  # the key is part of the format of checkpoints
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        self._over = list(state["over"])
+        """Restore the phases that `state_dict` returned."""
+        self._finished = list(state["over"])
 
 
 class EverySeconds(Condition):
-    """Let an event pass if enough time has gone by since the last one that passed; the first one passes.
+    """Let the first event pass, and then each event that comes late enough after the last one that passed.
 
     Args:
-        event_type: The events that it decides about.
-        seconds: How much time.
-        clock: Returns the time in seconds.
+        event_type: The type of the events that the condition decides about.
+        seconds: The shortest time between two events that pass, in seconds.
+        clock: A function that returns the time in seconds; it never goes back.
     """
 
     def __init__(self, event_type: type[Event], seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -148,17 +180,17 @@ class EverySeconds(Condition):
         self._next = float("-inf")
 
     def ready(self, phase: Phase) -> bool:
-        """Look at the clock."""
+        """Tell whether the time since the last event that passed is over."""
         return self.clock() >= self._next
 
     def passed(self, phase: Phase) -> None:
-        """Begin to wait, now that the handler runs; another condition may have kept it from running before."""
+        """Begin to wait. `ready` does not begin it, since another condition may skip its event."""
         self._next = self.clock() + self.seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many seconds are left to wait; the clock of another process says something else."""
-        return {"left": max(0.0, self._next - self.clock())}
+        """Return the seconds that are left to wait: the clock of another process begins elsewhere."""
+        return {"left": max(0.0, self._next - self.clock())}  # before the first event `_next` is minus infinity
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Wait for what was left."""
+        """Wait for the seconds that `state_dict` returned, counted from now."""
         self._next = self.clock() + state["left"]

@@ -1,8 +1,8 @@
-"""Events: types that say which moment of training it is.
+"""Events: types that name the moments of training.
 
-The loop fires an instance of an event type; a callback's handlers are chosen by the type. Most events of the library
-carry nothing; `FitBegin` says how long the fit will be, `UpdateBegin` and `UpdateEnd` whether a batch is open. An event
-of your own is a subclass, as a frozen dataclass if it carries something::
+The loop fires an instance of an event type, and the type decides which handler of a callback is called. Most events of
+the library have no fields; `FitBegin` says how long the fit will be, `UpdateBegin` and `UpdateEnd` whether a batch is
+open. A user's event is a subclass, and a frozen dataclass if it has fields::
 
     @dataclass(frozen=True)
     class Improved(Event):
@@ -16,8 +16,8 @@ One fit fires, for each epoch and batch::
       EpochEnd                                                                                (or EpochCancelled)
     FitEnd
 
-An accumulation group that waits for more batches when there are none is updated between the last batch
-and the end of the epoch (rule 16).
+The optimizer update of an accumulation group that the epoch leaves incomplete comes between the last batch and
+the end of the epoch (rule 16).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 class Event:
     """Base of all events. A handler on `Event` itself is called for every event."""
 
-    __slots__ = ()
+    __slots__ = ()  # the loop fires one instance of each type again and again, so handlers must not store in it
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -58,9 +58,10 @@ class FitBegin(Event):
     Attributes:
         epochs: How many epochs of each phase the fit asks for; ``None`` if it counts steps.
         steps: How many training steps the fit asks for; ``None`` if it counts epochs.
-        updates: How many updates that comes to, of all training phases together, if nothing is cancelled; ``None``
-            where the length of a loader is not known.
-        resumed: Whether this goes on with a fit that a checkpoint holds; the counts are those of the whole fit then.
+        updates: How many updates the fit makes in all training phases together if nothing is cancelled; ``None`` where
+            the length of a loader is not known.
+        resumed: Whether the fit resumes from a checkpoint; `epochs`, `steps` and `updates` then count the whole fit,
+            with the part before the checkpoint.
     """
 
     epochs: int | None = None
@@ -71,18 +72,18 @@ class FitBegin(Event):
 
 @dataclass(frozen=True, repr=False)
 class FitEnd(Event):
-    """`Learner.fit` ends, whatever ended it. Fired with `Phase()`; every handler runs, also after failures.
+    """`Learner.fit` ends, for whatever reason. Fired with `Phase()`; every handler runs, also after failures.
 
     Attributes:
-        stopped: Why a `CancelFittingException` ended it: the text of that, or, if it has none, where it was raised.
-            Empty if nothing was cancelled, and after an error, which is raised.
+        stopped: The text of the `CancelFittingException` that ended the fit, or the place where it was raised if it has
+            no text. Empty if no such exception was raised; an error is raised by `fit` itself.
     """
 
     stopped: str = ""
 
 
 class EpochBegin(Event):
-    """An epoch begins. There is no batch yet."""
+    """An epoch begins. It has no batch yet."""
 
     __slots__ = ()
 
@@ -100,36 +101,36 @@ class EpochCancelled(Event):
 
 
 class BatchBegin(Event):
-    """A batch begins: its data is there, on the device."""
+    """A batch begins: its inputs and targets are on the device."""
 
     __slots__ = ()
 
 
 class LossBegin(Event):
-    """The model has run; the loss comes next."""
+    """The model has computed the outputs; the loss comes next."""
 
     __slots__ = ()
 
 
 class BackwardBegin(Event):
-    """The loss is there, with its graph; the backward pass comes next."""
+    """The loss has been computed and still has its graph; the backward pass comes next."""
 
     __slots__ = ()
 
 
 class BackwardEnd(Event):
-    """The gradients of this batch are there. They are added to those of its accumulation group."""
+    """The gradients of this batch have been computed, and were added to those of its accumulation group."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, repr=False)
 class UpdateBegin(Event):
-    """The gradients of the group are complete, unscaled and not yet clipped; the optimizer's step comes next.
+    """The gradients of the group are complete, unscaled and not yet clipped; clipping and the update come next.
 
     Attributes:
-        in_batch: Whether a batch is open. It is not for an accumulation group that waited for more batches when the
-            epoch ended: its update follows the last batch, whose state the handlers see.
+        in_batch: Whether a batch is open. No batch is open where the epoch ended before the accumulation group was
+            full: the update then follows the last batch, and handlers see the state of that batch.
     """
 
     in_batch: bool = True
@@ -137,10 +138,10 @@ class UpdateBegin(Event):
 
 @dataclass(frozen=True, repr=False)
 class UpdateEnd(Event):
-    """The optimizer has stepped.
+    """The optimizer has updated the parameters.
 
     Attributes:
-        in_batch: As for `UpdateBegin`.
+        in_batch: Whether a batch is open, as for `UpdateBegin`.
     """
 
     in_batch: bool = True
@@ -153,6 +154,6 @@ class BatchEnd(Event):
 
 
 class BatchCancelled(Event):
-    """A cancel or an error ended the batch. Some of the batch state may be missing."""
+    """A cancel or an error ended the batch. Entries of the batch state may be missing."""
 
     __slots__ = ()

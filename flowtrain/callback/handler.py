@@ -1,4 +1,9 @@
-"""One handler: for which event and phase, with which function, under which access."""
+"""Handlers: the registration of one method for an event and a phase.
+
+`mark` is the decorator behind `on`: it wraps a method in a `Marked`, which waits in the class body. When the class is
+complete, `Marked.handler` makes the `Handler` that knows the class and the attribute. A handler whose event, phase or
+access differs between instances names attributes for them, and `Handler.for_instance` looks these up.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +22,18 @@ __all__ = ["Handler", "Marked", "mark"]
 
 @dataclass(frozen=True, eq=False)
 class Handler:
-    """A registration: what to call for which event and phase.
+    """A registration: the function to call for an event and a phase.
 
     Attributes:
-        event_type: The event, subclasses included.
-        phase_type: The phase, subclasses included.
-        access: What the handler touches, or ``None`` for the callback's `state_access`.
-        callback_type: The name of the type that registers it.
+        event_type: The type of the events, subclasses included.
+        phase_type: The type of the phases, subclasses included.
+        access: The declaration of this handler, or ``None`` for `Callback.state_access`.
+        callback_type: The name of the callback type that registers the handler.
         attribute: The name of the method.
-        function: The function to call with the callback as first argument, or ``None``: the method of that name, so
-            that an override is called.
-        names: What each instance of the callback decides for itself (``"event_type"``, ``"phase_type"``, ``"access"``
-            or ``"enabled"``), each with the name of the attribute or method that says it. `of` looks them up.
+        function: A function that `on` added to the callback type; it is called with the callback as first argument.
+            ``None`` for a method: it is looked up by its name, so that an override is called.
+        names: The arguments of `on` that each instance decides for itself (``"event_type"``, ``"phase_type"``,
+            ``"access"`` or ``"enabled"``), each with the name of the attribute or method that holds the value.
     """
 
     event_type: type[Event]
@@ -39,37 +44,41 @@ class Handler:
     function: Callable[..., None] | None = None
     names: tuple[tuple[str, str], ...] = ()
 
-    def of(self, callback: object) -> Handler | None:
-        """Return the handler as one instance of its callback has it; ``None`` if that has not enabled it.
+    def for_instance(self, callback: object) -> Handler | None:
+        """Return the handler with the values that one callback has for `names`; ``None`` if it disables the handler.
 
         Raises:
-            HandlerError: The instance has no attribute or method of a name, or it says something else than a type.
+            HandlerError: The callback has no attribute or method of a name, or finds no event or phase type there.
         """
         if not self.names:
             return self
-        said = {what: self._said(callback, what, name) for what, name in self.names}
-        enabled = said.pop("enabled", True)
-        return None if enabled is None or enabled is False else replace(self, names=(), **said)
+        values = {argument: self._look_up(callback, argument, name) for argument, name in self.names}
+        enabled = values.pop("enabled", True)
+        return None if enabled is None or enabled is False else replace(self, names=(), **values)
 
-    def _said(self, callback: object, what: str, name: str) -> Any:
+    def _look_up(self, callback: object, argument: str, name: str) -> Any:
+        """Return the value of an argument of `on` that a callback holds in an attribute, or returns from a method."""
         kind = type(callback).__name__
-        where = f"{self.callback_type}.{self.attribute} takes its {what} from {name!r}, as on() says"
+        where = f"{self.callback_type}.{self.attribute} takes its {argument} from {name!r}, as on() says"
         remedy = f"Set self.{name} in __init__, or write what it is: @on(BatchEnd, TrainingPhase, access={{...}})."
         try:
-            said = getattr(callback, name)
+            held = getattr(callback, name)
         except AttributeError as error:
             hint = nearest(name, dir(callback))
             raise HandlerError(
                 f"{where}, and {kind} has no attribute or method of that name.{hint} {remedy}"
             ) from error
-        value = said() if inspect.ismethod(said) else said
-        base = {"event_type": Event, "phase_type": Phase}.get(what)
+        value = held() if inspect.ismethod(held) else held
+        base = {"event_type": Event, "phase_type": Phase}.get(argument)
         if base is not None and not is_type(value, base):
             raise HandlerError(f"{where}, and that is {value!r}, which is no subclass of {base.__name__}. {remedy}")
         return value
 
     def covers(self, other: Handler) -> bool:
-        """Tell whether this handler is at least as specific as `other`, and not the same registration twice."""
+        """Tell whether this handler is at least as specific as `other`, so that it runs instead of `other`.
+
+        Two different handlers for the same event and phase do not cover each other: neither is the right one.
+        """
         if other is self:
             return True
         if (self.event_type, self.phase_type) == (other.event_type, other.phase_type):
@@ -77,16 +86,16 @@ class Handler:
         return issubclass(self.event_type, other.event_type) and issubclass(self.phase_type, other.phase_type)
 
     def bind(self, callback: object) -> Callable[[Event, Phase, Any], None]:
-        """Return what to call with ``(event, phase, view)``."""
+        """Return the function of ``(event, phase, view)`` that calls the handler of a callback."""
         if self.function is None:
             return getattr(callback, self.attribute)  # type: ignore[no-any-return]  # a method found by name
         return self.function.__get__(callback)  # type: ignore[no-any-return]  # binds like a method
 
     def check(self, callback: object) -> None:
-        """Check that what an override left under the method's name can still be called as a handler.
+        """Check that the attribute of the callback can be called as a handler: a subclass may have overridden it.
 
         Raises:
-            HandlerError: It cannot.
+            HandlerError: The attribute is no method, or does not take three arguments after ``self``.
         """
         if self.function is None:
             method = getattr(callback, self.attribute, None)
@@ -95,11 +104,11 @@ class Handler:
             _check_function(method, 3)
 
     def as_function(self, function: Callable[..., None]) -> Handler:
-        """Return the same handler for a function that is no attribute of the callback's type."""
+        """Return this handler with a function to call that is no attribute of the callback's type."""
         return replace(self, function=function)
 
     def decorator(self) -> str:
-        """Return the decorator as source, up to the access."""
+        """Return the source of the decorator up to the access, as ``"@on(BatchEnd, "``, for messages."""
         types = [self.event_type.__name__]
         if self.function is not None:
             types += [self.phase_type.__name__, self.callback_type]
@@ -113,7 +122,15 @@ class Handler:
 
 @dataclass(frozen=True)
 class Marked:
-    """A method under `on` until its class is complete: `Callback` takes the function out again."""
+    """A method that is marked with `on`, until its class is complete and `Callback` puts the function back.
+
+    Attributes:
+        event_type: As for `Handler`.
+        phase_type: As for `Handler`.
+        access: As for `Handler`.
+        function: The method as it was defined.
+        names: As for `Handler`.
+    """
 
     event_type: type[Event]
     phase_type: type[Phase]
@@ -122,15 +139,15 @@ class Marked:
     names: tuple[tuple[str, str], ...] = ()
 
     def handler(self, callback_type: str, attribute: str) -> Handler:
-        """Return the registration for the class that has it."""
+        """Return the registration for the class that has the method."""
         return Handler(self.event_type, self.phase_type, self.access, callback_type, attribute, names=self.names)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        """Bind like a method: in a class that is no `Callback`, as a mixin for one, the mark has no effect."""
+        """Bind like a method: in a class that is no `Callback`, such as a mixin, the mark stays and must do no harm."""
         return self if instance is None else self.function.__get__(instance, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Call the function, as when a method of the class itself is called."""
+        """Call the function, as ``Mixin.method(instance, ...)`` does."""
         self.function(*args, **kwargs)
 
 
@@ -142,13 +159,14 @@ def mark(
 ) -> Callable[[Any], Marked]:
     """Return the decorator of `on` for methods."""
     given = {"event_type": event_type, "phase_type": phase_type, "access": access, "enabled": enabled}
-    names = tuple((what, name) for what, name in given.items() if isinstance(name, str))
+    names = tuple((argument, name) for argument, name in given.items() if isinstance(name, str))
+    # A name of an attribute is replaced by its value in `Handler.for_instance`; until then the type stands for any.
     event = Event if isinstance(event_type, str) else event_type
     phase = Phase if isinstance(phase_type, str) else phase_type
     declared = None if isinstance(access, str) else access
 
     def decorate(function: Any) -> Marked:
-        """Return the function with what it handles."""
+        """Return the method, wrapped with the arguments of `on`."""
         if isinstance(function, Marked):
             raise HandlerError(
                 f"{function.function.__qualname__} is marked by two @on; a method handles one event. Write two methods "
@@ -156,7 +174,9 @@ def mark(
             )
         method: Callable[..., None] = function
         if not callable(function):
-            raise HandlerError(f"@on({event.__name__}) marks a method, got {function!r}.")
+            raise HandlerError(
+                f"@on({event.__name__}) marks a method, got {function!r}. Write it above a def of a Callback."
+            )
         _check_function(method)
         return Marked(event, phase, declared, method, names)
 
@@ -164,6 +184,7 @@ def mark(
 
 
 def _check_function(function: Callable[..., Any], count: int = 4) -> None:
+    """Check that a function can be called with `count` arguments, and that the call runs all of its code."""
     kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(kind(function) for kind in kinds):
         raise HandlerError(

@@ -1,11 +1,14 @@
-"""The modes of modules while a phase runs: train or eval, by module, as the user wants them and as the phase has them.
+"""The train and eval modes of modules while a phase runs.
 
-A module that is in eval mode before an epoch stays there in training: batch normalisation of a frozen part goes on to
-use the statistics that it has. A whole model in eval mode stays there where all its parameters are frozen, as those of
-a teacher are; otherwise it is trained in train mode. A phase that evaluates puts every module into eval mode.
+Every module has an own mode, which the user chose, and a mode that the phase gives it. A phase that evaluates puts
+every module into eval mode. A phase that trains puts every module into train mode, with two exceptions:
 
-A mode that a handler sets in between is the module's own from then on. In a phase that evaluates every module is in
-eval mode already, so there only `train` changes anything.
+- A module that is in eval mode before the epoch stays in eval mode, so the batch normalisation of a frozen part keeps
+  its statistics.
+- A whole model in eval mode stays in eval mode if all its parameters are frozen, as those of a teacher are.
+
+When the phase ends every module gets its own mode back. A mode that a handler sets during the phase becomes the own
+mode of the module. In a phase that evaluates all modules are in eval mode, so only a call of `train` is noticed there.
 """
 
 from __future__ import annotations
@@ -18,47 +21,48 @@ __all__ = ["Modes"]
 
 
 class Modes:
-    """Sets the modes of a phase, and knows which ones the modules have without it.
+    """Sets the modes of a phase, and remembers the own modes of the modules.
 
     Args:
         roots: The models, and the loss function where it is a module.
         training: Whether the phase trains.
 
     Attributes:
-        woken: Those of the roots that were in eval mode as a whole, and are trained in train mode.
+        switched: The roots that were in eval mode as a whole and that the phase trains in train mode.
     """
 
     def __init__(self, roots: Iterable[torch.nn.Module], *, training: bool) -> None:
         self._roots, self._training = list(roots), training
-        self.woken: list[torch.nn.Module] = []
+        self.switched: list[torch.nn.Module] = []
         self.begin()
 
     def begin(self) -> None:
-        """Take the modes that the modules have as their own, and set those of the phase."""
+        """Remember the present modes as the modules' own, and set those of the phase."""
         self._before = {module: module.training for root in self._roots for module in root.modules()}
-        self.woken = []
+        self.switched = []
         for root in self._roots:
             self._set(root)
+        # Compared with the modes at the end: a module whose mode differs then was set by a handler.
         self._phase = [module.training for module in self._before]
 
     def _set(self, root: torch.nn.Module) -> None:
-        """Set the modes of one root, by its own `train`, which may have been overridden."""
+        """Set the modes of one root by its own `train`, since a user may have overridden that."""
         if not self._training:
             root.train(False)
             return
-        asleep = [module for module in root.modules() if not self._before[module]]
-        whole = not any(self._before[module] for module in root.modules())
-        if whole and not any(param.requires_grad for param in root.parameters()):
+        in_eval = [module for module in root.modules() if not self._before[module]]
+        all_in_eval = not any(self._before[module] for module in root.modules())
+        if all_in_eval and not any(param.requires_grad for param in root.parameters()):
             return
         root.train()
-        if whole:
-            self.woken.append(root)
+        if all_in_eval:
+            self.switched.append(root)
             return
-        for module in asleep:
-            module.training = False
+        for module in in_eval:
+            module.training = False  # not `eval`, which would put all submodules into eval mode
 
     def own(self) -> dict[torch.nn.Module, bool]:
-        """Return the modes that the modules have without the phase: those from before, but for what was set since."""
+        """Return the own mode of each module: the mode before the phase, or the one that a handler has set since."""
         return {
             module: before if module.training is phase else module.training
             for (module, before), phase in zip(self._before.items(), self._phase, strict=True)
@@ -66,6 +70,7 @@ class Modes:
 
     def end(self) -> None:
         """Give every module its own mode back."""
+        # Assigned one by one: `train` and `eval` of a module would set its submodules too.
         for module, mode in self.own().items():
             if module.training is not mode:
                 module.training = mode

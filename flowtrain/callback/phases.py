@@ -1,12 +1,12 @@
-"""Phases: types that say what kind of epoch runs, which events it fires, and what happens in one batch, its step.
+"""Phases: types that say what kind of epoch runs, which events it fires, and what its step does with one batch.
 
-A phase has no data of its own: there is one instance of each type, and the type works as a key wherever the instance
-does. A phase of your own is a subclass. To run the usual supervised step on other data, subclass and write nothing::
+A phase has no fields: there is one instance of each type, and the type works as a key wherever the instance does. A
+user's phase is a subclass. To run the usual supervised step on other data, subclass and override nothing::
 
     class OODPhase(AbstractValidationPhase):
         "Validate on data from elsewhere."
 
-To run a step of your own, override `step` (see `StepContext` for what it may use)::
+To run another step, override `Phase.step`, which works with the methods of `StepContext`::
 
     class GANPhase(AbstractTrainingPhase):
         def step(self, learner, raw):
@@ -53,15 +53,15 @@ __all__ = [
 
 
 class StepContext(Protocol):
-    """What a step gets as ``learner``: the state of training, and the parts of a batch.
+    """The object that a step gets as ``learner``: the state of training, and the parts that a step consists of.
 
-    `train` and `evaluate` are the steps of the bundled phases in one piece; a step of your own is written with the
+    `train` and `evaluate` are the complete steps of the bundled phases; the step of a user's phase is written with the
     other methods.
     """
 
     @property
     def model(self) -> Any:
-        """The model, or all of them by name."""
+        """The model, or all models by name."""
 
     @property
     def lossfn(self) -> Any:
@@ -69,11 +69,11 @@ class StepContext(Protocol):
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer, or all of them by name."""
+        """The optimizer, or all optimizers by name."""
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The parameters by name."""
+        """The parameters of the models by name."""
         ...
 
     @property
@@ -82,34 +82,41 @@ class StepContext(Protocol):
 
     @property
     def batch(self) -> Any:
-        """The state of the current, or last, batch."""
+        """The state of the current batch, or of the last one if no batch is open."""
 
     @property
     def cbstate(self) -> Any:
-        """What callbacks share with each other."""
+        """The state that callbacks share with each other."""
 
     def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[Any]:
-        """Give the batch state, with `state` moved to the device, between `BatchBegin` and `BatchEnd`.
+        """Return the context of one batch; it gives the batch state, and fires `BatchBegin` and `BatchEnd`.
 
         An exception in its body closes the batch with `BatchCancelled` and is raised again, so a step may catch it.
 
+        Args:
+            phase: The phase whose step calls this.
+            state: The first entries of the batch state; their tensors are moved to the device.
+
         Raises:
-            UsageError: A batch is open.
+            UsageError: A batch is open already.
         """
         ...
 
     def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass: autocast, if the precision asks for it."""
+        """Return the context of a forward pass, which is autocast if the precision of the core asks for it."""
         ...
 
     def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`, scaled and divided as the core is set up.
+        """Run the backward pass between `BackwardBegin` and `BackwardEnd`.
+
+        The core divides the loss by the size of the accumulation group, and with fp16 multiplies it by the scale.
 
         Args:
             phase: The phase whose step calls this.
-            loss: A tensor with one element. If it is ``batch.loss``, that is detached afterwards.
-            name: Which of several optimizers the loss is for: only its parameters get gradients. Without a name all
-                parameters that the loss depends on do, also those of a model that it only passes through.
+            loss: A tensor with one element. If it is ``batch.loss``, ``batch.loss`` is detached afterwards.
+            name: The name of one of several optimizers: only its parameters get gradients. Without a name all
+                parameters that the loss depends on get gradients, also those of a model that the loss only passes
+                through.
 
         Raises:
             CoreError: The loss is no tensor with one element, or there is no optimizer of that name.
@@ -118,11 +125,13 @@ class StepContext(Protocol):
         """
 
     def update(self, phase: Phase, name: str | None = None) -> None:
-        """Clip and step an optimizer, or all, between `UpdateBegin` and `UpdateEnd`, once its group is complete.
+        """Count a batch for the optimizers, and update where an accumulation group is complete.
+
+        An update clips the gradients and calls the optimizer, between `UpdateBegin` and `UpdateEnd`.
 
         Args:
             phase: The phase whose step calls this.
-            name: Which of several optimizers.
+            name: The name of one of several optimizers; without a name all optimizers are meant.
 
         Raises:
             CoreError: There is no optimizer of that name.
@@ -130,22 +139,23 @@ class StepContext(Protocol):
         """
 
     def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event of your own."""
+        """Fire an event, such as one that the step of a user's phase adds to those of the library."""
 
     def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
-        """Run one batch: forward, loss, backward, update. What handlers put into the batch is used from then on."""
+        """Run one batch: forward, loss, backward, update. An entry that a handler replaces is used from then on."""
 
     def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
-        """Run one batch: forward and loss."""
+        """Run one batch: forward and loss. An entry that a handler replaces is used from then on."""
 
 
 class Phase:
-    """What kind of epoch runs. `FitBegin` and `FitEnd` are fired with `Phase()` itself.
+    """A kind of epoch. `FitBegin` and `FitEnd` are fired with `Phase()` itself.
 
     Attributes:
-        events: The library's events that the phase fires, in order; ``None`` where that is not known.
-        provides: What the phase puts into the batch state, each entry with the event from which on it is there.
-            ``None`` where that is not known: then a missing entry is found when it is read, not before.
+        events: The library's events that the phase fires, in order; ``None`` where they are not known.
+        provides: The entries that the phase puts into the batch state, each with the first event at which it exists.
+            ``None`` where the entries are not known: a missing entry is then an error when a handler reads it, and not
+            already when the learner is built.
     """
 
     events: ClassVar[tuple[type[Event], ...] | None] = (FitBegin, FitEnd)
@@ -153,7 +163,7 @@ class Phase:
     _instance: ClassVar[Any]
 
     def __new__(cls) -> Self:
-        instance = cls.__dict__.get("_instance")
+        instance = cls.__dict__.get("_instance")  # an inherited attribute would be the instance of the base class
         if instance is None:
             instance = cls._instance = super().__new__(cls)
         return instance
@@ -165,50 +175,64 @@ class Phase:
                 f"{cls.__name__} defines __init__, but a phase has no fields: there is one instance of each type. "
                 f"Keep such values in the learner's cbstate or in a callback."
             )
-        # A step of its own fires events and fills the batch in its own way: what is inherited would be wrong.
+        # A new step may fire other events and provide other entries, so the inherited lists would be wrong.
         if "step" in cls.__dict__:
             for name in ("events", "provides"):
                 if name not in cls.__dict__:
                     setattr(cls, name, None)
 
     def step(self, learner: StepContext, raw: Any) -> None:
-        """Run one batch. `raw` is what the loader gave."""
+        """Run one batch.
+
+        Args:
+            learner: The state of training, and the parts of a step.
+            raw: One item of the loader, as the loader gave it.
+        """
         raise UsageError(
             f"{self!r} has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."
         )
 
     def batch_size(self, inputs: Any, targets: Any) -> Any:
-        """Return how many samples a batch has, which is its weight in the means of an epoch (`Metrics`).
+        """Return the number of samples in a batch, which is the weight of the batch in the means of an epoch.
 
-        What is not overridden takes the length that the tensors of both have in common, and `Metrics` warns where it
-        cannot be told. Override it for data whose first dimension is no batch, as ``return targets.shape[1]`` for time
-        first, or ``return (targets != -100).sum()`` where a sample is a token.
+        The base class returns the length that the tensors of inputs and targets have in common; `Metrics` warns where
+        that is not certain. Override this for data whose first dimension is not the batch: ``return targets.shape[1]``
+        for data of shape ``(time, batch, ...)``, or ``return (targets != -100).sum()`` where a sample is a token.
 
         Args:
-            inputs: ``batch.inputs``; ``None`` where a step of one's own puts nothing there.
-            targets: ``batch.targets``, likewise.
+            inputs: ``batch.inputs``, or ``None`` if the step puts none into the batch.
+            targets: ``batch.targets``, or ``None`` if the step puts none into the batch.
         """
         return measure(inputs, targets)[0]
 
     def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
-        """Return the context in which an epoch of this phase runs, handlers included; it may give what sets modes."""
+        """Return the context in which an epoch of this phase runs, handlers included.
+
+        It gives the object that has set the modes of the modules, or ``None`` if the phase leaves the modes alone.
+
+        Args:
+            modules: The models, and the loss function where it is a module.
+        """
         return nullcontext()
 
     def __reduce__(self) -> tuple[type[Phase], tuple[()]]:
-        return type(self), ()
+        return type(self), ()  # a copy is the one instance of the type
 
     def __repr__(self) -> str:
         return type(self).__name__
 
 
 class _Supervised(Phase):
-    """What training and validation on pairs have in common."""
+    """The base of the phases whose loaders give pairs of inputs and targets."""
 
     def split(self, raw: Any) -> tuple[Any, Any]:
-        """Return ``(inputs, targets)`` of what the loader gave. Override it for data that is no pair.
+        """Return the inputs and the targets in one item of the loader. Override this for items that are no pairs.
+
+        Args:
+            raw: The item, as the loader gave it.
 
         Raises:
-            DataError: `raw` is not a tuple or list of two.
+            DataError: `raw` is not a tuple or list of two parts.
         """
         if not isinstance(raw, (tuple, list)) or len(raw) != 2:
             raise DataError(
@@ -219,15 +243,15 @@ class _Supervised(Phase):
 
 
 class AbstractTrainingPhase(_Supervised):
-    """Train: train mode, gradients, an update. The events of one batch, in order, and what each makes available:
+    """Train: train mode, gradients, an update. The events of one batch, in order, and the entries that each one adds:
 
     - `BatchBegin`: ``batch.inputs``, ``batch.targets``, on the device
     - `LossBegin`: ``batch.outputs``
     - `BackwardBegin`: ``batch.loss``, with its graph, not divided by the size of the accumulation group
     - `BackwardEnd`: ``batch.grads``; from here on ``batch.loss`` is detached
-    - `UpdateBegin`: gradients accumulated and unscaled, before clipping (not fired where a batch only accumulates; for
-      a group that waits for more batches when the epoch ends it comes after the last batch)
-    - `UpdateEnd`: ``batch.grad_norm``, before clipping (where clipping or a declaration asks for it)
+    - `UpdateBegin`: the gradients are accumulated and unscaled, not clipped yet (not fired where a batch only
+      accumulates; fired after the last batch for a group that the epoch leaves incomplete)
+    - `UpdateEnd`: ``batch.grad_norm``, the norm before clipping (if the core clips by norm, or a handler declares it)
     - `BatchEnd`, or `BatchCancelled`
 
     The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).
@@ -247,9 +271,10 @@ class AbstractTrainingPhase(_Supervised):
     }
 
     def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
-        """Train mode for all modules but those that were put into eval mode; their modes before are put back.
+        """Return a context in which all modules are in train mode, except those that the user put into eval mode.
 
-        A whole model in eval mode stays there if all its parameters are frozen. What a handler sets stays.
+        A whole model in eval mode stays there if all its parameters are frozen. The modules get their own modes back
+        at the end; a mode that a handler sets is the module's own from then on.
         """
         return _mode(modules, training=True)
 
@@ -263,7 +288,7 @@ class TrainingPhase(AbstractTrainingPhase):
 
 
 class AbstractValidationPhase(_Supervised):
-    """Evaluate: eval mode, no gradients. The events of one batch, in order, and what each makes available:
+    """Evaluate: eval mode, no gradients. The events of one batch, in order, and the entries that each one adds:
 
     - `BatchBegin`: ``batch.inputs``, ``batch.targets``, on the device
     - `LossBegin`: ``batch.outputs``
@@ -283,7 +308,10 @@ class AbstractValidationPhase(_Supervised):
     }
 
     def mode(self, modules: Iterable[torch.nn.Module]) -> AbstractContextManager[Modes | None]:
-        """Eval mode for all modules and no gradients; their modes before are put back, but for what a handler set."""
+        """Return a context in which all modules are in eval mode and no gradients are recorded.
+
+        The modules get their own modes back at the end, except those that a handler has put into train mode.
+        """
         return _mode(modules, training=False)
 
     def step(self, learner: StepContext, raw: Any) -> None:

@@ -1,7 +1,8 @@
-"""The view: what a handler gets as ``learner``, and what it may ask of the loop.
+"""The view: the object that a handler gets as ``learner``.
 
-This is the class that handlers are typed with. `flowtrain.state.views` compiles a subclass for each declaration, which
-gives what is declared and refuses everything else.
+`LearnerView` is the class that handlers are annotated with, and it has the requests that a handler may make to the
+loop. `flowtrain.state.views` compiles a subclass for each declaration; the subclass shows the declared paths and
+refuses all others.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ __all__ = ["CheckpointRequest", "LearnerView"]
 
 
 class LearnerView:
-    """What a handler gets as `learner`: the state that it declares, and `fire`.
+    """The object that a handler gets as ``learner``: it shows the state that the handler declares.
 
     The attributes are ``model``, ``lossfn``, ``optimizer``, ``data``, ``params``, ``batch``, ``cbstate`` and
-    ``callbacks``. One that is not declared raises `ProtectedException`.
+    ``callbacks``. An attribute that is not declared raises `ProtectedException`.
     """
 
     __slots__ = ("_owner", "_state")
 
-    _owner: Any  # the callback that it belongs to, for messages
+    _owner: Any  # the `Owner`: the callback and its declaration, for messages
 
-    _state: Any  # what the declared attributes are read from
+    _state: Any  # the `LearnerState`, or a frozen copy of it, from which the declared attributes are read
 
     if TYPE_CHECKING:
         model: Any
@@ -43,19 +44,22 @@ class LearnerView:
 
     updates = property(
         attrgetter("_state.updates"),
-        doc="How many updates of optimizers the learner has made. A deferred handler has none: training has gone on.",
+        doc="The number of updates that the learner has made. A deferred handler cannot read it: training is ahead.",
     )
 
     @property
     def lag(self) -> int:
-        """After how many batches values of the device are to be read; 0 where reading does not wait for anything."""
-        return getattr(self._state, "lag", 0)  # a frozen copy of a state holds values that were read
+        """The number of batches after which to read values of the device; 0 where reading waits for nothing."""
+        return getattr(self._state, "lag", 0)  # a snapshot has no lag: its values are on the host already
 
     def fire(self, event: Event) -> None:
-        """Fire an event, in the current phase, when the current event has ended.
+        """Fire an event in the current phase, as soon as the current event has ended.
 
-        The events that several handlers ask for are fired in serial order of who asked, first in, first out. They
-        are dropped if the current event raises.
+        Events that several handlers fire run in the serial order of these handlers, first in, first out. They are
+        dropped if the current event raises.
+
+        Raises:
+            UsageError: `event` is no event.
         """
         if not is_a(event, Event):
             raise UsageError(f"fire() takes an event, got {event!r}. Write learner.fire(MyEvent()).")
@@ -72,24 +76,31 @@ class LearnerView:
         judged: bool = False,
         decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None,
     ) -> None:
-        """Ask the loop for a checkpoint; it takes one when the current event has ended and no batch is open.
+        """Ask the loop for a checkpoint, which it takes when the current event has ended and no batch is open.
 
-        The request is dropped if the event raises an error. `flowtrain.callbacks.Checkpointer` keeps a folder of them.
+        The request is dropped if the event raises an error. `flowtrain.callbacks.Checkpointer` keeps a folder of
+        checkpoints. A checkpoint counts as *finite* if the parameters that are trained and the last loss are finite.
 
         Args:
-            path: The file to write; ``latest`` beside it will name it, if the parameters that are trained and the last
-                loss are finite.
-            best: Let ``best``, beside it, name it too.
-            remove: Names of files beside it to remove once it is there; what ``latest`` or ``best`` names stays. If it
-                is not finite, nothing is removed.
-            weights: Write the weights of the model also as safetensors, beside it.
-            on_interrupt: Not now, but when an interrupt ends this fit.
-            judged: Hold as the model the weights that evaluation uses (those of `flowtrain.callbacks.EMA`, say), and
-                those that are trained beside it.
-            decide: Called when it is taken, with whether it is finite; returns ``(best, remove)``, in place of both.
+            path: The file to write. If the checkpoint is finite, the file ``latest`` in its folder names it.
+            best: Whether the file ``best`` in the folder names the checkpoint too.
+            remove: The names of files in the folder to remove once the checkpoint is written. A file that ``latest`` or
+                ``best`` names stays, and nothing is removed if the checkpoint is not finite.
+            weights: Whether to write the weights of the model as safetensors too, beside the checkpoint.
+            on_interrupt: Whether to take the checkpoint when an interrupt ends this fit, and not now.
+            judged: Whether the checkpoint holds as the model the weights that evaluation uses (those of
+                `flowtrain.callbacks.EMA`, for example), and the trained weights beside them.
+            decide: A function that is called when the checkpoint is taken, with whether it is finite. It returns
+                ``(best, remove)``, which replace the two arguments.
+
+        Raises:
+            UsageError: `path` is no path.
         """
         if not is_a(path, (str, PathLike)):
-            raise UsageError(f"request_checkpoint() takes the path of a file, got {path!r}.")
+            raise UsageError(
+                f"request_checkpoint() takes the path of a file, got {path!r}. "
+                f'Write learner.request_checkpoint("checkpoints/mine.pt").'
+            )
         request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
         self._state.requests.append((self._owner.callback, request))
 
@@ -99,17 +110,17 @@ class LearnerView:
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """What a handler asks for: a checkpoint, when the current event has ended.
+    """The arguments of `LearnerView.request_checkpoint`, until the loop takes the checkpoint.
 
     Attributes:
         path: The file to write.
-        best: Let ``best``, beside the file, name it.
-        remove: Files in the same folder that are not wanted any more, by name; what ``latest`` and ``best`` name stays.
-        weights: Write the model's weights also as safetensors, beside the file.
-        on_interrupt: Not now, but when an interrupt ends the fit.
-        judged: Hold as the model what epochs of evaluation are judged by, where a callback has changed that for them.
-        decide: Called when the checkpoint is taken, before the state of callbacks is, with whether the parameters that
-            are trained and the last loss are finite; returns what counts in place of `best` and `remove`.
+        best: Whether ``best`` in the folder of the file names the checkpoint.
+        remove: The names of files in the folder to remove.
+        weights: Whether to write the weights of the model as safetensors too.
+        on_interrupt: Whether to take the checkpoint when an interrupt ends the fit, and not now.
+        judged: Whether the checkpoint holds the weights that evaluation uses as the model.
+        decide: Returns ``(best, remove)``. It is called before the state of the callbacks is taken, so that a callback
+            can note in its state what it has decided.
     """
 
     path: str

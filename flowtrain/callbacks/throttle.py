@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from flowtrain.callback.callback import Callback, Condition
-from flowtrain.callback.conditions import After, Before, Every, EverySeconds, Once, When
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.conditions import After, Before, Condition, Every, EverySeconds, Once, When
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError, is_a, is_positive, is_type, whole_number

@@ -1,9 +1,10 @@
 """The torch core: devices, precision, gradients, optimizers.
 
-`core` is what the loop calls; `settings` are its checked arguments. `devices` and `placement` move data to where the
-model is, `prefetch` ahead of time; `optimizers` checks and makes optimizers; `accumulation` counts the batches of a
-group; `precision` is autocast and the scaler of fp16; `nan_guard` keeps NaN out of the parameters; `structure` is
-what training can change about models and optimizers that no ``state_dict`` holds; `compile` is `torch.compile`.
+`core` has `TorchCore`, which the loop calls, and its settings. `devices` chooses the device and moves data there, and
+`prefetch` moves batches, ahead of time where that gains something. `optimizers` checks and makes optimizers,
+`accumulation` counts the batches of an accumulation group, and `precision` has autocast, the scaler of fp16, and the
+guard that keeps NaN out of the parameters. `structure` handles the changes that training may make to models and
+optimizers and that no ``state_dict`` holds, and `compile` runs models through `torch.compile`.
 """
 
 __all__: list[str] = []

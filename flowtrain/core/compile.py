@@ -1,15 +1,16 @@
-"""Compilation: the model, or the model with its loss, through `torch.compile`.
+"""Compilation: the model, or the model with the loss function, runs through `torch.compile`.
 
-A step calls `Compiled.model` and `Compiled.lossfn` instead of the model and the loss function. Beside `torch.compile`:
+A step calls `Compiled.model` and `Compiled.lossfn` instead of the model and the loss function. They differ from plain
+`torch.compile` in three points:
 
-- ``learner.model`` stays the module that was passed, and names never begin with ``_orig_mod.`` (`original`).
-- ``compile="loss"`` compiles model and loss as one graph, so that the outputs need not be written and read again
-  between them. The loss is then made with the outputs; where a handler of `LossBegin` changed the outputs or the
-  targets, it is made again from those, without compilation.
-- With CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) torch gives every result in the same memory, batch
-  after batch. What a batch keeps is a copy.
+- ``learner.model`` stays the module that the user passed, and no name begins with ``_orig_mod.`` (`original`).
+- ``compile="loss"`` compiles model and loss function as one graph, so that the outputs are not written to memory and
+  read again between them. The loss is computed together with the outputs. If a handler of `LossBegin` changes the
+  outputs or the targets, the loss is computed again from the changed ones, without compilation.
+- With CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) torch returns every result in the same memory, batch
+  after batch. So the batch gets a copy of each result.
 
-When torch compiles something once more, ``TORCH_LOGS=recompiles`` has it say what and why.
+With ``TORCH_LOGS=recompiles`` torch prints what it compiles again, and why.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ from flowtrain.errors import CoreError, is_a
 __all__ = ["Compiled", "check_compile", "original"]
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""The modes of `torch.compile` that record CUDA graphs."""
 
 
 def check_compile(wanted: Any, accumulate: int) -> None:
-    """Check the argument of `TorchCore`.
+    """Check the argument ``compile`` of `TorchCore`.
+
+    Args:
+        wanted: The argument.
+        accumulate: The number of batches in an accumulation group.
 
     Raises:
-        CoreError: It is no way to compile, or does not go with accumulation.
+        CoreError: The argument has the wrong type, or asks for CUDA graphs together with accumulation.
     """
     if not is_a(wanted, (bool, Mapping)) and wanted != "loss":
         raise CoreError(
@@ -47,7 +53,7 @@ def check_compile(wanted: Any, accumulate: int) -> None:
 
 
 def has_graphs(wanted: Any) -> bool:
-    """Tell whether a way to compile records CUDA graphs."""
+    """Tell whether an argument ``compile`` asks for CUDA graphs."""
     if not isinstance(wanted, Mapping):
         return False
     options = wanted.get("options") or {}
@@ -55,19 +61,24 @@ def has_graphs(wanted: Any) -> bool:
 
 
 def original(model: Any) -> Any:
-    """Return the module inside of a compiled one, whose names do not begin with ``_orig_mod.``; or the module."""
+    """Return the module inside a compiled one, whose parameters have the user's names; any other model as it is."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, torch.nn.Module) else model
 
 
 class Compiled:
-    """A model and a loss function, compiled, as a step calls them.
+    """A compiled model and its loss function, as a step calls them.
 
     Args:
-        models: The one model, under the empty name.
+        models: The models by name; there must be one, under the empty name.
         lossfn: The loss function.
-        wanted: ``True``, ``"loss"``, or arguments for `torch.compile`; ``"loss": True`` among them as ``"loss"``.
-        targets: Returns the targets of the current batch.
+        wanted: ``True``, ``"loss"``, or a mapping of arguments for `torch.compile`, in which ``"loss": True`` means the
+            same as ``"loss"``.
+        targets: A function that returns the targets of the current batch.
+
+    Attributes:
+        model: A function of the inputs that returns the outputs.
+        lossfn: A function of the outputs and the targets that returns the loss.
 
     Raises:
         CoreError: There are several models.
@@ -85,7 +96,9 @@ class Compiled:
         self._graphs = has_graphs(wanted)
         self._lossfn = lossfn
         self._targets = targets
-        self._made: list[tuple[Any, ...]] = []
+        # At most one entry: the outputs, the targets, the versions of both, and the loss computed from them. A list, as
+        # it is emptied when the loss is taken, so that nothing here holds the graph of a past batch.
+        self._computed: list[tuple[Any, ...]] = []
         self.lossfn: Any = lossfn
         self._run: Any = torch.compile(_with_loss(model, lossfn) if joint else model, **options)
         self.model: Any = self._run
@@ -96,37 +109,39 @@ class Compiled:
 
     def _begin(self) -> None:
         if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the results of the batch before may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # torch may overwrite the results of the batch before
 
     def _keep(self, results: Any) -> Any:
         return rebuild(results, torch.Tensor.clone, lambda item: item) if self._graphs else results
 
     def _copied(self, inputs: Any) -> Any:
-        """Run the model, and copy the outputs."""
+        """Run the model, and return a copy of the outputs."""
         self._begin()
         return self._keep(self._run(inputs))
 
     def _both(self, inputs: Any) -> Any:
-        """Run the model and the loss, and keep the loss for the call that asks for it."""
+        """Run model and loss function, return the outputs, and keep the loss for the call of `_loss` that follows."""
         self._begin()
         targets = self._targets()
         outputs, loss = self._keep(self._run(inputs, targets))
-        self._made = [(outputs, targets, _versions(outputs), _versions(targets), loss)]
+        self._computed = [(outputs, targets, _versions(outputs), _versions(targets), loss)]
         return outputs
 
     def _loss(self, outputs: Any, targets: Any) -> Any:
-        """Return the loss that was made with the outputs, unless something was changed since."""
-        if self._made:
-            made_of, aims, versions, of_aims, loss = self._made.pop()
-            same = made_of is outputs and aims is targets
-            if same and versions == _versions(outputs) and of_aims == _versions(targets):
+        """Return the loss that was computed with the outputs; compute it again if outputs or targets have changed."""
+        if self._computed:
+            its_outputs, its_targets, output_versions, target_versions, loss = self._computed.pop()
+            same = its_outputs is outputs and its_targets is targets
+            if same and output_versions == _versions(outputs) and target_versions == _versions(targets):
                 return loss
         return self._lossfn(outputs, targets)
 
 
 def _with_loss(model: Any, lossfn: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Return a function that computes outputs and loss, for `torch.compile` to compile as one graph."""
+
     def model_and_loss(inputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Compute the outputs and the loss, as one graph."""
+        """Compute the outputs and the loss."""
         outputs = model(inputs)
         return outputs, lossfn(outputs, targets)
 
@@ -134,7 +149,7 @@ def _with_loss(model: Any, lossfn: Any) -> Callable[[Any, Any], tuple[Any, Any]]
 
 
 def _versions(data: Any) -> list[int]:
-    """Return how often each tensor in the data was written in place."""
+    """Return how often each tensor in the data was written in place, as torch counts it."""
     found: list[int] = []
     rebuild(data, lambda tensor: found.append(tensor._version), lambda item: item)
     return found

@@ -1,16 +1,16 @@
 """The torch core: the one place that knows devices, precision, gradients and optimizers.
 
-`TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass, clips,
-and steps the optimizers when a group is due (`flowtrain.core.accumulation`). A step with nothing of that (fp32, no
-accumulation, no clipping, one optimizer) is *plain*: a step then calls torch's own functions, and the core costs
-nothing.
+`TorchCore` places data, runs the forward pass under autocast, scales and divides the loss for the backward pass, clips
+gradients, and updates the parameters when an accumulation group is due (`flowtrain.core.accumulation`). A core that
+needs none of this (fp32, no accumulation, no clipping, one optimizer) is *plain*: a step then calls torch's own
+functions, and the core costs nothing.
 
-Order of an update: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, then clipping, the
-optimizer's step, and handlers of `UpdateEnd`.
+The order of an update is: gradients are accumulated and unscaled, handlers of `UpdateBegin` run, gradients are clipped,
+the optimizer updates the parameters, handlers of `UpdateEnd` run.
 
-On an accelerator nothing here waits for it: batches come ahead (`flowtrain.core.prefetch`), values are read late
-(`flowtrain.state.device_values`), optimizers are fused and skip updates by themselves (`flowtrain.core.optimizers`,
-`flowtrain.core.nan_guard`).
+On an accelerator nothing here waits for the device: batches are moved ahead of time (`flowtrain.core.prefetch`),
+values are read late (`flowtrain.state.device_values`), and optimizers are fused, so that they skip updates on the
+device (`flowtrain.core.optimizers`, `flowtrain.core.precision`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -25,50 +26,92 @@ import torch
 
 from flowtrain.callback.modes import Modes
 from flowtrain.core.accumulation import Groups
-from flowtrain.core.compile import Compiled, original
+from flowtrain.core.compile import Compiled, check_compile, original
 from flowtrain.core.devices import find_device
-from flowtrain.core.nan_guard import Guard, all_finite
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
-from flowtrain.core.placement import Placement
-from flowtrain.core.precision import Precision, Scaling, autocast, in_precision
-from flowtrain.core.prefetch import Transfer
-from flowtrain.core.settings import Settings
+from flowtrain.core.precision import DTYPES, NaNGuard, Precision, Scaling, all_finite, autocast, in_precision
+from flowtrain.core.prefetch import Placement, Transfer
 from flowtrain.core.structure import Structure
-from flowtrain.errors import CoreError
+from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 
-__all__ = ["Precision", "TorchCore"]
+__all__ = ["Precision", "Settings", "TorchCore"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `TorchCore`, checked. They mean what they mean there.
+
+    Raises:
+        CoreError: An argument has a value that it cannot have.
+    """
+
+    device: str | torch.device = "auto"
+    precision: Precision = "fp32"
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    compile: bool | Literal["loss"] | Mapping[str, Any] = False
+    _: KW_ONLY
+    clip_grad_value: float | None = None
+    init_scale: float = 65536.0
+    lag: int | None = None
+    prefetch: bool | Transfer = True
+    channels_last: bool = False
+    tf32: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            known = ", ".join(map(repr, DTYPES))
+            raise CoreError(f"precision={self.precision!r} is unknown. It is one of: {known}.")
+        object.__setattr__(self, "accumulate", whole_number("accumulate", self.accumulate, error=CoreError))
+        for name, limit in (("clip_grad_norm", self.clip_grad_norm), ("clip_grad_value", self.clip_grad_value)):
+            if limit is not None and not is_positive(limit):
+                raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
+        if not is_positive(self.init_scale):
+            raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {self.init_scale!r}.")
+        if self.lag is not None:
+            lag = whole_number("lag, in batches, or None for the device's own,", self.lag, least=0, error=CoreError)
+            object.__setattr__(self, "lag", lag)
+        if not is_a(self.prefetch, (bool, Transfer)):
+            raise CoreError(f"prefetch is True, False or a Transfer of your own; got {self.prefetch!r}.")
+        for name, value, also in (("channels_last", self.channels_last, ""), ("tf32", self.tf32, " or None")):
+            if not is_a(value, bool) and not (also and value is None):
+                raise CoreError(f"{name} is True, False{also}; got {value!r}.")
+        check_compile(self.compile, self.accumulate)
 
 
 class TorchCore:
-    """How a learner computes: device, precision, accumulation, clipping, compilation.
+    """The part of a learner that computes: device, precision, accumulation, clipping, compilation.
 
     Args:
-        device: ``"auto"`` (where the model is, if that is not the CPU, otherwise the first accelerator, otherwise the
-            CPU), or a device.
+        device: A device, or ``"auto"``: the device of the model if that is not the CPU, otherwise the first
+            accelerator, otherwise the CPU.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run forward and loss under autocast, and ``"fp16"`` scales the
             loss (https://docs.pytorch.org/docs/stable/amp.html). The parameters stay in their own type.
-        accumulate: Batches in an accumulation group, which makes one update. The loss is divided by it for the
-            backward pass; the last group of an epoch may be shorter, and its gradients are divided by its own length.
-            That update is made in the last batch, or behind it if that one was cancelled (rule 16).
-        clip_grad_norm: Scale the gradients of an update to at most this total 2-norm.
-        compile: Run the model through `torch.compile`, or with ``"loss"`` the model and the loss as one graph; a
-            mapping gives keyword arguments, and ``"loss": True`` among them means the same (`flowtrain.core.compile`).
-        clip_grad_value: Clamp each element of the gradients to plus or minus this value, after `clip_grad_norm`.
+        accumulate: The number of batches in an accumulation group, which makes one update. The loss is divided by it
+            for the backward pass. The last group of an epoch may be shorter, and its gradients are divided by its own
+            length. Its update is made in the last batch, or after that batch if it was cancelled (rule 16).
+        clip_grad_norm: The largest total 2-norm of the gradients of an update: larger gradients are scaled down.
+        compile: Whether the model runs through `torch.compile`. ``"loss"`` compiles the model and the loss function as
+            one graph. A mapping gives arguments for `torch.compile`; ``"loss": True`` among them means the same as
+            ``"loss"`` (`flowtrain.core.compile`).
+        clip_grad_value: The largest absolute value of an element of the gradients, to which elements are clamped after
+            `clip_grad_norm`.
         init_scale: The first scale of the loss with ``"fp16"``.
-        lag: After how many batches values of the device are read, such as the loss by `StopOnNaNLoss`; 2 on an
-            accelerator and 0 on the CPU, if not given.
-        prefetch: Move the next batch while this one is computed (CUDA; `flowtrain.core.prefetch`); or a way of your
-        own. channels_last: Keep the model, and tensors of four dimensions in the data, in the memory format that
-            convolutions are fast in.
-        tf32: Whether float32 products on CUDA may round their factors to TF32; ``None`` leaves torch's setting. It is
-            one setting for the whole process.
+        lag: The number of batches after which values of the device are read, such as the loss by `StopOnNaNLoss`. By
+            default 2 on an accelerator and 0 on the CPU.
+        prefetch: Whether the next batch is moved while the current one is computed, which happens on CUDA only; or a
+            `Transfer` that does it in another way (`flowtrain.core.prefetch`).
+        channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
+            memory format in which convolutions are fast.
+        tf32: Whether float32 products on CUDA may round their factors to TF32, for the whole process; ``None`` leaves
+            the setting of torch as it is.
 
     Raises:
-        CoreError: A value that means nothing, or a device that is not there.
+        CoreError: An argument has a value that it cannot have, or the device does not exist.
     """
 
     def __init__(
@@ -96,32 +139,33 @@ class TorchCore:
         self.clip_grad_value = clip_grad_value
         self._state: LearnerState | None = None
         self._needs_norm = False
-        self._guard: Guard | None = None
-        self.modes: Modes | None = None  # while a phase has set them
+        self._guard: NaNGuard | None = None
+        self.modes: Modes | None = None  # set by the loop while an epoch of a phase runs
         self._warned = False
 
-    # --- made once, by the learner
+    # --- called once, by the learner
 
     def release(self) -> None:
-        """Belong to no learner: the one that was being built was refused."""
+        """Belong to no learner any more, because the learner that was being built was refused."""
         self._state = None
 
     def close(self) -> None:
-        """Hold nothing of the learner any more: its models, optimizers and data go with it, whoever holds the core."""
+        """Drop all references to the learner's state, so that it is freed even if a user keeps the core."""
         self.guard_nan(False)
-        kept = {**vars(self.settings), "settings": 0, "device": 0, "loss_name": 0, "_state": 0, "_scaling": 0}
-        for name in set(vars(self)) - set(kept):
+        keeps = {*vars(self.settings), "settings", "device", "loss_name", "_state", "_scaling"}
+        for name in set(vars(self)) - keeps:
             delattr(self, name)
         self.models: dict[str, Any] = {}
         self._loss_modules: list[Any] = []
         self.places = False
 
     def attach(self, state: LearnerState, optimizer: Any) -> None:
-        """Move models and loss to the device and make the optimizers. Called once, by the learner.
+        """Move models and loss function to the device and make the optimizers. Called once, by the learner.
 
         Args:
-            state: Its ``model`` and ``lossfn`` are there; ``optimizer``, ``optimizers`` and ``params`` are set here.
-            optimizer: An optimizer, a callable that makes one from parameters, or a mapping of either by name.
+            state: The state of the learner, with ``model`` and ``lossfn``. ``optimizer``, ``optimizers``, ``params``
+                and ``lag`` are set here.
+            optimizer: An optimizer, a function that makes one from parameters, or a mapping from names to either.
 
         Raises:
             CoreError: The core belongs to another learner, or the optimizer does not fit the models.
@@ -140,10 +184,11 @@ class TorchCore:
         self._model: Any = models.get("")
         self._lossfn: Any = state.lossfn
         if self.settings.compile is not False:
-            made = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
-            self._model, self._lossfn = made.model, made.lossfn
+            compiled = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
+            self._model, self._lossfn = compiled.model, compiled.lossfn
+        # Only now: moving a module to another type of device may replace its parameters, which optimizers hold.
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
-        self._state = state  # from here on nothing can fail
+        self._state = state  # nothing below can fail, so a refused core never belongs to a learner
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
         one = self._optimizers.get("")
@@ -155,16 +200,22 @@ class TorchCore:
         self.optimizer = state.optimizer
         self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None
         self.groups = Groups(self._optimizers, self.accumulate)
-        self._placement = Placement(self.settings, self.device, self.groups)
+        chosen = self.settings
+        self._placement = Placement(
+            self.device, self.groups, prefetch=chosen.prefetch, channels_last=chosen.channels_last, lag=chosen.lag
+        )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
+        if chosen.tf32 is not None and self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = chosen.tf32
         self.structure = Structure(
             self.models, state.lossfn, self._optimizers, self.device, lambda: self.modes.own() if self.modes else {}
         )
         self._choose()
 
     def _choose(self) -> None:
-        """Take torch's own functions where nothing comes between them and the step."""
+        """Choose the functions that a step calls: torch's own where the core has nothing to add to them."""
         self.plain = (
             "" in self._optimizers
             and self.accumulate == 1
@@ -179,20 +230,22 @@ class TorchCore:
         self.backward: Callable[[torch.Tensor], Any] = self._backward
         if self.plain:
             self.begin = zeroing(self.optimizer)
-            if self._guard is None:
+            if self._guard is None:  # the guard has to see each loss
                 self.backward = torch.Tensor.backward
 
     def guard_nan(self, wanted: bool) -> None:
-        """Say whether a NaN loss must reach no parameter though it is seen late; needs optimizers that can skip."""
+        """Say whether updates must be skipped after a NaN loss, since a callback stops at it and reads losses late."""
         if self._guard is not None:
             self._guard.release()
+            self._guard = None
         late = self._state is not None and self._state.lag > 0
-        # A scaler skips by itself what a NaN made of the gradients.
-        self._guard = Guard(self._optimizers.values(), self.device) if wanted and late and not self._scaling else None
+        # A scaler needs no guard: it skips every update whose gradients are not finite.
+        if wanted and late and self._scaling is None:
+            self._guard = NaNGuard(self._optimizers.values(), self.device)
         self._choose()
 
     def need_grad_norm(self, needed: bool) -> None:
-        """Say whether some callback declares ``batch.grad_norm``, so that it is computed without clipping too."""
+        """Say whether a callback declares ``batch.grad_norm``, so that the norm is computed without clipping too."""
         if needed != self._needs_norm:
             self._needs_norm = needed
             self._choose()
@@ -200,7 +253,7 @@ class TorchCore:
     # --- each batch
 
     def show(self, batch: BatchState) -> None:
-        """Let handlers that read this batch see read-only twins of the containers in it."""
+        """Make the read-only twins of the containers in a batch, for handlers that read it."""
         if self._state is not None and self._state.batch is batch:
             self._state.show(batch)
 
@@ -209,19 +262,20 @@ class TorchCore:
         return autocast(self.device, self.precision)
 
     def end_groups(self) -> None:
-        """Throw away the gradients of a group that is open; a group lies within one epoch."""
+        """End an epoch: discard the gradients of open groups, since a group lies within one epoch."""
         self._placement.forget()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # an epoch of validation may come between direct steps of training
             if self._guard is not None:
                 self._guard.clear()
             if self.groups.open:
                 self.discard()
 
     def unfilled(self) -> list[list[str]]:
-        """Return the optimizers whose groups wait for more batches, as they are updated: alone or together."""
-        return self.groups.unfilled if torch.is_grad_enabled() else []  # validation may lie between direct steps
+        """Return the optimizers whose groups are not full, in lists of those to update together."""
+        return self.groups.unfilled if torch.is_grad_enabled() else []
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss for the backward pass, divided by the size of a group and multiplied by the scale of fp16."""
         if self._guard is not None:
             self._guard.see(loss)
         if self.accumulate > 1:
@@ -232,10 +286,15 @@ class TorchCore:
         self._scaled(loss).backward()
 
     def backward_for(self, loss: torch.Tensor, name: str) -> None:
-        """Run the backward pass for the parameters of one optimizer; those of the others keep their gradients.
+        """Run the backward pass for the parameters of one optimizer; all other parameters keep their gradients.
+
+        Args:
+            loss: A tensor with one element, with its graph.
+            name: The name of the optimizer.
 
         Raises:
-            CoreError: There is no optimizer of that name, or the loss does not depend on its parameters.
+            CoreError: There is no optimizer of that name.
+            RuntimeError: The loss does not depend on the parameters of the optimizer.
         """
         self._check_name("backward", name)
         params = [param for param in params_of(self._optimizers[name]) if param.requires_grad]
@@ -245,13 +304,14 @@ class TorchCore:
             error.add_note(f"raised by backward(name={name!r}), for the parameters of optimizer {name!r} alone")
             raise
 
-    def _check_name(self, what: str, name: str) -> None:
+    def _check_name(self, method: str, name: str) -> None:
+        """Check that there is an optimizer of a name, for a method that a step has called with it."""
         if name not in self._optimizers:
             known = ", ".join(repr(known) for known in self._optimizers if known) or "one without a name"
-            raise CoreError(f"{what}(name={name!r}): there is no such optimizer; the learner has {known}.")
+            raise CoreError(f"{method}(name={name!r}): there is no such optimizer; the learner has {known}.")
 
     def due(self, name: str | None) -> list[str]:
-        """Count a batch for one optimizer, or for all, and return those whose group is complete.
+        """Count a batch for one optimizer, or for all, and return the optimizers whose group is complete.
 
         Raises:
             CoreError: There is no optimizer of that name.
@@ -261,21 +321,25 @@ class TorchCore:
         return self.groups.due(name)
 
     def unscale(self, names: Iterable[str]) -> None:
-        """Bring the gradients to what one batch of the whole group would have given."""
+        """Bring the gradients to the values that one batch with the samples of the whole group would have given."""
         for name in names:
             optimizer = self._optimizers[name]
-            if self._scaling is not None:
+            if self._scaling is not None:  # first, since the scaler judges whether the gradients are finite
                 self._scaling.unscale(optimizer)
             scale_gradients(optimizer, self.groups.share(name))
 
     def clip(self, names: Iterable[str]) -> torch.Tensor | None:
-        """Clip the gradients, by norm, then by value; return their norm before that, where somebody wants it."""
+        """Clip the gradients by norm, then by value.
+
+        Returns:
+            The norm before clipping, a tensor of shape ``()``, if clipping or a handler needs it; otherwise ``None``.
+        """
         params = [param for name in names for param in params_of(self._optimizers[name])]
-        wanted = self._needs_norm or self.clip_grad_norm is not None
-        return clip_gradients(params, self.clip_grad_norm, self.clip_grad_value, wanted=wanted)
+        needs_norm = self._needs_norm or self.clip_grad_norm is not None
+        return clip_gradients(params, self.clip_grad_norm, self.clip_grad_value, needs_norm=needs_norm)
 
     def step(self, names: Iterable[str]) -> None:
-        """Step the optimizers, and end their groups."""
+        """Update the parameters of optimizers, and end their groups."""
         for name in names:
             optimizer = self._optimizers[name]
             if self._scaling is None:
@@ -287,14 +351,14 @@ class TorchCore:
             self._scaling.update([self._optimizers[name] for name in self.groups.waiting])
 
     def discard(self) -> None:
-        """Throw away the gradients of the groups that are open; the next batch begins new ones."""
+        """Discard the gradients of the open groups; the next batch begins new groups."""
         self.groups.discard()
         if self._scaling is not None:
             self._scaling.reset()
 
     @property
     def skipped(self) -> int:
-        """How many updates were skipped, with ``"fp16"``, for gradients that were not finite. Waits for the device."""
+        """The number of updates that ``"fp16"`` has skipped for gradients that are not finite. Waits for the device."""
         return 0 if self._scaling is None else self._scaling.skipped
 
     def finite(self) -> bool:
@@ -303,20 +367,20 @@ class TorchCore:
 
     @contextmanager
     def own_modes(self) -> Generator[None]:
-        """Give a context in which every module has its own mode, also while a phase has set others."""
+        """Return a context in which every module has its own mode, even while a phase has set other modes."""
         if self.modes is not None:
             self.modes.end()
         yield
         if self.modes is not None:
             self.modes.begin()
 
-    def warn_woken(self) -> None:
-        """Warn, once, of a model in eval mode that is trained in train mode."""
-        if self._warned or self.modes is None or not self.modes.woken:
+    def warn_switched(self) -> None:
+        """Warn, once for each core, that a model in eval mode is trained in train mode."""
+        if self._warned or self.modes is None or not self.modes.switched:
             return
         self._warned = True
         names = {id(model): f"model {name!r}" if name else "The model" for name, model in self.models.items()}
-        which = ", ".join(names.get(id(root), "The loss function") for root in self.modes.woken)
+        which = ", ".join(names.get(id(root), "The loss function") for root in self.modes.switched)
         warnings.warn(
             f"{which} is in eval mode, and is trained in train mode, since not all parameters are frozen. Call train() "
             f"on it before fit. To keep parts in eval mode call eval() on these alone; to keep all of it there freeze "
@@ -326,18 +390,22 @@ class TorchCore:
         )
 
     def like(self, **changes: Any) -> TorchCore:
-        """Return a core of the same settings, for a copy of the learner; it does not compile and warns of no modes."""
+        """Return a core with the same settings for a copy of the learner; it does not compile, and warns of no modes.
+
+        Args:
+            changes: Settings that differ.
+        """
         options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
         core = TorchCore(**options)
         core._warned = True
         return core
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what of the core a checkpoint must hold: the scaler's state."""
+        """Return the state of the scaler, which a checkpoint must hold. Groups and structure have their own state."""
         return {"scaler": self._scaling.state_dict() if self._scaling is not None else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         if self._scaling is not None and state.get("scaler"):
             self._scaling.load_state_dict(state["scaler"])
 

@@ -1,8 +1,8 @@
-"""Optimizers as a user passes them, checked against the models and made where a function is given.
+"""Optimizers: the ones that a user passes are checked against the models, and made where the user passes a function.
 
-On an accelerator an optimizer class of torch that is called here gets ``fused=True``, where torch offers that and
-nothing was said about it: one kernel for all parameters, which also skips an update without a word from the host
-(`takes_found_inf`). It rounds differently from the loop over the parameters, in the last bits.
+On an accelerator, an optimizer class of torch gets ``fused=True`` if torch offers that and the user has not chosen an
+implementation. A fused optimizer updates all parameters with one kernel, and it can skip an update on the device,
+without the host (`takes_found_inf`). Its results differ in the last bits from those of the loop over the parameters.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _FUSED_DEVICES = ("cuda", "xpu")
 _ZERO_GRAD = Optimizer.zero_grad
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+"""A function that makes an optimizer from parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``."""
 
 
 def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
@@ -44,16 +45,17 @@ def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
 
 
 def zeroing(optimizer: Optimizer) -> Callable[[], object]:
-    """Return what drops the gradients of an optimizer: for its own `zero_grad` it, otherwise the same without a detour.
+    """Return a function that sets the gradients of an optimizer's parameters to ``None``.
 
-    Torch's marks what it does for the profiler, which takes several microseconds whether one looks or not. So it is
-    called only while a profiler is at work.
+    The `zero_grad` of torch records itself for the profiler, which takes several microseconds even if no profiler runs.
+    So the returned function calls it only while a profiler runs. An optimizer with a `zero_grad` of its own, or a
+    patched one, has that called.
     """
     if type(optimizer).zero_grad is not _ZERO_GRAD or _ZERO_GRAD.__module__ != Optimizer.__module__:
         return optimizer.zero_grad
 
     def zero_grad() -> None:
-        """Do as `torch.optim.Optimizer.zero_grad` does."""
+        """Do the same as `torch.optim.Optimizer.zero_grad`."""
         if _profiler_enabled() or "zero_grad" in vars(optimizer):
             optimizer.zero_grad()
             return
@@ -65,7 +67,7 @@ def zeroing(optimizer: Optimizer) -> Callable[[], object]:
 
 
 def scale_gradients(optimizer: Optimizer, factor: float) -> None:
-    """Multiply the gradients of an optimizer's parameters in place."""
+    """Multiply the gradients of an optimizer's parameters with a factor, in place."""
     if factor != 1:
         for param in params_of(optimizer):
             if param.grad is not None:
@@ -73,22 +75,22 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
 
 
 def clip_gradients(
-    params: Iterable[torch.nn.Parameter], norm_limit: float | None, value_limit: float | None, *, wanted: bool
+    params: Iterable[torch.nn.Parameter], norm_limit: float | None, value_limit: float | None, *, needs_norm: bool
 ) -> torch.Tensor | None:
-    """Clip gradients in place, by their total norm, then by value; nothing waits for the device.
+    """Clip gradients in place, by their total norm, then by value. Does not wait for the device.
 
     Args:
-        params: Whose gradients.
-        norm_limit: The largest total 2-norm.
-        value_limit: The largest size of an element.
-        wanted: Whether to compute the norm; it must be for `norm_limit`.
+        params: The parameters whose gradients are clipped; those without a gradient are left out.
+        norm_limit: The largest total 2-norm of the gradients; ``None`` for no limit.
+        value_limit: The largest absolute value of an element; ``None`` for no limit.
+        needs_norm: Whether to compute the norm. Must be ``True`` if `norm_limit` is given.
 
     Returns:
-        The norm before clipping, where it is wanted.
+        The norm before clipping, a tensor of shape ``()``, if it was computed.
     """
     params = [param for param in params if param.grad is not None]
     norm: torch.Tensor | None = None
-    if wanted:
+    if needs_norm:
         norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
     if norm_limit is not None and norm is not None:
         torch.nn.utils.clip_grads_with_norm_(params, norm_limit, norm)
@@ -98,7 +100,7 @@ def clip_gradients(
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Tell whether the optimizer skips its update where its attribute ``found_inf``, a tensor, is one."""
+    """Tell whether the optimizer skips its update if its attribute ``found_inf``, a tensor of shape ``()``, is 1."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -127,53 +129,61 @@ def fused(wanted: Any, params: Iterable[torch.nn.Parameter], devices: Iterable[s
 def make_optimizers(
     wanted: Any, models: Mapping[str, torch.nn.Module], loss_modules: Iterable[torch.nn.Module]
 ) -> dict[str, Optimizer]:
-    """Return the optimizers by name; a single one has the empty name.
+    """Return the optimizers by name; a single optimizer has the empty name.
 
     Args:
-        wanted: An optimizer, a function that makes one from parameters, or a mapping of either by name.
-        models: The models by name; a single one has the empty name.
-        loss_modules: The loss function, where it is a module. Its parameters go to the first optimizer made here.
+        wanted: An optimizer, a function that makes one from parameters, or a mapping from names to either.
+        models: The models by name; a single model has the empty name.
+        loss_modules: The loss function, if it is a module. Its parameters go to the first optimizer that is made here.
 
     Raises:
-        CoreError: An optimizer that does not fit the models, or none.
+        CoreError: An optimizer does not fit the models, or there is no optimizer.
     """
     loss_params = [param for module in loss_modules for param in module.parameters()]
-    found = [param for model in models.values() for param in model.parameters()] + loss_params
-    everything = list({id(param): param for param in found}.values())  # models may share a part
+    listed = [param for model in models.values() for param in model.parameters()] + loss_params
+    all_params = list({id(param): param for param in listed}.values())  # models may share parameters
     if not any(getattr(module, "sparse", False) for model in models.values() for module in model.modules()):
-        wanted = _with_fused(wanted, models, everything)  # fused optimizers take no sparse gradients
+        wanted = _with_fused(wanted, models, all_params)  # fused optimizers take no sparse gradients
     if not isinstance(wanted, Mapping):
-        return {"": _make_optimizer(wanted, everything, everything, "optimizer")}
+        return {"": _make_optimizer(wanted, all_params, all_params, "optimizer")}
     made: dict[str, Optimizer] = {}
-    for name, each in wanted.items():
-        if name not in models and not isinstance(each, Optimizer):
+    for name, one in wanted.items():
+        if name not in models and not isinstance(one, Optimizer):
             known = ", ".join(repr(known) for known in models if known)
             raise CoreError(
                 f"optimizer[{name!r}] is called with the parameters of model {name!r}, and there is no such model"
                 f"{f' ({known} are there)' if known else ', but one without a name'}.{nearest(name, models)} "
                 f"Use the models' names, or pass an optimizer instance."
             )
-        own = list(models[name].parameters()) if name in models else everything
+        own = list(models[name].parameters()) if name in models else all_params
         # The loss function's parameters, if any, go to the first optimizer that is made here.
         extra = loss_params if not made else []
         own = list({id(param): param for param in [*own, *extra]}.values())
-        made[name] = _make_optimizer(each, own, everything, f"optimizer[{name!r}]")
+        made[name] = _make_optimizer(one, own, all_params, f"optimizer[{name!r}]")
     if not made:
         raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
     return made
 
 
-def _with_fused(wanted: Any, models: Mapping[str, torch.nn.Module], everything: list[torch.nn.Parameter]) -> Any:
-    """Return what the user passed, with fused optimizers where that is to be had."""
+def _with_fused(wanted: Any, models: Mapping[str, torch.nn.Module], all_params: list[torch.nn.Parameter]) -> Any:
+    """Return the argument of the user, with ``fused=True`` in each function that can take it."""
     if not isinstance(wanted, Mapping):
-        return fused(wanted, everything)
+        return fused(wanted, all_params)
     own = {name: model.parameters() for name, model in models.items()}
-    return {name: fused(each, own.get(name, everything)) for name, each in wanted.items()}
+    return {name: fused(one, own.get(name, all_params)) for name, one in wanted.items()}
 
 
 def _make_optimizer(
     wanted: Any, params: list[torch.nn.Parameter], known: list[torch.nn.Parameter], what: str
 ) -> Optimizer:
+    """Return the optimizer that a user passed, or the one that the user's function makes.
+
+    Args:
+        wanted: The optimizer, or a function that makes one from parameters.
+        params: The parameters for the function.
+        known: The parameters that an optimizer may have: those of all models and of the loss function.
+        what: The argument of the user, for messages.
+    """
     if isinstance(wanted, Optimizer):
         ids = {id(param) for param in known}
         for number, group in enumerate(wanted.param_groups):
@@ -197,16 +207,17 @@ def _make_optimizer(
     made = wanted(params)
     if not isinstance(made, Optimizer):
         raise CoreError(
-            f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer."
+            f"{what} was called with the parameters and returned {type(made).__name__}, which is no torch optimizer. "
+            f"Pass a function that returns one, such as partial(torch.optim.AdamW, lr=1e-3)."
         )
     return _needs_no_closure(made, what)
 
 
 def _import_dynamo() -> None:
-    """Import what torch imports when it makes the first optimizer, in a thread of its own.
+    """Import the module that torch imports when it makes its first optimizer, in a thread of its own.
 
-    The import leaves circles of references behind, which hold all frames that led to it. Among these would be those of
-    the learner, and no reference counting would ever free the first learner of a process.
+    The import leaves reference cycles behind that hold all frames of its call stack. With the frames of a learner among
+    them, reference counting would never free the first learner of a process.
     """
     if "torch._dynamo" not in sys.modules:
         thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",), name="flowtrain import")
@@ -215,6 +226,7 @@ def _import_dynamo() -> None:
 
 
 def _needs_no_closure(optimizer: Optimizer, what: str) -> Optimizer:
+    """Return the optimizer, if its step can be called without a closure."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise CoreError(
             f"{what} is LBFGS, whose step runs the model several times through a closure, and an update here steps "

@@ -1,13 +1,15 @@
-"""Prefetch: the next batch goes to the device while this one is computed.
+"""Placement and prefetch: batches get to the device of a core, one by one or ahead of time.
 
-`ahead` takes one batch more from the loader than it has given, and begins to move it (`Transfer.start`) before it gives
-the one before. So the copy of batch *i + 1* runs beside the computation of batch *i*, and who asks is told which
-batch is the last. What holds:
+`Placement` is the part of a core that moves data. Where copies can run beside computation (CUDA), it moves the next
+batch while the current one is computed; this is *prefetch*. `ahead` takes one batch more from the loader than it has
+given, and begins to move it (`Transfer.start`) before it gives the batch before. So the copy of batch *i + 1* runs
+beside the computation of batch *i*, and it is known of every batch whether it is the last one. Prefetch keeps these
+promises:
 
-- At most one batch more is in memory than without it.
-- What the loader raises comes after the batches before it: they are trained first, as without prefetch.
-- The loader is asked for batch *i + 1* before batch *i* is trained. One that draws from the same random numbers as the
-  model draws them in another order than without prefetch, in the same order in every run.
+- It holds at most one batch more in memory.
+- An exception of the loader comes after the batches before it: they are trained first, as without prefetch.
+- The loader is asked for batch *i + 1* before batch *i* is trained. A loader that draws from the same generators as the
+  model draws in another order than without prefetch, but in the same order in every run.
 
 `CudaTransfer` moves through pinned memory on a stream of its own
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers).
@@ -20,42 +22,130 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from flowtrain.core.accumulation import Groups
 from flowtrain.core.devices import rebuild
+from flowtrain.state.device_values import DEFAULT_LAG
 
-__all__ = ["CudaTransfer", "Transfer", "ahead", "counted", "transfer_to"]
+__all__ = ["CudaTransfer", "Placement", "Transfer", "ahead", "counted", "transfer_to"]
 
 _END = object()
+"""Stands for the end of a loader, since a batch may be ``None``."""
 
 
 @runtime_checkable
 class Transfer(Protocol):
-    """How a batch gets to the device in two steps, with computation in between."""
+    """A way to move a batch to the device in two calls, with computation between them."""
 
     def start(self, raw: Any) -> Any:
-        """Begin to move a batch; return what `finish` takes. Must not wait for the device."""
+        """Begin to move a batch; return the argument for `finish`. Must not wait for the device."""
 
     def finish(self, moving: Any) -> Any:
         """Return the batch on the device, for use on the current stream. Must not make the host wait."""
 
 
-def transfer_to(
-    device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-) -> Transfer | None:
-    """Return how batches get to a device ahead of time; ``None`` where that gains nothing.
+class Placement:
+    """Moves batches to a device.
 
     Args:
         device: The device.
-        arrived: What to do with each tensor there.
+        groups: The accumulation groups, which are told before each batch of an epoch whether it is the last one.
+        prefetch: Whether to move batches ahead of time where that gains something; or a way to do it.
+        channels_last: Whether tensors of shape ``(batch, channels, height, width)`` get the memory format in which
+            convolutions are fast.
+        lag: The number of batches after which values of the device are read; ``None`` for the default of the device.
+
+    Attributes:
+        needed: Whether a batch needs to be placed at all.
+        lag: The number of batches after which values of the device are read.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        groups: Groups,
+        *,
+        prefetch: bool | Transfer = True,
+        channels_last: bool = False,
+        lag: int | None = None,
+    ) -> None:
+        self._device = device
+        self._groups = groups
+        self._channels_last = channels_last
+        self._ahead: Any = None  # the batch that `feed` gave last, which is on the device already
+        self._transfer: Transfer | None = None
+        if isinstance(prefetch, Transfer):
+            self._transfer = prefetch
+        elif prefetch:
+            self._transfer = transfer_to(device, self._arrived)
+        self.lag = lag if lag is not None else DEFAULT_LAG if device.type != "cpu" else 0
+        self.needed = device.type != "cpu" or channels_last or self._transfer is not None
+
+    def feed(self, batches: Iterable[Any], total: int | None) -> Iterable[Any]:
+        """Return the batches of an epoch for its steps, and tell the groups which batch is the last one.
+
+        Args:
+            batches: The batches of the loader.
+            total: The number of batches, if it is known. Without it the next batch is taken from the loader early, so
+                that the last one is known as such.
+        """
+        if self._transfer is not None:
+            return map(self._remember, ahead(batches, self._transfer, self._tell))
+        if self._groups.size == 1:
+            return batches  # every batch ends its group, so nobody needs to know the last one
+        if total is None:
+            return ahead(batches, None, self._tell)
+        return counted(batches, total, self._tell)
+
+    def _tell(self, last: bool) -> None:
+        self._groups.last_batch = last
+
+    def _remember(self, raw: Any) -> Any:
+        self._ahead = raw
+        return raw
+
+    def forget(self) -> None:
+        """Drop the reference to the batch that was fed last: a step that never placed it has left it here."""
+        self._ahead = None
+
+    def place(self, data: Any) -> Any:
+        """Return the data on the device: tensors in containers and dataclasses, and objects with ``.to(device)``."""
+        placed, self._ahead = self._ahead, None
+        if data is placed:
+            return data
+        return rebuild(data, self._send, lambda item: item.to(self._device))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._arrived(tensor.to(self._device, non_blocking=True))
+
+    def _arrived(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the device in its memory format."""
+        if self._channels_last and tensor.dim() == 4:
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+
+def transfer_to(
+    device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Transfer | None:
+    """Return the way in which batches get to a device ahead of time; ``None`` where that gains nothing.
+
+    Args:
+        device: The device.
+        arrived: A function that is applied to each tensor on the device.
     """
     return CudaTransfer(device, arrived) if device.type == "cuda" else None
 
 
 class CudaTransfer:
-    """Copies on a stream of its own, from pinned memory.
+    """Copies batches on a stream of its own, from pinned memory.
 
-    A tensor that the loader has pinned is copied as it is (``DataLoader(pin_memory=True)``); another is pinned first. A
-    loader that fills one pinned buffer again and again must not be used with it: the copy may still be running.
+    A tensor that the loader has pinned is copied as it is (``DataLoader(pin_memory=True)``); any other is pinned first.
+    A loader that fills one pinned buffer again and again must not be used with it, since the copy may still be running.
     Objects with a ``to`` of their own are moved by it, on the current stream.
+
+    Args:
+        device: The device.
+        arrived: A function that is applied to each tensor on the device.
     """
 
     def __init__(self, device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -64,7 +154,7 @@ class CudaTransfer:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, raw: Any) -> tuple[Any, list[torch.Tensor], Any]:
-        """Begin the copies."""
+        """Begin the copies; return the batch, its tensors that are being copied, and the event of their end."""
         moved: list[torch.Tensor] = []
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,18 +186,18 @@ def _stays(item: Any) -> Any:
 
 
 def ahead(batches: Iterable[Any], transfer: Transfer | None, tell: Callable[[bool], None]) -> Iterator[Any]:
-    """Yield the batches on the device, each when the next one has been asked for.
+    """Yield the batches on the device, each one after the loader was asked for the next one.
 
     Args:
-        batches: What the loader gives.
-        transfer: How they get to the device; ``None`` leaves them where they are.
-        tell: Called before each batch is given with whether it is the last.
+        batches: The batches of the loader.
+        transfer: The way in which they get to the device; ``None`` leaves them where they are.
+        tell: Called before each batch is given, with whether the batch is the last one.
     """
     source = iter(batches)
     failure: list[Exception] = []
 
     def take() -> Any:
-        """Return the next batch on its way, or `_END`; what the loader raises is kept for later."""
+        """Return the next batch while it is being moved, or `_END`; an exception of the loader is kept for later."""
         try:
             raw = next(source, _END)
             return raw if transfer is None or raw is _END else transfer.start(raw)
@@ -115,6 +205,7 @@ def ahead(batches: Iterable[Any], transfer: Transfer | None, tell: Callable[[boo
             failure.append(raised)
             return _END
 
+    # Lists, whose items are popped: a variable here would keep the memory of a batch while the next one is computed.
     held = [take()]
     while held[0] is not _END:
         moving = held.pop()
@@ -122,20 +213,20 @@ def ahead(batches: Iterable[Any], transfer: Transfer | None, tell: Callable[[boo
         batch = [moving if transfer is None else transfer.finish(moving)]
         del moving
         tell(held[0] is _END and not failure)
-        yield batch.pop()  # whose memory is the receiver's alone from here on
+        yield batch.pop()
     if failure:
         try:
             raise failure[0]
         finally:
-            failure.clear()  # its frames hold this one
+            failure.clear()  # the frames of the exception hold this list
 
 
 def counted(batches: Iterable[Any], total: int, tell: Callable[[bool], None]) -> Iterator[Any]:
-    """Yield the batches as they are, and tell which is the last of `total`, without looking ahead.
+    """Yield the batches as they are, and tell which one is the last of `total`, without asking for one early.
 
     Args:
-        batches: What the loader gives.
-        total: How many that are, as it says.
+        batches: The batches of the loader.
+        total: The number of batches that the loader says it has.
         tell: As for `ahead`.
     """
     for number, raw in enumerate(batches, start=1):

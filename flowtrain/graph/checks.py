@@ -1,8 +1,8 @@
-"""What is declared must exist: batch entries that the phase provides, entries of ``cbstate`` that somebody writes.
+"""Checks of declarations: the state that a handler declares must exist when the handler runs.
 
-All of it is checked when the learner is built or its callbacks change.
-
-Which bundled callback provides an entry of ``cbstate``: names only, for messages.
+A batch entry must be provided by the phase or written by a callback, at the same event or an earlier one. An entry of
+``cbstate`` must be written by a callback. A part of the model, the optimizer or the data must be there. All of this is
+checked when the learner is built or its callbacks change, so that a mistake does not show after hours of training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
-    """Yield the paths below `root` that must be there to be read."""
+    """Return the paths below `root` that a declaration reads, except the optional ones."""
     return [
         path
         for path, kind in declaration
@@ -42,15 +42,17 @@ def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
 
 
 def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
+    """Return the paths at or below `root` that callbacks declare to write, each with its callback."""
     return [(node, path) for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == root]
 
 
 def check_deferrable(nodes: Iterable[Node]) -> None:
-    """Check that callbacks which may run later, elsewhere, only consume (rule 19).
+    """Check that deferrable callbacks only consume (rule 19).
 
     Raises:
-        CallbackError: A deferrable callback declares to write state, or to draw training's random numbers; or one
-            says `Callback.stochastic` that is not deferrable, or something else than ``True``, ``False`` or ``None``.
+        CallbackError: A deferrable callback declares to write state or to draw from the generators of training. Or
+            `Callback.stochastic` is not ``True``, ``False`` or ``None``, or is ``True`` for a callback that is not
+            deferrable.
     """
     for node in nodes:
         _check_stochastic(node)
@@ -90,24 +92,25 @@ def _check_stochastic(node: Node) -> None:
 
 
 def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:
-    """Check that what handlers read of the batch is there when they run.
+    """Check that the batch entries that handlers read exist when the handlers run.
 
-    A declaration counts as met if at one of the events where its handlers run the entry is there: the phase provides
-    it from that event or an earlier one on, or a callback writes it there or earlier.
+    An entry exists from the event on at which the phase provides it or a callback writes it. One declaration may serve
+    handlers of several events: it is accepted if the entry exists at the last of them.
 
     Args:
-        phase_type: The phase; one without `Phase.provides` is not checked.
+        phase_type: The phase; it is not checked if it has no `Phase.provides`.
         meeting: For each event, the handlers that run at it.
 
     Raises:
-        AccessError: An entry that the phase never provides and nobody writes.
-        MissingStateError: An entry that is there only later.
+        AccessError: An entry that the phase never provides and no callback writes.
+        MissingStateError: An entry that exists only after the handler has run.
     """
     provides, fires = phase_type.provides, phase_type.events
     if provides is None or fires is None:
         return
     rank = {event: place for place, event in enumerate(fires)}
-    there: dict[str, int] = {name: rank[event] for name, event in provides.items()}
+    # The rank of the first event at which each entry exists; the empty name stands for a write of the whole batch.
+    available: dict[str, int] = {name: rank[event] for name, event in provides.items()}
     first_writer: dict[str, int] = {}
     for event, participants in meeting.items():
         for node, handler in participants:
@@ -116,17 +119,17 @@ def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[
                     for name in path[1:2] or ("",):
                         first_writer[name] = min(first_writer.get(name, len(rank)), rank.get(event, 0))
     for name, place in first_writer.items():
-        there[name] = min(there.get(name, len(rank)), place)
-    # Handlers without an access= share one declaration, which is for all of their events together.
-    runs: dict[tuple[Node, Handler | None], tuple[Declaration, list[type[Event]]]] = {}
+        available[name] = min(available.get(name, len(rank)), place)
+    # Handlers without an access= share the declaration of `state_access`, which serves all of their events.
+    served: dict[tuple[Node, Handler | None], tuple[Declaration, list[type[Event]]]] = {}
     for event, participants in meeting.items():
         for node, handler in participants:
             key = (node, None if handler.access is None else handler)
-            runs.setdefault(key, (node.access[handler], []))[1].append(event)
-    for (node, _), (declaration, events) in runs.items():
+            served.setdefault(key, (node.access[handler], []))[1].append(event)
+    for (node, _), (declaration, events) in served.items():
         latest = max(rank.get(event, len(rank)) for event in events)
         for path in _reads(declaration, "batch"):
-            place = min(there.get(path[1], len(rank) + 1), there.get("", len(rank) + 1))
+            place = min(available.get(path[1], len(rank) + 1), available.get("", len(rank) + 1))
             if place <= latest:
                 continue
             names = ", ".join(event.__name__ for event in events)
@@ -140,12 +143,15 @@ def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[
             raise AccessError(
                 f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), but {phase_type.__name__} "
                 f"provides {', '.join(provides)}, and no callback writes {dotted(path)}."
-                f"{nearest(path[1], there)}"
+                f"{nearest(path[1], available)}"
             )
 
 
 def _exists(path: Path, cbstate: State) -> bool:
-    """Tell whether an entry is there. In a namespace that is looked up; what a container holds may still come."""
+    """Tell whether an entry of ``cbstate`` exists.
+
+    An entry of a namespace must exist too. A container is enough for its items, which handlers may add later.
+    """
     inside = cbstate.__dict__.get(path[1])
     return path[1] in cbstate and (len(path) < 3 or not isinstance(inside, State) or path[2] in inside)
 
@@ -156,22 +162,21 @@ def entries_written(nodes: Iterable[Node]) -> frozenset[str]:
 
 
 def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str] = ()) -> None:
-    """Check that every entry of ``cbstate`` that is read is written by some callback, or was put there by the user.
+    """Check that every entry of ``cbstate`` that a callback reads is written by a callback, or was made by the user.
 
     Args:
         nodes: The callbacks.
-        cbstate: What is there.
-        earlier: The entries that callbacks of this learner have ever written: what none of the present ones writes is
-            not kept up to date any more.
+        cbstate: The present state.
+        earlier: The entries that callbacks of this learner have ever written. Such an entry may still exist when its
+            writer was removed, but it is not updated any more, so it does not count as made by the user.
 
     Raises:
-        MissingStateError: Nobody writes it.
+        MissingStateError: No callback writes an entry.
     """
-    writes = _writes(nodes, "cbstate")
     stale = {*earlier, *CONTAINERS}
     names = sorted({*entries_written(nodes), *cbstate})
-    # Every writer counts, the reader itself too: it may write at one event what it reads at another.
-    written = {path for _, path in writes}
+    # The reader itself counts as a writer too: it may write at one event what it reads at another.
+    written = {path for _, path in _writes(nodes, "cbstate")}
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
             if any(meet(path, other) for other in written) or (path[1] not in stale and _exists(path, cbstate)):
@@ -189,6 +194,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
             elif len(path) > 2 and path[2].endswith("Phase"):
                 remedy = f"A path leaves out the phase: declare {dotted((*path[:2], *path[3:]))!r}."
             elif entry == "metrics_step" and any(meet(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
+                # The metric exists, and `Metrics` computes it for epochs only.
                 known, hint = f" {dotted(path[2:])} is computed at the end of an epoch.", ""
                 remedy = "For a value of each batch as well give Metrics a Metric(f, on_step=True)."
             elif len(path) > 2 and provider == "Metrics" and not hint:
@@ -200,14 +206,14 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
 
 
 def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
-    """Check that what is declared inside the model, its parameters, the loss, the optimizer or the data is there.
+    """Check that declared parts of the model, its parameters, the loss function, the optimizer and the data exist.
 
     Args:
         nodes: The callbacks.
-        state: What there is; without a model nothing is checked.
+        state: The state of the learner; without a model nothing is checked.
 
     Raises:
-        AccessError: There is no such part.
+        AccessError: A declared part does not exist.
     """
     if state.model is None:
         return
@@ -216,16 +222,18 @@ def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
         level = params
         for name in parameter.split("."):
             level = level.setdefault(name, {})
-    parts: dict[str, Any] = {"params": params, "optimizer": state.optimizers, "data": {}}  # by phase: no part of a path
-    read = {**parts, "model": state.model, "lossfn": state.lossfn}  # to write a new attribute of these two is fine
+    # The items of `data` are phases, which a path leaves out, so no path below `data` exists.
+    written: dict[str, Any] = {"params": params, "optimizer": state.optimizers, "data": {}}
+    # A handler may write a new attribute of a model or loss function, so their parts must exist for reading only.
+    read = {**written, "model": state.model, "lossfn": state.lossfn}
     for node in nodes:
         for path, kind in node.union:
-            inside: Any = (parts if isinstance(kind, Write) else read).get(path[0])
+            inside: Any = (written if isinstance(kind, Write) else read).get(path[0])
             expected = inside is not None and not (isinstance(kind, Read) and kind.optional)
-            look = attribute if path[0] in ("model", "lossfn") else getattr
+            get = attribute if path[0] in ("model", "lossfn") else getattr
             for depth, name in enumerate(path[1:] if expected else (), 1):
                 try:
-                    found = inside[name] if isinstance(inside, Mapping) else look(inside, name)
+                    part = inside[name] if isinstance(inside, Mapping) else get(inside, name)
                 except (KeyError, AttributeError):
                     above = dotted(path[:depth])
                     known = map(str, inside if isinstance(inside, Mapping) else dir(inside))
@@ -233,13 +241,19 @@ def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:
                         f"{node.name} declares {dotted(path)!r}, but {above} has no {name!r}."
                         f"{nearest(name, known)} {_remedy(path, above, state)}"
                     ) from None
-                if found is COMPUTED:
-                    break
-                inside = found
+                if part is COMPUTED:
+                    break  # a property: its code would have to run to see what is below it
+                inside = part
 
 
 def _remedy(path: Path, above: str, state: LearnerState) -> str:
-    """Say what to declare in place of a path with a part that is not there."""
+    """Say what to declare instead of a path with a part that does not exist.
+
+    Args:
+        path: The declared path.
+        above: The longest path above it that exists, dotted.
+        state: The state of the learner.
+    """
     remedy = f"Declare {above!r} as a whole, or Read(optional=True) if it comes later."
     if above != "optimizer":
         return remedy
@@ -256,10 +270,10 @@ def _remedy(path: Path, above: str, state: LearnerState) -> str:
 
 
 def check_made(nodes: Sequence[Node], cbstate: State) -> None:
-    """Check, after `setup`, that every entry of ``cbstate`` that is read exists.
+    """Check that every entry of ``cbstate`` that a callback reads exists after `setup`.
 
     Raises:
-        MissingStateError: The declared writer did not make it.
+        MissingStateError: The callback that declares to write an entry did not make it.
     """
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
@@ -281,25 +295,36 @@ def check_series(nodes: Sequence[Node]) -> None:
     """Check that no two callbacks write one series to one backend, or to ``cbstate``.
 
     Raises:
-        LoggingError: Two do: their values would be mixed.
+        LoggingError: Two callbacks write one series, so their values would be mixed.
     """
+    # `Callback.series` may name a whole container of cbstate: it stands for all entries that callbacks write there.
     entries: dict[str, set[str]] = {}
     for _, path in _writes(nodes, "cbstate"):
         if len(path) > 2:
             entries.setdefault(dotted(path[:2]), set()).add(".".join(path[2:]))
-    seen: dict[tuple[object, str, str], list[tuple[Node, type[Phase]]]] = {}
+    writers: dict[tuple[object, str, str], list[tuple[Node, type[Phase]]]] = {}
     for node in nodes:
         for group, phase, name in node.callback.series():
-            for each in sorted({name, *entries.get(name, ())}):
+            for series in sorted({name, *entries.get(name, ())}):
                 for backend in node.backends or (None,):
-                    before = seen.setdefault((backend and id(backend), group, each), [])
-                    for other, its in before:
-                        if other is not node and (issubclass(phase, its) or issubclass(its, phase)):
-                            raise _same_series(other, node, group, each, backend, named_here=name == each)
-                    before.append((node, phase))
+                    earlier = writers.setdefault((backend and id(backend), group, series), [])
+                    for other, other_phase in earlier:
+                        if other is not node and (issubclass(phase, other_phase) or issubclass(other_phase, phase)):
+                            raise _same_series(other, node, group, series, backend, named_here=name == series)
+                    earlier.append((node, phase))
 
 
 def _same_series(one: Node, other: Node, group: str, name: str, backend: object, *, named_here: bool) -> LoggingError:
+    """Return the error for two callbacks that write one series.
+
+    Args:
+        one: The first callback.
+        other: The second callback.
+        group: The first part of the group of the series.
+        name: The name of the series.
+        backend: The backend that both write to; ``None`` for ``cbstate``.
+        named_here: Whether the second callback names the series itself, and not a container of ``cbstate``.
+    """
     where = group if backend is None else f"{backend!r}, group {group}"
     called = f"what is in {name}" if name.startswith("cbstate.") else repr(name)
     remedy = "Remove one, or give each a backend of its own"
@@ -319,3 +344,4 @@ PROVIDERS = {
     "smooth_loss": "SmoothLoss",
     "tracehistory": "Traces",
 }
+"""The bundled callback that provides each entry of ``cbstate``, by name only: messages tell the user to add it."""

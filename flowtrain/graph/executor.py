@@ -1,9 +1,12 @@
-"""Executors: who runs a plan. The serial one, the seam for others, and how they are found by name.
+"""Executors: the objects that run plans.
 
-An executor turns each plan into a *runner*, a function of ``(event, phase)`` that runs the plan's handlers and returns
-when all of them have. What every executor promises is in ``docs/rules.md``: the result is the serial result.
+An executor turns each plan into a *runner*, a function of ``(event, phase)`` that calls the handlers of the plan and
+returns when all of them that run in place have returned. ``docs/rules.md`` has the promises that every executor keeps;
+the first one is that the result is the serial result.
 
-Executors are found by name in a built-in table, then in the entry-point group ``flowtrain.executors``::
+`Executor` is the protocol that an executor implements, `Site` is the interface of the loop to it, and `SerialExecutor`
+is the default. `find_executor` looks up a name in a built-in table, then in the entry-point group
+``flowtrain.executors``::
 
     [project.entry-points."flowtrain.executors"]
     mine = "my_package:MyExecutor"
@@ -30,12 +33,13 @@ from flowtrain.state.learner_state import LearnerState
 __all__ = ["EXECUTORS", "Executor", "Mailbox", "Resumable", "Runner", "SerialExecutor", "Site", "find_executor"]
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
+"""A function that runs all handlers of one plan."""
 
 EXECUTORS: dict[str, tuple[str, str]] = {
     "serial": ("flowtrain.graph.executor:SerialExecutor", ""),
     "dask": ("flowtrain_dask:DaskExecutor", "pip install 'flowtrain[dask]'"),
 }
-"""The executors that come with flowtrain: name to where they are and how to install what they need."""
+"""The executors that come with flowtrain: the name, the import path, and the command that installs its dependencies."""
 
 _GROUP = "flowtrain.executors"
 
@@ -43,18 +47,19 @@ _CLOSED = "This SerialExecutor is closed. Give the learner a new one."
 
 
 class Mailbox:
-    """What is to be done on the training thread, between two batches.
+    """Calls that any thread, or a signal handler, leaves for the training thread to make between two batches.
 
-    Any thread may put a call into it, and a signal handler too: an executor puts in the failure of a lane, the writer
-    of checkpoints its own, an interrupt the end of the fit, and the loop the checkpoints that were asked for within a
-    batch. The training thread empties it after each batch, after `EpochBegin`, after each epoch, and twice when a fit
-    is closed: before and after the last checkpoint is written. What a call raises ends the fit; what is left when the
-    fit has ended is dropped.
+    An executor puts in a call that raises the failure of a lane, the writer of checkpoints one that raises its own
+    failure, an interrupt one that ends the fit, and the loop one that takes the checkpoints requested within a batch.
+    The training thread makes the calls after each batch, after `EpochBegin`, after each epoch, and twice at the end of
+    a fit: before and after the last checkpoint is written. An exception of a call ends the fit. Calls that are left
+    when the fit has ended are dropped.
 
     Attributes:
-        calls: What was put in and is not done yet, first in, first out. The loop looks after each batch whether it is
-            empty.
-        stopping: Whether an interrupt is about to end the fit. Who waits for room, or for work far away, stops waiting.
+        calls: The calls that were not made yet, first in, first out. The loop tests after each batch whether this list
+            is empty, which is all that a batch pays for the mailbox.
+        stopping: Whether an interrupt is about to end the fit. A thread that waits, for room in a lane or for a worker,
+            then stops waiting.
     """
 
     def __init__(self) -> None:
@@ -62,26 +67,26 @@ class Mailbox:
         self.stopping = False
 
     def put(self, call: Callable[[], None]) -> None:
-        """Have something called on the training thread."""
+        """Leave a call for the training thread."""
         self.calls.append(call)
 
     def empty(self) -> None:
-        """Make the calls that are in it; what they put in meanwhile waits for the next time."""
+        """Make the calls that are in the mailbox; calls that they put in wait for the next time."""
         for _ in range(len(self.calls)):
             self.calls.pop(0)()
 
     def clear(self) -> None:
-        """Drop what is in it: the fit is over."""
+        """Drop all calls, since the fit is over."""
         self.stopping = False
         self.calls.clear()
 
 
 class Site(Protocol):
-    """What an executor gets from the loop that it works for."""
+    """The interface of the loop to the executor that is bound to it."""
 
     @property
     def state(self) -> LearnerState:
-        """What is trained, and what callbacks share."""
+        """The state of the learner, which the views show."""
         ...
 
     @property
@@ -96,35 +101,42 @@ class Site(Protocol):
 
     @property
     def open_sinks(self) -> object:
-        """What keeps the logging backends open: held by whatever writes into them when the learner may be gone."""
+        """An object that keeps the logging backends open while anyone holds it: a lane may outlive the learner."""
         ...
 
     @property
     def fired(self) -> list[tuple[str, Event]]:
-        """The events that handlers asked to fire next, each with the name of the callback that asked."""
+        """The events that handlers have fired during the current event, each with the name of the callback."""
         ...
 
     @property
     def requests(self) -> list[tuple[str, CheckpointRequest]]:
-        """The checkpoints that handlers of the current event asked for, each with the callback's name; as `fired`."""
+        """The checkpoints that handlers have requested during the current event, each with the name of the callback."""
         ...
 
     @property
     def mailbox(self) -> Mailbox:
-        """What is to be done on the training thread: a failure on another thread gets there through it."""
+        """The mailbox of the training thread, through which a failure on another thread gets there."""
         ...
 
     def drain(self, phase: Phase) -> None:
         """Fire the events in `fired`, in their order, then take the checkpoints in `requests`.
 
-        To be called on the training thread after an event.
+        An executor calls this on the training thread at the end of an event.
         """
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        """Raise for the handlers that failed, given in serial order; returns where every failure means nothing now."""
+        """Raise the worst failure of an event; return if each failure is a cancel whose scope is not open any more.
+
+        Args:
+            plan: The plan that was run.
+            event: The event.
+            phase: The phase.
+            failures: The handlers that failed and what they raised, in serial order.
+        """
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
-        """Return what runs an event in a phase, compiled if it has not been yet; ``None`` where nothing handles it."""
+        """Return the runner for an event in a phase, compiled at first use; ``None`` if no callback handles them."""
 
     def swap(self, plan: Plan, runner: Runner) -> None:
         """Use another runner for a plan from its next event on."""
@@ -132,63 +144,68 @@ class Site(Protocol):
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs plans. `flowtrain.testing` has a test for each promise in ``docs/rules.md``.
+    """Runs plans. `flowtrain.testing.ExecutorContract` tests each promise in ``docs/rules.md``.
 
-    A runner calls every handler of its plan with ``(event, phase, view)`` and returns when all have returned. It keeps
-    the order of the plan's edges; when handlers raise, those with no failed ancestor still run, then it hands the
-    failures to `Site.fail`. At the end it brings what this event has added to `Site.fired` and `Site.requests` into the
-    serial order of who asked, and calls `Site.drain` if one of them holds something.
+    A runner calls every handler of its plan with ``(event, phase, view)`` and returns when all of them have returned.
+    It keeps the order of the plan's edges. When handlers raise, the handlers without a failed ancestor still run, and
+    then the runner passes the failures to `Site.fail`. At the end it sorts the entries that this event has added to
+    `Site.fired` and `Site.requests` by the serial order of their handlers, and calls `Site.drain` if there are any.
     """
 
     @property
     def name(self) -> str:
-        """The name under which it is found and reported."""
+        """The name by which the executor is found, and which reports show."""
         ...
 
     def bind(self, site: Site) -> None:
         """Belong to one loop from now on.
 
         Raises:
-            ExecutorError: It belongs to another one, or is closed.
+            ExecutorError: The executor belongs to another loop, or is closed.
         """
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        """Raise if it cannot run these callbacks, which a learner is about to use. Called before `bind` and again."""
+        """Raise an error to refuse callbacks that a learner is about to use. Called before `bind`, and at each change.
+
+        Args:
+            nodes: The callbacks, after their `setup`.
+            state: The state of the learner.
+        """
 
     def compile(self, plan: Plan) -> Runner:
-        """Return what runs a plan that has at least one step. Called once for each plan."""
+        """Return the runner of a plan, which has at least one step. Called once for each plan."""
         ...
 
     def explain(self, plan: Plan) -> str:
-        """Say in one line how a plan is run, and in further lines what else there is to say; empty for nothing."""
+        """Return how a plan is run, for `Callbacks.explain`: one line, then details in further lines; or nothing."""
         ...
 
     def flush(self) -> None:
-        """Return when everything that was handed out is done."""
+        """Return when everything that the executor was given is done."""
 
     def close(self) -> None:
-        """Flush, and give back every resource. A closed executor runs nothing more."""
+        """Flush, and release every resource. A closed executor runs nothing more."""
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """What an executor may have beside `Executor`: a part in checkpoints.
+    """An executor with state of its own in checkpoints; an executor may implement this beside `Executor`.
 
-    One without it is flushed before a checkpoint is taken, and begins anew in a fit that resumes.
+    An executor without it is flushed before a checkpoint is taken, and begins anew in a fit that resumes.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what a checkpoint must hold: tensors and plain values.
+        """Return the state that a checkpoint must hold: tensors and plain values.
 
-        Called on the training thread, when no handler runs there. What is pending then must be done by the time that
-        this returns, or be in what it returns.
+        Called on the training thread while no handler runs there. Work that is pending at the call must be done when
+        the call returns, or be part of the returned state.
         """
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned, before the first event of the fit that resumes.
+        """Restore the state that `state_dict` returned, before the first event of the fit that resumes.
 
-        Not called for a checkpoint of an executor that has no part in it.
+        Not called if the executor that wrote the checkpoint had no state in it.
         """
 
 
@@ -199,7 +216,7 @@ class SerialExecutor:
 
     def __init__(self) -> None:
         self._site: Site | None = None
-        self._plans: WeakSet[Plan] = WeakSet()  # those in use; of callbacks that are gone nothing is kept
+        self._plans: WeakSet[Plan] = WeakSet()  # weak, so that plans of callbacks that were removed are freed
         self._closed = False
 
     def bind(self, site: Site) -> None:
@@ -223,11 +240,11 @@ class SerialExecutor:
         self._plans.add(plan)
         calls = plan.calls
         fired, requests = site.fired, site.requests
-        # Where every handler runs whatever failed, that includes an interrupt.
+        # At `FitEnd` every handler runs whatever happened, so there an interrupt waits for the handlers too.
         caught: type[BaseException] = BaseException if plan.always else Exception
 
         def run(event: Event, phase: Phase) -> None:
-            """Call every handler; a plan without failures costs the calls and one test."""
+            """Call every handler. Without failures this costs the calls and one test."""
             view: Any = None
             failure: BaseException
             try:
@@ -239,7 +256,7 @@ class SerialExecutor:
                 if fired or requests:
                     site.drain(phase)
                 return
-            # Outside of the except block, so that what is raised now keeps its own context.
+            # Outside the except block, so that an exception raised now does not get `failure` as its context.
             try:
                 site.fail(plan, event, phase, _finish(plan, view, failure, event, phase))
             finally:
@@ -250,16 +267,16 @@ class SerialExecutor:
         return run
 
     def explain(self, plan: Plan) -> str:
-        """Nothing to say: the order printed is the order run."""
+        """Return an empty text: the handlers run in the order that is printed."""
         return ""
 
     def flush(self) -> None:
-        """Nothing is ever pending."""
+        """Do nothing, since no handler is ever pending."""
 
     def close(self) -> None:
-        """Run nothing more. There is nothing to give back."""
+        """Run nothing more: the runners of all plans are replaced by one that raises."""
         self._closed = True
-        for plan in list(self._plans):
+        for plan in list(self._plans):  # a test of `_closed` in each runner would cost every event
             if self._site is not None:
                 self._site.swap(plan, _refuse)
         self._plans.clear()
@@ -272,22 +289,22 @@ def _refuse(event: Event, phase: Phase) -> None:
 def _finish(
     plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase
 ) -> list[tuple[Step, BaseException]]:
-    """After the failure of one call, run the later ones that do not depend on a failed or skipped one."""
-    # By the view, which each step has for itself; two steps may share a function.
+    """Run the handlers behind one that failed, except those that depend on a failed handler; return all failures."""
+    # The failed step is found by its view, which no other step has; two steps may share a function.
     start = next(position for position, step in enumerate(plan.steps) if step.view is view)
     failures = [(plan.steps[start], failure)]
-    lost = 1 << start
+    failed = 1 << start  # positions that failed or were skipped, as bits
     caught: type[BaseException] = BaseException if plan.always else Exception
     for position in range(start + 1, len(plan.steps)):
         step = plan.steps[position]
-        if plan.ancestors[position] & lost and not plan.always:
-            lost |= 1 << position
+        if plan.ancestors[position] & failed and not plan.always:
+            failed |= 1 << position
             continue
         try:
             step.call(event, phase, step.view)
-        except caught as another:  # whatever a handler raises is collected, then raised
-            failures.append((step, another))
-            lost |= 1 << position
+        except caught as raised:  # collected, so that the remaining handlers still run
+            failures.append((step, raised))
+            failed |= 1 << position
     try:
         return failures
     finally:
@@ -295,13 +312,14 @@ def _finish(
 
 
 def find_executor(executor: object) -> Executor:
-    """Return the executor for a name, or an executor that is given as one.
+    """Return the executor that a user has named or passed.
 
     Args:
-        executor: A name (``"serial"``), or an object that implements `Executor`.
+        executor: A name such as ``"serial"``, or an object that implements `Executor`.
 
     Raises:
-        ExecutorError: The name is unknown, what it needs is not installed, or the object is no executor.
+        ExecutorError: The name is unknown, a package that the executor needs is not installed, or the object is no
+            executor.
     """
     if isinstance(executor, str):
         return _by_name(executor)
@@ -310,7 +328,7 @@ def find_executor(executor: object) -> Executor:
             f"{type(executor).__name__} is an executor of concurrent.futures: it runs functions and knows nothing of "
             f"the order between callbacks. Pass one by name instead: {_known()}."
         )
-    if isinstance(executor, type):
+    if isinstance(executor, type):  # a class has the methods of the protocol too
         raise ExecutorError(f"executor={executor.__name__} is a class. Pass an instance: {executor.__name__}().")
     if not isinstance(executor, Executor):
         needed = "name, bind, check, compile, explain, flush and close"
@@ -327,6 +345,7 @@ def find_executor(executor: object) -> Executor:
 
 
 def _by_name(name: str) -> Executor:
+    """Make the executor of a name, from the built-in table or from an entry point of an installed package."""
     if name in EXECUTORS:
         where, install = EXECUTORS[name]
         module, _, attribute = where.partition(":")
@@ -335,8 +354,7 @@ def _by_name(name: str) -> Executor:
         except ImportError as error:
             raise ExecutorError(f"executor={name!r} needs {error.name}, which is not installed: {install}") from error
         return made
-    found = entry_points(group=_GROUP, name=name)
-    for point in found:
+    for point in entry_points(group=_GROUP, name=name):  # the first one, if several packages have the name
         try:
             made = point.load()()
         except ImportError as error:
@@ -350,6 +368,7 @@ def _by_name(name: str) -> Executor:
 
 
 def _names() -> list[str]:
+    """Return the names of all executors that are installed, sorted."""
     return sorted({*EXECUTORS, *(point.name for point in entry_points(group=_GROUP))})
 
 

@@ -1,7 +1,11 @@
-"""What an object leads to, and so which logging backends a callback holds.
+"""The logging backends that a callback holds, found by following its references.
 
-A callback may keep a backend in any attribute: directly, in containers, in an object of its own, in a function. Where
-it is found is of no importance: a backend is named by its identity, and holding it declares its resource.
+A callback may hold a backend in any attribute: directly, in a container, in an object of its own, or in a function.
+Holding a backend declares it as a resource, so that two callbacks never write to one backend at the same time. The
+place where a backend is found does not matter, since a backend is identified by the object itself.
+
+`reachable` follows references without running any code of the objects, such as properties or ``__getattr__``: that
+code could have side effects, and it could be slow.
 """
 
 from __future__ import annotations
@@ -23,108 +27,119 @@ from flowtrain.state.learner_state import LearnerState, State
 __all__ = ["LIVE", "backends_of", "backends_of_type", "is_learner", "names_in", "reachable"]
 
 LIVE = (LearnerView, LearnerState, BatchState, State)
-"""The types of a learner's state: what it leads to belongs to the learner, and not to whoever refers to it."""
+"""The types of a learner's state. Their contents belong to the learner, and not to a callback that refers to them."""
 
 _ATOMS: frozenset[type] = frozenset({str, bytes, int, float, bool, complex, type(None)})
-_EXECUTOR = ("bind", "check", "compile", "flush")
+_EXECUTOR = ("bind", "check", "compile", "flush")  # methods by which an executor is recognised without its code
 _LEAVES: tuple[type, ...] = (*_ATOMS, bytearray, torch.Tensor, type, ModuleType, CodeType, LoggerBackend, *LIVE)
+"""Types of objects that `reachable` yields and whose references it does not follow."""
 
 
 def reachable(*values: object) -> Iterator[object]:
-    """Yield objects and all that they lead to, each once.
+    """Yield objects and all objects that they refer to, directly or not, each once.
 
-    Followed are the items of containers, attributes, slots, closures, defaults and arguments of functions, and global
-    functions of the same module and global backends that a function names. No code of the objects is run.
+    These references are followed: items of containers, attributes and slots of objects, closures, defaults and bound
+    arguments of functions, and the backends and the functions of the same module that a function uses as globals. No
+    code of the objects is run.
 
     Args:
-        values: Where to begin.
+        values: The objects to begin with.
     """
-    seen: dict[int, object] = {}  # it keeps the objects alive: an id is not used for another one meanwhile
+    seen: dict[int, object] = {}  # holds the objects, since Python may give the id of a dead object to another one
     waiting = deque(values)
     while waiting:
-        one = waiting.popleft()
-        if id(one) in seen:
+        value = waiting.popleft()
+        if id(value) in seen:
             continue
-        seen[id(one)] = one
-        yield one
-        if not _is(one, *_LEAVES) and not is_learner(one) and not _is_executor(one):
-            waiting.extend(inner for inner in _inside(one) if type(inner) not in _ATOMS)
+        seen[id(value)] = value
+        yield value
+        if not _is(value, *_LEAVES) and not is_learner(value) and not _is_executor(value):
+            waiting.extend(inner for inner in _references(value) if type(inner) not in _ATOMS)
 
 
 def backends_of(callback: Callback) -> tuple[LoggerBackend, ...]:
-    """Return the logging backends that a callback holds, each once; those of its class are among them."""
+    """Return the logging backends that a callback or its class holds, each once."""
     return _backends(callback, *_class_attributes(type(callback)))
 
 
 def backends_of_type(kind: type[Callback]) -> tuple[LoggerBackend, ...]:
-    """Return the logging backends that the class of a callback holds: in its attributes, or used by its methods."""
+    """Return the logging backends in the attributes of a callback type, or used by its methods, each once."""
     return _backends(*_class_attributes(kind))
 
 
 def is_learner(value: object) -> bool:
-    """Tell whether something is a learner."""
+    """Tell whether an object is a learner: `flowtrain.learner` is not imported here, since it imports this package."""
     return _is(_attributes(value).get("state"), LearnerState)
 
 
 def _is_executor(value: object) -> bool:
-    """Tell whether something is an executor, which leads to all callbacks of its learner."""
+    """Tell whether an object is an executor, which refers to all callbacks of its learner, and so to their backends."""
     return all(hasattr(type(value), method) for method in _EXECUTOR)
 
 
 def _backends(*values: object) -> tuple[LoggerBackend, ...]:
-    return tuple(one for one in reachable(*values) if _is(one, LoggerBackend) and isinstance(one, LoggerBackend))
+    # `_is` asks first, so that `isinstance`, which the type checkers need, never meets another class.
+    return tuple(held for held in reachable(*values) if _is(held, LoggerBackend) and isinstance(held, LoggerBackend))
 
 
 def _class_attributes(kind: type[Callback]) -> list[object]:
     return [value for base in kind.__mro__ if base not in (object, Callback) for value in list(vars(base).values())]
 
 
-def _inside(one: Any) -> Iterator[object]:
-    """Yield what an object refers to."""
-    if _is(one, dict):
-        for item in list(dict.items(one)):
+def _references(value: Any) -> Iterator[object]:
+    """Yield the objects that an object refers to directly."""
+    if _is(value, dict):
+        for item in list(dict.items(value)):
             yield from item
-    elif _is(one, list, tuple, set, frozenset, deque, MappingProxyType):
-        yield from list(one.values() if type(one) is MappingProxyType else one)
-    elif _is(one, FunctionType):
-        yield from _used_by(one)
-    elif _is(one, MethodType):
-        yield from (one.__self__, one.__func__)
-    elif _is(one, partial):
-        yield from (one.func, one.args, one.keywords)
-    elif _is(one, staticmethod, classmethod):
-        yield one.__func__
-    elif _is(one, property):
-        yield from (one.fget, one.fset)
-    yield from _attributes(one).values()
-    for base in type(one).__mro__:
+    elif _is(value, list, tuple, set, frozenset, deque, MappingProxyType):
+        yield from list(value.values() if type(value) is MappingProxyType else value)
+    elif _is(value, FunctionType):
+        yield from _references_of_function(value)
+    elif _is(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif _is(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif _is(value, staticmethod, classmethod):
+        yield value.__func__
+    elif _is(value, property):
+        yield from (value.fget, value.fset)
+    # A container or function of a user's own class may have attributes too.
+    yield from _attributes(value).values()
+    for base in type(value).__mro__:
         slots = (slot for slot in vars(base).values() if type(slot) is MemberDescriptorType)
         for slot in slots if "__slots__" in vars(base) else ():
             try:
-                yield slot.__get__(one)
-            except AttributeError:  # a slot that nothing has been put into
+                yield slot.__get__(value)
+            except AttributeError:  # the slot was never assigned
                 continue
 
 
-def _is(one: object, *types: type) -> bool:
-    """Tell of which type an object is; `isinstance` would ask the object for its ``__class__``, which may run code."""
-    return issubclass(type(one), types)
+def _is(value: object, *types: type) -> bool:
+    """Tell whether an object has one of the types.
+
+    `isinstance` would ask the object for its ``__class__``, which may run code of the user.
+    """
+    return issubclass(type(value), types)
 
 
-def _attributes(one: object) -> dict[str, object]:
+def _attributes(value: object) -> dict[str, object]:
+    """Return the attributes of an object, without those in slots."""
     try:
-        found = object.__getattribute__(one, "__dict__")
-    except AttributeError:  # its type has no attributes, or slots only
+        attributes = object.__getattribute__(value, "__dict__")
+    except AttributeError:  # the type has slots only, or is written in C
         return {}
-    return dict(found) if type(found) is dict else {}
+    return dict(attributes) if type(attributes) is dict else {}
 
 
-def _used_by(function: FunctionType) -> Iterator[object]:
-    """Yield what a function keeps, and the global backends and functions of its module that its code names."""
+def _references_of_function(function: FunctionType) -> Iterator[object]:
+    """Yield the values in a function's closure and defaults, and the backends and functions that it uses as globals.
+
+    Of global functions only those of the same module are followed, as code that belongs to the callback.
+    """
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # a variable that has no value yet
+        except ValueError:  # the variable has not been assigned yet
             continue
     yield from (function.__defaults__, function.__kwdefaults__)
     for name in names_in(function.__code__):
@@ -136,7 +151,7 @@ def _used_by(function: FunctionType) -> Iterator[object]:
 
 
 def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the global names and attributes that code names, that of inner functions too."""
+    """Yield the names of globals and attributes in the code of a function and of the functions inside it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

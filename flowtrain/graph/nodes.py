@@ -1,6 +1,7 @@
-"""The callback graph: callbacks, and for each event and phase their order with the reason of every edge.
+"""The types of the dependency graph: callbacks as nodes, and edges that say which of two runs first, and why.
 
-`flowtrain.graph.order` finds the edges. networkx holds the graph over all events, for whoever asks for it.
+There is one `Order` for each event and phase, since callbacks need an order only where they meet.
+`flowtrain.graph.order` makes it. `to_networkx` joins all orders in one graph, for a user who wants to look at it.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ CallbackGraph: TypeAlias = "networkx.DiGraph[Any]"
 __all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "to_networkx"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # compared by identity, since nodes are keys of dictionaries
 class Node:
-    """A callback in the graph.
+    """A callback in the dependency graph.
 
     Attributes:
         callback: The callback.
-        name: Its unique name.
-        position: Its place in the list of callbacks.
-        handlers: Its handlers at the time the graph was built, each with the type that registers it.
-        access: What each handler declares.
-        union: What any of its handlers, or its `state_access`, declares.
-        backends: The logging backends that it holds.
-        sinks: What holding these declares. It is in `access` and `union` too.
+        name: The unique name of the callback.
+        position: The place of the callback in the learner's list, from 0.
+        handlers: The handlers that the callback had when the learner was built, each with the type that registers it.
+        access: The declaration of each handler.
+        union: The union of the declarations of all handlers and of `Callback.state_access`.
+        backends: The logging backends that the callback holds.
+        sinks: The declaration of the backends as resources, which `access` and `union` include.
     """
 
     callback: Callback
@@ -49,7 +50,7 @@ class Node:
     sinks: Declaration = ()
 
     def stated(self, declaration: Declaration) -> Declaration:
-        """Return a declaration of this callback without `sinks`, which nobody writes down."""
+        """Return a declaration of this callback without `sinks`, which a user never writes."""
         return tuple(item for item in declaration if item not in self.sinks)
 
 
@@ -59,7 +60,7 @@ class Reason:
 
     Attributes:
         kind: ``"run_after"``, ``"resolution"``, ``"access"``, ``"no conflict"`` or ``"resource"``.
-        text: The reason in words, with the callbacks' names in it.
+        text: The reason in words, with the names of both callbacks.
     """
 
     kind: str
@@ -71,7 +72,13 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`before` runs before `after`, for each of `reasons`. Both are positions in an `Order`."""
+    """An edge of the dependency graph: the callback at one position of an `Order` runs before that at another.
+
+    Attributes:
+        before: The position of the callback that runs first.
+        after: The position of the callback that runs later.
+        reasons: Why; at least one reason.
+    """
 
     before: int
     after: int
@@ -84,8 +91,8 @@ class Order:
 
     Attributes:
         nodes: The callbacks, in serial order.
-        handlers: The handler of each.
-        edges: The edges between them, sorted.
+        handlers: The handler of each callback, in the same order.
+        edges: The edges between the callbacks, sorted by their positions.
         ancestors: For each position, the positions that must have run before it, as the bits of an integer.
     """
 
@@ -96,22 +103,27 @@ class Order:
 
 
 def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[Phase]], Order]) -> CallbackGraph:
-    """Return one graph over all events: callbacks by name, each edge with its reasons and events.
+    """Return the dependency graph over all events: the names of callbacks, and the edges with reasons and events.
 
-    Node attributes: ``callback``. Edge attributes: ``reason`` (text) and ``events`` (a tuple of pairs of types).
+    A node has the attribute ``callback``. An edge has the attributes ``reason``, a text, and ``events``, a tuple of
+    pairs of an event type and a phase type.
+
+    Args:
+        nodes: All callbacks of the learner; one that meets no other is in the graph too.
+        orders: The order for each event type and phase type.
     """
     import networkx  # only here: it takes longer to import than everything else of flowtrain
 
     graph: CallbackGraph = networkx.DiGraph()
     for node in nodes:
         graph.add_node(node.name, callback=node.callback)
-    found: dict[tuple[str, str], tuple[list[str], list[tuple[type[Event], type[Phase]]]]] = {}
-    for where, order in orders.items():
+    edges: dict[tuple[str, str], tuple[list[str], list[tuple[type[Event], type[Phase]]]]] = {}
+    for event_and_phase, order in orders.items():
         for edge in order.edges:
             before, after = order.nodes[edge.before].name, order.nodes[edge.after].name
-            texts, events = found.setdefault((before, after), ([], []))
+            texts, events = edges.setdefault((before, after), ([], []))
             texts += [str(reason) for reason in edge.reasons if str(reason) not in texts]
-            events.append(where)
-    for (before, after), (texts, events) in found.items():
+            events.append(event_and_phase)
+    for (before, after), (texts, events) in edges.items():
         graph.add_edge(before, after, reason="; ".join(texts), events=tuple(events))
     return graph

@@ -1,18 +1,20 @@
-"""The order of the callbacks that meet at one event and phase, from what they declare.
+"""The order of the callbacks that meet at one event and phase, derived from their declarations.
 
-Two callbacks meet where both have a handler for the same event and phase. What they declare becomes edges:
+Two callbacks meet where both have a handler for the same event and phase. Their declarations become edges:
 
-1. ``run_after``: the named type first.
-2. Resolutions of conflicts: `RunFirst` is an edge.
-3. A writer before a reader of what it writes, unless one of the two above orders this pair.
-4. Two writers need a path of edges between them, or `NoConflict`; otherwise that is a `WriteConflictError`.
-5. `NoConflict` pairs and users of one resource get an edge in serial order, added last. It closes no cycle, and it
-   keeps an executor from running the two at the same time.
+1. ``run_after``: the callbacks of the named type run first.
+2. `RunFirst`, the answer to a conflict, makes an edge.
+3. A writer runs before a reader of the same state, unless one of the first two rules orders this pair.
+4. Two writers of the same state need a chain of edges between them, or `NoConflict`; otherwise they are a
+   `WriteConflictError`.
+5. `NoConflict` pairs and users of one resource get an edge in serial order. These *soft* edges are added last, when the
+   serial order is known, so they close no cycle; they keep an executor from running the two at the same time.
 
-The serial order is the topological order that follows the list of callbacks wherever there is a choice. Callbacks that
-never meet need no order, so what they declare for different events makes no cycle.
+The serial order is the topological order that follows the list of callbacks wherever it has a choice. Callbacks that
+never meet need no order, so their declarations make no cycle.
 
-Edges while they are found, and the errors for those that fit no order.
+`Draft` holds the edges while they are found. `check_writers` and `cycle_error` make the errors for declarations that
+have no order.
 """
 
 from __future__ import annotations
@@ -50,17 +52,17 @@ def order_event(
     """Order the callbacks that meet at one event and phase.
 
     Args:
-        event_type: The event.
-        phase_type: The phase.
-        participants: The callbacks with a handler for it, each with that handler, in list order.
-        resolver: Answers conflicts.
-        reach: Which state a path reaches; without it the regions that hold without a learner.
+        event_type: The event type.
+        phase_type: The phase type.
+        participants: The callbacks that meet, each with its handler, in list order.
+        resolver: Finds the answers to conflicts.
+        reach: Maps paths to regions; without it the regions are used that hold without a learner.
 
     Raises:
-        WriteConflictError: Two writers without an order.
-        CycleError: The edges go in a circle.
-        ResolutionError: See `Resolver.answer`.
-        CallbackError: A `run_after` that holds something other than callback types.
+        WriteConflictError: Two callbacks write the same state, and nothing orders them.
+        CycleError: The edges form a cycle.
+        ResolutionError: The answers to a conflict cannot be followed (`Resolver.answer`).
+        CallbackError: A `run_after` returns something else than callback types.
     """
     nodes = [node for node, _ in participants]
     draft = Draft(nodes, f"{event_type.__name__}, {phase_type.__name__}")
@@ -70,6 +72,7 @@ def order_event(
     sequence = _topological(draft)
     _add_resources(draft, declarations, sequence)
     check_writers(draft, _ancestors(sequence, draft.hard))
+    # A draft counts positions in list order; an `Order` counts them in serial order.
     place = {position: index for index, position in enumerate(sequence)}
     edges = {(place[before], place[after]): reasons for (before, after), reasons in draft.hard.items()}
     soft = {(min(place[a], place[b]), max(place[a], place[b])): reasons for (a, b), reasons in draft.soft.items()}
@@ -83,6 +86,7 @@ def order_event(
 
 
 def _add_run_after(draft: Draft) -> None:
+    """Add the edges of `Callback.run_after`; a callback does not run after itself, even if its type is named."""
     instances: dict[type, list[int]] = {}
     for after, node in enumerate(draft.nodes):
         types = node.callback.run_after()
@@ -100,8 +104,12 @@ def _add_run_after(draft: Draft) -> None:
 
 
 def _add_conflicts(draft: Draft, declarations: Sequence[Declaration], resolver: Resolver, reach: Reach | None) -> None:
-    state = [tuple(item for item in each if item[0][0] != "resource") for each in declarations]
-    for meeting in meetings(state, reach):
+    """Add the edges of conflicts: those of the answers, and otherwise writer before reader.
+
+    Pairs of writers without an answer are collected in `Draft.writers`: other edges may still order them.
+    """
+    of_state = [tuple(item for item in declared if item[0][0] != "resource") for declared in declarations]
+    for meeting in meetings(of_state, reach):
         first, second = meeting.first, meeting.second
         answer = resolver.answer(draft.nodes[first], draft.nodes[second])
         if answer is not None:
@@ -116,28 +124,29 @@ def _add_conflicts(draft: Draft, declarations: Sequence[Declaration], resolver: 
         elif all(meeting.writes):
             draft.writers.append((first, second, meeting))
         else:
-            turned = meeting.writes[1]
-            before, after = (second, first) if turned else (first, second)
-            written, read = meeting.paths[::-1] if turned else meeting.paths
-            what = "it" if written == read else dotted(read)
-            text = f"{draft.name(before)} writes {dotted(written)}, {draft.name(after)} reads {what}{meeting.why}"
+            second_writes = meeting.writes[1]
+            before, after = (second, first) if second_writes else (first, second)
+            written, read = meeting.paths[::-1] if second_writes else meeting.paths
+            shown = "it" if written == read else dotted(read)
+            text = f"{draft.name(before)} writes {dotted(written)}, {draft.name(after)} reads {shown}{meeting.why}"
             draft.edge(before, after, "access", text)
 
 
 def _add_resources(draft: Draft, declarations: Sequence[Declaration], sequence: Sequence[int]) -> None:
-    """Pair each user of a resource with the last one before it. That is a chain, and needs no pair for every two.
+    """Pair each user of a resource with the last user before it: a chain orders them all with the fewest edges.
 
-    Who declares ``callbacks`` looks at the attributes of all others, which these change without a declaration, so it
-    is paired with each of them.
+    A callback that declares ``callbacks`` may look at the attributes of all others, which these change without
+    declaring it, so it is paired with each of them.
     """
-    last: dict[Path, int] = {}
-    below: dict[Path, set[Path]] = {}
+    last: dict[Path, int] = {}  # the last user of each resource so far
+    below: dict[Path, set[Path]] = {}  # the resources that were used, at and below each path
     for position in sequence:
         if any(path[0] == "callbacks" for path, _ in declarations[position]):
             for other in set(sequence) - {position}:
                 text = f"{draft.name(position)} sees callbacks, and {draft.name(other)} is one"
                 draft.pair(other, position, "access", text)
         used = [path for path, _ in declarations[position] if path[0] == "resource"]
+        # A resource may have parts, as ``resource.files.a``: a user of all of it meets the users of each part.
         for path in used:
             for other in (*(path[:length] for length in range(2, len(path))), *below.get(path, ())):
                 if other in last:
@@ -149,7 +158,11 @@ def _add_resources(draft: Draft, declarations: Sequence[Declaration], sequence: 
 
 
 def _topological(draft: Draft) -> list[int]:
-    """Return the positions in the topological order that prefers list order (Kahn's algorithm with a heap)."""
+    """Return the positions in the topological order that prefers list order (Kahn's algorithm with a heap).
+
+    Raises:
+        CycleError: The edges form a cycle.
+    """
     after: dict[int, list[int]] = {}
     waiting = [0] * len(draft.nodes)
     for before, later in draft.hard:
@@ -170,79 +183,101 @@ def _topological(draft: Draft) -> list[int]:
 
 
 def _ancestors(sequence: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[int]:
-    """Return, by position, what comes before it along edges, as the bits of an integer."""
-    before: dict[int, list[int]] = {}
-    for one, other in edges:
-        before.setdefault(other, []).append(one)
-    found = [0] * len(sequence)
+    """Return the ancestors of each position: the positions with a chain of edges to it, as the bits of an integer.
+
+    Args:
+        sequence: The positions in topological order.
+        edges: Pairs of positions, of which the first comes before the second.
+    """
+    parents: dict[int, list[int]] = {}
+    for before, after in edges:
+        parents.setdefault(after, []).append(before)
+    ancestors = [0] * len(sequence)
     for position in sequence:
-        for one in before.get(position, ()):
-            found[position] |= found[one] | 1 << one
-    return found
+        for parent in parents.get(position, ()):
+            ancestors[position] |= ancestors[parent] | 1 << parent
+    return ancestors
 
 
 def _add_soft(
     count: int, edges: dict[tuple[int, int], list[Reason]], soft: Mapping[tuple[int, int], list[Reason]]
 ) -> list[int]:
-    """Add the edges in serial order that are not implied by others; return the ancestors with them."""
-    before: list[list[int]] = [[] for _ in range(count)]
-    wanted: list[list[int]] = [[] for _ in range(count)]
-    for one, other in edges:
-        before[other].append(one)
-    for one, other in soft:
-        wanted[other].append(one)
-    found = [0] * count
+    """Add the soft edges that no chain of other edges implies, and return the ancestors with them.
+
+    Args:
+        count: The number of positions, which are counted in serial order.
+        edges: The edges with their reasons; soft edges are added here.
+        soft: The soft edges, in serial order, with their reasons.
+    """
+    parents: list[list[int]] = [[] for _ in range(count)]
+    soft_parents: list[list[int]] = [[] for _ in range(count)]
+    for before, after in edges:
+        parents[after].append(before)
+    for before, after in soft:
+        soft_parents[after].append(before)
+    ancestors = [0] * count
     for position in range(count):
-        for one in before[position]:
-            found[position] |= found[one] | 1 << one
-        for one in sorted(wanted[position], reverse=True):  # nearest first: it implies those before it
-            if not found[position] >> one & 1:
-                found[position] |= found[one] | 1 << one
-                edges[one, position] = list(soft[one, position])
-    return found
+        for parent in parents[position]:
+            ancestors[position] |= ancestors[parent] | 1 << parent
+        for parent in sorted(soft_parents[position], reverse=True):  # the nearest first, as it may imply the others
+            if not ancestors[position] >> parent & 1:
+                ancestors[position] |= ancestors[parent] | 1 << parent
+                edges[parent, position] = list(soft[parent, position])
+    return ancestors
 
 
 def order_setup(nodes: Sequence[Node], reach: Reach | None = None) -> list[Node]:
-    """Return the order in which `setup` is called: writers before readers, list order inside a circle.
+    """Return the order in which `setup` is called: writers before readers, and list order within a cycle.
+
+    A cycle is no error here, as it is at an event: the union of several handlers' declarations often has one.
 
     Args:
         nodes: The callbacks to set up, in list order.
-        reach: As for `order_event`.
+        reach: Maps paths to regions, as for `order_event`.
     """
-    before: dict[int, set[int]] = {}
+    writers: dict[int, set[int]] = {}  # by reader
     for meeting in meetings([node.union for node in nodes], reach):
         if meeting.writes[0] != meeting.writes[1]:
             writer, reader = (meeting.first, meeting.second)[:: -1 if meeting.writes[1] else 1]
-            before.setdefault(reader, set()).add(writer)
-    left = dict.fromkeys(range(len(nodes)))
+            writers.setdefault(reader, set()).add(writer)
+    remaining = dict.fromkeys(range(len(nodes)))  # a set that keeps list order
     order: list[Node] = []
-    while left:
-        ready = next((position for position in left if not before.get(position, set()) & left.keys()), None)
-        for position in _circle(left, before) if ready is None else [ready]:
-            del left[position]
+    while remaining:
+        ready = next((position for position in remaining if not writers.get(position, set()) & remaining.keys()), None)
+        for position in _cycle(remaining, writers) if ready is None else [ready]:
+            del remaining[position]
             order.append(nodes[position])
     return order
 
 
-def _circle(left: Iterable[int], before: Mapping[int, set[int]]) -> list[int]:
-    """Return, in list order, the first positions that wait only for each other."""
-    remaining = set(left)
-    waits: dict[int, set[int]] = {}
-    for position in remaining:
-        found: set[int] = set()
-        ahead = [position]
-        while ahead:
-            new = (before.get(ahead.pop(), set()) & remaining) - found
-            found |= new
-            ahead.extend(new)
-        waits[position] = found
-    first = next(position for position in left if all(position in waits[other] for other in waits[position]))
-    return sorted(waits[first])
+def _cycle(remaining: Iterable[int], writers: Mapping[int, set[int]]) -> list[int]:
+    """Return, in list order, the first positions that wait for each other and for no further position."""
+    positions = set(remaining)
+    awaited: dict[int, set[int]] = {}  # by position, all positions that it waits for, directly or not
+    for position in positions:
+        reached: set[int] = set()
+        pending = [position]
+        while pending:
+            new = (writers.get(pending.pop(), set()) & positions) - reached
+            reached |= new
+            pending.extend(new)
+        awaited[position] = reached
+    first = next(position for position in remaining if all(position in awaited[other] for other in awaited[position]))
+    return sorted(awaited[first])
 
 
 @dataclass
 class Draft:
-    """The edges between the participants of one event while they are found, by positions in `nodes`."""
+    """The edges between the participants of one event, while they are found.
+
+    Attributes:
+        nodes: The participants in list order; edges are pairs of positions in it.
+        where: The event and phase, for messages, as ``"BatchEnd, TrainingPhase"``.
+        hard: The edges that determine the serial order, each with its reasons.
+        soft: The pairs that must not run at the same time, in whichever order, each with its reasons.
+        writers: The pairs of writers that need an order.
+        settled: The pairs that a ``run_after`` has ordered, the smaller position first.
+    """
 
     nodes: Sequence[Node]
     where: str
@@ -256,39 +291,45 @@ class Draft:
         return self.nodes[position].name
 
     def edge(self, before: int, after: int, kind: str, text: str) -> None:
-        """Add a reason why one runs before the other."""
+        """Add an edge with a reason, or a further reason to an edge."""
         reasons = self.hard.setdefault((before, after), [])
         if all(reason.text != text for reason in reasons):
             reasons.append(Reason(kind, text))
 
     def pair(self, one: int, other: int, kind: str, text: str) -> None:
-        """Add a reason why two never run at the same time, in whichever order."""
+        """Add a pair that must not run at the same time, with a reason, or a further reason to a pair."""
         reasons = self.soft.setdefault((min(one, other), max(one, other)), [])
         if all(reason.text != text for reason in reasons):
             reasons.append(Reason(kind, text))
 
 
 def cycle_error(draft: Draft, stuck: set[int]) -> CycleError:
-    """Find a cycle among the positions that never became free, and say what holds it together."""
-    into: dict[int, list[int]] = {}
+    """Return the error for a cycle, with the reason of each of its edges.
+
+    Args:
+        draft: The edges.
+        stuck: The positions that the topological order could not place; at least one cycle is among them.
+    """
+    parents: dict[int, list[int]] = {}
     for before, later in draft.hard:
         if before in stuck and later in stuck:
-            into.setdefault(later, []).append(before)
+            parents.setdefault(later, []).append(before)
     position, seen = min(stuck), [min(stuck)]
     while True:
-        position = min(into[position])  # every stuck position waits for a stuck one, so walking back must repeat
+        position = min(parents[position])  # every stuck position waits for a stuck one, so walking back must repeat
         if position in seen:
             cycle = seen[seen.index(position) :][::-1]
             break
         seen.append(position)
     first = cycle.index(min(cycle))
-    cycle = [*cycle[first:], *cycle[:first]]  # from the one that comes first in the list
+    cycle = [*cycle[first:], *cycle[:first]]  # begin with the callback that comes first in the list
     names = tuple(draft.name(position) for position in cycle)
     lines = [
         f"  {draft.name(before)} before {draft.name(after)}: {'; '.join(map(str, draft.hard[before, after]))}"
         for before, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True)
     ]
     advice = "take a type out of run_after, change a resolution, declare less, or give a handler an access= of its own"
+    # The message offers one edge to turn around: `resolve` can do that with an edge that only declarations make.
     for before, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
         if all(reason.kind == "access" for reason in draft.hard[before, after]):
             kinds = [type(draft.nodes[position].callback) for position in (before, after)]
@@ -306,14 +347,14 @@ def cycle_error(draft: Draft, stuck: set[int]) -> CycleError:
 
 
 def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
-    """Check that of each two writers of one entry one runs before the other.
+    """Check that of each two callbacks that write the same state one runs before the other.
 
     Args:
-        draft: All edges that decide the order.
-        ancestors: By position, what comes before it along those edges, as the bits of an integer.
+        draft: The edges, and the pairs of writers.
+        ancestors: The ancestors of each position along the hard edges, as the bits of an integer.
 
     Raises:
-        WriteConflictError: Two without an order; it names the first such pair in the list.
+        WriteConflictError: Nothing orders two writers. The error names the first such pair in the list.
     """
     conflicts = [
         (first, second, meeting)
@@ -325,13 +366,13 @@ def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
     first, second, meeting = min(conflicts, key=lambda conflict: conflict[:2])
     names = (draft.name(first), draft.name(second))
     types = [type(draft.nodes[position].callback) for position in (first, second)]
-    # The remedy goes into the user's class, where only one of the two is the user's.
-    ours = [kind.__module__.startswith("flowtrain.") for kind in types]
-    one, other = (kind.__name__ for kind in (types[::-1] if ours == [False, True] else types))
+    # If one of the two is bundled, the message offers methods for the other one, which the user can edit.
+    bundled = [kind.__module__.startswith("flowtrain.") for kind in types]
+    one, other = (kind.__name__ for kind in (types[::-1] if bundled == [False, True] else types))
     paths = (dotted(meeting.paths[0]), dotted(meeting.paths[1]))
     pairs = len({(first, second) for first, second, _ in conflicts})
     more = f" ({pairs - 1} more such pairs at this event.)" if pairs > 1 else ""
-    if types[0] is types[1]:  # a type cannot go before itself
+    if types[0] is types[1]:  # `RunFirst` and ``run_after`` cannot order two callbacks of one type
         remedy = f"    resolve({one}, {one}, NoConflict())      # each two of them run in the order of the list\n"
     else:
         remedy = (
@@ -353,7 +394,7 @@ def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
 
 
 def _narrower(name: str, path: Path) -> str:
-    """Say what a callback may declare instead of a path that reaches more than it names."""
+    """Return a hint at a narrower path, for a path that reaches more than its name shows; otherwise an empty text."""
     if path == ("batch",):
         return f" If {name} writes no gradients, let it declare the entries that it writes, such as batch.targets."
     if path == ("optimizer",) or (path[0] == "optimizer" and path[-1] == "param_groups"):

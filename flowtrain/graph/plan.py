@@ -1,4 +1,9 @@
-"""The plan: what runs for one event type and phase type, bound and ready to call."""
+"""The plan: the handlers for one event type and one phase type, bound to their callbacks and views, ready to call.
+
+`make_plan` turns an `Order` into a `Plan`. The functions in `Plan.calls` do everything that belongs to one handler:
+they ask the conditions of its callback, seed the generators for a deferrable callback that draws, and watch the state
+in strict mode. So an executor only chooses when and where to call each of them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from flowtrain.callback.access import declare
-from flowtrain.callback.callback import Callback, Condition, draws_own, is_quiet
-from flowtrain.callback.conditions import Every, When
+from flowtrain.callback.callback import Callback, draws_own, is_quiet
+from flowtrain.callback.conditions import Condition, Every, When
 from flowtrain.callback.events import Event, FitEnd
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -24,6 +29,7 @@ from flowtrain.state.views import bind_view
 __all__ = ["Call", "Plan", "Step", "make_plan", "owner_of", "set_up"]
 
 Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
+"""A function of the event, the phase and the view of the handler."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +37,11 @@ class Step:
     """One handler in a plan.
 
     Attributes:
-        node: Its callback in the graph.
-        handler: Its registration.
-        call: What to call with ``(event, phase, view)``; asks the callback's conditions first, where it has some.
-        view: What the handler sees.
-        conditions: The callback's conditions that `call` asks first.
+        node: The callback of the handler.
+        handler: The registration of the handler.
+        call: The function that asks the conditions, if there are any, and then calls the handler.
+        view: The view of the handler, to be passed to `call`.
+        conditions: The conditions of the callback that `call` asks first.
     """
 
     node: Node
@@ -51,27 +57,27 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The callback's name and the handler's, as ``"Printer.show"``."""
+        """The names of the callback and of the handler, as ``"Printer.show"``."""
         return f"{self.node.name}.{self.handler.attribute}"
 
-    def instead(self, call: Call) -> Step:
-        """Return this step with another function to call, where the same conditions say so."""
+    def with_call(self, call: Call) -> Step:
+        """Return this step with another function to call, under the same conditions."""
         return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What runs for one (event type, phase type). Every executor takes the same plan.
+    """The handlers for one event type and one phase type. Every executor takes the same plan.
 
     Attributes:
-        event_type: The event.
-        phase_type: The phase.
+        event_type: The type of the event.
+        phase_type: The type of the phase.
         steps: The handlers in serial order.
-        edges: What must run before what, by position in `steps`, with the reasons.
+        edges: The edges between the handlers, by positions in `steps`, with the reasons.
         ancestors: For each position, the positions that must run before it, as the bits of an integer.
-        calls: ``(call, view)`` of each step: all that a serial run needs.
-        always: Whether handlers run also when one that they depend on failed (`FitEnd`).
-        watched: Whether each call looks at the whole state (strict mode); no two such calls run at the same time.
+        calls: The pair ``(call, view)`` of each step: all that a serial run needs.
+        always: Whether a handler runs even if a handler that it depends on has failed (`FitEnd`).
+        watched: Whether each call compares the whole state (strict mode), so that no two of them may run at once.
     """
 
     event_type: type[Event]
@@ -84,7 +90,7 @@ class Plan:
     watched: bool = False
 
     def explain(self) -> Iterator[str]:
-        """Yield a line for each step: its place, its handler, and after whom it runs and why."""
+        """Yield the lines that list the steps: the number and the handler of each, and why it runs after others."""
         width = max((len(step.label) for step in self.steps), default=0)
         for position, step in enumerate(self.steps):
             reasons = [
@@ -98,8 +104,8 @@ class Plan:
             yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
 
     def with_calls(self, calls: Mapping[int, Call]) -> Plan:
-        """Return the same plan with other functions to call at some positions."""
-        steps = tuple(step.instead(calls[at]) if at in calls else step for at, step in enumerate(self.steps))
+        """Return the same plan with other functions to call at some positions, under the same conditions."""
+        steps = tuple(step.with_call(calls[at]) if at in calls else step for at, step in enumerate(self.steps))
         return replace(self, steps=steps, calls=tuple((step.call, step.view) for step in steps))
 
     def __len__(self) -> int:
@@ -116,22 +122,24 @@ def make_plan(
     """Bind the handlers of an order to their callbacks and to views of the state.
 
     Args:
-        event_type: The event.
-        phase_type: The phase.
+        event_type: The type of the event.
+        phase_type: The type of the phase.
         order: The callbacks in serial order.
-        state: What the views show.
-        watch: Wraps each step's call; strict mode does.
+        state: The state that the views show.
+        watch: Wraps the call of each step in a check; strict mode passes it.
     """
     steps = []
     for node, handler in zip(order.nodes, order.handlers, strict=True):
         view = bind_view(node.access[handler], state, owner_of(node, handler))
-        asked = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
+        conditions = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
         call = handler.bind(node.callback)
         if node.callback.deferrable:
             call = _consuming(call, node, state.draws)
-            asked = (_Asked(asked, node, state.draws),) if any(map(_may_draw, asked)) else asked
-        step = Step(node, handler, call, view, asked)
-        steps.append(step.instead(step.call if watch is None else watch(step)))
+            if any(map(_may_draw, conditions)):
+                conditions = (_SeededConditions(conditions, node, state.draws),)
+        step = Step(node, handler, call, view, conditions)
+        # The conditions are asked outside of `watch`: their counts are not state that a handler declares.
+        steps.append(step.with_call(step.call if watch is None else watch(step)))
     return Plan(
         event_type,
         phase_type,
@@ -139,13 +147,13 @@ def make_plan(
         order.edges,
         order.ancestors,
         tuple((step.call, step.view) for step in steps),
-        always=issubclass(event_type, FitEnd),
+        always=issubclass(event_type, FitEnd),  # every handler may have something to close (rule 17)
         watched=watch is not None,
     )
 
 
 def set_up(node: Node, view: LearnerView, state: LearnerState) -> None:
-    """Call `Callback.setup`; that of a deferrable callback draws random numbers of its own, as its handlers do."""
+    """Call `Callback.setup`; for a deferrable callback the generators are seeded, as they are for its handlers."""
     if not draws_own(node.callback):
         node.callback.setup(view)
         return
@@ -154,8 +162,14 @@ def set_up(node: Node, view: LearnerView, state: LearnerState) -> None:
 
 
 def owner_of(node: Node, handler: Handler | None) -> Owner:
-    """Return whose view a handler gets, or `setup` where there is no handler."""
+    """Return the owner of a view, by which the view explains a refusal.
+
+    Args:
+        node: The callback.
+        handler: The handler that gets the view; ``None`` for `Callback.setup`.
+    """
     type_name = type(node.callback).__name__
+    # `setup` runs when the learner is built, and never on a snapshot.
     passed, consumes = node.callback.access_argument, handler is not None and node.callback.deferrable
     access = node.stated(node.union if handler is None else node.access[handler])
     if passed is not None:
@@ -166,9 +180,10 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
 
 
 def _consuming(call: Call, node: Node, draws: Draws) -> Call:
-    """Return the call of a deferrable handler that runs in place: in the surroundings that it would have elsewhere.
+    """Return the call of a deferrable handler that runs in place, with the results that it would have on a lane.
 
-    Bundled loggers, which run at every batch, call nothing that could see a difference.
+    There it would record no gradients, and draw from generators that are seeded for it. The handlers of a quiet
+    callback do neither, so they are called directly: most bundled loggers are quiet and run at every batch.
     """
     name = node.name
     if is_quiet(node.callback):
@@ -183,7 +198,7 @@ def _consuming(call: Call, node: Node, draws: Draws) -> Call:
         return consume
 
     def draw(event: Event, phase: Phase, view: LearnerView) -> None:
-        """Call the handler without recording gradients, with random numbers of its own."""
+        """Call the handler without recording gradients, with generators that are seeded for it."""
         with torch.no_grad(), own_numbers(draws.next(name)):
             call(event, phase, view)
 
@@ -191,35 +206,37 @@ def _consuming(call: Call, node: Node, draws: Draws) -> Call:
 
 
 def _may_draw(condition: Condition) -> bool:
-    """Tell whether a condition calls code of a user's, which may draw random numbers."""
+    """Tell whether a condition calls code of the user, which may draw random numbers."""
     return isinstance(condition, When) or type(condition).__module__ != Every.__module__
 
 
-class _Asked(Condition):
-    """All conditions of a deferrable handler as one, asked with random numbers of their own."""
+class _SeededConditions(Condition):
+    """All conditions of a deferrable handler as one, which asks them with generators that are seeded for them."""
 
     def __init__(self, conditions: tuple[Condition, ...], node: Node, draws: Draws) -> None:
-        super().__init__(Event)
+        super().__init__(Event)  # `make_plan` has chosen the conditions by their event types already
         self._conditions = conditions
         self._draws = draws
         self._name = f"{node.name} asks"
 
     def ready(self, phase: Phase) -> bool:
-        """Ask each condition; every one counts the event, also when an earlier one has said no."""
+        """Ask each condition; every condition counts the event, even if an earlier one is not ready."""
         with own_numbers(self._draws.next(self._name)):
             ready = [condition.ready(phase) for condition in self._conditions]
         return all(ready)
 
     def passed(self, phase: Phase) -> None:
-        """Tell each condition."""
+        """Tell each condition that the handler runs."""
         for condition in self._conditions:
             condition.passed(phase)
 
 
 def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
+    """Return a call that first asks the conditions of the callback."""
+
     def ask(event: Event, phase: Phase, view: Any) -> None:
-        """Call the handler if every condition says so."""
-        # Every condition counts the event, also when an earlier one has said no.
+        """Call the handler if every condition is ready."""
+        # A list, so that every condition counts the event, even if an earlier one is not ready.
         ready = [condition.ready(phase) for condition in conditions]
         if all(ready):
             for condition in conditions:

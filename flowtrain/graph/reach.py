@@ -1,19 +1,20 @@
 # pyright: reportPrivateUsage=false
-# torch has no public way to the tables of a module without running properties of the user's.
-"""The model of conflicts: which state a path reaches, and where two declarations meet.
+# The tables of a module are private in torch, and its public methods may run properties that the user has written.
+"""The model of conflicts: the state that a path reaches, and the places where two declarations meet.
 
 Several paths can reach one object: ``params["0.weight"]`` is a parameter of ``model``, its ``.grad`` is an entry of
-``batch.grads``, and the optimizer holds it in ``param_groups``. So a path is mapped to *regions* (`Reach`). A region is
-written as a path, and stands for one piece of state:
+``batch.grads``, and the optimizer holds it in ``param_groups``. So `Reach` maps a path to *regions*. A region is
+written like a path, and stands for one piece of state:
 
-- ``model.…`` and ``lossfn.…``: values of parameters and buffers, and attributes of modules;
-- ``batch.grads.…``: gradients, by the names of the parameters of ``model``. The first part of these is
-  ``"batch.grads"``, since not all that reaches the batch reaches gradients;
-- ``optimizer.hyperparams`` and ``optimizer.state``, with several optimizers after the name of each;
-- any other path for itself.
+- ``model.…`` and ``lossfn.…`` are values of parameters and buffers, and attributes of modules.
+- ``batch.grads.…`` are gradients, by the names of the parameters of ``model``. The first part of these regions is
+  ``"batch.grads"``, so that the other entries of the batch are not above them.
+- ``optimizer.hyperparams`` and ``optimizer.state`` are parts of the optimizer; with several optimizers the name of the
+  optimizer comes between the two parts.
+- Any other path is a region itself.
 
-A region covers everything below it. Two paths meet where a region of one covers a region of the other, and two
-callbacks conflict where their paths meet and at least one of them writes.
+A region covers everything below it. Two paths meet where a region of one covers a region of the other. Two callbacks
+conflict where their paths meet and at least one of them writes; `meetings` finds all such pairs.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ __all__ = ["COMPUTED", "Meeting", "Reach", "attribute", "meetings"]
 
 _GRADS = "batch.grads"
 _PARTS = ("hyperparams", "state", "param_groups", "defaults")
-"""The attributes of an optimizer that its class does not have: any other name may be one of several optimizers."""
+"""The attributes that only an instance of an optimizer has. Any other name may be that of one of several optimizers."""
 
 
 class Reach:
     """Maps a path to all regions that it reaches.
 
     Args:
-        state: The learner's state, which tells the names of models and optimizers, the parameters of each optimizer,
-            and modules and tensors that have several names (tied weights). Without it an optimizer that has a name is
-            taken to train the model of that name.
+        state: The learner's state. It gives the names of models and optimizers, the parameters of each optimizer, and
+            the modules and tensors that have several names (tied weights). Without a state an optimizer with a name is
+            assumed to train the model of that name.
     """
 
     def __init__(self, state: LearnerState | None = None) -> None:
         self._state = LearnerState() if state is None else state
-        self._known: dict[Path, tuple[Path, ...]] = {}
+        self._cache: dict[Path, tuple[Path, ...]] = {}
 
     def __call__(self, path: Path) -> tuple[Path, ...]:
         """Return the regions that a path reaches, sorted."""
-        if path not in self._known:
-            self._known[path] = tuple(sorted(self._find(path)))
-        return self._known[path]
+        if path not in self._cache:
+            self._cache[path] = tuple(sorted(self._find(path)))
+        return self._cache[path]
 
     def meet(self, one: Path, other: Path) -> bool:
         """Tell whether two paths reach one piece of state."""
@@ -66,7 +67,7 @@ class Reach:
         if path[:2] == ("batch", "grads"):
             return {(_GRADS, *name[1:]) for name in self._names(("model", *path[2:])) if name[0] == "model"}
         if path == ("batch",):
-            return {path, (_GRADS,)}
+            return {path, (_GRADS,)}  # the view of the whole batch gives the gradients too
         if path[0] in ("model", "params", "lossfn"):
             return self._with_gradients(self._names(canonical(path)))
         if path[0] == "optimizer":
@@ -77,17 +78,22 @@ class Reach:
 
     def _optimizer(self, path: Path) -> set[Path]:
         optimizer = self._state.optimizer
+        # Without a learner the path itself has to tell whether its second part is the name of an optimizer.
         several = isinstance(optimizer, Named) or (
             optimizer is None and not (path[1:2] and (path[1] in _PARTS or hasattr(Optimizer, path[1])))
         )
-        whole, part = path[: 1 + several], path[1 + several : 2 + several]
+        root, part = path[: 1 + several], path[1 + several : 2 + several]
         if part in (("hyperparams",), ("state",), ("defaults",)):
             return self._names(path)
-        own = (*whole, "hyperparams") if part == ("param_groups",) else whole
-        return self._names(own) | self._trained(*whole[1:])
+        # Everything else of an optimizer leads to its parameters too: its methods, and its groups.
+        region = (*root, "hyperparams") if part == ("param_groups",) else root
+        return self._names(region) | self._trained(*root[1:])
 
     def _trained(self, name: str = "") -> set[Path]:
-        """Return the regions of the modules whose parameters an optimizer holds; one without a name trains all."""
+        """Return the regions of the modules whose parameters an optimizer holds.
+
+        An optimizer without a name is the only one, and holds the parameters of all models and of the loss function.
+        """
         state = self._state
         if not name:
             roots: list[Path] = [("model",), ("lossfn",)]
@@ -99,7 +105,7 @@ class Reach:
         return self._with_gradients({region for root in roots for region in self._names(root)})
 
     def _with_gradients(self, regions: set[Path]) -> set[Path]:
-        """Add the gradients of the parameters that are in regions of the model: both hang on one object."""
+        """Add the gradients of the parameters in regions of the model, which are reached as ``.grad``."""
         with_params = [
             region
             for region in regions
@@ -108,37 +114,40 @@ class Reach:
         return regions | {(_GRADS, *region[1:]) for region in with_params}
 
     def _loaded(self) -> set[Path]:
-        """Return the entries of the batch that may be objects which a loader keeps, as the items of a list are."""
-        found: set[Path] = {("batch", "inputs"), ("batch", "targets")}
+        """Return the entries of the batch that may be items of a loader, such as a list that gives its own items."""
+        entries: set[Path] = {("batch", "inputs"), ("batch", "targets")}
         for phase in self._state.data:
             if phase.provides is None:
-                return {("batch",)}
-            found |= {("batch", name) for name, event in phase.provides.items() if event is BatchBegin}
-        return found
+                return {("batch",)}  # any entry of the batch may come from the loader
+            entries |= {("batch", name) for name, event in phase.provides.items() if event is BatchBegin}
+        return entries
 
     def explains(self, path: Path, changed: Path) -> bool:
-        """Tell whether a write of a path may be what changed the state at another, which `fingerprints` names.
+        """Tell whether a write of a path can have changed the state at another path, which strict mode found changed.
 
-        A parameter's own value is not changed by a write of its gradient, though both paths reach the gradient.
+        A write of a gradient does not change the value of its parameter, although both paths reach the gradient.
         """
         regions = self(changed) if changed[:2] == ("batch", "grads") else (changed,)
         return any(meet(region, reached) for region in regions for reached in self(path))
 
-    # --- things with several names
+    # --- modules and tensors with several names
 
     def _names(self, path: Path) -> set[Path]:
-        """Return a region, and all other names of the modules and tensors at it, above it and below it."""
+        """Return a region under all names that the modules and tensors at it, above it and below it have."""
         path = self._registered(path)
-        found = {path}
+        regions = {path}
         for names in self._shared:
             for name in names:
                 if meet(name, path):
-                    found |= {(*other, *path[len(name) :]) for other in names}
-        return found
+                    regions |= {(*other, *path[len(name) :]) for other in names}
+        return regions
 
     def _registered(self, path: Path) -> Path:
-        """Return a region by registered names: an attribute of a module may be another module, or any part of it."""
-        root, module = next(((at, each) for at, each in self._modules if path[: len(at)] == at), ((), None))
+        """Return a region by the names under which modules are registered.
+
+        A path may go through a plain attribute that holds a module, or a part of one, from elsewhere in the model.
+        """
+        root, module = next(((at, module) for at, module in self._modules if path[: len(at)] == at), ((), None))
         for depth in range(len(root), len(path)):
             name = path[depth]
             if module is None or name in module._parameters or name in module._buffers:
@@ -146,56 +155,60 @@ class Reach:
             if name in module._modules:
                 module = module._modules[name]
                 continue
-            if "_orig_mod" in module._modules:  # compiled: the names are those of the module inside
+            if "_orig_mod" in module._modules:  # a compiled module: users write the names of the module inside it
                 return self._registered((*path[:depth], "_orig_mod", *path[depth:]))
             try:
                 value = attribute(module, name)
             except AttributeError:
                 return path
             if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-                return path  # nothing that another name could reach
+                return path  # a plain value belongs to this attribute alone
             place = self._places.get(id(value))
+            # An unknown object, or a property, may show any part of the module: the region is the whole module.
             return path[:depth] if place is None else self._registered((*place, *path[depth + 1 :]))
         return path
 
     @cached_property
     def _modules(self) -> list[tuple[Path, nn.Module]]:
-        """The models and the loss function, where they are modules, with the region of each."""
+        """The models and the loss function, if it is a module, each with its region."""
         state = self._state
         models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
-        found: list[tuple[Path, Any]] = [(_join(("model",), name), model) for name, model in models.items()]
-        found.append((("lossfn",), state.lossfn))
-        if not isinstance(state.lossfn, nn.Module):  # an object that may hold the model, or a part of it
-            found += [(("lossfn", name), value) for name, value in getattr(state.lossfn, "__dict__", {}).items()]
-        return [(root, module) for root, module in found if isinstance(module, nn.Module)]
+        roots: list[tuple[Path, Any]] = [(_join(("model",), name), model) for name, model in models.items()]
+        roots.append((("lossfn",), state.lossfn))
+        if not isinstance(state.lossfn, nn.Module):  # a plain object may hold the model, or a part of it
+            roots += [(("lossfn", name), value) for name, value in getattr(state.lossfn, "__dict__", {}).items()]
+        return [(root, module) for root, module in roots if isinstance(module, nn.Module)]
 
     @cached_property
     def _parameters(self) -> list[Path]:
         return [_join(root, name) for root, module in self._modules for name, _ in module.named_parameters()]
 
     def _named(self) -> list[tuple[Path, Any]]:
-        """Every module and tensor of models and loss, and the tensors among hyperparameters, by every name."""
-        found: list[tuple[Path, Any]] = []
+        """Return every module and tensor of models and loss function, and the tensors among hyperparameters, by name.
+
+        A module or tensor that has several names is there once under each of them.
+        """
+        named: list[tuple[Path, Any]] = []
         for root, module in self._modules:
-            for named in (module.named_modules, module.named_parameters, module.named_buffers):
-                found += [(_join(root, name), each) for name, each in named(remove_duplicate=False)]
+            for members in (module.named_modules, module.named_parameters, module.named_buffers):
+                named += [(_join(root, name), member) for name, member in members(remove_duplicate=False)]
         optimizer = self._state.optimizer
         for name, each in dict(optimizer).items() if isinstance(optimizer, Named) else (("", optimizer),):
             root = _join(("optimizer",), name)
             for part, groups in (("hyperparams", each.param_groups), ("defaults", [each.defaults])) if each else ():
                 values = [value for group in groups for value in group.values()]
-                found += [((*root, part), value) for value in values if isinstance(value, torch.Tensor)]
-        return found
+                named += [((*root, part), value) for value in values if isinstance(value, torch.Tensor)]
+        return named
 
     @cached_property
     def _places(self) -> dict[int, Path]:
-        """The first name of each module and tensor by its id."""
-        return {id(each): path for path, each in reversed(self._named())}
+        """The first name of each module and tensor, by its id."""
+        return {id(value): path for path, value in reversed(self._named())}
 
     @cached_property
     def _shared(self) -> list[list[Path]]:
-        """The names of each module, and of all tensors in one piece of memory, where there are at least two."""
-        spans = sorted((*_span(each), path) for path, each in self._named())
+        """The groups of names that reach one module, or tensors in overlapping memory; each has at least two names."""
+        spans = sorted((*_span(value), path) for path, value in self._named())
         groups: list[list[Path]] = []
         last, last_end = "", 0
         for kind, begin, end, path in spans:
@@ -208,33 +221,34 @@ class Reach:
 
 
 def attribute(holder: object, name: str) -> Any:
-    """Return an attribute of an object, without running code of its class; `COMPUTED` where that would have to run.
+    """Return an attribute of an object without running code of its class; `COMPUTED` if that code would have to run.
 
-    The code of a property may draw random numbers, and that of a spectral norm changes a buffer.
+    The code of a property may draw random numbers, and the code of a spectral norm changes a buffer.
 
     Raises:
-        AttributeError: There is none.
+        AttributeError: The object has no attribute of that name.
     """
     if isinstance(holder, nn.Module):
         for members in (holder._parameters, holder._buffers, holder._modules):
             if name in members:
                 return members[name]
-        if "_orig_mod" in holder._modules:  # compiled
+        if "_orig_mod" in holder._modules:  # a compiled module shows the attributes of the module inside it
             return attribute(holder._modules["_orig_mod"], name)
     if name in (own := getattr(holder, "__dict__", {})):
         return own[name]
     value = inspect.getattr_static(type(holder), name, _MISSING)
     if value is not _MISSING:
         return COMPUTED if hasattr(type(value), "__get__") else value
-    if inspect.getattr_static(type(holder), "__getattr__", _OF_MODULES) is _OF_MODULES:
+    # A `__getattr__` of the user's class may know the name; that of modules looks into the tables from above only.
+    if inspect.getattr_static(type(holder), "__getattr__", _MODULE_GETATTR) is _MODULE_GETATTR:
         raise AttributeError(name)
     return COMPUTED
 
 
 COMPUTED = object()
-"""Stands for an attribute that exists only when code has run, if at all."""
+"""Stands for the value of an attribute that only running code can tell, and that may not exist at all."""
 _MISSING = object()
-_OF_MODULES = nn.Module.__getattr__
+_MODULE_GETATTR = nn.Module.__getattr__
 
 
 def _join(root: Path, *names: str) -> Path:
@@ -247,12 +261,15 @@ def _distinct(paths: Iterable[Path]) -> list[Path]:
 
 
 def _span(value: Any) -> tuple[str, int, int]:
-    """Return where a tensor's memory is, from its first byte to behind its last; for anything else its identity."""
+    """Return the device of a tensor and the addresses of its first byte and of the byte behind its last one.
+
+    For any other object the span is its id alone, so that it overlaps with itself and with nothing else.
+    """
     if isinstance(value, torch.Tensor):
         try:
             begin = value.data_ptr() if value.numel() else 0
             last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-        except (RuntimeError, ValueError):  # it has no memory of its own, or has none yet
+        except (RuntimeError, ValueError):  # a tensor without memory, such as a fake or a lazy one
             begin = last = 0
         if begin:
             return str(value.device), begin, begin + (last + 1) * value.element_size()
@@ -261,14 +278,14 @@ def _span(value: Any) -> tuple[str, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Two declarations that reach one piece of state, at least one of them writing.
+    """Two declarations that reach one piece of state, of which at least one writes.
 
     Attributes:
-        first: Position of the one declaration, the smaller of the two.
-        second: Position of the other.
-        paths: What each declares, in the same order.
-        writes: Whether each writes, in the same order.
-        region: What both reach; of several regions the first.
+        first: The position of the first declaration, which is the smaller one.
+        second: The position of the second declaration.
+        paths: The path that each of the two declares, in the same order.
+        writes: Whether each of the two writes, in the same order.
+        region: The piece of state that both reach; the first one of several.
     """
 
     first: int
@@ -279,20 +296,20 @@ class Meeting:
 
     @property
     def why(self) -> str:
-        """What both reach, in brackets, for a message that names the paths; empty where the paths show it."""
+        """The region in brackets, for a message that names both paths; empty where the paths themselves overlap."""
         one, other = map(canonical, self.paths)
         return "" if meet(one, other) else f" (both reach {dotted(self.region)})"
 
 
 def meetings(declarations: Sequence[Declaration], reach: Reach | None = None) -> Iterator[Meeting]:
-    """Yield every pair of positions whose declarations meet with a write, once for each pair of paths.
+    """Yield every pair of declarations that meet and of which at least one writes, once for each pair of paths.
 
-    The regions are indexed, and each is looked up under its own prefixes: the cost grows with the number of regions
-    and of meetings, not with the square of the declarations.
+    The regions are indexed, and each region is looked up under its own prefixes. So the cost grows with the number of
+    regions and of meetings, and not with the square of the number of declarations.
 
     Args:
-        declarations: What each callback declares.
-        reach: The regions of paths; without it the ones that hold without a learner.
+        declarations: The declarations of the callbacks.
+        reach: Maps paths to regions; without it the regions are used that hold without a learner.
     """
     seen: set[tuple[int, int, tuple[Path, Path]]] = set()
     for meeting in _all_meetings(declarations, reach or Reach()):
@@ -311,8 +328,9 @@ def _all_meetings(declarations: Sequence[Declaration], reach: Reach) -> Iterator
             index = writers if isinstance(kind, Write) else readers
             for region in reach(path):
                 index.setdefault(region, []).append((position, path))
-    # Sorted, so that messages and `explain` are the same in every run; gradients last, since they come with parameters.
-    for region in sorted(readers.keys() | writers.keys(), key=lambda each: (each[0] == _GRADS, each)):
+    # Sorted, so that messages and `explain` are the same in every run. Gradients go last, so that a meeting is reported
+    # by its parameter, which is what users think of.
+    for region in sorted(readers.keys() | writers.keys(), key=lambda path: (path[0] == _GRADS, path)):
         for length in range(1, len(region) + 1):
             prefix = region[:length]
             above, below = writers.get(prefix, ()), writers.get(region, ())
@@ -321,6 +339,7 @@ def _all_meetings(declarations: Sequence[Declaration], reach: Reach) -> Iterator
                     yield from _meeting(one, other, (True, False), region)
             for one in readers.get(prefix, ()):
                 for other in below:
+                    # At the region itself, the loop above has already yielded each writer with each reader.
                     yield from _meeting(one, other, (False, True), region) if prefix != region else ()
             for number, one in enumerate(above):
                 for other in below[number + 1 :] if prefix == region else below:
@@ -330,6 +349,7 @@ def _all_meetings(declarations: Sequence[Declaration], reach: Reach) -> Iterator
 def _meeting(
     one: tuple[int, Path], other: tuple[int, Path], writes: tuple[bool, bool], region: Path
 ) -> Iterator[Meeting]:
+    """Yield the meeting of two declarations, the smaller position first; nothing if both are the same declaration."""
     if one[0] < other[0]:
         yield Meeting(one[0], other[0], (one[1], other[1]), writes, region)
     elif other[0] < one[0]:

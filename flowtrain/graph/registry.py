@@ -1,11 +1,11 @@
 """The callbacks of a learner: checked, ordered and set up as one change, or not at all.
 
-`Callbacks` is made anew whenever the list changes. Making it checks every declaration and orders every event that is
-known (the library's events and those with a handler, in the phases that the learner has data for or that a handler
-names), then calls `setup` on what is new. If any of it fails, the learner keeps the callbacks it had, and ``cbstate``
-is put back. A type met later is checked before its first event is fired.
+A new `Callbacks` is made whenever the list changes. It gives every callback a unique name (`unique_names`), checks
+every declaration, and orders every event that is known: the library's events and those with a handler, in the phases
+that the learner has data for or that a handler names. Then it calls `setup` of the new callbacks. If any of this fails,
+the learner keeps the callbacks that it had, and ``cbstate`` is restored.
 
-The names of callbacks: unique in a learner, and the key of their state in checkpoints and reports.
+An event type or phase type that is met later is checked and ordered before its first event is fired.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
     "unique_names",
 ]
 
-_ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)
+_ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)  # no epoch runs in one of these
 _Key = tuple[type[Event], type[Phase]]
 Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
 
@@ -62,14 +62,14 @@ class Callbacks(Sequence[Callback]):
 
     Args:
         callbacks: The callbacks.
-        state: The learner's state, which their views show.
+        state: The learner's state, which the views of the callbacks show.
         phases: The phases that the learner has data for.
-        before: The callbacks that the learner has now; what is in there too is not set up again.
-        watch: Wraps each handler's call; strict mode does.
-        accept: Called with the callbacks when all else is done; what it raises refuses them. An executor's `check`.
+        before: The callbacks that the learner has now; those that stay are not set up again.
+        watch: Wraps the call of each handler in a check; strict mode passes it.
+        accept: The `Executor.check` of the executor. It is called last, and an exception of it refuses the callbacks.
 
     Raises:
-        FlowtrainError: What is declared has no valid order, or does not exist; the message says which.
+        FlowtrainError: The declarations have no valid order, or name state that does not exist.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class Callbacks(Sequence[Callback]):
         self._resolver = Resolver()
         self._reach = Reach(state)
         self._plans: dict[_Key, Plan] = {}
+        # Three caches: most events are handled by the same handlers in every phase, and many callbacks share a type.
         self._orders: dict[tuple[Any, ...], Order] = {}
-        self._handlers_for: dict[_Key, list[tuple[Node, Handler]]] = {}
+        self._participants: dict[_Key, list[tuple[Node, Handler]]] = {}
         self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
         self._notes: Callable[[Plan], str] = lambda plan: ""
         names = unique_names(list(callbacks))
@@ -104,6 +105,7 @@ class Callbacks(Sequence[Callback]):
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
         names_before = [node.callback.name for node in self._nodes]
+        # From here on callbacks and `cbstate` change, so a failure has to undo it.
         for node in self._nodes:
             node.callback.name = node.name
         try:
@@ -115,24 +117,28 @@ class Callbacks(Sequence[Callback]):
                 callback.check_callbacks(former)
             raise
 
-    # --- what a user asks for
+    # --- the public part: `learner.callbacks`
 
     @property
     def graph(self) -> CallbackGraph:
-        """The graph over all known events: callbacks by name, each edge with ``reason`` and ``events``."""
+        """The dependency graph over all known events: callbacks by name, each edge with ``reason`` and ``events``."""
         return to_networkx(self._nodes, {key: order for key, order in self._known.items() if order.nodes})
 
     def plan(self, event_type: type[Event], phase_type: type[Phase]) -> Plan:
-        """Return the plan for an event and phase; made, and checked, when first asked for."""
+        """Return the plan for an event and phase, which is made at its first use.
+
+        Raises:
+            FlowtrainError: The declarations have no valid order for these types, or name state that does not exist.
+        """
         key = (event_type, phase_type)
         if key not in self._plans:
             if key not in self._known:
-                self._learn(event_type, phase_type)
+                self._add_types(event_type, phase_type)
             self._plans[key] = make_plan(event_type, phase_type, self._known[key], self._state, self._watch)
         return self._plans[key]
 
     def explain(self) -> str:
-        """Return, for each event and phase with handlers, the order and the reason of every edge, as text."""
+        """Return a text with the serial order and the reason of every edge, for each event and phase with handlers."""
         blocks = []
         for (event, phase), order in self._known.items():
             if not order.nodes:
@@ -144,18 +150,25 @@ class Callbacks(Sequence[Callback]):
         return "\n\n".join(blocks) or "No callback has a handler for a known event."
 
     def find(self, wanted: type | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is none."""
+        """Return the first callback of a type, subclasses included, or of a name; ``None`` if the learner has none.
+
+        Raises:
+            CallbackError: `wanted` is neither a type nor a name.
+        """
         if isinstance(wanted, str):
             return next((node.callback for node in self._nodes if node.name == wanted), None)
         if not is_a(wanted, type):
-            raise CallbackError(f"A callback is found by its type or name, got {wanted!r}.")
+            raise CallbackError(
+                f"A callback is found by its type or name, got {wanted!r}. "
+                f'Pass a class, such as Recorder, or a name, such as "Recorder".'
+            )
         return next((node.callback for node in self._nodes if isinstance(node.callback, wanted)), None)
 
     def must_find(self, wanted: type | str) -> Callback:
-        """Return what `find` finds.
+        """Return the first callback of a type, subclasses included, or of a name.
 
         Raises:
-            CallbackError: There is none.
+            CallbackError: The learner has no such callback.
         """
         found = self.find(wanted)
         if found is None:
@@ -167,10 +180,10 @@ class Callbacks(Sequence[Callback]):
         return found
 
     def must_find_same(self, new: Callback) -> Callback:
-        """Return the one callback of exactly the type of `new`, which is to replace it.
+        """Return the one callback that has exactly the type of `new`, so that `new` can replace it.
 
         Raises:
-            CallbackError: There is none of exactly that type, or more than one.
+            CallbackError: No callback has exactly that type, or more than one has it.
         """
         same = [node.callback for node in self._nodes if type(node.callback) is type(new)]
         if len(same) != 1:
@@ -186,7 +199,7 @@ class Callbacks(Sequence[Callback]):
         return tuple(self._nodes)
 
     def annotate(self, notes: Callable[[Plan], str]) -> None:
-        """Let `explain` print what `notes` says of a plan."""
+        """Let `explain` add the text that a function gives for each plan: `Executor.explain`."""
         self._notes = notes
 
     @overload
@@ -202,25 +215,28 @@ class Callbacks(Sequence[Callback]):
     def __repr__(self) -> str:
         return f"<Callbacks: {', '.join(node.name for node in self._nodes) or 'none'}>"
 
-    # --- how it is made
+    # --- how the plans are made
 
     def _meeting(self, event: type[Event], phase: type[Phase]) -> list[tuple[Node, Handler]]:
-        """Return the callbacks with a handler for an event and phase, in list order, each with that handler."""
+        """Return the callbacks that meet at an event and phase, in list order, each with its handler."""
         key = (event, phase)
-        if key not in self._handlers_for:
-            found = []
+        if key not in self._participants:
+            participants = []
             for node in self._nodes:
                 lookup = (node.handlers, event, phase)
                 if lookup not in self._dispatch:
                     self._dispatch[lookup] = find_handler(node.handlers, event, phase)
                 handler = self._dispatch[lookup]
                 if handler is not None:
-                    found.append((node, handler))
-            self._handlers_for[key] = found
-        return self._handlers_for[key]
+                    participants.append((node, handler))
+            self._participants[key] = participants
+        return self._participants[key]
 
-    def _learn(self, event_type: type[Event], phase_type: type[Phase]) -> None:
-        """Check what is seen for the first time: an event, or a phase with all its events before it fires one."""
+    def _add_types(self, event_type: type[Event], phase_type: type[Phase]) -> None:
+        """Check and order an event type or phase type that is met for the first time.
+
+        All events of a new phase are checked before the first of them is fired.
+        """
         events = list(dict.fromkeys([*_step_events(phase_type, self._nodes), event_type]))
         check_batch(phase_type, {event: self._meeting(event, phase_type) for event in events})
         wanted = [event_type] if phase_type in _ABSTRACT else events
@@ -228,13 +244,14 @@ class Callbacks(Sequence[Callback]):
 
     def _order(self, event: type[Event], phase: type[Phase]) -> Order:
         participants = self._meeting(event, phase)
-        # The same handlers at another phase have the same order.
-        same = (event, *((node.position, id(handler)) for node, handler in participants))
-        if same not in self._orders:
-            self._orders[same] = order_event(event, phase, participants, self._resolver, self._reach)
-        return self._orders[same]
+        # The order depends on the handlers only, so phases in which the same handlers meet share it.
+        key = (event, *((node.position, id(handler)) for node, handler in participants))
+        if key not in self._orders:
+            self._orders[key] = order_event(event, phase, participants, self._resolver, self._reach)
+        return self._orders[key]
 
     def _pairs(self) -> Iterator[_Key]:
+        """Yield the known pairs of an event type and a phase type, in the order in which a fit fires them."""
         yield FitBegin, Phase
         for phase in self._phases:
             for event in _step_events(phase, self._nodes):
@@ -242,6 +259,7 @@ class Callbacks(Sequence[Callback]):
         yield FitEnd, Phase
 
     def _make_node(self, callback: Callback, name: str, position: int) -> Node:
+        """Look up the handlers, declarations and backends of a callback, and check its handlers."""
         handlers = tuple(callback.handlers())
         if not handlers:
             check_marks(callback)
@@ -251,7 +269,7 @@ class Callbacks(Sequence[Callback]):
         type_name = type(callback).__name__
         passed = callback.access_argument
         if passed is not None:
-            declare(passed, f"{type_name}(access=...)")  # for messages about what the user wrote
+            declare(passed, f"{type_name}(access=...)")  # checked first, so that an error names what the user wrote
         backends = backends_of(callback)
         sinks = declare({backend.resource: Write() for backend in backends}, type_name)
         shared = union([declare(callback.state_access(), f"{type_name}.state_access()"), sinks])
@@ -263,6 +281,7 @@ class Callbacks(Sequence[Callback]):
         return Node(callback, name, position, handlers, access, declared, backends, sinks)
 
     def _call_setup(self, node: Node) -> None:
+        """Call `Callback.setup` with a view, and refuse requests that only a running fit can serve."""
         try:
             set_up(node, bind_view(node.union, self._state, owner_of(node, None)), self._state)
         except Exception as error:
@@ -279,6 +298,10 @@ class Callbacks(Sequence[Callback]):
             )
 
     def _set_up(self, known: set[int], accept: Accept | None) -> None:
+        """Make the containers, call `setup` of the callbacks whose ids are not `known`, and let the executor check.
+
+        If anything fails, ``cbstate`` is restored.
+        """
         cbstate = self._state.cbstate
         restore = restore_point(cbstate)
         try:
@@ -293,34 +316,44 @@ class Callbacks(Sequence[Callback]):
                 accept(self._nodes, self._state)
         except BaseException:
             restore()
-            self._state.fired.clear()  # what a setup asked for before it raised
+            self._state.fired.clear()  # a `setup` may have fired an event before it raised
             self._state.requests.clear()
             raise
 
 
 def _known_phases(nodes: Iterable[Node], phases: Iterable[type[Phase]]) -> list[type[Phase]]:
+    """Return the phases with data and those that handlers name, without the abstract ones."""
     named = (handler.phase_type for node in nodes for _, handler in node.handlers)
     return [phase for phase in dict.fromkeys([*phases, *named]) if phase not in _ABSTRACT]
 
 
 def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]:
-    """Return the events known for a phase, in order: what it fires, and events of the user's with a handler."""
+    """Return the known events of a phase, in order: those that it fires, and the user's events that have a handler."""
     fires = phase.events
-    if fires is None:
+    if fires is None:  # the phase does not list its events, so it may fire any of the library's
         fires = AbstractTrainingPhase.events or ()
-    others = {
+    user_events = {
         handler.event_type: None
         for node in nodes
         for _, handler in node.handlers
         if handler.event_type.__module__ != Event.__module__
     }
-    return [*fires, *others]
+    return [*fires, *user_events]
 
 
 def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> None:
-    """Make the entries that the learner owes: series, and a namespace where only something inside it is declared."""
+    """Make the entries of ``cbstate`` that callbacks declare to write and that the learner makes for them.
+
+    These are the containers of the bundled callbacks with the declared series in them, and a namespace for each further
+    entry of which callbacks declare only parts.
+
+    Args:
+        nodes: The callbacks.
+        cbstate: The state in which the entries are made.
+        late: Whether values of the device are read late, so that series keep them there.
+    """
     paths = [path for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == "cbstate"]
-    whole = {path[1] for path in paths if len(path) == 2}
+    whole = {path[1] for path in paths if len(path) == 2}  # entries that the `setup` of their writers makes
     for path in paths:
         if len(path) == 1 or path[1] in cbstate:
             continue
@@ -335,28 +368,30 @@ def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> No
 
 
 def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:
-    """Return the graph of a list of callbacks without a learner, for training and validation and what handlers name.
+    """Return the dependency graph of a list of callbacks, without a learner and without a call of `setup`.
 
-    Nothing is set up. Node attribute: ``callback``; edge attributes: ``reason`` and ``events``.
+    The graph covers training, validation, and the phases that handlers name. A node is the name of a callback, with the
+    attribute ``callback``. An edge has the attributes ``reason``, a text, and ``events``, a tuple of pairs of an event
+    type and a phase type.
 
     Raises:
-        FlowtrainError: As for a learner.
+        FlowtrainError: The declarations have no valid order, or name state that does not exist.
     """
     return _Unbound(callbacks, LearnerState(), (TrainingPhase, ValidationPhase)).graph
 
 
 class _Unbound(Callbacks):
-    """Callbacks without a learner: ordered and checked, not set up."""
+    """Callbacks without a learner: they are checked and ordered, and not set up."""
 
     def _set_up(self, known: set[int], accept: Accept | None) -> None:
         pass
 
 
 def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
-    """Give each callback its name: its own, or its type's name with a number where that is taken.
+    """Return each callback with its name: its own, or the name of its type, with a number where that name is taken.
 
     Raises:
-        CallbackError: Not a callback, the same one twice, or two with one name of their own.
+        CallbackError: An object is no callback, a callback is there twice, or two callbacks have set the same name.
     """
     for callback in callbacks:
         if is_type(callback, Callback):
@@ -367,7 +402,7 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
                 f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
                 f"CustomCallback(f, EpochEnd, TrainingPhase)."
             )
-    if len({id(callback) for callback in callbacks}) < len(callbacks):
+    if len({id(callback) for callback in callbacks}) < len(callbacks):  # by id, as a user may define __eq__
         twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
         raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
     own = [callback.name for callback in callbacks if not _is_automatic(callback)]
@@ -375,16 +410,17 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
         if own.count(name) > 1:
             raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
     taken = set(own)
-    kept: set[int] = set()
-    for callback in callbacks:  # a name that a callback has had before stays its own, wherever it stands now
+    # When the list changes, callbacks keep the names that they were given before: checkpoints refer to these.
+    keeps_name: set[int] = set()
+    for callback in callbacks:
         if _is_automatic(callback) and callback.name and callback.name not in taken:
             taken.add(callback.name)
-            kept.add(id(callback))
+            keeps_name.add(id(callback))
     numbers: dict[str, Iterator[int]] = {}
     named = []
     for callback in callbacks:
         name = callback.name
-        if _is_automatic(callback) and id(callback) not in kept:
+        if _is_automatic(callback) and id(callback) not in keeps_name:
             kind, name = type(callback).__name__, ""
             while not name or name in taken:
                 number = next(numbers.setdefault(kind, count(1)))
@@ -395,5 +431,6 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
 
 
 def _is_automatic(callback: Callback) -> bool:
+    """Tell whether the name of a callback is empty or was made here, from its type and a number."""
     kind, _, number = callback.name.partition("#")
     return not callback.name or (kind == type(callback).__name__ and (not number or number.isdigit()))

@@ -1,4 +1,8 @@
-"""The resolver: asks both callbacks, and `resolve`, for the answer to a conflict."""
+"""The resolver: collects the answers to a conflict from both callbacks and from `resolve`, and makes one of them.
+
+All answers count, so the result does not depend on who is asked first: `Unresolvable` by anyone is an error, `RunFirst`
+beats `NoConflict`, and two `RunFirst` must name the same callback.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,21 @@ __all__ = ["Resolver"]
 
 
 class Resolver:
-    """Asks both callbacks, and `resolve`, for the answer to a conflict; each pair is asked once."""
+    """Finds the answer to the conflict of two callbacks. Each pair is asked once, though it may meet at many events."""
 
     def __init__(self) -> None:
+        # By the positions of both callbacks: the callback that runs first (or None), the answer, and its source.
         self._answers: dict[tuple[int, int], tuple[Node | None, Resolution, str] | None] = {}
 
     def answer(self, one: Node, other: Node) -> tuple[Node | None, Resolution, str] | None:
-        """Return who runs first (or ``None``), the answer, and who gave it; ``None`` where nobody answered.
+        """Return the answer to the conflict of two callbacks, or ``None`` where no answer was given.
+
+        Returns:
+            The callback that runs first (``None`` for `NoConflict`), the resolution, and the call that gave it.
 
         Raises:
-            ResolutionError: An answer is `Unresolvable`, two contradict each other, or one names neither callback.
+            ResolutionError: An answer is `Unresolvable`, two answers contradict each other, or one names neither
+                callback.
         """
         key = (one.position, other.position)
         if key not in self._answers:
@@ -27,38 +36,39 @@ class Resolver:
         return self._answers[key]
 
     def _ask(self, one: Node, other: Node) -> tuple[Node | None, Resolution, str] | None:
-        heard = resolutions_for(one.callback, other.callback)
+        answers = resolutions_for(one.callback, other.callback)
         for asked, about in ((one, other), (other, one)):
             answer = asked.callback.resolve_conflict(about.callback)
             if answer is not None:
-                heard.append((f"{asked.name}.resolve_conflict({about.name})", answer))
-        first: tuple[Node | None, Resolution, str] | None = None
-        for source, answer in heard:
+                answers.append((f"{asked.name}.resolve_conflict({about.name})", answer))
+        chosen: tuple[Node | None, Resolution, str] | None = None
+        for source, answer in answers:
             if isinstance(answer, Unresolvable):
                 raise ResolutionError(
                     f"{one.name} and {other.name} cannot be used together: {source} says Unresolvable(). Remove one."
                 )
             if isinstance(answer, RunFirst):
                 winner = _winner(answer, one, other, source)
-                if first is not None and first[0] not in (None, winner):
+                if chosen is not None and chosen[0] not in (None, winner):
                     raise ResolutionError(
-                        f"{first[2]} lets {first[0].name if first[0] else ''} run first and {source} lets "
-                        f"{winner.name} run first. Both are heard, so they must agree."
+                        f"{chosen[2]} lets {chosen[0].name if chosen[0] else ''} run first and {source} lets "
+                        f"{winner.name} run first. Both answers count, so they must agree: change one of them."
                     )
-                first = (winner, answer, source)
+                chosen = (winner, answer, source)
             elif is_a(answer, NoConflict):
-                first = first or (None, answer, source)
+                chosen = chosen or (None, answer, source)
             else:
                 raise ResolutionError(
                     f"{source} returned {answer!r}. Return RunFirst(self), RunFirst(other), NoConflict(), "
                     f"Unresolvable(), or None for no answer."
                 )
-        return first
+        return chosen
 
 
 def _winner(answer: RunFirst, one: Node, other: Node, source: str) -> Node:
+    """Return the one of two callbacks that a `RunFirst` names, by itself or by its type."""
     named = answer.callback
-    fits = [node for node in (one, other) if any(named is each for each in (node.callback, type(node.callback)))]
+    fits = [node for node in (one, other) if named is node.callback or named is type(node.callback)]
     if not fits and isinstance(named, type):  # a type names its own callbacks before those of its subclasses
         fits = [node for node in (one, other) if isinstance(node.callback, named)]
     if len(fits) != 1:

@@ -1,4 +1,8 @@
-"""The state of one batch, and the read-only twin of a batch that holds containers."""
+"""The state of one batch, and its read-only twin.
+
+A new `BatchState` is made for each batch. A handler that only reads gets the batch itself while its entries are plain
+tensors and numbers, and a `ReadOnlyBatch` as soon as one of them is a container, which could be changed in place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ __all__ = ["BatchState", "ReadOnlyBatch"]
 
 
 class BatchState:
-    """What is known about one batch: ``inputs``, ``outputs``, ``loss`` and whatever a phase or callback adds."""
+    """The entries of one batch as attributes: ``inputs``, ``outputs``, ``loss``, and those that callbacks add."""
 
     if TYPE_CHECKING:  # at run time plain attributes, which are the fastest
 
@@ -31,20 +35,20 @@ class BatchState:
 
 
 class ReadOnlyBatch:
-    """The twin of a batch that holds containers; a batch of plain tensors needs none."""
+    """The read-only twin of a batch that has containers among its entries."""
 
     __slots__ = ("_batch", "_twins")
 
     def __init__(self, batch: BatchState) -> None:
         self._batch = batch
-        self._twins: dict[str, tuple[Any, Any]] = {}
+        self._twins: dict[str, tuple[Any, Any]] = {}  # by name: the container, and its twin
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._batch, name)
         if type(value) in PLAIN:
             return value
-        original, twin = self._twins.get(name, (None, None))
-        if original is not value:
+        container, twin = self._twins.get(name, (None, None))
+        if container is not value:  # read for the first time, or replaced since
             twin = readonly(value, f"batch.{name}")
             self._twins[name] = (value, twin)
         return twin

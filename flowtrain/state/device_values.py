@@ -1,15 +1,15 @@
-"""Values of the device, read a fixed number of batches late.
+"""Values of the device, which the host reads a fixed number of batches late.
 
-To read a number from a device is to wait until it has computed everything that it was given. So what only displays,
-records or decides reads values that are *lag* batches old: their copy to the host was begun when they were new, and is
-done by then. How many batches is fixed, never "when it is ready", so that a run does the same again.
+Reading a number from a device waits until the device has computed everything that it was given. So code that displays,
+records or decides reads values that are *lag* batches old: their copy to the host began when they were new, and has
+ended since. The lag is a fixed number of batches, and never "when the copy is ready", so that a run can be repeated.
 
-- `Reading`: values on their way to the host, through pinned memory, on the current stream.
-- `Lagged`: gives every value back as a number, a fixed number of values later.
-- `Kept`: the values of a series that are still on the device, at most `CHUNK` of them.
+- `Reading` holds values that are being copied to the host, through pinned memory, on the current stream.
+- `Lagged` returns every value as a number, a fixed number of values later.
+- `Kept` holds the positions of the values of a series that are still on the device, at most `CHUNK` of them.
 
-On the CPU nothing has to wait, so the lag is 0. ``TorchCore(lag=2)`` makes the library treat the CPU as a device, which
-shows without one what a device would do.
+On the CPU nothing has to wait, so the lag is 0. ``TorchCore(lag=2)`` makes the library treat the CPU as a device, so
+that tests without an accelerator take the same way.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK", "DEFAULT_LAG", "Kept", "Lagged", "Reading", "reading"]
 
 DEFAULT_LAG = 2
-"""Batches between a value on a device and its use on the host."""
+"""The number of batches between a value on a device and its use on the host."""
 
 CHUNK = 256
-"""How many values of one series are on the device at most."""
+"""The largest number of values of one series that stay on the device."""
 
-_depth = 0
-_lock = threading.RLock()  # a lane reads a series that the training thread writes; one for all, as it is rarely wanted
+_depth = 0  # how many calls of the library itself are reading a number now
+# A lane may read a series while the training thread writes it. One lock serves all series, as it is rarely contended.
+_lock = threading.RLock()
 
 
 def reading() -> bool:
-    """Tell whether the library itself reads numbers that it has waited for; see `flowtrain.diagnostics.sync_audit`."""
+    """Tell whether the library itself reads a number now; `flowtrain.diagnostics.sync_audit` leaves that read out."""
     return _depth > 0
 
 
 @contextmanager
-def _own() -> Generator[None]:
+def _own_read() -> Generator[None]:
+    """Return a context in which `reading` is true."""
     global _depth
     _depth += 1
     try:
@@ -53,16 +55,16 @@ def _own() -> Generator[None]:
 
 
 class Reading:
-    """Values of one element each, on their way to the host.
+    """Tensors of one element each that are being copied to the host.
 
     Args:
-        values: Tensors; their values of now are read, whatever is written into them later.
+        values: The tensors. Their present values are copied, whatever is written into them later.
     """
 
     __slots__ = ("_count", "_done", "_parts")
 
     def __init__(self, values: Sequence[torch.Tensor]) -> None:
-        by_kind: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        by_kind: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # one copy for all tensors of a kind
         for position, value in enumerate(values):
             by_kind.setdefault((value.dtype, value.device), []).append(position)
         self._count = len(values)
@@ -84,22 +86,22 @@ class Reading:
         return source.clone() if count == 1 else source
 
     def numbers(self) -> list[Any]:
-        """Return the values as Python numbers, in the order given; waits for their copy alone."""
+        """Return the values as Python numbers, in the order given. Waits for their copy, and for no later work."""
         for done in self._done:
             done.synchronize()
-        found: list[Any] = [None] * self._count
-        with _own():
+        numbers: list[Any] = [None] * self._count
+        with _own_read():
             for positions, host in self._parts:
                 for position, number in zip(positions, host.reshape(-1).tolist(), strict=True):
-                    found[position] = number
-        return found
+                    numbers[position] = number
+        return numbers
 
 
 class Lagged:
-    """Gives each value back as a number, `lag` values later.
+    """Returns each value as a number, `lag` values later.
 
     Args:
-        lag: How many values are on their way.
+        lag: The number of values that are being copied at a time.
 
     >>> late = Lagged(2)
     >>> [late.push(torch.tensor(number), name) for number, name in ((1, "a"), (2, "b"), (3, "c"))]
@@ -113,12 +115,17 @@ class Lagged:
         self._waiting: deque[tuple[Any, Reading]] = deque()
 
     def push(self, value: torch.Tensor, tag: Any = None) -> tuple[Any, Any] | None:
-        """Begin to read a value; return the tag and the number of the one `lag` values ago, if there is one."""
+        """Begin to read a value; return the tag and the number of the value `lag` values ago, or ``None``.
+
+        Args:
+            value: A tensor of one element.
+            tag: Any object, which is returned with the number of this value.
+        """
         self._waiting.append((tag, Reading([value])))
         return self._next() if len(self._waiting) > self.lag else None
 
     def flush(self) -> list[tuple[Any, Any]]:
-        """Return the tags and numbers of all that are on their way."""
+        """Return the tags and numbers of all values that are still being copied."""
         return [self._next() for _ in range(len(self._waiting))]
 
     def _next(self) -> tuple[Any, Any]:
@@ -127,10 +134,10 @@ class Lagged:
 
 
 class Kept:
-    """Which values of a series are on the device, or on their way from it.
+    """The positions of the values of a series that are on the device, or are being copied from it.
 
-    A full chunk is begun to be read as one; its numbers are put into the series when the next chunk is full, or when
-    somebody asks.
+    The copy of a chunk begins when the chunk is full. Its numbers are put into the series when the next chunk is full,
+    or when a value is read. The methods take the list of values that the series holds.
     """
 
     __slots__ = ("_moving", "_positions")
@@ -140,15 +147,15 @@ class Kept:
         self._moving: tuple[list[int], Reading] | None = None
 
     def add(self, values: list[Any]) -> None:
-        """Take notice of the newest value, a tensor of one element."""
+        """Note the position of the newest value, a tensor of one element."""
         with _lock:
             self._positions.append(len(values) - 1)
             if len(self._positions) >= CHUNK:
-                self._arrive(values)
+                self._arrive(values)  # the copy of the chunk before has ended long ago
                 self._leave(values)
 
     def settle(self, values: list[Any]) -> None:
-        """Make numbers of all values; waits for the device if there are any."""
+        """Replace all tensors by numbers. Waits for the device if there are any."""
         with _lock:
             self._arrive(values)
             if self._positions:
@@ -156,7 +163,7 @@ class Kept:
                 self._arrive(values)
 
     def settle_one(self, values: list[Any], position: int) -> None:
-        """Make a number of one value."""
+        """Replace the tensor at one position by a number, if it is one. Waits for the device then."""
         with _lock:
             if position in self._positions:
                 self._positions.remove(position)
@@ -165,7 +172,7 @@ class Kept:
                 self._arrive(values)
 
     def forget(self, values: list[Any], start: int) -> None:
-        """Forget the values from a position on, which are about to be deleted."""
+        """Forget the values from a position on, because the series is about to delete them."""
         with _lock:
             self._arrive(values)
             self._positions = [position for position in self._positions if position < start]
@@ -174,12 +181,14 @@ class Kept:
         return bool(self._positions) or self._moving is not None
 
     def _leave(self, values: list[Any]) -> None:
+        """Begin to copy all values that are on the device."""
         positions, self._positions = self._positions, []
         self._moving = (positions, Reading([values[position] for position in positions]))
         for position in positions:
-            values[position] = None  # lets go of the device's memory
+            values[position] = None  # frees the memory on the device
 
     def _arrive(self, values: list[Any]) -> None:
+        """Put the numbers of the chunk that is being copied into the series."""
         if self._moving is not None:
             (positions, numbers), self._moving = self._moving, None
             for position, number in zip(positions, numbers.numbers(), strict=True):

@@ -1,11 +1,11 @@
-"""Hyperparameters: what a schedule can set, each as a small class.
+"""Hyperparameters: the values that a schedule can set, each as a small class.
 
 =================  ================================================================================
 `LearningRate`     ``lr`` of the parameter groups of the optimizer
-`Momentum`         ``momentum``, or the first of ``betas`` where the optimizer has those
+`Momentum`         ``momentum``, or the first of ``betas`` if the optimizer has ``betas``
 `WeightDecay`      ``weight_decay``
-`HyperParameter`   the base of these: subclass it for another entry of the parameter groups
-`Setting`          the base of all: subclass it for a value of your own, in ``cbstate``
+`HyperParameter`   the base of these three: subclass it for another entry of the parameter groups
+`Setting`          the base of all: subclass it for a value elsewhere, such as in ``cbstate``
 =================  ================================================================================
 
 ::
@@ -40,32 +40,39 @@ class Setting:
     """A value that a schedule sets before each update.
 
     Attributes:
-        minimum: The smallest value that means something; ``None`` if any finite number does.
+        minimum: The smallest value that is allowed; ``None`` if every finite number is.
     """
 
     minimum: ClassVar[float | None] = None
 
     @property
     def name(self) -> str:
-        """Its name in ``cbstate.hyperparams``, and in messages."""
+        """The name of the setting in ``cbstate.hyperparams`` and in messages."""
         return type(self).__name__
 
     def overlaps(self, other: Setting) -> bool:
-        """Tell whether setting the other sets this one too."""
+        """Tell whether two settings change the same value, so that only one schedule may have either."""
         return self.name == other.name
 
     def access(self) -> Access:
-        """Return what `set` and `prepare` touch."""
+        """Return the access declaration of `set` and `prepare`."""
         raise NotImplementedError(f"{type(self).__name__} does not define access()")
 
     def set(self, learner: LearnerView, value: float) -> None:
-        """Set the value."""
+        """Set the value. Called before each update.
+
+        Args:
+            learner: A view that allows what `access` declares.
+            value: The value of the schedule for the coming update.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define set(learner, value)")
 
     def prepare(self, learner: LearnerView, value: float) -> None:
-        """Get ready when the learner is built; `value` is that of the first update.
+        """Prepare the setting when the learner is built. The base class sets the value, so that others can read it.
 
-        Here it is set, so that what others read is there.
+        Args:
+            learner: A view that allows what `access` declares.
+            value: The value for the first update.
         """
         self.set(learner, value)
 
@@ -77,15 +84,18 @@ class Setting:
 class HyperParameter(Setting):
     """A hyperparameter of an optimizer: one entry of its parameter groups.
 
-    Two of the same type, optimizer and group are equal.
+    Two hyperparameters with the same type, optimizer and group are equal.
 
     Args:
-        optimizer: The optimizer's name, where the learner has several.
-        group: The position of one parameter group; without it, the value is set in every group, and these must agree
-            when the learner is built.
+        optimizer: The name of the optimizer, if the learner has several.
+        group: The position of one parameter group, from 0. Without it the value is set in all groups, which must have
+            the same value when the learner is built.
 
     Attributes:
-        key: The entry of a parameter group.
+        key: The name of the entry of a parameter group.
+
+    Raises:
+        UsageError: `optimizer` is no name, or `group` no position.
 
     >>> LearningRate("gen", group=1).name
     'LearningRate.gen.1'
@@ -99,7 +109,7 @@ class HyperParameter(Setting):
 
     def __post_init__(self) -> None:
         what = type(self).__name__
-        if not is_a(self.optimizer, str) or "." in self.optimizer:
+        if not is_a(self.optimizer, str) or "." in self.optimizer:  # the name becomes one part of a path
             raise UsageError(f"{what}({self.optimizer!r}) takes the name of an optimizer, as {what}('gen').")
         if self.group is not None:
             group = whole_number(f"{what}(): group, the position of a parameter group,", self.group, least=0)
@@ -107,18 +117,18 @@ class HyperParameter(Setting):
 
     @property
     def name(self) -> str:
-        """The type's name; then the optimizer's and the group's, each after a dot, where they are given."""
+        """The name of the type, then the optimizer and the group where they are given, joined by dots."""
         parts = [type(self).__name__, self.optimizer, "" if self.group is None else str(self.group)]
         return ".".join(part for part in parts if part)
 
     def overlaps(self, other: Setting) -> bool:
-        """Tell whether the two are the same entry of a parameter group that they share."""
+        """Tell whether the two hyperparameters are the same entry of at least one common parameter group."""
         if not isinstance(other, HyperParameter) or (self.key, self.optimizer) != (other.key, other.optimizer):
             return False
         return self.group is None or other.group is None or self.group == other.group
 
     def access(self) -> Access:
-        """Return ``optimizer.hyperparams``, or that of the optimizer's name."""
+        """Return `Write` on the hyperparameters of the optimizer."""
         return {f"optimizer.{self.optimizer}.hyperparams" if self.optimizer else "optimizer.hyperparams": Write()}
 
     def read(self, group: Mapping[str, Any]) -> float:
@@ -126,7 +136,7 @@ class HyperParameter(Setting):
         return float(group[self.key])
 
     def write(self, group: MutableMapping[str, Any], value: float) -> None:
-        """Set the value in one parameter group. A tensor, as compiled optimizers keep, is filled."""
+        """Set the value in one parameter group. A tensor, as compiled optimizers have, is filled and not replaced."""
         old = group[self.key]
         if isinstance(old, torch.Tensor):
             old.fill_(value)
@@ -134,32 +144,33 @@ class HyperParameter(Setting):
             group[self.key] = value
 
     def set(self, learner: LearnerView, value: float) -> None:
-        """Set the value in the parameter groups."""
+        """Set the value in all parameter groups, or in the one that was given."""
         for group in self._groups(learner):
             self.write(group, value)
 
     def prepare(self, learner: LearnerView, value: float) -> None:
-        """Check that the parameter groups have this hyperparameter, and that those that will share a value agree.
+        """Check that the parameter groups have this hyperparameter, and that groups which will share a value agree.
 
         Raises:
-            UsageError: They do not.
+            UsageError: A group does not have it, the groups have different values, or the group does not exist.
         """
-        found: list[float] = []
+        values: list[float] = []
         for group in self._groups(learner):
             try:
-                found.append(self.read(group))
-            except KeyError as error:
+                values.append(self.read(group))
+            except KeyError as error:  # the user's `read` may look up another key than `key`
                 raise UsageError(
                     f"{self!r}: the parameter groups of the optimizer have no {error}.{nearest(self.key, group)} "
                     f"They have: {', '.join(group)}."
                 ) from None
-        if any(other != found[0] for other in found):
+        if any(value != values[0] for value in values):
             raise UsageError(
-                f"{self!r} would give all parameter groups one value, and now they have {', '.join(map(str, found))}. "
+                f"{self!r} would give all parameter groups one value, and now they have {', '.join(map(str, values))}. "
                 f"Name the group: {{{type(self).__name__}(group=0): ..., {type(self).__name__}(group=1): ...}}."
             )
 
     def _groups(self, learner: LearnerView) -> Iterator[MutableMapping[str, Any]]:
+        """Yield the parameter groups in which the value is set."""
         optimizer = learner.optimizer
         groups = (getattr(optimizer, self.optimizer) if self.optimizer else optimizer).hyperparams
         if self.group is None:
@@ -182,7 +193,7 @@ class LearningRate(HyperParameter):
 
 
 class Momentum(HyperParameter):
-    """The momentum; of an optimizer with ``betas``, such as Adam, the first of them."""
+    """The momentum. For an optimizer with ``betas``, such as Adam, this is the first of the betas."""
 
     key = "momentum"
 

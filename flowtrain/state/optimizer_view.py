@@ -1,7 +1,8 @@
-"""What handlers see of an optimizer: its hyperparameters and its state, as two things apart.
+"""Optimizers as handlers see them: hyperparameters and state are separate, and neither leads to the parameters.
 
-A schedule writes ``optimizer.hyperparams`` while another callback reads ``optimizer.state``; neither leads to the
-parameters, which belong to ``model``. Both are paths of their own, and bare ``optimizer`` covers them.
+So a schedule can write ``optimizer.hyperparams`` while another callback reads ``optimizer.state``, and neither of them
+conflicts with a callback that reads the parameters, which belong to ``model``. Each is a path, and the path
+``optimizer`` covers both.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ from flowtrain.state.readonly import readonly, refuse
 __all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts", "OptimizerState"]
 
 _STEPS = frozenset({"add_param_group", "load_state_dict", "step", "zero_grad"})
+"""The methods of an optimizer that write, and that a handler may call only if it declares to write the optimizer."""
 
 
 class HyperParamGroup(MutableMapping[str, Any]):
-    """One parameter group without its parameters: ``group["lr"] = 0.1``."""
+    """One parameter group of an optimizer without its parameters: ``group["lr"] = 0.1``.
+
+    Args:
+        group: The group of the optimizer.
+        path: The path of the hyperparameters, for messages.
+        writable: Whether values may be assigned.
+    """
 
     __slots__ = ("_group", "_path", "_writable")
 
@@ -33,7 +41,7 @@ class HyperParamGroup(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":
-            raise KeyError("params: the parameters are at learner.params; a group here has hyperparameters only")
+            raise KeyError("params: the parameters are at learner.params; this group has hyperparameters only")
         value = self._group[name]
         return value if self._writable else readonly(value, self._path)
 
@@ -41,7 +49,7 @@ class HyperParamGroup(MutableMapping[str, Any]):
         if not self._writable:
             raise refuse(self._path)
         if name == "params":
-            raise KeyError("params: a group here has hyperparameters only")
+            raise KeyError("params: the parameters are at learner.params; this group has hyperparameters only")
         self._group[name] = value
 
     def __delitem__(self, name: str) -> None:
@@ -53,14 +61,20 @@ class HyperParamGroup(MutableMapping[str, Any]):
         return (name for name in self._group if name != "params")
 
     def __len__(self) -> int:
-        return len(self._group) - ("params" in self._group)
+        return len(self._group) - ("params" in self._group)  # the items of `__iter__`
 
     def __repr__(self) -> str:
         return f"HyperParamGroup({dict(self)})"
 
 
 class HyperParams(Sequence[HyperParamGroup]):
-    """The parameter groups of an optimizer without their parameters."""
+    """The parameter groups of an optimizer without their parameters.
+
+    Args:
+        optimizer: The optimizer.
+        path: The path of the hyperparameters, for messages.
+        writable: Whether values may be assigned.
+    """
 
     __slots__ = ("_optimizer", "_path", "_writable")
 
@@ -86,10 +100,16 @@ class HyperParams(Sequence[HyperParamGroup]):
 
 
 class OptimizerState(MutableMapping[Any, Any]):
-    """The state of an optimizer: ``state["0.weight"]["exp_avg"]``. A parameter can be given instead of its name.
+    """The state of an optimizer by the names of its parameters: ``state["0.weight"]["exp_avg"]``.
 
-    Iteration gives names. torch's own mapping gives the parameters, which belong to another path. A state whose
-    parameter has no name goes by its place, as ``"#3"``.
+    A parameter itself works as a key too. Iteration gives names, since the parameters that torch's own mapping gives
+    belong to another path. The state of a parameter that has no name gets the name ``"#3"``, with its place.
+
+    Args:
+        optimizer: The optimizer.
+        path: The path of the state, for messages.
+        named: A function that returns the parameters by name.
+        writable: Whether the state may be changed.
     """
 
     def __init__(
@@ -104,31 +124,32 @@ class OptimizerState(MutableMapping[Any, Any]):
     def _named(self) -> Mapping[str, torch.Tensor]:
         return self._find()
 
-    def _key(self, key: Any) -> Any:
+    def _param(self, key: Any) -> Any:
+        """Return the parameter of a name, which is the key of torch's own mapping; a parameter as it is."""
         if not isinstance(key, str):
             return key
         if key in self._named:
             return self._named[key]
-        found = next((param for name, param in zip(self, self._state, strict=True) if name == key), None)
-        if found is None:
+        param = next((param for name, param in zip(self, self._state, strict=True) if name == key), None)
+        if param is None:
             raise KeyError(f"{self._path}: there is no parameter {key!r}.{nearest(key, self._named)}")
-        return found
+        return param
 
     def __getitem__(self, key: Any) -> Any:
-        found = self._key(key)
-        return self._state[found] if self._writable else readonly(self._state, self._path)[found]
+        param = self._param(key)
+        return self._state[param] if self._writable else readonly(self._state, self._path)[param]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not self._writable:
             raise refuse(self._path)
-        self._state[self._key(key)] = value
+        self._state[self._param(key)] = value
 
     def __delitem__(self, key: Any) -> None:
         if not self._writable:
             raise refuse(self._path)
-        del self._state[self._key(key)]
+        del self._state[self._param(key)]
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: object) -> bool:  # that of the base class would make a twin of the state
         return (key in set(self)) if isinstance(key, str) else key in self._state
 
     def __iter__(self) -> Iterator[str]:
@@ -143,17 +164,16 @@ class OptimizerState(MutableMapping[Any, Any]):
 
 
 class OptimizerParts:
-    """An optimizer as handlers see it. Anything else of the optimizer is reached by its own name.
+    """An optimizer as handlers see it: `hyperparams`, `state`, and all other attributes of the optimizer itself.
 
     Args:
         optimizer: The optimizer.
-        path: Where it is, dotted.
-        named: Returns its parameters by name.
-        writable: Whether it may be changed.
+        path: The path of the optimizer, for messages.
+        named: A function that returns the parameters of the optimizer by name.
+        writable: Whether the optimizer may be changed.
 
     Attributes:
-        hyperparams: `HyperParams`.
-        state: `OptimizerState`.
+        hyperparams: The parameter groups without their parameters.
     """
 
     __slots__ = ("_named", "_optimizer", "_path", "_twins", "_writable", "hyperparams")
@@ -173,13 +193,13 @@ class OptimizerParts:
         *,
         writable: bool = True,
     ) -> None:
-        keep = partial(object.__setattr__, self)
-        keep("_named", named)
-        keep("_optimizer", optimizer)
-        keep("_path", path)
-        keep("_writable", writable)
-        keep("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
-        keep("_twins", OptimizerParts(optimizer, path, named, writable=False) if writable else None)
+        assign = partial(object.__setattr__, self)  # the class refuses assignments, which handlers may try
+        assign("_named", named)
+        assign("_optimizer", optimizer)
+        assign("_path", path)
+        assign("_writable", writable)
+        assign("hyperparams", HyperParams(optimizer, f"{path}.hyperparams", writable=writable))
+        assign("_twins", OptimizerParts(optimizer, path, named, writable=False) if writable else None)
 
     @property
     def __twins__(self) -> OptimizerParts:
@@ -190,11 +210,11 @@ class OptimizerParts:
 
     @property
     def state(self) -> OptimizerState:
-        """The optimizer's state by parameter; load_state_dict replaces it, so it is looked up each time."""
+        """The state of the optimizer by parameter. It is looked up each time, since `load_state_dict` replaces it."""
         return OptimizerState(self._optimizer, f"{self._path}.state", self._named, writable=self._writable)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__"):  # protocols such as copying look these up, and must not find the optimizer's
             raise AttributeError(name)
         if name in _STEPS and not self._writable:
             raise ProtectedException("Write", self._path, f'{name}() writes. Declare {{"{self._path}": Write()}}.')

@@ -1,8 +1,11 @@
-"""A part of a container: what a view gives where only something inside it is declared.
+"""Parts of containers: a view shows a `Part` where a handler declares only paths inside a container.
 
-``Write`` on ``cbstate.tracehistory.GradNorm`` gives, at ``learner.cbstate.tracehistory``, a `Part` that has that one
-series in every phase. ``Read`` on ``params.encoder.weight`` gives, at ``learner.params``, one parameter. The phase is
-left out of a path.
+With ``Write`` on ``cbstate.tracehistory.GradNorm``, ``learner.cbstate.tracehistory`` is a `Part` that has this one
+series in every phase, since a path leaves out the phase. With ``Read`` on ``params.encoder.weight``,
+``learner.params`` is a `Part` with one parameter.
+
+A `Part` looks its container up at each use, so it stays valid when the container is replaced. It asks its `Owner` to
+refuse everything that is not declared.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ Tree: TypeAlias = "dict[str, Tree | Read | Write]"
 
 
 def tree(declaration: Declaration) -> Tree:
-    """Nest a declaration by the parts of its paths. What a declared path covers already is left out.
+    """Return a declaration as nested dictionaries, by the parts of its paths.
+
+    Where a path and a path below it are both declared, the access of the shorter path gets the empty name.
 
     >>> from flowtrain.callback.access import declare
     >>> tree(declare({"batch.loss": Read(), "batch.inputs": Read()}, "example"))
@@ -36,7 +41,7 @@ def tree(declaration: Declaration) -> Tree:
         level = root
         for name in path[:-1]:
             inner = level.setdefault(name, {})
-            if not isinstance(inner, dict):  # the shorter path sorts first and covers this one
+            if not isinstance(inner, dict):  # the shorter path, which sorts first, is declared too
                 inner = level[name] = {"": inner}
             level = inner
         level[path[-1]] = kind
@@ -45,16 +50,18 @@ def tree(declaration: Declaration) -> Tree:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose view it is, so that a refusal can be written in the callback's own name.
+    """The callback that a view belongs to, with the text to edit, so that a refusal can name both.
 
     Attributes:
-        callback: The callback's name in the learner.
-        type_name: The name of its type.
-        where: What to edit: ``"state_access"``, the handler whose `on` has ``access=``, or ``"access="``.
-        declaration: What is declared there.
-        decorator: That handler's decorator as source, up to the access; empty for ``state_access``.
-        passed: What the user gave the callback as ``access=``, where it takes that.
-        consumes: Whether it is a handler that may run elsewhere, on a snapshot: it sees detached tensors here too.
+        callback: The name of the callback in the learner.
+        type_name: The name of the type of the callback.
+        where: The place of the declaration: ``"state_access"``, the handler whose `on` has ``access=``, or
+            ``"access="``.
+        declaration: The declaration in that place.
+        decorator: The source of the handler's decorator up to the access; empty for ``state_access``.
+        passed: The declaration that the user passed to the callback as ``access=``, if there is one.
+        consumes: Whether the view is for a handler of a deferrable callback, which sees detached tensors even where it
+            runs in place.
     """
 
     callback: str
@@ -66,21 +73,27 @@ class Owner:
     consumes: bool = False
 
     def shown(self, value: Any, path: Path) -> Any:
-        """Return what is at a path as the owner sees it who declares to read it."""
+        """Return a value as a handler sees it that declares to read the path: read-only, and detached if deferrable."""
         if self.consumes and not (path[0] == "params" and self.keeps_params):
             value = detached(value)
         return readonly(value, dotted(path))
 
     @property
     def keeps_params(self) -> bool:
-        """Whether the parameters are not detached: they are those of ``model``, or keys of the optimizer's state."""
+        """Whether the parameters stay as they are, since the handler compares them with those of another path.
+
+        These are the parameters of ``model``, and the keys of the optimizer's state; a detached tensor is another
+        object.
+        """
         paths = [path for path, _ in self.declaration]
         return ("model",) in paths or any(path[0] == "optimizer" and path[-1] != "hyperparams" for path in paths)
 
     def refuse(self, access: str, path: Path) -> NoReturn:
-        """Raise the `ProtectedException` for `path`, with the declaration to paste.
+        """Raise the `ProtectedException` for a path, with the declaration to paste.
 
-        A path that is declared as read is refused for writing only, and the new declaration replaces it.
+        Args:
+            access: ``"Read"`` or ``"Write"``: the access that is not declared.
+            path: The path. It may be declared with `Read()`, which the new declaration then replaces.
         """
         own = self.declaration if self.passed is None else self.passed
         says = "declares" if self.passed is None else "was given access to"
@@ -106,7 +119,12 @@ class Owner:
         raise ProtectedException(access, dotted(path), f"{what} {place}:\n\n    {paste}\n")
 
     def missing(self, path: Path, cause: BaseException | None) -> NoReturn:
-        """Raise the `MissingStateError` for a declared path with nothing there."""
+        """Raise the `MissingStateError` for a declared path at which nothing exists.
+
+        Args:
+            path: The path.
+            cause: The exception of the look-up; the text of a `MissingStateError` becomes part of the message.
+        """
         reason = f" {cause}" if isinstance(cause, MissingStateError) else ""
         raise MissingStateError(
             dotted(path),
@@ -116,7 +134,14 @@ class Owner:
 
 
 class Part(Mapping[Any, Any]):
-    """A mapping and namespace of the declared items of one container, by phase where the container is by phase."""
+    """The declared items of one container, as a mapping and as a namespace; by phase if the container is by phase.
+
+    Args:
+        owner: The callback that the view belongs to.
+        path: The path of the container.
+        inside: The declarations below the path.
+        find: A function that returns the container.
+    """
 
     __slots__ = ("_by_phase", "_find", "_open", "_owner", "_path", "_tree")
 
@@ -126,10 +151,20 @@ class Part(Mapping[Any, Any]):
         self._tree = inside
         self._find = find
         self._by_phase: dict[Phase, Part] = {}
-        self._open: dict[str, Callable[[Any, int], None]] = {}
+        self._open: dict[str, Callable[[Any, int], None]] = {}  # `push` of each series whose declaration was checked
 
     def push(self, name: str, value: Any, step: int) -> None:
-        """Append a value to the series `name`, if it is declared for writing."""
+        """Append a value to a series that is declared with `Write()`.
+
+        Args:
+            name: The name of the series.
+            value: A number, or a tensor of one element.
+            step: The number of the step.
+
+        Raises:
+            TypeError: The container has no series.
+            ProtectedException: The series is not declared with `Write()`.
+        """
         push = self._open.get(name)
         if push is None:
             container = self._find()
@@ -145,7 +180,8 @@ class Part(Mapping[Any, Any]):
             return part
         if _is_phase(key):
             phase, find = key if isinstance(key, Phase) else key(), self._find
-            part = Part(self._owner, self._path, self._tree, lambda: find()[phase])  # not `self`, which holds the part
+            # The function refers to `find` and not to `self`, which holds the part: that would be a reference cycle.
+            part = Part(self._owner, self._path, self._tree, lambda: find()[phase])
             self._by_phase[phase] = part
             return part
         return self._item(str(key))
@@ -156,18 +192,20 @@ class Part(Mapping[Any, Any]):
         return self._item(name)
 
     def _item(self, name: str) -> Any:
+        """Return an item as the owner may see it: the item itself, a read-only twin, or a `Part` of it."""
         path = (*self._path, *name.split("."))
         access = granted(self._owner.declaration, path)
         inner = self._tree.get(name)
+        # An item that may be read as a whole is a part too, if something inside it may be written.
         if isinstance(inner, dict) and (access is None or (isinstance(access, Read) and writes(inner))):
-            return Part(self._owner, path, inner, lambda: _look(self._find(), name))
+            return Part(self._owner, path, inner, lambda: _get_item(self._find(), name))
         if access is None:
             self._owner.refuse("Read", path)
         try:
             container = self._find()
-            if isinstance(container, SeriesMap) and isinstance(access, Write):
+            if isinstance(container, SeriesMap) and isinstance(access, Write):  # a writer may make the series here
                 return container.series(name)
-            value = _look(container, name)
+            value = _get_item(container, name)
         except (KeyError, AttributeError) as error:
             if isinstance(access, Read) and access.optional:
                 return None
@@ -183,7 +221,7 @@ class Part(Mapping[Any, Any]):
         del self._find()[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Part.__slots__:
+        if name in Part.__slots__:  # assigned by the constructor
             object.__setattr__(self, name, value)
             return
         self._must_write(name)
@@ -194,13 +232,14 @@ class Part(Mapping[Any, Any]):
         delattr(self._find(), name)
 
     def _must_write(self, key: Any) -> None:
-        # The phase is left out of a path, so who writes a whole phase writes the container.
+        """Refuse to write an item that is not declared with `Write()`."""
+        # A path leaves out the phase, so to replace the item of a phase is to write the container.
         path = self._path if _is_phase(key) else (*self._path, *str(key).split("."))
         if not isinstance(granted(self._owner.declaration, path), Write):
             self._owner.refuse("Write", path)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Return what is at a key, or the default where nothing is there."""
+        """Return the item of a key, or the default if the container has no such item."""
         return self[key] if key in self else default  # noqa: SIM401  # this is `get` itself
 
     def __contains__(self, key: object) -> bool:
@@ -214,7 +253,7 @@ class Part(Mapping[Any, Any]):
         return key in container if isinstance(container, Mapping) else hasattr(container, str(key))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: to call a module is to read all of it."""
+        """Refuse the call of a module, since the call reads all of the module and not only a part."""
         self._owner.refuse("Read", self._path)
 
     def __iter__(self) -> Iterator[Any]:
@@ -241,8 +280,8 @@ def _is_phase(key: object) -> bool:
     return isinstance(key, Phase) or (isinstance(key, type) and issubclass(key, Phase))
 
 
-def _look(container: Any, name: str) -> Any:
-    """Find an item by name: a key of a mapping, otherwise an attribute."""
+def _get_item(container: Any, name: str) -> Any:
+    """Return an item of a container by name: a key of a mapping, or an attribute of any other object."""
     if isinstance(container, Mapping):
         return container[name]
     return getattr(container, name)

@@ -1,10 +1,11 @@
-"""Random numbers of their own for deferrable callbacks, so that a consumer that draws never changes training.
+"""Random numbers for deferrable callbacks, which draw without changing training.
 
-Python's, numpy's and torch's generators are global to a process. A logger that draws from them moves them on, and the
-dropout and the shuffling that come after it draw other numbers: training depends on who logs. So each call of a
-deferrable handler runs in `own_numbers`: the generators are seeded for it, and afterwards they are put back to where
-training left them. The seed is made of the seed of the run, the name of the callback and the number of the event
-(`Draws`), so a handler draws the same wherever it runs, and again when a resumed run comes to the same event.
+The generators of Python, numpy and torch are global to a process. If a logger drew from them, the dropout and the
+shuffling that come after it would draw other numbers, and training would depend on who logs. So each call of a
+deferrable handler runs within `own_numbers`, which seeds the generators for the handler and afterwards restores the
+state in which training left them. The seed is made from the seed of the run, the name of the callback and the number of
+the event (`Draws`). So a handler draws the same numbers wherever it runs, and draws them again when a resumed run comes
+to the same event.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _NUMPY_BYTES = 2500
 """The size of numpy's ``MT19937`` state: 624 words and the position among them."""
 
 _drawing = threading.RLock()
-"""Held while the generators of the process belong to one handler: a worker may process several lanes at once."""
+"""Held while the generators are seeded for one handler, since a worker may process several lanes at once."""
 
 
 class Draws:
-    """The seeds of one learner's deferrable callbacks."""
+    """Makes the seeds for the deferrable callbacks of one learner."""
 
     def __init__(self) -> None:
         self._seed: int | None = None
@@ -37,34 +38,35 @@ class Draws:
 
     @property
     def seed(self) -> int:
-        """The seed of the run: what torch was seeded with when this was first asked for, or that of a checkpoint."""
+        """The seed of the run: torch's seed at the first call, or the seed in the checkpoint that was loaded."""
         if self._seed is None:
-            self._seed = torch.initial_seed()  # draws nothing
+            self._seed = torch.initial_seed()  # draws no number
         return self._seed
 
     def next(self, name: str) -> int:
-        """Count an event of a callback, and return the seed that its handler has for it: 64 bits."""
+        """Count an event of a callback, and return the seed of 64 bits for its handler."""
         number = self._counts[name] = self._counts.get(name, 0) + 1
         return _mixed(self.seed, name, number)
 
     def before_training(self, name: str) -> int:
-        """Return the seed for the `setup` of a callback; no event is counted, and the seed of the run may still change.
+        """Return the seed for the `setup` of a callback, without counting an event.
 
-        A learner may be built before the user seeds torch.
+        This does not fix the seed of the run, because a user may seed torch after building the learner.
         """
         return _mixed(torch.initial_seed() if self._seed is None else self._seed, name, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed of the run and how many events each callback has had."""
+        """Return the seed of the run, and the number of events of each callback."""
         return {"seed": self.seed, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._seed = state["seed"]
         self._counts = dict(state["counts"])
 
 
 def _mixed(seed: int, name: str, number: int) -> int:
+    """Return a seed of 64 bits that depends on all three arguments, the same in every process."""
     return int.from_bytes(blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest(), "big")
 
 
@@ -97,7 +99,7 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
         for generator, _ in self._cuda:
             generator.manual_seed(seed)
         if self._numpy is not None:
-            self._numpy.seed(seed & 0xFFFFFFFF)
+            self._numpy.seed(seed & 0xFFFFFFFF)  # numpy takes 32 bits only
 
     def __exit__(self, *failure: object) -> None:
         try:
@@ -114,9 +116,10 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
 class _Numpy:
     """The state of numpy's global generator, to be put back.
 
-    ``get_state`` and ``set_state`` take 35 microseconds each, so they are left out where that can be: numpy gives the
-    address of the memory of its usual generator, and what lies outside of it is the second of two normal numbers,
-    which is there only after the generator was moved on. `_plain` is a memory that is known to be without one.
+    ``get_state`` and ``set_state`` of numpy take 35 microseconds each, so they are avoided. numpy gives the address of
+    the memory of its usual generator, which a copy saves. Only one part of the state lies elsewhere: normal numbers are
+    made in pairs, and the second number of a pair may be waiting. `_plain` is the last memory that was found to have no
+    number waiting; as long as the memory is the same, `get_state` need not be asked again.
     """
 
     _plain: bytes = b""
@@ -138,7 +141,7 @@ class _Numpy:
 
     @classmethod
     def of_process(cls) -> _Numpy | None:
-        """Return the state of now; ``None`` if numpy is not imported."""
+        """Return the present state; ``None`` if numpy is not imported."""
         module = getattr(sys.modules.get("numpy"), "random", None)
         return None if module is None else cls(module)
 
@@ -147,11 +150,11 @@ class _Numpy:
         self._module.seed(seed)
 
     def put_back(self) -> None:
-        """Put the state back."""
+        """Restore the state."""
         if self._module.get_bit_generator() is not self._generator:
-            self._module.set_bit_generator(self._generator)  # the handler has put another one in its place
+            self._module.set_bit_generator(self._generator)  # the handler has replaced the generator itself
         if self._full is not None:
             self._module.set_state(self._full)
             return
-        self._module.seed(0)  # forgets a normal number that the handler has left
+        self._module.seed(0)  # drops a normal number that the handler has left waiting
         ctypes.memmove(self._address, self._memory, _NUMPY_BYTES)

@@ -1,19 +1,17 @@
 # pyright: reportPrivateUsage=false
-# The views that are compiled here are made from outside: `bind_view` fills their slots.
-"""Protected views: a handler sees the learner through an object that allows exactly what it declares.
+# `bind_view` fills the private slots of the views that are compiled here.
+"""Compiled views: a handler sees the learner through an object that allows exactly what the handler declares.
 
-For each declaration a view class is compiled once (`compile_view`) and shared by all handlers with that declaration.
-Reading a declared path runs C getters only: no Python call, no look-up in the declaration. Everything that is not
-declared falls through to ``__getattr__`` and is refused there, with the declaration to paste.
+For each declaration a view class is compiled once (`compile_view`), and all handlers with that declaration share it.
+Reading a declared path runs C getters only: there is no Python call and no look-up in the declaration. An attribute
+that is not declared falls through to ``__getattr__``, which refuses it and prints the declaration to paste.
 
-A view is bound (`bind_view`) to any object with the attributes of `LearnerState`, so the same classes serve the live
-learner and a frozen copy of its state.
+``batch``, ``cbstate`` and ``optimizer`` are *namespaces*, whose entries are declared one by one. For the declared
+entries of a namespace a class is compiled in the same way (`compile_namespace`). An entry that it has no getter for
+falls through to ``__getattr__``, which finds it if the whole namespace is declared, and refuses it otherwise.
 
-Namespaces: what a handler sees of ``batch``, ``cbstate`` and ``optimizer``, entry by entry.
-
-For the entries that are declared in one of them a class is compiled (`compile_namespace`), as `flowtrain.state.views`
-does it for the whole learner: reading a declared entry runs C getters only. Everything else falls through to
-``__getattr__``, where it is found under a declaration for the whole namespace, or refused.
+A view is bound (`bind_view`) to an object with the attributes of `LearnerState`. This is the state of the learner, or a
+snapshot, so the same classes serve both.
 """
 
 from __future__ import annotations
@@ -36,14 +34,15 @@ from flowtrain.state.readonly import PLAIN, readonly
 __all__ = ["NAMESPACES", "CompiledView", "Namespace", "bind_view", "compile_namespace", "compile_view"]
 
 _LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
+"""Methods of the learner that a handler cannot call; a message of its own says so."""
 
 
 class GuardedView(LearnerView):
-    """The base of all compiled views: what is not declared falls through to ``__getattr__`` and is refused there."""
+    """The base of all compiled views: it refuses the attributes that a subclass has no getter for."""
 
     __slots__ = ()
 
-    _whole: ClassVar[dict[str, Read | Write]] = {}
+    _whole: ClassVar[dict[str, Read | Write]] = {}  # the access of each root that is declared as a whole
 
     if not TYPE_CHECKING:  # a checker must not think that every attribute exists
 
@@ -62,7 +61,7 @@ class GuardedView(LearnerView):
                 )
             if name in self._whole:
                 self._owner.missing((name,), None)
-            if name in NAMESPACES:  # nothing in it is declared: what is touched next is refused, by its own path
+            if name in NAMESPACES:  # an empty namespace, which refuses the entry that is touched next by its full path
                 return compile_namespace(name, {})(self._state, self._owner)
             return self._owner.refuse("Read", (name,))
 
@@ -88,12 +87,12 @@ class GuardedView(LearnerView):
 
 @dataclass(frozen=True)
 class CompiledView:
-    """A view class and what its slots hold.
+    """A view class, and the objects with which `bind_view` fills the slots of its instances.
 
     Attributes:
         view_class: The class, with a C getter for each root that is declared as a whole.
-        namespaces: The class for each root that is a namespace.
-        trees: What is declared inside each other root that is not declared as a whole.
+        namespaces: The compiled class for each root that is a namespace.
+        trees: The declarations inside each other root of which only parts are declared.
     """
 
     view_class: type[LearnerView]
@@ -107,7 +106,7 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
 
     Args:
         declaration: The declaration.
-        consumes: Whether it is for handlers that may run elsewhere, which see detached tensors.
+        consumes: Whether the view is for handlers of a deferrable callback, which see detached tensors.
     """
     namespaces: dict[str, type[Namespace]] = {}
     trees: dict[str, Tree] = {}
@@ -137,16 +136,22 @@ def _params(view: LearnerView) -> Any:
 
 
 def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> LearnerView:
-    """Return a view of `state` that allows what is declared, and refuses in the name of `owner`."""
+    """Return a view of a state that allows what is declared.
+
+    Args:
+        declaration: The declaration of the handler.
+        state: The state of the learner, or a snapshot of it.
+        owner: The callback that the view belongs to, which refusals name.
+    """
     compiled = compile_view(declaration, owner.consumes)
     view = compiled.view_class()
-    place = object.__setattr__
-    place(view, "_state", state)
-    place(view, "_owner", owner)
+    assign = object.__setattr__  # the view refuses assignments
+    assign(view, "_state", state)
+    assign(view, "_owner", owner)
     for root, namespace in compiled.namespaces.items():
-        place(view, root, namespace(state, owner))
+        assign(view, root, namespace(state, owner))
     for root, inside in compiled.trees.items():
-        place(view, root, Part(owner, (root,), inside, partial(getattr, state, root)))
+        assign(view, root, Part(owner, (root,), inside, partial(getattr, state, root)))
     return view
 
 
@@ -154,35 +159,35 @@ class Namespace:
     """The base of compiled views of ``batch``, ``cbstate`` and ``optimizer``.
 
     A compiled subclass has a C getter for each declared entry, and a slot with a `Part` for each entry of which only
-    something inside is declared. What lands in ``__getattr__`` is an entry under a declaration for the whole
-    namespace, an entry that is not there, or one that is not declared.
+    parts are declared. ``__getattr__`` gets the other entries: those that a declaration of the whole namespace covers,
+    those that do not exist, and those that are not declared.
     """
 
     __slots__ = ("_live", "_owner", "_state", "_twins")
 
-    _live: Any
+    _live: Any  # the object that holds the entries
     _owner: Owner
     _state: LearnerState
-    _twins: Any
-    _root: ClassVar[str]
-    _writable: ClassVar[frozenset[str]]
-    _trees: ClassVar[dict[str, Tree]]
+    _twins: Any  # the object that holds the read-only twins of the entries
+    _root: ClassVar[str]  # the name of the namespace
+    _writable: ClassVar[frozenset[str]]  # the entries that are declared with `Write()`
+    _trees: ClassVar[dict[str, Tree]]  # the declarations inside entries of which only parts are declared
 
     def __init__(self, state: LearnerState, owner: Owner) -> None:
-        place = object.__setattr__
-        place(self, "_state", state)
-        place(self, "_owner", owner)
+        assign = object.__setattr__
+        assign(self, "_state", state)
+        assign(self, "_owner", owner)
         for slot, source in zip(("_twins", "_live"), _STABLE.get(self._root, ()), strict=False):
-            place(self, slot, source(state))
+            assign(self, slot, source(state))
         for name, inside in self._trees.items():
-            place(self, name, Part(owner, (self._root, name), inside, self._finder(name)))
+            assign(self, name, Part(owner, (self._root, name), inside, self._finder(name)))
 
     def _finder(self, name: str) -> Callable[[], Any]:
-        """Return what finds an entry; it holds no reference to this view, which holds the part that calls it."""
+        """Return a function that finds an entry, for a `Part`. It does not refer to this view, which holds the part."""
         return partial(getattr, self._live, name)
 
     def _source(self, *, writing: bool) -> Any:
-        """Return the object that holds the entries, or the twins of them."""
+        """Return the object that holds the entries, or for reading the object that holds their twins."""
         return self._live if writing else self._twins
 
     def __getattr__(self, name: str) -> Any:
@@ -193,7 +198,8 @@ class Namespace:
         if access is None:
             self._owner.refuse("Read", path)
         try:
-            consumes = self._owner.consumes  # what is detached is the entry itself, and then shown read-only
+            # For a deferrable callback `shown` detaches the entry itself, before it makes a twin.
+            consumes = self._owner.consumes
             value = getattr(self._source(writing=consumes or isinstance(access, Write)), name)
             return value if isinstance(access, Write) else self._owner.shown(value, path)
         except MissingStateError as error:
@@ -226,7 +232,10 @@ class Namespace:
 
 
 class BatchNamespace(Namespace):
-    """``batch``: a new object for each batch; one that only ever held tensors gets a twin with the first container."""
+    """``batch``, which is a new object for each batch, so that it is looked up in the state at each use.
+
+    A batch gets a twin of its own only when the first container is assigned to it: tensors and numbers need none.
+    """
 
     __slots__ = ()
 
@@ -245,7 +254,10 @@ class BatchNamespace(Namespace):
 
 
 class CbstateNamespace(Namespace):
-    """``cbstate``: a plain value that replaces a plain value is its own twin, and takes a short way."""
+    """``cbstate``, in which a plain value that replaces another one is assigned without a detour.
+
+    A plain value is its own twin, so it is written to the entries and to their twins directly.
+    """
 
     __slots__ = ("_entries", "_twin_entries")
 
@@ -275,32 +287,39 @@ NAMESPACES: dict[str, type[Namespace]] = {
     "optimizer": Namespace,
 }
 _STABLE: dict[str, tuple[attrgetter[Any], attrgetter[Any]]] = {
-    # Objects that stay the same as long as the learner lives: their twins, and they themselves.
     "cbstate": (attrgetter("cbstate.__twins__"), attrgetter("cbstate")),
     "optimizer": (attrgetter("optimizers.__twins__"), attrgetter("optimizers")),
 }
+"""The namespaces that stay the same object as long as the learner lives: getters of the twins and of the entries."""
 
 
 def _detached_getter(path: str, read: str, write: str, name: str) -> Callable[[Any], Any]:
-    """Return what gets an entry as a deferrable callback sees it: its twin, or one of it without graphs."""
+    """Return a getter of an entry for a deferrable callback: it gives the twin, or a read-only copy without graphs.
+
+    Args:
+        path: The path of the entry.
+        read: The attribute of a namespace that holds the twins, dotted.
+        write: The attribute of a namespace that holds the entries, dotted.
+        name: The name of the entry.
+    """
     get, get_twin = attrgetter(f"{write}.{name}"), attrgetter(f"{read}.{name}")
 
     def show(view: Any) -> Any:
-        """Return the entry."""
+        """Return the entry of a namespace."""
         value = get(view)
-        found = detached(value)
-        return get_twin(view) if found is value else readonly(found, path)
+        without_graph = detached(value)
+        return get_twin(view) if without_graph is value else readonly(without_graph, path)
 
     return show
 
 
 def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[Namespace]:
-    """Make the class for one root: a C getter for each declared entry, a `Part` for what is declared deeper.
+    """Make the class for a namespace: a C getter for each declared entry, and a slot for each `Part`.
 
     Args:
-        root: The root.
-        inside: What is declared in it.
-        consumes: Whether it is for a handler that may run elsewhere, which sees detached tensors.
+        root: The name of the namespace.
+        inside: The declarations in it.
+        consumes: Whether the view is for handlers of a deferrable callback, which see detached tensors.
     """
     read, write = ("_twins", "_live") if root in _STABLE else ("_state.batch_twin", "_state.batch")
     trees: dict[str, Tree] = {}
@@ -308,11 +327,11 @@ def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[N
     for name, kind in inside.items():
         covering = kind.get("") if isinstance(kind, dict) else kind
         if isinstance(inside.get(""), Write):
-            covering = inside[""]  # a `Read` of an entry takes nothing from a `Write` of all
+            covering = inside[""]  # the whole namespace is declared with Write(), which includes every entry
         if isinstance(kind, dict) and (covering is None or (isinstance(covering, Read) and writes(kind))):
             trees[name] = kind
         elif name:
-            # The gradients are not the batch's own, so they bring their twin along.
+            # All batches share one object for the gradients, which has its own twin.
             twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
             if consumes and root != "optimizer" and not isinstance(covering, Write):
                 members[name] = property(_detached_getter(f"{root}.{name}", read, write, name))

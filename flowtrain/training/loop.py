@@ -227,7 +227,7 @@ class Loop:
             self.cuts.release()
         with phase.mode(core.modules) as core.modes:
             try:
-                core.warn_woken()
+                core.warn_switched()
                 yield
             finally:
                 core.modes = None

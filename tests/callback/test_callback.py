@@ -32,7 +32,8 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callback.callback import _HOOKS, Condition, check_handlers, find_handler
+from flowtrain.callback.callback import _HOOKS, check_handlers, find_handler
+from flowtrain.callback.conditions import Condition
 from flowtrain.callback.handler import Handler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState

@@ -93,7 +93,7 @@ def test_what_takes_four_is_taken(function: Callable[..., None]) -> None:
 def test_no_function() -> None:
     with pytest.raises(HandlerError) as caught:
         mark(BatchEnd, Phase, None)(3)
-    assert str(caught.value) == "@on(BatchEnd) marks a method, got 3."
+    assert str(caught.value) == "@on(BatchEnd) marks a method, got 3. Write it above a def of a Callback."
 
 
 def test_stacked_on() -> None:

@@ -63,6 +63,7 @@ def test_two_of_one_type() -> None:
     ("arguments", "message"),
     [
         ((One(), Other, NoConflict()), "resolve() takes two callback types and a resolution, got <One> and <class "),
+        ((One(), Other, NoConflict()), "Write resolve(Mine, Yours, RunFirst(Mine)), with the classes and not instan"),
         (
             (One, Other, RunFirst),
             "resolve(One, Other, ...) got <class 'flowtrain.callback.resolution.RunFirst'>. "

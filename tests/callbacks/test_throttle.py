@@ -241,7 +241,10 @@ def test_a_predicate_that_forgets_to_answer_is_an_error(answer: Any) -> None:
     learner = tiny_learner(when(Note(), BatchEnd, forgets))
     with pytest.raises(UsageError) as failed:
         learner.fit(1)
-    assert str(failed.value) == f"The predicate forgets of when() returned {answer!r}. It returns True or False."
+    assert str(failed.value) == (
+        f"The predicate forgets of when() returned {answer!r}. The answer decides whether the handler runs, so it must "
+        f"be True or False: write bool(...) around it."
+    )
     assert any(note.startswith("raised in Note.batch at (BatchEnd, TrainingPhase)") for note in failed.value.__notes__)
 
 

@@ -22,7 +22,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.callback import Condition
+from flowtrain.callback.conditions import Condition
 from flowtrain.callback.handler import Handler
 from flowtrain.graph.plan import Call, Plan, Step, owner_of
 from flowtrain.graph.registry import Callbacks

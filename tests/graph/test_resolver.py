@@ -76,7 +76,7 @@ def test_contradicting_answers() -> None:
         order(one, other)
     assert str(caught.value) == (
         "A.resolve_conflict(B) lets A run first and B.resolve_conflict(A) lets B run first. "
-        "Both are heard, so they must agree."
+        "Both answers count, so they must agree: change one of them."
     )
     one.answers.clear()
     resolve(A, B, RunFirst(A))
