@@ -19,7 +19,7 @@ import ctypes
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -32,9 +32,8 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UndeclaredWriteError
 from flowtrain.graph.plan import Call, Step
 from flowtrain.graph.reach import Reach
-from flowtrain.state.by_phase import PhaseMap, holds_series
-from flowtrain.state.learner_state import LearnerState, Named, State
-from flowtrain.state.series import Series, SeriesMap
+from flowtrain.state.container import Container
+from flowtrain.state.learner_state import LearnerState, Named
 
 __all__ = [
     "changes",
@@ -168,14 +167,8 @@ def fingerprint(value: Any, depth: int = _DEPTH) -> object:
         return _tensor(value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return (type(value), repr(value))  # repr, since NaN does not equal itself
-    if isinstance(value, Series):
-        return (id(value), len(value), repr(value.last()) if len(value) else "")
-    if isinstance(value, SeriesMap):
-        return tuple((name, fingerprint(series)) for name, series in value.items() if len(series))
-    if isinstance(value, PhaseMap):
-        return tuple(item for item in sorted(_by_phase(value), key=repr))
-    if isinstance(value, State):
-        return tuple((name, fingerprint(value.__dict__[name], depth - 1)) for name in value)
+    if isinstance(value, Container):
+        return (id(value), *value.__leaves__(lambda item: fingerprint(item, depth - 1)))
     if isinstance(value, torch.nn.Module):
         return tuple(_module((), value).items())
     if depth == 0:
@@ -232,30 +225,11 @@ def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
 
 
 def _entry(path: Path, value: Any) -> dict[Path, object]:
-    """Return the fingerprints below one entry of ``cbstate``: by name where it holds things by name."""
-    if isinstance(value, State):
-        found: dict[Path, object] = {path: None}
-        for name in value:
-            found.update(_entry((*path, name), value.__dict__[name]))
-        return found
-    if isinstance(value, SeriesMap):
-        named = {(*path, *name.split(".")): fingerprint(series) for name, series in value.items() if len(series)}
-        return {path: None, **named}
-    if isinstance(value, PhaseMap) and holds_series(value):
-        found = {path: None}
-        for phase, item in value.items():
-            for name, series in item.items():
-                if len(series):
-                    full = (*path, *name.split("."))
-                    found[full] = (*found.get(full, ()), (repr(phase), fingerprint(series)))  # type: ignore[misc]  # a tuple
-        return found
-    return {path: fingerprint(value)}
-
-
-def _by_phase(value: PhaseMap[Any]) -> Iterator[object]:
-    """Yield the items of a map by phase; one that was only made by being looked up says nothing."""
-    fresh = None if value.make is None else fingerprint(value.make())
-    for phase, item in value.items():
-        found = fingerprint(item)
-        if found != fresh and not (isinstance(item, (Series, SeriesMap)) and not len(item)):
-            yield (repr(phase), found)
+    """Return the fingerprints of one entry of ``cbstate``: those of what a container holds by path, none if empty."""
+    if not isinstance(value, Container):
+        return {path: fingerprint(value)}
+    found: dict[Path, tuple[object, ...]] = {}
+    for below, leaf in value.__leaves__(fingerprint):
+        full = (*path, *below)
+        found[full] = (*found.get(full, ()), leaf)
+    return dict(found)

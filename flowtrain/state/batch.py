@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowtrain.errors import MissingStateError, nearest
-from flowtrain.state.readonly import PLAIN, readonly
+from flowtrain.state.readonly import PLAIN, itself, readonly
 
 __all__ = ["BatchState", "ReadOnlyBatch"]
 
@@ -42,6 +42,9 @@ class ReadOnlyBatch:
     def __init__(self, batch: BatchState) -> None:
         self._batch = batch
         self._twins: dict[str, tuple[Any, Any]] = {}  # by name: the container, and its twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return itself, (self._batch,)  # a copy or a pickle is one of the batch
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._batch, name)

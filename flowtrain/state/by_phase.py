@@ -21,12 +21,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
 from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
+from flowtrain.callback.access import Path
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.state.readonly import readonly, refuse
+from flowtrain.state.container import Container, Freezer, Tree, changed
+from flowtrain.state.encoding import Stage, phase_of, refill
+from flowtrain.state.readonly import itself, readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
 __all__ = [
@@ -63,7 +67,7 @@ class Counts(tuple[int, int, int, int]):
 _NONE = Counts((0, 0, 0, 0))
 
 
-class PhaseMap(dict[Phase, V]):
+class PhaseMap(Container, dict[Phase, V]):
     """A value for each phase. The phase itself and its type are the same key.
 
     Args:
@@ -77,6 +81,8 @@ class PhaseMap(dict[Phase, V]):
     >>> seen[TrainingPhase()]
     1
     """
+
+    __kind__ = "by phase"
 
     def __init__(self, path: str, make: Callable[[], V] | None = None) -> None:
         super().__init__()
@@ -149,8 +155,9 @@ class PhaseMap(dict[Phase, V]):
         self.update(other)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_twins": _nothing}  # a copy gets readers, and so a twin, of its own
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy gets readers, and so a twin, of its own.
+        return _empty, (type(self), self._path), {**vars(self), "_twins": _nothing}, None, iter(self.items())
 
     def __twin__(self) -> Mapping[Phase, V]:
         # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
@@ -159,6 +166,59 @@ class PhaseMap(dict[Phase, V]):
             twin = ReadOnlyPhaseMap(self)
             self._twins = weakref.ref(twin)
         return twin
+
+    def __detached__(self, detach: Callable[[Any], Any]) -> PhaseMap[V]:
+        changes = changed(self.items(), detach)
+        if not changes:
+            return self
+        made = PhaseMap(self._path, self.make)
+        made.update({**self, **changes})
+        return made
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> PhaseMap[V]:
+        make = None
+        if self.make is not None:  # the function itself might not pickle, or look at training
+            new: Any = self.make()  # a freezer that remembers the series it has copied need not remember a new one
+            new = new.__frozen__(freezer) if isinstance(new, Container) else freezer.part(new, None, ".make()")
+            make = partial(itself, new)
+        made: PhaseMap[V] = PhaseMap(self._path, make)
+        for phase in list(self):
+            made[phase] = freezer.part(self[phase], inside, phase)
+        return made
+
+    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+        return {repr(phase): stage.pack(item, f"{path}[{phase!r}]") for phase, item in self.items()}
+
+    def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        for phase, item in list(self.items()):
+            if repr(phase) in content:
+                continue
+            if isinstance(item, Container):
+                item.__fill__({}, phases)  # emptied, not dropped: views hold it
+            else:
+                del self[phase]
+        for name, packed in content.items():
+            phase = phase_of(name, phases)
+            [(kind, inside)] = packed.items()
+            there = self.get(phase) if kind == "value" or self.make is None else self[phase]
+            if not refill(there, kind, inside, phases):
+                self[phase] = inside
+
+    def __mark__(self) -> dict[Phase, V]:
+        return dict(self.items())
+
+    def __rewind__(self, mark: Mapping[Phase, V]) -> None:
+        self.clear()
+        self.update(mark)
+
+    def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
+        new = None if self.make is None else fingerprint(self.make())
+        for phase, item in sorted(self.items(), key=lambda pair: repr(pair[0])):
+            if isinstance(item, Container):
+                for path, leaf in item.__leaves__(fingerprint):
+                    yield path, (repr(phase), leaf)
+            elif (found := fingerprint(item)) != new:
+                yield (), (repr(phase), found)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._path}: {dict.__repr__(self)}>"
@@ -170,18 +230,34 @@ class CountsMap(PhaseMap[Counts]):
     Phases are the keys; a phase type works for reading.
     """
 
+    __kind__ = "counts"
+
     # The slots of dict itself: a write makes no Python call. Nobody needs to be told, the twin is a proxy.
     __setitem__ = dict.__setitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
     __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, lambda: _NONE)
+        super().__init__(path, _no_counts)
 
     def __missing__(self, phase: Phase | type[Phase]) -> Counts:
         return dict.get(self, as_phase(phase, self._path), _NONE)
 
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
+
+    def __detached__(self, detach: Callable[[Any], Any]) -> CountsMap:
+        return self
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> CountsMap:
+        made = CountsMap(self._path)
+        dict.update(made, self)
+        return made
+
+    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+        return {repr(phase): tuple(counts) for phase, counts in self.items()}
+
+    def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        self.__rewind__({phase_of(name, phases): Counts(counts) for name, counts in content.items()})
 
 
 def epoch_of(history: Mapping[Phase, Counts], phase: Phase) -> int:
@@ -238,7 +314,7 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
         return self
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _itself, (self._original,)  # as of other twins: a deep copy is one of the container
+        return itself, (self._original,)  # as of other twins: a deep copy is one of the container
 
     def _refused(self, *args: Any, **kwargs: Any) -> Any:
         raise refuse(self._path)
@@ -251,8 +327,14 @@ def _nothing() -> None:
     return None
 
 
-def _itself(container: Any) -> Any:
-    return container
+def _no_counts() -> Counts:
+    return _NONE
+
+
+def _empty(kind: type[PhaseMap[Any]], path: str) -> PhaseMap[Any]:
+    made = kind.__new__(kind)
+    PhaseMap.__init__(made, path)
+    return made
 
 
 def as_phase(phase: object, path: str) -> Phase:
@@ -277,11 +359,11 @@ def holds_series(value: object) -> bool:
 
 
 def _by_phase(path: str, late: bool = False) -> PhaseMap[SeriesMap]:
-    return PhaseMap(path, lambda: SeriesMap(path, late))
+    return PhaseMap(path, partial(SeriesMap, path, late))
 
 
 def _smooth_loss(path: str, late: bool = False) -> PhaseMap[Series]:
-    return PhaseMap(path, lambda: Series(path, late))
+    return PhaseMap(path, partial(Series, path, late))
 
 
 def _history(path: str, late: bool = False) -> CountsMap:

@@ -16,19 +16,14 @@ from typing import Any
 
 import torch
 
-from flowtrain.state.by_phase import CountsMap, PhaseMap
-from flowtrain.state.learner_state import State
-from flowtrain.state.parameters import Gradients, Parameters
 from flowtrain.state.readonly import PLAIN
-from flowtrain.state.series import Series, SeriesMap
 
 __all__ = ["detached"]
 
 _DEPTH = 8
 """How deep containers are followed: one may hold itself."""
 _OBJECTS = (UserDict, UserList, types.SimpleNamespace)
-_AS_THEY_ARE = (CountsMap, Series, SeriesMap)  # these hold numbers, and copies of tensors
-_SAME = (PLAIN - {torch.Tensor, torch.nn.Parameter}) | {*_AS_THEY_ARE}
+_SAME = PLAIN - {torch.Tensor, torch.nn.Parameter}
 """Types of values without a graph, by exact type, which is quick: loggers read such values at every batch."""
 
 
@@ -46,22 +41,15 @@ def detached(value: Any, depth: int = _DEPTH) -> Any:
         return value.detach() if value.requires_grad else value
     if depth == 0:
         return value
-    if isinstance(value, PhaseMap):
-        if all(type(item) in _SAME for item in value.values()):
-            return value
-        return _with(value, value.items(), PhaseMap.__setitem__, depth)
-    if isinstance(value, _AS_THEY_ARE):
-        return value
-    if isinstance(value, (Parameters, Gradients)):
-        return value.detached()
+    own = getattr(kind, "__detached__", None)
+    if own is not None:
+        return own(value, lambda item: detached(item, depth - 1))
     if isinstance(value, tuple):
         items = [detached(item, depth - 1) for item in value]
         if all(one is other for one, other in zip(value, items, strict=True)):
             return value
         make: Callable[[Any], Any] = getattr(kind, "_make", kind)
         return make(items)
-    if isinstance(value, State):
-        return _copied_state(value, depth)
     if isinstance(value, dict):
         return _with(value, dict.items(value), dict.__setitem__, depth)
     for sequence in (list, deque):
@@ -83,16 +71,6 @@ def _with(value: Any, items: Any, place: Callable[[Any, Any, Any], None], depth:
         place(made, key, item)
     if attributes:
         vars(made).update(attributes)  # past a frozen dataclass, which refuses
-    return made
-
-
-def _copied_state(value: State, depth: int) -> State:
-    changed = dict(_changed(vars(value).items(), depth))
-    if not changed:
-        return value
-    made = State(value._path)  # pyright: ignore[reportPrivateUsage]  # where it lives, for messages
-    for name, item in {**vars(value), **changed}.items():
-        setattr(made, name, item)
     return made
 
 

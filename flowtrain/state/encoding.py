@@ -1,4 +1,4 @@
-"""Plain copies: what a checkpoint may hold, and how the containers of ``cbstate`` are turned into it and back.
+"""Plain copies: the values that a checkpoint may hold, and the entries of ``cbstate`` as such values.
 
 A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`` reads it without running any code.
 `Stage` copies such values, tensors to the CPU, and refuses everything else by the name of who brought it.
@@ -13,11 +13,8 @@ import torch
 
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CheckpointError
-from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.learner_state import State
-from flowtrain.state.series import Series, SeriesMap
 
-__all__ = ["LeftOver", "Object", "Stage", "fill", "kept", "live", "phase_of", "same"]
+__all__ = ["LeftOver", "Object", "Stage", "kept", "live", "phase_of", "refill", "same"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values beside the containers of them; no subclasses, which a file does not bring back."""
@@ -70,33 +67,21 @@ class Stage:
         return self._clones[key]
 
     def pack(self, value: Any, path: str) -> Any:
-        """Return an entry of ``cbstate`` as plain values that `fill` turns back.
+        """Return an entry of ``cbstate`` as plain values that `refill` takes back, marked with their kind.
+
+        The kind is that of a container (`flowtrain.state.container`), ``"object"`` for one with a ``state_dict``, or
+        ``"value"`` for the plain value itself.
 
         Raises:
             CheckpointError: It holds something that is neither plain, nor a container of the learner's, nor has a
                 ``state_dict``.
         """
-        if isinstance(value, Series):
-            return {"series": _columns(value.state_dict(), self, path)}
-        if isinstance(value, SeriesMap):
-            return {"by name": {name: self.pack(series, f"{path}.{name}") for name, series in value.items()}}
-        if isinstance(value, CountsMap):
-            return {"counts": {repr(phase): tuple(counts) for phase, counts in value.items()}}
-        if isinstance(value, PhaseMap):
-            return {"by phase": {repr(phase): self.pack(item, f"{path}[{phase!r}]") for phase, item in value.items()}}
-        if isinstance(value, State):
-            return {"namespace": {name: self.pack(getattr(value, name), f"{path}.{name}") for name in value}}
+        kind = getattr(type(value), "__kind__", None)
+        if kind is not None:
+            return {kind: value.__packed__(self, path)}
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return {"object": self.copy(value.state_dict(), f"{path}.state_dict()")}
         return {"value": self.copy(value, path)}
-
-
-def _columns(state: Mapping[str, list[Any]], stage: Stage, path: str) -> dict[str, Any]:
-    """Turn numbers into tensors: a long history is staged, written and read much faster that way."""
-    values = state["values"]
-    if values and all(type(value) is float for value in values):
-        return {"steps": torch.tensor(state["steps"]), "values": torch.tensor(values, dtype=torch.float64)}
-    return {"steps": stage.copy(state["steps"], path), "values": stage.copy(values, path)}
 
 
 def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
@@ -108,75 +93,22 @@ def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
     )
 
 
-def fill(holder: Any, name: str, packed: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
-    """Put an entry back as `Stage.pack` found it; containers are filled in place, because views hold them.
+def refill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> bool:
+    """Put packed content back in place; return ``False`` where only the content itself can take the place of `value`.
 
     Args:
-        holder: The `State` that the entry is in.
-        name: The entry.
-        packed: What `Stage.pack` returned, and nobody else holds.
+        value: The value of now: a container of this kind, or an object with ``load_state_dict``, is filled.
+        kind: How `Stage.pack` has marked the content.
+        content: The content, which nobody else holds.
         phases: Phases by name, for those that the learner has data for.
     """
-    [(kind, content)] = packed.items()
-    value = holder.__dict__.get(name) if isinstance(holder, State) else None
-    if kind == "namespace" and value is None:
-        setattr(holder, name, State(f"{getattr(holder, '_path', 'cbstate')}.{name}"))
-        value = holder.__dict__[name]
-    if not _fill(value, kind, content, phases):
-        setattr(holder, name, content)
-
-
-def _fill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> bool:
-    """Fill a container that is there; ``False`` where there is none, and the content is the value itself."""
-    if kind == "series" and isinstance(value, Series):
-        value.load_state_dict({key: _listed(column) for key, column in content.items()})
-    elif kind == "by name" and isinstance(value, SeriesMap):
-        for series in value.values():
-            series.restore(0)  # emptied, not dropped: views hold it
-        for name, series in content.items():
-            _fill(value.series(name), *_only(series), phases)
-    elif kind == "counts" and isinstance(value, CountsMap):
-        value.clear()
-        for name, counts in content.items():
-            value[phase_of(name, phases)] = Counts(counts)
-    elif kind == "by phase" and isinstance(value, PhaseMap):
-        _fill_phases(value, content, phases)
-    elif kind == "namespace" and isinstance(value, State):
-        for name in [name for name in value if name not in content]:
-            delattr(value, name)
-        for name, item in content.items():
-            fill(value, name, item, phases)
+    if kind == getattr(type(value), "__kind__", None):
+        value.__fill__(content, phases)
     elif kind == "object" and hasattr(value, "load_state_dict"):
         value.load_state_dict(content)
     else:
         return False
     return True
-
-
-def _fill_phases(value: PhaseMap[Any], content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
-    for phase, item in list(value.items()):
-        if repr(phase) in content:
-            continue
-        if isinstance(item, (Series, SeriesMap)):
-            _fill(item, *(("series", {"steps": [], "values": []}) if isinstance(item, Series) else ("by name", {})), {})
-        else:
-            del value[phase]
-    for name, packed in content.items():
-        phase = phase_of(name, phases)
-        kind, inside = _only(packed)
-        if kind in ("series", "by name"):
-            _fill(value[phase], kind, inside, phases)
-        else:
-            value[phase] = inside
-
-
-def _only(packed: Mapping[str, Any]) -> tuple[str, Any]:
-    [(kind, content)] = packed.items()
-    return kind, content
-
-
-def _listed(column: Any) -> list[Any]:
-    return column.tolist() if isinstance(column, torch.Tensor) else list(column)
 
 
 def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:

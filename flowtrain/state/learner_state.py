@@ -12,24 +12,28 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from flowtrain.callback.access import Path
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.container import Container, Freezer, Tree, changed, picked
+from flowtrain.state.encoding import Stage, refill
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
-from flowtrain.state.series import Series, SeriesMap
 
 __all__ = ["LearnerState", "Named", "State", "Twins", "restore_point"]
 
 
-class State:
+class State(Container):
     """A namespace of entries that keeps a read-only twin of each: `cbstate`.
 
-    Entries are attributes. A `PhaseMap`, `SeriesMap` or `Series` is filled, never replaced, so that everybody who
-    holds a view of it sees the same.
+    Entries are attributes. A container among them is filled and never replaced, so that everybody who holds a view of
+    it sees the same; only a namespace in a namespace may be replaced.
     """
 
     __slots__ = ("__dict__", "__twins__", "_path")
+    __kind__ = "namespace"
 
     _path: str
     __twins__: Twins
@@ -43,7 +47,7 @@ class State:
 
     def __setattr__(self, name: str, value: Any) -> None:
         old = self.__dict__.get(name)
-        if isinstance(old, (PhaseMap, SeriesMap, Series)) and old is not value:
+        if isinstance(old, Container) and not isinstance(old, State) and old is not value:
             raise UsageError(
                 f"{self._path}.{name} is a {type(old).__name__} and is filled, never replaced: others hold it. "
                 f"Write into it, as {self._path}.{name}[phase] = ... or .push(...)."
@@ -53,6 +57,61 @@ class State:
 
     def __twin__(self) -> Twins:
         return self.__twins__
+
+    def __detached__(self, detach: Callable[[Any], Any]) -> State:
+        changes = changed(vars(self).items(), detach)
+        return _namespace(self._path, {**vars(self), **changes}) if changes else self
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> State:
+        own = vars(self)
+        parts = {name: freezer.part(own[name], below, f".{name}") for name, below in picked(list(own), inside)}
+        return _namespace(self._path, parts)
+
+    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+        return {name: stage.pack(item, f"{path}.{name}") for name, item in vars(self).items()}
+
+    def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        for name in [name for name in self if name not in content]:
+            delattr(self, name)
+        for name, packed in content.items():
+            self.__put__(name, packed, phases)
+
+    def __put__(self, name: str, packed: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        """Put one entry back as `Stage.pack` found it; a container is filled in place, because views hold it.
+
+        Args:
+            name: The entry.
+            packed: What `Stage.pack` returned, and nobody else holds.
+            phases: Phases by name, for those that the learner has data for.
+        """
+        [(kind, content)] = packed.items()
+        if kind == State.__kind__ and vars(self).get(name) is None:
+            setattr(self, name, State(f"{self._path}.{name}"))
+        if not refill(vars(self).get(name), kind, content, phases):
+            setattr(self, name, content)
+
+    def __mark__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __rewind__(self, mark: Mapping[str, Any]) -> None:
+        vars(self).clear()
+        vars(self.__twins__).clear()
+        self.__setstate__(mark)
+
+    def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
+        for name, item in vars(self).items():
+            if isinstance(item, Container):
+                for path, leaf in item.__leaves__(fingerprint):
+                    yield (name, *path), leaf
+            else:
+                yield (name,), fingerprint(item)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self._path,), dict(vars(self))
+
+    def __setstate__(self, entries: Mapping[str, Any]) -> None:
+        for name, item in entries.items():
+            setattr(self, name, item)
 
     def __delattr__(self, name: str) -> None:
         if name not in self:
@@ -101,8 +160,17 @@ class Twins:
     def __len__(self) -> int:
         return len(self.__dict__)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self._path,), dict(vars(self))
+
     def __repr__(self) -> str:
         return f"Twins({self._path}: {', '.join(self) or 'empty'})"
+
+
+def _namespace(path: str, entries: Mapping[str, Any]) -> State:
+    made = State(path)
+    made.__setstate__(entries)
+    return made
 
 
 def _missing(path: str, name: str, known: Any) -> MissingStateError:
@@ -139,6 +207,14 @@ class Named(Mapping[str, Any]):
     @cached_property
     def __twins__(self) -> Named:
         return Named(self._what, {name: readonly(each, f"{self._what}.{name}") for name, each in self.items()})
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Named | dict[str, Any]:
+        """Return the members copied; a dict of those that are declared, which nobody takes for all of them."""
+        members = {name: freezer.part(self[name], below, f".{name}") for name, below in picked(self, inside)}
+        return Named(self._what, members) if inside is None else members
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Named, (self._what, dict(self))
 
     def _unknown(self, name: str) -> str:
         return (
@@ -232,66 +308,42 @@ class LearnerState:
 def restore_point(state: State) -> Callable[[], None]:
     """Remember the entries of `state` and what its containers hold; the function returned puts all of it back.
 
-    Containers (lists, dicts, sets, maps and series) are restored in place, because views hold them. Other values are
-    put back by reference.
+    Containers (lists, dicts, sets and flowtrain's own) are restored in place, because views hold them. Other values
+    are put back by reference.
     """
-    contents: dict[int, tuple[Any, Any]] = {}
-    entries = dict(state.__dict__)
-    for value in entries.values():
-        _remember(value, contents)
+    marks: dict[int, tuple[Any, Any]] = {}
+    _remember(state, marks)
 
     def restore() -> None:
-        """Put everything back."""
-        for value, content in contents.values():
-            _refill(value, content)
-        _refill(state, entries)
+        """Put everything back, the namespaces last: they make twins of what is in them."""
+        for value, mark in reversed(marks.values()):
+            _rewind(value, mark)
 
     return restore
 
 
-def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Keep what a container holds, and what is in it."""
-    if id(value) in contents:
+def _remember(value: Any, marks: dict[int, tuple[Any, Any]]) -> None:
+    """Keep a container, and those inside it, each with its mark: of Python's own a dict or a list of the items."""
+    if id(value) in marks:
         return
-    if isinstance(value, (dict, list, set, deque)):
-        contents[id(value)] = (value, dict(dict.items(value)) if isinstance(value, dict) else list(value))
-        for inner in value.values() if isinstance(value, dict) else value:
-            _remember(inner, contents)
-    elif isinstance(value, tuple):
-        for inner in value:
-            _remember(inner, contents)
-    elif isinstance(value, State):
-        contents[id(value)] = (value, dict(value.__dict__))
-        for inner in value.__dict__.values():
-            _remember(inner, contents)
-    elif isinstance(value, SeriesMap):
-        contents[id(value)] = (value, value.snapshot())
-        for series in value.values():
-            _remember(series, contents)
-    elif isinstance(value, Series):
-        contents[id(value)] = (value, len(value))
-
-
-def _refill(value: Any, content: Any) -> None:
-    if isinstance(value, Series):
-        value.restore(content)
-    elif isinstance(value, State):
-        value.__dict__.clear()
-        value.__twins__.__dict__.clear()
-        for name, item in content.items():
-            setattr(value, name, item)
-    elif isinstance(value, SeriesMap):
-        value.restore(content)
-    elif isinstance(value, PhaseMap):
-        for phase in list(value):
-            del value[phase]
-        for phase, item in content.items():
-            value[phase] = item
-    elif isinstance(value, list):
-        value[:] = content
-    elif isinstance(value, deque):
-        value.clear()
-        value.extend(content)
+    if isinstance(value, Container):
+        mark = value.__mark__()
+    elif isinstance(value, dict):
+        mark = dict(dict.items(value))
+    elif isinstance(value, (list, tuple, set, deque)):
+        mark = list(value)
     else:
+        return
+    marks[id(value)] = value, mark
+    for item in mark.values() if isinstance(mark, dict) else mark if isinstance(mark, list) else ():
+        _remember(item, marks)
+
+
+def _rewind(value: Any, mark: Any) -> None:
+    if isinstance(value, Container):
+        value.__rewind__(mark)
+    elif isinstance(value, list):
+        value[:] = mark
+    elif not isinstance(value, tuple):
         value.clear()
-        value.update(content)
+        (value.extend if isinstance(value, deque) else value.update)(mark)

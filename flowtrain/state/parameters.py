@@ -1,16 +1,21 @@
-"""Parameters and gradients by name, looked up in the live modules."""
+"""Parameters and gradients by name: of the live modules, and as they were when a snapshot was taken.
+
+`Parameters` and `Gradients` look everything up in the modules. Detached, for handlers that may run elsewhere, they do
+so as well. `NamedTensors` and `NamedGradients` are the same for a snapshot, which has copies of the tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 
 from flowtrain.errors import nearest
+from flowtrain.state.container import Freezer, Tree, picked
 from flowtrain.state.readonly import refuse
 
-__all__ = ["Gradients", "Parameters", "named_parameters"]
+__all__ = ["Gradients", "NamedGradients", "NamedTensors", "Parameters", "named_parameters"]
 
 
 class Parameters(Mapping[str, torch.nn.Parameter]):
@@ -21,14 +26,31 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
     def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
         self._models = models
 
-    def detached(self) -> Mapping[str, torch.Tensor]:
-        """Return the parameters as tensors that record no gradients and have none, by the same names."""
+    def __detached__(self, detach: Callable[[Any], Any]) -> Parameters:
         return DetachedParameters(self._models)
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> NamedTensors:
+        found, aliases = self.with_aliases()
+        return freezer.copy(NamedTensors(found, aliases).part(inside))  # type: ignore[no-any-return]  # of the same type
 
     def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield names and parameters: the quick way through all of them."""
         for prefix, model in self._models.items():
             yield from model.named_parameters(prefix)
+
+    def with_aliases(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the parameters by name, and for each further name of one of them the name that it is found by."""
+        found: dict[str, torch.Tensor] = {}
+        aliases: dict[str, str] = {}
+        for prefix, model in self._models.items():  # one walk through the models, which costs as much as a small copy
+            first: dict[int, str] = {}
+            for name, parameter in model.named_parameters(prefix, remove_duplicate=False):
+                known = first.setdefault(id(parameter), name)
+                if known == name:
+                    found[name] = parameter
+                else:
+                    aliases[name] = known
+        return found, aliases
 
     def __getitem__(self, name: str) -> torch.nn.Parameter:
         # Not by a search through all: whoever goes through this mapping would pay for it at every parameter.
@@ -74,9 +96,13 @@ class Gradients(Mapping[str, torch.Tensor]):
     def __twin__(self) -> Mapping[str, torch.Tensor]:
         return self.twin
 
-    def detached(self) -> Gradients:
-        """Return them read-only, and detached where a graph of the backward pass was kept."""
-        return DetachedGradients(self._params)
+    def __detached__(self, detach: Callable[[Any], Any]) -> Gradients:
+        return DetachedGradients(self._params)  # a graph of the backward pass may have been kept
+
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> NamedGradients:
+        params, aliases = self._params.with_aliases()
+        found = {name: param.grad for name, param in params.items() if param.grad is not None}
+        return freezer.copy(NamedGradients(found, aliases).part(inside))  # type: ignore[no-any-return]  # of the same type
 
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
@@ -134,3 +160,67 @@ class DetachedGradients(ReadOnlyGradients):
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and detached gradients."""
         return ((name, gradient.detach()) for name, gradient in super().named())
+
+
+class NamedTensors(Mapping[str, torch.Tensor]):
+    """Parameters by name, as they were.
+
+    Args:
+        tensors: The tensors by name.
+        aliases: For each further name of a tensor the name that `tensors` has it by.
+
+    Attributes:
+        tensors: The tensors by name.
+        aliases: For each further name of a tensor the name that `tensors` has it by.
+    """
+
+    __slots__ = ("aliases", "tensors")
+
+    def __init__(self, tensors: dict[str, torch.Tensor], aliases: Mapping[str, str] | None = None) -> None:
+        self.tensors = tensors
+        self.aliases: Mapping[str, str] = aliases or {}
+
+    def __twin__(self) -> NamedTensors:
+        return self
+
+    def part(self, inside: Tree | None) -> Self:
+        """Return the same without the tensors of which nothing is declared; ``None`` means that all are declared."""
+        if inside is None:
+            return self
+        declared = {self.aliases.get(name, name) for name, _ in picked([*self.tensors, *self.aliases], inside)}
+        return type(self)({name: each for name, each in self.tensors.items() if name in declared}, self.aliases)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self.tensors.get(self.aliases.get(name, name))
+        if found is None:
+            raise KeyError(self._unknown(name))
+        return found
+
+    def _unknown(self, name: str) -> str:
+        return f"there is no parameter {name!r}.{nearest(str(name), self.tensors)}"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tensors, self.aliases)
+
+
+class NamedGradients(NamedTensors):
+    """Gradients by the name of their parameter, as they were."""
+
+    __slots__ = ()
+
+    @property
+    def twin(self) -> NamedGradients:
+        """What a view gives for reading: itself, since it cannot be changed."""
+        return self
+
+    def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
+        raise refuse("batch.grads")
+
+    def _unknown(self, name: str) -> str:
+        return f"{name} has no gradient: it took no part in the loss, or it is frozen"

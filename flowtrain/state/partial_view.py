@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from flowtrain.callback.access import Declaration, Path, Read, Write, dotted, granted, render, union
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import SeriesMap
 
-__all__ = ["Owner", "Part", "Tree", "tree", "writes"]
-
-Tree: TypeAlias = "dict[str, Tree | Read | Write]"
+__all__ = ["Owner", "Part", "tree", "writes"]
 
 
 def tree(declaration: Declaration) -> Tree:

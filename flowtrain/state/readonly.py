@@ -15,7 +15,7 @@ import torch
 
 from flowtrain.errors import ProtectedException
 
-__all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "readonly", "refuse"]
+__all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
 
 PLAIN: frozenset[type] = frozenset(
     {torch.Tensor, torch.nn.Parameter, int, float, bool, str, bytes, complex, type(None), frozenset}
@@ -112,7 +112,7 @@ class _Twin:
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
         # Deep copies and pickles are of the container: nobody else sees those, so nobody has to protect them.
-        return _itself, (self._container,)
+        return itself, (self._container,)
 
 
 class ReadOnlyList(_Twin, Sequence[Any]):
@@ -171,8 +171,9 @@ class ReadOnlySet(_Twin, Set[Any]):
         return set(self)
 
 
-def _itself(container: Any) -> Any:
-    return container
+def itself(value: Any) -> Any:
+    """Return the value: a twin is pickled and deeply copied as ``itself(container)``."""
+    return value
 
 
 _TWINS: tuple[tuple[type | tuple[type, ...], Callable[[Any, str], Any]], ...] = (

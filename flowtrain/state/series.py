@@ -1,14 +1,18 @@
-"""Series: values over time, that only grow; and series by name."""
+"""Series: values over time, which only grow; and series by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 
+from flowtrain.callback.access import Path
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import nearest
+from flowtrain.state.container import Container, Freezer, Tree, picked
 from flowtrain.state.device_values import Kept
+from flowtrain.state.encoding import Stage
 from flowtrain.state.readonly import refuse
 
 if TYPE_CHECKING:
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Series", "SeriesMap"]
 
 
-class Series:
+class Series(Container):
     """Values with the step at which each was recorded, in order.
 
     It is a sequence of ``(step, value)`` pairs: iterating and indexing give pairs, a slice gives a list of pairs, and
@@ -40,9 +44,10 @@ class Series:
     """
 
     __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
+    __kind__ = "series"
 
     rewound: ClassVar[int] = 0
-    """How often any series has lost values, taken back or replaced by those of a checkpoint; else they only grow."""
+    """How often series have lost values, or were lost themselves, to a mark or a checkpoint. Else series only grow."""
 
     def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
@@ -104,32 +109,41 @@ class Series:
             self._kept.settle(self._values)
         return self._values[start:]
 
-    def snapshot(self) -> int:
-        """Return what `restore` needs to come back to here."""
-        return len(self._steps)
-
-    def restore(self, snapshot: int) -> None:
-        """Take back what was recorded after a snapshot."""
-        if self._kept:
-            self._kept.forget(self._values, snapshot)
-        Series.rewound += 1
-        del self._values[snapshot:], self._steps[snapshot:]
-
-    def state_dict(self) -> dict[str, list[Any]]:
-        """Return the steps and the values, for a checkpoint."""
-        return {"steps": list(self._steps), "values": self.since(0)}
-
-    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
-        """Take back what `state_dict` returned; in place, because twins and views hold the lists."""
-        self.since(0)  # nothing on a device is to be settled into what comes now
-        Series.rewound += 1
-        self._steps[:], self._values[:] = state["steps"], state["values"]
-
     def __twin__(self) -> ReadOnlySeries:
         return ReadOnlySeries(self)
 
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Series:
+        return self.__copy__()
+
+    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+        values = self.since(0)
+        if values and all(type(value) is float for value in values):
+            # A long history of numbers is staged, written and read much faster as tensors.
+            return {"steps": torch.tensor(self._steps), "values": torch.tensor(values, dtype=torch.float64)}
+        return {"steps": stage.copy(self._steps, path), "values": stage.copy(values, path)}
+
+    def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        self.__rewind__(0)
+        for name, column in ("steps", self._steps), ("values", self._values):
+            values = content.get(name, ())
+            column.extend(values.tolist() if isinstance(values, torch.Tensor) else values)
+
+    def __mark__(self) -> int:
+        return len(self)
+
+    def __rewind__(self, mark: int) -> None:
+        # In place, because twins and views hold the lists.
+        if self._kept:
+            self._kept.forget(self._values, mark)
+        Series.rewound += 1
+        del self._values[mark:], self._steps[mark:]
+
+    def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
+        if len(self):
+            yield (), (id(self), len(self), repr(self.last()))
+
     def __getstate__(self) -> object:
-        self.since(0)  # what is copied or pickled has no part on a device
+        self.since(0)  # a copy or a pickle holds no values of a device
         return object.__getstate__(self)
 
     def __len__(self) -> int:
@@ -198,19 +212,15 @@ class ReadOnlySeries(Series):
         """Refuse."""
         raise refuse(self._path)
 
-    def restore(self, snapshot: int) -> None:
-        """Refuse."""
-        raise refuse(self._path)
-
-    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
-        """Refuse."""
-        raise refuse(self._path)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Series, (self._path,), self.__getstate__()
 
 
-class SeriesMap(Mapping[str, Series]):
+class SeriesMap(Container, Mapping[str, Series]):
     """Series by name. `push` makes a series when its name is new."""
 
     __slots__ = ("_late", "_path", "_series")
+    __kind__ = "by name"
 
     def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
@@ -231,14 +241,30 @@ class SeriesMap(Mapping[str, Series]):
     def __twin__(self) -> ReadOnlySeriesMap:
         return ReadOnlySeriesMap(self)
 
-    def snapshot(self) -> dict[str, Series]:
-        """Return what `restore` needs to come back to here; the series themselves have snapshots of their own."""
+    def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> SeriesMap:
+        made = SeriesMap(self._path)
+        made._series = {name: freezer.copy(self._series[name]) for name, _ in picked(self, inside)}
+        return made
+
+    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+        return {name: stage.pack(series, f"{path}.{name}") for name, series in self._series.items()}
+
+    def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        for name in {**self._series, **content}:  # a series without content is emptied and not dropped: views hold it
+            self.series(name).__fill__(content.get(name, {}).get(Series.__kind__, {}), phases)
+
+    def __mark__(self) -> dict[str, Series]:
         return dict(self._series)
 
-    def restore(self, snapshot: Mapping[str, Series]) -> None:
-        """Forget the series that came after a snapshot."""
+    def __rewind__(self, mark: Mapping[str, Series]) -> None:
+        Series.rewound += 1
         self._series.clear()
-        self._series.update(snapshot)
+        self._series.update(mark)
+
+    def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
+        for name, series in self._series.items():
+            for _, leaf in series.__leaves__(fingerprint):
+                yield tuple(name.split(".")), leaf
 
     def __getitem__(self, name: str) -> Series:
         try:
@@ -278,6 +304,5 @@ class ReadOnlySeriesMap(SeriesMap):
         """Refuse."""
         raise refuse(f"{self._path}.{name}")
 
-    def restore(self, snapshot: Mapping[str, Series]) -> None:
-        """Refuse."""
-        raise refuse(self._path)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SeriesMap, (self._path,), object.__getstate__(self)

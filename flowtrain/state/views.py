@@ -26,9 +26,10 @@ from flowtrain.callback.access import ROOTS, Declaration, Read, Write, granted
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import ReadOnlyBatch
+from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.state.partial_view import Owner, Part, Tree, tree, writes
+from flowtrain.state.partial_view import Owner, Part, tree, writes
 from flowtrain.state.readonly import PLAIN, readonly
 
 __all__ = ["NAMESPACES", "CompiledView", "Namespace", "bind_view", "compile_namespace", "compile_view"]

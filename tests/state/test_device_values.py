@@ -95,7 +95,7 @@ def test_the_newest_value_is_given_without_waiting() -> None:
 @given(st.integers(0, CHUNK + 40), st.integers(0, CHUNK + 40))
 def test_what_is_taken_back_is_gone_and_the_rest_is_whole(count: int, cut: int) -> None:
     series = late_series(count)
-    series.restore(min(cut, count))
+    series.__rewind__(min(cut, count))
     series.push(torch.tensor(-1.0), -1)
     assert list(series) == [*((step, float(step)) for step in range(min(cut, count))), (-1, -1.0)]
 

@@ -9,7 +9,7 @@ import torch
 
 from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap
-from flowtrain.state.encoding import Stage, fill, phase_of
+from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
@@ -57,7 +57,7 @@ def test_containers_are_filled_in_place() -> None:
     state.metrics.push("New", 1.0, 2)
     state.mine = 3
     for name, each in packed.items():
-        fill(state, name, each, PHASES)
+        state.__put__(name, each, PHASES)
     assert state.history is history
     assert state.metrics["Loss"] is loss
     assert history == {TrainingPhase(): Counts((1, 2, 2, 2))}
@@ -75,7 +75,7 @@ def test_all_of_a_fit_goes_there_and_back() -> None:
     learner.fit(1)
     assert before != {name: repr(getattr(cbstate, name)) for name in cbstate}
     for name, each in packed.items():
-        fill(cbstate, name, each, PHASES)
+        cbstate.__put__(name, each, PHASES)
     assert before == {name: repr(getattr(cbstate, name)) for name in cbstate}
 
 

@@ -21,17 +21,14 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import nn
 
-from flowtrain.callback.phases import Phase
-from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.learner_state import Named, State
-from flowtrain_dask.snapshots.states import NamedGradients, NamedTensors
+from flowtrain.state.parameters import NamedGradients, NamedTensors
 from flowtrain_dask.snapshots.tensors import compressed_indices
 
 __all__ = ["ValuePickler"]
 
 
 class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
-    """Cloudpickle with reductions for tensors and for what of flowtrain's own it cannot do.
+    """Cloudpickle with reductions for tensors.
 
     Attributes:
         waste: How many times as large as what a tensor shows a storage may be to be sent as a whole.
@@ -55,14 +52,6 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         if kind is NamedTensors or kind is NamedGradients:
             self._expect(obj.tensors.values())
             return obj.__reduce__()
-        if kind is CountsMap:
-            return _counts_map, (obj._path, list(obj.items()))
-        if kind is PhaseMap:
-            return _phase_map, (obj._path, obj.make, list(obj.items()))
-        if kind is State:
-            return _state, (obj._path, dict(vars(obj)))
-        if kind is Named:
-            return Named, (obj.__dict__["_what"], dict(obj))
         if isinstance(obj, (torch.UntypedStorage, torch.TypedStorage)):
             raise TypeError("a torch storage is not sent to another process; send a tensor")
         if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
@@ -237,24 +226,3 @@ def _quantized(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
 
 def _quantized_by_channel(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int) -> torch.Tensor:
     return _torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)  # type: ignore[no-any-return]  # see above
-
-
-def _counts_map(path: str, items: list[tuple[Phase, Counts]]) -> CountsMap:
-    made = CountsMap(path)
-    for phase, counts in items:
-        made[phase] = counts
-    return made
-
-
-def _phase_map(path: str, make: Callable[[], Any] | None, items: list[tuple[Phase, Any]]) -> PhaseMap[Any]:
-    made: PhaseMap[Any] = PhaseMap(path, make)
-    for phase, item in items:
-        made[phase] = item
-    return made
-
-
-def _state(path: str, entries: dict[str, Any]) -> State:
-    made = State(path)
-    for name, item in entries.items():
-        setattr(made, name, item)
-    return made

@@ -17,17 +17,16 @@ import re
 import types
 import uuid
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.state.partial_view import Tree
-from flowtrain_dask.snapshots.copying import SHARED, Copier, Copying, Refused, declared_inside
+from flowtrain_dask.snapshots.copying import SHARED, Copier, Copying, Refused
 
-__all__ = ["find_rebuilder", "prune_mapping"]
+__all__ = ["find_rebuilder"]
 
 _IMMUTABLE = (
     int, float, complex, str, bytes, bool, type, enum.Enum, range, slice, type(...), type(NotImplemented),
@@ -59,12 +58,6 @@ def find_rebuilder(kind: type, value: Any) -> Copier | None:
     if any(base.__module__ == "numpy" and base.__name__ in ("ndarray", "generic") for base in kind.__mro__):
         return _copy_array
     return None
-
-
-def prune_mapping(value: Mapping[Any, Any], inside: Tree, copying: Copying) -> dict[Any, Any]:
-    """Pick the items of a mapping that are declared; a key may have dots in it."""
-    found = {key: declared_inside(inside, key) for key in value}
-    return {key: copying.part(value[key], part, key) for key, part in found.items() if part is not None}
 
 
 def _itself(value: Any, copying: Copying) -> Any:

@@ -8,18 +8,19 @@ numbers, texts, types, functions, enums, ...     the value itself
 list, tuple, dict, set, deque, dataclasses, ...  rebuilt, subclasses and their attributes too; cycles are kept
 numpy arrays                                     copied; arrays of objects are refused
 series                                           `flowtrain_dask.snapshots.series`: in constant time
-counters, maps by phase, ``cbstate`` namespaces  rebuilt
+parameters and gradients by name                 copied together
+other containers of flowtrain's                  as `flowtrain.state.container` says: rebuilt
 ``torch.nn.Module``                              a deep copy: every parameter and buffer is copied
 anything else                                    what `register_copier` says; without it refused
 ===============================================  ===============================================================
 
-This module has the table and its public face. `copying` is one pass of copying; `tensors`, `rebuilt`, `states` and
-`modules` copy what their names say.
+This module has the table and its public face. `copying` is one pass of copying; `tensors`, `containers` and `modules`
+copy what their names say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ from torch import nn
 from flowtrain.callback.access import Declaration
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.snapshots.containers import find_rebuilder, prune_mapping
-from flowtrain_dask.snapshots.copying import COPIERS, FINDERS, PRUNERS, Copier, Copying, Refused
+from flowtrain.state.parameters import NamedTensors
+from flowtrain.state.series import Series
+from flowtrain_dask.snapshots.containers import find_rebuilder
+from flowtrain_dask.snapshots.copying import COPIERS, FINDERS, Copier, Copying, Refused
 from flowtrain_dask.snapshots.modules import copy_module
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.slots import compile_slots, slots_now
-from flowtrain_dask.snapshots.states import STATE_COPIERS, STATE_PRUNERS
-from flowtrain_dask.snapshots.tensors import copy_tensor
+from flowtrain_dask.snapshots.tensors import copy_tensor, copy_tensors
 
 __all__ = ["Copying", "Pool", "check", "register_copier"]
 
@@ -87,7 +89,24 @@ def _find_own(kind: type, value: Any) -> Copier | None:
         return _refuse_subclass
     if issubclass(kind, nn.Module):
         return copy_module
-    return next((copier for base, copier in STATE_COPIERS.items() if issubclass(kind, base)), None)
+    if issubclass(kind, Series):
+        return _copy_series
+    if issubclass(kind, NamedTensors):
+        return _copy_named_tensors
+    return _copy_container if hasattr(kind, "__frozen__") else None
+
+
+def _copy_series(value: Series, copying: Copying) -> Series:
+    copying.has_series = True
+    return copying.cut(value)
+
+
+def _copy_named_tensors(value: NamedTensors, copying: Copying) -> NamedTensors:
+    return type(value)(copy_tensors(value.tensors, copying), value.aliases)
+
+
+def _copy_container(value: Any, copying: Copying) -> Any:
+    return value.__frozen__(copying)
 
 
 def _refuse_subclass(value: torch.Tensor, copying: Copying) -> Any:
@@ -95,4 +114,3 @@ def _refuse_subclass(value: torch.Tensor, copying: Copying) -> Any:
 
 
 FINDERS[:] = [_find_registered, _find_own, find_rebuilder]
-PRUNERS.update({**STATE_PRUNERS, Mapping: prune_mapping})

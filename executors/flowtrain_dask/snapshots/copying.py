@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from flowtrain.callback.access import Path, Read, Write, dotted
 from flowtrain.errors import AccessError
-from flowtrain.state.partial_view import Tree
+from flowtrain.state.container import Tree, picked
 from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cut
@@ -19,19 +19,14 @@ from flowtrain_dask.snapshots.series import Cut
 __all__ = [
     "COPIERS",
     "FINDERS",
-    "PRUNERS",
     "SHARED",
     "Attributes",
     "Copier",
     "Copying",
-    "Pruner",
     "Refused",
-    "declared_inside",
-    "prune_attributes",
 ]
 
 Copier: TypeAlias = "Callable[[Any, Copying], Any]"
-Pruner: TypeAlias = "Callable[[Any, Tree, Copying], Any]"
 
 SHARED: frozenset[type] = frozenset({int, float, bool, str, bytes, complex, type(None)})
 """Types that are their own copy; looked up first."""
@@ -41,9 +36,6 @@ COPIERS: dict[type, Copier] = {}
 
 FINDERS: list[Callable[[type, Any], Copier | None]] = []
 """What is asked, in turn, how a type is copied that is met for the first time."""
-
-PRUNERS: dict[type, Pruner] = {}
-"""How what is declared inside a container is picked out of it; the first type that fits."""
 
 
 class Refused(Exception):  # turned into an error that says where before anybody else sees it
@@ -156,13 +148,16 @@ class Copying:
             raise _error(refused, path) from refused.__cause__
 
     def inside(self, container: Any, inside: Tree) -> Any:
-        """Return a container of the same sort that holds copies of what is declared inside it, and nothing else."""
-        for kind, prune in PRUNERS.items():
-            if isinstance(container, kind):
-                return prune(container, inside, self)
-        return prune_attributes(container, inside, self)
+        """Return copies of what is declared inside a container, in one of the same sort, a dict or `Attributes`."""
+        frozen = getattr(type(container), "__frozen__", None)
+        if frozen is not None:
+            return frozen(container, self, inside)
+        if isinstance(container, Mapping):
+            return {key: self.part(container[key], below, key) for key, below in picked(container, inside)}
+        own = {name: getattr(container, name) for name in inside if name and hasattr(container, name)}
+        return Attributes({name: self.part(own[name], inside[name], f".{name}") for name in own})
 
-    def part(self, value: Any, inside: Tree | Read | Write, where: Any) -> Any:
+    def part(self, value: Any, inside: Tree | Read | Write | None, where: Any) -> Any:
         """Return the copy of a part of which all, or something inside, is declared."""
         if not isinstance(inside, dict) or "" in inside:
             return self.copy_at(value, where)
@@ -174,22 +169,6 @@ class Attributes:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
-
-
-def prune_attributes(value: Any, inside: Tree, copying: Copying) -> Attributes:
-    """Pick attributes of an object; a missing one is left out."""
-    there = {name: getattr(value, name) for name in inside if name and hasattr(value, name)}
-    return Attributes({name: copying.part(there[name], inside[name], f".{name}") for name in there})
-
-
-def declared_inside(inside: Tree, key: object) -> Tree | Read | Write | None:
-    """Return what is declared at a key, whose name may have dots in it: ``"encoder.weight"``."""
-    found: Tree | Read | Write | None = inside
-    for name in str(key).split("."):
-        if not isinstance(found, dict) or "" in found:
-            return found
-        found = found.get(name)
-    return found
 
 
 def _refuse(value: Any, copying: Copying) -> Any:

@@ -65,7 +65,7 @@ class Marked(ReadOnlyPhaseMap[Any]):
     def _map(self, phase: Phase) -> SeriesMap:
         path, start, names = self.source.layout.phases[phase]
         made, before, read = SeriesMap(path), self.before or (0,) * len(self.lengths), self.source.series
-        made.restore({name: read(at, before[at], self.lengths[at]) for at, name in enumerate(names, start)})
+        made.__rewind__({name: read(at, before[at], self.lengths[at]) for at, name in enumerate(names, start)})
         return made
 
     def _whole(self) -> ReadOnlyPhaseMap[Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from flowtrain.state.container import Tree
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.state.parameters import named_parameters
-from flowtrain.state.partial_view import Tree
 from flowtrain_dask.snapshots.copying import Copying, Refused
 
 __all__ = ["OptimizerCopy", "copy_module", "copy_optimizers"]

@@ -10,8 +10,9 @@ from typing import Any, Final, NamedTuple
 
 from flowtrain.callback.access import Declaration, Path, Read, Write, dotted
 from flowtrain.errors import AccessError
+from flowtrain.state.container import Tree
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.state.partial_view import Tree, tree
+from flowtrain.state.partial_view import tree
 from flowtrain_dask.snapshots.copying import Copying
 from flowtrain_dask.snapshots.modules import copy_optimizers
 

@@ -40,7 +40,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
 from flowtrain.core.core import TorchCore
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import Stage, fill
+from flowtrain.state.encoding import Stage
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
@@ -252,7 +252,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
         if not _is_made(state, name):
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
-        fill(state.cbstate, name, stage.copy(packed, f"cbstate.{name}"), phases)
+        state.cbstate.__put__(name, stage.copy(packed, f"cbstate.{name}"), phases)
     for callback in state.callbacks:
         if callback.name in contents["callbacks"]:
             _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))

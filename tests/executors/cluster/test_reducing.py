@@ -18,12 +18,12 @@ from torch import nn
 from flowtrain import BatchEnd, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.learner_state import Named, State
+from flowtrain.state.parameters import NamedGradients, NamedTensors
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.reducing import ValuePickler
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.series import Tail
-from flowtrain_dask.snapshots.states import NamedGradients, NamedTensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ComplexHalf support is experimental",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from flowtrain import BatchEnd, Read, TrainingPhase
-from flowtrain.state.partial_view import Tree
-from flowtrain_dask.snapshots.containers import find_rebuilder, prune_mapping
+from flowtrain.state.container import Tree
+from flowtrain_dask.snapshots.containers import find_rebuilder
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
 
@@ -473,7 +473,7 @@ def test_of_a_mapping_only_what_is_declared_is_copied() -> None:
     """A key may have dots in it, as the names of parameters do."""
     value = {"a": {"x": [1], "y": Box(1)}, "b.c": [2], "d": Box(1), 3: [4]}
     inside: Tree = {"a": {"x": Read()}, "b": {"c": Read()}, "3": Read(), "missing": Read()}
-    found = prune_mapping(value, inside, Copying(Pool(0)))
+    found = Copying(Pool(0)).inside(value, inside)
     expected = copy.deepcopy({"a": {"x": [1]}, "b.c": [2], 3: [4]})
     value["a"]["x"].append(0)  # type: ignore[index]  # a dict
     assert found == expected

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flowtrain import AccessError, Read
-from flowtrain.state.partial_view import Tree
+from flowtrain.state.container import Tree
 from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.copiers import Copying, Pool
-from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused, declared_inside, prune_attributes
+from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused
 from flowtrain_dask.snapshots.series import Cut, Tail
 
 
@@ -136,7 +136,7 @@ def test_of_an_object_the_declared_attributes_are_copied_and_a_missing_one_is_le
     inner = [1]
     value = Box(Frozen(inner))
     inside: Tree = {"content": {"x": Read()}, "missing": Read()}
-    found = prune_attributes(value, inside, Copying(Pool(0)))
+    found = Copying(Pool(0)).inside(value, inside)
     inner.append(2)
     assert type(found) is Attributes
     assert vars(vars(found)["content"]) == {"x": [1]}
@@ -147,15 +147,3 @@ def test_all_of_a_part_is_copied_where_all_of_it_is_declared() -> None:
     inside: Tree = {"a": {"": Read(), "x": Read()}}
     found = Copying(Pool(0)).inside({"a": {"x": [1], "y": [2]}, "b": [3]}, inside)
     assert found == {"a": {"x": [1], "y": [2]}}
-
-
-def test_what_is_declared_at_a_key_is_found_by_its_name_with_dots() -> None:
-    weight, inner = Read(), Read()
-    inside: Tree = {"encoder": {"weight": weight}, "all": {"": Read(), "x": inner}, "leaf": weight}
-    assert declared_inside(inside, "encoder.weight") is weight
-    assert declared_inside(inside, "encoder") == {"weight": weight}
-    assert declared_inside(inside, "encoder.bias") is None
-    assert declared_inside(inside, "other") is None
-    assert declared_inside(inside, "all.y") == inside["all"]
-    assert declared_inside(inside, "leaf.below") is weight
-    assert declared_inside({"3": weight}, 3) is weight

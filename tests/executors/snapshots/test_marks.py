@@ -129,9 +129,9 @@ def test_all_is_sent_again_after_values_were_taken_back() -> None:
         metrics[TrainingPhase].push("Loss", step / 2, step)
     marked(marker, metrics)
     series = metrics[TrainingPhase]["Loss"]
-    series.load_state_dict({"steps": [7, 8, 9], "values": [7.0, 8.0, 9.0]})
+    series.__fill__({"steps": [7, 8, 9], "values": [7.0, 8.0, 9.0]}, {})
     assert travelled(marked(marker, metrics))[0][TrainingPhase]["Loss"].since(0) == [7.0, 8.0, 9.0]
-    series.restore(2)
+    series.__rewind__(2)
     assert travelled(marked(marker, metrics))[0][TrainingPhase]["Loss"].since(0) == [7.0, 8.0]
 
 
@@ -140,7 +140,7 @@ def test_a_series_that_is_replaced_is_another_one() -> None:
     for value in (0.5, 1.0):
         metrics[TrainingPhase].push("Loss", value, 1)
     marked(marker, metrics)
-    metrics[TrainingPhase].restore({})
+    metrics[TrainingPhase].__rewind__({})
     for value in (2.0, 3.0, 4.0):
         metrics[TrainingPhase].push("Loss", value, 1)
     assert travelled(marked(marker, metrics))[0][TrainingPhase]["Loss"].since(0) == [2.0, 3.0, 4.0]

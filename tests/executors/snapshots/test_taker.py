@@ -238,14 +238,14 @@ def test_a_tail_begins_anew_when_a_checkpoint_was_loaded() -> None:
         series.push(step / 2, step)
     saved: dict[str, list[Any]] = {"steps": list(range(200)), "values": [each / 2 for each in range(200)]}
     assert take().payload["cbstate", "x"].since(0)[-1] == 149.5
-    series.load_state_dict(saved)
+    series.__fill__(saved, {})
     for step in range(200, 310):
         series.push(step / 4, step)
     tail = take().payload["cbstate", "x"]
     assert tail.since(200) == [step / 4 for step in range(200, 310)]
     series.push(1.0, 310)
     assert take().payload["cbstate", "x"].since(310) == [1.0]
-    series.restore(5)
+    series.__rewind__(5)
     assert take().payload["cbstate", "x"].since(0) == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
