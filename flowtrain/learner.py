@@ -423,6 +423,7 @@ class Learner:
             yield
 
     def _check_phases(self, phases: Iterable[Phase]) -> None:
+        """Check that the learner can run an epoch of each phase: its models, and the plans of its events."""
         for phase in phases:
             check_phase(phase, self.state.model, self.core.modules)
             if self.state.callbacks:

@@ -98,12 +98,16 @@ def declare(access: Access, owner: str) -> Declaration:
             )
         # The compiled views keep attributes of their own under such names.
         if path[0] in ("batch", "cbstate", "optimizer") and len(path) > 1 and path[1].startswith("_"):
-            raise AccessError(f"{owner} declares {dotted(path)!r}: an entry's name does not begin with an underscore.")
+            raise AccessError(
+                f"{owner} declares {dotted(path)!r}: an entry's name does not begin with an underscore. "
+                f"Name it {dotted((path[0], path[1].lstrip('_'), *path[2:]))!r}."
+            )
         strongest[path] = _stronger(strongest.get(path), kind)  # a path may be there twice: dotted and nested
     return tuple(sorted(strongest.items(), key=lambda item: item[0]))
 
 
 def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, Read | Write]]:
+    """Yield the paths of a nested declaration with their access; `prefix` is the path of `access` itself."""
     if not isinstance(access, Mapping):
         where = f"{owner} declares {dotted(prefix)!r}: " if prefix else f"{owner} is "
         if access is Read or access is Write:

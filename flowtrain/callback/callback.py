@@ -387,7 +387,7 @@ def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
             listed = ", ".join(event.__name__ for event in fires)
             raise HandlerError(
                 f"{handler} can never run: {handler.phase_type.__name__} does not fire {handler.event_type.__name__}. "
-                f"It fires: {listed}."
+                f"It fires: {listed}. Handle one of these, or another phase."
             )
 
 

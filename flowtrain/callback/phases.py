@@ -325,6 +325,7 @@ class ValidationPhase(AbstractValidationPhase):
 
 @contextmanager
 def _mode(roots: Iterable[torch.nn.Module], *, training: bool) -> Generator[Modes]:
+    """Return the context of a phase that trains, or of one that evaluates; it gives the object that sets the modes."""
     modes = Modes(roots, training=training)
     try:
         with torch.set_grad_enabled(training):

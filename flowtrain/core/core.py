@@ -193,8 +193,8 @@ class TorchCore:
         self.grads = Gradients(self.params)
         one = self._optimizers.get("")
         named = partial(named_parameters, self.params, state.lossfn)
-        several = {name: each for name, each in self._optimizers.items() if name}
-        parts = {name: OptimizerParts(each, f"optimizer.{name}", named) for name, each in several.items()}
+        several = {name: optimizer for name, optimizer in self._optimizers.items() if name}
+        parts = {name: OptimizerParts(held, f"optimizer.{name}", named) for name, held in several.items()}
         state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
         state.optimizers = OptimizerParts(one, named=named) if one is not None else Named("optimizer", parts)
         self.optimizer = state.optimizer

@@ -202,7 +202,7 @@ def _make_optimizer(
             f"partial(torch.optim.AdamW, lr=1e-3)."
         )
     if not params:
-        raise CoreError(f"{what} has nothing to train: the model has no parameters.")
+        raise CoreError(f"{what} has nothing to train: the model has no parameters. Pass a model with parameters.")
     _import_dynamo()
     made = wanted(params)
     if not isinstance(made, Optimizer):

@@ -76,13 +76,14 @@ def check_deferrable(nodes: Iterable[Node]) -> None:
 
 
 def _check_stochastic(node: Node) -> None:
-    said = node.callback.stochastic
-    if said is None or said is False or (said is True and node.callback.deferrable):
+    """Check `Callback.stochastic`: only a deferrable callback may be stochastic."""
+    stochastic = node.callback.stochastic
+    if stochastic is None or stochastic is False or (stochastic is True and node.callback.deferrable):
         return
-    if not is_a(said, bool):
+    if not is_a(stochastic, bool):
         raise CallbackError(
-            f"{node.name}.stochastic is {said!r}. It is True or False, whether the handlers of a deferrable callback "
-            f"draw random numbers, or None where it does not say."
+            f"{node.name}.stochastic is {stochastic!r}. It is True or False, whether the handlers of a deferrable "
+            f"callback draw random numbers, or None where it does not say."
         )
     raise CallbackError(
         f"{node.name} says stochastic = True and is not deferrable, so it has no random numbers of its own: it draws "
@@ -143,7 +144,7 @@ def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[
             raise AccessError(
                 f"{node.name} reads {dotted(path)} at ({names}, {phase_type.__name__}), but {phase_type.__name__} "
                 f"provides {', '.join(provides)}, and no callback writes {dotted(path)}."
-                f"{nearest(path[1], available)}"
+                f"{nearest(path[1], available)} Read an entry that exists, or add a callback that writes this one."
             )
 
 
@@ -326,7 +327,7 @@ def _same_series(one: Node, other: Node, group: str, name: str, backend: object,
         named_here: Whether the second callback names the series itself, and not a container of ``cbstate``.
     """
     where = group if backend is None else f"{backend!r}, group {group}"
-    called = f"what is in {name}" if name.startswith("cbstate.") else repr(name)
+    called = f"the entries of {name}" if name.startswith("cbstate.") else repr(name)
     remedy = "Remove one, or give each a backend of its own"
     if type(one.callback) is not type(other.callback) or named_here:
         remedy = one.callback.renaming or other.callback.renaming or remedy

@@ -347,8 +347,8 @@ def find_executor(executor: object) -> Executor:
 def _by_name(name: str) -> Executor:
     """Make the executor of a name, from the built-in table or from an entry point of an installed package."""
     if name in EXECUTORS:
-        where, install = EXECUTORS[name]
-        module, _, attribute = where.partition(":")
+        import_path, install = EXECUTORS[name]
+        module, _, attribute = import_path.partition(":")
         try:
             made: Executor = getattr(importlib.import_module(module), attribute)()
         except ImportError as error:

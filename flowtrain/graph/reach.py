@@ -64,6 +64,7 @@ class Reach:
         return any(meet(region, reached) for region in self(one) for reached in self(other))
 
     def _find(self, path: Path) -> set[Path]:
+        """Return the regions that a path reaches, without the cache."""
         if path[:2] == ("batch", "grads"):
             return {(_GRADS, *name[1:]) for name in self._names(("model", *path[2:])) if name[0] == "model"}
         if path == ("batch",):
@@ -77,6 +78,7 @@ class Reach:
         return {path}
 
     def _optimizer(self, path: Path) -> set[Path]:
+        """Return the regions that a path below ``optimizer`` reaches."""
         optimizer = self._state.optimizer
         # Without a learner the path itself has to tell whether its second part is the name of an optimizer.
         several = isinstance(optimizer, Named) or (
@@ -193,9 +195,10 @@ class Reach:
             for members in (module.named_modules, module.named_parameters, module.named_buffers):
                 named += [(_join(root, name), member) for name, member in members(remove_duplicate=False)]
         optimizer = self._state.optimizer
-        for name, each in dict(optimizer).items() if isinstance(optimizer, Named) else (("", optimizer),):
+        for name, one in dict(optimizer).items() if isinstance(optimizer, Named) else (("", optimizer),):
             root = _join(("optimizer",), name)
-            for part, groups in (("hyperparams", each.param_groups), ("defaults", [each.defaults])) if each else ():
+            # A learning rate may be a tensor, and one tensor may be in several groups or optimizers.
+            for part, groups in (("hyperparams", one.param_groups), ("defaults", [one.defaults])) if one else ():
                 values = [value for group in groups for value in group.values()]
                 named += [((*root, part), value) for value in values if isinstance(value, torch.Tensor)]
         return named
@@ -203,6 +206,7 @@ class Reach:
     @cached_property
     def _places(self) -> dict[int, Path]:
         """The first name of each module and tensor, by its id."""
+        # Reversed, so that the first of several names is assigned last.
         return {id(value): path for path, value in reversed(self._named())}
 
     @cached_property

@@ -170,14 +170,14 @@ class Callbacks(Sequence[Callback]):
         Raises:
             CallbackError: The learner has no such callback.
         """
-        found = self.find(wanted)
-        if found is None:
+        callback = self.find(wanted)
+        if callback is None:
             name = wanted if isinstance(wanted, str) else wanted.__name__
             names = [node.name for node in self._nodes]
             raise CallbackError(
                 f"There is no callback {name}.{nearest(name, names)} The learner has: {', '.join(names) or 'none'}."
             )
-        return found
+        return callback
 
     def must_find_same(self, new: Callback) -> Callback:
         """Return the one callback that has exactly the type of `new`, so that `new` can replace it.
@@ -239,10 +239,12 @@ class Callbacks(Sequence[Callback]):
         """
         events = list(dict.fromkeys([*_step_events(phase_type, self._nodes), event_type]))
         check_batch(phase_type, {event: self._meeting(event, phase_type) for event in events})
-        wanted = [event_type] if phase_type in _ABSTRACT else events
-        self._known |= {(event, phase_type): self._order(event, phase_type) for event in wanted}
+        # No epoch of an abstract phase runs, so its other events are never fired.
+        fired = [event_type] if phase_type in _ABSTRACT else events
+        self._known |= {(event, phase_type): self._order(event, phase_type) for event in fired}
 
     def _order(self, event: type[Event], phase: type[Phase]) -> Order:
+        """Return the order of the callbacks that meet at an event and phase."""
         participants = self._meeting(event, phase)
         # The order depends on the handlers only, so phases in which the same handlers meet share it.
         key = (event, *((node.position, id(handler)) for node, handler in participants))

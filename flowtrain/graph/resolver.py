@@ -36,6 +36,7 @@ class Resolver:
         return self._answers[key]
 
     def _ask(self, one: Node, other: Node) -> tuple[Node | None, Resolution, str] | None:
+        """Collect the answers of `resolve` and of both callbacks, and return the one that counts."""
         answers = resolutions_for(one.callback, other.callback)
         for asked, about in ((one, other), (other, one)):
             answer = asked.callback.resolve_conflict(about.callback)

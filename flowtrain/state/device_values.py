@@ -75,6 +75,7 @@ class Reading:
             self._parts.append((positions, self._send(flat[0] if len(flat) == 1 else torch.stack(flat), len(flat))))
 
     def _send(self, source: torch.Tensor, count: int) -> torch.Tensor:
+        """Begin to copy the values of one kind to the host, and return the tensor in which they arrive."""
         if source.is_cuda:
             host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             host.copy_(source, non_blocking=True)

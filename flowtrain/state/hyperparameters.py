@@ -161,7 +161,7 @@ class HyperParameter(Setting):
             except KeyError as error:  # the user's `read` may look up another key than `key`
                 raise UsageError(
                     f"{self!r}: the parameter groups of the optimizer have no {error}.{nearest(self.key, group)} "
-                    f"They have: {', '.join(group)}."
+                    f"They have: {', '.join(group)}. Use an optimizer that has it, or another hyperparameter."
                 ) from None
         if any(value != values[0] for value in values):
             raise UsageError(
@@ -178,7 +178,10 @@ class HyperParameter(Setting):
         elif self.group < len(groups):
             yield groups[self.group]
         else:
-            raise UsageError(f"{self!r}: the optimizer has {len(groups)} parameter groups, counted from 0.")
+            raise UsageError(
+                f"{self!r}: the optimizer has {len(groups)} parameter groups, counted from 0. "
+                f"Write group={len(groups) - 1} or less."
+            )
 
     def __repr__(self) -> str:
         given = [repr(self.optimizer)] if self.optimizer else []

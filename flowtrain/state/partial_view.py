@@ -168,7 +168,10 @@ class Part(Mapping[Any, Any]):
         if push is None:
             container = self._find()
             if not isinstance(container, SeriesMap):
-                raise TypeError(f"Learner.{dotted(self._path)} is a {type(container).__name__}; only series take push")
+                raise TypeError(
+                    f"Learner.{dotted(self._path)} is a {type(container).__name__}, and only series take push(). "
+                    f"Assign to its items or attributes instead."
+                )
             self._must_write(name)
             push = self._open[name] = container.series(name).push
         push(value, step)

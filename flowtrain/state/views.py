@@ -72,13 +72,12 @@ class GuardedView(LearnerView):
                 f"a handler's learner has no {name!r}.{nearest(name, ROOTS)} To keep something declare "
                 f'{{"cbstate.{name}": Write()}} and write learner.cbstate.{name}.'
             )
-        kind = self._whole.get(name)
-        if name not in ROOTS or name == "resource":
-            raise AttributeError(f"a handler's learner has no {name!r}.{nearest(name, ROOTS)}")
-        if isinstance(kind, Write):
+        if name == "resource":
+            raise AttributeError("a handler's learner has no 'resource': a resource is declared, and has no value.")
+        if isinstance(self._whole.get(name), Write):
             raise UsageError(
-                f"{self._owner.callback} replaces learner.{name}; a handler changes it in place, since the training "
-                f"core, the optimizer and other views hold it."
+                f"{self._owner.callback} replaces learner.{name}, which the training core, the optimizer and other "
+                f"views hold. Change it in place."
             )
         self._owner.refuse("Write", (name,))
 
@@ -217,9 +216,12 @@ class Namespace:
         delattr(self._source(writing=True), name)
 
     def _check_write(self, name: str) -> None:
+        """Refuse to write an entry that is not declared with `Write()`."""
         if name not in self._writable and not isinstance(granted(self._owner.declaration, (self._root, name)), Write):
             if name.startswith("_"):
-                raise AttributeError(f"{self._root}.{name}: no entry begins with an underscore")
+                raise AttributeError(
+                    f"{self._root}.{name}: no entry begins with an underscore. Name it {name.lstrip('_')!r}."
+                )
             self._owner.refuse("Write", (self._root, name))
 
     def __contains__(self, name: object) -> bool:

@@ -174,7 +174,8 @@ def test_empty_declarations() -> None:
         ),
         (
             {"cbstate._state": Write()},
-            "P.state_access() declares 'cbstate._state': an entry's name does not begin with an underscore.",
+            "P.state_access() declares 'cbstate._state': an entry's name does not begin with an underscore. "
+            "Name it 'cbstate.state'.",
         ),
     ],
 )

@@ -399,7 +399,8 @@ class Silent(Phase):
         (
             BackwardEnd, ValidationPhase, Callback,
             "Printer.show on (BackwardEnd, ValidationPhase) can never run: ValidationPhase does not fire BackwardEnd. "
-            "It fires: EpochBegin, BatchBegin, LossBegin, BatchEnd, BatchCancelled, EpochEnd, EpochCancelled.",
+            "It fires: EpochBegin, BatchBegin, LossBegin, BatchEnd, BatchCancelled, EpochEnd, EpochCancelled. "
+            "Handle one of these, or another phase.",
         ),
         (
             FitEnd, TrainingPhase, Callback,

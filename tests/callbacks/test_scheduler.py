@@ -320,7 +320,7 @@ def test_a_schedule_that_is_bad_from_the_first_is_refused_when_built() -> None:
         (
             lambda: tiny_learner(Scheduler({LearningRate(group=2): 0.9}), optimizer=two_groups),
             UsageError,
-            "LearningRate(group=2): the optimizer has 2 parameter groups, counted from 0.",
+            "LearningRate(group=2): the optimizer has 2 parameter groups, counted from 0. Write group=1 or less.",
         ),
         (lambda: gan(Scheduler({LearningRate("gem"): 0.1})), AccessError, "Did you mean 'gen'?"),
         (

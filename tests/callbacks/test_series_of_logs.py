@@ -34,7 +34,7 @@ def trace(name: str, event: Any = BatchEnd) -> Traces:
         (lambda one: [LogMetrics(one), LogVisualization(zero, one, name="Loss")], r"LogMetrics and .* 'Loss'.* name="),
         (lambda one: [LogMetrics(one), LogMetrics(one)], r"write 'Loss' to .* Remove one, or give each a backend of"),
         (lambda one: [LogHistograms(one), LogHistograms(one, gradients=True)], r"both write 'Weights' to .*, group "),
-        (lambda one: [LogHyperParams(one), LogHyperParams(one)], r"both write what is in cbstate\.hyperparams to"),
+        (lambda one: [LogHyperParams(one), LogHyperParams(one)], r"both write the entries of cbstate\.hyperparams to"),
         (lambda one: [trace("A"), LogTraces(one), LogTraces(one)], r"LogTraces and LogTraces#2 both write 'A' to"),
         (
             lambda one: [trace("Loss"), LogTraces(one), LogMetrics(one)],

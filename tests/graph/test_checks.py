@@ -97,7 +97,8 @@ def test_an_entry_that_the_phase_does_not_provide() -> None:
     """Rule 4: an error with the nearest name, when built."""
     assert refused(AccessError, At("Printer", {"batch.outptus": R}, BatchEnd)) == (
         "Printer reads batch.outptus at (BatchEnd, TrainingPhase), but TrainingPhase provides inputs, targets, "
-        "outputs, loss, grads, grad_norm, and no callback writes batch.outptus. Did you mean 'outputs'?"
+        "outputs, loss, grads, grad_norm, and no callback writes batch.outptus. Did you mean 'outputs'? "
+        "Read an entry that exists, or add a callback that writes this one."
     )
 
 

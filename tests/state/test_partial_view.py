@@ -135,7 +135,7 @@ def test_reading_all_and_writing_one() -> None:
 
 
 def test_only_series_take_push() -> None:
-    with pytest.raises(TypeError, match=r"^Learner\.params is a dict; only series take push$"):
+    with pytest.raises(TypeError, match=r"^Learner\.params is a dict, and only series take push\(\)\. Assign to its "):
         part("params", {"params.w": Write()}, {}).push("w", 1, 1)
 
 

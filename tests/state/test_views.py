@@ -356,8 +356,8 @@ def test_nothing_of_the_learner_is_replaced(root: str) -> None:
         with pytest.raises(UsageError) as caught:
             change(view_of({root: Write()}, made()))
         assert str(caught.value) == (
-            f"Mine replaces learner.{root}; a handler changes it in place, since the training core, the optimizer "
-            f"and other views hold it."
+            f"Mine replaces learner.{root}, which the training core, the optimizer and other views hold. "
+            f"Change it in place."
         )
 
 
