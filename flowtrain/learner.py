@@ -166,7 +166,7 @@ class Learner:
             self.stopped = None
             try:
                 if resume is not None:
-                    self.loop.cuts.resume(resume, chosen, "epochs" if steps is None else "steps")
+                    self.loop.checkpoints.resume(resume, chosen, "epochs" if steps is None else "steps")
                 self.stopped = self.loop.fit(chosen, epochs, steps, validate_every)
             except BaseException as failure:
                 self.stopped = failure
@@ -228,7 +228,7 @@ class Learner:
         """
         self._ready("load()")
         check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
-        self.loop.cuts.load(path)
+        self.loop.checkpoints.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
         """Draw the named metrics, or all recorded ones; return a matplotlib figure (`flowtrain.diagnostics.plots`)."""
@@ -238,7 +238,7 @@ class Learner:
     def flush(self) -> None:
         """Wait until the executor has done everything that it was given and all checkpoints are written."""
         self.loop.executor.flush()
-        self.loop.cuts.writer.wait()
+        self.loop.checkpoints.writer.wait()
 
     def close(self) -> None:
         """Flush and close the executor and the logging backends. The learner can still be read.
@@ -255,12 +255,12 @@ class Learner:
         self.loop.scopes.refuse_nested("close()")
         self._changes.closed = True
         if failure is not None:  # the backends are told how the run ended
-            self.loop.sinks.note(failure)
+            self.loop.sinks.note_failure(failure)
         with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
             stack.callback(self._let_go)
             stack.callback(self.loop.sinks.close)
-            stack.enter_context(self.loop.sinks.noting(trains=False))
-            stack.callback(self.loop.cuts.writer.wait)
+            stack.enter_context(self.loop.sinks.noting_outcome(trains=False))
+            stack.callback(self.loop.checkpoints.writer.wait)
             stack.callback(self.loop.executor.close)
 
     def _let_go(self) -> None:
@@ -319,23 +319,23 @@ class Learner:
 
     def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[BatchState]:
         """Return the context of one batch; it gives the batch state, and fires `BatchBegin` and `BatchEnd`."""
-        return self.loop.parts.run_batch(phase, **state)
+        return self.loop.steps.run_batch(phase, **state)
 
     def forward(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass, which is autocast if the precision asks for it."""
-        return self.loop.parts.forward()
+        return self.loop.steps.forward()
 
     def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
         """Run the backward pass between `BackwardBegin` and `BackwardEnd`, for one optimizer if `name` is given."""
-        self.loop.parts.backward(phase, loss, name)
+        self.loop.steps.backward(phase, loss, name)
 
     def update(self, phase: Phase, name: str | None = None) -> None:
         """Count a batch for an optimizer, or for all, and update where the accumulation group is complete."""
-        self.loop.parts.update(phase, name)
+        self.loop.steps.update(phase, name)
 
     def fire(self, event: Event, phase: Phase) -> None:
         """Fire an event. A handler calls ``learner.fire(event)`` of its view instead."""
-        self.loop.parts.fire(event, phase)
+        self.loop.steps.fire(event, phase)
 
     # --- callbacks
 
@@ -416,7 +416,7 @@ class Learner:
     def _running(self, call: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
         """Open the logging backends for the calls in this context, and tell them how these end."""
         self._ready(call)
-        with self.loop.sinks.noting(trains=trains):
+        with self.loop.sinks.noting_outcome(trains=trains):
             if opens:
                 self.core.structure.begin()
                 self.loop.sinks.open()

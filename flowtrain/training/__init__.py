@@ -1,9 +1,9 @@
-"""Training: the loop over epochs and batches, and what is done around it.
+"""Training: the loop over epochs and batches, and the services that the loop calls.
 
-`loop` runs fits and epochs, `step` runs one batch, and `interrupts` ends a fit in good order. `scopes` say what is
-open, `dispatch` fires events, `callback_changes` changes the callbacks of a learner. `data` checks the loaders,
-`arguments` everything else that a user passes; `sinks` opens and closes the logging backends. `checkpoint` writes the
-state of training and reads it back.
+`loop` runs fits and epochs, `step` runs one batch, and `interrupts` ends a fit at a batch boundary after a signal.
+`scopes` records which of fit, epoch and batch are open, `dispatch` fires events, `callback_changes` changes the
+callbacks of a learner. `data` checks the loaders, `arguments` checks every other argument of a user; `sinks` opens and
+closes the logging backends. `checkpoint` writes the state of training to a file and restores it.
 """
 
 __all__: list[str] = []

@@ -1,4 +1,8 @@
-"""What a user passes to a learner, checked before anything is made of it."""
+"""Arguments: checks of everything that a user passes to a learner, before the learner uses any of it.
+
+Each check raises an error that names the value and says what to write instead. Two tables translate the names that
+other training libraries have for arguments and attributes into flowtrain's.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ _ARGUMENTS = {
     'default_callbacks="quiet" in Learner': "verbose progress progress_bar enable_progress_bar",
     "torch.manual_seed(0) before the model is made": "seed random_state",
 }
-"""What to write, and the names that other libraries have for it as arguments."""
+"""Maps the code to write to the names, separated by spaces, that other libraries have for that argument."""
 
 _ATTRIBUTES = {
     "with torch.no_grad(): outputs = learner.model.eval()(inputs), and learner.model.train() before the next fit": (
@@ -84,43 +88,49 @@ _ATTRIBUTES = {
     "requires_grad_(False) of the parameters, learner.model.body.requires_grad_(False)": "freeze unfreeze freeze_to",
     "learner.add_callback(callback)": "add_cb add_cbs callback",
 }
-"""What to write, and the names that other libraries have for it as attributes and methods."""
+"""Maps the code to write to the names, separated by spaces, that other libraries have for that attribute or method."""
 
 
 def check_keywords(call: str, unknown: Mapping[str, Any], known: Callable[..., Any]) -> None:
-    """Refuse keyword arguments that a call does not have, and say what to write.
+    """Refuse keyword arguments that a call does not have, with the code to write instead.
 
     Args:
-        call: ``"Learner"`` or ``"fit"``.
-        unknown: What was passed.
-        known: The function that was called.
+        call: The name of the call in the message: ``"Learner"`` or ``"fit"``.
+        unknown: The keyword arguments that the call does not have.
+        known: The function that was called; its signature gives the names it takes.
 
     Raises:
-        UsageError: There are any.
+        UsageError: `unknown` is not empty. The message is about its first name.
     """
     for name in unknown:
         names = [each for each in signature(known).parameters if each not in ("self", "unknown")]
-        advice = _written(_ARGUMENTS, name)
+        advice = _advice(_ARGUMENTS, name)
         remedy = f" Write {advice}." if advice else nearest(name, names)
         raise UsageError(f"{call}() takes no argument {name!r}.{remedy} It takes {', '.join(names)}.")
 
 
 def no_attribute(name: str, names: Iterable[str]) -> AttributeError:
-    """Return the error for an attribute that a learner does not have, with what to write."""
-    advice = _written(_ATTRIBUTES, name)
+    """Return the error for an attribute that a learner does not have, with the code to write instead.
+
+    Args:
+        name: The attribute that was looked up.
+        names: The attributes of the learner; the closest one is suggested if no other library has `name`.
+    """
+    advice = _advice(_ATTRIBUTES, name)
     remedy = f" Write {advice}." if advice else nearest(name, [each for each in names if not each.startswith("_")])
     return AttributeError(f"A Learner has no attribute {name!r}.{remedy}")
 
 
-def _written(table: Mapping[str, str], name: str) -> str:
+def _advice(table: Mapping[str, str], name: str) -> str:
+    """Return the code to write for a name of another library, or an empty string for a name that no table has."""
     return next((advice for advice, names in table.items() if name in names.split()), "")
 
 
 def check_model(model: Any) -> Any:
-    """Return the model, or a mapping of names to models as `Named`.
+    """Return the model; a mapping from names to models becomes a `Named`.
 
     Raises:
-        CoreError: It is neither, or a name is not one that ``learner.model.<name>`` can have.
+        CoreError: `model` is neither, or one of its names cannot be written as ``learner.model.<name>``.
     """
     if isinstance(model, torch.nn.Module):
         return model
@@ -133,10 +143,10 @@ def check_model(model: Any) -> Any:
 
 
 def check_lossfn(lossfn: Any) -> Any:
-    """Return the loss function.
+    """Return the loss function as it was passed.
 
     Raises:
-        CoreError: It is missing, a class, or cannot be called.
+        CoreError: `lossfn` is missing, a class, or cannot be called.
     """
     if isinstance(lossfn, type) or not callable(lossfn):
         made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
@@ -146,10 +156,10 @@ def check_lossfn(lossfn: Any) -> Any:
 
 
 def check_core(core: Any) -> TorchCore:
-    """Return the core; a new one if it is ``None``.
+    """Return the core as it was passed, or a new `TorchCore` for ``None``.
 
     Raises:
-        CoreError: It is a device, a class, or no core at all.
+        CoreError: `core` is a device, a class, or any other object that is no `TorchCore`.
     """
     if core is None:
         return TorchCore()
@@ -162,10 +172,15 @@ def check_core(core: Any) -> TorchCore:
 
 
 def check_phase(phase: Phase, model: Any, modules: Iterable[torch.nn.Module]) -> None:
-    """Check that a step of the library would find one model, and in training something to train.
+    """Check that the bundled step of a phase, if the phase uses it, finds one model and a parameter to train.
+
+    Args:
+        phase: The phase. One with its own step passes, since that step may run several models.
+        model: The module, or several as `Named`.
+        modules: The modules whose parameters are trained: the models and the loss function.
 
     Raises:
-        CoreError: There are several models, or every parameter is frozen.
+        CoreError: There are several models, or the step trains and every parameter is frozen.
     """
     if isinstance(model, Named) and type(phase).step in (AbstractTrainingPhase.step, AbstractValidationPhase.step):
         raise CoreError(
@@ -183,10 +198,10 @@ def check_phase(phase: Phase, model: Any, modules: Iterable[torch.nn.Module]) ->
 
 
 def as_list(callbacks: Any) -> list[Callback]:
-    """Return the callbacks as a list of its own.
+    """Return the callbacks as a new list, so that a later change of the user's list has no effect.
 
     Raises:
-        CallbackError: It is one callback, or nothing that holds several.
+        CallbackError: `callbacks` is a single callback, or cannot be iterated.
     """
     if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
         raise CallbackError(f"callbacks={callbacks!r} is not a list. Write callbacks=[...].")
@@ -194,14 +209,14 @@ def as_list(callbacks: Any) -> list[Callback]:
 
 
 def as_phase(phase: Any, what: str) -> Phase:
-    """Return the phase; of a type of phase, an instance.
+    """Return the phase; for a phase type, its instance.
 
     Args:
-        phase: What the user passed.
-        what: The method that it was passed to.
+        phase: The argument of the user.
+        what: The name of the method that took it.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: `phase` is neither a phase nor a phase type.
     """
     if isinstance(phase, Phase):
         return phase
@@ -211,11 +226,11 @@ def as_phase(phase: Any, what: str) -> Phase:
 
 
 def check_counts(epochs: object, steps: object, validate_every: object) -> tuple[int | None, ...]:
-    """Check what says how long a fit is, and return it in the same order.
+    """Check the three arguments that set the length of a fit, and return them in the same order.
 
     Raises:
-        UsageError: Not exactly one of `epochs` and `steps`, a number that is not whole or below 1, or
-            `validate_every` without `steps`.
+        UsageError: Both or neither of `epochs` and `steps` are given, one of the numbers is not whole or below 1, or
+            `validate_every` is given without `steps`.
     """
     if (epochs is None) == (steps is None):
         raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
@@ -231,12 +246,12 @@ def check_path(path: object, called: str, instead: str) -> None:
     """Check that the argument that names a checkpoint is a path.
 
     Args:
-        path: What the user passed.
-        called: The call up to the value, as ``"fit(resume="``.
-        instead: What to do if no checkpoint is meant.
+        path: The argument of the user.
+        called: The text of the call up to the value, as ``"fit(resume="``.
+        instead: A sentence for a user who meant no checkpoint.
 
     Raises:
-        UsageError: It is something else, or an empty string.
+        UsageError: `path` is no path, or an empty string.
     """
     if not isinstance(path, (str, PathLike)) or path == "":
         example = "fit(10, resume='runs/a')" if "=" in called else f"{called}'runs/a')"

@@ -1,10 +1,11 @@
-"""Changes of a learner's callbacks: one is added, replaced or removed as a whole, or everything stays as it was.
+"""Changes of a learner's callbacks: a change takes effect as a whole, or the learner stays as it was.
 
-A change makes a new `flowtrain.graph.registry.Callbacks`, which checks and orders all of them. Then the core, the
-dispatch and the sinks are told.
+A change makes a new `flowtrain.graph.registry.Callbacks`, which checks and orders all callbacks of the learner. Only
+then do the core, the dispatch and the sinks use the new callbacks.
 
-A callback belongs to one learner, also when that is closed or gone, because it holds what it has gathered there. It is
-free again when it is removed from the learner; a learner that could not be built never owned it.
+A callback belongs to one learner, even after that learner is closed or deleted, because the callback holds the state
+that it gathered there. Removing the callback from the learner frees it for another learner. A learner whose
+construction failed owns no callbacks.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ __all__ = ["CallbackChanges"]
 
 
 class _Owner(NamedTuple):
-    """Who owns an object that keeps state.
+    """The learner and the callback that an object with state belongs to.
 
     Attributes:
-        part: The object; its entry is removed when it is gone.
+        part: The object; its entry in `_owners` is removed when the object is deleted.
         changes: The `CallbackChanges` of the learner.
-        learner: How the learner is written, also when it is gone.
+        learner: The learner as messages name it, also after the learner is deleted.
         callback: The name of the callback.
     """
 
@@ -42,9 +43,10 @@ class _Owner(NamedTuple):
 
 
 _owners: dict[int, _Owner] = {}
-"""The owner of each callback, condition and criterion by its id.
+"""The owner of each callback, condition and criterion, by the `id` of that object.
 
-It is kept here and not on the object, whose copies (for a dry run, in another process) belong to nobody.
+The owner is no attribute of the object, because a copy of the object (for a dry run, in another process) would copy
+the attribute, and copies belong to no learner.
 """
 
 
@@ -52,8 +54,8 @@ class CallbackChanges:
     """Changes the callbacks of one learner.
 
     Args:
-        loop: What runs the learner.
-        learner: How the learner is written in messages.
+        loop: The loop of the learner.
+        learner: The learner as messages name it.
 
     Attributes:
         closed: Whether the learner is closed, so that none of its callbacks can be removed any more.
@@ -64,14 +66,14 @@ class CallbackChanges:
         self._loop, self._learner = loop, learner
 
     def use(self, callbacks: list[Callback], watched: Callable[[Step], Call] | None) -> None:
-        """Use these callbacks from now on. Those that are there already are not set up again.
+        """Make these the callbacks of the learner. Callbacks that it had before are not set up again.
 
         Args:
-            callbacks: All of them, in order.
-            watched: Wraps each handler's call; strict mode does.
+            callbacks: All callbacks of the learner from now on, in order.
+            watched: A wrapper of every handler's call, which strict mode passes, or ``None``.
 
         Raises:
-            FlowtrainError: They are refused, and everything is as it was.
+            FlowtrainError: The callbacks are refused, and the learner is as it was.
         """
         loop, state, core = self._loop, self._loop.state, self._loop.core
         before: Iterable[Callback] = state.callbacks
@@ -84,17 +86,17 @@ class CallbackChanges:
         core.guard_nan(any(callback.stops_at_nan for callback in made))
         loop.dispatch.use(made)
         self._own(made, before)
-        loop.sinks.use(made.nodes)  # last: a sink that cannot be closed is an error, and the change is done then
+        loop.sinks.use(made.nodes)  # last, because closing an old sink may raise, and by now the change is complete
 
     def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
         self._loop.sinks.check(nodes)
         self._loop.executor.check(nodes, state)
 
     def _check_free(self, callbacks: list[Callback]) -> None:
-        """Check that no object that keeps state belongs to another learner, or to two of these callbacks.
+        """Check that no object with state belongs to another learner, or to two of these callbacks.
 
         Raises:
-            CallbackError: One does.
+            CallbackError: An object with state belongs to another learner, or to two of the callbacks.
         """
         holders: dict[int, str] = {}
         for callback, name in unique_names(callbacks):
@@ -110,6 +112,7 @@ class CallbackChanges:
                     )
 
     def _own(self, callbacks: Iterable[Callback], before: Iterable[Callback]) -> None:
+        """Record the learner as the owner of `callbacks`, and no longer of the callbacks that it had `before`."""
         for callback in before:
             for part in callback.stateful():
                 _owners.pop(id(part), None)
@@ -120,8 +123,9 @@ class CallbackChanges:
                 _owners[id(part)] = _Owner(weakref.ref(part, gone), me, self._learner, callback.name)
 
 
-def _forget(owners: dict[int, _Owner], place: int, part: weakref.ref[object]) -> None:
-    owners.pop(place, None)
+def _forget(owners: dict[int, _Owner], key: int, part: weakref.ref[object]) -> None:
+    # `owners` is an argument, since a module's globals may be cleared already when Python calls this while it exits.
+    owners.pop(key, None)
 
 
 def _taken(name: str, callback: Callback, part: object, owner: _Owner) -> CallbackError:

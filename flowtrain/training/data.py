@@ -1,9 +1,8 @@
-"""Data: loaders by phase, checked as early as their kind allows.
+"""Data: the loaders by phase, checked as early as their kind allows, and the number of updates of a fit over them.
 
-Planned updates: how many updates a fit will come to, worked out before it begins.
-
-A schedule that is stretched over training needs this number. It is one update for each accumulation group of batches;
-the last group of an epoch may be shorter.
+A loader is any iterable of batches. A loader that knows its length is checked before the fit, any other after its first
+epoch. The number of updates is known before a fit if every training loader knows its length; schedules that span a
+whole fit need it. Every accumulation group of batches is one update; the last group of an epoch may be shorter.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
 
 _PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "loader", "loaders", "dataloader", "base_dataloader")
-"""Where a loader, or a part of it, has the parts that it is made of, in torch and in the usual wrappers."""
+"""The attributes in which a loader, or a part of one, holds its parts, in torch and in the usual wrappers."""
 
 
 def loaders(data: Any) -> PhaseMap[Any]:
@@ -51,7 +50,7 @@ def loaders(data: Any) -> PhaseMap[Any]:
             phases or phase types to loaders, in the order in which an epoch of each is run.
 
     Raises:
-        DataError: Not that, or a loader that is a tensor, a dataset, or empty.
+        DataError: `data` is none of these, or one of the loaders is a tensor, a dataset, or empty.
     """
     found: PhaseMap[Any] = PhaseMap("data")
     if data is None:
@@ -74,7 +73,7 @@ def loaders(data: Any) -> PhaseMap[Any]:
 
 
 def _is_loader(value: object) -> bool:
-    """Tell whether something is a loader beyond doubt: a batch may be a list of lists."""
+    """Tell whether a value is certainly a loader. A list is not certain: it may be one batch, or hold batches."""
     return isinstance(value, torch.utils.data.DataLoader)
 
 
@@ -100,10 +99,10 @@ def _phase(key: object) -> Phase:
 
 
 def check_loader(loader: Any, phase: Phase) -> None:
-    """Check what can be told of a loader without taking a batch from it.
+    """Check a loader as far as possible without taking a batch from it.
 
     Raises:
-        DataError: It is a tensor, a dataset, a list of loaders, not iterable, or says that it is empty.
+        DataError: `loader` is a tensor, a dataset, a list of loaders, not iterable, or has the length 0.
     """
     inside = list(loader.values()) if isinstance(loader, Mapping) else loader
     if isinstance(inside, (list, tuple)) and inside and all(map(_is_loader, inside)):
@@ -133,17 +132,17 @@ def check_loader(loader: Any, phase: Phase) -> None:
 
 
 def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> None:
-    """Check that a fit has data, and if it counts batches, those of one training phase.
+    """Check that a fit has data, and, if it counts steps, exactly one training phase.
 
-    A fit in which every phase evaluates is allowed, and rarely meant, so it warns.
+    A fit in which every phase evaluates is allowed but rarely intended, so it warns.
 
     Args:
         data: The loaders by phase.
-        by_steps: Whether the fit counts batches.
-        stacklevel: Where the warning points, as for `warnings.warn` in the caller.
+        by_steps: Whether the fit counts steps.
+        stacklevel: The frame that the warning points to, as `warnings.warn` in the caller would count it.
 
     Raises:
-        UsageError: It has none, or the training phases are none or several.
+        UsageError: `data` is empty, or a fit by steps has no training phase or several.
     """
     if not data:
         raise UsageError("fit() has no data. Pass data=(train_loader, valid_loader) to Learner or to fit.")
@@ -163,10 +162,10 @@ def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> N
 
 
 def check_gave(count: int, phase: Phase, loader: object) -> None:
-    """Check, after an epoch, that the loader gave at least one batch.
+    """Check, after a pass over a loader, that it gave at least one batch.
 
     Raises:
-        DataError: It gave none.
+        DataError: `count` is 0.
     """
     if not count:
         raise DataError(_empty(phase, loader))
@@ -180,28 +179,28 @@ def _empty(phase: Phase, loader: object) -> str:
 
 
 def length(loader: object) -> int | None:
-    """Return the number of batches in a loader, or ``None`` where it does not know, or only guesses."""
+    """Return the number of batches in a loader, or ``None`` if the loader does not know it for certain."""
     if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
-        return None  # a DataLoader divides what the dataset says of itself, which need not be what it gives
+        return None  # a DataLoader divides the length that the dataset claims; with workers it may give more batches
     try:
-        return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # or a TypeError, as here
+        return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # no __len__: TypeError
     except (TypeError, NotImplementedError):
         return None
 
 
 def shortest(*lengths: int | None) -> int | None:
-    """Return the smallest of the lengths that are known; ``None`` where none is."""
+    """Return the smallest known length; ``None`` if no length is known."""
     return min((each for each in lengths if each is not None), default=None)
 
 
 def planned_updates(
     data: PhaseMap[Any], accumulate: int, epochs: int | None, steps: int | None, validate_every: int | None
 ) -> int | None:
-    """Return how many updates a fit comes to if nothing is cancelled; ``None`` where a loader's length is not known.
+    """Return the number of updates of a fit without cancels; ``None`` if a training loader does not know its length.
 
     Args:
         data: The loaders by phase.
-        accumulate: Batches in an accumulation group.
+        accumulate: The number of batches in an accumulation group.
         epochs: As for `Learner.fit`.
         steps: As for `Learner.fit`.
         validate_every: As for `Learner.fit`.
@@ -225,9 +224,9 @@ def planned_updates(
 
 
 def parts(loader: Any) -> list[Any]:
-    """Return a loader and what it is made of, each object once: its samplers, its dataset, and those inside of them."""
+    """Return a loader and its parts, each object once: its samplers, its dataset, and the parts of these."""
     found, known = [loader], {id(loader)}
-    for part in found:  # grows meanwhile
+    for part in found:  # the list grows in the loop, so parts of parts are visited too
         for name in _PARTS:
             inner = _part(part, name)
             several = name in ("datasets", "loaders") and isinstance(inner, (list, tuple, Mapping))
@@ -241,12 +240,12 @@ def parts(loader: Any) -> list[Any]:
 def _part(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name, None)
-    except Exception:  # a property of the user's that does not work here
+    except Exception:  # a property of the user's class may raise anything
         return None
 
 
 def set_epoch(loader: Any, number: int) -> None:
-    """Tell a loader, and what it is made of, which pass over the data begins: whatever has ``set_epoch``.
+    """Call ``set_epoch(number)`` of a loader and of each of its parts that has this method.
 
     Args:
         loader: Any loader.

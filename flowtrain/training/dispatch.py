@@ -1,9 +1,9 @@
-"""Dispatch: from an event to what runs it, and from the failures of its handlers to what they mean.
+"""Dispatch: an event runs its handlers, the events and checkpoints that they request follow, their failures are raised.
 
-An event is fired through a *runner*, which the executor makes from the plan of its event and phase types. An event
-without handlers has no runner and costs a test for ``None``. `Dispatch` is the executor's
-`flowtrain.graph.executor.Site`: it fires what handlers asked for (`drain`) and decides what their failures amount to
-(`fail`).
+An event is fired by calling a *runner*, which the executor makes from the plan of its event and phase types. An event
+without handlers has no runner and costs one test for ``None``. `Dispatch` is the executor's
+`flowtrain.graph.executor.Site`: after the handlers of an event, the runner calls `drain`, which fires the requested
+events; if handlers failed, it calls `fail`, which raises the failures that have an effect.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from flowtrain.training.sinks import Sinks
 __all__ = ["Dispatch", "StepRunners"]
 
 _MOST_FIRED = 10_000
-"""Events fired by handlers after one event of the loop; more means that handlers fire each other without end."""
+"""The most events that handlers may fire after one event of the loop: with more, handlers fire each other endlessly."""
 
 
 class StepRunners:
-    """What to call for each event of a step in one phase; ``None`` where no callback has a handler.
+    """The runner of each event of a step in one phase; ``None`` if no callback has a handler for the event.
 
     A runner takes ``(event, phase)``. The executor makes it from the plan of that event and phase.
 
     Attributes:
-        watched: Whether any callback has a handler that comes after the backward pass.
-        pairs: Whether the phase takes data as the pair that it is.
+        watched: Whether a handler may see the batch after the backward pass.
+        pairs: Whether the phase uses the bundled `split`, which takes a pair as (inputs, targets).
     """
 
     __slots__ = (
@@ -85,15 +85,15 @@ class StepRunners:
 
 
 _IN_A_BATCH: Set[type[Event]] = {EpochBegin, *StepRunners.events.values(), BatchCancelled}
-"""Events at which the batch state is that of the open batch, or of none; with accumulation an update may come later."""
+"""Events at which the batch state belongs to an open batch or is empty. At any other event it may be the last batch."""
 
 
 class _Runners(dict[Phase, StepRunners]):
-    """The runners of a step by phase, looked up when a phase is met."""
+    """The `StepRunners` by phase, made when a phase is first looked up."""
 
     def __init__(self, dispatch: Dispatch) -> None:
         super().__init__()
-        self._dispatch: Dispatch = weakref.proxy(dispatch)  # which holds the runners
+        self._dispatch: Dispatch = weakref.proxy(dispatch)  # not a reference, because the dispatch holds this dict
 
     def __missing__(self, phase: Phase) -> StepRunners:
         found = StepRunners()
@@ -102,7 +102,7 @@ class _Runners(dict[Phase, StepRunners]):
             known = fires is None or event_type in fires
             setattr(found, name, self._dispatch.runner(event_type, type(phase)) if known else None)
         after = (found.backward_end, found.update_begin, found.update_end, found.batch_end)
-        own = type(phase).step is not AbstractTrainingPhase.step  # it may call that one, and look at the batch then
+        own = type(phase).step is not AbstractTrainingPhase.step  # it may call the bundled one and then read the batch
         found.watched = own or any(runner is not None for runner in after)
         found.pairs = getattr(type(phase), "split", None) is AbstractTrainingPhase.split
         self[phase] = found
@@ -112,14 +112,21 @@ class _Runners(dict[Phase, StepRunners]):
 class Dispatch:
     """Fires the events of one learner.
 
+    Args:
+        state: The state of the learner.
+        scopes: The open scopes.
+        executor: The executor.
+        sinks: The logging backends.
+        accumulates: Whether an update may follow the last batch of an epoch, when its handlers see that batch.
+
     Attributes:
-        state: What is trained, and what callbacks share.
-        executor: What runs the plans.
-        runners: For each phase, what to call at each event of its step.
-        fired: The events that handlers asked to fire.
-        requests: The checkpoints that handlers of the current event asked for.
-        mailbox: What is to be done on this thread between two batches.
-        checkpoint: What takes the checkpoints that handlers ask for.
+        state: The state of the learner.
+        executor: The executor that makes runners from plans.
+        runners: The `StepRunners` by phase.
+        fired: The events that handlers of the current event have fired, each with the name of its callback.
+        requests: The checkpoints that handlers of the current event have requested.
+        mailbox: The calls that the training thread makes between two batches.
+        checkpoint: A function that takes the requested checkpoints; ``None`` without checkpoints.
     """
 
     def __init__(
@@ -138,22 +145,22 @@ class Dispatch:
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
-        self._kept = 0
-        self._asked: list[CheckpointRequest] = []  # of events that have ended, while others are drained
+        self._queued = 0  # how many of `fired` were there before the current event, which a failure of it must not drop
+        self._postponed: list[CheckpointRequest] = []  # requests at events that have ended, until all others have
         self._closed = False
 
     def use(self, callbacks: Callbacks) -> None:
         """Run the plans of these callbacks from now on."""
         if self._callbacks is None:
-            self.executor.bind(self)  # not before: a learner that is refused leaves the executor free
+            self.executor.bind(self)  # only now, so that a learner whose callbacks are refused leaves the executor free
         self._callbacks = callbacks
-        self._scopes.keep(_seen_after_a_batch(callbacks.nodes, self._in_a_batch))
+        self._scopes.keep_entries(_seen_after_a_batch(callbacks.nodes, self._in_a_batch))
         self._by_type.clear()
         self.runners.clear()
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """The callbacks that are in use, with their names and declarations."""
+        """The callbacks in use, with their names and declarations."""
         return self._callbacks.nodes if self._callbacks is not None else ()
 
     @property
@@ -163,11 +170,15 @@ class Dispatch:
 
     @property
     def open_sinks(self) -> object:
-        """What keeps the logging backends open."""
-        return self._sinks.held
+        """An object that keeps the logging backends open for whoever holds a reference to it."""
+        return self._sinks.lease
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
-        """Return what runs an event in a phase; ``None`` where no callback has a handler."""
+        """Return the runner of an event type in a phase type; ``None`` if no callback has a handler.
+
+        Raises:
+            ExecutorError: The learner is closed.
+        """
         key = (event_type, phase_type)
         if key not in self._by_type:
             if self._closed:
@@ -177,23 +188,27 @@ class Dispatch:
         return self._by_type[key]
 
     def close(self) -> None:
-        """Fire nothing more, and let go of what leads back here: the runners, the executor, what takes checkpoints."""
+        """Fire no more events, and delete every reference that leads back to this object."""
         self._closed = True
         self._by_type.clear()
         self.runners.clear()
         self.mailbox.clear()
-        self.drop()
+        self.drop_requests()
         self.checkpoint = self._callbacks = None
         del self.executor
 
     def swap(self, plan: Plan, runner: Runner) -> None:
-        """Use another runner for a plan from its next event on; a plan of callbacks that are gone stays gone."""
+        """Use another runner for a plan from its next event on; a plan that `use` has replaced is ignored."""
         if (plan.event_type, plan.phase_type) in self._by_type:
             self._by_type[plan.event_type, plan.phase_type] = runner
             self.runners.clear()
 
     def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event: run what handles it, and then what its handlers asked to fire."""
+        """Fire an event: run its handlers, and then the events that they have fired.
+
+        Raises:
+            UsageError: `event` is no event, or `phase` is no phase.
+        """
         try:
             runner = self._by_type[type(event), type(phase)]
         except KeyError:
@@ -207,36 +222,36 @@ class Dispatch:
             runner(event, phase)
 
     def fire_from_outside(self, event: Event, phase: Phase) -> None:
-        """Fire an event for a caller that may be outside of every scope; handlers cannot start training then."""
+        """Fire an event for a caller that may be outside of every scope; its handlers cannot start training."""
         before = self._scopes.begin_call()
         try:
             self.fire(event, phase)
         except BaseException:
-            self.drop()
+            self.drop_requests()
             raise
         finally:
             self._scopes.end_call(before)
 
-    def fire_last(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
-        """Fire the event that closes a scope; what it raises is added to `failures`.
+    def fire_closing(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
+        """Fire the event that closes a scope, and add its failure, if it raises one, to `failures`.
 
-        What earlier events asked to fire is dropped: an interrupt may have left it behind.
+        Requests of earlier events are dropped: an interrupt within an event leaves its requests in the queues.
         """
-        self.drop()
+        self.drop_requests()
         try:
             self.fire(event, phase)
         except BaseException as failure:
             failures.append(failure)
-            self.drop()
+            self.drop_requests()
 
     def drain(self, phase: Phase) -> None:
-        """Fire what handlers asked for, first in, first out; called by runners when an event has ended.
+        """Fire the events that handlers have fired, first in, first out; runners call this when an event has ended.
 
-        Then take the checkpoints that they asked for, those of the events that were fired too.
+        Then take the requested checkpoints, of the event and of all events that it fired.
         """
-        self._asked += self._requested()
+        self._postponed += self._take_requests()
         if self._draining:
-            return  # the outer call goes on with what was added
+            return  # this is an event that `drain` has fired, and the loop of that call sees the added events
         self._draining = True
         failures: list[BaseException] = []
         count = 0
@@ -246,61 +261,63 @@ class Dispatch:
                 count += 1
                 if count > _MOST_FIRED:
                     raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
-                self._kept = len(self.fired)
+                self._queued = len(self.fired)
                 try:
                     self.fire(event, phase)
-                except Exception as failure:  # collected, and raised when the others have run
+                except Exception as failure:  # raised below, after the other events have run
                     failures.append(failure)
         finally:
             self._draining = False
-            self._kept = 0
+            self._queued = 0
             self.fired.clear()
-            asked, self._asked = self._asked, []
-        self._take(asked, failures)
+            requests, self._postponed = self._postponed, []
+        self._checkpoint(requests, failures)
         if failures:
             raise_worst(failures)
 
-    def _requested(self) -> list[CheckpointRequest]:
-        """Return the checkpoints that the handlers of the event that has ended asked for, and forget them."""
+    def _take_requests(self) -> list[CheckpointRequest]:
+        """Return the checkpoints that handlers of the event that has ended requested, and empty their queue."""
         found = [request for _, request in self.requests]
         self.requests.clear()
         return found
 
-    def _take(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
-        """Take the checkpoints asked for, now that no handler runs; none after an error, which may be in the state."""
+    def _checkpoint(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
+        """Take the requested checkpoints now that no handler runs; none after an error, which may be in the state."""
         if not requests or self.checkpoint is None or not _only_cancels(failures):
             return
         try:
             self.checkpoint(list(dict.fromkeys(requests)))
-        except Exception as failure:  # raised with the others
+        except Exception as failure:  # raised with the other failures
             failures.append(failure)
 
-    def drop(self) -> None:
-        """Forget what the handlers of an event asked for: it has not ended as it should."""
+    def drop_requests(self) -> None:
+        """Forget the events and checkpoints that handlers requested at an event that has not ended normally."""
         self.fired.clear()
         self.requests.clear()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        """Raise what the failures of an event's handlers amount to; what the event fired is dropped.
+        """Raise the failures of an event's handlers that have an effect now, and drop the events that it fired.
 
-        A checkpoint that it asked for is taken if the failures only cancel something.
+        Checkpoints that the event requested are still taken if the failures are only cancels.
         """
-        meant = self._meant(event, phase, failures)
+        effective = self._effective(event, phase, failures)
         del failures  # see `raise_worst`
-        if meant:
-            del self.fired[self._kept :]
-            asked = self._requested()
+        if effective:
+            del self.fired[self._queued :]
+            requests = self._take_requests()
             if not self._draining:
-                self._take(asked, meant)
-            elif _only_cancels(meant):  # other events are waiting, so a checkpoint waits too, and for their errors
-                self._asked += asked
-            raise_worst(meant)
+                self._checkpoint(requests, effective)
+            elif _only_cancels(effective):  # `drain` takes them after the events that wait, unless one of these fails
+                self._postponed += requests
+            raise_worst(effective)
 
-    def _meant(self, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> list[BaseException]:
-        """Note on each failure where it was raised, and return those that mean something now."""
+    def _effective(
+        self, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]
+    ) -> list[BaseException]:
+        """Note on each failure where it was raised, and return the failures that have an effect now."""
         for step, failure in failures:
             self._scopes.note(failure, step, event, phase)
-        return [failure for _, failure in failures if self._scopes.means_something(failure)]
+        return [failure for _, failure in failures if self._scopes.has_effect(failure)]
 
 
 def _only_cancels(failures: Sequence[BaseException]) -> bool:
@@ -308,7 +325,7 @@ def _only_cancels(failures: Sequence[BaseException]) -> bool:
 
 
 def _seen_after_a_batch(nodes: Sequence[Node], within: Set[type[Event]]) -> frozenset[str] | None:
-    """Return the batch entries that handlers of other events than those `within` a batch declare; ``None`` for all."""
+    """Return the entries of the batch that handlers of events not in `within` declare; ``None`` for all entries."""
     paths = {
         path
         for node in nodes

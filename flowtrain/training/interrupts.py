@@ -1,15 +1,16 @@
-"""Interrupts: Ctrl-C and SIGTERM end a fit at the next batch boundary, in good order; a second one at once.
+"""Interrupts: Ctrl-C and SIGTERM end a fit at the next batch boundary; a second signal ends it at once.
 
-The first signal only leaves a note. Before the next batch the training thread finds it, takes the checkpoint that was
-asked for, and raises `KeyboardInterrupt`, which closes epoch and fit with their events; deferred work is finished for
-as long as the executor allows. SIGTERM raises `KeyboardInterrupt` too, so that a script has one thing to catch.
+The first signal only puts a call into the mailbox. Before the next batch the training thread makes that call: it takes
+the checkpoint that was requested for this case and raises `KeyboardInterrupt`, which closes epoch and fit with their
+events; deferred work is finished for as long as the executor allows. SIGTERM raises `KeyboardInterrupt` too, so that a
+script has one exception to catch.
 
-A terminal and a job manager signal every process of a group, so the workers of a data loader die of the same signal.
-For each of them torch raises an error in the main thread, wherever that is: a batch would be left in the middle, with
-no state that a checkpoint could hold. So this error waits for the batch boundary, and the interrupt comes before it.
-Only where the main thread waits for the worker is the error raised at once, since no data will come.
+A terminal or a job manager signals every process of a group, so the workers of a data loader die of the same signal.
+For each dead worker torch raises an error at any line of the main thread, even within a batch, where no checkpoint can
+be taken. Therefore this error waits for the batch boundary too, and the interrupt is raised before it. Only if the main
+thread is waiting for a batch of the dead worker is the error raised at once, since that batch will never come.
 
-The handlers are there during `fit`, in the main thread, and put back after it.
+The signal handlers are installed during `fit`, only in the main thread, and the earlier ones are restored after it.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ __all__ = ["Interrupts"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PATIENCE = 1.0
-"""Seconds for which the error of a dead worker waits for a signal to this process, which may be signalled after it."""
+"""Seconds for which the error of a dead worker waits for a signal to this process, which may arrive a little later."""
 
 
 class Interrupts:
-    """The context of a fit.
+    """A context in which signals end the fit at a batch boundary.
 
     Args:
-        mailbox: Where the training thread looks after each batch; its ``stopping`` tells everybody.
-        before_leaving: Called on the training thread before it leaves.
+        mailbox: The calls that the training thread makes after each batch. Its ``stopping`` is true from the first
+            signal until the fit has ended, so that a thread that waits can give up.
+        before_leaving: Called on the training thread at the batch boundary, before `KeyboardInterrupt` is raised.
         workers: Whether a data loader has worker processes.
     """
 
@@ -51,13 +53,13 @@ class Interrupts:
         self._workers = workers
         self._replaced: dict[signal.Signals, Any] = {}
         self._received: signal.Signals | None = None
-        self._changing = False  # handlers are being set up or put back: the second signal does not break in
+        self._changing = False  # signal handlers are being replaced, and a second signal must not raise in between
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._changing = True
             if self._workers and hasattr(signal, "SIGCHLD"):
-                # torch sets up its handler with the first workers, once in a process, and would put it over this one.
+                # Torch installs its handler once in a process, with the first workers, and would replace this handler.
                 getattr(signal_handling, "_set_SIGCHLD_handler", bool)()
                 self._replace(signal.SIGCHLD, self._child_ended)
             for number in _SIGNALS:
@@ -67,7 +69,7 @@ class Interrupts:
 
     def _replace(self, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
         before = signal.getsignal(number)
-        # What was set up outside of Python cannot be put back; what the process ignores it goes on to ignore.
+        # A handler of C code (None) could not be restored, and a signal that the process ignores stays ignored.
         if before is not None and before is not signal.SIG_IGN:
             self._replaced[number] = before
             signal.signal(number, handler)
@@ -76,15 +78,16 @@ class Interrupts:
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._changing = True
-        with ExitStack() as stack:  # each of them, since the one that is put back may be called, and raise, at once
+        with ExitStack() as stack:  # a restored handler may be called and raise at once; the others are restored then
             for number, before in self._replaced.items():
                 stack.callback(signal.signal, number, before)
         self._mailbox.stopping = False
         if self._received is not None and (failure is None or isinstance(failure, Exception)):
-            interrupt = KeyboardInterrupt(_text(self._received))  # too late for the last batch boundary
+            interrupt = KeyboardInterrupt(_text(self._received))  # the signal came after the last batch boundary
             raise_worst([interrupt] if failure is None else [failure, interrupt])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT and SIGTERM: the first one is noted, the second one raises."""
         received = signal.Signals(number)
         if self._received is not None and not self._changing:
             raise KeyboardInterrupt(f"{_text(received)} for the second time")
@@ -94,30 +97,31 @@ class Interrupts:
         self._mailbox.stopping = True
 
     def _child_ended(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGCHLD: call the earlier handler, and let its error wait for the batch boundary."""
         before = self._replaced[signal.SIGCHLD]
         try:
             if callable(before):
                 before(number, frame)
-        except Exception as failure:  # of torch: a worker has died
+        except Exception as failure:  # torch's handler raises if a worker has died
             if _waits_for_a_worker(frame):
                 self._await_signal()
                 raise
             self._mailbox.put(partial(self._fail, failure))
 
     def _await_signal(self) -> None:
-        """Wait a moment for a signal to this process, unless there was one."""
+        """Wait until this process has received a signal too, at most for `_PATIENCE`."""
         deadline = time.monotonic() + _PATIENCE
         while self._received is None and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _fail(self, failure: Exception) -> None:
-        """Raise the error of a dead worker, unless it died of what interrupts training; called at a batch boundary."""
+        """Raise the error of a dead worker at a batch boundary, or `KeyboardInterrupt` if a signal came as well."""
         self._await_signal()
         self._leave()
         raise failure
 
     def _leave(self) -> None:
-        """Leave training; called by the training thread at a batch boundary."""
+        """Raise `KeyboardInterrupt` at a batch boundary, after `before_leaving`, if a signal has come."""
         if self._received is not None:
             try:
                 self._before_leaving()
@@ -133,7 +137,7 @@ def _text(received: signal.Signals) -> str:
 
 
 def _waits_for_a_worker(frame: FrameType | None) -> bool:
-    """Tell whether a thread is in torch's loop that waits for the next batch of worker processes."""
+    """Tell whether a stack of frames is within torch's loop that waits for the next batch of a worker process."""
     while frame is not None:
         if frame.f_code.co_name == "_get_data" and frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
             return True

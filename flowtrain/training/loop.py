@@ -1,7 +1,7 @@
-"""The loop: fit, epoch and step, and how each is closed whatever happens in it.
+"""The loop: fit, epoch and step, each of which is closed with its event whatever is raised in it.
 
-Rules 15 to 17 of ``docs/rules.md`` are kept here: every Begin gets exactly one End or Cancelled, an exception closes
-the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every callback before anything is raised.
+This module keeps rules 15 to 17 of ``docs/rules.md``: every Begin gets exactly one End or Cancelled, an exception
+closes the batch, the epoch and the fit that it leaves, and `FitEnd` runs for every callback before `fit` raises.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from flowtrain.graph.executor import Executor
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.manager import Cuts
-from flowtrain.training.checkpoint.position import Position, Stream, begin_again, beginning
+from flowtrain.training.checkpoint.manager import Checkpoints
+from flowtrain.training.checkpoint.position import Position, Stream, loader_start, replay
 from flowtrain.training.data import check_gave, has_workers, length, planned_updates, set_epoch, shortest
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
-from flowtrain.training.step import StepParts, settle
+from flowtrain.training.step import Steps, detach_loss
 
 __all__ = ["Loop"]
 
@@ -52,17 +52,17 @@ _LEFT_OPEN = "the step caught an exception and left its batch open"
 
 
 class Loop:
-    """Runs training for one learner.
+    """Runs training for one learner, and owns the objects that training consists of.
 
     Attributes:
-        state: The learner's state.
+        state: The state of the learner.
         core: The torch core.
-        executor: What runs the plans.
-        scopes: What is open, and where training is.
-        dispatch: What fires events.
-        parts: What steps run a batch with.
+        executor: The executor that makes runners from plans.
+        scopes: Which of fit, epoch and batch are open, and the numbers of epochs and batches.
+        dispatch: Fires events.
+        steps: Runs batches.
         sinks: The logging backends of the callbacks.
-        cuts: The checkpoints.
+        checkpoints: Takes checkpoints, and resumes from them.
     """
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
@@ -72,9 +72,9 @@ class Loop:
         self.scopes = Scopes()
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
-        self.cuts = Cuts(state, core, executor, self.scopes, self.sinks, self.dispatch.mailbox)
-        self.dispatch.checkpoint = self.cuts.take
-        self.parts = StepParts(state, core, self.scopes, self.dispatch, self.cuts)
+        self.checkpoints = Checkpoints(state, core, executor, self.scopes, self.sinks, self.dispatch.mailbox)
+        self.dispatch.checkpoint = self.checkpoints.take
+        self.steps = Steps(state, core, self.scopes, self.dispatch, self.checkpoints)
 
     # --- fit and epoch
 
@@ -85,16 +85,26 @@ class Loop:
         steps: int | None,
         validate_every: int | None,
     ) -> BaseException | None:
-        """Run a fit; return the `CancelFittingException` that ended it, or ``None``. Errors are raised."""
+        """Run a fit; return the `CancelFittingException` that ended it, or ``None``.
+
+        Args:
+            data: The loaders by phase.
+            epochs: The number of rounds, or ``None``.
+            steps: The number of batches of the training phase, if `epochs` is ``None``.
+            validate_every: The number of batches in a training epoch; ``None`` for one pass of the loader.
+
+        Raises:
+            BaseException: Every error and interrupt, after the fit is closed.
+        """
         try:
             workers = any(has_workers(loader) for loader in data.values())
-            with Interrupts(self.dispatch.mailbox, self.cuts.interrupted, workers):
+            with Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers):
                 return self._fit(data, epochs, steps, validate_every)
-        finally:  # a second interrupt can strike anywhere, and the learner is still to be of use
+        finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()
-            self.cuts.leave_fit()
+            self.checkpoints.leave_fit()
             self.dispatch.mailbox.clear()
-            self.dispatch.drop()
+            self.dispatch.drop_requests()
 
     def _fit(
         self,
@@ -107,51 +117,57 @@ class Loop:
         failures: list[BaseException] = []
         try:
             updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
-            position = self.cuts.begin_fit("steps" if epochs is None else "epochs")
-            self.dispatch.fire(FitBegin(epochs, steps, updates, self.cuts.resumed is not None), Phase())
-            self.cuts.restore_random()  # what handlers of `FitBegin` drew was drawn before the checkpoint too
+            position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
+            self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None), Phase())
+            # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them
+            # before this checkpoint.
+            self.checkpoints.restore_random()
             if epochs is not None:
                 while position.rounds < epochs:
                     self._fit_round(data, position)
             else:
                 self._fit_steps(data, steps or 0, validate_every, position)
-        except BaseException as failure:  # raised below, when the fit is closed
+        except BaseException as failure:  # raised below, after the fit is closed
             failures.append(failure)
         self.scopes.end_fit()
-        self.dispatch.fire_last(FitEnd(_why_stopped(failures)), Phase(), failures)
-        # The mailbox is emptied while the position is known, which a checkpoint needs; then what the rest has put in.
+        self.dispatch.fire_closing(FitEnd(_why_stopped(failures)), Phase(), failures)
+        # Empty the mailbox before `end_fit` forgets the position, because a checkpoint in the mailbox needs it; and
+        # again at the end, because the writer and the sinks may have put in calls meanwhile.
         empty = self.dispatch.mailbox.empty
-        for finish in (self.executor.flush, empty, self.cuts.end_fit, self.sinks.flush, empty):
+        for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
             _attempt(failures, finish)
         try:
             if failures:
                 raise_worst(failures)
         except CancelFittingException as cancel:
             for kept in (cancel, *getattr(cancel, "others", ())):
-                kept.__traceback__ = None  # its frames hold a batch, graph and all
+                kept.__traceback__ = None  # the frames of the traceback hold a batch with its autograd graph
             return cancel
         return None
 
     def _fit_round(self, data: PhaseMap[Any], position: Position) -> None:
-        """Run an epoch of every phase that has not had its own in this round."""
+        """Run an epoch of every phase whose epoch in this round is not complete yet."""
         for phase, loader in data.items():
             if repr(phase) not in position.done:
                 self.epoch(phase, loader)
         position.end_round()
 
     def _fit_steps(self, data: PhaseMap[Any], steps: int, validate_every: int | None, position: Position) -> None:
-        """Train in epochs of `validate_every` batches, or of one pass of the loader, each followed by the others."""
+        """Train for `steps` batches, in epochs of `validate_every` batches or of one pass of the loader.
+
+        An epoch of every other phase follows each training epoch.
+        """
         training = next(phase for phase in data if isinstance(phase, AbstractTrainingPhase))
         loader = data[training]
         if validate_every is not None:
             number = partial(self.scopes.begin_pass, training)
             loader = position.stream = Stream(loader, training, number)
-            self.cuts.resume_stream(position.stream)
+            self.checkpoints.resume_stream(position.stream)
         while position.steps < steps or position.done:
             if repr(training) not in position.done:
                 left = steps - position.steps
                 most = left if validate_every is None else min(left, validate_every)
-                # An epoch that was cancelled before its first batch counts too, or this might never end.
+                # An epoch that is cancelled before its first batch counts as steps too, or the fit might never end.
                 position.count(training, 1 if validate_every is None else most)
                 self.epoch(training, loader, most)
             self._fit_round(data, position)
@@ -160,13 +176,13 @@ class Loop:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
         try:
             self._epoch(phase, loader, most)
-        finally:  # an interrupt can strike while the epoch is being closed
+        finally:  # a second interrupt can be raised while the epoch is being closed
             self.scopes.close_epoch()
-        if self.dispatch.mailbox.calls:  # what was asked for in a batch that ended the epoch
+        if self.dispatch.mailbox.calls:  # a handler of the last batch may have requested a checkpoint
             self.dispatch.mailbox.empty()
 
     def _epoch(self, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
-        scopes, position = self.scopes, self.cuts.position
+        scopes, position = self.scopes, self.checkpoints.position
         failures: list[BaseException] = []
         with self._mode(phase):
             scopes.open_epoch(phase)
@@ -178,10 +194,10 @@ class Loop:
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
-            except BaseException as failure:  # raised below, when the epoch is closed
+            except BaseException as failure:  # raised below, after the epoch is closed
                 scopes.locate(failure, phase, "after ")
                 failures.append(failure)
-                if isinstance(failure, Exception):  # a batch boundary, if the loader failed or a batch ended the fit
+                if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
                     _attempt(failures, self.dispatch.mailbox.empty)
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
@@ -190,16 +206,17 @@ class Loop:
             scopes.end_epoch()
             if not failures:
                 position.end_epoch(scopes.batch_number)
-            self.dispatch.fire_last(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
+            self.dispatch.fire_closing(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
         if failures:
             raise_worst(failures)
 
     def _update_unfilled(self, phase: Phase, failures: list[BaseException]) -> None:
-        """Update with the gradients of groups that wait for more batches: there are none any more.
+        """Update the parameters with the gradients of groups that still wait for batches, as the epoch has no more.
 
-        The last batch was cancelled, or the epoch, or the loader gave fewer batches than it had said. After an error or
-        an interrupt nothing is updated. For handlers it is as in an open batch, the last one that was completed: a
-        cancel throws the gradients away, and a checkpoint waits. What a cancel wants to end is ending already.
+        A group still waits if the last batch or the epoch was cancelled, or the loader gave fewer batches than its
+        length. After an error or an interrupt no update is made. Handlers of this update see the last completed batch,
+        as an open batch: a cancel discards the gradients, and a checkpoint waits. A cancel of the epoch has no further
+        effect, because the epoch is ending anyway.
         """
         groups, scopes = self.core.unfilled(), self.scopes
         if not groups or not all(isinstance(failure, CancelException) for failure in failures):
@@ -208,23 +225,26 @@ class Loop:
         scopes.open_batch()
         try:
             for names in groups:
-                self.parts.update_due(phase, names, _REST_BEGIN, _REST_END)
+                self.steps.update_due(phase, names, _REST_BEGIN, _REST_END)
         except (CancelBatchException, CancelEpochException):
             self.core.discard()
-        except BaseException as failure:  # raised when the epoch is closed
+        except BaseException as failure:  # raised by `_epoch` after the epoch is closed
             self.core.discard()
             scopes.locate(failure, phase)
             if not isinstance(failure, CancelException):
-                self.cuts.drop()
+                self.checkpoints.drop_requests()
             failures.append(failure)
         scopes.close_batch()
 
     @contextmanager
     def _mode(self, phase: Phase) -> Generator[None]:
-        """Set the modes of a phase; while they are, a checkpoint asks ``core.modes`` for those without it."""
+        """Give a context in which the modules have the modes of a phase: training or evaluation.
+
+        ``core.modes`` holds the modes that the user has set, because a checkpoint saves the modes of the user.
+        """
         core = self.core
-        if self.cuts.held and isinstance(phase, AbstractTrainingPhase):
-            self.cuts.release()
+        if self.checkpoints.showing_judged and isinstance(phase, AbstractTrainingPhase):
+            self.checkpoints.show_trained()
         with phase.mode(core.modules) as core.modes:
             try:
                 core.warn_switched()
@@ -233,12 +253,13 @@ class Loop:
                 core.modes = None
 
     def _begin_epoch(self, phase: Phase, loader: Iterable[Any]) -> Iterable[Any]:
-        """Fire `EpochBegin`, and return the batches that are left: all, unless a checkpoint was taken in this epoch.
+        """Fire `EpochBegin`, and return the batches of the epoch that are left.
 
-        Then the epoch begins once more for its callbacks, whose state is put back after it.
+        These are all batches, unless the fit resumes in this epoch from a checkpoint. Then `EpochBegin` is fired a
+        second time in the history of the run, and the state of the checkpoint is restored after it.
         """
-        cuts, position = self.cuts, self.cuts.position
-        resuming = position.leave_resumed(phase)
+        checkpoints, position = self.checkpoints, self.checkpoints.position
+        resuming = position.is_resumed(phase)
         if resuming:
             self.scopes.continue_epoch(position.batches)
         else:
@@ -250,24 +271,32 @@ class Loop:
             self.dispatch.mailbox.empty()
         batches = loader
         if resuming and position.begun is not None:
-            batches = begin_again(loader, position.begun, position.batches, phase)
-            cuts.reenter()
+            batches = replay(loader, position.begun, position.batches, phase)
+            checkpoints.restore_epoch()
         else:
             if resuming:
-                cuts.reenter()
+                checkpoints.restore_epoch()
             if not isinstance(loader, Stream):
-                position.begun = beginning(loader)  # with the generators as they are now
-        cuts.let_go()
+                position.begun = loader_start(loader)  # after `EpochBegin`, whose handlers may draw random numbers
+        checkpoints.release_resumed()
         return batches
 
     def _show(self, batch: BatchState | None) -> None:
+        """Make this the batch that handlers see, or an empty batch for ``None``."""
         if batch is not self.state.batch:
             self.state.show(batch if batch is not None else BatchState())
-        settle(self.state.batch)
+        detach_loss(self.state.batch)
 
     def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
-        """Run the batches that are left of an epoch of `total` batches, where that is known, and of `most` at most."""
-        step, scopes, calls = self.parts.step_of(phase), self.scopes, self.dispatch.mailbox.calls
+        """Run the rest of the batches of an epoch.
+
+        Args:
+            phase: The phase.
+            batches: The batches that are left.
+            total: The number of batches in the whole epoch; ``None`` if it is not known.
+            most: The most batches that the whole epoch may have; ``None`` for no limit.
+        """
+        step, scopes, calls = self.steps.step_of(phase), self.scopes, self.dispatch.mailbox.calls
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
@@ -275,28 +304,27 @@ class Loop:
         for scopes.batch_number, raw in enumerate(fed, done + 1):
             try:
                 step(raw)
-                if scopes.batch:  # not CLOSED, which is 0; every instruction here is one for each batch
+                if scopes.batch:  # true unless CLOSED, which is 0: the cheapest test, as it runs for every batch
                     raise CancelBatchException(_LEFT_OPEN)
-            except BaseException as failure:  # closes the batch, then raises what is left
-                self.parts.cancel_batch(phase, failure, CancelBatchException)
-            if calls:  # before the loader is asked for more, so that a checkpoint knows what it has drawn
+            except BaseException as failure:  # `cancel_batch` closes the batch, and raises all but a cancel of it
+                self.steps.cancel_batch(phase, failure, CancelBatchException)
+            if calls:  # before the loader draws the next batch, so that a checkpoint has the generators of this one
                 self.dispatch.mailbox.empty()
 
     # --- one batch
 
     def step(self, phase: Phase, raw: Any) -> BatchState:
-        """Run one batch outside of an epoch, in the phase's mode; return its state."""
+        """Run one batch outside of an epoch, in the mode of its phase, and return the state of the batch."""
         try:
-            self.scopes.begin_call()  # a step may not begin another one, nor a fit
+            self.scopes.begin_call()  # so that a handler of this batch can start neither a fit nor another step
             with self._mode(phase):
                 try:
-                    self.parts.step_of(phase)(raw)
+                    self.steps.step_of(phase)(raw)
                     if self.scopes.batch:
                         raise CancelBatchException(_LEFT_OPEN)
-                except BaseException as failure:  # closes the batch, then raises what is left
-                    # There is no epoch to cancel.
-                    self.parts.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
-            settle(self.state.batch)
+                except BaseException as failure:  # a cancel of the epoch ends the batch, since no epoch is open
+                    self.steps.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
+            detach_loss(self.state.batch)
             if self.dispatch.mailbox.calls:
                 self.dispatch.mailbox.empty()
         finally:
@@ -305,7 +333,7 @@ class Loop:
 
 
 def _why_stopped(failures: list[BaseException]) -> str:
-    """Return why a fit was cancelled, if it was: what the exception says, or where it was raised."""
+    """Return the text of the cancel that ended a fit, or its type and notes; an empty string without a cancel."""
     if not failures or not isinstance(failures[0], CancelFittingException):
         return ""
     cancel = failures[0]
@@ -313,7 +341,7 @@ def _why_stopped(failures: list[BaseException]) -> str:
 
 
 def _attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
-    """Call a function; what it raises is kept, since everything is closed before anything is raised."""
+    """Call a function and add its failure to `failures`, because the rest of the fit is closed before it is raised."""
     try:
         do(*args)
     except BaseException as failure:

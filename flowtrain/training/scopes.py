@@ -1,11 +1,11 @@
-"""Scopes: which of fit, epoch and batch are open, where training is, and what an exception means there.
+"""Scopes: which of fit, epoch and batch are open, their numbers, and which exceptions have an effect there.
 
-Every Begin gets exactly one End or Cancelled. A scope is opened before its Begin is fired, *ends* while its End or
-Cancelled is fired, and is closed after it. A cancel has an effect only while its scope is open: one that ends has
-nothing left to cancel.
+Every Begin gets exactly one End or Cancelled. A scope is *open* from before its Begin event on, it is *ending* while
+its End or Cancelled event is fired, and *closed* after that event. A cancel has an effect only while its scope is open,
+because a scope that is ending cannot be cancelled any more.
 
-Scopes change through the methods here. The bundled steps alone set `batch`, `backward` and `completed` themselves
-(`flowtrain.training.step`), since a call for each of them in every batch would cost more than what it does.
+Scopes change through the methods here. Only the bundled steps (`flowtrain.training.step`) set `batch`, `backward` and
+`completed` directly, since a method call for each of these assignments would cost more than the assignment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowtrain.state.batch import BatchState
 __all__ = ["CLOSED", "ENDING", "OPEN", "Scopes"]
 
 CLOSED, OPEN, ENDING = 0, 1, 2
-"""Where a scope (fit, epoch, batch) is: it ends while its End or Cancelled event is fired."""
+"""The states of a scope (fit, epoch or batch). `CLOSED` is 0, so that the loop can test a scope by its truth value."""
 
 
 class Scopes:
@@ -27,16 +27,16 @@ class Scopes:
 
     Attributes:
         fit: `CLOSED`, `OPEN` or `ENDING`.
-        epoch: The same for the epoch.
-        batch: The same for the batch.
+        epoch: The state of the epoch, with the same three values.
+        batch: The state of the batch, with the same three values.
         backward: Whether the backward pass of the open batch has begun.
-        calling: Whether a single step runs, or an event is handled that was fired outside of the loop.
-        completed: The batch state of the last batch that was completed in this epoch.
-        phase: The phase of the current or last epoch.
+        calling: Whether a single step or an event runs that a user has started outside of `fit` and `epoch`.
+        completed: The state of the last complete batch of this epoch; ``None`` before the first.
+        phase: The phase of the current epoch, or of the last one.
         epoch_number: The number of the current epoch of that phase, from 1.
         batch_number: The number of the current batch in that epoch, from 1.
-        numbers: The epochs of each phase that have begun.
-        passes: The passes over the data of each phase that have begun, of the phases that do not evaluate.
+        numbers: For each phase, how many of its epochs have begun.
+        passes: For each phase that does not evaluate, how many passes over its data have begun.
     """
 
     __slots__ = (
@@ -73,11 +73,11 @@ class Scopes:
         self.fit = OPEN
 
     def end_fit(self) -> None:
-        """Let nothing cancel the fit any more: `FitEnd` is about to be fired."""
+        """Refuse cancels of the fit from now on: `FitEnd` is about to be fired."""
         self.fit = ENDING
 
     def close_fit(self) -> None:
-        """Leave the fit, and whatever is open in it."""
+        """Close the fit, with the epoch and the batch that may be open in it."""
         self.fit = self.epoch = self.batch = CLOSED
 
     # --- epoch
@@ -93,8 +93,8 @@ class Scopes:
     def begin_pass(self, phase: Phase) -> int:
         """Begin a pass over the data of `phase`, and return its number, from 0.
 
-        They are counted over the life of the learner. Evaluation has the number of the pass of training that it
-        follows, so it is the same however often it is repeated.
+        Passes are counted over the life of the learner. A pass of evaluation has the number of the pass of training
+        before it, so that repeating an evaluation draws the same order of the data.
         """
         if isinstance(phase, AbstractValidationPhase):
             return max(self.passes.values(), default=1) - 1
@@ -102,19 +102,19 @@ class Scopes:
         return self.passes[phase] - 1
 
     def continue_epoch(self, batches: int) -> None:
-        """Count on from the batches that were run before the checkpoint from which this epoch is resumed."""
+        """Continue to count batches after the `batches` that a checkpoint had in this epoch."""
         self.batch_number = batches
 
     def end_epoch(self) -> None:
-        """Let nothing cancel the epoch any more: `EpochEnd` or `EpochCancelled` is about to be fired."""
+        """Refuse cancels of the epoch from now on: `EpochEnd` or `EpochCancelled` is about to be fired."""
         self.epoch = ENDING
 
     def close_epoch(self) -> None:
-        """Leave the epoch, and its batch if one is open."""
+        """Close the epoch, and its batch if one is open."""
         self.epoch = self.batch = CLOSED
 
     def restore_numbers(self, numbers: dict[Phase, int], passes: dict[Phase, int]) -> None:
-        """Count the epochs of each phase, and the passes over its data, on from those of a checkpoint."""
+        """Continue to count epochs and passes from the numbers of a checkpoint."""
         self.numbers, self.passes = numbers, passes
 
     # --- batch
@@ -125,25 +125,25 @@ class Scopes:
         self.batch = OPEN
 
     def end_batch(self) -> None:
-        """Let nothing cancel the batch any more: `BatchEnd` or `BatchCancelled` is about to be fired."""
+        """Refuse cancels of the batch from now on: `BatchEnd` or `BatchCancelled` is about to be fired."""
         self.batch = ENDING
 
     def close_batch(self, completed: BatchState | None = None) -> None:
-        """Leave the batch; `completed` is its state, if it was not cancelled."""
+        """Close the batch; `completed` is its state, unless it was cancelled."""
         self.batch = CLOSED
         if completed is not None:
             self.completed = completed
 
-    def keep(self, entries: frozenset[str] | None) -> None:
-        """Set which entries of the last completed batch `hand_over` keeps; ``None`` for all."""
+    def keep_entries(self, entries: frozenset[str] | None) -> None:
+        """Set which entries of the last complete batch `release_completed` keeps; ``None`` for all."""
         self._kept = entries
 
-    def hand_over(self) -> None:
-        """Release the entries of the last completed batch that no handler will read, as the next batch begins.
+    def release_completed(self) -> None:
+        """Release the entries of the last complete batch that no handler will read, as the next batch begins.
 
-        The batch is kept in case the next one is cancelled, so that `EpochEnd` shows it. A loop written by hand
-        releases the memory of the outputs when the next batch has its own. On a device, where memory is scarcest, only
-        those entries stay that are declared by a handler which may run when the next batch is closed.
+        The last complete batch stays in memory, because `EpochEnd` shows it if the next batch is cancelled. A training
+        loop written by hand frees the outputs of a batch when the next batch replaces them. To use no more memory than
+        that on a device, only those entries stay that a handler declares which may run when the next batch is closed.
         """
         before, kept = self.completed, self._kept
         if before is not None and kept is not None:
@@ -153,34 +153,38 @@ class Scopes:
     # --- a step or an event outside of the loop
 
     def begin_call(self) -> bool:
-        """Refuse to start training until `end_call` gets what this returns: a step runs, or an event is handled."""
+        """Refuse to start training until `end_call`, because a single step or an event runs.
+
+        Returns:
+            The value to pass to `end_call`, which restores it: calls may be nested.
+        """
         before, self.calling = self.calling, True
         return before
 
     def end_call(self, before: bool) -> None:
-        """End what `begin_call` began."""
+        """Restore the value that `begin_call` returned."""
         self.calling = before
 
     def close_step(self) -> None:
-        """Leave a single step, and its batch if one is open."""
+        """Close a single step, and its batch if one is open."""
         self.calling = False
         self.batch = CLOSED
 
-    # --- what an exception means
+    # --- exceptions
 
-    def means_something(self, failure: BaseException) -> bool:
-        """Tell whether an exception from a handler has any effect: every error, and a cancel of an open scope."""
+    def has_effect(self, failure: BaseException) -> bool:
+        """Tell whether an exception of a handler has an effect: every error has, and a cancel of an open scope."""
         if not isinstance(failure, CancelException):
             return True
         if failure.scope == "batch":
             return self.batch == OPEN
         if failure.scope == "epoch":
             return self.epoch == OPEN
-        # A direct `epoch` or `step` lets the cancel of a fit through to its caller.
+        # A cancel of the fit passes through a direct `epoch` or `step`, where no fit is open, to the caller.
         return self.fit != ENDING
 
     def note(self, failure: BaseException, step: Step, event: Event, phase: Phase) -> None:
-        """Write on an exception where it was raised."""
+        """Add a note to an exception that names the handler, event, phase, epoch and batch where it was raised."""
         where = f"in {step.label} at ({type(event).__name__}, {phase!r})"
         if self.epoch != CLOSED:
             where += f", epoch {self.epoch_number}"
@@ -189,12 +193,12 @@ class Scopes:
         failure.add_note(f"raised {where}")
 
     def locate(self, failure: BaseException, phase: Phase, between: str = "") -> None:
-        """Write on an error, or an interrupt, in which epoch and batch it struck, unless its notes say so.
+        """Add a note to an error or interrupt that names its epoch and batch, unless a note of it names the epoch.
 
         Args:
-            failure: What was raised.
+            failure: The exception.
             phase: The phase of the epoch.
-            between: ``"after "`` where the last batch was closed already: then the loader failed, or the epoch itself.
+            between: ``"after "`` if the last batch is closed already, as when the loader has failed; otherwise empty.
         """
         epoch = f"epoch {self.epoch_number}"
         if self.epoch == CLOSED or isinstance(failure, CancelException):
@@ -204,7 +208,10 @@ class Scopes:
             failure.add_note(f"in {phase!r}, {epoch}{batch}")
 
     def refuse_nested(self, what: str) -> None:
-        """Raise if training is running already, because then a handler (or a step) is calling.
+        """Refuse a call that starts training if training is running: the caller is a handler or a step then.
+
+        Args:
+            what: The call, for the message.
 
         Raises:
             UsageError: A scope is open, or an event is being handled.

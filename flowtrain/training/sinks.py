@@ -1,11 +1,11 @@
-"""Sinks: the logging backends of a learner's callbacks, opened before training and closed after it.
+"""Sinks: the logging backends of a learner's callbacks are opened before training and closed after it.
 
-The backends of a callback are those that it holds, see `flowtrain.graph.held_backends`. The process that trains owns
-them: it opens each once, before the first event, whoever writes into it later. What a backend raises gets a note that
-names it and the callbacks that log to it.
+`flowtrain.graph.held_backends` finds the backends of a callback. The process that trains opens each backend once,
+before the first event, also if another thread or process makes its records. An error of a backend gets a note that
+names the backend and the callbacks that log to it.
 
-The backends are open as long as somebody holds `Sinks.held`: the learner, and the lanes that have yet to write. When a
-learner is dropped that nobody closed, they are closed by the last of these.
+The backends stay open as long as any object refers to `Sinks.lease`: the learner does, and so does every lane that may
+still write. If a learner is deleted without being closed, its backends are closed when the last reference is gone.
 """
 
 from __future__ import annotations
@@ -35,90 +35,94 @@ T = TypeVar("T")
 _logger = logging.getLogger("flowtrain")
 
 _PATIENCE = 30.0
-"""Seconds for which the garbage collector waits until backends are closed."""
+"""Seconds for which the garbage collector waits until the backends of a deleted learner are closed."""
 
 
 class Sinks:
     """The backends of one learner.
 
     Attributes:
-        run: The run that they are opened for.
-        held: What keeps them open.
+        run: The run that the backends are opened for.
+        lease: An object without content; the backends stay open while anything refers to it.
     """
 
     def __init__(self) -> None:
         self.run = Run(uuid.uuid4().hex[:12])
-        self._owned: dict[str, _Owned] = {}  # by sink
-        self._books = _Books()
-        self._open = self._books.open
-        self.held = _Held()
-        weakref.finalize(self.held, _abandon, self._books)
+        self._used: dict[str, _Used] = {}  # by sink
+        self._opened = _Opened()
+        self._open = self._opened.backends
+        self.lease = _Lease()
+        weakref.finalize(self.lease, _abandon, self._opened)
 
     @staticmethod
     def check(nodes: Iterable[Node]) -> None:
         """Check the backends of callbacks that a learner is about to use.
 
         Raises:
-            LoggingError: Two of them write to the same place, or one is no backend.
+            LoggingError: Two backends write to the same place, or a callback logs to an object that is no backend.
         """
-        _owned(nodes)
+        _used_by(nodes)
 
     def use(self, nodes: Iterable[Node]) -> None:
-        """Use the backends of these callbacks from now on; those that are open and not among them are closed."""
-        self._owned = _owned(nodes)
-        gone: dict[str, _Owned] = {}
-        for sink, opened in list(self._open.items()):
-            if sink not in self._owned or self._owned[sink].backend is not opened.backend:
-                gone[sink] = self._open.pop(sink)
-        self._end(gone)
-
-    def open(self) -> None:
-        """Open the backends that are not open yet.
+        """Use the backends of these callbacks from now on, and close open backends that none of them has.
 
         Raises:
-            LoggingError: A backend cannot be opened; nothing has been trained then.
+            LoggingError: As for `check`. A backend that cannot be closed raises its own error; all are replaced then.
         """
-        new = {sink: owned for sink, owned in self._owned.items() if sink not in self._open}
+        self._used = _used_by(nodes)
+        unused: dict[str, _Used] = {}
+        for sink, opened in list(self._open.items()):
+            if sink not in self._used or self._used[sink].backend is not opened.backend:
+                unused[sink] = self._open.pop(sink)
+        self._close(unused)
+
+    def open(self) -> None:
+        """Open the backends that are not open yet. Training has not begun when this raises.
+
+        Raises:
+            LoggingError: Another learner has a backend open. A backend that cannot be opened raises its own error.
+        """
+        new = {sink: used for sink, used in self._used.items() if sink not in self._open}
         if not new:
             return
         run = replace(self.run, rank=_rank())
 
         def begin(backend: LoggerBackend) -> None:
-            _check_free(backend, self.held)
+            _check_free(backend, self.lease)
             backend.open(run)
-            self._open[backend.sink] = self._owned[backend.sink]
-            _holders[id(backend)] = weakref.ref(self.held)
+            self._open[backend.sink] = self._used[backend.sink]
+            _leases[id(backend)] = weakref.ref(self.lease)
 
         _each(new, "opened", begin)
 
     def flush(self) -> dict[str, Any]:
         """Flush the open backends; return the position of each by its sink.
 
-        Raises:
-            LoggingError: One cannot be flushed; the others have been.
+        A backend that cannot be flushed raises its own error, after the other backends are flushed.
         """
         return _each(self._open, "flushed", lambda backend: backend.flush())
 
     def moved(self, positions: Mapping[str, Any], before: str, here: str) -> dict[str, Any]:
-        """Return positions by the sinks of now, where files were moved together with the checkpoint.
+        """Return positions by the present sinks, if the log files were moved together with the checkpoint.
 
-        A sink that is not among the learner's is looked for where it is seen from the checkpoint as it was then. Warns
-        of positions that no backend takes back, while there is one that logs to another place.
+        A position whose sink the learner does not have goes to the sink that has, relative to the present folder of
+        the checkpoint, the same path as the old sink relative to the old folder. A position without such a sink is
+        left out, with a warning if the learner logs to a place that the run did not log to.
 
         Args:
-            positions: As `flush` returned them.
+            positions: The positions that `flush` returned.
             before: The folder of the checkpoint when it was written.
-            here: The folder where it is now.
+            here: The present folder of the checkpoint.
         """
-        found = {sink: position for sink, position in positions.items() if sink in self._owned}
+        found = {sink: position for sink, position in positions.items() if sink in self._used}
         left = {sink: position for sink, position in positions.items() if sink not in found}
         for sink, position in list(left.items()):
             if os.path.isabs(sink):
                 place = os.path.normpath(os.path.join(here, os.path.relpath(sink, before)))
-                if place in self._owned and place not in found:
+                if place in self._used and place not in found:
                     found[place] = position
                     del left[sink]
-        new = [repr(owned.backend) for sink, owned in self._owned.items() if sink not in found]
+        new = [repr(used.backend) for sink, used in self._used.items() if sink not in found]
         if left and new:
             warnings.warn(
                 f"The run of the checkpoint logged to {', '.join(left)}, and the learner does not: that stays as it "
@@ -129,125 +133,129 @@ class Sinks:
         return found
 
     def restore(self, run: Run, positions: Mapping[str, Any]) -> None:
-        """Go on with an earlier run: open the backends for it, and bring those that it had back to their positions.
+        """Continue an earlier run: open the backends for it, and bring its sinks back to their positions.
+
+        Args:
+            run: The earlier run.
+            positions: The positions by sink. A sink without a position is opened where it stands.
 
         Raises:
-            LoggingError: A backend cannot be opened, or its sink is not what it was.
+            LoggingError: A backend is open for another learner, or its sink has changed since the checkpoint.
         """
         self.close()
         before, self.run = self.run, run
         try:
             self.open()
-            known = {sink: owned for sink, owned in self._open.items() if sink in positions}
+            known = {sink: used for sink, used in self._open.items() if sink in positions}
             _each(known, "brought back to a checkpoint", lambda backend: backend.restore(positions[backend.sink]))
         except BaseException:
-            self.run = before  # what trains next goes on with its own run
+            self.run = before  # a later fit of this learner continues its own run
             self.close()
             raise
 
     @contextmanager
-    def noting(self, *, trains: bool = True) -> Generator[None]:
-        """Note for the backends how what runs in this context ended.
+    def noting_outcome(self, *, trains: bool = True) -> Generator[None]:
+        """Give a context that notes, for the backends, whether its body ended with an exception.
 
         Args:
-            trains: Whether it trains. If it only evaluates, its failure counts, and its success does not make up for
-                an earlier failure.
+            trains: Whether the body trains. If the body only evaluates, its failure is noted, but its success does not
+                replace the noted failure of a training before it.
         """
         if trains:
-            self._books.outcome = "killed"  # if nobody comes to say otherwise
+            self._opened.outcome = "killed"  # the outcome if the process dies within this context
         try:
             yield
         except BaseException as failure:
-            self.note(failure)
+            self.note_failure(failure)
             raise
         if trains:
-            self._books.outcome = "finished"
+            self._opened.outcome = "finished"
 
-    def note(self, failure: BaseException) -> None:
-        """Note that the run ended with an exception."""
+    def note_failure(self, failure: BaseException) -> None:
+        """Note that the run has ended with this exception."""
         if not isinstance(failure, Exception):
-            self._books.outcome = "killed"
+            self._opened.outcome = "killed"
         else:
-            self._books.outcome = "finished" if isinstance(failure, CancelException) else "failed"
+            self._opened.outcome = "finished" if isinstance(failure, CancelException) else "failed"
 
     def close(self) -> None:
-        """Close all; the first failure is raised when each has been tried."""
+        """Close every open backend, and then raise the first failure, if any."""
         opened = dict(self._open)
         self._open.clear()
-        self._end(opened)
+        self._close(opened)
 
-    def _end(self, opened: Mapping[str, _Owned]) -> None:
-        _each(opened, "closed", lambda backend: _close(backend, self._books.outcome))
+    def _close(self, opened: Mapping[str, _Used]) -> None:
+        _each(opened, "closed", lambda backend: _close(backend, self._opened.outcome))
 
 
-class _Held:
-    """Held by everybody who writes to the backends."""
+class _Lease:
+    """The learner, and every lane that writes to its backends, refer to the lease; the backends are open meanwhile."""
 
 
 @dataclass
-class _Books:
-    """What is known of the open backends, also when their `Sinks` are gone.
+class _Opened:
+    """The open backends, in an object that outlives their `Sinks`, so that `_abandon` can still close them.
 
     Attributes:
-        open: The open backends by sink.
-        outcome: How the run has ended, or would if it ended now.
-        process: The process that opened them; a forked child has copies, and closes none.
+        backends: The open backends by sink.
+        outcome: How the run has ended, or would have ended if the process died now.
+        process: The process that opened the backends. A forked child has copies of them, which it must not close.
     """
 
-    open: dict[str, _Owned] = field(default_factory=dict)
+    backends: dict[str, _Used] = field(default_factory=dict)
     outcome: Outcome = "finished"
     process: int = field(default_factory=os.getpid)
 
 
-_holders: dict[int, weakref.ref[_Held]] = {}
-"""Who has opened a backend, by the id of the backend."""
+_leases: dict[int, weakref.ref[_Lease]] = {}
+"""The lease that each open backend belongs to, by the `id` of the backend."""
 
 
-def _check_free(backend: LoggerBackend, held: _Held) -> None:
+def _check_free(backend: LoggerBackend, lease: _Lease) -> None:
     """Check that no other learner has the backend open.
 
     Raises:
-        LoggingError: One has.
+        LoggingError: Another learner has the backend open.
     """
     for last in (False, True):
-        reference = _holders.get(id(backend))
-        holder = None if reference is None else reference()
-        if holder is None or holder is held:
+        reference = _leases.get(id(backend))
+        other = None if reference is None else reference()
+        if other is None or other is lease:
             return
-        del holder
+        del other
         if not last:
-            gc.collect()  # a learner that was dropped and not closed
+            gc.collect()  # the other learner may have been deleted without being closed: collecting it closes it
     raise LoggingError(
         f"{backend!r} is open for another learner, and the records of the two would be mixed. Close that one first: "
         f"write `with Learner(...) as learner:`, or learner.close(). Or make a backend for each learner."
     )
 
 
-def _abandon(books: _Books) -> None:
-    """Close the backends of a learner that nobody closed; called by the garbage collector, or when Python ends.
+def _abandon(opened: _Opened) -> None:
+    """Close the backends of a learner that was not closed. The garbage collector calls this, or Python when it exits.
 
-    They are closed in another thread, which is waited for: the collector may come while this one holds a lock that a
-    backend needs.
+    Another thread closes them, and this one waits for it at most `_PATIENCE`, because the collector may interrupt a
+    thread that holds a lock which a backend needs.
     """
-    if not books.open or os.getpid() != books.process:
+    if not opened.backends or os.getpid() != opened.process:
         return
 
     def close() -> None:
         try:
-            _each(books.open, "closed", lambda backend: _close(backend, books.outcome))
+            _each(opened.backends, "closed", lambda backend: _close(backend, opened.outcome))
         except Exception:
             _logger.exception("flowtrain: a logging backend could not be closed, whose learner nobody had closed")
 
     thread = threading.Thread(target=close, name="flowtrain closes backends", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # Python is ending
+    except RuntimeError:  # Python is exiting and starts no more threads
         close()
     else:
         thread.join(_PATIENCE)
 
 
-class _Owned(NamedTuple):
+class _Used(NamedTuple):
     """A backend, and the names of the callbacks that log to it."""
 
     backend: LoggerBackend
@@ -255,18 +263,27 @@ class _Owned(NamedTuple):
 
 
 def _close(backend: LoggerBackend, outcome: Outcome) -> None:
-    _holders.pop(id(backend), None)
+    _leases.pop(id(backend), None)
     backend.ended(outcome)
     backend.close()
 
 
-def _each(owned: Mapping[str, _Owned], what: str, do: Callable[[LoggerBackend], T]) -> dict[str, T]:
-    """Do something with each backend, whatever the others raise; then raise the first failure, with a note."""
+def _each(used: Mapping[str, _Used], what: str, call: Callable[[LoggerBackend], T]) -> dict[str, T]:
+    """Call a function with every backend, and then raise the first failure, with notes about all failures.
+
+    Args:
+        used: The backends by sink.
+        what: The past participle of the call, for the notes: ``"flushed"``.
+        call: The function.
+
+    Returns:
+        The result of each call by sink.
+    """
     failure: Exception | None = None
     done: dict[str, T] = {}
-    for sink, (backend, names) in owned.items():
+    for sink, (backend, names) in used.items():
         try:
-            done[sink] = do(backend)
+            done[sink] = call(backend)
         except Exception as error:
             error.add_note(f"raised when {backend!r} of {', '.join(names)} was {what}")
             if failure is None:
@@ -279,15 +296,19 @@ def _each(owned: Mapping[str, _Owned], what: str, do: Callable[[LoggerBackend], 
 
 
 def _rank() -> int:
-    """Return the number of this process in a distributed run; 0 where there is one process."""
+    """Return the rank of this process in a distributed run; 0 in a run of one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
 
 
-def _owned(nodes: Iterable[Node]) -> dict[str, _Owned]:
-    """Return the backends of callbacks by sink, each with the names of those that log to it."""
-    found: dict[str, _Owned] = {}
+def _used_by(nodes: Iterable[Node]) -> dict[str, _Used]:
+    """Return the backends of callbacks by sink, each with the names of the callbacks that log to it.
+
+    Raises:
+        LoggingError: Two backends write to the same place, or a callback logs to an object that is no backend.
+    """
+    found: dict[str, _Used] = {}
     for node in nodes:
         name, stated = node.name, node.callback.backends
         for backend in stated if is_a(stated, (list, tuple)) else (stated,):
@@ -297,7 +318,7 @@ def _owned(nodes: Iterable[Node]) -> dict[str, _Owned]:
                     f'{type(node.callback).__name__}(TensorBoardBackend("runs/a")).'
                 )
         for backend in node.backends:
-            other, names = found.setdefault(backend.sink, _Owned(backend, []))
+            other, names = found.setdefault(backend.sink, _Used(backend, []))
             if other is not backend:
                 raise LoggingError(
                     f"{names[0]} logs to {other!r} and {name} to {backend!r}, which is the same place, and two "

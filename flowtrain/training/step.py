@@ -1,11 +1,11 @@
-"""One batch: the bundled steps in one piece, and the parts that a step of your own is written with.
+"""One batch: the bundled steps, and the methods that a user's step is written with.
 
-A batch is opened and `BatchBegin` fired; the step computes; `BatchEnd` is fired and the batch closed. An exception
-closes it with `BatchCancelled` instead (`StepParts.cancel_batch`). This is written down twice: `StepParts.run_batch`,
-`backward` and `update` for any step, and `StepParts.train` and `evaluate` for the bundled ones. The second form is
-there for speed, since it runs for every batch: an event is fired by calling its runner, if it has one
-(`flowtrain.training.dispatch.StepRunners`), scopes are set without a call, and the core's functions are torch's own
-where nothing comes between (`flowtrain.core.core`).
+A batch is opened and `BatchBegin` is fired; the step computes; `BatchEnd` is fired and the batch is closed. An
+exception closes the batch with `BatchCancelled` instead (`Steps.cancel_batch`). The code has two forms of this
+protocol: `Steps.run_batch`, `backward` and `update` serve any step, `Steps.train` and `evaluate` are the bundled steps.
+The second form is faster, because it runs for every batch of most programs: it fires an event by calling the runner of
+the event, if there is one (`flowtrain.training.dispatch.StepRunners`), it sets scopes by assignment, and it calls
+torch's own functions where the settings of the core allow it (`flowtrain.core.core`).
 """
 
 from __future__ import annotations
@@ -33,37 +33,40 @@ from flowtrain.core.core import TorchCore
 from flowtrain.errors import CancelException, CoreError, DataError, LossError, UsageError, describe, is_a, raise_worst
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
-from flowtrain.training.checkpoint.manager import Cuts
+from flowtrain.training.checkpoint.manager import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
-__all__ = ["StepParts", "settle"]
+__all__ = ["Steps", "detach_loss"]
 
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = LossBegin(), BackwardBegin(), BackwardEnd()
 _UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
 
 
-class StepParts(StepContext):
-    """What a step gets as ``learner``: `flowtrain.StepContext`, implemented.
+class Steps(StepContext):
+    """Runs batches. This is the object that a step gets as ``learner``: the implementation of `flowtrain.StepContext`.
 
     Args:
-        state: What is trained, and what callbacks share.
-        core: How it is computed.
-        scopes: What is open.
-        dispatch: What fires events.
-        cuts: The checkpoints, of which those that were asked for in a batch are dropped with it after an error.
+        state: The state of the learner.
+        core: The torch core.
+        scopes: The open scopes.
+        dispatch: Fires events.
+        checkpoints: Drops the requests of a batch that ends with an error.
     """
 
-    def __init__(self, state: LearnerState, core: TorchCore, scopes: Scopes, dispatch: Dispatch, cuts: Cuts) -> None:
-        self._state, self._core, self._scopes, self._dispatch, self._cuts = state, core, scopes, dispatch, cuts
+    def __init__(
+        self, state: LearnerState, core: TorchCore, scopes: Scopes, dispatch: Dispatch, checkpoints: Checkpoints
+    ) -> None:
+        self._state, self._core, self._scopes, self._dispatch = state, core, scopes, dispatch
+        self._checkpoints = checkpoints
         self._runners = dispatch.runners
 
     # --- the state of training
 
     @property
     def model(self) -> Any:
-        """The module that was passed, or all of them by name."""
+        """The model of the learner, or all its models by name."""
         return self._state.model
 
     @property
@@ -73,12 +76,12 @@ class StepParts(StepContext):
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer, or all of them by name."""
+        """The optimizer of the learner, or all its optimizers by name."""
         return self._state.optimizer
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The parameters of the model by name; with several models the name begins with the model's."""
+        """The parameters of the model by name; with several models the name begins with the name of the model."""
         return self._state.params
 
     @property
@@ -88,15 +91,15 @@ class StepParts(StepContext):
 
     @property
     def batch(self) -> BatchState:
-        """The state of the current, or last, batch."""
+        """The state of the current batch, or of the last one."""
         return self._state.batch
 
     @property
     def cbstate(self) -> State:
-        """What callbacks share with each other."""
+        """The state that callbacks share with each other."""
         return self._state.cbstate
 
-    if not TYPE_CHECKING:  # a checker must not think that every attribute exists
+    if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept every attribute
 
         def __getattr__(self, name: str) -> Never:
             if name in ("epoch", "fit", "step", "validate"):
@@ -120,7 +123,7 @@ class StepParts(StepContext):
         batch = BatchState()
         if core.places:
             state = core.place(state)
-            scopes.hand_over()
+            scopes.release_completed()
         batch.__dict__.update(state)
         self._state.show(batch)
         scopes.open_batch()
@@ -130,7 +133,7 @@ class StepParts(StepContext):
                 core.groups.begin()
             yield batch
         except BaseException as failure:
-            self.cancel_batch(phase, failure)  # raises what is left
+            self.cancel_batch(phase, failure)  # always raises, since no exception is given to end here
         scopes.end_batch()
         try:
             self._dispatch.fire(_BATCH_END, phase)
@@ -139,7 +142,7 @@ class StepParts(StepContext):
 
     def fire(self, event: Event, phase: Phase) -> None:
         """See `StepContext.fire`."""
-        if is_a(event, UpdateEnd):  # of a step that updates by itself
+        if is_a(event, UpdateEnd):  # a step that calls its optimizer itself fires this event instead of `update`
             self._state.updates += 1
         self._dispatch.fire_from_outside(event, phase)
 
@@ -198,7 +201,7 @@ class StepParts(StepContext):
         except RuntimeError as error:
             _check_graph(phase, "batch.loss", batch.loss, error)
             raise
-        if on.watched:  # otherwise the loop does it when the batch can be looked at: it costs most of a microsecond
+        if on.watched:  # otherwise `detach_loss` follows when a handler may see the batch: detaching costs about 1 µs
             batch.loss = batch.loss.detach()
         batch.grads = core.grads
         if on.backward_end is not None:
@@ -231,25 +234,29 @@ class StepParts(StepContext):
     def _open(
         self, phase: AbstractTrainingPhase | AbstractValidationPhase, on: StepRunners, raw: Any, training: bool
     ) -> BatchState:
-        """Open the batch and run it up to its loss: the data, on the device, the model, and the loss function.
+        """Open the batch and run it up to its loss: move the data to the device, call the model and the loss function.
 
-        `BatchBegin` comes before the model, `LossBegin` between it and the loss function. In training the gradients of
-        the group before are zeroed after `BatchBegin`. Inputs and outputs are read from the batch again only where
-        handlers may have replaced them. The loss is not returned: an error keeps the frames that it went through, with
-        all in them.
+        `BatchBegin` is fired before the model is called, `LossBegin` before the loss function. In training the
+        gradients of the previous accumulation group are zeroed after `BatchBegin`. Inputs and outputs are read from the
+        batch again only after an event whose handlers may have replaced them. The loss is not returned, because an
+        error in the caller would keep it alive, with its graph, in the frame of its traceback.
+
+        Raises:
+            DataError: `split` of the phase did not return a pair.
+            LossError: The loss function raised an error, or returned another value than a tensor with one element.
         """
         core, scopes, state = self._core, self._scopes, self._state
         if core.places:
             raw = core.place(raw)
-            scopes.hand_over()
-        if on.pairs and (type(raw) is tuple or type(raw) is list) and len(raw) == 2:  # what most loaders give
+            scopes.release_completed()
+        if on.pairs and (type(raw) is tuple or type(raw) is list) and len(raw) == 2:  # most loaders give such a pair
             inputs, targets = raw
         else:
             inputs, targets = _split(phase, raw)
         batch = BatchState()
         batch.inputs = inputs
         batch.targets = targets
-        if type(inputs) is torch.Tensor is type(targets):
+        if type(inputs) is torch.Tensor is type(targets):  # tensors need no read-only twin, so skip looking for them
             state.batch = state.batch_twin = batch
         else:
             state.show(batch)
@@ -286,7 +293,10 @@ class StepParts(StepContext):
     # --- the loop
 
     def step_of(self, phase: Phase) -> Callable[[Any], None]:
-        """Return what runs a batch of a phase: a bundled step without the call of `Phase.step` that leads here."""
+        """Return a function that runs a batch of a phase.
+
+        For a bundled step this is `train` or `evaluate` itself, which saves the call of `Phase.step` for every batch.
+        """
         if isinstance(phase, AbstractTrainingPhase) and type(phase).step is AbstractTrainingPhase.step:
             return partial(self.train, phase)
         if isinstance(phase, AbstractValidationPhase) and type(phase).step is AbstractValidationPhase.step:
@@ -308,35 +318,46 @@ class StepParts(StepContext):
             on.update_end(end, phase)
 
     def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
-        """Close the batch, if one is open, after an exception; then raise what is left, unless it is one of `ends`."""
+        """Close the batch after an exception, if it is open, and raise the worst failure.
+
+        Args:
+            phase: The phase of the batch.
+            failure: The exception.
+            ends: Types of exceptions that end with the batch, and are not raised.
+        """
         scopes = self._scopes
         scopes.locate(failure, phase)
         failures = [failure]
         del failure  # see `raise_worst`
-        self._dispatch.drop()  # an interrupt leaves behind what its event had asked for
+        self._dispatch.drop_requests()  # an interrupt within an event leaves the requests of its handlers
         if not isinstance(failures[0], CancelException):
-            self._cuts.drop()
+            self._checkpoints.drop_requests()
         completed = None
         if scopes.batch == OPEN:
             scopes.end_batch()
             if scopes.backward:
                 self._core.discard()
-                settle(self._state.batch)
-            self._dispatch.fire_last(_BATCH_CANCELLED, phase, failures)
+                detach_loss(self._state.batch)
+            self._dispatch.fire_closing(_BATCH_CANCELLED, phase, failures)
         elif scopes.batch == ENDING:
-            completed = self._state.batch  # BatchEnd was fired: the batch itself is complete
+            completed = self._state.batch  # a handler of `BatchEnd` has failed, but the batch is complete
         scopes.close_batch(completed)
         raise_worst(failures, *ends)
 
 
-def settle(batch: BatchState) -> None:
-    """Detach the loss of a batch that nobody has watched, where the step has left that out."""
+def detach_loss(batch: BatchState) -> None:
+    """Detach the loss of a batch, if `Steps.train` has left that out because no handler could see the loss."""
     loss = vars(batch).get("loss")
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         batch.loss = loss.detach()
 
 
 def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) -> Any:
+    """Return the pair that `split` of a phase makes of the data.
+
+    Raises:
+        DataError: `split` has returned another value than a pair.
+    """
     pair: Any = phase.split(raw)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
@@ -354,7 +375,7 @@ def _loss_error(phase: object, core: TorchCore, batch: BatchState, what: str) ->
 
 
 def _check_graph(phase: object, what: str, loss: torch.Tensor, error: RuntimeError) -> None:
-    """Replace the error of a backward pass for a loss without a graph by one that says what cuts the graph.
+    """Explain the error of a backward pass if its cause is a loss without an autograd graph.
 
     Raises:
         LossError: The loss has no graph.

@@ -209,7 +209,7 @@ def test_a_loaded_checkpoint_of_another_folder_does_not_count_either(tmp_path: P
 def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
     learner = tiny_learner(Checkpointer(tmp_path, every_steps=3), n_batches=4, data=tiny_batches(n_batches=4))
     seen: list[str] = []
-    learner.loop.cuts.writer.reached = lambda point: seen.append(point) if point == "removed" else None
+    learner.loop.checkpoints.writer.reached = lambda point: seen.append(point) if point == "removed" else None
     learner.fit(2)
     assert files(tmp_path) == ["1", "2"]
     assert len(seen) == 4  # after batch 3 and 6, and two epochs

@@ -41,11 +41,11 @@ def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
     """Rule 16: a cancel counts while its scope is open; without a fit that of a fit goes to the caller."""
     scopes = Scopes()
     scopes.fit, scopes.epoch, scopes.batch = where
-    assert scopes.means_something(CancelFittingException()) is (scopes.fit != ENDING)
-    assert scopes.means_something(CancelEpochException()) is (scopes.epoch == OPEN)
-    assert scopes.means_something(CancelBatchException()) is (scopes.batch == OPEN)
-    assert scopes.means_something(ValueError())
-    assert scopes.means_something(KeyboardInterrupt())
+    assert scopes.has_effect(CancelFittingException()) is (scopes.fit != ENDING)
+    assert scopes.has_effect(CancelEpochException()) is (scopes.epoch == OPEN)
+    assert scopes.has_effect(CancelBatchException()) is (scopes.batch == OPEN)
+    assert scopes.has_effect(ValueError())
+    assert scopes.has_effect(KeyboardInterrupt())
 
 
 def test_a_cancel_of_ones_own_means_what_its_base_means() -> None:
@@ -53,9 +53,9 @@ def test_a_cancel_of_ones_own_means_what_its_base_means() -> None:
         """The loss does not move."""
 
     scopes = Scopes()
-    assert not scopes.means_something(Plateau())
+    assert not scopes.has_effect(Plateau())
     scopes.open_epoch(TrainingPhase())
-    assert scopes.means_something(Plateau())
+    assert scopes.has_effect(Plateau())
     assert issubclass(Plateau, CancelException)
 
 

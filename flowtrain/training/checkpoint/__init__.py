@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state of training in one file, and back.
+"""Checkpoints: the whole state of training is saved in one file and restored from it.
 
-`manager` takes one when a handler asks for it, and resumes from one; `contents` gathers the state of a learner and puts
-it back; `files` writes them, complete or not at all; `position` is how far a fit is in its data, `rng` the states of
-the random number generators.
+`manager` takes a checkpoint when a handler requests one, and resumes a fit from one. `contents` gathers the state of a
+learner and restores it; `files` writes checkpoint files, complete or not at all; `position` knows how far a fit is in
+its data, `rng` the states of the random number generators.
 """
 
 __all__: list[str] = []

@@ -1,29 +1,30 @@
-"""A checkpoint: the whole state of a learner, gathered as tensors and plain values, checked against one, and put back.
+"""The contents of a checkpoint: the state of a learner as tensors and plain values, gathered, checked and restored.
 
 ==============  =====================================================================================================
-entry           what it is
+entry           meaning
 ==============  =====================================================================================================
-``format``      what makes it a checkpoint of flowtrain; ``version`` of the format, ``flowtrain`` and ``torch``
-``model``       the state of each model by its name; a single one has the empty name. After an evaluation it is what was
-                judged: the averages of `flowtrain.callbacks.EMA`
-``trained``     the same, as training goes on with it; only where that is something else than ``model``
-``loss module`` the state of the loss function, where it is a module
-``structure``   what training changed of modules and optimizers beside that: `flowtrain.core.structure`
+``format``      the mark of a checkpoint of flowtrain; ``version`` of the format, ``flowtrain`` and ``torch``
+``model``       the state of each model by its name; a single model has the empty name. A checkpoint taken after an
+                evaluation has the parameters that were evaluated: the averages of `flowtrain.callbacks.EMA`
+``trained``     the parameters that training continues with, in the same form; only where they differ from ``model``
+``loss module`` the state of the loss function, if it is a module
+``structure``   changes of modules and optimizers that their ``state_dict`` leaves out: `flowtrain.core.structure`
 ``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
-``core``        the scaler's state
-``group``       an accumulation group that is open: its counts, and the gradients in the order of the parameters
-``cbstate``     what callbacks share, as `flowtrain.state.encoding` packs it
+``core``        the state of the gradient scaler
+``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
+``cbstate``     the state that callbacks share, as `flowtrain.state.encoding` packs it
 ``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
 ``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
 ``loaders``     for each phase the generators of its loader
-``position``    where the fit is: `flowtrain.training.checkpoint.position`; ``numbers`` of epochs, ``passes``, by phase
+``position``    the position of the fit: `flowtrain.training.checkpoint.position`
+``numbers``     for each phase how many of its epochs have begun; ``passes`` how many passes over its data
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
-``lanes``       what the executor says of deferred callbacks
-``finite``      whether the parameters that are trained and the last loss are neither NaN nor infinite
+``lanes``       the state of deferred callbacks, as the executor returns it; ``None`` if the executor keeps none
+``finite``      whether the trained parameters and the last loss are neither NaN nor infinite
 ==============  =====================================================================================================
 
-Nothing is changed before everything has been checked. If a callback then refuses its state, what was there before is
-put back.
+The learner is changed only after every entry has been checked. If a module or a callback then refuses its state, the
+learner's earlier state is restored.
 """
 
 from __future__ import annotations
@@ -44,33 +45,34 @@ from flowtrain.state.encoding import Stage
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
-__all__ = ["apply", "check", "gather", "load_models", "lost"]
+__all__ = ["apply", "check", "gather", "load_models", "without_callback"]
 
 _COMPILED = "_orig_mod."
+"""Torch puts this before the names of parameters in a compiled module."""
 
 
-def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, here: bool = False) -> dict[str, Any]:
-    """Return the state of a learner, copied to the CPU; what belongs to the fit is added by the loop.
+def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, in_memory: bool = False) -> dict[str, Any]:
+    """Return the state of a learner, copied to the CPU, without the entries of its fit.
 
     Args:
-        state: The state.
-        core: Its core.
-        judged: Whether ``model`` is to be what evaluation judges.
-        here: It is put back in this process if something fails, and may hold what no file can.
+        state: The state of the learner.
+        core: The core of the learner.
+        judged: Whether ``model`` is to hold the parameters that evaluation judges.
+        in_memory: Whether the copy never leaves this process, so that it may hold objects that no file can.
 
     Raises:
-        CheckpointError: A callback, ``cbstate`` or a module holds something that a checkpoint cannot.
+        CheckpointError: A callback, ``cbstate`` or a module holds an object that a checkpoint cannot.
     """
-    with ExitStack() as rest:  # what a callback has changed for a while only is not part of it
+    with ExitStack() as rest:  # a callback undoes temporary changes while it is at rest, so that they are not saved
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        contents = _gather(state, core, here)
+        contents = _gather(state, core, in_memory)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
             contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
         return contents
 
 
-def _gather(state: LearnerState, core: TorchCore, here: bool) -> dict[str, Any]:
+def _gather(state: LearnerState, core: TorchCore, in_memory: bool) -> dict[str, Any]:
     stage = Stage()
     return {
         "format": FORMAT,
@@ -79,7 +81,7 @@ def _gather(state: LearnerState, core: TorchCore, here: bool) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "model": _models(core, stage),
         "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
-        "structure": core.structure.state_dict(stage, here=here),
+        "structure": core.structure.state_dict(stage, here=in_memory),
         "optimizer": {
             name: {
                 "type": type(each).__name__,
@@ -133,7 +135,7 @@ def _optimizers(state: LearnerState) -> dict[str, Any]:
 
 
 def _state_of(module: Any) -> dict[str, Any]:
-    """Return a module's state by name, the same whether it or a part of it is compiled or not."""
+    """Return the state of a module by name. The names do not depend on whether the module or a part is compiled."""
     if not isinstance(module, torch.nn.Module):
         return {}
     return {key.replace(_COMPILED, ""): value for key, value in module.state_dict().items()}
@@ -143,10 +145,11 @@ def _state_of(module: Any) -> dict[str, Any]:
 
 
 def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
-    """Check that a checkpoint fits a learner.
+    """Check that the contents of a checkpoint fit a learner.
 
     Raises:
-        CheckpointError: It was taken of another model, with other optimizers, or with other callbacks of these names.
+        CheckpointError: The checkpoint has another model or other optimizers, or has the state of a callback under
+            the name of a callback of another type.
     """
     wrong = _wrong_names("model", contents["model"], core.models)
     for name, model in core.models.items():
@@ -188,7 +191,7 @@ def _wrong_names(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what tells two states of a module apart: names, shapes and dtypes."""
+    """Yield a text for each difference between two states of a module: in names, shapes and dtypes."""
     for name in here:
         if name not in saved:
             yield f"it has no {name}"
@@ -215,16 +218,16 @@ def _other_optimizer(
         yield other
 
 
-# --- put back
+# --- restore
 
 
 def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
-    """Put a learner into the state of a checkpoint that `check` has passed. What is read stays as it is.
+    """Put a learner into the state of a checkpoint that `check` has passed. `contents` is not changed.
 
     Raises:
-        CheckpointError: A model or callback refused its state; the learner is as it was then.
+        CheckpointError: A callback refused its state. The learner is in its earlier state again.
     """
-    before = gather(state, core, here=True)
+    before = gather(state, core, in_memory=True)
     try:
         _apply(contents, state, core)
     except BaseException:
@@ -234,7 +237,7 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
     stage = Stage()
-    with core.own_modes():  # first: what modules load by themselves counts
+    with core.own_modes():  # the structure comes first, so that a module's own ``load_state_dict`` can overrule it
         core.structure.load_state_dict(contents.get("structure"))
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
@@ -249,7 +252,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
             param.grad = None if gradient is None else gradient.to(param.device, copy=True)
     phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
     for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
-        if not _is_made(state, name):
+        if not _is_written(state, name):
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
         state.cbstate.__put__(name, stage.copy(packed, f"cbstate.{name}"), phases)
@@ -259,19 +262,24 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
 
 
 def load_models(saved: Mapping[str, Mapping[str, Any]], core: TorchCore) -> None:
-    """Put the models into the states of these names."""
+    """Load the saved state of each model.
+
+    Args:
+        saved: The state of each model by the name of the model.
+        core: The core that holds the models.
+    """
     for name, model in core.models.items():
         _load_module(model, saved[name])
 
 
-def lost(contents: Mapping[str, Any], state: LearnerState) -> list[str]:
-    """Return the names of callbacks that have state in a checkpoint, and are not the learner's."""
+def without_callback(contents: Mapping[str, Any], state: LearnerState) -> list[str]:
+    """Return the names under which a checkpoint has the state of a callback and the learner has no callback."""
     names = {callback.name for callback in state.callbacks}
     return [name for name, saved in contents["callbacks"].items() if saved["state"] and name not in names]
 
 
-def _is_made(state: LearnerState, name: str) -> bool:
-    """Tell whether a callback of the learner writes an entry: then it stays, though the checkpoint has none."""
+def _is_written(state: LearnerState, name: str) -> bool:
+    """Tell whether a callback writes an entry of `cbstate`. Such an entry stays even if the checkpoint lacks it."""
     return name in getattr(state.callbacks, "written", ())
 
 

@@ -1,12 +1,11 @@
-"""Checkpoint files: written beside and renamed, so that what has a checkpoint's name is always complete.
+"""Checkpoint files: each is written under a temporary name and renamed, so a file with its final name is complete.
 
-Beside the files of a folder stand ``latest`` and ``best``: small text files, each with the name of one of them, and
-replaced in the same way. They are not links, which not every file system has.
+The pointers of a folder, ``latest`` and ``best``, are small text files with the name of a checkpoint in that folder;
+they are replaced in the same way. They are not links, because not every file system has links.
 
-The writer: checkpoints go to the disk on a thread of their own, one at a time.
-
-The training thread hands over a staged checkpoint that nobody else holds, and goes on. It waits only if the one before
-is still being written. What fails is raised on the training thread: before its next batch, or when it waits.
+A `Writer` writes checkpoints on its own thread, one at a time. The training thread hands over a copy of the state that
+nothing else refers to, and continues. It waits only if the previous checkpoint is still being written. If writing
+fails, the error is raised on the training thread: before its next batch, or when it waits for the writer.
 """
 
 from __future__ import annotations
@@ -40,21 +39,22 @@ __all__ = [
 
 FORMAT, VERSION = "flowtrain checkpoint", 1
 JUDGED = 2
-"""The version of a checkpoint whose ``model`` is not what is trained: a reader of version 1 would train on with it."""
+"""The version of a checkpoint with an entry ``trained``. A reader of version 1 would miss it and train ``model``."""
 
 POINTERS = ("latest", "best")
+"""The names of the files that name a checkpoint of their folder."""
 
 Reached = Callable[[str], None]
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], None], reached: Reached, what: str) -> None:
-    """Write a file under a temporary name, bring it to the disk, and rename it.
+    """Write a file under a temporary name, flush it to the disk, and rename it.
 
     Args:
-        path: The file.
-        write: Writes the content.
-        reached: Called at each named point: ``"{what} begun"``, ``"written"`` and ``"renamed"``.
-        what: What the file is, in the names of the points.
+        path: The final path of the file.
+        write: Writes the content into the open file.
+        reached: Called with a text at each point: ``"{what} begun"``, ``"{what} written"`` and ``"{what} renamed"``.
+        what: The kind of the file, for those texts.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -68,7 +68,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], None], reached: Reached, wh
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself is in the folder, which is written by its own
+    if os.name == "posix":  # the new name is an entry of the folder, which needs its own flush to survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -78,7 +78,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], None], reached: Reached, wh
 
 
 def target(folder: Path, pointer: str) -> str:
-    """Return the name of the file that ``latest`` or ``best`` names; empty where there is no such pointer."""
+    """Return the name of the file that a pointer names, or an empty string if the folder has no such pointer."""
     try:
         return (folder / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -91,13 +91,14 @@ def real_folder(path: str | os.PathLike[str]) -> str:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Return the file of a checkpoint.
+    """Return the path of the checkpoint file that a user's path means.
 
     Args:
-        path: The file, a folder (then what its ``latest`` names), or the ``latest`` or ``best`` of a folder.
+        path: A checkpoint file; a folder, which means the file that its ``latest`` names; or the pointer ``latest`` or
+            ``best`` of a folder.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The folder has no ``latest``, or the file does not exist.
     """
     found = Path(path)
     if found.is_dir():
@@ -118,10 +119,13 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what is in a checkpoint, on the CPU.
+    """Return the contents of a checkpoint, with all tensors on the CPU.
+
+    Args:
+        path: As for `resolve`.
 
     Raises:
-        CheckpointError: It is missing, not complete, no checkpoint, or of a version that is not known here.
+        CheckpointError: The file is missing, truncated, no checkpoint, or of a version that this flowtrain cannot read.
     """
     file = resolve(path)
     try:
@@ -149,13 +153,14 @@ def _first_line(error: Exception) -> str:
 
 
 class Writer:
-    """Writes checkpoints.
+    """Writes checkpoints on its own thread, one at a time.
 
     Args:
-        mailbox: Gets what the training thread is to do: raise what went wrong.
+        mailbox: The mailbox of the training thread, which gets a call that raises the error of a failed write.
 
     Attributes:
-        reached: Called, on the writing thread, at each named point of a write. A test stops there.
+        reached: Called on the writing thread at each point of a write, with a text that names the point. Tests replace
+            it to stop a write there.
     """
 
     def __init__(self, mailbox: Mailbox) -> None:
@@ -165,12 +170,16 @@ class Writer:
         self._failure: CheckpointError | None = None
 
     def submit(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
-        """Begin to write a checkpoint; the one before is finished first.
+        """Begin to write a checkpoint, after waiting for the previous one.
 
-        Where ``contents["finite"]`` is false no pointer will name it.
+        If ``contents["finite"]`` is false no pointer will name the checkpoint.
+
+        Args:
+            contents: The contents, which the writer owns from now on.
+            request: The path, and the pointers and files to change after the write.
 
         Raises:
-            CheckpointError: The one before could not be written.
+            CheckpointError: The previous checkpoint could not be written.
         """
         self.wait()
         job = partial(self._write, contents, request)
@@ -178,7 +187,7 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Wait until the last checkpoint is written.
 
         Raises:
             CheckpointError: The last checkpoint could not be written.
@@ -189,6 +198,7 @@ class Writer:
         self._raise()
 
     def _raise(self) -> None:
+        """Raise the error of the last write once: the mailbox and `wait` both call this."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -204,7 +214,7 @@ class Writer:
                 replace(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
             if contents["finite"]:
                 for pointer in POINTERS if request.best else POINTERS[:1]:
-                    replace(path.with_name(pointer), lambda file: _put(file, path.name), self.reached, pointer)
+                    replace(path.with_name(pointer), lambda file: _save_name(path.name, file), self.reached, pointer)
             else:
                 self._mailbox.put(partial(_warn, path))
             _remove(path.parent, request.remove)
@@ -221,7 +231,7 @@ class Writer:
             self._mailbox.put(self._raise)
 
 
-def _put(file: Any, name: str) -> None:
+def _save_name(name: str, file: Any) -> None:
     file.write(name.encode() + b"\n")
 
 
@@ -230,7 +240,7 @@ def _save(contents: dict[str, Any], file: Any) -> None:
 
 
 def _weights(model: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return the tensors of all models by name, none of which shares its memory with another: safetensors asks that."""
+    """Return the tensors of all models by name, each with its own memory, because safetensors refuses shared memory."""
     return {
         f"{name}.{key}" if name else key: value.contiguous().clone()
         for name, state in model.items()
@@ -240,13 +250,13 @@ def _weights(model: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _save_weights(tensors: dict[str, torch.Tensor], file: Any) -> None:
-    from safetensors.torch import save  # an extra; who asks for it has it
+    from safetensors.torch import save  # an optional dependency, whose presence Checkpointer has checked
 
     file.write(save(tensors))
 
 
 def _remove(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove what is not wanted any more, except what a pointer names."""
+    """Remove the checkpoints of these names and their weights, except those that a pointer names."""
     kept = {target(folder, pointer) for pointer in POINTERS}
     for name in names:
         if name not in kept and os.path.basename(name) == name:
@@ -265,7 +275,7 @@ def _warn(path: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Say what went wrong, by what the operating system said, which torch covers with errors of its own."""
+    """Describe the error of a write, with the text of the operating system where torch has wrapped its error."""
     at: BaseException | None = error
     while at is not None:
         if isinstance(at, OSError):

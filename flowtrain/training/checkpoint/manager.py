@@ -1,12 +1,12 @@
-"""Cuts: when a checkpoint is taken, and what of the fit belongs to it.
+"""When a checkpoint is taken, which state of the fit it holds, and how a fit resumes from it.
 
-A cut is taken on the training thread when the event that asked for it has ended, with all that it fired: no handler
-runs then. It waits for the end of the batch, which cannot be left in the middle; an accumulation group can. Lanes are
-flushed, sinks are flushed, the state is copied (`flowtrain.training.checkpoint.contents`), and training goes on while
-the copy is written (`flowtrain.training.checkpoint.files`).
+A checkpoint is taken on the training thread, after the event whose handler requested it, and all events that this event
+fired, have ended: then no handler runs. A request within a batch waits for the end of the batch, because a checkpoint
+cannot hold half a batch; it can hold an open accumulation group. Deferred work and sinks are flushed, the state is
+copied (`flowtrain.training.checkpoint.contents`), and training continues while the copy is written
+(`flowtrain.training.checkpoint.files`).
 
-An executor with a part in checkpoints (`flowtrain.graph.executor.Resumable`) is not flushed, and says itself what is
-pending.
+An executor that is `flowtrain.graph.executor.Resumable` is not flushed: it returns its pending work as state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.contents import apply, check, gather, load_models, lost
+from flowtrain.training.checkpoint.contents import apply, check, gather, load_models, without_callback
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
 from flowtrain.training.checkpoint.rng import (
@@ -42,17 +42,26 @@ from flowtrain.training.checkpoint.rng import (
 from flowtrain.training.scopes import OPEN, Scopes
 from flowtrain.training.sinks import Sinks
 
-__all__ = ["Cuts"]
+__all__ = ["Checkpoints"]
 
 
-class Cuts:
-    """The checkpoints of one learner.
+class Checkpoints:
+    """Takes and restores the checkpoints of one learner.
+
+    Args:
+        state: The state of the learner.
+        core: The core of the learner.
+        executor: The executor, which is flushed before a checkpoint, or gives its own state.
+        scopes: The open scopes, and the numbers of epochs and batches.
+        sinks: The logging backends, whose positions belong to a checkpoint.
+        mailbox: The mailbox of the training thread, which gets the calls that wait for the end of a batch.
 
     Attributes:
-        position: Where the fit is.
-        writer: What writes them.
-        resumed: The checkpoint that this fit goes on from, until it has.
-        held: The callbacks that let the models show what was judged, since a checkpoint was loaded.
+        position: The position of the fit in its epochs and batches.
+        writer: The writer of the checkpoint files.
+        resumed: The contents of the checkpoint that this fit resumes from, until its first epoch has begun.
+        showing_judged: The callbacks that have put the judged parameters into the models, since the user loaded a
+            checkpoint; they put the trained ones back before training.
     """
 
     def __init__(
@@ -67,23 +76,24 @@ class Cuts:
         self.position = Position()
         self.writer = Writer(mailbox)
         self.resumed: Mapping[str, Any] | None = None
-        self.held: list[Callback] = []
+        self.showing_judged: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
         self._resumable = executor if isinstance(executor, Resumable) else None
         self._mailbox = mailbox
-        self._standing: list[CheckpointRequest] = []
-        self._waiting: list[CheckpointRequest] = []
+        self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
+        self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
 
-    # --- taking
+    # --- take
 
     def take(self, requests: Sequence[CheckpointRequest]) -> None:
-        """Take checkpoints now, or, if a batch is open, at the next batch boundary.
+        """Take the requested checkpoints now, or, if a batch is open, at the next batch boundary.
 
         Raises:
-            CheckpointError: Something cannot be in a checkpoint, or the one before could not be written.
+            CheckpointError: The state holds an object that a checkpoint cannot, or the previous checkpoint could not
+                be written.
         """
-        self._standing += [request for request in requests if request.on_interrupt]
+        self._on_interrupt += [request for request in requests if request.on_interrupt]
         now = [request for request in requests if not request.on_interrupt]
         if now and self._scopes.batch == OPEN:
             self._waiting += now
@@ -92,7 +102,7 @@ class Cuts:
             self._submit(now)
 
     def take_waiting(self) -> None:
-        """Take the checkpoints that were asked for within the last batch.
+        """Take the checkpoints that were requested within the last batch.
 
         Raises:
             CheckpointError: As for `take`.
@@ -101,50 +111,55 @@ class Cuts:
             waiting, self._waiting = self._waiting, []
             self._submit(waiting)
 
-    def drop(self) -> None:
-        """Forget what was asked for: an error has left the state between two batches."""
-        self._standing.clear()
+    def drop_requests(self) -> None:
+        """Forget the requests: after an error within a batch the state belongs to no batch boundary."""
+        self._on_interrupt.clear()
         self._waiting.clear()
 
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         loss = vars(self._state.batch).get("loss")
         finite = self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
-        # All callbacks that asked decide before the state of any is copied: each checkpoint holds what all know of it.
+        # All requesting callbacks decide before any state is copied, so that every copy holds all these decisions.
         decided = [_decide(request, finite) for request in requests]
         failures: list[BaseException] = []
         for request in decided:
             try:
-                # Until the fit has got back to where its checkpoint was taken, an interrupt leaves that one once more.
-                again = self.resumed if request.on_interrupt else None
-                gathered = self._gather(request.judged) if again is None else again
+                # While a resumed fit is not back at the position of its checkpoint, an interrupt saves that checkpoint
+                # again: the state of the learner is still a mixture of two positions.
+                saved = self.resumed if request.on_interrupt else None
+                gathered = self._gather(request.judged) if saved is None else saved
                 contents: dict[str, Any] = {**gathered, "finite": finite}
                 contents["run"] = {**contents["run"], "folder": real_folder(request.path)}
                 self.writer.submit(contents, request)
-            except CheckpointError as failure:  # raised when the others are taken
+            except CheckpointError as failure:  # raised below, after the other checkpoints are taken
                 failures.append(failure)
         if failures:
             raise_worst(failures)
 
     def interrupted(self) -> None:
-        """Take the checkpoints that were asked for in case of an interrupt, and wait until they are written."""
+        """Take the checkpoints that were requested for the case of an interrupt, and wait until they are written.
+
+        Raises:
+            CheckpointError: As for `take`, or one of them could not be written.
+        """
         self.take_waiting()
-        standing, self._standing = self._standing, []
-        if standing:
-            self._submit(standing)
+        requests, self._on_interrupt = self._on_interrupt, []
+        if requests:
+            self._submit(requests)
             self.writer.wait()
 
     def end_fit(self) -> None:
-        """Wait until what was taken is written.
+        """Forget the fit, and wait until its checkpoints are written.
 
         Raises:
-            CheckpointError: It could not be.
+            CheckpointError: The last checkpoint could not be written.
         """
         self.leave_fit()
         self.writer.wait()
 
     def leave_fit(self) -> None:
-        """Be in no fit any more."""
-        self.drop()
+        """Forget the requests and the position of the fit, which is over."""
+        self.drop_requests()
         self.resumed = None
         self.position = Position()
 
@@ -166,57 +181,58 @@ class Cuts:
             "lanes": lanes,
         }
 
-    # --- putting back
+    # --- restore
 
     def load(self, path: Any) -> None:
-        """Put the learner into the state of a checkpoint; where it was in its fit is left out.
+        """Put the learner into the state of a checkpoint, without the position in the fit that it was taken in.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read, or does not fit; nothing has been changed.
+            CheckpointError: The checkpoint cannot be read, or does not fit the learner, which is not changed.
         """
         contents = self._read(path)
         check(contents, self._state, self._core)
-        self._executor.flush()  # what is pending reads series that are about to be taken back, and changes callbacks
-        with self._released():
+        self._executor.flush()  # deferred handlers read series that are about to shrink, and change their callbacks
+        with self._trained():
             self._apply(contents)
         if "trained" in contents:
             callbacks = [each for each in self._state.callbacks if each.name in contents["callbacks"]]
-            self.held = [callback for callback in callbacks if callback.hold_judged(True)]
-            if not self.held:  # nobody has what is trained beside it
+            self.showing_judged = [callback for callback in callbacks if callback.hold_judged(True)]
+            if not self.showing_judged:  # no callback of this learner has the judged parameters, so load them here
                 load_models(contents["model"], self._core)
         self._set_numbers(contents)
 
-    def release(self) -> list[Callback]:
-        """Let the models have what is trained, after a checkpoint was loaded that shows what was judged.
+    def show_trained(self) -> list[Callback]:
+        """Put the trained parameters back into the models, if a loaded checkpoint has put the judged ones there.
 
         Returns:
             The callbacks that had changed the models.
         """
-        released, self.held = self.held, []
-        for callback in released:
+        changed, self.showing_judged = self.showing_judged, []
+        for callback in changed:
             callback.hold_judged(False)
-        return released
+        return changed
 
     @contextmanager
-    def _released(self) -> Generator[None]:
-        """Give a context in which the models have what is trained; if it fails, they show again what was judged."""
-        released = self.release()
+    def _trained(self) -> Generator[None]:
+        """Give a context in which the models have the trained parameters; if it fails, the judged ones come back."""
+        changed = self.show_trained()
         try:
             yield
         except BaseException:
-            self.held = [callback for callback in released if callback.hold_judged(True)]
+            self.showing_judged = [callback for callback in changed if callback.hold_judged(True)]
             raise
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
-        """Go on from a checkpoint: as `load`, and the next fit begins where the checkpoint was taken.
+        """Load a checkpoint as `load` does, and let the next fit begin at the position of the checkpoint.
 
         Args:
             path: The checkpoint.
-            data: The loaders of that fit.
-            unit: ``"epochs"`` or ``"steps"``, what it counts.
+            data: The loaders of the next fit.
+            unit: The unit that the next fit counts: ``"epochs"`` or ``"steps"``.
 
         Raises:
-            CheckpointError: As for `load`, or the fit it was taken in counts something else, or has other phases.
+            CheckpointError: As for `load`; or the checkpoint was taken in no fit, in one that counts another unit, or
+                in an epoch of a phase that `data` lacks.
         """
         contents = self._read(path)
         position = contents["position"]
@@ -230,8 +246,8 @@ class Cuts:
         check_data(position, data)
         run = contents["run"]
         self._executor.flush()  # as in `load`
-        with self._released():
-            before = gather(self._state, self._core, here=True)
+        with self._trained():
+            before = gather(self._state, self._core, in_memory=True)
             self._apply(contents)
             try:
                 if self._resumable is not None and contents["lanes"] is not None:
@@ -241,7 +257,7 @@ class Cuts:
             except BaseException:
                 apply(before, self._state, self._core)
                 raise
-        missing = lost(contents, self._state)
+        missing = without_callback(contents, self._state)
         if missing:
             warnings.warn(
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
@@ -260,10 +276,11 @@ class Cuts:
             )
         self._warn_of_workers(contents, data)
         self._set_numbers(contents)
-        self._set_draws(contents)  # for handlers of `FitBegin`
+        self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
         self.resumed = contents
 
     def _warn_of_workers(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
+        """Warn of persistent workers whose random numbers a checkpoint cannot hold."""
         found: list[str] = []
         for phase, loader in data.items():
             begun, _ = open_pass(contents["position"], phase)
@@ -281,9 +298,9 @@ class Cuts:
             )
 
     def _read(self, path: Any) -> dict[str, Any]:
-        """Return what is in a checkpoint, with the folder that it lies in as ``here`` of the run."""
+        """Return the contents of a checkpoint, with its present folder as the entry ``here`` of ``run``."""
         contents, here = read(path), real_folder(resolve(path))
-        return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # the oldest have no folder
+        return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
     def _apply(self, contents: Mapping[str, Any]) -> None:
         apply(contents, self._state, self._core)
@@ -292,44 +309,50 @@ class Cuts:
                 callback.moved(contents["run"]["folder"], contents["run"]["here"])
 
     def _set_numbers(self, contents: Mapping[str, Any]) -> None:
+        """Restore the numbers of epochs and passes, less the ones that a resumed fit begins and counts again."""
         phases = {repr(phase): phase for phase in self._state.data}
         numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
         passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
         position = contents["position"]
         phase = phases.get(position["phase"])
-        if phase is not None:  # that epoch begins once more, and with it the pass, unless epochs share passes
+        if phase is not None:  # the open epoch begins again, and its pass too unless epochs share passes by a stream
             numbers[phase] -= 1
             if phase in passes and position["stream"] is None:
                 passes[phase] -= 1
         self._scopes.restore_numbers(numbers, passes)
 
     def begin_fit(self, unit: str) -> Position:
-        """Return the position that the fit begins at: that of the checkpoint, or none of its epochs done."""
-        self.release()
+        """Return the position at which a fit begins: the position of the checkpoint that it resumes, or its start."""
+        self.show_trained()
         self.position = Position(unit) if self.resumed is None else Position.resumed(self.resumed["position"])
         return self.position
 
     def restore_random(self) -> None:
-        """Put the random numbers back to those of the checkpoint that the fit goes on from; `FitBegin` was fired."""
+        """Restore the random number generators from the checkpoint that the fit resumes, after `FitBegin`."""
         if self.resumed is not None:
             if not self.resumed["position"]["phase"]:
                 self._check_hooks(self.resumed)
             self._set_random(self.resumed)
 
     def resume_stream(self, stream: Stream) -> None:
-        """Bring the loader of a fit by steps to where it was."""
+        """Bring the stream of a fit by steps back to its position in the checkpoint that the fit resumes."""
         if self.resumed is not None and self.resumed["position"]["stream"] is not None:
             stream.resume(self.resumed["position"]["stream"])
             self._set_random(self.resumed)
 
-    def reenter(self) -> None:
-        """Put everything back once more, after the `EpochBegin` of an epoch that had begun already."""
+    def restore_epoch(self) -> None:
+        """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
         if self.resumed is not None:
             self._apply(self.resumed)
             self._check_hooks(self.resumed)
             self._set_random(self.resumed)
 
     def _check_hooks(self, contents: Mapping[str, Any]) -> None:
+        """Check that every hook of a module at the time of the checkpoint has been added in this fit.
+
+        Raises:
+            CheckpointError: A hook is missing.
+        """
         missing = self._core.structure.missing_hooks(contents.get("structure"))
         if missing:
             raise CheckpointError(
@@ -338,27 +361,31 @@ class Cuts:
                 f"fired when a fit goes on as well."
             )
 
-    def let_go(self) -> None:
-        """Hold the checkpoint no longer that the fit went on from: its first epoch has begun."""
+    def release_resumed(self) -> None:
+        """Release the memory of the checkpoint that the fit resumed from: its first epoch has begun."""
         self.resumed = None
 
     def _set_random(self, contents: Mapping[str, Any]) -> None:
         for phase, loader in self._state.data.items():
             if repr(phase) in contents["loaders"]:
                 state = contents["loaders"][repr(phase)]
-                if open_pass(contents["position"], phase)[0] is None:  # otherwise they start as that pass began
+                if open_pass(contents["position"], phase)[0] is None:  # `replay` starts the workers of an open pass
                     start_workers(loader, state)
                 set_loader_state(loader, state)
         set_random_state(contents["random"])
         self._set_draws(contents)
 
     def _set_draws(self, contents: Mapping[str, Any]) -> None:
-        """Let deferrable callbacks go on with their own random numbers; older checkpoints say nothing of them."""
+        """Restore the random numbers that deferrable callbacks draw for themselves; early checkpoints lack them."""
         if "own" in contents["random"]:
             self._state.draws.load_state_dict(contents["random"]["own"])
 
 
 def _decide(request: CheckpointRequest, finite: bool) -> CheckpointRequest:
+    """Return the request with its callback's decision which files to remove, and whether this checkpoint is the best.
+
+    A checkpoint with values that are not finite is never the best, and replaces no other.
+    """
     best, remove = request.best and finite, request.remove if finite else ()
     if request.decide is not None:
         best, unwanted = request.decide(finite)

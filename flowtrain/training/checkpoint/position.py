@@ -1,8 +1,9 @@
-"""The position of a fit: which epochs are done, and how far the current one is.
+"""The position of a fit: which epochs are complete, and how many batches of the current epoch.
 
-A fit by epochs consists of *rounds*, each an epoch of every phase. A fit by steps does too; there the steps of the
-training phase count. Within an epoch the position is a number of batches. To get back there the loader begins as it
-did, with the generators as they were then, and the batches that were done are taken from it and dropped.
+A fit consists of *rounds*, each with one epoch of every phase. A fit by epochs ends after a number of rounds, a fit by
+steps after a number of batches of its training phase. Within an epoch the position is a number of batches. To return to
+it, a loader is iterated again with the random number generators as they were when the epoch began, and the batches that
+were complete are taken from it and dropped.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from flowtrain.training.checkpoint.rng import (
 )
 from flowtrain.training.data import check_gave, length, set_epoch
 
-__all__ = ["Position", "Stream", "begin_again", "beginning", "check_data", "open_pass"]
+__all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay"]
 
 
 class Position:
-    """Where a fit is.
+    """The position of a fit.
+
+    Args:
+        unit: The unit that the fit counts.
 
     Attributes:
-        unit: ``"epochs"`` or ``"steps"``, what the fit counts; empty outside of a fit.
-        rounds: Rounds that are complete.
-        steps: Batches of the training phase in its epochs that have ended.
-        done: The phases whose epoch in this round has ended.
-        phase: The phase whose epoch is open; empty between epochs.
-        begun: What the loader of that epoch began with; ``None`` until it has.
-        batches: How many batches of that epoch were done when it was resumed.
-        stream: The training loader of a fit by steps that goes on over epochs.
+        unit: ``"epochs"`` or ``"steps"``; empty outside of a fit.
+        rounds: The number of complete rounds.
+        steps: The number of batches of the training phase, in its complete epochs.
+        done: The phases whose epoch in this round is complete, by name.
+        phase: The name of the phase whose epoch is open; empty between epochs.
+        begun: The `loader_start` of the open epoch; ``None`` before its loader is iterated.
+        batches: The number of batches of the open epoch that a checkpoint had, when the fit resumed from it.
+        stream: The training loader of a fit by steps with ``validate_every``, whose passes span epochs.
     """
 
     def __init__(self, unit: str = "") -> None:
@@ -48,26 +52,32 @@ class Position:
         self.begun: dict[str, Any] | None = None
         self.stream: Stream | None = None
         self._resuming = False
-        self._stepping = ""
-        self._least = 1
-        self._given = 0
+        self._stepping = ""  # the phase whose batches are steps
+        self._least = 1  # the steps of an epoch without a batch
+        self._given_before = 0  # the batches that the stream gave before this epoch
 
     def count(self, phase: Phase, least: int) -> None:
-        """Count the batches of this phase as steps; an epoch without any counts as `least`, or a fit might not end."""
-        self._stepping, self._least = repr(phase), least
-        self._given = 0 if self.stream is None else self.stream.given
+        """Count the batches of this phase as steps.
 
-    def leave_resumed(self, phase: Phase) -> bool:
-        """Return whether this epoch is the one that a checkpoint was taken in; once only."""
+        Args:
+            phase: The training phase.
+            least: The steps of an epoch without a complete batch, at least 1, because otherwise a fit whose every
+                epoch is cancelled at once would not end.
+        """
+        self._stepping, self._least = repr(phase), least
+        self._given_before = 0 if self.stream is None else self.stream.given
+
+    def is_resumed(self, phase: Phase) -> bool:
+        """Tell whether the epoch that begins is the open epoch of a checkpoint. Only the first call returns true."""
         resuming, self._resuming = self._resuming, False
         return resuming and self.phase == repr(phase)
 
     def begin_epoch(self, phase: Phase) -> None:
-        """The epoch of a phase begins, from its first batch."""
+        """Note that an epoch of `phase` begins with its first batch."""
         self.phase, self.begun, self.batches = repr(phase), None, 0
 
     def end_epoch(self, batches: int) -> None:
-        """The epoch has ended normally, after so many batches."""
+        """Note that the epoch has ended without an error or a cancel, after `batches` batches."""
         if self.unit:
             self.done.append(self.phase)
         if self.phase == self._stepping:
@@ -77,12 +87,16 @@ class Position:
         self.phase, self.begun = "", None
 
     def end_round(self) -> None:
-        """All epochs of a round are done."""
+        """Note that the epochs of all phases in this round are complete."""
         self.rounds += 1
         self.done.clear()
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the position as plain values, after so many batches of the open epoch."""
+        """Return the position as plain values.
+
+        Args:
+            batches: The number of complete batches in the open epoch.
+        """
         return {
             "unit": self.unit,
             "rounds": self.rounds,
@@ -95,14 +109,14 @@ class Position:
         }
 
     def _ahead(self, batches: int) -> int:
-        """Return how many batches were taken from the stream and not used yet: prefetch takes one."""
+        """Return how many batches the stream has given that training has not used yet: prefetch takes one ahead."""
         if self.stream is None or self.phase != self._stepping:
             return 0
-        return self.stream.given - self._given - (batches - self.batches)
+        return self.stream.given - self._given_before - (batches - self.batches)
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any]) -> Position:
-        """Return the position that `state_dict` gave."""
+        """Return the position whose `state_dict` returned `state`."""
         position = cls(state["unit"])
         position.rounds, position.steps, position.done = state["rounds"], state["steps"], list(state["done"])
         position.phase, position.batches, position.begun = state["phase"], state["batches"], state["begun"]
@@ -110,18 +124,25 @@ class Position:
         return position
 
 
-def beginning(loader: Any) -> dict[str, Any]:
-    """Return what `begin_again` needs to go through a loader once more; a list gives the same without being told."""
+def loader_start(loader: Any) -> dict[str, Any]:
+    """Return the random number generators at the start of a pass, with which `replay` repeats the pass.
+
+    A list or a tuple draws no random numbers, so the generators of the process are left out.
+    """
     return {"random": None if type(loader) in (list, tuple) else random_state(), "loader": loader_state(loader)}
 
 
 def check_data(state: Mapping[str, Any], data: PhaseMap[Any]) -> None:
-    """Check that a fit with this data can get to the position that `Position.state_dict` gave, as far as that is known.
+    """Check that a fit with this data can return to a position.
 
-    A loader that does not know its length is found to be too short only when it is gone through.
+    A loader that does not know its length passes, and `replay` checks it.
+
+    Args:
+        state: The position as `Position.state_dict` returned it.
+        data: The loaders by phase.
 
     Raises:
-        CheckpointError: It has no data for the phase, or a loader that is too short.
+        CheckpointError: `data` has no loader for the phase of the open epoch, or a loader has too few batches.
     """
     names = {repr(phase): phase for phase in data}
     if state["phase"] and state["phase"] not in names:
@@ -131,38 +152,52 @@ def check_data(state: Mapping[str, Any], data: PhaseMap[Any]) -> None:
         )
     for phase, loader in data.items():
         _, given = open_pass(state, phase)
-        there = length(loader)
-        if there is not None and there < given:
-            raise _too_short(given, phase, there)
+        available = length(loader)
+        if available is not None and available < given:
+            raise _too_short(given, phase, available)
 
 
 def open_pass(state: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any] | None, int]:
-    """Return what the pass of a phase began with that was open at a position, and how many batches it had given."""
+    """Return the start of the pass over a phase's data that is open at a position, and its number of batches so far.
+
+    Args:
+        state: The position as `Position.state_dict` returned it.
+        phase: The phase.
+
+    Returns:
+        The `loader_start` of the pass, ``None`` if no pass is open, and the number of batches that it has given.
+    """
     stream = state["stream"]
     if stream is not None and isinstance(phase, AbstractTrainingPhase):
         return stream["begun"], stream["count"] if stream["begun"] is not None else 0
     return (state["begun"], state["batches"]) if repr(phase) == state["phase"] else (None, 0)
 
 
-def _too_short(batches: int, phase: Phase, there: int) -> CheckpointError:
+def _too_short(batches: int, phase: Phase, available: int) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint was taken after batch {batches} of an epoch of {phase!r}, and the loader gives only {there}. "
-        f"Resume with the data of the run that wrote it."
+        f"The checkpoint was taken after batch {batches} of an epoch of {phase!r}, and the loader gives only "
+        f"{available}. Resume with the data of the run that wrote it."
     )
 
 
-def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase) -> Iterator[Any]:
-    """Return an iterator of a loader that has given so many batches, drawn as they were drawn the first time.
+def replay(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase) -> Iterator[Any]:
+    """Return an iterator of a loader after its first batches, with the random numbers of the pass that is repeated.
+
+    Args:
+        loader: The loader.
+        begun: The `loader_start` of the pass.
+        batches: The number of batches to take from the iterator and drop.
+        phase: The phase that the batches are for.
 
     Raises:
-        CheckpointError: The loader has fewer.
+        CheckpointError: The loader gives fewer than `batches` batches.
     """
     start_workers(loader, begun["loader"])
     if begun["random"] is not None:
         set_random_state(begun["random"])
     set_loader_state(loader, begun["loader"])
     iterator = iter(loader)
-    if not batches:  # a loader draws its order when it is first asked: now, before the generators are put elsewhere
+    if not batches:  # a loader draws its order at the first batch: take it now, before the generators change again
         return chain(list(islice(iterator, 1)), iterator)
     missing = object()
     for number in range(batches):
@@ -174,27 +209,27 @@ def begin_again(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, p
 class Stream:
     """The batches of a loader, pass after pass, without end.
 
-    Iterating again goes on where the last iteration stopped.
+    Every iteration continues after the last batch that the previous iteration took.
 
     Args:
         loader: The loader.
-        phase: The phase whose data it gives.
-        number: Called when a pass begins; returns its number, for `set_epoch`.
+        phase: The phase that the batches are for.
+        number: Called when a pass begins; returns the number of the pass, for `set_epoch`.
 
     Attributes:
-        given: How many batches it has given.
+        given: The number of batches given so far.
 
     Raises:
-        DataError: A pass gives no batch.
+        DataError: While iterating: a pass gives no batch.
     """
 
     def __init__(self, loader: Iterable[Any], phase: Phase, number: Callable[[], int]) -> None:
         self.given = 0
         self._loader, self._phase, self._number = loader, phase, number
-        self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # what it began with, and the batches it has given
-        self._before: tuple[dict[str, Any] | None, int] = (None, 0)
+        self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # its `loader_start`, and the batches it has given
+        self._previous: tuple[dict[str, Any] | None, int] = (None, 0)  # the same of the pass before
         self._resumed: Iterable[Any] | None = None
-        self._again = False
+        self._again = False  # the last batch is given again
         self._batches = self._run()
 
     def __iter__(self) -> Iterator[Any]:
@@ -207,8 +242,8 @@ class Stream:
             if source is None:
                 number = self._number()
                 set_epoch(self._loader, number)
-                source, begun, count = self._loader, {**beginning(self._loader), "number": number}, 0
-                self._pass, self._before = (begun, count), self._pass
+                source, begun, count = self._loader, {**loader_start(self._loader), "number": number}, 0
+                self._pass, self._previous = (begun, count), self._pass
             for raw in source:
                 count += 1
                 self._again = True
@@ -220,21 +255,25 @@ class Stream:
             check_gave(count, self._phase, self._loader)
 
     def put_back(self) -> None:
-        """Give the last batch once more: prefetch had taken it for an epoch that was cancelled before it."""
+        """Give the last batch again: prefetch had taken it for an epoch that was cancelled before that batch."""
         begun, count = self._pass
         self._pass = begun, count - 1
         self.given -= 1
         self._again = True
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Draw again what was drawn, from what `state_dict` returned. To be called before the first batch."""
+        """Return to the position that `state_dict` returned. Call this before the first batch is taken."""
         if state["begun"] is not None:
             self._pass = state["begun"], state["count"]
             set_epoch(self._loader, state["begun"].get("number", 0))
-            self._resumed = begin_again(self._loader, state["begun"], state["count"], self._phase)
+            self._resumed = replay(self._loader, state["begun"], state["count"], self._phase)
 
     def state_dict(self, ahead: int) -> dict[str, Any]:
-        """Return what the pass began with, and how many batches it has given, less those that were taken `ahead`."""
-        # What was taken ahead, one batch at most, may be the last of the pass before.
-        begun, count = self._pass if self._pass[1] >= ahead else self._before
+        """Return the start of the pass, and the number of its batches that training has used.
+
+        Args:
+            ahead: How many batches prefetch has taken that training has not used: 0 or 1.
+        """
+        # A pass that has given fewer batches than `ahead` has only begun: the unused batch ends the pass before.
+        begun, count = self._pass if self._pass[1] >= ahead else self._previous
         return {"begun": begun, "count": count - ahead}

@@ -1,11 +1,11 @@
-"""The states of the random number generators: those of the process, and those that loaders carry themselves.
+"""The states of random number generators: the generators of the process, and the generators of loaders.
 
-Of the process there are Python's, numpy's, torch's and CUDA's. A loader has a ``torch.Generator`` of its own where the
-user gave it one, or gave one to its sampler or its dataset. A loader with ``state_dict()`` and ``load_state_dict()``
-keeps its position itself.
+The process has the generators of Python, numpy, torch and CUDA. A loader has its own ``torch.Generator`` if the user
+gave one to the loader, its sampler or its dataset. A loader with ``state_dict()`` and ``load_state_dict()`` keeps its
+position itself.
 
-Worker processes have generators of their own, seeded by a number that a loader draws when it starts them. With
-``persistent_workers=True`` it does so once, and each further pass begins without drawing it.
+Worker processes have their own generators, seeded with a number that the loader draws when it starts them. A loader
+with ``persistent_workers=True`` starts its workers once, so only its first pass draws that number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators of the process back to what `random_state` returned."""
+    """Set the generators of the process to the states that `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
@@ -49,7 +49,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
-    """Return the states of the generators of a loader, its own state where it keeps one, and if workers stay."""
+    """Return the states of a loader's generators, its own ``state_dict()`` if it has one, and whether workers run."""
     state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)], "own": None}
     state["workers"] = any(_runs(part) for part in _persistent(loader))
     if _keeps_its_own(loader):
@@ -58,7 +58,7 @@ def loader_state(loader: Any) -> dict[str, Any]:
 
 
 def set_loader_state(loader: Any, state: Mapping[str, Any]) -> bool:
-    """Put the generators of a loader back; return whether the loader keeps its position itself."""
+    """Set a loader to the state that `loader_state` returned; return whether the loader keeps its position itself."""
     for generator, each in zip(_generators(loader), state["generators"], strict=False):
         generator.set_state(each)
     if state["own"] is not None and _keeps_its_own(loader):
@@ -77,18 +77,18 @@ def keeps_workers(loader: Any) -> bool:
 
 
 def start_workers(loader: Any, state: Mapping[str, Any]) -> None:
-    """Start the workers of a loader whose workers were running, so that its next pass begins without starting them.
+    """Start the persistent workers of a loader if they ran in `state`, so that its next pass does not start them.
 
-    To be called before the generators are put back, since starting workers draws from them. What the workers had in
-    memory is lost.
+    Call this before the generators are restored, because starting workers draws from them. The memory of the earlier
+    workers is lost.
 
     Args:
         loader: The loader.
-        state: What `loader_state` returned.
+        state: The state that `loader_state` returned.
     """
     for part in _persistent(loader) if state.get("workers") else ():
         if not _runs(part):
-            iter(part)
+            iter(part)  # a DataLoader starts its persistent workers when it is first iterated
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:

@@ -118,7 +118,7 @@ def train(folder, point, number):
         if seen.count(point) == number:
             os._exit(9)
 
-    learner.loop.cuts.writer.reached = reached
+    learner.loop.checkpoints.writer.reached = reached
     learner.fit(3)
 
 torch.set_num_threads(1)
@@ -223,7 +223,7 @@ class Gate:
 
     def __init__(self, learner: Learner, point: str) -> None:
         self.point, self.reached, self.open = point, threading.Event(), threading.Event()
-        learner.loop.cuts.writer.reached = self.at
+        learner.loop.checkpoints.writer.reached = self.at
 
     def at(self, point: str) -> None:
         if point == self.point:
@@ -310,7 +310,7 @@ def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
             batches.append(1)
 
     learner = tiny_learner(Breaks(tmp_path), n_batches=500)
-    learner.loop.cuts.writer.reached = _fail
+    learner.loop.checkpoints.writer.reached = _fail
     with pytest.raises(CheckpointError, match=r"epoch-0001\.ckpt could not be written: OSError|no space") as caught:
         learner.fit(100)
     assert len(batches) < 100
@@ -326,7 +326,7 @@ def _fail(point: str) -> None:
 
 def test_an_error_of_the_last_checkpoint_surfaces_at_the_end_of_the_fit(tmp_path: Path) -> None:
     learner = tiny_learner(Checkpointer(tmp_path), n_batches=1)
-    learner.loop.cuts.writer.reached = _fail
+    learner.loop.checkpoints.writer.reached = _fail
     with pytest.raises(CheckpointError, match="could not be written: no space"):
         learner.fit(1)
     assert not any(thread.name == "flowtrain-checkpoint" for thread in threading.enumerate())

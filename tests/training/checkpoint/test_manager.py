@@ -1,4 +1,4 @@
-"""Cuts: a run that was stopped and resumed is the run that was not stopped, to the bit."""
+"""Checkpoints: a run that was stopped and resumed is the run that was not stopped, to the bit."""
 
 from __future__ import annotations
 
@@ -690,7 +690,7 @@ def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path)
         @on(Event, TrainingPhase)
         def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
             if isinstance(event, (EpochBegin, BatchEnd)):
-                held.append(resumed.loop.cuts.resumed is not None)
+                held.append(resumed.loop.checkpoints.resumed is not None)
 
     resumed = learner_of(Look())
     resumed.fit(1, resume=tmp_path / "one.ckpt")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from flowtrain import CheckpointError, DataError, TrainingPhase, ValidationPhase
-from flowtrain.training.checkpoint.position import Position, Stream, begin_again, beginning, check_data
+from flowtrain.training.checkpoint.position import Position, Stream, check_data, loader_start, replay
 from flowtrain.training.checkpoint.rng import random_state, set_random_state
 from flowtrain.training.data import loaders
 
@@ -50,12 +50,12 @@ def test_a_stream_resumes_with_the_order_that_it_had(taken: int, ahead: int) -> 
 
 def test_a_loader_begins_again_with_what_it_drew() -> None:
     loader = shuffled()
-    begun = beginning(loader)
+    begun = loader_start(loader)
     order = numbers(loader)
-    assert numbers(begin_again(loader, begun, 4, TrainingPhase())) == order[4:]
-    assert numbers(begin_again(loader, begun, 6, TrainingPhase())) == []
+    assert numbers(replay(loader, begun, 4, TrainingPhase())) == order[4:]
+    assert numbers(replay(loader, begun, 6, TrainingPhase())) == []
     with pytest.raises(CheckpointError, match=r"after batch 7 of an epoch of ValidationPhase, .* gives only 6"):
-        begin_again(loader, begun, 7, ValidationPhase())
+        replay(loader, begun, 7, ValidationPhase())
 
 
 def test_a_loader_may_keep_its_own_position() -> None:
@@ -70,9 +70,9 @@ def test_a_loader_may_keep_its_own_position() -> None:
 
     loader = Keeps([1, 2, 3])
     loader.start = 5
-    begun = beginning(loader)
+    begun = loader_start(loader)
     loader.start = 8
-    begin_again(loader, begun, 1, TrainingPhase())
+    replay(loader, begun, 1, TrainingPhase())
     assert loader.start == 5
 
 
@@ -92,7 +92,7 @@ def test_what_is_done() -> None:
     assert (position.rounds, position.done) == (2, [])
     again = Position.resumed(position.state_dict(0))
     assert again.state_dict(0) == position.state_dict(0)
-    assert not again.leave_resumed(TrainingPhase())
+    assert not again.is_resumed(TrainingPhase())
 
 
 def test_an_open_epoch_is_resumed_once() -> None:
@@ -100,9 +100,9 @@ def test_an_open_epoch_is_resumed_once() -> None:
     position.begin_epoch(TrainingPhase())
     state = position.state_dict(2)
     again = Position.resumed(state)
-    assert again.leave_resumed(TrainingPhase())
-    assert not again.leave_resumed(TrainingPhase())
-    assert not Position.resumed(state).leave_resumed(ValidationPhase())
+    assert again.is_resumed(TrainingPhase())
+    assert not again.is_resumed(TrainingPhase())
+    assert not Position.resumed(state).is_resumed(ValidationPhase())
 
 
 @pytest.mark.parametrize(
