@@ -1,7 +1,7 @@
-"""The callbacks that come with flowtrain.
+"""The bundled callbacks.
 
-A learner has `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` unless told otherwise. All of
-them use only what any callback can: handlers, declared state, ``run_after``.
+A learner adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` by default. The bundled
+callbacks use the public interface of every callback only: handlers, declared state, ``run_after``.
 """
 
 from __future__ import annotations

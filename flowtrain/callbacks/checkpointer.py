@@ -1,4 +1,9 @@
-"""Checkpointer: a folder of checkpoints, with the latest and the best ones."""
+"""Checkpointer: a folder of checkpoints, and the decision which of them to keep.
+
+The callback only requests checkpoints. When the event has ended, the loop calls ``decide`` of each request, which
+returns whether this checkpoint is the best, and which older files to remove; then it copies the state, which includes
+these decisions, and a thread writes the file. So the lists of files here change when a checkpoint is taken.
+"""
 
 from __future__ import annotations
 
@@ -24,40 +29,44 @@ from flowtrain.state.by_phase import epoch_of
 __all__ = ["Checkpointer"]
 
 _INTERRUPTED = "interrupted.ckpt"
+"""The file of the checkpoint that an interrupt takes; any later checkpoint removes it."""
 
 
 class Checkpointer(Callback):
     """Write a checkpoint of the whole training into a folder, at the end of epochs and when training is interrupted.
 
-    The files are ``epoch-0001.ckpt`` and so on. The number is that of the training epoch; an evaluation belongs to the
-    one after which it ran. Outside of `fit`, as in ``learner.validate()``, nothing is written. ``latest`` and ``best``
-    name one each: ``learner.fit(10, resume=folder)`` goes on from the latest, ``learner.load(folder + "/best")`` takes
-    the best. Each is complete from the moment it has its name. Give each run a folder of its own.
+    The files are ``epoch-0001.ckpt`` and so on, with the number of the training epoch; an evaluation has the number of
+    the training epoch before it. Outside of `fit`, as in ``learner.validate()``, no file is written. The files
+    ``latest`` and ``best`` name one checkpoint each: ``learner.fit(10, resume=folder)`` resumes from the latest,
+    ``learner.load(folder + "/best")`` loads the best. A file with its final name is complete. Give each run its own
+    folder.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
-      Writes nothing: it only asks, and the loop takes the checkpoint when the event has ended.
-    - Costs a few microseconds an epoch; the checkpoint itself a copy of the state to the CPU, and its writing goes on
-      beside training.
+      Writes no state: it requests checkpoints, and the loop takes each when the event has ended.
+    - Costs a few microseconds an epoch, and for each checkpoint a copy of the state to the CPU; the copy is written
+      while training continues.
 
     Args:
-        folder: Where to; made if it is not there.
-        keep_top_k: Keep the files of this many best epochs, and the latest; all of them if not given. Without a
-            monitor: of the newest.
-        every: Only after epochs whose number is a multiple of this.
-        monitor: The metric that says which is best, by its name in ``cbstate.metrics_epoch``; of one with several
-            values, one of these, as ``"F1.cat"``. ``None`` for none.
-        phase: The phase whose epochs count and whose metric it is. If not given: the last phase in ``data`` that
-            evaluates, or, without one, the last that trains.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
-            of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
-        every_steps: Also after every n-th batch of training; of these only the newest is kept.
-        weights: ``"safetensors"`` writes the model's weights beside each checkpoint, as
+        folder: The folder, which is made if it does not exist.
+        keep_top_k: How many of the best epochs to keep, beside the latest one; all by default. Without a monitor the
+            newest epochs count as the best.
+        every: Write a checkpoint after the epochs whose number is a multiple of this.
+        monitor: The metric that ranks epochs, by its name in ``cbstate.metrics_epoch``. For a metric with several
+            values name one of these, as ``"F1.cat"``. ``None`` ranks no epochs.
+        phase: The phase whose epochs are counted and ranked. By default the last phase in ``data`` that evaluates, or,
+            without such a phase, the last one that trains.
+        mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
+            that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
+            ``Metric(f, mode=...)`` do.
+        every_steps: Write a checkpoint after every n-th training batch too, and keep only the newest of these.
+        weights: ``"safetensors"`` writes the weights of the model beside each checkpoint, as
             ``epoch-0001.safetensors`` (https://huggingface.co/docs/safetensors).
 
     Raises:
-        UsageError: An argument means nothing. When the learner is built: without `mode`, nothing is known of the
-            metric. At the end of an epoch: the metric is not computed in that phase.
+        UsageError: An argument is out of its range. When the learner is built: `mode` is needed. At `FitBegin`: the
+            data lacks the phase, or two callbacks have one folder. At the end of an epoch: the metric is not computed
+            in that phase.
         MissingStateError: When the learner is built: there is no metric of that name.
         CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
             full; the last complete checkpoint stays.
@@ -103,14 +112,14 @@ class Checkpointer(Callback):
         self.every_steps, self.weights = every_steps, weights is not None
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
-        self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built
-        self._watched: Phase | None = None
-        self._files: list[tuple[str, float]] = []  # with what they are ranked by, oldest first
-        self._best = math.inf
-        self._step_file = ""
-        self._ranked_by: list[str | None] = []  # the metric, whether small is good, and the phase, once they are known
+        self._direction: Mode = mode or "min"  # `check_callbacks` replaces it by the mode of the metric
+        self._watched: Phase | None = None  # the phase whose epochs are saved; None outside of a fit
+        self._files: list[tuple[str, float]] = []  # the names of the files with their ranks, oldest first
+        self._best = math.inf  # the least rank so far
+        self._step_file = ""  # the newest file within an epoch
+        self._ranked_by: list[str | None] = []  # the metric, its mode and the phase that the ranks are of
         self._loaded_from = ""  # the folder that the files of a loaded state are in
-        self._spare: list[str] = []  # not finite, so to be removed with the next request
+        self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
 
     def _phase_type(self) -> type[Phase]:
         return self.phase or Phase
@@ -120,13 +129,13 @@ class Checkpointer(Callback):
         return {"cbstate.history": Read(), **metric}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
-        """Find out whether small or large values are good."""
+        """Find out whether small or large values of the metric are good."""
         if self.monitor is not None:
             self._direction = direction("Checkpointer(...", self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Try the folder, find the phase, and ask for a checkpoint in case of an interrupt."""
+        """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
         self._try_folder()
         for other in learner.callbacks:
             if (
@@ -155,7 +164,7 @@ class Checkpointer(Callback):
 
     @on(EpochEnd, "_phase_type", access="_reads")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Ask for a checkpoint, and say which ones are not wanted any more."""
+        """Request a checkpoint of the epoch; when it is taken, decide which older files to remove."""
         if phase is not self._watched:
             return
         epoch = epoch_of(learner.cbstate.history, phase)
@@ -168,52 +177,52 @@ class Checkpointer(Callback):
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Ask for no more: from a checkpoint of an evaluation outside of fits no fit could go on."""
+        """Request no more checkpoints, because no fit could resume from an evaluation outside of a fit."""
         self._watched = None
 
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Ask for a checkpoint in the midst of an epoch; it replaces the one before of its kind."""
+        """Request a checkpoint within an epoch; it replaces the previous one within an epoch."""
         name = f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"
         decide = partial(self._take_step, name)
         learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which files there are, and what they are ranked by: small is good."""
+        """Return the names of the files with their ranks, of which the least is the best, and what they rank."""
         return {
-            "files": list(self._files), "best": self._best, "step file": self._step_file, "spare": list(self._spare),
+            "files": list(self._files), "best": self._best, "step file": self._step_file, "spare": list(self._damaged),
             "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._files = [(name, rank) for name, rank in state["files"]]
         self._best, self._step_file = state["best"], state["step file"]
-        self._spare = list(state.get("spare", ()))  # older checkpoints have none of these
+        self._damaged = list(state.get("spare", ()))  # early checkpoints lack this entry and the next two
         self._loaded_from = state.get("folder", "")
         self._rank_by(state.get("ranked by", self._ranked_by), self._ranked_by)
 
     def moved(self, before: str, here: str) -> None:
-        """Count only the files that are in this folder, which may have been moved together with the checkpoint.
+        """Keep only the files that are in this folder, which may have been moved together with the checkpoint.
 
-        A fit that resumes from the checkpoint of another folder leaves the files there alone.
+        A fit that resumes from a checkpoint in another folder never removes the files of that folder.
         """
         recorded = self._loaded_from or before
         moved = os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
         if os.path.realpath(self.folder) not in (recorded, moved):
-            self._files, self._spare, self._step_file = [], [], ""
+            self._files, self._damaged, self._step_file = [], [], ""
         self._files = [each for each in self._files if (self.folder / each[0]).is_file()]
         if self.monitor is not None:
             self._best = min((rank for _, rank in self._files), default=math.inf)
 
     def _rank_by(self, before: list[str | None], now: list[str | None]) -> None:
-        """Rank by a metric of a phase from now on; ranks by another one say nothing beside those."""
+        """Rank by a metric of a phase from now on, and forget ranks by another metric, which do not compare."""
         if before and now and before != now:
             self._files, self._best = [], math.inf
         self._ranked_by = now or before
 
     def _take_epoch(self, name: str, rank: float, finite: bool) -> tuple[bool, list[str]]:
-        """Take the file of an epoch in; return whether it is the best, and the files that are not wanted any more."""
+        """Add the file of an epoch to the list; return whether it is the best, and the files to remove."""
         if not finite:
             return False, self._take_damaged(name, kept=self.keep_top_k is None)
         best = rank < self._best and self.monitor is not None
@@ -226,30 +235,38 @@ class Checkpointer(Callback):
         return best, list(filter(None, remove))
 
     def _take_step(self, name: str, finite: bool) -> tuple[bool, list[str]]:
-        """Take a file within an epoch in; return that it is no best one, and the files that are not wanted any more."""
+        """Make this the file within an epoch; return that it is not the best, and the files to remove."""
         if not finite:
             return False, self._take_damaged(name, kept=False)
         before, self._step_file = self._step_file, name
         return False, list(filter(None, [*self._replaced(name), before]))
 
     def _take_damaged(self, name: str, kept: bool) -> list[str]:
-        """Take a file in that is not finite: it is none of the best, nor the latest, and goes with the next one."""
-        spare, self._spare = self._spare, [] if kept else [name]
-        return [each for each in spare if each != name]
+        """Note a file with values that are not finite; return the files to remove, which are the earlier such files.
+
+        It becomes neither the best nor the latest, and the next request removes it unless it is `kept`.
+        """
+        damaged, self._damaged = self._damaged, [] if kept else [name]
+        return [each for each in damaged if each != name]
 
     def _replaced(self, name: str) -> list[str]:
-        """Return the files that any further one makes superfluous, and forget them."""
-        spare, self._spare = self._spare, []
-        return [_INTERRUPTED, *(each for each in spare if each != name)]
+        """Return the files that any later checkpoint replaces, and forget them."""
+        damaged, self._damaged = self._damaged, []
+        return [_INTERRUPTED, *(each for each in damaged if each != name)]
 
     def _rank(self, phase: Phase, learner: LearnerView) -> float:
+        """Return the rank of the epoch that has ended: the smaller, the better.
+
+        Raises:
+            UsageError: The metric was not recorded, though the epoch has complete batches.
+        """
         if self.monitor is None:
-            return -float(len(self._files) and 1 - self._files[-1][1])  # newer is better
+            return -float(len(self._files) and 1 - self._files[-1][1])  # one less than the last: newer is better
         metrics = learner.cbstate.metrics_epoch
         series = metrics[phase].get(self.monitor)
         if not series:
             if not learner.cbstate.history[phase].steps_epoch:
-                return math.inf  # an epoch without a completed batch
+                return math.inf  # an epoch without a complete batch has no metric, and is the worst
             others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
             there = f"; it is recorded in {others}" if others else several(self.monitor, metrics[phase])
             raise UsageError(
@@ -261,7 +278,7 @@ class Checkpointer(Callback):
         return math.inf if math.isnan(value) else value if self._direction == "min" else -value
 
     def _drop(self) -> list[str]:
-        """Forget the files that are neither among the best nor the newest, and return their names."""
+        """Forget the files that are neither among the best nor the newest, and return their names for removal."""
         if self.keep_top_k is None:
             return []
         kept = {name for name, _ in sorted(self._files, key=lambda each: each[1])[: self.keep_top_k]}

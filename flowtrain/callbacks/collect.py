@@ -1,4 +1,4 @@
-"""GarbageCollect: Python's collector of cycles runs between batches, not inside of them."""
+"""GarbageCollect: Python's cyclic garbage collector runs between batches, not within them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["GarbageCollect"]
 
 
 class GarbageCollect(Callback):
-    """Turn Python's automatic collection of cycles off during epochs, and collect every `every` batches.
+    """Turn Python's automatic garbage collection off during epochs, and collect every `every` batches.
 
-    The automatic collection begins in the middle of a batch, whenever enough objects were made, and goes through all
-    objects now and then: some 100 milliseconds where much is imported. In distributed training each process stops at
-    another time, and the others wait for it. This callback collects young objects at every n-th batch, and all of them
-    at the end of an epoch (https://docs.python.org/3/library/gc.html).
+    The automatic collection starts within a batch, whenever enough objects were made, and now and then it visits all
+    objects: that takes some 100 milliseconds in a program with many imports. In distributed training each process stops
+    at another time, and the others wait for it. This callback collects young objects after every n-th batch, and all
+    objects at the end of an epoch (https://docs.python.org/3/library/gc.html).
 
-    When the epoch ends, normally or not, the collector is turned on again if it was on before.
+    When the epoch ends, normally or not, automatic collection is turned on again if it was on before.
 
-    Reads and writes no state, and runs after nothing; its resource is ``resource.gc``. Costs an addition for each
-    batch, and the collections themselves.
+    Reads and writes no state, and runs after no other callback; its resource is ``resource.gc``. Costs an addition for
+    each batch, and the collections themselves.
 
     Args:
-        every: Collect at the n-th, 2n-th, ... batch, counted for each phase.
+        every: Collect after the n-th, 2n-th, ... batch, counted for each phase.
 
     Raises:
         UsageError: `every` is no whole number, or below 1.
@@ -47,6 +47,7 @@ class GarbageCollect(Callback):
         self._was_on = False
 
     def state_access(self) -> Access:
+        """Declare the resource ``gc``, so that no other handler turns the collector on or off at the same time."""
         return {"resource.gc": Write()}
 
     @on(EpochBegin)
@@ -57,7 +58,7 @@ class GarbageCollect(Callback):
 
     @on(BatchEnd)
     def collect(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Collect what was made lately, if it is time to."""
+        """Collect the young objects after every n-th batch."""
         count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
         if count % self.every == 0:
             gc.collect(1)
@@ -79,9 +80,9 @@ class GarbageCollect(Callback):
         self._was_on = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches counted, by phase."""
+        """Return how many batches were counted in each phase."""
         return {"counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._counts = dict(state["counts"])

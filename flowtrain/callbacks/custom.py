@@ -18,16 +18,17 @@ __all__ = ["CustomCallback"]
 class CustomCallback(Callback):
     """Call a function at an event.
 
-    Reads and writes what `access` says, and so runs after those that write what it reads. Costs what `f` does.
+    Reads and writes the state that `access` declares, and runs after the callbacks that write what it reads. Costs the
+    time of `f`.
 
     Args:
-        f: Called with the learner's view.
+        f: The function; it is called with the view of the learner.
         event_type: The event, subclasses included.
         phase_type: The phase, subclasses included.
-        access: What `f` touches.
+        access: The state that `f` reads and writes; none by default.
 
     Raises:
-        HandlerError: `f` is not callable, or the types are none.
+        HandlerError: `f` is not callable, `event_type` is no event type, or `phase_type` is no phase type.
 
     >>> from flowtrain import EpochEnd, Read, TrainingPhase
     >>> CustomCallback(lambda learner: print(learner.batch.loss), EpochEnd, TrainingPhase, {"batch.loss": Read()})
@@ -56,6 +57,7 @@ class CustomCallback(Callback):
         self.access_argument = self._access
 
     def state_access(self) -> Access:
+        """Declare the state that the user says the function touches."""
         return self._access
 
     @on("event_type", "phase_type")

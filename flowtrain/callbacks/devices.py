@@ -1,4 +1,4 @@
-"""DeviceStats: memory and utilisation of this process and its GPU, without further packages."""
+"""DeviceStats: the memory and the processor time that this process and its GPU use, without further packages."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ _MEBIBYTE = 2**20
 
 
 class DeviceStats(Callback):
-    """Record how much memory and processor this process uses, every `every` batches.
+    """Record how much memory and processor time this process uses, every `every` batches.
 
-    Writes series to ``cbstate.tracehistory[phase]``, each at the number of batches completed. Memory is in MiB:
+    Writes series to ``cbstate.tracehistory[phase]``; the step of a value is the number of complete batches. Memory is
+    in MiB:
 
-    - ``"Device.Memory"``: resident memory (Linux), ``"Device.MemoryPeak"``: the most there was (Linux and macOS);
-    - ``"Device.Cpu"``: processor time over time since the last record: 1 is one core that is always busy;
-    - ``"Device.CudaMemory"``, ``"Device.CudaReserved"``, ``"Device.CudaPeak"``: of torch's allocator on the current GPU
-      (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), where there is one.
+    - ``"Device.Memory"``: resident memory (Linux), ``"Device.MemoryPeak"``: its largest value (Linux and macOS);
+    - ``"Device.Cpu"``: processor time divided by the time since the last record: 1 is one core that is always busy;
+    - ``"Device.CudaMemory"``, ``"Device.CudaReserved"``, ``"Device.CudaPeak"``: memory of torch's allocator on the
+      current GPU (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), if there is a GPU.
 
-    Reads ``cbstate.history``; so it runs after `Recorder`. Costs some 20 microseconds when it records, and an addition
+    Reads ``cbstate.history``, so it runs after `Recorder`. Costs some 20 microseconds when it records, and an addition
     otherwise. There is no synchronisation with a GPU.
 
     Args:
         every: Record at the n-th, 2n-th, ... batch, counted for each phase.
-        measure: Returns numbers by name, always with the same names, in place of those above.
+        measure: A function that returns other numbers by name, always with the same names.
 
     Raises:
         UsageError: `every` is no whole number or below 1, or `measure` does not return numbers by name.
@@ -62,12 +63,13 @@ class DeviceStats(Callback):
         self._counts: dict[str, int] = {}
 
     def state_access(self) -> Access:
+        """Declare a read of ``cbstate.history``, and a write of each recorded series."""
         writes: Access = {f"cbstate.tracehistory.Device.{name}": Write() for name in self.names}
         return {"cbstate.history": Read(), **writes}
 
     @on(BatchEnd)
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Measure and record, if it is time to."""
+        """Measure and record at every n-th batch."""
         count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
         if count % self.every:
             return
@@ -76,16 +78,16 @@ class DeviceStats(Callback):
             series.push(f"Device.{name}", value, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches counted, by phase."""
+        """Return how many batches were counted in each phase."""
         return {"counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._counts = dict(state["counts"])
 
 
 class _Usage:
-    """What this process uses, by name; each call gives the processor's share since the one before."""
+    """Measures what this process uses; the processor time of a call is the time since the previous call."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""EarlyStopping: end training when a metric says that it is time to."""
+"""EarlyStopping: end training when a criterion finds that a metric does not improve any more."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ __all__ = ["EarlyStopping"]
 
 
 class EarlyStopping(Callback):
-    """End training when a criterion says so, after an epoch of the watched phase.
+    """End training after an epoch of the watched phase, when a criterion is met.
 
-    Raises `CancelFittingException`: `fit` ends normally, and ``learner.stopped`` says which criterion it was, why, and
-    after which epoch. Phases that come later in ``data`` are not run in that epoch. Criteria go on over several fits,
-    and begin anew with the fit after the one that they have ended. A run that they have ended and that is resumed from
-    its last checkpoint ends at once, unless the criteria are changed: then they go on. Outside of `fit`, as in
-    ``learner.validate()``, nothing is watched.
+    Raises `CancelFittingException`: `fit` ends normally, and the text of ``learner.stopped`` names the criterion, its
+    reason, and the epoch. Phases that come later in ``data`` do not run in that epoch. Criteria continue over several
+    fits, and are reset by the fit after the one that they have ended. A run that they have ended ends at once if it is
+    resumed from its last checkpoint, unless its criteria are changed: then the fit continues. Outside of `fit`, as in
+    ``learner.validate()``, no metric is watched.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
-      `Recorder`; and ``data`` at `FitBegin`. Writes nothing.
+      `Recorder`; and ``data`` at `FitBegin`. Writes no state.
     - Costs a few microseconds an epoch.
 
     Args:
-        criteria: Of `flowtrain.callbacks.stopping`; any of them ends training. A whole number is a patience.
-        patience: For how many epochs there may be no improvement: ``Patience(patience)``.
-        monitor: The metric, by its name in ``cbstate.metrics_epoch``; of one with several values, one of these, as
-            ``"F1.cat"``.
-        phase: The phase. One of its subclasses is watched if that is what ``data`` has.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are. Without it, what is known of the metric:
-            of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
+        criteria: Criteria of `flowtrain.callbacks.stopping`; any of them ends training. A whole number is a patience.
+        patience: The number of epochs without an improvement that ends training: ``Patience(patience)``.
+        monitor: The metric, by its name in ``cbstate.metrics_epoch``. For a metric with several values name one of
+            these, as ``"F1.cat"``.
+        phase: The phase whose epochs are watched. If ``data`` has not this phase but one subclass, that is watched.
+        mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
+            that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
+            ``Metric(f, mode=...)`` do.
 
     Raises:
-        UsageError: There is no criterion, or an argument means nothing. When the learner is built: without `mode`,
-            nothing is known of the metric. At `FitBegin`: `phase` is not in ``data``. At
-            the end of an epoch: the metric is not computed in that phase. To watch a metric that is recorded only in
-            every n-th epoch write ``throttle(EarlyStopping(3), EpochEnd, every=n)``.
+        UsageError: There is no criterion, or an argument is out of its range. When the learner is built: `mode` is
+            needed. At `FitBegin`: ``data`` has not `phase`, or several of its subclasses. At the end of an epoch: the
+            metric is not computed in that phase. To watch a metric that is recorded only in every n-th epoch write
+            ``throttle(EarlyStopping(3), EpochEnd, every=n)``.
         MissingStateError: When the learner is built: there is no metric of that name.
 
     >>> from flowtrain.callbacks.stopping import GL, TimeLimit
@@ -79,11 +80,11 @@ class EarlyStopping(Callback):
         self.monitor = monitor
         self.phase = phase
         self.mode: Mode | None = mode
-        self._direction: Mode = mode or "min"  # what is known of the metric, once the learner is built
+        self._direction: Mode = mode or "min"  # `check_callbacks` replaces it by the mode of the metric
         self._watched: Phase | None = None  # the phase of `data` that is watched in this fit
-        self._training: Phase | None = None
-        self._seen = 0  # how many values of training the criterion has been given
-        self._ended = ""  # the message with which it has ended the last fit
+        self._training: Phase | None = None  # the training phase, if a criterion needs its values
+        self._seen = 0  # how many values of the training phase the criterion has been given
+        self._ended = ""  # the message with which a criterion has ended the last fit
 
     def stateful(self) -> Iterator[object]:
         """Yield this callback, its conditions and its criteria."""
@@ -94,12 +95,12 @@ class EarlyStopping(Callback):
         return {f"cbstate.metrics_epoch.{self.monitor}": Read(), "cbstate.history": Read()}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
-        """Find out whether small or large values are good."""
+        """Find out whether small or large values of the metric are good."""
         self._direction = direction("EarlyStopping(...", self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Find the watched phase in the data, and let the criteria begin."""
+        """Find the watched phase in the data, and tell the criteria that a fit begins."""
         if self._ended and event.resumed:
             raise CancelFittingException(self._ended)
         phases = list(learner.data)
@@ -113,7 +114,7 @@ class EarlyStopping(Callback):
 
     @on(EpochEnd, "phase", access="_reads")
     def watch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Give the value of the epoch to the criteria, and end training if one says so."""
+        """Give the value of the epoch to the criteria, and end training if one of them is met."""
         if phase is not self._watched:
             return
         history, metrics = learner.cbstate.history, learner.cbstate.metrics_epoch
@@ -121,10 +122,10 @@ class EarlyStopping(Callback):
         if not series:
             if history[phase].steps_epoch:
                 raise self._not_recorded(metrics, phase)
-            return  # an epoch without a completed batch
+            return  # an epoch without a complete batch has no value
         epoch, value = series.last()
         if epoch != epoch_of(history, phase) or not history[phase].steps_epoch:
-            return  # nothing was recorded in this one
+            return  # the last value is of an earlier epoch
         why = self.criterion.update(value, self._new_of_training(metrics))
         if why is not None:
             self._ended = (
@@ -135,26 +136,26 @@ class EarlyStopping(Callback):
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Watch no more."""
+        """Stop watching: epochs outside of a fit do not count."""
         self._watched = self._training = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the criteria remember."""
+        """Return the state of the criteria, and the message with which one of them has ended the last fit."""
         ended = {"ended": self._ended, "by": repr(self.criterion)}
         return {"criterion": self.criterion.state_dict(), "seen": self._seen, **ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            CheckpointError: It is the state of other criteria.
+            CheckpointError: `state` is of criteria of other types.
         """
         self.criterion.load_state_dict(state["criterion"])
         self._seen = state["seen"]
         self._ended = state["ended"] if state["by"] == repr(self.criterion) else ""
 
     def _new_of_training(self, metrics: Any) -> list[float]:
-        """Return the values of training that the criteria have not been given."""
+        """Return the values of the training phase that the criteria have not been given yet."""
         if self._training is None:
             return []
         series = metrics[self._training].get(self.monitor)
@@ -165,7 +166,7 @@ class EarlyStopping(Callback):
         return values
 
     def _best(self, series: Any) -> str:
-        numbers = [(epoch, value) for epoch, value in series if value == value]  # NaN equals nothing
+        numbers = [(epoch, value) for epoch, value in series if value == value]  # NaN is not equal to itself
         if not numbers:
             return "it never was a number"
         epoch, best = (min if self._direction == "min" else max)(numbers, key=itemgetter(1))
@@ -181,6 +182,11 @@ class EarlyStopping(Callback):
         )
 
     def _find(self, wanted: type[Phase], phases: Sequence[Phase]) -> Phase:
+        """Return the phase of exactly this type, or the only phase of a subclass.
+
+        Raises:
+            UsageError: There is no such phase, or there are several of subclasses.
+        """
         fitting = [phase for phase in phases if isinstance(phase, wanted)]
         exact = [phase for phase in fitting if type(phase) is wanted]
         found = exact or fitting
@@ -200,5 +206,5 @@ class EarlyStopping(Callback):
 
 
 def _criterion(given: Any) -> Any:
-    """Return a criterion; a whole number is a patience, and `Disjunction` refuses what is neither."""
+    """Return the criterion; for a whole number, a `Patience`. `Disjunction` refuses any other value."""
     return Patience(given) if is_a(given, Integral) else given

@@ -1,4 +1,4 @@
-"""EMA: an exponential moving average of the weights, which validation uses."""
+"""EMA: an exponential moving average of the weights, which the model has during validation."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ __all__ = ["EMA"]
 class EMA(Callback):
     """Keep an exponential moving average of the weights, and validate with it.
 
-    After each batch with an update ``average = decay * average + (1 - decay) * weight``; the first one copies the
-    weights. The same as torch's ``AveragedModel`` with ``get_ema_multi_avg_fn(decay)``, bit for bit
+    After each batch with an update ``average = decay * average + (1 - decay) * weight``; the first average is a copy of
+    the weights. This is torch's ``AveragedModel`` with ``get_ema_multi_avg_fn(decay)``, bit for bit
     (https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema). Polyak and Juditsky, "Acceleration
     of stochastic approximation by averaging", https://doi.org/10.1137/0330046.
 
-    Buffers stay those of the model. With ``buffers=True`` those that are averages by themselves are averaged like the
-    weights: the running statistics of normalisation layers, which are floating point numbers named ``running_...``. A
-    mean of anything else means nothing, such as of counters, unit vectors (spectral normalisation) or masks. A weight
-    with an infinity in it, as a mask that is a frozen parameter has, is copied: the average would be NaN.
+    Buffers are not averaged by default. With ``buffers=True`` the running statistics of normalisation layers, which are
+    floating point buffers named ``running_...``, are averaged like the weights. Other buffers never are: the mean of
+    counters, unit vectors (spectral normalisation) or masks is not a valid value of them. A weight that contains an
+    infinity, as a mask that is a frozen parameter does, is copied, because its average would be NaN.
 
-    For each epoch of a validation phase the averages are put in the model, and the weights that are trained are put
-    back when it ends, whatever ended it. Training goes on with the weights themselves; when it is over,
-    ``with ema.applied(): ...`` evaluates or saves the averages, and `averages` has them by name.
+    The model has the averages during each epoch of a validation phase, and the trained weights again when the epoch
+    ends, normally or not. Training continues with the trained weights. After training ``with ema.applied(): ...``
+    evaluates or saves the averages, and `averages` has them by name.
 
-    A checkpoint that a `Checkpointer` takes after a validation epoch holds as ``model``, and in its safetensors file,
-    what was judged: the averages. The weights that are trained are beside them, as ``trained``. With
-    ``fit(resume=...)`` these go on, to the bit. After ``learner.load(...)`` the model has the averages until training
-    goes on.
+    A checkpoint that a `Checkpointer` takes after a validation epoch holds the averages as ``model``, and in its
+    safetensors file, since these are the weights that were judged. It holds the trained weights as ``trained``, with
+    which ``fit(resume=...)`` continues, bit for bit. After ``learner.load(...)`` the model has the averages until
+    training continues.
 
     Reads ``model`` at `BatchEnd`, and writes it at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases
-    and at `FitEnd`, so it runs after those that write the model and before those that read it. Costs a pass over the
-    weights for each update, their size in memory for the averages, and once more during a validation epoch.
+    and at `FitEnd`, so it runs after callbacks that write the model and before callbacks that read it. Costs a pass
+    over the weights for each update, their size in memory for the averages, and the same again during a validation
+    epoch.
 
     Args:
-        decay: How much of the average is kept at each update, from 0 to below 1.
+        decay: The share of the average that is kept at each update, from 0 to below 1.
         buffers: Whether to average running statistics too.
-        model: The name of the model, where the learner has several.
+        model: The name of the model, if the learner has several.
 
     Raises:
-        UsageError: A value that means nothing.
+        UsageError: `decay` is out of its range, or `model` is no name of a model.
 
     Attributes:
         averages: The averages by the name of the parameter; empty before the first update.
@@ -77,13 +78,14 @@ class EMA(Callback):
         self.model = model
         self.averages: dict[str, torch.Tensor] = {}
         self._average = get_ema_multi_avg_fn(decay)
-        self._weights: dict[str, torch.Tensor] = {}  # the model's own
-        self._kept: dict[str, torch.Tensor] | None = None  # copies of what is trained, while the model has the averages
-        self._held = False  # whether it has them outside of validation, since a checkpoint was loaded
-        self._due = False
+        self._weights: dict[str, torch.Tensor] = {}  # the tensors of the model
+        self._kept: dict[str, torch.Tensor] | None = None  # the trained weights, while the model has the averages
+        self._held = False  # the model has the averages outside of validation, since a checkpoint was loaded
+        self._due = False  # an update has changed the weights since the last average
         self._copied: list[str] = []  # the names of weights with infinities
 
     def state_access(self) -> Access:
+        """Declare a write of the model, for the handlers that exchange its weights."""
         return {f"model.{self.model}" if self.model else "model": Write()}
 
     def _reads(self) -> Access:
@@ -95,22 +97,22 @@ class EMA(Callback):
 
     @on(UpdateEnd, access={})
     def note_update(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
-        """Remember that this batch has changed the weights."""
+        """Note that this batch has changed the weights."""
         self._due = True
 
     @on(BatchEnd, AbstractTrainingPhase, access="_reads")
     def take_in(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Take the weights after a batch with an update into the averages."""
+        """Update the averages after a batch with an update."""
         self._take_in(learner)
 
     @on(EpochEnd, AbstractTrainingPhase, access="_reads")
     def take_in_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Take in the weights after the update of a group that no batch has filled."""
+        """Update the averages after the update of an accumulation group that the epoch has not filled."""
         self._take_in(learner)
 
     @on(EpochCancelled, AbstractTrainingPhase, access="_reads")
     def take_in_cancelled(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Take in the weights after the update of a group that no batch has filled."""
+        """Update the averages after the update of an accumulation group that the epoch has not filled."""
         self._take_in(learner)
 
     def _take_in(self, learner: LearnerView) -> None:
@@ -119,7 +121,7 @@ class EMA(Callback):
         self._due = False
         weights = self._find(learner)
         if not self.averages:
-            self._take(weights)
+            self._start(weights)
             return
         averages = self._placed()
         with torch.no_grad():
@@ -128,44 +130,44 @@ class EMA(Callback):
             for name in self._copied:
                 averages[name].copy_(weights[name])
 
-    def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Begin with these averages, and find those that cannot be averaged with anything."""
+    def _start(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Make copies of these weights the averages, and find the weights with infinities, which are only copied."""
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
         self._copied = [name for name, weight in self.averages.items() if not weight.isfinite().all()]
 
     @on(EpochBegin, AbstractValidationPhase)
     def swap_in(self, event: EpochBegin, phase: AbstractValidationPhase, learner: LearnerView) -> None:
-        """Put the averages in the model."""
-        self._put_back()  # of an epoch that ended without its end being handled
+        """Put the averages into the model."""
+        self._put_back()  # in case the last validation epoch ended without its closing event being handled here
         self._find(learner)
         self._put_averages()
 
     @on(EpochEnd, AbstractValidationPhase)
     def swap_out(self, event: EpochEnd, phase: AbstractValidationPhase, learner: LearnerView) -> None:
-        """Put back the weights that are trained."""
+        """Put the trained weights back into the model."""
         self._end_validation()
 
     @on(EpochCancelled, AbstractValidationPhase)
     def swap_out_cancelled(self, event: EpochCancelled, phase: AbstractValidationPhase, learner: LearnerView) -> None:
-        """Put back the weights that are trained."""
+        """Put the trained weights back into the model."""
         self._end_validation()
 
     @on(FitEnd)
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Put back the weights that are trained, if a failure has kept them from it before."""
+        """Put the trained weights back, if a failure has prevented it at the end of the epoch."""
         self._end_validation()
 
     @on(EpochBegin, AbstractTrainingPhase)
     def begin_training(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Put back the weights that are trained, if a failure has kept them from it before."""
+        """Put the trained weights back, if a failure has prevented it before."""
         self._put_back()
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """Give a context in which the model has the averages: to evaluate it, or to save its state.
+        """Give a context in which the model has the averages, to evaluate it or to save its state.
 
         Raises:
-            UsageError: There are no averages yet.
+            UsageError: No update has been made yet, so there are no averages.
         """
         if not self.averages:
             raise UsageError(f"{self.name or 'EMA'} has no averages yet: fit a learner that has it first.")
@@ -179,7 +181,7 @@ class EMA(Callback):
 
     @contextmanager
     def at_rest(self) -> Generator[None]:
-        """Give a context in which the model has the weights that are trained; a checkpoint is taken in it."""
+        """Give a context in which the model has the trained weights; a checkpoint is taken within it."""
         inside, held = self._kept is not None, self._held
         self._put_back()
         try:
@@ -191,7 +193,14 @@ class EMA(Callback):
                 self._put_averages()
 
     def hold_judged(self, held: bool) -> bool:
-        """Let the model have the averages, as validation judges it; or again the weights that are trained."""
+        """Put the averages, which validation judges, into the model, or the trained weights back.
+
+        Args:
+            held: Whether the model is to have the averages, until the next call.
+
+        Returns:
+            Whether the call has changed the model.
+        """
         changed = self._held if not held else bool(self.averages)
         if changed and held:
             self._put_averages()
@@ -205,18 +214,18 @@ class EMA(Callback):
         return {"averages": dict(self.averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned. In the middle of a validation epoch it goes on with these averages.
+        """Restore the averages that `state_dict` returned. Within a validation epoch the model gets them at once.
 
         Raises:
-            UsageError: The averages are not of this model's weights.
+            UsageError: The averages have other names or shapes than the weights of the model.
         """
         loaded: dict[str, torch.Tensor] = dict(state["averages"])
         if self._weights and loaded:
             self._check(loaded)
         inside = self._kept is not None
-        self._take({name: average for name, average in loaded.items() if not self._weights or name in self._weights})
+        self._start({name: average for name, average in loaded.items() if not self._weights or name in self._weights})
         if inside:
-            self._kept = None  # what the model holds now was loaded with this state
+            self._kept = None  # the checkpoint has put its trained weights into the model, so forget the earlier ones
             self._put_averages()
 
     def _end_validation(self) -> None:
@@ -224,6 +233,7 @@ class EMA(Callback):
             self._put_back()
 
     def _find(self, learner: LearnerView) -> dict[str, torch.Tensor]:
+        """Find the averaged tensors of the model, which training may have replaced since the last call."""
         model = getattr(learner.model, self.model) if self.model else learner.model
         modules: Iterable[tuple[str, Any]] = [("", model)]
         if not isinstance(model, torch.nn.Module):  # several models by name
@@ -236,9 +246,9 @@ class EMA(Callback):
         return self._weights
 
     def _placed(self) -> dict[str, torch.Tensor]:
-        """Return the averages, moved to where the weights are; a checkpoint gives them on the CPU.
+        """Return the averages on the devices of the weights; the averages of a checkpoint are on the CPU.
 
-        The average of a weight that training has added, or put in the place of one of another shape, begins with it.
+        A weight that training has added, or replaced by one of another shape, is its own first average.
         """
         if self.averages.keys() != self._weights.keys():
             self.averages = {name: average for name, average in self.averages.items() if name in self._weights}
@@ -250,7 +260,7 @@ class EMA(Callback):
             elif average.device != weight.device:
                 self.averages[name] = average.to(weight.device)
         if new:
-            self._take({**self.averages, **new})
+            self._start({**self.averages, **new})
         return self.averages
 
     def _put_averages(self) -> None:
@@ -266,7 +276,7 @@ class EMA(Callback):
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(self._kept[name])
-            self._kept = None  # only now: an interrupt in between leaves it to the next event
+            self._kept = None  # only now, so that after an interrupt between two copies the next event copies again
 
     def _check(self, loaded: Mapping[str, torch.Tensor]) -> None:
         for name, weight in self._weights.items():
@@ -279,14 +289,14 @@ class EMA(Callback):
 
 
 def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the buffers that are averages by themselves, with their names."""
+    """Yield the running statistics of normalisation layers, with their names."""
     for name, buffer in module.named_buffers():
         if name.rpartition(".")[2].startswith("running_") and buffer.is_floating_point():
             yield name, buffer
 
 
 def _alike(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Return the names of the weights, together those of one device and type."""
+    """Return the names of the weights in groups of one device and dtype: torch averages each group in one call."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, weight in weights.items():
         groups.setdefault((weight.device, weight.dtype), []).append(name)

@@ -1,4 +1,4 @@
-"""GradNorm: how large the gradients are."""
+"""GradNorm: the norm of the gradients of each update."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _HISTORY: Access = {"cbstate.history": Read()}
 
 
 class GradNorm(Callback):
-    """Record the 2-norm of all gradients of each update, before clipping; by layer when asked.
+    """Record the 2-norm of all gradients of each update, before clipping, and optionally the norm of each layer.
 
-    Writes ``"GradNorm"`` to ``cbstate.tracehistory[phase]``, at the number of the batch that made the update. With
-    `layers` also ``"GradNorm.<layer>"``, where a layer is the first part of a parameter's name, ``"encoder"`` of
-    ``"encoder.weight"``. All are of accumulated and unscaled gradients.
+    Writes ``"GradNorm"`` to ``cbstate.tracehistory[phase]``; the step is the number of the batch that made the update.
+    With `layers` it also writes ``"GradNorm.<layer>"``, where a layer is the first part of a parameter's name:
+    ``"encoder"`` of ``"encoder.weight"``. The gradients are accumulated and unscaled.
 
-    Reads ``batch.grad_norm`` at `UpdateEnd`, which the core computes where somebody declares it or the gradients are
-    clipped anyway; with `layers` also ``batch.grads`` at `UpdateBegin`. It runs after `Recorder`, and by layer after
-    those that write gradients there. Costs a pass over the gradients for each update, and by layer a second one; norms
-    stay on the device until somebody reads the series, so there is no synchronisation.
+    Reads ``batch.grad_norm`` at `UpdateEnd`, which the core computes if a callback declares it or gradients are
+    clipped; with `layers` also ``batch.grads`` at `UpdateBegin`. Runs after `Recorder`, and with `layers` after
+    callbacks that write gradients at `UpdateBegin`. Costs a pass over the gradients for each update, and with `layers`
+    a second one; norms stay on the device until the series is read, so there is no synchronisation.
 
     Args:
         layers: Whether to record the norm of each layer too.

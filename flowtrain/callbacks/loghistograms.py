@@ -1,4 +1,4 @@
-"""LogHistograms: how weights and gradients are distributed, in logs."""
+"""LogHistograms: histograms of weights and gradients in logs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["LogHistograms"]
 
 
 class LogHistograms(Callback):
-    """Log a histogram of each parameter, and of its gradient when asked, now and then in training.
+    """Log a histogram of each parameter at every n-th training batch, and optionally of each gradient.
 
-    Weights are those at the end of a batch, as ``Weights/<parameter>``; reads ``params``. Gradients are those of an
-    update, complete, unscaled and not yet clipped, as ``Gradients/<parameter>``; reads ``batch.grads``. The step is the
-    number of the batch, from ``cbstate.history``. So it runs after `Recorder`, and after those that write the model or
-    the gradients at these events. Writes to its backends only. Costs a pass over all parameters, and a copy of them
-    where it is deferred.
+    Parameters are logged at the end of a batch, as ``Weights/<parameter>``; this reads ``params``. Gradients are logged
+    before an update, complete, unscaled and not yet clipped, as ``Gradients/<parameter>``; this reads ``batch.grads``.
+    The step is the number of the batch, from ``cbstate.history``. So the callback runs after `Recorder`, and after
+    callbacks that write the model or the gradients at these events. Writes only to its backends. Costs a pass over all
+    parameters, and a copy of them if it is deferred.
 
     Args:
-        backends: Where to log to.
+        backends: The backends to log to.
         every: Log at the n-th, 2n-th, ... batch, and gradients at the n-th, 2n-th, ... update.
         gradients: Whether to log gradients too.
-        bins: How many bins a histogram has.
+        bins: The number of bins of a histogram.
 
     Raises:
-        LoggingError: No backend, something that is none, one twice, or one that takes no histograms.
-        UsageError: `every` is no whole number from 1.
+        LoggingError: There is no backend, an argument is no backend or takes no histograms, or one is given twice.
+        UsageError: `every` is no whole number, or below 1.
 
     >>> from flowtrain.logging import JsonlBackend
     >>> LogHistograms(JsonlBackend("runs/a/log.jsonl"), every=10, gradients=True)
@@ -50,6 +50,7 @@ class LogHistograms(Callback):
         self.conditions = (Every(BatchEnd, every), Every(UpdateBegin, every))
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series of the weights, and with `gradients` those of the gradients, of all training phases."""
         names = ("Weights", "Gradients") if self.gradients else ("Weights",)
         return [("Step", AbstractTrainingPhase, name) for name in names]
 
@@ -67,7 +68,7 @@ class LogHistograms(Callback):
         enabled="gradients",
     )
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Log the gradients of an update, at the batch that it is part of."""
+        """Log the gradients of an update; the step is the number of the batch that makes the update."""
         step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))
         for name, gradient in learner.batch.grads.items():
             log(self.backends, Histogram(gradient, self.bins), f"Gradients/{name}", step, group)

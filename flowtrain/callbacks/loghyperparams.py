@@ -1,4 +1,4 @@
-"""LogHyperParams: hyperparameters as they change, and the settings of the run, in logs."""
+"""LogHyperParams: the hyperparameters whenever they change, and the settings of the run, in logs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _GROUP = ("HyperParams",)
 class LogHyperParams(Callback):
     """Log the hyperparameters that schedules set, whenever one has changed, and the settings of the run once.
 
-    Reads ``cbstate.hyperparams`` at the end of a training batch and of every epoch, and runs after whoever writes it.
-    A value is logged if it is not the one that was logged last. The settings are logged when the first fit begins,
-    under the name ``Settings``, to the backends that take `Settings`. Costs a comparison for each hyperparameter, and
-    about 20 microseconds for each value that is logged and backend of files.
+    Reads ``cbstate.hyperparams`` at the end of a training batch and of every epoch, so it runs after `Scheduler`. A
+    value is logged if it differs from the last logged value. The settings are logged when the first fit begins, under
+    the name ``Settings``, to the backends that take `Settings`. Costs a comparison for each hyperparameter, and about
+    20 microseconds for each logged value and backend that writes files.
 
     Args:
-        backends: Where to log to.
-        settings: What the run was started with, such as ``{"batch_size": 32}``: numbers, texts, ``None``, and lists
-            and mappings of these.
+        backends: The backends to log to.
+        settings: The settings that the run was started with, such as ``{"batch_size": 32}``: numbers, texts, ``None``,
+            and lists and mappings of these.
 
     Raises:
-        LoggingError: No backend, something that is none, or one twice; settings that are not plain, or that no
-            backend takes.
+        LoggingError: There is no backend, an argument is no backend, or one is given twice; or a setting is not one of
+            these types, or no backend takes `Settings`.
 
     >>> from flowtrain.logging import JsonlBackend
     >>> LogHyperParams(JsonlBackend("runs/a/log.jsonl"), settings={"batch_size": 32})
@@ -52,27 +52,29 @@ class LogHyperParams(Callback):
         self._last: dict[str, Any] = {}
 
     def state_access(self) -> Access:
+        """Declare a read of ``cbstate.hyperparams``, which exists only if another callback writes it."""
         return {"cbstate.hyperparams": Read(optional=True)}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series of all hyperparameters, and of the settings if there are any."""
         names = ("cbstate.hyperparams",) if self.settings is None else ("cbstate.hyperparams", "Settings")
         return [(*_GROUP, Phase, name) for name in names]
 
     @on(FitBegin, access={}, enabled="settings")
     def log_settings(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Log the settings, if that has not been done yet."""
+        """Log the settings, once in the life of the run."""
         if self.settings is not None and not self._logged:
             self._logged = True
             log(self.backends, Settings(self.settings), "Settings", 0, _GROUP)
 
     @on(BatchEnd, AbstractTrainingPhase)
     def log_step(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Log what has changed in the batch."""
+        """Log the hyperparameters that have changed in the batch."""
         self._log(learner)
 
     @on(EpochEnd)
     def log_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Log what has changed after the last batch."""
+        """Log the hyperparameters that have changed after the last batch."""
         self._log(learner)
 
     def _log(self, learner: LearnerView) -> None:
@@ -85,11 +87,11 @@ class LogHyperParams(Callback):
                     log(self.backends, Value(value), name, step, _GROUP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was logged last, and whether the settings were."""
+        """Return the last logged value of each hyperparameter, and whether the settings have been logged."""
         return {"last": dict(self._last), "logged": self._logged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._last, self._logged = dict(state["last"]), bool(state["logged"])
 
 

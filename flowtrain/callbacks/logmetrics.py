@@ -1,4 +1,4 @@
-"""LogMetrics: the loss and the metrics, in logs."""
+"""LogMetrics: the loss and the metrics of batches and epochs in logs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class LogMetrics(Callback):
     """Log the loss and the metrics: of each batch in the group ``Step``, of each epoch in the group ``Epoch``.
 
     Reads ``cbstate.metrics_step`` at the end of a batch and ``cbstate.metrics_epoch`` at the end of an epoch, and runs
-    after `Metrics`, which writes them. Costs about 20 microseconds for each value and backend of files. For fewer
-    records: ``throttle(LogMetrics(backend), BatchEnd, every=10)``.
+    after `Metrics`, which writes them. Costs about 20 microseconds for each value and backend that writes files. For
+    fewer records write ``throttle(LogMetrics(backend), BatchEnd, every=10)``.
 
     Args:
-        backends: Where to log to.
+        backends: The backends to log to.
 
     Raises:
-        LoggingError: No backend, something that is none, or one twice.
+        LoggingError: There is no backend, an argument is no backend, or one is given twice.
 
     >>> from flowtrain.logging import JsonlBackend
     >>> LogMetrics(JsonlBackend("runs/a/log.jsonl"))
@@ -39,21 +39,22 @@ class LogMetrics(Callback):
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogMetrics", backends, Value)
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, int] = {}  # by series: how many of its values have been logged or skipped
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series of all metrics, of batches and of epochs, in every phase."""
         return ("Step", Phase, "cbstate.metrics_step"), ("Epoch", Phase, "cbstate.metrics_epoch")
 
     @on(BatchEnd, access={"cbstate.metrics_step": Read()})
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Log what the batch has added."""
+        """Log the values that the batch has added."""
         group = ("Step", repr(phase))
         for name, step, value in newest(learner.cbstate.metrics_step[phase], group, self._seen):
             log(self.backends, Value(value), name, step, group)
 
     @on(EpochEnd, access={"cbstate.metrics_epoch": Read()})
     def log_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Log what the epoch has added."""
+        """Log the values that the epoch has added."""
         group = ("Epoch", repr(phase))
         for name, step, value in newest(learner.cbstate.metrics_epoch[phase], group, self._seen):
             log(self.backends, Value(value), name, step, group)
@@ -63,5 +64,5 @@ class LogMetrics(Callback):
         return {"seen": dict(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._seen = dict(state["seen"])

@@ -1,4 +1,4 @@
-"""LogTraces: what `Traces` records, in logs."""
+"""LogTraces: the values that `Traces` and other callbacks record, in logs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["LogTraces"]
 
 
 class LogTraces(Callback):
-    """Log what `Traces` has recorded, at the end of each batch and epoch, in the group ``Step``.
+    """Log the values in ``cbstate.tracehistory`` at the end of each batch and epoch, in the group ``Step``.
 
-    The newest value of each trace that has grown is logged; a trace with several elements as a histogram. Reads
-    ``cbstate.tracehistory``, and runs after `Traces`, which writes it. Costs about 20 microseconds for each value and
-    backend of files.
+    The newest value of each series that has grown is logged; a value with several elements as a histogram. Reads
+    ``cbstate.tracehistory``, so it runs after `Traces` and all other callbacks that write it. Costs about 20
+    microseconds for each value and backend that writes files.
 
     Args:
-        backends: Where to log to.
+        backends: The backends to log to.
 
     Raises:
-        LoggingError: No backend, something that is none, or one twice.
+        LoggingError: There is no backend, an argument is no backend, or one is given twice.
 
     >>> from flowtrain.logging import JsonlBackend
     >>> LogTraces(JsonlBackend("runs/a/log.jsonl"))
@@ -40,22 +40,24 @@ class LogTraces(Callback):
 
     def __init__(self, *backends: LoggerBackend) -> None:
         self.backends = checked_backends("LogTraces", backends, Value)
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, int] = {}  # by series: how many of its values have been logged or skipped
 
     def state_access(self) -> Access:
+        """Declare a read of ``cbstate.tracehistory``."""
         return {"cbstate.tracehistory": Read()}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series of all traces in every phase."""
         return (("Step", Phase, "cbstate.tracehistory"),)
 
     @on(BatchEnd)
     def log_step(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Log what has been traced up to the end of the batch."""
+        """Log the values that were recorded up to the end of the batch."""
         self._log(event, phase, learner)
 
     @on(EpochEnd)
     def log_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Log what has been traced after the last batch."""
+        """Log the values that were recorded after the last batch."""
         self._log(event, phase, learner)
 
     def _log(self, event: Event, phase: Phase, learner: LearnerView) -> None:
@@ -68,5 +70,5 @@ class LogTraces(Callback):
         return {"seen": dict(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._seen = dict(state["seen"])

@@ -1,4 +1,4 @@
-"""LogVisualization: what a function makes of the learner's state, in logs."""
+"""LogVisualization: images, figures and texts that a function makes of the learner's state, in logs."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ __all__ = ["LogVisualization"]
 
 
 class LogVisualization(Callback):
-    """Log what a function returns for a batch now and then: images that were misclassified, a figure, a text.
+    """Log what a function returns at every n-th event, such as misclassified images, a figure, or a text.
 
-    The function is called with the learner's view, and returns something to log, a mapping of several by name, a
-    sequence of several, or ``None``. Reads what `access` says, and ``cbstate.history`` of `Recorder` for the step; so
-    it runs after those that write these. Writes to its backends only. If the function draws random numbers, they are
-    its own, and training's stay as they are. Costs what the function does, and a copy of what it reads where it is
-    deferred. To be deferred to another process the function must be importable: one of a module, no lambda.
+    The function is called with the view of the learner, and returns a loggable, a mapping from names to loggables, a
+    sequence of loggables, or ``None``. Reads the state that `access` declares, and ``cbstate.history`` for the step, so
+    it runs after `Recorder` and the callbacks that write that state. Writes only to its backends. Random numbers that
+    the function draws come from generators of its own, so that the numbers of training stay the same. Costs the time of
+    the function, and a copy of the state that it reads if it is deferred. To be deferred to another process the
+    function must be importable: a function of a module, no lambda.
 
-    At the end of an epoch the group is ``Epoch``, at every other event it is ``Step``, with the number of batches
-    completed. Several are logged as ``<name>/<their name or number>``.
+    The group is ``Epoch`` at the end of an epoch, with the number of the epoch as step, and ``Step`` at every other
+    event, with the number of complete batches. One of several loggables has the name ``<name>/<its name or number>``.
 
     Args:
         f: The function.
-        backends: Where to log to; each gets what it takes.
-        every: Call it at the n-th, 2n-th, ... event, counted for each phase.
-        access: What the function reads; without it, all of ``batch``.
-        name: What it is logged as; without it, the function's name.
+        backends: The backends to log to; each gets the types of loggables that it takes.
+        every: Call the function at the n-th, 2n-th, ... event, counted for each phase.
+        access: The state that the function reads; all of ``batch`` by default.
+        name: The name to log under; the name of the function by default.
         phase_type: The phase, subclasses included.
         event_type: The event, subclasses included.
 
     Raises:
-        LoggingError: No function, no backend, something that is none, one twice, or types that are none.
-        UsageError: `every` is no whole number from 1.
+        LoggingError: `f` is no function, there is no backend, an argument is no backend, one is given twice, or
+            `event_type` or `phase_type` is no such type.
+        UsageError: `every` is no whole number, or below 1.
 
     >>> from flowtrain.logging import Image, JsonlBackend
     >>> def first_input(learner):
@@ -82,14 +84,16 @@ class LogVisualization(Callback):
         self.access_argument = self._access
 
     def state_access(self) -> Access:
+        """Declare the state that the user says the function reads, and a read of ``cbstate.history``."""
         return {**self._access, "cbstate.history": Read()}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the one series, which has the name of the function."""
         return (("Epoch" if issubclass(self.event_type, EpochEnd) else "Step", self.phase_type, self.label),)
 
     @on("event_type", "phase_type")
     def visualize(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """Call the function and log what it returns."""
+        """Call the function and log the loggables that it returns."""
         counts = learner.cbstate.history[phase]
         if isinstance(event, EpochEnd):
             group, step = ("Epoch", repr(phase)), epoch_of(learner.cbstate.history, phase)
@@ -99,6 +103,11 @@ class LogVisualization(Callback):
             log(self.backends, loggable, name, step, group)
 
     def _named(self, found: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the loggables that the function has returned, with the names to log them under.
+
+        Raises:
+            LoggingError: A returned object is no loggable.
+        """
         if found is None:
             return
         if isinstance(found, Loggable):

@@ -1,4 +1,8 @@
-"""Metrics: the loss and metrics of each batch, and their values for each epoch."""
+"""Metrics: the loss and the metrics of each batch, and their values for each epoch.
+
+A function gives a value for each batch, and the value of the epoch is their weighted mean. A torchmetrics object
+accumulates the batches itself, and is computed at the end of the epoch (`flowtrain.metrics.metric.Running`).
+"""
 
 from __future__ import annotations
 
@@ -29,32 +33,33 @@ class Metrics(Callback):
     """Record the loss, as ``"Loss"``, and metrics: each batch in ``metrics_step``, each epoch in ``metrics_epoch``.
 
     The loss and functions have a value for each batch; the value of an epoch is the mean over its batches, weighted by
-    `weight`, or by batch size, which the phase says (`Phase.batch_size`): the length that the tensors in
-    ``batch.inputs`` and ``batch.targets`` have in common. Where that cannot be told for certain there is a warning that
-    says what to write. A torchmetrics object takes in each batch and is computed at the end of the epoch; it has values
-    of batches with ``Metric(f, on_step=True)``. A metric with several values, a mapping or one number for each class,
-    becomes several series: ``"F1.cat"``, ``"F1.dog"``; see `Metric`.
+    `weight`, or by the size of the batch. The size is the common length of the tensors in ``batch.inputs`` and
+    ``batch.targets``, unless the phase defines it (`Phase.batch_size`). If the size is not certain there is a warning
+    with the code to write. A torchmetrics object is updated with each batch and computed at the end of the epoch; with
+    ``Metric(f, on_step=True)`` it has values for batches too. A metric with several values, a mapping or one number for
+    each class, becomes several series: ``"F1.cat"``, ``"F1.dog"``; see `Metric`.
 
-    Metrics are computed without gradients, in phases that have outputs and targets. An epoch without a completed batch
-    records nothing. In ``metrics_epoch`` the step is the number of the training epoch; an evaluation has that of the
-    one after which it ran, 0 before the first.
+    Metrics are computed without gradients, in phases that have outputs and targets. An epoch without a complete batch
+    records no value. In ``metrics_epoch`` the step is the number of the training epoch; an evaluation has the number of
+    the training epoch before it, 0 before the first.
 
-    A learner has one of them, with all metrics: two would both record the loss. On an accelerator nothing waits for
-    the values: they stay there, at most 256 of each name, until they are read, at the latest for the mean of the epoch.
+    A learner has one `Metrics` with all metrics, because two of them would both record the loss. On an accelerator the
+    host does not wait for the values: they stay on the device, at most 256 of each name, until they are read, at the
+    latest for the mean of the epoch.
 
     Reads ``batch.inputs``, ``batch.targets`` and ``batch.loss``, with metrics or a weight also ``batch.outputs``;
     ``cbstate.history``, so it runs after `Recorder`; and ``data`` at `EpochBegin`. Writes the series of its names in
-    ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs a microsecond or two for each batch, and what the
-    metrics themselves do.
+    ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs a microsecond or two for each batch, and the time of
+    the metrics themselves.
 
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
-            torchmetrics object is cloned for each phase. Outputs that are a tensor come without their graph.
-        weight: What a batch counts in the means of an epoch, of the loss and of all functions without a weight of their
-            own: a function of ``(outputs, targets)`` that returns a number.
+            torchmetrics object is cloned for each phase. Outputs that are a tensor are passed detached.
+        weight: A function of ``(outputs, targets)`` that returns the weight of a batch in the means of an epoch, for
+            the loss and for all functions that have no weight of their own.
 
     Raises:
-        UsageError: Something that is no metric, two with one name, or a weight that cannot be called.
+        UsageError: An argument is no metric, two metrics have one name, or `weight` cannot be called.
 
     >>> from flowtrain import ValidationPhase
     >>> from flowtrain.metrics import accuracy
@@ -81,13 +86,13 @@ class Metrics(Callback):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
-        self._late = False  # whether tensors on the CPU are treated as those of a device
-        self._no_grad = torch.no_grad()  # used again and again: to make one costs as much as a metric
-        self._weights: dict[str, list[Any]] = {"Loss": []}  # of the batches of the epoch, by series
+        self._late = False  # whether losses on the CPU are read late too, as those of a device
+        self._no_grad = torch.no_grad()  # one object for all batches: making one costs as much as a metric
+        self._weights: dict[str, list[Any]] = {"Loss": []}  # the weights of the epoch's batches, by series
         self._running: dict[tuple[Metric, Phase], Running] = {}
-        self._held: dict[tuple[str, str], Any] = {}  # by name and phase: what those that are yet to be made begin with
-        self._quick: Phase | None = None  # the phase whose batch size is the length of its inputs, as was found
-        self._each: int | None = None  # how many samples the loader puts into a batch, where it says so
+        self._loaded: dict[tuple[str, str], Any] = {}  # by name and phase: states of a checkpoint for `_run` to load
+        self._quick: Phase | None = None  # the phase whose batch size is known to be the length of its inputs
+        self._loader_size: int | None = None  # the batch size of the loader, if it is known
         self._warned: set[Phase] = set()
 
     def _steps(self) -> list[str]:
@@ -96,32 +101,34 @@ class Metrics(Callback):
         return [f"cbstate.metrics_step.{name}" for name in names]
 
     def _of_batches(self) -> Access:
+        """Declare the state that `record` reads and writes for a batch."""
         entries = ["inputs", "loss", "targets", *(["outputs"] if self.metrics or self.weight is not None else [])]
         batch = {f"batch.{name}": Read(optional=True) for name in entries}
         return {"cbstate.history": Read(), **batch, **dict.fromkeys(self._steps(), Write())}
 
     def _of_epochs(self) -> Access:
+        """Declare the state that `end` reads and writes for an epoch."""
         names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
         epochs = {f"cbstate.metrics_epoch.{name}": Write() for name in names}
         return {"cbstate.history": Read(), **dict.fromkeys(self._steps(), Read()), **epochs}
 
     def metric_modes(self) -> dict[str, Literal["min", "max"]]:
-        """Return what the metrics say of themselves."""
+        """Return, by the names of metrics, whether small or large values are good, for the metrics that say it."""
         return {name: mode for metric in self.metrics for name, mode in metric.modes.items()}
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Refuse another `Metrics`: both would record the loss. One takes any number of metrics."""
+        """Refuse another `Metrics`, because both would record the loss. One takes any number of metrics."""
         return Unresolvable() if isinstance(other, Metrics) else None
 
     @on(EpochBegin, access={"data": Read()})
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
-        """Forget the batches of the epoch before, also of one that was cancelled."""
+        """Forget the batches of the previous epoch, which may have been cancelled before its end."""
         self._late = learner.lag > 0
         self._weights = {"Loss": []}
         for metric in self.metrics:
-            if (metric, phase) in self._running or (metric.name, repr(phase)) in self._held:
+            if (metric, phase) in self._running or (metric.name, repr(phase)) in self._loaded:
                 self._run(metric, phase).reset()
-        self._each = _samples(learner.data.get(phase))
+        self._loader_size = _samples(learner.data.get(phase))
         self._quick = None
 
     @on(BatchEnd, access="_of_batches")
@@ -147,7 +154,7 @@ class Metrics(Callback):
         if outputs is None or targets is None:
             return
         if isinstance(outputs, torch.Tensor):
-            outputs = outputs.detach()  # a torchmetrics object may keep them for the epoch, but not with their graph
+            outputs = outputs.detach()  # a torchmetrics object may keep them for an epoch, which would keep the graphs
         steps, series = learner.cbstate.history[phase].steps, learner.cbstate.metrics_step[phase]
         weights = self._weights
         with self._no_grad:
@@ -169,9 +176,10 @@ class Metrics(Callback):
                     weights.setdefault(name, []).append(weight)
 
     def _weight(self, f: Callable[[Any, Any], Any], what: str, learner: LearnerView, size: Any) -> Any:
-        """Return what a function says that the batch counts; its size in a phase without outputs or targets.
+        """Return the weight of the batch by a function of the user, or its size in a phase without outputs or targets.
 
-        It is called under `_no_grad`, which must not be entered twice: then it would leave gradients disabled.
+        The caller has entered `_no_grad`. This must not enter it again: it is one object, which remembers only one
+        earlier state, so gradients would stay disabled.
         """
         outputs, targets = learner.batch.outputs, learner.batch.targets
         if outputs is None or targets is None:
@@ -179,14 +187,14 @@ class Metrics(Callback):
         return check_weight(f(outputs, targets), what)
 
     def _size(self, phase: Phase, inputs: Any, targets: Any) -> Any:
-        """Return how many samples a batch has; warn, once for each phase, where that is not certain."""
+        """Return how many samples a batch has; warn once for each phase if that is not certain."""
         if type(phase).batch_size is not Phase.batch_size:
             return check_weight(phase.batch_size(inputs, targets), f"{phase!r}.batch_size(inputs, targets)")
         size, certain = measure(inputs, targets)
-        if certain and self._each not in (None, size) and not self._weights["Loss"]:
-            # The loader makes batches of 8, and the tensors have shape (50, 8): samples are in the second dimension.
+        if certain and self._loader_size not in (None, size) and not self._weights["Loss"]:
+            # If the loader makes batches of 8 and the tensors have shape (50, 8), samples are the second dimension.
             second = [tuple(getattr(each, "shape", ()))[1:2] for each in (inputs, targets)]
-            certain = (self._each,) not in second and (size < self._each or size % self._each == 0)
+            certain = (self._loader_size,) not in second and (size < self._loader_size or size % self._loader_size == 0)
         if certain and type(inputs) is torch.Tensor:
             self._quick = phase
         if not certain and phase not in self._warned:
@@ -195,10 +203,11 @@ class Metrics(Callback):
         return size
 
     def _unsure(self, phase: Phase, inputs: Any, targets: Any, size: int) -> str:
+        """Return the text of the warning that the size of a batch is not certain."""
         found = [*lengths(inputs, "batch.inputs"), *lengths(targets, "batch.targets")]
         known = ", ".join(f"{path} has length {length}" for path, length in found[:6])
         known = known or f"batch.inputs is {describe(inputs)}"
-        loader = "" if self._each is None else f", and the loader makes batches of {self._each}"
+        loader = "" if self._loader_size is None else f", and the loader makes batches of {self._loader_size}"
         base = type(phase).__name__
         return (
             f"How many samples a batch of {phase!r} has cannot be told for certain: {known}{loader}. The means of an "
@@ -209,29 +218,30 @@ class Metrics(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the current epoch has come to: the weights of its batches, and what torchmetrics objects hold."""
+        """Return the weights of the current epoch's batches, and the states of torchmetrics objects."""
         sizes = {name: _numbers(weights) for name, weights in self._weights.items()}
         running = {(metric.name, repr(phase)): each for (metric, phase), each in self._running.items()}
         kept = [(*key, *each.state_dict()) for key, each in running.items()]
-        return {"sizes": sizes, "held": [*kept, *((*key, *state) for key, state in self._held.items())]}
+        return {"sizes": sizes, "held": [*kept, *((*key, *state) for key, state in self._loaded.items())]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._weights = {"Loss": [], **{name: list(weights) for name, weights in state["sizes"].items()}}
         self._running.clear()
-        self._held = {}
+        self._loaded = {}
         for name, phase, parts, number in state["held"]:
-            if isinstance(number, list):  # a checkpoint of the first format: a state, and how often each part has it
+            if isinstance(number, list):  # early checkpoints have one state, and the number of updates of each part
                 parts, number = [(parts, number)], max(number, default=1)
-            self._held[name, phase] = parts, number
+            self._loaded[name, phase] = parts, number
 
     def _run(self, metric: Metric, phase: Phase) -> Running:
+        """Return the running value of a metric in a phase, made at the first call with the state of a checkpoint."""
         running = self._running.get((metric, phase))
         if running is None:
             running = self._running[metric, phase] = Running(metric)
-            held = self._held.pop((metric.name, repr(phase)), None)
-            if held is not None:
-                running.load_state_dict(*held)
+            loaded = self._loaded.pop((metric.name, repr(phase)), None)
+            if loaded is not None:
+                running.load_state_dict(*loaded)
         return running
 
     @on(EpochEnd, access="_of_epochs")
@@ -252,14 +262,14 @@ class Metrics(Callback):
     def _accumulated(self, metric: Metric, phase: Phase) -> dict[str, Any]:
         if not isinstance(phase, metric.phase):
             return {}
-        running = self._run(metric, phase)  # one that a checkpoint holds, if no batch has come since
+        running = self._run(metric, phase)  # also in an epoch that resumes at its end, whose state is only loaded
         found = values_of(metric, running.compute()) if running.updates else {}
-        running.reset()  # what it has kept of the outputs is not needed until the next epoch
+        running.reset()  # now, because a metric may have kept all outputs of the epoch in memory
         return found
 
 
 def _samples(loader: object) -> int | None:
-    """Return how many samples a loader puts into a batch, where it says so and an epoch has several batches."""
+    """Return the batch size of a loader; ``None`` if it is not known, or its only batch may be smaller."""
     if not isinstance(loader, torch.utils.data.DataLoader):
         return None
     endless = isinstance(loader.dataset, torch.utils.data.IterableDataset)
@@ -267,21 +277,21 @@ def _samples(loader: object) -> int | None:
 
 
 def _mean(values: Sequence[float], weights: Sequence[Any]) -> float:
-    """Return the mean of values weighted by weights; rounded once, so that it does not depend on their order.
+    """Return the weighted mean of the values, rounded once, so that it does not depend on their order.
 
-    A batch that counts nothing has no part in it, whatever its value is: the loss of no token is NaN.
+    A value with weight 0 is left out, because it may be NaN: so is the loss of a batch whose tokens are all ignored.
     """
     counted = [(value, weight) for value, weight in zip(values, _numbers(weights), strict=True) if weight]
     total = sum(weight for _, weight in counted)
     products = [mul(*each) for each in counted]
     try:
         return math.fsum(products) / total if total else math.nan
-    except (OverflowError, ValueError):  # too large, or infinite with both signs
+    except (OverflowError, ValueError):  # fsum refuses sums that are too large, and infinities of both signs
         return float(sum(products)) / total
 
 
 def _numbers(weights: Sequence[Any]) -> list[float]:
-    """Return weights as numbers; waits for a device that has some."""
+    """Return the weights as numbers, and wait for the device if some of them are tensors."""
     places = [place for place, weight in enumerate(weights) if isinstance(weight, torch.Tensor)]
     found = list(weights)
     if places:

@@ -16,19 +16,20 @@ __all__ = ["StopOnNaNLoss"]
 
 
 class StopOnNaNLoss(Callback):
-    """End training, with a warning that says where, when the loss of a batch is NaN.
+    """End training when the loss of a batch is NaN, with a warning that names the batch.
 
-    On the CPU it raises `CancelFittingException` at `BackwardBegin` of that batch, so the parameters stay what they
-    were after the last update. A phase of one's own that has no ``batch.loss`` is not watched.
+    On the CPU it raises `CancelFittingException` at `BackwardBegin` of that batch, so the parameters stay as the last
+    update left them. A user's phase without ``batch.loss`` is not watched.
 
-    On an accelerator reading the loss would make the host wait, so it is read ``TorchCore(lag=2)`` batches late, and
-    training ends that many batches later, or with the epoch. What the NaN does meanwhile depends on the optimizer. One
-    that takes ``found_inf`` (torch's fused optimizers, which are the default there, and any with ``precision="fp16"``)
-    skips the update of the NaN and those after it: the parameters are those before, as on the CPU. Another one has made
-    up to `lag` + 1 updates with NaN, and the parameters are lost: go back to a checkpoint.
+    On an accelerator reading the loss would make the host wait, so the loss is read ``TorchCore(lag=2)`` batches late,
+    and training ends that many batches later, or with the epoch. The effect of the NaN until then depends on the
+    optimizer. An optimizer that takes ``found_inf`` (torch's fused optimizers, which are the default there, and any
+    optimizer with ``precision="fp16"``) skips the update with the NaN and all later ones, so the parameters are the
+    same as on the CPU. Any other optimizer makes up to `lag` + 1 updates with NaN, and the parameters are lost: resume
+    from a checkpoint.
 
-    Reads ``batch.loss``, so it runs after those that write it, and ``cbstate.history``, where there is one, for the
-    message. Writes nothing. Costs one read of a number for each batch.
+    Reads ``batch.loss``, so it runs after callbacks that write it, and ``cbstate.history``, if a callback writes it,
+    for the message. Writes no state. Costs one read of a number for each batch.
 
     >>> import torch
     >>> from flowtrain.testing import tiny_learner
@@ -43,35 +44,36 @@ class StopOnNaNLoss(Callback):
     stops_at_nan = True
 
     def __init__(self) -> None:
-        self._late: Lagged | None = None  # where numbers are read at once
+        self._late: Lagged | None = None  # the losses that are read late; None if losses are read at once
 
     def state_access(self) -> Access:
+        """Declare a read of the loss and of the counts, which a phase or a learner need not have."""
         return {"batch.loss": Read(optional=True), "cbstate.history": Read(optional=True)}
 
     @on(EpochBegin, AbstractTrainingPhase, access={})
     def begin(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Find out whether losses are to be read late."""
+        """Choose whether the losses of this epoch are read late."""
         self._late = Lagged(learner.lag) if learner.lag else None
 
     @on(BackwardBegin, AbstractTrainingPhase)
     def check(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """End training if the loss is NaN, or was when it was new."""
+        """End training if the loss of this batch is NaN, or the loss that is read late."""
         loss = learner.batch.loss
         if loss is None:
             return
         if self._late is not None:
             seen = self._late.push(loss, _where(phase, learner))
-            if seen is not None and seen[1] != seen[1]:
+            if seen is not None and seen[1] != seen[1]:  # NaN is not equal to itself
                 _stop(seen[0], late=True)
             return
         value = loss.item()
-        if value == value:  # the one value that does not equal itself is NaN
+        if value == value:
             return
         _stop(_where(phase, learner), late=False)
 
     @on(EpochEnd, AbstractTrainingPhase, access={})
     def end(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Look at the last losses of the epoch too."""
+        """Check the last losses of the epoch, which have not been read yet."""
         late, self._late = self._late, None
         for where, value in late.flush() if late is not None else ():
             if value != value:
@@ -79,7 +81,7 @@ class StopOnNaNLoss(Callback):
 
     @on(EpochCancelled, AbstractTrainingPhase, access={})
     def cancel(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Let go of the losses that are on their way."""
+        """Forget the losses that have not been read yet."""
         self._late = None
 
 

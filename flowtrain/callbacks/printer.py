@@ -1,4 +1,4 @@
-"""MetricsPrinter: the metrics of each epoch, and why training was stopped, as lines of text."""
+"""MetricsPrinter: the metrics of each epoch, and the reason of an early end of training, as lines of text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["MetricsPrinter"]
 
 
 class MetricsPrinter(Callback):
-    """Print what `Metrics` recorded for an epoch when it ends: one line, on a terminal or in a file.
+    """Print the metrics of each epoch in one line, on a terminal or into a file.
 
-    If a callback such as `EarlyStopping` ends the fit, its reason is the last line.
+    If a callback such as `EarlyStopping` ends the fit, its reason is the last line. The number in a line is the number
+    of the training epoch; an evaluation has the number of the training epoch before it.
 
-    The number is that of the training epoch; an evaluation has that of the one after which it ran.
     Reads ``cbstate.metrics_epoch`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and `Recorder`.
     Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
 
@@ -31,14 +31,15 @@ class MetricsPrinter(Callback):
     audited = False
 
     def state_access(self) -> Access:
+        """Declare reads of the counts and of the metrics of epochs, and the terminal."""
         return {"cbstate.history": Read(), "cbstate.metrics_epoch": Read(), "resource.terminal": Write()}
 
     @on(EpochEnd)
     def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Print the line, if anything was recorded for this epoch."""
+        """Print the line, if the epoch has recorded a metric."""
         history = learner.cbstate.history
         if not history[phase].steps_epoch:
-            return  # no batch was completed: the newest values are those of another epoch
+            return  # an epoch without a complete batch records no value, so the newest values are of an earlier one
         epochs = epoch_of(history, phase)
         newest = {name: series.last() for name, series in learner.cbstate.metrics_epoch[phase].items() if len(series)}
         values = [f"{name} {_number(value)}" for name, (epoch, value) in newest.items() if epoch == epochs]
@@ -48,7 +49,7 @@ class MetricsPrinter(Callback):
 
     @on(FitEnd, access={"resource.terminal": Write()})
     def show_reason(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Print why the fit was stopped, if it was."""
+        """Print the reason if a callback has ended the fit."""
         if event.stopped:
             console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)
 

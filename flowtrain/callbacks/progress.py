@@ -1,7 +1,7 @@
-"""ProgressBar: how far the epoch is.
+"""ProgressBar: the progress of the current epoch.
 
-On a terminal the bar has the last line for itself (`flowtrain.callbacks.terminal.BottomLine`), in a notebook an output
-of the cell. Elsewhere long epochs print plain lines.
+On a terminal the bar has the last line for itself (`flowtrain.callbacks.terminal.BottomLine`), in a notebook it is an
+output of the cell (`flowtrain.callbacks.terminal.CellOutput`). Into files and pipes a long epoch prints plain lines.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ _TERMINAL: Access = {"resource.terminal": Write()}
 class ProgressBar(Callback):
     """Show a bar for the current epoch: one line for the whole fit, redrawn at most five times a second.
 
-    While the bar is there, all output of the program goes above it. In a notebook the bar is an output of the cell.
-    Where the output is a file or a pipe there is no bar; an epoch that takes long prints a plain line now and then. The
+    While the bar is shown, all other output of the program appears above it. In a notebook the bar is an output of the
+    cell. If the output is a file or a pipe there is no bar, and a long epoch prints a plain line every minute. The
     terminal is the one of ``rich.get_console()``.
 
-    On an accelerator the loss that is shown is read when a redraw is due, and shown ``TorchCore(lag=2)`` batches later.
+    On an accelerator the loss is requested from the device when a redraw is due, and shown ``TorchCore(lag=2)`` batches
+    later.
 
-    Reads ``data`` and ``cbstate.history``, and the newest loss in ``cbstate.metrics_step`` if there is one; so it runs
-    after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state. Costs a look at the
-    clock for each batch, and about a millisecond for each redraw.
+    Reads ``data`` and ``cbstate.history``, and the newest loss in ``cbstate.metrics_step`` if a callback writes it, so
+    it runs after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state. Costs a look at
+    the clock for each batch, and about a millisecond for each redraw.
 
     Args:
-        redraw: Seconds between two redraws, at least.
-        report: Seconds between two plain lines, at least, where the output is no terminal.
+        redraw: The least time between two redraws, in seconds.
+        report: The least time between two plain lines, in seconds, if the output is no terminal.
 
     Raises:
-        UsageError: One of the two is negative or no number.
+        UsageError: `redraw` or `report` is negative or no number.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(ProgressBar()).fit(1)  # in a document, which is no terminal, and shorter than a minute
+    >>> tiny_learner(ProgressBar()).fit(1)  # prints no line here: no terminal, and the epoch is shorter than a minute
     """
 
     audited = False
@@ -64,17 +65,18 @@ class ProgressBar(Callback):
         self.redraw = redraw
         self.report = report
         self._fit: FitBegin | None = None
-        self._before: dict[Phase, Counts] = {}  # where each phase was when the fit met it
+        self._before: dict[Phase, Counts] = {}  # the counts of each phase before its first epoch in this fit
         self._title = ""
         self._total: int | None = None
-        self._since: int | None = None  # count the steps from this one on, not those of the epoch
-        self._line: BottomLine | CellOutput | None = None  # None: plain lines
+        self._since: int | None = None  # show the steps since this one; None shows the steps of the epoch
+        self._line: BottomLine | CellOutput | None = None  # None prints plain lines
         self._progress: Progress | None = None
-        self._drawn = -math.inf
-        self._next = math.inf  # no epoch is open: nothing to show
-        self._asked: tuple[Reading, int] | None = None  # a loss on its way, and the step at which to show it
+        self._drawn = -math.inf  # when the bar was last drawn
+        self._next = math.inf  # when to draw or print next; never outside of an epoch
+        self._requested: tuple[Reading, int] | None = None  # a loss of the device, and the step at which to show it
 
     def state_access(self) -> Access:
+        """Declare reads of the counts, the loaders and the loss of batches, and the terminal."""
         return {
             "cbstate.history": Read(),
             "cbstate.metrics_step.Loss": Read(optional=True),
@@ -84,7 +86,7 @@ class ProgressBar(Callback):
 
     @on(FitBegin, access={})
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Remember how long the fit is."""
+        """Remember the length of the fit."""
         self._fit = event
 
     @on(EpochBegin, access={"cbstate.history": Read(), "data": Read(), **_TERMINAL})
@@ -104,21 +106,21 @@ class ProgressBar(Callback):
 
     @on(BatchEnd, access={"cbstate.history": Read(), "cbstate.metrics_step.Loss": Read(optional=True), **_TERMINAL})
     def advance(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Redraw the bar, if it is time to."""
+        """Redraw the bar or print a line, if the least time since the last one has passed."""
         now = time.monotonic()
         if now < self._next:
             return
         counts = learner.cbstate.history[phase]
-        if self._asked is not None:
-            asked, due = self._asked
+        if self._requested is not None:
+            reading, due = self._requested
             if counts.steps < due:
                 return
-            loss, self._asked = asked.numbers()[0], None
+            loss, self._requested = reading.numbers()[0], None
         else:
             series = learner.cbstate.metrics_step[phase]["Loss"]
             loss = series.newest() if series is not None and len(series) else None
-            if isinstance(loss, torch.Tensor):
-                self._asked, self._next = (Reading([loss]), counts.steps + learner.lag), -math.inf
+            if isinstance(loss, torch.Tensor):  # on a device: start the copy now, and look again at the next batch
+                self._requested, self._next = (Reading([loss]), counts.steps + learner.lag), -math.inf
                 return
         done = counts.steps_epoch if self._since is None else counts.steps - self._since
         text = "" if loss is None else f"Loss {loss:.4g}"
@@ -129,23 +131,23 @@ class ProgressBar(Callback):
 
     @on(EpochEnd, access=_TERMINAL)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Take the bar away, unless the fit has more epochs."""
+        """End the bar of the epoch. Outside of a fit the line is given back, since no further epoch may come."""
         self._close_epoch()
 
     @on(EpochCancelled, access=_TERMINAL)
     def cancel_epoch(self, event: EpochCancelled, phase: Phase, learner: LearnerView) -> None:
-        """Take the bar away, unless the fit has more epochs."""
+        """End the bar of the epoch. Outside of a fit the line is given back, since no further epoch may come."""
         self._close_epoch()
 
     @on(FitEnd, access=_TERMINAL)
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Give the line back to the terminal."""
+        """Give the last line back to the terminal."""
         self._fit = None
         self._before.clear()
         self._close_epoch()
 
     def _describe(self, phase: Phase, history: Mapping[Phase, Counts], length: int | None) -> None:
-        """Say what the bar of an epoch counts, and up to what."""
+        """Set the title of the bar of an epoch, the number that it counts, and the total."""
         counts, evaluates = history[phase], isinstance(phase, AbstractValidationPhase)
         number = epoch_of(history, phase) if evaluates else counts.epochs + 1
         self._title, self._total, self._since = f"{phase!r} epoch {number}", length, None
@@ -157,7 +159,7 @@ class ProgressBar(Callback):
             begun = max(trained, default=None) if evaluates else before.epochs
             self._title += "" if begun is None else f"/{begun + self._fit.epochs}"
         elif isinstance(phase, AbstractTrainingPhase):
-            # By steps an epoch is not a pass of the loader: show how far the fit is.
+            # In a fit by steps an epoch need not be a pass of the loader, so the bar shows the steps of the whole fit.
             self._title, self._total, self._since = f"{phase!r} steps", self._fit.steps, before.steps
 
     def _draw(self, line: BottomLine | CellOutput, now: float, done: int, loss: str) -> None:
@@ -168,7 +170,7 @@ class ProgressBar(Callback):
         """Return the bar as a table of one row, which rich draws on a terminal and in a notebook."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        if self._progress is None:  # it has the columns and the estimate; never started, it draws nothing by itself
+        if self._progress is None:  # used for its columns and its estimate; it is not started, so it never draws itself
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -189,7 +191,7 @@ class ProgressBar(Callback):
 
     def _close_epoch(self) -> None:
         self._next = math.inf
-        self._asked = None
+        self._requested = None
         self._progress = None
         if self._fit is None and self._line is not None:
             self._line.close()

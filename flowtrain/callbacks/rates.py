@@ -1,4 +1,4 @@
-"""LearningRateMonitor: the learning rates that the updates were made with, whoever set them."""
+"""LearningRateMonitor: the learning rate of every update, read from the optimizer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["LearningRateMonitor"]
 
 
 class LearningRateMonitor(Callback):
-    """Record the learning rate of every parameter group when it changes, whoever changes it.
+    """Record the learning rate of every parameter group whenever it changes.
 
-    A schedule of the library records in ``cbstate.hyperparams`` what it sets. This one looks at the optimizer itself,
-    so it also sees a torch scheduler that a step of your own drives, and a rate that was set by hand; both work side by
-    side. It writes to ``cbstate.tracehistory[phase]``, at the number of the batch whose update is the first with this
-    rate: ``"LearningRate"``, or ``"LearningRate.0"``, ``"LearningRate.1"``, ... where the optimizer has several groups;
+    `Scheduler` records the values that it sets in ``cbstate.hyperparams``. This callback reads the optimizer itself, so
+    it also records the rates of a torch scheduler in a user's step, and rates that were set by hand. It writes to
+    ``cbstate.tracehistory[phase]``; the step is the number of the batch whose update is the first with this rate. The
+    name is ``"LearningRate"``, or ``"LearningRate.0"``, ``"LearningRate.1"``, ... if the optimizer has several groups;
     with names of optimizers ``"LearningRate.gen"``, ``"LearningRate.gen.0"``, and so on.
 
-    Reads ``optimizer.hyperparams`` and ``cbstate.history`` at `UpdateBegin`; so it runs after those that set the rate
-    for the update there. Costs some microseconds for each group and update; a rate that is kept on a GPU is read with a
-    synchronisation.
+    Reads ``optimizer.hyperparams`` and ``cbstate.history`` at `UpdateBegin`, so it runs after callbacks that set the
+    rate for the update there. Costs some microseconds for each group and update; reading a rate on a GPU waits for the
+    GPU.
 
     Args:
-        optimizers: The names of the optimizers to look at, where a learner has several.
+        optimizers: The names of the optimizers to read, if a learner has several.
 
     Raises:
-        UsageError: A name that is no text, or has a dot.
+        UsageError: A name is no text, is empty, or has a dot.
 
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
@@ -53,6 +53,7 @@ class LearningRateMonitor(Callback):
         self.optimizers = optimizers
 
     def state_access(self) -> Access:
+        """Declare reads of the counts and of the optimizers' hyperparameters, and a write of each recorded series."""
         names = [f".{name}" for name in self.optimizers] or [""]
         reads: Access = {f"optimizer{name}.hyperparams": Read() for name in names}
         writes: Access = {f"cbstate.tracehistory.LearningRate{name}": Write() for name in names}
@@ -60,7 +61,7 @@ class LearningRateMonitor(Callback):
 
     @on(UpdateBegin, AbstractTrainingPhase)
     def look(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Record the rates that are not what they were."""
+        """Record the rates that have changed since the last update."""
         series, step = learner.cbstate.tracehistory[phase], learner.cbstate.history[phase].steps + event.in_batch
         for name in self.optimizers or ("",):
             groups = (getattr(learner.optimizer, name) if name else learner.optimizer).hyperparams

@@ -1,4 +1,4 @@
-"""Recorder: how far training is."""
+"""Recorder: the numbers of epochs, batches and updates."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Recorder"]
 
 
 class Recorder(Callback):
-    """Count epochs, batches and updates, for each phase: ``cbstate.history[phase]``, a `Counts`.
+    """Count epochs, batches and updates of each phase in ``cbstate.history[phase]``, a `Counts`.
 
-    Counted is what ended normally: a cancelled batch is no step; a cancelled epoch (`CancelEpochException`) is an
-    epoch, one that an error or `CancelFittingException` ended is none. Several optimizers have an update each. The
-    updates of a batch are added when it ends, also when it is cancelled after them; the update of a group that no batch
-    has filled (rule 16) when the epoch ends.
+    A cancelled batch does not count as a step. An epoch counts if it ends normally or by `CancelEpochException`, but
+    not if an error or `CancelFittingException` ends it. Each update of each of several optimizers counts. The updates
+    of a batch are added when the batch ends or is cancelled; the update of an accumulation group that the epoch has not
+    filled (rule 16) is added when the epoch ends.
 
-    Writes ``cbstate.history``, so those that read it run after it. Reads nothing else, and runs after nothing. Costs
-    three to four microseconds for each batch.
+    Writes ``cbstate.history``, so callbacks that read it run after this one. Reads no other state, and runs after no
+    other callback. Costs three to four microseconds for each batch.
 
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
@@ -34,25 +34,26 @@ class Recorder(Callback):
     Counts(epochs=2, steps=8, steps_epoch=4, updates=8)
 
     Attributes:
-        ends: For each phase, by name, where its epochs ended, in order: the number that the epoch has in
-            ``cbstate.metrics_epoch``, and the batches that were completed by then, in this phase and in all training
-            phases together. Plots are drawn by it.
+        ends: For each phase by name, a tuple for the end of each epoch, in order: the number that the epoch has in
+            ``cbstate.metrics_epoch``, the complete batches of this phase, and the complete batches of all training
+            phases together. Plots use it to draw values of epochs and of batches on one axis.
     """
 
     def __init__(self) -> None:
         self.ends: dict[str, list[tuple[int, int, int]]] = {}
-        self._updates = 0  # of the learner, as of the last batch that ended
+        self._updates = 0  # the updates of the learner at the end of the last batch
 
     def state_access(self) -> Access:
+        """Declare a write of ``cbstate.history``."""
         return {"cbstate.history": Write()}
 
     def setup(self, learner: LearnerView) -> None:
-        """Count from here on."""
+        """Count the updates that the learner makes from now on."""
         self._updates = learner.updates
 
     @on(EpochBegin)
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
-        """Begin to count the batches of an epoch."""
+        """Set the number of batches in the epoch to 0."""
         history = learner.cbstate.history
         epochs, steps, _, updates = history[phase]
         history[phase] = Counts((epochs, steps, 0, updates))
@@ -60,7 +61,7 @@ class Recorder(Callback):
 
     @on(BatchEnd)
     def count_batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Count a completed batch."""
+        """Count a complete batch, and the updates that were made in it."""
         history = learner.cbstate.history
         epochs, steps, steps_epoch, updates = history[phase]
         made = learner.updates
@@ -69,12 +70,12 @@ class Recorder(Callback):
 
     @on(BatchCancelled)
     def keep_updates(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
-        """Add the updates of a batch that is no step."""
+        """Add the updates of a cancelled batch, which does not count as a step."""
         self._add_updates(phase, learner)
 
     @on(EpochCancelled)
     def keep_last_updates(self, event: EpochCancelled, phase: Phase, learner: LearnerView) -> None:
-        """Add the update of a group that no batch has filled."""
+        """Add the update of an accumulation group that a cancelled epoch has not filled."""
         self._add_updates(phase, learner)
 
     def _add_updates(self, phase: Phase, learner: LearnerView) -> None:
@@ -87,7 +88,7 @@ class Recorder(Callback):
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Count the epoch."""
+        """Count the epoch, and note the numbers of batches at its end."""
         self._add_updates(phase, learner)
         history = learner.cbstate.history
         epochs, steps, steps_epoch, updates = history[phase]
@@ -96,13 +97,13 @@ class Recorder(Callback):
         self.ends.setdefault(repr(phase), []).append((epoch_of(history, phase), steps, trained))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where epochs ended."""
+        """Return the numbers of batches at the ends of epochs; ``cbstate.history`` is in the checkpoint itself."""
         return {"ends": {phase: list(ends) for phase, ends in self.ends.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.ends = {}
         for phase, ends in state["ends"].items():
-            if isinstance(ends, Mapping):  # a checkpoint of the first format has them by number
+            if isinstance(ends, Mapping):  # early checkpoints have a mapping from the number of the epoch
                 ends = [(epoch, *counts) for epoch, counts in ends.items()]
             self.ends[phase] = [(epoch, own, trained) for epoch, own, trained in ends]

@@ -1,8 +1,6 @@
-"""SanityCheck: what is wrong with data, model, loss and optimizer, all of it, before the first batch.
+"""SanityCheck: find all problems of data, model, loss and optimizer before the first batch.
 
-What can be told of data, model, loss and optimizer before training: each function yields the problems it finds.
-
-A `Problem` is where, what is wrong, and what to do. Nothing is raised for what is wrong, so that all of it is found.
+Each ``check_`` function yields the problems that it finds, and raises none of them, so that one run finds all.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flowtrain.callback.access import Access, Read, Write
@@ -24,48 +23,44 @@ from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_ba
 from flowtrain.errors import DataError, SanityCheckError, describe
 
 __all__ = [
-    "Broadcasts",
     "Problem",
     "SanityCheck",
-    "check_backward",
     "check_batch",
-    "check_classes",
     "check_loss",
     "check_optimizers",
     "check_outputs",
     "check_targets",
-    "remedy_for",
 ]
 
 
 class SanityCheck(Callback):
-    """Look at data, model, loss and optimizer when a fit begins, and raise one error with all that is wrong.
+    """Check data, model, loss and optimizer when a fit begins, and raise one error with all problems.
 
-    Checked are, for each phase that runs the library's step, with the first batch of its loader:
+    For each phase that runs a bundled step, the callback checks the first batch of the loader:
 
-    - data: there is a batch, it is a pair, its numbers are finite, there are as many targets as inputs;
+    - data: there is a batch, it is a pair, its numbers are finite, and there are as many targets as inputs;
     - model: it runs, and its outputs are finite;
-    - targets: they have the type, and lie in the range, that `cross_entropy`, `nll_loss` and the binary ones of torch
+    - targets: they have the dtype and the range that torch's `cross_entropy`, `nll_loss` and binary cross entropies
       need;
-    - loss: it is a single finite number, in training it has a graph that can be gone through, and it does not stretch
-      outputs and targets of different shapes, such as ``(16, 1)`` and ``(16,)``, to a common one;
+    - loss: it is a single finite number, in training it has a graph whose backward pass runs, and it does not broadcast
+      outputs and targets of different shapes, such as ``(16, 1)`` and ``(16,)``, to a common shape;
 
-    and where there is training, the optimizer: it holds every trainable parameter, and its learning rates are positive.
+    and if a phase trains, the optimizer: it holds every trainable parameter, and its learning rates are positive.
 
-    The model runs on a copy that shares its parameters, without autocast. Loaders are looked into only where that
-    changes nothing: lists, tuples, and a ``DataLoader`` of a dataset with indices, in this process and with copies of
-    its samplers. Random numbers are put back. So a run with this callback is bit for bit the run without it, as long as
-    the dataset itself keeps no count of what it was asked for.
+    The batch runs through a copy of the model that shares its parameters, without autocast. A batch is taken only from
+    loaders that this does not change: lists, tuples, and a ``DataLoader`` of a dataset with indices, in this process
+    and with copies of its samplers. The generators of random numbers are restored. So a run with this callback is bit
+    for bit the run without it, unless the dataset itself counts how often it was indexed.
 
-    Reads ``data``, ``model``, ``lossfn`` and ``optimizer`` at `FitBegin`; so it runs after those that write them there.
-    Writes nothing but its resource, ``resource.rng``. Costs a batch, a forward pass and copies of the buffers for each
-    phase, once for each fit.
+    Reads ``data``, ``model``, ``lossfn`` and ``optimizer`` at `FitBegin`, so it runs after callbacks that write these
+    there. Writes no state; its resource is ``resource.rng``. Costs a batch, a forward pass and copies of the buffers
+    for each phase, once for each fit.
 
     Attributes:
-        skipped: What was not looked at in the last fit, and why.
+        skipped: The checks that were left out in the last fit, each with the reason.
 
     Raises:
-        SanityCheckError: Something is wrong; nothing has been trained.
+        SanityCheckError: At `FitBegin`: there are problems. Training has not begun.
 
     >>> from flowtrain.testing import tiny_learner
     >>> tiny_learner(SanityCheck()).fit(1)
@@ -77,12 +72,13 @@ class SanityCheck(Callback):
         self.skipped: list[str] = []
 
     def state_access(self) -> Access:
+        """Declare reads of data, model, loss function and optimizer, and the generators of random numbers."""
         reads: Access = {name: Read() for name in ("data", "lossfn", "model", "optimizer")}
         return {**reads, "resource.rng": Write()}
 
     @on(FitBegin)
     def check(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Check everything, then raise if something is wrong."""
+        """Run all checks, then raise if there are problems."""
         self.skipped = []
         model, lossfn, data = learner.model, learner.lossfn, learner.data
         found: list[Problem] = []
@@ -97,6 +93,7 @@ class SanityCheck(Callback):
             raise SanityCheckError(tuple((each.where, each.what, each.remedy) for each in found), self._report(found))
 
     def _phase(self, phase: Any, loader: Any, model: Any, lossfn: Any) -> Iterator[Problem]:
+        """Check the first batch of a phase, and run its step with it."""
         where = f"data of {phase!r}"
         try:
             batches = first_batch(loader)
@@ -125,7 +122,7 @@ class SanityCheck(Callback):
     def _step(
         self, phase: Phase, inputs: Any, targets: Any, model: Any, lossfn: Any, *, whole: bool
     ) -> Iterator[Problem]:
-        """Run model and loss on a batch; where that is not `whole`, what comes out of it is not looked at."""
+        """Run model and loss on a batch. If the batch is not `whole`, outputs and loss are not checked."""
         training = isinstance(phase, AbstractTrainingPhase)
         try:
             trial, loss_trial = borrowed(model), borrowed(lossfn)
@@ -148,7 +145,7 @@ class SanityCheck(Callback):
                 wrong = list(check_classes(f"targets of {phase!r}", lossfn, outputs, targets))
             yield from wrong
             if wrong or not whole:
-                return  # a loss of these says nothing more; and on a GPU a target out of range ends the process
+                return  # the loss would show the same problem, and on a GPU a target out of range ends the process
             where = f"loss in {phase!r}"
             broadcasts = Broadcasts(outputs, targets)
             try:
@@ -174,7 +171,7 @@ class SanityCheck(Callback):
 
 
 def _trainable(model: Any, lossfn: Any) -> dict[str, torch.Tensor]:
-    models = {"": model} if isinstance(model, torch.nn.Module) else {name: model[name] for name in model}
+    models = {"": model} if isinstance(model, torch.nn.Module) else dict(model.items())
     if isinstance(lossfn, torch.nn.Module):
         models["lossfn"] = lossfn
     return {
@@ -186,12 +183,12 @@ def _trainable(model: Any, lossfn: Any) -> dict[str, torch.Tensor]:
 
 
 class Problem(NamedTuple):
-    """Something that training would fail on, or go wrong with.
+    """A reason why training would fail, or would train badly.
 
     Attributes:
-        where: ``"data of TrainingPhase"``, ``"optimizer"``, ...
-        what: What is wrong, with values.
-        remedy: What to do.
+        where: The place: ``"data of TrainingPhase"``, ``"optimizer"``, ...
+        what: A description of the problem, with values.
+        remedy: The change that solves the problem.
     """
 
     where: str
@@ -232,7 +229,7 @@ def check_outputs(where: str, outputs: Any) -> Iterator[Problem]:
 
 
 def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
-    """Check that targets lie in the range that a loss of torch needs; other losses are not checked.
+    """Check that targets are in the range that a loss function of torch needs; no other loss is checked.
 
     Sources: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html and the pages of the others.
     """
@@ -257,7 +254,7 @@ def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
 
 
 def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
-    """Check that targets have the type and shape of class numbers, or probabilities, where a loss of torch needs it."""
+    """Check that targets have the dtype and shape of class numbers or probabilities, if a loss of torch needs it."""
     name, _ = _torch_loss(lossfn)
     tensors = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
     if name not in ("cross_entropy", "nll_loss") or not tensors or not outputs.dim():
@@ -276,17 +273,17 @@ def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
 
 
 class Broadcasts(TorchFunctionMode):
-    """While it is entered, sees whether a loss stretches outputs and targets to a shape that neither of them has.
+    """A context that notices whether a loss broadcasts outputs and targets to a shape that neither of them has.
 
-    So a loss of outputs of shape ``(16, 1)`` and targets of shape ``(16,)`` compares every output with every target, in
-    a function of torch or in arithmetic, also inside a function of the user's.
+    A loss of outputs of shape ``(16, 1)`` and targets of shape ``(16,)`` compares every output with every target. It is
+    noticed in functions of torch and in arithmetic, also within a user's loss function.
 
     Args:
-        outputs: What the model gave: a tensor, or containers of tensors.
-        targets: What the loader gave, in the same way.
+        outputs: The outputs of the model: a tensor, or containers of tensors.
+        targets: The targets: a tensor, or containers of tensors.
 
     Attributes:
-        found: What was stretched first, as ``(function, shape of outputs, shape of targets, shape of both)``.
+        found: The first broadcast, as ``(function, shape of outputs, shape of targets, shape of both)``.
     """
 
     def __init__(self, outputs: Any, targets: Any) -> None:
@@ -296,32 +293,29 @@ class Broadcasts(TorchFunctionMode):
         self._targets = {tensor.shape for _, tensor in _tensors("", targets)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments, and call the function."""
+        """Compare the shapes of the first two tensors among the arguments, and call the function."""
         kwargs = kwargs or {}
         two = [each.shape for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)][:2]
-        both = _stretched(*two) if len(two) == 2 and self.found is None else None
+        both = _broadcast(*two) if len(two) == 2 and self.found is None else None
         if both is None:
             return func(*args, **kwargs)
-        known = (two[0] in self._outputs and two[1] in self._targets) or (
-            two[0] in self._targets and two[1] in self._outputs
-        )
-        larger = both.numel() > max(shape.numel() for shape in two)
-        if func in _ELEMENTWISE and (known or larger):  # also of outputs and targets that the loss has reshaped
-            self._note(func, two, both)
-        result = func(*args, **kwargs)
-        if known and larger and getattr(result, "shape", None) == both:
-            self._note(func, two, both)
-        return result
-
-    def _note(self, func: Any, two: list[torch.Size], both: torch.Size) -> None:
-        # The first argument is the outputs, as for torch's losses, unless only the other way round has both shapes.
         straight = two[0] in self._outputs and two[1] in self._targets
         crossed = two[0] in self._targets and two[1] in self._outputs
+        larger = both.numel() > max(shape.numel() for shape in two)
+        # Torch's losses take the outputs first, so the order is turned only if just that fits both shapes.
         outputs, targets = two[::-1] if crossed and not straight else two
-        self.found = getattr(func, "__name__", "the loss").strip("_"), outputs, targets, both
+        found = getattr(func, "__name__", "the loss").strip("_"), outputs, targets, both
+        # A loss that compares element by element must never broadcast, whatever the shapes are. Any other function may
+        # (it weighs, or adds a bias), so it is noticed only with the shapes of the outputs and the targets.
+        if func in _ELEMENTWISE and (straight or crossed or larger):
+            self.found = found
+        result = func(*args, **kwargs)
+        if (straight or crossed) and larger and getattr(result, "shape", None) == both:
+            self.found = found
+        return result
 
     def problems(self, where: str) -> Iterator[Problem]:
-        """Yield what was found."""
+        """Yield the first broadcast as a problem, if there was one."""
         if self.found is not None:
             name, outputs, targets, both = self.found
             yield Problem(
@@ -332,8 +326,8 @@ class Broadcasts(TorchFunctionMode):
             )
 
 
-def _stretched(one: torch.Size, other: torch.Size) -> torch.Size | None:
-    """Return the shape that two are stretched to; ``None`` where they are one, or do not fit: torch refuses these."""
+def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:
+    """Return the common shape of two different shapes; ``None`` for equal shapes, and for such that torch refuses."""
     try:
         both: torch.Size = torch.broadcast_shapes(one, other)
     except RuntimeError:
@@ -342,7 +336,7 @@ def _stretched(one: torch.Size, other: torch.Size) -> torch.Size | None:
 
 
 def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
-    """Check that a backward pass gets from a loss to the outputs: some losses refuse a dtype only there."""
+    """Check that a backward pass from the loss to the outputs runs: some losses refuse a dtype only there."""
     parts = [tensor for _, tensor in _tensors("outputs", outputs) if tensor.requires_grad]
     if parts and isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
         try:
@@ -352,7 +346,7 @@ def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
 
 
 def remedy_for(error: Exception) -> str:
-    """Return what to do about what a loss raised."""
+    """Return the remedy for an error that a loss function has raised."""
     if any(word in str(error) for word in ("dtype", "Long", "scalar type", "floating point type")):
         return "Let the dataset give class numbers as integers, .long(), and other targets like the outputs: .float()."
     return "Fit the loss and the model's last layer."
@@ -377,8 +371,8 @@ def check_optimizers(optimizers: Mapping[str, Any], trainable: Mapping[str, torc
     """Check that the optimizers hold every trainable parameter, and that learning rates are positive.
 
     Args:
-        optimizers: By name; a single one has the empty name.
-        trainable: The parameters of all models that require gradients, by name.
+        optimizers: The optimizers by name; a single one has the empty name.
+        trainable: All parameters that require gradients, by name.
     """
     held = {id(param) for each in optimizers.values() for group in each.param_groups for param in group["params"]}
     missing = [name for name, param in trainable.items() if id(param) not in held]
@@ -393,7 +387,7 @@ def check_optimizers(optimizers: Mapping[str, Any], trainable: Mapping[str, torc
         where = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
             rate = float(group.get("lr", 1.0))
-            scheduled = "initial_lr" in group  # torch's schedulers may begin at zero
+            scheduled = "initial_lr" in group  # a scheduler of torch sets the rate, which may begin at zero
             if not math.isfinite(rate) or rate < 0 or (rate == 0 and not scheduled):
                 yield Problem(
                     where,
@@ -409,7 +403,7 @@ def _within_unit(where: str, name: str, what: str, value: torch.Tensor, remedy: 
 
 
 def _torch_loss(lossfn: Any) -> tuple[str, dict[str, Any]]:
-    """Return which function of torch.nn.functional a loss is, and with which arguments; an empty name for others."""
+    """Return the name of the function of torch.nn.functional that a loss is, and its arguments; else an empty name."""
     settings: dict[str, Any] = {}
     while isinstance(lossfn, partial):
         settings = {**lossfn.keywords, **settings}
@@ -423,26 +417,18 @@ def _torch_loss(lossfn: Any) -> tuple[str, dict[str, Any]]:
 
 
 _LOSSES: Mapping[Callable[..., Any], type[torch.nn.Module]] = {
-    torch.nn.functional.cross_entropy: torch.nn.CrossEntropyLoss,
-    torch.nn.functional.nll_loss: torch.nn.NLLLoss,
-    torch.nn.functional.binary_cross_entropy: torch.nn.BCELoss,
-    torch.nn.functional.binary_cross_entropy_with_logits: torch.nn.BCEWithLogitsLoss,
+    functional.cross_entropy: torch.nn.CrossEntropyLoss,
+    functional.nll_loss: torch.nn.NLLLoss,
+    functional.binary_cross_entropy: torch.nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: torch.nn.BCEWithLogitsLoss,
 }
-
+"""The losses whose targets are checked, as functions and as modules."""
 
 _ELEMENTWISE = frozenset({
-    torch.nn.functional.binary_cross_entropy,
-    torch.nn.functional.binary_cross_entropy_with_logits,
-    torch.nn.functional.gaussian_nll_loss,
-    torch.nn.functional.hinge_embedding_loss,
-    torch.nn.functional.huber_loss,
-    torch.nn.functional.kl_div,
-    torch.nn.functional.l1_loss,
-    torch.nn.functional.mse_loss,
-    torch.nn.functional.multilabel_soft_margin_loss,
-    torch.nn.functional.poisson_nll_loss,
-    torch.nn.functional.smooth_l1_loss,
-    torch.nn.functional.soft_margin_loss,
+    functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits, functional.gaussian_nll_loss,
+    functional.hinge_embedding_loss, functional.huber_loss, functional.kl_div, functional.l1_loss, functional.mse_loss,
+    functional.multilabel_soft_margin_loss, functional.poisson_nll_loss, functional.smooth_l1_loss,
+    functional.soft_margin_loss,
 })  # fmt: skip
 """Losses of torch that compare each output with its own target, and so need both in one shape."""
 

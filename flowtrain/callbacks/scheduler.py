@@ -1,4 +1,8 @@
-"""Scheduler: set hyperparameters before each update, as schedules say."""
+"""Scheduler: set the hyperparameters of optimizers before each update, by schedules.
+
+A schedule without a length is *stretched*: it gets the length of the fit when the fit begins. So the number of planned
+updates and epochs, and the counts at the beginning of the fit, belong to the state in a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +38,18 @@ class Scheduler(Callback):
     hyperparameters are set before the first of these updates. In the series the step is the number of the update.
 
     Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
-    hyperparameters, at `UpdateBegin`; reads the epoch metric that a `reduce_on_plateau` watches, so runs after
+    hyperparameters, at `UpdateBegin`. Reads the epoch metric that a `reduce_on_plateau` watches, so it runs after
     `Metrics`. Costs some microseconds for each hyperparameter and update. Two schedulers with different hyperparameters
-    go together; two for the same one are a conflict.
+    have no conflict; two for the same hyperparameter have.
 
     Args:
-        schedules: For each hyperparameter (a type, or an instance where there are several optimizers or groups), a
-            number, a function of the update, a schedule, or `reduce_on_plateau`.
+        schedules: A number, a function of the update, a schedule, or `reduce_on_plateau` for each hyperparameter. The
+            key is a type, or an instance if the learner has several optimizers or parameter groups.
 
     Raises:
-        UsageError: Not that.
+        UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter. At `FitBegin`: a
+            schedule has no length, and the length of the fit is not known. At an update: a schedule returns no finite
+            number, or one below the least value of the hyperparameter.
 
     >>> from flowtrain.state.hyperparameters import LearningRate, Momentum
     >>> from flowtrain.callbacks.schedules import one_cycle
@@ -68,33 +74,34 @@ class Scheduler(Callback):
                     )
             self.schedules[setting] = given if isinstance(given, ReduceOnPlateau) else as_schedule(given)
         watching = [(each.name, plan) for each, plan in self.schedules.items() if isinstance(plan, ReduceOnPlateau)]
-        self._watching = dict(watching)
-        self._judging = dict(watching)  # the same, when it is known of each metric which values are good
+        self._watching = dict(watching)  # by hyperparameter: the `reduce_on_plateau` as the user wrote it
+        self._judging = dict(watching)  # the same with the mode of the metric, which `check_callbacks` finds
         self._plateaus = {name: plan.begin() for name, plan in watching}
-        self._judged: dict[str, int] = {}  # by phase: the update after which the newest metric was taken in
+        self._judged: dict[str, int] = {}  # by phase: how many updates the newest judged metric follows
         self._epochs: dict[str, int] = {}  # by training phase
-        self._counted = False  # whether this batch's update is counted already
-        # What the fit that runs, or the last one, is planned to be, and where it began.
+        self._counted = False  # whether the update of this batch has been counted
+        # Of the fit that runs, or of the last one: the planned updates and epochs, and the counts at its beginning.
         self._planned: tuple[int | None, int | None] = (None, None)
         self._began: tuple[int, dict[str, int]] = (0, {})
         self._in_fit = False
         self._stretch()
 
     def state_access(self) -> Access:
+        """Declare a write of every scheduled hyperparameter, and of the series of its values."""
         access: dict[str, Any] = {}
         for setting in self.schedules:
             access |= {**setting.access(), f"cbstate.hyperparams.{setting.name}": Write()}
         return access
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Go together with another scheduler that has none of these hyperparameters."""
+        """Find no conflict with a scheduler that has none of these hyperparameters."""
         if not isinstance(other, Scheduler):
             return None
         shared = any(mine.overlaps(theirs) for mine in self.schedules for theirs in other.schedules)
         return None if shared else NoConflict()
 
     def _by_epoch(self) -> bool:
-        """Tell whether a schedule depends on epochs."""
+        """Tell whether any schedule depends on epochs, so that the ends of epochs are handled."""
         by_number = (isinstance(each, Schedule) and each.unit == "epoch" for each in self.schedules.values())
         return bool(self._watching) or any(by_number)
 
@@ -102,18 +109,18 @@ class Scheduler(Callback):
         return {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
-        """Find out of the metrics that are watched whether small or large values are good."""
+        """Find out, for each watched metric, whether small or large values are good."""
         for name, plan in self._watching.items():
             mode = direction(f"reduce_on_plateau({plan.value}", plan.monitor, plan.mode, callbacks)
             self._judging[name] = replace(plan, mode=mode)
 
     def setup(self, learner: LearnerView) -> None:
-        """Check that the hyperparameters are there; set those that are no optimizer's, for others to read."""
+        """Check that the hyperparameters exist, and set those outside of optimizers, which other callbacks may read."""
         for setting, schedule in self.schedules.items():
             if isinstance(schedule, ReduceOnPlateau):
                 setting.prepare(learner, schedule.value)
             else:
-                # How long the fit is, is not known yet; where a schedule begins hardly depends on it.
+                # The length of the fit is not known yet, but the first value of a schedule hardly depends on it.
                 first = schedule.value(1, 1_000_000) if schedule.is_open else schedule(1)
                 setting.prepare(learner, self._checked(setting, schedule, first))
 
@@ -136,17 +143,17 @@ class Scheduler(Callback):
 
     @on(FitEnd, access={})
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Take the plan of the next state that is loaded as it is."""
+        """Note that the fit is over: a state that is loaded from now on replaces the plan too."""
         self._in_fit = False
 
     @on(BatchBegin, access={})
     def begin_batch(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
-        """Expect an update."""
+        """Note that the next update is the first one of this batch."""
         self._counted = False
 
     @on(UpdateBegin)
     def set_values(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
-        """Set the values for an update, and record them."""
+        """Set the values for an update, and record them. Further updates in the same batch use the same values."""
         if self._counted:
             return
         self._counted = True
@@ -159,11 +166,11 @@ class Scheduler(Callback):
 
     @on(EpochEnd, access="_watched", enabled="_by_epoch")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Count a training epoch, and take in the metrics that are watched."""
+        """Count a training epoch, and let the watched metrics change their hyperparameters."""
         if isinstance(phase, AbstractTrainingPhase):
             self._epochs[repr(phase)] = self._epochs.get(repr(phase), 0) + 1
         if self._judged.get(repr(phase), 0) == self.updates:
-            return  # a further evaluation of the same parameters, as by validate(), is no further epoch
+            return  # another evaluation of the same parameters, as by validate(), does not count as an epoch
         self._judged[repr(phase)] = self.updates
         for name, plan in self._judging.items():
             if isinstance(phase, plan.phase):
@@ -171,7 +178,7 @@ class Scheduler(Callback):
                 self._plateaus[name] = plan.after(self._plateaus[name], series.last()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, what the fit is planned to be, and what is remembered of the metrics watched."""
+        """Return the counts, the planned length of the fit, and the state of each watched metric."""
         return {
             "updates": self.updates,
             "epochs": dict(self._epochs),
@@ -182,19 +189,19 @@ class Scheduler(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.updates = state["updates"]
         self._epochs = dict(state["epochs"])
-        if not self._in_fit:  # the state is loaded once more in a fit that resumes, which may be of another length
+        if not self._in_fit:  # a fit that resumes loads the state a second time, and may have another length than then
             self._planned = (state["planned"][0], state["planned"][1])
         self._began = (state["began"][0], dict(state["began"][1]))
-        self._judged = dict(state.get("judged", {}))  # a checkpoint of the first format has none
+        self._judged = dict(state.get("judged", {}))  # early checkpoints lack this entry
         for name in self._watching.keys() & state["plateaus"].keys():
             self._plateaus[name] = Plateau(*state["plateaus"][name])
         self._stretch()
 
     def _stretch(self) -> None:
-        """Stretch the schedules without a length over what is planned."""
+        """Stretch the schedules without a length over the planned updates or epochs."""
         updates, epochs = self._planned
         self._stretched: dict[Setting, Schedule | ReduceOnPlateau] = {}
         for setting, schedule in self.schedules.items():
@@ -204,7 +211,7 @@ class Scheduler(Callback):
             self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]
 
     def _warn_of_another_length(self, before: tuple[int | None, int | None]) -> None:
-        """Warn, once for all schedules, if the fit was planned to be longer or shorter when it was interrupted."""
+        """Warn, once for all schedules, if the interrupted fit was planned with another length than this one."""
         totals: dict[str, str] = {}
         jumps: list[str] = []
         for setting, schedule in self.schedules.items():
@@ -230,16 +237,22 @@ class Scheduler(Callback):
             )
 
     def _value(self, setting: Setting, schedule: Schedule | ReduceOnPlateau, phase: Phase) -> object:
+        """Return the value of a schedule for the coming update; a stretched schedule counts from the start of a fit."""
         if isinstance(schedule, ReduceOnPlateau):
             return self._plateaus[setting.name].value
-        wanted = self.schedules[setting]
-        restarts = isinstance(wanted, Schedule) and wanted.is_open
+        given = self.schedules[setting]
+        restarts = isinstance(given, Schedule) and given.is_open
         if schedule.unit == "epoch":
             name = repr(phase)
             return schedule(self._epochs.get(name, 0) + 1 - (self._began[1].get(name, 0) if restarts else 0))
         return schedule(self.updates - (self._began[0] if restarts else 0))
 
     def _checked(self, setting: Setting, schedule: object, value: Any) -> float:
+        """Return the value of a schedule as a number.
+
+        Raises:
+            UsageError: The value is no finite number, or is below the least value of the hyperparameter.
+        """
         if getattr(value, "numel", lambda: 0)() == 1:
             value = value.item()
         what = f"The schedule {schedule} of {setting.name} gave {value!r} for update {max(self.updates, 1)}"

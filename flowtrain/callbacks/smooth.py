@@ -1,4 +1,4 @@
-"""SmoothLoss: a running mean of the loss."""
+"""SmoothLoss: an exponential moving average of the training loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SmoothLoss(Callback):
     The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3).
 
     Reads ``batch.loss`` and ``cbstate.history`` at `BatchEnd`, so it runs after `Recorder`. Writes
-    ``cbstate.smooth_loss``. Costs a microsecond or two for each batch of training; on an accelerator the average stays
-    there, and nothing waits for it.
+    ``cbstate.smooth_loss``. Costs a microsecond or two for each training batch; on an accelerator the average stays on
+    the device, and the host does not wait for it.
 
     Args:
-        beta: How much of the average is kept at each batch, from 0 (no smoothing) to below 1.
+        beta: The share of the average that is kept at each batch, from 0 (no smoothing) to below 1.
 
     Raises:
-        UsageError: `beta` is outside of that range.
+        UsageError: `beta` is out of this range.
 
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
@@ -42,17 +42,18 @@ class SmoothLoss(Callback):
         if not 0 <= beta < 1:
             raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1.")
         self.beta = beta
-        self._averages: dict[str, tuple[Any, int]] = {}
+        self._averages: dict[str, tuple[Any, int]] = {}  # by phase: the average before correction, and its batches
 
     def state_access(self) -> Access:
+        """Declare reads of the loss and of the counts, and a write of the averages."""
         return {"batch.loss": Read(), "cbstate.history": Read(), "cbstate.smooth_loss": Write()}
 
     @on(BatchEnd, AbstractTrainingPhase)
     def smooth(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Take in the loss of a batch."""
+        """Update the average with the loss of a batch."""
         average, count = self._averages.get(repr(phase), (0.0, 0))
         loss = learner.batch.loss
-        # On a device the average stays there too: nothing waits for it.
+        # A loss on a device gives an average on the device, so that the host does not wait for it.
         value = loss.item() if loss.is_cpu and not learner.lag else loss.detach()
         average = self.beta * average + (1 - self.beta) * value
         count += 1
@@ -61,9 +62,9 @@ class SmoothLoss(Callback):
         learner.cbstate.smooth_loss[phase].push(average / (1 - self.beta**count), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by phase, each with the number of batches in it. Waits for the device."""
+        """Return the averages by phase, each with the number of batches in it. This waits for the device."""
         return {"averages": {phase: (float(average), count) for phase, (average, count) in self._averages.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self._averages = {phase: (average, count) for phase, (average, count) in state["averages"].items()}

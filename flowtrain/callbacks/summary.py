@@ -1,8 +1,6 @@
-"""ModelSummary: what the model is made of, before training.
+"""ModelSummary: a table of the layers of a model, with the shapes of their outputs and their parameters.
 
-What a model is made of: its layers, what each gives, and how many parameters it has.
-
-::
+`summarize` makes the table without a learner::
 
     print(summarize(model, inputs))
 """
@@ -35,20 +33,20 @@ __all__ = [
 
 
 class ModelSummary(Callback):
-    """Print a table of the model's layers when the first fit begins: what they give, how many parameters they have.
+    """Print a table of the model's layers when the first fit begins: the shapes of their outputs and their parameters.
 
-    `flowtrain.callbacks.summary.summarize` makes the table, and works without a learner. For the shapes the model runs
-    once, on a copy that shares its parameters, with the inputs given here or with those of the first training batch.
-    Where neither can be had without changing what training gets (an iterator, an ``IterableDataset``), shapes are left
-    out; so they are where a learner has several models.
+    `flowtrain.callbacks.summary.summarize` makes the table, and works without a learner. To find the shapes, a copy of
+    the model that shares its parameters runs once, on `inputs` or on the first training batch. Shapes are left out if
+    taking that batch would change the data of training (an iterator, an ``IterableDataset``), and if a learner has
+    several models.
 
-    Reads ``model`` and ``data``, so it runs after those that write these at `FitBegin`; writes no state. Its resources
-    are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, which are put back. Costs one
-    forward pass, once.
+    Reads ``model`` and ``data``, so it runs after callbacks that write these at `FitBegin`. Writes no state. Its
+    resources are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, and the generators are
+    restored afterwards. Costs one forward pass, once.
 
     Args:
-        inputs: What the model is called with.
-        depth: How far down: 1 for the modules of the model, 2 for those in these too.
+        inputs: The inputs to call the model with; those of the first training batch by default.
+        depth: The depth of the table: 1 for the modules of the model, 2 for the modules in these too.
 
     Raises:
         UsageError: `depth` is no whole number or negative.
@@ -70,12 +68,13 @@ class ModelSummary(Callback):
         self._shown = False
 
     def state_access(self) -> Access:
+        """Declare reads of the model and the data, the terminal, and the generators of random numbers."""
         terminal: Access = {"resource.terminal": Write()}
         return {"data": Read(), "model": Read(), "resource.rng": Write(), **terminal}
 
     @on(FitBegin)
     def show(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Print the table, or one for each model."""
+        """Print the table, or a table for each of several models, once in the life of the callback."""
         if self._shown:
             return
         self._shown = True
@@ -87,6 +86,7 @@ class ModelSummary(Callback):
             console().print(f"{name}\n{summarize(model[name], depth=self.depth)}", **_PLAIN)
 
     def _inputs(self, data: Any) -> Any:
+        """Return the inputs to call the model with, or ``None`` if there are none."""
         if self.inputs is not None:
             return self.inputs
         for phase, loader in data.items():
@@ -95,7 +95,7 @@ class ModelSummary(Callback):
             with untouched():
                 try:
                     return next((phase.split(raw)[0] for raw in first_batch(loader)), None)
-                except Exception:  # what is wrong with the data, training says
+                except Exception:  # training itself will raise the error of the data
                     return None
         return None
 
@@ -112,11 +112,11 @@ class Layer:
     """One module of a model.
 
     Attributes:
-        name: As in ``model.named_modules()``; empty for the model itself.
-        kind: Its type's name.
-        parameters: Elements of all parameters in it and below it, each parameter counted once.
-        trainable: How many of these require gradients.
-        shape: Of what it gives, when it is first called, as text; empty where it was not called.
+        name: The name in ``model.named_modules()``; empty for the model itself.
+        kind: The name of the module's type.
+        parameters: The number of elements of all parameters in the module, each parameter counted once.
+        trainable: The number of these elements that require gradients.
+        shape: The shape of the output of its first call, as text; empty if the module was not called.
     """
 
     name: str
@@ -128,12 +128,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers of a model, as `str` and as rich's console print them.
+    """The layers of a model. `str` and rich's console print it as a table.
 
     Attributes:
-        layers: The model itself first, then what is in it, in the order of ``model.named_modules()``.
-        size: Bytes of parameters and buffers.
-        note: Why there are no shapes, if that has a reason.
+        layers: The model itself, and then its modules in the order of ``model.named_modules()``.
+        size: The size of all parameters and buffers, in bytes.
+        note: A sentence about shapes that are missing, or an empty string.
     """
 
     layers: tuple[Layer, ...]
@@ -142,19 +142,19 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters."""
+        """The number of elements of all parameters."""
         return self.layers[0].parameters
 
     @property
     def trainable(self) -> int:
-        """Elements of the parameters that require gradients."""
+        """The number of elements of the parameters that require gradients."""
         return self.layers[0].trainable
 
     def __rich__(self) -> Group:
         from rich import box
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text  # names are no markup
+        from rich.text import Text  # a plain str would be read as markup
 
         shapes = any(layer.shape for layer in self.layers)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
@@ -186,14 +186,14 @@ class Summary:
 
 
 def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Summary:
-    """Say what a model is made of. The model does not change, and neither do random numbers.
+    """Return the layers of a model. Neither the model nor the generators of random numbers change.
 
-    With inputs the model runs once, in eval mode and without gradients, on a copy that shares its parameters.
+    With inputs, a copy of the model that shares its parameters runs once, in eval mode and without gradients.
 
     Args:
         model: A module.
-        inputs: What the model is called with, for the shapes of what its layers give. It is moved to the model.
-        depth: How far down: 1 for the modules of the model, 2 for those in these too.
+        inputs: The inputs to call the model with, for the shapes of outputs; they are moved to the device of the model.
+        depth: The depth of the table: 1 for the modules of the model, 2 for the modules in these too.
 
     Raises:
         UsageError: `model` is no module, or `depth` is no whole number or negative.
@@ -224,7 +224,7 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
 
 
 def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str, str], str]:
-    """Return a copy that has run, the shape of what each module gave, and what went wrong."""
+    """Run a copy of a model; return the copy, the shapes of outputs by the name of the module, and a note on errors."""
     shapes: dict[str, str] = {}
     try:
         copied = borrowed(model).eval()
@@ -232,9 +232,10 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
         return model, shapes, f"Without shapes: {reason}"
 
     def note_shape(name: str) -> Any:
-        """Return a hook that keeps the shape of the first output."""
+        """Return a forward hook for the module of this name."""
 
         def hook(module: torch.nn.Module, args: Any, outputs: Any) -> None:
+            """Keep the shape of the first output."""
             shapes.setdefault(name, _shape(outputs))
 
         return hook
@@ -244,7 +245,7 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
     with untouched(), torch.no_grad():
         try:
             copied(on_device_of(inputs, [copied]))
-        except Exception as error:  # a model that needs more than inputs still has layers
+        except Exception as error:  # a model may take further arguments; its layers are still worth a table
             return copied, shapes, f"Some shapes are missing: the model raised {type(error).__name__}: {error}"
     return copied, shapes, ""
 

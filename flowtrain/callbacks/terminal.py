@@ -1,11 +1,11 @@
-"""The terminal that callbacks print to: rich's own console, imported when there is something to print.
+"""The terminal that callbacks print to: rich's global console, which is imported when a callback first prints.
 
-A callback that prints declares ``resource.terminal``, so that two never print at the same time. A progress bar stays
-in sight while others print. On a terminal it has the `BottomLine`: the lines above it become the region that scrolls,
-as when a package manager installs. So all output goes above it, unchanged, whoever writes it and through whichever
-stream: a logging handler that was made before, a child process, half a line. rich's ``Live`` and tqdm know only the
+A callback that prints declares ``resource.terminal``, so that two callbacks never print at the same time. A progress
+bar stays visible while other callbacks print. On a terminal it has the `BottomLine`: the lines above it become the
+region that scrolls, as in package managers. So all output appears above the bar, unchanged, from any writer and any
+stream: a logging handler that was made earlier, a child process, half a line. rich's ``Live`` and tqdm handle only the
 streams that they replace: other output is written into the bar, half a line is lost or broken in two, and rich takes
-``[/tmp]`` in one for markup and raises. In a notebook the bar has a `CellOutput`.
+``[/tmp]`` in half a line for markup and raises. In a notebook the bar has a `CellOutput`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def generator_kept() -> Generator[None]:
-    """Keep Python's generator as it is: rich draws from it, already when imported, and printing must change no run."""
+    """Restore Python's random generator after the context, since rich draws from it, even while it is imported."""
     before = random.getstate()
     try:
         yield
@@ -44,12 +44,12 @@ def generator_kept() -> Generator[None]:
 
 
 def place_for(console: Console) -> BottomLine | CellOutput | None:
-    """Return where something can be shown and shown anew, or ``None`` where all that can be done is to print."""
+    """Return a place whose content can be replaced; ``None`` if the console can only print lines."""
     return CellOutput(console) if console.is_jupyter else BottomLine.of(console)
 
 
 class CellOutput:
-    """One output of a notebook's cell, which changes while others are added. It needs no widgets.
+    """An output of a notebook's cell whose content can be replaced while other outputs are added. It needs no widgets.
 
     Args:
         console: The console of the notebook.
@@ -60,7 +60,7 @@ class CellOutput:
         self._shown: Any = None
 
     def show(self, content: Callable[[], Any]) -> None:
-        """Show something that rich can draw in a notebook."""
+        """Replace the content by an object that rich can draw in a notebook; `content` returns it."""
         with generator_kept():
             if self._shown is None:
                 self._shown = importlib.import_module("IPython.display").display(content(), display_id=True)
@@ -68,44 +68,44 @@ class CellOutput:
                 self._shown.update(content())
 
     def close(self) -> None:
-        """Leave the output empty."""
+        """Empty the output."""
         if self._shown is not None:
             self._shown.update({"text/plain": ""}, raw=True)
             self._shown = None
 
 
 class BottomLine:
-    """The last line of a terminal, kept out of what scrolls while something is shown on it.
+    """The last line of a terminal, outside of the region that scrolls while the line shows content.
 
-    There is one such line, so showing something takes it from whoever had it, as when a handler trains another
-    learner; the other one takes it back when it next has something to show.
+    There is one such line in a process. The object that shows content takes the line from the object that had it, as
+    when a handler trains another learner; the other object takes it back when it shows content again.
 
     Args:
         console: The terminal.
     """
 
-    _holder: ClassVar[BottomLine | None] = None
+    _holder: ClassVar[BottomLine | None] = None  # the object that shows its content now
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._file = console.file  # may be replaced meanwhile; the terminal is the same
-        self._size: tuple[int, int] | None = None
+        self._file = console.file  # kept, because the console may get another file while the terminal stays the same
+        self._size: tuple[int, int] | None = None  # columns and lines of the terminal when the region was set
 
     @classmethod
     def of(cls, console: Console) -> Self | None:
-        """Return the last line of a terminal, or ``None`` where the output is none that can move its cursor."""
-        # FORCE_COLOR makes rich take a file for a terminal; it asks for colours, not for a cursor that moves.
+        """Return the last line of a terminal, or ``None`` if the output cannot move its cursor."""
+        # With FORCE_COLOR rich takes a file for a terminal, but the user wants only colours in that file.
         only_colours = "FORCE_COLOR" in os.environ and not console.file.isatty()
         able = console.is_interactive and console.is_terminal and not console.legacy_windows and not only_colours
         return cls(console) if able and console.size.height > 2 else None
 
     def show(self, content: Callable[[], Any]) -> None:
-        """Show something that rich can draw, cut to one line. The cursor stays where it is."""
+        """Show an object that rich can draw, cut to one line; `content` returns it. The cursor does not move."""
         if BottomLine._holder is not self:
             if BottomLine._holder is not None:
                 BottomLine._holder.close()
             BottomLine._holder = self
-            atexit.register(self.close)  # a terminal must not keep a smaller region when the program has ended
+            atexit.register(self.close)  # otherwise the terminal would keep the smaller region after the program
         width, height = self.console.size
         with generator_kept():
             text = self._render(content(), width)
@@ -113,14 +113,14 @@ class BottomLine:
         self._file.flush()
 
     def _reserve(self, width: int, height: int) -> str:
-        """Return what makes the lines above the last one the region that scrolls; nothing if they are already."""
+        """Return the control sequence that lets only the lines above the last one scroll; empty if they do already."""
         before, self._size = self._size, (width, height)
         if before == self._size:
             return ""
-        # Down and up again: if the cursor is on the last line, its line moves up. Setting a region moves the cursor
-        # to its top, so the position is saved around it.
+        # Move the cursor down and up: if it was on the last line, this scrolls its line up. Setting the region moves
+        # the cursor to the top, so save its position before and restore it after.
         region = f"\x1bD\x1b[A\x1b7\x1b[1;{height - 1}r\x1b8"
-        return region if before is None else f"\x1b7\x1b[r\x1b8\x1b[J{region}"  # the window has another size now
+        return region if before is None else f"\x1b7\x1b[r\x1b8\x1b[J{region}"  # after a resize, first undo the old one
 
     def _render(self, content: Any, width: int) -> str:
         from rich.console import Console
@@ -129,10 +129,10 @@ class BottomLine:
         painter = Console(
             file=output,
             force_terminal=True,
-            color_system=self.console.color_system,  # type: ignore[arg-type]  # a str; one of those it takes
+            color_system=self.console.color_system,  # type: ignore[arg-type]  # typed as str; it is a valid name
             no_color=self.console.no_color,
             legacy_windows=False,
-            width=width - 1,  # a full line would wrap on some terminals
+            width=width - 1,  # some terminals wrap a line that fills all columns
         )
         painter.print(content, no_wrap=True, overflow="ellipsis", crop=True)
         output.seek(0)
@@ -147,6 +147,6 @@ class BottomLine:
             return
         height = self._size[1]
         self._size = None
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone needs no cleaning
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be closed already
             self._file.write(f"\x1b7\x1b[{height};1H\x1b[2K\x1b[r\x1b8")
             self._file.flush()

@@ -1,19 +1,19 @@
-"""throttle and its kin: let a callback handle an event only now and then.
+"""throttle, once, after, before and when: let a callback handle only some of the events of a type.
 
 =============================================  =====================================================================
 ``throttle(callback, BatchEnd, every=10)``     at the 10th, 20th, ... event
-``throttle(callback, BatchEnd, seconds=60)``   when a minute has gone by since the last time
-``once(callback, BatchEnd)``                   the first time
+``throttle(callback, BatchEnd, seconds=60)``   at the first event after a minute has passed since the last handled one
+``once(callback, BatchEnd)``                   at the first event
 ``after(callback, BatchEnd, 100)``             from the 101st event on
 ``before(callback, BatchEnd, 100)``            up to the 99th event
-``when(callback, BatchEnd, predicate)``        when ``predicate(number, phase)`` says so
+``when(callback, BatchEnd, predicate)``        at each event for which ``predicate(number, phase)`` is true
 =============================================  =====================================================================
 
-Each attaches a condition to the callback and returns it, so it stays what it is: ``run_after``, conflicts and
-`get_callback` see its own type. Several conditions on one callback all count, and its handler runs where all of them
-agree: ``throttle(after(callback, BatchEnd, 100), BatchEnd, every=10)``. They are asked on the training thread, before
-anything is copied for a handler that runs later. Events are counted for each phase over the callback's life, and the
-counts are in checkpoints. Attach conditions before a learner gets the callback.
+Each function attaches a condition to the callback and returns the same callback, so ``run_after``, conflicts and
+`get_callback` see its own type. If a callback has several conditions, each counts all events, and a handler runs when
+all conditions agree: ``throttle(after(callback, BatchEnd, 100), BatchEnd, every=10)``. Conditions are asked on the
+training thread, before any state is copied for a deferred handler. Events are counted for each phase over the life of
+the callback, and the counts are in checkpoints. Attach conditions before a learner gets the callback.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def throttle(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> CB:
-    """Let a callback handle an event only every n-th time, or at most once in some seconds; return the callback.
+    """Let a callback handle only every n-th event, or at most one event in some seconds; return the callback.
 
     Args:
         callback: The callback.
         event_type: The event, subclasses included; other events are not throttled.
-        every: Let the n-th, 2n-th, ... event pass, counted for each phase over the callback's life.
-        seconds: Let an event pass when this much time has gone by since the last that passed. The result of such a
-            run depends on the clock.
-        clock: Returns the time in seconds, for `seconds`.
+        every: Handle the n-th, 2n-th, ... event, counted for each phase over the life of the callback.
+        seconds: Handle an event if this many seconds have passed since the last handled one. The result of such a run
+            depends on the clock.
+        clock: A function that returns the time in seconds, for `seconds`.
 
     Raises:
-        UsageError: Not exactly one of the two, a value that means nothing, or an event that the callback does not
-            handle.
+        UsageError: Both or neither of `every` and `seconds` are given, one of them is out of its range, or the
+            callback does not handle the event.
 
     >>> from flowtrain import EpochEnd
     >>> from flowtrain.callbacks import MetricsPrinter
@@ -71,11 +71,11 @@ def throttle(
 
 
 def once(callback: CB, event_type: type[Event]) -> CB:
-    """Let a callback handle an event only the first time, in each phase; return the callback.
+    """Let a callback handle only the first event in each phase; return the callback.
 
     Args:
         callback: The callback.
-        event_type: The event, subclasses included: the first of them all.
+        event_type: The event. With subclasses only the first event of all these types is handled.
 
     Raises:
         UsageError: The callback does not handle the event.
@@ -90,7 +90,7 @@ def after(callback: CB, event_type: type[Event], n: int) -> CB:
     Args:
         callback: The callback.
         event_type: The event, subclasses included.
-        n: How many events do not pass, counted for each phase.
+        n: The number of events that are not handled, counted for each phase.
 
     Raises:
         UsageError: `n` is no whole number, or below 1, or the callback does not handle the event.
@@ -105,7 +105,7 @@ def before(callback: CB, event_type: type[Event], n: int) -> CB:
     Args:
         callback: The callback.
         event_type: The event, subclasses included.
-        n: The first event that does not pass, counted for each phase.
+        n: The number of the first event that is not handled, counted for each phase.
 
     Raises:
         UsageError: `n` is no whole number, or below 2, or the callback does not handle the event.
@@ -115,7 +115,7 @@ def before(callback: CB, event_type: type[Event], n: int) -> CB:
 
 
 def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> CB:
-    """Let a callback handle an event only when a predicate says so; return the callback.
+    """Let a callback handle only the events for which a predicate is true; return the callback.
 
     Args:
         callback: The callback.
@@ -124,8 +124,8 @@ def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase]
             a ``bool``.
 
     Raises:
-        UsageError: `predicate` cannot be called, or the callback does not handle the event. At the event: it returned
-            something else than a ``bool``.
+        UsageError: `predicate` cannot be called, or the callback does not handle the event. At the event: `predicate`
+            does not return a ``bool``.
 
     >>> from flowtrain import EpochEnd
     >>> from flowtrain.callbacks import MetricsPrinter
@@ -142,6 +142,17 @@ def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase]
 
 
 def _check(name: str, callback: Callback, event_type: type[Event], last: str = "") -> None:
+    """Check the first two arguments of a function of this module.
+
+    Args:
+        name: The name of the function.
+        callback: Its first argument.
+        event_type: Its second argument.
+        last: Its further arguments as an example writes them.
+
+    Raises:
+        UsageError: `callback` is no callback or does not handle the event, or `event_type` is no event type.
+    """
     example = f"{name}(Printer(), BatchEnd{', ' if last else ''}{last})"
     if not is_a(callback, Callback):
         raise UsageError(f"{name}() takes a callback first, got {callback!r}. Write {example}.")

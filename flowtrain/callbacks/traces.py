@@ -1,4 +1,4 @@
-"""Traces: values over time, by functions of the learner."""
+"""Traces: series of values that functions of the learner return."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ __all__ = ["Traces"]
 
 
 class Traces(Callback):
-    """Record what functions of the learner return: ``cbstate.tracehistory[phase][name]``.
+    """Record the values that functions of the learner return, in ``cbstate.tracehistory[phase][name]``.
 
-    Reads ``cbstate.history`` and what `access` says, so it runs after `Recorder` and those that write that. Writes the
-    series of its names in ``cbstate.tracehistory``. Costs what the functions do, and a microsecond for each.
+    Reads ``cbstate.history`` and the state that `access` declares, so it runs after `Recorder` and the callbacks that
+    write that state. Writes the series of its names in ``cbstate.tracehistory``; the step is the number of complete
+    batches. Costs the time of the functions, and a microsecond for each.
 
     Args:
-        traces: Functions by name; each is called with the learner's view and returns a number, or a tensor. A tensor
-            with one element is recorded as a number, one with more as a copy.
+        traces: Functions by name; each is called with the view of the learner and returns a number or a tensor. A
+            tensor with one element is recorded as a number, a tensor with more elements as a copy.
         phase_type: The phase, subclasses included.
         event_type: The event, subclasses included.
-        access: What the functions read; without it, all of ``batch``.
+        access: The state that the functions read; all of ``batch`` by default.
 
     Raises:
-        HandlerError: No functions, a name with a dot, or types that are none.
+        HandlerError: `traces` is no such mapping, a name has a dot, or `event_type` or `phase_type` is no such type.
 
     >>> from flowtrain import TrainingPhase
     >>> Traces({"LossSquared": lambda learner: learner.batch.loss**2}, TrainingPhase)
@@ -64,15 +65,17 @@ class Traces(Callback):
         self.access_argument = self._access
 
     def state_access(self) -> Access:
+        """Declare the state that the user says the functions read, a read of the counts, and a write of each series."""
         writes = {f"cbstate.tracehistory.{name}": Write() for name in self.traces}
         return {**self._access, "cbstate.history": Read(), **writes}
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
+        """Return the series of every trace."""
         return [("cbstate.tracehistory", self.phase_type, name) for name in self.traces]
 
     @on("event_type", "phase_type")
     def trace(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """Call the functions and record what they return, each at the number of batches completed."""
+        """Call the functions and record their values; the step is the number of complete batches."""
         step = learner.cbstate.history[phase].steps
         series = learner.cbstate.tracehistory[phase]
         for name, function in self.traces.items():

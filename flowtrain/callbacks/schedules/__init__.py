@@ -1,7 +1,8 @@
-"""Schedules: what value a hyperparameter has at each update.
+"""Schedules: the value of a hyperparameter at each update.
 
-`schedule` says what a schedule is; `curves` has those that depend on the number of the update alone, `combining` joins
-several, and `plateau` has the one that is fed by a metric. `flowtrain.callbacks.Scheduler` sets what they give.
+`schedule` defines what a schedule is; `curves` has the schedules that depend only on the number of the update,
+`combining` joins several schedules, and `plateau` has the schedule that depends on a metric.
+`flowtrain.callbacks.Scheduler` sets their values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedules made of schedules: a warm-up and another, several one after the other, one that counts epochs."""
+"""Schedules made of other schedules: with a warm-up before, several in sequence, or with epochs instead of updates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ __all__ = ["per_epoch", "sequence", "warmup"]
 
 
 def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule:
-    """Return a schedule that rises in a straight line to where another begins, and goes on with that.
+    """Return a schedule that rises linearly to the first value of another schedule, and then follows that schedule.
 
     ``then(1) * (start + (1 - start) * t / updates)`` for the first `updates`, then ``then(n - updates)``. Goyal and
     others, "Accurate, Large Minibatch SGD", https://arxiv.org/abs/1706.02677, section 2.2; the same as torch's
-    ``SequentialLR`` of ``LinearLR`` and the other.
+    ``SequentialLR`` of ``LinearLR`` and the other schedule.
 
     Args:
-        then: A schedule, or a number to stay at. Without a length it is stretched over what the warm-up leaves.
-        updates: How many updates it rises.
-        start: Where it begins, as a share of ``then(1)``.
+        then: A schedule, or a number for a constant value. A schedule without a length is stretched over the updates
+            of the fit after the warm-up.
+        updates: The number of updates of the warm-up.
+        start: The first value, as a share of ``then(1)``.
+
+    Raises:
+        UsageError: `then` is no schedule or counts epochs, `updates` is no whole number from 1, or `start` is no
+            finite number.
 
     >>> [warmup(1.0, 4, start=0.0)(n) for n in range(1, 7)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
@@ -38,7 +43,7 @@ def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule
     check_number("warmup", "start", start)
 
     def formula(n: int, total: int) -> float:
-        """Return the value while it rises, or that of the other schedule."""
+        """Return the value of the warm-up, or after it the value of the other schedule."""
         if n <= updates:
             return rest.value(1, total - updates) * (start + (1 - start) * (n - 1) / updates)
         return rest.value(n - updates, total - updates)
@@ -47,14 +52,17 @@ def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule
 
 
 def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
-    """Return a schedule that goes through several, one after the other, each with updates counted from its begin.
+    """Return a schedule that follows several schedules in sequence, each of which counts updates from its own start.
 
-    The same as torch's ``SequentialLR``. A schedule without a length is stretched over its part; the last one, over
-    what is left of the fit.
+    The same as torch's ``SequentialLR``. A schedule without a length is stretched over its part; the last one over the
+    rest of the fit.
 
     Args:
-        schedules: The schedules, or numbers.
-        at: After how many updates each next one begins, ascending; one fewer than there are schedules.
+        schedules: The schedules, or numbers for constant values.
+        at: The numbers of updates after which the next schedule begins, ascending; one fewer than there are schedules.
+
+    Raises:
+        UsageError: A schedule is none or counts epochs, or `at` is not ascending or has another length.
 
     >>> from flowtrain.callbacks.schedules import polynomial
     >>> [sequence([1.0, polynomial(0.5, length=2)], at=[2])(n) for n in range(1, 6)]
@@ -70,7 +78,7 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
     begins = [0, *done]
 
     def formula(n: int, total: int) -> float:
-        """Return the value of the schedule whose turn it is."""
+        """Return the value of the schedule whose part update n is in."""
         turn = bisect_right(done, n - 1)
         ends = [*done, total]
         return parts[turn].value(n - begins[turn], ends[turn] - begins[turn])
@@ -79,10 +87,13 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
 
 
 def per_epoch(schedule: ScheduleLike) -> Schedule:
-    """Return a schedule that is called with the number of the epoch, from 1, in place of that of the update.
+    """Return a schedule that is called with the number of the epoch, from 1, instead of the number of the update.
 
-    A length is then in epochs, and what has none is stretched over the epochs of the fit. Epochs of each training phase
-    are counted apart; one that an error ended counts as none.
+    Its length is in epochs, and without a length it is stretched over the epochs of the fit. The epochs of each
+    training phase are counted separately; an epoch that an error ended does not count.
+
+    Raises:
+        UsageError: `schedule` is no schedule, or counts epochs already.
 
     >>> from flowtrain.callbacks.schedules import step
     >>> per_epoch(step(0.1, every=30))
@@ -93,6 +104,11 @@ def per_epoch(schedule: ScheduleLike) -> Schedule:
 
 
 def _part(what: str, given: ScheduleLike) -> Schedule:
+    """Return an inner schedule, which must count updates.
+
+    Raises:
+        UsageError: `given` is no schedule, or counts epochs.
+    """
     part = as_schedule(given)
     if part.unit == "epoch":
         raise UsageError(

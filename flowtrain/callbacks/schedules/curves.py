@@ -1,24 +1,24 @@
-"""Schedules: what value a hyperparameter has at each update.
+"""Schedules as curves: the value of a hyperparameter depends only on the number of the update.
 
 A schedule is any callable ``schedule(n) -> value``, where n is the number of the coming update, from 1. The functions
-here make schedules that are pure: the value depends on n alone, so nothing of them needs to be in a checkpoint.
+here make pure schedules: the value depends only on n, so a checkpoint holds no state of them.
 
 ==================  ==========================================================================
 `constant`          one value
 `cosine`            falls along half a cosine
-`polynomial`        falls as a power of what is left; with ``power=1`` in a straight line
+`polynomial`        falls as a power of the share that is left; with ``power=1`` linearly
 `exponential`       is multiplied with a factor at each update
-`step`              is multiplied with a factor now and then
-`one_cycle`         rises to a peak, then falls far below where it began
-`from_torch`        any of ``torch.optim.lr_scheduler``
+`step`              is multiplied with a factor after given numbers of updates
+`one_cycle`         rises to a peak, then falls far below its first value
+`from_torch`        has the values of a scheduler of ``torch.optim.lr_scheduler``
 ==================  ==========================================================================
 
-`flowtrain.callbacks.schedules.combining` joins them, and `flowtrain.callbacks.schedules.plateau` has the one that is
-fed by a metric.
+`flowtrain.callbacks.schedules.combining` joins schedules, and `flowtrain.callbacks.schedules.plateau` has the schedule
+that depends on a metric.
 
-Where a length is not given, `cosine`, `polynomial` and `one_cycle` are stretched over the updates that a fit plans, and
-begin anew with each fit; all others count updates over the learner's life. After its length a schedule keeps its last
-value. In the formulas below t is ``n - 1``, the number of updates that are done, and T the length.
+Without a length, `cosine`, `polynomial` and `one_cycle` are stretched over the planned updates of a fit, and start
+again with each fit; all other schedules count updates over the life of the learner. After its length a schedule keeps
+its last value. In the formulas below t is ``n - 1``, the number of complete updates, and T the length.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ __all__ = ["constant", "cosine", "exponential", "from_torch", "one_cycle", "poly
 def constant(value: float) -> Schedule:
     """Return a schedule of one value.
 
+    Raises:
+        UsageError: `value` is no finite number.
+
     >>> constant(0.1)(1000)
     0.1
     """
@@ -49,14 +52,17 @@ def constant(value: float) -> Schedule:
 def cosine(value: float, *, end: float = 0.0, length: int | None = None) -> Schedule:
     """Return a schedule that falls from `value` to `end` along half a cosine.
 
-    ``end + (value - end) * (1 + cos(pi * t / T)) / 2``, which comes to `end` after the last update.
-    Loshchilov and Hutter, "SGDR", https://arxiv.org/abs/1608.03983, equation 5, without restarts; the same as torch's
-    ``CosineAnnealingLR`` for the first T updates.
+    ``end + (value - end) * (1 + cos(pi * t / T)) / 2``, which is `end` after the last update. Loshchilov and Hutter,
+    "SGDR", https://arxiv.org/abs/1608.03983, equation 5, without restarts; the same as torch's ``CosineAnnealingLR``
+    for the first T updates.
 
     Args:
-        value: Where it begins.
-        end: Where it ends.
-        length: T in updates; without it, all updates of the fit.
+        value: The first value.
+        end: The last value.
+        length: T in updates; all updates of the fit by default.
+
+    Raises:
+        UsageError: `value` or `end` is no finite number, or `length` is no whole number from 1.
 
     >>> [round(cosine(1.0, length=4)(n), 3) for n in range(1, 6)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
@@ -74,15 +80,18 @@ def cosine(value: float, *, end: float = 0.0, length: int | None = None) -> Sche
 def polynomial(value: float, *, end: float = 0.0, power: float = 1.0, length: int | None = None) -> Schedule:
     """Return a schedule that falls from `value` to `end` as a power of the updates that are left.
 
-    ``end + (value - end) * (1 - t / T) ** power``, which comes to `end` after the last update; with ``power=1`` a
-    straight line. Chen and others, "DeepLab", https://arxiv.org/abs/1606.00915, section 4.3.1 (the "poly" policy); with
-    ``end=0`` the same as torch's ``PolynomialLR``.
+    ``end + (value - end) * (1 - t / T) ** power``, which is `end` after the last update; with ``power=1`` it is linear.
+    Chen and others, "DeepLab", https://arxiv.org/abs/1606.00915, section 4.3.1 (the "poly" policy); with ``end=0`` the
+    same as torch's ``PolynomialLR``.
 
     Args:
-        value: Where it begins.
-        end: Where it ends.
+        value: The first value.
+        end: The last value.
         power: The exponent.
-        length: T in updates; without it, all updates of the fit.
+        length: T in updates; all updates of the fit by default.
+
+    Raises:
+        UsageError: `value`, `end` or `power` is no finite number, or `length` is no whole number from 1.
 
     >>> [polynomial(1.0, length=4)(n) for n in range(1, 7)]
     [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
@@ -102,6 +111,9 @@ def exponential(value: float, gamma: float) -> Schedule:
 
     The same as torch's ``ExponentialLR``.
 
+    Raises:
+        UsageError: `value` or `gamma` is no finite number.
+
     >>> exponential(1.0, 0.5)(4)
     0.125
     """
@@ -111,15 +123,18 @@ def exponential(value: float, gamma: float) -> Schedule:
 
 
 def step(value: float, every: int | Sequence[int], gamma: float = 0.1) -> Schedule:
-    """Return a schedule that is multiplied with `gamma` after each `every` updates, or after those that are listed.
+    """Return a schedule that is multiplied with `gamma` after each `every` updates, or after the listed updates.
 
-    ``value * gamma ** (t // every)``, torch's ``StepLR``; or ``value * gamma ** k`` where k of the listed numbers of
-    updates are done, torch's ``MultiStepLR``.
+    ``value * gamma ** (t // every)``, torch's ``StepLR``; or ``value * gamma ** k``, torch's ``MultiStepLR``, where k
+    is how many of the listed numbers are at most t.
 
     Args:
-        value: Where it begins.
-        every: How many updates; or a list of numbers of updates, ascending.
+        value: The first value.
+        every: The number of updates between two steps; or a list of numbers of updates, ascending.
         gamma: The factor.
+
+    Raises:
+        UsageError: `value` or `gamma` is no finite number, `every` is no whole number from 1, or not ascending.
 
     >>> [step(1.0, 2, 0.5)(n) for n in range(1, 6)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -148,16 +163,20 @@ def one_cycle(
     """Return a schedule that rises from `start` to `max_value`, and then falls to `end`.
 
     Smith and Topin, "Super-Convergence", https://arxiv.org/abs/1708.07120; the same as torch's ``OneCycleLR`` with two
-    phases: the peak is at ``t = peak * T - 1`` and `end` at the last update, ``t = T - 1``. A momentum goes the other
-    way: ``one_cycle(0.85, start=0.95, end=0.95)``.
+    phases: the peak is at ``t = peak * T - 1`` and `end` at the last update, ``t = T - 1``. A momentum falls first and
+    then rises: ``one_cycle(0.85, start=0.95, end=0.95)``.
 
     Args:
         max_value: The value at the peak.
-        start: Where it begins; without it ``max_value / 25``.
-        end: Where it ends; without it ``start / 1e4``.
-        peak: Where the peak is, as a share of the length.
-        shape: ``"cosine"`` or ``"linear"``.
-        length: T in updates; without it, all updates of the fit.
+        start: The first value; ``max_value / 25`` by default.
+        end: The last value; ``start / 1e4`` by default.
+        peak: The position of the peak, as a share of the length.
+        shape: The shape of the rise and the fall: ``"cosine"`` or ``"linear"``.
+        length: T in updates; all updates of the fit by default.
+
+    Raises:
+        UsageError: A value is no finite number, `peak` is not from 0 to 1, `shape` is not one of the two, or `length`
+            is no whole number from 1.
 
     >>> [round(one_cycle(1.0, start=0.0, peak=0.5, shape="linear", length=8)(n), 2) for n in range(1, 9)]
     [0.0, 0.33, 0.67, 1.0, 0.75, 0.5, 0.25, 0.0]
@@ -188,16 +207,17 @@ def from_torch(
 ) -> Schedule:
     """Return a schedule with the values of a scheduler of torch.
 
-    https://docs.pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate. The scheduler works on an optimizer of
-    its own with one parameter group, and is stepped once for each update.
+    https://docs.pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate. The scheduler gets a separate optimizer
+    with one parameter group, and is stepped once for each update.
 
     Args:
-        make: Called with an optimizer; returns the scheduler, as ``lambda o: CosineAnnealingLR(o, T_max=100)``.
-        value: The value of the hyperparameter in that optimizer at first.
-        key: Which entry of the parameter group the schedule is; ``"momentum"`` for the momentum of ``OneCycleLR``.
+        make: A function of an optimizer that returns the scheduler: ``lambda o: CosineAnnealingLR(o, T_max=100)``.
+        value: The first value of the hyperparameter in that optimizer.
+        key: The entry of the parameter group that the schedule returns; ``"momentum"`` for the momentum of
+            ``OneCycleLR``.
 
     Raises:
-        UsageError: No scheduler was made, or one that needs a metric.
+        UsageError: `make` returns no scheduler, or a scheduler that needs a metric.
 
     >>> schedule = from_torch(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), 1.0)
     >>> [schedule(n) for n in range(1, 6)]
@@ -219,9 +239,9 @@ def from_torch(
     values = [float(group[key])]
 
     def formula(n: int, _: int) -> float:
-        """Return the value at update n; what comes before it has to be stepped through, once."""
+        """Return the value at update n. The scheduler is stepped through all updates before n, once."""
         while len(values) < n:
-            optimizer.step()  # torch warns where a scheduler steps before its optimizer
+            optimizer.step()  # the optimizer has no gradients; torch warns if a scheduler steps before its optimizer
             scheduler.step()
             values.append(float(group[key]))
         return values[n - 1]
@@ -230,7 +250,13 @@ def from_torch(
 
 
 def _stretched(text: str, length: int | None, formula: Callable[[int, int], float]) -> Schedule:
-    """Return the schedule; `text` is how it is written up to the length."""
+    """Return a schedule that has a length or is stretched.
+
+    Args:
+        text: The call that makes the schedule, up to its length.
+        length: The length, or ``None`` for the length of the fit.
+        formula: The value as a function of the update and of the length.
+    """
     if length is None:
         return Schedule(f"{text})", formula, stretched=True)
     length = whole_number(f"{text.partition('(')[0]}(): length", length)

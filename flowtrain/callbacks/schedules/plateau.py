@@ -1,7 +1,8 @@
-"""Reduce on plateau: a value that is lowered when a metric has stopped getting better.
+"""Reduce on plateau: a value that is lowered when a metric has stopped improving.
 
-It is no function of the update, so it is written as one of the metric: from a `Plateau`, what is remembered, and the
-metric of an epoch to the next `Plateau`. `flowtrain.callbacks.Scheduler` keeps it, and has it in its checkpoint.
+The value is no function of the number of the update. It is a function of the earlier metrics, which are summed up in a
+`Plateau`: `ReduceOnPlateau.after` computes the next `Plateau` from the last one and the metric of an epoch.
+`flowtrain.callbacks.Scheduler` keeps the `Plateau`, and saves it in checkpoints.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ __all__ = ["Plateau", "ReduceOnPlateau", "reduce_on_plateau"]
 
 
 class Plateau(NamedTuple):
-    """What is remembered of the epochs so far.
+    """The state of a `ReduceOnPlateau` after some epochs.
 
     Attributes:
-        value: The value now.
-        best: The best metric so far; ``None`` before the first.
-        bad: Epochs since the best one, or since the value was lowered.
-        cooldown: Epochs that are still not counted as bad.
+        value: The present value.
+        best: The best metric so far; ``None`` before the first epoch.
+        bad: The number of epochs since the best one, or since the value was lowered.
+        cooldown: The number of coming epochs that do not count as bad.
     """
 
     value: float
@@ -36,7 +37,7 @@ class Plateau(NamedTuple):
 
 @dataclass(frozen=True)
 class ReduceOnPlateau:
-    """See `reduce_on_plateau`, which makes one."""
+    """A schedule that depends on a metric. `reduce_on_plateau` makes one, and its arguments are the attributes."""
 
     value: float
     monitor: str
@@ -50,11 +51,19 @@ class ReduceOnPlateau:
     minimum: float
 
     def begin(self) -> Plateau:
-        """Return what is remembered before the first epoch."""
+        """Return the state before the first epoch."""
         return Plateau(self.value)
 
     def after(self, plateau: Plateau, metric: float) -> Plateau:
-        """Return what is remembered after one more epoch."""
+        """Return the state after one more epoch.
+
+        Args:
+            plateau: The state before the epoch.
+            metric: The metric of the epoch.
+
+        Raises:
+            UsageError: Neither `mode` nor the metric says whether small or large values are good.
+        """
         value, best, bad, cooldown = plateau
         mode = direction(f"reduce_on_plateau({self.value}", self.monitor, self.mode, ())
         best = best if best is not None else math.inf if mode == "min" else -math.inf
@@ -63,7 +72,7 @@ class ReduceOnPlateau:
             bad, cooldown = 0, cooldown - 1
         if bad > self.patience:
             lowered = max(value * self.factor, self.minimum)
-            value = lowered if value - lowered > 1e-8 else value  # a smaller step than that is none, as in torch
+            value = lowered if value - lowered > 1e-8 else value  # torch leaves out smaller steps as well
             bad, cooldown = 0, self.cooldown
         return Plateau(value, best, bad, cooldown)
 
@@ -90,28 +99,29 @@ def reduce_on_plateau(
     cooldown: int = 0,
     minimum: float = 0.0,
 ) -> ReduceOnPlateau:
-    """Return a schedule that is multiplied with `factor` when a metric has not got better for more than some epochs.
+    """Return a schedule that is multiplied with `factor` if a metric has not improved for more than `patience` epochs.
 
     A metric m is better than the best one b if ``m < b * (1 - threshold)``, or without `relative` if
     ``m < b - threshold``; with ``mode="max"`` if ``m > b * (1 + threshold)`` or ``m > b + threshold``. The same as
-    torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`. An evaluation counts once
-    for each state of the parameters: one that follows no update, as by ``learner.validate()``, is no epoch.
+    torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`. Only the first evaluation
+    after an update counts as an epoch: a second one, as by ``learner.validate()``, has the same parameters.
 
     Args:
-        value: Where it begins.
-        monitor: The name of a metric.
-        phase: The phase whose metric it is, subclasses included.
-        mode: ``"min"`` or ``"max"``, whether a smaller or a greater metric is better. Without it, what is known of the
-            metric: of the loss, the metrics of `flowtrain.metrics`, torchmetrics objects, and ``Metric(f, mode=...)``.
-        factor: What the value is multiplied with, below 1.
-        patience: How many epochs without a better metric are put up with.
-        threshold: By how much a metric has to be better.
+        value: The first value.
+        monitor: The name of the metric.
+        phase: The phase that the metric is of, subclasses included.
+        mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
+            that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
+            ``Metric(f, mode=...)`` do.
+        factor: The factor that lowers the value, below 1.
+        patience: The number of epochs without a better metric after which the value is not lowered yet.
+        threshold: The amount by which a metric must be better.
         relative: Whether the threshold is a share of the best metric.
-        cooldown: Epochs after it was lowered in which none counts as bad.
-        minimum: What the value does not fall below.
+        cooldown: The number of epochs after the value was lowered that do not count as bad.
+        minimum: The least value.
 
     Raises:
-        UsageError: A value that means nothing.
+        UsageError: An argument is out of its range.
 
     >>> schedule = reduce_on_plateau(1.0, patience=1, factor=0.5)
     >>> plateau = schedule.begin()

@@ -1,7 +1,7 @@
-"""What a schedule is: a value for each update, worked out from the number of the update alone.
+"""A schedule: the value of a hyperparameter as a function of the number of the update.
 
-A schedule is any callable ``schedule(n) -> value``, n the number of the coming update, from 1. `Schedule` is one that
-knows how it is written, for messages, and that can be stretched over the updates of a fit.
+A schedule is any callable ``schedule(n) -> value``, where n is the number of the coming update, from 1. `Schedule` is a
+schedule that knows the code that makes it, for messages, and that can be stretched over the updates of a fit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["Schedule", "ScheduleLike", "as_schedule", "check_milestones", "check
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
-    """A value for each update: ``schedule(n)``, n the number of the coming update, from 1.
+    """A value for each update: ``schedule(n)``, where n is the number of the coming update, from 1.
 
     Attributes:
-        text: How it is written, for messages.
-        formula: What is called with n, and with the length in updates where the schedule has one.
-        length: Over how many updates the formula is stretched; ``None`` if it is not given, or the formula needs none.
-        stretched: Whether the formula needs a length.
-        unit: What n counts.
+        text: The code that makes the schedule, for messages.
+        formula: A function of n and of the length, which returns the value.
+        length: The number of updates that the formula is stretched over; ``None`` if it is not given, or not needed.
+        stretched: Whether the formula depends on the length.
+        unit: The unit of n and of the length: ``"update"`` or ``"epoch"``.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Schedule:
 
     @property
     def is_open(self) -> bool:
-        """Whether the length is not given, so that the fit decides."""
+        """Whether the formula needs a length and none is given, so that the fit gives it."""
         return self.stretched and self.length is None
 
     def over(self, total: int) -> Schedule:
@@ -45,7 +45,7 @@ class Schedule:
         return replace(self, length=max(total, 1)) if self.is_open else self
 
     def value(self, n: int, length: int) -> float:
-        """Return the value at update n, stretched over `length` updates if its own length is not given."""
+        """Return the value at update n, of the schedule stretched over `length` updates if it has no own length."""
         return self.formula(n, max(length, 1) if self.length is None else self.length)
 
     def __call__(self, n: int) -> float:
@@ -64,10 +64,10 @@ ScheduleLike: TypeAlias = Schedule | Callable[[int], float] | float
 
 
 def as_schedule(given: ScheduleLike) -> Schedule:
-    """Return what a user gives as a schedule: a number stays the same value, a function is called with n.
+    """Return the schedule that a user's argument means: a number is a constant value, a function is called with n.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: `given` is no schedule, no finite number and no function.
 
     >>> as_schedule(0.1)(7)
     0.1
@@ -90,18 +90,28 @@ def as_schedule(given: ScheduleLike) -> Schedule:
 def check_number(what: str, name: str, value: Any) -> None:
     """Check that an argument is a finite number.
 
+    Args:
+        what: The name of the function, for the message.
+        name: The name of the argument.
+        value: The argument.
+
     Raises:
-        UsageError: It is not.
+        UsageError: `value` is no finite number.
     """
     if not is_a(value, Real) or is_a(value, bool) or not math.isfinite(value):
         raise UsageError(f"{what}({name}={value!r}): {name} is a finite number.")
 
 
 def check_milestones(what: str, name: str, given: Iterable[Any]) -> list[int]:
-    """Check that an argument is ascending positive whole numbers, and return them.
+    """Return an argument that is a list of positive whole numbers in ascending order.
+
+    Args:
+        what: The name of the function, for the message.
+        name: The name of the argument.
+        given: The argument.
 
     Raises:
-        UsageError: It is not.
+        UsageError: A number is not whole or below 1, or the numbers are not ascending.
     """
     found = [whole_number(f"{what}(): each of {name}", each) for each in given]
     if found != sorted(set(found)):

@@ -1,7 +1,7 @@
-"""Stopping criteria: when training should end, judged from one value an epoch.
+"""Stopping criteria: whether training should end, judged from one value of each epoch.
 
-`criterion` has the base class and how several criteria make one, `prechelt` those of Prechelt's paper, and `criteria`
-all of them, with a table. `flowtrain.callbacks.EarlyStopping` asks them.
+`criterion` has the base class and the criteria that combine others, `prechelt` the criteria of Prechelt's paper, and
+`criteria` the other ones, with a table of all. `flowtrain.callbacks.EarlyStopping` gives them the values.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""Stopping criteria: those of Prechelt, "Early stopping - but when?", and of EarlyStopping.jl.
+"""Stopping criteria of Prechelt, "Early stopping - but when?", and of EarlyStopping.jl.
 
 ====================  ==========================================================  ===========
 criterion             stops when                                                  in Prechelt
 ====================  ==========================================================  ===========
 `GL`                  the value is worse than the best by some percent            GL_alpha
-`PQ`                  that, measured against the progress of training             PQ_alpha
+`PQ`                  GL is large, compared with the progress of training         PQ_alpha
 `UP`                  the value has become worse some times in a row              UP_s
 `Patience`            there was no improvement for some epochs
 `NumberSinceBest`     the best value is some epochs old
-`NumberLimit`         there were some values
+`NumberLimit`         some number of values have been given
 `Threshold`           the value is good enough
-`TimeLimit`           some time has gone by
+`TimeLimit`           some time has passed
 `InvalidValue`        a value is NaN or infinite
 `Never`               never
 `Disjunction`         any of several criteria stops
-`Warmup`              another criterion does, not counting the first values
+`Warmup`              another criterion stops, which does not see the first values
 ====================  ==========================================================  ===========
 
-Each is fed one value an epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a loop of one's own.
-"Worse" means larger, or smaller where `Criterion.begin` said ``"max"``. NaN is worse than every number: it is never a
-best value or an improvement, also where it is the first value.
+A criterion is given one value of each epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a
+user's own loop. "Worse" means larger, or smaller after ``Criterion.begin("max")``. NaN is worse than every number: it
+is never a best value or an improvement, even if it is the first value.
 
 Sources: L. Prechelt, "Early Stopping - But When?", in Neural Networks: Tricks of the Trade, 1998
 (https://doi.org/10.1007/3-540-49430-8_3), and https://github.com/JuliaAI/EarlyStopping.jl. Prechelt looks at the
@@ -66,13 +66,13 @@ __all__ = [
 class Patience(Criterion):
     """Stop when there was no improvement for `n` epochs.
 
-    An improvement is the first number, and a value better by more than `min_delta` than at the last improvement. So a
-    metric that is NaN from the first epoch on ends training after `n` epochs. This is what Keras and Lightning call
-    patience (https://keras.io/api/callbacks/early_stopping); EarlyStopping.jl gives the name to `UP`.
+    An improvement is the first value that is a number, or a value that is better by more than `min_delta` than the last
+    improvement. So a metric that is NaN from the first epoch on ends training after `n` epochs. Keras and Lightning
+    call this patience (https://keras.io/api/callbacks/early_stopping); EarlyStopping.jl gives the name to `UP`.
 
     Args:
-        n: For how many epochs.
-        min_delta: How much better a value must be, in the metric's own unit.
+        n: The number of epochs.
+        min_delta: The amount by which a value must be better, in the unit of the metric.
 
     Raises:
         UsageError: `n` is no whole number, or below 1, or `min_delta` is negative.
@@ -94,6 +94,7 @@ class Patience(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Count the epochs since the last improvement."""
         best = self.best
         if not math.isnan(loss) and (best is None or loss < best - self.min_delta):
             self.best, self.count = loss, 0
@@ -105,8 +106,9 @@ class Patience(Criterion):
         return f"the value is NaN {epochs}" if best is None else f"no improvement on {self.shown(best)} {epochs}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state)
-        if self.best is not None and math.isnan(self.best):  # an earlier version remembered NaN as the best value
+        if self.best is not None and math.isnan(self.best):  # early versions kept NaN as the best value
             self.best = None
 
     def __repr__(self) -> str:
@@ -115,12 +117,12 @@ class Patience(Criterion):
 
 
 class NumberSinceBest(Patience):
-    """Stop when the best value is `n` epochs old: `Patience` for which every improvement counts.
+    """Stop when the best value is `n` epochs old. This is `Patience` with ``min_delta=0``.
 
     Source: ``NumberSinceBest`` of EarlyStopping.jl. A value that equals the best one is not a new best.
 
     Args:
-        n: How many epochs.
+        n: The number of epochs.
 
     Raises:
         UsageError: `n` is no whole number, or below 1.
@@ -136,7 +138,7 @@ class NumberLimit(Criterion):
     Source: ``NumberLimit`` of EarlyStopping.jl.
 
     Args:
-        n: How many values.
+        n: The number of values.
 
     Raises:
         UsageError: `n` is no whole number, or below 1.
@@ -150,6 +152,7 @@ class NumberLimit(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Count the values."""
         self.count += 1
         return f"this is value {self.count}" if self.count >= self.n else None
 
@@ -158,7 +161,7 @@ class NumberLimit(Criterion):
 
 
 class Threshold(Criterion):
-    """Stop when the value is better than `value`: below it, or above it where large values are good.
+    """Stop when the value of an epoch is better than `value`: below it, or above it if large values are good.
 
     Source: ``Threshold`` of EarlyStopping.jl.
 
@@ -176,24 +179,26 @@ class Threshold(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
-        wanted = self._sign * self.value
-        return f"the value {self.shown(loss)} is better than {self.value:g}" if loss < wanted else None
+        """Compare the value with the threshold."""
+        threshold = self._sign * self.value
+        return f"the value {self.shown(loss)} is better than {self.value:g}" if loss < threshold else None
 
     def __repr__(self) -> str:
         return f"Threshold({self.value:g})"
 
 
 class TimeLimit(Criterion):
-    """Stop when more than some time has gone by since the fit began, or since the first value where none began.
+    """Stop when more than some time has passed since the fit began, or without a fit since the first value.
 
-    The clock is looked at when a value comes in, so at the end of an epoch. Time counts up to the last value: what
-    goes by between two fits does not, nor between a checkpoint and the fit that goes on with it.
+    The clock is read when a value is given, so at the end of an epoch. Only the time from the beginning of a fit to its
+    last value counts: the time between two fits does not, nor the time between a checkpoint and the fit that resumes
+    from it.
 
     Source: ``TimeLimit`` of EarlyStopping.jl.
 
     Args:
         limit: Seconds, or a `datetime.timedelta`.
-        clock: Returns the time in seconds.
+        clock: A function that returns the time in seconds.
 
     Raises:
         UsageError: `limit` is not positive.
@@ -210,16 +215,19 @@ class TimeLimit(Criterion):
         super().__init__()
 
     def begin(self, mode: Mode = "min") -> None:
+        """Start the clock of this fit."""
         super().begin(mode)
         self._since = self._clock()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Add the time since the last value."""
         now = self._clock()
         self.spent += now - (now if self._since is None else self._since)
         self._since = now
         return f"{self.spent:.6g} seconds have gone by" if self.spent > self.seconds else None
 
     def reset(self) -> None:
+        """Forget the time that has passed."""
         super().reset()
         self._since = None
 
@@ -228,12 +236,13 @@ class TimeLimit(Criterion):
 
 
 class InvalidValue(Criterion):
-    """Stop when a value, or one of training, is NaN or infinite.
+    """Stop when the value, or a value of the training phase, is NaN or infinite.
 
     Source: ``InvalidValue`` of EarlyStopping.jl.
     """
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Look for a value that is not finite."""
         bad = [self.shown(value) for value in (loss, *training) if not math.isfinite(value)]
         return f"there is a value of {bad[0]}" if bad else None
 

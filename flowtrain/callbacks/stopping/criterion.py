@@ -1,8 +1,8 @@
-"""Criteria: when training should stop, judged from one value an epoch; and how several make one.
+"""Criteria: whether training should stop, judged from one value of each epoch; and criteria that combine others.
 
-A criterion knows nothing of a learner. It is fed the value of each epoch, and answers with the reason to stop or with
-``None``. `flowtrain.callbacks.stopping` has the criteria that people use, `flowtrain.callbacks.EarlyStopping` feeds
-them. A criterion of one's own says what it remembers, and judges::
+A criterion is independent of learners. It is given the value of each epoch, and returns the reason to stop or ``None``.
+`flowtrain.callbacks.stopping` has the usual criteria, `flowtrain.callbacks.EarlyStopping` gives them the values. A
+user's criterion names its state in ``initial``, and judges a value in ``judge``::
 
     class Flat(Criterion):
         "Stop when the value stays the same for two epochs."
@@ -37,18 +37,18 @@ Mode = Literal["min", "max"]
 
 
 def direction(call: str, monitor: str, mode: Mode | None, callbacks: Iterable[Any]) -> Mode:
-    """Return whether small values of a metric are good, or large ones.
+    """Return whether small or large values of a metric are good.
 
     Args:
-        call: What watches it, as a call that is open: ``"EarlyStopping(..."``.
+        call: The call that watches the metric, without its end: ``"EarlyStopping(..."``.
         monitor: The name of the metric, or of one of its values.
-        mode: What the user said, if anything.
-        callbacks: All of the learner; those that record metrics say what they know of them.
+        mode: The mode that the user gave, or ``None``.
+        callbacks: All callbacks of the learner. Each returns the modes of its metrics (`Callback.metric_modes`).
 
     Raises:
-        UsageError: Nobody knows.
+        UsageError: `mode` is ``None``, and no callback knows the mode of the metric.
     """
-    metric = monitor.partition(".")[0]  # of one with several values, such as "F1.cat"
+    metric = monitor.partition(".")[0]  # "F1.cat" is a value of the metric "F1"
     known: Mode | None = "min" if monitor == "Loss" else None
     for callback in callbacks:
         modes = callback.metric_modes()
@@ -63,17 +63,17 @@ def direction(call: str, monitor: str, mode: Mode | None, callbacks: Iterable[An
 
 
 def several(monitor: str, series: Iterable[str]) -> str:
-    """Say, for a message, which values a metric has that is recorded as several series."""
+    """Return a part of a message: the values of a metric that is recorded as several series; empty for others."""
     names = [name for name in series if name.startswith(f"{monitor}.")]
     return f"; {monitor} has several values: {', '.join(names)}. Write monitor={names[0]!r}" if names else ""
 
 
 class Criterion:
-    """Base of the criteria: subclass it, say in `initial` what it remembers, and override `judge`.
+    """Base of the criteria. A subclass names its state in `initial` and overrides `judge`.
 
     Attributes:
-        initial: What it remembers, as attributes by name, each with its first value. This is what `state_dict` holds.
-        needs_training: Whether it judges by the values of training too.
+        initial: The attributes that are the state of the criterion, with their first values. `state_dict` holds them.
+        needs_training: Whether `judge` uses the values of the training phase.
     """
 
     initial: ClassVar[Mapping[str, Any]] = {}
@@ -84,30 +84,30 @@ class Criterion:
         Criterion.reset(self)
 
     def begin(self, mode: Mode = "min") -> None:
-        """Learn that a fit begins, and whether small values are good or large ones. Without it small ones are."""
+        """Note that a fit begins, and whether small values are good (``"min"``, the default) or large ones."""
         self._sign = -1.0 if mode == "max" else 1.0
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
-        """Take in the value of an epoch; return why to stop, beginning with the criterion, or ``None``.
+        """Judge the value of an epoch; return the reason to stop, which begins with the criterion, or ``None``.
 
         Args:
-            value: The value that is watched.
-            training: The values of training since the last call, one for each epoch, oldest first.
+            value: The watched value.
+            training: The values of the training phase since the last call, one for each epoch, oldest first.
         """
         why = self.judge(self._sign * value, [self._sign * each for each in training])
         return None if why is None else f"{self!r}: {why}"
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
-        """Return why to stop, or ``None``. Override this.
+        """Return the reason to stop, or ``None``. Subclasses override this.
 
         Args:
-            loss: The value, negated where large ones are good: the smaller the better.
-            training: The values of training, in the same way.
+            loss: The value, negated if large values are good, so that smaller is better.
+            training: The values of the training phase, negated in the same way.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define judge(loss, training)")
 
     def shown(self, loss: float) -> str:
-        """Return a loss as `judge` gets it as text, with the sign of the value that it was."""
+        """Return the text of a loss that `judge` was given, with the sign of the user's value."""
         return f"{self._sign * loss:.6g}"
 
     def reset(self) -> None:
@@ -116,14 +116,14 @@ class Criterion:
             setattr(self, name, deepcopy(value))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `update` needs to go on from here, as plain values."""
+        """Return the state as plain values."""
         return {name: deepcopy(getattr(self, name)) for name in self.initial}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            CheckpointError: It is the state of another type of criterion.
+            CheckpointError: `state` is of a criterion of another type.
         """
         if set(state) != set(self.initial):
             raise CheckpointError(
@@ -134,7 +134,7 @@ class Criterion:
             setattr(self, name, deepcopy(value))
 
     def parts(self) -> Iterator[Criterion]:
-        """Yield this criterion and those inside it."""
+        """Yield this criterion, and the criteria that it combines."""
         yield self
 
     def __or__(self, other: Criterion) -> Disjunction:
@@ -146,14 +146,15 @@ class Never(Criterion):
     """Never stop."""
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Return ``None``."""
         return None
 
     def __repr__(self) -> str:
         return "Never()"
 
 
-class _Several(Criterion):
-    """Criteria inside another: what all of them are told, they are told."""
+class _Combination(Criterion):
+    """A criterion that combines others: `begin`, `reset` and the state pass on to each of them."""
 
     def __init__(self, criteria: Sequence[Criterion]) -> None:
         for criterion in criteria:
@@ -175,35 +176,39 @@ class _Several(Criterion):
         super().__init__()
 
     def begin(self, mode: Mode = "min") -> None:
+        """Tell each criterion that a fit begins."""
         super().begin(mode)
         for criterion in self.criteria:
             criterion.begin(mode)
 
     def reset(self) -> None:
+        """Reset each criterion too."""
         super().reset()
         for criterion in self.criteria:
             criterion.reset()
 
     def parts(self) -> Iterator[Criterion]:
+        """Yield this criterion, and the criteria that it combines."""
         yield self
         for criterion in self.criteria:
             yield from criterion.parts()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the type and the state of each criterion."""
         inside = [{"type": type(each).__name__, "state": each.state_dict()} for each in self.criteria]
         return {**super().state_dict(), "criteria": inside}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            CheckpointError: It is the state of other criteria.
+            CheckpointError: `state` is of criteria of other types.
         """
         inside = state.get("criteria", [])
-        there, ours = [each["type"] for each in inside], [type(each).__name__ for each in self.criteria]
-        if there != ours:
+        saved, ours = [each["type"] for each in inside], [type(each).__name__ for each in self.criteria]
+        if saved != ours:
             raise CheckpointError(
-                f"{self!r} has the criteria {_listed(ours)}, and got the state of {_listed(there)}. "
+                f"{self!r} has the criteria {_listed(ours)}, and got the state of {_listed(saved)}. "
                 f"Go on with the criteria that the state was taken from, or leave the state out."
             )
         super().load_state_dict({name: value for name, value in state.items() if name != "criteria"})
@@ -211,13 +216,13 @@ class _Several(Criterion):
             criterion.load_state_dict(each["state"])
 
 
-class Disjunction(_Several):
-    """Stop when any of several criteria stops. Each is fed every value; ``a | b`` means the same.
+class Disjunction(_Combination):
+    """Stop when any of several criteria stops. Each criterion is given every value; ``a | b`` is the same.
 
     Source: ``Disjunction`` of EarlyStopping.jl (https://github.com/JuliaAI/EarlyStopping.jl).
 
     Raises:
-        UsageError: Something that is no criterion, or nothing at all.
+        UsageError: There is no argument, an argument is no criterion, or one criterion is given twice.
     """
 
     def __init__(self, *criteria: Criterion) -> None:
@@ -226,7 +231,7 @@ class Disjunction(_Several):
         super().__init__(criteria)
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
-        """Feed all of them; return the reasons of those that stop."""
+        """Give the value to each criterion; return the reasons of all that stop, joined."""
         reasons = [criterion.update(value, training) for criterion in self.criteria]
         return "; ".join(reason for reason in reasons if reason is not None) or None
 
@@ -234,17 +239,17 @@ class Disjunction(_Several):
         return f"Disjunction({', '.join(map(repr, self.criteria))})"
 
 
-class Warmup(_Several):
-    """Let the first `n` values pass, and feed a criterion those that follow.
+class Warmup(_Combination):
+    """Leave out the first `n` values, and give the later ones to a criterion.
 
     Source: ``Warmup`` of EarlyStopping.jl (https://github.com/JuliaAI/EarlyStopping.jl).
 
     Args:
-        criterion: The criterion; it never sees the first `n` values, nor the values of training up to them.
-        n: How many values are not looked at.
+        criterion: The criterion. It never sees the first `n` values, nor the values of the training phase up to them.
+        n: The number of values that are left out.
 
     Raises:
-        UsageError: That is no criterion, or `n` is no whole number, or below 1.
+        UsageError: `criterion` is no criterion, or `n` is no whole number, or below 1.
     """
 
     initial: ClassVar[Mapping[str, Any]] = {"count": 0}
@@ -255,7 +260,7 @@ class Warmup(_Several):
         super().__init__([criterion])
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
-        """Feed the criterion, if the first values are over."""
+        """Give the value to the criterion, unless it is one of the first `n`."""
         self.count += 1
         return None if self.count <= self.n else self.criteria[0].update(value, training)
 
@@ -264,10 +269,15 @@ class Warmup(_Several):
 
 
 def check_positive(what: str, name: str, value: float) -> float:
-    """Return `value`.
+    """Return an argument that is a positive number.
+
+    Args:
+        what: The name of the class, for the message.
+        name: The name of the argument.
+        value: The argument.
 
     Raises:
-        UsageError: It is no number above zero.
+        UsageError: `value` is no number above zero.
     """
     if not is_positive(value):
         raise UsageError(f"{what}({name}={value!r}): {name} is a number above zero.")

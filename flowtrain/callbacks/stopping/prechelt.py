@@ -1,7 +1,7 @@
-"""The criteria of Prechelt: the value against the best one, against the progress of training, against those before it.
+"""The criteria of Prechelt compare a value with the best value, the progress of training, or the values before it.
 
 Source: L. Prechelt, "Early Stopping - But When?", in Neural Networks: Tricks of the Trade, 1998
-(https://doi.org/10.1007/3-540-49430-8_3). There ``E`` is the error on the validation set; here it is any value.
+(https://doi.org/10.1007/3-540-49430-8_3). In the paper ``E`` is the error on the validation set, here it is any value.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["GL", "PQ", "UP"]
 
 
 class GL(Criterion):
-    """Stop when the generalization loss exceeds `alpha`: the value is worse than the best one by so many percent.
+    """Stop when the generalization loss, by how many percent the value is worse than the best one, exceeds `alpha`.
 
-    ``GL(t) = 100 * (E(t) - E_opt) / |E_opt|``, with ``E(t)`` the value of epoch t and ``E_opt`` the best up to then.
-    It stops when ``GL(t) > alpha``. Next to a best value of 0 everything worse is infinitely so, and NaN is next to any
-    best value. As long as there was no number nothing is compared: a patience, or `InvalidValue`, stops on a value that
-    is NaN from the first epoch on.
+    ``GL(t) = 100 * (E(t) - E_opt) / |E_opt|``, with ``E(t)`` the value of epoch t and ``E_opt`` the best one up to t.
+    The criterion stops when ``GL(t) > alpha``. The generalization loss of NaN is infinite, and with a best value of 0
+    that of every worse value. Values before the first number are not compared; if the value is NaN from the first epoch
+    on, `Patience` or `InvalidValue` stops.
 
     Source: Prechelt, ``GL_alpha``, for errors, which are positive; with the absolute value as in EarlyStopping.jl.
 
@@ -45,6 +45,7 @@ class GL(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Compare the value with the best one."""
         self.best = best = _least(loss, self.best)
         gl = _generalization_loss(loss, best)
         if best is None or not gl > self.alpha:
@@ -56,22 +57,23 @@ class GL(Criterion):
 
 
 class PQ(Criterion):
-    """Stop when the generalization loss is large against the progress that training still makes, or makes none.
+    """Stop when the generalization loss is large compared with the progress of training, or training makes none.
 
-    ``PQ(t) = GL(t) / P(t)`` with ``P(t) = 1000 * (mean - min) / |min|``, mean and minimum taken over the last `k`
-    values of training, and ``GL`` as in `GL`. It stops when ``PQ(t) > alpha``, or when ``P(t) <= tol``; never before
-    there are `k` values of training. Where some of these are NaN nothing is judged, where all are there is no
-    progress.
+    ``PQ(t) = GL(t) / P(t)`` with ``P(t) = 1000 * (mean - min) / |min|``, where mean and minimum are those of the last
+    `k` values of the training phase, and ``GL`` is as in `GL`. The criterion stops when ``PQ(t) > alpha``, or when
+    ``P(t) <= tol``, but not before the training phase has `k` values. If some of these are NaN it does not judge; if
+    all are NaN the progress is 0.
 
-    Source: Prechelt, ``PQ_alpha``; from EarlyStopping.jl `tol`, and a look after each epoch in place of each strip.
+    Source: Prechelt, ``PQ_alpha``; `tol`, and judging after each epoch instead of each strip, are from
+    EarlyStopping.jl.
 
     Args:
         alpha: The threshold, in percent of `GL` for each per mille of progress.
-        k: How many values of training the progress is measured over, at least 2.
-        tol: Progress up to this is none.
+        k: The number of values of the training phase that the progress is computed from, at least 2.
+        tol: The progress, in per mille, up to which training makes none.
 
     Raises:
-        UsageError: A value is outside of its range.
+        UsageError: An argument is out of its range.
     """
 
     initial: ClassVar[Mapping[str, Any]] = {"best": None, "training": []}
@@ -86,6 +88,7 @@ class PQ(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Compare the generalization loss with the progress of training."""
         self.best = best = _least(loss, self.best)
         self.training = [*self.training, *training][-self.k :]
         if len(self.training) < self.k:
@@ -112,13 +115,13 @@ class PQ(Criterion):
 class UP(Criterion):
     """Stop when the value has become worse `s` times in a row, however little.
 
-    It stops when ``E(t) > E(t-1) > ... > E(t-s)``. NaN counts as worse than the value before, whatever that is, and a
-    number after it as better.
+    The criterion stops when ``E(t) > E(t-1) > ... > E(t-s)``. NaN counts as worse than any value before it, even NaN,
+    and a number after NaN counts as better.
 
-    Source: Prechelt, ``UP_s``, with one epoch in place of a strip of k; EarlyStopping.jl calls it ``Patience``.
+    Source: Prechelt, ``UP_s``, with one epoch instead of a strip of k; EarlyStopping.jl calls it ``Patience``.
 
     Args:
-        s: How many times in a row.
+        s: The number of times in a row.
 
     Raises:
         UsageError: `s` is no whole number, or below 1.
@@ -138,6 +141,7 @@ class UP(Criterion):
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
+        """Count how often in a row the value has become worse."""
         before, self.before = self.before, loss
         if not math.isnan(loss) and (before is None or not loss > before):
             self.count, self.since = 0, loss
@@ -154,7 +158,7 @@ class UP(Criterion):
 
 
 def _generalization_loss(loss: float, best: float | None) -> float:
-    """Return by how many percent a loss is above the best one: infinitely where it is NaN."""
+    """Return by how many percent a loss is above the best one: infinity for NaN, and NaN without a best one."""
     if best is None:
         return math.nan
     if math.isnan(loss):
@@ -165,6 +169,6 @@ def _generalization_loss(loss: float, best: float | None) -> float:
 
 
 def _least(loss: float, best: float | None) -> float | None:
-    """Return the smaller one; NaN is no best value, and ``None`` where there is no other."""
+    """Return the smaller number of the two; ``None`` if both are missing or NaN."""
     numbers = [each for each in (best, loss) if each is not None and not math.isnan(each)]
     return min(numbers, default=None)
