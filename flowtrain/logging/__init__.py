@@ -1,18 +1,17 @@
-"""Logging: backends, and what can be logged.
+"""Logging: the backends, and the loggables that callbacks give them.
 
-========================  ======================================  ====================  =============================
-backend                   sink                                    needs                 takes back on resume
-========================  ======================================  ====================  =============================
-`JsonlBackend`            a file of JSON lines, files beside it   nothing               yes
-`CsvBackend`              a table, one row for each step          nothing               yes
-`TensorBoardBackend`      an event file in a folder               tensorboard           yes
-`MLflowBackend`           a run of MLflow                         mlflow                by a new run with a copy
-`WandbBackend`            a run of Weights & Biases               wandb                 by a new run that names its
-                                                                                        predecessor
-========================  ======================================  ====================  =============================
+========================  ======================================  ==============  =====================================
+backend                   sink                                    needs           on resume, later records
+========================  ======================================  ==============  =====================================
+`JsonlBackend`            a file of JSON lines, files beside it   no package      are removed
+`CsvBackend`              a table, one row for each step          no package      are removed
+`TensorBoardBackend`      an event file in a folder               tensorboard     are removed
+`MLflowBackend`           a run of MLflow                         mlflow          stay; a new run copies earlier ones
+`WandbBackend`            a run of Weights & Biases               wandb           stay; a new run names the earlier run
+========================  ======================================  ==============  =====================================
 
-Callbacks log what is here as loggables: `Value`, `Image`, `Text`, `Histogram`, `Figure`, `File`, `Settings`. A backend
-of your own is a `LoggerBackend`, and `flowtrain.testing.BackendContract` tests it.
+The loggables are `Value`, `Image`, `Text`, `Histogram`, `Figure`, `File` and `Settings`. A user's backend is a subclass
+of `LoggerBackend`, and `flowtrain.testing.BackendContract` tests it.
 """
 
 from __future__ import annotations

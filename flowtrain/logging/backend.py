@@ -1,23 +1,26 @@
-"""Records: the backends that take what is logged, and how it gets from a handler to its backend.
+"""Records: loggables, the backends that write them, and the way of a record from a handler to its backend.
 
-A handler logs a *loggable* (a `Value`, an `Image`, ...; see `flowtrain.logging.loggables`) with `log`. The backend
-turns it into bytes where the handler runs (`LoggerBackend.encode`), and the process that owns the sink, which is the
-one that trains, writes those bytes (`LoggerBackend.write`). In place both happen at once. A handler that runs elsewhere
-runs inside `collecting`, which keeps the records, and they come back with its result: the owner gives them to
-`deliver`. So a sink has one writer, whatever happens to the others.
+A handler logs a *loggable* (a `Value`, an `Image`, ...) with `log`, under a name, with a step and a group. The group
+says what the step counts: ``("Step", "TrainingPhase")``, ``("Epoch", "ValidationPhase")``. Backends show the three
+parts as one path: ``Step/TrainingPhase/Loss``.
+
+The backend encodes the loggable as bytes in the thread and process of the handler (`LoggerBackend.encode`). Only the
+process that trains writes the bytes to the sink (`LoggerBackend.write`). For a handler that runs in place both happen
+at once. A deferred handler runs within `collecting`, which keeps the records; they return with its result, and the
+training process writes them with `deliver`. So a sink has one writer, even if a worker dies or runs a handler twice.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from flowtrain.errors import LoggingError, is_whole
-from flowtrain.logging.loggables import Figure, File, Group, Histogram, Image, Loggable, Settings, Text, Value
 
 __all__ = [
     "Collector",
@@ -40,15 +43,104 @@ __all__ = [
     "log",
 ]
 
+Group: TypeAlias = tuple[str, ...]
+"""What a step counts, and the phase that it counts in: ``("Step", "TrainingPhase")``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loggable:
+    """Base of all objects that can be logged. A loggable holds the object of a callback; the backend encodes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Value(Loggable):
+    """A number.
+
+    Args:
+        value: A number, or a tensor or array with one element. NaN and infinite values are allowed.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Image(Loggable):
+    """A picture.
+
+    Args:
+        image: A tensor or array of shape (height, width), (channels, height, width) or (height, width, channels), with
+            1, 3 or 4 channels; floating point values from 0 to 1, or whole numbers from 0 to 255. Values outside of
+            this range are clamped, and NaN becomes 0. A shape that fits two of these has its channels first.
+    """
+
+    image: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Text(Loggable):
+    """A text, which backends show as Markdown if they can.
+
+    Args:
+        text: The text.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram(Loggable):
+    """The distribution of many values.
+
+    Args:
+        values: A tensor or array of any shape. NaN and infinite values are left out; `JsonlBackend` logs their number.
+        bins: The number of bins, which have equal width.
+    """
+
+    values: Any
+    bins: int = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Figure(Loggable):
+    """A drawing of matplotlib.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``, made without pyplot, which threads must not share.
+    """
+
+    figure: Any
+
+
+@dataclass(frozen=True, eq=False)
+class File(Loggable):
+    """A whole file, which is kept under the name it is logged with.
+
+    Args:
+        path: The path of the file, which is read when it is logged.
+    """
+
+    path: str | PathLike[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings(Loggable):
+    """The settings of a run, such as the batch size, by which trackers list and compare runs.
+
+    Args:
+        values: The settings by name: numbers, texts, ``None``, and lists and mappings of these.
+    """
+
+    values: Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a backend is told when it is opened.
+    """The run that a backend is opened for.
 
     Attributes:
-        id: The run's own identifier; a resumed run has that of the run it goes on with.
-        resumed: Whether this goes on with a run of a checkpoint; then `LoggerBackend.restore` follows.
-        rank: The number of the process in a distributed run; only the one with 0 writes.
+        id: The identifier of the run; a resumed run has the same one again.
+        resumed: Whether the run is resumed from a checkpoint; then `LoggerBackend.restore` is called after `open`.
+        rank: The rank of the process in a distributed run; only the process with rank 0 writes.
     """
 
     id: str
@@ -57,21 +149,20 @@ class Run:
 
 
 Outcome: TypeAlias = Literal["finished", "failed", "killed"]
-"""How a run ended: as it should, stopped early by a callback included; with an error; or from outside (Ctrl-C,
-SIGTERM, the end of the program in the middle of it)."""
+"""How a run ended: normally or by a callback; by an error; or from outside (Ctrl-C, SIGTERM, or the program ended)."""
 
 
 class LoggerBackend(ABC):
-    """Takes what is logged: a file, or a tracker.
+    """Writes records to a sink: a file, or a tracker.
 
-    A constructor only stores its arguments, and a copy by pickle leaves behind what is open: a backend is copied to
-    other processes before and after it is opened, and the copy encodes and never writes. `open` comes first, before
-    training; then `write` for every record in order; `flush` at the end of a fit and for a checkpoint; `ended` and
-    `close` last. It may be opened again after that, and goes on where it was. `flowtrain.testing.BackendContract`
-    tests an implementation.
+    A constructor only stores its arguments, and pickling leaves out open files and connections: a backend is copied to
+    other processes before and after it is opened, and a copy only encodes. `open` is called first, before training;
+    then `write` for every record in order; `flush` at the end of a fit and for a checkpoint; `ended` and `close` last.
+    A closed backend may be opened again, and then continues its sink. `flowtrain.testing.BackendContract` tests an
+    implementation.
 
     Attributes:
-        accepts: The kinds of loggables that `encode` takes. `log` gives it no others.
+        accepts: The types of loggables that `encode` takes. `log` gives the backend no others.
     """
 
     accepts: ClassVar[tuple[type[Loggable], ...]] = (Loggable,)
@@ -79,89 +170,95 @@ class LoggerBackend(ABC):
     @property
     @abstractmethod
     def sink(self) -> str:
-        """What it writes to, such as the absolute path of a file: two backends of a learner never have the same."""
+        """The name of the sink, such as the absolute path of a file. No two backends of a learner have the same."""
 
     @abstractmethod
     def open(self, run: Run) -> None:
-        """Begin to take records; nothing of what is there is lost. With a rank other than 0, do nothing, for good.
+        """Prepare to write records after the records that the sink has already.
+
+        In a process with another rank than 0 the backend must not write, neither now nor later.
 
         Raises:
-            LoggingError: It cannot be written to, or a package is missing. Nothing has been trained then.
+            LoggingError: The sink cannot be written, or a package is missing. Training has not begun then.
         """
 
     @abstractmethod
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
         """Return a record of a loggable, with the clock time if the sink keeps it.
 
-        A pure function of its arguments and the clock, called where the handler runs, perhaps in several threads at
-        once, and in copies that were never opened.
+        This is a pure function of its arguments and the clock. It is called in the thread of the handler, so several
+        threads may call it at once, and in copies of the backend that were never opened.
 
         Args:
-            loggable: One of `accepts`.
-            name: What is logged, such as ``"Loss"``.
-            step: The step that it belongs to.
-            group: What the step counts, and where, such as ``("Step", "TrainingPhase")``.
+            loggable: A loggable of one of the types in `accepts`.
+            name: The name, such as ``"Loss"``.
+            step: The step.
+            group: What the step counts, such as ``("Step", "TrainingPhase")``.
 
         Raises:
-            LoggingError: The loggable is none of `accepts`, or holds what cannot be logged.
+            LoggingError: The loggable is of another type, or holds an object that cannot be logged.
         """
 
     @abstractmethod
     def write(self, record: bytes) -> None:
-        """Take what `encode` returned, here or in another process.
+        """Write a record that `encode` has returned, in this process or in another one.
 
         Raises:
-            LoggingError: It cannot be written, as when the disk is full; what was written before is kept.
+            LoggingError: The record cannot be written, as when the disk is full. Earlier records are kept.
         """
 
     def write_all(self, records: Sequence[bytes]) -> None:
-        """Take several records, in order. To be overridden where that costs less than one after the other.
+        """Write several records in order. Override this if it can cost less than one `write` for each.
 
         Raises:
-            LoggingError: One cannot be written; those before it are.
+            LoggingError: A record cannot be written. The records before it are written.
         """
         for record in records:
             self.write(record)
 
     @abstractmethod
     def flush(self) -> Any:
-        """Bring all that was written to where it stays; return the position, as plain values, for `restore`.
+        """Bring all written records to the sink, so that they survive a power failure.
 
-        Plain values are what JSON knows. What was flushed is there after the power has failed.
+        Returns:
+            The position in the sink, for `restore`, as values that JSON can hold.
         """
 
     @abstractmethod
     def restore(self, position: Any) -> None:
-        """Take back what was written after a position. Called after `open`, with what an earlier `flush` returned.
+        """Remove the records that were written after a position. This is called after `open`, when a run is resumed.
+
+        Args:
+            position: A position that an earlier `flush` returned.
 
         Raises:
-            LoggingError: What is there is not what was there at that position.
+            LoggingError: The sink is shorter than at that position, or is another one.
         """
 
-    def ended(self, outcome: Outcome) -> None:  # noqa: B027  # a sink that does not keep it has nothing to do
-        """Learn how the run ended, before `close`. To be overridden where the sink keeps that, as trackers do."""
+    def ended(self, outcome: Outcome) -> None:  # noqa: B027  # not abstract: most sinks do not keep the outcome
+        """Note how the run has ended; `close` follows. Override this if the sink keeps the outcome, as trackers do."""
 
     @abstractmethod
     def close(self) -> None:
-        """Flush, and give back what is held. Does nothing if it is closed."""
+        """Flush, and close files and connections. This does nothing if the backend is closed."""
 
     @property
     def resource(self) -> str:
-        """The resource that a callback uses which holds this backend; nobody has to declare it."""
+        """The resource of this backend. A callback that holds the backend uses it without declaring it."""
         return f"resource.{type(self).__name__}({self.sink.replace('.', '·')})"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which event a handler is at work on, for removing doubles of side effects of its own.
+    """The identity of a deferred event, by which a handler can recognize a side effect that happens a second time.
 
-    A handler that runs in another process runs again when that process dies before its result has arrived. Its
-    records are then written once; what it does itself (a message sent, a row inserted) may happen twice, both times
+    A handler in another process runs again if that process dies before its result has arrived. Its records are still
+    written once, but its own side effects (a message that it sends, a row that it inserts) may happen twice, both times
     with the same identity.
 
     Attributes:
-        run: The run.
-        lane: The lane.
+        run: The id of the run.
+        lane: The name of the lane.
         sequence: The number of the event in its lane, from 0.
     """
 
@@ -172,12 +269,13 @@ class Identity:
 
 @dataclass(slots=True)
 class Collector:
-    """Keeps what one callback logs while its handler runs elsewhere.
+    """Keeps the records that one callback logs while its handler runs deferred.
 
     Attributes:
-        identity: What the handler is at work on.
-        backends: The backends that the callback holds; ``None``: it may log to any, and no record is kept.
-        records: For each record the position of its backend in `backends`, and the bytes.
+        identity: The identity of the event.
+        backends: The backends that the callback holds. With ``None`` the handler may log to any backend, and no record
+            is kept.
+        records: The index in `backends` and the bytes of each record.
     """
 
     identity: Identity
@@ -206,7 +304,7 @@ HOLD = (
     "in __init__ and keep them in attributes, as in self.backend = JsonlBackend(path); to use another one later, put "
     "it into the callback between two fits and call learner.set_callbacks(list(learner.callbacks))."
 )
-"""What to do about a backend that no learner knows."""
+"""The remedy in errors about a backend that no learner has opened."""
 
 _collector: ContextVar[Collector | None] = ContextVar("flowtrain_collector", default=None)
 
@@ -214,24 +312,24 @@ _collector: ContextVar[Collector | None] = ContextVar("flowtrain_collector", def
 def log(
     backends: LoggerBackend | Iterable[LoggerBackend], loggable: Loggable, name: str, step: int, group: Group
 ) -> None:
-    """Log something to one or several backends: to each that takes its kind.
+    """Log a loggable to each of the given backends that takes its type.
 
     Args:
-        backends: One backend or several, of those that the callback holds. A callback holds what one of its attributes
-            leads to when it is given to the learner.
-        loggable: What to log.
-        name: What it is called, such as ``"Loss"``.
-        step: The step that it belongs to.
-        group: What the step counts, and where, such as ``("Step", "TrainingPhase")``.
+        backends: One backend or several, which the callback holds: they can be reached from its attributes when the
+            learner gets the callback.
+        loggable: The loggable.
+        name: The name to log under, such as ``"Loss"``.
+        step: The step.
+        group: What the step counts, such as ``("Step", "TrainingPhase")``.
 
     Raises:
-        LoggingError: No backend takes its kind, one cannot take this one, the callback does not hold one, or an
-            argument is of another type.
+        LoggingError: No backend takes the type of the loggable, a backend cannot encode or write it, the callback does
+            not hold a backend, or an argument is of a wrong type.
     """
     backends = _checked(backends, name, step, group)
-    step = int(step)  # also of NumPy's
+    step = int(step)  # numpy has whole numbers of its own
     if not name.isascii():
-        name = name.encode(errors="replace").decode()  # half a character, as in the name of a file, becomes "?"
+        name = name.encode(errors="replace").decode()  # a lone surrogate, as file names may have, becomes "?"
     collector = _collector.get()
     taken = False
     for backend in backends:
@@ -259,15 +357,16 @@ def deliver(
     records: Iterable[tuple[int, bytes]],
     failures: dict[int, Exception] | None = None,
 ) -> None:
-    """Write what a `Collector` kept, in the process that owns the sinks; each backend gets its own in order.
+    """Write the records of `Collector` objects in the training process; each backend gets its records in order.
 
     Args:
-        backends: `Collector.backends`: those of the callback whose handler logged.
-        records: `Collector.records`, here or in another process, of any number of events.
-        failures: Where a backend that fails is noted, by its id, with what it raised; what is in it gets nothing more.
+        backends: The backends of the callback, `Collector.backends`.
+        records: The records of any number of events, `Collector.records`, from this process or another one.
+        failures: The error of each failed backend by the `id` of the backend. This function adds to it, and writes
+            nothing to a backend in it.
 
     Raises:
-        Exception: Without `failures`, what the first backend raised that failed; the others have theirs all the same.
+        Exception: Without `failures`, the error of the first backend that failed; all other backends have been written.
     """
     noted: dict[int, Exception] = {} if failures is None else failures
     by_backend: dict[int, list[bytes]] = {}
@@ -288,7 +387,7 @@ def deliver(
 
 @contextmanager
 def collecting(identity: Identity, backends: Sequence[LoggerBackend] | None) -> Generator[Collector]:
-    """Keep the records of the handlers that run in this context instead of writing them, see `Collector`."""
+    """Give a context whose `Collector` keeps the records of handlers instead of writing them."""
     collector = Collector(identity, backends)
     token = _collector.set(collector)
     try:
@@ -298,16 +397,16 @@ def collecting(identity: Identity, backends: Sequence[LoggerBackend] | None) -> 
 
 
 def identity() -> Identity | None:
-    """Return which event the calling handler is at work on; ``None`` in a handler that runs in place."""
+    """Return the identity of the event that the calling handler handles; ``None`` in a handler that runs in place."""
     collector = _collector.get()
     return None if collector is None else collector.identity
 
 
 def _checked(backends: object, name: object, step: object, group: object) -> tuple[LoggerBackend, ...]:
-    """Return the backends that were given, when all arguments of `log` are of their types.
+    """Check the types of the arguments of `log`; return the backends as a tuple.
 
     Raises:
-        LoggingError: One is not.
+        LoggingError: An argument is of a wrong type.
     """
     several: tuple[Any, ...] = (backends,)
     if not isinstance(backends, LoggerBackend) and not isinstance(backends, str) and isinstance(backends, Iterable):

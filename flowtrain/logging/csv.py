@@ -7,9 +7,10 @@
     Step/TrainingPhase,2,0.5,
     Epoch/TrainingPhase,1,0.625,0.5
 
-A name ``group`` or ``step`` gets ``_`` at its end, since these columns are there already; so does ``group_``, and so
-on. A value that comes for the step of the last row is added to that row. A name that is new gets a column at the end,
-for which the file is written anew, beside, and renamed. There are no clock times: equal runs give equal files.
+A value with the group and the step of the last row is added to that row. A new name gets a column at the end: the whole
+file is then written again under another name and renamed. The names ``group`` and ``step`` get ``_`` at their end,
+because the first columns have these names; so do ``group_``, ``group__`` and so on. The file has no clock times, so
+equal runs write equal files.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _FIXED = ["group", "step"]
 
 
 class CsvBackend(FileBackend):
-    """Write values as a table; takes `Value` and nothing else.
+    """Write values as a table. It takes only `Value`.
 
-    A table that is there is gone on with, so give each run a file of its own.
+    An existing table is continued, so give each run its own file.
 
     Args:
-        path: The file, such as ``"runs/a/values.csv"``; made with its folders when training begins.
+        path: The file, such as ``"runs/a/values.csv"``; it is made with its folders when training begins.
     """
 
     accepts = (Value,)
@@ -47,10 +48,10 @@ class CsvBackend(FileBackend):
         self._columns = list(_FIXED)
         self._rows = 0
         self._last: list[str] = []  # the cells of the last row
-        self._start = 0  # where that row begins
+        self._start = 0  # the position in bytes at which the last row begins
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
-        """Return the group, step, name and value."""
+        """Return the group, step, name and value as JSON."""
         if not isinstance(loggable, Value):
             raise refused(self, loggable)
         return json.dumps(["/".join(group), str(step), name, repr(number(loggable.value))]).encode()
@@ -62,7 +63,11 @@ class CsvBackend(FileBackend):
         return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last)}
 
     def restore(self, position: Any) -> None:
-        """Drop the rows, columns and cells that came after a position."""
+        """Remove the rows, columns and cells that were written after a position.
+
+        Raises:
+            LoggingError: The table has fewer rows, or other columns, than at that position.
+        """
         if self._file is None or position is None:
             return
         columns, count = position["columns"], position["rows"]
@@ -77,7 +82,7 @@ class CsvBackend(FileBackend):
 
     def _open_file(self, run: Run) -> AppendingFile:
         file = AppendingFile(self.path, self._whole_rows)
-        self._take_in()
+        self._load()
         if not file.size:
             file.append(_text([self._columns]))
         return file
@@ -100,14 +105,14 @@ class CsvBackend(FileBackend):
         file.append(_text([row]))
 
     def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> AppendingFile:
-        """Write the file anew with these columns, and go on with that."""
+        """Write the whole file again with these columns, and continue with the new file."""
         width = len(columns)
         data = _text([columns, *([*row[:width], *[""] * (width - len(row))] for row in rows)])
         replace_file(self.path, data)
         if self._file is not None:
             self._file.close()
         self._file = AppendingFile(self.path, self._whole_rows)
-        self._take_in()
+        self._load()
         return self._file
 
     def _read(self) -> Iterator[list[str]]:
@@ -116,8 +121,12 @@ class CsvBackend(FileBackend):
             next(rows, None)
             yield from rows
 
-    def _take_in(self) -> None:
-        """Learn the columns and the last row of the file."""
+    def _load(self) -> None:
+        """Read the columns, the number of rows and the last row of the file.
+
+        Raises:
+            LoggingError: The file is no table of a `CsvBackend`.
+        """
         with open(self.path, newline="", encoding="utf-8") as file:
             table = list(csv.reader(file))
         self._columns = table[0] if table else list(_FIXED)

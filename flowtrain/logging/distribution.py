@@ -1,4 +1,8 @@
-"""How values are distributed: a `Histogram` as counts in bins of equal width."""
+"""The distribution of values: a `Histogram` is counted in bins of equal width.
+
+The values are counted on their own device, and only the counts come to the host. Single precision is used as long as it
+is exact enough, because double precision is slow on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,24 @@ from flowtrain.logging.backend import Histogram
 
 __all__ = ["Distribution", "distribution"]
 
-_EXACT = 1 << 24  # up to here single precision counts exactly
-_WIDE = 1e38  # and up to here it holds the distance of two values
+_EXACT = 1 << 24
+"""The largest number of values that single precision counts exactly."""
+
+_WIDE = 1e38
+"""The largest distance of two values that single precision holds."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Finite values, counted.
+    """The distribution of the finite values of a histogram.
 
     Attributes:
-        low: The smallest value; 0 if there is none.
-        high: The largest value; 0 if there is none.
-        counts: How many lie in each bin from `low` to `high`; the last bin includes `high`.
-        total: Their sum.
-        squares: The sum of their squares.
-        left_out: How many values were NaN or infinite.
+        low: The smallest value; 0 without a finite value.
+        high: The largest value; 0 without a finite value.
+        counts: The number of values in each bin from `low` to `high`; the last bin includes `high`.
+        total: The sum of the values.
+        squares: The sum of the squares of the values.
+        left_out: The number of values that were NaN or infinite.
     """
 
     low: float
@@ -46,7 +53,7 @@ class Distribution:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Where the bins begin and end: half a unit around a value that is the only one."""
+        """The beginning of the first bin and the end of the last: half a unit around the value if all are equal."""
         return (self.low, self.high) if self.low < self.high else (self.low - 0.5, self.high + 0.5)
 
 
@@ -63,7 +70,7 @@ def distribution(histogram: Histogram) -> Distribution:
     values = _values(histogram.values)
     size = values.numel()
     low, high = (float(limit) for limit in values.aminmax()) if size else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):  # NaN is the smallest and the largest
+    if not (math.isfinite(low) and math.isfinite(high)):  # `aminmax` gives NaN for both limits if any value is NaN
         values = values[values.isfinite()]
         low, high = (float(limit) for limit in values.aminmax()) if values.numel() else (0.0, 0.0)
     kept = values.numel()

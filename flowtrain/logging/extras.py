@@ -1,4 +1,7 @@
-"""Packages that a backend needs and that are not installed with flowtrain: imported when they are used."""
+"""Optional packages, which a backend needs and which flowtrain does not install: they are imported at their first use.
+
+So flowtrain imports without them, and a missing package is an error that names the extra to install.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ __all__ = ["needed"]
 
 
 def needed(module: str, backend: str, extra: str) -> Any:
-    """Import a module that a backend needs.
+    """Import a module that a backend needs, and return it.
 
     Args:
         module: The module, such as ``"mlflow"``.
-        backend: The backend's type, for the message.
-        extra: The extra of flowtrain that has it.
+        backend: The type of the backend, for the message.
+        extra: The extra of flowtrain that installs the module.
 
     Raises:
-        LoggingError: It is not installed.
+        LoggingError: The module cannot be imported.
     """
     try:
         return importlib.import_module(module)

@@ -1,9 +1,8 @@
-"""Files: one that grows at its end, one whole record after the other; and whole ones.
+"""Files of backends: a file to which whole records are appended, a file that is replaced as a whole, and their backend.
 
-Every record goes to the operating system at once: a process that is killed loses none. A record that does not fit on
-the disk is taken back, so that the file always ends with a whole one.
-
-What the backends that write one file have in common.
+`AppendingFile` passes every record to the operating system at once, so a process that is killed loses no record. It
+removes a record that does not fit on the disk, so the file always ends with a whole record. `FileBackend` is the base
+of backends that append to one file.
 """
 
 from __future__ import annotations
@@ -27,15 +26,18 @@ __all__ = [
 
 
 class AppendingFile:
-    """An open file.
+    """An open file to which records are appended.
 
     Args:
-        path: Where it is; made, with its folders, if it is not there.
-        whole: Returns how many bytes of the open file are whole records; what follows them was cut off when the
-            power failed or the disk was full, and is dropped.
+        path: The path; file and folders are made if they do not exist.
+        whole: A function of the descriptor of the open file that returns how many of its first bytes are whole
+            records. The bytes after these, a record that a power failure has cut off, are removed.
+
+    Attributes:
+        size: The size of the file in bytes.
 
     Raises:
-        LoggingError: It cannot be opened for writing.
+        LoggingError: The file cannot be opened for writing.
     """
 
     def __init__(self, path: str, whole: Callable[[int], int]) -> None:
@@ -49,10 +51,10 @@ class AppendingFile:
         os.ftruncate(self._descriptor, self.size)
 
     def append(self, data: bytes) -> None:
-        """Write at the end.
+        """Write a record at the end of the file.
 
         Raises:
-            LoggingError: It cannot be written, as when the disk is full; the file is as it was before.
+            LoggingError: The record cannot be written, as when the disk is full. The file is as it was before.
         """
         written = 0
         try:
@@ -67,22 +69,22 @@ class AppendingFile:
         self.size += written
 
     def append_all(self, records: Sequence[bytes]) -> None:
-        """Write records at the end, with one call of the system; where they do not all fit, as many as do.
+        """Write records at the end of the file, with one system call if they all fit.
 
         Raises:
-            LoggingError: One cannot be written; those before it are in the file.
+            LoggingError: A record cannot be written. The records before it are in the file.
         """
         try:
             self.append(b"".join(records))
         except LoggingError:
-            for record in records:
+            for record in records:  # one by one, so that the file keeps as many records as fit
                 self.append(record)
 
     def truncate(self, size: int) -> None:
-        """Drop what follows the first `size` bytes.
+        """Remove all bytes after the first `size` bytes.
 
         Raises:
-            LoggingError: There are not that many.
+            LoggingError: The file has fewer than `size` bytes.
         """
         if size > self.size:
             raise LoggingError(
@@ -93,7 +95,7 @@ class AppendingFile:
         self.size = size
 
     def sync(self) -> int:
-        """Wait until all of it is on the disk; return the size in bytes.
+        """Wait until the whole file is on the disk; return its size in bytes.
 
         Raises:
             LoggingError: The disk has failed.
@@ -105,7 +107,7 @@ class AppendingFile:
         return self.size
 
     def close(self) -> None:
-        """Bring it to the disk and close it."""
+        """Bring the file to the disk and close it."""
         try:
             self.sync()
         finally:
@@ -119,10 +121,10 @@ class AppendingFile:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a whole file beside where it belongs and rename it: it is never there in part.
+    """Write a whole file under another name and rename it, so that a file with this path is never incomplete.
 
     Raises:
-        LoggingError: It cannot be written; what was there before is still there.
+        LoggingError: The file cannot be written. An earlier file with this path is still there.
     """
     beside = f"{path}.{os.getpid()}.tmp"
     try:
@@ -142,10 +144,10 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 def read_file(file: File) -> bytes:
-    """Return the content of a file that is logged.
+    """Return the content of a file that a callback logs.
 
     Raises:
-        LoggingError: It cannot be read.
+        LoggingError: The file cannot be read.
     """
     try:
         with open(file.path, "rb") as opened:
@@ -155,18 +157,18 @@ def read_file(file: File) -> bytes:
 
 
 def unwritable(path: str, error: OSError) -> LoggingError:
-    """Make the error for a place that cannot be written to."""
+    """Return the error for a path that cannot be written."""
     reason = error.strerror or str(error)
-    if error.filename not in (None, path):  # what is in the way, such as a file in place of a folder
+    if error.filename not in (None, path):  # such as a file that has the path of a folder
         reason = f"{reason}: {error.filename}"
     return LoggingError(f"{path} cannot be written: {reason}. Log to a path in a folder that you may write to.")
 
 
 class FileBackend(LoggerBackend):
-    """A backend with one file, that grows at its end. A subclass says where the file is and what a record looks like.
+    """The base of backends that append to one file. A subclass opens the file and defines the format of a record.
 
     Args:
-        path: The file or folder; made absolute, so that it means the same everywhere.
+        path: The file or its folder. It is made absolute, so that it does not depend on the working directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -176,7 +178,7 @@ class FileBackend(LoggerBackend):
 
     @property
     def sink(self) -> str:
-        """The path, without symbolic links."""
+        """The path without symbolic links."""
         return os.path.realpath(self.path)
 
     @abstractmethod
@@ -184,7 +186,7 @@ class FileBackend(LoggerBackend):
         """Open the file of a run."""
 
     def open(self, run: Run) -> None:
-        """Open the file, or make it. What is in it is kept."""
+        """Open the file, or make it. Records in it are kept."""
         self.close()
         self._silent = run.rank != 0
         if not self._silent:
@@ -203,7 +205,7 @@ class FileBackend(LoggerBackend):
 
     def write_all(self, records: Sequence[bytes]) -> None:
         """Append records."""
-        if self._file is None or type(self).write is not FileBackend.write:  # a subclass has a `write` of its own
+        if self._file is None or type(self).write is not FileBackend.write:  # a user's subclass may override `write`
             super().write_all(records)
         else:
             self._append_all(self._file, records)
@@ -213,11 +215,15 @@ class FileBackend(LoggerBackend):
             self.write(record)
 
     def flush(self) -> Any:
-        """Bring the file to the disk; return its size in bytes, or ``None`` in a process that writes nothing."""
+        """Bring the file to the disk; return its size in bytes, or ``None`` if no file is open in this process."""
         return None if self._file is None else self._file.sync()
 
     def restore(self, position: Any) -> None:
-        """Drop what follows a position."""
+        """Remove the records that were written after a position.
+
+        Raises:
+            LoggingError: The file is shorter than at that position.
+        """
         if self._file is not None and position is not None:
             self._file.truncate(position)
 
@@ -228,12 +234,12 @@ class FileBackend(LoggerBackend):
             file.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_file": None}  # a copy encodes and never writes
+        return {**vars(self), "_file": None}  # a copy in another process encodes and never writes
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
 
 def not_open(backend: LoggerBackend) -> LoggingError:
-    """Make the error for a record that comes before `open`."""
+    """Return the error for a record that is written before `open`."""
     return LoggingError(f"{backend!r} is not open. {HOLD} Without a learner, call open(Run(id)) first.")

@@ -1,24 +1,24 @@
-"""JSON lines: one object for each record, in a file that any program can read.
+"""JSON lines: one JSON object for each record, in a file that any program can read.
 
 ::
 
     {"name": "Loss", "group": "Step/TrainingPhase", "step": 1, "kind": "Value", "value": 0.5, "time": 1735689600.0}
 
-What ``value`` is, by ``kind``:
+The type of ``value`` depends on ``kind``:
 
 =============  =====================================================================================================
-``Value``      a number; ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which JSON has no numbers for and which
+``Value``      a number; ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, for which JSON has no numbers and which
                Python's ``float`` reads
 ``Text``       a text
 ``Histogram``  ``{"edges": [...], "counts": [...], "left_out": n}``; n values were NaN or infinite
 ``Settings``   an object
-``Image``      the path of a PNG file, beginning at the folder of this file
-``Figure``     the same
-``File``       the path of the file's copy, in the same way
+``Image``      the path of a PNG file, relative to the folder of this file
+``Figure``     the path of a PNG file, relative to the folder of this file
+``File``       the path of a copy of the file, relative to the folder of this file
 =============  =====================================================================================================
 
-Files lie in a folder beside: those of ``log.jsonl`` in ``log.jsonl.files/<group>/<name>/<step>.png``. Each is
-written under another name and renamed before its line is written, so that a line never names a file that is not whole.
+These files are in a folder beside the log: those of ``log.jsonl`` in ``log.jsonl.files/<group>/<name>/<step>.png``. A
+file is complete before the line with its path is written, so a line never names a file that is missing or incomplete.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ from flowtrain.logging.values import number, refused, settings
 __all__ = ["JsonlBackend"]
 
 _quoted = json.encoder.encode_basestring_ascii
-_BLOCK = 1 << 16
-_WITH_FILE = b"\0"  # such a record begins with this; then come its line and the file
+_BLOCK = 1 << 16  # bytes that are read at once while the last line break is looked for
+_WITH_FILE = b"\0"
+"""The first byte of a record with a file. The line and the content of the file follow."""
 
 
 class JsonlBackend(FileBackend):
     """Write JSON lines.
 
-    A file that is there is gone on with, so give each run a file of its own. A record is in the file when `write`
-    returns, and on the disk when `flush` does.
+    An existing file is continued, so give each run its own file. A record is in the file when `write` returns, and on
+    the disk when `flush` returns.
 
     Args:
-        path: The file, such as ``"runs/a/log.jsonl"``; made with its folders when training begins.
+        path: The file, such as ``"runs/a/log.jsonl"``; it is made with its folders when training begins.
 
     >>> JsonlBackend("/tmp/log.jsonl").encode(Value(0.5), "Loss", 1, ("Step", "TrainingPhase"))[:61]
     b'{"name": "Loss", "group": "Step/TrainingPhase", "step": 1, "k'
@@ -62,8 +63,8 @@ class JsonlBackend(FileBackend):
     accepts = (Value, Image, Text, Histogram, Figure, File, Settings)
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
-        """Return a line of JSON; with an image, a figure or a file, the line and the file's content."""
-        if type(loggable) is Value and type(step) is int and type(name) is str:  # nearly every record
+        """Return a line of JSON; for an image, a figure or a file, the line and the content of the file."""
+        if type(loggable) is Value and type(step) is int and type(name) is str:  # nearly all records: the fast form
             return _line(number(loggable.value), name, step, group)
         kind = next((each.__name__ for each in self.accepts if isinstance(loggable, each)), "")
         record = {"name": name, "group": "/".join(group), "step": step, "kind": kind}
@@ -107,7 +108,7 @@ class JsonlBackend(FileBackend):
 
 
 def _line(value: float | int, name: str, step: int, group: Group) -> bytes:
-    """Return the line of a number, as `json.dumps` would write it in more than twice the time."""
+    """Return the line of a number, the same as `json.dumps` would write in more than twice the time."""
     written = repr(value) if type(value) is int or math.isfinite(value) else json.dumps(_valid(value))
     return (
         f'{{"name": {_quoted(name)}, "group": {_quoted("/".join(group))}, "step": {step}, "kind": "Value", '
@@ -116,7 +117,7 @@ def _line(value: float | int, name: str, step: int, group: Group) -> bytes:
 
 
 def _valid(value: Any) -> Any:
-    """Return a value with texts in place of numbers that JSON does not have."""
+    """Return a value in which texts replace the numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
@@ -133,7 +134,7 @@ def _content(loggable: Image | Figure | File) -> tuple[bytes, str]:
 
 
 def _part(name: str) -> str:
-    """Return a name as a part of a path: without what leads elsewhere, and not too long."""
+    """Return a name as a part of a path: it cannot lead to another folder, and is not too long for a file system."""
     quoted = quote(name, safe=" ()[]+,=@")
     if len(quoted) > 200:
         quoted = f"{quoted[:190]}~{zlib.crc32(name.encode()):08x}"
@@ -141,7 +142,7 @@ def _part(name: str) -> str:
 
 
 def _whole_lines(descriptor: int) -> int:
-    """Return how many bytes of a file end with a line break."""
+    """Return the number of bytes up to the last line break of a file, which is read from its end."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         start = max(0, end - _BLOCK)

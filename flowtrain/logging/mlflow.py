@@ -1,9 +1,10 @@
-"""MLflow: values as metrics, settings as parameters, everything else as artifacts of a run.
+"""MLflow: values are metrics of a run, settings are its parameters, all other loggables are its artifacts.
 
-The status of the run says how training ended: FINISHED, FAILED after an error, KILLED when it was interrupted.
+The status of the MLflow run is the outcome of training: FINISHED, FAILED after an error, KILLED after an interrupt.
 
-MLflow takes nothing back. A run that goes on from a checkpoint continues its MLflow run if nothing came after it;
-otherwise a new MLflow run gets the parameters and the metrics up to there, and a tag that names the one before.
+MLflow cannot remove records. A run that is resumed from a checkpoint continues its MLflow run if that has no later
+records; otherwise a new MLflow run gets the parameters, the metrics up to the checkpoint, and a tag with the id of the
+earlier run.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ __all__ = ["MLflowBackend"]
 
 _RUN = "flowtrain.run"
 _CONTINUES = "flowtrain.continues"
-_FORBIDDEN, _LONGEST = r"[^\w\-. :/]", 250  # of the keys of metrics and parameters
+_FORBIDDEN, _LONGEST = r"[^\w\-. :/]", 250  # characters that a key of a metric or parameter cannot have; its length
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-_BATCH = 500  # metrics in one request; MLflow takes 1000
+_BATCH = 500  # the number of metrics in one request; MLflow takes at most 1000
 
 
 class MLflowBackend(LoggerBackend):
     """Log to MLflow (https://mlflow.org/docs/latest/ml/tracking/). Needs ``flowtrain[mlflow]``.
 
     The key of a metric is the group and the name: ``Step/TrainingPhase/Loss``. Metrics are sent in batches, when
-    there are 500 and at every `flush`. An image, a text, a figure or a file is an artifact of that path.
+    500 are waiting and at every `flush`. An image, a text, a figure or a file is an artifact of that path.
 
-    MLflow takes letters, digits and ``_-.: /`` in a key, of 250 characters at most. Other names are changed: ``mAP@50``
-    is logged as ``mAP_50``, and if there is a ``mAP_50`` before it, as ``mAP_50_2``. See `flowtrain.logging.names`.
+    A key of MLflow has letters, digits and ``_-.: /``, and at most 250 characters. Other names are changed: ``mAP@50``
+    is logged as ``mAP_50``, or as ``mAP_50_2`` if ``mAP_50`` was logged before. See `flowtrain.logging.names`.
 
     Args:
-        experiment: The experiment; made if it is not there.
-        run_name: What the run is called; MLflow finds a name if there is none.
-        tracking_uri: Where MLflow keeps its runs; MLflow's own setting if there is none.
+        experiment: The experiment, which is made if it does not exist.
+        run_name: The name of the MLflow run; MLflow invents a name by default.
+        tracking_uri: The place where MLflow keeps its runs; MLflow's own setting by default.
     """
 
     accepts = (Value, Image, Text, Figure, File, Settings)
@@ -68,23 +69,23 @@ class MLflowBackend(LoggerBackend):
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri
-        self.run_id = ""  # MLflow's
+        self.run_id = ""  # the id of the MLflow run
         self._client: Any = None
         self._silent = False
-        self._waiting: list[Any] = []
-        self._counts: Counter[str] = Counter()
+        self._waiting: list[Any] = []  # metrics that have not been sent
+        self._counts: Counter[str] = Counter()  # by key: how many values MLflow has
         self._names = Names(_FORBIDDEN, _LONGEST)
         self._settings = Names(_FORBIDDEN, _LONGEST)
         self._outcome: Outcome = "finished"
-        self._before = ""  # the status that the run had when it was opened
+        self._before = ""  # the status of the MLflow run before it was opened
 
     @property
     def sink(self) -> str:
-        """The place, the experiment and the run's name."""
+        """The tracking URI, the experiment and the name of the run."""
         return f"mlflow:{self.tracking_uri or ''}:{self.experiment}:{self.run_name or ''}"
 
     def open(self, run: Run) -> None:
-        """Go on with the MLflow run that has the run's id, or begin one."""
+        """Continue the MLflow run that has a tag with the id of this run, or begin a new one."""
         self.close()
         self._silent = run.rank != 0
         if self._silent:
@@ -95,9 +96,9 @@ class MLflowBackend(LoggerBackend):
             experiment = client.get_experiment_by_name(self.experiment)
             number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
             mine = f"tags.`{_RUN}` = '{run.id}'"
-            there = client.search_runs([number], mine, order_by=["attributes.start_time DESC"], max_results=1)
-            if there:
-                self.run_id, self._before = there[0].info.run_id, there[0].info.status
+            found = client.search_runs([number], mine, order_by=["attributes.start_time DESC"], max_results=1)
+            if found:
+                self.run_id, self._before = found[0].info.run_id, found[0].info.status
                 client.update_run(self.run_id, status="RUNNING")
             else:
                 self.run_id = client.create_run(number, tags={_RUN: run.id}, run_name=self.run_name).info.run_id
@@ -107,7 +108,7 @@ class MLflowBackend(LoggerBackend):
             self._client = client
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
-        """Return what to send, as JSON."""
+        """Return the metric, parameters or artifact to send, as JSON."""
         record: dict[str, Any] = {"key": "/".join((*group, name)), "step": step, "time": int(time.time() * 1000)}
         if isinstance(loggable, Value):
             record["value"] = repr(float(number(loggable.value)))
@@ -125,7 +126,7 @@ class MLflowBackend(LoggerBackend):
         return json.dumps(record).encode()
 
     def write(self, record: bytes) -> None:
-        """Send, or keep until there is enough to send."""
+        """Send the record, or keep it until enough metrics are waiting."""
         if self._client is None:
             if self._silent:
                 return
@@ -149,7 +150,7 @@ class MLflowBackend(LoggerBackend):
                 self._client.log_artifact(self.run_id, path, sent["key"])
 
     def flush(self) -> Any:
-        """Send what waits; return MLflow's run, and how many values each metric has."""
+        """Send the waiting metrics; return the id of the MLflow run, and how many values each metric has."""
         if self._client is None:
             return None
         self._send()
@@ -157,12 +158,16 @@ class MLflowBackend(LoggerBackend):
         return {"run": self.run_id, "metrics": dict(self._counts), **names}
 
     def restore(self, position: Any) -> None:
-        """Go on from a position: in its MLflow run, or in a new one that begins with what that had then."""
+        """Continue after a position: in its MLflow run, or in a new one with a copy of the records up to it.
+
+        Raises:
+            LoggingError: The MLflow run has fewer values than at the position, or MLflow fails.
+        """
         if self._client is None or position is None:
             return
-        self._names.restore(position.get("names", {}))  # there were none in the first format
+        self._names.restore(position.get("names", {}))  # early checkpoints lack this entry and the next
         self._settings.restore(position.get("settings", {}))
-        self._waiting.clear()  # all of it came after the position, because `flush` sends
+        self._waiting.clear()  # `flush` sends all waiting metrics, so these came after the position
         if position["run"] == self.run_id and position["metrics"] == dict(self._counts):
             return
         entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
@@ -173,7 +178,7 @@ class MLflowBackend(LoggerBackend):
             tags = {_RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}
             new = client.create_run(known.info.experiment_id, tags=tags, run_name=known.info.run_name)
             client.set_tag(self.run_id, _RUN, "")
-            # One that is still said to run was killed in a way that left nobody to say so.
+            # A run whose status is still RUNNING was killed without a chance to set its status.
             client.set_terminated(self.run_id, status="KILLED" if self._before == "RUNNING" else self._before)
             self.run_id, self._counts = new.info.run_id, Counter()
             client.log_batch(self.run_id, params=[entities.Param(*each) for each in known.data.params.items()])
@@ -181,11 +186,11 @@ class MLflowBackend(LoggerBackend):
             self._send()
 
     def ended(self, outcome: Outcome) -> None:
-        """Learn how the run ended, for its status."""
+        """Note how the run has ended, for the status of the MLflow run."""
         self._outcome = outcome
 
     def close(self) -> None:
-        """Send what waits, and end MLflow's run."""
+        """Send the waiting metrics, and end the MLflow run."""
         outcome, self._outcome = self._outcome, "finished"
         if self._client is None:
             return
@@ -193,7 +198,7 @@ class MLflowBackend(LoggerBackend):
             try:
                 self._send()
             except LoggingError:
-                with suppress(Exception):  # the first error says more
+                with suppress(Exception):  # the error of sending explains more than one of this call would
                     self._client.set_terminated(self.run_id, status=_STATUS[outcome])
                 raise
             with self._explained("end the run"):
@@ -224,11 +229,11 @@ class MLflowBackend(LoggerBackend):
             yield
         except LoggingError:
             raise
-        except Exception as error:  # MLflow raises its own, those of its stores, and those of the network
+        except Exception as error:  # MLflow raises its own errors, those of its stores, and those of the network
             raise LoggingError(f"{self!r} could not {what}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_client": None, "_waiting": []}  # a copy encodes and never writes
+        return {**vars(self), "_client": None, "_waiting": []}  # a copy in another process encodes and never writes
 
     def __repr__(self) -> str:
         where = f", tracking_uri={self.tracking_uri!r}" if self.tracking_uri else ""

@@ -1,11 +1,11 @@
 """Names for trackers that do not take every text as a name.
 
-1. A character that the tracker does not take becomes ``_``.
-2. So does what stands between two slashes if it is empty, ``.`` or ``..``, which would name another place.
+1. Each character that the tracker does not take becomes ``_``.
+2. A part between two slashes that is empty, ``.`` or ``..`` becomes ``_``, because it would name another folder.
 3. A name that is too long is cut.
-4. If another name has become the same before, ``_2`` is added, then ``_3``, and so on.
+4. If an earlier name has given the same result, ``_2`` is added, or ``_3``, and so on.
 
-A name that the tracker takes stays as it is, unless another one has become the same before.
+A name that the tracker takes stays the same, unless an earlier name was changed into it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["Names"]
 
 
 class Names:
-    """What the names of one run are called in a tracker.
+    """Translates the names of one run into names of a tracker.
 
     Args:
         forbidden: A regular expression for the characters that the tracker does not take.
-        longest: How many bytes a name has at most.
+        longest: The largest length of a name, in bytes.
     """
 
     def __init__(self, forbidden: str, longest: int) -> None:
@@ -31,7 +31,7 @@ class Names:
         self._taken: set[str] = set()
 
     def of(self, name: str) -> str:
-        """Return what a name is called in the tracker: the same whenever it is asked for."""
+        """Return the name in the tracker, which is the same at every call."""
         found = self._given.get(name)
         if found is None:
             clean = self._cleaned(name)
@@ -44,17 +44,17 @@ class Names:
 
     @property
     def given(self) -> dict[str, str]:
-        """The names that were asked for, and what each is called."""
+        """The translated names: the name in the tracker by the name that was passed to `of`."""
         return dict(self._given)
 
     def restore(self, given: Mapping[str, str]) -> None:
-        """Call these names as they were called before; others are new."""
+        """Translate these names as before, and forget all others."""
         self._given = dict(given)
         self._taken = set(given.values())
 
     def _cleaned(self, name: str) -> str:
         parts = self._forbidden.sub("_", name).split("/")
         clean = "/".join("_" if part in ("", ".", "..") else part for part in parts)
-        if len(clean.encode()) > self._longest - 4:  # with room for a number
+        if len(clean.encode()) > self._longest - 4:  # leaves room for "_2" up to "_999"
             clean = clean.encode()[: self._longest - 4].decode(errors="ignore").rstrip("/.") or "_"
         return clean

@@ -1,7 +1,7 @@
 """Pictures as PNG: the pixels of an `Image`, and the drawing of a `Figure`.
 
-The encoder needs nothing but zlib (PNG specification, third edition, https://www.w3.org/TR/png-3/): one row of pixels
-after the other, unfiltered. Equal pixels give equal bytes.
+The encoder uses only zlib (PNG specification, third edition, https://www.w3.org/TR/png-3/), so `Image` needs no further
+package. It writes the rows of pixels one after the other, unfiltered. Equal pixels give equal bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flowtrain.logging.backend import Figure, Image
 __all__ = ["figure_png", "image_png", "pixels", "png"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels to PNG's colour type: grey, colours, colours with transparency
+_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's colour type by the number of channels: grey, RGB, RGB with transparency
 
 
 def image_png(image: Image) -> bytes:
@@ -29,15 +29,16 @@ def image_png(image: Image) -> bytes:
 
 
 def figure_png(figure: Figure) -> bytes:
-    """Return a drawing as PNG, in the size and resolution that it has.
+    """Return a drawing as PNG, in its own size and resolution.
 
     Raises:
-        LoggingError: It is no figure of matplotlib.
+        LoggingError: `figure` holds no figure of matplotlib.
     """
     if not hasattr(figure.figure, "savefig"):
         raise LoggingError(f"Figure({figure.figure!r}) takes a matplotlib.figure.Figure; pixels are an Image(...).")
     buffer = io.BytesIO()
-    figure.figure.savefig(buffer, format="png", metadata={"Software": None})  # so that equal drawings are equal bytes
+    # Without the version of matplotlib in the metadata, equal drawings give equal bytes.
+    figure.figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -45,10 +46,10 @@ def pixels(image: Any) -> torch.Tensor:
     """Return the pixels of a picture as bytes, of shape (height, width, channels), on the CPU.
 
     Args:
-        image: As for `Image`.
+        image: The picture, as for `Image`.
 
     Raises:
-        LoggingError: The shape or the type is not that of a picture.
+        LoggingError: `image` has not the shape or the dtype of a picture.
 
     >>> pixels(torch.tensor([[0.0, 0.5, 2.0]])).flatten().tolist()
     [0, 128, 255]
@@ -77,7 +78,7 @@ def pixels(image: Any) -> torch.Tensor:
 def png(picture: torch.Tensor) -> bytes:
     """Return bytes of shape (height, width, channels) as PNG."""
     height, width, channels = picture.shape
-    unfiltered = torch.zeros(height, 1, dtype=torch.uint8)  # every row begins with the number of its filter
+    unfiltered = torch.zeros(height, 1, dtype=torch.uint8)  # each row begins with the number of its filter: 0 for none
     rows = torch.cat([unfiltered, picture.reshape(height, width * channels)], dim=1).contiguous()
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     data = zlib.compress(ctypes.string_at(rows.data_ptr(), rows.numel()), 6)

@@ -1,8 +1,9 @@
-"""TensorBoard: event files, made with TensorBoard's own messages and framing.
+"""TensorBoard: event files, written with TensorBoard's own messages and framing.
 
-A run has one event file, whose name ends with the run's id. It is a sequence of framed ``Event`` messages
-(https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto). A record is framed where
-it is encoded: the checksum of a picture takes a while in Python, and the process that trains should not wait for it.
+A run has one event file, whose name ends with the id of the run. The file is a sequence of framed ``Event`` messages
+(https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto). `encode` frames the
+record, not `write`: the checksum of a picture takes a while in Python, and a deferred handler computes it outside of
+the training thread.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ __all__ = ["TensorBoardBackend"]
 
 _HEADER = struct.Struct("<QI")  # the length of a message, and the checksum of that length
 _FOOTER = 4  # the checksum of the message
-_PNG_SIZE = struct.Struct(">II")  # width and height, at byte 16
-_COLOUR_CHANNELS = {0: 1, 2: 3, 6: 4}  # PNG's colour type, at byte 25, to channels
+_PNG_SIZE = struct.Struct(">II")  # the width and height of a PNG, which are at byte 16
+_COLOUR_CHANNELS = {0: 1, 2: 3, 6: 4}  # the number of channels by PNG's colour type, which is at byte 25
 
 
 class TensorBoardBackend(FileBackend):
     """Write event files for TensorBoard: ``tensorboard --logdir runs``.
 
-    The tag is the group and the name: ``Step/TrainingPhase/Loss``. `Settings` become a text and the hyperparameters of
-    the run in the HPARAMS tab. `File` is not taken. Needs ``flowtrain[tensorboard]``.
+    The tag is the group and the name: ``Step/TrainingPhase/Loss``. `Settings` become a text, and the hyperparameters of
+    the run in the HPARAMS tab. The backend does not take `File`. Needs ``flowtrain[tensorboard]``.
 
     Args:
-        path: The folder of the run, such as ``"runs/a"``; made when training begins.
+        path: The folder of the run, such as ``"runs/a"``; it is made when training begins.
     """
 
     accepts = (Value, Image, Text, Histogram, Figure, Settings)
@@ -56,12 +57,16 @@ class TensorBoardBackend(FileBackend):
         return _framed(protos.Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> Any:
-        """Bring the event file to the disk; return its name, and its size in bytes."""
+        """Bring the event file to the disk; return its name and its size in bytes."""
         size = super().flush()
         return None if size is None else {"file": self._name, "size": size}
 
     def restore(self, position: Any) -> None:
-        """Drop the events that came after a position."""
+        """Remove the events that were written after a position.
+
+        Raises:
+            LoggingError: The event file of the position is missing, or is shorter than at the position.
+        """
         if self._file is None or position is None:
             return
         if position["file"] != self._name:
@@ -74,9 +79,9 @@ class TensorBoardBackend(FileBackend):
     def _open_file(self, run: Run) -> AppendingFile:
         protos = needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
         pattern = f"events.out.tfevents.*.{glob.escape(run.id)}"
-        there = sorted(glob.glob(os.path.join(glob.escape(self.path), pattern)))
+        found = sorted(glob.glob(os.path.join(glob.escape(self.path), pattern)))
         now = time.time()
-        path = there[-1] if there else os.path.join(self.path, f"events.out.tfevents.{int(now):010d}.{run.id}")
+        path = found[-1] if found else os.path.join(self.path, f"events.out.tfevents.{int(now):010d}.{run.id}")
         if os.path.isfile(self.path):
             raise unwritable(self.path, NotADirectoryError(20, "it is a file, and event files go into a folder"))
         file = AppendingFile(path, _whole_events)
@@ -115,7 +120,7 @@ def _image(protos: Any, loggable: Image | Figure) -> Any:
 
 def _histogram(protos: Any, loggable: Histogram) -> Any:
     counted = distribution(loggable)
-    # TensorBoard wants the upper limit of each bin, and takes the first bin to begin at the smallest value.
+    # A message has only the upper limit of each bin: TensorBoard lets the first bin begin at the smallest value.
     return protos.HistogramProto(
         min=counted.low,
         max=counted.high,
@@ -140,7 +145,7 @@ def _text(protos: Any, tag: str, text: str) -> Any:
 
 
 def _hparams(protos: Any, values: dict[str, Any]) -> Any:
-    """Return the message that makes the settings the hyperparameters of the run."""
+    """Return the message by which TensorBoard shows the settings as hyperparameters of the run."""
     hparams = needed("tensorboard.plugins.hparams.plugin_data_pb2", "TensorBoardBackend", "tensorboard")
     session = hparams.SessionStartInfo()
     for name, value in values.items():
@@ -168,7 +173,7 @@ def _framed(event: Any) -> bytes:
 
 
 def _whole_events(descriptor: int) -> int:
-    """Return how many bytes of an event file are whole records."""
+    """Return the number of bytes of an event file that are whole events, from its beginning."""
     size, place = os.fstat(descriptor).st_size, 0
     while place + _HEADER.size <= size:
         length, _ = _HEADER.unpack(os.pread(descriptor, _HEADER.size, place))

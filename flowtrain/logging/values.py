@@ -1,6 +1,7 @@
-"""Plain values: what loggables hold, as numbers and texts that any sink can keep.
+"""Helpers of backends and of callbacks that log: plain values, and the newest entries of series.
 
-What is new in series by name, without going through what they hold.
+Plain values are the numbers, texts, lists and mappings that every sink can keep. `number` and `settings` convert the
+contents of loggables to plain values, `newest` yields the last entry of each series that has grown.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def number(value: Any) -> float | int:
         value: A number, or a tensor or array with one element.
 
     Raises:
-        LoggingError: It is none, or not a real one.
+        LoggingError: `value` is no real number, or has several elements.
 
     >>> number(True), number(0.5)
     (1, 0.5)
@@ -55,10 +56,14 @@ def number(value: Any) -> float | int:
 
 
 def settings(values: Any, where: str = "Settings(...)") -> dict[str, Any]:
-    """Return settings as plain values: paths become texts, tuples lists, and one-element tensors numbers.
+    """Return settings as plain values: paths become texts, tuples and sets lists, and one-element tensors numbers.
+
+    Args:
+        values: The settings by name.
+        where: The name of `values` in messages.
 
     Raises:
-        LoggingError: A name that is no text, or a value that is not plain; the message names it.
+        LoggingError: `values` is no mapping, a name is no text, or a value has no plain form. The message names it.
     """
     if not is_a(values, Mapping):
         raise LoggingError(f"{where} takes a mapping from names to values, and got {values!r}. Write {{'lr': 0.1}}.")
@@ -66,7 +71,7 @@ def settings(values: Any, where: str = "Settings(...)") -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings with one name for each value.
+    """Return nested settings as one mapping, whose names join the nested names with dots.
 
     >>> flat({"model": {"width": 8}, "seed": 0})
     {'model.width': 8, 'seed': 0}
@@ -81,21 +86,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refused(backend: LoggerBackend, loggable: Loggable) -> LoggingError:
-    """Make the error for a loggable that a backend does not take."""
+    """Return the error for a loggable of a type that a backend does not take."""
     taken = ", ".join(kind.__name__ for kind in backend.accepts)
     return LoggingError(f"{backend!r} takes {taken}, and got a {type(loggable).__name__}.")
 
 
 def checked_backends(owner: str, backends: Sequence[Any], kind: type[Loggable]) -> tuple[LoggerBackend, ...]:
-    """Return the backends that a callback was given, when each can take what it logs.
+    """Check the backends that a user has given to a callback, and return them.
 
     Args:
-        owner: The callback's type, for messages.
-        backends: What it was given.
-        kind: What it logs.
+        owner: The name of the callback's type, for messages.
+        backends: The arguments of the user.
+        kind: The type of loggables that the callback logs.
 
     Raises:
-        LoggingError: None, something that is no backend, one that does not take `kind`, or one twice.
+        LoggingError: There is no backend, an argument is no backend or does not take `kind`, or one is given twice.
     """
     example = f'{owner}(TensorBoardBackend("runs/a"))'
     if not backends:
@@ -141,12 +146,12 @@ def _setting(value: Any, where: str) -> Any:
 
 
 def newest(series: Mapping[str, Series], group: Group, seen: dict[str, int]) -> Iterator[tuple[str, int, Any]]:
-    """Yield ``(name, step, value)``, the newest one, of each series that has grown.
+    """Yield the name and the newest step and value of each series that has grown since the last call.
 
     Args:
-        series: Series by name.
-        group: Tells the series from those of other phases.
-        seen: How long each was when this was called before, by group and name; brought up to date.
+        series: The series by name.
+        group: The group that the series are logged in, which tells them from the series of other phases.
+        seen: The length of each series at the last call, by group and name. This function updates it.
     """
     prefix = "/".join(group)
     for name, each in series.items():
@@ -158,5 +163,5 @@ def newest(series: Mapping[str, Series], group: Group, seen: dict[str, int]) -> 
 
 
 def loggable(value: Any) -> Loggable:
-    """Return an entry of a series as something to log: a number, or how the elements of a tensor are distributed."""
+    """Return the loggable for a value of a series: a `Histogram` for a tensor with several elements, else a `Value`."""
     return Histogram(value) if hasattr(value, "numel") and value.numel() != 1 else Value(value)

@@ -1,9 +1,10 @@
-"""Weights & Biases: what is logged, in the history of a run, offline or online.
+"""Weights & Biases: records are entries in the history of a run, offline or online.
 
-The exit code of the run says how training ended: 0, 1 after an error, 255 when it was interrupted, as W&B has it too.
+The exit code of the W&B run is the outcome of training: 0, 1 after an error, 255 after an interrupt, as in W&B itself.
 
-W&B takes nothing back. A run that goes on from a checkpoint does so in a new run of W&B, whose configuration says under
-``flowtrain`` which one it continues, and after how many records. Runs of one learner share a W&B group.
+W&B cannot remove records. A run that is resumed from a checkpoint gets a new W&B run, whose configuration has under
+``flowtrain`` the id of the earlier W&B run and the number of its records that count. The W&B runs of one run share a
+W&B group.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ _EXIT_CODES = {"finished": 0, "failed": 1, "killed": 255}
 class WandbBackend(LoggerBackend):
     """Log to Weights & Biases (https://docs.wandb.ai). Needs ``flowtrain[wandb]``.
 
-    The key is the group and the name: ``Step/TrainingPhase/Loss``. W&B counts its own steps, so that each entry also
-    has that of its group, ``Step/TrainingPhase/step``, which charts use as their axis.
+    The key is the group and the name: ``Step/TrainingPhase/Loss``. W&B counts its own steps, so each entry also has
+    the step of its group as ``Step/TrainingPhase/step``, which charts use as their axis.
 
-    A name is also the path of a file there. So names of more than 180 bytes are cut, control characters become ``_``,
-    as do the parts ``.`` and ``..``, and the name ``step`` becomes ``step_2``. See `flowtrain.logging.names`.
+    W&B uses a name as the path of a file too. Therefore names of more than 180 bytes are cut, control characters and
+    the parts ``.`` and ``..`` become ``_``, and the name ``step`` becomes ``step_2``. See `flowtrain.logging.names`.
 
-    A process of W&B writes the files. What was logged last is in them a moment after `close`, and at the latest when
-    this process has ended: wait for that before ``wandb sync``.
+    A process of W&B writes the files. The last records are in the files a moment after `close`, at the latest when
+    this process has ended: wait for its end before ``wandb sync``.
 
     Args:
         project: The project.
-        run_name: What the run is called; W&B finds a name if there is none.
-        folder: Where W&B keeps its files; the working directory if there is none.
+        run_name: The name of the W&B run; W&B invents a name by default.
+        folder: The folder in which W&B keeps its files; the working directory by default.
         mode: ``"online"``, ``"offline"`` (``wandb sync`` uploads it later), or ``None`` for W&B's own setting.
     """
 
@@ -76,28 +77,28 @@ class WandbBackend(LoggerBackend):
         self.folder = os.path.abspath(os.fspath(folder) if folder is not None else ".")
         self.mode = mode
         self._run: Any = None
-        self._of = ""  # the id of flowtrain's run
+        self._run_id = ""  # the id of flowtrain's run
         self._silent = False
-        self._count = 0
-        self._groups: set[str] = set()
+        self._count = 0  # records in the W&B run
+        self._groups: set[str] = set()  # groups whose axis is defined
         self._names = Names(r"[\x00-\x1f\x7f]", 180)
-        self._names.restore({"": "step"})  # the name of the axis is taken
+        self._names.restore({"": "step"})  # so that no name becomes "step", which is the name of the axis
         self._outcome: Outcome = "finished"
 
     @property
     def sink(self) -> str:
-        """The folder, the project and the run's name."""
+        """The folder, the project and the name of the run."""
         return f"wandb:{self.folder}:{self.project}:{self.run_name or ''}"
 
     def open(self, run: Run) -> None:
-        """Begin a run of W&B."""
+        """Begin a W&B run."""
         self.close()
-        self._silent, self._of = run.rank != 0, run.id
+        self._silent, self._run_id = run.rank != 0, run.id
         if not self._silent:
             self._begin()
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
-        """Return what to log, as JSON."""
+        """Return the entry for the history, as JSON."""
         record: dict[str, Any] = {"group": "/".join(group), "name": name, "step": step}
         if isinstance(loggable, Value):
             record["value"] = repr(number(loggable.value))
@@ -119,7 +120,7 @@ class WandbBackend(LoggerBackend):
         return json.dumps(record).encode()
 
     def write(self, record: bytes) -> None:
-        """Give it to W&B."""
+        """Give the record to W&B."""
         if self._run is None:
             if self._silent:
                 return
@@ -136,11 +137,11 @@ class WandbBackend(LoggerBackend):
         self._count += 1
 
     def flush(self) -> Any:
-        """Return the run of W&B, and how many records it has taken; W&B writes them out by itself."""
+        """Return the id of the W&B run, and how many records it has. W&B writes them to its files by itself."""
         return None if self._run is None else {"run": self._run.id, "records": self._count}
 
     def restore(self, position: Any) -> None:
-        """Go on from a position: in its run of W&B if that is still open and has nothing more, or in a new one."""
+        """Continue after a position: in its W&B run if that is still open and has no later records, or in a new one."""
         if self._run is None or position is None or position == self.flush():
             return
         if self._count:
@@ -151,14 +152,14 @@ class WandbBackend(LoggerBackend):
             self._run.config.update({"flowtrain": continues})
 
     def ended(self, outcome: Outcome) -> None:
-        """Learn how the run ended, for its exit code."""
+        """Note how the run has ended, for the exit code of the W&B run."""
         self._outcome = outcome
 
     def close(self) -> None:
-        """End the run of W&B, which brings its records to the disk."""
+        """End the W&B run, which brings its records to the disk."""
         run, self._run = self._run, None
         outcome, self._outcome = self._outcome, "finished"
-        # When Python ends, W&B may have ended the run already, by what ended Python.
+        # When Python exits, W&B ends its run itself, perhaps before this call.
         if run is not None and not getattr(run, "_atexit_cleanup_called", False):
             with self._explained("end the run"):
                 run.finish(exit_code=_EXIT_CODES[outcome])
@@ -174,7 +175,7 @@ class WandbBackend(LoggerBackend):
             self._run = wandb.init(
                 project=self.project,
                 name=self.run_name,
-                group=self._of,
+                group=self._run_id,
                 dir=self.folder,
                 mode=self.mode,
                 reinit="create_new",
@@ -205,7 +206,7 @@ class WandbBackend(LoggerBackend):
         self._run.log({f"{group}/{entry['name']}": value, f"{group}/step": entry["step"]})
 
     def _keep(self, entry: dict[str, Any]) -> None:
-        """Put a file beside the run, from where W&B uploads it when the run ends."""
+        """Write a logged file into the folder of the W&B run, from which W&B uploads it when the run ends."""
         folder = os.path.join(self._run.dir, entry["group"], entry["name"], str(entry["step"]))
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, entry["file"])
@@ -219,11 +220,11 @@ class WandbBackend(LoggerBackend):
             yield
         except LoggingError:
             raise
-        except Exception as error:  # W&B raises its own, those of its service, and those of the network
+        except Exception as error:  # W&B raises its own errors, those of its service, and those of the network
             raise LoggingError(f"{self!r} could not {what}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_run": None}  # a copy encodes and never writes
+        return {**vars(self), "_run": None}  # a copy in another process encodes and never writes
 
     def __repr__(self) -> str:
         return f"WandbBackend({self.project!r}, folder={self.folder!r})"

@@ -1,8 +1,7 @@
-"""Metrics: functions of a batch, and what is computed from them over an epoch.
+"""Metrics: functions of a batch, and the values of an epoch that are computed from them.
 
-`functions` has those that are bundled; `metric` says what a metric is: a function of ``(outputs, targets)`` or a
-torchmetrics object, with a name, a weight and the phases that it is computed in. `flowtrain.callbacks.Metrics` records
-them.
+`functions` has the bundled functions; `metric` defines a metric: a function of ``(outputs, targets)`` or a torchmetrics
+object, with a name, a weight and the phases that it is computed in. `flowtrain.callbacks.Metrics` records the values.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Metrics of a batch: functions of ``(outputs, targets)`` that return a tensor with one element.
 
-Each refuses shapes that do not fit, because broadcasting would make a number of them all the same. Each has the
-attribute ``higher_is_better``, as torchmetrics objects have, for those that look for the best epoch. For more than
-these, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
+Each function refuses shapes that do not fit, because broadcasting would still give a number, but a wrong one. Each has
+the attribute ``higher_is_better``, as torchmetrics objects have, for callbacks that look for the best epoch. For other
+metrics, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 
 
 def _good(*, high: bool) -> Callable[[F], F]:
-    """Return a decorator that says of a metric whether high values are good."""
+    """Return a decorator that sets ``higher_is_better`` of a metric."""
 
     def mark(metric: F) -> F:
         """Set the attribute."""
@@ -39,7 +39,7 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets: Class numbers of shape ``(batch, ...)``, or probabilities of the shape of `outputs`.
 
     Raises:
-        UsageError: There are less than two classes, or the shapes do not fit.
+        UsageError: There are fewer than two classes, or the shapes do not fit.
 
     >>> accuracy(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]))
     tensor(0.5000)
@@ -49,19 +49,19 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             f"accuracy needs outputs of shape (batch, classes, ...), got {tuple(outputs.shape)}. For one score per "
             f"sample write a function, such as lambda outputs, targets: ((outputs > 0) == targets).float().mean()."
         )
-    found = outputs.argmax(1)
-    wanted = targets.argmax(1) if targets.shape == outputs.shape else targets
-    _check_shapes("accuracy", found, wanted, "the largest outputs")
-    return (found == wanted).float().mean()
+    predicted = outputs.argmax(1)
+    classes = targets.argmax(1) if targets.shape == outputs.shape else targets
+    _check_shapes("accuracy", predicted, classes, "the largest outputs")
+    return (predicted == classes).float().mean()
 
 
 def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return a metric, the share of samples with the target among the `k` largest outputs, named ``top_<k>_accuracy``.
 
-    The metric takes outputs of shape ``(batch, classes)`` and targets, class numbers, of shape ``(batch,)``.
+    The metric takes outputs of shape ``(batch, classes)`` and class numbers of shape ``(batch,)`` as targets.
 
     Raises:
-        UsageError: `k` is no whole number, or below 1.
+        UsageError: `k` is no whole number, or below 1. In the metric: the shapes do not fit.
 
     >>> top_k_accuracy(2)(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]), torch.tensor([1, 2]))
     tensor(0.5000)
@@ -83,10 +83,10 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
 
 @_good(high=False)
 def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``|outputs - targets|``; both have the same shape.
+    """Return the mean of ``|outputs - targets|``, for outputs and targets of one shape.
 
     Raises:
-        UsageError: They have not.
+        UsageError: The shapes are different.
 
     >>> mean_absolute_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     tensor(1.)
@@ -97,10 +97,10 @@ def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 @_good(high=False)
 def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``(outputs - targets)**2``; both have the same shape.
+    """Return the mean of ``(outputs - targets)**2``, for outputs and targets of one shape.
 
     Raises:
-        UsageError: They have not.
+        UsageError: The shapes are different.
 
     >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     tensor(2.)

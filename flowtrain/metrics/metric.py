@@ -1,7 +1,7 @@
 """A metric: a function of outputs and targets, or a torchmetrics object, with a name and the phases it is computed in.
 
-A function has a value for each batch. A torchmetrics object accumulates: `Running` takes in the batches of one phase,
-and computes at the end of the epoch.
+A function gives a value for each batch. A torchmetrics object accumulates batches and gives a value at the end of the
+epoch: `Running` has a clone of the object for each phase. `values_of` makes single numbers with names of a value.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flowtrain.errors import UsageError, describe, is_a, is_type
 __all__ = ["Accumulator", "Metric", "Running", "check_weight", "values_of"]
 
 _MOST = 2000
-"""How many numbers without labels are taken for those of classes."""
+"""A value with more numbers than this, and without labels, is not taken for one number for each class."""
 
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """What is used of a torchmetrics object (https://lightning.ai/docs/torchmetrics)."""
+    """The methods of a torchmetrics object that are used (https://lightning.ai/docs/torchmetrics)."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a batch in."""
+        """Add a batch."""
 
     def compute(self) -> Any:
         """Return the value over all batches since `reset`."""
@@ -41,26 +41,27 @@ class Accumulator(Protocol):
 class Metric:
     """A metric with a name, for some phases.
 
-    It is one number, or several with names of their own: a mapping, or one number for each class. Each of these becomes
-    a series, named by the metric and the key, or the number of the class: ``"F1.cat"``, ``"F1.0"``.
+    The value of a metric is one number, or several numbers with names: a mapping, or one number for each class. Each
+    number becomes a series, named by the metric and the key or the number of the class: ``"F1.cat"``, ``"F1.0"``.
 
     Args:
         f: A function of ``(outputs, targets)`` that returns a number or a mapping from names to numbers; or a
             torchmetrics object.
-        name: What it is called in ``cbstate`` and in logs; without it, the function's name in the form ``TopAccuracy``.
-            The values of a torchmetrics collection keep the names that they have in it.
-        phase: The phases in which it is computed, subclasses included.
-        mode: ``"min"`` if small values are good, ``"max"`` if large ones are, for those that watch it. The metrics of
-            `flowtrain.metrics` and torchmetrics objects say it themselves, by their attribute ``higher_is_better``.
-        weight: For a function: what a batch counts in the mean of an epoch, a function of ``(outputs, targets)`` that
-            returns a number, such as the number of tokens that are no padding. Without it: that of `Metrics`.
-        on_step: For a torchmetrics object: record a value of each batch too, NaN where it has none for one batch alone.
-            That costs a second update and a computation for each batch. A function always has a value for each batch.
-        labels: The names of the classes, where the value is one number for each class.
+        name: The name in ``cbstate`` and in logs; by default the name of the function in the form ``TopAccuracy``. The
+            values of a torchmetrics collection keep the names of its members.
+        phase: The phases in which the metric is computed, subclasses included.
+        mode: ``"min"`` if small values are good, ``"max"`` if large values are, for callbacks that watch the metric.
+            The metrics of `flowtrain.metrics` and torchmetrics objects have it as their attribute ``higher_is_better``.
+        weight: For a function, a function of ``(outputs, targets)`` that returns the weight of a batch in the mean of
+            an epoch, such as the number of tokens that are no padding; by default the weight of `Metrics`.
+        on_step: For a torchmetrics object, whether to record a value of each batch too; it is NaN if the object has no
+            value for a single batch. That costs a second update and a computation for each batch. A function always
+            has a value for each batch.
+        labels: The names of the classes, if the value is one number for each class.
 
     Raises:
-        UsageError: `f` cannot be called, there is no name that could be used, an argument means nothing, or what `f`
-            computes is known to be neither a number nor several with names, as a confusion matrix.
+        UsageError: `f` is no metric, has no usable name, an argument is out of its range or does not fit `f`, or `f`
+            is known to compute another value than numbers with names, such as a confusion matrix.
 
     >>> from flowtrain.metrics import top_k_accuracy
     >>> Metric(top_k_accuracy(3))
@@ -107,12 +108,12 @@ class Metric:
 
     @property
     def names(self) -> list[str]:
-        """The names that its values have or begin with: several for a torchmetrics collection."""
+        """The names of the metric, with which the names of its values begin: several for a torchmetrics collection."""
         return [*self.f.keys()] if self.accumulates and hasattr(self.f, "keys") else [self.name]
 
     @property
     def modes(self) -> dict[str, Literal["min", "max"]]:
-        """Whether small or large values are good, by the names of its values, for those of which it is known."""
+        """Whether small or large values are good, by the names in `names`, as far as the metric says it."""
         if self.mode is not None:
             return dict.fromkeys(self.names, self.mode)
         parts = self.f.items() if self.accumulates and hasattr(self.f, "items") else [(self.name, self.f)]
@@ -120,6 +121,11 @@ class Metric:
         return {name: "max" if higher else "min" for name, higher in known.items() if higher is not None}
 
     def _check(self, on_step: object) -> None:
+        """Check that the arguments fit the metric.
+
+        Raises:
+            UsageError: An argument does not.
+        """
         if self.weight is not None and not callable(self.weight):
             raise UsageError(
                 f"Metric({self.name}, weight={self.weight!r}): weight is a function of (outputs, targets) that returns "
@@ -139,7 +145,14 @@ class Metric:
             raise UsageError(f"Metric({self.name}, labels={self.labels!r}): labels are the names of the classes.")
 
     def _check_shape(self) -> None:
-        """Refuse a torchmetrics object that says that it computes a curve, or whose value over no batch is a matrix."""
+        """Refuse a torchmetrics object that is known to compute a curve or a matrix.
+
+        The annotation of ``compute`` tells a curve. A matrix is found by computing the value of a clone without a
+        batch.
+
+        Raises:
+            UsageError: The value is no number, and not one number for each class.
+        """
         if not isinstance(self.f, torch.nn.Module):
             return
         f: Any = self.f
@@ -150,11 +163,11 @@ class Metric:
         try:
             running = Running(self)
             for module in running.total.modules():
-                module.sync_on_compute = False
+                module.sync_on_compute = False  # other processes of a distributed run do not compute it now
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it says that no batch was taken in
+                warnings.simplefilter("ignore")  # torchmetrics warns that `compute` comes before `update`
                 value = running.compute()
-        except Exception:  # many have no value without a batch: what they give is seen at the end of an epoch
+        except Exception:  # many have no value without a batch, and are checked at the end of an epoch
             return
         finally:
             torch.set_rng_state(state)
@@ -165,20 +178,24 @@ class Metric:
 
 
 def values_of(metric: Metric, value: Any) -> dict[str, Any]:
-    """Return the values of a metric by name, checked to be single numbers.
+    """Return the single numbers that the value of a metric consists of, by name.
 
     Raises:
-        UsageError: It is a matrix, has more or fewer numbers than labels, or is no number.
+        UsageError: The value is a matrix, has more or fewer numbers than labels, or is no number.
     """
     if metric.plain and type(value) is torch.Tensor and value.numel() == 1:
-        return {metric.name: value}  # the usual case, in every batch: it would pass what follows
-    if isinstance(value, Mapping) and hasattr(metric.f, "keys"):  # a collection: its values have names of their own
+        return {metric.name: value}  # the usual case, in every batch: a shortcut with the result of the code below
+    if isinstance(value, Mapping) and hasattr(metric.f, "keys"):  # the members of a collection have their own names
         return {name: item for key, each in value.items() for name, item in _spread(metric, str(key), each)}
     return dict(_spread(metric, metric.name, value))
 
 
 def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``(name, number)`` of a value: itself, or one for each key or class."""
+    """Yield ``(name, number)`` for a value: one pair for a number, one for each key of a mapping or each class.
+
+    Raises:
+        UsageError: As for `values_of`.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _spread(metric, f"{name}.{key}", item)
@@ -223,7 +240,7 @@ def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _shaped(metric: Metric, shape: tuple[int, ...]) -> str:
-    """Say what to do about a value of a shape that has no place in a series."""
+    """Return the end of the message for a value of a shape that cannot be a series: the shape and the remedy."""
     what = f"returned a tensor of shape {shape}; a metric is one number"
     if len(shape) == 1:
         return f"{what}. Reduce it, as with .mean(); for one number for each class give Metric(f, labels=[...])."
@@ -233,6 +250,7 @@ def _shaped(metric: Metric, shape: tuple[int, ...]) -> str:
 
 
 def _take(metric: Metric) -> str:
+    """Return the remedy for a torchmetrics object that computes a curve, a matrix, or another structure."""
     return (
         f"; a metric is one number, or one for each class. Take the numbers from it that you want to follow, in a "
         f"subclass: class Mine({type(metric.f).__name__}) with a compute(self) that returns a number or a mapping from "
@@ -241,7 +259,7 @@ def _take(metric: Metric) -> str:
 
 
 def _is_tuple(kind: type) -> bool:
-    """Tell whether the annotation of `compute` says that it returns a tuple."""
+    """Tell whether the annotation of ``compute`` says that it returns a tuple, as for curves."""
     try:
         hint = get_type_hints(kind.compute)["return"]  # type: ignore[attr-defined]  # an accumulator has it
     except Exception:  # no annotation, or one that cannot be evaluated
@@ -251,21 +269,21 @@ def _is_tuple(kind: type) -> bool:
 
 
 def check_weight(weight: Any, what: str) -> Any:
-    """Return what a batch counts in a mean: a number, or a tensor with one element on a device, which is not read.
+    """Return the weight of a batch in a mean: a number, or a tensor with one element on a device, which is not read.
 
     Args:
-        weight: What was returned.
-        what: Who returned it, for messages.
+        weight: The weight that a function has returned.
+        what: The function, for messages.
 
     Raises:
-        UsageError: It is no number, negative, infinite or NaN.
+        UsageError: `weight` is no number, negative, infinite or NaN.
     """
     if isinstance(weight, torch.Tensor) and weight.numel() == 1:
         if not weight.is_cpu:
             return weight.detach()
         weight = weight.item()
     elif not isinstance(weight, (int, float)) and hasattr(weight, "item") and getattr(weight, "shape", None) == ():
-        weight = weight.item()  # a number of numpy
+        weight = weight.item()  # a numpy number, which is no subclass of int or float
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise UsageError(
             f"{what} returned {weight!r:.200}; what a batch counts in the mean of an epoch is a number, at least 0."
@@ -274,22 +292,25 @@ def check_weight(weight: Any, what: str) -> Any:
 
 
 class Running:
-    """A torchmetrics object at work in one phase: reset for each epoch, on the device of what it is given.
+    """A torchmetrics object in one phase: it is reset for each epoch, and moved to the device of the batches.
+
+    Args:
+        metric: The metric, whose torchmetrics object is cloned.
 
     Attributes:
-        total: The object that has taken in the batches of the epoch.
-        updates: How many these are.
+        total: The clone that accumulates the batches of the epoch.
+        updates: The number of these batches.
     """
 
     def __init__(self, metric: Metric) -> None:
         self.total = _fresh(metric.f)
         self.updates = 0
-        self._placed = False
-        self._single = _fresh(metric.f) if metric.on_step else None
-        self._began = _plain(self.total)
+        self._placed = False  # whether the clones are on the device of the batches
+        self._single = _fresh(metric.f) if metric.on_step else None  # a second clone, for the values of batches
+        self._first = _plain(self.total)  # the plain attributes before the first batch
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         if not self._placed:
             self._placed = True
             device = next((each.device for each in (outputs, targets) if isinstance(each, torch.Tensor)), None)
@@ -301,9 +322,9 @@ class Running:
         self.updates += 1
 
     def value_of(self, outputs: Any, targets: Any) -> Any:
-        """Return the value of one batch alone; NaN where a single batch has none, as for R2 of one sample."""
+        """Return the value of one batch alone, or NaN if a single batch has no value, such as R2 of one sample."""
         single = self._single
-        assert single is not None  # asked for with on_step
+        assert single is not None  # only metrics with `on_step` are asked for values of batches
         single.reset()
         single.update(outputs, targets)
         try:
@@ -314,7 +335,7 @@ class Running:
             single.reset()
 
     def compute(self) -> Any:
-        """Return the value over the batches of the epoch; of a collection a mapping from names to values."""
+        """Return the value over the batches of the epoch; for a collection, a mapping from names to values."""
         return _computed(self.total)
 
     def reset(self) -> None:
@@ -324,71 +345,74 @@ class Running:
             self.updates, self._placed = 0, False
 
     def state_dict(self) -> tuple[list[Any], int]:
-        """Return what it holds: of each object its state and its plain attributes, and the number of updates."""
-        return [_held(each, self._began) for each in (self.total, self._single) if each is not None], self.updates
+        """Return the state and the changed plain attributes of each clone, and the number of updates."""
+        return [_state_of(each, self._first) for each in (self.total, self._single) if each is not None], self.updates
 
     def load_state_dict(self, parts: Sequence[Any], updates: int) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.updates, self._placed = updates, False
         for f, (state, plain) in zip((self.total, self._single), parts, strict=False):
             if f is not None:
-                _hold(f, state, plain)
+                _load_state(f, state, plain)
 
 
-def _held(f: Any, began: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
+def _state_of(f: Any, first: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
+    """Return the state of a torchmetrics object, and the plain attributes of each of its modules that have changed."""
     if not isinstance(f, torch.nn.Module):
         return f.state_dict() if hasattr(f, "state_dict") else copy.deepcopy(vars(f)), []
     if isinstance(f, torch.nn.ModuleDict):
-        list(f.items())  # a collection computes what its members share in one of them; now all have it
+        list(f.items())  # members that share their state have it in one of them; `items` copies it to the others
     changed = [
         {name: value for name, value in own.items() if name not in before or before[name] is not value}
-        for own, before in zip(_plain(f), began, strict=True)
+        for own, before in zip(_plain(f), first, strict=True)
     ]
     return f.state_dict(), changed
 
 
-def _hold(f: Any, state: dict[str, Any], plain: Sequence[Any]) -> None:
+def _load_state(f: Any, state: dict[str, Any], plain: Sequence[Any]) -> None:
     if not isinstance(f, torch.nn.Module) and not hasattr(f, "load_state_dict"):
         vars(f).update(copy.deepcopy(state))
         return
     if state:
         f.load_state_dict(state)
     for module, own in zip(f.modules() if plain else (), plain, strict=True):
-        own = own if isinstance(own, Mapping) else {"_update_count": own}  # the first format has this number alone
+        own = own if isinstance(own, Mapping) else {"_update_count": own}  # early checkpoints have only this number
         for name, value in own.items():
             setattr(module, name, value)
 
 
 def _plain(f: Any) -> list[dict[str, Any]]:
-    """Return the attributes of each part of a torchmetrics object that may count updates, and are no state of it.
+    """Return the plain attributes of each module of a torchmetrics object that are not in its ``state_dict``.
 
-    Some keep more than their state, as the number of values in a window, or the least value of all epochs.
+    Some objects keep more than their declared state, such as the number of values in a window, or the least value of
+    all epochs.
     """
     found = []
     for part in f.modules() if isinstance(f, torch.nn.Module) else ():
-        aside = {*getattr(part, "_defaults", ()), "_computed", "_forward_cache", "_cache"}
+        left_out = {*getattr(part, "_defaults", ()), "_computed", "_forward_cache", "_cache"}  # the state, and caches
         kinds = (int, float, str, bool, torch.Tensor)
-        found.append({name: each for name, each in vars(part).items() if type(each) in kinds and name not in aside})
+        found.append({name: each for name, each in vars(part).items() if type(each) in kinds and name not in left_out})
     return found
 
 
 def _fresh(f: Any) -> Any:
-    """Return a clone of a torchmetrics object that has seen nothing, and all of whose state is in its `state_dict`."""
+    """Return a clone of a torchmetrics object without batches, whose whole state is in its ``state_dict``."""
     clone = f.clone() if hasattr(f, "clone") else copy.deepcopy(f)
-    clone.reset()  # the user's may have seen data
+    clone.reset()  # the user may have updated the object
     parts: list[Any] = [*clone.modules()] if isinstance(clone, torch.nn.Module) else []
     for part in parts:
         if hasattr(part, "persistent"):
-            part.persistent(mode=True)  # what is wrapped too
+            part.persistent(mode=True)  # of each part, because a wrapper does not pass this on to its metric
     members = [*clone.values()] if isinstance(clone, torch.nn.ModuleDict) else []
     if any(isinstance(child, Accumulator) for member in members for child in member.children()):
-        # A collection takes a wrapper for the same as another member, and from the second epoch on updates only that.
+        # A collection finds members with equal states and updates only one of them. It wrongly takes a wrapper, which
+        # has no state of its own, for equal to another member.
         vars(clone).update(_enable_compute_groups=False, _groups_checked=False, _groups={})
     return clone
 
 
 def _computed(f: Any) -> Any:
-    # The members of a collection one by one: its own compute would lose whose the values of a wrapper are.
+    # Compute the members of a collection one by one: its own `compute` leaves out the name of the member for a wrapper.
     if not isinstance(f, torch.nn.ModuleDict):
         return f.compute()
     members: list[tuple[str, Any]] = [*f.items()]
@@ -397,7 +421,7 @@ def _computed(f: Any) -> Any:
 
 def _higher_is_better(f: Any) -> bool | None:
     own: bool | None = getattr(getattr(f, "func", f), "higher_is_better", None)
-    wrapped = getattr(f, "metric", None)  # of a ClasswiseWrapper
+    wrapped = getattr(f, "metric", None)  # a wrapper, such as ClasswiseWrapper, has its metric here
     return own if own is not None or wrapped is None else _higher_is_better(wrapped)
 
 

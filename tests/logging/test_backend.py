@@ -1,14 +1,17 @@
-"""Records: from a handler to its backends, in place and from elsewhere."""
+"""Records: what can be logged, and how it gets from a handler to its backends, in place and from elsewhere."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flowtrain import logging
 from flowtrain.errors import LoggingError
-from flowtrain.logging import CsvBackend, JsonlBackend, Run, Text, Value
+from flowtrain.logging import CsvBackend, Histogram, JsonlBackend, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.backend import Identity, collecting, deliver, identity, log
 
 STEP = ("Step", "TrainingPhase")
@@ -108,3 +111,23 @@ def test_a_record_belongs_to_the_backend_it_was_logged_to(tmp_path: Path) -> Non
 def test_arguments_of_another_type_are_named(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(LoggingError, match=message):
         log(*arguments)
+
+
+@pytest.mark.parametrize("loggable", [Value(0.5), Text("a"), Histogram([1.0, 2.0], bins=2), Settings({"lr": 0.1})])
+def test_loggables_travel_to_other_processes_and_are_frozen(loggable: Loggable) -> None:
+    copy = pickle.loads(pickle.dumps(loggable))
+    assert type(copy) is type(loggable)
+    assert vars(copy) == vars(loggable)
+    with pytest.raises(AttributeError, match="cannot assign"):
+        loggable.value = 1  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # what is tested
+
+
+def test_two_loggables_are_compared_by_identity() -> None:
+    """Tensors cannot be compared with ``==`` to one truth value."""
+    assert Value(torch.ones(2)) != Value(torch.ones(2))
+
+
+def test_all_loggables_are_public() -> None:
+    kinds = {kind.__name__ for kind in Loggable.__subclasses__() if kind.__module__ == Loggable.__module__}
+    assert kinds == {"Figure", "File", "Histogram", "Image", "Settings", "Text", "Value"}
+    assert kinds <= set(logging.__all__)
