@@ -1,10 +1,12 @@
-"""The executor: one for a learner, with a task graph, strands and a decision for each plan.
+"""`DaskExecutor`: how each plan of one learner is run, and why.
 
-``compile`` gives a plan the runner that costs least. A plan of which no two handlers may run at the same time gets the
-serial executor's own. For the others a `Decision` is made, or ``parallel=`` says it. A runner that is no longer right
-is replaced in the loop (`flowtrain.graph.executor.Site.swap`), so a decision is not asked for at every event.
+For each plan the executor keeps a `Route`: the plan with its snapshot nodes, its task graph, its runner and the reason
+for that runner. `DaskExecutor.compile` chooses the runner:
 
-How one plan is run, and why: what the executor keeps of it, and the words in which it explains it.
+- If no two handlers may run at the same time (`why_serial`), the serial executor's runner.
+- Otherwise ``parallel="always"`` gives a runner on strands, and with ``parallel="auto"`` a `Decision` measures which
+  runner is faster. When the decision changes, the executor replaces the runner in the loop
+  (`flowtrain.graph.executor.Site.swap`), so that an event does not have to ask for it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.parallel.decision import Decision
-from flowtrain_dask.parallel.firing import CLOSED, Crew, TimedPlan
-from flowtrain_dask.parallel.strands import Strands, at_home, is_chain, pack
+from flowtrain_dask.parallel.firing import CLOSED, StrandPool, TimedPlan
+from flowtrain_dask.parallel.strands import Strands, is_chain, needs_training_thread, pack
 from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
 from flowtrain_dask.snapshots.taker import Shared
 
@@ -44,33 +46,35 @@ __all__ = [
 
 
 class DaskExecutor:
-    """Runs the independent handlers of an event at the same time, on a dask task graph; the result is the serial one.
+    """Runs the independent handlers of an event at the same time, and deferrable callbacks beside training.
 
-    It starts threads when an event first runs in parallel. They end with `close`, or with the learner.
+    The result is the serial result. Independent handlers run on threads, compiled to a dask task graph. The threads
+    start when an event first runs in parallel, and end with `close` or with the learner.
 
-    Deferrable callbacks are taken off the training thread: they run later, in order, on exact snapshots of what they
-    declare to read, in threads of this process or on a cluster; `report` says how far they are.
+    A deferrable callback is taken off the training thread. Its handlers run later, in order, on exact snapshots of the
+    state that they declare to read: in threads of this process or on a cluster. `report` tells how far they are.
 
     Args:
         cluster: Where deferred callbacks run. ``None``: in threads of this process. ``"local"``: in worker processes
             that the executor starts and ends, for callbacks that compute in Python. A ``distributed.Client``, a cluster
-            object or the address of a scheduler: on that cluster. Only what was started here is closed here.
-        workers: How many handlers can run at the same time, the training thread's included; the number of cores that
-            this process may use if not given.
-        parallel: ``"auto"`` runs an event in parallel where timing shows that this is faster, ``"always"`` wherever
-            two handlers are independent, ``"never"`` nowhere.
+            object or the address of a scheduler: on that cluster, which the executor does not close.
+        workers: How many handlers can run at the same time, including one on the training thread. By default the number
+            of cores that this process may use.
+        parallel: ``"auto"`` runs an event in parallel if measuring shows that this is faster, ``"always"`` if two
+            handlers are independent, ``"never"`` not at all.
         defer: Whether deferrable callbacks are deferred at all.
-        resources: What a worker of the cluster must have, such as ``{"flowtrain": 1}``; see ``docs/cluster.md``.
-        drain_timeout: Seconds for which deferred events are still processed when training is interrupted, and for which
-            a cluster is waited for before training.
-        limits: How many events, and how many bytes, may wait.
-        on_error: ``"raise"``: a deferred callback that fails ends training. ``"warn"``: it is logged, and its lane
-            takes no more events.
-        on_cluster_loss: ``"local"``: what is pending when the cluster is gone is processed in this process.
-            ``"raise"``: that is an error.
+        resources: The resources that a worker of the cluster must have, such as ``{"flowtrain": 1}``; see
+            ``docs/cluster.md``.
+        drain_timeout: The seconds for which deferred events are still processed after training was interrupted, and
+            for which the executor waits for a cluster before training.
+        limits: How many deferred events, and how many bytes of them, may wait.
+        on_error: ``"raise"``: a deferred callback that fails ends training. ``"warn"``: the failure is logged, and the
+            lane of the callback takes no more events.
+        on_cluster_loss: ``"local"``: when the cluster is lost, pending and further events are processed in this
+            process. ``"raise"``: losing the cluster is an error.
 
     Raises:
-        ExecutorError: A value means nothing.
+        ExecutorError: An argument has a wrong value.
     """
 
     name = "dask"
@@ -96,21 +100,21 @@ class DaskExecutor:
             workers = whole_number(
                 "DaskExecutor(): workers, of which the training thread is one,", workers, 1, ExecutorError
             )
-        self._crew = Crew(_cores() if workers is None else workers)
+        self._pool = StrandPool(_cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
-        self._entries: dict[tuple[type[Event], type[Phase]], Route] = {}
+        self._routes: dict[tuple[type[Event], type[Phase]], Route] = {}
 
     @property
     def workers(self) -> int:
-        """How many handlers can run at the same time, the training thread's included."""
-        return self._crew.workers
+        """How many handlers can run at the same time, including one on the training thread."""
+        return self._pool.workers
 
     def bind(self, site: Site) -> None:
-        """Belong to one loop.
+        """Belong to the loop of one learner from now on.
 
         Raises:
-            ExecutorError: It belongs to another one, or is closed.
+            ExecutorError: The executor belongs to another learner, or is closed.
         """
         self._check_open()
         if self._site is not None and self._site is not site:
@@ -119,122 +123,129 @@ class DaskExecutor:
         self._serial.bind(site)
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        """Raise if it cannot run these callbacks; connect to the cluster if some of them are deferred to it.
+        """Raise if the executor cannot run these callbacks; connect to the cluster if one of them is deferred to it.
 
         Raises:
-            ExecutorError: The cluster cannot be reached, or does not fit; a callback cannot be sent to it.
-            CallbackError: A deferred callback keeps the learner's state.
-            AccessError: A deferred callback reads what cannot be copied.
+            ExecutorError: The cluster cannot be reached, has other versions, or a callback cannot be sent to it.
+            CallbackError: A deferred callback keeps state of the learner in an attribute.
+            AccessError: A deferred callback reads an object that cannot be copied.
         """
         self._check_open()
         self._deferring.check(nodes, state)
 
     def compile(self, plan: Plan) -> Runner:
-        """Return what runs a plan; what it returns may be replaced when firings have been timed."""
+        """Return the runner of a plan. It may be replaced in the loop when firings have been measured.
+
+        Raises:
+            ExecutorError: The executor is closed, or belongs to no learner.
+        """
         self._check_open()
         if self._site is None:
             raise ExecutorError("DaskExecutor.compile() before bind(); Learner(executor=...) binds it.")
         deferred = self._deferring.use(self._site)
         rewritten, shared = deferred.rewrite(plan)
-        entry = self._make(rewritten, self._site, deferred.positions(plan))
-        entry.original, entry.shared = plan, shared
-        self._entries[plan.event_type, plan.phase_type] = entry
-        return self._hooked(entry, entry.runner)
+        route = self._make_route(rewritten, self._site, deferred.positions(plan))
+        route.original, route.shared = plan, shared
+        self._routes[plan.event_type, plan.phase_type] = route
+        return self._wrapped(route, route.runner)
 
     def graph(self, event_type: type[Event], phase_type: type[Phase]) -> EventGraph:
-        """Return the task graph of an event in a phase: one task for each handler. ``dask.visualize`` draws it.
+        """Return the task graph of an event in a phase, with one task for each handler. ``dask.visualize`` draws it.
 
         Args:
-            event_type: The event.
-            phase_type: The phase.
+            event_type: The type of the event.
+            phase_type: The type of the phase.
 
         Raises:
-            ExecutorError: No callback has a handler for it, or the executor has no learner.
+            ExecutorError: No callback has a handler for the event in that phase, or the executor has no learner.
         """
         self._check_open()
         if self._site is None:
             raise ExecutorError("This DaskExecutor has no learner yet. Write learner.executor.graph(...).")
-        # Asked each time: what was compiled before the callbacks changed does not count.
+        # The loop compiles the plan if it has not been yet, and again after the callbacks have changed.
         if self._site.runner(event_type, phase_type) is None:
             where = f"({event_type.__name__}, {phase_type.__name__})"
             raise ExecutorError(f"There is no graph for {where}: no callback has a handler for it.")
-        return self._entries[event_type, phase_type].graph
+        return self._routes[event_type, phase_type].graph
 
     def explain(self, plan: Plan) -> str:
-        """Say in one line whether a plan runs inline or in parallel, on which strands, and why."""
-        if self._site is not None and not self._crew.closed:
-            self._deferring.use(self._site)  # lanes are decided on before the first event, and can be asked for
+        """Say in one line whether a plan runs inline or in parallel, on which strands, and why.
+
+        A further line for each deferrable callback says whether it is deferred, to which lane, and why not otherwise.
+        """
+        if self._site is not None and not self._pool.closed:
+            self._deferring.use(self._site)  # so that the lanes are known before the first event too
         deferred = self._deferring.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
     def report(self) -> Report:
-        """Return how the lanes of deferred callbacks stand: what is done, what waits, who made training wait."""
+        """Return the counts of each lane: its events, those that wait, and how long training waited for room in it."""
         return self._deferring.report()
 
     def _explain(self, plan: Plan) -> str:
-        entry = self._entries.get((plan.event_type, plan.phase_type))
-        if entry is None or entry.original is not plan:
-            why = why_serial(plan, at_home(plan), self.workers, self.parallel)
+        route = self._routes.get((plan.event_type, plan.phase_type))
+        if route is None or route.original is not plan:
+            why = why_serial(plan, needs_training_thread(plan), self.workers, self.parallel)
             return f"inline: {why}" if why else f"parallel={self.parallel!r}: not fired yet"
-        return entry.explain()
+        return route.explain()
 
     def flush(self) -> None:
-        """Wait until every deferred event is processed; plans that were decided on long ago are timed again.
+        """Wait until every deferred event is processed. Plans that were decided on long ago are measured again.
 
         Raises:
-            Exception: What a deferred callback raised.
+            Exception: The exception of a deferred callback that failed.
         """
         self._look_again()
         self._deferring.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Flush, and return what a checkpoint must hold: how many events each lane has had."""
+        """Flush, and return how many events each lane has had, for a checkpoint."""
         self.flush()
         return {"sequences": self._deferring.sequences}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned: lanes go on counting from there."""
+        """Take back the counts that `state_dict` returned: the lanes continue to number their events from there."""
         self._deferring.resume(state.get("sequences", {}))
 
     def close(self) -> None:
-        """End the threads. A closed executor runs nothing more.
+        """Flush, end all threads, and close the cluster if the executor started it. A closed executor runs nothing.
 
         Raises:
-            ExecutorError: It was called in a handler.
+            ExecutorError: A handler calls this.
         """
-        self._crew.close()
+        self._pool.close()
         self._deferring.close()
         if self._site is not None:
-            for entry in self._entries.values():
-                self._site.swap(entry.plan, _closed)
-        self._entries.clear()
+            for route in self._routes.values():
+                self._site.swap(route.plan, _closed)
+        self._routes.clear()
 
     # --- plans
 
-    def _make(self, plan: Plan, site: Site, deferred: frozenset[int]) -> Route:
+    def _make_route(self, plan: Plan, site: Site, deferred: frozenset[int]) -> Route:
         graph, serial = compile_plan(plan), self._serial.compile(plan)
-        home = at_home(plan) | deferred
-        why = why_serial(plan, home, self.workers, self.parallel)
+        main = needs_training_thread(plan) | deferred  # a snapshot node runs there, since one thread fills a lane
+        why = why_serial(plan, main, self.workers, self.parallel)
         if why:
             return Route(plan, graph, serial, why)
-        timed = TimedPlan(plan, self._crew, site, serial)
-        pack = partial(spread, graph, self.workers, home)
+        timed = TimedPlan(plan, self._pool, site, serial)
+        pack = partial(spread, graph, self.workers, main)
         if self.parallel == "auto":
             decision = Decision(timed, pack, partial(self._swap, plan))
             return Route(plan, graph, decision.measure, "", decision=decision)
-        strands = pack([1.0] * len(plan))
+        strands = pack([1.0] * len(plan))  # nothing is measured, so every handler counts the same
         return Route(plan, graph, partial(timed.fire, strands), "parallel='always'", strands)
 
     def _swap(self, plan: Plan, runner: Runner) -> None:
-        entry = self._entries.get((plan.event_type, plan.phase_type))
-        if entry is not None and entry.plan is plan and self._site is not None:
-            self._site.swap(plan, self._hooked(entry, runner))
+        route = self._routes.get((plan.event_type, plan.phase_type))
+        if route is not None and route.plan is plan and self._site is not None:
+            self._site.swap(plan, self._wrapped(route, runner))
 
-    def _hooked(self, entry: Route, runner: Runner) -> Runner:
-        """Return the runner; that of the beginning of an epoch also has plans timed again."""
-        if entry.shared is not None:
-            runner = sharing(runner, entry.shared)
-        if not issubclass(entry.plan.event_type, EpochBegin):
+    def _wrapped(self, route: Route, runner: Runner) -> Runner:
+        """Return a runner that also clears shared copies after a firing and, for `EpochBegin`, has plans measured."""
+        if route.shared is not None:
+            runner = sharing(runner, route.shared)
+        if not issubclass(route.plan.event_type, EpochBegin):
             return runner
 
         def begin(event: Event, phase: Phase) -> None:
@@ -244,12 +255,12 @@ class DaskExecutor:
         return begin
 
     def _look_again(self) -> None:
-        for entry in self._entries.values():
-            if entry.decision is not None:
-                entry.decision.look_again()
+        for route in self._routes.values():
+            if route.decision is not None:
+                route.decision.look_again()
 
     def _check_open(self) -> None:
-        if self._crew.closed:
+        if self._pool.closed:
             raise ExecutorError(CLOSED)
 
     def __repr__(self) -> str:
@@ -268,13 +279,22 @@ def _cores() -> int:
 
 
 Parallel: TypeAlias = Literal["auto", "always", "never"]
+"""When independent handlers run at the same time; see `DaskExecutor`."""
 
 
 @dataclass
 class Route:
-    """What is known of one plan: its graph, its runner, and why it is run like that.
+    """How one plan is run, and why.
 
-    `plan` is what runs, with snapshot nodes; `original` is what the learner knows.
+    Attributes:
+        plan: The plan that runs, with a snapshot node for each deferred handler.
+        graph: Its task graph.
+        runner: Its first runner.
+        reason: Why it has this runner; empty while a decision says it.
+        strands: Its strands, if it always runs in parallel.
+        decision: The decision between inline and parallel, if there is one.
+        original: The plan of the learner, without snapshot nodes.
+        shared: The copies that its snapshot nodes share in one firing, if any two share one.
     """
 
     plan: Plan
@@ -288,21 +308,28 @@ class Route:
 
     def explain(self) -> str:
         """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""
-        found = self.decision
-        if found is None:
+        made = self.decision
+        if made is None:
             return _shown("inline" if self.strands is None else "parallel", self.reason, self.plan, self.strands)
-        return _shown(found.mode, found.reason, self.plan, found.strands if found.mode == "parallel" else None)
+        return _shown(made.mode, made.reason, self.plan, made.strands if made.mode == "parallel" else None)
 
 
-def why_serial(plan: Plan, home: frozenset[int], workers: int, parallel: Parallel) -> str:
-    """Return why a plan can only, or must, be run by the serial executor's runner; empty if it need not."""
+def why_serial(plan: Plan, main: frozenset[int], workers: int, parallel: Parallel) -> str:
+    """Return why the serial executor must run a plan; empty if strands could run it.
+
+    Args:
+        plan: The plan.
+        main: The positions of the handlers that only the training thread may run.
+        workers: How many handlers can run at the same time.
+        parallel: What the user asked for.
+    """
     if len(plan) == 1:
         return "one handler"
     if is_chain(plan):
         return "one chain"
     if plan.always:
         return "every handler runs, even after an interrupt"
-    if len(home) == len(plan):
+    if len(main) == len(plan):
         return "no handler may leave the training thread"
     if plan.watched:
         return "strict mode looks at the whole state around each handler"
@@ -311,9 +338,9 @@ def why_serial(plan: Plan, home: frozenset[int], workers: int, parallel: Paralle
     return "parallel='never'" if parallel == "never" else ""
 
 
-def spread(graph: EventGraph, workers: int, home: frozenset[int], costs: Sequence[float]) -> Strands:
-    """Spread the handlers of a graph over strands, by their costs; those at `home` stay on the training thread."""
-    return pack(graph.before, costs, workers, home)
+def spread(graph: EventGraph, workers: int, main: frozenset[int], costs: Sequence[float]) -> Strands:
+    """Spread the handlers of a graph over strands by the seconds that each takes; `main` stay on the first strand."""
+    return pack(graph.before, costs, workers, main)
 
 
 def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:

@@ -1,7 +1,8 @@
-"""Lanes in other processes: what travels there and back, and what is done when a worker is lost.
+"""Lanes whose handlers run in other processes: on the workers of a dask cluster.
 
-`connect` makes a client of what the user passed, `transport` is a lane's side and keeps book of where the state is,
-`calls` makes one call and sees it through, `worker` is what runs there. As bytes: `codec` and `reducing` (events and
-snapshots), `entries` (a batch), `callback_state` and `pickling` (callbacks and their state). `block` is the memory
-through which a worker on the same machine gets a large batch.
+`connect` makes a client from the argument of the user. `transport` is the lane's side: it sends batches of events, and
+always holds enough to begin again when a worker is lost. `calls` makes one call to the cluster and watches it, and
+`worker` is the function that runs there. `codec` and `reducing` encode events and snapshots as bytes, `entries` a batch
+of them, `pickling` and `callback_state` callbacks and their state. `block` hands a large batch to a worker on the same
+machine through memory.
 """

@@ -1,13 +1,13 @@
 """A block of memory through which a worker on the same machine gets a large batch.
 
-Dask sends a batch through the scheduler, which makes some ten copies of it. Here it takes two: the process that trains
-writes the bytes into a file that exists in memory only (``memfd_create``, Linux), and the worker, which opens the file
-through ``/proc``, copies them out. When the owner dies nothing is left behind.
+dask sends a batch through the scheduler, which makes some ten copies of it. A block makes two: the training process
+writes the bytes into a file that exists in memory only (``memfd_create``, Linux), and the worker opens this file
+through ``/proc`` and copies the bytes out. When the training process dies, the memory is freed.
 
-A block is filled again for the next batch, whoever may still read: a worker that was stopped and taken for lost may go
-on after its batch was done by another one. So the block begins with a mark, and each filling writes a new one before
-anything else. A worker looks at the mark when it has made its copy. If that is the one that it was told, nobody has
-written meanwhile; if it is another one, the copy may be torn and is not used.
+A block is filled again for the next batch without waiting for readers, because a worker may be stopped, taken for lost
+and continue to read after another worker has done its batch. So a block begins with a mark, and each filling first
+writes a new mark. A worker compares the mark after it has made its copy. If it is the mark that came with the call, the
+block was not written meanwhile. Otherwise the copy may be torn and is not used.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["Block", "Place", "possible", "read"]
 
 _NAME = "flowtrain"
 _MARK = 64
-"""The bytes of a mark. The content begins behind it."""
+"""The bytes of a mark. The content follows the mark."""
 _PIECES = 1000
-"""The system writes some 1024 pieces at once, at most."""
+"""How many pieces are written with one call of the system, which takes 1024 at most (``IOV_MAX`` of Linux)."""
 
 
 class Place(NamedTuple):
-    """Where a worker finds the content of a block.
+    """The place where a worker finds the content of a block.
 
     Attributes:
-        process: The number of the process that keeps the file open.
-        descriptor: The number of the open file in that process.
-        mark: What the file begins with, as long as this is its content.
-        size: The bytes of the content.
+        process: The id of the process that has the file open.
+        descriptor: The file descriptor in that process.
+        mark: The mark of this content.
+        size: The bytes of the content, without the mark.
     """
 
     process: int
@@ -46,38 +46,38 @@ class Place(NamedTuple):
 
 
 def possible() -> bool:
-    """Return whether this system has files that exist in memory only, and finds those of another process."""
+    """Return whether this system has files that exist in memory only and that another process can open."""
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
 class Block:
-    """Memory that holds one batch after the other.
+    """Memory that holds one batch after another.
 
     Args:
         kept: How many bytes of memory are kept between two batches.
 
     Raises:
-        OSError: There are too many open files.
+        OSError: The process has too many open files.
     """
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
-        self._descriptor = -1  # for `close`, should there be no file
+        self._descriptor = -1  # `close` runs even if the file cannot be made
         self._descriptor = os.memfd_create(_NAME)
 
     def fill(self, pieces: Sequence[bytes | memoryview]) -> Place:
-        """Replace the content by some bytes, one piece after the other; return where they are.
+        """Replace the content by the given pieces, one after another, and return the place of the content.
 
         Raises:
-            OSError: There is no memory.
+            OSError: The system has no memory left.
         """
         mark = secrets.token_bytes(_MARK)
-        os.pwrite(self._descriptor, mark, 0)  # first: from here on nobody takes the content for the one before
+        os.pwrite(self._descriptor, mark, 0)  # first, so that no reader takes a mixed content for the previous one
         rest, at = [memoryview(piece) for piece in pieces if len(piece)], _MARK
         while rest:
-            written = os.pwritev(self._descriptor, rest[:_PIECES], at)  # without the interpreter's lock
+            written = os.pwritev(self._descriptor, rest[:_PIECES], at)  # releases the interpreter's lock
             at += written
-            done = 0
+            done = 0  # the system may write a part only: drop the pieces that are written whole, cut the next one
             while done < len(rest) and written >= len(rest[done]):
                 written -= len(rest[done])
                 done += 1
@@ -87,7 +87,7 @@ class Block:
         return Place(os.getpid(), self._descriptor, mark, at - _MARK)
 
     def shrink(self) -> None:
-        """Give back the memory of a large batch."""
+        """Give back the memory of a batch that was larger than the memory that is kept."""
         if os.fstat(self._descriptor).st_size > self._kept:
             os.ftruncate(self._descriptor, self._kept)
 
@@ -102,10 +102,13 @@ class Block:
 
 
 def read(place: Place) -> memoryview | None:
-    """Return a copy of the content of a block, in memory of `memory_for`; ``None`` if it is not found, or torn."""
+    """Return a copy of the content of a block, in memory from `memory_for`.
+
+    ``None`` means that the block cannot be found from this process, or that it was filled again during the copy.
+    """
     path = f"/proc/{place.process}/fd/{place.descriptor}"
     try:
-        # On another machine, or in another container, these numbers are somebody's file, which is not to be touched.
+        # On another machine or in another container these numbers can belong to any file, which must not be opened.
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             return None
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

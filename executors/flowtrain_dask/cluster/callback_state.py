@@ -1,10 +1,15 @@
 """The state of a lane's callbacks as bytes, and back.
 
-What travels is the attributes of each callback. Three kinds of objects stay where they are, and are named by their
-place among all of them: the callbacks themselves, so that an attribute may refer to its callback; the backends that
-they hold, in whatever attribute, of which the driver's write and the copies elsewhere only encode; and their
-conditions, which the driver asks. So when a state comes home, the callbacks are the same objects with new attributes,
-holding the same backends and conditions.
+The attributes of each callback are sent. Three kinds of objects are not sent; the bytes refer to them by their position
+in a list that both sides have (`fixed_objects`):
+
+- the callbacks themselves, so that an attribute may refer to its callback;
+- the logging backends that they hold, in whatever attribute: those of the training process write records, and their
+  copies on a worker only encode;
+- the conditions of the callbacks, which the training process asks.
+
+So when a state comes back, the callbacks are the same objects with new attributes, and hold the same backends and
+conditions.
 """
 
 from __future__ import annotations
@@ -20,62 +25,64 @@ from flowtrain.logging.backend import LoggerBackend
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job
 
-__all__ = ["build", "check_travels", "dump_job", "dump_state", "load_state"]
+__all__ = ["build", "check_can_be_sent", "dump_job", "dump_state", "fixed_objects", "load_state"]
 
 
 def dump_job(job: Job, callbacks: Sequence[Callback]) -> bytes:
-    """Return what another process needs to make the callbacks anew, without their state."""
+    """Return the bytes from which another process can make the callbacks anew, without their state."""
     return dumps((job, [(type(each), each.conditions) for each in callbacks]))
 
 
 def build(blob: bytes) -> tuple[Job, list[Callback], list[object]]:
-    """Return the job, callbacks without any state, and what stays of them (see `stays`), from `dump_job`."""
-    job, crew = loads(blob)
-    # A class that was imported here has made its backends anew: these stand for the copies of the driver's.
-    own = {backend.sink: backend for kind, _ in crew for backend in backends_of_type(kind)}
+    """Return the job, callbacks without any state, and their `fixed_objects`, from the bytes of `dump_job`."""
+    job, parts = loads(blob)
+    # A backend in a class attribute exists twice here: the class was imported with one of its own, and a copy was sent
+    # with the job. Handlers log to the one in the class, so the job must name that one.
+    own = {backend.sink: backend for kind, _ in parts for backend in backends_of_type(kind)}
     job = replace(job, backends=tuple(tuple(own.get(one.sink, one) for one in held) for held in job.backends))
-    callbacks = [kind.__new__(kind) for kind, _ in crew]
-    return job, callbacks, _staying(job, callbacks, [conditions for _, conditions in crew])
+    callbacks = [kind.__new__(kind) for kind, _ in parts]
+    return job, callbacks, _fixed(job, callbacks, [conditions for _, conditions in parts])
 
 
-def stays(job: Job, callbacks: Sequence[Callback]) -> list[object]:
-    """Return the objects that do not travel with a state, in the order in which `build` has them."""
-    return _staying(job, callbacks, [each.conditions for each in callbacks])
+def fixed_objects(job: Job, callbacks: Sequence[Callback]) -> list[object]:
+    """Return the objects that are not sent with a state, in the order that `build` gives them on the worker."""
+    return _fixed(job, callbacks, [each.conditions for each in callbacks])
 
 
-def dump_state(callbacks: Sequence[Callback], kept: Sequence[object]) -> bytes:
+def dump_state(callbacks: Sequence[Callback], fixed: Sequence[object]) -> bytes:
     """Return the attributes of callbacks as bytes.
 
     Args:
         callbacks: The callbacks.
-        kept: What stays.
+        fixed: The objects that are not sent, see `fixed_objects`.
     """
-    return dumps([each.__getstate__() for each in callbacks], kept)
+    return dumps([each.__getstate__() for each in callbacks], fixed)
 
 
-def load_state(callbacks: Sequence[Callback], kept: Sequence[object], blob: bytes) -> None:
-    """Replace the attributes of callbacks by those from `dump_state`."""
-    for callback, state in zip(callbacks, loads(blob, kept), strict=True):
-        # Not emptied first: the training thread may just be looking for its backends or its name.
+def load_state(callbacks: Sequence[Callback], fixed: Sequence[object], blob: bytes) -> None:
+    """Replace the attributes of callbacks by those from the bytes of `dump_state`."""
+    for callback, state in zip(callbacks, loads(blob, fixed), strict=True):
+        # Attributes are replaced before the others are removed, and never all removed first: the training thread may
+        # read the name or the backends of the callback at the same time.
         before = set(vars(callback))
         given = _restore(callback, state)
         for name in before - given:
             vars(callback).pop(name, None)
 
 
-def check_travels(job: Job, callbacks: Sequence[Callback]) -> None:
+def check_can_be_sent(job: Job, callbacks: Sequence[Callback]) -> None:
     """Check that callbacks can be sent to another process.
 
     Raises:
-        ExecutorError: One cannot; the text names it, and the attribute where there is one.
+        ExecutorError: A callback does not pickle. The text names it, and the attribute if one is to blame.
     """
-    kept = stays(job, callbacks)
+    fixed = fixed_objects(job, callbacks)
     for name, callback, backends in zip(job.callbacks, callbacks, job.backends, strict=True):
         try:
-            dump_state([callback], kept)
+            dump_state([callback], fixed)
             dump_job(replace(job, backends=(backends,)), [callback])
-        except Exception as error:  # pickling calls what objects define
-            what, error = _culprit(callback, backends, kept, error)
+        except Exception as error:  # objects of the user define how they pickle, so anything may be raised
+            what, error = _unpicklable_part(callback, backends, fixed, error)
             raise ExecutorError(
                 f"{name} cannot be sent to another process: {what} does not pickle ({type(error).__name__}: {error}). "
                 f"Make it in a handler when it is first needed and leave it out in {type(callback).__name__}."
@@ -84,26 +91,26 @@ def check_travels(job: Job, callbacks: Sequence[Callback]) -> None:
 
 
 def _restore(callback: Callback, state: Any) -> set[str]:
-    """Give a callback the state that ``__getstate__`` returned, as unpickling does; return what it has then."""
+    """Give a callback the state that ``__getstate__`` returned, as unpickling does; return the names it then has."""
     setter = getattr(callback, "__setstate__", None)
     if setter is not None:
-        vars(callback).clear()  # only that function knows what it gives
+        vars(callback).clear()  # `__setstate__` may expect an empty object, and alone knows which names it sets
         setter(state)
         return set(vars(callback))
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     for name, value in {**(attributes or {}), **(slots or {})}.items():
-        object.__setattr__(callback, name, value)  # a slot here may be an attribute there, see `reducing`
+        object.__setattr__(callback, name, value)  # a slot here may be an attribute on the worker, see `reducing`
     return set(attributes or {})
 
 
-def _staying(job: Job, callbacks: Sequence[Callback], conditions: Sequence[Sequence[object]]) -> list[object]:
+def _fixed(job: Job, callbacks: Sequence[Callback], conditions: Sequence[Sequence[object]]) -> list[object]:
     return [*callbacks, *(each for several in (*job.backends, *conditions) for each in several)]
 
 
-def _culprit(
-    callback: Callback, backends: Sequence[LoggerBackend], kept: Sequence[object], error: Exception
+def _unpicklable_part(
+    callback: Callback, backends: Sequence[LoggerBackend], fixed: Sequence[object], error: Exception
 ) -> tuple[str, Exception]:
-    """Return what of a callback does not pickle, and why."""
+    """Return the words for the part of a callback that does not pickle, and the exception of that part."""
     for backend in backends:
         try:
             dumps(backend)
@@ -111,7 +118,7 @@ def _culprit(
             return f"its backend {type(backend).__name__}", why
     for attribute, value in vars(callback).items():
         try:
-            dumps(value, kept)
+            dumps(value, fixed)
         except Exception as why:
             return f"its attribute {attribute!r}, a {type(value).__name__},", why
     return "its type", error

@@ -1,11 +1,11 @@
-"""One call to a cluster: submitted, watched, submitted again where it got stuck; the first reply counts.
+"""One call to the cluster: submitted, watched, and submitted again if it is stuck. The first reply counts.
 
-dask itself runs a task again when its worker is lost. What it does not notice for minutes is a worker that is stopped:
-it is still connected and silent. So the scheduler is asked now and then, and when all workers that have the task have
-not been heard of for some seconds, it is given to another one. The task is a pure function, so it does not matter how
-many run it.
+dask runs a task again when its worker is lost. It takes minutes to notice a worker that is stopped, because that worker
+is still connected and only silent. So a call asks the scheduler about once a second, and when no worker that has the
+task was heard of for some seconds, the task goes to another worker. A task is a pure function, so any number of workers
+may run it.
 
-All of this happens on the lane's thread, and every wait has an end.
+Everything here runs on the lane's thread, and every wait has a limit.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from flowtrain_dask.lanes.transport import Abandoned
 __all__ = ["Calls", "ClusterLost"]
 
 _LOOK = 0.25
-"""Seconds between two looks at a call that nothing is heard of."""
+"""The most seconds of one wait for a reply."""
 _ASK = 1.0
-"""Seconds between two questions to the scheduler, beginning after as many seconds."""
+"""Seconds between two questions to the scheduler, and before the first one."""
 _LARGE = 8 << 20
-"""Bytes from which on dask may warn of a large graph; there is nothing to be done about an event of that size."""
+"""Bytes. dask's warning of a large graph is switched off for a larger call: the user cannot make an event smaller."""
 
 
 class ClusterLost(Exception):
-    """The scheduler is gone, or nobody is there to work. It never leaves the transport."""
+    """The scheduler is gone, or the cluster has no workers. The transport catches this."""
 
 
 @dataclass
 class Patience:
-    """How long what is waited for, in seconds.
+    """How long a call waits, in seconds.
 
     Attributes:
-        silent: A worker that was not heard of for so long is taken for stopped.
-        away: The client has lost the scheduler for so long: it is gone.
-        alone: No worker is there for so long: the cluster is gone.
-        answer: The scheduler, or a result that is ready, has to answer within this.
-        attempts: How often the call may fail before that is an error.
+        silent: After this time without a sign of life a worker is taken for stopped.
+        away: After this time without a connection to the scheduler the cluster is taken for lost.
+        alone: After this time without any worker the cluster is taken for lost.
+        answer: The scheduler, and a result that is ready, must arrive within this time.
+        attempts: How often a call may fail and still be tried again.
     """
 
     silent: float = 5.0
@@ -63,19 +63,19 @@ class Patience:
 
 
 class Calls:
-    """Makes the calls of one lane, one after the other.
+    """Makes the calls of one lane, one after another.
 
     Args:
         connection: The cluster.
-        name: What the keys of tasks begin with, as ``"flowtrain-<run>-<callback>"``.
-        patience: How long what is waited for.
+        name: The beginning of the keys of the tasks, ``"flowtrain-<run>-<lane>"``.
+        patience: How long a call waits.
     """
 
     def __init__(self, connection: Connection, name: str, patience: Patience | None = None) -> None:
         self._connection = connection
         self._patience = patience or Patience()
         self._name = name
-        self._token = secrets.token_hex(3)  # a resumed run has the same name, and must not meet its earlier results
+        self._token = secrets.token_hex(3)  # the same run, resumed, must not get results of its earlier tasks
         self._number = 0
 
     def make(
@@ -89,16 +89,16 @@ class Calls:
         """Make one call and return its reply.
 
         Args:
-            blob: Returns the pickled assignment; with ``True`` one that holds all that any worker needs.
-            worker: The worker that should have it, if it is there; empty for any.
-            gate: Entered while something is made ready and sent.
-            closing: Whether to give up.
-            tally: Where restarts are counted.
+            blob: Returns the pickled assignment; for ``True`` a complete one, which any worker can do.
+            worker: The worker that gets the first attempt if it is still there; empty for any worker.
+            gate: Entered while the call is pickled and sent.
+            closing: Returns whether to give up.
+            tally: Counts restarts.
 
         Raises:
-            Abandoned: `closing` said so.
+            Abandoned: `closing` returned ``True``.
             ClusterLost: The cluster is gone.
-            ExecutorError: The call fails wherever it runs.
+            ExecutorError: The call has failed on several workers, or the workers cannot import flowtrain.
         """
         call = _Call(self._connection, self._patience, f"{self._name}-{self._number}.{self._token}")
         self._number += 1
@@ -116,7 +116,7 @@ class Calls:
                     f"{self._connection.address}, the last time with {call.trouble}. If its handlers end the process "
                     f"(memory, a native library), look at the log of the workers."
                 )
-            if call.can_be_submitted() and (elsewhere := call.wants_another()) is not None:
+            if call.can_be_submitted() and (elsewhere := call.workers_for_another()) is not None:
                 tally.restarts += 1
                 with gate:
                     call.submit(blob(True), elsewhere)
@@ -124,7 +124,12 @@ class Calls:
 
 
 class _Call:
-    """The attempts of one call."""
+    """The attempts of one call.
+
+    Attributes:
+        failures: How many attempts have failed.
+        trouble: The last failure, as text.
+    """
 
     def __init__(self, connection: Connection, patience: Patience, key: str) -> None:
         self.failures = 0
@@ -133,16 +138,16 @@ class _Call:
         self._patience = patience
         self._key = key
         self._count = 0
-        self._attempts: dict[Future[bytes], frozenset[str]] = {}  # with the workers that it was meant for
-        self._woken = threading.Event()
+        self._attempts: dict[Future[bytes], frozenset[str]] = {}  # each with the workers that it was submitted to
+        self._finished = threading.Event()
         self._asked = time.monotonic()
-        self._away: float | None = None
+        self._away: float | None = None  # since when the scheduler is not connected
         self._unanswered = 0
-        self._alone: float | None = None
-        self._heard: dict[str, tuple[float, float]] = {}  # by worker: its last sign of life, and when it changed
+        self._alone: float | None = None  # since when there is no worker
+        self._heard: dict[str, tuple[float, float]] = {}  # by worker: its last sign of life, and when that arrived here
 
     def submit(self, blob: bytes, workers: list[str] | None) -> None:
-        """Begin an attempt."""
+        """Begin an attempt, on one of these workers if one of them is there; ``None`` for any worker."""
         key = self._key if not self._count else f"{self._key}.{self._count}"
         self._count += 1
         quiet = {"distributed.admin.large-graph-warning-threshold": "1 PiB"} if len(blob) > _LARGE else {}
@@ -158,41 +163,42 @@ class _Call:
                     allow_other_workers=bool(workers),
                     resources=self._connection.resources,
                 )
-        except Exception as error:  # a client that is closed or broken in the middle of it
+        except Exception as error:  # the client may be closed or lose its connection at any point of this
             raise ClusterLost(f"{type(error).__name__}: {error}") from error
-        future.add_done_callback(self._wake)  # type: ignore[no-untyped-call]  # distributed has no annotation
+        future.add_done_callback(self._finish)  # type: ignore[no-untyped-call]  # distributed has no annotation
         self._attempts[future] = frozenset(workers or ())
 
     def look(self) -> Reply | None:
-        """Return the reply of an attempt that has finished, if there is one; forget the attempts that failed."""
+        """Return the reply of a finished attempt, or ``None`` if there is none; forget the attempts that failed."""
         for future in list(self._attempts):
             if future.status == "pending":
                 continue
             try:
                 blob: bytes = future.result(timeout=self._patience.answer)
-                return pickle.loads(blob)  # type: ignore[no-any-return]  # what `process` returns
+                return pickle.loads(blob)  # type: ignore[no-any-return]  # `process` pickles a `Reply`
             except ImportError as error:
                 raise ExecutorError(
                     f"The workers of {self._connection.address} cannot import flowtrain: {type(error).__name__}: "
                     f"{error}. Install there what is installed here: pip install 'flowtrain[dask]'"
                 ) from error
-            except Exception as error:  # lost on the way, cancelled, killed: it is tried again
+            except Exception as error:  # lost on the way, cancelled, or its worker was killed: another attempt follows
                 del self._attempts[future]
                 self.trouble = f"{type(error).__name__}: {error}"
+                # While the client is not connected, dask cancels all futures: that is no failure of this call.
                 if isinstance(error, KilledWorker) or self._connection.client.status == "running":
                     self.failures += 1
         return None
 
     def wait(self) -> None:
-        """Wait a moment, or until an attempt has finished."""
-        self._woken.wait(_LOOK)
-        self._woken.clear()
+        """Wait until an attempt has finished, but only a moment."""
+        self._finished.wait(_LOOK)
+        self._finished.clear()
 
     def can_be_submitted(self) -> bool:
-        """Return whether the scheduler is there.
+        """Return whether the scheduler is connected.
 
         Raises:
-            ClusterLost: It is gone for good.
+            ClusterLost: The scheduler is gone for good.
         """
         status = self._connection.client.status
         now = time.monotonic()
@@ -204,8 +210,12 @@ class _Call:
             return False
         raise ClusterLost(f"the scheduler at {self._connection.address} is gone")
 
-    def wants_another(self) -> list[str] | None:
-        """Return the workers for a further attempt, ``[]`` for any; ``None`` where there is no need for one."""
+    def workers_for_another(self) -> list[str] | None:
+        """Return the workers for another attempt, ``[]`` for any worker, ``None`` if no other attempt is needed.
+
+        Raises:
+            ClusterLost: The scheduler does not answer, or there has been no worker for too long.
+        """
         if not self._attempts:
             return []
         now = time.monotonic()
@@ -215,28 +225,28 @@ class _Call:
         try:
             workers = self._connection.workers(self._patience.answer)
             at_work = self._at_work()
-        except Exception as error:  # a scheduler that is stopped, or about to go
+        except Exception as error:  # the scheduler is stopped, or about to end
             self._unanswered += 1
             if self._unanswered >= 2:
                 raise ClusterLost(f"the scheduler does not answer ({type(error).__name__})") from error
             return None
         self._unanswered = 0
-        self._mind_loneliness(workers, now)
+        self._check_alone(workers, now)
         silent = self._silent(workers, now)
         others = [address for address in workers if address not in silent]
         for future, meant in self._attempts.items():
             holding = set(at_work.get(str(future.key), ()))
-            # dask forgets to give it to a worker that joins when all those that it was meant for are gone.
+            # If all workers that a task was submitted to are gone, dask does not give it to workers that join later.
             forgotten = bool(meant) and not holding and not meant & workers.keys()
             if not forgotten and not (holding and holding <= silent):
                 return None
         return others or None
 
-    def _wake(self, future: object) -> None:
-        self._woken.set()
+    def _finish(self, future: object) -> None:
+        self._finished.set()
 
     def _at_work(self) -> dict[str, list[str]]:
-        """Return for each key which workers have it."""
+        """Return for each key the workers that have the task."""
         processing = self._connection.ask("processing", self._patience.answer, workers=None)
         found: dict[str, list[str]] = {}
         for address, keys in processing.items():
@@ -244,7 +254,7 @@ class _Call:
                 found.setdefault(str(key), []).append(address)
         return found
 
-    def _mind_loneliness(self, workers: dict[str, Any], now: float) -> None:
+    def _check_alone(self, workers: dict[str, Any], now: float) -> None:
         if workers:
             self._alone = None
             return
@@ -253,7 +263,7 @@ class _Call:
             raise ClusterLost(f"it has had no worker for {self._patience.alone:g} s")
 
     def _silent(self, workers: dict[str, Any], now: float) -> set[str]:
-        """Return the workers that were not heard of for a while; by our clock, theirs may go wrong."""
+        """Return the workers that were silent for too long, by this machine's clock: theirs may be wrong."""
         for address, worker in workers.items():
             sign = worker["last_seen"]
             if self._heard.get(address, (None,))[0] != sign:
@@ -262,10 +272,10 @@ class _Call:
 
 
 def _begin(blob: bytes) -> bytes:
-    """Do an assignment. The one function that dask itself gets to see."""
+    """Do an assignment. This is the only function that dask pickles; it knows nothing of the types in the assignment."""
     from flowtrain_dask.cluster.worker import process
 
     return process(blob)
 
 
-_begin.__module__ = "__main__"  # pickled by value: the scheduler unpickles it as well, and need not have flowtrain
+_begin.__module__ = "__main__"  # pickled by value: the scheduler unpickles it, and may not have flowtrain

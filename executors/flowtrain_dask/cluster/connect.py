@@ -1,7 +1,7 @@
-"""From what the user passed as ``cluster`` to a client of our own, within a deadline.
+"""A client for the cluster that the user named by ``cluster``, made within a deadline.
 
-Only what was made here is closed here: the client always, a cluster if ``"local"`` asked for one. The client is never
-set as the default one, so the user's own dask code does not notice it.
+The executor always makes a client of its own and closes it. It closes a cluster only if it started it (``"local"``).
+The client is never set as dask's default client, so that dask code of the user does not use it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from flowtrain_dask.cluster.worker import leave_random_numbers_alone
 
 __all__ = ["Connection", "connect"]
 
-_FORGETFUL = {"distributed.admin.low-level-log-length": 10}
-"""dask keeps the last thousand messages of each connection for its developers, with up to 1 MB of a batch in each."""
-_LEAVING = 30.0
-"""Seconds that the process of a worker may take to end. On a busy machine the five that dask gives are too few."""
+_SHORT_LOG = {"distributed.admin.low-level-log-length": 10}
+"""dask keeps the last thousand messages of each connection for its developers, each with up to 1 MB of a batch."""
+_END_SECONDS = 30.0
+"""Seconds that the process of a worker may take to end. dask's default of 5 is too short on a busy machine."""
 _START = 'Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor("local").'
 
 
 @dataclass
 class Connection:
-    """A client of our own on a cluster.
+    """The executor's client on a cluster.
 
     Attributes:
         client: The client.
-        address: The scheduler.
-        resources: What the tasks of lanes ask of a worker.
-        cluster: The cluster, if it was started here.
+        address: The address of the scheduler.
+        resources: The resources that a worker must have for the tasks of lanes, as amounts by name.
+        cluster: The cluster, if the executor started it.
     """
 
     client: Client
@@ -45,10 +45,10 @@ class Connection:
     cluster: LocalCluster | None = None
 
     def ask(self, what: str, timeout: float, **arguments: object) -> Any:
-        """Ask the scheduler something, by the name of one of its handlers.
+        """Call a handler of the scheduler by its name, and return the answer.
 
         Raises:
-            OSError: It does not answer in time, or is gone.
+            OSError: The scheduler does not answer in time, or is gone.
         """
         scheduler = self.client.scheduler
         if scheduler is None:
@@ -57,10 +57,10 @@ class Connection:
         return sync(getattr(scheduler, what), callback_timeout=timeout, **arguments)
 
     def workers(self, timeout: float) -> dict[str, Any]:
-        """Return what the scheduler knows of the workers that lanes may use, by address.
+        """Return the scheduler's data on the workers that lanes may use, by address.
 
         Raises:
-            OSError: It does not answer in time, or is gone.
+            OSError: The scheduler does not answer in time, or is gone.
         """
         identity = self.ask("identity", timeout, n_workers=-1)
         wanted = self.resources or {}
@@ -71,14 +71,14 @@ class Connection:
         }
 
     def close(self) -> None:
-        """Close the client, and the cluster if it was started here."""
+        """Close the client, and the cluster if the executor started it. Nothing is raised."""
         client: Any = self.client  # distributed leaves `close` without annotations
         cluster: Any = self.cluster
-        with contextlib.suppress(Exception):  # a scheduler that is gone cannot say good-bye
+        with contextlib.suppress(Exception):  # closing fails if the scheduler is gone already
             client.close(timeout=5)
         if cluster is not None:
             with contextlib.suppress(Exception):
-                cluster.close(timeout=2 * _LEAVING)
+                cluster.close(timeout=2 * _END_SECONDS)
 
 
 def connect(
@@ -89,19 +89,22 @@ def connect(
     resources: dict[str, float] | None = None,
     security: Security | None = None,
 ) -> Connection | None:
-    """Connect to a cluster and see that it has a worker for lanes.
+    """Connect to a cluster, and check that it has a worker for lanes.
 
     Args:
-        cluster: ``None``: no cluster; ``"local"``: start one, of processes of this machine; the address of a scheduler,
-            a ``distributed.Client``, or a cluster object.
-        deadline: The most seconds that it may take.
-        workers: How many processes to start, for ``"local"``; as many as cores, but at most 4, if not given.
-        resources: What tasks of lanes ask of a worker, such as ``{"flowtrain": 1}``: those started with ``dask worker
-            ADDRESS --resources flowtrain=1`` have it, others get no such tasks.
-        security: TLS, where `cluster` is an address.
+        cluster: ``None`` for no cluster, ``"local"`` to start one of processes on this machine, the address of a
+            scheduler, a ``distributed.Client``, or a cluster object.
+        deadline: The most seconds to wait for the scheduler and a worker.
+        workers: How many processes ``"local"`` starts; by default one for each core, at most 4.
+        resources: The resources that a worker must have for the tasks of lanes, such as ``{"flowtrain": 1}``. Workers
+            started with ``dask worker ADDRESS --resources flowtrain=1`` have it; others get no such tasks.
+        security: The certificates for TLS, if `cluster` is an address.
+
+    Returns:
+        The connection; ``None`` if `cluster` is ``None``.
 
     Raises:
-        ExecutorError: It cannot be reached in time, it has no such worker, or `cluster` is none of these.
+        ExecutorError: The cluster cannot be reached in time or has no such worker, or `cluster` is of another type.
     """
     if cluster is None:
         return None
@@ -121,7 +124,7 @@ def connect(
 
 
 def _find(cluster: object) -> tuple[str, Security | None]:
-    """Return the scheduler's address, and the security to reach it with."""
+    """Return the address of the scheduler, and the certificates to reach it with."""
     if isinstance(cluster, str):
         return cluster, None
     if isinstance(cluster, Client):
@@ -129,7 +132,7 @@ def _find(cluster: object) -> tuple[str, Security | None]:
             raise ExecutorError(f"DaskExecutor(cluster={cluster!r}): this Client is closed. Pass an open one.")
         return str(cluster.scheduler.address), cluster.security
     if is_a(cluster, Cluster) or isinstance(getattr(cluster, "scheduler_address", None), str):
-        address: str = cluster.scheduler_address  # type: ignore[attr-defined]  # asked just now
+        address: str = cluster.scheduler_address  # type: ignore[attr-defined]  # the test above has found it
         if not address or "Not Connected" in address:
             raise ExecutorError(f"DaskExecutor(cluster={cluster!r}): this cluster is closed. Pass a running one.")
         return address, getattr(cluster, "security", None)
@@ -144,7 +147,7 @@ def _reach(address: str, security: Security | None, deadline: float, resources: 
     try:
         try:
             client = _client(address, deadline, options)
-        except AssertionError:  # its thread did not begin within dask's own ten seconds: the machine stood still
+        except AssertionError:  # dask's own thread has not started within 10 s: the machine stood still
             client = _client(address, deadline, options)
     except ValueError as error:
         raise ExecutorError(
@@ -159,7 +162,7 @@ def _reach(address: str, security: Security | None, deadline: float, resources: 
 
 
 def _client(address: str, deadline: float, options: dict[str, Any]) -> Client:
-    with config.set(_FORGETFUL):
+    with config.set(_SHORT_LOG):
         return Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
             address, timeout=deadline, set_as_default=False, name="flowtrain", **options
         )
@@ -168,17 +171,17 @@ def _client(address: str, deadline: float, options: dict[str, Any]) -> Client:
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
     number = min(4, os.cpu_count() or 1) if workers is None else workers
     try:
-        with config.set(_FORGETFUL):
+        with config.set(_SHORT_LOG):
             cluster = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
                 n_workers=number,
                 threads_per_worker=1,
                 processes=True,
-                worker_class=_Keeper,
-                dashboard_address="127.0.0.1:0",  # any free port; 8787 may be in use, which is a warning
+                worker_class=_PatientNanny,
+                dashboard_address="127.0.0.1:0",  # any free port: dask warns if its default 8787 is in use
                 resources=dict(resources or {}),
-                preload=["flowtrain_dask.cluster.worker"],  # for its `dask_setup`
+                preload=["flowtrain_dask.cluster.worker"],  # dask calls its `dask_setup`
             )
-    except Exception as error:  # what a process cannot be started for is many things
+    except Exception as error:  # the start of a process can fail in many ways
         raise ExecutorError(
             f'DaskExecutor("local") could not start {number} worker processes ({type(error).__name__}: {error}). They '
             f'import the main script: write what starts training under if __name__ == "__main__":.'
@@ -192,17 +195,17 @@ def _start(deadline: float, workers: int | None, resources: dict[str, float] | N
     return connection
 
 
-class _Keeper(Nanny):
+class _PatientNanny(Nanny):
     """Starts and ends the process of one worker.
 
-    A handler that is still at work is not waited for: when a cluster is closed, its results are too late. So a process
-    ends at once, and where it takes longer the machine is busy, which is no reason to kill it.
+    It does not wait for a handler that is still at work, because the results come too late when a cluster is closed. So
+    the process can end at once. If it takes longer, the machine is busy, and dask's default would kill the process.
     """
 
-    async def kill(self, timeout: float = _LEAVING, reason: str = "nanny-kill") -> None:
+    async def kill(self, timeout: float = _END_SECONDS, reason: str = "nanny-kill") -> None:
         """End the process."""
         if self.process is not None:
-            await self.process.kill(timeout=max(timeout, _LEAVING), executor_wait=False, reason=reason)
+            await self.process.kill(timeout=max(timeout, _END_SECONDS), executor_wait=False, reason=reason)
 
 
 def _wait_for_worker(connection: Connection, end: float, deadline: float) -> None:

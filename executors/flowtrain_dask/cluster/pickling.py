@@ -1,4 +1,8 @@
-"""Pickling for other processes: by value what they cannot import, and without what stays where it is."""
+"""Pickling of callbacks for other processes.
+
+Classes and functions of ``__main__`` are sent by value, because another process cannot import them. Objects that the
+other process has already are sent as a position in a list of such objects.
+"""
 
 from __future__ import annotations
 
@@ -15,52 +19,53 @@ from flowtrain_dask.cluster.reducing import ValuePickler
 __all__ = ["dumps", "loads"]
 
 
-def dumps(value: object, kept: Sequence[object] = ()) -> bytes:
-    """Return a value as bytes. Code of ``__main__`` is in it, code of modules is named.
+def dumps(value: object, fixed: Sequence[object] = ()) -> bytes:
+    """Return a value as bytes. They contain the code of ``__main__``, and the names of code in modules.
 
     Args:
-        value: What to pickle.
-        kept: Objects that are named by their position instead.
+        value: The value to pickle.
+        fixed: Objects that are not pickled: the bytes hold their position in this list.
     """
     file = io.BytesIO()
-    _Pickler(file, kept).dump(value)
+    _Pickler(file, fixed).dump(value)
     return file.getvalue()
 
 
-def loads(blob: bytes, kept: Sequence[object] = ()) -> Any:
-    """Return the value of `dumps`.
+def loads(blob: bytes, fixed: Sequence[object] = ()) -> Any:
+    """Return the value from the bytes of `dumps`.
 
     Args:
-        blob: What `dumps` returned.
-        kept: What stands here for the objects that were kept there.
+        blob: The bytes.
+        fixed: The objects of this process in the order of the list that `dumps` was given.
     """
-    return _Unpickler(io.BytesIO(blob), kept).load()
+    return _Unpickler(io.BytesIO(blob), fixed).load()
 
 
 class _Pickler(ValuePickler):
-    waste = math.inf  # what shares memory in a callback shares it when it is home again: it is written to in place
+    # Tensors of a callback that share memory must share it again after the way back, because they are written in place.
+    waste = math.inf
 
-    def __init__(self, file: io.BytesIO, kept: Sequence[object]) -> None:
+    def __init__(self, file: io.BytesIO, fixed: Sequence[object]) -> None:
         super().__init__(file)
-        self._places = {id(one): place for place, one in enumerate(kept)}
-        if kept:  # else it would be called for every object for nothing
+        self._places = {id(one): place for place, one in enumerate(fixed)}
+        if fixed:  # pickle calls this for every object, which is slow
             self.persistent_id = self._place_of
 
     def _place_of(self, obj: object) -> int | None:
         return self._places.get(id(obj))
 
     def reducer_override(self, obj: object) -> Any:
-        """As for events; but a tensor on a device comes back there, so it is left to torch."""
+        """Reduce tensors as for events, except those on a device: torch pickles these, and they come back there."""
         if isinstance(obj, torch.Tensor) and not obj.is_cpu:
             return NotImplemented
         return super().reducer_override(obj)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, kept: Sequence[object]) -> None:
+    def __init__(self, file: io.BytesIO, fixed: Sequence[object]) -> None:
         super().__init__(file)
-        self._kept = kept
+        self._fixed = fixed
 
     def persistent_load(self, pid: int) -> object:
-        """Return the object that stands at a place."""
-        return self._kept[pid]
+        """Return the object at a position of the list."""
+        return self._fixed[pid]

@@ -1,11 +1,12 @@
-"""Lanes on a cluster: batches go out as bytes, records and state come back, and the driver can always begin again.
+"""Lanes on a cluster: events are sent to a worker as bytes, and records and the state of the callbacks come back.
 
-The driver holds a state of the lane's callbacks as bytes (*home*), and the events since then (*the log*). A small
-state comes home with every batch, so the log is empty. A large one stays on the worker, which is asked for it now and
-then. If that worker is lost, another one gets home and the log: it runs those events again, and the lane drops their
-records by sequence number.
+The training process can always begin again, because it holds two things: a *saved state* of the lane's callbacks as
+bytes, and a *log* of the events since then. A small state comes back with every batch, so its log is empty. A large
+state stays on the worker, and is asked for from time to time. If that worker is lost, another worker gets the saved
+state and the log. It runs those events again, and the lane drops their records by their sequence numbers.
 
-If the cluster is lost, the callbacks get what is at home, and this process goes on from there.
+If the cluster is lost, the callbacks of this process get the saved state, and this process runs the log and all further
+events.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.block import Block, Place, possible
-from flowtrain_dask.cluster.callback_state import check_travels, dump_job, dump_state, load_state, stays
+from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, fixed_objects, load_state
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.codec import Encoded
 from flowtrain_dask.cluster.connect import Connection
@@ -33,28 +34,28 @@ from flowtrain_dask.lanes.work import Entry, Job, Outcome, run_entries
 __all__ = ["ClusterTransport"]
 
 _SMALL = 64 << 10
-"""Bytes of state that travel with every batch."""
+"""Bytes. A state up to this size comes back with every batch."""
 _LOG_EVENTS = 2_000
 _LOG_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
-"""When a large state is asked for: so many events, bytes of events, or seconds after the last time."""
+"""A larger state is asked for after so many events, bytes of events, or seconds."""
 
 _LARGEST = 32 << 20
-"""Bytes of events in a batch, which is in memory several times on its way."""
-_WORTH = 256 << 10
-"""Bytes of a batch from which on it is put into a block and not sent."""
+"""The most bytes of events in one batch, of which several copies exist on its way to a worker."""
+_BLOCK_FROM = 256 << 10
+"""Bytes. A batch of at least this size is put into a block and not sent."""
 
 
 class ClusterTransport:
     """Runs the batches of one lane on a cluster.
 
     Args:
-        job: What the lane is there for.
-        callbacks: The callbacks themselves; their attributes are replaced when the state comes home.
-        connection: The cluster. It is the caller's: several lanes share it.
-        on_loss: What happens when the cluster is lost: ``"local"`` goes on in this process, ``"raise"`` is an error.
-        linger: For how many seconds a lane lets events gather: each call costs this process milliseconds.
-        patience: How long the cluster is waited for.
+        job: The job of the lane.
+        callbacks: The callbacks of the lane. Their attributes are replaced when the state comes back.
+        connection: The cluster. Several lanes share it, so `close` leaves it open.
+        on_loss: ``"local"``: if the cluster is lost, this process runs the events. ``"raise"``: that is an error.
+        linger: For how many seconds a lane lets events gather, because each call costs this process milliseconds.
+        patience: How long a call waits for the cluster.
     """
 
     def __init__(
@@ -72,38 +73,42 @@ class ClusterTransport:
         self._connection = connection
         self._on_loss = on_loss
         self._calls = Calls(connection, f"flowtrain-{job.run}-{job.lane}", patience)
-        self._kept = stays(job, callbacks)
-        self._packed = b""
+        self._fixed = fixed_objects(job, callbacks)
+        self._packed_job = b""
         self._versions = versions()
         self._local: ThreadTransport | None = None
-        # Where the state is: after `_seen` events on `_holder`, after `_seen - len(_log)` events at home.
+        # The state after `_seen` events is on `_worker`, the saved state is that after `_seen - len(_log)` events.
         self._token = ""
         self._seen = 0
-        self._home: bytes | None = None  # None: the callbacks themselves have it
+        self._saved: bytes | None = None  # None: the callbacks of this process have the state
         self._log: list[Entry] = []
         self._log_bytes = 0
-        self._asked = 0.0
-        self._holder = ""
+        self._saved_at = 0.0
+        self._worker = ""
         self._block: Block | None = None
-        self._near = possible()  # whether workers are taken to be on this machine
+        self._same_machine = possible()  # whether workers are taken to be on this machine
 
     @property
     def largest(self) -> int:
-        """How many bytes of events it takes at once."""
+        """How many bytes of events one batch may have."""
         return _LARGEST if self._local is None else self._local.largest
 
     @property
     def where(self) -> str:
-        """The scheduler, and the worker that had the last batch."""
+        """The scheduler and the worker that had the last batch, as the report shows them."""
         if self._local is not None:
             return f"thread ({self._connection.address} was lost)"
         kind = "process" if self._connection.cluster is not None else self._connection.address
-        sent = "" if self._near else " (batches are sent)"
-        return f"{kind}, worker {self._holder}{sent}" if self._holder else kind
+        sent = "" if self._same_machine else " (batches are sent)"
+        return f"{kind}, worker {self._worker}{sent}" if self._worker else kind
 
     def open(self, timeout: float) -> None:
-        """See that the callbacks can travel, and that a worker has the same versions."""
-        check_travels(self._job, self._callbacks)
+        """Check that the callbacks can be sent, and that a worker has the same versions.
+
+        Raises:
+            ExecutorError: A callback does not pickle, the versions differ, or no worker does a first task in time.
+        """
+        check_can_be_sent(self._job, self._callbacks)
         end = time.monotonic() + timeout
         tally = Tally()
         try:
@@ -115,7 +120,7 @@ class ClusterTransport:
                 f"No worker of the cluster at {self._connection.address} did a first task for lane {self._job.lane} "
                 f"within {timeout:g} s. Look at the log of the workers, or whether others keep them busy."
             ) from late
-        self._home = None
+        self._saved = None
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
@@ -123,43 +128,47 @@ class ClusterTransport:
         """Run a batch on a worker, or in this process if the cluster is lost.
 
         Raises:
-            ExecutorError: The cluster is lost and that is to be an error, or the workers do not fit.
+            ExecutorError: The cluster is lost and this process must not run the events, or the versions differ.
         """
         if self._local is None:
             try:
-                return self._exchange(entries, self._is_due(entries), gate, closing, tally)
+                return self._exchange(entries, self._wants_state(entries), gate, closing, tally)
             except ClusterLost as lost:
-                return self._go_on_here(lost, entries, gate, closing, tally)
+                return self._continue_here(lost, entries, gate, closing, tally)
         tally.local += len(entries)
         return self._local.process(entries, gate, closing, tally)
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
-        """Replace the attributes of the callbacks by what they are on the worker."""
-        if self._local is not None or self._home is None:
+        """Give the callbacks the attributes that they have on the worker.
+
+        Raises:
+            ExecutorError: The cluster is lost and this process must not run the events.
+        """
+        if self._local is not None or self._saved is None:
             return
         try:
             if self._log:
                 self._exchange((), True, nullcontext(), closing, tally)
         except ClusterLost as lost:
-            failure = self._go_on_here(lost, (), nullcontext(), closing, tally).failure
+            failure = self._continue_here(lost, (), nullcontext(), closing, tally).failure
         else:
-            load_state(self._callbacks, self._kept, self._home)
-            self._home = None  # whoever changes a callback now changes the one that counts
+            load_state(self._callbacks, self._fixed, self._saved)
+            self._saved = None  # the next batch starts from the callbacks, which the user may change meanwhile
             return
-        if failure is not None:  # of an event that had been done: the state is not what it was
+        if failure is not None:  # an event that was done before has failed now, so the state is another one
             failure[1].add_note("raised when the event was run again for the state, since the cluster was lost")
             raise failure[1]
 
     def close(self) -> None:
-        """Give back the memory of the block; the connection is the caller's."""
+        """Free the memory of the block. The connection stays open."""
         if self._block is not None:
             self._block.close()
 
-    def _is_due(self, entries: Sequence[Entry]) -> bool:
-        """Return whether the next batch should bring the state home."""
-        if self._home is None or len(self._home) <= _SMALL:
+    def _wants_state(self, entries: Sequence[Entry]) -> bool:
+        """Return whether the state is to come back with the next batch."""
+        if self._saved is None or len(self._saved) <= _SMALL:
             return True
-        late = time.monotonic() - self._asked > _LOG_SECONDS
+        late = time.monotonic() - self._saved_at > _LOG_SECONDS
         nbytes = self._log_bytes + sum(entry.nbytes for entry in entries)
         return late or len(self._log) >= _LOG_EVENTS or nbytes >= _LOG_BYTES
 
@@ -171,83 +180,84 @@ class ClusterTransport:
         closing: Callable[[], bool],
         tally: Tally,
     ) -> Outcome:
-        """Have entries run, and keep book of where the state is."""
-        if self._home is None:
-            self._home = dump_state(self._callbacks, self._kept)
-            self._packed = dump_job(self._job, self._callbacks)
+        """Have entries run on a worker, and take note of where the state is afterwards."""
+        if self._saved is None:
+            self._saved = dump_state(self._callbacks, self._fixed)
+            self._packed_job = dump_job(self._job, self._callbacks)
             self._token = secrets.token_hex(8)
-            self._log, self._log_bytes, self._holder = [], 0, ""
-        complete = not self._holder or (not self._log and len(self._home) <= _SMALL)
+            self._log, self._log_bytes, self._worker = [], 0, ""
+        # Whether the first attempt is complete: any worker can do it. Otherwise `_worker` alone has the state.
+        complete = not self._worker or (not self._log and len(self._saved) <= _SMALL)
         while True:
-            whole = complete
+            first = complete
 
-            def blob(again: bool, whole: bool = whole) -> bytes:
-                """Return the assignment, with home and the log or with neither."""
-                if again and not whole:
+            def blob(again: bool, first: bool = first) -> bytes:
+                """Return the assignment, complete or without saved state and log."""
+                if again and not first:
                     tally.replays += len(self._log)
-                # Further attempts are sent: what is in the block stays as it is, for the worker that has the first.
-                return self._assignment(entries, again or whole, want, send=again)
+                # Further attempts do not use the block: the worker of the first attempt may be reading it.
+                return self._assignment(entries, again or first, want, send=again)
 
             try:
-                reply = self._calls.make(blob, "" if complete else self._holder, gate, closing, tally)
+                reply = self._calls.make(blob, "" if complete else self._worker, gate, closing, tally)
             finally:
                 if self._block is not None:
                     self._block.shrink()
             if reply.kind == "done":
-                return self._settle(reply, entries)
-            self._refuse(reply)
-            if reply.kind == "far":  # the worker is on another machine, and has not touched anything
-                self._near = False
+                return self._accept(reply, entries)
+            self._raise_for(reply)
+            if reply.kind == "far":  # the worker is on another machine; it has run nothing, and still has the state
+                self._same_machine = False
                 continue
-            complete = True
+            complete = True  # the worker no longer has the state
             tally.restarts += 1
             tally.replays += len(self._log)
 
-    def _assignment(self, entries: Sequence[Entry], everything: bool, want: bool, *, send: bool) -> bytes:
-        log: list[Entry] = self._log if everything else []
+    def _assignment(self, entries: Sequence[Entry], complete: bool, want: bool, *, send: bool) -> bytes:
+        log: list[Entry] = self._log if complete else []
         events = dump_entries([*log, *entries])
         call = Assignment(
             self._token,
             self._versions,
-            self._packed,
+            self._packed_job,
             self._seen - len(log),
-            self._home if everything else None,
-            bytes(events) if send else self._left(events),
+            self._saved if complete else None,
+            bytes(events) if send else self._put_into_block(events),
             want,
         )
         return pickle.dumps(call)
 
-    def _left(self, events: Encoded) -> bytes | Place:
-        """Put events into the block if a worker is taken to find them there, and it is worth it; else return them."""
-        if self._near and events.nbytes >= _WORTH:
+    def _put_into_block(self, events: Encoded) -> bytes | Place:
+        """Put events into the block and return the place; return the bytes if they are few or no worker finds it."""
+        if self._same_machine and events.nbytes >= _BLOCK_FROM:
             try:
                 self._block = self._block or Block(_LARGEST)
                 return self._block.fill(events.pieces)
-            except OSError:  # no memory, or too many open files
+            except OSError:  # no memory, or too many open files: sending still works
                 pass
         return bytes(events)
 
-    def _settle(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
-        """Take a reply that is done; what was run again is not counted again."""
+    def _accept(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
+        """Take note of the state after a reply, and return its outcome without the events that were run again."""
         again = reply.ran - len(entries)
         outcome = Outcome(reply.records, max(0, reply.done - again))
         if reply.failure is not None:
             outcome.failure = reply.failure[0], pickle.loads(reply.failure[1])
         done = entries[: outcome.done]
         self._seen += len(done)
-        self._holder = reply.address
+        self._worker = reply.address
         self._log += done
         self._log_bytes += sum(entry.nbytes for entry in done)
         if reply.state is not None:
-            self._home = reply.state
-            self._log, self._log_bytes, self._asked = [], 0, time.monotonic()
+            self._saved = reply.state
+            self._log, self._log_bytes, self._saved_at = [], 0, time.monotonic()
         return outcome
 
-    def _refuse(self, reply: Reply) -> None:
-        """Raise for a reply that no other attempt would make better.
+    def _raise_for(self, reply: Reply) -> None:
+        """Raise for a reply that another attempt would give again.
 
         Raises:
-            ExecutorError: The versions differ, or something cannot be unpickled there.
+            ExecutorError: The versions differ, or the worker cannot unpickle the assignment.
         """
         at = f"worker {reply.address} of {self._connection.address}" if reply.address else self._connection.address
         if reply.kind == "versions":
@@ -258,7 +268,7 @@ class ClusterTransport:
                 f"there."
             )
 
-    def _go_on_here(
+    def _continue_here(
         self,
         lost: ClusterLost,
         entries: Sequence[Entry],
@@ -266,10 +276,10 @@ class ClusterTransport:
         closing: Callable[[], bool],
         tally: Tally,
     ) -> Outcome:
-        """Go on in this process from what is at home.
+        """Continue in this process from the saved state, for the rest of the lane's life.
 
         Raises:
-            ExecutorError: That is not wanted.
+            ExecutorError: This process must not run the events.
         """
         if self._on_loss == "raise" or self._job.draws:
             remedy = 'With DaskExecutor(on_cluster_loss="local") they are processed in this process.'
@@ -283,14 +293,14 @@ class ClusterTransport:
                 f"The cluster at {self._connection.address} was lost during training ({lost}), and with it "
                 f"{len(entries) + len(self._log)} events of lane {self._job.lane}. {remedy}"
             ) from lost
-        if self._home is not None:
-            load_state(self._callbacks, self._kept, self._home)
-        self._home = None
+        if self._saved is not None:
+            load_state(self._callbacks, self._fixed, self._saved)
+        self._saved = None
         self.close()
         self._local = ThreadTransport(self._job, self._callbacks)
         self.linger = self._local.linger
         again = len(self._log)
-        # All of it, however long it takes: what is in the log is not handed over again.
+        # All at once, and not for about a second as otherwise: the lane would not hand over the log a second time.
         job = self._job
         outcome = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
         outcome.done = max(0, outcome.done - again)

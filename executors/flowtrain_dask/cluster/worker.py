@@ -1,9 +1,12 @@
-"""What runs on a worker: one function from bytes to bytes.
+"""The function that runs on a worker: from an `Assignment` as bytes to a `Reply` as bytes.
 
-An `Assignment` holds a lane's next events, and its state or the number of events after which that state is: then the
-callbacks are taken that stayed here from the last assignment, if they are in exactly that state. The `Reply` holds the
-records, and the new state if that is wanted. Nothing is ever raised: dask would wait for ever for a task that failed
-by too deep a recursion, and whatever goes wrong in unpickling would look as if the worker itself had failed.
+An assignment holds the next events of a lane, and either the state of the lane's callbacks or only the number of events
+that this state has seen. In the second case the worker uses the callbacks that it kept from the assignment before, if
+these have seen exactly that number of events. A reply holds the records of the events, and the new state if the lane
+asked for it.
+
+Nothing is ever raised. dask would wait for ever for a task that failed by too deep a recursion, and an error during
+unpickling would look to dask as if the worker itself had failed.
 """
 
 from __future__ import annotations
@@ -38,14 +41,14 @@ __all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_number
 
 
 class Versions(NamedTuple):
-    """What must be the same here and there, because code and tensors travel as bytes."""
+    """The versions that must be equal in both processes, because code and tensors are sent as bytes."""
 
     python: str
     torch: str
     flowtrain: str
 
     def differences(self, other: Versions) -> list[str]:
-        """Return the names of what differs."""
+        """Return the names of the versions that differ."""
         return [name for name in self._fields if getattr(self, name) != getattr(other, name)]
 
 
@@ -60,17 +63,19 @@ def versions() -> Versions:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A batch for a worker.
+    """A batch of events for a worker.
 
     Attributes:
-        token: The lane, and the driver's state that it started from: callbacks that stayed are told apart by it.
-        versions: The driver's.
-        job: The job, see `flowtrain_dask.cluster.callback_state.dump_job`.
+        token: Names the lane and the state that the training process began to send from. The worker keeps callbacks
+            under this name.
+        versions: The versions of the training process.
+        job: The job, as bytes of `flowtrain_dask.cluster.callback_state.dump_job`.
         base: How many events the state has seen.
-        state: The callbacks' state after those; ``None``: the callbacks that stayed here.
-        entries: The events after those, see `flowtrain_dask.cluster.entries.dump_entries`; or where they are, in memory
-            of the driver's machine.
-        want: Whether the new state is to be sent back.
+        state: The state of the callbacks after those events; ``None`` if the worker is to use the callbacks that it
+            kept.
+        entries: The events that follow, as bytes of `flowtrain_dask.cluster.entries.dump_entries`, or the place of
+            these bytes in the memory of the training process.
+        want: Whether the reply is to hold the new state.
     """
 
     token: str
@@ -84,19 +89,20 @@ class Assignment:
 
 @dataclass
 class Reply:
-    """What came of an assignment.
+    """The result of an assignment.
 
     Attributes:
-        kind: ``"done"``; ``"missing"``: no callbacks in that state are here; ``"far"``: the driver's memory is
-            not found; ``"versions"``: they differ; ``"broken"``: it could not be unpickled, or its result not pickled.
-        records: See `flowtrain_dask.lanes.work.Outcome`.
-        done: The same.
-        ran: How many entries the assignment had.
-        failure: The same, the exception pickled.
-        state: The callbacks' new state, if it was wanted, or a handler failed.
-        address: The worker.
-        versions: The worker's.
-        text: What is broken.
+        kind: ``"done"``: the events were run. ``"missing"``: the worker has no callbacks in the state that it was to
+            use. ``"far"``: the memory of the training process cannot be read from here. ``"versions"``: the versions
+            differ. ``"broken"``: the assignment could not be unpickled, or its result not pickled.
+        records: The records of the events, see `flowtrain_dask.lanes.work.Outcome`.
+        done: How many events are done, see `flowtrain_dask.lanes.work.Outcome`.
+        ran: How many events the assignment had.
+        failure: The number of the event whose handler failed, and the pickled exception.
+        state: The new state of the callbacks, if the assignment asked for it or a handler failed.
+        address: The address of the worker.
+        versions: The versions of the worker.
+        text: For ``"broken"``: the error.
     """
 
     kind: str
@@ -111,12 +117,14 @@ class Reply:
 
 
 def dask_setup(worker: Any) -> None:
-    """Leave Ctrl-C and SIGTERM to the process that trains; dask calls it in the processes of ``DaskExecutor("local")``.
+    """Leave Ctrl-C and SIGTERM to the training process. dask calls this in the processes of ``DaskExecutor("local")``.
 
-    A terminal and a batch system send them to all processes of a program. That one stops training in good order, and
-    needs its workers for what is still pending; they end when it closes them, and when it dies.
+    A terminal and a batch system send these signals to all processes of a program. The training process then ends
+    training in good order, and needs its workers for pending events. It ends the workers itself, and they also end when
+    it dies.
 
-    A handler that is at work when it closes them is given up. The executor says so; dask need not say it again.
+    dask logs an error for a handler that is at work when its worker is ended. That is silenced, because the executor
+    reports the events that were not done.
     """
     logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     if threading.current_thread() is threading.main_thread():
@@ -125,17 +133,17 @@ def dask_setup(worker: Any) -> None:
 
 
 class _Generator(random.Random):
-    """Stands for the module ``random`` in the modules of dask."""
+    """Takes the place of the module ``random`` in the modules of dask."""
 
     Random = random.Random
 
 
 @cache
 def leave_random_numbers_alone() -> None:
-    """Have dask draw from a generator of its own; called once in the process that trains, and once on each worker.
+    """Have dask draw from a generator of its own. Called once in the training process, and once on each worker.
 
-    Its event loops run in threads and draw from Python's global generator whenever they estimate a size, or wait. So
-    they would change what training draws in the one process, and what handlers draw in the other.
+    dask's event loops run in threads and draw from Python's global generator whenever they estimate a size or wait.
+    That would change the numbers that training draws in one process and handlers in the other.
     """
     own = _Generator()
     for name, module in list(sys.modules.items()):
@@ -151,30 +159,38 @@ _global = cast("MethodType", random.randint).__self__
 
 
 def process(blob: bytes) -> bytes:
-    """Run a pickled `Assignment`, return a pickled `Reply`."""
+    """Run a pickled `Assignment` and return a pickled `Reply`."""
     leave_random_numbers_alone()
     try:
         reply = _process(pickle.loads(blob))
         reply.address = _address()
         return pickle.dumps(reply)
-    except BaseException as failure:  # see the module's docstring
+    except BaseException as failure:  # nothing may be raised here, see the module docstring
         return pickle.dumps(Reply("broken", text="".join(traceback.format_exception_only(failure)).strip()))
 
 
 @dataclass
-class _Resident:
-    """The callbacks of a lane that stayed here."""
+class _Kept:
+    """The callbacks of a lane that this worker keeps from one assignment to the next.
+
+    Attributes:
+        seen: How many events they have seen.
+        job: The job of the lane.
+        callbacks: The callbacks.
+        fixed: The objects that are not sent with their state.
+    """
 
     seen: int
     job: Job
     callbacks: list[Callback]
-    kept: list[object]
+    fixed: list[object]
 
 
-_MOST_RESIDENTS = 32
+_MOST_KEPT = 32
+"""For how many lanes callbacks are kept. Those used longest ago are dropped; their lanes send the state again."""
 
-_residents: OrderedDict[str, _Resident] = OrderedDict()
-_lock = threading.Lock()
+_kept: OrderedDict[str, _Kept] = OrderedDict()
+_lock = threading.Lock()  # guards `_kept`: a worker may run several tasks at the same time
 
 
 def _process(assignment: Assignment) -> Reply:
@@ -185,49 +201,52 @@ def _process(assignment: Assignment) -> Reply:
         events = read(events)
     if events is None:
         return Reply("far")
-    resident = _take(assignment)
-    if resident is None:
+    kept = _take(assignment)
+    if kept is None:
         return Reply("missing")
-    job, entries = resident.job, load_entries(events)
-    outcome = run_entries(resident.callbacks, job, entries, job.run, job.lane, seeded=True)
-    resident.seen += outcome.done
+    job, entries = kept.job, load_entries(events)
+    outcome = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True)
+    kept.seen += outcome.done
     reply = Reply("done", outcome.records, outcome.done, len(entries))
     if outcome.failure is not None:
         sequence, failure = outcome.failure
         reply.failure = sequence, _portable(failure)
     if assignment.want or outcome.failure is not None:
-        reply.state = dump_state(resident.callbacks, resident.kept)
+        reply.state = dump_state(kept.callbacks, kept.fixed)
     with _lock:
-        _residents[assignment.token] = resident
-        while len(_residents) > _MOST_RESIDENTS:
-            _residents.popitem(last=False)
+        _kept[assignment.token] = kept
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
     return reply
 
 
-def _take(assignment: Assignment) -> _Resident | None:
-    """Take the callbacks out of where they stay, so that nobody else uses them, or make them anew."""
+def _take(assignment: Assignment) -> _Kept | None:
+    """Take out the callbacks that were kept, or make them from the state; ``None`` if there is neither.
+
+    They are taken out so that no other attempt at the same assignment uses them at the same time.
+    """
     with _lock:
-        resident = _residents.pop(assignment.token, None)
-    if resident is not None and resident.seen == assignment.base:
-        return resident
+        kept = _kept.pop(assignment.token, None)
+    if kept is not None and kept.seen == assignment.base:
+        return kept
     if assignment.state is None:
         return None
-    job, callbacks, kept = build(assignment.job)
-    load_state(callbacks, kept, assignment.state)
-    return _Resident(assignment.base, job, callbacks, kept)
+    job, callbacks, fixed = build(assignment.job)
+    load_state(callbacks, fixed, assignment.state)
+    return _Kept(assignment.base, job, callbacks, fixed)
 
 
 def _portable(failure: BaseException) -> bytes:
     """Return an exception as bytes, with its traceback in a note.
 
-    The traceback itself stays here: Python does not pickle it, and what dask adds for it fails where it is very deep.
+    The traceback itself is dropped: Python does not pickle it, and dask's way of pickling fails for a very deep one.
     """
     failure.add_note("on the worker:\n" + "".join(traceback.format_tb(failure.__traceback__)).rstrip())
     failure.__traceback__ = None
     try:
         blob: bytes = dumps(failure)
         loads(blob)
-    except Exception:  # whatever its class does when it is pickled
+    except Exception:  # the class of the exception may do anything when it is pickled or unpickled
         replaced = ExecutorError(f"{type(failure).__name__}: {failure}")
         for note in getattr(failure, "__notes__", ()):
             replaced.add_note(note)
@@ -238,6 +257,6 @@ def _portable(failure: BaseException) -> bytes:
 def _address() -> str:
     try:
         worker: Any = get_worker()
-    except ValueError:  # not on a worker: a test
+    except ValueError:  # not on a worker, as in a test
         return ""
     return str(worker.address)

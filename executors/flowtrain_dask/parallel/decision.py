@@ -1,15 +1,19 @@
-"""Inline or parallel: timed for each plan, decided, and timed again when an epoch begins.
+"""Each plan is run inline or in parallel, whichever is faster: measured, decided, and measured again later.
 
-A firing on several strands costs some tens of microseconds, and what it gains depends on what the handlers do: two that
-hold the interpreter's lock gain nothing however long they take. So nothing is predicted that can be timed.
+A firing on several strands costs some tens of microseconds. Its gain depends on the work of the handlers: two handlers
+that hold the interpreter's lock gain nothing, however long they take. So the gain is measured and never predicted.
+A plan goes through these modes (`Decision.mode`):
 
-1. *Measuring*: the first firing runs inline, in serial order, and each handler is timed. The strands (`Strands.saves`)
-   say what running at the same time could save at best. If that is less than `NEVER`, the plan runs inline.
-2. *Racing*: otherwise the firings that follow run parallel and inline in turns, until one of the two is clearly faster,
-   or until each has run `ROUNDS` times and the medians decide.
-3. The plan then has the runner that won: for inline the serial executor's own, which costs nothing more. When an epoch
-   begins, both steps are taken again (`Decision.look_again`), but so seldom that they take at most a hundredth of the
-   time, whichever of the two ways is the slower one.
+1. *measuring*: the first firing runs inline, in serial order, and each handler is timed. The strands tell how much time
+   running at the same time could save at best (`Strands.saves`). If that is less than `LEAST_GAIN`, the plan runs
+   inline from then on.
+2. *racing*: otherwise the next firings run in parallel and inline by turns, until one way is clearly faster, or until
+   each has run `ROUNDS` times and the medians decide.
+3. *inline* or *parallel*: the plan has the runner that won. For inline that is the serial executor's own runner, so a
+   plan that loses nothing by running inline pays nothing.
+
+When an epoch begins, the plan is measured again (`Decision.look_again`), but so seldom that measuring and racing take
+at most a hundredth of the time even if one of the ways is very slow.
 """
 
 from __future__ import annotations
@@ -26,42 +30,42 @@ from flowtrain.graph.executor import Runner
 from flowtrain_dask.parallel.firing import TimedPlan
 from flowtrain_dask.parallel.strands import Strands
 
-__all__ = ["NEVER", "ROUNDS", "Decision", "Mode"]
+__all__ = ["LEAST_GAIN", "ROUNDS", "Decision", "Mode"]
 
-NEVER = 0.2e-3
-"""Seconds that parallel could save at best, below which it is not even tried."""
+LEAST_GAIN = 0.2e-3
+"""Seconds. A plan that could save less than this by running in parallel is not raced."""
 
 ROUNDS = 5
-"""Timed firings of either way in a race, at most."""
+"""How often each way is timed in a race, at most."""
 
 _WINS = 0.95
-"""Parallel wins a race when its median is less than this part of inline's."""
+"""Parallel wins a race if its median is less than this fraction of the median of inline."""
 
 _CLEAR = 1.5
-"""A race is over early when every firing of one way took this many times as long as every firing of the other."""
+"""A race ends early if every firing of one way took this many times as long as every firing of the other."""
 
-_LOOK_AFTER = 1.0
+_LEAST_HOLD = 1.0
 """Seconds for which a decision holds at least."""
 
-_SHARE = 100.0
-"""A decision holds at least this many times as long as it took to come to it."""
+_HOLD_FACTOR = 100.0
+"""A decision holds at least this many times as long as measuring and racing took."""
 
 Mode = Literal["measuring", "racing", "inline", "parallel"]
 
 
 class Decision:
-    """How one plan runs, and why. The plan's first runner is `measure`.
-
-    Attributes:
-        mode: What the next firing is: timed in one of two ways, or run as was decided.
-        reason: Why.
-        strands: The strands that are used, or would be.
+    """How one plan is run, and why. The first runner of the plan is `measure`.
 
     Args:
         timed: The plan, and the two ways to run it.
-        pack: Spreads the handlers over strands by their costs.
-        use: Called with the runner to use from the next firing on.
-        clock: The time in seconds.
+        pack: Spreads the handlers over strands by the seconds that each of them takes.
+        use: Called with the runner for the next firings whenever that changes.
+        clock: Returns the time in seconds.
+
+    Attributes:
+        mode: What the next firing does: measure, race, or run in the way that was decided on.
+        reason: Why the plan is in this mode, as `DaskExecutor.explain` shows it.
+        strands: The strands for running in parallel, by the last times that are known.
     """
 
     def __init__(
@@ -78,22 +82,22 @@ class Decision:
         self._pack = pack
         self._use_runner = use
         self._clock = clock
-        self._costs: list[float] = []
-        self._inline: list[float] = []
-        self._parallel: list[float] = []
-        self._spent = 0.0
-        self._decided = 0.0
+        self._costs: list[float] = []  # the seconds of each handler: the shortest of all inline firings
+        self._inline: list[float] = []  # the seconds of each inline firing of the race
+        self._parallel: list[float] = []  # the same of the parallel firings
+        self._spent = 0.0  # the seconds that measuring and racing have taken
+        self._decided_at = 0.0
 
     def measure(self, event: Event, phase: Phase) -> None:
-        """Run inline, and see from the time of each handler what running them together could save."""
+        """Run inline, time each handler, and decide whether a race is worth it."""
         timed = self._timed
         if timed.busy:
             return timed.serial(event, phase)
         times, failures = timed.inline(event, phase)
-        if not failures:
+        if not failures:  # a firing that failed has skipped handlers, so its times say nothing
             self._costs, self._spent = times, sum(times)
             self.strands = strands = self._pack(times)
-            if len(strands.strands) < 2 or strands.saves < NEVER:
+            if len(strands.strands) < 2 or strands.saves < LEAST_GAIN:
                 saves = "running them together saves less than the effort"
                 self._decide("inline", f"the handlers take {_ms(strands.work)}, {saves}")
             else:
@@ -102,13 +106,13 @@ class Decision:
         return timed.settle(failures, event, phase)
 
     def race(self, event: Event, phase: Phase) -> None:
-        """Run parallel or inline, whichever has been run less, and decide when that can be done."""
+        """Run in parallel or inline, whichever was timed less often, and decide after each round of both."""
         timed = self._timed
         if timed.busy:
             return timed.serial(event, phase)
         if len(self._parallel) == len(self._inline):
             took, failures = timed.parallel(self.strands, event, phase)
-            if not failures:  # a firing that skipped handlers takes another time
+            if not failures:
                 self._parallel.append(took)
                 self._spent += took
         else:
@@ -121,9 +125,9 @@ class Decision:
         return timed.settle(failures, event, phase)
 
     def look_again(self) -> None:
-        """Time the plan once more, unless it was decided too short a time ago."""
+        """Have the plan measured again at its next firing, unless it was decided too short a time ago."""
         decided = self.mode in ("inline", "parallel")
-        if decided and self._clock() - self._decided > max(_LOOK_AFTER, self._spent * _SHARE):
+        if decided and self._clock() - self._decided_at > max(_LEAST_HOLD, self._spent * _HOLD_FACTOR):
             self._use("measuring", "it is timed again", self.measure)
 
     def _end_round(self) -> None:
@@ -136,7 +140,7 @@ class Decision:
             self._decide("parallel" if one < other * _WINS else "inline", reason)
 
     def _decide(self, mode: Literal["inline", "parallel"], reason: str) -> None:
-        self._decided = self._clock()
+        self._decided_at = self._clock()
         timed = self._timed
         self._use(mode, reason, timed.serial if mode == "inline" else partial(timed.fire, self.strands))
 

@@ -1,24 +1,29 @@
-"""One firing of an event on several strands: a true barrier, and failures as in the serial order.
+"""One firing of an event on several strands: the event ends when every strand has, and failures are the serial ones.
 
-A `Firing` holds what the strands of one firing share. Each strand runs its handlers in order; before one that waits
-for another strand it waits until that is done. What a handler raises is kept, and what depends on it is skipped, so
-that exactly the handlers with no failed ancestor run. Nothing is raised before every strand has ended.
+A `Firing` is the state that the strands of one firing share. Each strand runs its handlers in order. Before a handler
+with predecessors on other strands it waits until those are done. An exception of a handler is kept, and handlers that
+depend on it are skipped, so that exactly the handlers without a failed ancestor run. Nothing is raised before every
+strand has ended.
 
-Plans of which every handler runs whatever failed (`Plan.always`) are not run here: no interrupt may stop those.
+A plan whose handlers all run whatever fails (`Plan.always`) is not run here, because an interrupt must not stop it.
 
-An interrupt (an exception that is no `Exception`) stops the firing: no handler starts any more, those that run are
-waited for, and then the interrupt is raised. A second interrupt during that wait is raised at once.
+An interrupt, an exception that is no `Exception`, stops the firing: no further handler starts, those at work are waited
+for, and then the interrupt is raised. A second interrupt during that wait is raised at once. Python may raise an
+interrupt in the training thread after any call, so every count is kept by a thread of the pool, which gets none, and
+the training thread waits by `Wake`.
 
-A `Crew` has the threads that strands run on, and a `TimedPlan` runs one plan, inline or on strands.
+A `StrandPool` owns the threads of the strands, and a `TimedPlan` runs one plan, inline or on strands.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
+from queue import SimpleQueue
 from typing import TypeAlias
 
 from flowtrain.callback.events import Event
@@ -27,104 +32,121 @@ from flowtrain.errors import ExecutorError
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.plan import Plan, Step
 from flowtrain_dask.parallel.strands import Strands
+from flowtrain_dask.parallel.threads import Wake, start
 from flowtrain_dask.parallel.torch_state import TorchState
 
-__all__ = ["CLOSED", "Crew", "Failures", "Firing", "TimedPlan"]
+__all__ = ["CLOSED", "Failures", "Firing", "StrandPool", "TimedPlan"]
 
 CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
 
 Failures: TypeAlias = list[tuple[Step, Exception]]
-"""Handlers that failed, in serial order."""
+"""The handlers that failed, in serial order, each with its exception."""
 
 
 class Firing:
-    """What the strands of one firing share.
+    """The state that the strands of one firing share. It is made on the training thread, which runs the first strand.
 
     Args:
-        plan: What to run.
-        waits: For each position, the positions that it waits for, as bits; see `Strands`.
-        signals: The positions that are waited for, as bits.
+        plan: The plan.
+        strands: How the handlers of the plan are spread.
         event: The event.
         phase: The phase.
+
+    Attributes:
+        failures: The exceptions of handlers by position, in the order in which they came.
+        stopped: Whether an interrupt has come: no further handler starts.
     """
 
-    def __init__(self, plan: Plan, waits: tuple[int, ...], signals: int, event: Event, phase: Phase) -> None:
+    def __init__(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> None:
         self.failures: list[tuple[int, Exception]] = []
+        self.stopped = False
         self._plan = plan
-        self._waits = waits
-        self._signals = signals
+        self._strands = strands
         self._event = event
         self._phase = phase
-        self._home = threading.get_ident()
+        self._training_thread = threading.get_ident()
         self._torch = TorchState.capture()
         self._interrupt: BaseException | None = None
-        # Guarded by the lock. (Entering the condition in its place can be interrupted with the lock taken.)
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._done = 0
-        self._lost = 0
-        self._running = 0
-        self._stopped = False
+        self._wakes = tuple(Wake() for _ in strands.strands)
+        self._lock = threading.Lock()  # guards the numbers below and `stopped`
+        self._done = 0  # the positions of handlers that are done and waited for, as bits
+        self._lost = 0  # the positions of handlers that failed or were skipped, as bits
+        self._running = 0  # strands that the pool is running
+        self._left = len(strands.strands) - 1  # strands that the pool has not ended
 
     def run(self, position: int) -> None:
-        """Run the handler at a position, unless one that it depends on failed; does not raise."""
+        """Run the handler at a position, unless it depends on a handler that failed. Nothing is raised."""
         plan, step, bit = self._plan, self._plan.steps[position], 1 << position
         if self._lost & plan.ancestors[position]:
             with self._lock:
                 self._lost |= bit
             return
         try:
-            if threading.get_ident() == self._home:
+            if threading.get_ident() == self._training_thread:
                 step.call(self._event, self._phase, step.view)
             else:
                 self._torch.call(step.call, self._event, self._phase, step.view)
-        except Exception as failure:  # whatever a handler raises is collected, then raised
+        except Exception as failure:  # a handler may raise anything; `finish` returns it
             with self._lock:
                 self.failures.append((position, failure))
                 self._lost |= bit
-        except BaseException as interrupt:  # raised by `finish`, on the training thread
+        except BaseException as interrupt:  # `finish` raises it on the training thread
             self._interrupt = interrupt
             self.stop()
 
-    def work(self, strand: tuple[int, ...]) -> None:
-        """Run the handlers of a strand."""
-        with self._lock:
-            if self._stopped:
+    def work(self, number: int) -> None:
+        """Run the handlers of a strand, given by its number, on the calling thread."""
+        strands, wake = self._strands, self._wakes[number]
+        for position in strands.strands[number]:
+            needed = strands.waits[position]
+            while self._done & needed != needed and not self.stopped:
+                wake.wait()
+            if self.stopped:
                 return
-            self._running += 1
+            self.run(position)
+            if strands.signals >> position & 1:
+                with self._lock:
+                    self._done |= 1 << position
+                self._wake_all()
+
+    def help(self, number: int) -> None:
+        """Run a strand on a thread of the pool, and count it."""
+        with self._lock:
+            starts = not self.stopped
+            self._running += starts
         try:
-            for position in strand:
-                needed = self._waits[position]
-                if needed:
-                    with self._lock:
-                        while self._done & needed != needed and not self._stopped:
-                            self._changed.wait()
-                if self._stopped:
-                    return
-                self.run(position)
-                if self._signals >> position & 1:
-                    with self._lock:
-                        self._done |= 1 << position
-                        self._changed.notify_all()
+            if starts:
+                self.work(number)
+        except BaseException as failure:  # not of a handler: a fault here must not end the thread unseen
+            self._interrupt = failure
+            self.stop()
         finally:
             with self._lock:
-                self._running -= 1
-                self._changed.notify_all()
+                self._running -= starts
+                self._left -= 1
+            self._wakes[0].set()
 
     def stop(self) -> None:
-        """Let no handler start any more."""
-        with self._lock:
-            self._stopped = True
-            self._changed.notify_all()
+        """Let no further handler start."""
+        with self._lock:  # so that a strand of the pool is either counted as running or never starts
+            self.stopped = True
+        self._wake_all()
 
-    def wait(self) -> None:
-        """Return when no strand is running."""
-        with self._lock:
-            while self._running:
-                self._changed.wait()
+    def join(self) -> None:
+        """Wait until the pool has ended all of its strands. Only the training thread calls this."""
+        while self._left:
+            self._wakes[0].wait()
+
+    def join_running(self) -> None:
+        """Wait until the pool runs no strand of a firing that was stopped. Only the training thread calls this.
+
+        An interrupt may have come before all strands were handed to the pool, so `join` could wait for ever.
+        """
+        while self._running:
+            self._wakes[0].wait()
 
     def finish(self) -> Failures:
-        """Return the failures in serial order; raise an interrupt that came from a handler."""
+        """Return the failures in serial order, or raise the interrupt that a handler raised."""
         interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
             try:
@@ -135,105 +157,126 @@ class Firing:
         self.failures.clear()  # the frames of an exception hold this firing
         return found
 
+    def _wake_all(self) -> None:
+        for wake in self._wakes:
+            wake.set()
+
 
 def _position(failure: tuple[int, Exception]) -> int:
     return failure[0]
 
 
-class Crew:
-    """The training thread and the pool that helps it; one firing at a time.
+class StrandPool:
+    """The threads that run strands beside the training thread, for one firing at a time.
 
-    The pool's threads start with the first firing, and end with `close`, or when nobody holds the crew any more.
+    A thread starts when a firing first needs it. All end with `close`, or when nobody refers to the pool any more.
 
     Args:
         workers: How many strands can run at the same time, the training thread's included.
+
+    Attributes:
+        workers: The same.
+        busy: Whether strands are running.
+        closed: Whether the pool is closed.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.closed = False
         self.busy = False
-        self._pool: ThreadPoolExecutor | None = None
-        self._left_behind: Firing | None = None
+        self.closed = False
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._firing: Firing | None = None  # the one that runs, or one that was interrupted twice
+        weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> Failures:
-        """Run a plan on its strands; return the failures in serial order when every strand has ended.
+        """Run a plan on its strands and return the failures in serial order when every strand has ended.
 
         Args:
-            plan: What to run.
-            strands: How it is spread; the first strand runs on the calling thread.
+            plan: The plan.
+            strands: How its handlers are spread. The first strand runs on the calling thread.
             event: The event.
             phase: The phase.
 
         Raises:
-            ExecutorError: The crew is closed.
+            ExecutorError: The pool is closed.
         """
         if self.closed:
             raise ExecutorError(CLOSED)
-        if self._left_behind is not None:
-            self._left_behind.wait()
-            self._left_behind = None
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max(1, self.workers - 1), "flowtrain-dask")
-        firing = Firing(plan, strands.waits, strands.signals, event, phase)
-        here, *others = strands.strands
-        self.busy = True
+        if self._firing is not None:
+            self._firing.stop()
+            self._firing.join_running()
+        others = range(1, len(strands.strands))
+        while len(self._threads) < len(others):
+            self._threads.append(start(partial(_run_tasks, self._tasks), f"flowtrain-dask_{len(self._threads)}"))
+        firing = Firing(plan, strands, event, phase)
         try:
-            ends = [self._pool.submit(copy_context().run, firing.work, strand) for strand in others]
-            firing.work(here)
-            for end in ends:
-                end.result()
+            self.busy = True
+            self._firing = firing
+            for number in others:
+                self._tasks.put(partial(copy_context().run, firing.help, number))
+            firing.work(0)
+            firing.join()
+            self._firing = None
         except BaseException:  # an interrupt of the training thread
             firing.stop()
-            self._left_behind = firing
-            firing.wait()
-            self._left_behind = None
+            firing.join_running()
+            self._firing = None
             raise
         finally:
             self.busy = False
         return firing.finish()
 
     def close(self) -> None:
-        """End the threads.
+        """End the threads, and wait until they have ended.
 
         Raises:
-            ExecutorError: A handler is running.
+            ExecutorError: A handler calls this.
         """
         if self.busy:
             raise ExecutorError("close() was called in a handler, whose own thread it would end. Call it after fit().")
         self.closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._tasks.put(None)
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join()
+
+
+def _run_tasks(tasks: SimpleQueue[Callable[[], object] | None]) -> None:
+    """Be a thread of the pool. It knows the queue and not the pool, which can be dropped while the thread waits."""
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # it holds the firing, and with it the batch
+    tasks.put(None)  # ends the next thread: one `None` ends all, however many there are
 
 
 class TimedPlan:
     """Runs one plan, inline or on strands, and times it.
 
-    `inline` and `parallel` run the handlers and return the failures. `settle` comes last, after all book-keeping: it
-    raises for the failures and fires what the handlers asked for, either can raise, and either can fire the same event
-    again.
+    `inline` and `parallel` run the handlers and return the failures. The caller does its book-keeping and calls
+    `settle` last, because `settle` raises for the failures and fires the events that handlers asked for: it may raise,
+    and it may fire the same event again.
 
     Args:
         plan: The plan.
-        crew: Runs strands.
+        pool: The threads of strands.
         site: The loop.
         serial: The serial executor's runner of the plan.
-        clock: The time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
-        self, plan: Plan, crew: Crew, site: Site, serial: Runner, clock: Callable[[], float] = time.perf_counter
+        self, plan: Plan, pool: StrandPool, site: Site, serial: Runner, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.plan = plan
         self.serial = serial
-        self._crew = crew
+        self._pool = pool
         self._site = site
         self._clock = clock
         self._rank = {step.node.name: position for position, step in enumerate(plan.steps)}
 
     def fire(self, strands: Strands, event: Event, phase: Phase) -> None:
-        """Run on strands, whatever that takes; inline where a handler that runs on a strand fires the event."""
+        """Run the plan on strands. Nothing is measured: this is the runner of a plan that was decided on."""
         if self.busy:
             return self.serial(event, phase)
         _, failures = self.parallel(strands, event, phase)
@@ -241,11 +284,15 @@ class TimedPlan:
 
     @property
     def busy(self) -> bool:
-        """Whether strands are running: an event that a handler fires meanwhile runs inline, on the handler's thread."""
-        return self._crew.busy
+        """Whether strands are running. An event that a handler fires meanwhile runs inline, on the handler's thread."""
+        return self._pool.busy
 
     def inline(self, event: Event, phase: Phase) -> tuple[list[float], Failures]:
-        """Run as the serial executor does; return the seconds of each handler that ran, and the failures."""
+        """Run the plan as the serial executor does.
+
+        Returns:
+            The seconds of each handler that ran, and the failures in serial order.
+        """
         plan, clock = self.plan, self._clock
         times: list[float] = []
         failures: Failures = []
@@ -257,7 +304,7 @@ class TimedPlan:
                 continue
             try:
                 step.call(event, phase, step.view)
-            except Exception as failure:  # whatever a handler raises is collected, then raised
+            except Exception as failure:  # a handler may raise anything; `settle` raises for all failures together
                 failures.append((step, failure))
                 lost |= 1 << position
             now = clock()
@@ -266,23 +313,28 @@ class TimedPlan:
         return times, failures
 
     def parallel(self, strands: Strands, event: Event, phase: Phase) -> tuple[float, Failures]:
-        """Run on strands; return the seconds that it took, and the failures."""
+        """Run the plan on strands.
+
+        Returns:
+            The seconds from the beginning to the end of the last strand, and the failures in serial order.
+        """
         fired = self._site.fired
-        start = len(fired)
+        first = len(fired)
         before = self._clock()
-        failures = self._crew.fire(self.plan, strands, event, phase)
+        failures = self._pool.fire(self.plan, strands, event, phase)
         took = self._clock() - before
-        if len(fired) - start > 1:  # strands fire in any order; one callback's own events keep theirs
-            fired[start:] = sorted(fired[start:], key=lambda one: self._rank.get(one[0], len(self._rank)))
+        # Strands ask for events in any order. The sort is stable: the events of one callback keep their order.
+        if len(fired) - first > 1:
+            fired[first:] = sorted(fired[first:], key=lambda one: self._rank.get(one[0], len(self._rank)))
         if len(self._site.requests) > 1:
             self._site.requests.sort(key=lambda one: self._rank.get(one[0], len(self._rank)))
         return took, failures
 
     def settle(self, failures: Failures, event: Event, phase: Phase) -> None:
-        """Raise what the failures amount to, and fire what the handlers asked for; the list is emptied.
+        """Raise for the failures, if there are any, then fire the events that handlers asked for.
 
-        An exception holds the frames that it went through, and those hold the list, so a list that kept it would keep
-        the whole batch alive until the garbage collector comes.
+        The list of failures is emptied. An exception holds the frames that it went through, and these hold the list,
+        so a list that kept the exception would keep the whole batch alive until the garbage collector runs.
         """
         if failures:
             handed = list(failures)

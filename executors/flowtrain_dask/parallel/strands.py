@@ -1,16 +1,16 @@
-"""From a graph to strands: which handlers run one after the other, on which thread.
+"""Strands: the handlers of a plan spread over threads. Each strand runs its handlers one after the other.
 
-A task for each handler costs 40 to 70 microseconds of scheduling; a strand is many handlers in one task. There are at
-most as many strands as workers, and every strand has a thread of its own, the first one the training thread. So no
-strand ever waits for a thread, only for a handler of another strand, and all of them are handed out at once.
+One dask task for each handler would cost 40 to 70 microseconds of scheduling, so a strand puts many handlers into one
+task. There are at most as many strands as workers, and every strand has a thread to itself; the first strand has the
+training thread. So a strand never waits for a thread, only for a handler of another strand. `pack` makes the strands:
 
-1. Linear chains are fused: handlers of which each waits for exactly the one before it, and is the only one to do so.
-2. The chains are placed one by one: among those whose predecessors have been placed, the one with the longest way to
-   the end goes first, to the strand on which it can start first.
-3. A strand keeps the order in which its chains were placed. That order is a topological one over all strands, so the
-   first handler of it that has not run can always run, and no two strands wait for each other.
+1. It fuses linear chains: handlers of which each waits for the one before it alone, and nothing else waits for that.
+2. It places the chains one by one (list scheduling). Of the chains whose predecessors are placed, the one with the
+   longest path to the end comes first, on the strand where it can start first.
+3. A strand keeps the order in which its chains were placed. Over all strands this is a topological order, so the first
+   handler that has not run can always run: two strands cannot wait for each other for ever.
 
-Where an edge goes from one strand to another, the later handler waits (`Strands.waits`).
+Where an edge leads from one strand to another, the later handler waits (`Strands.waits`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from flowtrain.callback.callback import draws_own
 from flowtrain.graph.plan import Plan
 
-__all__ = ["Strands", "at_home", "is_chain", "pack"]
+__all__ = ["Strands", "is_chain", "needs_training_thread", "pack"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Strands:
     """How the handlers of a plan are spread over threads.
 
     Attributes:
-        strands: The positions of each strand in the order in which they run. The first strand is the training
-            thread's. None is empty, except that the first may be.
-        waits: For each position, the positions of other strands that it waits for, as the bits of an integer.
+        strands: The positions of each strand, in the order in which they run. The first strand is the training
+            thread's, and the only one that may be empty.
+        waits: For each position, the positions on other strands that it waits for, as the bits of an integer.
         signals: The positions that another strand waits for, as bits.
-        work: What all handlers take together, in seconds.
-        span: What the event takes when the strands run at the same time, in seconds.
+        work: The seconds of all handlers together.
+        span: The seconds of the event when the strands run at the same time.
     """
 
     strands: tuple[tuple[int, ...], ...]
@@ -45,7 +45,7 @@ class Strands:
 
     @property
     def saves(self) -> float:
-        """How many seconds less than one after the other, if running at the same time cost nothing."""
+        """The seconds that running at the same time saves, if that itself cost nothing."""
         return self.work - self.span
 
 
@@ -54,8 +54,11 @@ def is_chain(plan: Plan) -> bool:
     return all(ancestors == (1 << position) - 1 for position, ancestors in enumerate(plan.ancestors))
 
 
-def at_home(plan: Plan) -> frozenset[int]:
-    """Return the positions of the handlers that stay on the training thread: those that may draw random numbers."""
+def needs_training_thread(plan: Plan) -> frozenset[int]:
+    """Return the positions of the handlers that only the training thread may run: those that draw random numbers.
+
+    All threads of a process share the generators, so a draw on another thread would change the draws of training.
+    """
     return frozenset(
         position
         for position, step in enumerate(plan.steps)
@@ -64,12 +67,12 @@ def at_home(plan: Plan) -> frozenset[int]:
     )
 
 
-def fuse(before: Sequence[Sequence[int]], home: Collection[int]) -> list[list[int]]:
-    """Return the positions as linear chains, by the position of their first.
+def fuse(before: Sequence[Sequence[int]], main: Collection[int]) -> list[list[int]]:
+    """Return the positions as linear chains, ordered by the first position of each.
 
     Args:
         before: For each position, its direct predecessors.
-        home: The positions of the training thread; a chain is wholly among them or wholly not.
+        main: The positions that the training thread must run. A chain has either only such positions or none of them.
     """
     followers = [0] * len(before)
     for each in before:
@@ -78,7 +81,7 @@ def fuse(before: Sequence[Sequence[int]], home: Collection[int]) -> list[list[in
     chains: list[list[int]] = []
     chain_of: list[list[int]] = []
     for position, each in enumerate(before):
-        if len(each) == 1 and followers[each[0]] == 1 and (each[0] in home) == (position in home):
+        if len(each) == 1 and followers[each[0]] == 1 and (each[0] in main) == (position in main):
             chain = chain_of[each[0]]
         else:
             chain = []
@@ -88,20 +91,21 @@ def fuse(before: Sequence[Sequence[int]], home: Collection[int]) -> list[list[in
     return chains
 
 
-def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, home: Collection[int] = ()) -> Strands:
+def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, main: Collection[int] = ()) -> Strands:
     """Spread handlers over strands.
 
     Args:
-        before: For each position, its direct predecessors; each comes before it.
+        before: For each position, its direct predecessors, which have smaller positions.
         costs: The seconds that each handler takes.
         workers: How many strands there may be.
-        home: The positions that go to the first strand.
+        main: The positions that the training thread must run; they go to the first strand.
     """
-    chains = fuse(before, home)
+    chains = fuse(before, main)
     chain_of = {position: index for index, chain in enumerate(chains) for position in chain}
+    # Only the first handler of a chain waits for other chains. The others have one predecessor each, in the same chain.
     waits_for = [{chain_of[one] for one in before[chain[0]]} for chain in chains]
     takes = [sum(costs[position] for position in chain) for chain in chains]
-    to_the_end = list(takes)
+    to_the_end = list(takes)  # the seconds from the start of a chain to the end of the longest path that begins with it
     for index in reversed(range(len(chains))):
         for one in waits_for[index]:
             to_the_end[one] = max(to_the_end[one], takes[one] + to_the_end[index])
@@ -114,11 +118,11 @@ def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, 
         ready = [index for index in left if waits_for[index] <= end.keys()]
         index = min(ready, key=lambda one: (-to_the_end[one], one))
         start = max((end[one] for one in waits_for[index]), default=0.0)
-        if chains[index][0] in home:
+        if chains[index][0] in main:
             strand = 0
-        else:  # on a tie the training thread goes first, unless it still has handlers that nobody else may run
-            more = any(chains[one][0] in home for one in left)
-            strand = min(range(len(free)), key=lambda one: (max(free[one], start), one == 0 and more, one))
+        else:  # on a tie the training thread takes the chain, unless handlers are left that only it may run
+            reserved = any(chains[one][0] in main for one in left)
+            strand = min(range(len(free)), key=lambda one: (max(free[one], start), one == 0 and reserved, one))
         free[strand] = end[index] = max(free[strand], start) + takes[index]
         strands[strand] += chains[index]
         left.discard(index)

@@ -1,14 +1,16 @@
-"""From a plan to a dask task graph: one task for each handler, made once.
+"""The dask task graph of a plan: one task for each handler, compiled once.
 
-The graph is what a user can look at, draw and even run. Its keys are the labels of the plan's steps, and its edges are
-the plan's edges without those that others imply. The tasks take nothing but these edges: the event and the phase come
-from a `Cell` that all tasks of one plan share, and which is filled for each firing. What an event really runs is
-derived from it, see `flowtrain_dask.parallel.strands`: a dask task for every handler costs more than most handlers do.
+Users can look at the graph, draw it and run it. Its keys are the labels of the plan's steps. Its edges are the edges of
+the plan, without those that follow from others. A task has no other arguments than its edges: it finds the event and
+the phase in a `Cell` that all tasks of one plan share, and that is filled for each firing.
 
-`Task` and `TaskRef` are dask's own: a task is a node, with a key, a function and arguments, and a `TaskRef` among the
-arguments is an edge. dask's documentation names another place for them, which does not exist in the versions that are
-supported. (A tuple ``(f, "a")`` would be a node too, but is deprecated, and mistakes any string that equals a key for
-an edge.) No other module imports what dask keeps for itself.
+Training runs the strands that are derived from this graph (`flowtrain_dask.parallel.strands`), and not the graph
+itself, because a dask task costs more than most handlers.
+
+`Task` and `TaskRef` are dask's own classes. A task is a node with a key, a function and arguments; a `TaskRef` among
+the arguments is an edge. They are imported from a private module of dask, since the public place that its documentation
+names does not exist in the versions that are supported. No other module imports private names of dask. (A tuple
+``(f, "a")`` would be a node as well, but it is deprecated, and takes any string that equals a key for an edge.)
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ __all__ = ["Cell", "EventGraph", "HandlerRun", "Task", "TaskRef", "compile_plan"
 
 
 class HandlerRun(Protocol):
-    """One firing of a plan, as far as the tasks of its graph need it."""
+    """One firing of a plan, as the tasks of a graph use it."""
 
     def run(self, position: int) -> None:
-        """Run the handler at a position of the plan; does not raise."""
+        """Run the handler at a position of the plan. Nothing is raised."""
 
 
 class Cell:
-    """Where the tasks of a graph find the firing that they work for.
+    """Tells the tasks of a graph which firing they belong to.
 
     Attributes:
-        firing: The current firing; ``None`` between two.
+        firing: The current firing; ``None`` between two firings, when the tasks do nothing.
     """
 
     __slots__ = ("firing",)
@@ -45,12 +47,12 @@ class Cell:
 
 
 class EventGraph(dict[str, Task]):
-    """A dask graph that `dask.visualize` and `dask.compute` take as a collection: key to task.
+    """A dask graph, a mapping from key to task. `dask.visualize` and `dask.compute` take it as a collection.
 
     Attributes:
-        plan: The plan that it was compiled from.
-        before: For each position of the plan, the positions with an edge to it.
-        cell: What the tasks share.
+        plan: The plan that the graph was compiled from.
+        before: For each position of the plan, its direct predecessors.
+        cell: Tells the tasks which firing they belong to.
     """
 
     def __init__(self, plan: Plan, before: tuple[tuple[int, ...], ...], cell: Cell) -> None:
@@ -83,13 +85,13 @@ class EventGraph(dict[str, Task]):
 
 
 def direct_predecessors(plan: Plan) -> tuple[tuple[int, ...], ...]:
-    """Return for each position the positions that it waits for, without those that another of them waits for."""
+    """Return for each position its direct predecessors: the ancestors that are not ancestors of one another."""
     found: list[tuple[int, ...]] = []
     for ancestors in plan.ancestors:
         left = ancestors
         direct: list[int] = []
         while left:
-            nearest = left.bit_length() - 1  # no other ancestor comes after it, so no other edge implies this one
+            nearest = left.bit_length() - 1  # the last of the ancestors is an ancestor of none of them
             direct.append(nearest)
             left &= ~(plan.ancestors[nearest] | 1 << nearest)
         found.append(tuple(reversed(direct)))
@@ -101,11 +103,11 @@ def compile_plan(plan: Plan) -> EventGraph:
     cell = Cell()
     graph = EventGraph(plan, direct_predecessors(plan), cell)
     keys = [step.label for step in plan.steps]
-    if len({*keys}) < len(keys):  # two callbacks of one name, each with a handler of one name
+    if len({*keys}) < len(keys):  # two callbacks may have the same name, and their handlers too
         keys = [f"{key} #{position + 1}" for position, key in enumerate(keys)]
     for position, key in enumerate(keys):
         task = partial(_run, cell, position)
-        task.__name__ = key  # type: ignore[attr-defined]  # what dask draws
+        task.__name__ = key  # type: ignore[attr-defined]  # dask draws this name
         graph[key] = Task(key, task, *(TaskRef(keys[before]) for before in graph.before[position]))
     return graph
 

@@ -1,18 +1,18 @@
-"""The training thread's torch state, for handlers on other threads.
+"""The torch state of the training thread, given to handlers on other threads.
 
-torch keeps most of its modes for each thread by itself, and a new thread starts with the defaults: gradients on, no
-autocast, the first device and its default stream. `TorchState.capture` notes what a handler would see on this thread,
-and `TorchState.call` runs a handler on another thread so that it sees the same:
+torch keeps most of its modes for each thread separately, and a new thread starts with the defaults: gradients on, no
+autocast, the first device and its default stream. `TorchState.capture` records the state of the calling thread, and
+`TorchState.call` runs a handler on another thread in the recorded state. It consists of:
 
 - grad mode and inference mode;
 - autocast: enabled or not, its dtype and its cache, for the CPU and the accelerator;
-- the default device (``torch.set_default_device`` and ``with torch.device(...)``); the default dtype is one for all
-  threads and needs nothing;
+- the default device (``torch.set_default_device`` and ``with torch.device(...)``), but not the default dtype, which is
+  one for all threads;
 - CUDA device and stream, once CUDA is in use;
 - the number of intra-op threads: a sum over another number of threads differs in its last bits.
 
-Where both threads agree, which is the common case, this costs a comparison. Context variables are not torch's: each
-strand runs in a copy of the caller's context.
+If both threads have the same state, which is the common case, this costs one comparison. Context variables do not
+belong to torch: each strand runs in a copy of the caller's context (`flowtrain_dask.parallel.firing`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ __all__ = ["TorchState"]
 
 P = ParamSpec("P")
 
-_modes = _C._len_torch_function_stack  # pyright: ignore[reportPrivateUsage]  # torch has no public way that is cheap
+_modes = _C._len_torch_function_stack  # pyright: ignore[reportPrivateUsage]  # torch has no cheap public function
 
 _Autocast = tuple[str, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class TorchState:
-    """What torch keeps for one thread.
+    """The state that torch keeps for one thread.
 
     Attributes:
         grad: Whether gradients are recorded.
         inference: Whether inference mode is on.
         autocast: The device types with autocast and the dtype of each.
-        autocast_cache: Whether autocast keeps what it casts.
-        device: The default device; ``None`` where none was set.
-        cuda: The current CUDA stream, which knows its device; ``None`` while CUDA is not in use.
+        autocast_cache: Whether autocast caches the tensors that it casts.
+        device: The default device; ``None`` if it was never set.
+        cuda: The current CUDA stream, which includes the device; ``None`` while CUDA is not in use.
         threads: The number of intra-op threads.
     """
 
@@ -68,17 +68,18 @@ class TorchState:
                 if torch.is_autocast_enabled(kind)
             ),
             torch.is_autocast_cache_enabled(),
-            # Asking takes 2 microseconds; no mode at all on the stack means that there is no default device either.
+            # The call takes 2 microseconds. A default device is a mode on the stack, so an empty stack has none.
             torch.get_default_device() if _modes() else None,
             torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
             torch.get_num_threads(),
         )
 
     def call(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call a function on this thread, in this state.
+        """Call a function on this thread, in this state. What the function returns is dropped.
 
-        The thread's own state is put back, but for the number of intra-op threads: setting that in one thread also
-        changes what threads that start later begin with, so what stays is the number that the training thread has.
+        Afterwards the thread has its own state again, except for the number of intra-op threads, which stays that of
+        this state. Setting it in any thread changes the number that later threads start with, so all threads must
+        keep the number of the training thread.
         """
         before = TorchState.capture()
         try:
@@ -89,7 +90,7 @@ class TorchState:
                     self._enter(before, stack)
                     function(*args, **kwargs)
         finally:
-            if torch.get_num_threads() != self.threads:  # the function has set it
+            if torch.get_num_threads() != self.threads:  # the function has changed it
                 torch.set_num_threads(self.threads)
 
     def _enter(self, before: TorchState, stack: ExitStack) -> None:
@@ -101,12 +102,12 @@ class TorchState:
         if self.device != before.device:
             stack.enter_context(torch.device("cpu") if self.device is None else self.device)
         if (self.autocast, self.autocast_cache) != (before.autocast, before.autocast_cache):
-            # Not `torch.autocast`: leaving it empties the cache of casts, which the threads share.
+            # Not by `torch.autocast`: its exit empties the cache of casts, which all threads share.
             stack.callback(before._set_autocast, {kind: torch.get_autocast_dtype(kind) for kind, _ in self.autocast})
             self._set_autocast(dict(self.autocast))
         if self.inference != before.inference:
             stack.enter_context(torch.inference_mode(self.inference))
-        if self.grad != torch.is_grad_enabled():  # inference mode has changed it
+        if self.grad != torch.is_grad_enabled():  # compared only now, because entering inference mode turns it off
             stack.enter_context(torch.set_grad_enabled(self.grad))
 
     def _set_autocast(self, dtypes: dict[str, torch.dtype]) -> None:

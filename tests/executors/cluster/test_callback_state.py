@@ -15,7 +15,14 @@ from flowtrain.errors import ExecutorError
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.partial_view import Owner
-from flowtrain_dask.cluster.callback_state import build, check_travels, dump_job, dump_state, load_state, stays
+from flowtrain_dask.cluster.callback_state import (
+    build,
+    check_can_be_sent,
+    dump_job,
+    dump_state,
+    fixed_objects,
+    load_state,
+)
 from flowtrain_dask.lanes.work import Duty, Job
 
 
@@ -60,7 +67,7 @@ def job_of(*callbacks: Callback) -> Job:
 
 def kept_of(*callbacks: Callback) -> list[object]:
     """Return what stays here when these callbacks travel."""
-    return stays(job_of(*callbacks), callbacks)
+    return fixed_objects(job_of(*callbacks), callbacks)
 
 
 def moved(*callbacks: Callback) -> tuple[list[Callback], list[object]]:
@@ -150,7 +157,7 @@ def test_a_callback_has_its_backends_at_every_moment(tmp_path: Path) -> None:
 def test_what_getstate_leaves_out_is_left_out_there() -> None:
     one = Opening("one")
     one.lock = threading.Lock()  # type: ignore[attr-defined]  # see the class
-    check_travels(job_of(one), [one])
+    check_can_be_sent(job_of(one), [one])
     assert "lock" not in vars(moved(one)[0][0])
 
 
@@ -162,7 +169,7 @@ def test_what_does_not_pickle_is_named_with_what_to_write() -> None:
     one = Carrier("one")
     one.found = threading.Lock()
     with pytest.raises(ExecutorError) as caught:
-        check_travels(job_of(one), [one])
+        check_can_be_sent(job_of(one), [one])
     assert str(caught.value) == (
         "one cannot be sent to another process: its attribute 'found', a lock, does not pickle (TypeError: cannot "
         "pickle '_thread.lock' object). Make it in a handler when it is first needed and leave it out in Carrier."

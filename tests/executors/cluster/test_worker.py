@@ -10,7 +10,7 @@ import pytest
 from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.callback.access import declare
 from flowtrain.state.partial_view import Owner
-from flowtrain_dask.cluster.callback_state import dump_job, dump_state, load_state, stays
+from flowtrain_dask.cluster.callback_state import dump_job, dump_state, fixed_objects, load_state
 from flowtrain_dask.cluster.entries import dump_entries
 from flowtrain_dask.cluster.pickling import loads
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, process, versions
@@ -56,7 +56,7 @@ def assign(
         Entry(base + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
         for place, number in enumerate(numbers)
     ]
-    blob = dump_state([callback], stays(job, [callback])) if state else None
+    blob = dump_state([callback], fixed_objects(job, [callback])) if state else None
     events = bytes(dump_entries(entries))
     call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, True)
     reply = pickle.loads(process(pickle.dumps(Assignment(**{**vars(call), **changes}))))

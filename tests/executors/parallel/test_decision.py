@@ -13,7 +13,7 @@ from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.decision import Decision, Mode
-from flowtrain_dask.parallel.firing import Crew, TimedPlan
+from flowtrain_dask.parallel.firing import StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
 
@@ -30,13 +30,13 @@ class Works(Callback):
 class Two:
     """Two independent handlers; the test says what a firing takes, inline by handler, in parallel as a whole."""
 
-    def __init__(self, crew: Crew, one: float, other: float, parallel: float) -> None:
+    def __init__(self, pool: StrandPool, one: float, other: float, parallel: float) -> None:
         self.costs = [one, other]
         self.parallel = parallel
         self.now = 0.0
         self.ways: list[str] = []
         self.error: Exception | None = None
-        self.crew = crew
+        self.pool = pool
         self.site = TinySite()
         self.used: list[Runner] = []
         callbacks = [Works(partial(self.work, 0)), Works(partial(self.work, 1))]
@@ -44,9 +44,9 @@ class Two:
         serial = SerialExecutor()
         serial.bind(self.site)
         self.serial = serial.compile(plan)
-        timed = TimedPlan(plan, crew, self.site, self.serial, self.clock)
+        timed = TimedPlan(plan, pool, self.site, self.serial, self.clock)
         before = direct_predecessors(plan)
-        self.decision = Decision(timed, lambda costs: pack(before, costs, crew.workers), self.used.append, self.clock)
+        self.decision = Decision(timed, lambda costs: pack(before, costs, pool.workers), self.used.append, self.clock)
         self.used.append(self.decision.measure)
 
     def clock(self) -> float:
@@ -56,7 +56,7 @@ class Two:
         return self.decision.mode
 
     def work(self, number: int) -> None:
-        if not self.crew.busy:
+        if not self.pool.busy:
             self.now += self.costs[number]
             self.ways += ["inline"] if number else []
         elif number:  # one of the two moves the clock for both
@@ -74,8 +74,8 @@ class Two:
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
-    made = Crew(2)
+def pool() -> Iterator[StrandPool]:
+    made = StrandPool(2)
     yield made
     made.close()
 
@@ -83,8 +83,8 @@ def crew() -> Iterator[Crew]:
 ROUND = ["parallel", "inline"]
 
 
-def test_cheap_handlers_get_the_serial_runner_after_one_firing(crew: Crew) -> None:
-    two = Two(crew, 20e-6, 10e-6, parallel=1e-6)
+def test_cheap_handlers_get_the_serial_runner_after_one_firing(pool: StrandPool) -> None:
+    two = Two(pool, 20e-6, 10e-6, parallel=1e-6)
     assert two.fire() == ["inline"]
     assert two.used[1:] == [two.serial], "not a wrapper of it"
     assert two.mode() == "inline"
@@ -93,16 +93,16 @@ def test_cheap_handlers_get_the_serial_runner_after_one_firing(crew: Crew) -> No
 
 
 @pytest.mark.parametrize("longer", [1, 100, 10_000])
-def test_a_clear_win_is_seen_after_two_rounds(crew: Crew, longer: int) -> None:
+def test_a_clear_win_is_seen_after_two_rounds(pool: StrandPool, longer: int) -> None:
     """Handlers that take seconds are raced as well: an estimate would be wrong for those that hold the lock."""
-    two = Two(crew, 2e-3 * longer, 2e-3 * longer, parallel=2.2e-3 * longer)
+    two = Two(pool, 2e-3 * longer, 2e-3 * longer, parallel=2.2e-3 * longer)
     assert two.fire(8) == ["inline", *ROUND * 2, *["parallel"] * 3]
     assert two.mode() == "parallel"
     assert two.decision.reason == f"in a race it took {2.2 * longer:.2f} ms in parallel and {4 * longer:.2f} ms inline"
 
 
-def test_a_clear_loss_is_seen_after_two_rounds(crew: Crew) -> None:
-    two = Two(crew, 2e-3, 2e-3, parallel=7e-3)
+def test_a_clear_loss_is_seen_after_two_rounds(pool: StrandPool) -> None:
+    two = Two(pool, 2e-3, 2e-3, parallel=7e-3)
     assert two.fire(8) == ["inline", *ROUND * 2, *["inline"] * 3]
     assert two.used[-1] == two.serial
     assert two.decision.reason == "in a race it took 7.00 ms in parallel and 4.00 ms inline"
@@ -111,9 +111,9 @@ def test_a_clear_loss_is_seen_after_two_rounds(crew: Crew) -> None:
 @pytest.mark.parametrize(
     ("parallel", "mode"), [(2.7e-3, "parallel"), (3.7e-3, "parallel"), (3.9e-3, "inline"), (5e-3, "inline")]
 )
-def test_in_between_the_medians_of_five_rounds_decide(crew: Crew, parallel: float, mode: str) -> None:
+def test_in_between_the_medians_of_five_rounds_decide(pool: StrandPool, parallel: float, mode: str) -> None:
     """5% is what parallel must gain."""
-    two = Two(crew, 2e-3, 2e-3, parallel)
+    two = Two(pool, 2e-3, 2e-3, parallel)
     assert two.fire(11) == ["inline", *ROUND * 5]
     assert two.mode() == mode
     assert two.decision.reason == f"in a race it took {parallel * 1e3:.2f} ms in parallel and 4.00 ms inline"
@@ -122,10 +122,10 @@ def test_in_between_the_medians_of_five_rounds_decide(crew: Crew, parallel: floa
 
 @pytest.mark.parametrize("slow", range(5))
 @pytest.mark.parametrize(("parallel", "mode"), [(2.2e-3, "parallel"), (4.2e-3, "inline")])
-def test_one_slow_firing_decides_nothing(crew: Crew, parallel: float, mode: str, slow: int) -> None:
+def test_one_slow_firing_decides_nothing(pool: StrandPool, parallel: float, mode: str, slow: int) -> None:
     """Neither one that runs in parallel, such as the first, which starts threads, nor one that runs inline."""
     for way in ROUND:
-        two = Two(crew, 2e-3, 2e-3, parallel)
+        two = Two(pool, 2e-3, 2e-3, parallel)
         two.fire(1 + 2 * slow)
         if two.mode() != "racing":
             continue
@@ -148,8 +148,8 @@ def look(two: Two, seconds: float) -> bool:
     return len(two.used) > count and two.mode() == "measuring"
 
 
-def test_a_cheap_plan_is_looked_at_again_after_a_second(crew: Crew) -> None:
-    two = Two(crew, 1e-6, 1e-6, parallel=2.2e-3)
+def test_a_cheap_plan_is_looked_at_again_after_a_second(pool: StrandPool) -> None:
+    two = Two(pool, 1e-6, 1e-6, parallel=2.2e-3)
     two.fire()
     two.costs = [2e-3, 2e-3]
     assert not look(two, 0.9)
@@ -159,8 +159,8 @@ def test_a_cheap_plan_is_looked_at_again_after_a_second(crew: Crew) -> None:
 
 
 @pytest.mark.parametrize(("parallel", "mode"), [(2.2e-3, "parallel"), (7e-3, "inline")])
-def test_looking_again_takes_a_hundredth_of_the_time_at_most(crew: Crew, parallel: float, mode: str) -> None:
-    two = Two(crew, 2e-3, 2e-3, parallel)
+def test_looking_again_takes_a_hundredth_of_the_time_at_most(pool: StrandPool, parallel: float, mode: str) -> None:
+    two = Two(pool, 2e-3, 2e-3, parallel)
     two.fire(5)
     spent = 3 * 4e-3 + 2 * parallel
     assert spent * 100 > 1
@@ -171,8 +171,8 @@ def test_looking_again_takes_a_hundredth_of_the_time_at_most(crew: Crew, paralle
     assert two.mode() == mode
 
 
-def test_a_plan_that_got_cheap_goes_back_inline(crew: Crew) -> None:
-    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+def test_a_plan_that_got_cheap_goes_back_inline(pool: StrandPool) -> None:
+    two = Two(pool, 2e-3, 2e-3, parallel=2.2e-3)
     two.fire(12)
     two.costs, two.parallel = [1e-6, 1e-6], 150e-6
     assert two.fire(5) == ["parallel"] * 5
@@ -181,8 +181,8 @@ def test_a_plan_that_got_cheap_goes_back_inline(crew: Crew) -> None:
     assert two.used[-1] == two.serial
 
 
-def test_a_plan_whose_handlers_hold_each_other_up_now_goes_back_inline(crew: Crew) -> None:
-    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+def test_a_plan_whose_handlers_hold_each_other_up_now_goes_back_inline(pool: StrandPool) -> None:
+    two = Two(pool, 2e-3, 2e-3, parallel=2.2e-3)
     two.fire(12)
     two.parallel = 5e-3
     assert look(two, 10.0)
@@ -194,16 +194,16 @@ def test_a_plan_whose_handlers_hold_each_other_up_now_goes_back_inline(crew: Cre
     assert two.mode() == "parallel"
 
 
-def test_before_the_first_firing_there_is_nothing_to_look_at_again(crew: Crew) -> None:
-    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+def test_before_the_first_firing_there_is_nothing_to_look_at_again(pool: StrandPool) -> None:
+    two = Two(pool, 2e-3, 2e-3, parallel=2.2e-3)
     assert two.decision.reason == "not fired yet"
     assert not look(two, 1e6)
     assert two.decision.reason == "not fired yet"
 
 
-def test_a_firing_that_fails_is_not_a_time(crew: Crew) -> None:
+def test_a_firing_that_fails_is_not_a_time(pool: StrandPool) -> None:
     """What was skipped took no time; the failure is reported whatever is being timed."""
-    two = Two(crew, 2e-3, 2e-3, parallel=3.5e-3)
+    two = Two(pool, 2e-3, 2e-3, parallel=3.5e-3)
     two.error = ValueError("broken")
     assert two.fire(3) == ["inline"] * 3
     assert two.mode() == "measuring"
@@ -219,12 +219,12 @@ def test_a_firing_that_fails_is_not_a_time(crew: Crew) -> None:
     assert [str(failure) for _, failure in two.site.failures] == ["broken"] * 6
 
 
-def test_an_event_that_a_handler_fires_on_a_strand_runs_inline(crew: Crew) -> None:
+def test_an_event_that_a_handler_fires_on_a_strand_runs_inline(pool: StrandPool) -> None:
     """Whatever is being done with its plan: the threads are taken."""
-    two = Two(crew, 2e-3, 2e-3, parallel=2.2e-3)
+    two = Two(pool, 2e-3, 2e-3, parallel=2.2e-3)
     for runner in (two.decision.measure, two.decision.race):
-        crew.busy = True
+        pool.busy = True
         runner(BatchEnd(), TrainingPhase())
-        crew.busy = False
+        pool.busy = False
     assert two.mode() == "measuring"
     assert len(two.used) == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, Write, on
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.parallel.strands import Strands, at_home, fuse, is_chain, pack
+from flowtrain_dask.parallel.strands import Strands, fuse, is_chain, needs_training_thread, pack
 
 
 @st.composite
@@ -74,13 +74,13 @@ def test_a_chain_is_fused_and_stays_on_one_strand() -> None:
 
 def test_a_chain_is_cut_where_a_handler_must_stay_on_the_training_thread() -> None:
     assert fuse([(), (0,), (1,)], {1}) == [[0], [1], [2]]
-    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, home={2})
+    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, main={2})
     assert 2 in strands.strands[0]
     assert len(strands.strands) == 2
 
 
 def test_the_training_thread_leaves_the_rest_to_others_while_it_has_its_own() -> None:
-    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, home={1, 2})
+    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, main={1, 2})
     assert strands.strands == ((1, 2), (0,))
 
 
@@ -102,7 +102,7 @@ class After(Plain):
 def test_what_is_a_chain_and_who_stays_is_read_from_the_plan() -> None:
     def plan(*callbacks: Callback) -> tuple[bool, frozenset[int]]:
         made = Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase)
-        return is_chain(made), at_home(made)
+        return is_chain(made), needs_training_thread(made)
 
     nobody: frozenset[int] = frozenset()
     assert plan(Plain()) == (True, nobody)

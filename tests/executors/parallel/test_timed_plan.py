@@ -15,7 +15,7 @@ from flowtrain.graph.executor import SerialExecutor
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.graph.registry import Callbacks
 from flowtrain.testing import TinySite
-from flowtrain_dask.parallel.firing import Crew, Failures, TimedPlan
+from flowtrain_dask.parallel.firing import Failures, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
 
@@ -67,15 +67,15 @@ class Batch:
 class Bench:
     """A plan with a clock that only handlers move."""
 
-    def __init__(self, crew: Crew, *callbacks: Callback, site: TinySite | None = None) -> None:
+    def __init__(self, pool: StrandPool, *callbacks: Callback, site: TinySite | None = None) -> None:
         self.now = 100.0
         self.site = TinySite() if site is None else site
         self.site.state.fired = self.site.fired
         self.plan = Callbacks(callbacks, self.site.state).plan(BatchEnd, TrainingPhase)
         serial = SerialExecutor()
         serial.bind(self.site)
-        self.timed = TimedPlan(self.plan, crew, self.site, serial.compile(self.plan), lambda: self.now)
-        self.strands = pack(direct_predecessors(self.plan), [1.0] * len(self.plan), crew.workers)
+        self.timed = TimedPlan(self.plan, pool, self.site, serial.compile(self.plan), lambda: self.now)
+        self.strands = pack(direct_predecessors(self.plan), [1.0] * len(self.plan), pool.workers)
 
     def takes(self, seconds: float) -> Callable[[LearnerView], None]:
         """Return what a handler does that takes so long."""
@@ -96,8 +96,8 @@ class Bench:
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
-    made = Crew(2)
+def pool() -> Iterator[StrandPool]:
+    made = StrandPool(2)
     yield made
     made.close()
 
@@ -113,7 +113,7 @@ def names(failures: Failures) -> list[tuple[str, str]]:
     return [(step.node.name, str(failure)) for step, failure in failures]
 
 
-def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(crew: Crew) -> None:
+def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(pool: StrandPool) -> None:
     ran: list[tuple[str, int]] = []
     bench: Bench
 
@@ -124,7 +124,7 @@ def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(crew:
 
         return run
 
-    bench = Bench(crew, A(act("A", 1.0), (B,)), B(act("B", 2.0)), C(act("C", 4.0)))
+    bench = Bench(pool, A(act("A", 1.0), (B,)), B(act("B", 2.0)), C(act("C", 4.0)))
     times, failures = bench.inline()
     here = threading.get_ident()
     assert [step.node.name for step in bench.plan.steps] == [name for name, _ in ran]
@@ -133,10 +133,10 @@ def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(crew:
     assert failures == []
 
 
-def test_inline_skips_what_depends_on_a_failure_and_times_only_what_ran(crew: Crew) -> None:
+def test_inline_skips_what_depends_on_a_failure_and_times_only_what_ran(pool: StrandPool) -> None:
     """Rule 15."""
     ran: list[str] = []
-    bench = Bench(crew, A(fail), B(lambda _: ran.append("B"), (A,)), C(lambda _: ran.append("C")))
+    bench = Bench(pool, A(fail), B(lambda _: ran.append("B"), (A,)), C(lambda _: ran.append("C")))
     times, failures = bench.inline()
     assert ran == ["C"]
     assert len(times) == 2, "the failed one, and C"
@@ -144,19 +144,19 @@ def test_inline_skips_what_depends_on_a_failure_and_times_only_what_ran(crew: Cr
     assert bench.site.failures == [], "nothing is raised before it is settled"
 
 
-def test_inline_lets_an_interrupt_through(crew: Crew) -> None:
+def test_inline_lets_an_interrupt_through(pool: StrandPool) -> None:
     ran: list[str] = []
 
     def leave(learner: LearnerView) -> None:
         raise KeyboardInterrupt
 
-    bench = Bench(crew, A(leave), B(lambda _: ran.append("B")))
+    bench = Bench(pool, A(leave), B(lambda _: ran.append("B")))
     with pytest.raises(KeyboardInterrupt):
         bench.inline()
     assert ran == []
 
 
-def test_in_parallel_the_whole_firing_is_timed_and_failures_are_in_serial_order(crew: Crew) -> None:
+def test_in_parallel_the_whole_firing_is_timed_and_failures_are_in_serial_order(pool: StrandPool) -> None:
     second = threading.Event()
     bench: Bench
 
@@ -169,21 +169,21 @@ def test_in_parallel_the_whole_firing_is_timed_and_failures_are_in_serial_order(
         second.set()
         raise ValueError("B")
 
-    bench = Bench(crew, A(late), B(early))
+    bench = Bench(pool, A(late), B(early))
     took, failures = bench.parallel()
     assert took == 3.0
     assert names(failures) == [("A", "A"), ("B", "B")]
     assert bench.site.failures == []
 
 
-def test_strands_are_running_only_while_they_are(crew: Crew) -> None:
+def test_strands_are_running_only_while_they_are(pool: StrandPool) -> None:
     busy: list[bool] = []
     bench: Bench
 
     def look(learner: LearnerView) -> None:
         busy.append(bench.timed.busy)
 
-    bench = Bench(crew, A(look), B(look))
+    bench = Bench(pool, A(look), B(look))
     bench.inline()
     assert busy == [False, False]
     bench.parallel()
@@ -191,7 +191,7 @@ def test_strands_are_running_only_while_they_are(crew: Crew) -> None:
     assert not bench.timed.busy
 
 
-def test_events_are_drained_in_serial_order_of_who_fired_them(crew: Crew) -> None:
+def test_events_are_drained_in_serial_order_of_who_fired_them(pool: StrandPool) -> None:
     """Rule 18: B fires first in time, A comes first in order; the events of one callback keep their order."""
     fired = threading.Event()
 
@@ -205,7 +205,7 @@ def test_events_are_drained_in_serial_order_of_who_fired_them(crew: Crew) -> Non
         learner.fire(Own(4))
         fired.set()
 
-    bench = Bench(crew, A(late), B(early))
+    bench = Bench(pool, A(late), B(early))
     waiting = ("somebody", Own(0))
     bench.site.fired.append(waiting)  # of an event outside of this one: it keeps its place
     _, failures = bench.parallel()
@@ -217,24 +217,24 @@ def test_events_are_drained_in_serial_order_of_who_fired_them(crew: Crew) -> Non
     assert bench.site.fired == []
 
 
-def test_what_inline_handlers_fire_is_drained_in_their_order(crew: Crew) -> None:
-    bench = Bench(crew, A(lambda learner: learner.fire(Own(1))), B(lambda learner: learner.fire(Own(2))))
+def test_what_inline_handlers_fire_is_drained_in_their_order(pool: StrandPool) -> None:
+    bench = Bench(pool, A(lambda learner: learner.fire(Own(1))), B(lambda learner: learner.fire(Own(2))))
     _, failures = bench.inline()
     bench.settle(failures)
     [drained] = bench.site.drained
     assert [event.number for _, event in drained if isinstance(event, Own)] == [1, 2]
 
 
-def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_settle(crew: Crew) -> None:
-    bench = Bench(crew, A(nothing), B(nothing), site=Raises())
+def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_settle(pool: StrandPool) -> None:
+    bench = Bench(pool, A(nothing), B(nothing), site=Raises())
     for _, failures in (bench.inline(), bench.parallel()):
         bench.settle(failures)
     assert bench.site.failures == []
     assert bench.site.drained == []
 
 
-def test_failures_are_told_and_what_was_fired_is_drained_where_they_do_not_raise(crew: Crew) -> None:
-    bench = Bench(crew, A(fail), B(lambda learner: learner.fire(Own(1))))
+def test_failures_are_told_and_what_was_fired_is_drained_where_they_do_not_raise(pool: StrandPool) -> None:
+    bench = Bench(pool, A(fail), B(lambda learner: learner.fire(Own(1))))
     _, failures = bench.inline()
     bench.settle(failures)
     assert failures == [], "the list is emptied"
@@ -242,9 +242,9 @@ def test_failures_are_told_and_what_was_fired_is_drained_where_they_do_not_raise
     assert len(bench.site.drained) == 1
 
 
-def test_a_failure_that_raises_drains_nothing(crew: Crew) -> None:
+def test_a_failure_that_raises_drains_nothing(pool: StrandPool) -> None:
     """Rule 18: what was fired is dropped if the event raises; the loop does that."""
-    bench = Bench(crew, A(fail), B(lambda learner: learner.fire(Own(1))), site=Raises())
+    bench = Bench(pool, A(fail), B(lambda learner: learner.fire(Own(1))), site=Raises())
     _, failures = bench.inline()
     with pytest.raises(ValueError, match="broken"):
         bench.settle(failures)
@@ -253,7 +253,7 @@ def test_a_failure_that_raises_drains_nothing(crew: Crew) -> None:
 
 
 @pytest.mark.parametrize("way", ["inline", "parallel"])
-def test_no_frame_keeps_a_failure_alive(crew: Crew, way: str) -> None:
+def test_no_frame_keeps_a_failure_alive(pool: StrandPool, way: str) -> None:
     """A failure holds the frames that it went through, and those the batch."""
 
     class Forgets(Raises):
@@ -267,7 +267,7 @@ def test_no_frame_keeps_a_failure_alive(crew: Crew, way: str) -> None:
         held.append(weakref.ref(batch))
         raise ValueError("broken")
 
-    bench = Bench(crew, A(note), B(nothing), site=Forgets())
+    bench = Bench(pool, A(note), B(nothing), site=Forgets())
 
     def fire() -> None:
         _, failures = bench.inline() if way == "inline" else bench.parallel()
