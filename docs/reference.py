@@ -30,12 +30,12 @@ PAGE = Path(__file__).with_name("callbacks-reference.md")
 _HEAD = """\
 # The bundled callbacks
 
-All of `flowtrain.callbacks`. This page is made from their declarations and docstrings: do not edit it, run
-`python docs/reference.py`.
+This page lists all callbacks of `flowtrain.callbacks` with their purpose, declarations and cost. It is generated from
+their declarations and docstrings: do not edit it, run `python docs/reference.py`.
 
-*Reads*, *writes* and *runs after* are those of the callback as its line in the last column makes it. What it runs after
-are those that provide what it reads; a callback of yours that writes it goes before it too. *Deferrable* callbacks only
-consume, so an executor may run them beside training.
+The last column shows how a callback is made; *reads*, *writes* and *runs after* are those of this instance. It runs after
+the bundled callbacks that write the state that it reads, and after a callback of yours that does. *Deferrable* callbacks
+only consume, so an executor may run them beside training.
 """
 
 
@@ -86,7 +86,7 @@ def page() -> str:
     public = [getattr(flowtrain.callbacks, name) for name in flowtrain.callbacks.__all__]
     kinds = sorted((each for each in public if _is_callback(each)), key=lambda kind: kind.__name__)
     rows = [_row(kind) for kind in kinds]
-    titles = ["callback", "what it does", "at", "reads", "writes", "runs after", "made as"]
+    titles = ["callback", "purpose", "at", "reads", "writes", "runs after", "made as"]
     table = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     sections = [line for kind in kinds for line in _section(kind)]
     return "\n".join([_HEAD, *table, *rows, "", *sections]).rstrip() + "\n"
