@@ -33,9 +33,9 @@ _HEAD = """\
 This page lists all callbacks of `flowtrain.callbacks` with their purpose, declarations and cost. It is generated from
 their declarations and docstrings: do not edit it, run `python docs/reference.py`.
 
-The last column shows how a callback is made; *reads*, *writes* and *runs after* are those of this instance. It runs after
-the bundled callbacks that write the state that it reads, and after a callback of yours that does. *Deferrable* callbacks
-only consume, so an executor may run them beside training.
+The last column shows how a callback is made; *reads*, *writes* and *runs after* are those of this instance. It runs
+after the bundled callbacks that write the state that it reads, and after a callback of yours that does. *Deferrable*
+callbacks only consume, so an executor may run them beside training.
 """
 
 

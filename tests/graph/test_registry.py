@@ -106,7 +106,7 @@ def test_callbacks_are_found_by_type_or_name() -> None:
     with pytest.raises(CallbackError) as caught:
         learner.callbacks.find(one)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
     assert str(caught.value) == (
-        'A callback is found by its type or name, got <Other>. Pass a class, such as Recorder, or a name, such as '
+        "A callback is found by its type or name, got <Other>. Pass a class, such as Recorder, or a name, such as "
         '"Recorder".'
     )
 

@@ -272,10 +272,11 @@ class _Call:
 
 
 def _begin(blob: bytes) -> bytes:
-    """Do an assignment. This is the only function that dask pickles; it knows nothing of the types in the assignment."""
+    """Do an assignment. dask pickles this function and the bytes, and none of the types in the assignment."""
     from flowtrain_dask.cluster.worker import process
 
     return process(blob)
 
 
-_begin.__module__ = "__main__"  # pickled by value: the scheduler unpickles it, and may not have flowtrain
+# Pickled by value: the scheduler unpickles the function as well, and may not have flowtrain.
+_begin.__module__ = "__main__"

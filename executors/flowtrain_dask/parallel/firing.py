@@ -39,6 +39,9 @@ __all__ = ["CLOSED", "Failures", "Firing", "StrandPool", "TimedPlan"]
 
 CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
 
+_LOOK = 0.05
+"""The most seconds of one wait. A signal that comes just before a wait for a lock does not end it."""
+
 Failures: TypeAlias = list[tuple[Step, Exception]]
 """The handlers that failed, in serial order, each with its exception."""
 
@@ -100,7 +103,7 @@ class Firing:
         for position in strands.strands[number]:
             needed = strands.waits[position]
             while self._done & needed != needed and not self.stopped:
-                wake.wait()
+                wake.wait(_LOOK)
             if self.stopped:
                 return
             self.run(position)
@@ -135,7 +138,7 @@ class Firing:
     def join(self) -> None:
         """Wait until the pool has ended all of its strands. Only the training thread calls this."""
         while self._left:
-            self._wakes[0].wait()
+            self._wakes[0].wait(_LOOK)
 
     def join_running(self) -> None:
         """Wait until the pool runs no strand of a firing that was stopped. Only the training thread calls this.
@@ -143,7 +146,7 @@ class Firing:
         An interrupt may have come before all strands were handed to the pool, so `join` could wait for ever.
         """
         while self._running:
-            self._wakes[0].wait()
+            self._wakes[0].wait(_LOOK)
 
     def finish(self) -> Failures:
         """Return the failures in serial order, or raise the interrupt that a handler raised."""
@@ -214,7 +217,7 @@ class StrandPool:
             self.busy = True
             self._firing = firing
             for number in others:
-                self._tasks.put(partial(copy_context().run, firing.help, number))
+                self._tasks.put(partial(copy_context().run, partial(firing.help, number)))
             firing.work(0)
             firing.join()
             self._firing = None
