@@ -155,6 +155,7 @@ class Learner:
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
+        # A fit that resumes opens the backends itself, at the positions in the checkpoint.
         with self._running("fit()", opens=resume is None):
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
             if resume is not None:
@@ -175,7 +176,7 @@ class Learner:
                 self.state.data = before
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:
-        """Run one epoch of a phase, over its loader or over `data`.
+        """Run one epoch of a phase, over its own loader or over the loader `data`.
 
         Raises:
             CancelFittingException: A handler wants to end training, and there is no fit to end.

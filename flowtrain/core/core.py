@@ -133,6 +133,7 @@ class TorchCore:
             device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
         )  # fmt: skip
+        # Attributes beside the settings, since a step reads them at each batch.
         self.precision: Precision = precision
         self.accumulate = self.settings.accumulate
         self.clip_grad_norm = clip_grad_norm
@@ -152,6 +153,7 @@ class TorchCore:
     def close(self) -> None:
         """Drop all references to the learner's state, so that it is freed even if a user keeps the core."""
         self.guard_nan(False)
+        # The settings stay for `like` and `repr`, the scaler for `skipped`.
         keeps = {*vars(self.settings), "settings", "device", "loss_name", "_state", "_scaling"}
         for name in set(vars(self)) - keeps:
             delattr(self, name)
@@ -191,6 +193,7 @@ class TorchCore:
         self._state = state  # nothing below can fail, so a refused core never belongs to a learner
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
+        # `state.optimizers` is what views show: the same optimizers, without a way to the parameters.
         one = self._optimizers.get("")
         named = partial(named_parameters, self.params, state.lossfn)
         several = {name: optimizer for name, optimizer in self._optimizers.items() if name}

@@ -59,6 +59,7 @@ def check_deferrable(nodes: Iterable[Node]) -> None:
         if not node.callback.deferrable:
             continue
         for path, kind in node.union:
+            # Other resources are allowed: callbacks that share one share a lane, which processes them in order.
             if not isinstance(kind, Write) or (path[0] == "resource" and path[1] != "rng"):
                 continue
             if path[0] == "resource":
@@ -112,6 +113,7 @@ def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[
     rank = {event: place for place, event in enumerate(fires)}
     # The rank of the first event at which each entry exists; the empty name stands for a write of the whole batch.
     available: dict[str, int] = {name: rank[event] for name, event in provides.items()}
+    # A user's event has no rank, as it may be fired at any time: a write at it counts as early, and a read as late.
     first_writer: dict[str, int] = {}
     for event, participants in meeting.items():
         for node, handler in participants:

@@ -71,6 +71,7 @@ def order_event(
     _add_conflicts(draft, declarations, resolver, reach)
     sequence = _topological(draft)
     _add_resources(draft, declarations, sequence)
+    # Two writers need an order that has a reason, and the serial order of a soft edge has none: hard edges only.
     check_writers(draft, _ancestors(sequence, draft.hard))
     # A draft counts positions in list order; an `Order` counts them in serial order.
     place = {position: index for index, position in enumerate(sequence)}
@@ -108,6 +109,7 @@ def _add_conflicts(draft: Draft, declarations: Sequence[Declaration], resolver: 
 
     Pairs of writers without an answer are collected in `Draft.writers`: other edges may still order them.
     """
+    # Users of one resource are no conflict: `_add_resources` pairs them.
     of_state = [tuple(item for item in declared if item[0][0] != "resource") for declared in declarations]
     for meeting in meetings(of_state, reach):
         first, second = meeting.first, meeting.second
@@ -168,7 +170,7 @@ def _topological(draft: Draft) -> list[int]:
     for before, later in draft.hard:
         after.setdefault(before, []).append(later)
         waiting[later] += 1
-    free = [position for position, count in enumerate(waiting) if not count]
+    free = [position for position, count in enumerate(waiting) if not count]  # sorted, and so a heap already
     sequence: list[int] = []
     while free:
         position = heapq.heappop(free)

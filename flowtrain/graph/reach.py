@@ -65,7 +65,7 @@ class Reach:
 
     def _find(self, path: Path) -> set[Path]:
         """Return the regions that a path reaches, without the cache."""
-        if path[:2] == ("batch", "grads"):
+        if path[:2] == ("batch", "grads"):  # has the parameters of models only, not those of the loss function
             return {(_GRADS, *name[1:]) for name in self._names(("model", *path[2:])) if name[0] == "model"}
         if path == ("batch",):
             return {path, (_GRADS,)}  # the view of the whole batch gives the gradients too
@@ -102,12 +102,14 @@ class Reach:
         elif state.optimizer is None or name not in state.optimizer:
             roots = [("model", name), ("lossfn",)]
         else:
+            # The name of an optimizer need not be that of a model, so its parameters tell which models it trains.
             held = {id(param) for group in state.optimizer[name].param_groups for param in group["params"]}
             roots = [root for root, module in self._modules if any(id(param) in held for param in module.parameters())]
         return self._with_gradients({region for root in roots for region in self._names(root)})
 
     def _with_gradients(self, regions: set[Path]) -> set[Path]:
         """Add the gradients of the parameters in regions of the model, which are reached as ``.grad``."""
+        # Without a learner the parameters are not known, so every part of the model may have some.
         with_params = [
             region
             for region in regions

@@ -95,27 +95,28 @@ class Owner:
             path: The path. It may be declared with `Read()`, which the new declaration then replaces.
         """
         own = self.declaration if self.passed is None else self.passed
-        says = "declares" if self.passed is None else "was given access to"
-        what = f"{self.callback} {says} {render(own) if own else 'nothing'}."
+        declares = "declares" if self.passed is None else "was given access to"
+        reason = f"{self.callback} {declares} {render(own) if own else 'nothing'}."
         target = path
         if path[0] == "optimizer" and path[-1] == "param_groups":
+            # Most code that touches the groups wants the learning rate only, and conflicts less by the narrower path.
             target = (*path[:-1], "hyperparams")
-            what += (
+            reason += (
                 f" param_groups reach the parameters too. The learning rates are at learner.{dotted(target)}, the same "
                 f"groups without the parameters, and these are at learner.params. Write "
                 f'learner.{dotted(target)}[0]["lr"] instead.'
             )
             if granted(self.declaration, target) is not None:
-                raise ProtectedException(access, dotted(path), what)
-        wanted = render(union([own, ((target, Write() if access == "Write" else Read()),)]))
+                raise ProtectedException(access, dotted(path), reason)
+        needed = render(union([own, ((target, Write() if access == "Write" else Read()),)]))
         place = f"In {self.type_name}.{self.where} write"
         if self.passed is not None:
-            place, paste = "Pass it what its function touches", f"{self.type_name}(..., access={wanted})"
+            place, paste = "Pass it what its function touches", f"{self.type_name}(..., access={needed})"
         elif self.decorator:
-            paste = f"{self.decorator}access={wanted})"
+            paste = f"{self.decorator}access={needed})"
         else:
-            paste = f"def state_access(self) -> Access:\n        return {wanted}"
-        raise ProtectedException(access, dotted(path), f"{what} {place}:\n\n    {paste}\n")
+            paste = f"def state_access(self) -> Access:\n        return {needed}"
+        raise ProtectedException(access, dotted(path), f"{reason} {place}:\n\n    {paste}\n")
 
     def missing(self, path: Path, cause: BaseException | None) -> NoReturn:
         """Raise the `MissingStateError` for a declared path at which nothing exists.
@@ -142,7 +143,7 @@ class Part(Mapping[Any, Any]):
         find: A function that returns the container.
     """
 
-    __slots__ = ("_by_phase", "_find", "_open", "_owner", "_path", "_tree")
+    __slots__ = ("_by_phase", "_find", "_owner", "_path", "_pushes", "_tree")
 
     def __init__(self, owner: Owner, path: Path, inside: Tree, find: Callable[[], Any]) -> None:
         self._owner = owner
@@ -150,7 +151,8 @@ class Part(Mapping[Any, Any]):
         self._tree = inside
         self._find = find
         self._by_phase: dict[Phase, Part] = {}
-        self._open: dict[str, Callable[[Any, int], None]] = {}  # `push` of each series whose declaration was checked
+        # The `push` of each series whose declaration was checked, so that later calls cost one look-up.
+        self._pushes: dict[str, Callable[[Any, int], None]] = {}
 
     def push(self, name: str, value: Any, step: int) -> None:
         """Append a value to a series that is declared with `Write()`.
@@ -164,7 +166,7 @@ class Part(Mapping[Any, Any]):
             TypeError: The container has no series.
             ProtectedException: The series is not declared with `Write()`.
         """
-        push = self._open.get(name)
+        push = self._pushes.get(name)
         if push is None:
             container = self._find()
             if not isinstance(container, SeriesMap):
@@ -173,7 +175,7 @@ class Part(Mapping[Any, Any]):
                     f"Assign to its items or attributes instead."
                 )
             self._must_write(name)
-            push = self._open[name] = container.series(name).push
+            push = self._pushes[name] = container.series(name).push
         push(value, step)
 
     def __getitem__(self, key: Any) -> Any:

@@ -119,7 +119,7 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
         if root in NAMESPACES:
             namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {}, consumes)
         elif isinstance(inside, dict) and not isinstance(covering, (Read, Write)):
-            if root != "resource":
+            if root != "resource":  # a resource has no value that a view could show
                 trees[root] = inside
         elif root == "data" and isinstance(covering, Read):
             members[root] = property(lambda view: view._state.data.__twin__())
