@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from flowtrain.callback import resolution
 from tests.support.examples import ORDINARY
+from tests.support.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,14 @@ def freeze_imports() -> None:
     """Let collections of garbage pass over the modules that are imported: many tests collect, and each took 0.2 s."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs in processes of their own."""
+    made = Programs()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

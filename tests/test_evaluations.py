@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ from flowtrain.diagnostics.plots import curves
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
+from tests.support.loaders import Failing
+from tests.support.logs import log_records
 
 
 def epochs(learner: Learner, phase: type[Phase], name: str = "Loss") -> list[int]:
@@ -73,7 +74,7 @@ def test_evaluations_before_and_between_fits(tmp_path: Path) -> None:
     assert epochs(learner, ValidationPhase) == [0, 0, 1, 1, 2, 3]
     assert files(tmp_path) == ["epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt"]
     assert learner.cbstate.history[ValidationPhase].epochs == 6  # how many there were
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    records = log_records(tmp_path / "log.jsonl")
     for name in ("Loss", "Look"):
         found = [each for each in records if each["group"] == "Epoch/ValidationPhase" and each["name"] == name]
         assert [each["step"] for each in found] == [0, 0, 1, 1, 2, 3]
@@ -90,7 +91,7 @@ def test_a_fit_by_steps_and_an_epoch_that_failed() -> None:
     learner.validate()
     learner.fit(steps=7, validate_every=4)
     with pytest.raises(ZeroDivisionError):
-        learner.fit(1, data=(failing(tiny_batches(n_batches=3)), tiny_batches(n_batches=1)))
+        learner.fit(1, data=(Failing(tiny_batches(n_batches=3)), tiny_batches(n_batches=1)))
     learner.validate()
     learner.fit(steps=2)
     assert epochs(learner, ValidationPhase) == [0, 1, 2, 2, 3]
@@ -98,15 +99,6 @@ def test_a_fit_by_steps_and_an_epoch_that_failed() -> None:
     assert isinstance(recorder, Recorder)
     [curve] = [each for each in curves("Loss", learner.cbstate, recorder.ends) if each.phase == ValidationPhase()]
     assert curve.x == [0, 4, 7, 10, 12]
-
-
-def failing(batches: list[Any]) -> Any:
-    class Loader:
-        def __iter__(self) -> Any:
-            yield from batches
-            raise ZeroDivisionError
-
-    return Loader()
 
 
 def test_several_phases_that_evaluate_share_the_epochs_of_training() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -36,38 +35,17 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import (
-    EMA,
-    Checkpointer,
     CustomCallback,
-    DeviceStats,
-    EarlyStopping,
-    GarbageCollect,
-    GradNorm,
-    LearningRate,
-    LearningRateMonitor,
-    LogHistograms,
-    LogHyperParams,
     LogMetrics,
-    LogTraces,
     LogVisualization,
-    Metrics,
-    MetricsPrinter,
-    ModelSummary,
-    ProgressBar,
-    Recorder,
-    SanityCheck,
-    Scheduler,
-    SmoothLoss,
-    StopOnNaNLoss,
     Timer,
-    Traces,
-    one_cycle,
     throttle,
 )
 from flowtrain.logging import CsvBackend, JsonlBackend, TensorBoardBackend, Value
-from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.bundled import KINDS, case_of
+from tests.support.logs import log_records, log_steps
 from tests.support.waiting import wait_for
 
 EXECUTORS: dict[str, Callable[[], Any]] = {
@@ -119,53 +97,25 @@ def threads_of_flowtrain() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("flowtrain")]
 
 
-def bundled(folder: Path) -> dict[str, Callable[[], list[Callback]]]:
-    """Every bundled callback, with what it needs."""
-    log = partial(JsonlBackend, folder / "log.jsonl")
-    show = partial(LogVisualization, lambda learner: Value(float(learner.batch.loss)), every=2)
-    return {
-        "Checkpointer": lambda: [Checkpointer(folder / "checkpoints")],
-        "CustomCallback": lambda: [CustomCallback(lambda learner: None, EpochEnd, access={"batch": Read()})],
-        "DeviceStats": lambda: [DeviceStats()],
-        "EMA": lambda: [EMA()],
-        "EarlyStopping": lambda: [EarlyStopping(3)],
-        "GarbageCollect": lambda: [GarbageCollect(every=3)],
-        "GradNorm": lambda: [GradNorm()],
-        "LearningRateMonitor": lambda: [LearningRateMonitor()],
-        "LogHistograms": lambda: [LogHistograms(log(), every=2, gradients=True)],
-        "LogHyperParams": lambda: [Scheduler({LearningRate: one_cycle(0.1)}), LogHyperParams(log())],
-        "LogMetrics": lambda: [throttle(LogMetrics(log(), CsvBackend(folder / "a.csv")), BatchEnd, every=2)],
-        "LogTraces": lambda: [Traces({"A": lambda learner: 1.0}, TrainingPhase), LogTraces(log())],
-        "LogVisualization": lambda: [show(log(), access={"batch.loss": Read()})],
-        "Metrics": lambda: [Metrics(mean_absolute_error)],
-        "ModelSummary": lambda: [ModelSummary()],
-        "Printing": lambda: [ProgressBar(), MetricsPrinter()],
-        "Recorder": lambda: [Recorder(), StopOnNaNLoss()],
-        "SanityCheck": lambda: [SanityCheck()],
-        "SmoothLoss": lambda: [SmoothLoss()],
-        "Timer": lambda: [Timer()],
-        "TensorBoard": lambda: [LogMetrics(TensorBoardBackend(folder / "board"))],
-    }
+def several_files(folder: Path) -> list[Callback]:
+    """Return loggers with several files, one of them throttled."""
+    log, table = JsonlBackend(folder / "log.jsonl"), CsvBackend(folder / "a.csv")
+    return [throttle(LogMetrics(log, table), BatchEnd, every=2), LogMetrics(TensorBoardBackend(folder / "board"))]
 
 
-NAMES = sorted(bundled(Path()))
+MAKERS: dict[str, Callable[[Path], Sequence[Callback]]] = {
+    "several files": several_files,
+    **{kind.__name__: case_of(kind).make for kind in KINDS},
+}
 
 
-def test_every_bundled_callback_is_tried() -> None:
-    made = {type(callback).__name__ for make in bundled(Path("nowhere")).values() for callback in make()}
-    import flowtrain.callbacks as public
-
-    kinds = [getattr(public, name) for name in public.__all__]
-    assert {kind.__name__ for kind in kinds if isinstance(kind, type) and issubclass(kind, Callback)} <= made
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("executor", ["serial", "dask"])
 def test_closed_and_dropped_is_gone(
     name: str, executor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with without_collector():
-        learner = tiny_learner(*bundled(tmp_path)[name](), executor=EXECUTORS[executor](), n_batches=6)
+        learner = tiny_learner(*MAKERS[name](tmp_path), executor=EXECUTORS[executor](), n_batches=6)
         learner.fit(2)
         references = watched(learner)
         learner.close()
@@ -357,7 +307,7 @@ def test_dropped_is_gone_when_the_collector_comes_files_and_all(way: str, execut
     assert alive(references) == []
     assert open_files(tmp_path) == []
     wait_for(lambda: threads_of_flowtrain() == [])
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    lines = log_records(tmp_path / "a.jsonl")
     steps = [line["step"] for line in lines if line["group"] == "Step/TrainingPhase"]
     assert steps == [1, 2, 3, 4, 5]
 
@@ -376,8 +326,7 @@ def test_what_waits_in_a_lane_is_written_before_its_file_is_closed(tmp_path: Pat
     assert len(open_files(tmp_path)) == 1
     go.set()
     wait_for(lambda: open_files(tmp_path) == [])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert log_steps(tmp_path / "log.jsonl") == [1, 2, 3, 4]
 
 
 def value_when(go: threading.Event, learner: LearnerView) -> Value:
@@ -410,5 +359,5 @@ def test_a_backend_is_one_learner_s_while_it_is_open(tmp_path: Path) -> None:
     fifth = tiny_learner(LogMetrics(backend), data=tiny_batches(n_batches=1))
     fifth.epoch(TrainingPhase)
     fifth.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = log_records(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines if line["group"] == "Step/TrainingPhase"] == [1, 2, 1, 1, 1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from flowtrain.logging.distribution import distribution
 from flowtrain.metrics import top_k_accuracy
 from flowtrain.state.hyperparameters import LearningRate
 from flowtrain.testing import tiny_learner
+from tests.support.logs import log_fields
 
 PLACES: dict[str, tuple[int, Callable[[Any], object]]] = {
     "fit(): epochs": (1, lambda n: tiny_learner().fit(n)),
@@ -107,4 +107,4 @@ def test_a_step_of_a_log_is_a_whole_number_too(tmp_path: Path) -> None:
     with pytest.raises(LoggingError, match=r"log\('Loss'\) was given the step True\. A step is a whole number"):
         log(backend, Value(0.5), "Loss", True, ("Step",))
     backend.close()
-    assert [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines() if "Loss" in line] == [5]
+    assert log_fields(path, "name", "step") == [("Loss", 5)]

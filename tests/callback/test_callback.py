@@ -37,6 +37,7 @@ from flowtrain.callback.conditions import Condition
 from flowtrain.callback.handler import Handler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
+from tests.support.phases import Silent
 
 
 class Base(Callback):
@@ -385,12 +386,6 @@ def make(event_type: type[Event], phase_type: type[Phase], base: type[Callback] 
         def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
     return Printer()
-
-
-class Silent(Phase):
-    """Has a step of its own, and does not say what it fires."""
-
-    def step(self, learner: Any, raw: Any) -> None: ...
 
 
 @pytest.mark.parametrize(

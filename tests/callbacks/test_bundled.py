@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-import flowtrain.callbacks
 from flowtrain import (
     BackwardEnd,
     BatchBegin,
-    BatchEnd,
     Callback,
     CancelFittingException,
     EpochEnd,
@@ -30,53 +25,15 @@ from flowtrain import (
     on,
 )
 from flowtrain.callback.access import Path as StatePath
-from flowtrain.callback.access import declare
+from flowtrain.callback.access import declare, union
 from flowtrain.callbacks import (
-    Checkpointer,
-    CustomCallback,
-    DeviceStats,
-    EarlyStopping,
-    GradNorm,
-    LearningRate,
-    LogHistograms,
-    LogHyperParams,
-    LogMetrics,
-    LogTraces,
     LogVisualization,
-    Metrics,
-    ProgressBar,
-    Scheduler,
-    Timer,
     Traces,
-    one_cycle,
-    reduce_on_plateau,
 )
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
-from flowtrain.logging import JsonlBackend, Value
 from flowtrain.testing import assert_equivalent, record_access, tiny_learner
-
-KINDS = [
-    kind
-    for kind in (getattr(flowtrain.callbacks, name) for name in flowtrain.callbacks.__all__)
-    if isinstance(kind, type) and issubclass(kind, Callback)
-]
-
-
-def loss_of(learner: LearnerView) -> float:
-    return float(learner.batch.loss)
-
-
-def shown(learner: LearnerView) -> Value:
-    return Value(loss_of(learner))
-
-
-def bias(outputs: Any, targets: Any) -> Any:
-    return (outputs - targets).mean()
-
-
-def not_a_number(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (outputs - targets).mean() * float("nan")
+from tests.support.bundled import CASES, KINDS, backend, case_of, loss_of, shown
 
 
 class Ends(Callback):
@@ -92,78 +49,6 @@ class Ends(Callback):
     def end(self, event: LossBegin, phase: Phase, learner: LearnerView) -> None:
         if isinstance(phase, self.phase):
             raise CancelFittingException("on purpose")
-
-
-@dataclass(frozen=True)
-class Case:
-    """How a callback is looked at.
-
-    Attributes:
-        make: Makes it, in a folder, and after it those that it needs.
-        options: Of the learner.
-        unseen: The handlers that declare more than a dry run sees, with the reason.
-        placed: The attributes that hold a folder, a clock or an open file.
-    """
-
-    make: Callable[[Path], tuple[Callback, ...]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    unseen: Mapping[str, str] = field(default_factory=dict)
-    placed: tuple[str, ...] = ()
-
-
-def backend(folder: Path) -> JsonlBackend:
-    return JsonlBackend(folder / "log.jsonl")
-
-
-def twice() -> Traces:
-    return Traces({"Twice": loss_of}, TrainingPhase, access={"batch.loss": Read()})
-
-
-def cycle() -> Scheduler:
-    return Scheduler({LearningRate: one_cycle(0.1)})
-
-
-PUT_BACK = "it writes only what a failure has kept from being put back"
-FILLED = "no accumulation group is left unfilled at the end of the epoch"
-CASES: dict[str, Case] = {
-    "Checkpointer": Case(lambda folder: (Checkpointer(folder),), placed=("folder",)),
-    "CustomCallback": Case(lambda _: (CustomCallback(loss_of, BatchEnd, access={"batch.loss": Read()}),)),
-    "DeviceStats": Case(lambda _: (DeviceStats(1, lambda: {"Watt": 250.0}),)),
-    "EMA": Case(
-        lambda _: (flowtrain.callbacks.EMA(0.5),),
-        unseen={"begin_training": PUT_BACK, "end_fit": PUT_BACK, "take_in_last": FILLED, "take_in_cancelled": FILLED},
-    ),
-    "EarlyStopping": Case(lambda _: (EarlyStopping(patience=5),)),
-    "GradNorm": Case(lambda _: (GradNorm(layers=True),), unseen={"record_layers": "the model names the layers"}),
-    "LogHistograms": Case(lambda folder: (LogHistograms(backend(folder), every=1),), placed=("backends",)),
-    "LogHyperParams": Case(lambda folder: (LogHyperParams(backend(folder)), cycle()), placed=("backends",)),
-    "LogMetrics": Case(lambda folder: (LogMetrics(backend(folder)),), placed=("backends",)),
-    "LogTraces": Case(lambda folder: (LogTraces(backend(folder)), twice()), placed=("backends",)),
-    "LogVisualization": Case(
-        lambda folder: (LogVisualization(shown, backend(folder), every=1, access={"batch.loss": Read()}),),
-        placed=("backends",),
-    ),
-    "Metrics": Case(lambda _: (Metrics(bias),)),
-    "ModelSummary": Case(
-        lambda _: (flowtrain.callbacks.ModelSummary(),), unseen={"show": "random numbers are put back in it"}
-    ),
-    "ProgressBar": Case(lambda _: (ProgressBar(redraw=0, report=0),), placed=("_drawn", "_next")),
-    "Recorder": Case(
-        lambda _: (flowtrain.callbacks.Recorder(),),
-        unseen={"keep_updates": "no batch is cancelled after its update", "keep_last_updates": FILLED},
-    ),
-    "SanityCheck": Case(
-        lambda _: (flowtrain.callbacks.SanityCheck(),), unseen={"check": "random numbers are put back in it"}
-    ),
-    "Scheduler": Case(lambda _: (Scheduler({LearningRate: reduce_on_plateau(0.05)}),)),
-    "StopOnNaNLoss": Case(lambda _: (flowtrain.callbacks.StopOnNaNLoss(),), {"lossfn": not_a_number}),
-    "Timer": Case(lambda _: (Timer(iter(range(10_000)).__next__),), placed=("clock",)),
-    "Traces": Case(lambda _: (twice(),)),
-}
-
-
-def case_of(kind: type[Callback]) -> Case:
-    return CASES.get(kind.__name__) or Case(lambda _: (kind(),))
 
 
 def seen(kind: type[Callback], folder: Path) -> dict[str, dict[StatePath, Read | Write]]:
@@ -198,15 +83,20 @@ def test_what_each_handler_declares_is_what_it_touches(kind: type[Callback], tmp
     subject, *_ = case_of(kind).make(tmp_path)
     found, shared = seen(kind, tmp_path), subject.state_access()
     unseen = case_of(kind).unseen
+    accesses = [shared]
     for _, handler in subject.handlers():
         name = handler.attribute
-        declared = plain(dict(declare(shared if handler.access is None else handler.access, kind.__name__)))
+        accesses.append(shared if handler.access is None else handler.access)
+        declared = plain(dict(declare(accesses[-1], kind.__name__)))
         touched = plain(found.get(name, {}))
         if name in unseen:
             assert touched != declared, f"{name} is seen after all: take it out of CASES"
             assert all(any(path[:length] in declared for length in range(len(path) + 1)) for path in touched), name
         else:
             assert declared == touched, name
+    everything = plain(dict(union(declare(access, kind.__name__) for access in accesses)))
+    for path, access in plain(found.get("setup", {})).items():
+        assert any(everything.get(path[:length]) in (access, Write()) for length in range(len(path) + 1)), path
 
 
 class Clip(Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -34,6 +33,7 @@ from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metric,
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
+from tests.support.logs import log_records
 
 
 class Scores:
@@ -482,8 +482,8 @@ def test_rule_28_the_log_of_a_resumed_run_is_that_of_the_run(tmp_path: Path) -> 
     run("part").fit(6, resume=tmp_path / "part")
 
     def lines(name: str) -> list[dict[str, Any]]:
-        read = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in each.items() if key not in ("time", "run")} for each in read]
+        read = log_records(tmp_path / f"{name}.jsonl")
+        return [{key: value for key, value in each.items() if key != "run"} for each in read]
 
     assert len(lines("whole")) > 20
     assert lines("part") == lines("whole")

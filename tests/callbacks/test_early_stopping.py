@@ -52,6 +52,7 @@ from flowtrain.errors import CallbackError, CheckpointError
 from flowtrain.graph.executor import Executor
 from flowtrain.metrics import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
+from tests.support.phases import OtherValidation
 
 SCORES = [4.0, 2.0, 3.0, 2.5, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0]
 
@@ -64,10 +65,6 @@ class Good:
 
     def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (outputs - targets).mean()
-
-
-class OODPhase(ValidationPhase):
-    """Validate on other data."""
 
 
 def scores(values: Sequence[float] = SCORES, phase: type[Phase] = ValidationPhase) -> Metrics:
@@ -304,14 +301,14 @@ def test_the_state_of_other_criteria_is_refused() -> None:
 
 def test_a_subclass_is_watched_where_the_data_has_it_in_place_of_the_phase() -> None:
     batches = tiny_batches(n_batches=2)
-    learner = tiny_learner(EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OODPhase: batches})
+    learner = tiny_learner(EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OtherValidation: batches})
     learner.fit(5)
-    assert epochs_of(learner, OODPhase) == 2
+    assert epochs_of(learner, OtherValidation) == 2
     both = tiny_learner(
-        EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OODPhase: batches, ValidationPhase: batches}
+        EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OtherValidation: batches, ValidationPhase: batches}
     )
     both.fit(5)
-    assert (epochs_of(both, OODPhase), epochs_of(both, ValidationPhase)) == (2, 2)  # one value each epoch
+    assert (epochs_of(both, OtherValidation), epochs_of(both, ValidationPhase)) == (2, 2)  # one value each epoch
 
 
 def test_the_same_under_dask() -> None:

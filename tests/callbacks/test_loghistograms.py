@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +12,7 @@ from flowtrain.callbacks import LogHistograms, throttle
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
-
-
-def logged(path: Path) -> list[tuple[str, int, Any]]:
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [(record["name"], record["step"], record["value"]) for record in records]
+from tests.support.logs import log_fields
 
 
 def test_weights_and_gradients_of_one_batch_have_one_step(tmp_path: Path) -> None:
@@ -28,7 +22,7 @@ def test_weights_and_gradients_of_one_batch_have_one_step(tmp_path: Path) -> Non
         LogHistograms(JsonlBackend(path), every=2, gradients=True, bins=1), n_batches=4, core=core
     ) as learner:
         learner.fit(1)
-    found = logged(path)
+    found = log_fields(path, "name", "step", "value")
     assert [(name, step) for name, step, _ in found] == [
         ("Gradients/coeff", 2),
         ("Weights/coeff", 2),
@@ -48,7 +42,7 @@ def test_accumulated_gradients_are_logged_at_the_batch_of_their_update(tmp_path:
     core = TorchCore(device="cpu", accumulate=2)
     with tiny_learner(LogHistograms(JsonlBackend(path), every=1, gradients=True), n_batches=4, core=core) as learner:
         learner.fit(1)
-    assert [step for name, step, _ in logged(path) if name.startswith("Gradients")] == [2, 4]
+    assert [step for name, step in log_fields(path, "name", "step") if name.startswith("Gradients")] == [2, 4]
 
 
 def test_the_counts_are_those_of_the_values(tmp_path: Path) -> None:
@@ -56,7 +50,7 @@ def test_the_counts_are_those_of_the_values(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1000), torch.nn.Linear(1000, 1))
     with tiny_learner(LogHistograms(JsonlBackend(path), every=1, bins=8), n_batches=1, model=model) as learner:
         learner.fit(1)
-    found = {name: value for name, _, value in logged(path)}
+    found = {name: value for name, _, value in log_fields(path, "name", "step", "value")}
     assert list(found) == [f"Weights/{name}" for name, _ in model.named_parameters()]
     counts, edges = torch.histogram(model.state_dict()["0.weight"].flatten(), 8)
     assert found["Weights/0.weight"]["counts"] == counts.int().tolist()

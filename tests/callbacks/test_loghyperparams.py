@@ -13,6 +13,7 @@ from flowtrain.callbacks import LogHyperParams
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, JsonlBackend
 from flowtrain.testing import tiny_learner
+from tests.support.logs import log_fields
 
 
 class Steps(Callback):
@@ -27,10 +28,9 @@ class Steps(Callback):
         learner.cbstate.hyperparams.push("LearningRate", 0.5 ** (done // 2), done + 1)
 
 
-def logged(path: Path) -> list[tuple[str, int, Any]]:
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert {record["group"] for record in records} <= {"HyperParams"}
-    return [(record["name"], record["step"], record["value"]) for record in records]
+def logged(path: Path) -> list[tuple[Any, ...]]:
+    assert set(log_fields(path, "group")) <= {("HyperParams",)}
+    return log_fields(path, "name", "step", "value")
 
 
 def test_a_value_is_logged_when_it_changes_and_the_settings_once(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,13 @@ from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.logging import CsvBackend, JsonlBackend, TensorBoardBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_learner
+from tests.support.logs import log_fields
 
 
 def logged(path: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-    for line in path.read_text("utf-8").splitlines():
-        record = json.loads(line)
-        found[record["group"], record["name"]].append((record["step"], record["value"]))
+    for group, name, step, value in log_fields(path, "group", "name", "step", "value"):
+        found[group, name].append((step, value))
     return found
 
 

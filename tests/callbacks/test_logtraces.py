@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from flowtrain import BackwardEnd, EpochEnd, Read, TrainingPhase
 from flowtrain.callbacks import LogTraces, Traces
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
+from tests.support.logs import log_records
 
 
 def test_the_log_is_the_trace_whatever_its_event(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_the_log_is_the_trace_whatever_its_event(tmp_path: Path) -> None:
     callback = LogTraces(backend)
     with tiny_learner(callback, *traces, n_batches=3) as learner:
         learner.fit(2)
-    records = [json.loads(line) for line in (tmp_path / "log").read_text("utf-8").splitlines()]
+    records = log_records(tmp_path / "log")
     history = learner.cbstate.tracehistory[TrainingPhase]
     for name in ("Loss", "Grad", "Last"):
         assert [(each["step"], each["value"]) for each in records if each["name"] == name] == list(history[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from flowtrain.callbacks import LogVisualization
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, Image, JsonlBackend, Text, Value
 from flowtrain.testing import tiny_learner
+from tests.support.logs import log_fields
 
 
 def misclassified(learner: LearnerView) -> Any:
@@ -30,16 +30,11 @@ def misclassified(learner: LearnerView) -> Any:
     return {f"{place}": Image(learner.batch.inputs[place].reshape(1, 1)) for place in wrong.nonzero()[:2, 0].tolist()}
 
 
-def logged(path: Path) -> list[tuple[str, str, int, Any]]:
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [(record["group"], record["name"], record["step"], record["value"]) for record in records]
-
-
 def test_images_by_name(tmp_path: Path) -> None:
     callback = LogVisualization(misclassified, JsonlBackend(tmp_path / "log"), every=1, phase_type=TrainingPhase)
     with tiny_learner(callback, n_batches=2) as learner:
         learner.fit(1)
-    found = logged(tmp_path / "log")
+    found = log_fields(tmp_path / "log", "group", "name", "step", "value")
     assert {(group, step) for group, _, step, _ in found} == {("Step/TrainingPhase", 1), ("Step/TrainingPhase", 2)}
     assert all(name.startswith("Misclassified/") for _, name, _, _ in found)
     assert all((tmp_path / value).read_bytes().startswith(b"\x89PNG") for *_, value in found)
@@ -58,7 +53,7 @@ def test_one_several_or_none_at_any_event(tmp_path: Path) -> None:
     )
     with tiny_learner(callback, n_batches=1) as learner:
         learner.fit(3)
-    assert logged(tmp_path / "log") == [
+    assert log_fields(tmp_path / "log", "group", "name", "step", "value") == [
         ("Epoch/ValidationPhase", "Visualization", 1, 1),
         ("Epoch/ValidationPhase", "Visualization/0", 2, 2),
         ("Epoch/ValidationPhase", "Visualization/1", 2, "three"),
@@ -72,7 +67,7 @@ def test_every_counts_by_phase(tmp_path: Path) -> None:
     )
     with tiny_learner(callback, n_batches=4) as learner:
         learner.fit(2)
-    assert logged(tmp_path / "log") == [
+    assert log_fields(tmp_path / "log", "group", "name", "step", "value") == [
         ("Step/TrainingPhase", "Zero", 3, 0),
         ("Step/ValidationPhase", "Zero", 3, 0),
         ("Step/TrainingPhase", "Zero", 6, 0),

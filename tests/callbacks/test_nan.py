@@ -25,20 +25,13 @@ from flowtrain import (
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import StopOnNaNLoss
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.loaders import batches_with
 
 NAN = float("nan")
 
 
-def batches_with(value: float, at: int, n_batches: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of which one, counted from 1, has a bad target."""
-    batches = tiny_batches(n_batches=n_batches)
-    inputs, targets = batches[at - 1]
-    batches[at - 1] = (inputs, torch.full_like(targets, value))
-    return batches
-
-
 def test_it_warns_where_and_the_parameters_are_those_before() -> None:
-    learner = tiny_learner(data=batches_with(NAN, at=3))
+    learner = tiny_learner(data=batches_with(NAN, at=3, n_batches=4))
     with pytest.warns(
         RuntimeWarning,
         match=r"^The loss is NaN in batch 3 of epoch 1 of TrainingPhase \(step 3\)\. "
@@ -79,7 +72,7 @@ def test_the_place_counts_on_over_epochs_and_fits() -> None:
 
 
 def test_without_a_recorder_it_says_less_and_stops_all_the_same() -> None:
-    learner = tiny_learner(StopOnNaNLoss(), default_callbacks=False, data=batches_with(NAN, at=2))
+    learner = tiny_learner(StopOnNaNLoss(), default_callbacks=False, data=batches_with(NAN, at=2, n_batches=4))
     with pytest.warns(RuntimeWarning, match=r"^The loss is NaN of TrainingPhase\. Training stops before the update\."):
         learner.fit(1)
     assert isinstance(learner.stopped, CancelFittingException)
@@ -89,7 +82,7 @@ def test_without_a_recorder_it_says_less_and_stops_all_the_same() -> None:
 def test_a_gradient_group_with_a_nan_is_discarded_whole() -> None:
     """Rule 16: the good half of the group does not reach the parameters in a later fit."""
     core = TorchCore(device="cpu", accumulate=2)
-    learner = tiny_learner(data=batches_with(NAN, at=2), core=core)
+    learner = tiny_learner(data=batches_with(NAN, at=2, n_batches=4), core=core)
     with pytest.warns(RuntimeWarning, match="in batch 2 of epoch 1"):
         learner.fit(1)
     assert learner.model.coeff.item() == 0
@@ -102,21 +95,21 @@ def test_a_gradient_group_with_a_nan_is_discarded_whole() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e30])
 def test_what_is_no_nan_goes_on(value: float) -> None:
-    learner = tiny_learner(data=batches_with(value, at=4))
+    learner = tiny_learner(data=batches_with(value, at=4, n_batches=4))
     learner.fit(1)
     assert learner.stopped is None
     assert learner.cbstate.history[TrainingPhase].epochs == 1
 
 
 def test_validation_is_not_watched() -> None:
-    learner = tiny_learner(data=(tiny_batches(n_batches=2), batches_with(NAN, at=1)))
+    learner = tiny_learner(data=(tiny_batches(n_batches=2), batches_with(NAN, at=1, n_batches=4)))
     learner.fit(1)
     assert learner.stopped is None
 
 
 def test_a_direct_epoch_lets_the_cancel_through() -> None:
     """Rule 16: there is no fit that could end."""
-    learner = tiny_learner(data=batches_with(NAN, at=1))
+    learner = tiny_learner(data=batches_with(NAN, at=1, n_batches=4))
     with (
         pytest.warns(RuntimeWarning, match="in batch 1 of epoch 1"),
         pytest.raises(CancelFittingException, match="The loss is NaN in batch 1"),
@@ -125,7 +118,7 @@ def test_a_direct_epoch_lets_the_cancel_through() -> None:
 
 
 def test_a_warning_that_is_an_error_ends_training_too() -> None:
-    learner = tiny_learner(data=batches_with(NAN, at=2))
+    learner = tiny_learner(data=batches_with(NAN, at=2, n_batches=4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match="in batch 2 of epoch 1"):
@@ -151,6 +144,7 @@ def test_a_batch_that_another_callback_skips_first_is_not_looked_at() -> None:
         def skip(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
             raise CancelBatchException("no")
 
-    learner = tiny_learner(Skip(), data={TrainingPhase: batches_with(NAN, at=1), ValidationPhase: tiny_batches()})
+    data = {TrainingPhase: batches_with(NAN, at=1, n_batches=4), ValidationPhase: tiny_batches()}
+    learner = tiny_learner(Skip(), data=data)
     learner.fit(1)
     assert learner.stopped is None

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import rich
 import torch
 
 from flowtrain import (
@@ -26,16 +25,14 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Metric, Metrics, MetricsPrinter, Recorder
 from flowtrain.testing import tiny_learner
+from tests.support.console import printed
 
 
 @pytest.fixture(params=[False, True], ids=["file", "terminal"])
 def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """What rich's console prints, as a file and as a terminal."""
-    before = dict(rich.get_console().__dict__)
-    written = io.StringIO()
-    rich.reconfigure(file=written, force_terminal=request.param, width=40, _environ={})
-    yield written
-    rich.get_console().__dict__ = before
+    with printed(40, terminal=request.param) as written:
+        yield written
 
 
 def constant(value: float) -> Any:

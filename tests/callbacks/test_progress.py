@@ -44,6 +44,8 @@ from flowtrain import (
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder
 from flowtrain.callbacks.terminal import BottomLine
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.clock import Clock, Tick
+from tests.support.console import printed
 
 P = ParamSpec("P")
 
@@ -128,41 +130,15 @@ def on_terminal(test: Callable[P, None]) -> Callable[P, None]:
 @pytest.fixture
 def plain() -> Iterator[io.StringIO]:
     """Standard output of rich's console in a file."""
-    console = rich.get_console()
-    before = dict(console.__dict__)
-    written = io.StringIO()
-    rich.reconfigure(file=written, force_terminal=False, width=70, _environ={})
-    yield written
-    console.__dict__ = before
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
+    with printed(70) as written:
+        yield written
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("time.monotonic", clock.monotonic)
+    monkeypatch.setattr("time.monotonic", clock)
     return clock
-
-
-class Tick(Callback):
-    """Move the clock at each batch."""
-
-    def __init__(self, clock: Clock, seconds: float) -> None:
-        self.clock = clock
-        self.seconds = seconds
-
-    @on(BatchBegin)
-    def tick(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
-        self.clock.now += self.seconds
 
 
 class At(Callback):

@@ -33,22 +33,19 @@ from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
+from tests.support.phases import OtherValidation
 
 Counted = tuple[int, int, int, int]
 
 
-class OODPhase(ValidationPhase):
-    """Validate on other data."""
-
-
 def test_counts_epochs_batches_and_updates_of_each_phase() -> None:
     batches = tiny_batches(n_batches=5)
-    learner = tiny_learner(data={TrainingPhase: batches, ValidationPhase: batches[:3], OODPhase: batches[:2]})
+    learner = tiny_learner(data={TrainingPhase: batches, ValidationPhase: batches[:3], OtherValidation: batches[:2]})
     learner.fit(2)
     history = learner.cbstate.history
     assert history[TrainingPhase] == (2, 10, 5, 10)
     assert history[ValidationPhase] == (2, 6, 3, 0)
-    assert history[OODPhase] == (2, 4, 2, 0)
+    assert history[OtherValidation] == (2, 4, 2, 0)
     counts = history[TrainingPhase()]  # the instance and the type are one key
     assert (counts.epochs, counts.steps, counts.steps_epoch, counts.updates) == (2, 10, 5, 10)
     learner.fit(steps=3)

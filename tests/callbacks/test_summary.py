@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import rich
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,16 +18,14 @@ from flowtrain.callbacks.summary import Layer, summarize
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
+from tests.support.console import printed
 
 
 @pytest.fixture
 def output() -> Iterator[io.StringIO]:
     """What rich's console prints."""
-    before = dict(rich.get_console().__dict__)
-    written = io.StringIO()
-    rich.reconfigure(file=written, force_terminal=False, width=40, _environ={})
-    yield written
-    rich.get_console().__dict__ = before
+    with printed(40) as written:
+        yield written
 
 
 def test_prints_the_summary_of_the_first_batch_once(output: io.StringIO) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from tests.support.programs import Programs, importing_the_same
 
-def run(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+def printed(programs: Programs, program: str) -> str:
+    """Run a program without a failure; return what it has printed."""
+    done = programs.run(program)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("use", ["console()", "BottomLine.of(console()).show(progress)"])
-def test_rich_draws_no_random_numbers_of_the_program(use: str) -> None:
+def test_rich_draws_no_random_numbers_of_the_program(use: str, programs: Programs) -> None:
     """rich draws when it is imported: a run that prints would be another run."""
     program = f"""
 import random, sys
@@ -32,10 +34,10 @@ def progress():
 {use}
 assert random.getstate() == before
 """
-    run(program)
+    printed(programs, program)
 
 
-def test_a_line_that_nobody_closed_is_given_back_when_the_program_ends() -> None:
+def test_a_line_that_nobody_closed_is_given_back_when_the_program_ends(programs: Programs) -> None:
     program = """
 import os
 os.environ.update(TTY_COMPATIBLE="1", TERM="xterm", COLUMNS="40", LINES="8")
@@ -43,13 +45,13 @@ from flowtrain.callbacks.terminal import BottomLine, console
 BottomLine.of(console()).show(lambda: "shown")
 print("printed")
 """
-    written = run(program)
+    written = printed(programs, program)
     begin, end = "\x1bD\x1b[A\x1b7\x1b[1;7r\x1b8\x1b7\x1b[8;1H\x1b[2K", "\x1b7\x1b[8;1H\x1b[2K\x1b[r\x1b8"
     assert written == f"{begin}shown\x1b8printed\n{end}"
 
 
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1", "TERM": "dumb"}])
-def test_there_is_no_last_line_where_the_cursor_cannot_move(environment: dict[str, str]) -> None:
+def test_there_is_no_last_line_where_the_cursor_cannot_move(environment: dict[str, str], programs: Programs) -> None:
     program = f"""
 import os
 for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -58,7 +60,7 @@ os.environ.update({environment!r})
 from flowtrain.callbacks.terminal import BottomLine, console
 print(BottomLine.of(console()))
 """
-    assert run(program) == "None\n"
+    assert printed(programs, program) == "None\n"
 
 
 NOTEBOOK = """
@@ -74,7 +76,7 @@ def test_in_a_notebook_the_bar_is_one_output_that_ends_empty() -> None:
     """In a kernel of Jupyter's, with the messages that its frontends get. No widgets are needed."""
     pytest.importorskip("ipykernel")
     jupyter = pytest.importorskip("jupyter_client.manager")
-    manager, client = jupyter.start_new_kernel(env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    manager, client = jupyter.start_new_kernel(env=importing_the_same())
     try:
         client.execute(NOTEBOOK)
         messages: list[dict[str, Any]] = []
@@ -84,9 +86,9 @@ def test_in_a_notebook_the_bar_is_one_output_that_ends_empty() -> None:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     shown = [each["content"] for each in messages if each["msg_type"].endswith("display_data")]
-    printed = "".join(each["content"]["text"] for each in messages if each["msg_type"] == "stream")
+    text = "".join(each["content"]["text"] for each in messages if each["msg_type"] == "stream")
     assert [each["msg_type"] for each in messages if each["msg_type"] == "error"] == []
-    assert printed.count("printed\n") == printed.count("\n") == 2
+    assert text.count("printed\n") == text.count("\n") == 2
     assert len({each["transient"]["display_id"] for each in shown}) == 1
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", each["data"]["text/plain"]) for each in shown]
     assert [re.sub(r" [━╸╺]+ (\d/\d) .*\n", r" \1", line) for line in lines[:-1]] == [

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from flowtrain import (
     Access,
-    BatchBegin,
     BatchEnd,
     Callback,
     EpochEnd,
@@ -31,6 +30,7 @@ from flowtrain import (
 from flowtrain.callbacks import SmoothLoss, after, before, once, throttle, when
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import assert_equivalent, tiny_learner
+from tests.support.clock import Clock, Tick
 from tests.support.examples import examples
 
 
@@ -56,30 +56,9 @@ class Note(Callback):
         return [step for name, step in self.batches if name == phase.__name__]
 
 
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-class Tick(Callback):
-    """Move the clock by one second at each batch."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    @on(BatchBegin)
-    def tick(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
-        self.clock.now += 1.0
 
 
 def test_every_counts_over_epochs_for_each_phase() -> None:

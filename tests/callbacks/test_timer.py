@@ -22,16 +22,7 @@ from flowtrain.callbacks import Timer
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
-
-
-class Clock:
-    """A clock that goes on only where a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 class SlowLoader:

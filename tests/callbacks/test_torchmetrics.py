@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -48,6 +47,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.metrics.metric import Running
 from flowtrain.testing import assert_equivalent
 from flowtrain_dask import DaskExecutor
+from tests.support.logs import log_fields, log_records
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
@@ -348,7 +348,7 @@ def test_those_who_watch_a_metric_watch_one_of_its_values(tmp_path: Path) -> Non
     assert "Score.cat is 2; its best value was 1, in epoch 2" in str(learner.stopped)
     assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == ["epoch-0002.ckpt", "epoch-0004.ckpt"]
     assert learner.cbstate.hyperparams["LearningRate"].values == [1.0, 1.0, 1.0, 0.5]
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    records = log_records(tmp_path / "log.jsonl")
     found = [(each["step"], each["value"]) for each in records if each["name"] == "Score.cat"]
     assert found[1::2] == [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0)]  # each batch, and each epoch, of one batch
 
@@ -426,7 +426,6 @@ def test_the_results_do_not_depend_on_the_executor(tmp_path: Path) -> None:
 
     always = partial(DaskExecutor, defer=True, parallel="always")
     assert_equivalent(make, executors=["dask", always], interleavings=2, ignore=["callbacks.LogMetrics.backends"])
-    logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    serial, *others = ([(each["name"], each["group"], each["step"], each["value"]) for each in log] for log in logs)
+    serial, *others = (log_fields(file, "name", "group", "step", "value") for file in files)
     assert len(serial) == 2 * (3 + 2) * 7 - 2 * 3 + 2 * 2 * 7  # "Spread.large" is not there in small batches
     assert all(other == serial for other in others)

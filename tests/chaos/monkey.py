@@ -18,7 +18,7 @@ from typing import Any
 
 from distributed import Client
 
-from tests.executors.conftest import DaskProcesses
+from tests.support.dask_processes import DaskProcesses
 from tests.support.waiting import wait_for
 
 __all__ = ["Monkey", "Seen"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.chaos.compare import Difference, compare
 from tests.chaos.monkey import Monkey, Seen
 from tests.chaos.program import LOGS
-from tests.executors.conftest import DaskProcesses
+from tests.support.dask_processes import DaskProcesses
 from tests.support.waiting import wait_for
 
 __all__ = ["run"]

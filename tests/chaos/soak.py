@@ -21,7 +21,7 @@ from flowtrain import Access, Callback, Learner, LearnerView, Phase, UpdateEnd, 
 from flowtrain.logging import JsonlBackend
 from flowtrain_dask import DaskExecutor
 from tests.chaos.callbacks import Losses
-from tests.executors.conftest import DaskProcesses
+from tests.support.dask_processes import DaskProcesses
 
 __all__ = ["soak"]
 

@@ -39,6 +39,7 @@ from flowtrain import (
 from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchBegin, BatchCancelled, BatchEnd, LossBegin
 from flowtrain.callbacks import CustomCallback
 from flowtrain.core.core import Settings
+from tests.support.models import Tempered
 
 Pairs = list[tuple[Tensor, Tensor]]
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
@@ -49,17 +50,6 @@ class Net(nn.Sequential):
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
-
-
-class Tempered(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(outputs * self.temperature, targets)
 
 
 def batches(count: int = 7, size: int = 5) -> Pairs:

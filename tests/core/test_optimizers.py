@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
 from flowtrain.core.optimizers import fused, make_optimizers, zeroing
+from tests.support.models import Tempered
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
@@ -22,17 +23,6 @@ class Net(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-
-
-class Tempered(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(outputs * self.temperature, targets)
 
 
 def learner_of(model: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:

@@ -15,6 +15,7 @@ from flowtrain.core.optimizers import takes_found_inf
 from flowtrain.core.precision import NaNGuard, Scaling, all_finite, autocast, in_precision
 from flowtrain.diagnostics.sync_audit import Sync, watching
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.loaders import batches_with
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -82,16 +83,9 @@ def test_bf16_takes_the_short_way() -> None:
 # --- a NaN that is seen late reaches no parameter of an optimizer that takes ``found_inf``
 
 
-def batches_with_nan(at: int, n_batches: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    batches = tiny_batches(n_batches=n_batches)
-    inputs, targets = batches[at - 1]
-    batches[at - 1] = (inputs, torch.full_like(targets, NAN))
-    return batches
-
-
 def trained_until_nan(at: int, lag: int, optimizer: Any, **options: Any) -> Any:
     core = TorchCore(device="cpu", lag=lag, **options)
-    learner = tiny_learner(data=batches_with_nan(at), core=core, optimizer=optimizer)
+    learner = tiny_learner(data=batches_with(NAN, at, n_batches=8), core=core, optimizer=optimizer)
     with pytest.warns(RuntimeWarning, match="NaN"):
         learner.fit(2)
     assert isinstance(learner.stopped, CancelFittingException)
@@ -132,7 +126,9 @@ def test_an_optimizer_that_takes_none_has_made_updates_with_nan() -> None:
 
 def test_a_scaler_needs_no_guard() -> None:
     core = TorchCore(device="cpu", lag=2, precision="fp16", init_scale=1.0)
-    learner = tiny_learner(data=batches_with_nan(3), core=core, optimizer=partial(torch.optim.SGD, lr=0.1))
+    learner = tiny_learner(
+        data=batches_with(NAN, 3, n_batches=8), core=core, optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
     with pytest.warns(RuntimeWarning, match="was NaN in batch 3"):
         learner.fit(1)
     assert torch.isfinite(learner.model.coeff)
@@ -164,7 +160,7 @@ def test_only_where_somebody_watches_and_values_are_late() -> None:
 
 def test_direct_steps_are_looked_at_at_once() -> None:
     learner = tiny_learner(core=TorchCore(device="cpu", lag=2), optimizer=FUSED)
-    [bad, good] = batches_with_nan(1, n_batches=2)
+    [bad, good] = batches_with(NAN, 1, n_batches=2)
     with pytest.warns(RuntimeWarning, match="is NaN"), pytest.raises(CancelFittingException):
         learner.step(TrainingPhase, bad)
     before = learner.model.coeff.clone()
@@ -175,7 +171,7 @@ def test_direct_steps_are_looked_at_at_once() -> None:
 def test_an_epoch_that_fails_leaves_no_loss_on_its_way() -> None:
     def broken() -> Any:
         yield from tiny_batches(n_batches=1)
-        yield batches_with_nan(1)[0]
+        yield batches_with(NAN, 1, n_batches=8)[0]
         raise OSError("gone")
 
     learner = tiny_learner(core=TorchCore(device="cpu", lag=2), optimizer=FUSED)
@@ -229,7 +225,9 @@ def test_on_cuda_the_parameters_are_those_before_the_nan(at: int) -> None:
     found = []
     for lag in (0, 2):
         learner = tiny_learner(
-            data=batches_with_nan(at), core=TorchCore("cuda", lag=lag), optimizer=partial(torch.optim.AdamW, lr=0.1)
+            data=batches_with(NAN, at, n_batches=8),
+            core=TorchCore("cuda", lag=lag),
+            optimizer=partial(torch.optim.AdamW, lr=0.1),
         )
         with pytest.warns(RuntimeWarning, match="NaN"):
             learner.fit(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from flowtrain.diagnostics.plots import Curve, curves, find_names
 from flowtrain.learner import Learner
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.loaders import Failing
+from tests.support.phases import OtherTraining
 
 
 @pytest.fixture
@@ -137,10 +138,6 @@ def test_a_closed_learner_can_be_plotted(learner: Learner) -> None:
 # --- the curves of a plot
 
 
-class OtherTraining(TrainingPhase):
-    """Train on other data."""
-
-
 def drawn(learner: Learner, metric: str = "Loss") -> dict[tuple[str, str], Curve]:
     recorder = learner.get_callback(Recorder)
     assert isinstance(recorder, Recorder)
@@ -167,23 +164,12 @@ def test_epochs_of_any_length_and_one_that_did_not_end() -> None:
     learner.validate()  # before any training
     learner.fit(steps=7, validate_every=4)
     with pytest.raises(ZeroDivisionError):
-        learner.fit(1, data=failing(batches[:5]))
+        learner.fit(1, data=Failing(batches[:5]))
     learner.fit(1, data=(batches[:2], batches[:1]))
     found = drawn(learner)
     assert found["TrainingPhase", "batch"].x == list(range(1, 15))
     assert found["TrainingPhase", "epoch"].x == [4, 7, 14]
     assert found["ValidationPhase", "epoch"].x == [0, 4, 7, 14]
-
-
-def failing(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> object:
-    """A loader that fails after its last batch."""
-
-    class Loader:
-        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            yield from batches
-            raise ZeroDivisionError
-
-    return Loader()
 
 
 def test_two_training_phases_share_the_axis() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.logging import JsonlBackend, Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.logs import log_fields
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -155,8 +155,7 @@ def executor_of(kind: str, dask_processes: Any) -> Executor:
 
 
 def records(path: Path) -> list[tuple[str, int, float]]:
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [(line["name"], line["step"], line["value"]) for line in lines]
+    return log_fields(path, "name", "step", "value")
 
 
 @pytest.mark.parametrize("kind", ["serial", "threads", "cluster"])

@@ -5,9 +5,7 @@ The processes are real ones: schedulers and workers of dask's command line, and 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -41,6 +39,8 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
+from tests.support.logs import log_records, log_steps
+from tests.support.programs import importing_the_same
 from tests.support.waiting import wait_for
 
 Where = Literal["threads", "cluster"]
@@ -93,16 +93,6 @@ def cancel() -> None:
     raise CancelEpochException("enough")
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log without their times."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
-
-
-def steps(path: Path) -> list[int]:
-    return [record["step"] for record in records(path)]
-
-
 @pytest.fixture(params=["threads", "cluster"])
 def make_executor(request: pytest.FixtureRequest) -> Callable[..., DaskExecutor]:
     """Makes executors, of threads and of a cluster."""
@@ -117,11 +107,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts scripts; those that still run are ended with the test."""
     # The C library gives large blocks back at once: otherwise each small object that is kept splits a large block that
     # is free, and what is measured is that.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
+    environment = {**importing_the_same(), "MALLOC_MMAP_THRESHOLD_": "65536"}
     started: list[subprocess.Popen[str]] = []
 
     def begin(source: str, *arguments: str) -> subprocess.Popen[str]:
@@ -152,14 +138,14 @@ def test_rule_27_the_error_comes_at_the_next_batch_boundary(
         with pytest.raises(ValueError, match="no such colour") as caught:
             learner.fit(3)
         assert known.count == 12
-        assert steps(path) == [1, 2, 3, 4, 5, 6, 7]
+        assert log_steps(path) == [1, 2, 3, 4, 5, 6, 7]
         assert any(
             note == "raised in Logs.record at (BatchEnd, TrainingPhase), deferred as event 7 of lane Logs"
             for note in caught.value.__notes__
         )
         assert learner.stopped is caught.value
         learner.fit(1)  # it has failed once, and goes on with what comes then
-        assert steps(path) == [*range(1, 8), *range(9, 25)]
+        assert log_steps(path) == [*range(1, 8), *range(9, 25)]
 
 
 def test_rule_27_an_error_that_comes_late_is_raised_at_the_end_of_the_fit(tmp_path: Path) -> None:
@@ -175,7 +161,7 @@ def test_rule_27_an_error_that_comes_late_is_raised_at_the_end_of_the_fit(tmp_pa
         with pytest.raises(ValueError, match="no such colour"):
             learner.fit(2)
         assert learner.cbstate.history[TrainingPhase].steps == 32
-    assert steps(tmp_path / "log.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+    assert log_steps(tmp_path / "log.jsonl") == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_rule_27_with_warn_the_lane_retires_and_training_goes_on(
@@ -186,8 +172,8 @@ def test_rule_27_with_warn_the_lane_retires_and_training_goes_on(
     with tiny_learner(failing, other, executor=executor) as learner, caplog.at_level(logging.WARNING, "flowtrain"):
         learner.fit(2)
         report = executor.report()
-    assert steps(tmp_path / "failing.jsonl") == [1, 2, 3, 4, 5, 6, 7]
-    assert steps(tmp_path / "other.jsonl") == list(range(1, 33))
+    assert log_steps(tmp_path / "failing.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+    assert log_steps(tmp_path / "other.jsonl") == list(range(1, 33))
     assert [lane.retired for lane in report.lanes] == [True, False]
     assert report.lanes[0].tally.last_error == "ValueError: no such colour"
     assert "flowtrain retires lane Logs, its callbacks see no more events: ValueError: no such colour" in caplog.text
@@ -198,7 +184,7 @@ def test_rule_27_a_cancel_in_a_lane_is_an_error(make_executor: Callable[..., Das
         with pytest.raises(DeferredCancelError, match=r"Logs.record raised CancelEpochException\('enough'\)") as caught:
             learner.fit(2)
         assert "Set deferrable = False in Logs, or write DaskExecutor(defer=False)." in str(caught.value)
-    assert steps(tmp_path / "log.jsonl") == [1, 2]
+    assert log_steps(tmp_path / "log.jsonl") == [1, 2]
 
 
 def test_rule_24_a_snapshot_larger_than_the_limit_goes_alone(
@@ -212,7 +198,7 @@ def test_rule_24_a_snapshot_larger_than_the_limit_goes_alone(
     with tiny_learner(Logs(deferred), *looks, n_batches=6, batch_size=4096, executor=executor) as learner:
         learner.fit(1)
     assert max(pending) <= 1
-    assert records(deferred) == records(serial)
+    assert log_records(deferred) == log_records(serial)
 
 
 def test_rule_24_what_is_dropped_is_counted(tmp_path: Path) -> None:
@@ -224,7 +210,7 @@ def test_rule_24_what_is_dropped_is_counted(tmp_path: Path) -> None:
         report = executor.report()
     assert report.dropped == 12
     assert report.troubles() == ["Logs: 12 events dropped"]
-    assert steps(tmp_path / "log.jsonl") == [1, 2, 3, 4]
+    assert log_steps(tmp_path / "log.jsonl") == [1, 2, 3, 4]
 
 
 SLOW = """
@@ -357,7 +343,7 @@ def test_rule_29_interrupted_while_training_waits_for_a_full_lane(
     output = process.communicate(timeout=40)[0]
     assert f"training was interrupted by {number.name}" in output
     assert process.returncode
-    found = steps(log)
+    found = log_steps(log)
     assert found == list(range(1, len(found) + 1))
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert bool(children) == bool(cluster)
@@ -407,7 +393,7 @@ def test_the_scheduler_dies_and_the_log_is_complete(
     with tiny_learner(*callbacks, executor=executor) as learner:
         learner.fit(3)
         [lane] = executor.report().lanes
-    assert records(tmp_path / "deferred.jsonl") == records(tmp_path / "serial.jsonl")
+    assert log_records(tmp_path / "deferred.jsonl") == log_records(tmp_path / "serial.jsonl")
     assert lane.tally.local > 0
     assert lane.where == f"thread ({mortal.address} was lost)"
     assert f"the cluster was lost; {lane.tally.local} events were run in this process" in caplog.text
@@ -421,7 +407,7 @@ def test_the_scheduler_dies_and_that_is_an_error(mortal: Any, tmp_path: Path) ->
     with pytest.raises(ExecutorError, match=f"The cluster at {mortal.address} was lost during training"):
         learner.fit(3)
     learner.close()
-    assert steps(path) == list(range(1, len(steps(path)) + 1))
+    assert log_steps(path) == list(range(1, len(log_steps(path)) + 1))
 
 
 def test_a_cluster_that_is_not_there_is_an_error_before_training(
@@ -448,4 +434,4 @@ def test_rule_30_loader_workers_begin_beside_lanes_in_every_epoch(method: str, e
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads
         with tiny_learner(Logs(path), data=loader, executor=DaskExecutor()) as learner:
             learner.fit(epochs)
-    assert steps(path) == list(range(1, 8 * epochs + 1))
+    assert log_steps(path) == list(range(1, 8 * epochs + 1))

@@ -35,10 +35,11 @@ from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
 from flowtrain_dask.deferred.policy import may_draw
-from tests.executors.conftest import DaskProcesses
+from tests.support.dask_processes import DaskProcesses
+from tests.support.logs import log_fields
 
-Where = Literal["serial", "dask", "local", "cluster"]
-PLACES: tuple[Where, ...] = ("serial", "dask", "local", "cluster")
+Where = Literal["serial", "dask", "cluster"]
+PLACES: tuple[Where, ...] = ("serial", "dask", "cluster")
 
 
 def drawn(learner: LearnerView) -> dict[str, Value]:
@@ -72,8 +73,6 @@ class Late(Callback):
 
 
 def executor_at(where: Where, request: pytest.FixtureRequest) -> Any:
-    if where == "local":
-        return DaskExecutor("local")
     return DaskExecutor(request.getfixturevalue("dask_processes").address) if where == "cluster" else where
 
 
@@ -96,11 +95,6 @@ def train(callbacks: list[Callback], executor: Any = "serial", epochs: int = 2, 
         return float(learner.batch.loss), state
 
 
-def records(path: Path) -> list[tuple[int, str, float]]:
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(record["step"], record["name"], record["value"]) for record in found]
-
-
 @pytest.mark.parametrize("where", PLACES)
 def test_what_a_consumer_draws_is_the_same_everywhere_and_training_is_not_changed(
     where: Where, tmp_path: Path, request: pytest.FixtureRequest
@@ -113,10 +107,10 @@ def test_what_a_consumer_draws_is_the_same_everywhere_and_training_is_not_change
     plain = train([])
     assert train(here) == plain
     assert train(there, executor_at(where, request)) == plain
-    found = records(tmp_path / "here")
+    found = log_fields(tmp_path / "here", "step", "name", "value")
     assert [step for step, _, _ in found] == [3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12]
     assert len({value for _, _, value in found}) == 12
-    assert records(tmp_path / "there") == found
+    assert log_fields(tmp_path / "there", "step", "name", "value") == found
     late = [callback.found for callback in (here[1], there[1]) if isinstance(callback, Late)]
     assert late[0] == late[1]
     assert len(late[0]) == 4
@@ -140,7 +134,8 @@ def test_a_run_that_resumes_draws_what_it_would_have_drawn(
     torch.manual_seed(99)  # as in another process
     resumed = train(callbacks("parts"), executor_at(then, request), epochs=4, resume=tmp_path / "parts/checkpoints")
     assert resumed == whole
-    assert records(tmp_path / "parts/log") == records(tmp_path / "whole/log")
+    logs = [log_fields(tmp_path / name / "log", "step", "name", "value") for name in ("parts", "whole")]
+    assert logs[0] == logs[1]
 
 
 class Stochastic(Late):
@@ -156,7 +151,9 @@ def explained(callback: Callback, executor: Any) -> str:
         return learner.callbacks.explain()
 
 
-def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(tmp_path: Path) -> None:
+def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(
+    tmp_path: Path, dask_processes: DaskProcesses
+) -> None:
     backend = JsonlBackend(tmp_path / "log")
     why = "runs in place: it may draw random numbers ({}), and a thread would take them from training; see stochastic"
     assert f"Late.look {why.format('choice in Late.pick')}" in explained(Late(backend), DaskExecutor()).replace(
@@ -164,7 +161,8 @@ def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(tmp_path: P
     )
     assert why.format("stochastic = True") in explained(Stochastic(backend), DaskExecutor())
     assert "Steady.look is deferred to lane Steady (a thread)" in explained(Steady(backend), DaskExecutor())
-    assert "Late.look is deferred to lane Late (a process)" in explained(Late(backend), DaskExecutor("local"))
+    text = explained(Late(backend), DaskExecutor(dask_processes.address))
+    assert f"Late.look is deferred to lane Late ({dask_processes.address})" in text
 
 
 class Whole(Late):
@@ -172,12 +170,14 @@ class Whole(Late):
         return {"cbstate.metrics_step": Read(full=True), **super().state_access()}
 
 
-def test_a_lane_that_cannot_leave_the_process_takes_none_that_draws(tmp_path: Path) -> None:
+def test_a_lane_that_cannot_leave_the_process_takes_none_that_draws(
+    tmp_path: Path, dask_processes: DaskProcesses
+) -> None:
     backend = JsonlBackend(tmp_path / "log")
-    text = explained(Whole(backend), DaskExecutor("local"))
+    text = explained(Whole(backend), DaskExecutor(dask_processes.address))
     assert "Whole.look runs in place: it may draw random numbers" in text
     joined: list[Callback] = [Steady(backend), Whole(backend)]
-    with learner_with(joined, DaskExecutor("local")) as learner:
+    with learner_with(joined, DaskExecutor(dask_processes.address)) as learner:
         assert "Steady.look runs in place: Whole runs in place and shares resource" in learner.callbacks.explain()
 
 

@@ -6,8 +6,8 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,46 +34,15 @@ from flowtrain import (
 )
 from flowtrain.callbacks import LogMetrics
 from flowtrain.graph.executor import Executor
+from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Parallel
-
-TIMEOUT = 20.0
-"""Seconds after which a test that waits for another thread has failed."""
-
-
-class Does(Callback):
-    """Does what it is told when a batch begins and ends, and when a fit ends."""
-
-    def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
-        self.act = act
-        self.after = tuple(after)
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    @on(BatchEnd)
-    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act(learner)
-
-    @on(BatchBegin)
-    def begin(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act(learner)
-
-    @on(FitEnd)
-    def fit(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act(learner)
-
-
-class A(Does): ...
-
-
-class B(Does): ...
-
-
-class C(Does): ...
+from flowtrain_dask.executor import Route, spread, why_serial
+from flowtrain_dask.parallel.task_graph import compile_plan
+from tests.support.handlers import TIMEOUT, A, B, C, Does, nothing, own_threads
 
 
 class Draws(Does):
@@ -94,13 +63,6 @@ def runner_of(executor: Executor, site: TinySite, event: Event, *callbacks: Call
     executor.bind(site)
     run = executor.compile(Callbacks(callbacks, state).plan(type(event), TrainingPhase))
     return lambda: run(event, TrainingPhase())
-
-
-def nothing(learner: LearnerView) -> None: ...
-
-
-def own_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("flowtrain-dask")]
 
 
 # --- who runs, and where
@@ -418,3 +380,64 @@ def test_without_distributed_a_cluster_is_a_clear_error(monkeypatch: pytest.Monk
     with pytest.raises(ExecutorError, match=r"DaskExecutor\('local'\) needs distributed, .*'flowtrain\[dask\]'"):
         tiny_learner(LogMetrics(backend), executor=DaskExecutor("local"))
     tiny_learner(LogMetrics(backend), executor=DaskExecutor()).close()
+
+
+# --- how a plan is run, and the line that says why
+
+
+class Own(Callback):
+    """Writes an entry of its own, or reads the one of another."""
+
+    def __init__(self, name: str, reads: str = "") -> None:
+        self.name = name
+        self.reads = reads
+
+    def state_access(self) -> Access:
+        return {f"cbstate.{self.reads}": Read()} if self.reads else {f"cbstate.{self.name}": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        if not self.reads:
+            setattr(learner.cbstate, self.name, 0)
+
+    @on(BatchEnd, TrainingPhase)
+    def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
+def planned(*callbacks: Callback, strict: bool = False, end: bool = False) -> Plan:
+    learner = tiny_learner(*callbacks, default_callbacks=False, strict=strict)
+    return learner.callbacks.plan(FitEnd, Phase) if end else learner.callbacks.plan(BatchEnd, TrainingPhase)
+
+
+def two() -> tuple[Own, Own]:
+    return Own("a"), Own("b")
+
+
+@pytest.mark.parametrize(
+    ("plan", "home", "workers", "parallel", "why"),
+    [
+        (planned(Own("a")), (), 2, "always", "one handler"),
+        (planned(Own("a"), Own("b", reads="a")), (), 2, "always", "one chain"),
+        (planned(*two(), end=True), (), 2, "always", "every handler runs, even after an interrupt"),
+        (planned(*two()), (0, 1), 2, "always", "no handler may leave the training thread"),
+        (planned(*two(), strict=True), (), 2, "always", "strict mode looks at the whole state around each handler"),
+        (planned(*two()), (), 1, "always", "one worker"),
+        (planned(*two()), (), 2, "never", "parallel='never'"),
+        (planned(*two()), (0,), 2, "auto", ""),
+    ],
+)
+def test_why_a_plan_is_run_serially(
+    plan: Plan, home: tuple[int, ...], workers: int, parallel: Literal["auto", "always", "never"], why: str
+) -> None:
+    assert why_serial(plan, frozenset(home), workers, parallel) == why
+
+
+def test_handlers_at_home_are_on_the_first_strand_and_the_line_names_all() -> None:
+    plan = planned(Own("a"), Own("b"), Own("c", reads="a"))
+    strands = spread(compile_plan(plan), 2, frozenset({1}), [1.0, 1.0, 1.0])
+    assert 1 in strands.strands[0]
+    route = Route(plan, compile_plan(plan), lambda event, phase: None, "parallel='always'", strands)
+    assert route.explain() == "parallel: parallel='always'; strands: b | a, c"
+    assert Route(plan, route.graph, route.runner, "one worker").explain() == "inline: one worker"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowtrain import (
-    Access,
     BatchEnd,
-    Callback,
     EpochEnd,
     Event,
     LearnerView,
@@ -22,21 +20,7 @@ from flowtrain import (
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-
-
-class At(Callback):
-    """Handles `BatchEnd` and declares what it is told to."""
-
-    def __init__(self, access: Access | None = None, name: str = "") -> None:
-        self.access: Access = access or {}
-        self.name = name
-
-    def state_access(self) -> Access:
-        return self.access
-
-    @on(BatchEnd)
-    def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
-
+from tests.support.ordered import At
 
 W, R = Write(), Read()
 

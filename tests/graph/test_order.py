@@ -39,7 +39,7 @@ from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.resolver import Resolver
 from flowtrain.state.learner_state import LearnerState
 from tests.support.examples import examples
-from tests.support.ordered import A, At, B, C, SubA, state_with_everything
+from tests.support.ordered import A, At, B, C, SubA, pair, state_with_everything
 
 
 def order(*callbacks: Callback) -> list[str]:
@@ -170,10 +170,6 @@ def test_run_after_returns_a_tuple_of_types(wrong: Any) -> None:
     with pytest.raises(CallbackError) as caught:
         order(callback)
     assert str(caught.value) == f"B.run_after() returned {wrong!r}. Return a tuple of callback types, as (Recorder,)."
-
-
-def pair() -> tuple[A, B]:
-    return A({"cbstate.x": W}), B({"cbstate.x": W})
 
 
 # --- NoConflict and resources

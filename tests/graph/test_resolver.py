@@ -23,13 +23,9 @@ from flowtrain import (
     on,
     resolve,
 )
-from tests.support.ordered import A, At, B, C, SubA, edges, order
+from tests.support.ordered import A, At, B, C, SubA, edges, order, pair
 
 W, R = Write(), Read()
-
-
-def pair() -> tuple[A, B]:
-    return A({"cbstate.x": W}), B({"cbstate.x": W})
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, File, JsonlBackend, LoggerBackend, Run, TensorBoardBackend, Value
 from flowtrain.logging.files import AppendingFile, FileBackend, not_open, read_file, replace_file, unwritable
+from tests.support.programs import Programs
 
 
 def lines(descriptor: int) -> int:
@@ -91,9 +90,9 @@ with AppendingFile(sys.argv[1], lambda descriptor: 0) as file:
 """
 
 
-def test_of_records_that_do_not_all_fit_as_many_are_kept_as_do(tmp_path: Path) -> None:
+def test_of_records_that_do_not_all_fit_as_many_are_kept_as_do(tmp_path: Path, programs: Programs) -> None:
     path = tmp_path / "log"
-    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(path)], capture_output=True, text=True)
+    done = programs.run(ON_A_FULL_DISK, str(path))
     assert done.returncode == 0, done.stderr
     assert "a record of 6 bytes cannot be written: File too large. The file keeps the 8 bytes before it" in done.stdout
     assert path.read_bytes() == b"one\ntwo\n"

@@ -39,13 +39,6 @@ from flowtrain.testing import BackendContract, tiny_learner
 STEP = ("Step", "TrainingPhase")
 
 
-@pytest.fixture(autouse=True)
-def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow keep runs in a folder, without a database, and tell nobody."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
 def make(folder: Path) -> MLflowBackend:
     return MLflowBackend("digits", "a", tracking_uri=(folder / "mlruns").as_uri())
 

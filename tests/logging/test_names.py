@@ -37,13 +37,6 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow keep runs in a folder, without a database, and tell nobody."""
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
 def test_names_are_cleaned_and_kept_apart() -> None:
     names = Names(r"[^\w\-. :/]", 24)
     wanted = {

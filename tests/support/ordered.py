@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Resolution, TrainingPhase, on
+from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Resolution, TrainingPhase, Write, on
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
@@ -42,6 +42,11 @@ class C(At): ...
 
 
 class SubA(A): ...
+
+
+def pair() -> tuple[A, B]:
+    """Return two callbacks that write one entry."""
+    return A({"cbstate.x": Write()}), B({"cbstate.x": Write()})
 
 
 def state_with_everything() -> LearnerState:

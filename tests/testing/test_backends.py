@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from flowtrain.logging import JsonlBackend, Loggable, LoggerBackend, Run
 from flowtrain.testing import BackendContract
 from flowtrain.testing.backends import samples
+from tests.support.logs import log_records
 
 
 class ContractOf(BackendContract):
@@ -28,8 +28,7 @@ class ContractOf(BackendContract):
 
     def read(self, folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
         found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-        for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
-            record = json.loads(line)
+        for record in log_records(folder / "log.jsonl"):
             if record["kind"] == "Value":
                 found[record["group"], record["name"]].append((record["step"], float(record["value"])))
         return found

@@ -32,6 +32,7 @@ from flowtrain import (
 )
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from flowtrain.training.arguments import _ARGUMENTS, _ATTRIBUTES
+from tests.support.models import Tempered
 
 
 class Some(Callback): ...
@@ -89,17 +90,6 @@ def test_what_is_no_core(core: Any, text: str) -> None:
 
 
 # --- what can be trained
-
-
-class Tempered(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return mse_loss(outputs * self.factor, targets)
 
 
 class OwnStep(AbstractTrainingPhase):

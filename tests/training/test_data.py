@@ -40,6 +40,7 @@ from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.data import has_workers, length, loaders, parts, planned_updates, set_epoch
 from tests.support.examples import examples
 from tests.support.fired import OODPhase
+from tests.support.phases import OtherTraining
 
 Pairs = list[tuple[Tensor, Tensor]]
 X, Y = torch.zeros(6, 1), torch.ones(6, 1)
@@ -388,10 +389,6 @@ def test_whatever_has_set_epoch_is_told_once_where_a_loader_keeps_it() -> None:
 
 
 # --- the number of updates that a fit announces is the number that it makes
-
-
-class OtherTraining(TrainingPhase):
-    """Train on other data."""
 
 
 class Announced(Callback):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ from flowtrain.graph.nodes import Node
 from flowtrain.logging import CsvBackend, JsonlBackend, Run, Value
 from flowtrain.testing import tiny_learner
 from flowtrain.training.sinks import Sinks
+from tests.support.logs import log_steps
+from tests.support.programs import Programs
 
 STEP = ("Step", "TrainingPhase")
 
@@ -32,10 +31,6 @@ def nodes(callback: Callback) -> list[Node]:
     return [Node(callback, type(callback).__name__, 0, (), {}, (), backends_of(callback))]
 
 
-def steps(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()]
-
-
 def test_two_backends_on_one_file_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     one, other = JsonlBackend(tmp_path / "log"), CsvBackend(tmp_path / "link" / "log")
@@ -45,7 +40,7 @@ def test_two_backends_on_one_file_are_refused_before_anything_is_made(tmp_path: 
     learner = tiny_learner(LogMetrics(one), LogHyperParams(one, settings={"a": 1}), n_batches=1)
     learner.fit(1)
     learner.close()
-    assert steps(tmp_path / "log") == [0, 1, 1, 1, 1]
+    assert log_steps(tmp_path / "log") == [0, 1, 1, 1, 1]
 
 
 def test_what_is_no_backend_is_named() -> None:
@@ -87,15 +82,15 @@ learner.close()
 """
 
 
-def test_a_full_disk_says_what_is_kept(tmp_path: Path) -> None:
+def test_a_full_disk_says_what_is_kept(tmp_path: Path, programs: Programs) -> None:
     """In a process of its own: no file may grow beyond some bytes there."""
     path = tmp_path / "log.jsonl"
-    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(path)], capture_output=True, text=True)
+    done = programs.run(ON_A_FULL_DISK, str(path))
     assert done.returncode == 0, done.stderr
     assert re.search(r"log\.jsonl: a record of \d+ bytes cannot be written: File too large\. ", done.stdout)
     assert "raised when 'Loss' of Step/TrainingPhase, step " in done.stdout
     assert "raised in LogMetrics.log_step at (BatchEnd, TrainingPhase)" in done.stdout
-    kept = steps(path)
+    kept = log_steps(path)
     assert kept == list(range(1, len(kept) + 1))
     assert f"The file keeps the {os.path.getsize(path)} bytes before it, all of them whole" in done.stdout
 
@@ -116,7 +111,7 @@ def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None
     assert (again.run.id, again.run.resumed) == (sinks.run.id, True)
     write(new, 3)
     again.close()
-    assert (steps(tmp_path / "one"), steps(tmp_path / "new")) == ([1], [3])
+    assert (log_steps(tmp_path / "one"), log_steps(tmp_path / "new")) == ([1], [3])
 
 
 def test_a_run_that_cannot_be_gone_on_with_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -143,7 +138,7 @@ def test_callbacks_that_leave_close_their_backends(tmp_path: Path) -> None:
     sinks.open()
     write(second, 2)
     sinks.close()
-    assert steps(tmp_path / "log") == [2]
+    assert log_steps(tmp_path / "log") == [2]
 
 
 def test_every_backend_is_closed_whatever_another_raises(tmp_path: Path) -> None:
@@ -179,13 +174,13 @@ def test_a_sink_that_cannot_be_closed_does_not_stop_half_of_a_change(tmp_path: P
     backend = Broken(tmp_path / "a")
     learner = tiny_learner(LogMetrics(backend))
     learner.fit(1)
-    written = steps(tmp_path / "a")
+    written = log_steps(tmp_path / "a")
     backend.broken = True
     with pytest.raises(OSError, match="broken"):
         learner.remove_callback(LogMetrics)
     assert learner.get_callback(LogMetrics) is None
     learner.fit(1)
-    assert steps(tmp_path / "a") == written != []
+    assert log_steps(tmp_path / "a") == written != []
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,20 +24,10 @@ from flowtrain.callbacks.stopping.criteria import (
     Warmup,
 )
 from flowtrain.callbacks.stopping.criterion import Criterion, Mode
+from tests.support.clock import Clock
 from tests.support.criteria import stops_at
 
 NAN, INF = math.nan, math.inf
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
 
 # since best:  0    0    1    2    0    1    2    3    4
 VALUES = [9.0, 5.0, 6.0, 5.0, 4.0, 4.0, 7.0, 6.0, 5.0]
@@ -124,7 +114,7 @@ def test_invalid_value(bad: float) -> None:
 
 def test_the_time_limit_counts_from_the_beginning_of_the_fit() -> None:
     """Epochs of 4 seconds, limit 10: at 4 and 8 it goes on, at 12 it stops."""
-    clock = Clock(1000.0)
+    clock = Clock()
     criterion = TimeLimit(10, clock=clock)
     clock.now += 100.0  # until the fit begins, nothing counts
     criterion.begin()
@@ -146,7 +136,7 @@ def test_the_time_limit_counts_from_the_first_value_where_no_fit_begins() -> Non
 
 
 def test_time_between_two_fits_and_after_a_checkpoint_does_not_count() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     first = TimeLimit(10, clock=clock)
     first.begin()
     clock.now = 6.0

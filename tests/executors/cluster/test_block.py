@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flowtrain_dask.cluster.block import Block, Place, possible, read
+from tests.support.programs import Programs
 
 pytestmark = pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
 
@@ -125,7 +126,7 @@ def test_the_memory_of_a_large_batch_is_given_back(block: Block) -> None:
     assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
-def test_where_there_is_no_room_it_is_an_error_and_the_next_batch_may_fit() -> None:
+def test_where_there_is_no_room_it_is_an_error_and_the_next_batch_may_fit(programs: Programs) -> None:
     script = (
         "import resource\n"
         "from flowtrain_dask.cluster.block import Block, read\n"
@@ -137,7 +138,7 @@ def test_where_there_is_no_room_it_is_an_error_and_the_next_batch_may_fit() -> N
         "    print(error.strerror)\n"
         "print(bytes(read(block.fill([b'three']))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = programs.run(script)
     assert done.stdout == "File too large\nb'three'\n", done.stderr
 
 
@@ -164,7 +165,7 @@ def test_other_numbers_are_no_block(block: Block, tmp_path: Path) -> None:
     os.close(pipe)
 
 
-def test_a_child_that_was_forked_takes_nothing_from_its_parent() -> None:
+def test_a_child_that_was_forked_takes_nothing_from_its_parent(programs: Programs) -> None:
     script = (
         "import os\n"
         "from flowtrain_dask.cluster.block import Block, read\n"
@@ -176,5 +177,5 @@ def test_a_child_that_was_forked_takes_nothing_from_its_parent() -> None:
         "os.wait()\n"
         "print(bytes(read(place)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = programs.run(script)
     assert done.stdout == "b'one'\n", done.stderr

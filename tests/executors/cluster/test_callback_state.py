@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
-from flowtrain.callback.access import declare
 from flowtrain.callbacks import throttle
 from flowtrain.errors import ExecutorError
-from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging import JsonlBackend
-from flowtrain.state.partial_view import Owner
 from flowtrain_dask.cluster.callback_state import (
     build,
     check_can_be_sent,
@@ -23,7 +20,7 @@ from flowtrain_dask.cluster.callback_state import (
     fixed_objects,
     load_state,
 )
-from flowtrain_dask.lanes.work import Duty, Job
+from tests.support.lanes import job_of
 
 
 class Carrier(Callback):
@@ -52,17 +49,6 @@ class Setting(Carrier):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, restored=True)
-
-
-def job_of(*callbacks: Callback) -> Job:
-    declaration = declare({}, "test")
-    duties = tuple(
-        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
-        for index, each in enumerate(callbacks)
-        for _, handler in each.handlers()
-    )
-    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
-    return Job("+".join(names), "run", names, backends, duties)
 
 
 def kept_of(*callbacks: Callback) -> list[object]:

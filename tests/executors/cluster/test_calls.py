@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,6 @@ class Rig:
             return whole if all_of_it else blob
 
         return self.calls.make(give, worker, self, closing, self.tally)
-
-
-@pytest.fixture
-def connection(dask_processes: Any) -> Iterator[Connection]:
-    made = connect(dask_processes.address, 60)
-    assert made is not None
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,22 +11,8 @@ import torch
 from flowtrain_dask.cluster.codec import Encoded, decode, encode, memory_for
 from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.pool import ALIGNMENT
-
-
-def closure(factor: int) -> Callable[[Any], Any]:
-    """A function that no import finds."""
-
-    def multiply(value: Any) -> Any:
-        """Multiply."""
-        return value * factor
-
-    return multiply
-
-
-def memory_of(encoded: Encoded) -> list[int]:
-    """Return the addresses of the buffers: the memory that is sent, without the pickle."""
-    parts = [part for part in encoded.pieces if isinstance(part, memoryview)]
-    return [np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:]]
+from tests.support.encoded import closure, memory_of
+from tests.support.programs import Programs
 
 
 def in_memory(obj: object) -> memoryview:
@@ -61,15 +43,15 @@ def test_what_is_no_blob(blob: bytes) -> None:
             decode(found)
 
 
-def test_another_process_reads_it(tmp_path: Path) -> None:
+def test_another_process_reads_it(tmp_path: Path, programs: Programs) -> None:
     path = tmp_path / "blob"
     path.write_bytes(encode({"a": torch.full((3,), 2.0, dtype=torch.bfloat16), "f": closure(3)}))
     code = (
         "import sys, pathlib; from flowtrain_dask.cluster.codec import decode;"
         "found = decode(pathlib.Path(sys.argv[1]).read_bytes()); print(found['f'](found['a']).tolist())"
     )
-    ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[6.0, 6.0, 6.0]"
+    ran = programs.run(code, str(path))
+    assert ran.stdout.strip() == "[6.0, 6.0, 6.0]", ran.stderr
 
 
 def test_a_blob_is_its_pieces() -> None:

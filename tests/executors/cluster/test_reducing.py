@@ -24,6 +24,7 @@ from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.reducing import ValuePickler
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.series import Tail
+from tests.support.encoded import closure, memory_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ComplexHalf support is experimental",
@@ -105,22 +106,6 @@ def test_a_small_part_of_a_large_storage_that_is_sent_anyway_shares_its_memory()
 @dataclass
 class Bag:
     items: list[Any]
-
-
-def closure(factor: int) -> Callable[[Any], Any]:
-    """A function that no import finds."""
-
-    def multiply(value: Any) -> Any:
-        """Multiply."""
-        return value * factor
-
-    return multiply
-
-
-def memory_of(encoded: Encoded) -> list[int]:
-    """Return the addresses of the buffers: the memory that is sent, without the pickle."""
-    parts = [part for part in encoded.pieces if isinstance(part, memoryview)]
-    return [np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:]]
 
 
 @pytest.mark.parametrize("kind", [NamedTensors, NamedGradients])

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,9 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no annotations
 import pytest
 import torch
 
-from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
-from flowtrain.callback.access import declare
+from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
 from flowtrain.errors import ExecutorError
-from flowtrain.graph.held_backends import backends_of
-from flowtrain.logging.backend import Group, LoggerBackend, Run, Value, identity, log
-from flowtrain.state.partial_view import Owner
+from flowtrain.logging.backend import Group, LoggerBackend, Value, identity, log
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker
 from flowtrain_dask.cluster.block import Block, Place, possible
@@ -29,38 +26,13 @@ from flowtrain_dask.cluster.transport import ClusterTransport
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import OnLoss
-from flowtrain_dask.lanes.work import Duty, Job, Outcome
+from flowtrain_dask.lanes.work import Outcome
+from tests.support.lanes import Memory, job_of
 from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 GROUP: Group = ("Step", "TrainingPhase")
-
-
-class Memory(LoggerBackend):
-    """Keeps its records in the process that writes them."""
-
-    def __init__(self) -> None:
-        self.records: list[str] = []
-
-    @property
-    def sink(self) -> str:
-        return f"memory {id(self)}"
-
-    def open(self, run: Run) -> None: ...
-
-    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
-        return f"{name} {step} {loggable.value}".encode()
-
-    def write(self, record: bytes) -> None:
-        self.records.append(record.decode())
-
-    def flush(self) -> int:
-        return len(self.records)
-
-    def restore(self, position: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Summer(Callback):
@@ -113,15 +85,8 @@ class Rig:
     """A lane on a cluster, with what a test looks at."""
 
     def __init__(self, connection: Connection, *callbacks: Summer, on_loss: OnLoss = "local", **kwargs: Any) -> None:
-        declaration = declare({"batch.inputs": Read()}, "test")
-        duties = tuple(
-            Duty(index, each.name, handler, declaration, Owner(each.name, "Summer", "state_access", declaration))
-            for index, each in enumerate(callbacks)
-            for _, handler in each.handlers()
-        )
         self.callbacks = callbacks
-        names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
-        self.job = Job("+".join(names), "run", names, backends, duties)
+        self.job = job_of(*callbacks)
         self.transport = ClusterTransport(self.job, callbacks, connection, on_loss, linger=0.02, **kwargs)
         self.transport.open(60)
         self.urgent: list[Callable[[], None]] = []
@@ -140,14 +105,6 @@ class Rig:
     def put(self, number: int, duty: int = 0, **payload: Any) -> None:
         inputs = {"number": number, **payload}
         self.lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): inputs}, 8)
-
-
-@pytest.fixture
-def connection(dask_processes: Any) -> Iterator[Connection]:
-    made = connect(dask_processes.address, 60)
-    assert made is not None
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -420,7 +420,8 @@ def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     torch.manual_seed(0)
     before = own_processes()
     sums, here = Sums(), Sums()
-    learner = learner_of(DaskExecutor("local"), lambda: [sums])
+    learner = learner_of(DaskExecutor("local", workers=1), lambda: [sums])
+    assert "Sums.sum_up is deferred to lane Sums (a process)" in learner.callbacks.explain()
     learner.fit(1)
     torch.manual_seed(0)
     with learner_of(SerialExecutor(), lambda: [here]) as serial:

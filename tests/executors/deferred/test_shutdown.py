@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +19,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.programs import Programs
 from tests.support.waiting import wait_for
 
 SCRIPT = """
@@ -66,32 +64,29 @@ else:
 """
 
 
-def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
-    command = [sys.executable, "-c", SCRIPT, str(path), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-
-
 @pytest.mark.parametrize("how", ["kept", "dropped"])
-def test_a_script_that_ends_without_closing_loses_nothing(how: str, tmp_path: Path) -> None:
+def test_a_script_that_ends_without_closing_loses_nothing(how: str, tmp_path: Path, programs: Programs) -> None:
     """Rule 25, for who calls step() and leaves: 16 events of 50 ms are pending when the script is at its end."""
     path = tmp_path / "log.jsonl"
-    ended = run(path, "60", "-1", how)
+    ended = programs.run(SCRIPT, str(path), "60", "-1", how)
+    assert ended.returncode == 0, ended.stderr
     assert path.read_text().count("\n") == 16
     assert ended.stderr == ""
 
 
-def test_what_a_script_has_no_time_for_is_told(tmp_path: Path) -> None:
+def test_what_a_script_has_no_time_for_is_told(tmp_path: Path, programs: Programs) -> None:
     path = tmp_path / "log.jsonl"
-    ended = run(path, "0.1", "-1", "kept")
+    ended = programs.run(SCRIPT, str(path), "0.1", "-1", "kept")
+    assert ended.returncode == 0, ended.stderr
     assert path.read_text().count("\n") < 16
     assert "events of lane Slow were not processed in 0.1 s, and nobody closed their learner" in ended.stderr
 
 
-def test_a_failure_that_nobody_waited_for_is_told(tmp_path: Path) -> None:
+def test_a_failure_that_nobody_waited_for_is_told(tmp_path: Path, programs: Programs) -> None:
     """Rule 27: there is no training thread left that it could be raised on."""
     path = tmp_path / "log.jsonl"
-    ended = run(path, "60", "5", "kept")
+    ended = programs.run(SCRIPT, str(path), "60", "5", "kept")
+    assert ended.returncode == 0, ended.stderr
     assert path.read_text().count("\n") == 4
     assert "lane Slow failed, and nobody called learner.flush() or learner.close()" in ended.stderr
     assert "ValueError: the fifth" in ended.stderr

@@ -11,37 +11,30 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.callback.access import declare
+from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callback.events import Event
-from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Group, LoggerBackend, Run, Value, log
-from flowtrain.state.partial_view import Owner
+from flowtrain.logging.backend import LoggerBackend, Run, Value, log
 from flowtrain_dask.lanes.driver import Driver, OnError
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, ThreadTransport
-from flowtrain_dask.lanes.work import Duty, Entry, Job, Outcome
+from flowtrain_dask.lanes.work import Entry, Job, Outcome
+from tests.support.lanes import Memory, job_of
 from tests.support.waiting import wait_for
 
 
-class Memory(LoggerBackend):
-    """Keeps its records, and how many came together; `full` makes it fail."""
+class Together(Memory):
+    """Notes how many records come together; `full` makes it fail."""
 
     def __init__(self) -> None:
-        self.records: list[int] = []
+        super().__init__()
         self.together: list[int] = []
         self.full = False
         self.after: Callable[[], None] = lambda: None
 
     @property
-    def sink(self) -> str:
-        return f"memory {id(self)}"
-
-    def open(self, run: Run) -> None: ...
-
-    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
-        return f"{loggable.value}".encode()
+    def numbers(self) -> list[int]:
+        return [int(record.rpartition(" ")[2]) for record in self.records]
 
     def write(self, record: bytes) -> None:
         raise AssertionError("the records of a batch come together")
@@ -49,17 +42,9 @@ class Memory(LoggerBackend):
     def write_all(self, records: Sequence[bytes]) -> None:
         if self.full:
             raise OSError("no space left")
-        self.records += map(int, records)
+        self.records += [record.decode() for record in records]
         self.together.append(len(records))
         self.after()
-
-    def flush(self) -> int:
-        return len(self.records)
-
-    def restore(self, position: Any) -> None:
-        del self.records[position:]
-
-    def close(self) -> None: ...
 
 
 class Logger(Callback):
@@ -131,17 +116,6 @@ class Repeating(Ending):
         return Outcome(list(self.records), outcome.done, outcome.failure)
 
 
-def job_of(*callbacks: Callback) -> Job:
-    declaration = declare({"batch.inputs": Read()}, "test")
-    duties = tuple(
-        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
-        for index, each in enumerate(callbacks)
-        for _, handler in sorted(each.handlers(), key=lambda one: one[1].attribute, reverse=True)
-    )
-    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
-    return Job("+".join(names), "run", names, backends, duties)
-
-
 NOTE, END = 0, 1
 """The first callback's duties."""
 
@@ -177,12 +151,12 @@ def drive(driver: Driver) -> None:
 
 
 def test_what_waits_is_processed_in_order_and_counted() -> None:
-    sink = Memory()
+    sink = Together()
     callback = Logger(sink)
     driver, transport = make(callback)
     put(driver, *range(100))
     drive(driver)
-    assert callback.seen == sink.records == list(range(100))
+    assert callback.seen == sink.numbers == list(range(100))
     assert (driver.put, driver.done, driver.collected, driver.tally.records) == (100, 100, 100, 100)
     assert (driver.put_bytes, driver.done_bytes) == (800, 800)
     assert not driver.rush, "it is at home"
@@ -190,7 +164,7 @@ def test_what_waits_is_processed_in_order_and_counted() -> None:
 
 
 def test_records_are_written_together_but_not_too_many() -> None:
-    sink = Memory()
+    sink = Together()
     driver, _ = make(Logger(sink, times=600))
     put(driver, 7)
     drive(driver)
@@ -199,7 +173,7 @@ def test_records_are_written_together_but_not_too_many() -> None:
 
 def test_an_abandoned_lane_writes_no_more_than_it_has_begun() -> None:
     """By then the sinks are being closed."""
-    sink = Memory()
+    sink = Together()
     driver, _ = make(Logger(sink, times=600))
 
     def abandon() -> None:
@@ -213,17 +187,17 @@ def test_an_abandoned_lane_writes_no_more_than_it_has_begun() -> None:
 
 def test_records_that_are_handed_back_again_are_written_once() -> None:
     """Rule 25: whatever was run again."""
-    sink = Memory()
+    sink = Together()
     driver, transport = make(Logger(sink), kind=Repeating)
     put(driver, *range(100))
     drive(driver)
     assert len(transport.batches) > 1
-    assert sink.records == list(range(100))
+    assert sink.numbers == list(range(100))
 
 
 def test_events_gather_until_there_are_enough() -> None:
     """The linger is an hour, so nothing else can be why."""
-    callback = Logger(Memory())
+    callback = Logger(Together())
     driver, transport = make(callback, hurry=5)
     transport.linger = 3600
     driver.taken = time.monotonic()
@@ -244,7 +218,7 @@ def test_events_gather_until_there_are_enough() -> None:
 
 
 def test_a_sink_that_fails_surfaces_and_the_next_event_is_written() -> None:
-    sink = Memory()
+    sink = Together()
     sink.full = True
     raised: list[str] = []
 
@@ -259,13 +233,13 @@ def test_a_sink_that_fails_surfaces_and_the_next_event_is_written() -> None:
     put(driver, 1)
     drive(driver)
     assert raised == ["no space left"]
-    assert sink.records == [2]
+    assert sink.numbers == [2]
     assert (driver.done, driver.failure) == (2, None)
 
 
 def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
     """Whichever callback of the lane they are of, and however many; the one that failed gets nothing behind the gap."""
-    failing, other = Memory(), Memory()
+    failing, other = Together(), Together()
     failing.full = True
 
     def recover() -> None:
@@ -278,7 +252,7 @@ def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
         put(driver, number)
         put(driver, number + 1, duty=2)  # the second callback's
     drive(driver)
-    assert other.records == list(range(transport.batches[0]))
+    assert other.numbers == list(range(transport.batches[0]))
     assert len(other.records) == 64
     assert failing.records == []
     with pytest.raises(OSError, match="no space left"):
@@ -287,12 +261,12 @@ def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
 
 def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> None:
     """Rules 17 and 27; what came before it is written first, and what is put after it was raised is processed."""
-    sink = Memory()
+    sink = Together()
     callback = Logger(sink, bad=[2])
     written: list[list[int]] = []
 
     def surface(raise_it: Callable[[], None]) -> None:
-        written.append(list(sink.records))
+        written.append(list(sink.numbers))
         put(driver, 4)
         with pytest.raises(ValueError, match="bad number 2"):
             raise_it()
@@ -312,7 +286,7 @@ def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> 
 
 def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
     failures: list[Callable[[], None]] = []
-    callback = Logger(Memory(), bad=[0])
+    callback = Logger(Together(), bad=[0])
     driver, _ = make(callback, surface=failures.append)
     put(driver, 0, 1)
     put(driver, 0, duty=END, event=FitEnd())
@@ -336,13 +310,13 @@ def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
 def test_with_warn_it_retires(caplog: pytest.LogCaptureFixture) -> None:
     """Rule 27: nothing is raised, and nothing runs any more."""
     failures: list[Callable[[], None]] = []
-    sink = Memory()
+    sink = Together()
     callback = Logger(sink, bad=[1])
     driver, _ = make(callback, surface=failures.append, on_error="warn")
     put(driver, 0, 1, 2)
     put(driver, 0, duty=END, event=FitEnd())
     drive(driver)
-    assert (callback.seen, sink.records, failures) == ([0], [0], [])
+    assert (callback.seen, sink.numbers, failures) == ([0], [0], [])
     assert (driver.retired, driver.refuses, driver.failure) == (True, True, None)
     assert (driver.done, driver.tally.skipped) == (4, 2)
     assert driver.tally.last_error == "ValueError: bad number 1"
@@ -357,7 +331,7 @@ def test_a_state_that_cannot_be_brought_home_is_not_asked_for_again_and_again() 
         failures.append(raise_it)
         driver.end()
 
-    driver, transport = make(Logger(Memory()), surface=surface)
+    driver, transport = make(Logger(Together()), surface=surface)
     transport.error = ConnectionError("it is gone")
     put(driver, 0)
     drive(driver)
@@ -368,7 +342,7 @@ def test_a_state_that_cannot_be_brought_home_is_not_asked_for_again_and_again() 
 
 def test_it_ends_without_a_failure_when_the_transport_has_stopped_waiting() -> None:
     failures: list[Callable[[], None]] = []
-    driver, transport = make(Logger(Memory()), surface=failures.append)
+    driver, transport = make(Logger(Together()), surface=failures.append)
     transport.error = Abandoned()
     put(driver, 0)
     drive(driver)

@@ -9,44 +9,14 @@ from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, CancelFittingException, FitEnd, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.callback.access import declare
+from flowtrain import BatchEnd, Callback, CancelFittingException, FitEnd, LearnerView, Phase, TrainingPhase, on
 from flowtrain.errors import DeferredCancelError, UsageError
-from flowtrain.graph.held_backends import backends_of
-from flowtrain.logging.backend import Group, Identity, LoggerBackend, Run, Value, identity, log
-from flowtrain.state.partial_view import Owner
+from flowtrain.logging.backend import Identity, LoggerBackend, Value, identity, log
 from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import ThreadTransport
-from flowtrain_dask.lanes.work import Duty, Job
+from tests.support.lanes import Memory, job_of
 from tests.support.waiting import wait_for
-
-
-class Memory(LoggerBackend):
-    """Keeps its records."""
-
-    def __init__(self) -> None:
-        self.records: list[str] = []
-
-    @property
-    def sink(self) -> str:
-        return f"memory {id(self)}"
-
-    def open(self, run: Run) -> None: ...
-
-    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
-        return f"{name} {step} {loggable.value}".encode()
-
-    def write(self, record: bytes) -> None:
-        self.records.append(record.decode())
-
-    def flush(self) -> int:
-        return len(self.records)
-
-    def restore(self, position: Any) -> None:
-        del self.records[position:]
-
-    def close(self) -> None: ...
 
 
 class Logger(Callback):
@@ -71,17 +41,6 @@ class Logger(Callback):
         self.seen.append(number)
         self.identities.append(identity())
         log(self.backends, Value(number), "Number", number, ("Step", "TrainingPhase"))
-
-
-def job_of(*callbacks: Callback) -> Job:
-    declaration = declare({"batch.inputs": Read()}, "test")
-    duties = tuple(
-        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
-        for index, each in enumerate(callbacks)
-        for _, handler in each.handlers()
-    )
-    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
-    return Job("+".join(names), "run", names, backends, duties)
 
 
 MakeLane = Callable[..., Lane]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.callback.access import declare
+from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
 from flowtrain.logging.backend import Identity, identity
-from flowtrain.state.partial_view import Owner
-from flowtrain_dask.lanes.work import Duty, Entry, Job, Surroundings, run_entries
+from flowtrain_dask.lanes.work import Entry, Surroundings, run_entries
+from tests.support.lanes import job_of
 
 
 class Watcher(Callback):
@@ -25,13 +24,6 @@ class Watcher(Callback):
         if number < 0:
             raise SystemExit(number)
         self.seen.append((number, identity(), torch.get_default_dtype(), torch.is_grad_enabled()))
-
-
-def job_of(callback: Callback, **changes: object) -> Job:
-    declaration = declare({"batch.inputs": Read()}, "test")
-    [(_, handler)] = callback.handlers()
-    duty = Duty(0, "Watcher", handler, declaration, Owner("Watcher", "Watcher", "state_access", declaration))
-    return Job("Watcher", "run", ("Watcher",), ((),), (duty,), **changes)  # type: ignore[arg-type]  # as each test says
 
 
 def entries(*numbers: int) -> list[Entry]:

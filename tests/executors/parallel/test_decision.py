@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import pytest
 
-from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain import BatchEnd, TrainingPhase
 from flowtrain.graph.executor import Runner, SerialExecutor
-from flowtrain.graph.registry import Callbacks
-from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.decision import Decision, Mode
 from flowtrain_dask.parallel.firing import StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
-
-
-class Works(Callback):
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
-
-    @on(BatchEnd)
-    def work(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act()
+from tests.support.handlers import Does, plan_of
 
 
 class Two:
@@ -39,8 +26,8 @@ class Two:
         self.pool = pool
         self.site = TinySite()
         self.used: list[Runner] = []
-        callbacks = [Works(partial(self.work, 0)), Works(partial(self.work, 1))]
-        plan = Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase)
+        callbacks = [Does(lambda _: self.work(0)), Does(lambda _: self.work(1))]
+        plan = plan_of(*callbacks)
         serial = SerialExecutor()
         serial.bind(self.site)
         self.serial = serial.compile(plan)
@@ -71,13 +58,6 @@ class Two:
         for _ in range(times):
             self.used[-1](BatchEnd(), TrainingPhase())
         return list(self.ways)
-
-
-@pytest.fixture
-def pool() -> Iterator[StrandPool]:
-    made = StrandPool(2)
-    yield made
-    made.close()
 
 
 ROUND = ["parallel", "inline"]

@@ -8,59 +8,20 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from flowtrain import BatchEnd, Callback, Event, ExecutorError, LearnerView, Phase, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, ExecutorError, LearnerView, TrainingPhase
 from flowtrain.graph.plan import Plan
-from flowtrain.graph.registry import Callbacks
-from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.parallel.firing import CLOSED, Firing, StrandPool
 from flowtrain_dask.parallel.strands import Strands, needs_training_thread, pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
+from tests.support.handlers import TIMEOUT, A, B, C, Does, nothing, own_threads, plan_of
 from tests.support.interrupts import interrupted
 from tests.support.waiting import wait_for
-
-TIMEOUT = 20.0
-"""Seconds after which a test that waits for another thread has failed."""
-
-
-class Does(Callback):
-    """Does what it is told when a batch ends."""
-
-    def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
-        self.act = act
-        self.after = tuple(after)
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    @on(BatchEnd)
-    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act(learner)
-
-
-class A(Does): ...
-
-
-class B(Does): ...
-
-
-class C(Does): ...
-
-
-@pytest.fixture
-def pool() -> Iterator[StrandPool]:
-    made = StrandPool(2)
-    yield made
-    made.close()
-
-
-def plan_of(*callbacks: Callback) -> Plan:
-    return Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase)
 
 
 def strands_of(plan: Plan, workers: int = 2) -> Strands:
@@ -77,13 +38,6 @@ def runner_of(pool: StrandPool, *callbacks: Callback) -> Callable[[], list[tuple
         return [(step.node.name, failure) for step, failure in failures]
 
     return run
-
-
-def nothing(learner: LearnerView) -> None: ...
-
-
-def own_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("flowtrain-dask")]
 
 
 # --- at the same time, and never before what they wait for

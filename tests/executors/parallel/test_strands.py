@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, Write, on
-from flowtrain.graph.registry import Callbacks
-from flowtrain.state.learner_state import LearnerState
+from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Write, on
 from flowtrain_dask.parallel.strands import Strands, fuse, is_chain, needs_training_thread, pack
+from tests.support.handlers import plan_of
 
 
 @st.composite
@@ -101,7 +100,7 @@ class After(Plain):
 
 def test_what_is_a_chain_and_who_stays_is_read_from_the_plan() -> None:
     def plan(*callbacks: Callback) -> tuple[bool, frozenset[int]]:
-        made = Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase)
+        made = plan_of(*callbacks)
         return is_chain(made), needs_training_thread(made)
 
     nobody: frozenset[int] = frozenset()

@@ -6,7 +6,6 @@ import ast
 import re
 import shutil
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,38 +17,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowtrain_dask
-from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain import BatchEnd, TrainingPhase
 from flowtrain.graph.plan import Plan
-from flowtrain.graph.registry import Callbacks
-from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.parallel.task_graph import Task, TaskRef, compile_plan
 from tests.support.examples import examples
+from tests.support.handlers import Does, nothing, plan_of
 
-
-class Notes(Callback):
-    def __init__(self, after: Sequence[type[Callback]] = ()) -> None:
-        self.after = tuple(after)
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    @on(BatchEnd)
-    def note(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
-
-
-KINDS = [type(f"K{number}", (Notes,), {}) for number in range(8)]
+KINDS = [type(f"K{number}", (Does,), {}) for number in range(8)]
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     count = draw(st.integers(1, len(KINDS)))
     callbacks = [
-        KINDS[number]([KINDS[other] for other in draw(st.sets(st.integers(0, number - 1)))] if number else ())
+        KINDS[number](nothing, [KINDS[other] for other in draw(st.sets(st.integers(0, number - 1)))] if number else ())
         for number in range(count)
     ]
-    return Callbacks(draw(st.permutations(callbacks)), LearnerState()).plan(BatchEnd, TrainingPhase)
+    return plan_of(*draw(st.permutations(callbacks)))
 
 
 @settings(max_examples=examples(150))
@@ -92,13 +78,13 @@ def test_dask_runs_the_graph_in_the_order_of_its_edges(plan: Plan) -> None:
 
 
 def test_between_firings_the_graph_runs_nothing() -> None:
-    graph = compile_plan(Callbacks([KINDS[0]()], LearnerState()).plan(BatchEnd, TrainingPhase))
+    graph = compile_plan(plan_of(KINDS[0](nothing)))
     assert dask.threaded.get(graph, list(graph)) == (None,)
 
 
 def test_the_graph_says_what_it_is_of() -> None:
-    callbacks = [KINDS[0](), KINDS[1]([KINDS[0]])]
-    graph = compile_plan(Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase))
+    callbacks = [KINDS[0](nothing), KINDS[1](nothing, [KINDS[0]])]
+    graph = compile_plan(plan_of(*callbacks))
     assert repr(graph) == "EventGraph(BatchEnd, TrainingPhase: 2 tasks, 1 edges)"
 
 
@@ -110,13 +96,13 @@ def test_dask_takes_it_for_a_collection_that_can_be_drawn(monkeypatch: pytest.Mo
         drawn.append(dsk)
 
     monkeypatch.setattr(dask.base, "visualize_dsk", draw)
-    callbacks = [KINDS[0](), KINDS[1]([KINDS[0]])]
-    graph = compile_plan(Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase))
+    callbacks = [KINDS[0](nothing), KINDS[1](nothing, [KINDS[0]])]
+    graph = compile_plan(plan_of(*callbacks))
     dask.base.visualize(graph)
     [dsk] = drawn
     assert {key: set(task.dependencies) for key, task in dict(dsk).items()} == {
-        "K0.note": set(),
-        "K1.note": {"K0.note"},
+        "K0.batch": set(),
+        "K1.batch": {"K0.batch"},
     }
 
 

@@ -6,11 +6,11 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase, on
+from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase
 from flowtrain.graph.executor import SerialExecutor
 from flowtrain.graph.plan import Plan, Step
 from flowtrain.graph.registry import Callbacks
@@ -18,38 +18,12 @@ from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.firing import Failures, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
-
-TIMEOUT = 20.0
-"""Seconds after which a test that waits for another thread has failed."""
+from tests.support.handlers import TIMEOUT, A, B, C, nothing
 
 
 class Own(Event):
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-class Does(Callback):
-    """Does what it is told when a batch ends."""
-
-    def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
-        self.act = act
-        self.after = tuple(after)
-
-    def run_after(self) -> tuple[type[Callback], ...]:
-        return self.after
-
-    @on(BatchEnd)
-    def batch(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        self.act(learner)
-
-
-class A(Does): ...
-
-
-class B(Does): ...
-
-
-class C(Does): ...
 
 
 class Raises(TinySite):
@@ -93,16 +67,6 @@ class Bench:
 
     def settle(self, failures: Failures) -> None:
         self.timed.settle(failures, BatchEnd(), TrainingPhase())
-
-
-@pytest.fixture
-def pool() -> Iterator[StrandPool]:
-    made = StrandPool(2)
-    yield made
-    made.close()
-
-
-def nothing(learner: LearnerView) -> None: ...
 
 
 def fail(learner: LearnerView) -> None:

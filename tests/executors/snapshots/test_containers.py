@@ -21,17 +21,12 @@ from flowtrain.state.container import Tree
 from flowtrain_dask.snapshots.containers import find_rebuilder
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
+from tests.support.copies import Box, Frozen, copied, tensor
 
 
 class Pair(NamedTuple):
     a: Any
     b: Any
-
-
-@dataclass(frozen=True)
-class Frozen:
-    x: Any
-    y: int = 0
 
 
 @dataclass(slots=True)
@@ -52,21 +47,6 @@ class Output(OrderedDict[str, Any]):
 
 class Colour(enum.Enum):
     RED = 1
-
-
-class Box:
-    """A type that nobody knows."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-def copied(value: Any) -> Any:
-    return Copying(Pool(1 << 20)).entry(value, ("batch", "x"))
-
-
-def tensor(size: int = 400) -> torch.Tensor:
-    return torch.arange(float(size))
 
 
 def ordered(**items: Any) -> OrderedDict[str, Any]:

@@ -21,19 +21,9 @@ from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.state.parameters import Gradients, Parameters
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask import register_copier
-from flowtrain_dask.snapshots.copiers import Copying, Pool, check
+from flowtrain_dask.snapshots.copiers import check
 from flowtrain_dask.snapshots.series import Cut
-
-
-class Box:
-    """A type that nobody knows."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-def copied(value: Any) -> Any:
-    return Copying(Pool(1 << 20)).entry(value, ("batch", "x"))
+from tests.support.copies import Box, copied, copying
 
 
 def test_a_model_is_copied_with_its_buffers_and_without_its_graph() -> None:
@@ -116,7 +106,7 @@ def test_a_weight_under_two_names_is_copied_once_and_found_by_both(kind: type[Pa
     """Rule 20: the deferred handler writes the code that it would in place, where both names work."""
     params = Parameters({"": tied()})
     live = params if kind is Parameters else Gradients(params)
-    found = Copying(Pool(1 << 20)).copy(live)
+    found = copying().copy(live)
     assert list(found) == list(live) == ["a.weight", "a.bias", "b.bias"]
     assert found["b.weight"] is found["a.weight"]
     assert torch.equal(found["a.weight"], live["a.weight"])
@@ -126,7 +116,7 @@ def test_a_weight_under_two_names_is_copied_once_and_found_by_both(kind: type[Pa
 
 def test_only_the_second_name_of_a_weight_is_declared() -> None:
     inside: Tree = {"b": {"weight": Read()}}
-    found = Copying(Pool(1 << 20)).inside(Gradients(Parameters({"": tied()})), inside)
+    found = copying().inside(Gradients(Parameters({"": tied()})), inside)
     assert torch.equal(found["b.weight"], torch.ones(2, 2))
     assert len(found) == 1
     with pytest.raises(KeyError, match=r"a\.bias has no gradient"):
@@ -137,13 +127,13 @@ def test_a_weight_that_two_models_share_is_shown_in_both_as_in_place() -> None:
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     other.weight = one.weight
     live = Parameters({"one": one, "other": other})
-    found = Copying(Pool(1 << 20)).copy(live)
+    found = copying().copy(live)
     assert list(found) == list(live)
     assert torch.equal(found["other.weight"], live["other.weight"])
 
 
 def test_gradients_refuse_to_be_written() -> None:
-    found = Copying(Pool(1 << 20)).copy(Gradients(Parameters({"": tied()})))
+    found = copying().copy(Gradients(Parameters({"": tied()})))
     with pytest.raises(ProtectedException, match=r"Write access to Learner\.batch\.grads disallowed"):
         found["a.weight"] = torch.zeros(2, 2)
 
@@ -152,7 +142,7 @@ def test_series_by_name_are_cut_and_new_ones_do_not_appear() -> None:
     """Rule 22."""
     live = SeriesMap("cbstate.metrics_step")
     live.push("Loss", 0.5, 1)
-    found = Copying(Pool(1 << 20)).copy(live)
+    found = copying().copy(live)
     live.push("Loss", 0.25, 2)
     live.push("Accuracy", 1.0, 2)
     assert list(found) == ["Loss"]
@@ -165,7 +155,7 @@ def test_maps_by_phase_keep_what_they_make_and_what_they_count() -> None:
     live[TrainingPhase].push(0.5, 1)
     counts = CountsMap("cbstate.history")
     counts[TrainingPhase()] = Counts((1, 2, 3, 4))
-    found, counted = Copying(Pool(1 << 20)).copy(live), Copying(Pool(1 << 20)).copy(counts)
+    found, counted = copying().copy(live), copying().copy(counts)
     live[ValidationPhase].push(0.25, 1)
     live[TrainingPhase].push(0.25, 2)
     counts[TrainingPhase()] = Counts((5, 6, 7, 8))
@@ -179,6 +169,6 @@ def test_of_a_namespace_what_is_declared_and_there_is_copied() -> None:
     live = State("cbstate.mine")
     live.a, live.b = [1], [2]
     inside: Tree = {"a": Read(), "later": Read()}
-    found = Copying(Pool(1 << 20)).inside(live, inside)
+    found = copying().inside(live, inside)
     live.a.append(3)
     assert dict(vars(found)) == {"a": [1]}

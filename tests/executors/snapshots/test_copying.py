@@ -15,27 +15,7 @@ from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused
 from flowtrain_dask.snapshots.series import Cut, Tail
-
-
-@dataclass(frozen=True)
-class Frozen:
-    x: Any
-    y: int = 0
-
-
-class Box:
-    """A type that nobody knows."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-def copied(value: Any) -> Any:
-    return Copying(Pool(1 << 20)).entry(value, ("batch", "x"))
-
-
-def tensor(size: int = 400) -> torch.Tensor:
-    return torch.arange(float(size))
+from tests.support.copies import Box, Frozen, copied, tensor
 
 
 def test_one_thing_in_two_places_stays_one_and_cycles_stay() -> None:

@@ -11,13 +11,9 @@ from torch import nn
 
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import Parameters
-from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
 from flowtrain_dask.snapshots.modules import copy_module, copy_optimizers
-
-
-def copying() -> Copying:
-    return Copying(Pool(1 << 20))
+from tests.support.copies import copying
 
 
 class Odd(nn.Module):

@@ -12,17 +12,9 @@ from torch import nn
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import Refused
 from flowtrain_dask.snapshots.tensors import compressed_indices, copy_tensor, copy_tensors
+from tests.support.copies import copied, tensor
 
 QUANTISED = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
-
-
-def copied(value: Any) -> Any:
-    return Copying(Pool(1 << 20)).entry(value, ("batch", "x"))
-
-
-def tensor(size: int = 400) -> torch.Tensor:
-    return torch.arange(float(size))
-
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex32,
           torch.float8_e4m3fn, torch.int8, torch.uint8, torch.uint16, torch.int64, torch.bool)  # fmt: skip

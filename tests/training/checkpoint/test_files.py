@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ from flowtrain.callbacks import Checkpointer
 from flowtrain.graph.executor import Mailbox
 from flowtrain.testing import TinyModel, tiny_learner
 from flowtrain.training.checkpoint.files import FORMAT, VERSION, Writer, read, real_folder, replace, resolve, target
+from tests.support.programs import Programs
 
 
 def saved(path: Path, **contents: object) -> Path:
@@ -141,7 +141,8 @@ POINTS = [
 ] + ["removed"]
 
 LIMITED = """
-import resource, sys
+import resource, sys, warnings
+warnings.simplefilter("error")
 from flowtrain import CheckpointError
 from flowtrain.callbacks import Checkpointer
 from flowtrain.testing import tiny_learner
@@ -168,13 +169,12 @@ print(learner.cbstate.history)
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> Path:
     """A folder for each point, as it was when the process was killed there for the first or second time."""
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forked")
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLED, str(folder), *POINTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run(KILLED, str(folder), *POINTS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -203,10 +203,8 @@ def test_rule_28_a_killed_process_leaves_what_loads(killed: Path, point: str, nu
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
-def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, programs: Programs) -> None:
+    done = programs.run(LIMITED, str(tmp_path))
     assert done.returncode == 0, done.stderr
     error, history = done.stdout.splitlines()
     assert error == (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import warnings
@@ -45,6 +44,7 @@ from flowtrain.callbacks import Checkpointer, LogMetrics, Metrics, SmoothLoss, T
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.testing.values import learner_leaves
+from tests.support.logs import log_steps
 
 Run = Callable[..., Any]
 
@@ -567,10 +567,6 @@ def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[P
     assert (tmp_path / "log.jsonl").read_bytes() == logged
 
 
-def steps_in(log: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in log.read_text("utf-8").splitlines()]
-
-
 def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path) -> None:
     """Rule 28: what was logged after the checkpoint is taken back there; the log has no doubles."""
 
@@ -579,11 +575,11 @@ def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path)
 
     with run(tmp_path / "one") as learner:
         learner.fit(2)
-    steps = steps_in(tmp_path / "one" / "log.jsonl")
+    steps = log_steps(tmp_path / "one" / "log.jsonl")
     (tmp_path / "one").rename(tmp_path / "two")
     with run(tmp_path / "two") as learner:
         learner.fit(2, resume=tmp_path / "two" / "kept" / "epoch-0001.ckpt")
-    assert steps_in(tmp_path / "two" / "log.jsonl") == steps
+    assert log_steps(tmp_path / "two" / "log.jsonl") == steps
     with (
         tiny_learner(
             LogMetrics(JsonlBackend(tmp_path / "new.jsonl")), Checkpointer(tmp_path / "two" / "kept")

@@ -6,7 +6,6 @@ before the modules moved into packages. The resumed fit must give that log again
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from flowtrain.callbacks import (
 )
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
+from tests.support.logs import log_records
 
 FIRST = Path(__file__).parent / "data" / "first"
 # The sums of the weights after the fourth epoch, as the fit that wrote the data printed them.
@@ -74,7 +74,7 @@ def make_learner(folder: Path, executor: str) -> Learner:
 
 def rows(path: Path) -> dict[tuple[Any, ...], float]:
     """The logged values by group, name and step; what was logged twice shows in the count of lines."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = log_records(path)
     values = {(line["group"], line["name"], line["step"]): line["value"] for line in lines}
     assert len(values) == len(lines)
     return values

@@ -9,40 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhase, on
-from flowtrain.callback.access import declare
-from flowtrain.logging.backend import Group, Identity, LoggerBackend, Run, Value, identity, log
-from flowtrain.state.partial_view import Owner
+from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
+from flowtrain.logging.backend import Group, Identity, Value, identity, log
 from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import ThreadTransport, Transport
-from flowtrain_dask.lanes.work import Duty, Entry, Job
+from flowtrain_dask.lanes.work import Entry
+from tests.support.lanes import Memory, job_of
 
 GROUP: Group = ("Step", "TrainingPhase")
 
 
-class Sink(LoggerBackend):
+class Unwritten(Memory):
     """Encodes, and is never written to by a lane's transport."""
-
-    @property
-    def sink(self) -> str:
-        return "nowhere"
-
-    def open(self, run: Run) -> None: ...
-
-    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
-        return f"{name} {step} {loggable.value}".encode()
 
     def write(self, record: bytes) -> None:
         raise AssertionError("records are handed back")
-
-    def flush(self) -> int:
-        return 0
-
-    def restore(self, position: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Adder(Callback):
@@ -50,7 +33,7 @@ class Adder(Callback):
 
     def __init__(self) -> None:
         self.name = "Adder"
-        self.backends = (Sink(),)
+        self.backends = (Unwritten(),)
         self.total = 0
         self.seen: list[tuple[int, Identity | None, bool]] = []
 
@@ -70,10 +53,7 @@ class Rig:
 
     def __init__(self, **changes: Any) -> None:
         self.callback = Adder()
-        declaration = declare({"batch.inputs": Read()}, "test")
-        [(_, handler)] = self.callback.handlers()
-        duty = Duty(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
-        self.job = Job("Adder", "run", ("Adder",), (self.callback.backends,), (duty,), **changes)
+        self.job = job_of(self.callback, **changes)
         self.transport = ThreadTransport(self.job, [self.callback])
         self.tally = Tally()
         self.gate = Gate()

@@ -1,0 +1,27 @@
+"""A clock that the test moves."""
+
+from __future__ import annotations
+
+from flowtrain import BatchBegin, Callback, LearnerView, Phase, on
+
+
+class Clock:
+    """Gives the time that a test has set, in seconds."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Tick(Callback):
+    """Moves a clock by some seconds at each batch."""
+
+    def __init__(self, clock: Clock, seconds: float = 1.0) -> None:
+        self.clock = clock
+        self.seconds = seconds
+
+    @on(BatchBegin)
+    def tick(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        self.clock.now += self.seconds

@@ -1,0 +1,57 @@
+"""The job of a lane, and a backend that keeps its records in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowtrain import Access, Callback, Read
+from flowtrain.callback.access import declare
+from flowtrain.graph.held_backends import backends_of
+from flowtrain.logging.backend import Group, LoggerBackend, Run
+from flowtrain.state.partial_view import Owner
+from flowtrain_dask.lanes.work import Duty, Job
+
+
+class Memory(LoggerBackend):
+    """Keeps its records in the process that writes them."""
+
+    def __init__(self) -> None:
+        self.records: list[str] = []
+
+    @property
+    def sink(self) -> str:
+        return f"memory {id(self)}"
+
+    def open(self, run: Run) -> None: ...
+
+    def encode(self, loggable: Any, name: str, step: int, group: Group) -> bytes:
+        return f"{name} {step} {loggable.value}".encode()
+
+    def write(self, record: bytes) -> None:
+        self.records.append(record.decode())
+
+    def flush(self) -> int:
+        return len(self.records)
+
+    def restore(self, position: Any) -> None:
+        del self.records[position:]
+
+    def close(self) -> None: ...
+
+
+def job_of(*callbacks: Callback, access: Access | None = None, **changes: Any) -> Job:
+    """Return the job of a lane with these callbacks, each of whose handlers reads the inputs.
+
+    Args:
+        callbacks: The callbacks. Their handlers have numbers in the order in which `Callback.handlers` gives them.
+        access: What the handlers may touch, if that is something else.
+        changes: Other values of the job.
+    """
+    declaration = declare({"batch.inputs": Read()} if access is None else access, "test")
+    duties = tuple(
+        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
+        for index, each in enumerate(callbacks)
+        for _, handler in each.handlers()
+    )
+    names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
+    return Job("+".join(names), "run", names, backends, duties, **changes)

@@ -1,0 +1,30 @@
+"""Data that goes wrong on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from flowtrain.testing import tiny_batches
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Failing:
+    """A loader that fails after its last batch."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from self.batches
+        raise ZeroDivisionError
+
+
+def batches_with(value: float, at: int, n_batches: int) -> Batches:
+    """Return tiny batches, of which one, counted from 1, has targets that are all this value."""
+    batches = tiny_batches(n_batches=n_batches)
+    inputs, targets = batches[at - 1]
+    batches[at - 1] = (inputs, torch.full_like(targets, value))
+    return batches
