@@ -257,7 +257,7 @@ def whole_number(what: str, value: object, least: int = 1, error: type[Flowtrain
     Traceback (most recent call last):
     flowtrain.errors.UsageError: Every(): n is a whole number, at least 1, got 2.0.
     """
-    if not is_whole(value) or (number := int(cast("int", value))) < least:
+    if not is_whole(value) or (number := int(cast("int", value))) < least:  # an integer of NumPy becomes an `int`
         raise error(f"{what} is a whole number, at least {least}, got {value!r}.")
     return number
 
@@ -351,6 +351,7 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
     """
     distinct = list({id(failure): failure for failure in failures}.values())  # one exception may come twice
     worst, *others = sorted(distinct, key=_rank)
+    # The worst exception may carry others already, from the event in which it was first raised.
     known: tuple[BaseException, ...] = getattr(worst, "others", ())
     others = [other for other in others if all(other is not listed for listed in known)]
     if others:

@@ -192,6 +192,7 @@ def _check_function(function: Callable[..., Any], count: int = 4) -> None:
             f"it. Write a plain function that does its work and returns None."
         )
     try:
+        # Binding finds wrong parameters without a call, and lets defaults and ``*args`` pass.
         inspect.signature(function).bind(*[None] * count)
     except TypeError as error:
         name = getattr(function, "__qualname__", repr(function))

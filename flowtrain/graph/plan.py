@@ -135,6 +135,7 @@ def make_plan(
         call = handler.bind(node.callback)
         if node.callback.deferrable:
             call = _consuming(call, node, state.draws)
+            # The library's other conditions only count, and seeding the generators takes 25 microseconds.
             if any(map(_may_draw, conditions)):
                 conditions = (_SeededConditions(conditions, node, state.draws),)
         step = Step(node, handler, call, view, conditions)
@@ -172,6 +173,7 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
     # `setup` runs when the learner is built, and never on a snapshot.
     passed, consumes = node.callback.access_argument, handler is not None and node.callback.deferrable
     access = node.stated(node.union if handler is None else node.access[handler])
+    # A user who passed access= did not write `state_access`, so a refusal must not tell the user to edit that.
     if passed is not None:
         return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name), consumes=consumes)
     if handler is None or (handler.access is None and handler.function is None):

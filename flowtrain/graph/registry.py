@@ -334,6 +334,7 @@ def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]
     fires = phase.events
     if fires is None:  # the phase does not list its events, so it may fire any of the library's
         fires = AbstractTrainingPhase.events or ()
+    # The library's events are those of one module. A user's event may be fired in any phase, so it is known in all.
     user_events = {
         handler.event_type: None
         for node in nodes

@@ -71,6 +71,7 @@ class Reading:
         self._parts: list[tuple[list[int], torch.Tensor]] = []
         self._done: list[torch.cuda.Event] = []
         for positions in by_kind.values():
+            # Stacked first: one copy of many values takes as long as one of a single value.
             flat = [values[position].detach().reshape(()) for position in positions]
             self._parts.append((positions, self._send(flat[0] if len(flat) == 1 else torch.stack(flat), len(flat))))
 

@@ -172,6 +172,7 @@ class HyperParameter(Setting):
     def _groups(self, learner: LearnerView) -> Iterator[MutableMapping[str, Any]]:
         """Yield the parameter groups in which the value is set."""
         optimizer = learner.optimizer
+        # Looked up at each update: loading a state into an optimizer replaces its groups.
         groups = (getattr(optimizer, self.optimizer) if self.optimizer else optimizer).hyperparams
         if self.group is None:
             yield from groups

@@ -43,7 +43,7 @@ class HyperParamGroup(MutableMapping[str, Any]):
         if name == "params":
             raise KeyError("params: the parameters are at learner.params; this group has hyperparameters only")
         value = self._group[name]
-        return value if self._writable else readonly(value, self._path)
+        return value if self._writable else readonly(value, self._path)  # ``betas`` may be a list
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not self._writable:
