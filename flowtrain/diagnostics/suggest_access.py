@@ -33,10 +33,11 @@ from flowtrain.graph.plan import Call, Step, owner_of, set_up
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Identity, collecting
-from flowtrain.state.by_phase import CONTAINERS, PhaseMap, holds_series
+from flowtrain.state.by_phase import CONTAINERS, PhaseMap, kind_of_series
 from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import LearnerState, Named, State
 from flowtrain.state.partial_view import Owner
+from flowtrain.state.series import SeriesMap
 from flowtrain.state.views import GuardedView
 
 __all__ = [
@@ -336,7 +337,7 @@ class RecordedNamespace:
         value = getattr(target, name, None)
         if isinstance(value, State) or (path[0] == "optimizer" and isinstance(target, Named)):
             return RecordedNamespace(value, path, self._log, self._shown)
-        if path[0] == "cbstate" and holds_series(value):
+        if path[0] == "cbstate" and kind_of_series(value) is SeriesMap:
             return RecordedMapping(value, path, self._log)
         _read(self._log, path, optional=value is None)
         return self._shown(value)

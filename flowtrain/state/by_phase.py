@@ -3,7 +3,7 @@
 The entries of ``cbstate`` that the learner makes: series by name and by phase, and the counters of training.
 
 ======================  =======================================  =====================================
-entry                   what it is                               who writes it
+entry                   type                                     written by
 ======================  =======================================  =====================================
 ``history``             `PhaseMap` of `Counts`                   `Recorder`
 ``metrics_step``        `PhaseMap` of `SeriesMap`                `Metrics`, for each batch
@@ -13,7 +13,7 @@ entry                   what it is                               who writes it
 ``hyperparams``         `SeriesMap`                              `Scheduler`
 ======================  =======================================  =====================================
 
-The learner makes these containers (`CONTAINERS`) when somebody declares to write into them. They are never replaced,
+The learner makes these containers (`CONTAINERS`) when a callback declares to write into them. They are never replaced,
 only filled. A series only grows.
 """
 
@@ -41,7 +41,7 @@ __all__ = [
     "ReadOnlyPhaseMap",
     "as_phase",
     "epoch_of",
-    "holds_series",
+    "kind_of_series",
 ]
 
 V = TypeVar("V")
@@ -89,14 +89,14 @@ class PhaseMap(Container, dict[Phase, V]):
         self._path = path
         self.make = make
         self._twins: Callable[[], ReadOnlyPhaseMap[V] | None] = _nothing  # a weak reference: the twin holds the map
-        self._awaited: dict[Phase, V] = {}  # what readers hold for phases that nobody has written yet
+        self._awaited: dict[Phase, V] = {}  # values that readers hold for phases that nobody has written yet
 
     if TYPE_CHECKING:
 
         def __getitem__(self, phase: Phase | type[Phase], /) -> V: ...
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
-        # Only reached when the key is not a phase that is here: a phase type, or a phase seen for the first time.
+        # Python calls this for a key that is not in the dict: a phase type, or a phase that is met for the first time.
         key = as_phase(phase, self._path)
         if key not in self:
             if self.make is None:
@@ -106,7 +106,7 @@ class PhaseMap(Container, dict[Phase, V]):
         return dict.__getitem__(self, key)
 
     def awaited(self, key: Phase) -> V:
-        """Return what a phase that is not here will have. Reading adds nothing: others would see it."""
+        """Return the value that a missing phase will have. Reading does not add it to the map: others would see it."""
         if self.make is None:
             return self[key]
         if key not in self._awaited:
@@ -145,7 +145,7 @@ class PhaseMap(Container, dict[Phase, V]):
         del self[phase]
         return value
 
-    # Those of a dict would write past `__setitem__`.
+    # The methods of dict would write past `__setitem__`.
     clear: Any = MutableMapping.clear
     popitem: Any = MutableMapping.popitem
     setdefault: Any = MutableMapping.setdefault
@@ -157,7 +157,8 @@ class PhaseMap(Container, dict[Phase, V]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy gets readers, and so a twin, of its own.
-        return _empty, (type(self), self._path), {**vars(self), "_twins": _nothing}, None, iter(self.items())
+        rest = {name: value for name, value in vars(self).items() if name not in ("_path", "make", "_twins")}
+        return type(self), (self._path, self.make), rest, None, iter(self.items())
 
     def __twin__(self) -> Mapping[Phase, V]:
         # One twin for all readers: writing keeps it up to date, so that reading by phase is a plain dict lookup.
@@ -232,15 +233,18 @@ class CountsMap(PhaseMap[Counts]):
 
     __kind__ = "counts"
 
-    # The slots of dict itself: a write makes no Python call. Nobody needs to be told, the twin is a proxy.
+    # The slots of dict itself: a write makes no Python call. The twin is a proxy, so it needs no update.
     __setitem__ = dict.__setitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
     __delitem__ = dict.__delitem__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # C slots
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, _no_counts)
+        super().__init__(path, lambda: _NONE)
 
     def __missing__(self, phase: Phase | type[Phase]) -> Counts:
         return dict.get(self, as_phase(phase, self._path), _NONE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CountsMap, (self._path,), None, None, iter(self.items())
 
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
@@ -285,7 +289,7 @@ def epoch_of(history: Mapping[Phase, Counts], phase: Phase) -> int:
 
 
 class ReadOnlyPhaseMap(PhaseMap[V]):
-    """The twin of a `PhaseMap`; its values are twins too."""
+    """The twin of a `PhaseMap`; its values are twins as well."""
 
     def __init__(self, original: PhaseMap[V]) -> None:
         super().__init__(original._path)
@@ -314,7 +318,7 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
         return self
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return itself, (self._original,)  # as of other twins: a deep copy is one of the container
+        return itself, (self._original,)  # a deep copy of a twin is one of the container
 
     def _refused(self, *args: Any, **kwargs: Any) -> Any:
         raise refuse(self._path)
@@ -327,35 +331,24 @@ def _nothing() -> None:
     return None
 
 
-def _no_counts() -> Counts:
-    return _NONE
-
-
-def _empty(kind: type[PhaseMap[Any]], path: str) -> PhaseMap[Any]:
-    made = kind.__new__(kind)
-    PhaseMap.__init__(made, path)
-    return made
-
-
 def as_phase(phase: object, path: str) -> Phase:
-    """Return the phase that a key of a map by phase means.
+    """Return the phase of a key: the key itself, or the phase of that type.
 
     Raises:
-        KeyError: It means none.
+        KeyError: The key is neither a phase nor a type of one.
     """
     if isinstance(phase, Phase):
         return phase
     if isinstance(phase, type) and issubclass(phase, Phase):
         return phase()
-    raise KeyError(f"{path} is kept by phase; {phase!r} is none. Write {path}[phase] or {path}[TrainingPhase].")
+    raise KeyError(f"{path} is kept by phase, and {phase!r} is not one. Write {path}[phase] or {path}[TrainingPhase].")
 
 
-def holds_series(value: object) -> bool:
-    """Tell whether a container holds series by name, directly or for each phase."""
+def kind_of_series(value: object) -> type[Series] | type[SeriesMap] | None:
+    """Return `Series` or `SeriesMap` for one of them, and for a map that has one for each phase; else ``None``."""
     if isinstance(value, PhaseMap):
-        made = value.make() if value.make is not None else next(iter(value.values()), None)
-        return isinstance(made, SeriesMap)
-    return isinstance(value, SeriesMap)
+        value = value.make() if value.make is not None else next(iter(value.values()), None)
+    return Series if isinstance(value, Series) else SeriesMap if isinstance(value, SeriesMap) else None
 
 
 def _by_phase(path: str, late: bool = False) -> PhaseMap[SeriesMap]:
@@ -378,5 +371,5 @@ CONTAINERS: Mapping[str, Callable[..., Any]] = {
     "smooth_loss": _smooth_loss,
     "tracehistory": _by_phase,
 }
-"""The entries of ``cbstate`` that the learner makes, each with what makes it from its path, and whether tensors on the
+"""Functions that make the entries of ``cbstate``, by name. They take the path of the entry, and whether tensors on the
 CPU are to be treated as those of a device (`flowtrain.state.device_values`)."""

@@ -1,11 +1,11 @@
-"""Containers: what the values in ``cbstate`` are kept in, and what the rest of flowtrain asks of each of them.
+"""Containers: the objects that hold the values of ``cbstate``, and the operations that each of them has.
 
 `Series`, `SeriesMap`, `PhaseMap`, `CountsMap` and the namespace `State` are containers. A container is filled in place
-and never replaced, because views hold it. Whoever works on the learner's state asks a container for one of these
+and never replaced, because views hold it. A module that works on the learner's state asks a container for one of these
 operations, and does not need to know its type:
 
 =================  ================================================================  ===============================
-operation          what it does                                                      who asks
+operation          effect                                                            asked by
 =================  ================================================================  ===============================
 ``__twin__``       shows the live container, and refuses to change it                `flowtrain.state.readonly`
 ``__detached__``   gives itself, or a copy whose tensors have no graph               `flowtrain.state.detached`
@@ -14,7 +14,7 @@ operation          what it does                                                 
 ``__fill__``       takes such content back                                           `flowtrain.state.encoding`
 ``__mark__``       remembers its content                                             `flowtrain.state.learner_state`
 ``__rewind__``     puts the content of a mark back                                   `flowtrain.state.learner_state`
-``__leaves__``     tells by path what its content is, so that a change is found      `flowtrain.diagnostics.strict`
+``__leaves__``     describes its content by path, so that a change can be found      `flowtrain.diagnostics.strict`
 ``__reduce__``     makes it again from a pickle, or as a deep copy; a twin gives     pickle and copy
                    the container that it shows
 =================  ================================================================  ===============================
@@ -39,27 +39,27 @@ __all__ = ["Container", "Freezer", "Tree", "changed", "picked"]
 K = TypeVar("K")
 
 Tree: TypeAlias = "dict[str, Tree | Read | Write]"
-"""What is declared inside a container, nested by name. The phase is left out; the name ``""`` stands for all of it."""
+"""Declared access inside a container, nested by name, without the phase; the name ``""`` stands for all of it."""
 
 
 class Freezer(Protocol):
-    """What copies the items of a container for a snapshot."""
+    """An object that copies the items of a container for a snapshot."""
 
     def copy(self, value: Any) -> Any:
         """Return the copy of a value."""
 
     def part(self, value: Any, inside: Tree | Read | Write | None, where: Any) -> Any:
-        """Return the copy of an item, or of what is declared inside it.
+        """Return the copy of an item, or of the part of it that is declared.
 
         Args:
             value: The item.
-            inside: What is declared inside it; anything but a `Tree` means all of it.
+            inside: The declared part; anything but a `Tree` means all of it.
             where: How an error names the place of the item: its key, or an attribute as ``".name"``.
         """
 
 
 class Container:
-    """What is kept in ``cbstate`` and does the work of flowtrain on its own content; the module describes it."""
+    """An object that holds values of ``cbstate``; the module describes the operations."""
 
     __slots__ = ()
 
@@ -83,7 +83,7 @@ class Container:
 
         Args:
             freezer: Copies the items.
-            inside: What is declared inside; ``None`` means all. A container may copy more than that.
+            inside: The declared part; ``None`` means all. A container may copy more than that.
         """
         raise NotImplementedError
 
@@ -103,7 +103,7 @@ class Container:
         """Replace the content in place; containers inside stay the same objects.
 
         Args:
-            content: What `__packed__` returned; an empty mapping empties the container.
+            content: A result of `__packed__`; an empty mapping empties the container.
             phases: Phases by name, for those that the learner has data for.
 
         Raises:
@@ -112,7 +112,7 @@ class Container:
         raise NotImplementedError
 
     def __mark__(self) -> Any:
-        """Return what `__rewind__` needs: a dict of the items, where they may be containers with marks of their own."""
+        """Return the content for `__rewind__`; a dict of the items, if they may be containers, which have marks too."""
         raise NotImplementedError
 
     def __rewind__(self, mark: Any) -> None:
@@ -120,13 +120,13 @@ class Container:
         raise NotImplementedError
 
     def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
-        """Yield what equals itself as long as the content stays the same, each with its path below the container.
+        """Yield the path of each item below the container, with an object that is equal while the item is the same.
 
-        The phase is left out of a path, so several may have the same one. What is empty yields nothing: a lookup alone
+        The phase is left out of a path, so items may have the same one. An empty series yields nothing: a lookup alone
         may have made it.
 
         Args:
-            fingerprint: Returns such an object for an item that is no container.
+            fingerprint: Returns such an object for an item that is not a container.
         """
         raise NotImplementedError
 
@@ -137,7 +137,7 @@ def changed(items: Iterable[tuple[K, Any]], new: Callable[[Any], Any]) -> dict[K
 
 
 def picked(keys: Iterable[K], inside: Tree | None) -> Iterator[tuple[K, Tree | Read | Write | None]]:
-    """Yield the keys at which something is declared, each with what is declared there; ``None`` means all.
+    """Yield the keys at which access is declared, each with the declared part of its item; ``None`` means all of it.
 
     A key may have dots in it: to declare ``encoder`` is to declare all of ``"encoder.weight"``.
     """

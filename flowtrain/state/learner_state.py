@@ -1,8 +1,8 @@
-"""The learner's state: what handlers see, and nothing else.
+"""The learner's state: all that handlers can see, and nothing else.
 
 `LearnerState` is a plain object that the learner, the loop, the core and the compiled views share. It holds no
-behaviour. What can change between two reads of a handler is replaced as a whole (`batch`), what is shared by
-callbacks keeps a read-only twin beside it (`State`).
+behaviour. State that can change between two reads of a handler is replaced as a whole (`batch`), state that callbacks
+share has a read-only twin beside it (`State`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,50 @@ from flowtrain.state.readonly import readonly, refuse
 __all__ = ["LearnerState", "Named", "State", "Twins", "restore_point"]
 
 
-class State(Container):
+class _Namespace:
+    """The common part of a namespace and its twin: entries that are attributes, and a path for messages."""
+
+    __slots__ = ("__dict__", "_path")
+
+    _path: str
+
+    def __init__(self, path: str) -> None:
+        object.__setattr__(self, "_path", path)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _missing(self._path, name, self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.__dict__))
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self._path,), dict(vars(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._path}: {', '.join(self) or 'empty'})"
+
+
+class State(Container, _Namespace):
     """A namespace of entries that keeps a read-only twin of each: `cbstate`.
 
     Entries are attributes. A container among them is filled and never replaced, so that everybody who holds a view of
     it sees the same; only a namespace in a namespace may be replaced.
     """
 
-    __slots__ = ("__dict__", "__twins__", "_path")
+    __slots__ = ("__twins__",)
     __kind__ = "namespace"
 
-    _path: str
     __twins__: Twins
 
     def __init__(self, path: str) -> None:
-        object.__setattr__(self, "_path", path)
+        super().__init__(path)
         object.__setattr__(self, "__twins__", Twins(path))
-
-    def __getattr__(self, name: str) -> Any:
-        raise _missing(self._path, name, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         old = self.__dict__.get(name)
@@ -81,7 +106,7 @@ class State(Container):
 
         Args:
             name: The entry.
-            packed: What `Stage.pack` returned, and nobody else holds.
+            packed: A result of `Stage.pack` that nobody else holds.
             phases: Phases by name, for those that the learner has data for.
         """
         [(kind, content)] = packed.items()
@@ -106,9 +131,6 @@ class State(Container):
             else:
                 yield (name,), fingerprint(item)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self._path,), dict(vars(self))
-
     def __setstate__(self, entries: Mapping[str, Any]) -> None:
         for name, item in entries.items():
             setattr(self, name, item)
@@ -119,52 +141,17 @@ class State(Container):
         del self.__dict__[name]
         del self.__twins__.__dict__[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.__dict__
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self.__dict__))
-
-    def __len__(self) -> int:
-        return len(self.__dict__)
-
-    def __repr__(self) -> str:
-        return f"State({self._path}: {', '.join(self) or 'empty'})"
-
-
-class Twins:
+class Twins(_Namespace):
     """The read-only side of a `State`: the same entries as attributes, none of which can be assigned."""
 
-    __slots__ = ("__dict__", "_path")
-
-    _path: str
-
-    def __init__(self, path: str) -> None:
-        object.__setattr__(self, "_path", path)
-
-    def __getattr__(self, name: str) -> Any:
-        raise _missing(self._path, name, self)
+    __slots__ = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise refuse(f"{self._path}.{name}")
 
     def __delattr__(self, name: str) -> None:
         raise refuse(f"{self._path}.{name}")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.__dict__
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self.__dict__))
-
-    def __len__(self) -> int:
-        return len(self.__dict__)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self._path,), dict(vars(self))
-
-    def __repr__(self) -> str:
-        return f"Twins({self._path}: {', '.join(self) or 'empty'})"
 
 
 def _namespace(path: str, entries: Mapping[str, Any]) -> State:
@@ -233,7 +220,7 @@ class Named(Mapping[str, Any]):
 
 
 class LearnerState:
-    """What a learner trains and what its handlers can be given.
+    """The objects that a learner trains, and those that its handlers can be given.
 
     Attributes:
         model: The user's module, or a `Named` of several.
@@ -243,11 +230,11 @@ class LearnerState:
         data: Loaders by phase.
         params: Parameters by name, read-only as a mapping.
         batch: The current batch.
-        batch_twin: What handlers with `Read` see of it; the batch itself while it holds only tensors.
-        cbstate: What callbacks share.
+        batch_twin: Its read-only twin for handlers with `Read`; the batch itself while it holds only tensors.
+        cbstate: The namespace that callbacks share.
         callbacks: The learner's callbacks.
         draws: The seeds of the random numbers that deferrable callbacks draw.
-        fired: Events that handlers of the current event asked to fire next, each with the name of who asked.
+        fired: Events that handlers of the current event asked to fire next, each with the name of the callback.
         updates: How many updates of optimizers the learner has made.
         lag: After how many batches a value of the device is read; 0 where reading does not wait.
     """
@@ -290,8 +277,8 @@ class LearnerState:
     def moved(self) -> LearnerState:
         """Return another state with all that this one holds; nothing is left in this one.
 
-        Views, plans and executors hold this one in circles. What a closed learner holds goes with it at once, without
-        the garbage collector, because none of it is in a circle any more.
+        Views, plans and executors hold this one in circles. The objects of a closed learner are freed with it at once,
+        without the garbage collector, because they are in no circle any more.
         """
         other = LearnerState()
         for name in self.__slots__:
@@ -300,13 +287,13 @@ class LearnerState:
         return other
 
     def show(self, batch: BatchState) -> None:
-        """Make `batch` the current one, with a twin for what it may come to hold."""
+        """Make `batch` the current one, with a twin, because it may come to hold containers."""
         self.batch = batch
         self.batch_twin = ReadOnlyBatch(batch)
 
 
 def restore_point(state: State) -> Callable[[], None]:
-    """Remember the entries of `state` and what its containers hold; the function returned puts all of it back.
+    """Remember the entries of `state` and the content of its containers; the function returned puts all of it back.
 
     Containers (lists, dicts, sets and flowtrain's own) are restored in place, because views hold them. Other values
     are put back by reference.
@@ -315,7 +302,7 @@ def restore_point(state: State) -> Callable[[], None]:
     _remember(state, marks)
 
     def restore() -> None:
-        """Put everything back, the namespaces last: they make twins of what is in them."""
+        """Put everything back, the namespaces last, because they make twins of their entries."""
         for value, mark in reversed(marks.values()):
             _rewind(value, mark)
 

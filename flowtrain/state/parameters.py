@@ -53,7 +53,7 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
         return found, aliases
 
     def __getitem__(self, name: str) -> torch.nn.Parameter:
-        # Not by a search through all: whoever goes through this mapping would pay for it at every parameter.
+        # Not by a search through all: a loop over this mapping would pay for it at every parameter.
         prefix, _, rest = ("", "", name) if "" in self._models else name.partition(".")
         try:
             return self._models[prefix].get_parameter(rest)
@@ -68,7 +68,7 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
 
 
 class DetachedParameters(Parameters):
-    """The same as tensors that record no gradients and have none: what a deferrable callback sees."""
+    """Parameters as tensors that record no gradients and have none, for deferrable callbacks."""
 
     __slots__ = ()
 
@@ -150,7 +150,7 @@ def named_parameters(params: Mapping[str, torch.Tensor], lossfn: object) -> dict
 
 
 class DetachedGradients(ReadOnlyGradients):
-    """The same without a graph: what a deferrable callback sees."""
+    """Gradients without a graph, for deferrable callbacks."""
 
     __slots__ = ()
 
@@ -216,7 +216,7 @@ class NamedGradients(NamedTensors):
 
     @property
     def twin(self) -> NamedGradients:
-        """What a view gives for reading: itself, since it cannot be changed."""
+        """The object that a view gives for reading: itself, since it cannot be changed."""
         return self
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Read-only twins: what a handler gets for a container that it declares to read.
+"""Read-only twins: a handler that declares to read a container gets its twin.
 
 A twin shows the live container and refuses to change it. Twins are made once, when a container is assigned to the
 learner's state, so reading costs no more than an attribute. Nested containers come back as twins too. Tensors, modules
@@ -58,7 +58,7 @@ def refuse(path: str) -> ProtectedException:
 
 
 class _Twin:
-    """What the twins share: the container, where it lives, and every way to change it refused."""
+    """The common part of the twins: the container, its path, and methods that refuse every way to change it."""
 
     __slots__ = ("_container", "_path")
 
@@ -107,11 +107,11 @@ class _Twin:
         return self.copy()
 
     def copy(self) -> Any:
-        """Return a copy that may be changed; what is nested in it is shown by twins still."""
+        """Return a copy that may be changed; containers nested in it are still shown by twins."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        # Deep copies and pickles are of the container: nobody else sees those, so nobody has to protect them.
+        # Deep copies and pickles give the container: nobody else sees the copy, so it needs no protection.
         return itself, (self._container,)
 
 
@@ -161,7 +161,7 @@ class ReadOnlySet(_Twin, Set[Any]):
 
     @classmethod
     def _from_iterable(cls, it: Iterable[Any]) -> Any:
-        return frozenset(it)  # what `&` and `|` give is new, so nobody has to protect it
+        return frozenset(it)  # the result of `&` and `|` is new, so it needs no protection
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._container)
@@ -187,8 +187,8 @@ def readonly(value: Any, path: str) -> Any:
     """Return the read-only twin of a value, or the value itself where there is nothing to protect.
 
     Args:
-        value: What is in the learner's state.
-        path: Where, dotted, for the message when somebody tries to change it.
+        value: A value of the learner's state.
+        path: Its path, dotted, for the message when somebody tries to change it.
 
     >>> readonly([1, 2], "cbstate.seen")
     ReadOnlyList([1, 2])

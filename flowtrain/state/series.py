@@ -26,7 +26,7 @@ class Series(Container):
 
     It is a sequence of ``(step, value)`` pairs: iterating and indexing give pairs, a slice gives a list of pairs, and
     ``numpy.asarray`` and ``torch.as_tensor`` give an array of shape ``(n, 2)``. `steps` and `values` are lists of the
-    one and the other. Two series are equal if they are the same object; compare ``list(series)`` for what they hold.
+    one and the other. Two series are equal if they are the same object; compare ``list(series)`` for their content.
     ``copy.copy`` gives a series of one's own. Values of a device stay there, at most 256 of them, until they are read:
     to read them is to wait for the device.
 
@@ -59,7 +59,7 @@ class Series(Container):
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
 
-        A tensor with more elements is copied, so that what is done to it later does not change what was recorded.
+        A tensor with more elements is copied, so that a later change of it in place does not change the series.
         """
         if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
             if value.numel() != 1:

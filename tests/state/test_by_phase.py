@@ -49,7 +49,7 @@ def test_a_key_that_is_not_there() -> None:
         with pytest.raises(KeyError) as caught:
             use()
         assert caught.value.args == (
-            "cbstate.seen is kept by phase; 'TrainingPhase' is none. Write cbstate.seen[phase] or "
+            "cbstate.seen is kept by phase, and 'TrainingPhase' is not one. Write cbstate.seen[phase] or "
             "cbstate.seen[TrainingPhase].",
         )
 

@@ -21,7 +21,7 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import nn
 
-from flowtrain.state.parameters import NamedGradients, NamedTensors
+from flowtrain.state.parameters import NamedTensors
 from flowtrain_dask.snapshots.tensors import compressed_indices
 
 __all__ = ["ValuePickler"]
@@ -49,7 +49,7 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         kind = type(obj)
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
-        if kind is NamedTensors or kind is NamedGradients:
+        if isinstance(obj, NamedTensors):
             self._expect(obj.tensors.values())
             return obj.__reduce__()
         if isinstance(obj, (torch.UntypedStorage, torch.TypedStorage)):

@@ -27,9 +27,8 @@ from flowtrain.errors import CallbackError, ExecutorError, is_a, is_positive, ne
 from flowtrain.graph.held_backends import LIVE, is_learner, names_in, reachable
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import owner_of
-from flowtrain.state.by_phase import holds_series
+from flowtrain.state.by_phase import kind_of_series
 from flowtrain.state.learner_state import LearnerState, Named
-from flowtrain.state.series import Series
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
 from flowtrain_dask.lanes.transport import OnLoss, ThreadTransport, Transport
@@ -360,15 +359,6 @@ def why_here(nodes: Sequence[Node]) -> str:
 
 def _reads_series(declaration: Declaration, state: LearnerState) -> bool:
     entries = vars(state.cbstate)
-    for path, _ in declaration:
-        if path[0] != "cbstate":
-            continue
-        found = list(entries.values()) if len(path) == 1 else [entries.get(path[1])]
-        if any(isinstance(one, Series) or holds_series(one) or _made_of_series(one) for one in found):
-            return True
-    return False
-
-
-def _made_of_series(value: object) -> bool:
-    make = getattr(value, "make", None)
-    return callable(make) and isinstance(make(), Series)
+    paths = [path for path, _ in declaration if path[0] == "cbstate"]
+    found = [each for path in paths for each in (entries.values() if len(path) == 1 else [entries.get(path[1])])]
+    return any(kind_of_series(each) is not None for each in found)

@@ -100,7 +100,7 @@ def test_it_is_the_map_that_views_show() -> None:
         assert (shown == shown.copy(), shown != shown.copy()) == (True, False)
         with pytest.raises(KeyError, match=r"has no series 'Lose'.*Did you mean 'Loss'|has no series 'Lose'"):
             shown[TrainingPhase]["Lose"]
-        with pytest.raises(KeyError, match="is kept by phase; 3 is none"):
+        with pytest.raises(KeyError, match="is kept by phase, and 3 is not one"):
             shown[wrong]
         with pytest.raises(ProtectedException):
             shown[TrainingPhase].push("Loss", 1.0, 2)
