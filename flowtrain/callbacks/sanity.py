@@ -19,7 +19,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, on_device_of, untouched
+from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import DataError, SanityCheckError, describe
 
 __all__ = [
@@ -82,7 +82,7 @@ class SanityCheck(Callback):
         self.skipped = []
         model, lossfn, data = learner.model, learner.lossfn, learner.data
         found: list[Problem] = []
-        with untouched():
+        with same_rng():
             for each, loader in data.items():
                 found += self._phase(each, loader, model, lossfn)
         if any(isinstance(each, AbstractTrainingPhase) for each in data):
@@ -125,7 +125,7 @@ class SanityCheck(Callback):
         """Run model and loss on a batch. If the batch is not `whole`, outputs and loss are not checked."""
         training = isinstance(phase, AbstractTrainingPhase)
         try:
-            trial, loss_trial = borrowed(model), borrowed(lossfn)
+            trial, loss_trial = shared_copy(model), shared_copy(lossfn)
         except CannotLook as reason:
             self.skipped.append(f"model and loss in {phase!r}: {reason}")
             return

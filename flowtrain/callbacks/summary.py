@@ -21,7 +21,7 @@ from flowtrain.callback.events import FitBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import console, generator_kept
-from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, on_device_of, untouched
+from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = [
@@ -92,7 +92,7 @@ class ModelSummary(Callback):
         for phase, loader in data.items():
             if not isinstance(phase, AbstractTrainingPhase) or phase.provides is None:
                 continue
-            with untouched():
+            with same_rng():
                 try:
                     return next((phase.split(raw)[0] for raw in first_batch(loader)), None)
                 except Exception:  # training itself will raise the error of the data
@@ -227,7 +227,7 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
     """Run a copy of a model; return the copy, the shapes of outputs by the name of the module, and a note on errors."""
     shapes: dict[str, str] = {}
     try:
-        copied = borrowed(model).eval()
+        copied = shared_copy(model).eval()
     except CannotLook as reason:
         return model, shapes, f"Without shapes: {reason}"
 
@@ -242,7 +242,7 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
 
     for name, module in copied.named_modules():
         module.register_forward_hook(note_shape(name))
-    with untouched(), torch.no_grad():
+    with same_rng(), torch.no_grad():
         try:
             copied(on_device_of(inputs, [copied]))
         except Exception as error:  # a model may take further arguments; its layers are still worth a table

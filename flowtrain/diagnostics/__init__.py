@@ -1,8 +1,8 @@
-"""What looks at a learner without changing its training.
+"""Diagnostics: they examine a learner, or a copy of it, and do not change its training.
 
-`strict` compares the state around every handler; `suggest_access` runs a callback to find what it must declare;
-`sync_audit` finds what makes the host wait for a device; `lr_finder` trains a copy with growing learning rates; all of
-them work on a `scratch_learner`. `plots` draws what was recorded, `figure` with matplotlib.
+`strict` compares the state before and after every handler. `suggest_access` runs a callback to find the access that it
+must declare, `sync_audit` finds operations that make the host wait for the device, and `lr_finder` trains with growing
+learning rates; these three run a copy, which `scratch_learner` makes. `plots` draws the recorded metrics.
 """
 
 __all__: list[str] = []

@@ -1,7 +1,8 @@
-"""Find a learning rate: train a copy while the learning rate grows, and look where the loss falls best.
+"""Find a learning rate: train a copy of a learner while the learning rate grows, and examine how the loss falls.
 
 Smith, "Cyclical Learning Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186, section 3.3. The
-learner does not change: model, optimizer and loss function are copied, and all random numbers are put back.
+learner does not change: model, optimizer and loss function are copied, and the generators of random numbers are
+restored.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.plots import save
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, same_random_numbers
+from flowtrain.diagnostics.plots import figure_type, save
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, same_rng
 from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
@@ -30,14 +31,14 @@ __all__ = ["LearningRateSweep", "find_learning_rate"]
 
 @dataclass(frozen=True)
 class LearningRateSweep:
-    """What a sweep over learning rates found. Each sequence has one item for each update.
+    """The losses of a sweep over learning rates. Each sequence has one item for each update.
 
     Attributes:
         rates: The learning rates, growing.
-        losses: The training loss at each: before the update with this rate, of the batches that it takes in.
-        smoothed: The losses as an exponential moving average that is corrected for its start.
+        losses: The mean training loss of the batches of each update, before the update is made.
+        smoothed: The exponential moving average of the losses, corrected for its start.
         diverged: Whether the sweep ended early, because the loss had grown too far.
-        settled: After how many updates the average is made of enough losses to be looked at.
+        settled: The number of updates after which the average consists of enough losses to be used.
     """
 
     rates: Sequence[float] = field(repr=False)
@@ -48,8 +49,14 @@ class LearningRateSweep:
 
     @property
     def steepest(self) -> float:
-        """The rate where the smoothed loss falls fastest before its minimum, over a tenth of the sweep."""
-        half = len(self.rates) // 20 + 1  # of that tenth: between two updates there is little but noise
+        """The rate at which the smoothed loss falls fastest before its minimum.
+
+        The fall is measured over a tenth of the sweep.
+
+        Raises:
+            UsageError: The loss did not fall.
+        """
+        half = len(self.rates) // 20 + 1  # half of a tenth: the difference of two single updates is mostly noise
         first = self.settled + half
         falls = [self.smoothed[n + half] - self.smoothed[n - half] for n in range(first, self._lowest() - half + 1)]
         if not falls or min(falls) >= 0:
@@ -58,43 +65,45 @@ class LearningRateSweep:
 
     @property
     def valley(self) -> float:
-        """The rate in the middle of the longest way down: the longest falling subsequence of the smoothed loss."""
-        longest: list[tuple[int, int]] = []  # for each update, how long the way down to it is, and from where it came
+        """The rate in the middle of the longest falling subsequence of the smoothed loss.
+
+        Raises:
+            UsageError: The loss did not fall.
+        """
+        longest: list[tuple[int, int]] = []  # the length of the subsequence that ends here, and its item before
         smoothed = self.smoothed[self.settled :]
         for n, loss in enumerate(smoothed):
             before = [(longest[m][0], m) for m in range(n) if smoothed[m] > loss]
-            length, came = max(before, default=(0, -1))
-            longest.append((length + 1, came))
-        way = [max(range(len(longest)), key=lambda n: longest[n][0])] if longest else []
-        while way and longest[way[-1]][1] >= 0:
-            way.append(longest[way[-1]][1])
-        if len(way) < 3:
+            length, previous = max(before, default=(0, -1))
+            longest.append((length + 1, previous))
+        chain = [max(range(len(longest)), key=lambda n: longest[n][0])] if longest else []
+        while chain and longest[chain[-1]][1] >= 0:
+            chain.append(longest[chain[-1]][1])
+        if len(chain) < 3:
             raise self._unclear("valley")
-        return self.rates[self.settled + way[len(way) // 2]]
+        return self.rates[self.settled + chain[len(chain) // 2]]
 
     @property
     def minimum(self) -> float:
-        """A tenth of the rate with the lowest smoothed loss, where training is about to become unstable."""
+        """A tenth of the rate with the lowest smoothed loss, above which training is likely to become unstable.
+
+        Raises:
+            UsageError: The loss did not fall.
+        """
         if self._lowest() <= self.settled:
             raise self._unclear("minimum")
         return self.rates[self._lowest()] / 10
 
     def plot(self, to: str | PathLike[str] | None = None) -> Any:
-        """Draw loss over learning rate; return a ``matplotlib.figure.Figure``, made without pyplot.
+        """Draw the loss over the learning rate; return a ``matplotlib.figure.Figure``, made without pyplot.
 
         Args:
-            to: A file to write it to as well; its ending says in which format. Folders that are missing are made.
+            to: The path of a file to write as well, in the format of its suffix. Missing folders are made.
 
         Raises:
-            UsageError: matplotlib is not installed, or does not write such files.
+            UsageError: matplotlib is not installed, or does not write files with this suffix.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UsageError(
-                f"plot() draws with matplotlib, and {error.name} is not installed: pip install 'flowtrain[plot]'"
-            ) from error
-        figure = Figure(figsize=(7.0, 3.5), layout="constrained")
+        figure = figure_type()(figsize=(7.0, 3.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(self.rates, self.losses, color="C0", linewidth=0.8, alpha=0.4, label="loss")
         axes.plot(self.rates, self.smoothed, color="C0", label="loss, smoothed")
@@ -132,22 +141,23 @@ def find_learning_rate(
     divergence: float = 4.0,
     optimizer: str = "",
 ) -> LearningRateSweep:
-    """Train a copy of a learner with a learning rate that grows exponentially, and return what the loss did.
+    """Train a copy of a learner with a learning rate that grows exponentially, and return the losses.
 
-    The loader of the first training phase is gone through, again and again if need be. Of the learner's callbacks,
-    copies of those run that write the batch, the model or the loss function, and of those that these read from.
+    The copy trains on the loader of the first training phase, in several passes if necessary. It has copies of the
+    callbacks that write the batch, the model or the loss function, and of the callbacks that these read from.
 
     Args:
-        learner: The learner; it does not change.
+        learner: The learner, which does not change.
         start: The first learning rate.
-        end: The last one.
-        updates: How many updates the sweep takes.
-        smoothing: How much of the average of the loss is kept at each update, from 0 to below 1.
+        end: The last learning rate.
+        updates: The number of updates.
+        smoothing: The share of the average of the loss that is kept at each update, from 0 to below 1.
         divergence: The sweep ends when the smoothed loss is more than this many times its minimum, or not finite.
-        optimizer: Whose learning rate, where the learner has several.
+        optimizer: The name of the optimizer, if the learner has several.
 
     Raises:
-        UsageError: A value that means nothing, no training data, or something that cannot be copied.
+        UsageError: An argument is out of its range, the learner has no training data or an iterator as data, a part of
+            the learner cannot be copied, or the first loss is not finite.
 
     >>> from flowtrain.testing import tiny_learner
     >>> sweep = find_learning_rate(tiny_learner(), start=1e-4)
@@ -161,7 +171,7 @@ def find_learning_rate(
     sweep = _Sweep(LearningRate(optimizer), start, end, updates, smoothing, divergence)
     before = loader_state(loader)
     try:
-        with same_random_numbers():
+        with same_rng():
             _run(learner, sweep, phase, loader, updates)
     finally:
         set_loader_state(loader, before)
@@ -184,6 +194,11 @@ def _check(start: float, end: float, smoothing: float, divergence: float) -> Non
 
 
 def _training_data(learner: LearnerParts) -> tuple[Phase, Any]:
+    """Return the first training phase and its loader.
+
+    Raises:
+        UsageError: There is no training phase, or its loader can be iterated only once.
+    """
     for phase, loader in learner.state.data.items():
         if isinstance(phase, AbstractTrainingPhase):
             if isinstance(loader, Iterator):
@@ -196,9 +211,9 @@ def _training_data(learner: LearnerParts) -> tuple[Phase, Any]:
 
 
 def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, updates: int) -> None:
-    """Fit a copy of the learner until the sweep ends it."""
+    """Fit a copy of the learner until the sweep ends the fit."""
     subject, model, lossfn, optimizer, others = copies(learner, sweep)
-    wanted = _needed(learner)
+    needed = _needed(learner)
     data: PhaseMap[Any] = PhaseMap("data")
     data[phase] = loader
     with type(learner)(
@@ -206,7 +221,7 @@ def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, update
         lossfn,
         data=data,
         optimizer=optimizer,
-        callbacks=[*(other for other in others if other.name in wanted), subject],
+        callbacks=[*(other for other in others if other.name in needed), subject],
         default_callbacks=False,
         core=learner.core.like(),
     ) as scratch:
@@ -215,9 +230,9 @@ def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, update
 
 
 def _needed(learner: LearnerParts) -> set[str]:
-    """Return the names of the callbacks that shape training, and of those whose ``cbstate`` these read."""
+    """Return the names of the callbacks that write the training state, and of those whose ``cbstate`` these read."""
     nodes = {node.name: node.union for node in learner.state.callbacks.nodes}
-    # One that writes the optimizer would set the learning rate that is swept over.
+    # A callback that writes the optimizer is left out, since it would overwrite the learning rate of the sweep.
     usable = {name for name, union in nodes.items() if not any(path[0] == "optimizer" for path in _paths(union, Write))}
     roots = {"batch", "model", "params", "lossfn"}
     found = {name for name in usable if any(path[0] in roots for path in _paths(nodes[name], Write))}
@@ -236,7 +251,7 @@ def _paths(declaration: Declaration, kind: type[Read] | type[Write]) -> list[tup
 
 
 class _Sweep(Callback):
-    """Set the learning rate before each update, and keep the loss of its batches."""
+    """Sets the learning rate before each update, and keeps the loss of the batches of the update."""
 
     def __init__(
         self, rate: LearningRate, start: float, end: float, updates: int, smoothing: float, divergence: float
@@ -249,19 +264,20 @@ class _Sweep(Callback):
         self.diverged = False
         self._group: list[float] = []  # the losses of the batches since the last update
         self._average = 0.0
-        self._updating = False
+        self._updating = False  # whether an update has begun in this batch
 
     def take(self, other: Any) -> None:
-        """Take what another has found: a copy of this one, which ran."""
+        """Take the results of a copy of this callback, which ran in the copy of the learner."""
         self.rates, self.losses, self.smoothed = other.rates, other.losses, other.smoothed
         self.diverged = other.diverged
 
     def state_access(self) -> Access:
+        """Declare a write of the learning rate, and a read of the loss."""
         return {**self.rate.access(), "batch.loss": Read()}
 
     @on(UpdateBegin)
     def set_rate(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
-        """Set the next learning rate, once for a batch."""
+        """Set the next learning rate, at the first update of a batch."""
         if not self._updating:
             self._updating = True
             share = len(self.rates) / (self.updates - 1)
@@ -282,7 +298,7 @@ class _Sweep(Callback):
         lowest = min(self.smoothed)
         if not math.isfinite(self.losses[-1]) or self.smoothed[-1] > lowest + (self.divergence - 1) * abs(lowest):
             self.diverged = True
-            if not math.isfinite(self.losses[-1]):  # nothing that could be drawn
+            if not math.isfinite(self.losses[-1]):  # such a loss cannot be drawn
                 del self.rates[-1], self.losses[-1], self.smoothed[-1]
             raise CancelFittingException("the loss has grown too far")
         if len(self.rates) == self.updates:

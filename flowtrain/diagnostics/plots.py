@@ -1,13 +1,11 @@
-"""Plots of the recorded metrics, with matplotlib: what ``learner.plot`` does.
+"""Plots of the recorded metrics, drawn with matplotlib for ``learner.plot``.
 
-One axis for each metric, a colour for each phase: the values of the training batches, and the means of the epochs where
-each ended. `flowtrain.diagnostics.plots` says which numbers, `flowtrain.diagnostics.figure` draws them.
+A figure has a panel for each metric and a colour for each phase, with the values of the training batches and the means
+of the epochs. `curves` returns these numbers, `draw` draws them.
 
-Curves: what there is to draw of the recorded metrics, as numbers.
-
-Everything lies over the number of training batches completed. So the mean of a training epoch is where the epoch ended,
-and that of a validation epoch where training stood then. Where nothing is trained, a phase's own batches count.
-Several evaluations may belong to one training epoch: the newest values go with the newest of them.
+The horizontal axis is the number of complete training batches. The mean of a training epoch is drawn at the end of the
+epoch, the mean of a validation epoch at the number of training batches before it. Without a training phase, each phase
+counts its own batches. If several evaluations belong to one training epoch, the newest value belongs to the newest one.
 """
 
 from __future__ import annotations
@@ -15,17 +13,23 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.errors import UsageError, is_a, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Curve",
     "Ends",
     "curves",
+    "draw",
+    "figure_type",
     "find_names",
     "plot",
     "save",
@@ -36,33 +40,92 @@ def plot(metrics: Sequence[str], cbstate: Any, ends: Mapping[str, Ends], to: str
     """Draw metrics; return a ``matplotlib.figure.Figure``, made without pyplot.
 
     Args:
-        metrics: Their names; all that are recorded if there is none.
-        cbstate: What callbacks share.
-        ends: Where the epochs of each phase ended; see `flowtrain.callbacks.Recorder`.
-        to: A file to write it to as well; its ending says in which format. Folders that are missing are made.
+        metrics: The names of the metrics; all recorded metrics if it is empty.
+        cbstate: The shared state of the callbacks.
+        ends: The ends of the epochs of each phase; see `flowtrain.callbacks.Recorder`.
+        to: The path of a file to write as well, in the format of its suffix. Missing folders are made.
 
     Raises:
-        UsageError: matplotlib is not installed, no such metric is recorded, or matplotlib does not write such files.
+        UsageError: matplotlib is not installed, a metric is not recorded, or matplotlib does not write files with this
+            suffix.
     """
-    try:
-        from flowtrain.diagnostics.figure import CurveFigure
-    except ImportError as error:
-        raise UsageError(
-            f"plot() draws with matplotlib, and {error.name} is not installed: pip install 'flowtrain[plot]'"
-        ) from error
+    figure_type()  # before the metrics are looked for, so that a missing matplotlib is the first error
     panels = [curves(name, cbstate, ends) for name in find_names(metrics, cbstate)]
     trained = any(isinstance(curve.phase, AbstractTrainingPhase) for panel in panels for curve in panel)
-    figure = CurveFigure(panels, "training batches" if trained else "batches")
+    figure = draw(panels, "training batches" if trained else "batches")
     if to is not None:
         save(figure, Path(to))
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure to a file; folders that are missing are made.
+def figure_type() -> type[Figure]:
+    """Return the type of figures for plots. A notebook shows such a figure as a picture.
+
+    A figure of this type is made without pyplot, so it has no window and no state that another thread could draw into,
+    and need not be closed. The type is made here because flowtrain imports matplotlib only when a plot is drawn.
 
     Raises:
-        UsageError: matplotlib does not write such files.
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            f"plot() draws with matplotlib, and {error.name} is not installed: pip install 'flowtrain[plot]'"
+        ) from error
+
+    class PlotFigure(Figure):
+        """A figure that a notebook shows."""
+
+        def _repr_png_(self) -> bytes:
+            """Return the picture, for a notebook."""
+            file = BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return PlotFigure
+
+
+def draw(panels: Sequence[Sequence[Curve]], over: str) -> Figure:
+    """Draw the curves of several metrics, one panel below the other over one horizontal axis.
+
+    Values of batches are thin and pale lines, the means of epochs are dots on a line; each phase has its colour.
+
+    Args:
+        panels: The curves of each metric.
+        over: The label of the horizontal axis.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    figure = figure_type()(figsize=(7.0, 0.5 + 2.5 * len(panels)), layout="constrained")
+    from matplotlib.ticker import MaxNLocator
+
+    phases = list(dict.fromkeys(curve.phase for panel in panels for curve in panel))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        for curve in panel:
+            colour = f"C{phases.index(curve.phase)}"
+            if curve.each == "batch":
+                axes.plot(
+                    curve.x, curve.y, color=colour, linewidth=0.8, alpha=0.4, label=f"{curve.phase!r}, each batch"
+                )
+            else:
+                axes.plot(curve.x, curve.y, color=colour, marker="o", markersize=4, label=repr(curve.phase))
+        axes.set_ylabel(panel[0].metric if panel else "")
+        axes.grid(alpha=0.3)
+        if panel:
+            axes.legend()
+    grid[-1, 0].set_xlabel(over)
+    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a file. Missing folders are made.
+
+    Raises:
+        UsageError: matplotlib does not write files with this suffix.
     """
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
@@ -75,9 +138,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 Ends: TypeAlias = Sequence[tuple[int, int, int]]
-"""For each epoch of a phase its number, and how many batches were completed at its end: in the phase, and in training.
+"""A tuple for each epoch of a phase: its number, and the complete batches at its end, of the phase and of training.
 
-The number is that of `flowtrain.state.by_phase.epoch_of`."""
+The number of an epoch is defined by `flowtrain.state.by_phase.epoch_of`."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +148,10 @@ class Curve:
     """The values of one metric in one phase.
 
     Attributes:
-        metric: The metric's name.
+        metric: The name of the metric.
         phase: The phase.
-        each: What a value belongs to: ``"batch"`` or ``"epoch"``.
-        x: Batches completed, one number for each value.
+        each: ``"batch"`` if there is a value for each batch, ``"epoch"`` if there is one for each epoch.
+        x: The number of complete batches at each value.
         y: The values.
     """
 
@@ -100,12 +163,16 @@ class Curve:
 
 
 def find_names(wanted: Sequence[str], cbstate: Any) -> list[str]:
-    """Return the names of recorded metrics that are meant; all of them if none is given.
+    """Return the names of the recorded metrics that a user names, or of all recorded metrics.
 
-    Capital letters need not be right, if only one name fits.
+    Upper and lower case need not match if only one name fits.
+
+    Args:
+        wanted: The names by the user; all recorded metrics if it is empty.
+        cbstate: The shared state of the callbacks.
 
     Raises:
-        UsageError: Nothing is recorded, or nothing of that name.
+        UsageError: No metric is recorded, or none of that name.
     """
     known = list(dict.fromkeys(name for each in _containers(cbstate) for series in each.values() for name in series))
     known = [name for name in known if any(_series(each, name) for each in _containers(cbstate))]
@@ -115,12 +182,12 @@ def find_names(wanted: Sequence[str], cbstate: Any) -> list[str]:
 
 
 def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
-    """Return the curves of one metric: by batch, then by epoch, for each phase.
+    """Return the curves of one metric: for each phase the curve of batches and then the curve of epochs.
 
     Args:
-        metric: Its name.
-        cbstate: What callbacks share.
-        ends: Where the epochs of each phase ended, by the phase's name.
+        metric: The name of the metric.
+        cbstate: The shared state of the callbacks.
+        ends: The ends of the epochs of each phase, by the name of the phase.
     """
     by_batch, by_epoch = _containers(cbstate)
     trained = any(isinstance(phase, AbstractTrainingPhase) for phase in (*by_batch, *by_epoch))
@@ -128,7 +195,8 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
     for phase in dict.fromkeys([*by_batch, *by_epoch]):
         ended = ends.get(repr(phase), ())
         batches, epochs = _pairs(by_batch, phase, metric), _pairs(by_epoch, phase, metric)
-        if batches and (not trained or isinstance(phase, AbstractTrainingPhase)):  # others stand still in between
+        # The batches of an evaluation are left out beside training, since no training batch separates them.
+        if batches and (not trained or isinstance(phase, AbstractTrainingPhase)):
             shifts = _shifts([step for step, _ in batches], ended) if trained else [0] * len(batches)
             x = [step + shift for (step, _), shift in zip(batches, shifts, strict=True)]
             found.append(Curve(metric, phase, "batch", x, [value for _, value in batches]))
@@ -139,15 +207,20 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
 
 
 def _shifts(steps: Iterable[int], ended: Ends) -> list[int]:
-    """Return, for each batch of a training phase, how many batches other phases had trained before its epoch ended."""
+    """Return, for each batch of a training phase, how many batches of other training phases come before it."""
     last = [own for _, own, _ in ended]
     shifts = [total - own for _, own, total in ended]
-    # What lies behind the last end belongs to an epoch that did not end; it counts on from there.
+    # A batch after the last end belongs to an epoch that did not end, and has the shift of the last end.
     return [shifts[min(bisect_left(last, step), len(last) - 1)] if last else 0 for step in steps]
 
 
 def _placed(epochs: Sequence[tuple[int, float]], ended: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
-    """Return ``(x, value)`` of each value whose epoch is known; both arguments begin with the number of the epoch."""
+    """Return the position and value of each epoch whose end is known.
+
+    Args:
+        epochs: The number of the epoch and the value.
+        ended: The number of each epoch that has ended and its position.
+    """
     places: dict[int, list[int]] = {}
     for epoch, x in ended:
         places.setdefault(epoch, []).append(x)
@@ -156,7 +229,7 @@ def _placed(epochs: Sequence[tuple[int, float]], ended: Sequence[tuple[int, int]
 
 
 def _containers(cbstate: Any) -> tuple[Any, Any]:
-    """Return what `Metrics` has recorded, by batch and by epoch."""
+    """Return the maps of series that `Metrics` has recorded, of batches and of epochs."""
     return (
         cbstate.metrics_step if "metrics_step" in cbstate else {},
         cbstate.metrics_epoch if "metrics_epoch" in cbstate else {},

@@ -1,9 +1,8 @@
-"""What a dry run works on: copies of a learner and of its first batches, and random numbers that come back.
+"""Copies for a trial run: of a learner's parts, of its first batches, and of the states of random number generators.
 
-Trying things before training: the first batch of a loader, and a model that a forward pass does not change.
-
-Whoever tries something enters `untouched`, takes a batch with `first_batch`, and runs a `borrowed` copy of the model.
-Then the model, its buffers, the loader and the random numbers are what they were.
+A trial run must not change training. It runs within `same_rng`. A whole fit runs on `copies` of the parts of
+a learner and its `first_batches`. A single forward pass runs on a copy of one batch (`first_batch`) and a copy of the
+model that shares its parameters (`shared_copy`), so that the model's buffers do not change.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from flowtrain.callback.callback import Callback
 from flowtrain.core.core import TorchCore
 from flowtrain.core.devices import place
 from flowtrain.errors import UsageError
-from flowtrain.graph.nodes import Node
-from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.training.loop import Loop
@@ -35,18 +32,18 @@ from flowtrain.training.loop import Loop
 __all__ = [
     "CannotLook",
     "LearnerParts",
-    "borrowed",
+    "copied",
     "copies",
     "first_batch",
     "first_batches",
     "on_device_of",
-    "same_random_numbers",
-    "untouched",
+    "same_rng",
+    "shared_copy",
 ]
 
 
 class LearnerParts(Protocol):
-    """What is used of a learner, and how another one is made of its type; both lie in a later layer."""
+    """The part of `flowtrain.Learner` that diagnostics use; the class itself is in a layer above this package."""
 
     state: LearnerState
     core: TorchCore
@@ -75,45 +72,54 @@ class LearnerParts(Protocol):
 
 
 def copies(learner: LearnerParts, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:
-    """Return copies of the callback, the model, the loss function, the optimizer, and the callbacks around it.
+    """Return copies of a callback, the model, the loss function, the optimizer, and the learner's other callbacks.
 
-    They are copied together, so what they share they share again.
+    Other callbacks of the same type are left out, and those that write no state, because they would print or write
+    files a second time.
 
     Raises:
-        UsageError: Something cannot be copied.
+        UsageError: One of the objects cannot be copied.
     """
-    state = learner.state
     others = [
-        other
-        for other in state.callbacks
-        # Those that only consume would print or write files once more.
-        if type(other) is not type(callback)
-        and any(isinstance(kind, Write) and path[0] != "resource" for path, kind in _node_of(state, other).union)
+        node.callback
+        for node in learner.state.callbacks.nodes
+        if type(node.callback) is not type(callback)
+        and any(isinstance(kind, Write) and path[0] != "resource" for path, kind in node.union)
     ]
-    models = dict(state.model) if isinstance(state.model, Named) else state.model
-    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
-    try:
-        subject, model, lossfn, optimizer, others = copy.deepcopy(
-            (callback, models, state.lossfn, optimizers, others), {id(state): state}
-        )
-    except Exception as error:
-        raise UsageError(
-            f"The dry run works on copies, and something cannot be copied: {type(error).__name__}: {error}. Open "
-            f"files and connections in setup or at FitBegin, not in __init__."
-        ) from error
+    model, lossfn, optimizer, (subject, *others) = copied(learner, [callback, *others], "The dry run")
     return subject, model, lossfn, optimizer, others
 
 
-def _node_of(state: LearnerState, callback: Callback) -> Node:
-    callbacks: Callbacks = state.callbacks
-    return next(node for node in callbacks.nodes if node.callback is callback)
+def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tuple[Any, Any, Any, list[Callback]]:
+    """Return copies of the model, the loss function, the optimizer and callbacks.
+
+    The objects are copied together, so two copies share an object if their originals do.
+
+    Args:
+        learner: The learner.
+        callbacks: The callbacks.
+        who: The diagnostic, as the subject of the message.
+
+    Raises:
+        UsageError: One of the objects cannot be copied.
+    """
+    state = learner.state
+    models = dict(state.model) if isinstance(state.model, Named) else state.model
+    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
+    try:
+        return copy.deepcopy((models, state.lossfn, optimizers, list(callbacks)), {id(state): state})
+    except Exception as error:
+        raise UsageError(
+            f"{who} works on copies, and an object of the learner cannot be copied: {type(error).__name__}: {error}. "
+            f"Open files and connections in setup or at FitBegin, not in __init__."
+        ) from error
 
 
 def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
-    """Return, for each phase, a list of the loader's first batch; a loader without one is left out.
+    """Return the first batch of each phase, in a list that serves as a loader; phases without a batch are left out.
 
     Raises:
-        UsageError: There are no loaders, or one can be gone through only once.
+        UsageError: There are no loaders, or one of them can be iterated only once.
     """
     if not data:
         raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
@@ -131,8 +137,8 @@ def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
 
 
 @contextmanager
-def same_random_numbers() -> Generator[None]:
-    """Put the states of torch's, Python's and numpy's generators back."""
+def same_rng() -> Generator[None]:
+    """Restore the generators of torch, Python and numpy after the context."""
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None else None
@@ -147,56 +153,54 @@ def same_random_numbers() -> Generator[None]:
 
 M = TypeVar("M")
 
-untouched = same_random_numbers
-"""The context of a trial: torch's, Python's and numpy's random numbers go on afterwards as if it had not been."""
-
 
 class CannotLook(Exception):
-    """To take a batch from this loader would change what training gets from it; the message says why."""
+    """A trial run would change training: a loader would lose the batch, or an object cannot be copied."""
 
 
 def first_batch(loader: Any) -> list[Any]:
-    """Return a list of a copy of the first batch that a loader may give; an empty one where it gives none.
+    """Return a list with a copy of the first batch of a loader; an empty list if the loader has no batch.
 
-    Looked into are sequences and a `torch.utils.data.DataLoader` of a dataset with indices, in this process and
-    with copies of its samplers.
+    Only sequences can be read without a change for training, and a `torch.utils.data.DataLoader` of a dataset with
+    indices, which is read in this process and with copies of its samplers.
 
     Raises:
-        CannotLook: Any other loader; and one whose samplers cannot be copied.
+        CannotLook: `loader` is another one, or its samplers cannot be copied.
     """
-    if isinstance(loader, Sequence):  # handlers are shown a twin of a list
+    if isinstance(loader, Sequence):  # a handler sees the read-only twin of a list, which is a sequence too
         return copy.deepcopy(list(islice(loader, 1)))
     if not isinstance(loader, DataLoader):
-        raise CannotLook(f"a {type(loader).__name__} is asked for batches by training alone")
+        raise CannotLook(f"a {type(loader).__name__} may lose the batches that are taken from it before training")
     if isinstance(loader.dataset, IterableDataset):
-        raise CannotLook("an IterableDataset may lose what it gives")
-    return copy.deepcopy(list(islice(_beside(loader), 1)))
+        raise CannotLook("an IterableDataset may lose the batches that are taken from it before training")
+    return copy.deepcopy(list(islice(_separate(loader), 1)))
 
 
-def _beside(loader: DataLoader[Any]) -> Iterable[Any]:
-    """Return a loader that gives what this one would, with samplers and generators of its own and no workers."""
+def _separate(loader: DataLoader[Any]) -> Iterable[Any]:
+    """Return a loader that gives the same batches, with copies of samplers and generators, and without workers."""
     other = copy.copy(loader)
     names = ("batch_sampler", "generator", "sampler")
     try:
-        # Together, since the samplers and the loader share a generator. The dataset stays: it may be large.
+        # Copy them together, because they share a generator. The dataset is not copied, because it may be large.
         parts = copy.deepcopy({name: vars(loader)[name] for name in names}, {id(loader.dataset): loader.dataset})
     except Exception as error:
         raise CannotLook(f"its samplers cannot be copied: {type(error).__name__}: {error}") from error
-    vars(other).update(parts, num_workers=0, timeout=0, _iterator=None)  # its own __setattr__ refuses a sampler
+    vars(other).update(parts, num_workers=0, timeout=0, _iterator=None)  # `DataLoader.__setattr__` refuses a sampler
     return other
 
 
-def borrowed(module: M) -> M:
-    """Return a copy of a module that shares its parameters; buffers and other attributes are copies.
+def shared_copy(module: M) -> M:
+    """Return a copy of a module that shares its parameters; buffers and other attributes are copied.
 
-    A forward pass changes nothing of the original then. What is no module is returned as it is.
+    A forward pass of the copy does not change the module. An object that is no module is returned as it is.
 
     Raises:
-        CannotLook: Something in it cannot be copied.
+        CannotLook: An attribute of the module cannot be copied.
     """
     if not isinstance(module, torch.nn.Module):
         return module
-    shared = {id(param): param for param in module.parameters() if not is_lazy(param)}  # a lazy one would be made
+    # A lazy parameter is copied, because the forward pass gives it a shape.
+    shared = {id(param): param for param in module.parameters() if not is_lazy(param)}
     try:
         return copy.deepcopy(module, shared)
     except Exception as error:
@@ -204,7 +208,7 @@ def borrowed(module: M) -> M:
 
 
 def on_device_of(data: Any, modules: Sequence[torch.nn.Module]) -> Any:
-    """Return data on the device of the first parameter or buffer."""
+    """Return the data on the device of the first parameter or buffer of the modules."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             return place(data, tensor.device)

@@ -1,16 +1,14 @@
-"""Strict mode: prove for every handler that it changed only what it declares to write.
+"""Strict mode: check after every handler that it has changed only state that it declares to write.
 
-`Learner(strict=True)` compares fingerprints of the whole state around each handler. It finds what no view can refuse:
-in-place operations on tensors, writes through an object that was read, and random numbers drawn without
-``resource.rng``. It is slow, and meant for tests and for a first run of a new callback.
+A view can refuse an assignment, but not an in-place operation on a tensor that was read, nor a write through another
+object. `Learner(strict=True)` finds these, and random numbers drawn without ``resource.rng``: it takes a fingerprint of
+every piece of state before and after each handler, and compares them by path. The dry run that suggests declarations
+(`flowtrain.diagnostics.suggest_access`) does the same.
 
-Fingerprints of the learner's state: what changed between two moments, by path.
-
-A view can refuse an assignment, not an in-place operation on a tensor that was read. So strict mode, and the dry run
-that suggests declarations, take a fingerprint of everything before and after a handler and compare. A tensor's
-fingerprint is its identity, its version counter (https://docs.pytorch.org/docs/stable/notes/autograd.html, "In-place
-correctness checks") and a checksum of its content, because writes through ``.data`` or a shared numpy array leave the
-counter alone. This costs a pass over all of the state.
+The fingerprint of a tensor is its identity, its version counter
+(https://docs.pytorch.org/docs/stable/notes/autograd.html, "In-place correctness checks") and a checksum of its content,
+because writes through ``.data`` or a shared numpy array do not change the counter. Each fingerprint costs a pass over
+all of the state, so strict mode is for tests and for the first run of a new callback.
 """
 
 from __future__ import annotations
@@ -49,18 +47,18 @@ _RNG: Path = ("resource", "rng")
 
 
 def watch(state: LearnerState) -> Callable[[Step], Call]:
-    """Return what wraps the call of a step, so that it raises for undeclared writes.
+    """Return a function that wraps the call of a step, so that the call raises for undeclared writes.
 
     Args:
         state: The state to watch.
     """
 
     def wrap(step: Step) -> Call:
-        """Return the call of a step, between two fingerprints."""
+        """Return the call of a step between two fingerprints."""
         declaration, reach = step.node.access[step.handler], Reach(state)
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
-            """Call the handler, and raise for what it changed without saying so."""
+            """Call the handler, and raise if it has changed state without declaring a write."""
             before = fingerprints(state)
             step.call(event, phase, view)
             found = undeclared(changes(before, fingerprints(state)), declaration, reach)
@@ -73,14 +71,14 @@ def watch(state: LearnerState) -> Callable[[Step], Call]:
 
 
 def undeclared(changed: Sequence[Path], declaration: Declaration, reach: Reach | None = None) -> list[Path]:
-    """Return the places that changed and that no declared `Write` reaches."""
+    """Return the changed paths that no declared `Write` reaches."""
     reach = reach or Reach()
     written = [path for path, kind in declaration if isinstance(kind, Write)]
     return [place for place in changed if not any(reach.explains(path, place) for path in written)]
 
 
 def declarable(path: Path) -> Path:
-    """Return what to declare for a path that changed: whole models, entries of the rest."""
+    """Return the path to declare for a changed path: a whole model or loss function, or one entry of other state."""
     depth = {"model": 1, "lossfn": 1, "batch": 2, "resource": 2}.get(path[0], 3)
     return path[:depth]
 
@@ -99,7 +97,7 @@ def _error(
 
 
 def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
-    """Say what to write instead: what can be declared depends on the callback."""
+    """Return the remedy of the message, which depends on what the callback can declare."""
     kind, deferrable = type(step.callback), step.callback.deferrable
     others, said = [path for path in found if path != _RNG], ""
     lead = f"Work on a copy (tensor.clone()), or {'set deferrable = False and ' if deferrable else ''}declare"
@@ -119,7 +117,7 @@ def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
 
 
 def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:
-    """Return the paths to declare for changes; parameters that are read as ``params`` are written as that too."""
+    """Return the paths to declare for changes. Parameters that are read as ``params`` are declared under that path."""
     aliases = [path for path, _ in declaration if path != canonical(path)]
     return {next((alias for alias in aliases if meet(canonical(alias), path)), declarable(path)) for path in found}
 

@@ -1,14 +1,10 @@
-"""Find the least that a callback must declare, by running it for one batch of every phase on copies.
+"""Find the least access that a callback must declare, by running a copy of it for one batch of every phase.
 
 The model, the optimizer, the other callbacks and the callback itself are copied; the learner does not change, and
-neither do the random number generators. Reads are logged by a `RecordingView`; writes are what the fingerprints before
-and after each handler differ in, so in-place changes are found too. Resources other than ``resource.rng`` leave no
-trace, so those that are declared are kept.
-
-The recording view: it allows everything, and writes down which paths were read or assigned.
-
-It stands in for a protected view while the least declaration of a handler is looked for. In-place changes leave no
-trace here; `flowtrain.diagnostics.suggest_access` finds them by fingerprints.
+neither do the random number generators. A handler gets a `RecordingView` instead of a protected view: it allows every
+access, and logs each path that is read or assigned. In-place changes are found by fingerprints before and after each
+handler (`flowtrain.diagnostics.strict`). Resources other than ``resource.rng`` cannot be observed, so the declared ones
+are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_random_numbers
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_rng
 from flowtrain.diagnostics.strict import changes, declarable, fingerprints
 from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
 from flowtrain.graph.nodes import Node
@@ -50,16 +46,17 @@ __all__ = [
 
 @dataclass(repr=False)
 class Recording:
-    """What a callback was seen to touch.
+    """The access of a callback in a dry run.
 
     Attributes:
-        callback: The callback's type name.
-        handlers: For each handler that ran, what it must declare at least; also ``"setup"``, if there is one.
+        callback: The name of the callback's type.
+        handlers: The least declaration of each handler that ran, by the name of the method; also of ``"setup"``.
         idle: The handlers that no event of the dry run reached.
-        failure: What a handler raised, which may have kept it from touching more; or ``None``.
+        failure: The exception of a handler, after which it may have accessed more state; or ``None``.
         decorators: The decorator of each handler as source, up to the access.
-        known: The dotted paths that there were, for hints.
-        added: What the callback declares beside what it is given as ``access=``; ``None`` if it takes no such argument.
+        known: The dotted paths that existed, for hints.
+        added: The access that the callback declares in addition to its argument ``access=``; ``None`` if it has no
+            such argument.
     """
 
     callback: str
@@ -72,7 +69,7 @@ class Recording:
 
     @property
     def union(self) -> Declaration:
-        """What `state_access` must return at least if no handler has an ``access=`` of its own."""
+        """The least access that `state_access` must return if no handler has its own ``access=``."""
         return _minimal(dict(union(self.handlers.values())))
 
     def __str__(self) -> str:
@@ -106,23 +103,23 @@ class Recording:
 
 
 def record(learner: LearnerParts, callback: Callback) -> Recording:
-    """Run a callback for one batch of every phase of a learner, on copies, and say what it touches.
+    """Run a copy of a callback for one batch of every phase of a learner, and return the access that it needs.
 
     Args:
-        learner: Whose model, data and other callbacks to use. A callback of the same type is left out.
-        callback: The callback; it need not be one of the learner's, and need not declare anything yet.
+        learner: The learner whose model, data and other callbacks are used. A callback of the same type is left out.
+        callback: The callback. The learner need not have it, and it need not declare any access yet.
 
     Raises:
-        UsageError: The learner has no data, a loader can be gone through only once, or something cannot be copied.
+        UsageError: The learner has no data, a loader can be iterated only once, or an object cannot be copied.
     """
     if not is_a(callback, Callback):
         raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
-    with same_random_numbers():
+    with same_rng():
         data = first_batches(learner.state.data)
         try:
             return _dry_run(learner, data, callback, declared=True)
         except _NotBuilt:
-            # What it declares now does not fit; it may be what the user wants to find out.
+            # The callback declares an access that the learner refuses, so run it without its declarations.
             return _dry_run(learner, data, callback, declared=False)
 
 
@@ -131,6 +128,11 @@ class _NotBuilt(Exception):
 
 
 def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
+    """Run copies of the callback and of the learner; `declared` tells whether the callback's declarations are used.
+
+    Raises:
+        _NotBuilt: The scratch learner refuses the callbacks with their declarations.
+    """
     subject, model, lossfn, optimizer, others = copies(learner, callback)
     probe = _Probe(subject, declared=declared)
     try:
@@ -154,9 +156,9 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
     failure: BaseException | None = None
     try:
         with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0), None):  # no record is written
-            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
+            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # a warning for fits of users
             scratch.fit(1)
-    except Exception as error:  # reported with what was found until then
+    except Exception as error:  # part of the result, with the access up to it
         failure = error
     names = {name for phase in data for name in phase.provides or ()}
     known = [*(f"batch.{name}" for name in sorted(names)), *(f"cbstate.{name}" for name in scratch.state.cbstate)]
@@ -164,7 +166,12 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
 
 
 class _Probe:
-    """Collects what one callback touches, by handler."""
+    """Logs the access of one callback, by handler.
+
+    Args:
+        subject: The copy of the callback that runs.
+        declared: Whether the declarations of the callback are used.
+    """
 
     def __init__(self, subject: Callback, *, declared: bool) -> None:
         self.subject = subject
@@ -174,16 +181,16 @@ class _Probe:
         self.resources: dict[str, Log] = {}
 
     def watch(self, state: LearnerState) -> Callable[[Step], Call]:
-        """Return what wraps a step's call: the subject's handlers get a recording view."""
+        """Return a function that wraps the call of a step, so that handlers of the subject get a recording view."""
 
         def wrap(step: Step) -> Call:
-            """Return the call of a step, for the subject one with a recording view."""
+            """Return the call of a step; of another callback it is not changed."""
             if step.callback is not self.subject:
                 return step.call
             name, owner = step.handler.attribute, owner_of(step.node, step.handler)
 
             def call(event: Event, phase: Phase, view: LearnerView) -> None:
-                """Call the handler with a view that records, in place of its own."""
+                """Call the handler with a recording view instead of its own view."""
                 with self.recorded(name, state, owner) as recording:
                     step.call(event, phase, recording)
 
@@ -193,18 +200,24 @@ class _Probe:
 
     @contextmanager
     def recorded(self, name: str, state: LearnerState, owner: Owner) -> Generator[RecordingView]:
-        """Give the view for one call, and log what it reads and what has changed after it."""
+        """Give a recording view for one call, and log the changes of the state after the call."""
         log = self.logs.setdefault(name, {})
         before = fingerprints(state)
         try:
             yield RecordingView(state, owner, log)
         finally:
             for path in changes(before, fingerprints(state)):
-                if path != ("resource", "rng") or not self.subject.deferrable:  # which says it with `stochastic`
+                # A deferrable callback draws its own random numbers, which need no declaration.
+                if path != ("resource", "rng") or not self.subject.deferrable:
                     _log_write(log, path, Reach(state))
 
     def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
-        """Return what was found."""
+        """Return the result of the dry run.
+
+        Args:
+            failure: The exception that has ended the dry run, or ``None``.
+            known: The dotted paths that existed.
+        """
         shared = self.subject.state_access()
         declared = {
             handler.attribute: dict(_resources(shared if handler.access is None else handler.access, handler.attribute))
@@ -224,6 +237,7 @@ class _Probe:
 
 
 def _added(subject: Callback) -> Mapping[Path, Read | Write] | None:
+    """Return the access that a callback declares in addition to its argument ``access=``, if it has one."""
     if subject.access_argument is None:
         return None
     given = dict(declare(subject.access_argument, "access="))
@@ -231,7 +245,7 @@ def _added(subject: Callback) -> Mapping[Path, Read | Write] | None:
 
 
 class _Probed(Callbacks):
-    """Callbacks of a scratch learner, one of which is being probed."""
+    """The callbacks of a scratch learner, one of which is the subject of a probe."""
 
     def __init__(self, callbacks: Sequence[Callback], state: LearnerState, probe: _Probe) -> None:
         self._probe = probe
@@ -258,10 +272,10 @@ def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
 
 
 def _log_write(log: Log, changed: Path, reach: Reach) -> None:
-    """Log a change of a region: as a write of the path by which the handler got there, if it read one.
+    """Log a change as a write of a path that the handler has read and that reaches the changed state.
 
-    A path that names the region goes before one that reaches it too: gradients are written as ``batch.grads`` by a
-    handler that has also read ``params``.
+    A path that names the changed state goes before a path that only reaches it: a handler that has read ``batch.grads``
+    and ``params`` and changes a gradient writes ``batch.grads``. Without such a path it is a write of `declarable`.
     """
     named = [path for path in log if changed[: len(path)] == canonical(path)]
     reached = [path for path in log if reach.explains(path, changed)]
@@ -269,7 +283,7 @@ def _log_write(log: Log, changed: Path, reach: Reach) -> None:
 
 
 def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
-    """Leave out what a shorter path covers."""
+    """Return a log as a declaration, without the paths that a shorter path covers."""
     kept: dict[Path, Read | Write] = {}
     for path, kind in sorted(log.items(), key=lambda item: len(item[0])):
         above = [kept[path[:length]] for length in range(1, len(path)) if path[:length] in kept]
@@ -280,8 +294,10 @@ def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
 
 
 Log: TypeAlias = dict[Path, Read | Write]
+"""The paths that a handler has read or written."""
 
 _PLAIN_ROOTS = ("callbacks", "data", "lossfn", "model")
+"""The attributes of a view that are declared as a whole."""
 
 
 class RecordingView(GuardedView):
@@ -289,8 +305,8 @@ class RecordingView(GuardedView):
 
     Args:
         state: The state to show.
-        owner: Whose view it is.
-        log: What is found is added here.
+        owner: The callback and handler that the view is for.
+        log: The log that the view adds to.
     """
 
     __slots__ = ("_log", "_shown")
@@ -319,7 +335,14 @@ class RecordingView(GuardedView):
 
 
 class RecordedNamespace:
-    """``batch``, ``cbstate`` or ``optimizer`` under a recording view, or a namespace inside ``cbstate``."""
+    """``batch``, ``cbstate`` or ``optimizer`` of a recording view, or a namespace within ``cbstate``.
+
+    Args:
+        target: The object to show.
+        path: The path of the object.
+        log: The log of the view.
+        shown: Makes the value that a handler sees, such as a detached tensor; by default the value itself.
+    """
 
     def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
         self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself)
@@ -329,10 +352,10 @@ class RecordedNamespace:
             raise AttributeError(name)
         target, path = self._target, (*self._path, name)
         if path[0] == "cbstate" and len(path) == 2 and name in CONTAINERS and name not in target:
-            # Not declared yet, so the learner has not made it.
+            # A learner makes the containers that are declared; this one is not declared yet, so make it here.
             setattr(target, name, CONTAINERS[name](f"cbstate.{name}"))
         if path[0] == "optimizer" and name not in ("hyperparams", "state") and not isinstance(target, Named):
-            _read(self._log, self._path)  # a method or attribute of the optimizer itself
+            _read(self._log, self._path)  # a method or attribute of the optimizer itself, so all of it is read
             return getattr(target, name)
         value = getattr(target, name, None)
         if isinstance(value, State) or (path[0] == "optimizer" and isinstance(target, Named)):
@@ -356,7 +379,17 @@ class RecordedNamespace:
 
 
 class RecordedMapping(Mapping[Any, Any]):
-    """Something that holds things by name, perhaps by phase first: one name is a path, all of it is a shorter one."""
+    """A mapping from names to values, or from phases to such mappings, of a recording view.
+
+    Access to one name is logged with the name in the path, iteration with the path of the whole mapping. A phase is no
+    part of a path.
+
+    Args:
+        target: The mapping.
+        path: The path of the mapping.
+        log: The log of the view.
+        shown: Makes the value that a handler sees; by default the value itself.
+    """
 
     def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
         self._target = target
@@ -372,7 +405,7 @@ class RecordedMapping(Mapping[Any, Any]):
         return self._shown(found)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Return what is at a key."""
+        """Return the value of a key, or `default`."""
         found = self[key]
         return default if found is None else found
 
@@ -382,7 +415,7 @@ class RecordedMapping(Mapping[Any, Any]):
         return self[name]
 
     def push(self, name: str, value: Any, step: int) -> None:
-        """Append to a series."""
+        """Append a value to a series."""
         self._log[*self._path, *name.split(".")] = Write()
         self._target.push(name, value, step)
 
@@ -400,6 +433,7 @@ def _itself(value: Any) -> Any:
 
 
 def _read(log: Log, path: Path, *, optional: bool = False) -> None:
+    """Log a read, which is optional only if the value was missing at every read. A logged write stays."""
     known = log.get(path)
     if known is None or (isinstance(known, Read) and known.optional):
         log[path] = Read(optional=optional)

@@ -1,24 +1,20 @@
-"""The audit: which callbacks of a learner make the host wait for the device, where, and what to do about it.
+"""The audit of synchronisations: operations that make the host wait for the device, with their lines and remedies.
 
-The callbacks run for one batch of every phase, on copies of the model, the optimizer and themselves, while
-`flowtrain.diagnostics.sync_audit` watches. It works on the CPU, where all tensors count as if they were on a device. A
-callback that is throttled is not seen: what it waits for it waits for rarely.
-
-Find what makes the host wait for the device: every read of a value.
+`audit` runs copies of the callbacks for one batch of every phase, on copies of model and optimizer. A throttled
+callback is not reported, since a single batch does not reach its handler.
 
 `watching` reports each operation that needs the value of a tensor on the host: ``.item()``, ``float()``, ``.tolist()``,
-``if tensor:``, ``.cpu()``, a boolean mask. All tensors count as if they were on a device, so that it works without one:
-``.to("cpu")`` counts, ``.to(other.device)`` does not. What the library reads late does not count
-(`flowtrain.state.device_values`), nor what optimizers of torch read, whose counters are on the CPU.
+``if tensor:``, ``.cpu()``, a boolean mask. All tensors count as if they were on a device, so the audit works without
+one: ``.to("cpu")`` is reported, ``.to(other.device)`` is not. Values that flowtrain reads late are not reported
+(`flowtrain.state.device_values`), nor values that torch's optimizers read, because their counters are on the CPU.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,16 +24,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.scratch_learner import LearnerParts, first_batches, same_random_numbers
-from flowtrain.errors import UsageError
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng
 from flowtrain.graph.plan import Call, Step
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.device_values import DEFAULT_LAG, reading
-from flowtrain.state.learner_state import Named
 
 __all__ = [
     "Sync",
@@ -66,17 +59,17 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Sync:
-    """One place that makes the host wait for the device.
+    """One line of code that makes the host wait for the device.
 
     Attributes:
-        operation: What is waited for, such as ``.item()``.
-        file: Where, the innermost line outside of torch.
-        line: Its number.
-        code: The line itself.
-        advice: What to do about it.
+        operation: The operation, such as ``.item()``.
+        file: The file of the innermost line outside of torch.
+        line: The number of that line.
+        code: The text of that line.
+        advice: How to avoid the wait.
         where: The callback and its handler, ``Printer.show``; empty for the model, the loss and the loader.
-        event: At which event; empty outside of handlers.
-        phase: In which phase.
+        event: The event of the handler; empty outside of handlers.
+        phase: The phase of the event; empty outside of handlers.
     """
 
     operation: str
@@ -95,10 +88,10 @@ class Sync:
 
 @contextmanager
 def watching(found: Callable[[Sync], None]) -> Generator[None]:
-    """Call a function for every operation that would wait for the device, before it is done.
+    """Give a context that calls a function before every operation that would wait for the device.
 
     Args:
-        found: What it raises is raised at that operation.
+        found: The function. If it raises, the operation raises.
     """
     watch = _Watch(found)
     with _Dispatched(watch), _Called(watch):
@@ -106,14 +99,21 @@ def watching(found: Callable[[Sync], None]) -> Generator[None]:
 
 
 class _Watch:
-    """Makes the reports of both modes, one for each operation."""
+    """Makes the reports of `_Called` and `_Dispatched`, one for each operation.
+
+    Args:
+        found: The function to call with each report.
+
+    Attributes:
+        inside: Whether a reported operation runs, whose inner operations are not reported again.
+    """
 
     def __init__(self, found: Callable[[Sync], None]) -> None:
         self._found = found
-        self.inside = False  # an operation that was reported, and what it is made of
+        self.inside = False
 
     def see(self, operation: str, kind: str) -> None:
-        """Report an operation, unless it is the library's own."""
+        """Report an operation, unless flowtrain or an optimizer of torch reads the value."""
         place = None if reading() or self.inside else _place()
         if place is not None:
             file, line = place
@@ -124,14 +124,14 @@ class _Watch:
 
 
 class _Called(TorchFunctionMode):
-    """Sees calls from Python."""
+    """Sees the functions of torch that Python code calls."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the function's name, then call it."""
+        """Report the function if its name is one of a synchronisation, then call it."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         kind = "number" if name in _NUMBERS else "copy" if name in _COPIES else ""
         operation = _NUMBERS.get(name) or _COPIES.get(name, "")
@@ -148,14 +148,14 @@ class _Called(TorchFunctionMode):
 
 
 class _Dispatched(TorchDispatchMode):
-    """Sees what calls come to: values and sizes that depend on the data."""
+    """Sees the operators that the calls execute, whose tags tell if a value or a size depends on the data."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the operator's tags, then run it."""
+        """Report the operator if its tags are those of a synchronisation, then run it."""
         name = func.overloadpacket.__name__
         if torch.Tag.data_dependent_output in func.tags:
             self._watch.see(_NUMBERS["item"] if name == "_local_scalar_dense" else f"{name}()", "number")
@@ -169,7 +169,7 @@ def _has_mask(args: Any) -> bool:
 
 
 def _place() -> tuple[str, int] | None:
-    """Return the innermost line outside of torch; ``None`` for what an optimizer of torch reads."""
+    """Return the innermost line outside of torch; ``None`` if an optimizer of torch reads the value."""
     frame = inspect.currentframe()
     inside, own = str(Path(torch.__file__).parent), (__file__, linecache.__file__)
     optimizers = str(Path(torch.__file__).parent / "optim")
@@ -184,7 +184,11 @@ def _place() -> tuple[str, int] | None:
 
 
 class SyncReport(tuple[Sync, ...]):
-    """What `audit` found: a tuple of `Sync`, each place once for each handler, event and phase."""
+    """The result of `audit`: a tuple of `Sync`, each line once for each handler, event and phase.
+
+    Attributes:
+        left_out: The names of the callbacks that the audit did not run.
+    """
 
     left_out: tuple[str, ...] = ()
 
@@ -196,22 +200,22 @@ class SyncReport(tuple[Sync, ...]):
 
 
 def audit(learner: LearnerParts) -> SyncReport:
-    """Run the callbacks of a learner for one batch of every phase, on copies, and report where the host would wait.
+    """Run copies of a learner's callbacks for one batch of every phase, and report the lines where the host would wait.
 
-    Callbacks that are not to be audited, such as those that print, and those with a logging backend are not run.
+    Callbacks with a logging backend, and those with ``audited = False``, such as callbacks that print, do not run.
 
     Args:
-        learner: It does not change, and neither do the random number generators.
+        learner: The learner. It does not change, and neither do the random number generators.
 
     Raises:
-        UsageError: It has no data, a loader can be gone through only once, or something cannot be copied.
+        UsageError: The learner has no data, a loader can be iterated only once, or an object cannot be copied.
     """
-    with same_random_numbers():
+    with same_rng():
         data = first_batches(learner.state.data)
         nodes = learner.state.callbacks.nodes
         chosen = [node.callback for node in nodes if node.callback.audited and not node.backends]
         left_out = [node.name for node in nodes if node.callback not in chosen]
-        model, lossfn, optimizer, callbacks = _copied(learner, chosen)
+        model, lossfn, optimizer, callbacks = copied(learner, chosen, "The audit")
         core = learner.core.like(lag=learner.state.lag or DEFAULT_LAG)
         scratch = type(learner)(
             model, lossfn, data=data, optimizer=optimizer, callbacks=(), default_callbacks=False, core=core
@@ -222,7 +226,7 @@ def audit(learner: LearnerParts) -> SyncReport:
         scratch.state.callbacks = built
         scratch.loop.dispatch.use(built)
         with warnings.catch_warnings(), watching(probe.found):
-            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # not the user's fit
+            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # a warning for fits of users
             scratch.fit(1)
     report = SyncReport(seen)
     report.left_out = tuple(left_out)
@@ -230,22 +234,22 @@ def audit(learner: LearnerParts) -> SyncReport:
 
 
 class _Probe:
-    """Knows which handler runs."""
+    """Adds the handler that runs to each report."""
 
     def __init__(self, seen: dict[Sync, None]) -> None:
         self._seen = seen
         self._now = ("", "", "")
 
     def found(self, sync: Sync) -> None:
-        """Keep a report, with who caused it."""
+        """Keep a report, with the handler, event and phase that caused it."""
         where, event, phase = self._now
         self._seen[replace(sync, where=where, event=event, phase=phase)] = None
 
     def around(self, step: Step) -> Call:
-        """Return the call of a step, during which reports are its own."""
+        """Return the call of a step, whose reports get the name of its handler."""
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
-            """Call the handler in its own name."""
+            """Call the handler."""
             before, self._now = self._now, (step.label, type(event).__name__, repr(phase))
             try:
                 step.call(event, phase, view)
@@ -253,16 +257,3 @@ class _Probe:
                 self._now = before
 
         return call
-
-
-def _copied(learner: LearnerParts, callbacks: Iterable[Callback]) -> tuple[Any, Any, Any, list[Callback]]:
-    state = learner.state
-    models = dict(state.model) if isinstance(state.model, Named) else state.model
-    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
-    try:
-        return copy.deepcopy((models, state.lossfn, optimizers, list(callbacks)), {id(state): state})
-    except Exception as error:
-        raise UsageError(
-            f"The audit works on copies, and something cannot be copied: {type(error).__name__}: {error}. Open files "
-            f"and connections in setup or at FitBegin, not in __init__."
-        ) from error

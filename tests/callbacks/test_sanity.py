@@ -262,8 +262,8 @@ def test_what_cannot_be_looked_into_is_left_alone_and_named() -> None:
     assert stream.passes == 1
     assert learner.cbstate.history[ValidationPhase].steps == 3
     assert check.skipped == [
-        "data of TrainingPhase: an IterableDataset may lose what it gives",
-        "data of ValidationPhase: a list_iterator is asked for batches by training alone",
+        "data of TrainingPhase: an IterableDataset may lose the batches that are taken from it before training",
+        "data of ValidationPhase: a list_iterator may lose the batches that are taken from it before training",
     ]
 
 

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from flowtrain import TrainingPhase, UsageError, ValidationPhase
 from flowtrain.callbacks import Metric, Metrics, Recorder
-from flowtrain.diagnostics.plots import Curve, curves, find_names
+from flowtrain.diagnostics.plots import Curve, curves, draw, find_names
 from flowtrain.learner import Learner
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import tiny_batches, tiny_learner
@@ -33,6 +33,22 @@ def learner() -> Learner:
 def lines(axes: Any) -> dict[str, list[list[float]]]:
     """The points of each line by its label."""
     return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+
+
+def test_each_metric_has_a_panel_and_each_phase_a_colour() -> None:
+    train, valid = TrainingPhase(), ValidationPhase()
+    batches = Curve("Loss", train, "batch", [1, 2, 3], [3.0, 2.0, 1.0])
+    means = Curve("Loss", train, "epoch", [3], [2.0])
+    values = Curve("Accuracy", valid, "epoch", [3, 6], [0.5, 0.75])
+    loss, accuracy = draw([[batches, means], [values]], "batches").axes
+    assert list(lines(loss).items()) == [
+        ("TrainingPhase, each batch", [[1, 3.0], [2, 2.0], [3, 1.0]]),
+        ("TrainingPhase", [[3, 2.0]]),
+    ]
+    assert {line.get_color() for line in loss.lines} == {"C0"}
+    assert [line.get_color() for line in accuracy.lines] == ["C1"]
+    assert [line.get_marker() for line in accuracy.lines] == ["o"]
+    assert (loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()) == ("Loss", "Accuracy", "batches")
 
 
 def test_the_drawn_lines_are_the_recorded_values(learner: Learner) -> None:
@@ -122,7 +138,6 @@ def test_before_fit_there_is_nothing_to_plot() -> None:
 
 
 def test_without_matplotlib_it_says_what_to_install(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "flowtrain.diagnostics.figure", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -11,7 +11,7 @@ import torch
 
 from flowtrain import Access, Callback, LearnerView, UsageError, Write
 from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
-from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_random_numbers
+from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_rng
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
 
@@ -76,7 +76,7 @@ def test_random_numbers_come_back_also_after_an_error() -> None:
     drawn: list[tuple[float, float, float]] = []
 
     def fail() -> None:
-        with same_random_numbers():
+        with same_rng():
             drawn.append(draw())
             raise ValueError("midway")
 

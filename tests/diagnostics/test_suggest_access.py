@@ -35,7 +35,7 @@ from flowtrain.callbacks import (
     LogVisualization,
     Traces,
 )
-from flowtrain.diagnostics.scratch_learner import CannotLook, borrowed, first_batch, untouched
+from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, same_rng, shared_copy
 from flowtrain.diagnostics.suggest_access import Log, RecordingView
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.state.learner_state import State
@@ -351,7 +351,7 @@ def seeded(**settings: Any) -> DataLoader[Any]:
 )
 def test_the_first_batch_is_the_one_that_training_gets_next(make: Any) -> None:
     loader = make()
-    with untouched():
+    with same_rng():
         [[seen]] = first_batch(loader)
         assert torch.equal(first_batch(loader)[0][0], seen)
     seen += 0
@@ -382,8 +382,8 @@ class Locked(Stateful):
 @pytest.mark.parametrize(
     ("loader", "reason"),
     [
-        (iter([1]), "a list_iterator is asked for batches by training alone"),
-        (DataLoader(Stream()), "an IterableDataset may lose what it gives"),
+        (iter([1]), "a list_iterator may lose the batches that are taken from it before training"),
+        (DataLoader(Stream()), "an IterableDataset may lose the batches that are taken from it before training"),
         (DataLoader(DATA, sampler=Locked()), "its samplers cannot be copied: TypeError: no copies"),
     ],
 )
@@ -393,12 +393,12 @@ def test_loaders_that_are_left_alone(loader: Any, reason: str) -> None:
     assert str(raised.value) == reason
 
 
-def test_a_borrowed_model_shares_parameters_and_nothing_else() -> None:
+def test_a_shared_copy_shares_parameters_and_nothing_else() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
-    copied = borrowed(model)
+    copied = shared_copy(model)
     assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
     assert not any(a is b for a, b in zip(copied.buffers(), model.buffers(), strict=True))
-    assert borrowed(torch.nn.functional.mse_loss) is torch.nn.functional.mse_loss
+    assert shared_copy(torch.nn.functional.mse_loss) is torch.nn.functional.mse_loss
 
 
 def test_a_model_that_cannot_be_copied() -> None:
@@ -406,4 +406,4 @@ def test_a_model_that_cannot_be_copied() -> None:
     model.kept = iter([1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     model.lock = (each for each in [1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(CannotLook, match="it cannot be copied: TypeError: cannot pickle 'generator' object"):
-        borrowed(model)
+        shared_copy(model)
