@@ -12,20 +12,20 @@ Training:
 - *loop*: the part of the learner that runs fits, epochs and batches, and that fires the events.
 - *core*: the part of the learner that computes: it knows devices, precision, gradients and optimizers (`TorchCore`).
 - *phase*: a type that says what kind of epoch runs (`TrainingPhase`, `ValidationPhase`) and that defines its step.
-- *step*: what a phase does with one batch, from the data of the loader to the loss or the update.
+- *step*: the work of a phase on one batch, from the data of the loader to the loss or the update.
 - *accumulation group*: the batches whose gradients are added up for one update.
 - *update*: the change that an optimizer makes to the parameters at the end of an accumulation group.
 - *batch state*: the object that holds the inputs, outputs, loss and further entries of one batch (``learner.batch``).
 - *cbstate*: the state that callbacks share with each other (``learner.cbstate``).
 - *series*: the values that were pushed under one name, each with its step number; a series only grows.
-- *host* and *device*: the process that runs Python, and where the model computes: an accelerator, or the CPU itself.
-- *lag*: after how many batches the host reads a value of the device, so that it does not wait for the device.
+- *host* and *device*: the CPU that runs Python, and the accelerator that computes the model (or the CPU again).
+- *lag*: the number of batches after which the host reads a value of the device, so that it need not wait.
 - *training thread*: the thread that calls `Learner.fit`; it runs the loop, the model and the optimizers.
 
 Callbacks:
 
 - *event*: a type that names a moment of training, such as `BatchEnd`; the loop fires instances of it.
-- *callback*: an object with handlers, with declarations of what they access, and with state of its own.
+- *callback*: an object with handlers, with access declarations, and with state of its own.
 - *handler*: a method of a callback that is marked with `on` and runs at an event in a phase.
 - *condition*: an object that decides whether a callback handles an event, such as every tenth one (``every=10``).
 - *path*: the name of a piece of the learner's state, such as ``batch.loss``; a path covers everything below it.
@@ -40,31 +40,31 @@ Order:
 - *conflict*: two callbacks meet, and at least one of them writes state that the other one touches.
 - *region*: one piece of state, however many paths reach it (`flowtrain.graph.reach`).
 - *resolution*: the answer to a conflict: which callback runs first, or that the order does not matter (`RunFirst`).
-- *dependency graph*: callbacks, and an edge with its reasons wherever one runs before another (`callback_graph`).
+- *dependency graph*: callbacks as nodes, and an edge with its reasons where one must run before another.
 - *serial order*: the topological order of the dependency graph that follows the list of callbacks where it can choose.
-- *plan*: the handlers for one event type and one phase type, in serial order, with the edges between them.
+- *plan*: the handlers for one event type and one phase type, each with its view, in serial order, and their edges.
 
 Execution:
 
-- *executor*: the object that runs plans, in whichever way, with the result of the serial order (`Executor`).
+- *executor*: the object that runs plans, in series, in parallel or deferred, with the result of the serial order.
 - *runner*: the function that an executor makes of a plan and that the loop calls for each event.
 - *strand*: the handlers of one event that run one after the other on one thread, beside the other strands.
 - *deferrable*: said of a callback that only consumes: nothing in training waits for its handlers.
 - *deferred*: said of a callback whose handlers the executor runs later, on a snapshot; all others run *in place*.
-- *snapshot*: a frozen copy of what a deferred handler declares to read, taken at the handler's place in the plan.
+- *snapshot*: a frozen copy of the state that a deferred handler reads, taken at the handler's place in the plan.
 - *copier*: a function that copies objects of one type for snapshots.
 - *lane*: a queue of deferred events and the thread that processes them, one at a time and in order.
 - *worker*: a process that computes for the training process: of a dask cluster for lanes, or of a data loader.
 
 Records:
 
-- *loggable*: what a callback logs: a value, an image, a text, a histogram, a file.
+- *loggable*: an object that a callback can log: a value, an image, a text, a histogram, a file.
 - *record*: a loggable with its name, its step and its group, as it is written.
 - *backend*: the object that callbacks log to; it encodes loggables and writes records (`LoggerBackend`).
 - *sink*: the place where the records of a backend end up: a file, or a tracker.
 - *run*: one fit, together with the fits that resume it, as backends know it.
 - *checkpoint*: a file with the state of training between two batches, from which a later fit resumes.
-- *position*: how far a fit has come through its epochs and batches; of a sink: how much of it has been written.
+- *position*: the point that a fit has reached in its epochs and batches, or up to which a sink has been written.
 """
 
 from __future__ import annotations
