@@ -6,7 +6,7 @@ ended since. The lag is a fixed number of batches, and never "when the copy is r
 
 - `Reading` holds values that are being copied to the host, through pinned memory, on the current stream.
 - `Lagged` returns every value as a number, a fixed number of values later.
-- `Kept` holds the positions of the values of a series that are still on the device, at most `CHUNK` of them.
+- `Unread` holds the positions of the values of a series that are still on the device, at most `CHUNK` of them.
 
 On the CPU nothing has to wait, so the lag is 0. ``TorchCore(lag=2)`` makes the library treat the CPU as a device, so
 that tests without an accelerator take the same way.
@@ -25,7 +25,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["CHUNK", "DEFAULT_LAG", "Kept", "Lagged", "Reading", "reading"]
+__all__ = ["CHUNK", "DEFAULT_LAG", "Lagged", "Reading", "Unread", "reading"]
 
 DEFAULT_LAG = 2
 """The number of batches between a value on a device and its use on the host."""
@@ -135,7 +135,7 @@ class Lagged:
         return tag, value.numbers()[0]
 
 
-class Kept:
+class Unread:
     """The positions of the values of a series that are on the device, or are being copied from it.
 
     The copy of a chunk begins when the chunk is full. Its numbers are put into the series when the next chunk is full,

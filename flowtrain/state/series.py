@@ -11,7 +11,7 @@ from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import nearest
 from flowtrain.state.container import Container, Freezer, Tree, picked
-from flowtrain.state.device_values import Kept
+from flowtrain.state.device_values import Unread
 from flowtrain.state.encoding import Stage
 from flowtrain.state.readonly import refuse
 
@@ -43,7 +43,7 @@ class Series(Container):
     ([1, 2], [0.5, 0.25])
     """
 
-    __slots__ = ("_kept", "_late", "_path", "_steps", "_values")
+    __slots__ = ("_late", "_path", "_steps", "_unread", "_values")
     __kind__ = "series"
 
     rewound: ClassVar[int] = 0
@@ -54,7 +54,7 @@ class Series(Container):
         self._late = late
         self._steps: list[int] = []
         self._values: list[Any] = []
-        self._kept = Kept()
+        self._unread = Unread()
 
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
@@ -70,7 +70,7 @@ class Series(Container):
                 value = value.detach() if type(value) is torch.Tensor else value.detach().clone()
                 self._values.append(value)
                 self._steps.append(step)
-                self._kept.add(self._values)
+                self._unread.add(self._values)
                 return
         self._values.append(value)
         self._steps.append(step)
@@ -83,8 +83,8 @@ class Series(Container):
         """
         if not self._steps:
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
-        if self._kept:
-            self._kept.settle_one(self._values, len(self._values) - 1)
+        if self._unread:
+            self._unread.settle_one(self._values, len(self._values) - 1)
         return self._steps[-1], self._values[-1]
 
     @property
@@ -99,14 +99,14 @@ class Series(Container):
 
     def newest(self) -> Any:
         """Return the newest value without waiting for it: a tensor of one element if it is on a device."""
-        if self._values[-1] is None and self._kept:  # it went with a chunk
+        if self._values[-1] is None and self._unread:  # it went with a chunk
             return self.last()[1]
         return self._values[-1]
 
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
-        if self._kept:
-            self._kept.settle(self._values)
+        if self._unread:
+            self._unread.settle(self._values)
         return self._values[start:]
 
     def __twin__(self) -> ReadOnlySeries:
@@ -133,8 +133,8 @@ class Series(Container):
 
     def __rewind__(self, mark: int) -> None:
         # In place, because twins and views hold the lists.
-        if self._kept:
-            self._kept.forget(self._values, mark)
+        if self._unread:
+            self._unread.forget(self._values, mark)
         Series.rewound += 1
         del self._values[mark:], self._steps[mark:]
 
@@ -171,8 +171,8 @@ class Series(Container):
         return self._pair(position)
 
     def _pair(self, position: int) -> tuple[int, Any]:
-        if self._kept:
-            self._kept.settle(self._values)
+        if self._unread:
+            self._unread.settle(self._values)
         return self._steps[position], self._values[position]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -206,7 +206,7 @@ class ReadOnlySeries(Series):
 
     def __init__(self, series: Series) -> None:
         self._path, self._steps, self._values = series._path, series._steps, series._values
-        self._late, self._kept = series._late, series._kept
+        self._late, self._unread = series._late, series._unread
 
     def push(self, value: Any, step: int) -> None:
         """Refuse."""

@@ -87,18 +87,18 @@ class Cut(_Frozen):
     def __init__(self, series: Series, length: int | None = None) -> None:
         # The lists themselves: the training thread appends to them and does not change what is there.
         self._path, self._steps, self._values = series._path, series._steps, series._values
-        self._late, self._kept = series._late, series._kept
+        self._late, self._unread = series._late, series._unread
         self._length = len(series) if length is None else length
 
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
-        if self._kept:
-            self._kept.settle(self._values)
+        if self._unread:
+            self._unread.settle(self._values)
         return self._values[range(self._length)[start:].start : self._length]
 
     def _newest(self) -> tuple[int, Any]:
-        if self._kept:
-            self._kept.settle_one(self._values, self._length - 1)
+        if self._unread:
+            self._unread.settle_one(self._values, self._length - 1)
         return self._steps[self._length - 1], self._values[self._length - 1]
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -125,7 +125,7 @@ class Tail(_Frozen):
         self._steps = series._steps[self._start :]
         self._values = series._values[self._start :]
         self._reading: tuple[list[int], Reading] | None = None
-        if series._kept:
+        if series._unread:
             self._begin(series)
 
     def since(self, start: int) -> list[Any]:
