@@ -25,11 +25,11 @@ Training:
 Callbacks:
 
 - *event*: a type that names a moment of training, such as `BatchEnd`; the loop fires instances of it.
-- *callback*: an object with handlers, with access declarations, and with state of its own.
+- *callback*: an object with handlers, with declarations of access, and with state of its own.
 - *handler*: a method of a callback that is marked with `on` and runs at an event in a phase.
 - *condition*: an object that decides whether a callback handles an event, such as every tenth one (``every=10``).
 - *path*: the name of a piece of the learner's state, such as ``batch.loss``; a path covers everything below it.
-- *access declaration*: the paths that a handler touches, each with `Read()` or `Write()`; `Write()` includes reading.
+- *declaration* (of access): the paths that a handler touches, each with `Read()` or `Write()`, which includes reading.
 - *resource*: something that no path names and that handlers use one after the other, such as a file.
 - *view*: the object that a handler gets as ``learner``; it shows the declared paths and refuses all others.
 - *twin*: the read-only counterpart of a container; a view shows the twin where only `Read()` is declared.
@@ -60,7 +60,7 @@ Records:
 
 - *loggable*: an object that a callback can log: a value, an image, a text, a histogram, a file.
 - *record*: a loggable with its name, its step and its group, as it is written.
-- *backend*: the object that callbacks log to; it encodes loggables and writes records (`LoggerBackend`).
+- *backend* (for logging): the object that callbacks log to; it encodes loggables and writes records (`LoggerBackend`).
 - *sink*: the place where the records of a backend end up: a file, or a tracker.
 - *run*: one fit, together with the fits that resume it, as backends know it.
 - *checkpoint*: a file with the state of training between two batches, from which a later fit resumes.
