@@ -34,7 +34,7 @@ from flowtrain.core.prefetch import Placement, Transfer
 from flowtrain.core.structure import Structure
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, Named, by_name
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 
@@ -174,7 +174,7 @@ class TorchCore:
         """
         if self._state is not None:
             raise CoreError("This TorchCore belongs to another learner. Give each learner a core of its own.")
-        models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
+        models = by_name(state.model)
         self.models = {name: original(model) for name, model in models.items()}
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []

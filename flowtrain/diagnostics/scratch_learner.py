@@ -26,7 +26,7 @@ from flowtrain.core.core import TorchCore
 from flowtrain.core.devices import place
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.loop import Loop
 
 __all__ = [
@@ -104,10 +104,8 @@ def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tu
         UsageError: One of the objects cannot be copied.
     """
     state = learner.state
-    models = dict(state.model) if isinstance(state.model, Named) else state.model
-    optimizers = dict(state.optimizer) if isinstance(state.optimizer, Named) else state.optimizer
     try:
-        return copy.deepcopy((models, state.lossfn, optimizers, list(callbacks)), {id(state): state})
+        return copy.deepcopy((state.model, state.lossfn, state.optimizer, list(callbacks)), {id(state): state})
     except Exception as error:
         raise UsageError(
             f"{who} works on copies, and an object of the learner cannot be copied: {type(error).__name__}: {error}. "

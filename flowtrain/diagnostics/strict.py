@@ -31,7 +31,7 @@ from flowtrain.errors import UndeclaredWriteError
 from flowtrain.graph.plan import Call, Step
 from flowtrain.graph.reach import Reach
 from flowtrain.state.container import Container
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, by_name
 
 __all__ = [
     "changes",
@@ -129,13 +129,11 @@ _DEPTH = 6
 def fingerprints(state: LearnerState) -> dict[Path, object]:
     """Return a fingerprint for each path of the state that holds something, in canonical paths."""
     found: dict[Path, object] = {("resource", "rng"): rng_state()}
-    models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
-    for name, model in models.items():
+    for name, model in by_name(state.model).items():
         found.update(_module(("model", name) if name else ("model",), model))
     if isinstance(state.lossfn, torch.nn.Module):
         found.update(_module(("lossfn",), state.lossfn))
-    several = isinstance(state.optimizer, Named)
-    for name, optimizer in dict(state.optimizer).items() if several else (("", state.optimizer),):
+    for name, optimizer in by_name(state.optimizer).items():
         root: Path = ("optimizer", name) if name else ("optimizer",)
         if optimizer is not None:
             found[*root, "hyperparams"] = tuple(

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet
 from flowtrain.callback.events import BatchBegin
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, Named, by_name
 
 __all__ = ["COMPUTED", "Meeting", "Reach", "attribute", "meetings"]
 
@@ -176,8 +176,7 @@ class Reach:
     def _modules(self) -> list[tuple[Path, nn.Module]]:
         """The models and the loss function, if it is a module, each with its region."""
         state = self._state
-        models = dict(state.model) if isinstance(state.model, Named) else {"": state.model}
-        roots: list[tuple[Path, Any]] = [(_join(("model",), name), model) for name, model in models.items()]
+        roots: list[tuple[Path, Any]] = [(_join(("model",), name), each) for name, each in by_name(state.model).items()]
         roots.append((("lossfn",), state.lossfn))
         if not isinstance(state.lossfn, nn.Module):  # a plain object may hold the model, or a part of it
             roots += [(("lossfn", name), value) for name, value in getattr(state.lossfn, "__dict__", {}).items()]
@@ -196,8 +195,7 @@ class Reach:
         for root, module in self._modules:
             for members in (module.named_modules, module.named_parameters, module.named_buffers):
                 named += [(_join(root, name), member) for name, member in members(remove_duplicate=False)]
-        optimizer = self._state.optimizer
-        for name, one in dict(optimizer).items() if isinstance(optimizer, Named) else (("", optimizer),):
+        for name, one in by_name(self._state.optimizer).items():
             root = _join(("optimizer",), name)
             # A learning rate may be a tensor, and one tensor may be in several groups or optimizers.
             for part, groups in (("hyperparams", one.param_groups), ("defaults", [one.defaults])) if one else ():

@@ -22,7 +22,7 @@ from flowtrain.state.encoding import Stage, refill
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
 
-__all__ = ["LearnerState", "Named", "State", "Twins", "restore_point"]
+__all__ = ["LearnerState", "Named", "State", "Twins", "by_name", "restore_point"]
 
 
 class _Namespace:
@@ -217,6 +217,11 @@ class Named(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Named({self._what}: {', '.join(self._members)})"
+
+
+def by_name(value: Any) -> dict[str, Any]:
+    """Return models or optimizers by name; one that is not in a `Named` has the empty name."""
+    return dict(value) if isinstance(value, Named) else {"": value}
 
 
 class LearnerState:

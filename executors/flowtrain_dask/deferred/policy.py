@@ -28,7 +28,7 @@ from flowtrain.graph.held_backends import LIVE, is_learner, names_in, reachable
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import owner_of
 from flowtrain.state.by_phase import kind_of_series
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
 from flowtrain_dask.lanes.transport import OnLoss, ThreadTransport, Transport
@@ -146,7 +146,7 @@ def may_draw(node: Node, state: LearnerState | None = None) -> str:
         return "stochastic = True"
     read = {path[0] for path, _ in node.union}
     parts = [getattr(state, root) for root in ("model", "lossfn") if root in read and state is not None]
-    models = [model for part in parts for model in (dict(part).values() if isinstance(part, Named) else (part,))]
+    models = [model for part in parts for model in by_name(part).values()]
     return _drawn_in([type(callback), callback, *models])
 
 

@@ -19,11 +19,11 @@ from flowtrain.callback.access import Declaration, Path
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, Named, by_name
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Parameters
 from flowtrain.state.partial_view import Owner
-from flowtrain.state.readonly import PLAIN, readonly
+from flowtrain.state.readonly import PLAIN
 from flowtrain.state.views import bind_view
 from flowtrain_dask.snapshots.modules import OptimizerCopy
 
@@ -65,7 +65,7 @@ class Replica:
             elif path[0] != "optimizer":
                 setattr(state, path[0], value)
         state.batch, state.batch_twin = batch, ReadOnlyBatch(batch) if twin else batch
-        self._fill(entries)
+        state.cbstate.__rewind__(entries)
         if ("model",) in payload and not isinstance(payload["model",], dict):
             state.params = _parameters(payload["model",], state.params)
         if ("optimizer",) in payload:
@@ -82,18 +82,9 @@ class Replica:
             state, batch = self._state, BatchState()
             state.batch = state.batch_twin = batch
             state.params, state.model, state.lossfn = {}, None, None
-            self._fill({})
+            state.cbstate.__rewind__({})
             for shown in self._optimizers.values():
                 shown.fill(OptimizerCopy(), {})
-
-    def _fill(self, entries: dict[str, Any]) -> None:
-        # Past the state's `__setattr__`, which replaces no series: views hold the namespace, nobody what was in it.
-        state = self._state.cbstate
-        own, twins = vars(state), vars(state.__twins__)
-        own.clear()
-        twins.clear()
-        own.update(entries)
-        twins.update({name: readonly(value, f"cbstate.{name}") for name, value in entries.items()})
 
     def _fill_optimizers(self, copies: Mapping[str, OptimizerCopy]) -> None:
         for name, copy in copies.items():
@@ -156,5 +147,5 @@ class _Refusing(list[tuple[str, Any]]):
 
 def _parameters(model: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the parameters of a copied model, so that ``params`` and ``model`` show the same ones, as in place."""
-    models: Mapping[str, Any] = model if isinstance(model, Named) else {"": model}
+    models = by_name(model)
     return Parameters(models) if all(isinstance(each, nn.Module) for each in models.values()) else params

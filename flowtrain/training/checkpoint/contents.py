@@ -42,7 +42,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.core.core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import Stage
-from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
 __all__ = ["apply", "check", "gather", "load_models", "without_callback"]
@@ -88,7 +88,7 @@ def _gather(state: LearnerState, core: TorchCore, in_memory: bool) -> dict[str, 
                 "groups": core.structure.group_state(name),
                 "state": stage.copy(each.state_dict(), f"optimizer {name}".strip()),
             }
-            for name, each in _optimizers(state).items()
+            for name, each in by_name(state.optimizer).items()
         },
         "core": stage.copy(core.state_dict(), "core"),
         "group": _group(core, stage),
@@ -130,10 +130,6 @@ def _version() -> str:
         return "unknown"
 
 
-def _optimizers(state: LearnerState) -> dict[str, Any]:
-    return dict(state.optimizer) if isinstance(state.optimizer, Named) else {"": state.optimizer}
-
-
 def _state_of(module: Any) -> dict[str, Any]:
     """Return the state of a module by name. The names do not depend on whether the module or a part is compiled."""
     if not isinstance(module, torch.nn.Module):
@@ -162,7 +158,7 @@ def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
             f"The checkpoint was taken of another model: {'; '.join(wrong[:5])}{more}. Build the learner with the "
             f"model that the checkpoint was taken of. Nothing has been changed."
         )
-    optimizers = _optimizers(state)
+    optimizers = by_name(state.optimizer)
     wrong = _wrong_names("optimizer", contents["optimizer"], optimizers)
     for name, optimizer in optimizers.items():
         wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer, core))
@@ -241,7 +237,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) ->
         core.structure.load_state_dict(contents.get("structure"))
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
-    for name, optimizer in _optimizers(state).items():
+    for name, optimizer in by_name(state.optimizer).items():
         core.structure.arrange(name, contents["optimizer"][name])
         optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
     core.load_state_dict(contents["core"])
