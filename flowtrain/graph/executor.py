@@ -210,7 +210,7 @@ class Resumable(Protocol):
 
 
 class SerialExecutor:
-    """Run handlers one after the other on the training thread, in the serial order. The default."""
+    """Runs handlers one after the other on the training thread, in the serial order. The default executor."""
 
     name = "serial"
 
