@@ -6,7 +6,7 @@ Each ``check_`` function yields the problems that it finds, and raises none of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
+from flowtrain.callback.nested import leaves
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
@@ -433,15 +434,8 @@ _ELEMENTWISE = frozenset({
 """Losses of torch that compare each output with its own target, and so need both in one shape."""
 
 
-def _tensors(name: str, value: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(f"{name}[{key!r}]", item)
-    elif isinstance(value, (tuple, list)):
-        for number, item in enumerate(value):
-            yield from _tensors(f"{name}[{number}]", item)
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((path, leaf) for path, leaf in leaves(value, name) if isinstance(leaf, torch.Tensor))
 
 
 def _not_finite(tensor: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
+from flowtrain.callback.nested import Attribute, items
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import console, generator_kept
@@ -256,11 +257,12 @@ def _layer(name: str, module: torch.nn.Module, shape: str) -> Layer:
     return Layer(name, type(module).__name__, sum(param.numel() for param in made), trainable, shape)
 
 
-def _shape(value: Any) -> str:
+def _shape(value: Any, above: tuple[int, ...] = ()) -> str:
     if isinstance(value, torch.Tensor):
         return str(tuple(value.shape))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_shape(item)}" for key, item in value.items())
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(_shape, value))
-    return type(value).__name__
+    inner = items(value)
+    if inner is None or id(value) in above:
+        return type(value).__name__
+    named = isinstance(value, Mapping) or isinstance(inner[0][0] if inner else None, Attribute)
+    shapes = [(where, _shape(item, (*above, id(value)))) for where, item in inner]
+    return ", ".join(f"{where}: {shape}" if named else shape for where, shape in shapes)

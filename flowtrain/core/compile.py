@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.core.devices import rebuild
+from flowtrain.callback.nested import INSIDE, leaves, mapped
 from flowtrain.errors import CoreError, is_a
 
 __all__ = ["Compiled", "check_compile", "original"]
@@ -112,7 +112,7 @@ class Compiled:
             torch.compiler.cudagraph_mark_step_begin()  # torch may overwrite the results of the batch before
 
     def _keep(self, results: Any) -> Any:
-        return rebuild(results, torch.Tensor.clone, lambda item: item) if self._graphs else results
+        return mapped(results, _clone) if self._graphs else results
 
     def _copied(self, inputs: Any) -> Any:
         """Run the model, and return a copy of the outputs."""
@@ -150,6 +150,8 @@ def _with_loss(model: Any, lossfn: Any) -> Callable[[Any, Any], tuple[Any, Any]]
 
 def _versions(data: Any) -> list[int]:
     """Return how often each tensor in the data was written in place, as torch counts it."""
-    found: list[int] = []
-    rebuild(data, lambda tensor: found.append(tensor._version), lambda item: item)
-    return found
+    return [leaf._version for _, leaf in leaves(data) if isinstance(leaf, torch.Tensor)]
+
+
+def _clone(item: Any, part: Callable[[Any], Any]) -> Any:
+    return item.clone() if isinstance(item, torch.Tensor) else INSIDE

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from flowtrain.callback.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
 
 __all__ = ["find_device", "place", "rebuild"]
@@ -23,43 +22,20 @@ def rebuild(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[An
     """Return the data with every tensor in it changed; the containers around them are made anew, of the same types.
 
     Args:
-        data: A tensor, or tuples, lists, dicts, named tuples and dataclasses that hold some; other values stay.
+        data: A tensor, or any of the containers of `flowtrain.callback.nested` that holds some; other values stay.
         change: What to do with a tensor.
         move: What to do with an object that has a ``to`` of its own. It goes first: a ``PackedSequence`` is a tuple,
             and knows which of its parts stay where they are.
     """
-    if isinstance(data, torch.Tensor):
-        return change(data)
-    if callable(getattr(data, "to", None)) and not isinstance(data, (torch.nn.Module, type)):
-        return move(data)
-    if isinstance(data, tuple):
-        moved = [rebuild(item, change, move) for item in data]
-        return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
-    if isinstance(data, list):
-        return [rebuild(item, change, move) for item in data]
-    if isinstance(data, dict):
-        made = {key: rebuild(item, change, move) for key, item in data.items()}
-        return made if type(data) is dict else _fill(data, made)
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        return _rebuild_dataclass(data, change, move)
-    return data
 
+    def change_or_move(item: Any, part: object) -> Any:
+        """Return what becomes of one object."""
+        if isinstance(item, torch.Tensor):
+            return change(item)
+        can_move = callable(getattr(item, "to", None)) and not isinstance(item, (torch.nn.Module, type))
+        return move(item) if can_move else INSIDE
 
-def _fill(data: dict[Any, Any], made: dict[Any, Any]) -> Any:
-    """Return a dict of the same type as `data`, such as a model's output class, with other values."""
-    made_alike = data.copy()
-    for key, item in made.items():
-        made_alike[key] = item
-    return made_alike
-
-
-def _rebuild_dataclass(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[Any], Any]) -> Any:
-    """Return a copy with other fields. Not by its constructor, which may take other arguments or compute anew."""
-    made = copy.copy(data)
-    for field in dataclasses.fields(data):
-        if hasattr(data, field.name):
-            object.__setattr__(made, field.name, rebuild(getattr(data, field.name), change, move))  # frozen or not
-    return made
+    return change(data) if isinstance(data, torch.Tensor) else mapped(data, change_or_move)
 
 
 def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:

@@ -35,7 +35,8 @@ from weakref import ProxyTypes
 import torch
 from torch.optim import Optimizer
 
-from flowtrain.core.devices import place, rebuild
+from flowtrain.callback.nested import leaves
+from flowtrain.core.devices import place
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import LeftOver, Object, Stage, kept, live, same
 
@@ -130,9 +131,8 @@ class Structure:
         if isinstance(value, Object):
             return {**entry, "object": value.value}
         found: Any = live(value, _dotted(key))
-        devices: list[str] = []
-        rebuild(found, lambda tensor: devices.append(tensor.device.type), lambda item: item)
-        return {**entry, "value": stage.copy(found, _dotted(key)), "device": any(each != "cpu" for each in devices)}
+        on_device = any(isinstance(leaf, torch.Tensor) and not leaf.is_cpu for _, leaf in leaves(found))
+        return {**entry, "value": stage.copy(found, _dotted(key)), "device": on_device}
 
     def _check_object(self, key: Key, before: Any, value: Any) -> None:
         """Refuse an object that training has put in the place of something; what it only left somewhere is left out."""
@@ -447,5 +447,4 @@ def _dotted(key: Key) -> str:
 
 
 def _by_key(saved: Mapping[str, Any] | None) -> dict[Key, Mapping[str, Any]]:
-    changed = () if saved is None else saved["changed"]
-    return {(entry["kind"], entry["owner"], entry["name"]): entry for entry in changed}
+    return {(each["kind"], each["owner"], each["name"]): each for each in (saved or {}).get("changed", ())}

@@ -17,6 +17,7 @@ import ctypes
 import random
 import sys
 import zlib
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 
 from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet, render, union
 from flowtrain.callback.events import Event
+from flowtrain.callback.nested import attributes, parts
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UndeclaredWriteError
@@ -122,8 +124,8 @@ def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:
     return {next((alias for alias in aliases if meet(canonical(alias), path)), declarable(path)) for path in found}
 
 
-_DEPTH = 6
-"""How deep attributes of unknown objects and nested containers are followed."""
+_DEPTH = 3
+"""How deep the attributes of objects of unknown types are followed: these may lead to anything."""
 
 
 def fingerprints(state: LearnerState) -> dict[Path, object]:
@@ -157,28 +159,52 @@ def changes(before: Mapping[Path, object], after: Mapping[Path, object]) -> list
     return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
 
 
-def fingerprint(value: Any, depth: int = _DEPTH) -> object:
+def fingerprint(value: Any) -> object:
     """Return something that compares equal as long as the value, and what it holds, stays as it is."""
+    return _fingerprint(value, {})
+
+
+def _fingerprint(value: Any, seen: dict[int, tuple[int, Any]]) -> object:
+    """Return the fingerprint of a value.
+
+    Args:
+        value: The value.
+        seen: What was met before, by id: the number that stands for it, and the object, whose id is then its own.
+    """
+    found: list[object] = []
+    waiting: list[tuple[Any, int]] = [(value, _DEPTH)]
+    while waiting:
+        value, depth = waiting.pop()
+        leaf = _leaf(value)
+        if leaf is not None or id(value) in seen:
+            found.append(seen[id(value)][0] if leaf is None else leaf)
+            continue
+        seen[id(value)] = (len(seen), value)
+        if isinstance(value, Container):
+            found.append((id(value), *value.__leaves__(lambda item: _fingerprint(item, seen))))
+            continue
+        inner = parts(value)
+        if inner is None and depth:
+            inner, depth = list(attributes(value).items()), depth - 1
+        found.append((id(value), _content(value), *(repr(where) for where, _ in inner or ())))
+        waiting += [(item, depth) for _, item in inner or ()]
+    return tuple(found)
+
+
+def _leaf(value: Any) -> object:
+    """Return the fingerprint of a value that is looked at as a whole; ``None`` for others."""
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return (type(value), repr(value))  # repr, since NaN does not equal itself
-    if isinstance(value, Container):
-        return (id(value), *value.__leaves__(lambda item: fingerprint(item, depth - 1)))
-    if isinstance(value, torch.nn.Module):
-        return tuple(_module((), value).items())
-    if depth == 0:
-        return id(value)
-    if isinstance(value, Mapping):
-        return (id(value), tuple((repr(key), fingerprint(item, depth - 1)) for key, item in value.items()))
-    if isinstance(value, (list, tuple)):
-        return (id(value), tuple(fingerprint(item, depth - 1) for item in value))
-    if isinstance(value, (set, frozenset)):
-        return (id(value), tuple(sorted(repr(item) for item in value)))
+    return tuple(_module((), value).items()) if isinstance(value, torch.nn.Module) else None
+
+
+def _content(value: Any) -> object:
+    """Return a checksum of the bytes that an object holds beside its parts."""
     if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
-        return (id(value), getattr(value, "shape", None), zlib.crc32(value.tobytes()))
-    attributes = getattr(value, "__dict__", None)
-    return (id(value), fingerprint(dict(attributes), depth - 1)[1:] if attributes else None)  # type: ignore[index]
+        return (getattr(value, "shape", None), zlib.crc32(value.tobytes()))
+    return zlib.crc32(value) if isinstance(value, (bytearray, array)) else None
 
 
 def rng_state() -> object:

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from flowtrain.callback.access import Path
+from flowtrain.callback.nested import Attribute
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.state.container import Container, Freezer, Tree, changed
 from flowtrain.state.encoding import Stage, phase_of, refill
@@ -180,8 +181,8 @@ class PhaseMap(Container, dict[Phase, V]):
         make = None
         if self.make is not None:  # the function itself might not pickle, or look at training
             new: Any = self.make()  # a freezer that remembers the series it has copied need not remember a new one
-            new = new.__frozen__(freezer) if isinstance(new, Container) else freezer.part(new, None, ".make()")
-            make = partial(itself, new)
+            frozen = isinstance(new, Container)
+            make = partial(itself, new.__frozen__(freezer) if frozen else freezer.part(new, None, Attribute("make()")))
         made: PhaseMap[V] = PhaseMap(self._path, make)
         for phase in list(self):
             made[phase] = freezer.part(self[phase], inside, phase)

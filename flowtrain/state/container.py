@@ -54,7 +54,7 @@ class Freezer(Protocol):
         Args:
             value: The item.
             inside: The declared part; anything but a `Tree` means all of it.
-            where: How an error names the place of the item: its key, or an attribute as ``".name"``.
+            where: The place of the item, for an error: its key, or an `flowtrain.callback.nested.Attribute`.
         """
 
 

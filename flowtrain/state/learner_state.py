@@ -7,12 +7,13 @@ share has a read-only twin beside it (`State`).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from flowtrain.callback.access import Path
+from flowtrain.callback.nested import Attribute, is_nested, parts, rebuild
+from flowtrain.callback.nested import refill as refill_nested
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
@@ -89,7 +90,7 @@ class State(Container, _Namespace):
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> State:
         own = vars(self)
-        parts = {name: freezer.part(own[name], below, f".{name}") for name, below in picked(list(own), inside)}
+        parts = {name: freezer.part(own[name], below, Attribute(name)) for name, below in picked(list(own), inside)}
         return _namespace(self._path, parts)
 
     def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class Named(Mapping[str, Any]):
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Named | dict[str, Any]:
         """Return the members copied; a dict of those that are declared, which nobody takes for all of them."""
-        members = {name: freezer.part(self[name], below, f".{name}") for name, below in picked(self, inside)}
+        members = {name: freezer.part(self[name], below, Attribute(name)) for name, below in picked(self, inside)}
         return Named(self._what, members) if inside is None else members
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -300,8 +301,8 @@ class LearnerState:
 def restore_point(state: State) -> Callable[[], None]:
     """Remember the entries of `state` and the content of its containers; the function returned puts all of it back.
 
-    Containers (lists, dicts, sets and flowtrain's own) are restored in place, because views hold them. Other values
-    are put back by reference.
+    Containers (flowtrain's own, and those of `flowtrain.callback.nested`) are restored in place, because views hold
+    them. Other values are put back by reference.
     """
     marks: dict[int, tuple[Any, Any]] = {}
     _remember(state, marks)
@@ -315,27 +316,24 @@ def restore_point(state: State) -> Callable[[], None]:
 
 
 def _remember(value: Any, marks: dict[int, tuple[Any, Any]]) -> None:
-    """Keep a container, and those inside it, each with its mark: of Python's own a dict or a list of the items."""
+    """Keep a container, and those inside it, each with its mark: of those of Python another one of the same parts."""
     if id(value) in marks:
         return
     if isinstance(value, Container):
         mark = value.__mark__()
-    elif isinstance(value, dict):
-        mark = dict(dict.items(value))
-    elif isinstance(value, (list, tuple, set, deque)):
-        mark = list(value)
+        inner = list(mark.values()) if isinstance(mark, dict) else []
+    elif is_nested(type(value)):
+        mark = rebuild(value, lambda part, where: part, {})
+        inner = [part for _, part in parts(value) or ()]
     else:
         return
     marks[id(value)] = value, mark
-    for item in mark.values() if isinstance(mark, dict) else mark if isinstance(mark, list) else ():
+    for item in inner:
         _remember(item, marks)
 
 
 def _rewind(value: Any, mark: Any) -> None:
     if isinstance(value, Container):
         value.__rewind__(mark)
-    elif isinstance(value, list):
-        value[:] = mark
-    elif not isinstance(value, tuple):
-        value.clear()
-        (value.extend if isinstance(value, deque) else value.update)(mark)
+    else:
+        refill_nested(value, mark)

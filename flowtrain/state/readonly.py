@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from flowtrain.callback.nested import PLAIN as _PLAIN
+from flowtrain.callback.nested import tuple_like
 from flowtrain.errors import ProtectedException
 
 __all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
 
-PLAIN: frozenset[type] = frozenset(
-    {torch.Tensor, torch.nn.Parameter, int, float, bool, str, bytes, complex, type(None), frozenset}
-)
+PLAIN: frozenset[type] = _PLAIN | {torch.Tensor, torch.nn.Parameter, frozenset}
 """Types whose twin is the value itself; tested by exact type, which is quick."""
 
 _CHANGES = frozenset(
@@ -132,7 +133,7 @@ class ReadOnlyList(_Twin, Sequence[Any]):
 
 
 class ReadOnlyDict(_Twin, Mapping[Any, Any]):
-    """The twin of a dict, or of a subclass of dict with attributes of its own."""
+    """The twin of a dict, of a subclass of dict with attributes of its own, or of a view of a dict."""
 
     __slots__ = ()
 
@@ -177,7 +178,7 @@ def itself(value: Any) -> Any:
 
 
 _TWINS: tuple[tuple[type | tuple[type, ...], Callable[[Any, str], Any]], ...] = (
-    ((dict, UserDict), ReadOnlyDict),
+    ((dict, UserDict, MappingProxyType), ReadOnlyDict),
     ((list, deque, UserList), ReadOnlyList),
     (set, ReadOnlySet),
 )
@@ -201,10 +202,9 @@ def readonly(value: Any, path: str) -> Any:
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    cls: Any = type(value)
-    if cls is tuple or (issubclass(cls, tuple) and hasattr(cls, "_make")):
+    if isinstance(value, tuple):
         twins = [readonly(item, path) for item in value]
-        return value if all(a is b for a, b in zip(value, twins, strict=True)) else getattr(cls, "_make", tuple)(twins)
+        return value if all(a is b for a, b in zip(value, twins, strict=True)) else tuple_like(value, twins)
     flags = getattr(value, "flags", None)
     if getattr(flags, "writeable", False):  # a numpy array, without importing numpy; its scalars cannot be written
         view = value.view()

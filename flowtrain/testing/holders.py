@@ -12,14 +12,15 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
-from types import CellType, FrameType, GeneratorType, ModuleType
+from collections.abc import Iterator
+from types import FrameType, GeneratorType, ModuleType
 from typing import Any
 
 import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import BatchEnd
+from flowtrain.callback.nested import Attribute, attributes, parts, step
 from flowtrain.callbacks import CustomCallback
 from flowtrain.learner import Learner
 
@@ -118,11 +119,7 @@ def _link(holder: object, thing: object) -> str:
     """Write how one holds the other: ``[0]``, ``.name``; nothing where that is not to be seen."""
     if isinstance(holder, FrameType):
         return next((f" {name}" for name, value in holder.f_locals.items() if value is thing), "")
-    if isinstance(holder, Mapping):
-        return next((f"[{key!r}]" for key, value in holder.items() if value is thing), "")
-    if isinstance(holder, (list, tuple)):
-        return next((f"[{position}]" for position, value in enumerate(holder) if value is thing), "")
-    if isinstance(holder, CellType):
-        return ""
-    names = getattr(holder, "__dict__", {})
-    return next((f".{name}" for name, value in names.items() if value is thing), "")
+    inner = parts(holder)
+    if inner is None:
+        inner = [(Attribute(name), value) for name, value in attributes(holder).items()]
+    return next((step(where) for where, value in inner if value is thing), "")

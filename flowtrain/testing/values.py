@@ -27,11 +27,13 @@ from typing import Any
 import torch
 
 from flowtrain.callback.callback import Callback
+from flowtrain.callback.nested import attributes, parts, step
 from flowtrain.callback.view import LearnerView
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.learner import Learner
 from flowtrain.state.batch import BatchState
+from flowtrain.state.container import Container
 from flowtrain.state.learner_state import LearnerState, Named, State
 from flowtrain.state.series import Series
 
@@ -72,7 +74,7 @@ def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
     for name in state.cbstate:
         yield from leaves(state.cbstate.__dict__[name], f"cbstate.{name}")
     for callback in learner.callbacks:
-        for name, value in _attributes(callback):
+        for name, value in sorted(attributes(callback).items()):
             yield from leaves(value, f"callbacks.{callback.name}.{name}")
 
 
@@ -118,8 +120,8 @@ def _leaves(value: Any, path: str, above: dict[int, str]) -> Iterator[tuple[str,
     above[id(value)] = path
     head, items = _parts(value)
     yield path, _plain(head)
-    for step, item in items:
-        yield from _leaves(item, path + step, above)
+    for below, item in items:
+        yield from _leaves(item, path + below, above)
     del above[id(value)]
 
 
@@ -168,13 +170,15 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         # By key and not by order: independent callbacks may make their entries in any order.
         items: list[tuple[str, Any]] = [(_shown_key(key), item) for key, item in value.items()]
         items.sort(key=itemgetter(0))
-        return f"keys {', '.join(key for key, _ in items)}", [(f"[{key}]", item) for key, item in items]
+        head = f"keys {', '.join(key for key, _ in items)}"
+        own = [] if isinstance(value, (Container, Named)) else _steps(value)
+        return head, [*((f"[{key}]", item) for key, item in items), *own]
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(_shown_key(item) for item in value))}}}", []
+        return f"{{{', '.join(sorted(_shown_key(item) for item in value))}}}", _steps(value)
     if isinstance(value, (list, tuple, deque)):
-        return f"{len(value)} items", [(f"[{number}]", item) for number, item in enumerate(value)]
+        return f"{len(value)} items", [*((f"[{number}]", item) for number, item in enumerate(value)), *_steps(value)]
     if isinstance(value, partial):
-        return "partial", [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
+        return "partial", [(step(where), item) for where, item in parts(value) or ()]
     if isinstance(value, Callback):  # one of the learner's is compared in its own place
         return f"callback {value.name or type(value).__name__}", [] if value.name else _steps(value)
     found = _steps(value)
@@ -182,20 +186,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _steps(value: object) -> list[tuple[str, Any]]:
-    return [(f".{name}", each) for name, each in _attributes(value)]
-
-
-def _attributes(value: object) -> list[tuple[str, Any]]:
-    """Return the attributes that an object holds itself, those of its slots too, sorted."""
-    found: dict[str, Any] = dict(getattr(value, "__dict__", {}))
-    for base in type(value).__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name.startswith("__") and not name.endswith("__"):
-                name = f"_{base.__name__.lstrip('_')}{name}"
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found[name] = getattr(value, name)
-    return sorted(found.items())
+    return [(f".{name}", each) for name, each in sorted(attributes(value).items())]
 
 
 def _module(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -57,7 +57,7 @@ zeros = torch.zeros
         (object(), zeros(6), 6, True),
         (object(), None, 1, False),
         (torch.nn.utils.rnn.pack_sequence([zeros(3, 2), zeros(5, 2)], enforce_sorted=False), zeros(2), 2, True),
-        (torch.nn.utils.rnn.pack_sequence([zeros(5, 2), zeros(3, 2)]), zeros(2), 2, False),  # it has no indices
+        (torch.nn.utils.rnn.pack_sequence([zeros(5, 2), zeros(3, 2)]), zeros(2), 2, True),  # it has no indices
     ],
 )
 def test_how_many_samples_a_batch_has(inputs: Any, targets: Any, size: int, certain: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import UserList, deque
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, Read, Tor
 from flowtrain.callbacks import Metrics, SmoothLoss, Traces
 from flowtrain.metrics import mean_squared_error
 from flowtrain.testing import holders, leaks, tiny_batches, tiny_learner
+from tests.support.nested import Slotted
 
 KEPT: list[Any] = []
 
@@ -88,6 +91,23 @@ def test_chains_end_at_something_with_a_name() -> None:
     keeper = Keeper()
     keeper.outputs = {"a": [1, thing]}  # type: ignore[assignment]
     assert holders(thing) == ["Keeper.outputs['a'][1]"]
+
+
+@pytest.mark.parametrize(
+    ("make", "link"),
+    [
+        (lambda thing: deque([0, thing]), "[1]"),
+        (lambda thing: UserList([thing]), ".data[0]"),
+        (lambda thing: Slotted(thing), ".image"),
+        (lambda thing: SimpleNamespace(a=(thing,)), ".a[0]"),
+    ],
+    ids=["deque", "UserList", "slots", "SimpleNamespace"],
+)
+def test_a_chain_through_any_container_is_written_out(make: Callable[[Any], Any], link: str) -> None:
+    thing = Thing()
+    KEPT.append(make(thing))
+    assert holders(thing) == [f"module {__name__}['KEPT'][0]{link}"]
+    KEPT.clear()
 
 
 def test_a_generator_that_waits_is_no_secret() -> None:

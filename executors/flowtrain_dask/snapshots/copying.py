@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flowtrain.callback.access import Path, Read, Write, dotted
+from flowtrain.callback.nested import PLAIN, Attribute, Memo, step
 from flowtrain.errors import AccessError
 from flowtrain.state.container import Tree, picked
 from flowtrain.state.series import Series
@@ -19,7 +20,6 @@ from flowtrain_dask.snapshots.series import Cut
 __all__ = [
     "COPIERS",
     "FINDERS",
-    "SHARED",
     "Attributes",
     "Copier",
     "Copying",
@@ -27,9 +27,6 @@ __all__ = [
 ]
 
 Copier: TypeAlias = "Callable[[Any, Copying], Any]"
-
-SHARED: frozenset[type] = frozenset({int, float, bool, str, bytes, complex, type(None)})
-"""Types that are their own copy; looked up first."""
 
 COPIERS: dict[type, Copier] = {}
 """How each type is copied, by exact type; `flowtrain_dask.snapshots.copiers` fills it, new types are entered later."""
@@ -69,9 +66,10 @@ class Copying:
         nbytes: The bytes of the tensors, arrays and texts that were copied.
         has_series: Whether there was a series; how it is shown depends on who looks.
         events: What has to be waited for before the copy is complete, on an accelerator.
+        memo: What was copied so far, and its copy.
     """
 
-    __slots__ = ("_memo", "cut", "dry", "events", "fresh", "has_series", "nbytes", "pool")
+    __slots__ = ("cut", "dry", "events", "fresh", "has_series", "memo", "nbytes", "pool")
 
     def __init__(
         self, pool: Pool, *, fresh: bool = False, cut: Callable[[Series], Series] = Cut, dry: bool = False
@@ -83,7 +81,7 @@ class Copying:
         self.nbytes = 0
         self.has_series = False
         self.events: list[Any] = []
-        self._memo: dict[int, tuple[Any, Any]] = {}
+        self.memo: Memo = {}
 
     def copy(self, value: Any) -> Any:
         """Return the copy of a value.
@@ -92,36 +90,35 @@ class Copying:
             Refused: It, or something in it, cannot be copied.
         """
         kind = type(value)
-        if kind in SHARED:
+        if kind in PLAIN:
             return value
-        known = self._memo.get(id(value))
+        known = self.memo.get(id(value))
         if known is not None:
             return known[1]
         copier = COPIERS.get(kind)
         if copier is None:
             copier = COPIERS[kind] = next((found for find in FINDERS if (found := find(kind, value))), _refuse)
         result = copier(value, self)
-        self._memo[id(value)] = (value, result)  # the value too: as long as it lives, its id is its own
+        self.memo[id(value)] = (value, result)  # the value too: as long as it lives, its id is its own
         return result
 
     def copy_at(self, value: Any, where: Any) -> Any:
-        """Return the copy of a part; `where` is how an error names its place: a key, or an attribute as ``".name"``."""
-        if type(value) in SHARED:
+        """Return the copy of a part; `where` is its place: a key, or an `flowtrain.callback.nested.Attribute`."""
+        if type(value) in PLAIN:
             return value
         try:
             return self.copy(value)
         except Refused as refused:
-            refused.where.append(where if isinstance(where, str) and where.startswith(".") else f"[{where!r}]")
+            refused.where.append(step(where))
             raise
 
-    def recalled(self, value: Any) -> Any:
-        """Return the copy of a value that was made meanwhile, within itself; ``None`` if there is none."""
-        known = self._memo.get(id(value))
-        return None if known is None else known[1]
+    def copy_key(self, key: Any) -> Any:
+        """Return the copy of a key of a dict: an object may be one, and training may change it."""
+        return key if type(key) in PLAIN else self.copy_at(key, Attribute(f"keys() {key!r}"))
 
     def remember(self, value: Any, result: Any) -> None:
         """Note the copy of a container before it is filled: it may hold itself."""
-        self._memo[id(value)] = (value, result)
+        self.memo[id(value)] = (value, result)
 
     def entry(self, value: Any, path: Path, inside: Tree | None = None) -> Any:
         """Return the copy of what is at a path, or of what is declared inside it.
@@ -155,7 +152,7 @@ class Copying:
         if isinstance(container, Mapping):
             return {key: self.part(container[key], below, key) for key, below in picked(container, inside)}
         own = {name: getattr(container, name) for name in inside if name and hasattr(container, name)}
-        return Attributes({name: self.part(own[name], inside[name], f".{name}") for name in own})
+        return Attributes({name: self.part(own[name], inside[name], Attribute(name)) for name in own})
 
     def part(self, value: Any, inside: Tree | Read | Write | None, where: Any) -> Any:
         """Return the copy of a part of which all, or something inside, is declared."""

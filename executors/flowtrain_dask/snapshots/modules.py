@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from flowtrain.callback.nested import Attribute
 from flowtrain.state.container import Tree
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.state.parameters import named_parameters
@@ -102,9 +103,13 @@ def _copy_optimizer(
         ]
     if inside is None or "state" in inside:
         made.state = [
-            (names.get(id(key), f"#{place}"), key.detach().to("meta"), copying.copy_at(each, f".state[{place}]"))
+            (
+                names.get(id(key), f"#{place}"),
+                key.detach().to("meta"),
+                copying.copy_at(each, Attribute(f"state[{place}]")),
+            )
             for place, (key, each) in enumerate(optimizer.state.items())
         ]
     if inside is None:
-        made.defaults = copying.copy_at(optimizer.defaults, ".defaults")
+        made.defaults = copying.copy_at(optimizer.defaults, Attribute("defaults"))
     return made

@@ -53,43 +53,6 @@ def ordered(**items: Any) -> OrderedDict[str, Any]:
     return OrderedDict(items)
 
 
-CONTAINERS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "list": lambda t: [t, [t]],
-    "tuple": lambda t: (1, t),
-    "namedtuple": lambda t: Pair(t, "b"),
-    "dict": lambda t: {"a": t, 3: {"b": t}},
-    "ordered": lambda t: ordered(z=1, a=t),
-    "defaultdict": lambda t: defaultdict(list, a=[t]),
-    "userdict": lambda t: UserDict(a=t),
-    "deque": lambda t: deque([1, t], maxlen=2),
-    "frozen": lambda t: Frozen(t),
-    "slotted": lambda t: Slotted(t, [t]),
-    "output": lambda t: Output(logits=t),
-    "namespace": lambda t: types.SimpleNamespace(a=t),
-    "proxy": lambda t: types.MappingProxyType({"a": t}),
-    "partial": lambda t: functools.partial(math.prod, t, start=[t]),
-    "struct sequence": lambda t: torch.return_types.max((t, t)),
-}
-
-
-@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
-def test_containers_are_rebuilt_around_copies(make: Callable[[torch.Tensor], Any]) -> None:
-    source = tensor()
-    value, expected = make(source), make(source.clone())
-    found = copied(value)
-    assert type(found) is type(value)
-    source.fill_(-1)
-    assert flat(found) == flat(expected)
-    assert flat(found) != flat(value)
-
-
-def flat(value: Any) -> str:
-    """A text with all that a value holds."""
-    if isinstance(value, functools.partial):
-        return flat([value.func, value.args, value.keywords])
-    return str([type(value), value, getattr(value, "__dict__", None)])
-
-
 def test_containers_filled_later_do_not_grow_in_the_copy() -> None:
     items: list[Any] = [1]
     value = {"items": items, "set": {1, 2}, "counter": Counter("aab"), "bytes": bytearray(b"ab")}
@@ -240,7 +203,7 @@ def test_what_holds_itself_does_so_in_the_copy(value: Any, inner: Callable[[Any]
         (types.SimpleNamespace(inner=Frozen(Box(1))), [".x", ".inner"]),
         (functools.partial(print, Box(1)), [".args[0]"]),
         (functools.partial(dict, end=Box(1)), [".keywords['end']"]),
-        (types.MappingProxyType({3: Box(1)}), ["[3]"]),
+        (types.MappingProxyType({3: Box(1)}), ["[3]", ""]),
     ],
     ids=["items", "values", "keys", "attributes", "arguments", "keywords", "proxies"],
 )
