@@ -1,4 +1,4 @@
-"""Whole programs to read and to run: ``python -m flowtrain.examples.digits``."""
+"""Examples: whole programs to read and to run, such as ``python -m flowtrain.examples.digits``."""
 
 from __future__ import annotations
 

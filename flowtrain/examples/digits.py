@@ -1,14 +1,14 @@
 """Train a small network to read handwritten digits: ``python -m flowtrain.examples.digits``.
 
 The data comes with scikit-learn: 1,797 grey images of 8 by 8 pixels. A quarter of them is held out for validation.
-The program has the parts that every flowtrain program has: loaders, a model with its loss, metrics, a schedule, a
-callback of its own, and a `Learner` that joins them. It writes no file, unless it is told to::
+The program has the parts of every flowtrain program: loaders, a model with its loss, metrics, a schedule, a callback of
+its own, and a `Learner` that joins them. It writes files only with ``--log``::
 
     python -m flowtrain.examples.digits --log runs/a                          # TensorBoard, JSON lines, checkpoints
-    python -m flowtrain.examples.digits --log runs/a --resume                 # go on where it was interrupted
-    python -m flowtrain.examples.digits --log runs/b --executor dask          # what logs, in a thread beside training
-    python -m flowtrain.examples.digits --log runs/c --executor local         # ... in processes of this machine
-    python -m flowtrain.examples.digits --log runs/d --executor tcp://...     # ... on a cluster: docs/cluster.md
+    python -m flowtrain.examples.digits --log runs/a --resume                 # resume an interrupted run
+    python -m flowtrain.examples.digits --log runs/b --executor dask          # log in a thread beside training
+    python -m flowtrain.examples.digits --log runs/c --executor local         # log in processes of this machine
+    python -m flowtrain.examples.digits --log runs/d --executor tcp://...     # log on a cluster: docs/cluster.md
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ Loader = DataLoader[tuple[torch.Tensor, ...]]
 class BestEpoch(Callback):
     """Remember the epoch with the highest accuracy on the held-out digits.
 
-    It declares what it reads. `Metrics` declares to write that entry, so flowtrain runs `Metrics` first.
+    The callback declares that it reads the accuracy. `Metrics` declares that it writes the accuracy, so flowtrain runs
+    `Metrics` first.
     """
 
     def __init__(self) -> None:
@@ -56,28 +57,30 @@ class BestEpoch(Callback):
         self.accuracy = 0.0
 
     def state_access(self) -> Access:
+        """Declare a read of the accuracy of epochs."""
         return {"cbstate.metrics_epoch.Accuracy": Read()}
 
     @on(EpochEnd, ValidationPhase)
     def compare(self, event: EpochEnd, phase: ValidationPhase, learner: LearnerView) -> None:
-        """Keep the epoch if it is better than all before."""
+        """Keep the epoch if it is better than all epochs before."""
         epoch, value = learner.cbstate.metrics_epoch[phase]["Accuracy"].last()
         if value > self.accuracy:
             self.epoch, self.accuracy = epoch, value
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
+        """Return the best epoch and its accuracy, for checkpoints."""
         return {"epoch": self.epoch, "accuracy": self.accuracy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.epoch, self.accuracy = state["epoch"], state["accuracy"]
 
 
 def load_data(batch_size: int = 32) -> tuple[Loader, Loader]:
-    """Return the loaders for training and validation. Their batches are pairs; validation is one batch.
+    """Return the loaders for training and validation, whose batches are pairs of inputs and targets.
 
-    Inputs have shape ``(batch, 1, 8, 8)`` and values from 0 to 1, targets have shape ``(batch,)``.
+    Inputs have shape ``(batch, 1, 8, 8)`` and values from 0 to 1, targets have shape ``(batch,)``. Validation has one
+    batch.
     """
     try:
         from sklearn.datasets import load_digits
@@ -87,7 +90,7 @@ def load_data(batch_size: int = 32) -> tuple[Loader, Loader]:
             "This example needs scikit-learn, because the digits come with it. Install it and run this again:\n\n"
             "    pip install scikit-learn"
         ) from None
-    pixels, labels = load_digits(return_X_y=True)  # 64 numbers from 0 to 16 for each image
+    pixels, labels = load_digits(return_X_y=True)  # each image is 64 numbers from 0 to 16
     images = (pixels / 16).astype("float32").reshape(-1, 1, 8, 8)
     split: list[Any] = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
     train_images, valid_images, train_labels, valid_labels = (torch.from_numpy(array) for array in split)
@@ -110,10 +113,10 @@ def make_model() -> nn.Module:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and print what happened.
+    """Train, and print the results.
 
     Args:
-        arguments: Those of the command line; `sys.argv` if not given.
+        arguments: The arguments of the command line; those in `sys.argv` by default.
     """
     parser = _make_parser()
     options = parser.parse_args(arguments)
@@ -133,14 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if options.log is None:
             raise
-        # The checkpoint for this case is written before `fit` is left.
+        # `fit` writes a checkpoint for this case before it raises.
         if not checkpoints(options.log).exists():
             raise SystemExit("\nInterrupted before training began: there is nothing to go on from.") from None
         raise SystemExit(f"\nInterrupted. Go on with the same command and --resume: {options.log}") from None
 
 
 def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
-    """Return the learner, with callbacks that log if that is wanted."""
+    """Return the learner, which has callbacks that log if the options name a folder for logs."""
     rate = 4e-3
     callbacks: list[Callback] = [
         Metrics(accuracy),
@@ -196,7 +199,7 @@ def _conclude(learner: Learner, best: BestEpoch, options: argparse.Namespace) ->
         return
     if options.log is not None:
         print(f"\n{left_behind(options.log)}")
-        report = getattr(learner.executor, "report", None)  # of executors that defer callbacks
+        report = getattr(learner.executor, "report", None)  # only executors that defer callbacks have a report
         if report is not None:
             print(f"\nWhat the callbacks that log did beside training:\n{report()}")
     print("\nWhere to look next: docs/callbacks.md builds a callback step by step, from nothing to tested.")

@@ -1,7 +1,7 @@
-"""What ``--log`` and ``--executor`` add to the digits: backends, callbacks that log to them, and where these run.
+"""The options ``--log`` and ``--executor`` of the digits: backends, callbacks that log to them, and their executor.
 
-A module of its own, since callbacks that run in other processes are found there by the name of their module, and the
-program itself is called ``__main__``.
+This is a separate module because another process imports the functions of callbacks by the name of their module, and
+the module of the program itself is called ``__main__``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from flowtrain.logging import Image, JsonlBackend, Loggable, TensorBoardBackend,
 
 __all__ = ["checkpoints", "choose_executor", "complaint", "left_behind", "misclassified", "watching"]
 
-_MOST = 8  # pictures of mistakes in a row
+_MOST = 8  # the number of misclassified digits in a picture
 
 
 def watching(folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
-    """Return the callbacks that log the run, and the one that writes checkpoints.
+    """Return the callbacks that log the run, and a callback that writes checkpoints.
 
     Args:
-        folder: Where to.
-        settings: What the run was started with.
+        folder: The folder for logs and checkpoints.
+        settings: The settings of the run, which are logged.
     """
     board, lines = TensorBoardBackend(folder), JsonlBackend(folder / "log.jsonl")
     reads = {f"batch.{name}": Read() for name in ("inputs", "targets", "outputs")}
@@ -40,10 +40,10 @@ def watching(folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
 
 
 def misclassified(learner: LearnerView) -> dict[str, Loggable] | None:
-    """Return a row of digits that were read wrong, and what they were read as.
+    """Return a picture of misclassified digits in a row, and a text with their labels and the predictions.
 
     Args:
-        learner: Its batch has inputs of shape ``(batch, 1, 8, 8)`` and outputs of shape ``(batch, 10)``.
+        learner: A view whose batch has inputs of shape ``(batch, 1, 8, 8)`` and outputs of shape ``(batch, 10)``.
     """
     inputs, targets = learner.batch.inputs, learner.batch.targets
     read = learner.batch.outputs.argmax(dim=1)
@@ -57,12 +57,12 @@ def misclassified(learner: LearnerView) -> dict[str, Loggable] | None:
 
 
 def checkpoints(folder: Path) -> Path:
-    """Return where the checkpoints of a run lie."""
+    """Return the folder for the checkpoints of a run."""
     return folder / "checkpoints"
 
 
 def complaint(folder: Path | None, resume: bool, executor: str) -> str:
-    """Return why the options do not go together; empty if they do."""
+    """Return an error message if the options do not fit together, otherwise an empty string."""
     if folder is not None:
         if not resume and (folder / "log.jsonl").exists():
             return f"{folder} has a run in it. Add --resume to go on with it, or log to another folder"
@@ -92,7 +92,7 @@ def choose_executor(name: str) -> str | Executor:
 
 
 def left_behind(folder: Path) -> str:
-    """Return, in lines, what is in the folder of a run."""
+    """Return lines of text that describe the files in the folder of a run."""
     records = len((folder / "log.jsonl").read_text("utf-8").splitlines())
     held = checkpoints(folder)
     names = {each: (held / each).read_text("utf-8").strip() for each in ("latest", "best")}

@@ -1,10 +1,10 @@
-"""What tests of callbacks and executors need.
+"""Tools for tests of callbacks, executors and logging backends.
 
-- `tiny_learner` and `record_access`: a learner that is built in a millisecond, and what a callback touches in it.
-- `assert_equivalent`: the same learner under several executors, and in random legal orders, comes to the same.
-- `ExecutorContract`: a test class that the tests of an executor subclass; `ShuffledExecutor` is one such executor.
-- `leaks` and `holders`: what of a batch is still there when it is over, and who holds it.
-- `BackendContract`: a test class that the tests of a logging backend subclass.
+- `tiny_learner` returns a learner that is built in a millisecond; `record_access` finds the access of a callback in it.
+- `assert_equivalent` asserts that a learner has the same result under several executors, and in random legal orders.
+- `ExecutorContract` is a test class that the tests of an executor subclass; `ShuffledExecutor` is such an executor.
+- `leaks` finds objects of a batch that are still in memory after the batch, and `holders` finds their references.
+- `BackendContract` is a test class that the tests of a logging backend subclass.
 """
 
 from flowtrain.testing.backends import BackendContract

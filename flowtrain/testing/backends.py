@@ -1,4 +1,4 @@
-"""The contract of logging backends as a test class: subclass it, say how to make and to read one, and run pytest.
+"""The contract of logging backends as a test class: subclass it, define how to make a backend and read its sink.
 
 ::
 
@@ -9,7 +9,8 @@
         def read(self, folder: Path) -> Entries:
             ...
 
-Each test gets an empty folder from pytest's ``tmp_path``. The class itself needs no pytest.
+pytest then runs every test on the backend, each with an empty folder from ``tmp_path``. The class itself does not
+import pytest.
 """
 
 from __future__ import annotations
@@ -50,27 +51,33 @@ from flowtrain.testing.probes import catching
 __all__ = ["BackendContract", "Entries", "samples"]
 
 Entries: TypeAlias = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
-"""Values as a sink has them: for each group, with slashes, and name the ``(step, value)`` in the sink's order."""
+"""The values in a sink: for each group, written with slashes, and name the pairs ``(step, value)`` in their order."""
 
 _STEP: Group = ("Step", "TrainingPhase")
 _RUN = Run("contract")
 
 
 class BackendContract:
-    """What every backend promises. A subclass defines `make_backend` and `read`."""
+    """The promises of every backend, each as a test. A subclass defines `make_backend` and `read`."""
 
     def make_backend(self, folder: Path) -> LoggerBackend:
-        """Return a new backend that writes somewhere in a folder; the same place for the same folder."""
-        raise NotImplementedError(f"{type(self).__name__} does not define make_backend(folder)")
+        """Return a new backend that writes into a folder; backends for one folder have the same sink."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define make_backend(folder). Return a new backend, such as "
+            f"MyBackend(folder / 'log')."
+        )
 
     def read(self, folder: Path) -> Entries:
-        """Return the values that the closed sink in a folder has, with the sink's own reader where there is one."""
-        raise NotImplementedError(f"{type(self).__name__} does not define read(folder)")
+        """Return the values of the closed sink in a folder, read with the sink's own reader if there is one."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define read(folder). Return the (step, value) pairs in the sink by group "
+            f"and name."
+        )
 
     # --- the constructor, and copies
 
     def test_the_constructor_only_stores(self, tmp_path: Path) -> None:
-        """Making a backend touches nothing, and two for one place say so."""
+        """Making a backend touches no file, and two backends for one place have the same sink."""
         one, other = self.make_backend(tmp_path), self.make_backend(tmp_path)
         assert not list(tmp_path.rglob("*")), "the constructor made something: leave it to open()"
         assert one.sink == other.sink, f"one place is {one.sink!r} and {other.sink!r}"
@@ -94,10 +101,10 @@ class BackendContract:
         self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 1.0), (3, 1.5)]})
 
     def test_encode_is_pure(self, tmp_path: Path) -> None:
-        """The same loggable gives the same record, whatever was encoded before and beside; nothing is touched."""
+        """The same loggable gives the same record in every thread and at any time, and no file is touched."""
         backend = self.make_backend(tmp_path)
         logged = [sample for sample in samples(tmp_path) if isinstance(sample, backend.accepts)]
-        logged = [sample for sample in logged if not isinstance(sample, Figure)]  # a drawing belongs to one thread
+        logged = [sample for sample in logged if not isinstance(sample, Figure)]  # threads must not share a figure
         before = sorted(tmp_path.rglob("*"))
         jobs = [(sample, f"Name{n}", step) for step in range(8) for n, sample in enumerate(logged)]
         with mock.patch("time.time", return_value=1_700_000_000.0):
@@ -113,7 +120,7 @@ class BackendContract:
     # --- what is written
 
     def test_records_are_kept_in_order(self, tmp_path: Path) -> None:
-        """What is written is there, in the order in which it was written, by group and name."""
+        """The sink has all records, for each group and name in the order in which they were written."""
         backend = self._open(self.make_backend(tmp_path))
         for step in range(1, 30):
             self._write(backend, "Loss", step, 1 / step)
@@ -127,7 +134,7 @@ class BackendContract:
         assert _rounded(found["Epoch/TrainingPhase", "Loss"]) == [(n, 3.0 * n) for n in range(1, 10)]
 
     def test_records_written_together_are_those_written_one_by_one(self, tmp_path: Path) -> None:
-        """`write_all` may be cheaper and is nothing else, whatever kinds the records are of."""
+        """`write_all` gives the same sink as a `write` for each record, for records of all types."""
         backend = self._open(self.make_backend(tmp_path))
         kinds = [sample for sample in samples(tmp_path) if isinstance(sample, backend.accepts)]
         others = [backend.encode(sample, f"Name{number}", 1, _STEP) for number, sample in enumerate(kinds)]
@@ -142,7 +149,7 @@ class BackendContract:
         assert _rounded(found) == [(step, float(step)) for step in range(1, 5)]
 
     def test_any_number_is_a_value(self, tmp_path: Path) -> None:
-        """NaN and infinite values are kept; tensors with one element are numbers; what is no number is refused."""
+        """NaN and infinite values are kept; tensors with one element are numbers; every other object is refused."""
         backend = self._open(self.make_backend(tmp_path))
         numbers = [3, True, math.inf, -math.inf, 1e-30, torch.tensor(0.5), torch.tensor([[2]])]
         for step, value in enumerate(numbers, start=1):
@@ -159,10 +166,10 @@ class BackendContract:
         assert math.isnan(found[7][1]), f"NaN came back as {found[7][1]}"
 
     def test_it_takes_what_it_says_and_refuses_the_rest(self, tmp_path: Path) -> None:
-        """Every kind in ``accepts`` can be written; others are refused when they are encoded."""
+        """Every type in ``accepts`` can be written; loggables of other types are refused by `encode`."""
 
         class Other(Loggable):
-            """A kind that nobody knows."""
+            """A type that no backend knows."""
 
         backend = self._open(self.make_backend(tmp_path))
         for number, sample in enumerate([*samples(tmp_path), Other()]):
@@ -174,7 +181,7 @@ class BackendContract:
         backend.close()
 
     def test_what_was_collected_elsewhere_is_what_is_logged_in_place(self, tmp_path: Path) -> None:
-        """Rule 25: workers encode, the owner of the sink writes."""
+        """Rule 25: a worker encodes with a copy of the backend, and the training process writes."""
         backend = self._open(self.make_backend(tmp_path))
         log([backend], Value(0.5), "Loss", 1, _STEP)
         copy = pickle.loads(pickle.dumps(backend))
@@ -187,7 +194,7 @@ class BackendContract:
     # --- opening and closing
 
     def test_closing_may_be_repeated_and_ends_writing(self, tmp_path: Path) -> None:
-        """`close` does nothing when it is closed, or was never opened; a record before or after is an error."""
+        """`close` may be called at any time; writing before `open` or after `close` is an error."""
         backend = self.make_backend(tmp_path)
         record = backend.encode(Value(0.5), "Loss", 1, _STEP)
         backend.close()
@@ -201,7 +208,7 @@ class BackendContract:
         self._expect(tmp_path, {"Loss": [(1, 0.5)]})
 
     def test_it_can_be_opened_again(self, tmp_path: Path) -> None:
-        """A backend that is opened again, or another one for the same place, goes on with what is there."""
+        """A backend that is opened again, or another one with the same sink, continues the sink."""
         backend = self._open(self.make_backend(tmp_path))
         self._write(backend, "Loss", 1, 0.5)
         backend.close()
@@ -215,7 +222,7 @@ class BackendContract:
         self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 0.125)]})
 
     def test_only_rank_0_writes(self, tmp_path: Path) -> None:
-        """In the other processes of a distributed run everything may be called, and nothing is touched."""
+        """In the other processes of a distributed run every method may be called, and no file is touched."""
         backend = self.make_backend(tmp_path)
         backend.open(Run("contract", rank=1))
         self._write(backend, "Loss", 1, 0.5)
@@ -228,7 +235,7 @@ class BackendContract:
     # --- flush and restore
 
     def test_restore_drops_what_came_later(self, tmp_path: Path) -> None:
-        """A position is plain, and leads back to what was there at `flush`, in this backend."""
+        """A position consists of plain values, and `restore` leads back to the records at that `flush`."""
         backend = self._open(self.make_backend(tmp_path))
         position = self._fill(backend)
         backend.restore(position)
@@ -237,7 +244,7 @@ class BackendContract:
         self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
 
     def test_another_process_goes_on_from_a_position(self, tmp_path: Path) -> None:
-        """So it does when the process that wrote has ended, also when it was killed and has closed nothing."""
+        """`restore` works in another process too, after the first one was killed without closing its backend."""
         killed = self._open(self.make_backend(tmp_path))
         position = self._fill(killed)
         killed.flush()
@@ -251,7 +258,7 @@ class BackendContract:
         self._expect(tmp_path, {"Loss": [(1, 0.5), (2, 0.25), (3, 3.5)], "Accuracy": [(2, 0.75)]})
 
     def test_restoring_the_newest_position_changes_nothing(self, tmp_path: Path) -> None:
-        """A run that stopped at its checkpoint goes on with all that it had, and so it does a second time."""
+        """A run that is resumed from its newest checkpoint keeps all records, and so it does a second time."""
         backend = self._open(self.make_backend(tmp_path))
         self._write(backend, "Loss", 1, 0.5)
         for step in (2, 3):
@@ -267,12 +274,12 @@ class BackendContract:
         return backend
 
     def _give_up(self, backend: LoggerBackend) -> None:
-        """Let go of a backend whose sink has gone on without it; what that raises does not matter."""
+        """Close a backend whose sink another backend has continued; it may refuse to close, and need not."""
         with suppress(LoggingError):
             backend.close()
 
     def _fill(self, backend: LoggerBackend) -> Any:
-        """Write, flush, and write more; return the position between, as it comes out of a checkpoint."""
+        """Write, flush, and write more; return the position of the flush, as a checkpoint would give it back."""
         self._write(backend, "Loss", 1, 0.5)
         self._write(backend, "Loss", 2, 0.25)
         self._write(backend, "Accuracy", 2, 0.75)
@@ -292,7 +299,7 @@ class BackendContract:
 
 
 def samples(folder: Path) -> Iterator[Loggable]:
-    """Yield one loggable of each kind, a figure only where matplotlib is installed."""
+    """Yield one loggable of each type; a figure only if matplotlib is installed."""
     path = folder / "sample.txt"
     path.write_text("sample", "utf-8")
     yield Value(0.5)
@@ -310,7 +317,7 @@ def samples(folder: Path) -> Iterator[Loggable]:
 
 
 def _single(value: float) -> float:
-    """Return a number as a sink with single precision keeps it."""
+    """Return a number rounded to single precision, which some sinks keep."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 

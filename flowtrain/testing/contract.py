@@ -1,4 +1,4 @@
-"""The contract of executors as a test class: subclass it, say how to make one, and run pytest.
+"""The contract of executors as a test class: subclass it, define how to make an executor, and run pytest.
 
 ::
 
@@ -6,9 +6,9 @@
         def make_executor(self) -> Executor:
             return MyExecutor(workers=2)
 
-Every test names the rule of ``docs/rules.md`` that it holds, and its docstring says what is promised. An executor that
-may choose how to run an event is made so that it chooses what is to be tested, or is tested once for each choice.
-The class itself needs no pytest.
+The name of a test has the number of its rule in ``docs/rules.md``, and its docstring is the promise. An executor that
+chooses between several ways to run an event is tested in each of them, by a subclass whose `make_executor` fixes the
+choice. The class itself does not import pytest.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _ABC = ["ProbeA", "ProbeB", "ProbeC"]
 
 
 class ExecutorContract(ContractBase):
-    """What every executor promises, rule by rule. A subclass defines `make_executor`."""
+    """The promises of every executor, each as a test. A subclass defines `make_executor`."""
 
     # --- the executor and its learner
 
     def test_it_is_an_executor(self) -> None:
-        """It has a name, can be passed to a learner, and a new one is made each time."""
+        """It has a name, can be passed to a learner, and `make_executor` makes a new one at each call."""
         executor = self.make_executor()
         assert find_executor(executor) is executor
         assert isinstance(executor.name, str), f"name is {executor.name!r}, and no text"
@@ -72,17 +72,17 @@ class ExecutorContract(ContractBase):
         executor.close()
 
     def test_bind_takes_one_learner(self) -> None:
-        """An executor belongs to one learner: a second one is refused, and the first is not harmed."""
+        """An executor belongs to one learner: a second learner is refused, and the first one still works."""
         trace, executor = Trace(self.patience), self.make_executor()
         with self.learner(KINDS[0](trace), KINDS[1](trace), executor=executor) as learner:
             with catching(ExecutorError), self.learner(executor=executor):
                 pass
-            executor.bind(learner.loop.dispatch)  # the same again
+            executor.bind(learner.loop.dispatch)  # binding to the same learner again is allowed
             learner.fire(Ping(), TrainingPhase())
             assert sorted(trace.started) == _ABC[:2], f"the first learner's event ran {trace.started}"
 
     def test_compile_needs_a_learner(self) -> None:
-        """Before `bind` there is nowhere to report failures to."""
+        """`compile` before `bind` is an error, because the runner could not report failures."""
         with self.learner(KINDS[0](Trace(self.patience))) as learner:
             unbound = self.make_executor()
             with catching(ExecutorError):
@@ -90,7 +90,7 @@ class ExecutorContract(ContractBase):
             unbound.close()
 
     def test_explain_is_one_line(self) -> None:
-        """`explain` says how a plan is run in a line, before it has run and after."""
+        """`explain` describes in one line how a plan is run, before it has run and after."""
         trace = Trace(self.patience)
         with self.learner(*(kind(trace) for kind in KINDS[:3])) as learner:
             for _ in range(self.rounds):
@@ -100,7 +100,7 @@ class ExecutorContract(ContractBase):
                 learner.fire(Ping(), TrainingPhase())
 
     def test_a_change_of_callbacks_counts_from_the_next_event_on(self) -> None:
-        """Plans are compiled anew when callbacks change."""
+        """After a change of callbacks the next event runs the new plan."""
         trace = Trace(self.patience)
         with self.learner(*(kind(trace) for kind in KINDS[:3])) as learner:
             for where in self.each_round():
@@ -112,18 +112,17 @@ class ExecutorContract(ContractBase):
                 _same(where, "ran", sorted(trace.started), ["ProbeA", "ProbeC", "ProbeD"])
 
     def test_flush_and_close_may_be_repeated(self) -> None:
-        """`flush` returns when nothing is pending, and `close` again and again, with or without a learner."""
+        """`flush` and `close` return at once if no work is pending, also a second time and without a learner."""
         unused, executor, trace = self.make_executor(), self.make_executor(), Trace(self.patience)
         with self.learner(*(kind(trace) for kind in KINDS[:3]), executor=executor) as learner:
             learner.fire(Ping(), TrainingPhase())
             executor.flush()
             executor.flush()
-        for each in (unused, executor):
-            each.close()
+        for each in (unused, executor) * 2:
             each.close()
 
     def test_a_closed_executor_runs_nothing(self) -> None:
-        """After `close` an event is an error, no handler runs, and no learner can have the executor."""
+        """After `close` an event is an error, no handler runs, and no learner can use the executor."""
         trace, executor, unused = Trace(self.patience), self.make_executor(), self.make_executor()
         with self.learner(*(kind(trace) for kind in KINDS[:3]), executor=executor) as learner:
             learner.fire(Ping(), TrainingPhase())
@@ -139,7 +138,7 @@ class ExecutorContract(ContractBase):
             pass
 
     def test_close_ends_the_threads(self) -> None:
-        """Threads that the executor started have ended when `close` returns, also after a failure."""
+        """The threads of the executor have ended when `close` returns, also after a failure."""
         before, trace = set(threading.enumerate()), Trace(self.patience)
         with self.learner(KINDS[0](trace, fails_beside(ValueError)), *(kind(trace) for kind in KINDS[1:4])) as learner:
             for where in self.each_round():
@@ -150,7 +149,7 @@ class ExecutorContract(ContractBase):
     # --- order
 
     def test_rule_12_no_handler_starts_before_those_it_waits_for(self) -> None:
-        """Rule 12: edges of every kind, also against the order of the list, and where branches join."""
+        """Rule 12: edges of every kind hold, also against the order of the list, and where branches join."""
         trace = Trace(self.patience)
         probes = [
             KINDS[0](trace, waits, after=[KINDS[3]], access={"cbstate.mark": Write()}),
@@ -195,7 +194,7 @@ class ExecutorContract(ContractBase):
                     assert view is step.view, f"{probe.name} got the view of another handler"
 
     def test_rule_13_an_event_ends_when_all_its_handlers_have(self) -> None:
-        """Rules 13 and 15: `fire` returns or raises, an interrupt too, when no handler runs on under the loop."""
+        """Rules 13 and 15: `fire` returns or raises, even an interrupt, only after every handler has ended."""
         for error in (None, ValueError, KeyboardInterrupt):
             trace = Trace(self.patience)
             first = KINDS[0](trace, waits if error is None else fails_beside(error))
@@ -237,12 +236,12 @@ class ExecutorContract(ContractBase):
         assert_equivalent(make_learner, executors=[self.make_executor], interleavings=0, epochs=2)
 
     def test_rule_14_a_handler_sees_the_training_threads_state_of_torch(self) -> None:
-        """Rule 14: inside of a context that sets it and outside, in turns, wherever the handlers run."""
+        """Rule 14: a handler sees torch's settings of the training thread, within contexts that set them or not."""
         trace, seen = Trace(self.patience), dict[str, dict[str, object]]()
         names = [kind.__name__ for kind in KINDS[:4]]
 
         def look(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Wait for the others, so that no thread takes two, and look."""
+            """Wait for the other handlers, so that no thread runs two, and note the state of torch."""
             trace.wait_for_start(*names)
             seen[probe.name] = torch_state()
 
@@ -262,7 +261,7 @@ class ExecutorContract(ContractBase):
     # --- failures
 
     def test_rule_15_those_that_depend_on_no_failed_one_still_run(self) -> None:
-        """Rule 15: all of them, and none that depends on a failed one; the next event runs as if nothing had been."""
+        """Rule 15: every handler that depends on no failed one runs, no other; the next event runs all of them."""
         trace, broken = Trace(self.patience), raises(lambda: ValueError("broken"))
         probes = [
             KINDS[0](trace),
@@ -282,11 +281,11 @@ class ExecutorContract(ContractBase):
                 _same(where, "ran after a failure", sorted(trace.started), [probe.name for probe in probes])
 
     def test_rule_15_the_first_in_serial_order_is_raised(self) -> None:
-        """Rule 15: not the first in time. The others are in ``others`` and in the notes."""
+        """Rule 15: the first in serial order, not in time, is raised; the others are in ``others`` and in the notes."""
         trace = Trace(self.patience)
 
         def late(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Fail when the others have."""
+            """Fail after the other handler has failed."""
             trace.wait(lambda: "ProbeC" in trace.ended)
             raise ValueError("first")
 
@@ -299,7 +298,7 @@ class ExecutorContract(ContractBase):
                 assert "also raised: KeyError: 'second'" in notes, f"no note on the other: {raised!r}"
 
     def test_rule_15_errors_go_before_cancels(self) -> None:
-        """Rule 15: an error, then the widest cancel, whatever the order of their handlers."""
+        """Rule 15: an error is raised first, then the widest cancel, in any order of their handlers."""
         kinds = {
             "batch": CancelBatchException,
             "epoch": CancelEpochException,
@@ -310,12 +309,12 @@ class ExecutorContract(ContractBase):
             trace, makes = Trace(self.patience), [partial(make, text) for text, make in kinds.items()][:count]
             probes = [kind(trace, raises(make, BatchBegin)) for kind, make in zip(KINDS, makes, strict=False)]
             with self.learner(*probes) as learner:
-                with suppress(ValueError):  # `stopped` holds it
+                with suppress(ValueError):  # `stopped` has the exception too
                     learner.fit(1)
                 _same("in a fit", "were raised", messages(learner.stopped), list(kinds)[count - 1 :: -1])
 
     def test_rule_15_every_exception_says_where_it_was_raised(self) -> None:
-        """Rule 15: callback, handler, event, phase, epoch and batch, on the one raised and on the others."""
+        """Rule 15: notes name callback, handler, event, phase, epoch and batch, also of the attached exceptions."""
         trace = Trace(self.patience)
         probes = [kind(trace, raises(lambda: ValueError("broken"), BatchEnd, 2)) for kind in KINDS[:2]]
         with self.learner(*probes) as learner:
@@ -328,20 +327,19 @@ class ExecutorContract(ContractBase):
                 assert note in getattr(error, "__notes__", ()), f"the notes of {error!r} do not say {note!r}"
 
     def test_rule_16_every_begin_has_one_end(self) -> None:
-        """Rule 16: whoever raises what, at whichever event, the events that follow are those of the serial run."""
-        kinds = (CancelBatchException, CancelEpochException, CancelFittingException, ValueError)
+        """Rule 16: after any exception at any event, the events that follow are those of the serial run."""
         for at in (FitBegin, EpochBegin, BatchBegin, BatchEnd, EpochEnd):
-            for kind in kinds:
+            for kind in (CancelBatchException, CancelEpochException, CancelFittingException, ValueError):
                 seen, serial = (self._events(kind, at, each) for each in (self.make_executor(), SerialExecutor()))
                 assert seen == serial, f"after {kind.__name__} at {at.__name__} came {seen}; serially {serial}"
 
     def test_rule_17_fit_end_runs_for_every_callback(self) -> None:
-        """Rule 17: also for those that depend on one that failed there; then the worst failure is raised."""
+        """Rule 17: `FitEnd` runs even for callbacks that depend on a failed one; then the worst failure is raised."""
         for early in ([], ["early"]):
             trace, ends = Trace(self.patience), list[str]()
 
             def fails(probe: Probe, event: Event, learner: LearnerView, ends: list[str] = ends) -> None:
-                """Note the end of the fit, and fail there."""
+                """Note the end of the fit, and fail at it."""
                 if isinstance(event, FitEnd):
                     ends.append(probe.name)
                     raise ValueError(f"end {probe.name}")
@@ -361,14 +359,14 @@ class ExecutorContract(ContractBase):
     # --- events that handlers fire
 
     def test_rule_18_fired_events_wait_for_the_current_one(self) -> None:
-        """Rule 18: they come when the event has ended, in serial order of who fired, first in, first out."""
+        """Rule 18: they run after the event has ended, in the serial order of the firing handlers."""
         trace, order = Trace(self.patience), list[str]()
 
         def fires(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Fire two events, and one more in the first that ProbeB fired."""
+            """Fire two events, and another one at the first event of ProbeB."""
             assert isinstance(event, Ping)
             if not event.text:
-                if probe.name == "ProbeB":  # fires last if it can
+                if probe.name == "ProbeB":  # on several threads ProbeB fires last in time
                     trace.wait(lambda: "ProbeC" in trace.ended)
                 for number in range(2):
                     learner.fire(Ping(f"{probe.name} {number}"))
@@ -387,11 +385,11 @@ class ExecutorContract(ContractBase):
                 order.clear()
 
     def test_rule_18_fired_events_are_dropped_if_the_event_raises(self) -> None:
-        """Rule 18: an event that raises takes with it what was fired in it, also for the events that come later."""
+        """Rule 18: events that were fired in an event that raises never run, not even after a later event."""
         trace, heard, broken = Trace(self.patience), list[str](), raises(lambda: ValueError("broken"))
 
         def fires(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Fire an event in answer to one without text; note those with one."""
+            """Fire an event with a text at an event without one; note the texts."""
             assert isinstance(event, Ping)
             if event.text:
                 heard.append(event.text)
@@ -410,11 +408,11 @@ class ExecutorContract(ContractBase):
                 heard.clear()
 
     def test_rule_18_training_cannot_be_started_in_a_handler(self) -> None:
-        """Rule 18: `fit`, `epoch` and `step` in a handler are errors, on whatever thread it runs."""
+        """Rule 18: `fit`, `epoch` and `step` in a handler are errors on every thread."""
         trace, held = Trace(self.patience), list[Learner]()
 
         def starts(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Start training when the others run too."""
+            """Start training while the other handlers run."""
             trace.wait_for_start("ProbeC")
             batch = held[0].data[TrainingPhase][0]
             if probe.name == "ProbeA":
@@ -435,7 +433,7 @@ class ExecutorContract(ContractBase):
     # --- helpers
 
     def _events(self, kind: type[Exception], at: type[Event], executor: Executor) -> list[str]:
-        """Fit with one callback that raises at an event among others that do not; return the events that came."""
+        """Fit with three callbacks, one of which raises at an event; return the events of another one."""
         trace, events = Trace(self.patience), list[str]()
 
         def note(probe: Probe, event: Event, learner: LearnerView) -> None:
@@ -443,7 +441,7 @@ class ExecutorContract(ContractBase):
             events.append(type(event).__name__)
 
         probes = [KINDS[0](trace, note), KINDS[1](trace, raises(lambda: kind("here"), at)), KINDS[2](trace)]
-        with self.learner(*probes, executor=executor) as learner, suppress(ValueError):  # one of those that are tried
+        with self.learner(*probes, executor=executor) as learner, suppress(ValueError):  # `fit` raises this kind only
             learner.fit(1)
         return events
 

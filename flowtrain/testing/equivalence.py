@@ -1,11 +1,11 @@
-"""assert_equivalent: the same learner, run in every way that is allowed, comes to the same.
+"""assert_equivalent: every allowed way to run a learner has the same result.
 
-The serial run is the measure. Other executors must come to its result bit for bit (rule 13 of ``docs/rules.md``), and
-so must random legal orders of the handlers (`flowtrain.testing.ShuffledExecutor`). These find what a callback touches
-without declaring it: two handlers that nobody ordered then run in both orders, in this thread, under a seed.
+The serial run is the reference. Other executors must have its result bit for bit (rule 13 of ``docs/rules.md``), and so
+must random legal orders of the handlers (`flowtrain.testing.ShuffledExecutor`). These orders find undeclared access:
+two handlers without an edge between them run in both orders, in this thread, and under a seed.
 
-What no order of whole handlers shows: two handlers that each add to one number come to the same sum in either order,
-and lose an update only when they run at the same time. ``Learner(strict=True)`` names who writes undeclared.
+One kind of undeclared access has the same result in every order: two handlers that each add to one number. They lose an
+addition only when they run at the same time. ``Learner(strict=True)`` finds such writes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
+from flowtrain.diagnostics.scratch_learner import same_rng
 from flowtrain.errors import ExecutorError, UsageError, is_a
 from flowtrain.graph.executor import Executor, Runner, SerialExecutor, Site, find_executor
 from flowtrain.graph.nodes import Node
@@ -46,27 +47,27 @@ def assert_equivalent(
     seed: int = 0,
     ignore: Sequence[str] = (),
 ) -> None:
-    """Assert that a learner comes to the serial result under other executors, and in other legal orders.
+    """Assert that a learner has the serial result under other executors, and in other legal orders.
 
-    Compared are, bit for bit: parameters, buffers, the state of optimizers, the last batch, ``cbstate``, the
-    attributes of callbacks and what these hold (so also the records that a backend keeps), the random number
-    generators, and what was raised. Callbacks that an executor defers are flushed before.
+    The result consists of parameters, buffers, the state of optimizers, the last batch, ``cbstate``, the attributes of
+    callbacks and all objects in them (such as the records that a backend keeps), the random number generators, and the
+    exception that was raised. Results are compared bit for bit, after `Learner.flush`.
 
     Args:
-        make_learner: Makes the learner with the executor that it is called with, and makes all else anew: the model,
-            the data, the callbacks. Random numbers begin the same at each call.
+        make_learner: A function of an executor that makes a learner with it, and a new model, new data and new
+            callbacks. The random number generators have the same state at each call.
         executors: Names, or functions and types that make an executor: ``["dask", partial(DaskExecutor, workers=4)]``.
-        epochs: For how many epochs to fit.
-        run: What to do with the learner in place of one fit, such as two fits with a change of callbacks in between.
-            Compared is what there is after a `Learner.flush` at the end.
-        interleavings: How many random legal orders to run.
-        seed: Where the random numbers begin.
-        ignore: Paths, as the message shows them, below which nothing is compared: what depends on a clock.
+        epochs: The number of epochs to fit.
+        run: A function of the learner to call instead of a fit, such as two fits with a change of callbacks in between.
+        interleavings: The number of random legal orders to run.
+        seed: The seed of the random number generators.
+        ignore: Paths, as the message shows them. These and all paths below them are not compared, since they depend on
+            a clock, for example.
 
     Raises:
-        AssertionError: Something differs; the message names the first path that does, both values, and the executor.
-        UsageError: `make_learner` does not use the executor, or returns what it has returned before.
-        Exception: What the serial run raised, when all others have come to the same.
+        AssertionError: A result differs. The message names the first path that differs, both values, and the executor.
+        UsageError: `make_learner` does not use the executor, or returns an object that it has returned before.
+        Exception: The exception that the serial run has raised, after all other runs have raised the same.
 
     >>> from flowtrain.testing import tiny_learner
     >>> assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=["serial"])
@@ -74,6 +75,7 @@ def assert_equivalent(
     used: list[Any] = []
 
     def fit(learner: Learner) -> None:
+        """Fit for the number of epochs."""
         learner.fit(epochs)
 
     do = fit if run is None else run
@@ -96,7 +98,7 @@ def _run(
     seed: int,
     used: list[Any],
 ) -> tuple[_Result, Exception | None]:
-    """Make a learner, run it, and return what it came to and what was raised."""
+    """Make a learner and run it; return the result, and the exception that was raised."""
     raised: Exception | None = None
     with _random_from(seed):
         learner = make_learner(executor)
@@ -105,7 +107,7 @@ def _run(
             try:
                 do(learner)
                 learner.flush()
-            except Exception as error:  # compared, and raised at the end
+            except Exception as error:  # a part of the result, which `assert_equivalent` raises at its end
                 raised = error
             found = dict(learner_leaves(learner))
         found.update(outcome_leaves("raised by fit", raised))
@@ -115,6 +117,11 @@ def _run(
 
 
 def _check(learner: Learner, executor: Executor, used: list[Any]) -> None:
+    """Check the result of ``make_learner``, and add its objects to `used`.
+
+    Raises:
+        UsageError: It is no learner, has another executor, or has an object that is in `used`.
+    """
     if not is_a(learner, Learner):
         raise UsageError(f"make_learner(executor) returns a Learner, got {learner!r}.")
     if learner.executor is not executor:
@@ -122,35 +129,34 @@ def _check(learner: Learner, executor: Executor, used: list[Any]) -> None:
             f"make_learner(executor) made a learner that runs on {learner.executor!r}. "
             f"Pass on what it is called with: Learner(..., executor=executor)."
         )
-    made = [learner, learner.state.model]  # the learner itself refuses callbacks that another one has
+    made = [learner, learner.state.model]  # callbacks are not checked here: a learner refuses those of another one
     for each in made:
         if any(each is other for other in used):
             raise UsageError(
                 f"make_learner() has used this {type(each).__name__} before, and it remembers the run before. "
                 f"Make the model, the data and every callback inside of make_learner."
             )
-    used += made  # kept, so that no identity is given out twice
+    used += made  # the list keeps the objects alive, so that a new object never has the `id` of an earlier one
 
 
 @contextmanager
 def _random_from(seed: int) -> Generator[None]:
-    """Begin the random numbers at a seed, and put the generators back in the end."""
+    """Seed the random number generators for the context, and restore them after it."""
     numpy: Any = sys.modules.get("numpy")
-    ours, theirs = random.getstate(), None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng():
+    with same_rng():
         torch.manual_seed(seed)
         random.seed(seed)
         if numpy is not None:
             numpy.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            if numpy is not None:
-                numpy.random.set_state(theirs)
+        yield
 
 
 def _maker(executor: str | _MakeExecutor) -> _MakeExecutor:
+    """Return a function that makes an executor.
+
+    Raises:
+        UsageError: `executor` is an executor itself, which only one learner could use.
+    """
     if isinstance(executor, str):
         return lambda: find_executor(executor)
     if isinstance(executor, Executor) and not isinstance(executor, type):
@@ -166,7 +172,7 @@ def _shuffled(seed: int) -> _MakeExecutor:
 
 
 def _paths(one: _Result, other: _Result) -> list[str]:
-    """Return the paths of both, in the order in which they were found."""
+    """Return the paths of two results without doubles, in their order."""
     return list(dict.fromkeys([*one, *other]))
 
 
@@ -192,13 +198,14 @@ def _message(executor: Executor, differing: list[str], serial: _Result, result: 
 
 
 class ShuffledExecutor:
-    """Runs each event in an order that its edges allow, and that need not be the serial one, on the training thread.
+    """Runs the handlers of each event in a random order that the edges allow, on the training thread.
 
-    Callbacks that declare all they touch come to the same in every such order. So what a callback forgot to declare
-    shows as a difference, every time and without threads.
+    If callbacks declare all their access, every such order has the same result. An undeclared access shows as a
+    different result, without threads, and with the same seed every time.
 
     Args:
-        seed: Of the orders. With 0 the order is no random one: whoever may wait, waits.
+        seed: The seed of the orders. With 0 the order is not random: of the handlers that may run, the last one in
+            serial order runs first.
     """
 
     name = "shuffled"
@@ -211,10 +218,10 @@ class ShuffledExecutor:
         self._closed = False
 
     def bind(self, site: Site) -> None:
-        """Belong to one loop.
+        """Belong to the learner of this site from now on.
 
         Raises:
-            ExecutorError: It belongs to another one, or is closed.
+            ExecutorError: The executor belongs to another learner, or is closed.
         """
         if self._closed:
             raise ExecutorError(_CLOSED)
@@ -226,7 +233,11 @@ class ShuffledExecutor:
         """Accept any callbacks."""
 
     def compile(self, plan: Plan) -> Runner:
-        """Return what runs a plan, each time in another order."""
+        """Return the runner of a plan, which chooses another order at each event.
+
+        Raises:
+            ExecutorError: The executor is closed, or does not belong to a learner yet.
+        """
         site = self._site
         if self._closed or site is None:
             why = _CLOSED if self._closed else "ShuffledExecutor.compile() before bind(); Learner(executor=...) binds."
@@ -235,7 +246,7 @@ class ShuffledExecutor:
         rank = {step.node.name: position for position, step in enumerate(plan.steps)}
 
         def run(event: Event, phase: Phase) -> None:
-            """Call the handlers, then do what the serial executor does."""
+            """Call the handlers, then sort the fired events and requests in serial order and pass them on."""
             start = len(site.fired)
             failures = self._run(plan, event, phase)
             site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank.get(one[0], -1))
@@ -248,7 +259,7 @@ class ShuffledExecutor:
         return run
 
     def _run(self, plan: Plan, event: Event, phase: Phase) -> Sequence[tuple[Step, BaseException]]:
-        """Call every handler with no failed ancestor; return the failures in serial order."""
+        """Call every handler that depends on no failed one; return the failures in serial order."""
         caught: type[BaseException] = BaseException if plan.always else Exception
         failures: dict[int, BaseException] = {}
         left, done, lost = list(range(len(plan))), 0, 0
@@ -269,14 +280,14 @@ class ShuffledExecutor:
         return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
 
     def explain(self, plan: Plan) -> str:
-        """Say how the order is chosen."""
+        """Return a line that says how the order is chosen."""
         return f"in any order that the edges allow, seed {self.seed}"
 
     def flush(self) -> None:
-        """Nothing is ever pending."""
+        """Return at once, because this executor defers no handler."""
 
     def close(self) -> None:
-        """Run nothing more."""
+        """Let every further event raise `ExecutorError`."""
         self._closed = True
         for plan in self._plans.values():
             if self._site is not None:

@@ -1,8 +1,8 @@
-"""Callbacks that watch an executor: which handlers ran, when and on which thread, and whether one ran too early.
+"""Callbacks that watch an executor: which handlers ran, in which order and on which thread, and whether any ran early.
 
-A handler that others must wait for waits itself, for a mistake of the executor: another handler that starts too early,
-or an event that returns too early. It waits on a condition, for at most `Trace.patience` seconds. So a correct executor
-always passes, however slow the machine is, and costs that time.
+A handler that other handlers depend on waits a moment before it returns, to give a wrong executor the time to make its
+mistake: to start another handler too early, or to end the event too early. It waits on a condition, for at most
+`Trace.patience` seconds. So a correct executor always passes, even on a slow machine, and takes that time.
 """
 
 from __future__ import annotations
@@ -45,24 +45,28 @@ __all__ = [
 
 
 class Ping(Event):
-    """The event that the contract fires; `text` tells one from another."""
+    """The event that the contract fires.
+
+    Args:
+        text: A text that tells one event from another.
+    """
 
     def __init__(self, text: str = "") -> None:
         self.text = text
 
 
 class Trace:
-    """The record of what the handlers of one test did.
+    """The record of the handlers of one test.
 
     Args:
-        patience: How many seconds a handler waits for a mistake.
+        patience: The seconds for which a handler waits for a mistake of the executor.
 
     Attributes:
-        started: The names of the probes whose handlers have started, in that order.
-        ended: The names of those that have returned or raised, in that order.
-        wrong: What happened too early, in words.
-        threads: The thread of each handler's last run, by the probe's name.
-        before: The probes that must have ended when a handler starts, by its name.
+        started: The names of the probes whose handlers have started, in the order of their start.
+        ended: The names of the probes whose handlers have returned or raised, in that order.
+        wrong: A text for each mistake of the executor.
+        threads: The thread of the last run of each handler, by the name of the probe.
+        before: The probes that must have ended when a handler starts, by the name of its probe.
     """
 
     def __init__(self, patience: float) -> None:
@@ -75,7 +79,7 @@ class Trace:
         self._changed = threading.Condition()
 
     def clear(self) -> None:
-        """Forget what was done; keep who must run before whom."""
+        """Forget the handlers that have run, but keep `before`."""
         with self._changed:
             self.started, self.ended, self.wrong = [], [], []
 
@@ -96,7 +100,7 @@ class Trace:
             self._changed.notify_all()
 
     def complain(self, mistake: str) -> None:
-        """Note something else that happened too early."""
+        """Note another mistake of the executor, and wake the handlers that wait for one."""
         with self._changed:
             self.wrong.append(mistake)
             self._changed.notify_all()
@@ -107,27 +111,27 @@ class Trace:
             return sorted((Counter(self.started) - Counter(self.ended)).elements())
 
     def wait(self, happened: Callable[[], bool]) -> None:
-        """Wait until a function of this trace is true, at most for the patience: no executor must run in parallel."""
+        """Wait until a function of this trace is true, at most for `patience`, as handlers need not run in parallel."""
         with self._changed:
             self._changed.wait_for(happened, self.patience)
 
     def wait_for_start(self, *names: str) -> None:
-        """Wait until the handlers of these probes have started."""
+        """Wait until the handlers of these probes have started, at most for `patience`."""
         self.wait(lambda: all(name in self.started for name in names))
 
 
 class Probe(Callback):
-    """A callback that does what a test says, at every event.
+    """A callback whose handler calls a function of a test at every event.
 
     Args:
-        trace: Where it notes what it does.
-        does: Called by the handler with the probe, the event and the view.
-        access: What it declares.
-        after: The types that it runs after.
-        answers: What it answers to every conflict.
+        trace: The trace in which the handler notes its start and end.
+        does: The function; the handler calls it with the probe, the event and the view.
+        access: The access that the callback declares.
+        after: The types of callbacks that it runs after.
+        answers: The resolution that it gives for every conflict.
 
     Attributes:
-        phase: The phase that its handler was called with the last time.
+        phase: The phase of the last call of the handler.
     """
 
     phase: Phase | None = None
@@ -148,20 +152,20 @@ class Probe(Callback):
         self.answers = answers
 
     def state_access(self) -> Access:
-        """Declare what the test says."""
+        """Declare the access that the test gives."""
         return self.access
 
     def run_after(self) -> tuple[type[Callback], ...]:
-        """Run after whom the test says."""
+        """Return the types that the test gives."""
         return self.after
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Answer what the test says."""
+        """Return the resolution that the test gives."""
         return self.answers
 
     @on(Event)
     def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """Note the phase and the start, act, note the end."""
+        """Note the phase and the start, call the function of the test, note the end."""
         self.phase = phase
         self.trace.start(self.name)
         try:
@@ -174,31 +178,31 @@ class Probe(Callback):
 Does: TypeAlias = Callable[[Probe, Event, LearnerView], None]
 
 KINDS: Sequence[type[Probe]] = tuple(type(f"Probe{letter}", (Probe,), {}) for letter in "ABCDEFG")
-"""Types of probes, because ``run_after`` names types."""
+"""Seven types of probes: a test needs several types, because ``run_after`` and conflicts are between types."""
 
 
 class ContractBase:
-    """Making an executor and a learner, and firing an event in rounds, for `flowtrain.testing.ExecutorContract`."""
+    """The helpers of `flowtrain.testing.ExecutorContract`: they make a learner, and fire an event in several rounds."""
 
     patience: float = 0.02
-    """Seconds that a handler waits for a mistake of the executor. More of it finds more on a busy machine."""
+    """Seconds that a handler waits for a mistake of the executor. More time finds more mistakes on a busy machine."""
 
     rounds: int = 3
-    """How many times each test fires its event; an executor may run the first ones in another way."""
+    """How many times each test fires its event, because an executor may run the first events in another way."""
 
     def make_executor(self) -> Executor:
-        """Return a new executor, bound to nothing. The one thing that a subclass must define."""
+        """Return a new executor that belongs to no learner. A subclass must define this method."""
         raise NotImplementedError(f"{type(self).__name__} must define make_executor(): return a new executor.")
 
     @contextmanager
     def learner(self, *callbacks: Callback, executor: Executor | None = None) -> Generator[Learner]:
-        """Give a tiny learner with these callbacks and no others, on a new executor, and close it."""
+        """Give a context with a tiny learner that has only these callbacks, and a new executor by default."""
         chosen = self.make_executor() if executor is None else executor
         with tiny_learner(*callbacks, executor=chosen, n_batches=2, default_callbacks=False) as learner:
             yield learner
 
     def each_round(self) -> Iterator[str]:
-        """Yield what to call each round in a message."""
+        """Yield the name of each round for messages: ``"in round 1"``."""
         return (f"in round {number + 1}" for number in range(self.rounds))
 
     def ping(
@@ -209,40 +213,49 @@ class ContractBase:
         error: type[BaseException] | None = None,
         event: Ping | None = None,
     ) -> BaseException | None:
-        """Fire a `Ping` on a cleared trace; check that no handler started too early or still runs.
+        """Clear the trace, fire an event, and check that no handler started too early or still runs.
 
         Args:
             learner: The learner.
             trace: The trace of its probes.
-            where: What to call the round in a message.
-            error: The type of the exception that must be raised, and is returned; ``None`` for none.
-            event: The event to fire.
+            where: The name of the round, for messages.
+            error: The type of the exception that must be raised, or ``None``.
+            event: The event to fire; a `Ping` without text by default.
+
+        Returns:
+            The exception that was raised, or ``None``.
         """
         trace.clear()
         raised: list[BaseException] = []
         with nullcontext(raised) if error is None else catching(error) as raised:
             learner.fire(event or Ping(), TrainingPhase())
         wrong, running = list(trace.wrong), trace.running()
-        trace.complain("the event ended")  # a handler that still waits need not wait any longer
+        trace.complain("the event ended")  # wakes a handler that still waits, so that its thread can end
         assert not wrong, f"{where}: {'; '.join(wrong)}"
         assert not running, f"{where} the event ended while {running} had not returned"
         return raised[0] if raised else None
 
 
 def waits(probe: Probe, event: Event, learner: LearnerView) -> None:
-    """Give what must not happen the time to happen."""
+    """Wait until the executor makes a mistake, at most for the patience of the trace."""
     probe.trace.wait(lambda: bool(probe.trace.wrong))
 
 
 def raises(make: Callable[[], BaseException], at: type[Event] = Event, number: int = 1) -> Does:
-    """Return a handler that raises from the n-th event of a type on."""
-    met: list[Event] = []
+    """Return a function for `Probe` that raises at the n-th event of a type and at all later ones.
+
+    Args:
+        make: Makes the exception.
+        at: The type of the events.
+        number: The number n, from 1.
+    """
+    seen: list[Event] = []
 
     def fail(probe: Probe, event: Event, learner: LearnerView) -> None:
         """Count the events, and raise."""
         if isinstance(event, at):
-            met.append(event)
-            if len(met) >= number:
+            seen.append(event)
+            if len(seen) >= number:
                 raise make()
 
     return fail
@@ -250,7 +263,7 @@ def raises(make: Callable[[], BaseException], at: type[Event] = Event, number: i
 
 @contextmanager
 def catching(kind: type[BaseException]) -> Generator[list[BaseException]]:
-    """Expect an exception of a type and give it, in a list, when it has come."""
+    """Give a context that must raise an exception of a type, and a list that has the exception after the context."""
     found: list[BaseException] = []
     try:
         yield found
@@ -260,7 +273,7 @@ def catching(kind: type[BaseException]) -> Generator[list[BaseException]]:
 
 
 def messages(error: BaseException | None) -> list[str]:
-    """Return what an exception says, and those attached to it; one of these may have others of its own."""
+    """Return the texts of an exception and of the exceptions that are attached to it, at any depth."""
     if error is None:
         return []
     found = [str(error)]
@@ -270,7 +283,11 @@ def messages(error: BaseException | None) -> list[str]:
 
 
 class Draws(Callback):
-    """Draws random numbers into an attribute, and keeps or adds to the total of all losses if it declares that."""
+    """Draws random numbers into an attribute, and reads or writes ``cbstate.total`` if it declares that.
+
+    Args:
+        access: The access to ``cbstate.total``, or an empty mapping.
+    """
 
     def __init__(self, access: Mapping[str, Any]) -> None:
         self.access = access
@@ -278,17 +295,17 @@ class Draws(Callback):
         self.seen: list[float] = []
 
     def state_access(self) -> Mapping[str, Any]:
-        """Declare the entry, what it is made of, and the random numbers."""
+        """Declare a read of the loss, the random numbers, and the access that the test gives."""
         return {"batch.loss": Read(), "resource.rng": Write(), **self.access}
 
     def setup(self, learner: LearnerView) -> None:
-        """Begin at zero."""
+        """Set the total to zero if this callback writes it."""
         if self.access.get("cbstate.total") == Write():
             learner.cbstate.total = 0.0
 
     @on(BatchEnd)
     def draw(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """Draw, and read or write the total."""
+        """Draw a number, and read or write the total."""
         self.drawn.append(torch.rand(()).item())
         if self.access.get("cbstate.total") == Write():
             learner.cbstate.total += float(learner.batch.loss) + self.drawn[-1]
@@ -297,10 +314,10 @@ class Draws(Callback):
 
 
 def fails_beside(error: type[BaseException]) -> Does:
-    """Return a handler that raises when ProbeB and ProbeC have started too."""
+    """Return a function for `Probe` that raises after ProbeB and ProbeC have started."""
 
     def fail(probe: Probe, event: Event, learner: LearnerView) -> None:
-        """Wait for the others, and raise."""
+        """Wait for the other handlers, and raise."""
         probe.trace.wait_for_start("ProbeB", "ProbeC")
         raise error("at once")
 
@@ -338,11 +355,11 @@ TORCH_SETTINGS: Sequence[Sequence[Callable[[], AbstractContextManager[object]]]]
     ),
     (torch.inference_mode, torch.enable_grad),
 )
-"""Contexts to enter together, which set what torch and Python keep for each thread."""
+"""Groups of contexts, each of which is entered as a whole; they set the settings that are separate for each thread."""
 
 
 def torch_state() -> dict[str, object]:
-    """Return what torch and Python keep for this thread."""
+    """Return the settings of torch and Python that are separate for each thread, as this thread has them."""
     made = torch.zeros(())
     return {
         "grad mode": torch.is_grad_enabled(),

@@ -1,4 +1,4 @@
-"""A learner for tests that is built in a millisecond, the access that a callback needs, and a stand-in for the loop.
+"""A learner for tests that is built in a millisecond, and a stand-in for the loop.
 
 ::
 
@@ -48,7 +48,7 @@ class TinyModel(torch.nn.Module):
 def tiny_batches(
     coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return pairs of ``(x, coeff * x)``, each of shape ``(batch_size, 1)``; always the same ones.
+    """Return pairs of ``(x, coeff * x)``, each of shape ``(batch_size, 1)``, with the same numbers at every call.
 
     >>> x, y = tiny_batches(coeff=2.0)[0]
     >>> torch.equal(y, 2 * x)
@@ -62,14 +62,14 @@ def tiny_batches(
 def tiny_learner(
     *callbacks: Callback, coeff: float = 3.0, n_batches: int = 16, batch_size: int = 8, **learner_kwargs: Any
 ) -> Learner:
-    """Return a learner that fits ``y = coeff * x`` on the CPU, quietly, with the same result every time.
+    """Return a learner that fits ``y = coeff * x`` on the CPU, without output, with the same result every time.
 
     Args:
-        callbacks: Its callbacks, before the default ones that do not print.
-        coeff: What the one parameter should come to.
-        n_batches: Batches in an epoch, for training and for validation.
-        batch_size: Samples in a batch.
-        learner_kwargs: Anything that `Learner` takes, in place of what is chosen here.
+        callbacks: The callbacks, before the default ones that do not print.
+        coeff: The value that training brings the one parameter to.
+        n_batches: The number of batches in an epoch, for training and for validation.
+        batch_size: The number of samples in a batch.
+        learner_kwargs: Arguments of `Learner`, which replace the ones that are chosen here.
 
     >>> learner = tiny_learner()
     >>> learner.fit(2)
@@ -90,12 +90,12 @@ def tiny_learner(
 
 
 def record_access(callback: Callback, *others: Callback, **learner_kwargs: Any) -> Recording:
-    """Run a callback in a `tiny_learner` for one batch of each phase, and print and return the least it must declare.
+    """Run a copy of a callback in a `tiny_learner` for one batch of each phase; print and return the access it needs.
 
     Args:
-        callback: The callback; it need not declare anything yet.
-        others: Callbacks that make what it reads.
-        learner_kwargs: As for `tiny_learner`.
+        callback: The callback, which need not declare any access yet.
+        others: Callbacks that write the state that it reads.
+        learner_kwargs: Arguments of `tiny_learner`.
 
     >>> from flowtrain import EpochEnd, LearnerView, on
     >>> class Printer(Callback):
@@ -111,18 +111,18 @@ def record_access(callback: Callback, *others: Callback, **learner_kwargs: Any) 
     """
     learner = tiny_learner(*others, **learner_kwargs)
     found = record(learner, callback)
-    learner.set_callbacks(())  # the others are free for the next learner: only copies of them have run
+    learner.set_callbacks(())  # frees `others` for another learner, since only copies of them have run
     print(found)
     return found
 
 
 class TinySite:
-    """The loop as far as an executor sees it: a `flowtrain.graph.executor.Site` that notes what it is told.
+    """A stand-in for the loop in tests of executors: a `flowtrain.graph.executor.Site` that records the calls.
 
     Attributes:
-        failures: The failed handlers, each with its callback's name, as `Site.fail` got them.
-        drained: What was in `fired` at each call of `Site.drain`.
-        swapped: The runners given to `Site.swap`.
+        failures: The failures that `fail` was given, each with the name of the callback.
+        drained: The content of `fired` at each call of `drain`.
+        swapped: The runners that `swap` was given.
     """
 
     def __init__(self) -> None:
@@ -138,19 +138,19 @@ class TinySite:
         self.swapped: list[Runner] = []
 
     def drain(self, phase: Phase) -> None:
-        """Note what is in `fired`, and forget it, and what is in `requests`."""
+        """Record the content of `fired`, and empty `fired` and `requests`."""
         self.drained.append(list(self.fired))
         self.fired.clear()
         self.requests.clear()
 
     def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
-        """Note the failures; nothing is raised."""
+        """Record the failures instead of raising them."""
         self.failures += [(step.node.name, failure) for step, failure in failures]
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
-        """Find nothing: a test asks the executor itself."""
+        """Return ``None``: tests get their runners from the executor."""
         return None
 
     def swap(self, plan: Plan, runner: Runner) -> None:
-        """Note the runner."""
+        """Record the runner."""
         self.swapped.append(runner)
