@@ -1,4 +1,9 @@
-"""How many samples a batch has, found from its inputs and targets; `Phase.batch_size` and `Metrics` ask."""
+"""The number of samples in a batch, found from the shapes of its inputs and targets.
+
+`Phase.batch_size` returns it, and `Metrics` weights the means of an epoch with it. A batch may be one tensor, a
+container of tensors, or a list of samples, so there may be several candidates: `measure` takes the length that inputs
+and targets have in common, and tells whether it is certain of it.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +21,39 @@ __all__ = ["lengths", "measure"]
 def measure(inputs: Any, targets: Any) -> tuple[int, bool]:
     """Return how many samples a batch has, and whether that is certain.
 
-    The number is the length that something in the inputs and something in the targets agree on: the first dimension of
-    arrays, or the number of items in a list. Where only one of the two has arrays, its own must agree. A batch without
-    any array or list, such as one text or a number, is one sample.
+    A candidate is the first dimension of an array, or the number of items in a list. The result is the first candidate
+    that inputs and targets have in common. Where only one of the two has candidates, the result is certain if its
+    arrays agree. A batch without any array or list, such as a text or a number, is one sample.
+
+    Args:
+        inputs: A tensor or array of shape ``(samples, ...)``, or a container of these.
+        targets: As `inputs`.
 
     >>> measure({"scale": torch.zeros(3), "x": torch.zeros(8, 2)}, torch.zeros(8))
     (8, True)
     >>> measure(torch.zeros(50, 8, 2), torch.zeros(8))  # time comes first
     (8, False)
     """
-    ours, theirs = _sizes(inputs), _sizes(targets)
-    if ours and theirs:
-        common = [size for size in theirs if size in ours]
-        return (common or theirs)[0], bool(common)
-    found = ours or theirs
-    if not found:
+    of_inputs, of_targets = _sizes(inputs), _sizes(targets)
+    if of_inputs and of_targets:
+        common = [size for size in of_targets if size in of_inputs]
+        return (common or of_targets)[0], bool(common)
+    sizes = of_inputs or of_targets
+    if not sizes:
         return 1, _is_single(inputs) and _is_single(targets)
-    return found[0], len(_sizes(inputs, lists=False) or _sizes(targets, lists=False)) <= 1
+    return sizes[0], len(_sizes(inputs, lists=False) or _sizes(targets, lists=False)) <= 1
 
 
 def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[int]:
-    """Return the numbers that may be the size of a batch, the likeliest first: those that all parts have in common.
+    """Return the numbers that may be the size of a batch, the likeliest first.
+
+    A number that all parts of a container have in common is likelier than one that only some of them have.
 
     Args:
         value: Inputs or targets.
-        lists: Whether the length of a list counts where it holds arrays. Either may be the batch: a list of samples, or
-            a list of tensors that each have all samples.
-        above: The ids of the containers around it; one that holds itself says nothing there.
+        lists: Whether the length of a list is a candidate where the list holds arrays: it may be a list of samples, or
+            a list of tensors that each hold all samples.
+        above: The ids of the containers around the value, so that a container that holds itself ends the search.
     """
     shape = getattr(value, "shape", None)
     if isinstance(shape, (tuple, torch.Size)):
@@ -51,23 +62,25 @@ def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[
         return [int(value.batch_sizes[0])]  # every sequence has a first step
     inner = items(value)
     if not inner or id(value) in above:
-        return [len(value)] if inner is None and _is_list(value) else []  # such as a range
+        return [len(value)] if inner is None and _is_list(value) else []  # a range has a length and no items here
     parts = [_sizes(item, lists, (*above, id(value))) for _, item in inner]
     parts = [part for part in parts if part]
     common = [size for size in parts[0] if all(size in part for part in parts)] if parts else []
-    found = common or list(dict.fromkeys(size for part in parts for size in part))
-    if not _is_list(value) or hasattr(value, "_fields") or (found and not lists):
-        return found
-    return [*common, len(value)] if common else [len(value), *found]  # parts that differ are samples, not inputs
+    sizes = common or list(dict.fromkeys(size for part in parts for size in part))
+    # The length of a mapping or a named tuple is its number of fields, and never a number of samples.
+    if not _is_list(value) or hasattr(value, "_fields") or (sizes and not lists):
+        return sizes
+    # Parts of different lengths are samples, so the length of the list goes first; equal ones each hold all samples.
+    return [*common, len(value)] if common else [len(value), *sizes]
 
 
 def _is_list(value: Any) -> bool:
-    """Tell whether the items of a container have numbers, and no names; of others the length says nothing."""
+    """Tell whether a container has items without names, so that its length may be a number of samples."""
     return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
 
 
 def _is_single(value: Any) -> bool:
-    """Tell whether a value without a length may be one sample, and not a batch of an unknown kind."""
+    """Tell whether a value without a length can be one sample; an unknown object may be a whole batch."""
     inner = items(value)
     if inner is not None:
         return all(_is_single(item) for _, item in inner)
@@ -75,12 +88,12 @@ def _is_single(value: Any) -> bool:
 
 
 def lengths(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, int]]:
-    """Yield each array or list in a piece of data, by its path, with its length.
+    """Yield the path and the length of each array and list in a piece of data; that of an array is its first dimension.
 
     Args:
         value: Inputs or targets.
-        path: Where they are.
-        above: The ids of the containers around the value, into which it leads no more.
+        path: The path of `value` itself.
+        above: The ids of the containers around the value, so that a container that holds itself ends the search.
 
     >>> list(lengths({"x": torch.zeros(8, 2)}, "batch.inputs"))
     [("batch.inputs['x']", 8)]

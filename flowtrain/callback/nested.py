@@ -1,27 +1,27 @@
-"""Containers of users: how each type is taken apart, and how it is put together again around other parts.
+"""Nested data of users: each type of container is taken apart, and put together again around other parts.
 
-A batch, an output or an entry of ``cbstate`` may be nested in any way. Everything that goes through such values goes
-through this module, so every reader of them knows the same types:
+A batch, an output or an entry of ``cbstate`` may be nested in any way. All code that goes through such values uses this
+module, so that all of it knows the same types:
 
 ======================================================== ============================================================
 type, and its subclasses                                 its parts
 ======================================================== ============================================================
 ``tuple`` (also named, of C, such as `torch.max` gives), the items, by number
 ``list``, ``deque``, ``set``, ``frozenset``
-``dict``, ``OrderedDict``, ``defaultdict``               the values, by key; keys stay as they are
-``UserDict``, ``UserList``, ``MappingProxyType``         the container that they are made around
+``dict``, ``OrderedDict``, ``defaultdict``               the values, by key; keys are not changed
+``UserDict``, ``UserList``, ``MappingProxyType``         the container inside
 ``functools.partial``                                    the function and the arguments
 dataclasses, ``SimpleNamespace``                         the attributes
 ======================================================== ============================================================
 
-Attributes are parts of every one of these, those in slots too: a model output of the usual libraries is an
-``OrderedDict`` with attributes. Everything else is a leaf: tensors, arrays, modules, enumerations, objects of unknown
-types, which may hold anything. `parts` alone looks into other mappings and sequences as well.
+The attributes of each of these are parts too, also those in slots: a model output of the usual libraries is an
+``OrderedDict`` with attributes. All other objects are *leaves*: tensors, arrays, modules, enumerations, and objects of
+unknown types. Only `parts` looks into other mappings and sequences as well.
 
-A container is made again without its constructor, which may take other arguments or do more. What is in two places is
-one object in the result, and a container that holds itself holds itself there. ``torch.utils._pytree`` does none of
-this: it is private, takes dataclasses for leaves, drops the attributes of a subclass, makes two of what was one, and
-recurses without an end.
+A container is made again without a call of its constructor, which may take other arguments or have side effects. An
+object that is in two places is one object in the result, and a container that holds itself holds itself in the result.
+``torch.utils._pytree`` does none of this: it is private, treats dataclasses as leaves, drops the attributes of a
+subclass, makes two objects of one, and recurses without an end.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ __all__ = ["INSIDE", "PLAIN", "Attribute", "Memo", "attributes", "is_nested", "i
 __all__ += ["rebuild", "refill", "set_attributes", "step", "tuple_like"]
 
 PLAIN: Final[frozenset[type]] = frozenset({int, float, bool, str, bytes, complex, type(None)})
-"""The exact types of values that have no parts and never change; every walk leaves them first."""
+"""The exact types of values that have no parts and never change; every walk tests for them first, as it is quick."""
 
 Memo: TypeAlias = "dict[int, tuple[Any, Any]]"
-"""What was made of each object, by its id; the object is kept too, because its id is its own only while it lives."""
+"""Each object and its counterpart in the result, by the id of the object, which is unique while the object lives."""
 
 
 class Attribute(str):
-    """The name of a part that is an attribute; other parts have a key or a number."""
+    """The place of a part that is an attribute: its name. The place of any other part is a key or a number."""
 
     __slots__ = ()
 
 
 def step(where: Any) -> str:
-    """Return how the place of a part is written behind its container.
+    """Return the place of a part as source code, to be written behind its container.
 
     >>> step("a"), step(0), step(Attribute("a"))
     ("['a']", '[0]', '.a')
@@ -65,17 +65,18 @@ def step(where: Any) -> str:
 
 _DICTS = (dict, OrderedDict, defaultdict)
 _BARE = frozenset({tuple, list, dict, set, frozenset, deque, defaultdict, types.MappingProxyType})
-"""Types whose own instances have no attributes."""
+"""Types whose instances have no attributes; those of subclasses may have some."""
 _OBJECTS = (types.SimpleNamespace, UserDict, UserList)
 _BASES: Final[Mapping[type, Any]] = {
-    **{each: each for each in (*_BARE, OrderedDict, functools.partial)},
-    **dict.fromkeys(_OBJECTS, object),  # made of attributes
-    **dict.fromkeys((torch.Tensor, torch.nn.Module, enum.Enum, type, *PLAIN)),
+    **{kind: kind for kind in (*_BARE, OrderedDict, functools.partial)},
+    **dict.fromkeys(_OBJECTS, object),  # their attributes are their only parts
+    **dict.fromkeys((torch.Tensor, torch.nn.Module, enum.Enum, type, *PLAIN)),  # leaves, with all subclasses
 }
+"""The type whose methods take instances apart, for each type and its subclasses; ``None`` for leaves."""
 
 
 def _base(kind: type) -> Any:
-    """Return the type as whose instances those of `kind` are taken apart: one of `_BASES`; ``None`` for leaves."""
+    """Return the type whose methods take instances of a type apart; ``object`` for attributes, ``None`` for leaves."""
     if kind in _BASES:
         return _BASES[kind]
     known = next((base for base in kind.__mro__ if base in _BASES), None)
@@ -83,18 +84,18 @@ def _base(kind: type) -> Any:
 
 
 def is_nested(kind: type) -> bool:
-    """Tell whether values of a type are taken apart and made again; see the table above."""
+    """Tell whether values of a type are taken apart and made again, as the table in the module docstring says."""
     return _base(kind) is not None
 
 
 def _items(value: Any, base: Any) -> list[tuple[Any, Any]]:
-    """Return the parts of a container that are no attributes, each with its place."""
+    """Return the items of a container, which are its parts without the attributes, each with its place."""
     if base in _DICTS:
         return list(base.items(value))
     if base is object:
         return []
     if base is types.MappingProxyType:
-        return [(Attribute(), gc.get_referents(value)[0])]  # the mapping itself, which a proxy does not give
+        return [(Attribute(), gc.get_referents(value)[0])]  # a proxy gives its mapping in no other way
     if base is functools.partial:
         args = [(Attribute(f"args[{place}]"), arg) for place, arg in enumerate(value.args)]
         keywords = [(Attribute(f"keywords[{name!r}]"), arg) for name, arg in value.keywords.items()]
@@ -103,7 +104,7 @@ def _items(value: Any, base: Any) -> list[tuple[Any, Any]]:
 
 
 def _make(value: Any, base: Any, items: list[Any]) -> Any:
-    """Return a container like one that does not change once it is made, with other items."""
+    """Return an immutable container like `value` with other items."""
     kind: Any = type(value)
     if base is tuple:
         return tuple_like(value, items)
@@ -119,27 +120,28 @@ def _make(value: Any, base: Any, items: list[Any]) -> Any:
 def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
     """Return a tuple of the type of `value` with other items."""
     kind: Any = type(value)
-    return kind(items) if hasattr(kind, "n_fields") else tuple.__new__(kind, items)  # those of C allow no other way
+    # A named tuple that is written in C can only be made by its constructor.
+    return kind(items) if hasattr(kind, "n_fields") else tuple.__new__(kind, items)
 
 
 def _empty(value: Any, base: Any) -> Any:
-    """Return an empty container like one that can change; ``None`` for others."""
+    """Return an empty container like `value`, or ``None`` if `value` is immutable, so that it cannot be filled."""
     kind: Any = type(value)
     if base in (tuple, frozenset, types.MappingProxyType, functools.partial):
         return None
     try:
         made = base.__new__(kind)
-    except TypeError:  # an object of a type that is made in C
+    except TypeError:  # a type that is written in C
         made = kind.__new__(kind)
     if base is deque:
-        deque.__init__(made, (), value.maxlen)  # which a subclass may have another way to say
+        deque.__init__(made, (), value.maxlen)  # not the constructor of a subclass, which may take other arguments
     elif base is defaultdict:
         made.default_factory = value.default_factory
     return made
 
 
 def _fill(made: Any, base: Any, places: list[Any], items: list[Any]) -> None:
-    """Put items into an empty container, past what a subclass does then."""
+    """Put items into an empty container by the methods of the base type, since a subclass may override them."""
     if base in _DICTS:
         enter = base.__setitem__
         for key, item in zip(places, items, strict=True):
@@ -150,33 +152,33 @@ def _fill(made: Any, base: Any, places: list[Any], items: list[Any]) -> None:
 
 @functools.lru_cache(512)
 def _slots(kind: type) -> tuple[str, ...]:
-    """Return the names of the slots of a type, as they are called inside of it."""
-    found: list[str] = []
+    """Return the names of the slots of a type and its bases, with private names as the class mangles them."""
+    names: list[str] = []
     for base in kind.__mro__:
         slots: Any = base.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
             private = slot.startswith("__") and not slot.endswith("__")
-            found.append(f"_{base.__name__.lstrip('_')}{slot}" if private else slot)
-    return tuple(dict.fromkeys(name for name in found if name not in ("__dict__", "__weakref__")))
+            names.append(f"_{base.__name__.lstrip('_')}{slot}" if private else slot)
+    return tuple(dict.fromkeys(name for name in names if name not in ("__dict__", "__weakref__")))
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes that an object holds itself, those in slots too; properties are none of them."""
+    """Return the attributes that an object holds itself, also those in slots, but no properties."""
     kind: Any = type(value)
-    found: dict[str, Any] = dict(getattr(value, "__dict__", None) or ())
+    held: dict[str, Any] = dict(getattr(value, "__dict__", None) or ())
     for name in _slots(kind):
-        if hasattr(value, name):
-            found[name] = getattr(value, name)
-    return found
+        if hasattr(value, name):  # a slot may be empty
+            held[name] = getattr(value, name)
+    return held
 
 
-# --- looking
+# --- taking apart
 
 
 def parts(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts of a container, each with its place (see `step`); ``None`` for a leaf.
 
-    Mappings and sequences of other sorts are shown too, as they show themselves.
+    The items of mappings and sequences of other types are parts too.
 
     >>> parts({"a": 1, "b": [2]}), parts(1)
     ([('a', 1), ('b', [2])], None)
@@ -192,9 +194,9 @@ def parts(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def items(value: Any) -> list[tuple[Any, Any]] | None:
-    """Return what a container shows, each with its place: items, or attributes if it has none; ``None`` for a leaf.
+    """Return the items of a container, or its attributes if it has no items, each with its place; ``None`` for a leaf.
 
-    Mappings and sequences of all sorts count, and attributes beside items do not.
+    Mappings and sequences of all types have items. Attributes beside items are left out.
     """
     if isinstance(value, Mapping):
         return list(value.items())
@@ -206,7 +208,11 @@ def items(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a value, each with its path; what is in several places comes once.
+    """Yield the leaves of a value, each with its path; a leaf that is in several places comes once.
+
+    Args:
+        value: Any object.
+        path: The path of `value` itself.
 
     >>> list(leaves({"a": (1, [2.5])}, "x"))
     [("x['a'][0]", 1), ("x['a'][1][0]", 2.5)]
@@ -235,26 +241,29 @@ def rebuild(
     memo: Memo,
     change_key: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return a container of the same type around changed parts; a leaf, and what cannot change and has not, as it is.
+    """Return a container of the same type around changed parts.
+
+    A leaf is returned as it is, and so is an immutable container of which no part has changed.
 
     Args:
-        value: Anything.
-        change: Returns what becomes of a part, given that and its place.
-        memo: What was made of the containers around this one, and of what they hold; `change` has to look there first.
-        change_key: What becomes of the key of a dict, which stays otherwise.
+        value: Any object.
+        change: A function of a part and its place that returns the part for the result.
+        memo: The counterparts of the containers around this one and of their parts. `change` must look there first, and
+            this container is added to it.
+        change_key: A function that returns the key for the result; without it the keys of a dict stay the same.
     """
     base = _base(type(value))
     if base is None:
         return value
     made = _empty(value, base)
     if made is not None:
-        memo[id(value)] = (value, made)  # before it is filled: it may hold itself
+        memo[id(value)] = (value, made)  # before it is filled, since it may hold itself
     inner = _items(value, base)
     new = [change(item, where) for where, item in inner]
     if made is not None:
         _fill(made, base, [where if change_key is None else change_key(where) for where, _ in inner], new)
     elif id(value) in memo:
-        return memo[id(value)][1]  # a part of it holds it
+        return memo[id(value)][1]  # a part of it holds it, and so it was made while its parts were changed
     elif all(part is item for part, (_, item) in zip(new, inner, strict=True)) and _has_plain_attributes(value):
         return value
     else:
@@ -266,11 +275,12 @@ def rebuild(
 
 
 def _has_plain_attributes(value: Any) -> bool:
+    """Tell whether no attribute of a container can have changed."""
     return type(value) in _BARE or all(type(item) in PLAIN for item in attributes(value).values())
 
 
 def set_attributes(value: Any, own: Mapping[str, Any]) -> None:
-    """Set attributes past what the type does then: a frozen dataclass refuses, others do more."""
+    """Set attributes of an object directly, since a frozen dataclass refuses it and other types may override it."""
     kind: Any = type(value)
     slots = _slots(kind)
     for name, item in own.items():
@@ -281,7 +291,7 @@ def set_attributes(value: Any, own: Mapping[str, Any]) -> None:
 
 
 def refill(value: Any, content: Any) -> None:
-    """Give a container that can change the parts of another one of its type; a leaf stays as it is."""
+    """Replace the parts of a mutable container by those of another container of its type; a leaf is not changed."""
     base = _base(type(value))
     if base is None or value is content:
         return
@@ -298,20 +308,22 @@ def refill(value: Any, content: Any) -> None:
 
 _FLAT = PLAIN | {torch.Tensor}
 INSIDE: Final = object()
-"""What a change of `mapped` returns for a value of which the parts are to be changed."""
+"""The answer of the function that `mapped` is given, for an object whose parts are to be changed."""
 Change: TypeAlias = "Callable[[Any, Callable[[Any], Any]], Any]"
 
 
 def mapped(value: Any, change: Change, *, keep: bool = False) -> Any:
-    """Return a value with parts of it changed, in containers of the same types.
+    """Return a value with some of its parts changed, in containers of the same types.
 
     Args:
-        value: Anything.
-        change: Is called once with each object in it, with a container before its parts; not with those of `PLAIN`
-            types, nor with a tuple, list, dict, set or deque that is of no subclass. It returns what becomes of the
-            object, or `INSIDE`: then a container is made again around what becomes of its parts, and a leaf stays. The
-            second argument returns what becomes of a part, for an object that is taken apart in a way of its own.
-        keep: Whether containers in which nothing has changed stay too. Otherwise all that can change are new.
+        value: Any object.
+        change: A function that is called once for each object in the value, for a container before its parts. It is not
+            called for objects of `PLAIN` types, nor for a tuple, list, dict, set or deque unless that is of a subclass.
+            It returns the object for the result, or `INSIDE`: a container is then made again around its changed parts,
+            and a leaf stays the same. Its second argument is a function that returns the part for the result, for a
+            type of object that `change` takes apart itself.
+        keep: Whether a container without a changed part stays the same object. Otherwise all mutable containers are
+            new.
 
     >>> mapped([1, ("a", torch.ones(2))], lambda item, part: item.shape if isinstance(item, torch.Tensor) else INSIDE)
     [1, ('a', torch.Size([2]))]
@@ -321,14 +333,16 @@ def mapped(value: Any, change: Change, *, keep: bool = False) -> Any:
         return value
     if kind is tuple or kind is list or kind is dict:
         inner = value.values() if kind is dict else value
-        if _FLAT.issuperset(map(type, inner)) and len({*map(id, inner)}) == len(value):  # most batches: this is quick
+        # A short way for most batches: different tensors and plain values, in one container without subclasses.
+        if _FLAT.issuperset(map(type, inner)) and len({*map(id, inner)}) == len(value):
             new = [item if type(item) in PLAIN or (made := change(item, _stays)) is INSIDE else made for item in inner]
             if keep and all(map(is_, new, inner)):
                 return value
             return kind(new) if kind is not dict else dict(zip(value, new, strict=True))
     walk = _Walk(change, keep)
     made = walk.part(value)
-    return made if walk.changed or not keep else value  # made again too is what holds itself
+    # A container that holds itself was made again even if nothing has changed in it.
+    return made if walk.changed or not keep else value
 
 
 def _stays(part: Any) -> Any:
@@ -344,11 +358,11 @@ class _Walk:
         self._change = change
         self._keep = keep
         self._memo: Memo = {}
-        self._new = 0  # how many parts have become another object, so far
+        self._new = 0  # the number of parts so far that are another object in the result
         self.changed = False
 
     def part(self, value: Any, where: Any = None) -> Any:
-        """Return what becomes of one object."""
+        """Return one object for the result."""
         if type(value) in PLAIN:
             return value
         known = self._memo.get(id(value))
@@ -357,7 +371,8 @@ class _Walk:
         elif type(value) in _BARE:
             made = self._inside(value)
         else:
-            self._memo[id(value)] = (value, value)  # for one that is taken apart in a way of its own, and holds itself
+            # The change may take the object apart itself, and meet the object again in its parts.
+            self._memo[id(value)] = (value, value)
             made = self._change(value, self.part)
             if made is INSIDE:
                 del self._memo[id(value)]
@@ -370,7 +385,7 @@ class _Walk:
         return made
 
     def _inside(self, value: Any) -> Any:
-        """Return what becomes of a container, or of a leaf."""
+        """Return a container or a leaf for the result, with its parts changed."""
         before = self._new
         made = rebuild(value, self.part, self._memo)
         if self._keep and self._new == before:

@@ -1,4 +1,4 @@
-"""Devices: which one to use, and how data gets there."""
+"""Devices: the choice of the device, and the functions that move nested data there."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def place(data: Any, device: torch.device) -> Any:
 
 
 def rebuild(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[Any], Any]) -> Any:
-    """Return the data with every tensor in it changed; the containers around them are made anew, of the same types.
+    """Return the data with every tensor in it changed, in new containers of the same types.
 
     Args:
-        data: A tensor, or any of the containers of `flowtrain.callback.nested` that holds some; other values stay.
-        change: What to do with a tensor.
-        move: What to do with an object that has a ``to`` of its own. It goes first: a ``PackedSequence`` is a tuple,
-            and knows which of its parts stay where they are.
+        data: A tensor, or a container of tensors of the types in `flowtrain.callback.nested`; other values stay the
+            same.
+        change: A function that returns the tensor for the result.
+        move: A function that moves an object with a ``to`` of its own. Such an object is not taken apart, even if it is
+            a container: a ``PackedSequence`` is a tuple, and its ``to`` knows which of its parts stay on the CPU.
     """
 
     def change_or_move(item: Any, part: object) -> Any:
-        """Return what becomes of one object."""
+        """Return one object for the result, or `INSIDE` for a container and a leaf without a ``to``."""
         if isinstance(item, torch.Tensor):
             return change(item)
         can_move = callable(getattr(item, "to", None)) and not isinstance(item, (torch.nn.Module, type))
@@ -42,8 +43,8 @@ def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -
     """Return the device to train on.
 
     Args:
-        wanted: A device, or ``"auto"``: where the models are, if that is not the CPU, otherwise the first accelerator,
-            otherwise the CPU.
+        wanted: A device, or ``"auto"``: the device of the models if that is not the CPU, otherwise the first
+            accelerator, otherwise the CPU.
         models: The models.
 
     Raises:
