@@ -16,6 +16,7 @@ from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.state.accelerator import accelerator
 
 __all__ = ["DeviceStats"]
 
@@ -31,7 +32,8 @@ class DeviceStats(Callback):
     - ``"Device.Memory"``: resident memory (Linux), ``"Device.MemoryPeak"``: its largest value (Linux and macOS);
     - ``"Device.Cpu"``: processor time divided by the time since the last record: 1 is one core that is always busy;
     - ``"Device.CudaMemory"``, ``"Device.CudaReserved"``, ``"Device.CudaPeak"``: memory of torch's allocator on the
-      current GPU (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), if there is a GPU.
+      current GPU (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), if there is a GPU. Another
+      accelerator has its own name there, as in ``"Device.XpuMemory"``, if its module in torch reports memory.
 
     Reads ``cbstate.history``, so it runs after `Recorder`. Costs some 20 microseconds when it records, and an addition
     otherwise. There is no synchronisation with a GPU.
@@ -96,7 +98,7 @@ class _Usage:
         wall, cpu = time.perf_counter(), time.process_time()
         passed, worked = wall - self._wall, cpu - self._cpu
         self._wall, self._cpu = wall, cpu
-        return {**_memory(), "Cpu": worked / passed if passed > 0 else 0.0, **_cuda()}
+        return {**_memory(), "Cpu": worked / passed if passed > 0 else 0.0, **_accelerator()}
 
 
 def _memory() -> dict[str, float]:
@@ -112,12 +114,14 @@ def _memory() -> dict[str, float]:
     return found
 
 
-def _cuda() -> dict[str, float]:
-    if not torch.cuda.is_available():
+def _accelerator() -> dict[str, float]:
+    found = accelerator()
+    if found is None:
         return {}
-    used = {
-        "CudaMemory": torch.cuda.memory_allocated(),
-        "CudaReserved": torch.cuda.memory_reserved(),
-        "CudaPeak": torch.cuda.max_memory_allocated(),
+    module, name = torch.get_device_module(found), found.type.capitalize()
+    told = {"Memory": "memory_allocated", "Reserved": "memory_reserved", "Peak": "max_memory_allocated"}
+    return {
+        f"{name}{what}": getattr(module, function)() / _MEBIBYTE
+        for what, function in told.items()
+        if hasattr(module, function)
     }
-    return {name: size / _MEBIBYTE for name, size in used.items()}

@@ -102,9 +102,9 @@ class TorchCore:
             `clip_grad_norm`.
         init_scale: The first scale of the loss with ``"fp16"``.
         lag: The number of batches after which values of the device are read, such as the loss by `StopOnNaNLoss`. By
-            default 2 on an accelerator and 0 on the CPU.
-        prefetch: Whether the next batch is moved while the current one is computed, which happens on CUDA only; or a
-            `Transfer` that does it in another way (`flowtrain.core.prefetch`).
+            default 2 on an accelerator with streams and pinned memory, and 0 elsewhere.
+        prefetch: Whether the next batch is moved while the current one is computed, on an accelerator with streams and
+            pinned memory; or a `Transfer` that does it in another way (`flowtrain.core.prefetch`).
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
         tf32: Whether float32 products on CUDA may round their factors to TF32, for the whole process; ``None`` leaves
@@ -209,7 +209,7 @@ class TorchCore:
         )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
-        if chosen.tf32 is not None and self.device.type == "cuda":
+        if chosen.tf32 is not None and self.device.type == "cuda":  # no other accelerator has this type of number
             torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = chosen.tf32
         self.structure = Structure(
@@ -419,4 +419,7 @@ class TorchCore:
 
     def __repr__(self) -> str:
         device = self.device if self._state is not None else self.settings.device
-        return f"TorchCore(device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate})"
+        how = f"device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate}"
+        if self._state is not None and self.device.type != "cpu":
+            how += f", prefetch={self._placement.prefetches}, lag={self._placement.lag}"  # what the device allows
+        return f"TorchCore({how})"

@@ -11,8 +11,8 @@ import importlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -32,7 +32,6 @@ __all__ = [
     "zeroing",
 ]
 
-_FUSED_DEVICES = ("cuda", "xpu")
 _ZERO_GRAD = Optimizer.zero_grad
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -104,13 +103,13 @@ def takes_found_inf(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def fused(wanted: Any, params: Iterable[torch.nn.Parameter], devices: Iterable[str] = _FUSED_DEVICES) -> Any:
-    """Return the function that makes an optimizer, with ``fused=True`` where that is to be had.
+def fused(wanted: Any, params: Iterable[torch.nn.Parameter], slow: Collection[str] = ("cpu",)) -> Any:
+    """Return the function that makes an optimizer, with ``fused=True`` where torch has that and it gains something.
 
     Args:
         wanted: What the user passed.
-        params: What it is to train: all of it must be floating point numbers on one of the devices.
-        devices: Types of devices on which torch has fused optimizers that gain something.
+        params: What it is to train: all of it must be floating point numbers, on devices with a fused optimizer.
+        slow: Types of devices on which fused optimizers gain nothing.
     """
     made = wanted.func if isinstance(wanted, partial) else wanted
     said = wanted.keywords if isinstance(wanted, partial) else {}
@@ -121,9 +120,25 @@ def fused(wanted: Any, params: Iterable[torch.nn.Parameter], devices: Iterable[s
         return wanted
     if "fused" not in inspect.signature(made).parameters:
         return wanted
-    if not all(param.is_floating_point() and param.device.type in devices for param in params):
-        return wanted
-    return partial(wanted, fused=True)
+    kinds = {(param.device, param.dtype) for param in params}
+    name = made.__name__
+    if all(device.type not in slow and _runs_fused(name, device, dtype) for device, dtype in kinds):
+        return partial(wanted, fused=True)
+    return wanted
+
+
+@cache
+def _runs_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Try whether a device has the fused kernel of an optimizer of torch, for numbers of a type."""
+    if not dtype.is_floating_point:
+        return False
+    param = torch.nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    try:
+        getattr(torch.optim, name)([param], lr=0.0, fused=True).step()
+    except (RuntimeError, TypeError):  # torch refuses it, or has no such kernel
+        return False
+    return True
 
 
 def make_optimizers(

@@ -1,6 +1,6 @@
 """Placement and prefetch: batches get to the device of a core, one by one or ahead of time.
 
-`Placement` is the part of a core that moves data. Where copies can run beside computation (CUDA), it moves the next
+`Placement` is the part of a core that moves data. Where copies can run beside computation, it moves the next
 batch while the current one is computed; this is *prefetch*. `ahead` takes one batch more from the loader than it has
 given, and begins to move it (`Transfer.start`) before it gives the batch before. So the copy of batch *i + 1* runs
 beside the computation of batch *i*, and it is known of every batch whether it is the last one. Prefetch keeps these
@@ -11,8 +11,8 @@ promises:
 - The loader is asked for batch *i + 1* before batch *i* is trained. A loader that draws from the same generators as the
   model draws in another order than without prefetch, but in the same order in every run.
 
-`CudaTransfer` moves through pinned memory on a stream of its own
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers).
+`StreamTransfer` moves batches through pinned memory on a stream of its own
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers), on every accelerator that has both.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.devices import rebuild
+from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain.state.device_values import DEFAULT_LAG
 
-__all__ = ["CudaTransfer", "Placement", "Transfer", "ahead", "counted", "transfer_to"]
+__all__ = ["Placement", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to"]
 
 _END = object()
 """Stands for the end of a loader, since a batch may be ``None``."""
@@ -57,6 +58,7 @@ class Placement:
     Attributes:
         needed: Whether a batch needs to be placed at all.
         lag: The number of batches after which values of the device are read.
+        prefetches: Whether batches are moved ahead of time.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class Placement:
             self._transfer = prefetch
         elif prefetch:
             self._transfer = transfer_to(device, self._arrived)
-        self.lag = lag if lag is not None else DEFAULT_LAG if device.type != "cpu" else 0
+        self.prefetches = self._transfer is not None
+        self.lag = lag if lag is not None else DEFAULT_LAG if has_streams(device) else 0
         self.needed = device.type != "cpu" or channels_last or self._transfer is not None
 
     def feed(self, batches: Iterable[Any], total: int | None) -> Iterable[Any]:
@@ -133,10 +136,10 @@ def transfer_to(
         device: The device.
         arrived: A function that is applied to each tensor on the device.
     """
-    return CudaTransfer(device, arrived) if device.type == "cuda" else None
+    return StreamTransfer(device, arrived) if has_streams(device) else None
 
 
-class CudaTransfer:
+class StreamTransfer:
     """Copies batches on a stream of its own, from pinned memory.
 
     A tensor that the loader has pinned is copied as it is (``DataLoader(pin_memory=True)``); any other is pinned first.
@@ -151,7 +154,7 @@ class CudaTransfer:
     def __init__(self, device: torch.device, arrived: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._device = device
         self._arrived = arrived
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.Stream(device)
 
     def start(self, raw: Any) -> tuple[Any, list[torch.Tensor], Any]:
         """Begin the copies; return the batch, its tensors that are being copied, and the event of their end."""
@@ -166,14 +169,14 @@ class CudaTransfer:
             moved.append(self._arrived(tensor.to(self._device, non_blocking=True)))
             return moved[-1]
 
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             data = rebuild(raw, send, _stays)
             return data, moved, self._stream.record_event()
 
     def finish(self, moving: tuple[Any, list[torch.Tensor], Any]) -> Any:
         """Let the current stream wait for the copies, and tell the allocator that it uses them."""
         data, moved, event = moving
-        current = torch.cuda.current_stream(self._device)
+        current = torch.accelerator.current_stream(self._device)
         current.wait_event(event)
         for tensor in moved:
             # Its memory belongs to the other stream, which would reuse it as soon as the last reference is gone.

@@ -32,6 +32,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UndeclaredWriteError
 from flowtrain.graph.plan import Call, Step
 from flowtrain.graph.reach import Reach
+from flowtrain.state.accelerator import random_states
 from flowtrain.state.container import Container
 from flowtrain.state.learner_state import LearnerState, by_name
 
@@ -210,8 +211,7 @@ def _content(value: Any) -> object:
 def rng_state() -> object:
     """Return a fingerprint of the random number generators: torch's, Python's, and numpy's where it is imported."""
     states: list[object] = [zlib.crc32(_bytes(torch.get_rng_state())), hash(random.getstate())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += [zlib.crc32(_bytes(each)) for each in torch.cuda.get_rng_state_all()]
+    states += [zlib.crc32(_bytes(each)) for each in random_states()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()

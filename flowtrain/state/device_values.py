@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowtrain.state.accelerator import has_streams
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -69,7 +71,7 @@ class Reading:
             by_kind.setdefault((value.dtype, value.device), []).append(position)
         self._count = len(values)
         self._parts: list[tuple[list[int], torch.Tensor]] = []
-        self._done: list[torch.cuda.Event] = []
+        self._done: list[torch.Event] = []
         for positions in by_kind.values():
             # Stacked first: one copy of many values takes as long as one of a single value.
             flat = [values[position].detach().reshape(()) for position in positions]
@@ -77,14 +79,12 @@ class Reading:
 
     def _send(self, source: torch.Tensor, count: int) -> torch.Tensor:
         """Begin to copy the values of one kind to the host, and return the tensor in which they arrive."""
-        if source.is_cuda:
+        if has_streams(source.device):
             host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             host.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(source.device))
-            self._done.append(done)
+            self._done.append(torch.accelerator.current_stream(source.device).record_event())
             return host
-        # A stack is a copy already. Other accelerators have no pinned memory here: they wait in `numbers`.
+        # A stack is a copy already. A device without pinned memory is waited for in `numbers`.
         return source.clone() if count == 1 else source
 
     def numbers(self) -> list[Any]:

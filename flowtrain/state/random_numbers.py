@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from flowtrain.state import accelerator
+
 __all__ = ["Draws", "own_numbers"]
 
 _NUMPY_BYTES = 2500
@@ -73,14 +75,14 @@ def _mixed(seed: int, name: str, number: int) -> int:
 class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
     """Seed the generators of the process for a block, and put them back after it.
 
-    These are Python's, numpy's if it is imported, torch's on the CPU, and those of CUDA if it is in use. Costs about 25
-    microseconds. It is no use in a thread beside training, whose draws would be put back too.
+    These are Python's, numpy's if it is imported, torch's on the CPU, and those of the accelerator if it is in use.
+    Costs about 25 microseconds. It is no use in a thread beside training, whose draws would be put back too.
 
     Args:
         seed: The seed, of 64 bits.
     """
 
-    __slots__ = ("_cuda", "_numpy", "_python", "_seed", "_torch")
+    __slots__ = ("_devices", "_numpy", "_python", "_seed", "_torch")
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -91,13 +93,11 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
         self._python = random.getstate()
         self._torch = torch.default_generator.get_state()
         self._numpy = _Numpy.of_process()
-        self._cuda = []
-        if torch.cuda.is_initialized():
-            self._cuda = [(each, each.get_state()) for each in torch.cuda.default_generators]
+        self._devices = accelerator.random_states()
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        for generator, _ in self._cuda:
-            generator.manual_seed(seed)
+        if self._devices:
+            accelerator.seed(seed)
         if self._numpy is not None:
             self._numpy.seed(seed & 0xFFFFFFFF)  # numpy takes 32 bits only
 
@@ -105,8 +105,7 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
         try:
             if self._numpy is not None:
                 self._numpy.put_back()
-            for generator, state in self._cuda:
-                generator.set_state(state)
+            accelerator.set_random_states(self._devices)
             torch.default_generator.set_state(self._torch)
             random.setstate(self._python)
         finally:

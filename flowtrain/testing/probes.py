@@ -24,6 +24,7 @@ from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
+from flowtrain.state.accelerator import accelerator, has_streams, on_stream
 from flowtrain.testing.tiny import tiny_learner
 
 __all__ = [
@@ -346,7 +347,7 @@ TORCH_SETTINGS: Sequence[Sequence[Callable[[], AbstractContextManager[object]]]]
         lambda: _setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
         lambda: _setting(torch.get_num_threads, torch.set_num_threads, torch.get_num_threads() + 1),
         lambda: _setting(_MARK.get, _MARK.set, "set"),
-        lambda: torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext(),
+        lambda: nullcontext() if (stream := _side_stream()) is None else on_stream(stream),
     ),
     (
         torch.inference_mode,
@@ -371,5 +372,11 @@ def torch_state() -> dict[str, object]:
         "default dtype": made.dtype,
         "threads within an operation": torch.get_num_threads(),
         "context variable": _MARK.get(),
-        "CUDA stream": torch.cuda.current_stream() if torch.cuda.is_available() else None,
+        "stream": None if accelerator() is None else torch.accelerator.current_stream(),
     }
+
+
+def _side_stream() -> torch.Stream | None:
+    """Return a new stream of the accelerator, if there is one that has streams."""
+    found = accelerator()
+    return torch.Stream(found) if found is not None and has_streams(found) else None

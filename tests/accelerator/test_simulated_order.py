@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flowtrain.diagnostics.sync_audit import watching
 from tests.accelerator.simulated.machine import SCHEDULES, DeviceFailure, Machine, Schedule, Work
 
 
@@ -80,7 +81,9 @@ def test_work_runs_without_the_modes_of_the_caller(machine: Machine) -> None:
     with torch.inference_mode():
         machine.submit("look", lambda: seen.append(torch.is_inference_mode_enabled()))
     machine.submit("look", lambda: seen.append(torch.is_grad_enabled()))
-    assert seen == [False, False]
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), watching(lambda sync: pytest.fail(str(sync))):
+        machine.submit("look", lambda: seen.append(torch.ones(2, 2).mm(torch.ones(2, 2)).sum().item() != 8))
+    assert seen == [False, False, False]
 
 
 def test_a_failure_comes_up_later_and_stays(machine: Machine) -> None:

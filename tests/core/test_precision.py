@@ -15,6 +15,7 @@ from flowtrain.core.optimizers import takes_found_inf
 from flowtrain.core.precision import NaNGuard, Scaling, all_finite, autocast, in_precision
 from flowtrain.diagnostics.sync_audit import Sync, watching
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.accelerator import DEVICE, needs_accelerator
 from tests.support.loaders import batches_with
 
 CPU = torch.device("cpu")
@@ -219,14 +220,14 @@ def test_all_finite() -> None:
     assert all_finite([module.requires_grad_(False)]), "a frozen parameter is as it was before training"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_accelerator
 @pytest.mark.parametrize("at", [1, 4, 8])
-def test_on_cuda_the_parameters_are_those_before_the_nan(at: int) -> None:
+def test_on_an_accelerator_the_parameters_are_those_before_the_nan(at: int) -> None:
     found = []
     for lag in (0, 2):
         learner = tiny_learner(
             data=batches_with(NAN, at, n_batches=8),
-            core=TorchCore("cuda", lag=lag),
+            core=TorchCore(DEVICE, lag=lag),
             optimizer=partial(torch.optim.AdamW, lr=0.1),
         )
         with pytest.warns(RuntimeWarning, match="NaN"):

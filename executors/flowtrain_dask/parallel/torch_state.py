@@ -8,7 +8,7 @@ autocast, the first device and its default stream. `TorchState.capture` records 
 - autocast: enabled or not, its dtype and its cache, for the CPU and the accelerator;
 - the default device (``torch.set_default_device`` and ``with torch.device(...)``), but not the default dtype, which is
   one for all threads;
-- CUDA device and stream, once CUDA is in use;
+- device and stream of the accelerator, once it is in use;
 - the number of intra-op threads: a sum over another number of threads differs in its last bits.
 
 If both threads have the same state, which is the common case, this costs one comparison. Context variables do not
@@ -24,6 +24,8 @@ from typing import ParamSpec
 
 import torch
 from torch import _C
+
+from flowtrain.state.accelerator import accelerator_kind, current_stream, on_stream
 
 __all__ = ["TorchState"]
 
@@ -44,7 +46,7 @@ class TorchState:
         autocast: The device types with autocast and the dtype of each.
         autocast_cache: Whether autocast caches the tensors that it casts.
         device: The default device; ``None`` if it was never set.
-        cuda: The current CUDA stream, which includes the device; ``None`` while CUDA is not in use.
+        stream: The current stream of the accelerator, which includes its device; ``None`` while there is none in use.
         threads: The number of intra-op threads.
     """
 
@@ -53,7 +55,7 @@ class TorchState:
     autocast: tuple[_Autocast, ...]
     autocast_cache: bool
     device: torch.device | None
-    cuda: torch.cuda.Stream | None
+    stream: torch.Stream | None
     threads: int
 
     @staticmethod
@@ -70,7 +72,7 @@ class TorchState:
             torch.is_autocast_cache_enabled(),
             # The call takes 2 microseconds. A default device is a mode on the stack, so an empty stack has none.
             torch.get_default_device() if _modes() else None,
-            torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
+            current_stream(),
             torch.get_num_threads(),
         )
 
@@ -96,9 +98,8 @@ class TorchState:
     def _enter(self, before: TorchState, stack: ExitStack) -> None:
         if self.threads != before.threads:
             torch.set_num_threads(self.threads)
-        if self.cuda is not None and self.cuda != before.cuda:
-            stack.enter_context(torch.cuda.device(self.cuda.device))
-            stack.enter_context(torch.cuda.stream(self.cuda))
+        if self.stream is not None and self.stream != before.stream:
+            stack.enter_context(on_stream(self.stream))
         if self.device != before.device:
             stack.enter_context(torch.device("cpu") if self.device is None else self.device)
         if (self.autocast, self.autocast_cache) != (before.autocast, before.autocast_cache):
@@ -125,6 +126,6 @@ def _autocast_devices() -> tuple[str, ...]:
     """Return the device types that may have autocast on."""
     global _devices
     if not _devices:
-        accelerator = torch.accelerator.current_accelerator()
-        _devices = ("cpu", "cuda" if accelerator is None else accelerator.type)
+        kind = accelerator_kind()
+        _devices = ("cpu",) if kind is None else ("cpu", kind)
     return _devices

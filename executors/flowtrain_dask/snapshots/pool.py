@@ -130,7 +130,7 @@ class Pool:
 
         Args:
             sources: Strided tensors, not quantised.
-            pinned: Whether the memory is pinned, for copies from a CUDA device.
+            pinned: Whether the memory is pinned, for copies from an accelerator.
         """
         shapes = tuple(
             [

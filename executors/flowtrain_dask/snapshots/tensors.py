@@ -1,24 +1,24 @@
 """Copies of tensors: detached, on the CPU, each kind of tensor as what it is.
 
-A copy from a CUDA device costs the training thread no wait: the tensor is cloned on the current stream, then goes to
-pinned memory on a stream of its own, and an event says when it is there (`Copying.events`).
+A copy from an accelerator with streams costs the training thread no wait: the tensor is cloned on the current stream,
+then goes to pinned memory on a stream of its own, and an event says when it is there (`Copying.events`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
+from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain_dask.snapshots.copying import Copying, Refused
 
 __all__ = ["compressed_indices", "copy_tensor", "copy_tensors"]
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
-_streams: dict[torch.device, Any] = {}
+_streams: dict[torch.device, torch.Stream] = {}
 
 
 def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
@@ -42,8 +42,8 @@ def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
         if not source.is_contiguous() and 0 in source.stride():
             return _expanded(source, copying)
         copy = copying.pool.like(source).copy_(source)
-    elif source.is_cuda:
-        copy = _from_cuda(source, copying)
+    elif has_streams(source.device):
+        copy = _from_accelerator(source, copying)
     else:
         copy = source.to("cpu")
     copying.nbytes += copy.nbytes
@@ -125,20 +125,17 @@ def _special(value: torch.Tensor, copying: Copying) -> torch.Tensor:
     raise Refused(value, f"tensors of this kind ({kind}) cannot be copied", "Read a dense tensor made from it")
 
 
-def _from_cuda(source: torch.Tensor, copying: Copying) -> torch.Tensor:
+def _from_accelerator(source: torch.Tensor, copying: Copying) -> torch.Tensor:
     device = source.device
     stream = _streams.get(device)
     if stream is None:
-        stream = _streams[device] = torch.cuda.Stream(device)
+        stream = _streams[device] = torch.Stream(device)
     source = source.resolve_conj().resolve_neg()
-    with torch.cuda.device(device):
-        kept = source if copying.fresh else source.clone()
-        target = copying.pool.like(kept, pinned=True)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            target.copy_(kept, non_blocking=True)
-            kept.record_stream(stream)
-            event = torch.cuda.Event()
-            event.record(stream)
-    copying.events.append(event)
+    kept = source if copying.fresh else source.clone()
+    target = copying.pool.like(kept, pinned=True)
+    stream.wait_stream(torch.accelerator.current_stream(device))
+    with on_stream(stream):
+        target.copy_(kept, non_blocking=True)
+    kept.record_stream(stream)
+    copying.events.append(stream.record_event())
     return target

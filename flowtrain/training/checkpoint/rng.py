@@ -1,8 +1,8 @@
 """The states of random number generators: the generators of the process, and the generators of loaders.
 
-The process has the generators of Python, numpy, torch and CUDA. A loader has its own ``torch.Generator`` if the user
-gave one to the loader, its sampler or its dataset. A loader with ``state_dict()`` and ``load_state_dict()`` keeps its
-position itself.
+The process has the generators of Python, numpy and torch, and those of the accelerator under its type, as ``"cuda"``. A
+loader has its own ``torch.Generator`` if the user gave one to the loader, its sampler or its dataset. A loader with
+``state_dict()`` and ``load_state_dict()`` keeps its position itself.
 
 Worker processes have their own generators, seeded with a number that the loader draws when it starts them. A loader
 with ``persistent_workers=True`` starts its workers once, so only its first pass draws that number.
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flowtrain.state.accelerator import accelerator_kind, random_states, set_random_states
 from flowtrain.training.data import parts
 
 __all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", "set_random_state", "start_workers"]
@@ -24,13 +25,14 @@ __all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", 
 
 def random_state() -> dict[str, Any]:
     """Return the states of the generators of the process, as tensors and plain values."""
-    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": None, "cuda": []}
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": None}
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
         found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state_all()
+    kind = accelerator_kind()
+    if kind is not None:
+        found[kind] = random_states()
     return found
 
 
@@ -43,9 +45,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if numpy is not None and state["numpy"] is not None:
         kind, keys, *rest = state["numpy"]
         numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    if torch.cuda.is_available():
-        for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(each, device)
+    set_random_states(state.get(accelerator_kind() or "", ()))  # those of another kind of accelerator do not fit
 
 
 def loader_state(loader: Any) -> dict[str, Any]:

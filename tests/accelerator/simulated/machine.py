@@ -18,8 +18,8 @@ import random
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias
+from contextlib import ExitStack
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -35,6 +35,17 @@ SCHEDULES: tuple[Schedule, ...] = ("eager", "lazy", "side first", "main first", 
 Wait: TypeAlias = Literal["item", "value", "copy", "pageable", "event", "stream", "device"]
 """What the host waits for: a number, a result whose size or value it needs, a copy, a copy that would not have made it
 wait with pinned memory, an event, a stream, or all streams."""
+
+
+_INTERNALS: Any = vars(torch)["_C"]
+_AUTOCAST = _INTERNALS.DispatchKeySet(_INTERNALS.DispatchKey.AutocastCPU)
+_NO_MODES: tuple[Callable[[], Any], ...] = (
+    _INTERNALS.DisableTorchFunction,
+    _INTERNALS._DisableTorchDispatch,
+    lambda: _INTERNALS._ExcludeDispatchKeyGuard(_AUTOCAST),
+    lambda: torch.inference_mode(False),
+    torch.no_grad,
+)
 
 
 class DeviceFailure(RuntimeError):
@@ -76,7 +87,6 @@ class Machine:
         self.waits: Counter[Wait] = Counter()
         self.slack: list[int] = []
         self.ran: Counter[tuple[int, str]] = Counter()
-        self._worker = ThreadPoolExecutor(1, "simulated device")
         self._thread = threading.local()
         self._queues: defaultdict[int, deque[Work]] = defaultdict(deque)
         self._numbers: Counter[int] = Counter()
@@ -88,12 +98,13 @@ class Machine:
         self._fails_in: int | None = None
 
     def begin(self, schedule: Schedule) -> None:
-        """Finish all work, forget all counts and failures, and run what comes by a schedule."""
+        """Finish all work, go back to the main stream, forget counts and failures, and run what comes by a schedule."""
         with self.lock:
             self._fails_in = None
             self._finish(list(self._queues))
             self._failure = None
             self._begun = dict(self._numbers)
+            self.current_stream = 0
             self._schedule, self._random = schedule, random.Random(str(schedule))
             self.forget_counts()
 
@@ -130,7 +141,7 @@ class Machine:
 
         Args:
             name: What it does, for the messages of races.
-            run: What it does, called on a thread of the machine; without it the work is a mark in the stream.
+            run: What it does, called without any mode of torch; without it the work is a mark in the stream.
             reads: The memory that it reads.
             writes: The memory that it writes.
             stream: Where to; the current stream of the thread, if not given.
@@ -237,11 +248,14 @@ class Machine:
         self._run(todo)
 
     def _run(self, todo: list[Work]) -> None:
-        """Run work on the machine's own thread: the modes of torch that the caller has set are not the device's."""
-        if any(work.run for work in todo):
-            self._worker.submit(self._run_all, todo).result()
+        """Run work without the modes of torch that are set in this thread: they are the caller's, not the device's."""
+        if not any(work.run for work in todo):
+            return
+        with ExitStack() as modes:
+            for mode in _NO_MODES:
+                modes.enter_context(mode())
+            self._run_all(todo)
 
-    @torch.no_grad()
     def _run_all(self, todo: list[Work]) -> None:
         for work in todo:
             run, work.run = work.run, None  # lets go of the memory that the work uses

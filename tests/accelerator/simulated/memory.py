@@ -142,6 +142,7 @@ class Memory:
                 block.marks = marks
                 if home == HOST:
                     block.uses = Uses()  # every use was recorded, and is done
+                    block.bytes.fill_(POISON)
                 return block
         return None
 

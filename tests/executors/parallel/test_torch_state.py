@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from flowtrain.state.accelerator import on_stream
 from flowtrain_dask.parallel.torch_state import TorchState
+from tests.support.accelerator import needs_accelerator
 
 
 @contextmanager
@@ -128,12 +130,12 @@ def test_the_state_is_put_back_after_an_error(other: ThreadPoolExecutor) -> None
     assert other.submit(torch.is_autocast_enabled, "cpu").result(10) is False
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_accelerator
 def test_a_thread_works_on_the_training_threads_stream(other: ThreadPoolExecutor) -> None:
-    streams: list[torch.cuda.Stream] = []
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    streams: list[torch.Stream] = []
+    side = torch.Stream()
+    with on_stream(side):
         state = TorchState.capture()
-    other.submit(state.call, lambda: streams.append(torch.cuda.current_stream())).result(10)
+    other.submit(state.call, lambda: streams.append(torch.accelerator.current_stream())).result(10)
     assert streams == [side]
-    assert other.submit(torch.cuda.current_stream).result(10) == torch.cuda.default_stream()
+    assert other.submit(torch.accelerator.current_stream).result(10) != side

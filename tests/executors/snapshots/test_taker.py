@@ -39,6 +39,7 @@ from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
 from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Shared, Snapshot, Taker, copy_groups
+from tests.support.accelerator import DEVICE, needs_accelerator
 
 LOSS = ("batch", "loss")
 
@@ -356,10 +357,10 @@ def test_memory_is_used_again_when_all_who_share_it_have_let_go() -> None:
 # --- from a device
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_from_cuda_through_pinned_memory() -> None:
+@needs_accelerator
+def test_from_an_accelerator_through_pinned_memory() -> None:
     """Rule 21: cloned on the current stream, then to the host on another one."""
-    source = torch.zeros(1_000_000, device="cuda")
+    source = torch.zeros(1_000_000, device=DEVICE)
     state = state_with(x=source)
     take = taker(state, {"batch.x": Read()}).take
     snapshots = []

@@ -1,0 +1,198 @@
+"""Mistakes in the synchronisation of flowtrain, one at a time, to prove that the simulated device sees them.
+
+A mutation replaces some text in one function. The function stays the object that it is, with other code, so everybody
+who holds it has the mistake, and loses it again.
+"""
+
+from __future__ import annotations
+import __future__ as future
+
+import inspect
+import textwrap
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any, Literal, NamedTuple
+
+from flowtrain.core.core import TorchCore
+from flowtrain.core.optimizers import clip_gradients
+from flowtrain.core.precision import NaNGuard, Scaling
+from flowtrain.core.prefetch import Placement, StreamTransfer
+from flowtrain.state.accelerator import on_stream
+from flowtrain.state.device_values import Lagged, Reading, Unread
+from flowtrain_dask.snapshots import tensors
+from flowtrain_dask.snapshots.taker import Snapshot
+
+__all__ = ["MUTATIONS", "Mutation", "Seen", "mutated"]
+
+Seen = Literal["race", "values", "waits"]
+"""How a mistake shows: as a race, in what training leaves behind, or in what the host waits for."""
+
+
+class Mutation(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        name: What the mistake is.
+        function: Where it is.
+        right: The text that is replaced; it occurs once.
+        wrong: The text that replaces it.
+        seen: How it shows.
+        training: The training in which it shows.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    right: str
+    wrong: str
+    seen: Seen
+    training: str = "the defaults"
+
+
+_from_accelerator: Callable[..., Any] = vars(tensors)["_from_accelerator"]
+_send: Callable[..., Any] = vars(Reading)["_send"]
+_place: Callable[..., Any] = vars(Placement)["_send"]
+_next: Callable[..., Any] = vars(Lagged)["_next"]
+
+START, FINISH = StreamTransfer.start, StreamTransfer.finish
+DEFERRED = "deferred callbacks"
+
+MUTATIONS = (
+    # Prefetch: a batch goes up on a side stream.
+    Mutation("a step that does not wait for its batch", FINISH, "current.wait_event(event)", "pass", "race"),
+    Mutation("a step that does not record its use", FINISH, "tensor.record_stream(current)", "pass", "race"),
+    Mutation(
+        "a step that records the wrong stream", FINISH, "record_stream(current)", "record_stream(self._stream)", "race"
+    ),
+    Mutation("a host that waits for a batch", FINISH, "current.wait_event(event)", "event.synchronize()", "waits"),
+    Mutation("an event that was not recorded", START, "self._stream.record_event()", "torch.Event()", "race"),
+    Mutation("a batch in pageable memory", START, "tensor = tensor.pin_memory()", "pass", "waits"),
+    Mutation("a batch whose copy blocks", START, "non_blocking=True", "non_blocking=False", "waits"),
+    Mutation(
+        "one pinned buffer for all batches",
+        START,
+        "tensor = tensor.pin_memory()",
+        "tensor = self.__dict__.setdefault(tensor.dtype, tensor.pin_memory()).copy_(tensor)",
+        "values",
+    ),
+    Mutation(
+        "a batch that is placed with a wait",
+        _place,
+        "non_blocking=True",
+        "non_blocking=False",
+        "waits",
+        "pinned, without prefetch",
+    ),
+    # Numbers that come down late.
+    Mutation("a number that is not waited for", Reading.numbers, "done.synchronize()", "pass", "values"),
+    Mutation("a number that is read at once", Lagged.push, "> self.lag", "> 0", "waits"),
+    Mutation("a number in pageable memory", _send, "pin_memory=True", "pin_memory=False", "waits"),
+    Mutation("a number whose copy blocks", _send, "non_blocking=True", "non_blocking=False", "waits"),
+    Mutation(
+        "an event before the copy of a number",
+        _send,
+        "host.copy_(source, non_blocking=True)",
+        "self._done.append(torch.accelerator.current_stream().record_event()); host.copy_(source, non_blocking=True); "
+        "return host",
+        "values",
+    ),
+    Mutation(
+        "an event of another stream for a number",
+        _send,
+        "torch.accelerator.current_stream(source.device)",
+        "torch.Stream(source.device)",
+        "values",
+    ),
+    Mutation(
+        "a host that waits for the whole device",
+        Reading.numbers,
+        "done.synchronize()",
+        "torch.accelerator.synchronize()",
+        "waits",
+    ),
+    Mutation("a series that is read at every value", Unread.add, ">= CHUNK", ">= 1", "waits"),
+    # Snapshots of deferred callbacks: cloned, then copied down on a side stream.
+    Mutation(
+        "a snapshot that does not wait for training",
+        _from_accelerator,
+        "stream.wait_stream(torch.accelerator.current_stream(device))",
+        "pass",
+        "race",
+        DEFERRED,
+    ),
+    Mutation("a snapshot of what training changes", _from_accelerator, "source.clone()", "source", "race", DEFERRED),
+    Mutation(
+        "a snapshot whose clone is not recorded",
+        _from_accelerator,
+        "kept.record_stream(stream)",
+        "pass",
+        "race",
+        DEFERRED,
+    ),
+    Mutation("a snapshot that is read at once", Snapshot.ready, "event.synchronize()", "pass", "values", DEFERRED),
+    Mutation(
+        "a snapshot whose copy blocks", _from_accelerator, "non_blocking=True", "non_blocking=False", "waits", DEFERRED
+    ),
+    Mutation("a snapshot in pageable memory", _from_accelerator, "pinned=True", "pinned=False", "waits", DEFERRED),
+    Mutation(
+        "a snapshot without an event",
+        _from_accelerator,
+        "copying.events.append(stream.record_event())",
+        "pass",
+        "values",
+        DEFERRED,
+    ),
+    # Scopes, and what the device decides by itself.
+    Mutation(
+        "a scope that leaves its stream current", on_stream, "torch.accelerator.set_stream(there)", "pass", "race"
+    ),
+    Mutation(
+        "a NaN that the host looks for",
+        NaNGuard.see,
+        "value != value",
+        "value.new_tensor(bool(value != value))",
+        "waits",
+    ),
+    Mutation("a NaN that nobody looks for", NaNGuard.see, "value != value", "value > value", "values", "NaN guard"),
+    Mutation(
+        "a norm that the host reads",
+        clip_gradients,
+        "if value_limit is not None:",
+        "if norm is not None and float(norm) >= 0 and value_limit is not None:",
+        "waits",
+        "clipping",
+    ),
+    Mutation(
+        "a skipped update that the host counts",
+        Scaling.unscale,
+        "infinite.detach()",
+        "infinite.item()",
+        "waits",
+        "fp16",
+    ),
+    Mutation(
+        "a scale that the host reads",
+        TorchCore.step,
+        "self.groups.end(names)",
+        "self.groups.end(names); self._scaling and self._scaling._scaler.get_scale()",
+        "waits",
+        "fp16",
+    ),
+)
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Generator[None]:
+    """Have a mistake in flowtrain."""
+    function: Any = inspect.unwrap(mutation.function)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutation.right) == 1, f"{mutation.name}: {mutation.right!r} is not once in {function.__name__}"
+    text = source.replace(mutation.right, mutation.wrong)
+    flags = future.annotations.compiler_flag
+    module = compile(text, inspect.getsourcefile(function) or "", "exec", flags, dont_inherit=True)
+    [code] = [each for each in module.co_consts if isinstance(each, CodeType) and each.co_name == function.__name__]
+    before, function.__code__ = function.__code__, code
+    try:
+        yield
+    finally:
+        function.__code__ = before
