@@ -1,18 +1,18 @@
-"""What running handlers at the same time gains, and what it costs where it gains nothing.
+"""The gain of running handlers in parallel, and the cost of `DaskExecutor` where parallel handlers gain no time.
 
 ``python -m bench.bench_executors`` from the root of the checkout measures the goals; with ``--table`` it measures
 handlers of every cost, kind and number instead, and draws ``bench/results/executors.svg``.
 
-One round is a training step and then one event, and each contender gets the same handlers. What is compared is the
-event, or the whole round, as each line says:
+One round is a training step and then one event, with the same handlers for each contender. Each line says whether it
+compares the event or the whole round:
 
 - *serial*: the serial executor, which is the floor;
-- *pool*: what one writes by hand, a `ThreadPoolExecutor` to which every handler is submitted, and a wait;
-- *dask*: `dask.threaded.get` on the event's task graph, one task for each handler;
-- *ours*: `DaskExecutor`, which decides by itself.
+- *pool*: a `ThreadPoolExecutor` to which every handler is submitted, and a wait, as one would write it by hand;
+- *dask*: `dask.threaded.get` on the task graph of the event, with one task for each handler;
+- *ours*: `DaskExecutor`, which chooses between serial and parallel itself.
 
-Handlers that release the interpreter's lock compress bytes (`zlib`); those that hold it count in Python; those that
-wait sleep, as for a network.
+One kind of handler releases the interpreter's lock while it compresses bytes (`zlib`), one holds the lock while it
+counts in Python, and one sleeps, as if it waited for a network.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EVENT, PHASE = BatchEnd(), TrainingPhase()
 STEP = 5.5e-3
 WORKERS = 2
 SETTLED = 30
-"""Firings before anything is timed: a decision takes 11 at most."""
+"""The number of firings before timing begins: the executor decides after at most 11."""
 
 COSTS = (10e-6, 100e-6, 500e-6, 2e-3, 10e-3, 50e-3)
 COUNTS = (2, 4, 8)
@@ -86,7 +86,7 @@ def goals(report: Report) -> None:
         found = figure([each[which] / bound for each in times])
         what = f"4 zlib handlers of 46 ms, {name}; the floor is step + work / cores"
         against(report, what, bound, median(times, which), found, limit)
-    # Two that are equal are above 1 half of the time: worse is what the interval says is worse.
+    # If both are equally fast, the median is above 1 in half of all runs, so the lower end of the interval decides.
     to_pool = ratios(times, 3, 1)
     shown = f"{median(times, 1) * 1e6:.1f} µs", f"{median(times, 3) * 1e6:.1f} µs", to_pool.text()
     report.row("the same, ours to the pool", *shown, "not above 1", reached=to_pool.low <= 1.0)
@@ -109,7 +109,7 @@ def goals(report: Report) -> None:
 
 
 def fit(executor: str, data: tuple[Any, Any]) -> Act:
-    """Return three epochs of the digits example under an executor."""
+    """Return a function that trains the digits example for three epochs under an executor."""
     learner = Learner(
         model_of(64, 128),
         F.cross_entropy,
@@ -137,7 +137,7 @@ def table(report: Report) -> None:
 
 
 def draw(found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draw the ratios to serial over the cost of a handler: a panel for each kind and number of handlers."""
+    """Draw the ratios to the serial executor over the cost of a handler, in a panel for each kind and number."""
     from matplotlib.figure import Figure as Drawing
 
     drawing = Drawing(figsize=(11, 8), layout="constrained")
@@ -156,7 +156,7 @@ def draw(found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]], path: P
 
 
 def row(report: Report, what: str, times: Sequence[tuple[float, ...]], goal: float | None) -> None:
-    """Print a line, with the other contenders' figures in its name."""
+    """Print a line for ours, with the ratios of the other contenders in its name."""
     others = ", ".join(f"{name} {ratios(times, which).median:.2f}" for which, name in ((1, "pool"), (2, "dask")))
     against(report, f"{what} ({others})", median(times, 0), median(times, 3), ratios(times, 3), goal)
 
@@ -176,7 +176,7 @@ Times = tuple[float, ...]
 
 
 def rounds(step: Act, acts: Sequence[Act], repetitions: int) -> list[tuple[Times, Times]]:
-    """Time rounds of a step and an event, in turns for serial, pool, dask and ours: each whole, and its event alone."""
+    """Time rounds in turns for serial, pool, dask and ours; return the seconds of whole rounds and of their events."""
     executor = DaskExecutor(workers=WORKERS)
     fires = [fires_of(SerialExecutor(), acts), by_hand(acts), plain_dask(acts), fires_of(executor, acts)]
     for _ in range(SETTLED):
@@ -203,9 +203,10 @@ def timed(step: Act, fire: Act) -> tuple[float, float]:
 
 
 def alone_rounds(acts: Sequence[Act], repetitions: int, firings: int) -> list[Times]:
-    """Time events without a step, serial and ours in turns.
+    """Time events without a step, for serial and ours in turns.
 
-    Beside the threads of the others, which are slow to come to rest, a microsecond cannot be timed.
+    The other contenders are left out, because their threads are still busy a while after an event, which would disturb
+    the timing of single microseconds.
     """
     executor = DaskExecutor(workers=WORKERS)
     fires = [fires_of(SerialExecutor(), acts), fires_of(executor, acts)]
@@ -225,7 +226,7 @@ def again(fire: Act, firings: int) -> None:
 
 
 class Site(TinySite):
-    """The loop as far as executors need it."""
+    """A stand-in for the loop that raises failures, and uses the runner that the executor chooses."""
 
     used: Runner | None = None
 
@@ -282,7 +283,7 @@ def plain_dask(acts: Sequence[Act]) -> Act:
 
 
 class Calls:
-    """A firing that only calls."""
+    """A firing of a task graph that only calls the handlers."""
 
     def __init__(self, plan: Plan) -> None:
         self.calls = plan.calls
@@ -299,12 +300,17 @@ def nothing() -> None: ...
 
 
 def measured(act: Act) -> float:
-    """Return the seconds that one call takes, alone."""
-    return min(seconds(act) for _ in range(25))  # what else the machine does only makes it longer
+    """Return the seconds that one call takes."""
+    return min(seconds(act) for _ in range(25))  # the least, because other work of the machine can only add time
 
 
 def sized(make: Callable[[int], Act], cost: float) -> Act:
-    """Return what takes `cost` seconds; what `make` gives takes in proportion to its argument."""
+    """Return a function that takes `cost` seconds.
+
+    Args:
+        make: Returns a function that takes a time in proportion to the argument of `make`.
+        cost: The seconds.
+    """
     size = 1000
     for _ in range(4):
         size = max(1, round(size * cost / max(measured(make(size)), 1e-9)))
@@ -332,7 +338,7 @@ def sleep_of(cost: float) -> Act:
 
 
 def step_of(cost: float) -> Act:
-    """Return a training step of a small network that takes about `cost` seconds on one thread."""
+    """Return a function that trains a small network for one step, which takes about `cost` seconds on one thread."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(64, 256), torch.randint(10, (64,))
 

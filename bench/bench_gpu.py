@@ -1,11 +1,12 @@
-"""What the loop costs on a GPU, beside the hand-written loop and Lightning in the same run.
+"""The cost of the loop on a GPU, compared with the hand-written loop and with Lightning in the same run.
 
-``python -m bench.bench_gpu`` from the root of the checkout, on a machine with a CUDA device that does nothing else.
-``--dry-run`` runs all of it on the CPU in small, to see that it runs; its figures mean nothing.
+Run ``python -m bench.bench_gpu`` from the root of the checkout, on a machine with an idle CUDA device. ``--dry-run``
+runs all of it on the CPU with small sizes, as a test of the benchmark itself; its figures are not measurements.
 
-Three cases: a network that is bound by its launches, GPT-2 of 124 million parameters in bf16, and a loader that takes
-as long as the step. Every loop gets the same batches in host memory, keeps its losses on the device, and uses the same
-fused optimizer. A run ends with a synchronisation. Lightning is left out where it is not installed.
+There are three cases: a network whose time is the time of kernel launches, GPT-2 with 124 million parameters in bf16,
+and a loader that takes as long as the step. Every loop gets the same batches in host memory, keeps its losses on the
+device, and uses the same fused optimizer. A run ends with a synchronisation. Lightning is left out if it is not
+installed.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to train.
+    """A model with its data.
 
     Attributes:
-        name: What it is.
-        make: Makes the model.
+        name: The name of the case.
+        make: A function that makes the model.
         lossfn: The loss function.
-        batches: The data, in host memory.
-        precision: What the forward pass computes in.
-        goal: How many times the hand-written loop ours may take.
+        batches: The batches, in host memory.
+        precision: The precision of the forward pass.
+        goal: The largest ratio of our time to the time of the hand-written loop.
     """
 
     name: str
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def cases(dry: bool) -> list[Case]:
-    """Return what is trained with a loader that takes no time."""
+    """Return the cases whose loader takes no time."""
     generator = torch.Generator().manual_seed(0)
     pairs = [
         (torch.randn(32, 64, generator=generator), torch.randint(10, (32,), generator=generator))
@@ -109,7 +110,7 @@ def compare(report: Report, case: Case, device: torch.device, repetitions: int) 
 
 
 def slow_loader(report: Report, device: torch.device, dry: bool) -> None:
-    """A loader that takes as long as the step: what is left of it with prefetch, without, and by hand."""
+    """Compare prefetch, no prefetch and the hand-written loop, with a loader that takes as long as the step."""
     width, rows = (64, 8) if dry else (8192, 4096)
     steps = 3 if dry else 30
     batches = [(torch.randn(rows, width), torch.randint(10, (rows,))) for _ in range(4)]
@@ -132,7 +133,7 @@ def slow_loader(report: Report, device: torch.device, dry: bool) -> None:
 
 
 class SlowLoader:
-    """Gives batches from host memory, each after the same time, as a loader in this process does."""
+    """A loader that works for the same time on each batch, in this process, and gives batches in host memory."""
 
     def __init__(self, batches: Batches, steps: int, seconds: float) -> None:
         self._batches, self._steps, self._seconds = batches, steps, seconds
@@ -156,13 +157,13 @@ def _optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 def by_hand(case: Case, device: torch.device) -> Run:
-    """Return an epoch of the loop that everybody would write."""
+    """Return a function that trains for an epoch with the usual hand-written loop."""
     torch.manual_seed(0)
     model = case.make().to(device)
     optimizer = _optimizer(model.parameters())
 
     def run() -> list[Tensor]:
-        """Train, and keep the losses on the device."""
+        """Train, and return the losses, which stay on the device."""
         losses: list[Tensor] = []
         model.train()
         for inputs, targets in case.batches:
@@ -179,7 +180,7 @@ def by_hand(case: Case, device: torch.device) -> Run:
 
 
 def ours(case: Case, device: torch.device, defaults: Any, **options: Any) -> Run:
-    """Return an epoch of a learner."""
+    """Return a function that trains for an epoch with a learner."""
     torch.manual_seed(0)
     core = TorchCore(device, case.precision, **options)
     learner = Learner(
@@ -189,13 +190,13 @@ def ours(case: Case, device: torch.device, defaults: Any, **options: Any) -> Run
 
 
 def in_lightning(case: Case, device: torch.device) -> Run | None:
-    """Return an epoch of Lightning's trainer; ``None`` where it is not installed."""
+    """Return a function that trains for an epoch with Lightning; ``None`` if Lightning is not installed."""
     try:
         lightning: Any = importlib.import_module("lightning")
     except ImportError:
         return None
 
-    class Module(lightning.LightningModule):  # type: ignore[misc]  # not known to the checker
+    class Module(lightning.LightningModule):  # type: ignore[misc]  # a base class without types
         """The same model, loss and optimizer."""
 
         def __init__(self) -> None:
@@ -215,7 +216,7 @@ def in_lightning(case: Case, device: torch.device) -> Run | None:
     module = Module()
 
     def run() -> None:
-        """Train with a trainer of its own: one that has ended does not begin again."""
+        """Train with a new trainer, because a trainer of Lightning fits only once."""
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
@@ -242,7 +243,7 @@ def _until_done(run: Run, device: torch.device) -> Run:
 
 
 def synchronisations(run: Run, device: torch.device) -> str:
-    """Return how often the host waited for the device in an epoch, as torch reports it."""
+    """Return how often the host waits for the device in an epoch, by the warnings of torch."""
     if device.type != "cuda":
         return "no GPU"
     run()
@@ -259,7 +260,7 @@ def synchronisations(run: Run, device: torch.device) -> str:
 
 def _hardware(device: torch.device) -> str:
     if device.type != "cuda":
-        return "A dry run on the CPU: these figures mean nothing.\n"
+        return "A dry run on the CPU: these figures are no measurements.\n"
     found = torch.cuda.get_device_properties(device)
     return (
         f"GPU: {found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors; CUDA "

@@ -1,10 +1,10 @@
-"""How the time to build the callbacks of a learner grows with their number.
+"""The time to build the callbacks of a learner, and its growth with their number.
 
-Each callback handles 3 events, in training and validation, and declares 3 of 30 shared paths. One path is used by all
-of them; each path has one writer, which stands behind its readers in the list and must be moved before them.
+Each callback handles 3 events, in training and validation, and declares 3 of 30 shared paths. All callbacks use one of
+the paths; each path has one writer, which comes after its readers in the list and must be ordered before them.
 
-The floor is what cannot be left out: making the same callbacks, asking each for its declaration, and bringing that
-into normal form. ``python -m bench.bench_graph`` from the root of the checkout.
+The floor is the work that no implementation can avoid: making the same callbacks, and reading and normalising their
+declarations. Run ``python -m bench.bench_graph`` from the root of the checkout.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from flowtrain.state.learner_state import LearnerState
 PATHS = 30
 COUNTS = (125, 250, 500, 1000, 2000)
 GOAL = (1000, 2.0)
-"""So many callbacks in so many seconds."""
+"""The number of callbacks of the goal, and the most seconds that building them may take."""
 
 
 class Reader(Callback):
-    """A callback with three handlers: reads the path of all and two more."""
+    """A callback with three handlers, which reads the path that all callbacks use and two others."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def paths(self) -> set[str]:
-        """Return what it uses of the shared state."""
+        """Return the paths that the callback uses."""
         return {f"cbstate.path{number % PATHS}" for number in (0, self.number, 7 * self.number + 1)}
 
     def state_access(self) -> Access:
+        """Declare a read of each path."""
         return dict.fromkeys(self.paths(), Read())
 
     @on(BatchBegin)
@@ -65,12 +66,14 @@ class Reader(Callback):
 
 
 class Writer(Reader):
-    """Writes the path of its number, makes it in `setup`, and reads the path of all."""
+    """Writes the path with its number, and reads the path that all callbacks use."""
 
     def state_access(self) -> Access:
+        """Declare the read and the write."""
         return {"cbstate.path0": Read(), f"cbstate.path{self.number}": Write()}
 
     def setup(self, learner: LearnerView) -> None:
+        """Make the entry of its path."""
         setattr(learner.cbstate, f"path{self.number}", 0)
 
 
@@ -80,7 +83,7 @@ def callbacks(count: int) -> list[Reader]:
 
 
 def declared(count: int) -> int:
-    """The floor: make the callbacks and read their declarations; return the number of paths."""
+    """Make the callbacks and read their declarations, which is the floor; return the number of paths."""
     return sum(len(declare(callback.state_access(), "bench")) for callback in callbacks(count))
 
 

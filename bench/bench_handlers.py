@@ -1,6 +1,6 @@
-"""What a handler costs: a call, protected state, and no handler at all.
+"""The cost of a handler: of its call, of access to protected state, and of a callback without a handler for an event.
 
-``python -m bench.bench_handlers`` from the root of the checkout.
+Run ``python -m bench.bench_handlers`` from the root of the checkout.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from flowtrain import (
 
 COUNTS = (0, 64, 128, 192, 256)
 EVENTS = 100
-"""Events in one timing."""
+"""The number of events in one timing."""
 CALLS = 2000
-"""Calls of one handler in one timing."""
+"""The number of calls of one handler in one timing."""
 REPETITIONS = 200
-"""Timings are short here, so there are many of them."""
+"""The number of timings, which are many because each is short."""
 
 PHASE = TrainingPhase()
 
@@ -54,9 +54,10 @@ class Elsewhere(Callback):
 
 
 class Keeps(Callback):
-    """Reads the loss of the batch and writes it to an entry of its own."""
+    """Reads the loss of the batch and writes it to an entry of ``cbstate``."""
 
     def state_access(self) -> Access:
+        """Declare the read and the write."""
         return {"batch.loss": Read(), "cbstate.kept": Write()}
 
     @on(BatchEnd)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def call_cost(report: Report) -> None:
-    """A no-op handler: the slope over 0 to 256 of them, beside a hand-written loop over the same bound methods."""
+    """Compare 0 to 256 no-op handlers with a hand-written loop over the same bound methods, by the slopes."""
     by_hand = [calling([NoOp().nothing for _ in range(count)]) for count in COUNTS]
     fired = [firing(*(NoOp() for _ in range(count))) for count in COUNTS]
     times = in_turns([*by_hand, *fired], REPETITIONS, clock=PROCESSOR)
@@ -92,7 +93,7 @@ def call_cost(report: Report) -> None:
 
 
 def protection_cost(report: Report) -> None:
-    """A handler that reads ``batch.loss`` and writes a ``cbstate`` entry: on its view, and on two things without."""
+    """Compare a handler that reads and writes state on its protected view with the same on two unprotected objects."""
     learner = learner_with(Keeps())
     learner.step(PHASE, raw())
     (step,) = learner.callbacks.plan(BatchEnd, TrainingPhase).steps
@@ -121,7 +122,7 @@ def protection_cost(report: Report) -> None:
 
 
 def absence_cost(report: Report) -> None:
-    """256 callbacks without a handler for the event: nothing, at an event with one handler and at one with none."""
+    """Time an event with one other handler, and one without, beside 256 callbacks that do not handle the event."""
     for what, others in (("one other handler", [NoOp]), ("no handler", [])):
         without = firing(*(kind() for kind in others))
         beside = firing(*(kind() for kind in others), *(Elsewhere() for _ in range(COUNTS[-1])))
@@ -133,7 +134,7 @@ def absence_cost(report: Report) -> None:
             f"{median(times, 1) / EVENTS * 1e9:.0f} ns",
             f"{nanoseconds(each, 2)} each",
             "nothing",
-            reached=each.low <= 0.05e-9,  # the clock cannot tell less from nothing; tests/test_costs.py counts calls
+            reached=each.low <= 0.05e-9,  # the clock resolves no less; tests/test_costs.py proves that there is no call
         )
 
 
@@ -147,7 +148,7 @@ def raw() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def calling(handlers: Sequence[Callable[[Any, Any, Any], None]]) -> Callable[[], None]:
-    """Call handlers as a loop without plans would."""
+    """Return a function that calls the handlers in a hand-written loop."""
     event, state = BatchEnd(), object()
 
     def run() -> None:
@@ -159,7 +160,7 @@ def calling(handlers: Sequence[Callable[[Any, Any, Any], None]]) -> Callable[[],
 
 
 def firing(*callbacks: Callback) -> Callable[[], None]:
-    """Fire the end of a batch as the loop does: a runner is called where there is one."""
+    """Return a function that fires the end of a batch as the loop does: it calls the runner, if there is one."""
     runner = learner_with(*callbacks).loop.dispatch.runner(BatchEnd, TrainingPhase)
     event = BatchEnd()
 

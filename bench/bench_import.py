@@ -1,6 +1,6 @@
-"""What ``import flowtrain`` costs over ``import torch``, in fresh interpreters.
+"""The time of ``import flowtrain`` in addition to ``import torch``, in fresh interpreters.
 
-``python -m bench.bench_import`` from the root of the checkout.
+Run ``python -m bench.bench_import`` from the root of the checkout.
 """
 
 from __future__ import annotations

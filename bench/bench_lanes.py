@@ -1,10 +1,10 @@
-"""What deferred callbacks cost training, and how much they get done.
+"""The cost of deferred callbacks for training, and the throughput of their lanes.
 
-``python -m bench.bench_lanes`` from the root of the checkout; with ``--peers`` also Lightning and ignite with the same
-logging in place, which have to be installed (``pip install lightning pytorch-ignite``); ``--only`` chooses a part.
+Run ``python -m bench.bench_lanes`` from the root of the checkout. ``--peers`` adds Lightning and ignite with the same
+logging in place, which must be installed (``pip install lightning pytorch-ignite``). ``--only`` chooses a part.
 
-The cluster is a real one: a scheduler and a worker started by dask's command line on this machine, so training, the
-lanes, the scheduler and the worker share its cores. The clock is the wall.
+The cluster is a scheduler and a worker that dask's command line starts on this machine, so training, the lanes, the
+scheduler and the worker share its cores. The times are wall times.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from flowtrain_dask import DaskExecutor
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 Timed = Callable[[], float]
-"""Trains one epoch and returns the seconds of one step."""
+"""A function that trains for one epoch and returns the seconds of one step."""
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
 
 def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool) -> None:
     width, data = width_of(1e-3), batches(1000)
-    for _ in range(3):  # as it is in these trainings: a minute of them is not as fast as the first second
+    for _ in range(3):  # find the width during long trainings, which are slower than their first second
         step = median(row[0] for row in loops_in_turns([partial(learner_of, width, data, (), "serial")], 5, 1000))
         width = max(16, round(width * (1e-3 / step) ** 0.5))
     without = partial(learner_of, width, data, (), "serial")
@@ -85,7 +85,7 @@ def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool
         "deferred to a cluster": (lambda: logged("cluster", lambda: DaskExecutor(address)), 1.04),
     }
     for name, (make, goal) in made.items():
-        times = loops_in_turns([without, make], 60, 1000)  # side by side, as a machine is not the same for long
+        times = loops_in_turns([without, make], 60, 1000)  # in turns, because the speed of a machine changes
         report.ratio(f"1 ms step, `LogMetrics` each batch, {name}; floor: without it", times, goal, steps=1)
     if peers:
         for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
@@ -111,7 +111,7 @@ def log_histograms(backend: JsonlBackend, model: torch.nn.Module, loss: torch.Te
             log([backend], Histogram(weight.detach()), name, step, ("Step", "TrainingPhase"))
 
 
-# --- histograms of all weights, whose work is 40 ms, each 20th batch beside a step of 5 ms
+# --- histograms of all weights, which take 40 ms, at every 20th batch beside a step of 5 ms
 
 
 def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> None:
@@ -125,7 +125,7 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
         logger = LogHistograms(JsonlBackend(folder / f"histograms-{name}.jsonl"), every=20)
         return learner_of(width, data, (logger,), executor, extra=tensors)
 
-    for _ in range(3):  # as it is in training, where the weights are in no cache when they are logged
+    for _ in range(3):  # find the sizes in training, where the logged weights are in no cache of the processor
         times = epochs_in_turns([without, lambda: logged("serial", "serial")], 5)
         step, work = median(row[0] for row in times), 20 * median(row[1] - row[0] for row in times)
         width, tensors = round(width * (5e-3 / step) ** 0.5), max(1, round(tensors * 40e-3 / work))
@@ -159,7 +159,7 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
 
 
 def backlogs(learner: Learner, steps: int, times: int) -> list[tuple[float, float]]:
-    """Return how many deferred events wait on average before half time, and before the end, for so many trainings."""
+    """Return the mean number of waiting events in the second and in the last quarter of each of several trainings."""
     executor: Any = learner.executor
     learner.fit(1)
     found: list[tuple[float, float]] = []
@@ -191,7 +191,7 @@ while True:
 
 @contextmanager
 def beside(tensors: int) -> Generator[subprocess.Popen[bytes]]:
-    """Start a process that computes the histograms every 100 ms, for nobody; it is stopped at first."""
+    """Give a stopped process that, while it runs, computes the histograms every 100 ms and discards them."""
     process = subprocess.Popen([sys.executable, "-c", WORK, str(tensors)], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -209,7 +209,7 @@ def log_all(weights: Sequence[torch.Tensor]) -> None:
         backend.encode(Histogram(weight), "w", 0, ("TrainingPhase",))
 
 
-# --- how many records a lane writes
+# --- the records that a lane writes in a second
 
 
 def throughput(report: Report, folder: Path) -> None:
@@ -257,11 +257,11 @@ def throughput(report: Report, folder: Path) -> None:
     )
 
 
-# --- a worker that is killed with a batch at work
+# --- a worker that is killed while it processes events
 
 
 class Slow(Callback):
-    """A deferred callback that is always at work when there is something to do."""
+    """A deferred callback that is slow, so that its lane always has events."""
 
     deferrable = True
 
@@ -271,7 +271,7 @@ class Slow(Callback):
 
 
 def recovery(report: Report) -> None:
-    """Kill the worker that has a batch, and time until the lane has done more, with another worker alive."""
+    """Kill the worker that processes events, and time until the lane continues on the other worker."""
     took: list[float] = []
     with cluster(2) as (address, processes), Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
         executor = DaskExecutor(address)
@@ -303,7 +303,7 @@ def recovery(report: Report) -> None:
 
 
 def at_work(client: Any) -> int:
-    """Return the process of the worker that has a batch, as soon as one has."""
+    """Wait until a worker processes events, and return the id of its process."""
     processes: dict[str, int] = client.run(os.getpid)
     while True:
         for worker, keys in client.processing().items():
@@ -316,15 +316,15 @@ def content(path: Path) -> list[str]:
     return [json.dumps({**json.loads(line), "time": 0}) for line in path.read_text().splitlines()]
 
 
-# --- what is trained
+# --- the trainings
 
 
 def model_of(width: int, extra: int = 0) -> torch.nn.Module:
-    """Return a network whose activations are small: large ones come and go with hundreds of page faults a step."""
+    """Return a network with small activations; large ones would cause hundreds of page faults in each step."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))
-    for number in range(extra):  # weights without a gradient: they are logged, and cost training nothing
+    for number in range(extra):  # weights without a gradient are logged, but do not slow down training
         weight = torch.nn.Parameter(torch.randn(1024, 64), requires_grad=False)
         model.register_parameter(f"extra{number}", weight)
     return model
@@ -350,7 +350,7 @@ def learner_of(
 
 
 def width_of(cost: float) -> int:
-    """Return the hidden width with which one step of a learner takes about `cost` seconds."""
+    """Return the hidden width for which one step of a learner takes about `cost` seconds."""
     width, data = 256, batches(40)
     for _ in range(5):
         learner = learner_of(width, data, (), "serial")
@@ -361,7 +361,7 @@ def width_of(cost: float) -> int:
 
 
 def copies_for(cost: float) -> int:
-    """Return how many further weights a model needs for its histograms to take `cost` seconds."""
+    """Return the number of extra weights whose histograms take `cost` seconds."""
     weights = [torch.randn(1024, 64) for _ in range(40)]
     return max(1, round(cost / median(timed(partial(log_all, weights), len(weights))() for _ in range(20))))
 
@@ -379,7 +379,7 @@ def timed(run: Callable[[], object], steps: int) -> Timed:
 
 
 def epochs_in_turns(make: Sequence[Callable[[], Learner]], repetitions: int) -> list[tuple[float, ...]]:
-    """Time fits of one epoch in turns: training, and the flush at its end."""
+    """Time fits of one epoch in turns, which include the flush at the end."""
     learners = [each() for each in make]
     try:
         steps = len(next(iter(learners[0].data.values())))
@@ -392,10 +392,16 @@ def epochs_in_turns(make: Sequence[Callable[[], Learner]], repetitions: int) -> 
 def loops_in_turns(
     make: Sequence[Callable[[], Learner]], repetitions: int, lead: int, process: subprocess.Popen[bytes] | None = None
 ) -> list[tuple[float, ...]]:
-    """Time epochs in turns, each in the middle of training; `process`, if there is one, runs beside the last.
+    """Time epochs in turns, each in the middle of training.
 
-    A lane is as far behind when the time begins as when it ends: `lead` batches, about a second of them, go before, and
-    the flush comes after. So as many events are done within the time as are put into the lane.
+    Training runs for `lead` batches, about a second, before the timing, and the lane is flushed after it. So the lane
+    has about the same backlog at both ends of the timing, and processes as many events as training puts into it.
+
+    Args:
+        make: Functions that make the learners.
+        repetitions: The number of timings of each learner.
+        lead: The number of batches before each timing.
+        process: A stopped process that runs while the last learner trains, or ``None``.
     """
     learners = [each() for each in make]
 
@@ -432,7 +438,7 @@ def in_turns(runs: Sequence[Timed], repetitions: int) -> list[tuple[float, ...]]
 
 @contextmanager
 def cluster(workers: int) -> Generator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """Start a scheduler and workers as one does by hand; give the address, and the processes, which are ended."""
+    """Start a scheduler and workers by dask's command line; give the address and the processes, which end after it."""
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,6 +1,6 @@
-"""What the loop costs: a learner's epoch beside the hand-written loop that does the same.
+"""The cost of the loop: an epoch of a learner, compared with a hand-written loop that does the same.
 
-``python -m bench.bench_loop`` from the root of the checkout.
+Run ``python -m bench.bench_loop`` from the root of the checkout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowtrain.metrics import accuracy
 
 FEATURES, BATCH = 32, 16
 STEPS = 1500
-"""Batches in one timed epoch: enough to hide what an epoch costs by itself, and to redraw a bar."""
+"""The number of batches in one timed epoch: enough to hide the fixed cost of an epoch, and to redraw a bar."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 SGD = partial(torch.optim.SGD, lr=0.01)
@@ -84,7 +84,7 @@ def parts(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 def calibrate() -> int:
-    """Return the hidden width with which the hand-written step comes closest to 150 microseconds."""
+    """Return the hidden width for which the hand-written step comes closest to 150 microseconds."""
     data, widths = batches(200), range(128, 1025, 64)
     times = in_turns([by_hand(bare, width, data) for width in widths], 15, 1, PROCESSOR)
     steps = [median(times, which) / len(data) for which in range(len(widths))]
@@ -96,7 +96,7 @@ def by_hand(loop: Callable[[Any, Batches], object], width: int, data: Batches) -
 
 
 def bare(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> None:
-    """The floor without callbacks."""
+    """Train as the hand-written loop does: the floor without callbacks."""
     model, optimizer = made
     model.train()
     for inputs, targets in data:
@@ -108,7 +108,7 @@ def bare(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> 
 
 
 def bare_without_zero_grad(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> None:
-    """The floor of somebody who knows that `zero_grad` costs 5 to 9 microseconds for the profiler's sake."""
+    """Train without ``zero_grad()``, which takes 5 to 9 microseconds, most of them for the profiler."""
     model, optimizer = made
     params = list(model.parameters())
     model.train()
@@ -122,7 +122,7 @@ def bare_without_zero_grad(made: tuple[torch.nn.Module, torch.optim.Optimizer], 
 
 
 def with_loss(made: tuple[torch.nn.Module, torch.optim.Optimizer], data: Batches) -> float:
-    """The floor with the default callbacks: the loss of each batch is kept."""
+    """Train and keep the loss of each batch: the floor with the default callbacks."""
     model, optimizer = made
     losses: list[float] = []
     model.train()
@@ -167,7 +167,7 @@ def loader(data: Batches) -> Any:
 
 
 def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) -> list[tuple[float, ...]]:
-    """Time a bare loop and a learner, for training and validation; seconds of one epoch of both."""
+    """Time a hand-written loop and a learner; return the seconds of one epoch of training and validation."""
     adam = partial(torch.optim.AdamW, lr=1e-3)
 
     def floor() -> Callable[[], object]:
@@ -187,7 +187,7 @@ def digits_pairs(train: Iterable[Any], valid: Iterable[Any], epochs: int = 3) ->
 def bare_digits(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: Iterable[Any], valid: Iterable[Any], epochs: int
 ) -> list[tuple[float, float]]:
-    """The floor with metrics: loss and accuracy of each batch, and their means over each epoch."""
+    """Train and validate with loss and accuracy of each batch and their means over epochs: the floor with metrics."""
     means: list[tuple[float, float]] = []
     for _ in range(epochs):
         losses: list[float] = []

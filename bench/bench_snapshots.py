@@ -1,7 +1,8 @@
-"""Snapshots for deferred callbacks: what the training thread pays for one.
+"""The cost of snapshots for deferred callbacks on the training thread.
 
-The floor of a large snapshot is a copy of the same tensors into buffers that are there already. That of a small one,
-as a logger of metrics takes it at each batch, is an empty function.
+The floor of a large snapshot is a copy of the same tensors into existing buffers. The floor of a small snapshot, such
+as a logger of metrics needs at each batch, is an empty loop. Run ``python -m bench.bench_snapshots`` from the root of
+the checkout.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def large(report: Report, name: str) -> None:
-    """100 MB in 300 tensors; the snapshot before is released when the next is taken, as a lane does that keeps up."""
+    """Time a snapshot of 100 MB in 300 tensors. Each is released before the next, as in a lane that keeps up."""
     state = LearnerState()
     rows = BYTES // TENSORS // 4 // 64
     model = nn.ParameterDict({f"p{number}": nn.Parameter(torch.randn(rows, 64)) for number in range(TENSORS)})
@@ -56,7 +57,7 @@ def large(report: Report, name: str) -> None:
     taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES), fresh=frozenset(), tail=False)
 
     def floor() -> None:
-        """Copy into buffers that are there already."""
+        """Copy into existing buffers."""
         for buffer, source in zip(buffers, sources, strict=True):
             buffer.copy_(source)
 
@@ -65,7 +66,7 @@ def large(report: Report, name: str) -> None:
 
 
 def small(report: Report, name: str, access: Access, tail: bool) -> None:
-    """What a logger of metrics reads; the time of one snapshot."""
+    """Time a snapshot of the state that a logger of metrics reads."""
     state = LearnerState()
     state.batch = state.batch_twin = BatchState()
     state.batch.loss = torch.tensor(0.5)
@@ -80,12 +81,12 @@ def small(report: Report, name: str, access: Access, tail: bool) -> None:
     taker.take()
 
     def take() -> None:
-        """Take, and let go."""
+        """Take snapshots, and release each at once."""
         for _ in range(CALLS):
             taker.take()
 
     def floor() -> None:
-        """The loop."""
+        """Run the loop without snapshots."""
         for _ in range(CALLS):
             pass
 

@@ -1,7 +1,7 @@
-"""What the core costs on the CPU beyond a plain step: groups, clipping, precision, looking ahead, values read late.
+"""The cost of the core on the CPU, for a plain step and for each option: accumulation, clipping, precision, and so on.
 
-``python -m bench.bench_step`` from the root of the checkout. Each line has the loop that does the same by hand as its
-floor, written with the functions of torch that anybody would use.
+Run ``python -m bench.bench_step`` from the root of the checkout. The floor of each line is a hand-written loop that
+does the same with the usual functions of torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Defaults = Literal[False, "quiet"]
 
 
 class Ahead:
-    """Takes the next batch before this one is computed, and moves nothing: what looking ahead costs by itself."""
+    """A prefetch that takes the next batch early but moves no data, to time the cost of taking a batch early."""
 
     def start(self, raw: Any) -> Any:
         return raw
@@ -67,7 +67,7 @@ def make_model() -> torch.nn.Module:
 
 
 def ours(data: Batches, options: dict[str, Any], defaults: Defaults) -> Callable[[], None]:
-    """Return an epoch of a learner."""
+    """Return a function that trains for an epoch with a learner."""
     core = TorchCore("cpu", **options)
     learner = Learner(make_model(), cross_entropy, data=data, optimizer=SGD, default_callbacks=defaults, core=core)
     return partial(learner.epoch, TrainingPhase)
@@ -81,12 +81,12 @@ def by_hand(
     dtype: torch.dtype | None = None,
     keep: bool = False,
 ) -> Callable[[], None]:
-    """Return an epoch of the loop by hand."""
+    """Return a function that trains for an epoch with a hand-written loop."""
     model = make_model()
     optimizer = SGD(model.parameters())
 
     def plain() -> None:
-        """The floor of the floors."""
+        """Train without any option."""
         model.train()
         for inputs, targets in data:
             optimizer.zero_grad()
@@ -95,7 +95,7 @@ def by_hand(
             optimizer.step()
 
     def run() -> None:
-        """With what is asked for."""
+        """Train with the given options."""
         losses: list[float] = []
         model.train()
         for number, (inputs, targets) in enumerate(data):

@@ -1,4 +1,4 @@
-"""What `bench.bench_gpu` trains: a small network that is bound by its launches, and GPT-2 in plain torch."""
+"""The models of `bench.bench_gpu`: a small network that is bound by kernel launches, and GPT-2 in plain torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def mlp(*widths: int) -> nn.Sequential:
 class Shape:
     """The sizes of a GPT-2 (https://github.com/openai/gpt-2).
 
-    The defaults are those of the smallest, with 124 million parameters; the vocabulary is rounded up to a multiple of
-    64.
+    The defaults are the sizes of the smallest model, with 124 million parameters; the vocabulary is rounded up to a
+    multiple of 64.
     """
 
     vocabulary: int = 50304
@@ -36,7 +36,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each on normed inputs and added to them."""
+    """A residual block: attention and a two-layer network, each with a layer norm before it."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The decoder, without dropout, its output layer tied to the embedding."""
+    """The decoder without dropout, whose output layer shares its weight with the embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class GPT2(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits, ``(batch, context, vocabulary)``, of the token after each."""
+        """Return the logits of the next token at each position, of shape ``(batch, context, vocabulary)``."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
         return logits
 
 
 def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy over all places."""
+    """Return the mean cross entropy over all positions of all texts."""
     return cross_entropy(logits.flatten(0, 1), targets.flatten())

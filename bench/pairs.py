@@ -1,12 +1,12 @@
-"""How the benchmarks measure: the thing and its floor in turns, and medians with an interval.
+"""The method of the benchmarks: a function and its floor are timed in turns, and medians have a confidence interval.
 
-Two things that are timed one after the other in a busy machine differ by what else the machine did. Here they take
-turns (A B A B ...), each turn gives one figure (a ratio or a difference), and what is reported is the median of the
-figures with a 95% confidence interval of that median. The garbage collector is off during each timing and torch has one
+If two functions are timed one after the other, other work of the machine disturbs them differently. Here they take
+turns (A B A B ...), each turn gives one figure (a ratio or a difference), and the report has the median of the figures
+with a 95% confidence interval of that median. The garbage collector is off during each timing, and torch has one
 thread.
 
-There are two clocks. `WALL` is the one that users feel. `PROCESSOR` counts what the process computes, in all of its
-threads: for work that never waits, on one thread, it is what `WALL` would show on a machine that does nothing else.
+There are two clocks. `WALL` is the time that users wait. `PROCESSOR` is the time that all threads of the process
+compute: for work on one thread that never waits, it is the time that `WALL` would show on an idle machine.
 
 A report is Markdown, ready for ``bench/results/``.
 """
@@ -51,7 +51,7 @@ WALL: Clock = time.perf_counter
 PROCESSOR: Clock = time.process_time
 
 REPETITIONS = 40
-"""How often each pair is timed, unless a benchmark says otherwise; never below 30."""
+"""The number of timings of each pair by default; at least 30."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,16 @@ class Figure:
     high: float
 
     def text(self, scale: float = 1.0, digits: int = 3) -> str:
-        """Write it as ``1.021 [1.018, 1.025]``, multiplied by `scale`."""
+        """Return the figure as ``1.021 [1.018, 1.025]``, multiplied by `scale`."""
         median, low, high = (f"{value * scale:.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{median} [{low}, {high}]"
 
 
 def figure(values: Sequence[float]) -> Figure:
     """Return the median and the order statistics that enclose the true median with 95% confidence.
+
+    Raises:
+        ValueError: There are fewer than 30 values.
 
     >>> figure(list(range(1, 31)))
     Figure(median=15.5, low=10, high=21)
@@ -98,8 +101,8 @@ def in_turns(
     warmup: int = 3,
     clock: Clock = WALL,
 ) -> list[tuple[float, ...]]:
-    """Time several things in turns; return for each repetition the seconds of each."""
-    gc.collect()  # not between the timings: it would leave each of them a cold cache
+    """Time several functions in turns; return the seconds of each function for each repetition."""
+    gc.collect()  # only once, because a collection before each timing would empty the caches of the processor
     gc.disable()
     try:
         for _ in range(warmup):
@@ -113,31 +116,37 @@ def in_turns(
 def in_turns_afresh(
     make: Sequence[Callable[[], Callable[[], object]]], rounds: int, repetitions: int, clock: Clock = WALL
 ) -> list[tuple[float, ...]]:
-    """Make the things to time anew for each of several rounds, and time them in turns.
+    """Make new functions for each of several rounds, and time them in turns.
 
-    Two models made alike differ by up to a percent, for as long as they live: it depends on where in memory they came
-    to lie. What has been made several times has that averaged out.
+    Two models that are made alike differ by up to a percent in speed for as long as they live, depending on their place
+    in memory. Making them several times averages this difference out.
     """
     return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, 1, clock)]
 
 
 def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:
-    """Return how many times as long as `floor` one of the things took, repetition by repetition."""
+    """Return the ratio of the time of one function to the time of another, over all repetitions.
+
+    Args:
+        times: The seconds of each function for each repetition, as `in_turns` returns them.
+        which: The index of the function.
+        floor: The index of the function that it is compared with.
+    """
     return figure([row[which] / row[floor] for row in times])
 
 
 def differences(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0, calls: int = 1) -> Figure:
-    """Return how much longer than `floor` one of the things took, in seconds for each of its `calls`."""
+    """Return the difference of the times of two functions, in seconds for each of `calls`; see `ratios`."""
     return figure([(row[which] - row[floor]) / calls for row in times])
 
 
 def median(times: Sequence[tuple[float, ...]], which: int) -> float:
-    """Return the median of the seconds that one of the things took."""
+    """Return the median of the seconds of one function."""
     return statistics.median(row[which] for row in times)
 
 
 def second_core() -> Figure:
-    """Return how long two threads take for what one thread does in the time 1: 0.5 if there are two cores to have."""
+    """Return the time of two threads for work that one thread does in the time 1: 0.5 if two cores are free."""
     blob = random.Random(0).randbytes(400_000)
 
     def both() -> None:
@@ -155,7 +164,15 @@ def second_core() -> Figure:
 
 
 class Report:
-    """Prints a benchmark's table as Markdown, with all that is needed to compare it with another run."""
+    """Prints the table of a benchmark as Markdown, with hardware, versions and method, for comparison with other runs.
+
+    Args:
+        title: The title.
+        command: The command that runs the benchmark.
+        floor: A description of the floor.
+        clock: The clock.
+        packages: The packages whose versions are printed.
+    """
 
     def __init__(
         self, title: str, command: str, floor: str, clock: Clock = WALL, packages: Sequence[str] = ("torch", "rich")
@@ -174,14 +191,14 @@ class Report:
         print("| --- | ---: | ---: | ---: | ---: | --- |", flush=True)
 
     def row(self, what: str, floor: str, ours: str, found: str, goal: str = "", *, reached: bool | None = None) -> None:
-        """Print one line; `reached` says whether the goal is, ``None`` that there is none."""
+        """Print one line; `reached` says whether the goal is reached, ``None`` that there is no goal."""
         verdict = "" if reached is None else "reached" if reached else "**missed**"
         print(f"| {what} | {floor} | {ours} | {found} | {goal} | {verdict} |", flush=True)
 
     def ratio(
         self, what: str, times: Sequence[tuple[float, ...]], goal: float | None, *, steps: int, which: int = 1
     ) -> None:
-        """Print a line for a ratio to the floor, with the microseconds of one of the `steps` of a run."""
+        """Print a line for a ratio to the floor, with the microseconds of each of the `steps` in a run."""
         found = ratios(times, which)
         self.row(
             what,
@@ -203,7 +220,7 @@ def _processor() -> str:
 
 
 def _own_version() -> str:
-    # A checkout that is not installed has no metadata.
+    # Read the version from the file, because a checkout that is not installed has no metadata.
     project = Path(__file__).parents[1] / "pyproject.toml"
     line = next(line for line in project.read_text().splitlines() if line.startswith("version"))
     return line.split('"')[1]

@@ -1,8 +1,8 @@
-"""The same training in other libraries, for `bench.bench_lanes`: what they log in place, with the same backend.
+"""The trainings of `bench.bench_lanes` in other libraries, which log in place with the same backend.
 
-Lightning (https://lightning.ai) and ignite (https://pytorch-ignite.ai) are not among flowtrain's requirements:
-``pip install lightning pytorch-ignite``. Each gets its own idiom for a callback at the end of a batch. Everything that
-prints, checkpoints or draws is off.
+Lightning (https://lightning.ai) and ignite (https://pytorch-ignite.ai) are no requirements of flowtrain:
+``pip install lightning pytorch-ignite``. Each library has a callback at the end of a batch, in its own idiom. All of
+their output and their checkpoints are off.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 __all__ = ["Logs", "ignite_fit", "lightning_fit"]
 
 Logs = Callable[[torch.nn.Module, torch.Tensor, int], None]
-"""Logs what is to be logged of a model, a loss and a step."""
+"""A function of a model, a loss and a step that logs them."""
 
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> Callable[[], object]:
-    """Return one epoch in Lightning."""
+    """Return a function that trains for one epoch in Lightning."""
     lightning: Any = import_module("lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit says what it found
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit would print the hardware
 
     class Module(lightning.LightningModule):  # type: ignore[misc]  # an optional peer is untyped
         def __init__(self) -> None:
@@ -63,7 +63,7 @@ def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> C
 
 
 class _Loader(Iterable[Any]):
-    """Batches in memory as a loader of its own."""
+    """A loader of batches in memory, because Lightning would treat a list as several loaders."""
 
     def __init__(self, data: Batches) -> None:
         self.data = data
@@ -76,7 +76,7 @@ class _Loader(Iterable[Any]):
 
 
 def ignite_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> Callable[[], object]:
-    """Return one epoch in ignite."""
+    """Return a function that trains for one epoch in ignite."""
     engine: Any = import_module("ignite.engine")
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

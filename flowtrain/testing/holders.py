@@ -1,8 +1,8 @@
-"""Who holds what a batch has left behind.
+"""Leaks: objects of a batch that stay in memory after the batch, and the references that keep them.
 
-After a batch nothing but the learner holds its state, and that until the next batch is complete. A callback that keeps
-``learner.batch.outputs`` keeps a graph and megabytes with it. `leaks` runs a learner and says, for everything of a
-batch that is still there when it should not be, who holds it (`holders`).
+After a batch only the learner refers to its state, until the next batch is complete. A callback that keeps
+``learner.batch.outputs`` keeps an autograd graph and megabytes in memory. `leaks` runs a learner and finds such
+objects, `holders` finds the callback, module or function that keeps an object.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from flowtrain.learner import Learner
 
 __all__ = ["holders", "leaks"]
 
-_DEEPEST = 8
+_DEEPEST = 8  # the length of the longest chain of references that is followed
 
 
 def leaks(learner: Learner) -> list[str]:
-    """Run one epoch of every phase and return a line for each piece of an earlier batch that is still held.
+    """Run one epoch of every phase; return a line for each object of an earlier batch that is still in memory.
 
-    The data itself is left out: a loader may keep it, as a list does. The last batch of an epoch is the learner's.
+    Inputs and targets are left out, because a loader may keep them, as a list does. The last batch of an epoch is left
+    out too, because the learner keeps it.
 
     Args:
-        learner: One with data; it is trained by this.
+        learner: A learner with data, which this trains.
 
     >>> from flowtrain.testing import tiny_learner
     >>> leaks(tiny_learner())
@@ -45,7 +46,7 @@ def leaks(learner: Learner) -> list[str]:
     numbers: dict[str, int] = {}
 
     def note(view: Any) -> None:
-        """Remember what there is of the batch that ends, without holding it."""
+        """Note the objects of the batch that ends, with weak references."""
         batch = learner.batch
         what = repr(learner.loop.scopes.phase)
         numbers[what] = numbers.get(what, 0) + 1
@@ -69,15 +70,15 @@ def leaks(learner: Learner) -> list[str]:
         thing = reference()
         if thing is not None and id(thing) not in own:
             found.append(f"{what} is held by {', and by '.join(holders(thing)) or 'something outside of Python'}")
-        del thing
+        del thing  # otherwise this frame would hold the object while the next one is examined
     return found
 
 
 def holders(thing: object) -> list[str]:
-    """Say who holds an object: for each chain of references the nearest callback, module or function at its end.
+    """Return a text for each callback, module or function that keeps an object in memory, at any distance.
 
     Args:
-        thing: What should be gone. The frames that call this do not count.
+        thing: The object. References in the frames that call this function are left out.
     """
     callers: set[int] = set()
     frame = inspect.currentframe()
@@ -88,7 +89,15 @@ def holders(thing: object) -> list[str]:
 
 
 def _ends(thing: object, path: str, callers: set[int], passed: set[int], depth: int) -> Iterator[str]:
-    """Yield a text for each holder that has a name; follow those that have none."""
+    """Yield a text for each named object that refers to `thing`; follow the references to objects without a name.
+
+    Args:
+        thing: The object.
+        path: The path from `thing` to the object whose holders are looked for.
+        callers: The ids of frames that are left out.
+        passed: The ids of objects that have been visited; this function adds to it.
+        depth: The length of the chain of references so far.
+    """
     referrers = gc.get_referrers(thing)
     passed.add(id(referrers))
     for holder in referrers:
@@ -96,7 +105,7 @@ def _ends(thing: object, path: str, callers: set[int], passed: set[int], depth: 
             continue
         passed.add(id(holder))
         if isinstance(holder, GeneratorType) and holder.gi_frame is not None:
-            holder = holder.gi_frame  # one that waits; its locals are what it holds
+            holder = holder.gi_frame  # the frame of a suspended generator has the local variables
         if isinstance(thing, dict) and getattr(holder, "__dict__", None) is thing:
             path = re.sub(r"^\['(\w+)'\]", r".\1", path)
         link = _link(holder, thing) + path
@@ -116,7 +125,7 @@ def _ends(thing: object, path: str, callers: set[int], passed: set[int], depth: 
 
 
 def _link(holder: object, thing: object) -> str:
-    """Write how one holds the other: ``[0]``, ``.name``; nothing where that is not to be seen."""
+    """Return the path from one object to the other: ``[0]``, ``.name``; an empty text if it is not known."""
     if isinstance(holder, FrameType):
         return next((f" {name}" for name, value in holder.f_locals.items() if value is thing), "")
     inner = parts(holder)

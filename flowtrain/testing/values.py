@@ -1,11 +1,11 @@
-"""What a learner came to, as values by path: what two runs are compared by.
+"""The result of a learner as values by path, by which two runs are compared.
 
-A value is taken apart down to numbers, tensors and text, each at a path such as ``cbstate.history[TrainingPhase()][0]``
-or ``callbacks.Recorder.name``. They compare bit for bit: ``nan`` equals itself and ``0.0`` is not ``-0.0``. Nothing
-compares by identity, because two runs have no object in common.
+A value is taken apart down to numbers, tensors and texts, each with a path such as
+``cbstate.history[TrainingPhase()][0]`` or ``callbacks.Recorder.name``. These are compared bit for bit: ``nan`` equals
+itself, and ``0.0`` differs from ``-0.0``. No object is compared by identity, because two runs have no object in common.
 
-Not looked into are functions (two with one name are the same), the learner and its views, threads, locks and files:
-they count as their type.
+Two functions are equal if they have the same name. The learner and its views, threads, locks and files are not taken
+apart: two of them are equal if they have the same type.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from flowtrain.state.series import Series
 __all__ = ["Leaf", "learner_leaves", "leaves", "outcome_leaves", "rng_leaves", "show_difference"]
 
 _WHOLE = (Learner, LearnerView, LearnerState, Callbacks, ModuleType)
+"""Types of objects that are not taken apart."""
+
 _ELSEWHERE = {"_io", "_thread", "_weakref", "asyncio", "concurrent", "io", "logging", "queue", "rich", "threading"}
-"""Modules whose objects hold clocks, threads and files, and nothing that a callback computed."""
+"""Modules whose objects are not taken apart: they hold clocks, threads and files, but no results of callbacks."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Leaf:
     """A value that is not taken apart any further.
 
     Attributes:
-        bits: Equal for equal values, bit for bit.
-        shown: The value for a message.
-        tensor: A copy of the value where it is a tensor.
+        bits: An object that is equal for two values with the same bits.
+        shown: The value as a text for messages.
+        tensor: A copy of the value if it is a tensor; otherwise ``None``.
     """
 
     bits: object
@@ -60,7 +62,7 @@ class Leaf:
 
 
 def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
-    """Yield everything that training has changed: parameters, buffers, optimizers, the batch, what callbacks hold."""
+    """Yield the values of models, loss function, optimizers, batch, ``cbstate`` and callbacks."""
     state = learner.state
     yield from _named("model", state.model)
     if isinstance(state.lossfn, torch.nn.Module):
@@ -79,7 +81,7 @@ def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
 
 
 def outcome_leaves(name: str, error: BaseException | None) -> Iterator[tuple[str, Leaf]]:
-    """Yield what an exception says, its notes and the others attached to it."""
+    """Yield the text of an exception, its notes, and the same of the exceptions that are attached to it."""
     yield name, _plain("nothing" if error is None else f"{type(error).__name__}: {error}")
     for number, note in enumerate(getattr(error, "__notes__", ())):
         yield f"{name}.__notes__[{number}]", _plain(note)
@@ -88,7 +90,7 @@ def outcome_leaves(name: str, error: BaseException | None) -> Iterator[tuple[str
 
 
 def rng_leaves() -> Iterator[tuple[str, Leaf]]:
-    """Yield the states of the random number generators: torch's, Python's, and numpy's where it is imported."""
+    """Yield the states of the random number generators of torch and Python, and of numpy if it is imported."""
     yield from leaves(torch.get_rng_state(), "torch.get_rng_state()")
     yield "random.getstate()", _plain(hash(random.getstate()))
     numpy = sys.modules.get("numpy")
@@ -97,11 +99,11 @@ def rng_leaves() -> Iterator[tuple[str, Leaf]]:
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
-    """Take a value apart.
+    """Yield the path and the leaf of each part of a value, and of its containers.
 
     Args:
-        value: Anything.
-        path: Where it is.
+        value: Any value.
+        path: The path of the value.
 
     >>> [(path, leaf.shown) for path, leaf in leaves({"a": [1, 2.5]}, "x")]
     [('x', "keys 'a'"), ("x['a']", '2 items'), ("x['a'][0]", '1'), ("x['a'][1]", '2.5')]
@@ -114,7 +116,7 @@ def _leaves(value: Any, path: str, above: dict[int, str]) -> Iterator[tuple[str,
     if leaf is not None:
         yield path, leaf
         return
-    if id(value) in above:  # it holds itself
+    if id(value) in above:  # a container that contains itself
         yield path, _plain(f"the same as {above[id(value)]}")
         return
     above[id(value)] = path
@@ -126,7 +128,7 @@ def _leaves(value: Any, path: str, above: dict[int, str]) -> Iterator[tuple[str,
 
 
 def _leaf(value: Any) -> Leaf | None:
-    """Return the leaf for a value that is one."""
+    """Return the leaf for a value that is not taken apart; ``None`` for any other value."""
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if isinstance(value, (float, complex)):
@@ -157,7 +159,7 @@ def _is_opaque(value: object) -> bool:
 
 
 def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
-    """Return what a value is as a whole, and its parts with the step from its path to theirs."""
+    """Return a text for the container itself, and its parts, each with the end of its path."""
     if isinstance(value, torch.nn.Module):
         return type(value).__name__, [(f".{name}", each) for name, each in _module(value)]
     if isinstance(value, random.Random):
@@ -167,7 +169,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
     if isinstance(value, Series):
         return f"{len(value)} values", [(f"[{number}]", each) for number, each in enumerate(value)]
     if isinstance(value, Mapping):
-        # By key and not by order: independent callbacks may make their entries in any order.
+        # Sort by key, because independent callbacks may add their entries in any order.
         items: list[tuple[str, Any]] = [(_shown_key(key), item) for key, item in value.items()]
         items.sort(key=itemgetter(0))
         head = f"keys {', '.join(key for key, _ in items)}"
@@ -179,7 +181,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         return f"{len(value)} items", [*((f"[{number}]", item) for number, item in enumerate(value)), *_steps(value)]
     if isinstance(value, partial):
         return "partial", [(step(where), item) for where, item in parts(value) or ()]
-    if isinstance(value, Callback):  # one of the learner's is compared in its own place
+    if isinstance(value, Callback):  # a callback with a name belongs to the learner, and is compared there
         return f"callback {value.name or type(value).__name__}", [] if value.name else _steps(value)
     found = _steps(value)
     return (type(value).__name__ if found or _has_no_repr(value) else repr(value)), found
@@ -213,6 +215,7 @@ def _optimizer(path: str, optimizer: torch.optim.Optimizer, names: Mapping[int, 
 
 
 def _tensor(value: torch.Tensor) -> Leaf:
+    """Return the leaf of a tensor: its bytes, or its text if its layout has no plain bytes."""
     what = (str(value.dtype), tuple(value.shape), str(value.device), str(value.layout))
     if value.layout is not torch.strided or value.device.type == "meta" or value.is_quantized:
         return Leaf((*what, repr(value)), repr(value))
@@ -236,12 +239,12 @@ def _shown_key(key: object) -> str:
 
 
 def _has_no_repr(value: object) -> bool:
-    """Tell whether the text of a value is its address."""
+    """Tell whether the text of a value contains its address, which differs between runs."""
     return type(value).__repr__ is object.__repr__
 
 
 def show_difference(one: Leaf | None, other: Leaf | None) -> tuple[str, str]:
-    """Return what to print for two leaves that differ; of two tensors the first element that does."""
+    """Return the texts of two different leaves for a message; for two tensors, their first different element."""
     if one is None or other is None:
         return tuple("not there" if each is None else each.shown for each in (one, other))  # type: ignore[return-value]
     a, b = one.tensor, other.tensor
