@@ -148,6 +148,15 @@ class Unread:
         self._positions: list[int] = []
         self._moving: tuple[list[int], Reading] | None = None
 
+    @classmethod
+    def sent(cls, values: list[Any]) -> Unread:
+        """Begin to copy all tensors of one element in a list, and return their positions."""
+        sent = cls()
+        sent._positions = [at for at, each in enumerate(values) if isinstance(each, torch.Tensor) and each.numel() == 1]
+        if sent._positions:
+            sent._leave(values)
+        return sent
+
     def add(self, values: list[Any]) -> None:
         """Note the position of the newest value, a tensor of one element."""
         with _lock:

@@ -18,7 +18,7 @@ from flowtrain.state.readonly import refuse
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Series", "SeriesMap"]
+__all__ = ["ReadOnlySeries", "ReadOnlySeriesMap", "Series", "SeriesMap"]
 
 
 class Series(Container):

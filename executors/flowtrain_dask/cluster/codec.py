@@ -1,4 +1,4 @@
-"""Events and snapshots as bytes, for another process, and back.
+"""Events with their snapshots as bytes, for another process, and back: dask sees neither these nor the user's types.
 
 A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers to::
 
@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flowtrain_dask.cluster.reducing import ValuePickler
+from flowtrain_dask.lanes.work import Entry, opened
 from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
 
-__all__ = ["Encoded", "decode", "encode", "memory_for"]
+__all__ = ["Encoded", "decode", "dump_entries", "encode", "load_entries", "memory_for"]
 
 _MAGIC = b"FTB3"
 _LARGE = 1 << 20
@@ -53,6 +54,16 @@ class Encoded:
 
     def __bytes__(self) -> bytes:
         return b"".join(self.pieces)
+
+
+def dump_entries(entries: Sequence[Entry]) -> Encoded:
+    """Return the events of a batch as bytes; a copy that several of them share is in there once."""
+    return Encoded([tuple(entry._replace(payload=opened(entry.payload))) for entry in entries])
+
+
+def load_entries(blob: bytes | memoryview) -> list[Entry]:
+    """Return the events of `dump_entries`, see `decode`."""
+    return [Entry(*row) for row in decode(blob)]
 
 
 def encode(obj: object) -> bytes:

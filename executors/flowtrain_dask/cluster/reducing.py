@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from flowtrain.state.parameters import NamedTensors
+from flowtrain_dask.snapshots.series import CutMap, CutPhases
 from flowtrain_dask.snapshots.tensors import compressed_indices
 
 __all__ = ["ValuePickler"]
@@ -47,6 +48,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         one in every method that has both ``torch`` and an attribute ``backends`` in it.
         """
         kind = type(obj)
+        if kind is CutMap or kind is CutPhases:
+            return obj.__reduce__()
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)
         if isinstance(obj, NamedTensors):

@@ -23,9 +23,8 @@ from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.block import Block, Place, possible
 from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, fixed_objects, load_state
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
-from flowtrain_dask.cluster.codec import Encoded
+from flowtrain_dask.cluster.codec import Encoded, dump_entries
 from flowtrain_dask.cluster.connect import Connection
-from flowtrain_dask.cluster.entries import dump_entries
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, OnLoss, ThreadTransport

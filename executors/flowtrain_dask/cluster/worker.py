@@ -33,7 +33,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.block import Place, read
 from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
-from flowtrain_dask.cluster.entries import load_entries
+from flowtrain_dask.cluster.codec import load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 
@@ -73,7 +73,7 @@ class Assignment:
         base: How many events the state has seen.
         state: The state of the callbacks after those events; ``None`` if the worker is to use the callbacks that it
             kept.
-        entries: The events that follow, as bytes of `flowtrain_dask.cluster.entries.dump_entries`, or the place of
+        entries: The events that follow, as bytes of `flowtrain_dask.cluster.codec.dump_entries`, or the place of
             these bytes in the memory of the training process.
         want: Whether the reply is to hold the new state.
     """

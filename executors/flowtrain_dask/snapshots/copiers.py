@@ -98,7 +98,7 @@ def _find_own(kind: type, value: Any) -> Copier | None:
 
 def _copy_series(value: Series, copying: Copying) -> Series:
     copying.has_series = True
-    return copying.cut(value)
+    return copying.cutter.series(value)
 
 
 def _copy_named_tensors(value: NamedTensors, copying: Copying) -> NamedTensors:

@@ -13,9 +13,8 @@ from flowtrain.callback.access import Path, Read, Write, dotted
 from flowtrain.callback.nested import PLAIN, Attribute, Memo, step
 from flowtrain.errors import AccessError
 from flowtrain.state.container import Tree, picked
-from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.pool import Pool
-from flowtrain_dask.snapshots.series import Cut
+from flowtrain_dask.snapshots.series import Cutter
 
 __all__ = [
     "COPIERS",
@@ -59,7 +58,7 @@ class Copying:
     Args:
         pool: Where the memory for tensors comes from.
         fresh: Whether the tensors belong to nobody else: they are detached and shared.
-        cut: What is made of a series.
+        cutter: Makes what is shown of series.
         dry: Whether tensors and modules are only looked at.
 
     Attributes:
@@ -69,14 +68,12 @@ class Copying:
         memo: What was copied so far, and its copy.
     """
 
-    __slots__ = ("cut", "dry", "events", "fresh", "has_series", "memo", "nbytes", "pool")
+    __slots__ = ("cutter", "dry", "events", "fresh", "has_series", "memo", "nbytes", "pool")
 
-    def __init__(
-        self, pool: Pool, *, fresh: bool = False, cut: Callable[[Series], Series] = Cut, dry: bool = False
-    ) -> None:
+    def __init__(self, pool: Pool, *, fresh: bool = False, cutter: Cutter | None = None, dry: bool = False) -> None:
         self.pool = pool
         self.fresh = fresh
-        self.cut = cut
+        self.cutter = cutter or Cutter()
         self.dry = dry
         self.nbytes = 0
         self.has_series = False

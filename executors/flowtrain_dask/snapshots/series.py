@@ -1,57 +1,63 @@
 # pyright: reportPrivateUsage=false
-# The classes here are kinds of series, made from the lists of another one.
-"""Series as they were: what a snapshot holds of what only grows.
+# A cut reads the lists of the series that it shows: it holds no copy of them.
+"""Series as they were: nothing is copied of a series, since it only grows and its length says what was in it.
 
-In this process a `Cut` shows the first values of the live series: to make one takes the same time however long the
-series is. Another process gets a `Tail`: the number of values, the newest, and those since the handler's last event.
-Values that are on a device are not waited for before somebody reads them.
+A snapshot of a series is a `Cut`: the first values of the live series. A snapshot of series by name is a `CutMap`: the
+live series with the lengths of all; it makes the cuts that a handler looks at. `CutPhases` is one for each phase.
+
+A handler in another process is shown the tail of a series: its length, its last value, and the values that were added
+since the handler's event before. A pickle holds only these. A `Cutter` makes the cuts for one handler, and remembers
+how long each series was at the handler's event before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
-import torch
-
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError
-from flowtrain.state.device_values import Reading
-from flowtrain.state.readonly import refuse
-from flowtrain.state.series import Series
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.device_values import Unread
+from flowtrain.state.series import ReadOnlySeries, ReadOnlySeriesMap, Series, SeriesMap
 
-__all__ = ["Cut", "Tail", "tail_of"]
+__all__ = ["Cut", "CutMap", "CutPhases", "Cutter"]
 
 
-class _Frozen(Series):
-    """What both share: nothing can be added."""
+class Cut(ReadOnlySeries):
+    """The first values of a series.
 
-    __slots__ = ("_length",)
+    Args:
+        series: The series, which goes on growing.
+        length: How many of its values are shown.
+        start: For another process the first position that is shown, unless the last one comes before it; ``None`` shows
+            all in this process.
+        first: The position in the series of the first value in its lists.
+    """
 
-    _length: int
+    __slots__ = ("_first", "_length", "_start", "_tail")
 
-    def __twin__(self) -> Any:
-        return self
+    def __init__(self, series: Series, length: int, start: int | None = None, first: int = 0) -> None:
+        # The lists themselves: training appends to them, and changes nothing that is in them.
+        super().__init__(series)
+        self._length = length
+        self._tail = start is not None
+        self._start = 0 if start is None else _start(start, length)
+        self._first = first
 
-    def push(self, value: Any, step: int) -> None:
-        """Refuse."""
-        raise refuse(self._path)
+    def since(self, start: int) -> list[Any]:
+        """Return the values from position `start` on, without their steps.
 
-    def snapshot(self) -> int:
-        """Return the number of values."""
-        return self._length
-
-    def restore(self, snapshot: int) -> None:
-        """Refuse."""
-        raise refuse(self._path)
-
-    def load_state_dict(self, state: Any) -> None:
-        """Refuse."""
-        raise refuse(self._path)
-
-    def state_dict(self) -> dict[str, list[Any]]:
-        """Return the steps and the values."""
-        pairs = list(self)
-        return {"steps": [step for step, _ in pairs], "values": [value for _, value in pairs]}
+        Raises:
+            UsageError: They are not all shown.
+        """
+        first = range(self._length)[start:].start
+        if first < self._start:
+            self._refuse(f"since({start}) asks for values from position {first} on")
+        if self._unread:
+            self._unread.settle(self._values)
+        return self._values[first - self._first : self._length - self._first]
 
     def newest(self) -> Any:
         """Return the newest value."""
@@ -65,108 +71,26 @@ class _Frozen(Series):
         """
         if not self._length:
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
-        return self._newest()
-
-    def _newest(self) -> tuple[int, Any]:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self._length
-
-
-class Cut(_Frozen):
-    """The first values of a series that goes on growing.
-
-    Args:
-        series: The series.
-        length: How many of its values are shown; all that it has now, if not given.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, series: Series, length: int | None = None) -> None:
-        # The lists themselves: the training thread appends to them and does not change what is there.
-        self._path, self._steps, self._values = series._path, series._steps, series._values
-        self._late, self._unread = series._late, series._unread
-        self._length = len(series) if length is None else length
-
-    def since(self, start: int) -> list[Any]:
-        """Return the values from position `start` on, without their steps."""
+        place = self._length - 1 - self._first
         if self._unread:
-            self._unread.settle(self._values)
-        return self._values[range(self._length)[start:].start : self._length]
-
-    def _newest(self) -> tuple[int, Any]:
-        if self._unread:
-            self._unread.settle_one(self._values, self._length - 1)
-        return self._steps[self._length - 1], self._values[self._length - 1]
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return zip(self._steps[: self._length], self.since(0), strict=True)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _cut, (self._path, self._steps[: self._length], self.since(0))
-
-
-class Tail(_Frozen):
-    """The newest values of a series, without what came before.
-
-    Args:
-        series: The series.
-        start: From which position on its values are kept; the newest one always is.
-    """
-
-    __slots__ = ("_reading", "_start")
-
-    def __init__(self, series: Series, start: int) -> None:
-        self._path = series._path
-        self._length = len(series)
-        self._start = min(start, max(self._length - 1, 0))
-        self._steps = series._steps[self._start :]
-        self._values = series._values[self._start :]
-        self._reading: tuple[list[int], Reading] | None = None
-        if series._unread:
-            self._begin(series)
-
-    def since(self, start: int) -> list[Any]:
-        """Return the values from position `start` on, without their steps.
-
-        Raises:
-            UsageError: They are not all here.
-        """
-        first = range(self._length)[start:].start
-        if first < self._start:
-            self._refuse(f"since({start}) asks for values from position {first} on")
-        return self._arrived()[first - self._start :]
-
-    def _newest(self) -> tuple[int, Any]:
-        return self._steps[-1], self._arrived()[-1]
+            self._unread.settle_one(self._values, place)
+        return self._steps[place], self._values[place]
 
     def _pair(self, position: int) -> tuple[int, Any]:
         if position < self._start:
             self._refuse(f"position {position} is asked for")
-        return self._steps[position - self._start], self._arrived()[position - self._start]
+        return self._steps[position - self._first], self.since(position)[0]
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        self._refuse("it is iterated over")
+        if self._tail:
+            self._refuse("it is iterated over")
+        return zip(self._steps[: self._length], self.since(0), strict=True)
 
-    def _begin(self, series: Series) -> None:
-        """Send values that are on a device on their way, without waiting for them."""
-        if None in self._values:
-            self._values = series.since(self._start)  # on their way already: there is nothing to hold on to
-        places = [
-            place for place, value in enumerate(self._values) if isinstance(value, torch.Tensor) and value.numel() == 1
-        ]
-        if places:
-            self._reading = (places, Reading([self._values[place] for place in places]))
+    def __len__(self) -> int:
+        return self._length
 
-    def _arrived(self) -> list[Any]:
-        if self._reading is not None:
-            places, reading = self._reading
-            for place, number in zip(places, reading.numbers(), strict=True):
-                self._values[place] = number
-            self._reading = None
-        return self._values
+    def __twin__(self) -> Any:
+        return self
 
     def _refuse(self, what: str) -> NoReturn:
         raise UsageError(
@@ -176,18 +100,181 @@ class Tail(_Frozen):
         )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return tail_of, (self._path, self._length, self._start, self._steps, self._arrived())
+        steps = self._steps[self._start - self._first : self._length - self._first]
+        return _cut, (self._path, self._length, self._tail, steps, self.since(self._start))
 
 
-def _cut(path: str, steps: list[int], values: list[Any]) -> Cut:
-    series = Series(path)
-    series._steps, series._values = steps, values
-    return Cut(series)
+class CutMap(ReadOnlySeriesMap):
+    """The series of a map, as long as they were; each is a `Cut` that is made when it is looked at.
+
+    Args:
+        path: The map's path.
+        series: The live series, in a dict that nobody changes.
+        lengths: How many values of each are shown.
+        starts: For another process the first position of each that is shown; 0 where there is none. ``None`` shows all
+            in this process.
+    """
+
+    __slots__ = ("_firsts", "lengths", "starts")
+
+    def __init__(
+        self, path: str, series: dict[str, Series], lengths: dict[str, int], starts: dict[str, int] | None
+    ) -> None:
+        self._path, self._late, self._series = path, False, series
+        self.lengths = lengths
+        self.starts = starts
+        self._firsts: dict[str, int] | None = None  # where the values have travelled, all in one list
+
+    def __getitem__(self, name: str) -> Cut:
+        series, starts = SeriesMap.__getitem__(self, name), self.starts
+        start = None if starts is None else starts.get(name, 0)
+        cut = Cut(series, self.lengths[name], start, 0 if self._firsts is None else self._firsts[name])
+        cut._path = f"{self._path}.{name}"
+        return cut
+
+    def __twin__(self) -> Any:
+        return self
+
+    def _spans(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the name of each series with the positions at which the values that are shown begin and end."""
+        starts = self.starts or {}
+        for name, length in self.lengths.items():
+            yield name, _start(starts.get(name, 0), length), length
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        steps, values = list[int](), list[Any]()
+        for name, start, length in self._spans():
+            series, first = self._series[name], 0 if self._firsts is None else self._firsts[name]
+            if series._unread:
+                series.since(0)  # the numbers of all values that are on a device
+            steps += series._steps[start - first : length - first]
+            values += series._values[start - first : length - first]
+        return _map, (self._path, self.lengths, self.starts, steps, values)
+
+    def arrived(self) -> CutMap:
+        """Return the map, whose series are one, with the values that are shown of the first, the second, ..."""
+        self._firsts, at = {}, 0
+        for name, start, length in self._spans():
+            self._firsts[name] = start - at
+            at += length - start
+        return self
 
 
-def tail_of(path: str, length: int, start: int, steps: list[int], values: list[Any]) -> Tail:
-    """Return a `Tail` of the steps and values from position `start` on."""
-    tail = Tail.__new__(Tail)
-    tail._path, tail._length, tail._start, tail._steps, tail._values = path, length, start, steps, values
-    tail._reading = None
-    return tail
+class CutPhases:
+    """The series of each phase, as long as they were. A view shows a map by phase for it.
+
+    Args:
+        path: The path of the map by phase.
+        maps: The series of each phase.
+        makes: Whether a phase that is not there has an empty map.
+    """
+
+    __slots__ = ("_makes", "_maps", "_path")
+
+    def __init__(self, path: str, maps: dict[Phase, CutMap], makes: bool) -> None:
+        self._path = path
+        self._maps = maps
+        self._makes = makes
+
+    def __twin__(self) -> Any:
+        made = PhaseMap[SeriesMap](self._path, partial(SeriesMap, self._path) if self._makes else None)
+        dict.update(made, self._maps)
+        return made.__twin__()
+
+    def __reduce__(self) -> tuple[type[CutPhases], tuple[Any, ...]]:
+        return CutPhases, (self._path, self._maps, self._makes)
+
+
+class Cutter:
+    """Makes the cuts that one handler is shown.
+
+    Args:
+        tail: Whether the handler runs in another process.
+        late: Whether values of a device are read late (``TorchCore(lag=...)``). For another process these are sent to
+            the host when the cut is made, so that the lane's thread does not wait for the device.
+    """
+
+    def __init__(self, *, tail: bool = False, late: bool = False) -> None:
+        self.tail = tail
+        self._late = tail and late
+        # What was made at the handler's event before: of the list or dict with that id, which is kept here so that
+        # nothing else gets the id.
+        self._before: dict[int, tuple[object, Any]] = {}
+        self._rewound = Series.rewound
+
+    def series(self, series: Series) -> Series:
+        """Return a series as it is now."""
+        length = len(series._steps)
+        if not self.tail:
+            return Cut(series, length)
+        cut = Cut(series, length, self._last(series._steps, 0))
+        self._before[id(series._steps)] = series._steps, length
+        return _on_its_way(cut) if self._late else cut
+
+    def by_phase(self, maps: PhaseMap[Any]) -> CutPhases | None:
+        """Return the series of each phase as they are now.
+
+        ``None`` where the map holds something else, or values that have to be sent on their way: it is then copied as
+        any container is, with each series in it.
+        """
+        if self._late:
+            return None
+        kinds = {*map(type, maps.values())} if maps.make is None else {*map(type, maps.values()), type(maps.make())}
+        if kinds - {SeriesMap}:
+            return None
+        found = {phase: self._by_name(each) for phase, each in maps.items()}
+        return CutPhases(maps._path, found, maps.make is not None)
+
+    def _by_name(self, series: SeriesMap) -> CutMap:
+        live = series._series
+        lengths = {name: len(each._steps) for name, each in live.items()}
+        last: CutMap | None = self._last(live, None)
+        starts = None if not self.tail else {} if last is None else last.lengths
+        if last is not None and last.lengths == lengths and last.starts == starts:
+            return last  # nothing has come since: a batch of events has it once
+        found = last._series if last is not None and len(last._series) == len(live) else dict(live)
+        made = CutMap(series._path, found, lengths, starts)
+        self._before[id(live)] = live, made
+        return made
+
+    def _last(self, of: object, none: Any) -> Any:
+        """Return what was made of a list or dict at the handler's event before."""
+        if self._rewound != Series.rewound:  # a checkpoint was loaded, say: the handler's own state went back too
+            self._before.clear()
+            self._rewound = Series.rewound
+        known = self._before.get(id(of))
+        return none if known is None else known[1]
+
+
+def _start(start: int, length: int) -> int:
+    """Return the first position that is shown of so many: the last value always is."""
+    return start if start < length else length - 1 if length else 0
+
+
+def _on_its_way(cut: Cut) -> Cut:
+    """Return a cut with values of its own, of which those on a device have been sent to the host."""
+    start, length = cut._start, cut._length
+    values = cut._values[start:length]
+    if None in values:  # they are on their way already
+        values = cut.since(start)
+    made = _cut(cut._path, length, True, cut._steps[start:length], values)
+    made._unread = Unread.sent(values)
+    return made
+
+
+def _cut(path: str, length: int, tail: bool, steps: list[int], values: list[Any]) -> Cut:
+    """Return a cut of which only the steps and values that are shown are there."""
+    first = length - len(steps)
+    return Cut(_series(path, steps, values), length, first if tail else None, first)
+
+
+def _map(
+    path: str, lengths: dict[str, int], starts: dict[str, int] | None, steps: list[int], values: list[Any]
+) -> CutMap:
+    return CutMap(path, dict.fromkeys(lengths, _series(path, steps, values)), lengths, starts).arrived()
+
+
+def _series(path: str, steps: list[int], values: list[Any]) -> Series:
+    made = Series(path)
+    made._steps, made._values = steps, values
+    return made

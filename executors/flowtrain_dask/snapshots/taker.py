@@ -17,10 +17,8 @@ from flowtrain.graph.plan import Plan
 from flowtrain.graph.reach import Reach
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.copiers import Copying, Pool
-from flowtrain_dask.snapshots.marks import Marker
-from flowtrain_dask.snapshots.series import Cut, Tail
+from flowtrain_dask.snapshots.series import Cutter
 from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
 
 __all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
@@ -55,33 +53,6 @@ class Copied:
             return 0
         self.counted += (lane,)
         return self.nbytes
-
-
-class _Seen:
-    """How far a handler in another process has seen a series."""
-
-    __slots__ = ("_last", "_step", "length", "series")
-
-    def __init__(self, series: Series) -> None:
-        self.series = series
-        self.length = len(series)
-        last: tuple[Any, Any] = _entry(series, self.length) if self.length else (None, None)
-        self._step, self._last = last
-
-    def holds(self, series: Series) -> bool:
-        """Return whether that part is still there, or was taken back: a checkpoint was loaded, perhaps long ago."""
-        if not self.length:
-            return True
-        if len(series) < self.length:
-            return False
-        # The objects themselves: what was loaded has equal ones. Small integers are always the same; a value that was
-        # on a device is replaced by its number.
-        step, value = _entry(series, self.length)
-        return step is self._step and (value is self._last or type(self._last) is not float)
-
-
-def _entry(series: Series, length: int) -> tuple[Any, Any]:
-    return series._steps[length - 1], series._values[length - 1]  # pyright: ignore[reportPrivateUsage]  # the objects
 
 
 Shared: TypeAlias = dict[Hashable, Copied]
@@ -150,12 +121,7 @@ class Taker:
         self._pool = pool
         self._fresh = fresh
         self._lane = lane
-        self._seen: dict[int, _Seen] | None = {} if tail else None
-        # Of entries that may be series by phase; on a device their values have to be sent on their way.
-        self._markers: dict[Path, Marker] = {}
-        if not state.lag:
-            paths = [slot.path for slot, _ in self._slots if slot.inside is None and not slot.full]
-            self._markers = {path: Marker(tail) for path in paths if path[0] == "cbstate" and len(path) == 2}
+        self._cutter = Cutter(tail=tail, late=bool(state.lag))
         full = [slot for slot, _ in self._slots if slot.full]
         if tail and full:
             raise UsageError(
@@ -180,11 +146,11 @@ class Taker:
         """
         snapshot = Snapshot()
         for slot, key in self._slots:
-            marker = self._markers.get(slot.path)
-            if marker is not None:
+            if slot.path[0] == "cbstate" and slot.inside is None and len(slot.path) == 2:
                 value = vars(self._state.cbstate).get(slot.path[1])
-                if type(value) is PhaseMap and (marked := marker.mark(value)) is not None:
-                    snapshot.payload[slot.path] = marked
+                # Quicker than to copy them, and loggers read them at every batch.
+                if type(value) is PhaseMap and (cut := self._cutter.by_phase(value)) is not None:
+                    snapshot.payload[slot.path] = cut
                     continue
             for each in slots_now(slot, self._state):
                 copied = self._copied(each, key, shared)
@@ -196,27 +162,18 @@ class Taker:
         where = (slot.path, key)
         if shared is not None and where in shared:
             return shared[where]
-        copying = Copying(self._pool, fresh=self._is_fresh(slot.path), cut=self._cut)
+        copying = Copying(self._pool, fresh=self._is_fresh(slot.path), cutter=self._cutter)
         value = slot.take(self._state, copying)
         if value is MISSING:
             return None
         copied = Copied(value, copying.nbytes, tuple(copying.events))
-        if shared is not None and not (copying.has_series and self._seen is not None):
+        if shared is not None and not (copying.has_series and self._cutter.tail):
             shared[where] = copied  # a tail is the handler's own: it begins at that one's last event
         return copied
 
     def _is_fresh(self, path: Path) -> bool:
         # Nobody can promise that gradients stay: they are clipped, and added to.
         return path in self._fresh or (path[:1] in self._fresh and path != ("batch", "grads"))
-
-    def _cut(self, series: Series) -> Series:
-        if self._seen is None:
-            return Cut(series)
-        # By the list that twins share with their series; it is kept, so that its id is not used again.
-        key = id(series._steps)  # pyright: ignore[reportPrivateUsage]  # what makes it the same series
-        seen = self._seen.get(key)
-        self._seen[key] = _Seen(series)
-        return Tail(series, seen.length if seen is not None and seen.holds(series) else 0)
 
 
 def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None) -> dict[int, dict[Path, Hashable]]:

@@ -23,7 +23,7 @@ from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.reducing import ValuePickler
 from flowtrain_dask.snapshots.copiers import Copying, Pool
-from flowtrain_dask.snapshots.series import Tail
+from flowtrain_dask.snapshots.series import Cut
 from tests.support.encoded import closure, memory_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -212,7 +212,7 @@ def test_a_tail_travels_without_what_came_before() -> None:
     series = Series("cbstate.s")
     for step in range(10_000):
         series.push(float(step), step)
-    blob = encode(Tail(series, 9_990))
+    blob = encode(Cut(series, len(series), 9_990))
     assert len(blob) < 1000
     tail = decode(blob)
     assert (len(tail), tail.last(), tail.since(9_998)) == (10_000, (9_999, 9999.0), [9998.0, 9999.0])

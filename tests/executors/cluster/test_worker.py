@@ -11,7 +11,7 @@ from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.callback.access import declare
 from flowtrain.state.partial_view import Owner
 from flowtrain_dask.cluster.callback_state import dump_job, dump_state, fixed_objects, load_state
-from flowtrain_dask.cluster.entries import dump_entries
+from flowtrain_dask.cluster.codec import dump_entries
 from flowtrain_dask.cluster.pickling import loads
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, process, versions
 from flowtrain_dask.lanes.work import Duty, Entry, Job

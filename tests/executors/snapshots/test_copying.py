@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain import AccessError, Read
+from flowtrain import AccessError, Read, UsageError
 from flowtrain.state.container import Tree
 from flowtrain.state.series import Series
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused
-from flowtrain_dask.snapshots.series import Cut, Tail
+from flowtrain_dask.snapshots.series import Cutter
 from tests.support.copies import Box, Frozen, copied, tensor
 
 
@@ -86,9 +86,10 @@ def test_where_something_is_comes_with_the_outermost_step_last() -> None:
 def test_how_a_series_is_shown_is_said_from_outside() -> None:
     series = Series("cbstate.s")
     series.push(1.0, 1)
-    plain, other = Copying(Pool(0)), Copying(Pool(0), cut=lambda live: Tail(live, 0))
-    assert type(plain.copy([series])[0]) is Cut
-    assert type(other.copy([series])[0]) is Tail
+    plain, other = Copying(Pool(0)), Copying(Pool(0), cutter=Cutter(tail=True))
+    assert list(plain.copy([series])[0]) == [(1, 1.0)]
+    with pytest.raises(UsageError, match="runs in another process"):
+        list(other.copy([series])[0])
     assert plain.has_series
     assert not Copying(Pool(0)).has_series
 

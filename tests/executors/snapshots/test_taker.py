@@ -35,6 +35,7 @@ from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import Parameters
+from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
 from flowtrain_dask.snapshots.copiers import Pool
@@ -223,7 +224,7 @@ def test_a_tail_begins_at_the_handlers_last_event() -> None:
     for step in range(1, 4):
         for _ in range(step):
             metrics[TrainingPhase].push("Loss", step / 2, step)
-        series = take().payload["cbstate", "metrics_step"][TrainingPhase]["Loss"]
+        series = readonly(take().payload["cbstate", "metrics_step"], "cbstate.metrics_step")[TrainingPhase]["Loss"]
         found.append((len(series), series.since(len(series) - step)))
     assert found == [(1, [0.5]), (3, [1.0, 1.0]), (6, [1.5, 1.5, 1.5])]
     with pytest.raises(UsageError, match=r"cbstate\.x is declared with Read\(full=True\).*stays in the process"):
