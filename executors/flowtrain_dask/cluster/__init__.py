@@ -2,7 +2,7 @@
 
 `connect` makes a client from the argument of the user. `transport` is the lane's side: it sends batches of events, and
 always holds enough to begin again when a worker is lost. `calls` makes one call to the cluster and watches it, and
-`worker` is the function that runs there. `codec` and `reducing` encode a batch of events with their snapshots as bytes,
-`pickling` and `callback_state` callbacks and their state. `block` hands a large batch to a worker on the same machine
-through memory.
+`worker` is the function that runs there. `codec` encodes a batch of events with their snapshots as bytes,
+`callback_state` callbacks and their state, and `pickling` is the pickler of both. `block` hands a large batch to a
+worker on the same machine through memory.
 """

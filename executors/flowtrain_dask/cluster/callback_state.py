@@ -99,7 +99,7 @@ def _restore(callback: Callback, state: Any) -> set[str]:
         return set(vars(callback))
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     for name, value in {**(attributes or {}), **(slots or {})}.items():
-        object.__setattr__(callback, name, value)  # a slot here may be an attribute on the worker, see `reducing`
+        object.__setattr__(callback, name, value)  # a slot here may be an attribute on the worker, see `pickling`
     return set(attributes or {})
 
 

@@ -7,7 +7,7 @@ A blob is a pickle (protocol 5, by cloudpickle) and the buffers that it refers t
 Buffers of a mebibyte and more are used where they are, on either side. Smaller ones are copied where objects are made
 again: a callback that keeps one of these keeps that alone, and not the memory of a whole batch.
 
-How tensors and other values are taken apart says `flowtrain_dask.cluster.reducing`.
+How tensors and other values are taken apart says `flowtrain_dask.cluster.pickling`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flowtrain_dask.cluster.reducing import ValuePickler
+from flowtrain_dask.cluster.pickling import ValuePickler
 from flowtrain_dask.lanes.work import Entry, opened
 from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
 
