@@ -419,7 +419,8 @@ class TorchCore:
 
     def __repr__(self) -> str:
         device = self.device if self._state is not None else self.settings.device
-        how = f"device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate}"
+        shown = f"device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate}"
         if self._state is not None and self.device.type != "cpu":
-            how += f", prefetch={self._placement.prefetches}, lag={self._placement.lag}"  # what the device allows
-        return f"TorchCore({how})"
+            # These two depend on the abilities of the device.
+            shown += f", prefetch={self._placement.prefetches}, lag={self._placement.lag}"
+        return f"TorchCore({shown})"

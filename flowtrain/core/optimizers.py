@@ -104,19 +104,20 @@ def takes_found_inf(optimizer: Optimizer) -> bool:
 
 
 def fused(wanted: Any, params: Iterable[torch.nn.Parameter], slow: Collection[str] = ("cpu",)) -> Any:
-    """Return the function that makes an optimizer, with ``fused=True`` where torch has that and it gains something.
+    """Return the function that makes an optimizer, with ``fused=True`` added where torch offers it and it is faster.
 
     Args:
-        wanted: What the user passed.
-        params: What it is to train: all of it must be floating point numbers, on devices with a fused optimizer.
-        slow: Types of devices on which fused optimizers gain nothing.
+        wanted: The argument of the user. Anything but an optimizer class of torch, or a partial of one, is returned as
+            it is.
+        params: The parameters to train. Each must be a floating point tensor on a device that has a fused optimizer.
+        slow: The types of devices on which fused optimizers are not faster.
     """
     made = wanted.func if isinstance(wanted, partial) else wanted
-    said = wanted.keywords if isinstance(wanted, partial) else {}
+    given = wanted.keywords if isinstance(wanted, partial) else {}
     if not (isinstance(made, type) and issubclass(made, Optimizer) and made.__module__.startswith("torch.optim.")):
         return wanted
-    # What the user says about any of these is an answer to how it is to compute.
-    if {"fused", "foreach", "capturable", "differentiable"} & {*said}:
+    # With any of these arguments the user has chosen an implementation.
+    if {"fused", "foreach", "capturable", "differentiable"} & {*given}:
         return wanted
     if "fused" not in inspect.signature(made).parameters:
         return wanted
@@ -129,14 +130,17 @@ def fused(wanted: Any, params: Iterable[torch.nn.Parameter], slow: Collection[st
 
 @cache
 def _runs_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Try whether a device has the fused kernel of an optimizer of torch, for numbers of a type."""
+    """Try whether a device has the fused kernel of an optimizer of torch for a type of numbers.
+
+    Torch has no list of these kernels, and each combination is tried once.
+    """
     if not dtype.is_floating_point:
         return False
     param = torch.nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
     param.grad = torch.zeros_like(param)
     try:
         getattr(torch.optim, name)([param], lr=0.0, fused=True).step()
-    except (RuntimeError, TypeError):  # torch refuses it, or has no such kernel
+    except (RuntimeError, TypeError):  # torch refuses the argument, or has no such kernel
         return False
     return True
 

@@ -1,9 +1,10 @@
-"""The accelerator of this process, whichever kind it is: CUDA, ROCm, XPU, NPU, MPS or one that registers itself.
+"""The accelerator of this process, of any kind: CUDA, ROCm, XPU, NPU, MPS, or one that registers itself with torch.
 
-All that flowtrain does with streams, events, pinned memory and the random numbers of a device goes through here, or
-through `torch.accelerator`, `torch.Stream` and `torch.Event`, which all kinds share. What a kind can do is tried out
-(`has_streams`); there is no list of kinds. Streams and events of one kind, such as ``torch.cuda.Event``, are not mixed
-with these: up to torch 2.11 that fails, and crashes on XPU (https://github.com/pytorch/pytorch/issues/173792).
+flowtrain uses streams, events, pinned memory and the generators of a device only through this module, or through
+`torch.accelerator`, `torch.Stream` and `torch.Event`, which all kinds share. The abilities of a kind are tried out
+(`has_streams`), so there is no list of kinds. The streams and events of one kind, such as ``torch.cuda.Event``, must
+not be mixed with the common ones: up to torch 2.11 that fails, and it crashes on XPU
+(https://github.com/pytorch/pytorch/issues/173792).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ __all__ = [
 
 
 def accelerator_kind() -> str | None:
-    """Return the type of accelerator that this torch was built for, such as ``"cuda"``, whether it can be used or not.
+    """Return the type of accelerator that this torch was built for, such as ``"cuda"``, or ``None``.
 
-    ``None`` if it was built for none. A build for CUDA has one also where there is no driver.
+    The accelerator may not be usable: a build for CUDA has the type ``"cuda"`` also on a machine without a driver.
     """
     try:
         found = torch.accelerator.current_accelerator()
@@ -40,29 +41,32 @@ def accelerator_kind() -> str | None:
 
 
 def accelerator() -> torch.device | None:
-    """Return the accelerator, if there is one that can be used."""
+    """Return the accelerator, or ``None`` if this process cannot use one."""
     kind = accelerator_kind()
     return torch.device(kind) if kind is not None and torch.accelerator.is_available() else None
 
 
 def _module_in_use() -> Any:
-    """Return ``torch.cuda`` or its like, once the accelerator is in use: to ask it sooner would start it."""
+    """Return ``torch.cuda`` or the module of another kind if the accelerator is in use; otherwise ``None``.
+
+    Most functions of the module would initialise the accelerator.
+    """
     kind = accelerator_kind()
     if kind is None:
         return None
     module = torch.get_device_module(kind)
-    in_use = getattr(module, "is_initialized", module.is_available)  # torch.mps is in use once it is there
+    in_use = getattr(module, "is_initialized", module.is_available)  # torch.mps is in use whenever it is available
     return module if in_use() else None
 
 
 def has_streams(device: torch.device) -> bool:
-    """Tell whether copies can run beside the computation on a device: it has side streams, and memory to pin."""
+    """Tell whether copies can run beside the computation on a device: it has several streams, and pinned memory."""
     return device.type != "cpu" and device.type == accelerator_kind() and _has_streams(device.type)
 
 
 @cache
 def _has_streams(kind: str) -> bool:
-    try:  # a kind without one of these raises, or gives something else: MPS pins nothing, and has one stream
+    try:  # a kind without them raises, or returns something else: MPS pins nothing, and has a single stream
         host = torch.empty(1, pin_memory=True)
         if not host.is_cpu or not host.is_pinned():
             return False
@@ -76,16 +80,16 @@ def _has_streams(kind: str) -> bool:
 
 
 def current_stream() -> torch.Stream | None:
-    """Return the current stream of this thread, which knows its device; ``None`` while no accelerator is in use."""
+    """Return the current stream of this thread, with its device; ``None`` while no accelerator is in use."""
     return None if _module_in_use() is None else torch.accelerator.current_stream()
 
 
 @contextmanager
 def on_stream(stream: torch.Stream) -> Generator[None]:
-    """Make a stream the current one of this thread, and its device the current one; put both back afterwards.
+    """Make a stream and its device the current ones of this thread; restore both afterwards.
 
-    It stands for ``with stream:``, which torch 2.6 lacks. Later versions keep on the stream itself what was current
-    before, so that neither a second thread nor a second block may enter it
+    This replaces ``with stream:``, which torch 2.6 does not have. Later versions store the previous stream on the
+    entered stream itself, so that no second thread and no second block may enter it
     (https://github.com/pytorch/pytorch/issues/176560).
 
     Args:
@@ -103,7 +107,7 @@ def on_stream(stream: torch.Stream) -> Generator[None]:
 
 
 def random_states() -> list[torch.Tensor]:
-    """Return the states of the random number generators of all devices; none while no accelerator is in use."""
+    """Return the states of the generators of all devices; an empty list while no accelerator is in use."""
     module = _module_in_use()
     if module is None:
         return []
@@ -113,7 +117,7 @@ def random_states() -> list[torch.Tensor]:
 
 
 def set_random_states(states: Sequence[torch.Tensor]) -> None:
-    """Put the generators back to what `random_states` returned; of as many devices as there are."""
+    """Restore the states that `random_states` returned, as far as there are as many devices."""
     kind = accelerator_kind()
     if not states or kind is None or not torch.accelerator.is_available():
         return
@@ -127,7 +131,7 @@ def set_random_states(states: Sequence[torch.Tensor]) -> None:
 
 
 def seed(number: int) -> None:
-    """Seed the generators of all devices of the accelerator that is in use."""
+    """Seed the generators of all devices, if the accelerator is in use."""
     module = _module_in_use()
     if module is not None:
         (getattr(module, "manual_seed_all", None) or module.manual_seed)(number)

@@ -84,7 +84,7 @@ class Reading:
             host.copy_(source, non_blocking=True)
             self._done.append(torch.accelerator.current_stream(source.device).record_event())
             return host
-        # A stack is a copy already. A device without pinned memory is waited for in `numbers`.
+        # A stack is a copy already. On a device without pinned memory `numbers` has to wait for the computation.
         return source.clone() if count == 1 else source
 
     def numbers(self) -> list[Any]:

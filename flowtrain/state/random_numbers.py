@@ -73,10 +73,11 @@ def _mixed(seed: int, name: str, number: int) -> int:
 
 
 class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
-    """Seed the generators of the process for a block, and put them back after it.
+    """Seed the generators of the process for a block, and restore their states after it.
 
-    These are Python's, numpy's if it is imported, torch's on the CPU, and those of the accelerator if it is in use.
-    Costs about 25 microseconds. It is no use in a thread beside training, whose draws would be put back too.
+    These are the generators of Python, of numpy if it is imported, of torch on the CPU, and of the accelerator if it is
+    in use. This costs about 25 microseconds. It must not be used in a thread beside training, because it would undo the
+    draws that training makes meanwhile.
 
     Args:
         seed: The seed, of 64 bits.
