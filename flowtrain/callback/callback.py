@@ -286,21 +286,29 @@ def on(
     event_type: type[E], phase_type: str = ..., *, access: _Access = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, E, Phase, LearnerView], None]], Callable[[C, E, Phase, LearnerView], None]]:
     """Mark a method that handles an event in any phase, or in a phase that each instance chooses."""
+
+
 @overload
 def on(
     event_type: str, phase_type: str | type[Phase] = ..., *, access: _Access = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, Event, Phase, LearnerView], None]], Callable[[C, Event, Phase, LearnerView], None]]:
     """Mark a method that handles an event which each instance chooses."""
+
+
 @overload
 def on(
     event_type: type[E], phase_type: type[P], *, access: _Access = None, enabled: _Name = None
 ) -> Callable[[Callable[[C, E, P, LearnerView], None]], Callable[[C, E, P, LearnerView], None]]:
     """Mark a method that handles an event in a phase."""
+
+
 @overload
 def on(
     event_type: type[E], phase_type: type[P], callback_type: type[CB], *, access: _Access = None, enabled: _Name = None
 ) -> Callable[[Callable[[CB, E, P, LearnerView], None]], Callable[[CB, E, P, LearnerView], None]]:
     """Add a function as a handler to an existing callback type."""
+
+
 def on(
     event_type: type[Event] | str,
     phase_type: type[Phase] | str = Phase,

@@ -34,11 +34,13 @@ class Modes:
     def __init__(self, roots: Iterable[torch.nn.Module], *, training: bool) -> None:
         self._roots, self._training = list(roots), training
         self.switched: list[torch.nn.Module] = []
-        self.begin()
+        self._before: dict[torch.nn.Module, bool] = {}
+        self._phase: list[bool] = []
 
     def begin(self) -> None:
         """Remember the present modes as the modules' own, and set those of the phase."""
         self._before = {module: module.training for root in self._roots for module in root.modules()}
+        self._phase = []
         self.switched = []
         for root in self._roots:
             self._set(root)
@@ -63,6 +65,8 @@ class Modes:
 
     def own(self) -> dict[torch.nn.Module, bool]:
         """Return the own mode of each module: the mode before the phase, or the one that a handler has set since."""
+        if not self._phase:  # an interrupt within `begin`, before any handler could set a mode
+            return self._before
         return {
             module: before if module.training is phase else module.training
             for (module, before), phase in zip(self._before.items(), self._phase, strict=True)

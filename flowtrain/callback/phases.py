@@ -328,6 +328,7 @@ def _mode(roots: Iterable[torch.nn.Module], *, training: bool) -> Generator[Mode
     """Return the context of a phase that trains, or of one that evaluates; it gives the object that sets the modes."""
     modes = Modes(roots, training=training)
     try:
+        modes.begin()
         # For a phase that trains this is no formality: a user may call `fit` within `torch.no_grad()`.
         with torch.set_grad_enabled(training):
             yield modes

@@ -172,8 +172,8 @@ class EMA(Callback):
         if not self.averages:
             raise UsageError(f"{self.name or 'EMA'} has no averages yet: fit a learner that has it first.")
         inside = self._kept is not None
-        self._put_averages()
         try:
+            self._put_averages()
             yield
         finally:
             if not inside:
@@ -183,8 +183,8 @@ class EMA(Callback):
     def at_rest(self) -> Generator[None]:
         """Give a context in which the model has the trained weights; a checkpoint is taken within it."""
         inside, held = self._kept is not None, self._held
-        self._put_back()
         try:
+            self._put_back()
             yield
         finally:
             self._put_back()

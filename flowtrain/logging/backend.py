@@ -389,11 +389,12 @@ def deliver(
 def collecting(identity: Identity, backends: Sequence[LoggerBackend] | None) -> Generator[Collector]:
     """Give a context whose `Collector` keeps the records of handlers instead of writing them."""
     collector = Collector(identity, backends)
-    token = _collector.set(collector)
+    before = _collector.get()
     try:
+        _collector.set(collector)
         yield collector
     finally:
-        _collector.reset(token)
+        _collector.set(before)
 
 
 def identity() -> Identity | None:

@@ -7,6 +7,7 @@ of backends that append to one file.
 
 from __future__ import annotations
 
+import io
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -44,9 +45,10 @@ class AppendingFile:
         self.path = path
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = io.FileIO(path, "a+")  # an object, so that an interrupt here cannot lose an open descriptor
         except OSError as error:
             raise unwritable(path, error) from error
+        self._descriptor = self._file.fileno()
         self.size = whole(self._descriptor)
         os.ftruncate(self._descriptor, self.size)
 
@@ -60,8 +62,10 @@ class AppendingFile:
         try:
             while written < len(data):
                 written += os.write(self._descriptor, data[written:] if written else data)
-        except OSError as error:
+        except BaseException as error:  # an interrupt too: otherwise `size` would not count bytes that are in the file
             os.ftruncate(self._descriptor, self.size)
+            if not isinstance(error, OSError):
+                raise
             raise LoggingError(
                 f"{self.path}: a record of {len(data)} bytes cannot be written: {error.strerror}. The file keeps the "
                 f"{self.size} bytes before it, all of them whole records. Make room, and go on from a checkpoint."
@@ -111,7 +115,7 @@ class AppendingFile:
         try:
             self.sync()
         finally:
-            os.close(self._descriptor)
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-import threading
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
@@ -26,9 +25,6 @@ __all__ = ["Draws", "own_numbers"]
 
 _NUMPY_BYTES = 2500
 """The size of numpy's ``MT19937`` state: 624 words and the position among them."""
-
-_drawing = threading.RLock()
-"""Held while the generators are seeded for one handler, since a worker may process several lanes at once."""
 
 
 class Draws:
@@ -89,12 +85,24 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
         self._seed = seed
 
     def __enter__(self) -> None:
-        _drawing.acquire()
-        seed = self._seed
         self._python = random.getstate()
         self._torch = torch.default_generator.get_state()
         self._numpy = _Numpy.of_process()
         self._devices = accelerator.random_states()
+        try:
+            self._set_seed(self._seed)
+        except BaseException:  # an interrupt: `__exit__` will not be called
+            self._put_back()
+            raise
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            self._put_back()
+        except BaseException:  # an interrupt in the middle
+            self._put_back()
+            raise
+
+    def _set_seed(self, seed: int) -> None:
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         if self._devices:
@@ -102,15 +110,12 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
         if self._numpy is not None:
             self._numpy.seed(seed & 0xFFFFFFFF)  # numpy takes 32 bits only
 
-    def __exit__(self, *failure: object) -> None:
-        try:
-            if self._numpy is not None:
-                self._numpy.put_back()
-            accelerator.set_random_states(self._devices)
-            torch.default_generator.set_state(self._torch)
-            random.setstate(self._python)
-        finally:
-            _drawing.release()
+    def _put_back(self) -> None:
+        if self._numpy is not None:
+            self._numpy.put_back()
+        accelerator.set_random_states(self._devices)
+        torch.default_generator.set_state(self._torch)
+        random.setstate(self._python)
 
 
 class _Numpy:

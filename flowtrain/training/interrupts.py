@@ -58,12 +58,16 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._changing = True
-            if self._workers and hasattr(signal, "SIGCHLD"):
-                # Torch installs its handler once in a process, with the first workers, and would replace this handler.
-                getattr(signal_handling, "_set_SIGCHLD_handler", bool)()
-                self._replace(signal.SIGCHLD, self._child_ended)
-            for number in _SIGNALS:
-                self._replace(number, self._receive)
+            try:
+                for number in _SIGNALS:  # SIGINT first: from then on Ctrl-C raises nothing here
+                    self._replace(number, self._receive)
+                if self._workers and hasattr(signal, "SIGCHLD"):
+                    # Torch installs its handler once in a process, with the first workers, and would replace this one.
+                    getattr(signal_handling, "_set_SIGCHLD_handler", bool)()
+                    self._replace(signal.SIGCHLD, self._child_ended)
+            except BaseException:  # raised by a handler that was still in place
+                self._restore()
+                raise
             self._changing = False
         return self
 
@@ -78,13 +82,17 @@ class Interrupts:
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._changing = True
-        with ExitStack() as stack:  # a restored handler may be called and raise at once; the others are restored then
-            for number, before in self._replaced.items():
-                stack.callback(signal.signal, number, before)
+        self._restore()
         self._mailbox.stopping = False
         if self._received is not None and (failure is None or isinstance(failure, Exception)):
             interrupt = KeyboardInterrupt(_text(self._received))  # the signal came after the last batch boundary
             raise_worst([interrupt] if failure is None else [failure, interrupt])
+
+    def _restore(self) -> None:
+        """Install the earlier handlers again, that of SIGINT last."""
+        with ExitStack() as stack:  # a restored handler may be called and raise at once; the others are restored then
+            for number, before in self._replaced.items():
+                stack.callback(signal.signal, number, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGINT and SIGTERM: the first one is noted, the second one raises."""

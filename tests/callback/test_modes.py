@@ -32,6 +32,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, StepContext
 from flowtrain.callbacks import SanityCheck
 from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.testing import tiny_learner
+from tests.support.interrupts import interrupted
 
 T, V = TrainingPhase, ValidationPhase
 WOKEN = r"^The model is in eval mode, and is trained in train mode, since not all parameters are frozen\. Call "
@@ -276,8 +277,27 @@ def test_own_modes_within_a_phase() -> None:
     model = tuned()
     model[0].eval()
     kept = Modes([model], training=False)
+    kept.begin()
     model[1].train()
     model[0][0].train()
     assert list(kept.own().values()) == [True, False, True, False, False, True]
     kept.end()
     assert modes(model) == [True, False, True, False, False, True]
+
+
+def test_an_interrupt_while_the_modes_are_set_does_not_lose_the_own_ones() -> None:
+    model = tuned()
+    model[0].eval()
+    before, begun = modes(model), list[Modes]()
+
+    def begin() -> None:
+        begun.append(Modes([model], training=False))
+        begun[-1].begin()
+
+    for raised in interrupted(begin, "callback/modes.py", "nn/modules/module.py"):
+        assert raised
+        for kept in begun:
+            kept.end()
+        begun.clear()
+        assert modes(model) == before
+    begun[-1].end()

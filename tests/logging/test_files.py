@@ -11,6 +11,7 @@ import pytest
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, File, JsonlBackend, LoggerBackend, Run, TensorBoardBackend, Value
 from flowtrain.logging.files import AppendingFile, FileBackend, not_open, read_file, replace_file, unwritable
+from tests.support.interrupts import interrupted
 from tests.support.programs import Programs
 
 
@@ -42,6 +43,17 @@ def test_truncating_goes_back_and_never_forth(tmp_path: Path) -> None:
         ):
             file.truncate(11)
     assert path.read_bytes() == b"one\nthree\n"
+
+
+def test_an_interrupt_leaves_whole_records_and_the_right_size(tmp_path: Path) -> None:
+    """Python raises Ctrl-C after any call: a record is then in the file and counted, or not in it."""
+    path = tmp_path / "log"
+    with AppendingFile(str(path), lines) as file:
+        for raised in interrupted(lambda: file.append_all([b"one\n", b"two\n"]), "logging/files.py"):
+            assert raised
+            assert path.read_bytes() == b"one\ntwo\n" * (file.size // 8)
+            assert file.size == path.stat().st_size
+        assert file.size >= 8
 
 
 def test_a_whole_file_replaces_the_one_before_or_leaves_it(tmp_path: Path) -> None:

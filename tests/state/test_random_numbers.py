@@ -38,6 +38,7 @@ from flowtrain.callbacks import CustomCallback, LogMetrics, LogVisualization, Me
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.random_numbers import Draws, own_numbers
 from flowtrain.testing import tiny_learner
+from tests.support.interrupts import interrupted
 
 # Numpy documents them, and its annotations leave them out.
 get_bit_generator: Callable[[], Any] = vars(np.random)["get_bit_generator"]
@@ -210,6 +211,17 @@ def test_another_generator_of_numpy_comes_back_too() -> None:
         assert repr(np.random.get_state(legacy=False)) == state
     finally:
         set_bit_generator(before)
+
+
+def test_no_interrupt_leaves_the_generators_seeded() -> None:
+    def draw_own() -> None:
+        with own_numbers(3):
+            draw()
+
+    before = generators()
+    for raised in interrupted(draw_own, "state/random_numbers.py"):
+        assert raised
+        assert generators() == before
 
 
 def test_a_seed_is_of_the_run_the_name_and_the_number() -> None:

@@ -29,7 +29,10 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer
+from flowtrain.graph.executor import Mailbox
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.training.interrupts import Interrupts
+from tests.support.interrupts import interrupted
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -64,6 +67,21 @@ class Interrupt(Callback):
                 for _ in range(self.times):
                     signal.raise_signal(self.number)
         self.log.append(type(event).__name__)
+
+
+def test_rule_29_handlers_are_put_back_wherever_it_strikes() -> None:
+    """Also before the handler of Ctrl-C is in place, and while the handlers are put back."""
+    numbers = (signal.SIGTERM, signal.SIGCHLD)
+
+    def fit() -> None:
+        with Interrupts(Mailbox(), lambda: None, workers=True):
+            pass
+
+    fit()  # torch has set up its handler of SIGCHLD
+    before = [signal.getsignal(number) for number in numbers]
+    for raised in interrupted(fit, "training/interrupts.py", "contextlib.py"):
+        assert raised
+        assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize("number", SIGNALS)

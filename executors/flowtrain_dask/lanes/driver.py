@@ -1,17 +1,20 @@
-"""A lane's thread: what it does with the events that wait, and what it shares with the training thread.
+"""A lane's thread: it takes events from the queue in batches, has them processed, and writes their records.
 
-It sleeps until there is something to do, lets events gather during the linger, and hands them to the transport as one
-batch. It writes the records of the result, counts what is done, and takes the next batch.
+The thread sleeps until there are events, lets more gather for a moment (the linger), and hands them to the transport as
+one batch. It writes the records of the result, counts the events as done, and takes the next batch.
 
-What both threads look at are plain attributes, each number counted by one of them only: the training thread reads how
-far the lane is without a lock, and without a call. A failure is the exception. Entries behind it are counted as skipped
-by whichever thread is there first, so that takes a lock.
+The training thread and the lane's thread share the attributes of a `Driver` without a lock. Each attribute has one
+writer: the training thread appends to the queue, and the lane's thread alone takes entries from it and counts them. An
+interrupt can come between any two instructions of the training thread, so it does not count the entries beside the
+queue: their number is read from the last entry (`Driver.put`).
+
+When a handler fails, the lane's thread skips the entries that the training thread has put before it raises the failure.
+`raise_failure` only marks where these end (`Driver.resume_at`).
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,56 +28,65 @@ from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, Transport
 from flowtrain_dask.lanes.work import Entry, Job, Outcome, Record
+from flowtrain_dask.parallel.threads import Wake
 
 __all__ = ["Batches", "Driver", "OnError"]
 
 OnError = Literal["raise", "warn"]
+"""What happens when a deferred handler fails; see `flowtrain_dask.executor.DaskExecutor`."""
 
 _logger = logging.getLogger("flowtrain")
 
 _TOGETHER = 256
-"""Records that are written at once, at most: a lane that is abandoned writes no more than these."""
+"""The most records that are written at once. A lane that is abandoned writes no more than these."""
 
 _FIRST = 64
 _EVENTS = 4096
 _SECONDS = 1.0
-"""The most that one batch takes: of events (also before it is known how long one takes), and expected time."""
+"""The limits of a batch: the events of the first one, the events of any other, and its expected seconds."""
 
 
 class Batches:
-    """Takes batches from the front of a queue, whose end belongs to another thread.
+    """The entries that wait in a lane, and how many of them are handed over at once.
 
-    A batch should not take much longer than a second, and not hold much of what the lane may hold: a copy of it may go
-    on its way, its snapshots are lent until all of it is done, and its records come all at once. How long an event
-    takes is known from the batch before.
+    A batch should take about a second at most, and hold a small part of the bytes that the lane may hold: its bytes may
+    be copied on the way, its snapshots stay in memory until all of it is done, and its records come all at once. The
+    time of an event is known from the batch before.
 
     Args:
-        queue: The entries that wait.
-        limit_bytes: What the entries of the lane may hold.
+        queue: The entries that the training thread has put. Only this object takes entries from it.
+        limit_bytes: How many bytes the entries of the lane may hold.
         largest: The bytes of a full batch, if the limit allows.
 
     Attributes:
         largest: The bytes of a full batch.
+        taken: The number of entries that were taken from the queue, and their bytes.
     """
 
     def __init__(self, queue: deque[Entry], limit_bytes: int, largest: int = 8 << 20) -> None:
         self._queue = queue
+        self._front: deque[Entry] = deque()  # taken from the queue, and not handed over
         self._limit_bytes = limit_bytes
         self.largest = 0
         self.fill(largest)
-        self._pace = 0.0  # seconds for an event, as of the last batch
+        self.taken = 0, 0
+        self._pace = 0.0  # seconds for an event in the last batch
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._queue)
 
     def take(self) -> list[Entry]:
-        """Take the next batch: all that waits, but no more than what one batch should take; one entry at least."""
+        """Take the next batch: all entries that wait, up to the limits of a batch, but at least one."""
+        self._pull()
         most = min(_EVENTS, max(1, int(_SECONDS / self._pace))) if self._pace else _FIRST
-        queue, batch, size = self._queue, list[Entry](), 0
-        while queue and len(batch) < most and (not batch or size + queue[0].nbytes <= self.largest):
-            batch.append(queue.popleft())
+        front, batch, size = self._front, list[Entry](), 0
+        while front and len(batch) < most and (not batch or size + front[0].nbytes <= self.largest):
+            batch.append(front.popleft())
             size += batch[-1].nbytes
         return batch
 
     def fill(self, largest: int) -> None:
-        """Let batches be of so many bytes: but a small part of the limit, since a batch is copied on its way."""
+        """Set the bytes of a full batch: at most an eighth of the limit, because a batch may be copied on its way."""
         self.largest = min(largest, self._limit_bytes // 8)
 
     def took(self, seconds: float, events: int) -> None:
@@ -82,42 +94,53 @@ class Batches:
         self._pace = seconds / events
 
     def put_back(self, rest: Sequence[Entry]) -> None:
-        """Let what a batch has left undone be the next."""
-        self._queue.extendleft(reversed(rest))
+        """Put the entries that a batch has not processed before all others."""
+        self._front.extendleft(reversed(rest))
 
     def drain(self) -> list[Entry]:
-        """Take all that waits."""
-        return [self._queue.popleft() for _ in range(len(self._queue))]
+        """Take all entries that wait."""
+        self._pull()
+        drained = list(self._front)
+        self._front.clear()
+        return drained
+
+    def _pull(self) -> None:
+        queue = self._queue
+        while queue:
+            entry = queue[0]
+            self.taken = entry.sequence + 1, entry.total  # first: as soon as the queue is empty, `Driver.put` reads it
+            self._front.append(queue.popleft())
 
 
 class Driver:
-    """Has the events of one lane processed, in a thread that the lane starts.
+    """Has the events of one lane processed, on a thread that the lane starts.
 
     Args:
-        job: What the lane is there for.
+        job: The job of the lane.
         transport: Runs its batches.
-        limit_bytes: What the entries of the lane may hold.
-        hurry: How many waiting events end the linger.
-        surface: Takes a callable that raises a failure, to be called by the training thread soon.
+        limit_bytes: How many bytes the entries of the lane may hold.
+        hurry: How many waiting entries end the linger.
+        surface: Called with a callable that raises a failure, which the training thread is to call soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
 
     Attributes:
-        queue: The entries that wait; the training thread puts them at its end.
-        batches: Takes them from its front.
-        put: How many entries there were, counted by the training thread; `put_bytes` is what they hold.
-        done: How many are done with, counted by the lane's thread; `done_bytes` is what they held.
-        collected: The state after this many entries is at home.
-        failure: What waits to be raised by the training thread.
-        rush: Whether the training thread waits for all that was put, and for the state.
-        refuses: Whether the lane takes nothing: it is closed or retired.
-        retired: Whether a failure took it out of service.
+        queue: The entries that wait. The training thread appends to it.
+        batches: The entries that wait, as the lane's thread takes them.
+        done: How many entries are done, whether run or skipped.
+        done_bytes: How many bytes these held.
+        collected: The callbacks of this process have the state after this many entries.
+        failure: The failure that the training thread is to raise.
+        resume_at: Entries before this one are skipped: they were put before the last failure was raised.
+        rush: Whether the training thread waits until all entries are done and the callbacks have their state.
+        refuses: Whether the lane takes no entries: it is closed or retired.
+        retired: Whether a failure has taken the lane out of service.
         closed: Whether the thread is to end.
-        abandoned: Whether what a handler still gives comes too late: the sinks are being closed.
-        asleep: Whether who puts something has to wake the thread, or to start it.
-        taken: When the last batch was.
+        abandoned: Whether nobody waits for the thread any more: the sinks are being closed, so it writes no records.
+        asleep: Whether the thread must be woken, or started, when an entry is put.
+        taken_at: When the last batch was taken.
         wake: Ends a wait of the thread.
         gate: Makes the thread stand still.
-        tally: What else is counted.
+        tally: Further counts.
     """
 
     def __init__(
@@ -137,30 +160,38 @@ class Driver:
         self._on_error = on_error
         self.queue: deque[Entry] = deque()
         self.batches = Batches(self.queue, limit_bytes, transport.largest)
-        self._flight: Sequence[Entry] = ()  # taken from the queue and not done
-        self.put = self.put_bytes = 0
+        self._in_flight: Sequence[Entry] = ()  # handed over and not done
         self.done = self.done_bytes = 0
         self.collected = 0
-        self._written = 0  # records of entries before this one are in the sink
+        self._written = 0  # the records of entries before this one are in the sink
         self.failure: BaseException | None = None
-        self._failing = threading.Lock()  # held while a failure comes, is raised, or has entries skipped
+        self.resume_at = 0
+        self._resumed_at = 0  # entries before this one have been skipped where they had to be
         self.rush = self.refuses = self.retired = self.closed = self.abandoned = False
         self.asleep = True
-        self.taken = 0.0
-        self.wake = threading.Event()
+        self.taken_at = 0.0
+        self.wake = Wake()
         self.gate = Gate()
         self.tally = Tally()
 
     # --- the training thread
 
+    @property
+    def put(self) -> tuple[int, int]:
+        """How many entries have been put so far, and how many bytes they hold."""
+        try:
+            last = self.queue[-1]
+        except IndexError:  # the lane's thread has taken all of them
+            return self.batches.taken
+        return last.sequence + 1, last.total
+
     def raise_failure(self) -> None:
-        """Raise the failure that waits to be raised, if there is one; the lane then goes on with what is put next."""
+        """Raise the failure that is to be raised, if there is one. Entries that are put later are processed again."""
         failure = self.failure
         if failure is None:
             return
-        with self._failing:  # the lane's thread counts nothing meanwhile
-            self._skip()
-            self.failure = None  # from here on nothing is skipped
+        self.resume_at = self.put[0]
+        self.failure = None  # last: until then the lane's thread skips all entries
         try:
             raise failure
         finally:
@@ -172,13 +203,12 @@ class Driver:
         self.wake.set()
 
     def orphan(self) -> None:
-        """Be the copy in a forked child, where nobody holds its locks any more: take nothing, write nothing."""
+        """Become the copy in a forked child, which has no lane's thread: take no entries, write no records."""
         self.closed = self.refuses = True
-        self.gate, self._failing = Gate(), threading.Lock()
-        self.wake = threading.Event()
+        self.gate, self.wake = Gate(), Wake()
         self._transport.close()
-        self.queue.clear()
-        self.done, self.done_bytes = self.put, self.put_bytes
+        self.done, self.done_bytes = self.put
+        self.batches.drain()
         for backend in {id(one): one for backends in self._sinks for one in backends}.values():
             state = backend.__getstate__()
             if isinstance(state, dict):
@@ -187,60 +217,61 @@ class Driver:
     # --- the lane's thread
 
     def drive(self) -> None:
-        """Process what is put, until the lane is closed."""
+        """Process entries until the lane is closed."""
         try:
             while self._wait():
                 try:
-                    self._round()
+                    self._process_next()
                 except Abandoned:
                     return
-                except BaseException as failure:  # a sink that is full, a cluster that is gone: the lane must tell
+                except BaseException as failure:  # such as a full sink or a lost cluster: the training thread raises it
                     self._fail(failure)
         finally:
             self._transport.close()
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do and the linger is over; return whether to go on.
+        """Sleep until there is something to do and the linger is over; return whether the lane is still open.
 
-        The linger begins with the first event that waits, which came after the last batch was taken.
+        The linger begins with the first entry that waits. If the thread did not sleep, that entry came after the last
+        batch was taken.
         """
-        begin = self.taken
-        while not self.closed and not self.queue and not self._wants_home():
+        begin = self.taken_at
+        while not self.closed and not self.batches and not self._must_collect():
             self.wake.clear()
             self.asleep = True
-            if not self.queue and not self.closed and not self._wants_home():
+            if not self.batches and not self.closed and not self._must_collect():
                 self.wake.wait()
             self.asleep = False
             begin = time.monotonic()
         end = begin + self._transport.linger
-        while not self.closed and not self._is_pressed():
+        while not self.closed and not self._must_hurry():
             self.wake.clear()
             left = end - time.monotonic()
             if left <= 0:
                 break
-            if not self._is_pressed():
+            if not self._must_hurry():
                 self.wake.wait(left)
         return not self.closed
 
-    def _is_pressed(self) -> bool:
-        """Return whether there is no time to linger."""
-        if self.rush or len(self.queue) >= self._hurry:
+    def _must_hurry(self) -> bool:
+        """Return whether the linger is to end now."""
+        if self.rush or len(self.batches) >= self._hurry:
             return True
-        return self.put_bytes - self.done_bytes >= self.batches.largest
+        return self.put[1] - self.done_bytes >= self.batches.largest
 
-    def _wants_home(self) -> bool:
-        return self.rush and self.collected < self.put
+    def _must_collect(self) -> bool:
+        """Return whether the training thread waits for the state of the callbacks."""
+        return self.rush and self.collected < self.put[0]
 
-    def _round(self) -> None:
-        batch: Sequence[Entry] = ()
-        with self._failing:
-            if self.failure is not None or self.retired:
-                self._skip()
-            else:
-                batch = self._flight = self.batches.take()
-                self.taken = time.monotonic()
+    def _process_next(self) -> None:
+        """Process the next batch, skip entries after a failure, or bring the state of the callbacks back."""
+        failing = self.failure is not None or self.retired
+        if failing or self._resumed_at < self.resume_at:
+            self._skip()
+        batch: Sequence[Entry] = () if failing else self.batches.take()
         if batch:
-            begin = time.monotonic()
+            self._in_flight = batch
+            self.taken_at = begin = time.monotonic()
             outcome = self._transport.process(batch, self.gate, self._is_closed, self.tally)
             self.batches.fill(self._transport.largest)
             self.batches.took(time.monotonic() - begin, max(1, outcome.done))
@@ -249,12 +280,12 @@ class Driver:
             done = self.done
             try:
                 self._transport.collect(self._is_closed, self.tally)
-            finally:  # what cannot be brought home now is not asked for again and again
+            finally:  # if the state cannot be brought back now, it is not asked for again and again
                 self.collected = done
                 self.rush = False
 
     def _accept(self, batch: Sequence[Entry], outcome: Outcome) -> None:
-        """Write the records of a result, each sequence number's once, and count what is done with."""
+        """Write the records of an outcome, those of each entry once, and count the entries that are done."""
         done, rest = batch[: outcome.done], batch[outcome.done :]
         try:
             with self.gate:
@@ -263,15 +294,15 @@ class Driver:
             self._written = done[-1].sequence + 1 if done else self._written
             self.done_bytes += sum(entry.nbytes for entry in done)
             self.done += len(done)
-            self._flight = rest
+            self._in_flight = rest
         if outcome.failure is not None:
             self._fail(outcome.failure[1])
         else:
-            self._flight = ()
+            self._in_flight = ()
             self.batches.put_back(rest)
 
     def _write(self, records: Sequence[Record]) -> None:
-        """Write records; a sink that fails gets nothing more, and keeps nothing from the others."""
+        """Write records. A sink that fails gets no more records; the other sinks get theirs."""
         failures: dict[int, Exception] = {}
         for start in range(0, len(records), _TOGETHER):
             for callback, own in groupby(records[start : start + _TOGETHER], itemgetter(1)):
@@ -284,35 +315,35 @@ class Driver:
             raise next(iter(failures.values()))
 
     def _fail(self, failure: BaseException) -> None:
-        """Hand a failure to the training thread, or log it and retire."""
+        """Hand a failure to the training thread, or log it and retire the lane."""
         text = f"{type(failure).__name__}: {failure}"
+        self.tally.last_error = text
         if self._on_error == "warn":
             notes = "; ".join(getattr(failure, "__notes__", ()))
             _logger.warning(
                 "flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self._name, text, notes
             )
-            self._retire(text)
+            self.refuses = self.retired = True
             self._skip()
             return
-        self.tally.last_error = text
-        with self._failing:  # what the training thread puts after it has raised the failure is not skipped
-            self.failure = failure
-            self._skip()
+        self.failure = failure
+        self._skip()
         self._surface(self.raise_failure)
 
-    def _retire(self, why: str) -> None:
-        """Take no more events; what waits is dropped."""
-        self.refuses = self.retired = True
-        self.tally.last_error = why
-        self.wake.set()
-
     def _skip(self) -> None:
-        """Count what waits as skipped, all but `FitEnd`: that one runs for every callback, whatever failed."""
+        """Skip the entries that were put before the failure is, or was, raised.
+
+        `FitEnd` is not skipped unless the lane has retired: it runs for every callback, whatever failed.
+        """
+        put = self.put[0]  # first: if the failure is still there after this, these entries were put before it is raised
+        before = put if self.failure is not None or self.retired else self.resume_at
         skipped, kept = list[Entry](), list[Entry]()
-        for entry in (*self._flight, *self.batches.drain()):
-            (kept if isinstance(entry.event, FitEnd) and not self.retired else skipped).append(entry)
-        self._flight = ()
+        for entry in (*self._in_flight, *self.batches.drain()):
+            runs = entry.sequence >= before or (isinstance(entry.event, FitEnd) and not self.retired)
+            (kept if runs else skipped).append(entry)
+        self._in_flight = ()
         self.batches.put_back(kept)
+        self._resumed_at = before
         self.tally.skipped += len(skipped)
         self.done_bytes += sum(entry.nbytes for entry in skipped)
         self.done += len(skipped)

@@ -1,10 +1,10 @@
-"""A gate: how another thread makes a lane's thread stand still between two events, and how every fork does so.
+"""A gate, by which another thread makes a lane's thread stand still between two events; every fork uses it.
 
-A data loader starts its workers by copying this process, beside running lanes. Only the thread that forks lives on in
-the child: a lock that another thread held stays locked there for ever, and what it had written in part is written
-twice. So before a fork every lane is made to stand still between two events; afterwards the parent's lanes go on. The
-child's copies of the lanes take no events, and its copies of their backends are what a backend is when it is sent to
-another process: they encode and never write.
+A data loader starts its workers by forking this process while lanes run. Only the forking thread exists in the child: a
+lock that another thread held stays locked there for ever, and a record that it had written in part is written twice. So
+before a fork every lane is made to stand still between two events, and afterwards the lanes of the parent continue. The
+child's copies of the lanes take no events, and its copies of their backends only encode and never write, like backends
+that were sent to another process.
 """
 
 from __future__ import annotations
@@ -20,73 +20,78 @@ __all__ = ["Gate", "guard"]
 
 
 class Gate:
-    """A lock that lets whoever wants the lane to stand still go first.
+    """Lets other threads hold up a lane's thread.
 
-    The lane's thread enters it around everything that must not be interrupted, such as an event or the writing of
-    records. It leaves and enters again at once, so with a plain lock nobody else would get in between.
+    The lane's thread enters the gate around everything that must not be interrupted, such as an event or the writing of
+    records. It leaves and enters again at once, so a plain lock would hardly ever let another thread in between. Here a
+    holder only says that it holds the gate, and the lane's thread waits outside until nobody does.
+
+    No lock is involved: the lane's thread says that it is inside before it looks for holders, and a holder says that it
+    holds before it looks whether the lane's thread is inside, so at least one of them sees the other. An interrupt of a
+    holder leaves nothing behind that `release` does not remove.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._inside = 0  # the thread that is inside, by its number
+        self._holders: set[int] = set()  # threads, by their identifiers
+        self._inside = 0  # the identifier of the thread that is inside
 
     def hold(self, timeout: float) -> bool:
-        """Wait until the lane's thread is outside, and keep it there; return whether it is.
+        """Keep the lane's thread outside, after waiting until it is; return whether this was possible.
 
         Args:
-            timeout: The most seconds to wait: a long handler is not waited for.
+            timeout: The most seconds to wait, since a handler may take long.
         """
-        if self._inside == threading.get_ident():
-            return False  # a handler forks, or asks for a flush: it cannot wait for itself
-        self._wanted += 1
+        caller = threading.get_ident()
+        if self._inside == caller:
+            return False  # a handler forks, and would wait for itself
+        self._holders.add(caller)
         deadline = time.monotonic() + timeout
-        while not self._lock.acquire(timeout=0.01):  # short: a signal does not interrupt it
+        while self._inside:
             if time.monotonic() >= deadline:
-                self._wanted -= 1
+                self.release()
                 return False
+            time.sleep(0.001)
         return True
 
     def release(self) -> None:
-        """End what `hold` began."""
-        self._wanted -= 1
-        self._lock.release()
+        """Let the lane's thread in again, as far as the calling thread is concerned."""
+        self._holders.discard(threading.get_ident())
 
     def __enter__(self) -> None:
-        while self._wanted:
+        caller = threading.get_ident()
+        self._inside = caller
+        while self._holders:
+            self._inside = 0
             time.sleep(0.001)
-        self._lock.acquire()
-        self._inside = threading.get_ident()
+            self._inside = caller
 
     def __exit__(self, *exc: object) -> None:
         self._inside = 0
-        self._lock.release()
 
 
 class _Standing(Protocol):
-    """A lane, as forks see it."""
+    """A lane, as forks use it."""
 
     @property
     def gate(self) -> Gate:
-        """What makes its thread stand still."""
+        """The gate of its thread."""
         ...
 
     def orphan(self) -> None:
-        """Be the copy in a forked child."""
+        """Become the copy in a forked child."""
         ...
 
 
 _PATIENCE = 5.0
-"""Seconds that a fork waits for lanes to stand still; a handler that takes longer is not waited for."""
+"""Seconds that a fork waits for lanes to stand still. It does not wait for a handler that takes longer."""
 
 _lanes: WeakSet[_Standing] = WeakSet()
-_held: list[_Standing] = []
 _installed: list[int] = []
 
 
 def guard(lane: _Standing) -> None:
     """Make a lane stand still whenever this process is forked, as long as the lane lives."""
-    if not _installed and hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    if not _installed and hasattr(os, "register_at_fork"):  # Windows has no forks
         _installed.append(os.getpid())
         os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
     _lanes.add(lane)
@@ -95,17 +100,15 @@ def guard(lane: _Standing) -> None:
 def _before() -> None:
     end = time.monotonic() + _PATIENCE
     for lane in list(_lanes):
-        if lane.gate.hold(max(0.0, end - time.monotonic())):
-            _held.append(lane)
+        lane.gate.hold(max(0.0, end - time.monotonic()))
 
 
 def _after_in_parent() -> None:
-    while _held:
-        _held.pop().gate.release()
+    for lane in list(_lanes):  # those that could not be held too: an interrupt may have ended `hold` half-way
+        lane.gate.release()
 
 
 def _after_in_child() -> None:
-    _held.clear()
     for lane in list(_lanes):
-        with contextlib.suppress(Exception):  # a child that cannot let go of a sink is a child all the same
+        with contextlib.suppress(Exception):  # the child must run even if a backend cannot be taken apart
             lane.orphan()

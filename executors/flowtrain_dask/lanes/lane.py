@@ -1,16 +1,15 @@
-"""A lane: where deferred events wait, to be processed one at a time, in order.
+"""A lane: deferred events wait in it, and are processed one at a time and in order.
 
-The training thread puts an entry at the end (`Lane.put`); the lane's thread (`flowtrain_dask.lanes.driver`) takes what
-has gathered, hands it over as one batch, and takes the next batch. There is never more than one batch in flight, so
-batches size themselves: the slower a lane, the larger they get.
+The training thread puts an entry at the end of the queue (`Lane.put`). The lane's thread
+(`flowtrain_dask.lanes.driver`) takes the entries that have gathered, hands them over as one batch, and then takes the
+next batch. There is never more than one batch at work, so a slow lane gets large batches.
 
-Every number is counted by one thread only: the training thread counts what it put, the lane's thread what is done.
-So `put` takes no lock, and it wakes the lane's thread only if that sleeps. What waits for something looks again every
-few milliseconds: a wait in a lock would not be interrupted by signals.
+The threads share no lock, so `put` takes none, and it wakes the lane's thread only if that sleeps. A method that waits
+looks again every few milliseconds, because a signal would not end a wait for a lock on every system.
 
-When a handler fails, the records before it are written first; then the failure is handed to the training thread
-(`surface`), and the entries that were put until the training thread raises it are skipped, as they would not have
-existed in place. What is put after that is processed, and `FitEnd` has its turn whenever it was put.
+When a handler fails, the records before the failure are written. Then the failure is handed to the training thread
+(`surface`). The entries that are put until the training thread raises it are skipped, since they would not exist if the
+handler had run in place. Entries that are put later are processed. `FitEnd` is processed whenever it was put.
 """
 
 from __future__ import annotations
@@ -29,28 +28,29 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.transport import Transport
 from flowtrain_dask.lanes.work import Entry, Job
+from flowtrain_dask.parallel.threads import start
 
 __all__ = ["Lane", "OnError"]
 
 _POLL = 0.002
-"""Seconds between two looks at something that is waited for."""
+"""Seconds between two looks at a condition that is waited for."""
 
 
 class Lane:
     """A bounded queue of events with a thread that has them processed.
 
     Args:
-        job: What it is there for; its backends are open while there are entries.
-        transport: Runs its batches; opened already.
-        limits: How much may wait.
-        surface: Takes a callable that raises a failure, to be called by the training thread soon.
+        job: The job of the lane. Its backends must be open while there are entries.
+        transport: Runs the batches. It is open already.
+        limits: How many events, and how many bytes, may wait.
+        surface: Called with a callable that raises a failure, which the training thread is to call soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
-        stopping: Whether training is to end soon; then nothing waits for room any more.
-        hurry: How many waiting events end the linger; half of what the limit allows if that is less.
+        stopping: Returns whether training is about to stop; then `put` no longer waits for room.
+        hurry: How many waiting events end the linger; half of the limit if that is less.
 
     Attributes:
-        given_up: Whether the training thread has stopped waiting for it.
-        holds: What keeps its sinks open, also when the learner is gone.
+        given_up: Whether the training thread has stopped waiting for the lane.
+        holds: Keeps the sinks of the lane open, even if the learner is gone.
     """
 
     def __init__(
@@ -71,56 +71,56 @@ class Lane:
         self._hurry = max(1, min(hurry, limits.pending // 2))
         self._driver = Driver(job, transport, limits.bytes, self._hurry, surface, on_error)
         self._thread: threading.Thread | None = None
+        self._driving = threading.Lock()  # held by the lane's thread as long as it lives
         self.given_up = False
         self.holds: object = None
         guard(self)
 
     @property
     def gate(self) -> Gate:
-        """What makes its thread stand still."""
+        """The gate that makes the lane's thread stand still."""
         return self._driver.gate
 
     def put(self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
-        """Put an event at the end; wait for room if there is none. Called by the training thread only.
+        """Put an event at the end, after waiting for room if there is none. Only the training thread calls this.
 
         Args:
-            duty: The position of its handler in the job.
+            duty: The position of the handler in the job.
             event: The event.
             phase: The phase.
-            payload: What the handler declared to read; nobody changes it any more.
-            nbytes: How many bytes it holds that nobody else does.
-            seed: The seed of the random numbers that its handler draws.
+            payload: The snapshot of the state that the handler declares to read.
+            nbytes: How many bytes the payload holds that no other object holds.
+            seed: The seed for the random numbers that the handler draws.
 
         Returns:
-            Whether the lane took it; otherwise it was dropped and counted.
+            Whether the lane took the event; otherwise it was dropped and counted.
         """
         driver = self._driver
-        number = driver.put
+        number, total = driver.put
         waiting = number - driver.done
-        if driver.refuses or (waiting and self._is_full(waiting, nbytes)):
+        if driver.refuses or (waiting and self._is_full(waiting, total, nbytes)):
             if not self._make_room(self.job.duties[duty].name, nbytes):
                 return False
             waiting = number - driver.done
-        driver.queue.append(Entry(number, duty, event, phase, payload, nbytes, seed))
-        driver.put_bytes += nbytes
-        driver.put = number + 1
-        room = driver.batches.largest - (driver.put_bytes - driver.done_bytes)
-        if driver.asleep or waiting + 1 == self._hurry or -nbytes < room <= 0:  # enough for a full batch, now
+        total += nbytes
+        driver.queue.append(Entry(number, duty, event, phase, payload, nbytes, seed, total))
+        room = driver.batches.largest - (total - driver.done_bytes)
+        if driver.asleep or waiting + 1 == self._hurry or -nbytes < room <= 0:  # this event completes a full batch
             self._wake_up()
         return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all that was put is done and the callbacks' state is at home.
+        """Wait until all events are done and the callbacks of this process have their state.
 
         Args:
             timeout: The most seconds to wait; ``None`` for as long as it takes.
 
         Returns:
-            Whether it is; ``False`` when the time was over. After a failure there is nothing left to do: see
+            Whether both is so; ``False`` if the time was over. After a failure there is nothing left to wait for: see
             `raise_failure`.
 
         Raises:
-            UsageError: A handler of the lane asks for it, and would wait for itself.
+            UsageError: A handler of the lane calls this, and would wait for itself.
         """
         if self._thread is not None and self._thread is threading.current_thread():
             raise UsageError(
@@ -128,7 +128,7 @@ class Lane:
                 f"where training is run."
             )
         driver = self._driver
-        goal = driver.put
+        goal, _ = driver.put
         deadline = None if timeout is None else time.monotonic() + timeout
         while not driver.refuses and (driver.done < goal or driver.collected < goal):
             driver.rush = True
@@ -140,21 +140,25 @@ class Lane:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is to be waited for: a failure is to be raised first, or it takes no more events."""
+        """Whether waiting is of no use: a failure must be raised first, or the lane takes no events."""
         return self._driver.failure is not None or self._driver.refuses
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits, to be processed or to be raised."""
+        """Whether there is no event to process and no failure to raise."""
         driver = self._driver
-        return driver.failure is None and (driver.refuses or driver.done >= driver.put)
+        return driver.failure is None and (driver.refuses or driver.done >= driver.put[0])
 
     def raise_failure(self) -> None:
-        """Raise the failure that waits to be raised, if there is one; the lane then goes on with what is put next."""
+        """Raise the failure that is to be raised, if there is one. Events that are put later are processed again."""
         self._driver.raise_failure()
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the lane's thread and give back what the transport holds; what has not been processed is dropped."""
+        """End the lane's thread and close the transport. Events that are not done are dropped and counted.
+
+        Args:
+            timeout: The most seconds to wait for the handler that is at work.
+        """
         if self._driver.closed:
             return
         self._driver.end()
@@ -168,32 +172,33 @@ class Lane:
         self._drop_rest()
 
     def report(self) -> LaneReport:
-        """Return how it stands; callable from any thread at any time."""
+        """Return the counts of the lane. Any thread may call this at any time."""
         driver = self._driver
-        # What is done first: a number that is read later is never smaller.
+        # The numbers of done entries are read first: the numbers of put entries, read later, are never smaller.
         done, done_bytes = driver.done, driver.done_bytes
+        put, put_bytes = driver.put
         return LaneReport(
             self.job.lane,
             self.job.callbacks,
             self._transport.where,
-            driver.put,
+            put,
             done,
-            max(0, driver.put_bytes - done_bytes),
+            max(0, put_bytes - done_bytes),
             driver.retired,
             driver.tally.copy(),
         )
 
     def orphan(self) -> None:
-        """Be the copy in a forked child, which has no lane thread: take nothing, write nothing."""
+        """Become the copy in a forked child, which has no lane's thread: take no events, write no records."""
         self._thread = None
         self._driver.orphan()
 
-    def _is_full(self, waiting: int, nbytes: int) -> bool:
-        driver, limits = self._driver, self._limits
-        return waiting >= limits.pending or driver.put_bytes - driver.done_bytes + nbytes > limits.bytes
+    def _is_full(self, waiting: int, total: int, nbytes: int) -> bool:
+        limits = self._limits
+        return waiting >= limits.pending or total - self._driver.done_bytes + nbytes > limits.bytes
 
     def _make_room(self, callback: str, nbytes: int) -> bool:
-        """Wait until there is room, or whatever else ends the wait; return whether the event is to be taken."""
+        """Wait until there is room, or until something else ends the wait; return whether to take the event."""
         driver = self._driver
         begin = time.perf_counter()
         if not driver.refuses and self._limits.when_full == "block":
@@ -208,23 +213,25 @@ class Lane:
 
     def _has_no_room(self, nbytes: int) -> bool:
         driver = self._driver
-        waiting = driver.put - driver.done
-        return bool(waiting) and not driver.refuses and driver.failure is None and self._is_full(waiting, nbytes)
+        put, total = driver.put
+        waiting = put - driver.done
+        return bool(waiting) and not driver.refuses and driver.failure is None and self._is_full(waiting, total, nbytes)
 
     def _wake_up(self) -> None:
         driver = self._driver
         if driver.closed:
             return
         if self._thread is None:
-            driver.taken = time.monotonic()
-            self._thread = threading.Thread(target=self._drive, name=f"flowtrain lane {self.job.lane}", daemon=True)
-            self._thread.start()
-        driver.asleep = False
+            driver.taken_at = time.monotonic()  # the linger of the first batch begins now
+            self._thread = start(self._drive, f"flowtrain lane {self.job.lane}")
         driver.wake.set()
 
     def _drive(self) -> None:
-        # Through the lane: as long as its thread runs, the lane is there, and a fork can make it stand still.
-        self._driver.drive()
+        """Be the lane's thread. It refers to the lane, so a lane with a running thread stays known to `guard`."""
+        # An interrupt can make the training thread start a second thread, just before it knows of the first.
+        if self._driving.acquire(blocking=False):
+            self._thread = threading.current_thread()
+            self._driver.drive()
 
     def _drop_rest(self) -> None:
         driver = self._driver

@@ -1,4 +1,4 @@
-"""How much work of deferred callbacks may wait, and what happens when there is more."""
+"""The limits of a lane: how many deferred events may wait, and what happens when there are more."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from flowtrain.errors import ExecutorError, nearest, whole_number
 __all__ = ["Limits", "WhenFull", "check_droppable"]
 
 WhenFull = Literal["block", "drop"]
+"""What happens to an event that comes to a full lane; see `Limits`."""
 
 _CHOICES = ("block", "drop")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of each lane. An empty lane takes one event of any size.
+    """The limits of each lane. An empty lane takes one event of any size.
 
     Args:
         pending: How many events may wait.
         bytes: How many bytes their snapshots may hold.
         when_full: ``"block"``: the training thread waits until there is room. ``"drop"``: the event is dropped and
-            counted; callbacks that are ``durable``, or that read a series, do not take that.
+            counted, which is refused for callbacks that are ``durable`` or that read a series.
 
     Raises:
-        ExecutorError: A value means nothing.
+        ExecutorError: `pending` or `bytes` is no whole number of at least 1, or `when_full` is another word.
     """
 
     pending: int = 10_000
@@ -44,15 +45,15 @@ class Limits:
 
 
 def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> None:
-    """Check that a callback may be deferred to a lane that drops events.
+    """Check that a callback may be deferred to a lane with these limits, which may drop events.
 
     Args:
         callback: The callback.
-        reads_series: Whether it declares to read a series.
+        reads_series: Whether the callback declares to read a series.
         limits: The limits of its lane.
 
     Raises:
-        ExecutorError: It may not.
+        ExecutorError: The lane may drop events, and the callback needs all of them.
     """
     if limits.when_full != "drop" or not (callback.durable or reads_series):
         return

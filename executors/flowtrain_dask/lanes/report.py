@@ -1,6 +1,7 @@
-"""What an executor tells about its lanes: how much went through, what waits, who made training wait, what went wrong.
+"""The report on lanes: how many events are done and wait, how long training waited for room, and what failed.
 
-`Tally` is counted up by a lane while it works, each number by one thread only; `Report` is what a user gets.
+A lane counts in its `Tally` while it works, and each number has one thread that counts it. A `Report` is a copy of the
+numbers at one moment, for the user.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ __all__ = ["LaneReport", "Report", "Stall", "Tally"]
 
 @dataclass
 class Stall:
-    """How often and for how long the training thread waited for room in a lane.
+    """The waits of the training thread for room in a lane, for the events of one callback.
 
     Attributes:
-        count: How often.
-        seconds: For how long in all.
+        count: The number of waits.
+        seconds: The seconds of all waits together.
     """
 
     count: int = 0
@@ -27,16 +28,16 @@ class Stall:
 
 @dataclass
 class Tally:
-    """What a lane counts besides its events.
+    """The counts of a lane beside those of its events.
 
     Attributes:
-        dropped: The events that were dropped, by callback.
-        skipped: The events that were not run because an earlier one had failed.
-        stalls: Who made the training thread wait, by callback.
-        restarts: How often a batch was given out again: a worker was lost, or did not answer.
-        replays: How many events were run again to get back a state that was lost.
+        dropped: How many events were dropped, by the name of the callback.
+        skipped: How many events were not run because an earlier one had failed.
+        stalls: The waits of the training thread, by the name of the callback.
+        restarts: How often a batch was given out again because a worker was lost or did not answer.
+        replays: How many events were run again to restore a state that was lost.
         local: How many events were run in this process because the cluster was lost.
-        records: The records that were written.
+        records: How many records were written.
         last_error: The last failure, as text; empty if there was none.
     """
 
@@ -50,12 +51,12 @@ class Tally:
     last_error: str = ""
 
     def copy(self) -> Tally:
-        """Return the numbers of this moment, while other threads go on counting."""
+        """Return a copy of the numbers, while other threads continue to count."""
         stalls = {name: replace(stall) for name, stall in list(self.stalls.items())}
         return replace(self, dropped=Counter(dict(self.dropped)), stalls=stalls)
 
     def stalled(self, callback: str, seconds: float) -> None:
-        """Count that a callback's event waited for room."""
+        """Count a wait for room for an event of a callback."""
         stall = self.stalls.setdefault(callback, Stall())
         stall.count += 1
         stall.seconds += seconds
@@ -63,17 +64,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class LaneReport:
-    """One lane at one moment.
+    """The numbers of one lane at one moment.
 
     Attributes:
-        lane: Its name.
+        lane: The name of the lane: the names of its callbacks, joined by ``+``.
         callbacks: The names of its callbacks.
-        where: Where its handlers run.
-        events: The events that it took.
-        done: Those that are done with.
-        bytes: What the waiting ones hold.
-        retired: Whether it was taken out of service by a failure.
-        tally: What else it counted.
+        where: Where its handlers run: a thread, a process or the address of a scheduler, and the last worker.
+        events: How many events the lane has taken.
+        done: How many of them are done.
+        bytes: How many bytes the pending events hold.
+        retired: Whether a failure has taken the lane out of service.
+        tally: Its further counts.
     """
 
     lane: str
@@ -91,7 +92,7 @@ class LaneReport:
         return self.events - self.done
 
     def troubles(self) -> Iterator[str]:
-        """Yield a line for each thing that a user should know of."""
+        """Yield a line for each problem that a user should know of."""
         tally = self.tally
         for name, stall in sorted(tally.stalls.items()):
             yield f"{name} made training wait {stall.seconds:.1f} s in all ({stall.count} times): its lane was full"
@@ -114,10 +115,10 @@ _HEAD = ("lane", "where", "events", "done", "pending", "MiB", "dropped", "record
 
 @dataclass(frozen=True)
 class Report:
-    """What the lanes of an executor did so far; ``print`` shows a table.
+    """The numbers of all lanes of an executor at one moment; ``print`` shows them as a table.
 
     Attributes:
-        lanes: One for each lane.
+        lanes: The numbers of each lane.
     """
 
     lanes: tuple[LaneReport, ...] = ()
@@ -134,11 +135,11 @@ class Report:
 
     @property
     def stalled(self) -> float:
-        """For how many seconds the training thread waited for room."""
+        """For how many seconds the training thread has waited for room."""
         return sum(stall.seconds for lane in self.lanes for stall in lane.tally.stalls.values())
 
     def troubles(self) -> list[str]:
-        """Return a line for each thing that a user should know of: waiting, drops, restarts, errors."""
+        """Return a line for each problem that a user should know of: waits, dropped events, restarts, errors."""
         return [line for lane in self.lanes for line in lane.troubles()]
 
     def __str__(self) -> str:
@@ -162,7 +163,7 @@ def _row(lane: LaneReport) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield lines with the cells below each other: the first two columns to the left, numbers to the right."""
+    """Yield the lines of a table, with the first two columns aligned to the left and the numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

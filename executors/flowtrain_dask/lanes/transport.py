@@ -1,6 +1,7 @@
-"""The seam between a lane and the place where its handlers run.
+"""The interface between a lane and the place where its handlers run.
 
-Lanes in this process: the lane's own thread runs the handlers, on the live callbacks.
+`Transport` is the interface. `ThreadTransport` is the one for this process: the lane's thread itself runs the handlers,
+on the callbacks of the learner. The one for a cluster is in `flowtrain_dask.cluster.transport`.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ __all__ = [
 ]
 
 OnLoss: TypeAlias = Literal["local", "raise"]
-"""What happens to a lane when its cluster is lost: it goes on in this process, or that is an error."""
+"""When the cluster of a lane is lost: ``"local"``: the lane continues in this process. ``"raise"``: it is an error."""
 
 
 class Abandoned(Exception):
-    """The lane is being closed, so a transport has stopped waiting. It never leaves the lane."""
+    """The lane is being closed, so a transport has stopped waiting. The lane's thread catches this."""
 
 
 class Transport(Protocol):
-    """Runs batches somewhere. All but `open` is called by one thread, which is the lane's.
+    """Runs the batches of one lane. All methods except `open` are called by the lane's thread.
 
     Attributes:
         linger: For how many seconds a lane lets events gather before it hands them over.
@@ -40,57 +41,60 @@ class Transport(Protocol):
 
     @property
     def largest(self) -> int:
-        """How many bytes of events it takes at once, if one of them is not more; that may change."""
+        """How many bytes of events a batch may have, unless a single event is larger. The number may change."""
         ...
 
     @property
     def where(self) -> str:
-        """Where it runs them, for the report: ``"thread"``, or an address."""
+        """Where the handlers run, for the report: ``"thread"``, or an address."""
         ...
 
     def open(self, timeout: float) -> None:
         """Get ready, before training.
 
+        Args:
+            timeout: The most seconds that this may take.
+
         Raises:
-            ExecutorError: It cannot; the text says what to do.
+            ExecutorError: The place where the handlers are to run cannot be used; the text says what to do.
         """
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> Outcome:
-        """Run a batch, or the first part of it, and return what it gave; what is left is handed over again.
+        """Run a batch, or the first part of it, and return the outcome. The lane hands over the rest again.
 
-        Records of events that were handed back before may be among it.
+        The outcome may contain records of earlier entries once more; the lane drops these.
 
         Args:
             entries: The next entries, in order.
-            gate: To be held while something happens that a fork must not interrupt.
-            closing: Whether to give up.
-            tally: Where restarts and replays are counted.
+            gate: To be entered around everything that a fork must not interrupt.
+            closing: Returns whether to give up.
+            tally: Counts restarts and replays.
 
         Raises:
-            Abandoned: `closing` said so.
+            Abandoned: `closing` returned ``True``.
         """
         ...
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
-        """Bring the state home: the callbacks' attributes are those after all entries so far."""
+        """Give the callbacks of this process the attributes that they have after all entries so far."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Give back all resources."""
 
 
 _SECONDS = 1.0
-"""How long records wait at most for those of later events, but for the event that is at work."""
+"""How long `process` runs further events before it returns, so that the records of the first ones are written."""
 
 
 class ThreadTransport:
-    """Runs the batches of one lane on the thread that calls.
+    """Runs the batches of one lane on the calling thread.
 
     Args:
-        job: What the lane is there for.
-        callbacks: The callbacks themselves.
-        linger: For how many seconds a lane lets events gather; without it the wake-ups slow the training thread.
+        job: The job of the lane.
+        callbacks: The callbacks of the lane.
+        linger: For how many seconds a lane lets events gather. Without it, each wake-up would slow training down.
     """
 
     where = "thread"
@@ -102,12 +106,12 @@ class ThreadTransport:
         self._callbacks = callbacks
 
     def open(self, timeout: float) -> None:
-        """There is nothing to open."""
+        """Do nothing: there is nothing to open."""
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> Outcome:
-        """Run a batch, or what of it is done when the lane is closed or records should be written."""
+        """Run a batch, until the lane is closed or it is time to write records."""
         end = time.monotonic() + _SECONDS
 
         def enough() -> bool:
@@ -116,7 +120,7 @@ class ThreadTransport:
         return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
-        """The state never left."""
+        """Do nothing: the handlers have changed the callbacks themselves."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""

@@ -1,13 +1,14 @@
-"""The work of a lane: which handlers it has, which events wait, and what running them gives.
+"""The work of a lane: its handlers (`Job`), the events that wait (`Entry`), and their `Outcome`.
 
-`run_entries` is the one place that runs a deferred handler, in this process or in another. It is a function of the
-callbacks and the events: it changes the callbacks, hands back the records that they logged, and touches no sink.
-It stops at the first event whose handler fails.
+`run_entries` is the only function that runs a deferred handler, in this process or in another. It changes nothing but
+the callbacks that it is given: it returns the records that they log, and writes to no sink. It stops at the first event
+whose handler fails.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -38,10 +39,10 @@ class Duty:
 
     Attributes:
         callback: The position of its callback in the lane.
-        name: The callback's name.
-        handler: Its registration.
-        declaration: What it declares to touch.
-        owner: In whose name its view refuses.
+        name: The name of its callback.
+        handler: The handler, with its event type and phase type.
+        declaration: The paths that the handler declares.
+        owner: The callback and handler that the error of its view names.
     """
 
     callback: int
@@ -52,13 +53,13 @@ class Duty:
 
     @property
     def label(self) -> str:
-        """The callback's name and the handler's, as ``"LogMetrics.log"``."""
+        """The names of callback and handler, such as ``"LogMetrics.log"``."""
         return f"{self.name}.{self.handler.attribute}"
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What torch keeps for the process or the thread, and results depend on.
+    """The settings of torch for a process or thread on which results depend.
 
     Attributes:
         threads: The number of intra-op threads: a sum over another number of threads differs in its last bits.
@@ -70,7 +71,7 @@ class Surroundings:
 
     @contextlib.contextmanager
     def applied(self) -> Generator[None, None, None]:
-        """Run a block in them, without gradients."""
+        """Run a block with these settings, and without recording gradients."""
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         if threads != self.threads:
             torch.set_num_threads(self.threads)
@@ -80,25 +81,25 @@ class Surroundings:
             with torch.no_grad():
                 yield
         finally:
-            # The number of threads is what later threads start with, so the one of the training thread stays.
+            # The number of threads stays: later threads start with the last number that was set, see `TorchState.call`.
             if dtype != self.dtype:
                 torch.set_default_dtype(dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a lane is there for. It travels to other processes as it is.
+    """The callbacks and handlers of a lane. A job can be sent to other processes.
 
     Attributes:
-        lane: The lane's name: those of its callbacks, joined by ``+``.
-        run: The run that it belongs to.
+        lane: The name of the lane: the names of its callbacks, joined by ``+``.
+        run: The run to which the lane belongs.
         callbacks: The names of its callbacks.
-        backends: The logging backends that each callback holds; elsewhere these are copies.
+        backends: The logging backends that each callback holds; in another process these are copies.
         duties: Its handlers; `Entry.duty` is a position among them.
         first: The number of its first event for `flowtrain.logging.backend.identity`; not 0 in a run that is resumed.
-        surroundings: What its handlers run in.
-        draws: Which of its callbacks may draw random numbers, and what says so; then it runs in no thread beside
-            training.
+        surroundings: The torch settings for its handlers.
+        draws: The callbacks that may draw random numbers, with the reason; empty if none does. Otherwise no thread
+            beside training may run the lane.
     """
 
     lane: str
@@ -119,9 +120,10 @@ class Entry(NamedTuple):
         duty: The position of its handler in `Job.duties`.
         event: The event.
         phase: The phase.
-        payload: What the handler declared to read, as it was: a `Snapshot`, or what it holds.
-        nbytes: How many bytes the payload holds that nobody else does.
-        seed: The seed of the random numbers that its handler draws; ``None`` if it says that it draws none.
+        payload: The state that the handler declares to read: a `Snapshot`, or the contents of one.
+        nbytes: How many bytes the payload holds that no other object holds.
+        seed: The seed of the random numbers that the handler draws; ``None`` if it declares that it draws none.
+        total: How many bytes all entries of the lane up to this one hold together.
     """
 
     sequence: int
@@ -131,25 +133,30 @@ class Entry(NamedTuple):
     payload: Any
     nbytes: int
     seed: int | None = None
+    total: int = 0
 
 
 Record: TypeAlias = tuple[int, int, int, bytes]
-"""The sequence number, the callback's position in the lane, the backend's among `Job.backends` of it, and the bytes."""
+"""The sequence number of the entry, the positions of callback and backend in `Job.backends`, and the bytes."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What running a batch gave.
+    """The outcome of a batch.
 
     Attributes:
-        records: What was logged, in order.
-        done: How many entries are done with; the one that failed is among them.
-        failure: The sequence number of the entry whose handler failed, and what it raised.
+        records: The records that the handlers logged, in order.
+        done: How many entries are done, including one that failed.
+        failure: The sequence number of the entry whose handler failed, and the exception.
     """
 
     records: list[Record] = field(default_factory=list)
     done: int = 0
     failure: tuple[int, BaseException] | None = None
+
+
+_seeding = threading.Lock()
+"""Held while the generators are seeded for a handler: a worker may run the handlers of several lanes at once."""
 
 
 def run_entries(
@@ -167,14 +174,14 @@ def run_entries(
 
     Args:
         callbacks: The lane's callbacks, in the state after all earlier events.
-        job: What the lane is there for.
+        job: The job of the lane.
         entries: The events.
         run: The run, for `flowtrain.logging.backend.identity`.
-        lane: The lane, for the same.
+        lane: The name of the lane, for the same function.
         gate: Entered around each event.
-        enough: Asked after each event; what comes after it says so is not run.
-        seeded: Whether handlers are given the random numbers of their seeds. Not beside training: its draws, which come
-            in between, would be put back with theirs.
+        enough: Called after each event; if it returns ``True``, no further event is run.
+        seeded: Whether handlers draw random numbers from their seeds. It must be false in a thread beside training,
+            whose draws would be undone when the generators are put back.
     """
     outcome = Outcome()
     calls = _bound(callbacks, job)
@@ -183,12 +190,16 @@ def run_entries(
         for entry in entries:
             call, replica, callback = calls[entry.duty]
             identity = Identity(run, lane, job.first + entry.sequence)
-            numbers = own_numbers(entry.seed) if seeded and entry.seed is not None else nullcontext()
+            seed = entry.seed if seeded else None
             with gate, collecting(identity, job.backends[callback]) as collector:
                 try:
-                    with numbers:
-                        call(entry.event, entry.phase, replica.show(opened(entry.payload)))
-                except BaseException as failure:  # an exit of a handler must not end the lane's thread unseen
+                    view = replica.show(opened(entry.payload))
+                    if seed is None:
+                        call(entry.event, entry.phase, view)
+                    else:
+                        with _seeding, own_numbers(seed):
+                            call(entry.event, entry.phase, view)
+                except BaseException as failure:  # even `SystemExit`: it must not end the lane's thread unnoticed
                     outcome.failure = entry.sequence, _explained(failure, job, entry)
             outcome.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
             outcome.done += 1
@@ -200,7 +211,7 @@ def run_entries(
 
 
 def opened(payload: Any) -> Any:
-    """Return what a snapshot holds, when its copies are complete."""
+    """Return the contents of a snapshot, after waiting until its copies are complete; any other payload as it is."""
     if isinstance(payload, Snapshot):
         payload.ready()
         return payload.payload
@@ -226,7 +237,7 @@ def _replicas(job: Job) -> list[Replica]:
 
 
 def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
-    """Return what is raised for a failure, with a note on where it was."""
+    """Return the exception to raise for the failure of a handler, with a note of the handler and its event."""
     duty = job.duties[entry.duty]
     where = f"({type(entry.event).__name__}, {entry.phase!r})"
     if isinstance(failure, CancelException):

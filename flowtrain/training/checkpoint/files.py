@@ -193,7 +193,8 @@ class Writer:
             CheckpointError: The last checkpoint could not be written.
         """
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():  # false if an interrupt in `submit` came before the thread was started
+                self._thread.join()
             self._thread = None
         self._raise()
 

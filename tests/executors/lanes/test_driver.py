@@ -139,9 +139,8 @@ def put(driver: Driver, *numbers: int, duty: int = NOTE, event: Event | None = N
     """Put events of 8 bytes, as the training thread does it."""
     for number in numbers:
         payload = {("batch", "inputs"): number}
-        driver.queue.append(Entry(driver.put, duty, event or BatchEnd(), TrainingPhase(), payload, 8))
-        driver.put_bytes += 8
-        driver.put += 1
+        number, total = driver.put
+        driver.queue.append(Entry(number, duty, event or BatchEnd(), TrainingPhase(), payload, 8, None, total + 8))
 
 
 def drive(driver: Driver) -> None:
@@ -157,8 +156,8 @@ def test_what_waits_is_processed_in_order_and_counted() -> None:
     put(driver, *range(100))
     drive(driver)
     assert callback.seen == sink.numbers == list(range(100))
-    assert (driver.put, driver.done, driver.collected, driver.tally.records) == (100, 100, 100, 100)
-    assert (driver.put_bytes, driver.done_bytes) == (800, 800)
+    assert (driver.put, driver.done, driver.collected, driver.tally.records) == ((100, 800), 100, 100, 100)
+    assert driver.done_bytes == 800
     assert not driver.rush, "it is at home"
     assert (len(transport.batches), transport.asked, transport.closed) == (2, 1, 1), "64 events, then the others"
 
@@ -200,7 +199,7 @@ def test_events_gather_until_there_are_enough() -> None:
     callback = Logger(Together())
     driver, transport = make(callback, hurry=5)
     transport.linger = 3600
-    driver.taken = time.monotonic()
+    driver.taken_at = time.monotonic()
     put(driver, *range(4))
     thread = threading.Thread(target=driver.drive)
     thread.start()
@@ -281,7 +280,7 @@ def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> 
     assert callback.seen == [0, 1, "end", 5]
     assert driver.tally.skipped == 2
     assert driver.tally.last_error == "ValueError: bad number 2"
-    assert (driver.done, driver.done_bytes) == (driver.put, driver.put_bytes)
+    assert (driver.done, driver.done_bytes) == driver.put
 
 
 def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
@@ -298,7 +297,7 @@ def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
         driver.wake.set()
         wait_for(lambda: driver.tally.skipped == 2)
         assert callback.seen == []
-        assert driver.put - driver.done == 1, "the end of the fit waits"
+        assert driver.put[0] - driver.done == 1, "the end of the fit waits"
         with pytest.raises(ValueError, match="bad number 0"):
             driver.raise_failure()
         wait_for(lambda: callback.seen == ["end"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from flowtrain_dask.lanes.gate import Gate
+from tests.support.interrupts import interrupted
 
 
 def test_who_is_inside_cannot_hold_it() -> None:
@@ -47,12 +47,15 @@ def test_an_exception_inside_leaves_it_open() -> None:
     gate.release()
 
 
-def test_two_can_hold_it_one_after_the_other_before_the_lane_goes_on() -> None:
+def test_two_can_hold_it_and_the_lane_goes_on_when_both_have_released_it() -> None:
     gate = Gate()
     order: list[str] = []
+    held, leave = threading.Event(), threading.Event()
 
     def second() -> None:
         assert gate.hold(20)
+        held.set()
+        assert leave.wait(20)
         order.append("second")
         gate.release()
 
@@ -61,13 +64,24 @@ def test_two_can_hold_it_one_after_the_other_before_the_lane_goes_on() -> None:
             order.append("lane")
 
     assert gate.hold(1)
-    holder = threading.Thread(target=second)
+    holder, entering = threading.Thread(target=second), threading.Thread(target=lane)
     holder.start()
-    while gate._wanted < 2:  # pyright: ignore[reportPrivateUsage]  # until it waits
-        time.sleep(0.001)
-    entering = threading.Thread(target=lane)
+    assert held.wait(20)
     entering.start()
     gate.release()
+    entering.join(0.05)
+    assert order == []
+    leave.set()
     holder.join(20)
     entering.join(20)
     assert order == ["second", "lane"]
+
+
+def test_an_interrupt_of_who_holds_it_keeps_nobody_out() -> None:
+    """A fork goes on after Ctrl-C in the function that is called before it, and releases the gate in the end."""
+    gate = Gate()
+    for raised in interrupted(lambda: gate.hold(1), "lanes/gate.py"):
+        assert raised
+        gate.release()
+        with gate:
+            assert not gate.hold(1), "the lane is inside"

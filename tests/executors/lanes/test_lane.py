@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from flowtrain.logging.backend import Identity, LoggerBackend, Value, identity, 
 from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import ThreadTransport
+from tests.support.interrupts import interrupted
 from tests.support.lanes import Memory, job_of
 from tests.support.waiting import wait_for
 
@@ -432,3 +434,47 @@ def test_fit_end_runs_after_a_failure_whenever_it_was_put(make_lane: MakeLane) -
     put(lane, 5, note)
     assert lane.flush(20)
     assert backend.records == ["Number 0 0", "End 0 0", "Number 5 5"]
+
+
+def test_no_interrupt_of_put_loses_or_doubles_an_event(make_lane: MakeLane) -> None:
+    """Python raises Ctrl-C after any call: an event is then in the lane, counted and processed, or it is not there."""
+    callback = Logger(Memory())
+    lane = make_lane(callback)
+    number = 0
+
+    def act() -> None:
+        put(lane, number)
+        if number % 2:
+            lane.flush(20)
+
+    for raised in interrupted(act, "lanes/lane.py", "lanes/driver.py", "parallel/threads.py", "contextlib.py"):
+        assert raised
+        assert lane.flush(20)
+        report = lane.report()
+        assert (len(callback.seen), report.done, report.pending, report.bytes) == (report.events, report.events, 0, 0)
+        number += 1
+    assert number > 100
+    assert callback.seen == sorted(set(callback.seen))
+
+
+def test_no_interrupt_of_raising_a_failure_leaves_the_lane_hanging(make_lane: MakeLane) -> None:
+    callback = Logger(Memory())
+    lane = make_lane(callback)
+
+    def fail() -> None:
+        put(lane, 0)
+        put(lane, 1)
+        lane.flush(20)
+        with contextlib.suppress(ValueError):
+            lane.raise_failure()
+
+    callback.bad[0] = ValueError("bad")
+    for raised in interrupted(fail, "lanes/driver.py"):
+        assert raised
+        assert lane.flush(20) or lane.over
+        with contextlib.suppress(ValueError):
+            lane.raise_failure()
+        put(lane, 2)
+        assert lane.flush(20)
+        assert callback.seen[-1] == 2
+        assert lane.report().pending == 0
