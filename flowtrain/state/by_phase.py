@@ -250,8 +250,7 @@ class CountsMap(PhaseMap[Counts]):
     def __twin__(self) -> Mapping[Phase, Counts]:
         return MappingProxyType(self)
 
-    def __detached__(self, detach: Callable[[Any], Any]) -> CountsMap:
-        return self
+    __detached__ = Container.__detached__
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> CountsMap:
         made = CountsMap(self._path)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from flowtrain.callback.nested import INSIDE, mapped
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.container import Container
 from flowtrain.state.readonly import PLAIN
 
 __all__ = ["detached"]
 
 _SAME = PLAIN - {torch.Tensor, torch.nn.Parameter, frozenset}
-"""Types of values without a graph, by exact type, which is quick: loggers read such values at every batch."""
+"""Types of plain values without a graph."""
 
 
 def detached(value: Any) -> Any:
@@ -27,11 +29,16 @@ def detached(value: Any) -> Any:
     Args:
         value: An entry of the learner's state, and no read-only twin of it. Modules stay as they are.
     """
-    if type(value) in _SAME:
+    if _is_detached(value) or (isinstance(value, PhaseMap) and all(map(_is_detached, value.values()))):
         return value
     if isinstance(value, torch.Tensor):
         return value.detach() if value.requires_grad else value
     return mapped(value, _detach, keep=True)
+
+
+def _is_detached(value: Any) -> bool:
+    """Tell by its type that a value has no graph. That is quick: loggers read such values at every batch."""
+    return type(value) in _SAME or getattr(type(value), "__detached__", None) is Container.__detached__
 
 
 def _detach(item: Any, part: Callable[[Any], Any]) -> Any:
