@@ -61,12 +61,12 @@ class GarbageCollect(Callback):
         """Collect the young objects after every n-th batch."""
         count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
         if count % self.every == 0:
-            gc.collect(1)
+            gc.collect(1)  # the two young generations: objects of many batches wait for the end of the epoch
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Collect everything, and turn the automatic collection on again."""
-        self._put_back()
+        self._put_back()  # first, so that an interrupt during the collection does not leave it off
         gc.collect()
 
     @on(EpochCancelled)

@@ -54,7 +54,7 @@ class CustomCallback(Callback):
         self.event_type = event_type
         self.phase_type = phase_type
         self._access: Access = {} if access is None else access
-        self.access_argument = self._access
+        self.access_argument = self._access  # `suggest_access` proposes a value for this argument
 
     def state_access(self) -> Access:
         """Declare the state that the user says the function touches."""

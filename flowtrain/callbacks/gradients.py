@@ -54,6 +54,7 @@ class GradNorm(Callback):
     )
     def record(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the norm of all gradients."""
+        # `Recorder` counts this batch only at its end. An update after the last batch of an epoch is in no batch.
         step = learner.cbstate.history[phase].steps + event.in_batch
         learner.cbstate.tracehistory[phase].push("GradNorm", learner.batch.grad_norm, step)
 

@@ -69,6 +69,7 @@ class LogHistograms(Callback):
     )
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the gradients of an update; the step is the number of the batch that makes the update."""
+        # `Recorder` counts this batch only at its end. An update after the last batch of an epoch is in no batch.
         step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))
         for name, gradient in learner.batch.grads.items():
             log(self.backends, Histogram(gradient, self.bins), f"Gradients/{name}", step, group)

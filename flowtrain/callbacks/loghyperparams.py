@@ -46,6 +46,7 @@ class LogHyperParams(Callback):
     def __init__(self, *backends: LoggerBackend, settings: Mapping[str, Any] | None = None) -> None:
         self.backends = checked_backends("LogHyperParams", backends, Value)
         self.settings = None if settings is None else _plain(settings)
+        # One backend that takes settings is enough; without it this call raises the error that names the backends.
         if settings is not None and not any(issubclass(Settings, backend.accepts) for backend in self.backends):
             checked_backends("LogHyperParams(settings=...)", backends, Settings)
         self._logged = False

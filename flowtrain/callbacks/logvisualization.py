@@ -133,4 +133,4 @@ def _label(f: Any) -> str:
     name = str(getattr(inner, "__name__", type(inner).__name__))
     if name == "<lambda>":
         return "Visualization"
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))  # "first_input" becomes "FirstInput"

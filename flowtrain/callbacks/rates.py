@@ -62,6 +62,7 @@ class LearningRateMonitor(Callback):
     @on(UpdateBegin, AbstractTrainingPhase)
     def look(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Record the rates that have changed since the last update."""
+        # `Recorder` counts this batch only at its end. An update after the last batch of an epoch is in no batch.
         series, step = learner.cbstate.tracehistory[phase], learner.cbstate.history[phase].steps + event.in_batch
         for name in self.optimizers or ("",):
             groups = (getattr(learner.optimizer, name) if name else learner.optimizer).hyperparams

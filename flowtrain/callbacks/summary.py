@@ -237,7 +237,7 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
 
         def hook(module: torch.nn.Module, args: Any, outputs: Any) -> None:
             """Keep the shape of the first output."""
-            shapes.setdefault(name, _shape(outputs))
+            shapes.setdefault(name, _shape(outputs))  # a module may be called several times
 
         return hook
 

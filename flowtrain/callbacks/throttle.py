@@ -159,6 +159,7 @@ def _check(name: str, callback: Callback, event_type: type[Event], last: str = "
     if not is_type(event_type, Event):
         raise UsageError(f"{name}() takes an event type second, got {event_type!r}. Write {example}.")
     handled = [handler.event_type for _, handler in callback.handlers()]
+    # Either type may be the wider one: a handler of `Event` handles `BatchEnd`, and ``throttle(..., Event)`` any event.
     if not any(issubclass(kind, event_type) or issubclass(event_type, kind) for kind in handled):
         listed = ", ".join(dict.fromkeys(kind.__name__ for kind in handled)) or "nothing"
         raise UsageError(

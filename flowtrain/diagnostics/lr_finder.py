@@ -169,7 +169,7 @@ def find_learning_rate(
     learner.loop.scopes.refuse_nested("find_learning_rate()")
     phase, loader = _training_data(learner)
     sweep = _Sweep(LearningRate(optimizer), start, end, updates, smoothing, divergence)
-    before = loader_state(loader)
+    before = loader_state(loader)  # the copy of the learner trains on the loader itself
     try:
         with same_rng():
             _run(learner, sweep, phase, loader, updates)

@@ -224,6 +224,7 @@ def _placed(epochs: Sequence[tuple[int, float]], ended: Sequence[tuple[int, int]
     places: dict[int, list[int]] = {}
     for epoch, x in ended:
         places.setdefault(epoch, []).append(x)
+    # Backwards, because of several values of one epoch the newest belongs to its newest end.
     found = [(places[epoch].pop(), value) for epoch, value in reversed(epochs) if places.get(epoch)]
     return found[::-1]
 

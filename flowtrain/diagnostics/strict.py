@@ -220,7 +220,7 @@ def rng_state() -> object:
 
 
 def _tensor(value: torch.Tensor) -> object:
-    version = -1 if value.is_inference() else value._version
+    version = -1 if value.is_inference() else value._version  # an inference tensor has no version counter
     content: object = None
     if value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized:
         content = zlib.crc32(_bytes(value))

@@ -150,7 +150,7 @@ def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, 
         if declared:
             raise _NotBuilt from error
         raise
-    scratch.core.need_grad_norm(True)
+    scratch.core.need_grad_norm(True)  # otherwise a callback that does not declare the norm yet could not read it
     scratch.state.callbacks = built
     scratch.loop.dispatch.use(built)
     failure: BaseException | None = None

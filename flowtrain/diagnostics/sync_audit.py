@@ -140,6 +140,7 @@ class _Called(TorchFunctionMode):
         if not kind:
             return func(*args, **kwargs)
         self._watch.see(operation, kind)
+        # `.item()` runs an operator that `_Dispatched` would report a second time.
         before, self._watch.inside = self._watch.inside, True
         try:
             return func(*args, **kwargs)

@@ -290,6 +290,7 @@ class Collector:
         """
         if self.backends is None:
             return
+        # By identity: two backends that a user has made equal still have two sinks.
         place = next((place for place, one in enumerate(self.backends) if one is backend), None)
         if place is None:
             raise LoggingError(
@@ -374,7 +375,7 @@ def deliver(
         by_backend.setdefault(position, []).append(record)
     for position, own in by_backend.items():
         backend = backends[position]
-        if id(backend) in noted:
+        if id(backend) in noted:  # after a failure a later record would leave a gap in the sink
             continue
         try:
             backend.write_all(own)

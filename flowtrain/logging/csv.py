@@ -93,7 +93,7 @@ class CsvBackend(FileBackend):
             name += "_"
         if name not in self._columns:
             file = self._rewrite([*self._columns, name], self._read())
-        if self._last[:2] == [group, step]:
+        if self._last[:2] == [group, step]:  # add the cell to the last row, by writing that row again
             row = self._last
             file.truncate(self._start)
         else:

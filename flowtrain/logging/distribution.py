@@ -96,5 +96,6 @@ def _values(values: Any) -> torch.Tensor:
         raise LoggingError(f"Histogram(...) got {found.dtype}, and counts real numbers. Log the histogram of .abs().")
     if found.layout is not torch.strided:
         found = found.to_dense()
+    # Whole numbers become double precision, because single precision would round large ones.
     exact = found.dtype is torch.float64 or not (found.is_floating_point() or found.dtype is torch.bool)
     return found.flatten().to(torch.float64 if exact else torch.float32)

@@ -62,7 +62,7 @@ class AppendingFile:
         try:
             while written < len(data):
                 written += os.write(self._descriptor, data[written:] if written else data)
-        except BaseException as error:  # an interrupt too: otherwise `size` would not count bytes that are in the file
+        except BaseException as error:  # an interrupt too, after which the file must not have a part of the record
             os.ftruncate(self._descriptor, self.size)
             if not isinstance(error, OSError):
                 raise

@@ -138,7 +138,7 @@ def _part(name: str) -> str:
     quoted = quote(name, safe=" ()[]+,=@")
     if len(quoted) > 200:
         quoted = f"{quoted[:190]}~{zlib.crc32(name.encode()):08x}"
-    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(quoted, quoted)
+    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(quoted, quoted)  # these parts would name another folder
 
 
 def _whole_lines(descriptor: int) -> int:

@@ -39,9 +39,9 @@ def number(value: Any) -> float | int:
     >>> number(True), number(0.5)
     (1, 0.5)
     """
-    if type(value) is float or type(value) is int:
+    if type(value) is float or type(value) is int:  # nearly every record: the fast form
         return value
-    if hasattr(value, "item") and hasattr(value, "shape"):
+    if hasattr(value, "item") and hasattr(value, "shape"):  # a tensor, or an array of a library that is not imported
         if math.prod(value.shape) != 1:
             raise LoggingError(
                 f"Value(...) holds one number, and got a {type(value).__name__} of shape {tuple(value.shape)}. Log "
@@ -134,6 +134,7 @@ def _setting(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return settings(value, where)
     if isinstance(value, (list, tuple, set, frozenset)):
+        # The order of a set differs between runs, and equal runs must write equal records.
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
         return [_setting(item, f"{where}[{place}]") for place, item in enumerate(items)]
     try:

@@ -74,7 +74,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
         if outputs.ndim != 2:
             raise UsageError(f"top_{k}_accuracy needs outputs of shape (batch, classes), got {tuple(outputs.shape)}.")
         _check_shapes(f"top_{k}_accuracy", outputs[:, 0], targets, "outputs without their classes")
-        best = outputs.topk(min(k, outputs.shape[1]), dim=1).indices
+        best = outputs.topk(min(k, outputs.shape[1]), dim=1).indices  # with fewer than k classes all are among the k
         return (best == targets.unsqueeze(1)).any(1).float().mean()
 
     metric.__name__ = f"top_{k}_accuracy"

@@ -93,7 +93,7 @@ class BackendContract:
         for step, copy in enumerate((early, late), start=1):
             assert copy.sink == backend.sink
             backend.write(copy.encode(Value(step / 2), "Loss", step, _STEP))
-        with catching(LoggingError):
+        with catching(LoggingError):  # the copy of an open backend is not open
             late.write(late.encode(Value(9.0), "Loss", 9, _STEP))
         late.close()
         backend.write(backend.encode(Value(1.5), "Loss", 3, _STEP))
@@ -107,7 +107,7 @@ class BackendContract:
         logged = [sample for sample in logged if not isinstance(sample, Figure)]  # threads must not share a figure
         before = sorted(tmp_path.rglob("*"))
         jobs = [(sample, f"Name{n}", step) for step in range(8) for n, sample in enumerate(logged)]
-        with mock.patch("time.time", return_value=1_700_000_000.0):
+        with mock.patch("time.time", return_value=1_700_000_000.0):  # records may have the clock time in them
             alone = [backend.encode(sample, name, step, _STEP) for sample, name, step in jobs]
             with ThreadPoolExecutor(4) as pool:
                 beside = list(pool.map(backend.encode, *zip(*jobs, strict=True), [_STEP] * len(jobs)))

@@ -344,12 +344,11 @@ class ExecutorContract(ContractBase):
                     ends.append(probe.name)
                     raise ValueError(f"end {probe.name}")
 
-            early_one = raises(lambda: ValueError("early"), BatchEnd) if early else None
             probes = [
                 KINDS[0](trace, fails),
                 KINDS[1](trace, fails, after=[KINDS[0]]),
                 KINDS[2](trace, fails),
-                KINDS[3](trace, early_one),
+                KINDS[3](trace, raises(lambda: ValueError("early"), BatchEnd) if early else None),
             ]
             with self.learner(*probes) as learner, catching(ValueError) as found:
                 learner.fit(1)

@@ -247,7 +247,7 @@ class ShuffledExecutor:
 
         def run(event: Event, phase: Phase) -> None:
             """Call the handlers, then sort the fired events and requests in serial order and pass them on."""
-            start = len(site.fired)
+            start = len(site.fired)  # the events before this index were fired by handlers of an earlier event
             failures = self._run(plan, event, phase)
             site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank.get(one[0], -1))
             site.requests.sort(key=lambda one: rank.get(one[0], -1))
@@ -260,6 +260,7 @@ class ShuffledExecutor:
 
     def _run(self, plan: Plan, event: Event, phase: Phase) -> Sequence[tuple[Step, BaseException]]:
         """Call every handler that depends on no failed one; return the failures in serial order."""
+        # At `FitEnd` every handler runs, even after an interrupt; elsewhere an interrupt ends the event at once.
         caught: type[BaseException] = BaseException if plan.always else Exception
         failures: dict[int, BaseException] = {}
         left, done, lost = list(range(len(plan))), 0, 0

@@ -99,7 +99,7 @@ def _ends(thing: object, path: str, callers: set[int], passed: set[int], depth: 
         depth: The length of the chain of references so far.
     """
     referrers = gc.get_referrers(thing)
-    passed.add(id(referrers))
+    passed.add(id(referrers))  # the list refers to every holder itself
     for holder in referrers:
         if id(holder) in passed or id(holder) in callers or getattr(holder, "gi_code", None) is _ends.__code__:
             continue

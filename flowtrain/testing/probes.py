@@ -109,7 +109,7 @@ class Trace:
     def running(self) -> list[str]:
         """Return the names of the probes whose handlers have started and not ended."""
         with self._changed:
-            return sorted((Counter(self.started) - Counter(self.ended)).elements())
+            return sorted((Counter(self.started) - Counter(self.ended)).elements())  # a probe may run several times
 
     def wait(self, happened: Callable[[], bool]) -> None:
         """Wait until a function of this trace is true, at most for `patience`, as handlers need not run in parallel."""
@@ -361,7 +361,7 @@ TORCH_SETTINGS: Sequence[Sequence[Callable[[], AbstractContextManager[object]]]]
 
 def torch_state() -> dict[str, object]:
     """Return the settings of torch and Python that are separate for each thread, as this thread has them."""
-    made = torch.zeros(())
+    made = torch.zeros(())  # its device and dtype are the default ones of this thread
     return {
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),

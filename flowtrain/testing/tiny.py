@@ -54,7 +54,7 @@ def tiny_batches(
     >>> torch.equal(y, 2 * x)
     True
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # a separate one, so that a test's own seed is not disturbed
     inputs = [torch.randn(batch_size, 1, generator=generator) for _ in range(n_batches)]
     return [(x, coeff * x) for x in inputs]
 
@@ -84,7 +84,7 @@ def tiny_learner(
         "default_callbacks": "quiet",
         **learner_kwargs,
     }
-    chosen.setdefault("core", TorchCore(device="cpu"))
+    chosen.setdefault("core", TorchCore(device="cpu"))  # the same result on a machine with a GPU
     model = chosen.pop("model", None) or TinyModel()
     return Learner(model, chosen.pop("lossfn", torch.nn.functional.mse_loss), **chosen)
 

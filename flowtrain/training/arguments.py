@@ -103,6 +103,7 @@ def check_keywords(call: str, unknown: Mapping[str, Any], known: Callable[..., A
         UsageError: `unknown` is not empty. The message is about its first name.
     """
     for name in unknown:
+        # `unknown` is the ``**`` parameter of the call, which collects the wrong names and is no argument itself.
         names = [each for each in signature(known).parameters if each not in ("self", "unknown")]
         advice = _advice(_ARGUMENTS, name)
         remedy = f" Write {advice}." if advice else nearest(name, names)
@@ -136,6 +137,7 @@ def check_model(model: Any) -> Any:
         return model
     if isinstance(model, Mapping) and model and all(isinstance(each, torch.nn.Module) for each in model.values()):
         for name in model:
+            # A name such as "items" would hide a method of the mapping, and a private name one of its attributes.
             if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or hasattr(Mapping, name):
                 raise CoreError(f"model has the name {name!r}, which learner.model.<name> cannot be. Choose another.")
         return Named("model", model)
@@ -253,7 +255,7 @@ def check_path(path: object, called: str, instead: str) -> None:
     Raises:
         UsageError: `path` is no path, or an empty string.
     """
-    if not isinstance(path, (str, PathLike)) or path == "":
+    if not isinstance(path, (str, PathLike)) or path == "":  # an empty path would mean the working directory
         example = "fit(10, resume='runs/a')" if "=" in called else f"{called}'runs/a')"
         raise UsageError(
             f"{called}{path!r}) takes the path of a checkpoint, or of a folder of them: write {example} with the "

@@ -113,7 +113,7 @@ class CallbackChanges:
 
     def _own(self, callbacks: Iterable[Callback], before: Iterable[Callback]) -> None:
         """Record the learner as the owner of `callbacks`, and no longer of the callbacks that it had `before`."""
-        for callback in before:
+        for callback in before:  # all of them, also the ones that stay, which get a new entry below
             for part in callback.stateful():
                 _owners.pop(id(part), None)
         me: weakref.ref[CallbackChanges] = weakref.ref(self)

@@ -78,6 +78,7 @@ def _is_loader(value: object) -> bool:
 
 
 def _is_array(value: object) -> bool:
+    # The attributes tell an array of numpy or another library, none of which flowtrain needs to import.
     return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
 
 
@@ -220,6 +221,7 @@ def planned_updates(
     batches = validate_every or lengths[0]
     if not batches:
         return None
+    # Every epoch ends its last group, so the groups of complete epochs and of the last, shorter one are counted apart.
     return steps // batches * ceil(batches / accumulate) + ceil(steps % batches / accumulate)
 
 

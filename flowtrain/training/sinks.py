@@ -88,6 +88,7 @@ class Sinks:
         run = replace(self.run, rank=_rank())
 
         def begin(backend: LoggerBackend) -> None:
+            """Open a backend for this learner."""
             _check_free(backend, self.lease)
             backend.open(run)
             self._open[backend.sink] = self._used[backend.sink]
@@ -117,7 +118,7 @@ class Sinks:
         found = {sink: position for sink, position in positions.items() if sink in self._used}
         left = {sink: position for sink, position in positions.items() if sink not in found}
         for sink, position in list(left.items()):
-            if os.path.isabs(sink):
+            if os.path.isabs(sink):  # a file; the sink of a tracker is no path, and cannot be moved
                 place = os.path.normpath(os.path.join(here, os.path.relpath(sink, before)))
                 if place in self._used and place not in found:
                     found[place] = position
@@ -241,6 +242,7 @@ def _abandon(opened: _Opened) -> None:
         return
 
     def close() -> None:
+        """Close the backends, and log an error, which no caller could catch."""
         try:
             _each(opened.backends, "closed", lambda backend: _close(backend, opened.outcome))
         except Exception:

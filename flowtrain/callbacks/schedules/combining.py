@@ -79,8 +79,9 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
 
     def formula(n: int, total: int) -> float:
         """Return the value of the schedule whose part update n is in."""
-        turn = bisect_right(done, n - 1)
+        turn = bisect_right(done, n - 1)  # before update n there are n - 1 complete updates
         ends = [*done, total]
+        # A part with its own length ignores the second argument; any other is stretched over the part.
         return parts[turn].value(n - begins[turn], ends[turn] - begins[turn])
 
     return Schedule(f"sequence({parts}, at={done})", formula, stretched=parts[-1].is_open)

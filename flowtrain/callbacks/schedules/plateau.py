@@ -65,6 +65,7 @@ class ReduceOnPlateau:
             UsageError: Neither `mode` nor the metric says whether small or large values are good.
         """
         value, best, bad, cooldown = plateau
+        # `Scheduler` has asked the callbacks for the mode already; without a learner only that of "Loss" is known.
         mode = direction(f"reduce_on_plateau({self.value}", self.monitor, self.mode, ())
         best = best if best is not None else math.inf if mode == "min" else -math.inf
         best, bad = (metric, 0) if self._is_better(metric, best, mode) else (best, bad + 1)

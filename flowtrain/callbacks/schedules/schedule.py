@@ -17,7 +17,7 @@ from flowtrain.errors import UsageError, is_a, whole_number
 __all__ = ["Schedule", "ScheduleLike", "as_schedule", "check_milestones", "check_number"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)  # compared by identity, because equal texts may have different formulas
 class Schedule:
     """A value for each update: ``schedule(n)``, where n is the number of the coming update, from 1.
 

@@ -81,7 +81,7 @@ class Criterion:
     _sign = 1.0
 
     def __init__(self) -> None:
-        Criterion.reset(self)
+        Criterion.reset(self)  # not an override, which may use attributes that a constructor sets later
 
     def begin(self, mode: Mode = "min") -> None:
         """Note that a fit begins, and whether small values are good (``"min"``, the default) or large ones."""
@@ -113,7 +113,7 @@ class Criterion:
     def reset(self) -> None:
         """Forget all values."""
         for name, value in self.initial.items():
-            setattr(self, name, deepcopy(value))
+            setattr(self, name, deepcopy(value))  # otherwise all instances would share one list
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""

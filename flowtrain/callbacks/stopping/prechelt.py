@@ -95,6 +95,7 @@ class PQ(Criterion):
             return None
         numbers = [each for each in self.training if not math.isnan(each)]
         least = min(numbers, default=math.nan)
+        # `fsum` rounds once, so k equal values give exactly their mean, and a progress of 0. The 10 makes it per mille.
         progress = 10 * _generalization_loss(math.fsum(numbers) / self.k, least) if numbers else 0.0
         if len(numbers) not in (0, self.k):
             return None
@@ -143,6 +144,7 @@ class UP(Criterion):
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
         """Count how often in a row the value has become worse."""
         before, self.before = self.before, loss
+        # A comparison with NaN is false, so a number after NaN is not worse.
         if not math.isnan(loss) and (before is None or not loss > before):
             self.count, self.since = 0, loss
             return None

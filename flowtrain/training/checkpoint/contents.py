@@ -181,6 +181,7 @@ def _wrong_names(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -
         return []
 
     def listed(names: Mapping[str, Any]) -> str:
+        """Return the names as a text."""
         return ", ".join(repr(name) for name in names if name) or "one without a name"
 
     return [f"it has as {what} {listed(saved)}, the learner has {listed(here)}"]
@@ -194,7 +195,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     for name, value in saved.items():
         if name not in here:
             yield f"it has {name}, and the learner's has not"
-        elif is_lazy(here[name]):
+        elif is_lazy(here[name]):  # a lazy parameter cannot be compared: it gets its shape with the first batch
             yield f"its {name} has a shape, the learner's has none yet: call the model once before, model(inputs)"
         elif isinstance(value, torch.Tensor) and isinstance(here[name], torch.Tensor):
             if value.shape != here[name].shape:

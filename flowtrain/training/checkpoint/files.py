@@ -56,7 +56,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], None], reached: Reached, wh
         reached: Called with a text at each point: ``"{what} begun"``, ``"{what} written"`` and ``"{what} renamed"``.
         what: The kind of the file, for those texts.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename between file systems is a copy
     try:
         with temporary.open("wb") as file:
             reached(f"{what} begun")
@@ -129,7 +129,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = resolve(path)
     try:
-        contents: Any = torch.load(file, map_location="cpu", weights_only=True)
+        contents: Any = torch.load(file, map_location="cpu", weights_only=True)  # a file of others must not run code
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, or it is "
@@ -217,10 +217,10 @@ class Writer:
                 for pointer in POINTERS if request.best else POINTERS[:1]:
                     replace(path.with_name(pointer), lambda file: _save_name(path.name, file), self.reached, pointer)
             else:
-                self._mailbox.put(partial(_warn, path))
+                self._mailbox.put(partial(_warn, path))  # on the training thread, where the user's filters apply
             _remove(path.parent, request.remove)
             self.reached("removed")
-        except BaseException as error:
+        except BaseException as error:  # any exception, since it would be lost with this thread
             kept = target(path.parent, "latest")
             still = f"The last one that is complete is {path.parent / kept}." if kept else "There is none before it."
             failure = CheckpointError(
@@ -260,6 +260,7 @@ def _remove(folder: Path, names: tuple[str, ...]) -> None:
     """Remove the checkpoints of these names and their weights, except those that a pointer names."""
     kept = {target(folder, pointer) for pointer in POINTERS}
     for name in names:
+        # The names may come from the state in a checkpoint, so they must not lead out of the folder.
         if name not in kept and os.path.basename(name) == name:
             (folder / name).unlink(missing_ok=True)
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)

@@ -26,9 +26,10 @@ __all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", 
 def random_state() -> dict[str, Any]:
     """Return the states of the generators of the process, as tensors and plain values."""
     found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": None}
-    numpy = sys.modules.get("numpy")
+    numpy = sys.modules.get("numpy")  # a program that has not imported numpy has drawn no numbers from it
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
+        # As a tensor, because `torch.load(weights_only=True)` refuses arrays.
         found["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     kind = accelerator_kind()
     if kind is not None:
@@ -59,6 +60,7 @@ def loader_state(loader: Any) -> dict[str, Any]:
 
 def set_loader_state(loader: Any, state: Mapping[str, Any]) -> bool:
     """Set a loader to the state that `loader_state` returned; return whether the loader keeps its position itself."""
+    # Not strict: a fit may resume with another loader, which has fewer generators or more.
     for generator, each in zip(_generators(loader), state["generators"], strict=False):
         generator.set_state(each)
     if state["own"] is not None and _keeps_its_own(loader):
