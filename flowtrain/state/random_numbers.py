@@ -98,11 +98,12 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
     def __exit__(self, *failure: object) -> None:
         try:
             self._put_back()
-        except BaseException:  # an interrupt in the middle
+        except BaseException:  # an interrupt in the middle: restoring twice does no harm
             self._put_back()
             raise
 
     def _set_seed(self, seed: int) -> None:
+        """Seed all generators."""
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         if self._devices:
@@ -111,6 +112,7 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
             self._numpy.seed(seed & 0xFFFFFFFF)  # numpy takes 32 bits only
 
     def _put_back(self) -> None:
+        """Restore the states of all generators."""
         if self._numpy is not None:
             self._numpy.put_back()
         accelerator.set_random_states(self._devices)
@@ -119,7 +121,7 @@ class own_numbers:  # noqa: N801  # a context manager that is read as a phrase
 
 
 class _Numpy:
-    """The state of numpy's global generator, to be put back.
+    """The state of numpy's global generator, and the way to restore it.
 
     ``get_state`` and ``set_state`` of numpy take 35 microseconds each, so they are avoided. numpy gives the address of
     the memory of its usual generator, which a copy saves. Only one part of the state lies elsewhere: normal numbers are
