@@ -24,6 +24,13 @@ settings.register_profile(
 settings.load_profile("ordinary")  # the option --hypothesis-profile=long comes later, and counts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a cluster; the others that take long say so themselves."""
+    for item in items:
+        if {"dask_processes", "make_dask_processes"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 def untracked() -> set[str]:
     """The files in the checkout that git neither knows nor ignores; none where this is no checkout."""
     git = shutil.which("git")

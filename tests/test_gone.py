@@ -214,7 +214,7 @@ def broken(learner: LearnerView) -> None:
         {"lossfn": torch.nn.MSELoss},
         {"optimizer": lambda: partial(torch.optim.SGD, lr=0.1, momentum=0.9)},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_gone_with_every_core(options: dict[str, Callable[[], Any]]) -> None:
     with without_collector():

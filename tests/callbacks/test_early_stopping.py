@@ -463,7 +463,6 @@ class Own(Callback):
         (Own("max"), "max"),
         (Own("min"), "min"),
     ],
-    ids=str,
 )
 def test_which_values_are_good_is_known(metric: Any, mode: str, tmp_path: Path) -> None:
     callbacks: list[Callback] = [metric] if isinstance(metric, Callback) else [Metrics(metric)]

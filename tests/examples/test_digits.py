@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,28 @@ import torch
 
 from flowtrain.examples import digits
 from flowtrain.examples.digits import main
+from tests.support.logs import log_records
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("sklearn", reason="the example's extra is not installed")
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _same_torch() -> Iterator[None]:
+@contextmanager
+def same_torch() -> Generator[None]:
     """Put back what the example sets for its whole process."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_torch() -> Iterator[None]:
+    with same_torch():
+        yield
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ class Logged:
 
 @pytest.fixture(scope="module", params=["serial", "dask"])
 def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Logged:
-    """A run of some epochs, in a process of its own."""
+    """A run of some epochs."""
     if request.param == "serial":
         found: Logged = request.getfixturevalue("serial")
         return found
@@ -139,21 +149,28 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Logged:
 
 
 def log_run(folder: Path, executor: str, *more: str) -> Logged:
-    done = subprocess.run(command(folder, executor, *more), env=bare_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Logged(folder, done.stdout)
+    """Run the example: in this process, or in one of its own where it starts workers, which import the program."""
+    if executor == "local":
+        done = subprocess.run(command(folder, executor, *more), env=bare_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return Logged(folder, done.stdout)
+    with same_torch(), redirect_stdout(io.StringIO()) as output:
+        main(options(folder, executor, *more))
+    return Logged(folder, output.getvalue())
+
+
+def options(folder: Path, executor: str, *more: str) -> list[str]:
+    return ["--epochs", str(EPOCHS), "--log", str(folder), "--executor", executor, *more]
 
 
 def command(folder: Path, executor: str, *more: str) -> list[str]:
-    options = ["--epochs", str(EPOCHS), "--log", str(folder), "--executor", executor, *more]
-    return [sys.executable, "-m", "flowtrain.examples.digits", *options]
+    return [sys.executable, "-m", "flowtrain.examples.digits", *options(folder, executor, *more)]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The JSON lines, without clock times, and with the content of the files they name."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    found = log_records(folder / "log.jsonl")
     for record in found:
-        del record["time"]
         if record["kind"] == "Image":
             record["content"] = (folder / record["value"]).read_bytes()
     return found

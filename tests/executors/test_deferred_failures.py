@@ -43,6 +43,8 @@ from tests.support.logs import log_records, log_steps
 from tests.support.programs import importing_the_same
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 Where = Literal["threads", "cluster"]
 
 

@@ -39,7 +39,7 @@ from tests.support.dask_processes import DaskProcesses
 from tests.support.logs import log_fields
 
 Where = Literal["serial", "dask", "cluster"]
-PLACES: tuple[Where, ...] = ("serial", "dask", "cluster")
+PLACES = ("serial", "dask", pytest.param("cluster", marks=pytest.mark.slow))
 
 
 def drawn(learner: LearnerView) -> dict[str, Value]:
@@ -116,7 +116,10 @@ def test_what_a_consumer_draws_is_the_same_everywhere_and_training_is_not_change
     assert len(late[0]) == 4
 
 
-@pytest.mark.parametrize(("first", "then"), [("serial", "serial"), ("dask", "serial"), ("serial", "cluster")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("serial", "serial"), ("dask", "serial"), pytest.param("serial", "cluster", marks=pytest.mark.slow)],
+)
 def test_a_run_that_resumes_draws_what_it_would_have_drawn(
     first: Where, then: Where, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

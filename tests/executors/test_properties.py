@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import event as count
@@ -54,6 +55,8 @@ from flowtrain.graph.executor import Executor
 from flowtrain.testing import ShuffledExecutor, tiny_learner
 from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples
+
+pytestmark = pytest.mark.slow
 
 ENTRIES = ("cbstate.a", "cbstate.b", "cbstate.c")
 RESOURCES = ("resource.rng", "resource.pyplot", "resource.file")

@@ -19,6 +19,8 @@ from distributed.core import Status
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.connect import connect
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_cluster() -> None:
     assert connect(None) is None

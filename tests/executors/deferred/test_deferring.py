@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,8 @@ from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.state.series import Series
 from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples
+
+pytestmark = pytest.mark.slow
 
 EVENTS = (BatchBegin, LossBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd, EpochEnd)
 WRITABLE = ("batch.inputs", "batch.outputs", "batch.note", "cbstate.tensor", "cbstate.list", "cbstate.nested")
