@@ -32,14 +32,14 @@ import functools
 import gc
 import types
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from operator import is_
 from typing import Any, Final, TypeAlias
 
 import torch
 
-__all__ = ["INSIDE", "PLAIN", "Attribute", "Memo", "attributes", "is_nested", "items", "leaves", "mapped", "parts"]
-__all__ += ["rebuild", "refill", "set_attributes", "step", "tuple_like"]
+__all__ = ["INSIDE", "PLAIN", "Attribute", "Memo", "attributes", "is_nested", "items", "leaves", "like", "mapped"]
+__all__ += ["parts", "rebuild", "refill", "set_attributes", "step"]
 
 PLAIN: Final[frozenset[type]] = frozenset({int, float, bool, str, bytes, complex, type(None)})
 """The exact types of values that have no parts and never change; every walk tests for them first, as it is quick."""
@@ -107,7 +107,8 @@ def _make(value: Any, base: Any, items: list[Any]) -> Any:
     """Return an immutable container like `value` with other items."""
     kind: Any = type(value)
     if base is tuple:
-        return tuple_like(value, items)
+        # A named tuple that is written in C can only be made by its constructor.
+        return kind(items) if hasattr(kind, "n_fields") else tuple.__new__(kind, items)
     if base is frozenset:
         return frozenset.__new__(kind, items)
     if base is types.MappingProxyType:
@@ -115,13 +116,6 @@ def _make(value: Any, base: Any, items: list[Any]) -> Any:
     end = 1 + len(value.args)
     keywords = dict(zip(value.keywords, items[end:], strict=True))
     return functools.partial.__new__(kind, *items[:end], **keywords)
-
-
-def tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
-    """Return a tuple of the type of `value` with other items."""
-    kind: Any = type(value)
-    # A named tuple that is written in C can only be made by its constructor.
-    return kind(items) if hasattr(kind, "n_fields") else tuple.__new__(kind, items)
 
 
 def _empty(value: Any, base: Any) -> Any:
@@ -271,6 +265,18 @@ def rebuild(
         memo[id(value)] = (value, made)
     if type(value) not in _BARE:
         set_attributes(made, {name: change(item, Attribute(name)) for name, item in attributes(value).items()})
+    return made
+
+
+def like(value: Any, items: list[Any], keys: Iterable[Any] = (), **own: Any) -> Any:
+    """Return a container of the type of `value` with other items; `keys` are those of a dict, `own` new attributes."""
+    base = _base(type(value))
+    made = _empty(value, base)
+    if made is None:
+        made = _make(value, base, items)
+    else:
+        _fill(made, base, list(keys), items)
+    set_attributes(made, {**attributes(value), **own})
     return made
 
 

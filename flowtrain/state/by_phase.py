@@ -30,7 +30,7 @@ from flowtrain.callback.access import Path
 from flowtrain.callback.nested import Attribute
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.state.container import Container, Freezer, Tree, changed
-from flowtrain.state.encoding import Stage, phase_of, refill
+from flowtrain.state.encoding import Stage, phase_of, refill, typed
 from flowtrain.state.readonly import itself, readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
@@ -204,7 +204,7 @@ class PhaseMap(Container, dict[Phase, V]):
             [(kind, inside)] = packed.items()
             there = self.get(phase) if kind == "value" or self.make is None else self[phase]
             if not refill(there, kind, inside, phases):
-                self[phase] = inside
+                self[phase] = typed(there, inside)
 
     def __mark__(self) -> dict[Phase, V]:
         return dict(self.items())

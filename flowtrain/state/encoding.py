@@ -6,15 +6,17 @@ A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from flowtrain.callback.nested import like
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CheckpointError
 
-__all__ = ["LeftOver", "Object", "Stage", "kept", "live", "phase_of", "refill", "same"]
+__all__ = ["LeftOver", "Object", "Stage", "kept", "live", "phase_of", "refill", "same", "typed"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values beside the containers of them; no subclasses, which a file does not bring back."""
@@ -109,6 +111,25 @@ def refill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> 
     else:
         return False
     return True
+
+
+def typed(value: Any, content: Any) -> Any:
+    """Return plain content in containers of the types that `value` has, which a checkpoint holds as dicts and sets.
+
+    So an entry that ``setup`` has made as a ``defaultdict`` is one after loading too, and so are those inside of it.
+
+    Args:
+        value: The value of now.
+        content: The content that takes its place, and nobody else holds.
+    """
+    if type(content) is dict and isinstance(value, (dict, UserDict)):
+        known = value.data if isinstance(value, UserDict) else value
+        items = [typed(dict.get(known, key), item) for key, item in content.items()]
+        made = like(known, items, content)
+        return like(value, [], data=made) if isinstance(value, UserDict) else made
+    if type(content) is set and isinstance(value, frozenset):
+        return like(value, list(content))
+    return torch.Size(content) if type(content) is tuple and type(value) is torch.Size else content
 
 
 def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:

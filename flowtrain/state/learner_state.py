@@ -19,7 +19,7 @@ from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed, picked
-from flowtrain.state.encoding import Stage, refill
+from flowtrain.state.encoding import Stage, refill, typed
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
 
@@ -113,8 +113,9 @@ class State(Container, _Namespace):
         [(kind, content)] = packed.items()
         if kind == State.__kind__ and vars(self).get(name) is None:
             setattr(self, name, State(f"{self._path}.{name}"))
-        if not refill(vars(self).get(name), kind, content, phases):
-            setattr(self, name, content)
+        there = vars(self).get(name)
+        if not refill(there, kind, content, phases):
+            setattr(self, name, typed(there, content))
 
     def __mark__(self) -> dict[str, Any]:
         return dict(vars(self))

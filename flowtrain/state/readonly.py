@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flowtrain.callback.nested import PLAIN as _PLAIN
-from flowtrain.callback.nested import tuple_like
+from flowtrain.callback.nested import like
 from flowtrain.errors import ProtectedException
 
 __all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
@@ -204,7 +204,7 @@ def readonly(value: Any, path: str) -> Any:
             return twin(value, path)
     if isinstance(value, tuple):
         twins = [readonly(item, path) for item in value]
-        return value if all(a is b for a, b in zip(value, twins, strict=True)) else tuple_like(value, twins)
+        return value if all(a is b for a, b in zip(value, twins, strict=True)) else like(value, twins)
     flags = getattr(value, "flags", None)
     if getattr(flags, "writeable", False):  # a numpy array, without importing numpy; its scalars cannot be written
         view = value.view()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, UserDict, defaultdict
 from typing import Any
 
 import pytest
 import torch
 
 from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
-from flowtrain.state.by_phase import Counts, CountsMap
+from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import SeriesMap
@@ -87,3 +89,44 @@ def test_phases_by_name() -> None:
     assert isinstance(phase_of("SomewhereElsePhase", PHASES), SomewhereElsePhase)
     with pytest.raises(CheckpointError, match="has state of the phase NowherePhase, and no phase of that name"):
         phase_of("NowherePhase", PHASES)
+
+
+@pytest.mark.parametrize(
+    ("setup", "trained"),
+    [
+        (defaultdict(int), defaultdict(int, a=1)),
+        (Counter(), Counter("aab")),
+        (OrderedDict(a=1), OrderedDict(b=2, a=1)),
+        (UserDict(a=Counter()), UserDict(a=Counter("aab"), b=2)),
+        ({"seen": defaultdict(list), "n": 1}, {"seen": defaultdict(list, a=[1]), "n": 2}),
+        (frozenset({1}), frozenset({1, 2})),
+        (torch.Size((1,)), torch.Size((2, 3))),
+        ([1], [2]),
+        ({"a": 1}, {"b": [2]}),
+        (None, {"a": 1}),
+        ({"a": 1}, [1]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("by_phase", [False, True])
+def test_an_entry_comes_back_in_the_type_that_setup_made_it_in(setup: Any, trained: Any, by_phase: bool) -> None:
+    """A file holds dicts and sets alone; a resumed fit failed at the first key that a ``defaultdict`` had to make."""
+
+    def entry(value: Any) -> Any:
+        if not by_phase:
+            return value
+        made: PhaseMap[Any] = PhaseMap("cbstate.x")
+        made[TrainingPhase] = value
+        return made
+
+    before, after = State("cbstate"), State("cbstate")
+    before.x, after.x = entry(trained), entry(copy.deepcopy(setup))
+    after.__fill__(Stage().pack(before, "cbstate")["namespace"], {"TrainingPhase": TrainingPhase()})
+    found = after.x[TrainingPhase] if by_phase else after.x
+    assert found == trained
+    assert list(found) == list(trained)
+    assert type(found) is type(trained)
+    if isinstance(found, defaultdict):
+        assert found["new"] == found.default_factory()  # type: ignore[misc]  # those here have one
+    if isinstance(found, dict) and "seen" in found:
+        assert found["seen"]["new"] == []
