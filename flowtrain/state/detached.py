@@ -29,10 +29,12 @@ def detached(value: Any) -> Any:
     Args:
         value: An entry of the learner's state, and no read-only twin of it. Modules stay as they are.
     """
-    if _is_detached(value) or (isinstance(value, PhaseMap) and all(map(_is_detached, value.values()))):
+    if type(value) in _SAME:
         return value
     if isinstance(value, torch.Tensor):
         return value.detach() if value.requires_grad else value
+    if _is_detached(value) or (isinstance(value, PhaseMap) and all(map(_is_detached, value.values()))):
+        return value
     return mapped(value, _detach, keep=True)
 
 
