@@ -29,7 +29,16 @@ from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, check_compile, original
 from flowtrain.core.devices import find_device
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
-from flowtrain.core.precision import DTYPES, NaNGuard, Precision, Scaling, all_finite, autocast, in_precision
+from flowtrain.core.precision import (
+    DTYPES,
+    NaNGuard,
+    Precision,
+    Scaling,
+    all_finite,
+    autocast,
+    check_precision,
+    in_precision,
+)
 from flowtrain.core.prefetch import Placement, Transfer
 from flowtrain.core.structure import Structure
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
@@ -179,6 +188,7 @@ class TorchCore:
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.device = find_device(self.settings.device, self.models.values())
+        check_precision(self.device, self.precision)
         for module in (*self.models.values(), *self._loss_modules):
             module.to(self.device)
             if self.settings.channels_last:

@@ -9,6 +9,7 @@ import torch
 
 from flowtrain.callback.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
+from flowtrain.state.accelerator import accelerator
 
 __all__ = ["find_device", "place", "rebuild"]
 
@@ -55,11 +56,23 @@ def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -
             device = torch.device(wanted)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-            raise CoreError(f"device={wanted!r} cannot be used: {error}") from error
+            reason = str(error).partition(". ")[0].rstrip(".")  # what follows may be pages long
+            raise CoreError(
+                f"device={wanted!r} cannot be used: {reason}. This process has: {', '.join(map(repr, _devices()))}. "
+                f"Write one of these, or leave device= out. Another one needs its driver, and a build of torch for it "
+                f"(https://pytorch.org/get-started/locally/; this is {torch.__version__})."
+            ) from error
         return device
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type not in ("cpu", "meta"):
                 return tensor.device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
+    return accelerator() or torch.device("cpu")
+
+
+def _devices() -> list[str]:
+    """Return the names of all devices that can be trained on."""
+    found = accelerator()
+    if found is None:
+        return ["cpu"]
+    return ["cpu", *(f"{found.type}:{number}" for number in range(torch.accelerator.device_count()))]

@@ -14,6 +14,7 @@ the NaN.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
@@ -23,8 +24,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from flowtrain.core.optimizers import scale_gradients, takes_found_inf
+from flowtrain.errors import CoreError
 
-__all__ = ["DTYPES", "NaNGuard", "Precision", "Scaling", "all_finite", "autocast", "in_precision"]
+__all__ = ["DTYPES", "NaNGuard", "Precision", "Scaling", "all_finite", "autocast", "check_precision", "in_precision"]
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
@@ -36,6 +38,31 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """Return the context in which a forward pass of this precision runs."""
     dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def check_precision(device: torch.device, precision: Precision) -> None:
+    """Check that a device can compute in a precision: autocast itself warns where it cannot, and computes in float32.
+
+    Raises:
+        CoreError: The device cannot compute in that type.
+    """
+    found = _refusal(device, precision)
+    if found is not None:
+        able = [repr(each) for each in DTYPES if _refusal(device, each) is None]
+        raise CoreError(
+            f"precision={precision!r} cannot be used on {device}: {found} Use one of these there: {', '.join(able)}."
+        ) from found
+
+
+def _refusal(device: torch.device, precision: Any) -> Exception | None:
+    """Return what autocast says against a precision on a device, if it does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            autocast(device, precision)
+        except (RuntimeError, UserWarning) as refusal:
+            return refusal
+    return None
 
 
 def in_precision(function: Callable[..., Any], device: torch.device, precision: Precision) -> Callable[..., Any]:

@@ -187,8 +187,8 @@ class Loop:
         with self._mode(phase):
             scopes.open_epoch(phase)
             self.state.show(BatchState())
-            self.core.end_groups()
             try:
+                self.core.end_groups()
                 batches = self._begin_epoch(phase, loader)
                 self._run(phase, batches, shortest(length(loader), most), most)
                 check_gave(scopes.batch_number, phase, loader)
@@ -202,7 +202,7 @@ class Loop:
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
-            self.core.end_groups()
+            _attempt(failures, self.core.end_groups)  # a device that has failed fails here too
             scopes.end_epoch()
             if not failures:
                 position.end_epoch(scopes.batch_number)

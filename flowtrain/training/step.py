@@ -39,6 +39,8 @@ from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
 __all__ = ["Steps", "detach_loss"]
 
+_DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
+
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = LossBegin(), BackwardBegin(), BackwardEnd()
 _UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
@@ -280,7 +282,7 @@ class Steps(StepContext):
         try:
             loss = batch.loss = core.lossfn(outputs, batch.targets)
             scalar = loss.numel() == 1
-        except torch.OutOfMemoryError:
+        except _DEVICE_FAILURES:  # the loss is not to blame
             raise
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             if isinstance(error, AttributeError) and error.name == "numel" and "loss" in vars(batch):
@@ -327,6 +329,8 @@ class Steps(StepContext):
         """
         scopes = self._scopes
         scopes.locate(failure, phase)
+        if isinstance(failure, torch.OutOfMemoryError):
+            failure.add_note(_memory_note(phase, vars(self._state.batch), self._core.accumulate))
         failures = [failure]
         del failure  # see `raise_worst`
         self._dispatch.drop_requests()  # an interrupt within an event leaves the requests of its handlers
@@ -362,6 +366,21 @@ def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) 
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
     return pair
+
+
+def _memory_note(phase: Phase, batch: Mapping[str, object], accumulate: int) -> str:
+    """Return a note for an error of memory: the part of the step that it came from, and what helps."""
+    order, last = {"outputs": "the forward pass", "loss": "the loss"}, "a callback"
+    if isinstance(phase, AbstractTrainingPhase):
+        order["grads"], last = "the backward pass", "the update or a callback behind it"
+    part = next((part for name, part in order.items() if batch.get(name) is None), last)
+    size = f" of {describe(batch['inputs'])}" if "inputs" in batch else ""
+    return (
+        f"the device ran out of memory in {part}, with inputs{size}. These need less: smaller batches with "
+        f"TorchCore(accumulate={2 * accumulate}), which trains on as many samples in an update; precision='bf16'; "
+        f"callbacks that keep nothing of a batch (flowtrain.testing.leaks finds the others). The learner can be used "
+        f"again; the error holds the memory of this batch, so leave its `except` block first."
+    )
 
 
 def _loss_error(phase: object, core: TorchCore, batch: BatchState, what: str) -> LossError:

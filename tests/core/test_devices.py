@@ -68,9 +68,14 @@ def test_auto_is_the_first_accelerator_or_the_cpu() -> None:
     assert repr(core) == f"TorchCore(device={str(expected)!r}, precision='fp32', accumulate=1)"
 
 
-@pytest.mark.parametrize("device", ["quux", "privateuseone", None, 2.5])
+@pytest.mark.parametrize("device", ["quux", "privateuseone", "hpu", None, 2.5])
 def test_a_device_that_is_not_there(device: Any) -> None:
     with pytest.raises(CoreError, match=r"^device=.* cannot be used: ") as raised:
         find_device(device, [nn.Linear(1, 1)])
     assert repr(device) in str(raised.value)
+    assert "This process has: 'cpu'" in str(raised.value)
+    assert str(raised.value).endswith(
+        "Write one of these, or leave device= out. Another one needs its driver, and a build of torch for it "
+        f"(https://pytorch.org/get-started/locally/; this is {torch.__version__})."
+    )
     assert raised.value.__cause__ is not None

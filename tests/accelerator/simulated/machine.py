@@ -48,7 +48,7 @@ _NO_MODES: tuple[Callable[[], Any], ...] = (
 )
 
 
-class DeviceFailure(RuntimeError):
+class DeviceFailure(torch.AcceleratorError):
     """Work failed while it ran. Like an accelerator's, the failure comes up at a later call, and stays."""
 
 
