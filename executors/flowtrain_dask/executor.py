@@ -24,7 +24,7 @@ from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.manager import Deferring, sharing
+from flowtrain_dask.deferred.manager import DeferredCallbacks, sharing
 from flowtrain_dask.deferred.policy import Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
@@ -95,7 +95,7 @@ class DaskExecutor:
         check_choice("parallel", parallel, ("auto", "always", "never"))
         self.parallel: Parallel = parallel
         options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
-        self._deferring = Deferring(cluster, defer, dict(resources or {}), options)
+        self._deferred = DeferredCallbacks(cluster, defer, dict(resources or {}), options)
         if workers is not None:
             workers = whole_number(
                 "DaskExecutor(): workers, of which the training thread is one,", workers, 1, ExecutorError
@@ -131,7 +131,7 @@ class DaskExecutor:
             AccessError: A deferred callback reads an object that cannot be copied.
         """
         self._check_open()
-        self._deferring.check(nodes, state)
+        self._deferred.check(nodes, state)
 
     def compile(self, plan: Plan) -> Runner:
         """Return the runner of a plan. It may be replaced in the loop when firings have been measured.
@@ -142,9 +142,9 @@ class DaskExecutor:
         self._check_open()
         if self._site is None:
             raise ExecutorError("DaskExecutor.compile() before bind(); Learner(executor=...) binds it.")
-        deferred = self._deferring.use(self._site)
-        rewritten, shared = deferred.rewrite(plan)
-        route = self._make_route(rewritten, self._site, deferred.positions(plan))
+        lanes = self._deferred.use(self._site)
+        rewritten, shared = lanes.rewrite(plan)
+        route = self._make_route(rewritten, self._site, lanes.positions(plan))
         route.original, route.shared = plan, shared
         self._routes[plan.event_type, plan.phase_type] = route
         return self._wrapped(route, route.runner)
@@ -174,13 +174,13 @@ class DaskExecutor:
         A further line for each deferrable callback says whether it is deferred, to which lane, and why not otherwise.
         """
         if self._site is not None and not self._pool.closed:
-            self._deferring.use(self._site)  # so that the lanes are known before the first event too
-        deferred = self._deferring.explain(plan)
+            self._deferred.use(self._site)  # so that the lanes are known before the first event too
+        deferred = self._deferred.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
     def report(self) -> Report:
         """Return the counts of each lane: its events, those that wait, and how long training waited for room in it."""
-        return self._deferring.report()
+        return self._deferred.report()
 
     def _explain(self, plan: Plan) -> str:
         route = self._routes.get((plan.event_type, plan.phase_type))
@@ -196,16 +196,16 @@ class DaskExecutor:
             Exception: The exception of a deferred callback that failed.
         """
         self._look_again()
-        self._deferring.flush()
+        self._deferred.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Flush, and return how many events each lane has had, for a checkpoint."""
         self.flush()
-        return {"sequences": self._deferring.sequences}
+        return {"sequences": self._deferred.sequences}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the counts that `state_dict` returned: the lanes continue to number their events from there."""
-        self._deferring.resume(state.get("sequences", {}))
+        self._deferred.resume(state.get("sequences", {}))
 
     def close(self) -> None:
         """Flush, end all threads, and close the cluster if the executor started it. A closed executor runs nothing.
@@ -214,7 +214,7 @@ class DaskExecutor:
             ExecutorError: A handler calls this.
         """
         self._pool.close()
-        self._deferring.close()
+        self._deferred.close()
         if self._site is not None:
             for route in self._routes.values():
                 self._site.swap(route.plan, _closed)

@@ -1,7 +1,8 @@
-"""Deferred callbacks: which they are, their lanes, and how these end.
+"""Deferred callbacks: which callbacks are deferred, their lanes, and how lanes end.
 
-`policy` says which callbacks are deferred, which share a lane, and why one stays in place; `manager` opens their lanes
-and puts snapshot nodes into the plans; `shutdown` ends lanes with their learner, or with Python.
+`policy` decides which callbacks are deferred and which of them share a lane, and says why another one stays in place.
+`manager` makes the lanes and puts snapshot nodes into the plans. `shutdown` ends the lanes with their learner, or when
+Python ends.
 """
 
 __all__: list[str] = []

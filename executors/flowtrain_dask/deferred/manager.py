@@ -1,15 +1,13 @@
-"""The deferred callbacks of one learner: their lanes, and the snapshot nodes that stand for them in the plans.
+"""The deferred callbacks of one executor: their lanes, and the snapshot nodes that stand for them in the plans.
 
-A snapshot node takes the place of a deferred handler in a plan, with the handler's conditions and all of its edges. It
-copies what the handler declares to read and puts it into the callback's lane. Nodes run on the training thread, since
-a lane is filled by that thread alone.
+A *snapshot node* takes the place of a deferred handler in a plan, with the handler's conditions and all of its edges.
+It copies the state that the handler declares to read and puts the copy into the lane of the callback. Snapshot nodes
+run on the training thread, because a lane is filled by that thread alone.
 
-Lanes are made when their first event comes: the run that they belong to is known by then.
-
-Deferring: what an executor does about deferrable callbacks, from its arguments to the end of the lanes.
-
-Callbacks are decided on and checked before a learner uses them (`Deferring.check`), which is also when a cluster is
-connected to. `Deferring.use` makes the lanes for them when the first plan is compiled.
+`DeferredCallbacks` is what the executor has: it decides and checks which callbacks are deferred before a learner uses
+them (`DeferredCallbacks.check`), connects to the cluster, and makes `Lanes` when the first plan is compiled
+(`DeferredCallbacks.use`). When the callbacks change, it makes new `Lanes`. A lane itself is made at its first event,
+when the run to which it belongs is known.
 """
 
 from __future__ import annotations
@@ -45,13 +43,13 @@ from flowtrain_dask.deferred.policy import (
     validate,
     why_here,
 )
-from flowtrain_dask.deferred.shutdown import Held
+from flowtrain_dask.deferred.shutdown import Teardown
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import LaneReport, Report
 from flowtrain_dask.snapshots.copiers import Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker, copy_groups
 
-__all__ = ["Deferred", "Deferring", "sharing"]
+__all__ = ["DeferredCallbacks", "Lanes", "sharing"]
 
 if TYPE_CHECKING:
     from flowtrain_dask.cluster.connect import Connection
@@ -60,38 +58,43 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("flowtrain")
 
 
-class _Slot:
-    """One lane: its callbacks, and the lane itself once there are events."""
+class _PlannedLane:
+    """The callbacks of a lane, and the lane itself from its first event on."""
 
-    def __init__(self, nodes: Sequence[Node], first: int, of: Deferred) -> None:
+    def __init__(self, nodes: Sequence[Node], first: int, lanes: Lanes) -> None:
         self.nodes = nodes
-        self.first = first
+        self.first = first  # the number of its first event, for identities
         self.lane: Lane | None = None
-        self._of: Deferred = weakref.proxy(of)  # which holds the slot
+        self._lanes: Lanes = weakref.proxy(lanes)  # which refers to this object
 
     def duty(self, node: Node, handler: Handler) -> int:
-        """Return the position of a handler in the lane's job."""
+        """Return the position of a handler in the job of the lane."""
         return [(one, each) for one in self.nodes for _, each in one.handlers].index((node, handler))
 
     def opened(self) -> Lane:
-        """Return the lane."""
+        """Return the lane, and make it if there is none yet."""
         if self.lane is None:
-            self.lane = self._of.make_lane(self)
+            self.lane = self._lanes.make_lane(self)
         return self.lane
 
 
-class Deferred:
-    """The lanes of one learner.
+class Lanes:
+    """The lanes for the present callbacks of a learner.
 
     Args:
         nodes: All callbacks of the learner.
-        deferral: Which of them are deferred.
+        deferral: The decision which of them are deferred.
         site: The loop.
-        options: How they are run.
+        options: How deferred callbacks are run.
         connection: The cluster; ``None`` for threads of this process.
-        sequences: For each lane by its name the number of events that it had before, in a run that is resumed.
-        lanes: Where the lanes are entered when they have their first event. A lane has a thread, and nothing that it
-            holds leads to the learner, which would never be dropped then.
+        sequences: In a run that is resumed, the number of earlier events of each lane by its name.
+        lanes: The list to which a lane is added at its first event. It outlives this object: the lanes must end even if
+            the learner is dropped, so no lane refers to the learner.
+
+    Attributes:
+        deferral: The same.
+        lanes: The same.
+        gave_up: Whether the last `flush` has left events, because training was stopped.
     """
 
     def __init__(
@@ -110,29 +113,29 @@ class Deferred:
         self.lanes = lanes
         self._site = weakref.ref(site)
         self._pool = Pool(options.limits.bytes)
-        self._slots = [_Slot(lane, sequences.get(name_of(lane), 0), self) for lane in deferral.lanes]
-        self._slot_of = {node: slot for slot in self._slots for node in slot.nodes}
+        self._planned = [_PlannedLane(lane, sequences.get(name_of(lane), 0), self) for lane in deferral.lanes]
+        self._planned_of = {node: planned for planned in self._planned for node in planned.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
         self._reach = Reach(site.state)
         fresh = _fresh(nodes, self._reach)
-        for slot in self._slots:
-            tail = connection is not None and not why_here(slot.nodes)
-            for node in slot.nodes:
+        for planned in self._planned:
+            tail = connection is not None and not why_here(planned.nodes)  # another process gets parts of series
+            for node in planned.nodes:
                 for _, handler in node.handlers:
                     access = node.access[handler]
-                    taker = Taker(access, site.state, self._pool, fresh=fresh, tail=tail, lane=slot)
+                    taker = Taker(access, site.state, self._pool, fresh=fresh, tail=tail, lane=planned)
                     self._takers[node, handler] = taker
-        self._told: list[str] = []
+        self._logged: list[str] = []
         self.gave_up = False
 
     # --- plans
 
     def positions(self, plan: Plan) -> frozenset[int]:
-        """Return the positions of a plan's deferred handlers."""
-        return frozenset(at for at, step in enumerate(plan.steps) if step.node in self._slot_of)
+        """Return the positions of the deferred handlers in a plan."""
+        return frozenset(at for at, step in enumerate(plan.steps) if step.node in self._planned_of)
 
     def rewrite(self, plan: Plan) -> tuple[Plan, Shared | None]:
-        """Return a plan with snapshot nodes in it, and what its nodes share in one firing, if any two can."""
+        """Return a plan with snapshot nodes, and the mapping of copies that these share in a firing, if any two do."""
         positions = self.positions(plan)
         if not positions:
             return plan, None
@@ -142,20 +145,21 @@ class Deferred:
         calls: dict[int, Call] = {}
         for at in positions:
             step = plan.steps[at]
-            slot = self._slot_of[step.node]
-            duty = slot.duty(step.node, step.handler)
+            planned = self._planned_of[step.node]
+            duty = planned.duty(step.node, step.handler)
             taker = self._takers[step.node, step.handler].sharing(groups[at])
             draws = found.state.draws if (found := self._site()) is not None and draws_own(step.callback) else None
-            calls[at] = _node(slot, duty, taker, shared, draws, step.node.name)
+            calls[at] = _snapshot_node(planned, duty, taker, shared, draws, step.node.name)
         return plan.with_calls(calls), shared
 
     def explain(self, plan: Plan) -> str:
-        """Say in lines which handlers of a plan are deferred, to where, and why others that could be are not."""
+        """Say in a line for each deferrable handler of a plan to which lane it is deferred, or why it is not."""
         parts = []
         for step in plan.steps:
-            slot = self._slot_of.get(step.node)
-            if slot is not None:
-                parts.append(f"{step.label} is deferred to lane {name_of(slot.nodes)} ({self._where(slot.nodes)})")
+            planned = self._planned_of.get(step.node)
+            if planned is not None:
+                where = self._where(planned.nodes)
+                parts.append(f"{step.label} is deferred to lane {name_of(planned.nodes)} ({where})")
             elif why := self.deferral.why_kept(step.node):
                 parts.append(f"{step.label} runs in place: {why}")
         return "\n".join(parts)
@@ -173,24 +177,24 @@ class Deferred:
     def sequences(self) -> dict[str, int]:
         """The number of events that each lane has had, by its name."""
         return {
-            name_of(slot.nodes): slot.first + (0 if slot.lane is None else slot.lane.report().events)
-            for slot in self._slots
+            name_of(planned.nodes): planned.first + (0 if planned.lane is None else planned.lane.report().events)
+            for planned in self._planned
         }
 
     def resume(self, sequences: Mapping[str, int]) -> None:
-        """Let the lanes that have had no event yet begin to count at these numbers."""
-        for slot in self._slots:
-            if slot.lane is None:
-                slot.first = sequences.get(name_of(slot.nodes), 0)
+        """Let the lanes that have had no event yet number their events from here on."""
+        for planned in self._planned:
+            if planned.lane is None:
+                planned.first = sequences.get(name_of(planned.nodes), 0)
 
     def report(self) -> Report:
-        """Return how the lanes stand."""
+        """Return the counts of the lanes."""
         return Report(tuple(lane.report() for lane in self.lanes))
 
     def flush(self) -> None:
-        """Wait until everything is done; then raise what failed, and log what a user should know.
+        """Wait until all events are done; then raise the failures, and log problems that a user should know of.
 
-        While training is being stopped it waits for `Options.drain_timeout` at most.
+        If training is about to stop, this waits for `Options.drain_timeout` at most.
         """
         self.gave_up = False
         failures: list[BaseException] = []
@@ -200,13 +204,13 @@ class Deferred:
             failures += found
             if not found:
                 break
-            # Once more: `FitEnd` is run after a failure, and may fail itself.
-        self._tell()
+            # Again, because `FitEnd` runs after a failure was raised, and may fail as well.
+        self._log_troubles()
         if failures:
             raise_worst(failures)
 
     def _wait(self) -> None:
-        """Wait until the lanes have nothing left to do, have failed, or training is being stopped for too long."""
+        """Wait until no lane has anything left to do, or has failed, or training is stopped and the time is over."""
         end: float | None = None
         for lane in self.lanes:
             lane.given_up = False
@@ -222,68 +226,68 @@ class Deferred:
                     break
 
     def _failures(self) -> list[BaseException]:
-        """Return what the lanes have to raise."""
+        """Return the failures of the lanes. From here on each lane processes events again."""
         failures: list[BaseException] = []
         for lane in self.lanes:
             try:
                 lane.raise_failure()
-            except BaseException as failure:  # those of all lanes are raised together
+            except BaseException as failure:  # the failures of all lanes are raised together
                 failures.append(failure)
         return failures
 
     def close(self) -> None:
-        """End the lanes; what they have not processed is dropped."""
+        """End the lanes. Events that are not done are dropped."""
         for lane in self.lanes:
             lane.close()
         self.release()
 
     def release(self) -> None:
-        """Keep no memory for snapshots any more; what somebody still has of it stays as it is."""
+        """Free the memory that is kept for snapshots. Snapshots that are still in use are not affected."""
         self._pool.clear()
 
-    def _tell(self) -> None:
-        """Log what is new among the troubles."""
+    def _log_troubles(self) -> None:
+        """Log the problems of the lanes, unless they are the same as the last time."""
         troubles = self.report().troubles()
-        if troubles != self._told:
-            self._told = troubles
+        if troubles != self._logged:
+            self._logged = troubles
             _logger.warning("flowtrain: %s", "; ".join(troubles))
 
-    def make_lane(self, slot: _Slot) -> Lane:
-        """Make the lane of a slot, for its first event."""
+    def make_lane(self, planned: _PlannedLane) -> Lane:
+        """Make a lane, for its first event."""
         site = self._site
-        found = site()
-        job = job_of(slot.nodes, self.deferral, found.run.id if found is not None else "", slot.first)
+        loop = site()
+        job = job_of(planned.nodes, self.deferral, loop.run.id if loop is not None else "", planned.first)
 
         def surface(raise_it: Callable[[], None]) -> None:
             """Have a failure raised on the training thread."""
-            there = site()
-            if there is not None:
-                there.mailbox.put(raise_it)
+            loop = site()
+            if loop is not None:
+                loop.mailbox.put(raise_it)
 
         lane = Lane(
             job,
-            transport_of(job, slot.nodes, self._options, self._connection),
+            transport_of(job, planned.nodes, self._options, self._connection),
             self._options.limits,
             surface=surface,
             on_error=self._options.on_error,
             stopping=partial(_is_stopping, site),
         )
-        lane.holds = found.open_sinks if found is not None else None
+        lane.holds = loop.open_sinks if loop is not None else None
         self.lanes.append(lane)
         return lane
 
 
 def _is_stopping(site: weakref.ref[Site]) -> bool:
-    """Return whether training is about to end."""
-    there = site()
-    return there is None or there.mailbox.stopping
+    """Return whether training is about to stop."""
+    loop = site()
+    return loop is None or loop.mailbox.stopping
 
 
 def sharing(runner: Runner, shared: Shared) -> Runner:
-    """Return a runner that forgets, after each firing, what its snapshot nodes have shared."""
+    """Return a runner that forgets the copies that snapshot nodes have shared, before and after each firing."""
 
     def run(event: Event, phase: Phase) -> None:
-        """Fire, with nothing copied yet."""
+        """Fire, with no copies yet."""
         shared.clear()
         try:
             runner(event, phase)
@@ -293,37 +297,40 @@ def sharing(runner: Runner, shared: Shared) -> Runner:
     return run
 
 
-def _node(slot: _Slot, duty: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str) -> Call:
+def _snapshot_node(
+    planned: _PlannedLane, duty: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str
+) -> Call:
     def node(event: Event, phase: Phase, view: Any) -> None:
-        """Copy what the handler reads, and put it into its lane."""
+        """Take a snapshot of the state that the handler declares to read, and put it into the lane."""
         seed = None if draws is None else draws.next(name)
         snapshot = taker.take(shared)
-        (slot.lane or slot.opened()).put(duty, event, phase, snapshot, snapshot.nbytes, seed)
+        (planned.lane or planned.opened()).put(duty, event, phase, snapshot, snapshot.nbytes, seed)
 
     return node
 
 
 def _fresh(nodes: Sequence[Node], reach: Reach) -> frozenset[tuple[str, ...]]:
-    """Return what the core has just made and no callback declares to write: the norm of the gradients.
+    """Return the paths that need no copy: the core has just made the value and no callback declares to write it.
 
-    Not the loss: a loss function that reuses its memory gives the same tensor at each batch of a validation.
+    This is the norm of the gradients. The loss is not among them: a loss function that reuses its memory returns the
+    same tensor for each batch of a validation.
     """
     written = [path for node in nodes for path, kind in node.union if isinstance(kind, Write)]
     made = ("batch", "grad_norm")
     return frozenset(() if any(reach.meet(path, made) for path in written) else (made,))
 
 
-class Deferring:
+class DeferredCallbacks:
     """The deferrable callbacks of an executor's learner.
 
     Args:
         cluster: Where they run; see `flowtrain_dask.cluster.connect.connect`.
-        defer: Whether they are deferred.
-        resources: What a worker must have.
+        defer: Whether they are deferred at all.
+        resources: The resources that a worker must have.
         options: How they are run.
 
     Raises:
-        ExecutorError: A value means nothing.
+        ExecutorError: An argument has a wrong value.
     """
 
     def __init__(self, cluster: object, defer: bool, resources: dict[str, float], options: Options) -> None:
@@ -332,18 +339,23 @@ class Deferring:
         self._defer = defer
         self._resources = resources
         self._options = options
-        self._held = Held(options.drain_timeout)
+        self._teardown = Teardown(options.drain_timeout)
         self._nodes: tuple[Node, ...] = ()
         self._decided: tuple[tuple[Node, ...], Deferral] = (), Deferral()
-        self._deferred: Deferred | None = None
+        self._lanes: Lanes | None = None
         self._sequences: dict[str, int] = {}
         self._past: tuple[LaneReport, ...] = ()
-        weakref.finalize(self, self._held.drop).atexit = False  # with a learner that nobody closes
+        weakref.finalize(self, self._teardown.drop).atexit = False  # for a learner that nobody closes
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        """Decide which callbacks are deferred, and check that they can be. What the lanes have is processed first."""
+        """Decide which callbacks are deferred, and check that they can be. Then process all events that wait.
+
+        Raises:
+            FlowtrainError: A callback cannot be deferred, or the cluster cannot be used.
+            Exception: The exception of a deferred callback that failed.
+        """
         deferral = self._decide(nodes, state)
-        if deferral.lanes and self._held.connection is None and self._cluster is not None:
+        if deferral.lanes and self._teardown.connection is None and self._cluster is not None:
             try:
                 from flowtrain_dask.cluster.connect import connect  # distributed takes a while to import
             except ModuleNotFoundError as error:
@@ -351,66 +363,66 @@ class Deferring:
                     f"DaskExecutor({self._cluster!r}) needs {error.name}, which is not installed: "
                     f"pip install 'flowtrain[dask]'. DaskExecutor() defers to threads and does not need it."
                 ) from error
-            self._held.connection = connect(
+            self._teardown.connection = connect(
                 self._cluster, self._options.drain_timeout, resources=self._resources or None
             )
-        validate(deferral, state, self._options, self._held.connection)
+        validate(deferral, state, self._options, self._teardown.connection)
         self.flush()
         self._decided = tuple(nodes), deferral
 
-    def use(self, site: Site) -> Deferred:
-        """Return what defers the callbacks that the loop uses now."""
+    def use(self, site: Site) -> Lanes:
+        """Return the lanes for the callbacks that the loop has now."""
         nodes = tuple(site.nodes)
-        if self._deferred is None or nodes != self._nodes:
-            if self._deferred is not None:
-                self._sequences |= self._deferred.sequences
-                self._past += tuple(replace(lane, where="ended") for lane in self._deferred.report().lanes)
-                self._deferred.close()
-            # A change that was refused after it was checked has left its own decision behind.
+        if self._lanes is None or nodes != self._nodes:
+            past, sequences = self._past, self.sequences
+            if self._lanes is not None:
+                past += tuple(replace(lane, where="ended") for lane in self._lanes.report().lanes)
+                self._lanes.close()
+            # If a change of callbacks was checked and then refused, the last decision is about other callbacks.
             deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes, site.state)
-            self._nodes = nodes
-            self._held.lanes = []
-            self._deferred = Deferred(
-                nodes, deferral, site, self._options, self._held.connection, self._sequences, self._held.lanes
-            )
-        return self._deferred
+            made: list[Lane] = []
+            lanes = Lanes(nodes, deferral, site, self._options, self._teardown.connection, sequences, made)
+            # Together, so that an interrupt does not leave closed lanes for callbacks that are taken as decided on.
+            self._past, self._sequences, self._nodes = past, sequences, nodes
+            self._lanes, self._teardown.lanes = lanes, made
+        return self._lanes
 
     def _decide(self, nodes: Sequence[Node], state: LearnerState) -> Deferral:
         return decide(nodes, state, threads=self._cluster is None) if self._defer else Deferral()
 
     def explain(self, plan: Plan) -> str:
-        """Say what of a plan is deferred; empty where there is nothing to say."""
-        return "" if self._deferred is None else self._deferred.explain(plan)
+        """Say in lines which handlers of a plan are deferred, and why others are not; empty if none is deferrable."""
+        return "" if self._lanes is None else self._lanes.explain(plan)
 
     @property
     def sequences(self) -> dict[str, int]:
         """The number of events that each lane has had, by its name."""
-        return self._sequences | ({} if self._deferred is None else self._deferred.sequences)
+        return self._sequences | ({} if self._lanes is None else self._lanes.sequences)
 
     def resume(self, sequences: Mapping[str, int]) -> None:
-        """Let the lanes go on counting from these numbers; called before their first event."""
+        """Let the lanes number their events from here on. This is called before their first event."""
         self._sequences = dict(sequences)
-        if self._deferred is not None:
-            self._deferred.resume(self._sequences)
+        if self._lanes is not None:
+            self._lanes.resume(self._sequences)
 
     def report(self) -> Report:
-        """Return how the lanes stand; those from before a change of callbacks come first."""
-        return Report(self._past + (() if self._deferred is None else self._deferred.report().lanes))
+        """Return the counts of all lanes; those from before a change of callbacks come first."""
+        return Report(self._past + (() if self._lanes is None else self._lanes.report().lanes))
 
     def flush(self) -> None:
-        """Wait until everything is processed, and raise what failed."""
-        if self._deferred is not None:
-            self._deferred.flush()
+        """Wait until all events are done, and raise the failures."""
+        if self._lanes is not None:
+            self._lanes.flush()
 
     def close(self) -> None:
-        """Flush, end the lanes, and close what was opened; what failed is raised at the end.
+        """Flush, end the lanes, and close the connection; failures are raised at the end.
 
-        After an interrupt that did not leave the time to process everything, what is left is not waited for again.
+        If the last flush gave up after an interrupt, this does not wait for the remaining events again.
         """
         try:
-            if self._deferred is not None and not self._deferred.gave_up:
+            if self._lanes is not None and not self._lanes.gave_up:
                 self.flush()
         finally:
-            self._held.give_back()
-            if self._deferred is not None:
-                self._deferred.release()
+            self._teardown.close()
+            if self._lanes is not None:
+                self._lanes.release()

@@ -1,14 +1,17 @@
-"""Which callbacks are deferred, which share a lane, and why one that could be deferred is not.
+"""The decision which callbacks are deferred, which of them share a lane, and where each lane runs.
 
-A deferrable callback stays in place where something in place needs it to have run: a callback that names it in
-``run_after``, or one that uses a resource of its. That one staying can keep others, so it is asked until nothing
-changes. Deferred callbacks that are joined in one of these two ways share a lane, which keeps their order.
+A deferrable callback stays in place in two cases:
 
-It also stays in place where its lane would be a thread of this process and it may draw random numbers: Python, numpy
-and torch have one generator for all threads, and training draws from it at the same time. In place, and in another
-process, the handler has random numbers of its own (`flowtrain.state.random_numbers`).
+- A callback in place must run after it, because it names it in ``run_after`` or shares a resource with it. A callback
+  that stays for this reason can be the reason for another one, so `decide` repeats the question until nothing changes.
+- It may draw random numbers, and its lane would be a thread of this process. Python, numpy and torch have one generator
+  for all threads, from which training draws at the same time. In place, and in another process, a handler has random
+  numbers of its own (`flowtrain.state.random_numbers`).
 
-How a lane is opened: the options, its job, where it runs, and what is checked before.
+Deferred callbacks that are joined by ``run_after`` or a resource share a lane, which keeps their order.
+
+The second half of the module prepares lanes: `validate` checks the callbacks and the cluster before training, and
+`job_of` and `transport_of` make the parts of a lane.
 """
 
 from __future__ import annotations
@@ -55,12 +58,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Deferral:
-    """What is deferred.
+    """The decision which callbacks are deferred.
 
     Attributes:
-        lanes: The callbacks of each lane, in list order.
-        kept: Why each other deferrable callback runs in place, by its name.
-        drawing: Which of them may draw random numbers, by name, and what says so.
+        lanes: The deferred callbacks of each lane, in list order.
+        kept: For each deferrable callback that stays in place, the reason by its name.
+        drawing: For each deferrable callback that may draw random numbers, the evidence by its name.
     """
 
     lanes: tuple[tuple[Node, ...], ...] = ()
@@ -72,17 +75,17 @@ class Deferral:
         return next((number for number, lane in enumerate(self.lanes) if node in lane), None)
 
     def why_kept(self, node: Node) -> str:
-        """Return why a callback runs in place though it is deferrable; empty where there is nothing to say."""
+        """Return why a deferrable callback runs in place; empty if it is deferred or not deferrable."""
         return (self.kept or {}).get(node.name, "")
 
 
 def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads: bool = True) -> Deferral:
-    """Decide what is deferred.
+    """Decide which callbacks are deferred.
 
     Args:
         nodes: All callbacks.
-        state: The learner's state; it has the modules that callbacks read.
-        threads: Whether all lanes are threads of this process; otherwise those only that cannot leave it.
+        state: The state of the learner, with the modules that callbacks read.
+        threads: Whether all lanes are threads of this process. Otherwise only those are that cannot leave it.
     """
     kept: dict[str, str] = {}
     lanes: tuple[tuple[Node, ...], ...] = ()
@@ -114,10 +117,10 @@ def stays_here(node: Node) -> str:
 
 
 def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> None:
-    """Check that no attribute of a deferred callback is the learner, a view or its state.
+    """Check that no attribute of a deferred callback is the learner, a view or a part of the learner's state.
 
     Raises:
-        CallbackError: One is: on a lane it would be read while training changes it.
+        CallbackError: An attribute is. The callback would read it on its lane while training changes it.
     """
     parts = (state.model, state.optimizer, state.optimizers, state.data, state.params, state.cbstate)
     live = {id(part) for part in (state, *parts) if part is not None}
@@ -134,10 +137,10 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
 
 
 def may_draw(node: Node, state: LearnerState | None = None) -> str:
-    """Return what in a callback draws random numbers, as far as its code shows; empty if it says that it draws none.
+    """Return the evidence that a callback draws random numbers; empty if there is none, or it says that it draws none.
 
-    Looked at is the code of the user's that the callback holds or names, and the modules that it reads or holds. What a
-    package that is installed does inside is not seen: the callback says ``stochastic = True`` then.
+    This looks at the user's code that the callback holds or names, and at the modules that it reads or holds. It does
+    not look into installed packages: for these a callback says ``stochastic = True``.
     """
     callback = node.callback
     if not draws_own(callback):
@@ -170,7 +173,10 @@ _OTHERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdli
 
 
 def _drawn_in(waiting: list[Any]) -> str:
-    """Return what draws in what the values lead to: a function by what its code names, a module by its type."""
+    """Return the first function or module that draws, among everything that the values lead to.
+
+    A function draws if its code names a function of `_DRAWING`, a module if its type is known to draw.
+    """
     seen: dict[int, Any] = {}
     while waiting:
         for one in reachable(waiting.pop(0)):
@@ -179,7 +185,7 @@ def _drawn_in(waiting: list[Any]) -> str:
             seen[id(one)] = one
             kind = one if isinstance(one, type) else type(one)
             if issubclass(kind, torch.nn.Module) and one is not kind:
-                rate = getattr(one, "dropout", None)  # of a recurrent layer, or of attention
+                rate = getattr(one, "dropout", None)  # recurrent layers and attention have a rate of dropout
                 if "Dropout" in kind.__name__ or kind.__name__ == "RReLU" or (isinstance(rate, float) and rate):
                     return kind.__name__
             elif isinstance(one, FunctionType) and _is_users(one.__module__):
@@ -194,7 +200,7 @@ def _drawn_in(waiting: list[Any]) -> str:
 
 
 def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
-    """Return the global functions, classes and objects that a function names, also those in other modules."""
+    """Return the global objects that a function names, including those that it reaches through a module."""
     found = [function.__globals__[name] for name in names & function.__globals__.keys()]
     modules = [each for each in found if isinstance(each, ModuleType) and _is_users(each.__name__)]
     inside = [vars(module)[name] for module in modules for name in names & vars(module).keys()]
@@ -202,7 +208,7 @@ def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
 
 
 def _is_users(module: str) -> bool:
-    """Tell whether code of a module is the user's own, and no package's that is installed."""
+    """Tell whether a module is the user's own code, and not part of an installed package."""
     if module.partition(".")[0] in _OTHERS:
         return False
     file = getattr(sys.modules.get(module), "__file__", None) or ""
@@ -255,14 +261,14 @@ class Options:
 
 
 _LONGEST = 604_800
-"""Seconds of `drain_timeout`; dask cannot wait for an infinite time."""
+"""The largest `drain_timeout` in seconds, since dask cannot wait for an infinite time."""
 
 
 def check_options(defer: object, resources: Mapping[str, float], options: Options) -> None:
     """Check the arguments of an executor that say how callbacks are deferred.
 
     Raises:
-        ExecutorError: One of them means nothing; the text says what to write.
+        ExecutorError: An argument has a wrong value; the text says what to write.
     """
     if not is_a(defer, bool):
         raise ExecutorError(f"DaskExecutor(defer={defer!r}): defer is True or False. Write DaskExecutor(defer=False).")
@@ -291,7 +297,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Check an argument that is one of several words.
 
     Raises:
-        ExecutorError: It is none of them.
+        ExecutorError: The value is none of the words.
     """
     if value not in choices:
         raise ExecutorError(
@@ -300,10 +306,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def validate(deferral: Deferral, state: LearnerState, options: Options, connection: Connection | None) -> None:
-    """Check that callbacks can be deferred, and that a worker takes those that go to another process.
+    """Check that callbacks can be deferred, and that a worker can run those that leave this process.
 
     Raises:
-        FlowtrainError: They cannot; the text says which, and what to do.
+        FlowtrainError: A callback cannot be deferred; the text names it and says what to do.
     """
     for nodes in deferral.lanes:
         for node in nodes:
@@ -322,14 +328,14 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
 
 
 def job_of(nodes: Sequence[Node], deferral: Deferral, run: str, first: int = 0) -> Job:
-    """Return what a lane of these callbacks is there for."""
+    """Return the job of a lane of these callbacks."""
     names, backends = tuple(node.name for node in nodes), tuple(node.backends for node in nodes)
     draws = "; ".join(f"{name}: {what}" for name in names if (what := deferral.drawing.get(name)))
     return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first, draws=draws)
 
 
 def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:
-    """Return the handlers of these callbacks, as a lane runs them."""
+    """Return the handlers of a lane of these callbacks."""
     return tuple(
         Duty(number, node.name, handler, node.access[handler], owner_of(node, handler))
         for number, node in enumerate(nodes)
@@ -338,7 +344,7 @@ def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:
 
 
 def transport_of(job: Job, nodes: Sequence[Node], options: Options, connection: Connection | None) -> Transport:
-    """Return what runs a lane's batches: this process where it must, otherwise the cluster."""
+    """Return the transport of a lane: the cluster's, if there is a cluster and all callbacks can leave this process."""
     callbacks = [node.callback for node in nodes]
     if connection is None or why_here(nodes):
         return ThreadTransport(job, callbacks)

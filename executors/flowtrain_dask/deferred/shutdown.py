@@ -1,8 +1,9 @@
-"""How lanes end: closed with their learner, dropped with it, or left open when Python ends.
+"""How lanes end: closed with their learner, dropped with it, or still open when Python ends.
 
-What waits in a lane is never lost unheard. When a learner is dropped that nobody closed, its lanes process what they
-have in the background. When Python ends, they have the `drain_timeout` for it, before the machinery of threads and of
-dask is taken down. What is not done by then, or fails, is logged: there is nobody left to raise it to.
+Events that wait in a lane are never lost without a message. If nobody closed a learner and it is dropped, its lanes
+process their events in the background. When Python ends, lanes have `drain_timeout` seconds to process their events,
+before Python ends its thread pools and dask's threads. Events that are not done by then, and failures, are logged,
+because nobody is left to whom a failure could be raised.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from flowtrain_dask.lanes.lane import Lane
 if TYPE_CHECKING:
     from flowtrain_dask.cluster.connect import Connection
 
-__all__ = ["Held"]
+__all__ = ["Teardown"]
 
 _logger = logging.getLogger("flowtrain")
 
 
-class Held:
-    """What has to be given back, also when the learner is dropped: nothing in it leads back to the learner.
+class Teardown:
+    """The lanes and the connection of one executor, which must end even if the learner is dropped.
+
+    No attribute leads to the learner, so that this object can outlive it.
 
     Args:
-        patience: For how many seconds what waits is processed when Python ends.
+        patience: For how many seconds lanes process their events when Python ends.
 
     Attributes:
         lanes: The lanes that have had events.
-        connection: The cluster, if there is one.
+        connection: The connection to the cluster, if there is one.
     """
 
     def __init__(self, patience: float) -> None:
@@ -42,21 +45,21 @@ class Held:
         self.connection: Connection | None = None
         self._patience = patience
         self._process = os.getpid()
-        _held.add(self)
-        _watch_for_the_end()
+        _open.add(self)
+        _register_finish()
 
-    def give_back(self) -> None:
-        """End the lanes, then leave the cluster."""
+    def close(self) -> None:
+        """End the lanes, then close the connection."""
         if os.getpid() != self._process:
-            return  # a child of this process has the objects, and neither the threads nor the connection
+            return  # a forked child has copies of the objects, but neither the threads nor the connection
         for lane in self.lanes:
             lane.close()
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
     def finish(self) -> None:
-        """Process what waits, log what was not processed or has failed, and give back."""
+        """Let the lanes process their events, log failures and the events that are not done, and close."""
         if os.getpid() != self._process:
             return
         end = time.monotonic() + self._patience
@@ -77,14 +80,14 @@ class Held:
                 _logger.exception(
                     "flowtrain: lane %s failed, and nobody called learner.flush() or learner.close()", lane.job.lane
                 )
-        self.give_back()
+        self.close()
 
     def drop(self) -> None:
-        """Finish in the background; called by the garbage collector."""
+        """Finish in the background. The garbage collector calls this when the executor is dropped."""
         if os.getpid() != self._process:
             return
         if self.connection is None and all(lane.idle for lane in self.lanes):
-            self.give_back()
+            self.close()
             return
         _ending.add(self)
 
@@ -94,29 +97,29 @@ class Held:
             finally:
                 _ending.discard(self)
 
-        try:  # another thread, as this may be a lane's, or the one that the client works in
+        try:  # on another thread: the collector may run on a lane's thread, or on one that the client needs
             threading.Thread(target=finish, name="flowtrain finishes its lanes", daemon=True).start()
-        except RuntimeError:  # Python is ending
+        except RuntimeError:  # Python is ending, and starts no threads
             finish()
 
 
-_held: WeakSet[Held] = WeakSet()
-_ending: set[Held] = set()
-_watching: list[bool] = []
+_open: WeakSet[Teardown] = WeakSet()
+_ending: set[Teardown] = set()  # those that finish in the background, so that they are not collected meanwhile
+_registered: list[bool] = []
 
 
-def _watch_for_the_end() -> None:
-    if _watching:
+def _register_finish() -> None:
+    if _registered:
         return
-    _watching.append(True)
-    # Where Python has it: before the pools of threads end that a connection needs. `atexit` comes after that.
+    _registered.append(True)
+    # A connection needs thread pools. `threading._register_atexit` runs before these end, and `atexit` after that.
     register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
     try:
         register(_finish_all)
     except RuntimeError:  # Python is ending
-        _watching.clear()
+        _registered.clear()
 
 
 def _finish_all() -> None:
-    for held in {*_held, *_ending}:
-        held.finish()
+    for teardown in {*_open, *_ending}:
+        teardown.finish()
