@@ -213,7 +213,7 @@ class DaskExecutor:
         Raises:
             ExecutorError: A handler calls this.
         """
-        self._pool.close()
+        self._pool.close()  # first: it refuses a call of a handler before anything else is closed
         self._deferred.close()
         if self._site is not None:
             for route in self._routes.values():
@@ -249,6 +249,7 @@ class DaskExecutor:
             return runner
 
         def begin(event: Event, phase: Phase) -> None:
+            """Run the event, after having plans measured again whose decision is old."""
             self._look_again()
             runner(event, phase)
 
@@ -274,7 +275,7 @@ def _closed(event: Event, phase: Phase) -> None:
 def _cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))  # less than the machine has, in a container or under a batch system
     return os.cpu_count() or 1
 
 

@@ -211,7 +211,7 @@ def _process(assignment: Assignment) -> Reply:
     if outcome.failure is not None:
         sequence, failure = outcome.failure
         reply.failure = sequence, _portable(failure)
-    if assignment.want or outcome.failure is not None:
+    if assignment.want or outcome.failure is not None:  # a failure usually ends training, which wants the state then
         reply.state = dump_state(kept.callbacks, kept.fixed)
     with _lock:
         _kept[assignment.token] = kept

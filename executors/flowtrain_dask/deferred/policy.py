@@ -92,20 +92,22 @@ def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads:
     deferred = [node for node in nodes if node.callback.deferrable]
     drawing = {node.name: what for node in deferred if (what := may_draw(node, state))}
     while True:
-        staying = {id(node) for node in deferred}
-        in_place = [node for node in nodes if id(node) not in staying]
-        found = {node.name: why for node in deferred if (why := _held_by(node, in_place))}
+        ids = {id(node) for node in deferred}
+        in_place = [node for node in nodes if id(node) not in ids]
+        found = {node.name: why for node in deferred if (why := _needed_in_place(node, in_place))}
         if not found:
+            # Draws come last, because they depend on the lanes: one callback that cannot leave this process keeps all
+            # callbacks of its lane in a thread.
             lanes = _lanes(deferred)
             here = [node for lane in lanes if threads or any(map(stays_here, lane)) for node in lane]
-            found = {node.name: _BESIDE.format(drawing[node.name]) for node in here if node.name in drawing}
+            found = {node.name: _DRAWS.format(drawing[node.name]) for node in here if node.name in drawing}
         if not found:
             return Deferral(lanes, kept, drawing)
         kept |= found
         deferred = [node for node in deferred if node.name not in found]
 
 
-_BESIDE = "it may draw random numbers ({}), and a thread would take them from training; see stochastic"
+_DRAWS = "it may draw random numbers ({}), and a thread would take them from training; see stochastic"
 
 
 def stays_here(node: Node) -> str:
@@ -124,6 +126,7 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
     """
     parts = (state.model, state.optimizer, state.optimizers, state.data, state.params, state.cbstate)
     live = {id(part) for part in (state, *parts) if part is not None}
+    # A callback may have modules and tensors of its own, so those of the learner are recognised one by one.
     if isinstance(state.model, torch.nn.Module):
         live |= {id(part) for part in (*state.model.modules(), *state.model.parameters())}
     for attribute, value in vars(callback).items():
@@ -169,7 +172,8 @@ _DRAWING = frozenset(
 )  # fmt: skip
 """Names of functions that draw from the generators of the process."""
 
-_OTHERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdlib_module_names}) - {"__main__"}
+_NOT_USERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdlib_module_names}) - {"__main__"}
+"""Top-level modules that are not the user's code, wherever they are installed."""
 
 
 def _drawn_in(waiting: list[Any]) -> str:
@@ -193,6 +197,7 @@ def _drawn_in(waiting: list[Any]) -> str:
                 if drawing := names & _DRAWING:
                     return f"{min(drawing)} in {one.__qualname__}"
                 waiting += _globals_of(one, names)
+            # The attributes of a class of the user count as well: its methods may draw.
             if id(kind) not in seen or one is kind:
                 waiting += [each for base in kind.__mro__ if _is_users(base.__module__) for each in vars(base).values()]
                 seen[id(kind)] = kind
@@ -209,13 +214,14 @@ def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
 
 def _is_users(module: str) -> bool:
     """Tell whether a module is the user's own code, and not part of an installed package."""
-    if module.partition(".")[0] in _OTHERS:
+    if module.partition(".")[0] in _NOT_USERS:
         return False
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file
 
 
-def _held_by(node: Node, in_place: Sequence[Node]) -> str:
+def _needed_in_place(node: Node, in_place: Sequence[Node]) -> str:
+    """Return why a callback must stay in place because of others in place; empty if it need not."""
     for other in in_place:
         if _runs_after(other, node):
             return f"{other.name} runs in place, after it"
@@ -227,7 +233,7 @@ def _held_by(node: Node, in_place: Sequence[Node]) -> str:
 
 def _lanes(deferred: Sequence[Node]) -> tuple[tuple[Node, ...], ...]:
     lanes: list[list[Node]] = []
-    for node in deferred:
+    for node in deferred:  # a callback that is joined with several lanes makes one of them
         joined = [lane for lane in lanes if any(_joined(node, other) for other in lane)]
         lanes = [lane for lane in lanes if lane not in joined]
         lanes.append(sorted([node, *(other for lane in joined for other in lane)], key=lambda one: one.position))
@@ -323,7 +329,7 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
                     raise
         if connection is not None and not why_here(nodes):
             transport = transport_of(job_of(nodes, deferral, "check"), nodes, options, connection)
-            transport.open(options.drain_timeout)
+            transport.open(options.drain_timeout)  # has a worker do a first task: pickling and versions are tried
             transport.close()
 
 

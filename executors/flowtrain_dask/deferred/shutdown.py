@@ -92,6 +92,7 @@ class Teardown:
         _ending.add(self)
 
         def finish() -> None:
+            """Finish, and be known to `_finish_all` until then."""
             try:
                 self.finish()
             finally:

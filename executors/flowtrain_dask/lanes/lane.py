@@ -98,10 +98,11 @@ class Lane:
         driver = self._driver
         number, total = driver.put
         waiting = number - driver.done
+        # An empty lane takes an event of any size, or a large one would wait for ever.
         if driver.refuses or (waiting and self._is_full(waiting, total, nbytes)):
             if not self._make_room(self.job.duties[duty].name, nbytes):
                 return False
-            waiting = number - driver.done
+            waiting = number - driver.done  # events were done meanwhile
         total += nbytes
         driver.queue.append(Entry(number, duty, event, phase, payload, nbytes, seed, total))
         room = driver.batches.largest - (total - driver.done_bytes)
@@ -131,7 +132,7 @@ class Lane:
         goal, _ = driver.put
         deadline = None if timeout is None else time.monotonic() + timeout
         while not driver.refuses and (driver.done < goal or driver.collected < goal):
-            driver.rush = True
+            driver.rush = True  # again each time: the lane's thread may have reset it before the last event was put
             self._wake_up()
             if deadline is not None and time.monotonic() >= deadline:
                 return False
@@ -162,6 +163,7 @@ class Lane:
         if self._driver.closed:
             return
         self._driver.end()
+        # A handler of the lane may close it, through its learner: the lane's thread cannot wait for itself.
         if self._thread is not None and self._thread is not threading.current_thread():
             end = time.monotonic() + timeout
             while self._thread.is_alive() and time.monotonic() < end:

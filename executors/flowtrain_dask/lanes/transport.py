@@ -115,6 +115,7 @@ class ThreadTransport:
         end = time.monotonic() + _SECONDS
 
         def enough() -> bool:
+            """Return whether to hand the records over now."""
             return time.monotonic() >= end or closing()
 
         return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)

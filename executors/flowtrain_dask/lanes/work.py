@@ -205,7 +205,7 @@ def run_entries(
             outcome.done += 1
             if outcome.failure is not None or (enough is not None and enough()):
                 break
-    for _, replica, _ in calls:
+    for _, replica, _ in calls:  # a view would keep its last snapshot in memory until the next batch
         replica.clear()
     return outcome
 
@@ -227,6 +227,7 @@ def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Replica,
 
 
 _made: WeakKeyDictionary[Job, list[Replica]] = WeakKeyDictionary()
+"""The replicas of each job, because binding their views takes longer than most handlers."""
 
 
 def _replicas(job: Job) -> list[Replica]:

@@ -1,8 +1,8 @@
-"""Snapshots: exact copies of what deferred handlers declare to read, and the view that shows them.
+"""Snapshots: exact copies of the state that deferred handlers declare to read, and the view that shows them.
 
-`slots` says what a declaration makes a snapshot of, `taker` takes it at the handler's place in the plan. How a value is
-copied: `copiers` (which copier for which type; `register_copier` for your own), `copying` (one pass), `tensors`,
-`modules`, `containers` (Python's and numpy's; flowtrain's own copy themselves), `series` (of which nothing is copied,
-because they only grow). Copies lie in the memory of a `pool`, which is used again.
-`view` is what the handler sees.
+`slots` turns a declaration into the entries of a snapshot, and `taker` takes a snapshot at the handler's place in the
+plan. `copiers` has the table of types and how they are copied, with `register_copier` for types of the user; `copying`
+is one pass of copying; `tensors`, `modules` and `containers` copy the types of their names. `series` shows series,
+which only grow, so that their length is enough. Copies lie in the memory of a `pool`, which is reused. `view` shows a
+snapshot to the handler.
 """

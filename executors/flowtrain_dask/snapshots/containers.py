@@ -1,8 +1,8 @@
-"""Copies of containers and objects of Python's, and of numpy's arrays.
+"""Copies of Python's containers and objects, and of numpy's arrays.
 
-`flowtrain.callback.nested` says which containers are copied, and makes each again around copies of its parts;
-where no part needs a copy, a container that cannot change is its own copy. Here are the types whose copy is not made of
-parts: immutable ones, texts and numbers with attributes, bytes that can change, and arrays.
+`flowtrain.callback.nested` knows the types of containers, and rebuilds a container from copies of its parts. An
+immutable container whose parts need no copies is not copied either. This module copies the types that are not made of
+parts: immutable ones, numbers and texts with attributes, `bytearray`, and arrays.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _IMMUTABLE = (
 
 
 _NUMBERS = (int, float, complex, str, bytes)
-"""What is immutable, but for the attributes that a subclass may have."""
+"""Types whose values are immutable, except for attributes that a subclass may add."""
 
 
 def find_rebuilder(kind: type, value: Any) -> Copier | None:
-    """Return how a type of Python or numpy, a subclass of one, or a dataclass is copied; ``None`` for others."""
+    """Return the copier of a type of Python or numpy, of a subclass of one, or of a dataclass; ``None`` for others."""
     if issubclass(kind, enum.Enum):
         return _itself
     if issubclass(kind, _NUMBERS):
@@ -52,7 +52,7 @@ def find_rebuilder(kind: type, value: Any) -> Copier | None:
         return _copy_container
     if issubclass(kind, bytearray):
         return _copy_bytearray
-    # By name, so that numpy is not imported for who does not use it; others have its interface and are no arrays.
+    # By name, so that numpy need not be imported. A test of the interface would accept types that are no arrays.
     if any(base.__module__ == "numpy" and base.__name__ in ("ndarray", "generic") for base in kind.__mro__):
         return _copy_array
     return None
@@ -72,7 +72,7 @@ def _copy_number(value: Any, copying: Copying) -> Any:
     base: Any = next(base for base in _NUMBERS if isinstance(value, base))
     try:
         copy = base.__new__(type(value), *base.__getnewargs__(value))
-    except TypeError as error:  # numpy's own floats are floats
+    except TypeError as error:  # numpy's scalars are subclasses of `float` that `float` cannot make
         raise Refused(value, f"it has attributes, and cannot be made again: {error}") from error
     return _with_attributes(value, copy, copying)
 
@@ -95,6 +95,6 @@ def _copy_array(value: Any, copying: Copying) -> Any:
     if value.dtype.hasobject:
         raise Refused(value, "an array of objects cannot be copied as numbers can", "Read a list in its place")
     if not hasattr(value, "__setitem__"):
-        return value  # a scalar
+        return value  # a scalar of numpy, which is immutable
     copying.nbytes += int(value.nbytes)
     return value if copying.dry else value.copy(order="K") if value.shape else value.copy()

@@ -1,4 +1,4 @@
-"""How values are copied, so that nothing that training does later changes them.
+"""The types that can be copied, and how: later changes by training do not change a copy.
 
 ===============================================  ===============================================================
 value                                            its copy
@@ -6,16 +6,15 @@ value                                            its copy
 tensors (also sparse, quantised, complex)        detached, in memory of a `Pool`, with the strides they have
 numbers, texts, types, functions, enums, ...     the value itself
 list, tuple, dict, set, deque, dataclasses, ...  rebuilt, subclasses and their attributes too; cycles are kept
-numpy arrays                                     copied; arrays of objects are refused
+numpy arrays                                     copied; refused if they hold objects
 series                                           `flowtrain_dask.snapshots.series`: in constant time
 parameters and gradients by name                 copied together
-other containers of flowtrain's                  as `flowtrain.state.container` says: rebuilt
+other containers of flowtrain                    rebuilt by themselves, see `flowtrain.state.container`
 ``torch.nn.Module``                              a deep copy: every parameter and buffer is copied
-anything else                                    what `register_copier` says; without it refused
+any other type                                   by a function from `register_copier`; refused if there is none
 ===============================================  ===============================================================
 
-This module has the table and its public face. `copying` is one pass of copying; `tensors`, `containers` and `modules`
-copy what their names say.
+`copying` is one pass of copying; `tensors`, `containers` and `modules` copy the types of their names.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ _registered: dict[type, Copier] = {}
 
 
 def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
-    """Say how a type of your own, and its subclasses, are copied for deferred callbacks.
+    """Register a function that copies a type of your own, and its subclasses, for deferred callbacks.
 
     Args:
         kind: The type.
-        copy: Returns a copy that nothing which training does later changes, such as `copy.deepcopy`. Where callbacks
-            run in other processes, the copy must pickle.
+        copy: Returns a copy of an object that later changes to the object do not affect, such as `copy.deepcopy`. If
+            callbacks run in other processes, the copy must pickle.
 
     Raises:
-        UsageError: The first is no type, or the second no function.
+        UsageError: `kind` is no type, or `copy` is no function.
     """
     if not is_a(kind, type):
         raise UsageError(f"register_copier({kind!r}, ...): the first argument is a type: register_copier(MyType, f).")
@@ -60,18 +59,18 @@ def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
         raise UsageError(f"register_copier({kind.__name__}, {copy!r}): the second argument is a function of a value.")
     _registered[kind] = lambda value, copying: value if copying.dry else copy(value)
     for known in [each for each in COPIERS if issubclass(each, kind)]:
-        del COPIERS[known]  # found again, with the new answer
+        del COPIERS[known]  # so that the copier of this type is looked up again
 
 
 def check(declaration: Declaration, state: LearnerState) -> None:
-    """Check that what a deferred handler declares to read can be copied, as far as it is there already.
+    """Check that the state that a deferred handler declares to read can be copied, as far as it exists already.
 
     Args:
-        declaration: What the handler declares.
-        state: The learner's state.
+        declaration: The declaration of the handler.
+        state: The state of the learner.
 
     Raises:
-        AccessError: It cannot; the error says what is where, and what to write.
+        AccessError: An object cannot be copied; the text says where it is and what to write.
     """
     for declared in compile_slots(declaration):
         for slot in slots_now(declared, state) if getattr(state, declared.path[0]) is not None else ():

@@ -1,7 +1,7 @@
-"""One pass of copying: what is common to all types. `flowtrain_dask.snapshots.copiers` says how each type is copied.
+"""One pass of copying, with the parts that all types have in common.
 
-The copy of one value keeps what it shares within itself: one tensor in two places stays one tensor, and a list that
-holds itself does so in the copy.
+The copier of each type is in `flowtrain_dask.snapshots.copiers`. A copy keeps the sharing within a value: a tensor in
+two places is one tensor in the copy too, and a list that contains itself does so in the copy.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ __all__ = [
 ]
 
 Copier: TypeAlias = "Callable[[Any, Copying], Any]"
+"""A function that returns the copy of a value, given the pass of copying."""
 
 COPIERS: dict[type, Copier] = {}
-"""How each type is copied, by exact type; `flowtrain_dask.snapshots.copiers` fills it, new types are entered later."""
+"""The copier of each exact type that was met so far."""
 
 FINDERS: list[Callable[[type, Any], Copier | None]] = []
-"""What is asked, in turn, how a type is copied that is met for the first time."""
+"""Functions that find the copier of a new type, called in this order; `flowtrain_dask.snapshots.copiers` sets them."""
 
 
-class Refused(Exception):  # turned into an error that says where before anybody else sees it
-    """A value that cannot be copied, and where it is inside the entry.
+class Refused(Exception):  # `Copying.at` turns it into an `AccessError` that names the place
+    """A value cannot be copied.
 
     Attributes:
         value: The value.
-        why: Why not.
-        remedy: What to write.
-        where: How to get there, the outermost step last.
+        why: Why it cannot be copied.
+        remedy: The text that says what to write.
+        where: The steps from the entry to the value, the outermost one last.
     """
 
     def __init__(self, value: object, why: str, remedy: str = "") -> None:
@@ -56,16 +57,16 @@ class Copying:
     """The copy of one entry of the learner's state, while it is made.
 
     Args:
-        pool: Where the memory for tensors comes from.
-        fresh: Whether the tensors belong to nobody else: they are detached and shared.
-        cutter: Makes what is shown of series.
-        dry: Whether tensors and modules are only looked at.
+        pool: Gives the memory for tensors.
+        fresh: Whether nobody will change the tensors: they are detached and not copied.
+        cutter: Makes the copies of series.
+        dry: Whether this is only a check: tensors and modules are not copied.
 
     Attributes:
         nbytes: The bytes of the tensors, arrays and texts that were copied.
-        has_series: Whether there was a series; how it is shown depends on who looks.
-        events: What has to be waited for before the copy is complete, on an accelerator.
-        memo: What was copied so far, and its copy.
+        has_series: Whether the entry contains a series. The copy of a series may depend on the handler.
+        events: The events of an accelerator that must have passed before the copy is complete.
+        memo: The values that were copied so far, each with its copy, by their ids.
     """
 
     __slots__ = ("cutter", "dry", "events", "fresh", "has_series", "memo", "nbytes", "pool")
@@ -84,7 +85,7 @@ class Copying:
         """Return the copy of a value.
 
         Raises:
-            Refused: It, or something in it, cannot be copied.
+            Refused: The value, or a part of it, cannot be copied.
         """
         kind = type(value)
         if kind in PLAIN:
@@ -93,14 +94,14 @@ class Copying:
         if known is not None:
             return known[1]
         copier = COPIERS.get(kind)
-        if copier is None:
+        if copier is None:  # a type that was never copied before in this process
             copier = COPIERS[kind] = next((found for find in FINDERS if (found := find(kind, value))), _refuse)
         result = copier(value, self)
-        self.memo[id(value)] = (value, result)  # the value too: as long as it lives, its id is its own
+        self.memo[id(value)] = (value, result)  # with the value, so that no other object gets its id meanwhile
         return result
 
     def copy_at(self, value: Any, where: Any) -> Any:
-        """Return the copy of a part; `where` is its place: a key, or an `flowtrain.callback.nested.Attribute`."""
+        """Return the copy of a part. An error names its place by `where`: a key, or an `Attribute`."""
         if type(value) in PLAIN:
             return value
         try:
@@ -110,31 +111,31 @@ class Copying:
             raise
 
     def copy_key(self, key: Any) -> Any:
-        """Return the copy of a key of a dict: an object may be one, and training may change it."""
+        """Return the copy of a key of a dict. A key may be an object that training changes."""
         return key if type(key) in PLAIN else self.copy_at(key, Attribute(f"keys() {key!r}"))
 
     def remember(self, value: Any, result: Any) -> None:
-        """Note the copy of a container before it is filled: it may hold itself."""
+        """Note the copy of a container before it is filled, because the container may contain itself."""
         self.memo[id(value)] = (value, result)
 
     def entry(self, value: Any, path: Path, inside: Tree | None = None) -> Any:
-        """Return the copy of what is at a path, or of what is declared inside it.
+        """Return the copy of the value at a path, or of the declared parts of it.
 
         Args:
-            value: What is there.
-            path: Where.
-            inside: What is declared below it; ``None`` is all.
+            value: The value.
+            path: The path.
+            inside: The declared paths below it; ``None`` for the whole value.
 
         Raises:
-            AccessError: It, or something in it, cannot be copied.
+            AccessError: The value, or a part of it, cannot be copied.
         """
         return self.at(path, self.copy, value) if inside is None else self.at(path, self.inside, value, inside)
 
     def at(self, path: Path, copy: Callable[..., Any], *args: Any) -> Any:
-        """Call something that copies what is at a path; what is refused inside becomes an error that says where.
+        """Call a function that copies the value at a path, and turn `Refused` into an error that names the place.
 
         Raises:
-            AccessError: Something cannot be copied.
+            AccessError: The value, or a part of it, cannot be copied.
         """
         try:
             return copy(*args)
@@ -142,7 +143,7 @@ class Copying:
             raise _error(refused, path) from refused.__cause__
 
     def inside(self, container: Any, inside: Tree) -> Any:
-        """Return copies of what is declared inside a container, in one of the same sort, a dict or `Attributes`."""
+        """Return copies of the declared parts of a container: in a container of its type, a dict, or `Attributes`."""
         frozen = getattr(type(container), "__frozen__", None)
         if frozen is not None:
             return frozen(container, self, inside)
@@ -152,14 +153,14 @@ class Copying:
         return Attributes({name: self.part(own[name], inside[name], Attribute(name)) for name in own})
 
     def part(self, value: Any, inside: Tree | Read | Write | None, where: Any) -> Any:
-        """Return the copy of a part of which all, or something inside, is declared."""
+        """Return the copy of a part that is declared as a whole, or of the declared parts of it."""
         if not isinstance(inside, dict) or "" in inside:
             return self.copy_at(value, where)
         return self.inside(value, inside)
 
 
 class Attributes:
-    """What of an object's attributes was copied."""
+    """The copied attributes of an object, if only some of them are declared."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)

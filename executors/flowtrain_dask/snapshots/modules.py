@@ -1,8 +1,8 @@
 """Copies of modules and optimizers.
 
-A declared ``model`` is copied as a whole: every parameter and buffer, for each event, on the training thread. Who
-needs some of it declares ``params.encoder.weight`` or ``model.encoder``. With all of ``model`` declared, ``params`` are
-those of the copy, as in place; parts are copied each by itself.
+A declared ``model`` is copied as a whole: every parameter and buffer, for each event, on the training thread. A handler
+that needs only a part of it should declare ``params.encoder.weight`` or ``model.encoder``. If ``model`` is declared as
+a whole, ``params`` are the parameters of the copy, as in place. Declared parts are copied separately.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["OptimizerCopy", "copy_module", "copy_optimizers"]
 
 
 def copy_module(value: nn.Module, copying: Copying) -> nn.Module:
-    """Return a deep copy of a module, its parameters as leaves without gradients; hooks are shared.
+    """Return a deep copy of a module. Its parameters are leaves without gradients, and hooks are shared.
 
     Raises:
-        Refused: Something that the module holds cannot be deep-copied.
+        Refused: An object in the module cannot be deep-copied.
     """
     if copying.dry:
         return value
@@ -37,7 +37,7 @@ def copy_module(value: nn.Module, copying: Copying) -> nn.Module:
         memo[id(tensor)] = _copy_owned(tensor, copying)
     for module in value.modules():
         for name, own in vars(module).items():
-            if isinstance(own, torch.Tensor):  # perhaps with a graph, which cannot be deep-copied
+            if isinstance(own, torch.Tensor):  # it may have a graph, and torch refuses to deep-copy that
                 memo.setdefault(id(own), _copy_owned(own, copying))
             elif name.endswith("_hooks") and isinstance(own, dict):
                 memo.update({id(hook): hook for hook in own.values()})
@@ -55,13 +55,13 @@ def _copy_owned(tensor: torch.Tensor, copying: Copying) -> torch.Tensor:
 
 
 class OptimizerCopy:
-    """What an optimizer's hyperparameters and state were.
+    """Copies of the hyperparameters and the state of an optimizer.
 
     Attributes:
         groups: The parameter groups without their parameters; ``None`` if they are not declared.
-        state: For each parameter with a state its name, what it looked like (on the meta device), and the state;
-            ``None`` if it is not declared.
-        defaults: What groups are made with; ``None`` unless all of the optimizer is declared.
+        state: For each parameter with a state: its name, a tensor of its shape and dtype on the meta device, and the
+            state; ``None`` if the state is not declared.
+        defaults: The default hyperparameters; ``None`` unless the optimizer is declared as a whole.
     """
 
     __slots__ = ("defaults", "groups", "state")
@@ -73,11 +73,11 @@ class OptimizerCopy:
 
 
 def copy_optimizers(state: LearnerState, inside: Tree | None, copying: Copying) -> dict[str, OptimizerCopy]:
-    """Return copies of the optimizers by name; the only one has the name ``""``.
+    """Return copies of the optimizers by name; a single optimizer has the name ``""``.
 
     Args:
-        state: The learner's state.
-        inside: What is declared of them; ``None`` is all.
+        state: The state of the learner.
+        inside: The declared paths below ``optimizer``; ``None`` for all of it.
         copying: The pass of copying.
     """
     names = {id(parameter): name for name, parameter in named_parameters(state.params, state.lossfn).items()}

@@ -1,11 +1,11 @@
-"""Memory that is used again and again: fresh memory costs more than the copy that goes into it.
+"""Reused memory for copies, because getting fresh memory takes longer than copying into it.
 
-The pool lends memory as tensors. It keeps the memory itself, and a tensor that was made from it, any view or numpy
-array of that tensor included, holds a reference to it. So the number of references says whether it is in use, and
-nobody can see a tensor change because somebody else released it: a callback may keep what it read for ever.
+The pool gives out tensors and keeps their memory. Each tensor, and any view or numpy array of it, holds a reference to
+its memory, so the number of references tells whether the memory is in use. A callback may keep a tensor for ever: its
+memory is not reused as long as a reference exists.
 
-Memory is found again by the dtypes, shapes and strides of the tensors in it. What was not used for the longest time
-goes first when the limit is reached; beyond the limit tensors are ordinary ones.
+Memory is found by the dtypes, shapes and strides of the tensors in it. When the limit is reached, the memory that was
+not used for the longest time is freed first. Beyond the limit, tensors get ordinary memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from flowtrain.errors import whole_number
 __all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
 
 ALIGNMENT = 64
-"""As torch aligns its own memory: what a matrix product gives in the last bit may depend on it."""
+"""The alignment of torch's own memory in bytes. The last bits of a matrix product may depend on it."""
 
 _SMALL = 1024
-"""Bytes below which ordinary memory is as quick."""
+"""Bytes. Below this size ordinary memory is as fast."""
 
 _LOOKS = 8
-"""How many kinds of memory are looked at for some to give up, each time."""
+"""How many kinds of memory are examined when some must be freed."""
 
 _Shape: TypeAlias = "tuple[torch.dtype, torch.Size, tuple[int, ...] | None]"
 _Key: TypeAlias = "tuple[bool, tuple[_Shape, ...]]"
@@ -40,27 +40,27 @@ class _Memory:
     """A piece of memory.
 
     Args:
-        nbytes: Its size.
+        nbytes: Its size in bytes.
         pinned: Whether it is pinned.
 
     Attributes:
-        buffer: The object that has the memory. Everybody who uses the memory refers to this.
-        offset: Where the memory begins in that.
+        buffer: The object that owns the memory. Every tensor in the memory refers to it.
+        offset: The offset in bytes at which the memory begins in `buffer`.
     """
 
     __slots__ = ("_idle", "buffer", "offset")
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.buffer, self.offset = _pinned(nbytes) if pinned else aligned(nbytes)
-        self._idle = sys.getrefcount(self.buffer)  # measured: what counts as a reference differs between Pythons
+        self._idle = sys.getrefcount(self.buffer)  # measured, since versions of Python count references differently
 
     def is_unused(self) -> bool:
-        """Return whether nobody uses it."""
+        """Return whether no tensor uses the memory."""
         return sys.getrefcount(self.buffer) <= self._idle
 
 
 class _Kind:
-    """The memory for tensors of certain shapes, the one that was lent longest ago first."""
+    """The pieces of memory for tensors of the same dtypes, shapes and strides, ordered by their last use."""
 
     __slots__ = ("_dtypes", "_parts", "memories", "nbytes")
 
@@ -78,7 +78,7 @@ class _Kind:
             self.nbytes += -self.nbytes % ALIGNMENT
 
     def find_unused(self) -> _Memory | None:
-        """Return memory that nobody uses, if one of the first two is: more may be kept for ever by a callback."""
+        """Return memory that is not in use, or ``None``. Only two pieces are examined, as a callback may keep many."""
         for _ in range(min(2, len(self.memories))):
             self.memories.rotate(-1)
             if self.memories[-1].is_unused():
@@ -86,25 +86,25 @@ class _Kind:
         return None
 
     def flats(self, memory: _Memory) -> list[torch.Tensor]:
-        """Return all of the memory as each dtype."""
+        """Return the whole memory as one flat tensor for each dtype."""
         return [
             torch.frombuffer(memory.buffer, dtype=dtype, count=self.nbytes // dtype.itemsize, offset=memory.offset)
             for dtype in self._dtypes
         ]
 
     def tensors(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors in some memory."""
+        """Return the tensors of this kind as views of the flat tensors."""
         return [flats[which].as_strided(shape, strides, start) for which, shape, strides, start in self._parts]
 
 
 class Pool:
-    """Lends tensors for copies.
+    """Gives out tensors for copies, in memory that is reused.
 
     Args:
-        limit_bytes: How much memory it keeps, in bytes, lent or not.
+        limit_bytes: The most bytes of memory that the pool keeps, in use or not.
 
     Raises:
-        UsageError: The limit is no number of bytes.
+        UsageError: The limit is no whole number of bytes.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -115,18 +115,18 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it keeps."""
+        """The bytes of memory that the pool keeps."""
         return self._nbytes
 
     def like(self, source: torch.Tensor, *, pinned: bool = False) -> torch.Tensor:
-        """Return one tensor as `like_all` does."""
+        """Return a tensor like one tensor; see `like_all`."""
         return self.like_all([source], pinned=pinned)[0]
 
     def like_all(self, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> list[torch.Tensor]:
-        """Return tensors in this process's memory, not filled, with the dtypes, shapes and strides of `sources`.
+        """Return uninitialised CPU tensors with the dtypes, shapes and strides of `sources`.
 
-        Where a source has gaps or overlaps, the strides are those of a contiguous tensor (`dense_strides`). All of
-        them lie in one piece of memory, which is in use as long as one of them is.
+        If a source has gaps or overlaps, its tensor has the strides of a contiguous one (`dense_strides`). All tensors
+        lie in one piece of memory, which is in use as long as one of them is.
 
         Args:
             sources: Strided tensors, not quantised.
@@ -139,7 +139,7 @@ class Pool:
             ]
         )
         nbytes = sum([source.nbytes for source in sources])
-        if nbytes < _SMALL and not (pinned and nbytes):
+        if nbytes < _SMALL and not (pinned and nbytes):  # a copy that nobody waits for needs pinned memory of any size
             return [_ordinary(*shape, pinned=False) for shape in shapes]
         key = (pinned, shapes)
         with self._lock:
@@ -149,19 +149,19 @@ class Pool:
             else:
                 self._kinds.move_to_end(key)
             found = kind.find_unused() or self._add(kind, pinned)
-            if found is None:
+            if found is None:  # the limit is reached
                 return [_ordinary(*shape, pinned=pinned) for shape in shapes]
             flats = kind.flats(found)  # from here on the memory is in use
         return kind.tensors(flats)
 
     def clear(self) -> None:
-        """Keep nothing any more. What is lent stays as it is."""
+        """Free all memory that is kept. Tensors that were given out keep theirs."""
         with self._lock:
             self._kinds.clear()
             self._nbytes = 0
 
     def _add(self, kind: _Kind, pinned: bool) -> _Memory | None:
-        """Get new memory of a kind, if there is room."""
+        """Return new memory of a kind, or ``None`` if there is no room for it."""
         if not self._room(kind.nbytes):
             return None
         found = _Memory(kind.nbytes, pinned)
@@ -170,7 +170,7 @@ class Pool:
         return found
 
     def _room(self, nbytes: int) -> bool:
-        """Make room within the limit, of what was not used for the longest time; tell whether there is."""
+        """Free memory that was not used for the longest time; return whether there is room for so many bytes."""
         for _ in range(_LOOKS):
             if self._nbytes + nbytes <= self.limit_bytes or not self._kinds:
                 break
@@ -181,16 +181,16 @@ class Pool:
             if kind.find_unused() is None:
                 self._kinds.move_to_end(key)
                 continue
-            kind.memories.pop()  # the one that was found
+            kind.memories.pop()  # `find_unused` has put it last
             self._nbytes -= kind.nbytes
         return self._nbytes + nbytes <= self.limit_bytes
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the strides that a copy keeps, ``None`` for those of a contiguous tensor.
+    """Return the strides for a copy of a tensor; ``None`` for those of a contiguous tensor.
 
-    A sum may differ in its last bits with other strides, so a copy keeps them: all but those with more gaps than
-    elements, and those by which elements overlap.
+    A copy keeps the strides of the tensor, because a sum may differ in its last bits with other strides. Exceptions are
+    strides with more gaps than elements, and strides by which elements overlap.
     """
     shape, strides = tensor.shape, tensor.stride()
     extent = 1
@@ -209,7 +209,7 @@ def _ordinary(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...] | 
 
 
 def aligned(nbytes: int) -> tuple[Any, int]:
-    """Return new memory with room for some bytes, and the offset at which it is aligned."""
+    """Return new memory with room for so many bytes, and the offset at which it is aligned."""
     memory = bytearray(nbytes + ALIGNMENT)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return memory, -address % ALIGNMENT
@@ -218,5 +218,5 @@ def aligned(nbytes: int) -> tuple[Any, int]:
 def _pinned(nbytes: int) -> tuple[Any, int]:
     owner = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     memory: Any = (ctypes.c_char * nbytes).from_address(owner.data_ptr())
-    memory.owner = owner  # as long as the memory is known, it is there
+    memory.owner = owner  # keeps the pinned memory allocated
     return memory, 0

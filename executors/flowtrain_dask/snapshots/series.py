@@ -1,13 +1,14 @@
 # pyright: reportPrivateUsage=false
-# A cut reads the lists of the series that it shows: it holds no copy of them.
-"""Series as they were: nothing is copied of a series, since it only grows and its length says what was in it.
+# A cut reads the private lists of its series.
+"""Snapshots of series. Nothing is copied: a series only grows, so its length tells which values it had.
 
-A snapshot of a series is a `Cut`: the first values of the live series. A snapshot of series by name is a `CutMap`: the
-live series with the lengths of all; it makes the cuts that a handler looks at. `CutPhases` is one for each phase.
+A snapshot of a series is a `Cut`: the first values of the learner's series. A snapshot of series by name is a `CutMap`:
+the series with their lengths, from which it makes a cut when a handler reads one. `CutPhases` has a `CutMap` for each
+phase.
 
-A handler in another process is shown the tail of a series: its length, its last value, and the values that were added
-since the handler's event before. A pickle holds only these. A `Cutter` makes the cuts for one handler, and remembers
-how long each series was at the handler's event before.
+A handler in another process gets the tail of a series: its length, its last value, and the values that were added since
+the handler's previous event. A pickle of a cut contains only these. A `Cutter` makes the cuts for one handler, and
+remembers the lengths at the handler's previous event.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ class Cut(ReadOnlySeries):
     """The first values of a series.
 
     Args:
-        series: The series, which goes on growing.
+        series: The series, which continues to grow.
         length: How many of its values are shown.
-        start: For another process the first position that is shown, unless the last one comes before it; ``None`` shows
-            all in this process.
-        first: The position in the series of the first value in its lists.
+        start: For another process, the position of the first value that is shown; the last value is always shown.
+            ``None`` shows all values in this process.
+        first: The position, in the whole series, of the first value in the lists of `series`.
     """
 
     __slots__ = ("_first", "_length", "_start", "_tail")
 
     def __init__(self, series: Series, length: int, start: int | None = None, first: int = 0) -> None:
-        # The lists themselves: training appends to them, and changes nothing that is in them.
+        # The lists are not copied: training appends to them, and does not change earlier values.
         super().__init__(series)
         self._length = length
         self._tail = start is not None
@@ -50,7 +51,7 @@ class Cut(ReadOnlySeries):
         """Return the values from position `start` on, without their steps.
 
         Raises:
-            UsageError: They are not all shown.
+            UsageError: The handler runs in another process, and some of the values are not there.
         """
         first = range(self._length)[start:].start
         if first < self._start:
@@ -105,14 +106,14 @@ class Cut(ReadOnlySeries):
 
 
 class CutMap(ReadOnlySeriesMap):
-    """The series of a map, as long as they were; each is a `Cut` that is made when it is looked at.
+    """Series by name with their lengths at one event. The `Cut` of a series is made when it is read.
 
     Args:
-        path: The map's path.
-        series: The live series, in a dict that nobody changes.
-        lengths: How many values of each are shown.
-        starts: For another process the first position of each that is shown; 0 where there is none. ``None`` shows all
-            in this process.
+        path: The path of the map.
+        series: The series by name, in a dict that nobody changes.
+        lengths: How many values of each series are shown.
+        starts: For another process, the position of the first value of each series that is shown; a series without an
+            entry is shown from its beginning. ``None`` shows all values in this process.
     """
 
     __slots__ = ("_firsts", "lengths", "starts")
@@ -123,7 +124,7 @@ class CutMap(ReadOnlySeriesMap):
         self._path, self._late, self._series = path, False, series
         self.lengths = lengths
         self.starts = starts
-        self._firsts: dict[str, int] | None = None  # where the values have travelled, all in one list
+        self._firsts: dict[str, int] | None = None  # in another process, see `arrived`
 
     def __getitem__(self, name: str) -> Cut:
         series, starts = SeriesMap.__getitem__(self, name), self.starts
@@ -136,7 +137,7 @@ class CutMap(ReadOnlySeriesMap):
         return self
 
     def _spans(self) -> Iterator[tuple[str, int, int]]:
-        """Yield the name of each series with the positions at which the values that are shown begin and end."""
+        """Yield the name of each series, and the positions at which its shown values begin and end."""
         starts = self.starts or {}
         for name, length in self.lengths.items():
             yield name, _start(starts.get(name, 0), length), length
@@ -146,13 +147,13 @@ class CutMap(ReadOnlySeriesMap):
         for name, start, length in self._spans():
             series, first = self._series[name], 0 if self._firsts is None else self._firsts[name]
             if series._unread:
-                series.since(0)  # the numbers of all values that are on a device
+                series.since(0)  # brings all values to the host that are on a device
             steps += series._steps[start - first : length - first]
             values += series._values[start - first : length - first]
         return _map, (self._path, self.lengths, self.starts, steps, values)
 
     def arrived(self) -> CutMap:
-        """Return the map, whose series are one, with the values that are shown of the first, the second, ..."""
+        """Return the map as it was unpickled: all names have one series, with the shown values one after another."""
         self._firsts, at = {}, 0
         for name, start, length in self._spans():
             self._firsts[name] = start - at
@@ -161,12 +162,12 @@ class CutMap(ReadOnlySeriesMap):
 
 
 class CutPhases:
-    """The series of each phase, as long as they were. A view shows a map by phase for it.
+    """A `CutMap` for each phase. A view shows it as a map by phase.
 
     Args:
         path: The path of the map by phase.
         maps: The series of each phase.
-        makes: Whether a phase that is not there has an empty map.
+        makes: Whether a phase without series has an empty map.
     """
 
     __slots__ = ("_makes", "_maps", "_path")
@@ -186,19 +187,19 @@ class CutPhases:
 
 
 class Cutter:
-    """Makes the cuts that one handler is shown.
+    """Makes the cuts for one handler.
 
     Args:
         tail: Whether the handler runs in another process.
-        late: Whether values of a device are read late (``TorchCore(lag=...)``). For another process these are sent to
+        late: Whether values on a device are read late (``TorchCore(lag=...)``). For another process they are sent to
             the host when the cut is made, so that the lane's thread does not wait for the device.
     """
 
     def __init__(self, *, tail: bool = False, late: bool = False) -> None:
         self.tail = tail
         self._late = tail and late
-        # What was made at the handler's event before: of the list or dict with that id, which is kept here so that
-        # nothing else gets the id.
+        # What was made at the handler's previous event, by the id of the list or dict from which it was made. The list
+        # or dict is kept with it, so that no other object gets the id.
         self._before: dict[int, tuple[object, Any]] = {}
         self._rewound = Series.rewound
 
@@ -214,8 +215,8 @@ class Cutter:
     def by_phase(self, maps: PhaseMap[Any]) -> CutPhases | None:
         """Return the series of each phase as they are now.
 
-        ``None`` where the map holds something else, or values that have to be sent on their way: it is then copied as
-        any container is, with each series in it.
+        ``None`` means that the map must be copied like any container, series by series: it contains other objects, or
+        values on a device that must be sent to the host now.
         """
         if self._late:
             return None
@@ -231,15 +232,15 @@ class Cutter:
         last: CutMap | None = self._last(live, None)
         starts = None if not self.tail else {} if last is None else last.lengths
         if last is not None and last.lengths == lengths and last.starts == starts:
-            return last  # nothing has come since: a batch of events has it once
+            return last  # no series has grown; a batch of events contains the same object only once
         found = last._series if last is not None and len(last._series) == len(live) else dict(live)
         made = CutMap(series._path, found, lengths, starts)
         self._before[id(live)] = live, made
         return made
 
     def _last(self, of: object, none: Any) -> Any:
-        """Return what was made of a list or dict at the handler's event before."""
-        if self._rewound != Series.rewound:  # a checkpoint was loaded, say: the handler's own state went back too
+        """Return what was made from a list or dict at the handler's previous event, or `none`."""
+        if self._rewound != Series.rewound:  # series were shortened, as by loading a checkpoint, which the handler saw
             self._before.clear()
             self._rewound = Series.rewound
         known = self._before.get(id(of))
@@ -247,15 +248,15 @@ class Cutter:
 
 
 def _start(start: int, length: int) -> int:
-    """Return the first position that is shown of so many: the last value always is."""
+    """Return the first position that is shown of a series of this length: the last value is always shown."""
     return start if start < length else length - 1 if length else 0
 
 
 def _on_its_way(cut: Cut) -> Cut:
-    """Return a cut with values of its own, of which those on a device have been sent to the host."""
+    """Return a cut with lists of its own, whose values on a device are being sent to the host."""
     start, length = cut._start, cut._length
     values = cut._values[start:length]
-    if None in values:  # they are on their way already
+    if None in values:  # the series itself has sent them, and no longer has the tensors
         values = cut.since(start)
     made = _cut(cut._path, length, True, cut._steps[start:length], values)
     made._unread = Unread.sent(values)
@@ -263,7 +264,7 @@ def _on_its_way(cut: Cut) -> Cut:
 
 
 def _cut(path: str, length: int, tail: bool, steps: list[int], values: list[Any]) -> Cut:
-    """Return a cut of which only the steps and values that are shown are there."""
+    """Return a cut that has only the steps and values that are shown."""
     first = length - len(steps)
     return Cut(_series(path, steps, values), length, first if tail else None, first)
 

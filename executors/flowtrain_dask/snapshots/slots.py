@@ -1,7 +1,7 @@
-"""What a declaration makes a snapshot of: one slot for each entry of the batch and of ``cbstate``, and for each root.
+"""Slots: the entries of a snapshot, one for each declared entry of ``batch`` and ``cbstate``, and for other roots.
 
-A slot knows how to find its entry in the learner's state, and what of it is declared. For a declaration of all of
-``batch`` or ``cbstate`` there is a slot for each entry that is there when the snapshot is taken.
+A slot finds its entry in the state of the learner, and knows which parts of the entry are declared. If the whole
+``batch`` or ``cbstate`` is declared, there is a slot for each entry that exists when the snapshot is taken.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from flowtrain_dask.snapshots.modules import copy_optimizers
 __all__ = ["MISSING", "Slot", "compile_slots", "slots_now"]
 
 MISSING: Final = object()
-"""What is found where nothing is."""
+"""Stands for an entry that does not exist."""
 
-_OPEN = ("batch", "cbstate")
-"""The roots whose entries are slots."""
+_WITH_ENTRIES = ("batch", "cbstate")
+"""The roots that have a slot for each entry."""
 
 
 class Slot(NamedTuple):
     """One entry of a snapshot.
 
     Attributes:
-        path: Where it is: ``("batch", "loss")``, ``("cbstate", "history")``, ``("params",)``.
-        inside: What is declared inside it; ``None`` is all.
-        declared: The declared paths that it serves.
-        full: Whether a series in it is iterated over.
+        path: The path of the entry: ``("batch", "loss")``, ``("cbstate", "history")``, ``("params",)``.
+        inside: The declared paths below it; ``None`` for the whole entry.
+        declared: The declared paths for which the slot is there.
+        full: Whether whole series in the entry are declared.
     """
 
     path: Path
@@ -41,13 +41,13 @@ class Slot(NamedTuple):
     full: bool
 
     def take(self, state: LearnerState, copying: Copying) -> Any:
-        """Return a copy of what is there now, or `MISSING`.
+        """Return a copy of the entry as it is now, or `MISSING`.
 
         Raises:
-            AccessError: It cannot be copied.
+            AccessError: An object in the entry cannot be copied.
         """
         root = self.path[0]
-        if root in _OPEN:
+        if root in _WITH_ENTRIES:
             value = vars(getattr(state, root)).get(self.path[1], MISSING)
             return value if value is MISSING else copying.entry(value, self.path, self.inside)
         if root == "optimizer":
@@ -56,16 +56,16 @@ class Slot(NamedTuple):
 
 
 def compile_slots(declaration: Declaration) -> tuple[Slot, ...]:
-    """Return the slots of a declaration; ``("batch",)`` and ``("cbstate",)`` stand for each of their entries.
+    """Return the slots of a declaration; one with the path ``("batch",)`` or ``("cbstate",)`` stands for all entries.
 
     Raises:
-        AccessError: It declares what no snapshot can hold: a `Write`, ``data`` or ``callbacks``.
+        AccessError: The declaration has a `Write`, or a path below ``data`` or ``callbacks``.
     """
     slots: list[Slot] = []
     for root, inside in tree(tuple(item for item in declaration if item[0][0] != "resource")).items():
         paths = [path for path, _ in declaration if path[0] == root]
         _check_root(root, declaration)
-        if not isinstance(inside, dict) or "" in inside or root not in _OPEN:
+        if not isinstance(inside, dict) or "" in inside or root not in _WITH_ENTRIES:
             part = inside if isinstance(inside, dict) and "" not in inside else None
             slots.append(_slot((root,), part, paths, declaration))
             continue
@@ -74,14 +74,14 @@ def compile_slots(declaration: Declaration) -> tuple[Slot, ...]:
             here = [path for path in paths if path[1] == name]
             slots.append(_slot((root, name), part, here, declaration))
     if ("model",) in [slot.path for slot in slots if slot.inside is None]:
-        return tuple(slot for slot in slots if slot.path != ("params",))  # they are those of the model's copy
+        return tuple(slot for slot in slots if slot.path != ("params",))  # the copy of the model has these parameters
     return tuple(slots)
 
 
 def slots_now(slot: Slot, state: LearnerState) -> tuple[Slot, ...]:
-    """Return the slot; or one for each entry that is there now, where all entries are declared."""
+    """Return the slot, or, if it stands for all entries of its root, a slot for each entry that exists now."""
     root = slot.path[0]
-    if root not in _OPEN or slot.path != (root,):
+    if root not in _WITH_ENTRIES or slot.path != (root,):
         return (slot,)
     return tuple(slot._replace(path=(root, name)) for name in list(vars(getattr(state, root))))
 

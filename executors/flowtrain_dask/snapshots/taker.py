@@ -1,8 +1,8 @@
-"""Snapshots: what a deferred handler declares to read, as it is at the handler's place in the plan.
+"""Snapshots: copies of the state that a deferred handler declares to read, taken at the handler's place in the plan.
 
-A `Taker` is compiled once for each handler; `Taker.take` runs on the training thread. Handlers of one firing share the
-copy of an entry where no other handler in between declares to write it (`copy_groups`). Copies live in memory of a
-`Pool`, which takes it back when nobody refers to a copy any more.
+A `Taker` is compiled once for each handler, and `Taker.take` runs on the training thread. Handlers of one firing share
+the copy of an entry if no handler between them declares to write it (`copy_groups`). Copies lie in the memory of a
+`Pool`, which reuses it when nobody refers to a copy any more.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_n
 __all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
 
 Groups: TypeAlias = Mapping[Path, Hashable]
-"""For each declared path of a handler, a key that is equal where handlers of one firing may share a copy."""
+"""A key for each declared path of a handler. Handlers of one firing with equal keys may share a copy."""
 
 
 class Copied:
-    """The copy of one entry, perhaps in several snapshots.
+    """The copy of one entry, which several snapshots may share.
 
     Attributes:
         value: The copy.
         nbytes: Its bytes.
-        events: What has to be waited for before it is complete.
-        counted: The lanes in whose waiting bytes it is already.
+        events: The events of an accelerator that must have passed before the copy is complete.
+        counted: The lanes that have counted its bytes.
     """
 
     __slots__ = ("counted", "events", "nbytes", "value")
@@ -46,7 +46,7 @@ class Copied:
         self.counted: tuple[object, ...] = ()
 
     def bytes_for(self, lane: object) -> int:
-        """Return the bytes that one more snapshot of it adds to a lane: none, if the lane has one of this firing."""
+        """Return the bytes that the copy adds to a lane: 0 if another snapshot in the lane has the same copy."""
         if lane is None:
             return self.nbytes
         if lane in self.counted:
@@ -56,15 +56,15 @@ class Copied:
 
 
 Shared: TypeAlias = dict[Hashable, Copied]
-"""The copies of one firing, for the handlers that come later in it; a new dict for each firing."""
+"""The copies of one firing, for later handlers of the same firing; empty again for the next one."""
 
 
 class Snapshot:
-    """What one handler reads at one event.
+    """The copies for one handler at one event.
 
     Attributes:
         payload: The copies by path.
-        nbytes: The bytes of all of them; a copy that snapshots of one lane share counts in the first.
+        nbytes: The bytes of the copies. A copy that snapshots in one lane share counts in the first of them only.
     """
 
     __slots__ = ("_events", "nbytes", "payload")
@@ -75,13 +75,13 @@ class Snapshot:
         self._events: tuple[Any, ...] = ()
 
     def add(self, path: Path, copied: Copied, lane: object) -> None:
-        """Take a copy into it."""
+        """Add a copy."""
         self.payload[path] = copied.value
         self.nbytes += copied.bytes_for(lane)
         self._events += copied.events
 
     def ready(self) -> None:
-        """Wait until the copies are complete; only those from an accelerator are not at once."""
+        """Wait until the copies are complete. Only copies from an accelerator are not complete at once."""
         for event in self._events:
             event.synchronize()
         self._events = ()
@@ -91,18 +91,19 @@ class Taker:
     """Takes the snapshots for one handler.
 
     Args:
-        declaration: What the handler declares.
-        state: The learner's state.
-        pool: Where the memory comes from.
+        declaration: The declaration of the handler.
+        state: The state of the learner.
+        pool: Gives the memory for tensors.
         fresh: The paths whose tensors nobody changes later, such as ``("batch", "loss")``; they are detached and not
-            copied. ``("batch",)`` stands for all of the batch but its gradients.
-        tail: Whether the handler runs in another process: of a series it gets the newest values.
-        groups: What `copy_groups` gives for the handler; without it, it shares with every handler.
-        lane: What snapshots wait in, to count shared bytes once; ``None``: they count in each snapshot.
+            copied. ``("batch",)`` stands for the whole batch except its gradients.
+        tail: Whether the handler runs in another process, and gets only the newest values of a series.
+        groups: The result of `copy_groups` for the handler; without it, the handler shares copies with every other.
+        lane: The lane in which the snapshots wait, so that shared bytes are counted once; ``None``: each snapshot
+            counts them.
 
     Raises:
-        AccessError: It declares what no snapshot can hold.
-        UsageError: A series is read in full, for another process.
+        AccessError: The handler declares a path of which there is no snapshot.
+        UsageError: `tail` is true, and the handler declares to read a whole series.
     """
 
     def __init__(
@@ -130,19 +131,19 @@ class Taker:
             )
 
     def sharing(self, groups: Groups) -> Taker:
-        """Return this taker for a plan with these `copy_groups`; both know what of a series the lane has seen."""
+        """Return this taker for a plan with these `copy_groups`. Both share what the lane has seen of series."""
         other = copy(self)
         other._slots = tuple((slot, _key(slot, groups)) for slot, _ in self._slots)
         return other
 
     def take(self, shared: Shared | None = None) -> Snapshot:
-        """Copy what is declared, as it is now. What is not there is left out.
+        """Copy the declared state as it is now. Entries that do not exist are left out.
 
         Args:
-            shared: What other handlers of the same firing have copied; what is copied now is added.
+            shared: The copies of earlier handlers of the same firing; new copies are added.
 
         Raises:
-            AccessError: Something that is there now cannot be copied.
+            AccessError: An object in the declared state cannot be copied.
         """
         snapshot = Snapshot()
         for slot, key in self._slots:
@@ -168,23 +169,23 @@ class Taker:
             return None
         copied = Copied(value, copying.nbytes, tuple(copying.events))
         if shared is not None and not (copying.has_series and self._cutter.tail):
-            shared[where] = copied  # a tail is the handler's own: it begins at that one's last event
+            shared[where] = copied  # but no tail, which begins at the last event of this handler
         return copied
 
     def _is_fresh(self, path: Path) -> bool:
-        # Nobody can promise that gradients stay: they are clipped, and added to.
+        # Gradients are never fresh: they are clipped later, and further gradients are added to them.
         return path in self._fresh or (path[:1] in self._fresh and path != ("batch", "grads"))
 
 
 def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None) -> dict[int, dict[Path, Hashable]]:
-    """Return, for each deferred handler and path, a key that is equal where they may share a copy (rule 20).
+    """Return a key for each deferred handler and path; handlers with equal keys may share a copy (rule 20).
 
-    Two handlers may if no handler between them declares to write a path that meets it.
+    Two handlers may share the copy of a path if no handler between them declares to write a path that meets it.
 
     Args:
         plan: The plan.
         deferred: The positions of its deferred handlers.
-        reach: Which state a path reaches; without it the regions that hold without a learner.
+        reach: Finds the state that a path reaches; without it, the relations that hold for every learner are used.
     """
     reach = reach or Reach()
     writes = [
@@ -196,8 +197,8 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
     ]
 
     def last_writer(path: Path, before: int) -> int:
-        """Return the position of the last handler before another that writes what meets a path, -1 if none does."""
-        # A copy of parameters has no gradients, so writing those does not make it old.
+        """Return the position of the last earlier handler that declares a write meeting a path; -1 if there is none."""
+        # A copy of parameters has no gradients, so writing gradients does not make it outdated.
         regions = [region for region in reach(path) if path[0] == "batch" or region[0] != "batch.grads"]
         earlier = ((at, written) for at, written in writes if at < before)
         return max((at for at, written in earlier if any(meet(written, region) for region in regions)), default=-1)
@@ -213,6 +214,6 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
 
 
 def _key(slot: Slot, groups: Groups | None) -> Hashable:
-    """Return what must be equal for two handlers to share an entry, besides its path."""
+    """Return the key that must be equal, besides the path, for two handlers to share the copy of an entry."""
     of_each = tuple(None if groups is None else groups.get(path) for path in slot.declared)
     return (slot.declared if slot.inside is not None else None, of_each)

@@ -1,7 +1,8 @@
-"""Copies of tensors: detached, on the CPU, each kind of tensor as what it is.
+"""Copies of tensors: detached, on the CPU, in the layout of the original.
 
-A copy from an accelerator with streams costs the training thread no wait: the tensor is cloned on the current stream,
-then goes to pinned memory on a stream of its own, and an event says when it is there (`Copying.events`).
+The training thread does not wait for a copy from an accelerator with streams. The tensor is cloned on the current
+stream, the clone is copied to pinned memory on another stream, and an event tells when this copy is complete
+(`Copying.events`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _streams: dict[torch.device, torch.Stream] = {}
 
 
 def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
-    """Return a detached copy of a tensor in this process's memory.
+    """Return a detached copy of a tensor in CPU memory.
 
     Args:
-        value: Any tensor of torch's own types.
-        copying: Where the memory comes from.
+        value: A tensor of any type of torch.
+        copying: The pass of copying.
 
     Raises:
-        Refused: It is of a kind that cannot be copied.
+        Refused: Tensors of this layout cannot be copied.
     """
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         return _special(value, copying)
@@ -39,7 +40,7 @@ def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
     if source.is_cpu:
         if copying.fresh:
             return source
-        if not source.is_contiguous() and 0 in source.stride():
+        if not source.is_contiguous() and 0 in source.stride():  # expanded: some elements are shown many times
             return _expanded(source, copying)
         copy = copying.pool.like(source).copy_(source)
     elif has_streams(source.device):
@@ -51,11 +52,11 @@ def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
 
 
 def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[str, torch.Tensor]:
-    """Return copies by name. Ordinary tensors get one piece of memory: that is quicker than one for each.
+    """Return copies by name. Ordinary tensors get one piece of memory together, which is faster than one for each.
 
     Args:
-        tensors: Parameters or gradients.
-        copying: Where the memory comes from.
+        tensors: Parameters or gradients by name.
+        copying: The pass of copying.
 
     Raises:
         Refused: One of them cannot be copied.
@@ -67,12 +68,13 @@ def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[
     with torch.no_grad():
         for copy, source in zip(copies, sources, strict=True):
             copy.copy_(source)
-            copying.remember(source, copy)
+            copying.remember(source, copy)  # the same tensor elsewhere in the entry gets the same copy
     copying.nbytes += sum([copy.nbytes for copy in copies])
     return dict(zip(tensors, copies, strict=True))
 
 
 def _is_ordinary(value: torch.Tensor) -> bool:
+    """Return whether `torch.Tensor.copy_` into memory of the same strides is all that a copy needs."""
     return (
         (type(value) is nn.Parameter or type(value) is torch.Tensor)
         and value.layout is torch.strided
@@ -93,7 +95,7 @@ def compressed_indices(source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _expanded(source: torch.Tensor, copying: Copying) -> torch.Tensor:
-    """Copy each element once of a tensor that shows some of them many times."""
+    """Copy an expanded tensor, each element only once."""
     once = [1 if stride == 0 else size for size, stride in zip(source.shape, source.stride(), strict=True)]
     small = source.as_strided(once, [stride or 1 for stride in source.stride()])
     copy = copying.pool.like(small).copy_(small)
@@ -136,6 +138,6 @@ def _from_accelerator(source: torch.Tensor, copying: Copying) -> torch.Tensor:
     stream.wait_stream(torch.accelerator.current_stream(device))
     with on_stream(stream):
         target.copy_(kept, non_blocking=True)
-    kept.record_stream(stream)
+    kept.record_stream(stream)  # so that torch does not reuse the memory of the clone before the copy is complete
     copying.events.append(stream.record_event())
     return target

@@ -1,7 +1,7 @@
-"""What a deferred handler sees: the view that it has in place, bound to copies.
+"""The view of a deferred handler: the same class of view as in place, bound to copies.
 
-A `Replica` has a state of its own, to which the handler's view is bound once. For each event the state is filled with
-the payload of a snapshot, so the same code reads the same paths and is refused the same ones.
+A `Replica` has a learner's state of its own, to which the view is bound once. For each event it fills this state with
+the payload of a snapshot. So a handler reads the same paths as in place, and is refused the same ones.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ __all__ = ["Replica"]
 
 
 class Replica:
-    """The learner as one deferred handler sees it, where it runs.
+    """The learner as one deferred handler sees it.
 
     Args:
-        declaration: What the handler declares.
-        owner: Whose view it is, for refusals.
+        declaration: The declaration of the handler.
+        owner: The callback and handler that errors of the view name.
     """
 
     def __init__(self, declaration: Declaration, owner: Owner) -> None:
         self._declaration = declaration
-        self._owner = replace(owner, consumes=False)  # copies are detached already
+        self._owner = replace(owner, consumes=False)  # so the view does not detach the copies a second time
         self._state = LearnerState()
-        del self._state.updates  # a copy does not know: training has gone on
+        del self._state.updates  # a snapshot does not hold it, so reading it must fail
         self._state.fired = _Refusing(owner.callback, "fire")
         self._state.requests = _Refusing(owner.callback, "request_checkpoint")
         self._optimizers: dict[str, _Shown] = {}
         self._view: LearnerView | None = None
 
     def show(self, payload: Mapping[Path, Any]) -> LearnerView:
-        """Return the view, filled with a snapshot; it shows that until the next one.
+        """Fill the state with a snapshot and return the view, which shows this snapshot until the next call.
 
         Args:
-            payload: `Snapshot.payload`, of the same declaration.
+            payload: The payload of a snapshot of the same declaration.
         """
         state = self._state
         batch, twin, entries = BatchState(), False, {}
@@ -72,12 +72,12 @@ class Replica:
             self._fill_optimizers(payload["optimizer",])
         if self._view is None:
             if state.optimizers is None:
-                state.optimizers = OptimizerParts(_Shown())  # type: ignore[arg-type]  # nothing of it is declared
+                state.optimizers = OptimizerParts(_Shown())  # type: ignore[arg-type]  # no path of it is declared
             self._view = bind_view(self._declaration, state, self._owner)
         return self._view
 
     def clear(self) -> None:
-        """Let go of what was shown."""
+        """Drop the snapshot."""
         if self._view is not None:
             state, batch = self._state, BatchState()
             state.batch = state.batch_twin = batch
@@ -94,7 +94,7 @@ class Replica:
         if self._state.optimizers is None:
             parts: dict[str, Any] = {
                 name: OptimizerParts(
-                    shown,  # type: ignore[arg-type]  # as views use one
+                    shown,  # type: ignore[arg-type]  # it has the attributes that views use
                     f"optimizer.{name}" if name else "optimizer",
                     partial(getattr, shown, "named"),
                 )
@@ -104,7 +104,7 @@ class Replica:
 
 
 class _Shown:
-    """Stands where views look for an optimizer; the same object for all events."""
+    """Takes the place of an optimizer in a view; the same object for all events."""
 
     param_groups: list[dict[str, Any]]
     state: dict[torch.Tensor, Any]
@@ -112,7 +112,7 @@ class _Shown:
     defaults: dict[str, Any]
 
     def fill(self, copy: OptimizerCopy, params: Mapping[str, torch.Tensor]) -> None:
-        """Show a copy; the keys of the state are the parameters that the handler sees, where it sees them."""
+        """Show a copy. The keys of the state are the parameters in the view, or tensors like them if it has none."""
         self.param_groups = copy.groups or []
         self.state = defaultdict(dict)
         self.named = {name: params.get(name, like) for name, like, _ in copy.state or ()}
@@ -130,7 +130,7 @@ class _Shown:
 
 
 class _Refusing(list[tuple[str, Any]]):
-    """Where what a handler asks of the loop would wait: training is somewhere else by now."""
+    """Takes the place of the queue of events or requests, and refuses them: training has passed the event."""
 
     def __init__(self, callback: str, method: str) -> None:
         super().__init__()
@@ -146,6 +146,6 @@ class _Refusing(list[tuple[str, Any]]):
 
 
 def _parameters(model: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the parameters of a copied model, so that ``params`` and ``model`` show the same ones, as in place."""
+    """Return the parameters of a copied model, so that ``params`` are the parameters of ``model``, as in place."""
     models = by_name(model)
     return Parameters(models) if all(isinstance(each, nn.Module) for each in models.values()) else params
