@@ -18,6 +18,7 @@ import io
 import math
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -225,4 +226,6 @@ def _strided(
 
 
 def _load(saved: bytes) -> torch.Tensor:
-    return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # what `_reduce_tensor` saved
+    with warnings.catch_warnings():  # of torch about itself, the first time that it loads a quantised tensor
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # by `_reduce_tensor`
