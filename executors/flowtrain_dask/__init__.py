@@ -4,17 +4,20 @@
 
     learner = Learner(..., executor="dask")
     learner = Learner(..., executor=DaskExecutor(workers=4))
-    print(learner.callbacks.explain())                               # what runs in parallel, and why
+    print(learner.callbacks.explain())                               # which callbacks run in parallel, and why
     learner.executor.graph(BatchEnd, TrainingPhase)                  # the task graph of one event
 
-Five folders hold the parts, each importing only from those before it.
+Deferrable callbacks run beside training, in threads or on a dask cluster, also with the serial result.
 
-- `parallel`: from a plan to a dask task graph and to strands; one firing on several threads; when that pays.
-- `snapshots`: what a deferred handler reads, copied at its place in the plan, and the view that shows the copy.
-- `lanes`: where deferred events wait and are processed, one at a time and in order, in a thread.
-- `cluster`: the same in another process: what travels there and back, and what is done when a worker is lost.
-- `deferred`: which callbacks are deferred, the lanes that are made for them, and how these end.
-- `executor`, beside them, is what a learner sees; it says how each plan is run, and why.
+Each of the five folders imports only from those before it:
+
+- `parallel`: the task graph of a plan, its strands, their threads, and the decision whether running them is faster.
+- `snapshots`: copies of the state that a deferred handler declares to read, and the view that shows them.
+- `lanes`: queues of deferred events, each with a thread that processes them one at a time and in order.
+- `cluster`: lanes whose handlers run in other processes.
+- `deferred`: the decision which callbacks are deferred, their lanes, and how lanes end.
+
+`executor`, beside them, has the class that a learner uses. It chooses how each plan is run, and says why.
 """
 
 from flowtrain_dask.executor import DaskExecutor, Parallel

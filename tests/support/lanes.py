@@ -9,7 +9,7 @@ from flowtrain.callback.access import declare
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging.backend import Group, LoggerBackend, Run
 from flowtrain.state.partial_view import Owner
-from flowtrain_dask.lanes.work import Duty, Job
+from flowtrain_dask.lanes.work import Job, LaneHandler
 
 
 class Memory(LoggerBackend):
@@ -48,10 +48,12 @@ def job_of(*callbacks: Callback, access: Access | None = None, **changes: Any) -
         changes: Other values of the job.
     """
     declaration = declare({"batch.inputs": Read()} if access is None else access, "test")
-    duties = tuple(
-        Duty(index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration))
+    handlers = tuple(
+        LaneHandler(
+            index, each.name, handler, declaration, Owner(each.name, type(each).__name__, "state_access", declaration)
+        )
         for index, each in enumerate(callbacks)
         for _, handler in each.handlers()
     )
     names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
-    return Job("+".join(names), "run", names, backends, duties, **changes)
+    return Job("+".join(names), "run", names, backends, handlers, **changes)

@@ -67,7 +67,7 @@ class _PlannedLane:
         self.lane: Lane | None = None
         self._lanes: Lanes = weakref.proxy(lanes)  # which refers to this object
 
-    def duty(self, node: Node, handler: Handler) -> int:
+    def position(self, node: Node, handler: Handler) -> int:
         """Return the position of a handler in the job of the lane."""
         return [(one, each) for one in self.nodes for _, each in one.handlers].index((node, handler))
 
@@ -146,10 +146,10 @@ class Lanes:
         for at in positions:
             step = plan.steps[at]
             planned = self._planned_of[step.node]
-            duty = planned.duty(step.node, step.handler)
+            position = planned.position(step.node, step.handler)
             taker = self._takers[step.node, step.handler].sharing(groups[at])
             draws = found.state.draws if (found := self._site()) is not None and draws_own(step.callback) else None
-            calls[at] = _snapshot_node(planned, duty, taker, shared, draws, step.node.name)
+            calls[at] = _snapshot_node(planned, position, taker, shared, draws, step.node.name)
         return plan.with_calls(calls), shared
 
     def explain(self, plan: Plan) -> str:
@@ -298,13 +298,13 @@ def sharing(runner: Runner, shared: Shared) -> Runner:
 
 
 def _snapshot_node(
-    planned: _PlannedLane, duty: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str
+    planned: _PlannedLane, position: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str
 ) -> Call:
     def node(event: Event, phase: Phase, view: Any) -> None:
         """Take a snapshot of the state that the handler declares to read, and put it into the lane."""
         seed = None if draws is None else draws.next(name)
         snapshot = taker.take(shared)
-        (planned.lane or planned.opened()).put(duty, event, phase, snapshot, snapshot.nbytes, seed)
+        (planned.lane or planned.opened()).put(position, event, phase, snapshot, snapshot.nbytes, seed)
 
     return node
 

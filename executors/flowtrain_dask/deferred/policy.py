@@ -35,7 +35,7 @@ from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
 from flowtrain_dask.lanes.transport import OnLoss, ThreadTransport, Transport
-from flowtrain_dask.lanes.work import Duty, Job
+from flowtrain_dask.lanes.work import Job, LaneHandler
 from flowtrain_dask.snapshots.copiers import check
 
 __all__ = [
@@ -45,8 +45,8 @@ __all__ = [
     "check_holds_no_state",
     "check_options",
     "decide",
-    "duties_of",
     "job_of",
+    "lane_handlers_of",
     "may_draw",
     "name_of",
     "stays_here",
@@ -337,13 +337,13 @@ def job_of(nodes: Sequence[Node], deferral: Deferral, run: str, first: int = 0) 
     """Return the job of a lane of these callbacks."""
     names, backends = tuple(node.name for node in nodes), tuple(node.backends for node in nodes)
     draws = "; ".join(f"{name}: {what}" for name in names if (what := deferral.drawing.get(name)))
-    return Job(name_of(nodes), run, names, backends, duties_of(nodes), first=first, draws=draws)
+    return Job(name_of(nodes), run, names, backends, lane_handlers_of(nodes), first=first, draws=draws)
 
 
-def duties_of(nodes: Sequence[Node]) -> tuple[Duty, ...]:
+def lane_handlers_of(nodes: Sequence[Node]) -> tuple[LaneHandler, ...]:
     """Return the handlers of a lane of these callbacks."""
     return tuple(
-        Duty(number, node.name, handler, node.access[handler], owner_of(node, handler))
+        LaneHandler(number, node.name, handler, node.access[handler], owner_of(node, handler))
         for number, node in enumerate(nodes)
         for _, handler in node.handlers
     )

@@ -81,11 +81,11 @@ class Lane:
         """The gate that makes the lane's thread stand still."""
         return self._driver.gate
 
-    def put(self, duty: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
+    def put(self, handler: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
         """Put an event at the end, after waiting for room if there is none. Only the training thread calls this.
 
         Args:
-            duty: The position of the handler in the job.
+            handler: The position of the handler in the job.
             event: The event.
             phase: The phase.
             payload: The snapshot of the state that the handler declares to read.
@@ -100,11 +100,11 @@ class Lane:
         waiting = number - driver.done
         # An empty lane takes an event of any size, or a large one would wait for ever.
         if driver.refuses or (waiting and self._is_full(waiting, total, nbytes)):
-            if not self._make_room(self.job.duties[duty].name, nbytes):
+            if not self._make_room(self.job.handlers[handler].name, nbytes):
                 return False
             waiting = number - driver.done  # events were done meanwhile
         total += nbytes
-        driver.queue.append(Entry(number, duty, event, phase, payload, nbytes, seed, total))
+        driver.queue.append(Entry(number, handler, event, phase, payload, nbytes, seed, total))
         room = driver.batches.largest - (total - driver.done_bytes)
         if driver.asleep or waiting + 1 == self._hurry or -nbytes < room <= 0:  # this event completes a full batch
             self._wake_up()
@@ -238,4 +238,4 @@ class Lane:
     def _drop_rest(self) -> None:
         driver = self._driver
         for entry in driver.batches.drain():
-            driver.tally.dropped[self.job.duties[entry.duty].name] += 1
+            driver.tally.dropped[self.job.handlers[entry.handler].name] += 1

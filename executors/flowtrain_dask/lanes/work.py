@@ -30,11 +30,11 @@ from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.snapshots.taker import Snapshot
 from flowtrain_dask.snapshots.view import Replica
 
-__all__ = ["Duty", "Entry", "Job", "Outcome", "Record", "Surroundings", "opened", "run_entries"]
+__all__ = ["Entry", "Job", "LaneHandler", "Outcome", "Record", "Surroundings", "opened", "run_entries"]
 
 
 @dataclass(frozen=True, eq=False)
-class Duty:
+class LaneHandler:
     """One handler that a lane runs.
 
     Attributes:
@@ -95,7 +95,7 @@ class Job:
         run: The run to which the lane belongs.
         callbacks: The names of its callbacks.
         backends: The logging backends that each callback holds; in another process these are copies.
-        duties: Its handlers; `Entry.duty` is a position among them.
+        handlers: Its handlers; `Entry.handler` is a position among them.
         first: The number of its first event for `flowtrain.logging.backend.identity`; not 0 in a run that is resumed.
         surroundings: The torch settings for its handlers.
         draws: The callbacks that may draw random numbers, with the reason; empty if none does. Otherwise no thread
@@ -106,7 +106,7 @@ class Job:
     run: str
     callbacks: tuple[str, ...]
     backends: tuple[tuple[LoggerBackend, ...], ...]
-    duties: tuple[Duty, ...]
+    handlers: tuple[LaneHandler, ...]
     surroundings: Surroundings = field(default_factory=Surroundings)
     first: int = 0
     draws: str = ""
@@ -117,7 +117,7 @@ class Entry(NamedTuple):
 
     Attributes:
         sequence: Its number in the lane, from 0, without gaps.
-        duty: The position of its handler in `Job.duties`.
+        handler: The position of its handler in `Job.handlers`.
         event: The event.
         phase: The phase.
         payload: The state that the handler declares to read: a `Snapshot`, or the contents of one.
@@ -127,7 +127,7 @@ class Entry(NamedTuple):
     """
 
     sequence: int
-    duty: int
+    handler: int
     event: Event
     phase: Phase
     payload: Any
@@ -188,7 +188,7 @@ def run_entries(
     gate = nullcontext() if gate is None else gate
     with job.surroundings.applied():
         for entry in entries:
-            call, replica, callback = calls[entry.duty]
+            call, replica, callback = calls[entry.handler]
             identity = Identity(run, lane, job.first + entry.sequence)
             seed = entry.seed if seeded else None
             with gate, collecting(identity, job.backends[callback]) as collector:
@@ -221,8 +221,8 @@ def opened(payload: Any) -> Any:
 def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Replica, int]]:
     replicas = _replicas(job)
     return [
-        (duty.handler.bind(callbacks[duty.callback]), replica, duty.callback)
-        for duty, replica in zip(job.duties, replicas, strict=True)
+        (each.handler.bind(callbacks[each.callback]), replica, each.callback)
+        for each, replica in zip(job.handlers, replicas, strict=True)
     ]
 
 
@@ -233,22 +233,22 @@ _made: WeakKeyDictionary[Job, list[Replica]] = WeakKeyDictionary()
 def _replicas(job: Job) -> list[Replica]:
     found = _made.get(job)
     if found is None:
-        found = _made[job] = [Replica(duty.declaration, duty.owner) for duty in job.duties]
+        found = _made[job] = [Replica(each.declaration, each.owner) for each in job.handlers]
     return found
 
 
 def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
     """Return the exception to raise for the failure of a handler, with a note of the handler and its event."""
-    duty = job.duties[entry.duty]
+    handler = job.handlers[entry.handler]
     where = f"({type(entry.event).__name__}, {entry.phase!r})"
     if isinstance(failure, CancelException):
         cancel = f"{type(failure).__name__}({str(failure)!r})"
         error = DeferredCancelError(
-            f"{duty.label} raised {cancel} at {where}, but it is deferred: training has gone on, and there is no "
-            f"{failure.scope or 'scope'} left to end. Set deferrable = False in {duty.owner.type_name}, or write "
+            f"{handler.label} raised {cancel} at {where}, but it is deferred: training has gone on, and there is no "
+            f"{failure.scope or 'scope'} left to end. Set deferrable = False in {handler.owner.type_name}, or write "
             f"DaskExecutor(defer=False)."
         )
         error.__cause__ = failure
         failure = error
-    failure.add_note(f"raised in {duty.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")
+    failure.add_note(f"raised in {handler.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")
     return failure

@@ -102,9 +102,9 @@ class Rig:
             assert time.monotonic() < deadline, f"{len(memory.records)} records of {records}: {self.lane.report()}"
             time.sleep(0.005)
 
-    def put(self, number: int, duty: int = 0, **payload: Any) -> None:
+    def put(self, number: int, handler: int = 0, **payload: Any) -> None:
         inputs = {"number": number, **payload}
-        self.lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): inputs}, 8)
+        self.lane.put(handler, BatchEnd(), TrainingPhase(), {("batch", "inputs"): inputs}, 8)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_records_and_state_come_home(connection: Connection, folder: Path) -> No
     one, two = Summer(backend, folder, "one"), Summer(backend, folder, "two")
     rig = Rig(connection, one, two)
     for number in range(300):
-        rig.put(number, duty=number % 2)
+        rig.put(number, handler=number % 2)
     assert rig.lane.flush(60)
     rig.lane.raise_failure()
     assert at_work(folder) not in (0, os.getpid())

@@ -14,7 +14,7 @@ from flowtrain_dask.cluster.callback_state import dump_job, dump_state, fixed_ob
 from flowtrain_dask.cluster.codec import dump_entries
 from flowtrain_dask.cluster.pickling import loads
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, process, versions
-from flowtrain_dask.lanes.work import Duty, Entry, Job
+from flowtrain_dask.lanes.work import Entry, Job, LaneHandler
 
 
 class Unportable(Exception):
@@ -50,8 +50,8 @@ def assign(
     """Return the reply to an assignment of numbers, with the callback's state or without."""
     declaration = declare({"batch.inputs": Read()}, "test")
     [(_, handler)] = callback.handlers()
-    duty = Duty(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
-    job = Job("Adder", "run", ("Adder",), ((),), (duty,))
+    lane_handler = LaneHandler(0, "Adder", handler, declaration, Owner("Adder", "Adder", "state_access", declaration))
+    job = Job("Adder", "run", ("Adder",), ((),), (lane_handler,))
     entries = [
         Entry(base + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
         for place, number in enumerate(numbers)

@@ -117,7 +117,7 @@ class Repeating(Ending):
 
 
 NOTE, END = 0, 1
-"""The first callback's duties."""
+"""The first callback's handlers."""
 
 
 def make(
@@ -128,19 +128,19 @@ def make(
     hurry: int = 1000,
 ) -> tuple[Driver, Ending]:
     job = job_of(*callbacks)
-    assert [duty.handler.attribute for duty in job.duties[:2]] == ["note", "end"]
+    assert [each.handler.attribute for each in job.handlers[:2]] == ["note", "end"]
     transport = kind(job, callbacks)
     driver = Driver(job, transport, 1 << 30, hurry, surface, on_error)
     transport.end = driver.end
     return driver, transport
 
 
-def put(driver: Driver, *numbers: int, duty: int = NOTE, event: Event | None = None) -> None:
+def put(driver: Driver, *numbers: int, handler: int = NOTE, event: Event | None = None) -> None:
     """Put events of 8 bytes, as the training thread does it."""
     for number in numbers:
         payload = {("batch", "inputs"): number}
         number, total = driver.put
-        driver.queue.append(Entry(number, duty, event or BatchEnd(), TrainingPhase(), payload, 8, None, total + 8))
+        driver.queue.append(Entry(number, handler, event or BatchEnd(), TrainingPhase(), payload, 8, None, total + 8))
 
 
 def drive(driver: Driver) -> None:
@@ -249,7 +249,7 @@ def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
     driver, transport = make(Logger(failing, other, name="both"), Logger(other, name="one"), surface=failures.append)
     for number in range(0, 500, 2):
         put(driver, number)
-        put(driver, number + 1, duty=2)  # the second callback's
+        put(driver, number + 1, handler=2)  # the second callback's
     drive(driver)
     assert other.numbers == list(range(transport.batches[0]))
     assert len(other.records) == 64
@@ -274,7 +274,7 @@ def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> 
 
     driver, _ = make(callback, surface=surface)
     put(driver, 0, 1, 2, 3)
-    put(driver, 0, duty=END, event=FitEnd())
+    put(driver, 0, handler=END, event=FitEnd())
     drive(driver)
     assert written == [[0, 1]]
     assert callback.seen == [0, 1, "end", 5]
@@ -288,7 +288,7 @@ def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
     callback = Logger(Together(), bad=[0])
     driver, _ = make(callback, surface=failures.append)
     put(driver, 0, 1)
-    put(driver, 0, duty=END, event=FitEnd())
+    put(driver, 0, handler=END, event=FitEnd())
     thread = threading.Thread(target=driver.drive)
     thread.start()
     try:
@@ -313,7 +313,7 @@ def test_with_warn_it_retires(caplog: pytest.LogCaptureFixture) -> None:
     callback = Logger(sink, bad=[1])
     driver, _ = make(callback, surface=failures.append, on_error="warn")
     put(driver, 0, 1, 2)
-    put(driver, 0, duty=END, event=FitEnd())
+    put(driver, 0, handler=END, event=FitEnd())
     drive(driver)
     assert (callback.seen, sink.numbers, failures) == ([0], [0], [])
     assert (driver.retired, driver.refuses, driver.failure) == (True, True, None)

@@ -17,7 +17,7 @@ from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import ThreadTransport
-from flowtrain_dask.lanes.work import Duty, Job
+from flowtrain_dask.lanes.work import Job, LaneHandler
 
 
 class Locking(Callback):
@@ -45,8 +45,8 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
     callback = Locking(backend)
     [(_, handler)] = callback.handlers()
     nothing = declare({}, "test")
-    duty = Duty(0, "Locking", handler, nothing, Owner("Locking", "Locking", "state_access", nothing))
-    job = Job("Locking", "run", ("Locking",), (callback.backends,), (duty,))
+    lane_handler = LaneHandler(0, "Locking", handler, nothing, Owner("Locking", "Locking", "state_access", nothing))
+    job = Job("Locking", "run", ("Locking",), (callback.backends,), (lane_handler,))
     lane = Lane(job, ThreadTransport(job, [callback], 0.001), Limits(), surface=print)
     event, phase = BatchEnd(), TrainingPhase()
     for _ in range(60):

@@ -73,8 +73,8 @@ def make_lane() -> Iterator[MakeLane]:
         lane.close()
 
 
-def put(lane: Lane, number: int, duty: int = 0, nbytes: int = 8) -> bool:
-    return lane.put(duty, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, nbytes)
+def put(lane: Lane, number: int, handler: int = 0, nbytes: int = 8) -> bool:
+    return lane.put(handler, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, nbytes)
 
 
 def urgent(lane: Lane) -> list[Callable[[], None]]:
@@ -87,7 +87,7 @@ def test_events_are_processed_one_at_a_time_in_order(make_lane: MakeLane) -> Non
     one, two = Logger(backend, "one"), Logger(backend, "two")
     lane = make_lane(one, two)
     for number in range(500):
-        assert put(lane, number, duty=number % 2)
+        assert put(lane, number, handler=number % 2)
     assert lane.flush(20)
     assert one.seen == list(range(0, 500, 2))
     assert two.seen == list(range(1, 500, 2))
@@ -182,7 +182,7 @@ def test_dropping_is_counted_by_callback(make_lane: MakeLane) -> None:
     one, two = Logger(backend, "one"), Logger(backend, "two")
     one.blocked.set()
     lane = make_lane(one, two, limits=Limits(pending=2, when_full="drop"))
-    assert [put(lane, number, duty=number % 2) for number in range(5)] == [True, True, False, False, False]
+    assert [put(lane, number, handler=number % 2) for number in range(5)] == [True, True, False, False, False]
     one.blocked.clear()
     assert lane.flush(20)
     assert lane.report().tally.dropped == {"one": 2, "two": 1}
@@ -415,7 +415,7 @@ def test_fit_end_runs_after_a_failure_whenever_it_was_put(make_lane: MakeLane) -
     callback.bad[1] = ValueError("bad")
     callback.blocked.set()
     lane = make_lane(callback)
-    labels = [duty.label for duty in lane.job.duties]
+    labels = [each.label for each in lane.job.handlers]
     note, end = labels.index("Logger.note"), labels.index("Logger.end")
     for number in range(4):
         put(lane, number, note)
