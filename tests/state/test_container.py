@@ -34,7 +34,7 @@ PHASES: dict[str, Phase] = {"TrainingPhase": TrainingPhase(), "ValidationPhase":
 
 
 class Deep:
-    """A freezer that knows no type but series: it copies deeply."""
+    """A freezer that asks containers, and copies all other items deeply."""
 
     def copy(self, value: Any) -> Any:
         own = getattr(type(value), "__frozen__", None)

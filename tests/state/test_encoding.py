@@ -68,6 +68,40 @@ def test_containers_are_filled_in_place() -> None:
     assert state.mine == {"rate": 0.1}
 
 
+class Total:
+    """An object with a state."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = state["total"]
+
+
+def test_namespaces_and_objects_by_phase_come_back_as_they_were() -> None:
+    """Into a learner that has made nothing for these phases yet, too."""
+
+    def maps() -> State:
+        state = State("cbstate")
+        state.named = PhaseMap("cbstate.named", lambda: State("cbstate.named"))
+        state.totals = PhaseMap("cbstate.totals", Total)
+        return state
+
+    state = maps()
+    state.named[TrainingPhase].best, state.totals[TrainingPhase].total = [1], 5
+    packed = Stage().pack(state, "cbstate")
+    state.named[TrainingPhase].best, state.totals[TrainingPhase].total = [2], 7
+    state.named[ValidationPhase].best = 3
+    for restored in (state, maps()):
+        restored.__fill__(Stage().copy(packed["namespace"], "cbstate"), PHASES)
+        assert vars(restored.named[TrainingPhase]) == {"best": [1]}
+        assert vars(restored.named[ValidationPhase]) == {}
+        assert restored.totals[TrainingPhase].total == 5
+
+
 def test_all_of_a_fit_goes_there_and_back() -> None:
     learner = tiny_learner(n_batches=2)
     learner.fit(1)
