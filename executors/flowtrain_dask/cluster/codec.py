@@ -58,7 +58,7 @@ class Encoded:
 
 def dump_entries(entries: Sequence[Entry]) -> Encoded:
     """Return the events of a batch as bytes; a copy that several of them share is in there once."""
-    return Encoded([tuple(entry._replace(payload=opened(entry.payload))) for entry in entries])
+    return Encoded([(*entry[:4], opened(entry.payload), *entry[5:]) for entry in entries])
 
 
 def load_entries(blob: bytes | memoryview) -> list[Entry]:

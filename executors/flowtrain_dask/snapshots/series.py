@@ -147,7 +147,7 @@ class CutMap(ReadOnlySeriesMap):
         for name, start, length in self._spans():
             series, first = self._series[name], 0 if self._firsts is None else self._firsts[name]
             if series._unread:
-                series.since(0)  # brings all values to the host that are on a device
+                series.since(length)  # brings all values to the host that are on a device
             steps += series._steps[start - first : length - first]
             values += series._values[start - first : length - first]
         return _map, (self._path, self.lengths, self.starts, steps, values)
