@@ -9,9 +9,12 @@ their memory, at counts of calls or at other processes, which know no such devic
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
-from flowtrain.core import core, devices
+import torch
+
+from flowtrain.core import core, devices, optimizers
 from tests.accelerator.simulated.backend import install
 from tests.accelerator.simulated.machine import Schedule
 
@@ -27,8 +30,19 @@ def _schedule() -> Schedule:
 def _found(wanted: Any, models: Any) -> Any:
     """Find a device for a learner: the simulated one instead of the CPU."""
     found = _find_device(wanted, models)
+    # Where the CPU is meant, optimizers go through the parameters one by one: fused ones round differently.
+    optimizers.fused.__defaults__ = (("cpu", "sim") if found.type == "cpu" else ("cpu",),)
     return _find_device("sim", models) if found.type == "cpu" else found
 
 
-install().machine.begin(_schedule())
+_device = install()
+_device.machine.begin(_schedule())
+# Tests compare parameters of a learner, which are on the device here, with those of a loop by hand, which are not.
+_device.operators.refuses_the_cpu = False
+# Both draw the same: work runs at once here, unless a schedule is asked for.
+_device.operators.draws = torch.default_generator
+# A parameter that moves stays the same object, as on CUDA, whose tensors are of the same kind as the CPU's.
+torch.__future__.set_swap_module_params_on_conversion(True)
 core.__dict__["find_device"] = _found
+# So do optimizers for lists of parameters, which are the default on a device.
+sys.modules["torch.optim.optimizer"].__dict__["_get_foreach_kernels_supported_devices"] = list

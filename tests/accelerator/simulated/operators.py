@@ -30,11 +30,10 @@ aten = torch.ops.aten
 def _native_dropout(
     inputs: Tensor, p: float, train: bool | None, *, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    kept = torch.empty_like(inputs, dtype=torch.bool)
     if train is False:
-        return inputs.clone(), kept.fill_(True)
-    kept.bernoulli_(1 - p, generator=generator)
-    return inputs * kept * (0.0 if p == 1 else 1 / (1 - p)), kept
+        return inputs.clone(), torch.ones_like(inputs, dtype=torch.bool)
+    noise = torch.empty_like(inputs).bernoulli_(1 - p, generator=generator)  # as the CPU draws it
+    return inputs * noise * (0.0 if p == 1 else 1 / (1 - p)), noise.bool()
 
 
 _KERNELS: dict[str, Callable[..., Any]] = {"aten::native_dropout": _native_dropout}
@@ -52,17 +51,22 @@ class Operators:
 
     Attributes:
         generator: The random numbers of the device.
+        draws: The random numbers that all operators draw from while they run; without it each gets a seed from the
+            generator when it is submitted, so that the order in which they run changes nothing.
+        refuses_the_cpu: Whether a tensor of the CPU among those of the device is an error, as it is on every device.
     """
 
     def __init__(self, tensors: Tensors) -> None:
         self.generator = torch.Generator()
+        self.draws: torch.Generator | None = None
+        self.refuses_the_cpu = True
         self._tensors = tensors
         self._machine = tensors.machine
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Do what an operator does."""
         schema, leaves = op._schema, _tensors_in((args, kwargs))
-        if any(each.is_cpu and each.dim() for each in leaves):
+        if self.refuses_the_cpu and any(each.is_cpu and each.dim() for each in leaves):
             raise RuntimeError(f"{schema.name}: its tensors are on {DEVICE} and on the CPU; move them to one device.")
         first = schema.returns[0].alias_info if schema.returns else None
         if first is not None and not first.is_write:
@@ -100,6 +104,8 @@ class Operators:
         """Return random numbers for one operator, seeded from those of the device."""
         if schema.name not in _KERNELS and not any(each.name == "generator" for each in schema.arguments):
             raise NotImplementedError(f"{schema.name}: the simulated device has no random numbers for it.")
+        if self.draws is not None:
+            return self.draws
         seed = int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
         return torch.Generator().manual_seed(seed)
 
