@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from flowtrain.callback import resolution
@@ -16,6 +18,10 @@ from tests.support.examples import ORDINARY
 from tests.support.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The tensors of the tests are small: threads of torch that wait for each other take most of the time of a processor.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 settings.register_profile("ordinary", max_examples=ORDINARY, deadline=None)
 settings.register_profile(
