@@ -423,9 +423,6 @@ def _put(owner: Any, kind: str, name: str, value: Any) -> None:
         _attributes(owner)[name] = value  # past a __setattr__ that would register it
 
 
-# --- names
-
-
 def _called(name: str) -> str:
     return f"optimizer.{name}" if name else "optimizer"
 

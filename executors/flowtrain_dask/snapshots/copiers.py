@@ -5,7 +5,7 @@ value                                            its copy
 ===============================================  ===============================================================
 tensors (also sparse, quantised, complex)        detached, in memory of a `Pool`, with the strides they have
 numbers, texts, types, functions, enums, ...     the value itself
-list, tuple, dict, set, deque, dataclasses, ...  rebuilt, subclasses and their attributes too; cycles are kept
+list, tuple, dict, set, deque, dataclasses, ...  rebuilt by `flowtrain.callback.nested`, if a part of it needs a copy
 numpy arrays                                     copied; refused if they hold objects
 series                                           `flowtrain_dask.snapshots.series`: in constant time
 parameters and gradients by name                 copied together
@@ -14,11 +14,20 @@ other containers of flowtrain                    rebuilt by themselves, see `flo
 any other type                                   by a function from `register_copier`; refused if there is none
 ===============================================  ===============================================================
 
-`copying` is one pass of copying; `tensors`, `containers` and `modules` copy the types of their names.
+`copying` is one pass of copying; `tensors` and `modules` copy the types of their names.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import re
+import types
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +35,20 @@ import torch
 from torch import nn
 
 from flowtrain.callback.access import Declaration
+from flowtrain.callback.events import Event
+from flowtrain.callback.nested import PLAIN, Attribute, attributes, is_nested, rebuild, set_attributes
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import NamedTensors
 from flowtrain.state.series import Series
-from flowtrain_dask.snapshots.containers import find_rebuilder
 from flowtrain_dask.snapshots.copying import COPIERS, FINDERS, Copier, Copying, Refused
 from flowtrain_dask.snapshots.modules import copy_module
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.slots import compile_slots, slots_now
 from flowtrain_dask.snapshots.tensors import copy_tensor, copy_tensors
 
-__all__ = ["Copying", "Pool", "check", "register_copier"]
+__all__ = ["Copying", "Pool", "check", "find_rebuilder", "register_copier"]
 
 _registered: dict[type, Copier] = {}
 
@@ -92,7 +103,7 @@ def _find_own(kind: type, value: Any) -> Copier | None:
         return _copy_series
     if issubclass(kind, NamedTensors):
         return _copy_named_tensors
-    return _copy_container if hasattr(kind, "__frozen__") else None
+    return _copy_own if hasattr(kind, "__frozen__") else None
 
 
 def _copy_series(value: Series, copying: Copying) -> Series:
@@ -104,12 +115,87 @@ def _copy_named_tensors(value: NamedTensors, copying: Copying) -> NamedTensors:
     return type(value)(copy_tensors(value.tensors, copying), value.aliases)
 
 
-def _copy_container(value: Any, copying: Copying) -> Any:
+def _copy_own(value: Any, copying: Copying) -> Any:
     return value.__frozen__(copying)
 
 
 def _refuse_subclass(value: torch.Tensor, copying: Copying) -> Any:
     raise Refused(value, "a subclass of Tensor may hold more than its elements, and nothing says how it is copied")
+
+
+# --- values of Python and numpy
+
+_IMMUTABLE = (
+    int, float, complex, str, bytes, bool, type, enum.Enum, range, slice, type(...), type(NotImplemented),
+    fractions.Fraction, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
+    pathlib.PurePath, uuid.UUID, re.Pattern, Event, Phase,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.GenericAlias,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+
+
+_NUMBERS = (int, float, complex, str, bytes)
+"""Types whose values are immutable, except for attributes that a subclass may add."""
+
+
+def find_rebuilder(kind: type, value: Any) -> Copier | None:
+    """Return the copier of a type of Python or numpy, of a subclass of one, or of a dataclass; ``None`` for others."""
+    if issubclass(kind, enum.Enum):
+        return _itself
+    if issubclass(kind, _NUMBERS):
+        return _copy_number
+    if issubclass(kind, _IMMUTABLE) and not (dataclasses.is_dataclass(kind) and not issubclass(kind, Event)):
+        return _itself
+    if is_nested(kind):
+        return _copy_nested
+    if issubclass(kind, bytearray):
+        return _copy_bytearray
+    # By name, so that numpy need not be imported. A test of the interface would accept types that are no arrays.
+    if any(base.__module__ == "numpy" and base.__name__ in ("ndarray", "generic") for base in kind.__mro__):
+        return _copy_array
+    return None
+
+
+def _itself(value: Any, copying: Copying) -> Any:
+    return value
+
+
+def _copy_nested(value: Any, copying: Copying) -> Any:
+    return rebuild(value, copying.copy_at, copying.memo, copying.copy_key)
+
+
+def _copy_number(value: Any, copying: Copying) -> Any:
+    if all(type(item) in PLAIN for item in attributes(value).values()):
+        return value
+    base: Any = next(base for base in _NUMBERS if isinstance(value, base))
+    try:
+        copy = base.__new__(type(value), *base.__getnewargs__(value))
+    except TypeError as error:  # numpy's scalars are subclasses of `float` that `float` cannot make
+        raise Refused(value, f"it has attributes, and cannot be made again: {error}") from error
+    return _with_attributes(value, copy, copying)
+
+
+def _copy_bytearray(value: bytearray, copying: Copying) -> Any:
+    copying.nbytes += len(value)
+    copy = bytearray.__new__(type(value))
+    bytearray.__init__(copy, value)
+    return _with_attributes(value, copy, copying)
+
+
+def _with_attributes(value: Any, copy: Any, copying: Copying) -> Any:
+    copying.remember(value, copy)
+    own = {name: copying.copy_at(item, Attribute(name)) for name, item in attributes(value).items()}
+    set_attributes(copy, own)
+    return copy
+
+
+def _copy_array(value: Any, copying: Copying) -> Any:
+    if value.dtype.hasobject:
+        raise Refused(value, "an array of objects cannot be copied as numbers can", "Read a list in its place")
+    if not hasattr(value, "__setitem__"):
+        return value  # a scalar of numpy, which is immutable
+    copying.nbytes += int(value.nbytes)
+    return value if copying.dry else value.copy(order="K") if value.shape else value.copy()
 
 
 FINDERS[:] = [_find_registered, _find_own, find_rebuilder]

@@ -18,8 +18,7 @@ import torch
 
 from flowtrain import BatchEnd, Read, TrainingPhase
 from flowtrain.state.container import Tree
-from flowtrain_dask.snapshots.containers import find_rebuilder
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import Copying, Pool, find_rebuilder
 from flowtrain_dask.snapshots.copying import Refused
 from tests.support.copies import Box, Frozen, copied, tensor
 
