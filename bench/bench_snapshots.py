@@ -54,7 +54,7 @@ def large(report: Report, name: str) -> None:
     state.model, state.params = model, Parameters({"": model})
     sources = [parameter.detach() for parameter in model.parameters()]
     buffers = [torch.empty_like(source) for source in sources]
-    taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES), fresh=frozenset(), tail=False)
+    taker = Taker(declare(LARGE, "bench"), state, Pool(4 * BYTES), tail=False)
 
     def floor() -> None:
         """Copy into existing buffers."""
@@ -77,7 +77,7 @@ def small(report: Report, name: str, access: Access, tail: bool) -> None:
     for metric in ("Loss", "accuracy", "top5", "recall"):
         for step in range(100_000):
             state.cbstate.metrics_step[phase].push(metric, 0.5, step)
-    taker = Taker(declare(access, "bench"), state, Pool(1 << 20), fresh=frozenset({("batch", "loss")}), tail=tail)
+    taker = Taker(declare(access, "bench"), state, Pool(1 << 20), tail=tail)
     taker.take()
 
     def take() -> None:

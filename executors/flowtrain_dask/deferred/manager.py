@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flowtrain.callback.access import Write
 from flowtrain.callback.callback import draws_own
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
@@ -82,8 +81,7 @@ class Lanes:
     """The lanes for the present callbacks of a learner.
 
     Args:
-        nodes: All callbacks of the learner.
-        deferral: The decision which of them are deferred.
+        deferral: The decision which callbacks are deferred.
         site: The loop.
         options: How deferred callbacks are run.
         connection: The cluster; ``None`` for threads of this process.
@@ -99,7 +97,6 @@ class Lanes:
 
     def __init__(
         self,
-        nodes: Sequence[Node],
         deferral: Deferral,
         site: Site,
         options: Options,
@@ -117,13 +114,12 @@ class Lanes:
         self._planned_of = {node: planned for planned in self._planned for node in planned.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
         self._reach = Reach(site.state)
-        fresh = _fresh(nodes, self._reach)
         for planned in self._planned:
             tail = connection is not None and not why_here(planned.nodes)  # another process gets parts of series
             for node in planned.nodes:
                 for _, handler in node.handlers:
                     access = node.access[handler]
-                    taker = Taker(access, site.state, self._pool, fresh=fresh, tail=tail, lane=planned)
+                    taker = Taker(access, site.state, self._pool, tail=tail, lane=planned)
                     self._takers[node, handler] = taker
         self._logged: list[str] = []
         self.gave_up = False
@@ -309,17 +305,6 @@ def _snapshot_node(
     return node
 
 
-def _fresh(nodes: Sequence[Node], reach: Reach) -> frozenset[tuple[str, ...]]:
-    """Return the paths that need no copy: the core has just made the value and no callback declares to write it.
-
-    This is the norm of the gradients. The loss is not among them: a loss function that reuses its memory returns the
-    same tensor for each batch of a validation.
-    """
-    written = [path for node in nodes for path, kind in node.union if isinstance(kind, Write)]
-    made = ("batch", "grad_norm")
-    return frozenset(() if any(reach.meet(path, made) for path in written) else (made,))
-
-
 class DeferredCallbacks:
     """The deferrable callbacks of an executor's learner.
 
@@ -381,7 +366,7 @@ class DeferredCallbacks:
             # If a change of callbacks was checked and then refused, the last decision is about other callbacks.
             deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes, site.state)
             made: list[Lane] = []
-            lanes = Lanes(nodes, deferral, site, self._options, self._teardown.connection, sequences, made)
+            lanes = Lanes(deferral, site, self._options, self._teardown.connection, sequences, made)
             # Together, so that an interrupt does not leave closed lanes for callbacks that are taken as decided on.
             self._past, self._sequences, self._nodes = past, sequences, nodes
             self._lanes, self._teardown.lanes = lanes, made

@@ -58,7 +58,6 @@ class Copying:
 
     Args:
         pool: Gives the memory for tensors.
-        fresh: Whether nobody will change the tensors: they are detached and not copied.
         cutter: Makes the copies of series.
         dry: Whether this is only a check: tensors and modules are not copied.
 
@@ -69,11 +68,10 @@ class Copying:
         memo: The values that were copied so far, each with its copy, by their ids.
     """
 
-    __slots__ = ("cutter", "dry", "events", "fresh", "has_series", "memo", "nbytes", "pool")
+    __slots__ = ("cutter", "dry", "events", "has_series", "memo", "nbytes", "pool")
 
-    def __init__(self, pool: Pool, *, fresh: bool = False, cutter: Cutter | None = None, dry: bool = False) -> None:
+    def __init__(self, pool: Pool, *, cutter: Cutter | None = None, dry: bool = False) -> None:
         self.pool = pool
-        self.fresh = fresh
         self.cutter = cutter or Cutter()
         self.dry = dry
         self.nbytes = 0

@@ -94,8 +94,6 @@ class Taker:
         declaration: The declaration of the handler.
         state: The state of the learner.
         pool: Gives the memory for tensors.
-        fresh: The paths whose tensors nobody changes later, such as ``("batch", "loss")``; they are detached and not
-            copied. ``("batch",)`` stands for the whole batch except its gradients.
         tail: Whether the handler runs in another process, and gets only the newest values of a series.
         groups: The result of `copy_groups` for the handler; without it, the handler shares copies with every other.
         lane: The lane in which the snapshots wait, so that shared bytes are counted once; ``None``: each snapshot
@@ -112,7 +110,6 @@ class Taker:
         state: LearnerState,
         pool: Pool,
         *,
-        fresh: frozenset[Path],
         tail: bool,
         groups: Groups | None = None,
         lane: object = None,
@@ -120,7 +117,6 @@ class Taker:
         self._slots = tuple((slot, _key(slot, groups)) for slot in compile_slots(declaration))
         self._state = state
         self._pool = pool
-        self._fresh = fresh
         self._lane = lane
         self._cutter = Cutter(tail=tail, late=bool(state.lag))
         full = [slot for slot, _ in self._slots if slot.full]
@@ -163,7 +159,7 @@ class Taker:
         where = (slot.path, key)
         if shared is not None and where in shared:
             return shared[where]
-        copying = Copying(self._pool, fresh=self._is_fresh(slot.path), cutter=self._cutter)
+        copying = Copying(self._pool, cutter=self._cutter)
         value = slot.take(self._state, copying)
         if value is MISSING:
             return None
@@ -171,10 +167,6 @@ class Taker:
         if shared is not None and not (copying.has_series and self._cutter.tail):
             shared[where] = copied  # but no tail, which begins at the last event of this handler
         return copied
-
-    def _is_fresh(self, path: Path) -> bool:
-        # Gradients are never fresh: they are clipped later, and further gradients are added to them.
-        return path in self._fresh or (path[:1] in self._fresh and path != ("batch", "grads"))
 
 
 def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None) -> dict[int, dict[Path, Hashable]]:

@@ -38,8 +38,6 @@ def copy_tensor(value: torch.Tensor, copying: Copying) -> torch.Tensor:
     if copying.dry or source.is_meta:
         return source
     if source.is_cpu:
-        if copying.fresh:
-            return source
         if not source.is_contiguous() and 0 in source.stride():  # expanded: some elements are shown many times
             return _expanded(source, copying)
         copy = copying.pool.like(source).copy_(source)
@@ -61,7 +59,7 @@ def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[
     Raises:
         Refused: One of them cannot be copied.
     """
-    if copying.fresh or copying.dry or not all(map(_is_ordinary, tensors.values())):
+    if copying.dry or not all(map(_is_ordinary, tensors.values())):
         return {name: copying.copy_at(tensor, name) for name, tensor in tensors.items()}
     sources = list(tensors.values())
     copies = copying.pool.like_all(sources)
@@ -133,7 +131,7 @@ def _from_accelerator(source: torch.Tensor, copying: Copying) -> torch.Tensor:
     if stream is None:
         stream = _streams[device] = torch.Stream(device)
     source = source.resolve_conj().resolve_neg()
-    kept = source if copying.fresh else source.clone()
+    kept = source.clone()
     target = copying.pool.like(kept, pinned=True)
     stream.wait_stream(torch.accelerator.current_stream(device))
     with on_stream(stream):

@@ -162,7 +162,7 @@ def test_a_copy_that_two_events_share_is_sent_once() -> None:
     state.show(BatchState())
     loss: Any = torch.arange(100_000.0)
     state.batch.loss = loss
-    taker = Taker(declare({"batch.loss": Read()}, "me"), state, Pool(1 << 20), fresh=frozenset(), tail=False)
+    taker = Taker(declare({"batch.loss": Read()}, "me"), state, Pool(1 << 20), tail=False)
     shared = Shared()
     sent = [Entry(n, 0, BatchEnd(), TrainingPhase(), taker.take(shared), 400_000) for n in range(2)]
     blob = bytes(dump_entries(sent))

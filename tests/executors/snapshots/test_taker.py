@@ -45,8 +45,8 @@ from tests.support.accelerator import DEVICE, needs_accelerator
 LOSS = ("batch", "loss")
 
 
-def taker(state: LearnerState, access: Access, *, tail: bool = False, fresh: frozenset[Any] = frozenset()) -> Taker:
-    return Taker(declare(access, "me"), state, Pool(1 << 20), fresh=fresh, tail=tail)
+def taker(state: LearnerState, access: Access, *, tail: bool = False) -> Taker:
+    return Taker(declare(access, "me"), state, Pool(1 << 20), tail=tail)
 
 
 def state_with(**batch: Any) -> LearnerState:
@@ -192,17 +192,6 @@ def test_all_of_the_batch_is_what_is_there_at_the_time() -> None:
     assert take().payload == {("batch", "a"): 1, ("batch", "b"): 2}
 
 
-def test_fresh_results_are_shared_and_detached() -> None:
-    loss = torch.ones(400, requires_grad=True) * 2
-    state = state_with(loss=loss, other=loss)
-    payload = taker(state, {"batch": Read()}, fresh=frozenset({LOSS})).take().payload
-    assert payload[LOSS].data_ptr() == loss.data_ptr()
-    assert payload["batch", "other"].data_ptr() != loss.data_ptr()
-    assert payload[LOSS].grad_fn is None
-    payload = taker(state, {"batch": Read()}, fresh=frozenset({("batch",)})).take().payload
-    assert payload["batch", "other"].data_ptr() == loss.data_ptr()
-
-
 def test_a_parameter_that_a_model_has_twice_is_found_by_both_names() -> None:
     state = LearnerState()
     model = state.model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
@@ -256,7 +245,7 @@ def test_bytes_that_snapshots_of_a_lane_share_count_once_in_it() -> None:
     state, pool = state_with(loss=torch.ones(300)), Pool(1 << 20)
 
     def of(lane: str) -> Taker:
-        return Taker(declare({"batch.loss": Read()}, "me"), state, pool, fresh=frozenset(), tail=False, lane=lane)
+        return Taker(declare({"batch.loss": Read()}, "me"), state, pool, tail=False, lane=lane)
 
     for _ in range(2):
         shared = Shared()
@@ -334,8 +323,7 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
     state, shared, pool = state_with(loss=torch.ones(300)), Shared(), Pool(1 << 20)
     declaration = declare({"batch.loss": Read()}, "me")
     found = [
-        Taker(declaration, state, pool, fresh=frozenset(), tail=False, groups=groups[at]).take(shared).payload[LOSS]
-        for at in (0, 2, 3)
+        Taker(declaration, state, pool, tail=False, groups=groups[at]).take(shared).payload[LOSS] for at in (0, 2, 3)
     ]
     assert (found[0] is found[1]) == same_loss
     assert found[1] is found[2]
@@ -343,7 +331,7 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
 
 def test_memory_is_used_again_when_all_who_share_it_have_let_go() -> None:
     state, pool = state_with(loss=torch.ones(300)), Pool(1 << 20)
-    takers = [Taker(declare({"batch.loss": Read()}, "me"), state, pool, fresh=frozenset(), tail=False)] * 2
+    takers = [Taker(declare({"batch.loss": Read()}, "me"), state, pool, tail=False)] * 2
     shared = Shared()
     one, other = (each.take(shared) for each in takers)
     address = one.payload[LOSS].data_ptr()

@@ -106,15 +106,6 @@ def test_where_elements_are_shown_many_times_each_is_copied_once() -> None:
     assert copying.nbytes == found.untyped_storage().nbytes() == 1600
 
 
-def test_a_fresh_tensor_is_detached_and_not_copied() -> None:
-    """What the core has just made belongs to nobody else."""
-    source, copying = tensor().requires_grad_(), Copying(Pool(1 << 20), fresh=True)
-    found = copy_tensor(source, copying)
-    assert found.data_ptr() == source.data_ptr()
-    assert not found.requires_grad
-    assert copying.nbytes == 0
-
-
 def test_a_dry_run_takes_no_memory() -> None:
     source, pool = tensor(), Pool(1 << 20)
     assert copy_tensor(source, Copying(pool, dry=True)).data_ptr() == source.data_ptr()

@@ -165,7 +165,7 @@ declarations = st.lists(entries, max_size=7).map(union)
 def test_the_same_on_copies_as_in_place(declaration: Declaration, tail: bool) -> None:
     owner = Owner("Reader", "Reader", "state_access", declaration)
     state = make_state()
-    taker = Taker(declaration, state, Pool(1 << 20), fresh=frozenset(), tail=tail)
+    taker = Taker(declaration, state, Pool(1 << 20), tail=tail)
     replica = Replica(declaration, owner)
     views = []
     for _ in range(2):  # the second event fills the same view
