@@ -70,10 +70,6 @@ class Deferral:
     kept: dict[str, str] | None = None
     drawing: dict[str, str] = field(default_factory=dict)
 
-    def lane_of(self, node: Node) -> int | None:
-        """Return the number of a callback's lane; ``None`` if it runs in place."""
-        return next((number for number, lane in enumerate(self.lanes) if node in lane), None)
-
     def why_kept(self, node: Node) -> str:
         """Return why a deferrable callback runs in place; empty if it is deferred or not deferrable."""
         return (self.kept or {}).get(node.name, "")

@@ -1,11 +1,8 @@
 """The dask task graph of a plan: one task for each handler, compiled once.
 
-Users can look at the graph, draw it and run it. Its keys are the labels of the plan's steps. Its edges are the edges of
-the plan, without those that follow from others. A task has no other arguments than its edges: it finds the event and
-the phase in a `Cell` that all tasks of one plan share, and that is filled for each firing.
-
-Training runs the strands that are derived from this graph (`flowtrain_dask.parallel.strands`), and not the graph
-itself, because a dask task costs more than most handlers.
+Users can look at the graph and draw it. Its keys are the labels of the plan's steps. Its edges are the edges of the
+plan, without those that follow from others. The tasks do nothing: training runs the strands that are derived from this
+graph (`flowtrain_dask.parallel.strands`), and not the graph itself, because a dask task costs more than most handlers.
 
 `Task` and `TaskRef` are dask's own classes. A task is a node with a key, a function and arguments; a `TaskRef` among
 the arguments is an edge. They are imported from a private module of dask, since the public place that its documentation
@@ -16,34 +13,13 @@ names does not exist in the versions that are supported. No other module imports
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from dask._task_spec import Task, TaskRef
 
 from flowtrain.graph.plan import Plan
 
-__all__ = ["Cell", "EventGraph", "HandlerRun", "Task", "TaskRef", "compile_plan", "direct_predecessors"]
-
-
-class HandlerRun(Protocol):
-    """One firing of a plan, as the tasks of a graph use it."""
-
-    def run(self, position: int) -> None:
-        """Run the handler at a position of the plan. Nothing is raised."""
-
-
-class Cell:
-    """Tells the tasks of a graph which firing they belong to.
-
-    Attributes:
-        firing: The current firing; ``None`` between two firings, when the tasks do nothing.
-    """
-
-    __slots__ = ("firing",)
-
-    def __init__(self) -> None:
-        self.firing: HandlerRun | None = None
+__all__ = ["EventGraph", "Task", "TaskRef", "compile_plan", "direct_predecessors"]
 
 
 class EventGraph(dict[str, Task]):
@@ -52,14 +28,12 @@ class EventGraph(dict[str, Task]):
     Attributes:
         plan: The plan that the graph was compiled from.
         before: For each position of the plan, its direct predecessors.
-        cell: Tells the tasks which firing they belong to.
     """
 
-    def __init__(self, plan: Plan, before: tuple[tuple[int, ...], ...], cell: Cell) -> None:
+    def __init__(self, plan: Plan, before: tuple[tuple[int, ...], ...]) -> None:
         super().__init__()
         self.plan = plan
         self.before = before
-        self.cell = cell
 
     def __dask_graph__(self) -> dict[str, Task]:
         return dict(self)
@@ -100,18 +74,13 @@ def direct_predecessors(plan: Plan) -> tuple[tuple[int, ...], ...]:
 
 def compile_plan(plan: Plan) -> EventGraph:
     """Return the task graph of a plan."""
-    cell = Cell()
-    graph = EventGraph(plan, direct_predecessors(plan), cell)
+    graph = EventGraph(plan, direct_predecessors(plan))
     keys = [step.label for step in plan.steps]
     if len({*keys}) < len(keys):  # two callbacks may have the same name, and their handlers too
         keys = [f"{key} #{position + 1}" for position, key in enumerate(keys)]
     for position, key in enumerate(keys):
-        task = partial(_run, cell, position)
-        task.__name__ = key  # type: ignore[attr-defined]  # dask draws this name
-        graph[key] = Task(key, task, *(TaskRef(keys[before]) for before in graph.before[position]))
+        graph[key] = Task(key, _nothing, *(TaskRef(keys[before]) for before in graph.before[position]))
     return graph
 
 
-def _run(cell: Cell, position: int, *_: object) -> None:
-    if cell.firing is not None:
-        cell.firing.run(position)
+def _nothing(*_: object) -> None: ...

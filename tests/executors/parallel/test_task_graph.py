@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,30 +53,7 @@ def test_tasks_are_the_handlers_and_edges_the_transitive_reduction(plan: Plan) -
     ]
 
 
-class Noted:
-    """A firing that notes which handlers the tasks ask for."""
-
-    def __init__(self) -> None:
-        self.ran: list[int] = []
-        self.lock = threading.Lock()
-
-    def run(self, position: int) -> None:
-        with self.lock:
-            self.ran.append(position)
-
-
-@settings(max_examples=examples(30))
-@given(plans())
-def test_dask_runs_the_graph_in_the_order_of_its_edges(plan: Plan) -> None:
-    graph, firing = compile_plan(plan), Noted()
-    graph.cell.firing = firing
-    dask.threaded.get(graph, list(graph), num_workers=2)
-    assert sorted(firing.ran) == list(range(len(plan)))
-    for place, position in enumerate(firing.ran):
-        assert plan.ancestors[position] & ~sum(1 << before for before in firing.ran[:place]) == 0
-
-
-def test_between_firings_the_graph_runs_nothing() -> None:
+def test_the_tasks_of_a_graph_do_nothing() -> None:
     graph = compile_plan(plan_of(KINDS[0](nothing)))
     assert dask.threaded.get(graph, list(graph)) == (None,)
 
