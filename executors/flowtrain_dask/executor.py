@@ -48,8 +48,8 @@ __all__ = [
 class DaskExecutor:
     """Runs the independent handlers of an event at the same time, and deferrable callbacks beside training.
 
-    The result is the serial result. Independent handlers run on threads, compiled to a dask task graph. The threads
-    start when an event first runs in parallel, and end with `close` or with the learner.
+    The result is the serial result. Independent handlers run on threads, in the order of a dask task graph, which
+    `graph` returns. The threads start when an event first runs in parallel, and end with `close` or with the learner.
 
     A deferrable callback is taken off the training thread. Its handlers run later, in order, on exact snapshots of the
     state that they declare to read: in threads of this process or on a cluster. `report` tells how far they are.

@@ -116,7 +116,7 @@ def _buffers(memory: memoryview, start: int, sizes: Sequence[int]) -> Iterator[m
 
 
 def _aligned(*parts: bytes | memoryview) -> list[bytes | memoryview]:
-    """Return parts with what aligns the next one after each."""
+    """Return each part with the padding that aligns the next one."""
     return [piece for part in parts for piece in (part, bytes(_after(len(part)) - len(part)))]
 
 

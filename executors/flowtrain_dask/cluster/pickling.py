@@ -59,7 +59,7 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
     """Cloudpickle with reductions for tensors.
 
     Attributes:
-        waste: How many times as large as what a tensor shows a storage may be to be sent as a whole.
+        waste: A storage is sent whole if it is at most this many times larger than the tensor.
     """
 
     waste: float = 4
@@ -71,8 +71,8 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
     def reducer_override(self, obj: Any) -> Any:
         """Return how an object is made again, or leave it to cloudpickle.
 
-        A module of a type of its own, such as ``torch.backends``, is named; cloudpickle cannot pickle it. It meets that
-        one in every method that has both ``torch`` and an attribute ``backends`` in it.
+        A module such as ``torch.backends`` is sent by its name, since cloudpickle, which finds it in any method that
+        uses ``torch.backends``, cannot pickle it.
         """
         kind = type(obj)
         if kind is CutMap or kind is CutPhases:

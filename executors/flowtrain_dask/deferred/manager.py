@@ -206,7 +206,7 @@ class Lanes:
             raise_worst(failures)
 
     def _wait(self) -> None:
-        """Wait until no lane has anything left to do, or has failed, or training is stopped and the time is over."""
+        """Wait until every lane is done or has failed, or until the drain timeout after training was stopped."""
         end: float | None = None
         for lane in self.lanes:
             lane.given_up = False

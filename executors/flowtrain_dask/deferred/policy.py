@@ -118,7 +118,7 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
     """Check that no attribute of a deferred callback is the learner, a view or a part of the learner's state.
 
     Raises:
-        CallbackError: An attribute is. The callback would read it on its lane while training changes it.
+        CallbackError: An attribute is one of these. The callback would read it on its lane while training changes it.
     """
     parts = (state.model, state.optimizer, state.optimizers, state.data, state.params, state.cbstate)
     live = {id(part) for part in (state, *parts) if part is not None}
