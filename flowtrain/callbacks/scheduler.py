@@ -224,14 +224,14 @@ class Scheduler(Callback):
             done = max((count - began.get(name, 0) for name, count in phases), default=0)
             if old is None or new is None or old == new or done >= new:
                 continue
-            totals[schedule.unit] = f"{old} {schedule.unit}s, and this fit comes to {new}"
+            totals[schedule.unit] = f"{old} {schedule.unit}s, and this fit has {new}"
             values = schedule.value(done + 1, old), schedule.value(done + 1, new)
             jumps.append(f"{setting.name} is now {values[1]:.4g}, and would have been {values[0]:.4g}, by {schedule}")
         if jumps:
             warnings.warn(
-                f"The fit that wrote the checkpoint was planned to come to {'; '.join(totals.values())}. A schedule "
-                f"without a length is stretched over the new total, so it jumps here: {'; '.join(jumps)}. To go on as "
-                f"before, resume with the total of then, or give the schedule a length from the beginning.",
+                f"The fit that wrote the checkpoint was planned to have {'; '.join(totals.values())}. A schedule "
+                f"without a length is stretched over the new total, so it jumps here: {'; '.join(jumps)}. To continue "
+                f"without a jump, resume with the earlier total, or give the schedule a length from the beginning.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -105,7 +105,7 @@ def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
     others, said = [path for path in found if path != _RNG], ""
     lead = f"Work on a copy (tensor.clone()), or {'set deferrable = False and ' if deferrable else ''}declare"
     if _RNG in found and deferrable:
-        said = "It says stochastic = False and drew random numbers: leave that out, and it has numbers of its own."
+        said = "It says stochastic = False and drew random numbers: remove that, and it draws from its own generators."
     elif _RNG in found and kind.__module__.startswith("flowtrain.") and "access" not in signature(kind).parameters:
         said = (
             "A function that it was given drew random numbers of training: let it draw from a generator of its own, "

@@ -138,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         # `fit` writes a checkpoint for this case before it raises.
         if not checkpoints(options.log).exists():
-            raise SystemExit("\nInterrupted before training began: there is nothing to go on from.") from None
-        raise SystemExit(f"\nInterrupted. Go on with the same command and --resume: {options.log}") from None
+            raise SystemExit("\nInterrupted before training began: there is no checkpoint to resume from.") from None
+        raise SystemExit(f"\nInterrupted. Continue with the same command and --resume: {options.log}") from None
 
 
 def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
@@ -172,7 +172,7 @@ def _make_parser() -> argparse.ArgumentParser:
     where = "serial, dask, local, or the address of a dask scheduler (default: serial)"
     parser.add_argument("--executor", default="serial", metavar="NAME", help=f"what runs callbacks: {where}")
     parser.add_argument("--log", type=Path, metavar="FOLDER", help="keep logs and checkpoints in this folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print the final accuracy only")
     output.add_argument("--explain", action="store_true", help="print the order of the callbacks at every event")

@@ -65,10 +65,10 @@ def complaint(folder: Path | None, resume: bool, executor: str) -> str:
     """Return an error message if the options do not fit together, otherwise an empty string."""
     if folder is not None:
         if not resume and (folder / "log.jsonl").exists():
-            return f"{folder} has a run in it. Add --resume to go on with it, or log to another folder"
+            return f"{folder} has a run in it. Add --resume to continue it, or log to another folder"
         return ""
     if resume:
-        return "--resume goes on with the run in a folder. Say which: --log FOLDER"
+        return "--resume continues the run in a folder. Name the folder: --log FOLDER"
     if _on_cluster(executor):
         return f"--executor {executor} is for callbacks that log, and without --log there are none. Add --log FOLDER"
     return ""

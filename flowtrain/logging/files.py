@@ -68,7 +68,7 @@ class AppendingFile:
                 raise
             raise LoggingError(
                 f"{self.path}: a record of {len(data)} bytes cannot be written: {error.strerror}. The file keeps the "
-                f"{self.size} bytes before it, all of them whole records. Make room, and go on from a checkpoint."
+                f"{self.size} bytes before it, all of them whole records. Make room, and resume from a checkpoint."
             ) from error
         self.size += written
 

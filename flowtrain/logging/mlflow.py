@@ -172,7 +172,7 @@ class MLflowBackend(LoggerBackend):
             return
         entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
         client, old = self._client, position["run"]
-        with self._explained(f"go on with run {old}"):
+        with self._explained(f"continue run {old}"):
             known = client.get_run(old)
             kept = {key: self._history(old, key, count) for key, count in position["metrics"].items()}
             tags = {_RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}

@@ -71,7 +71,7 @@ class TensorBoardBackend(FileBackend):
             return
         if position["file"] != self._name:
             raise LoggingError(
-                f"{self.path} does not have the event file {position['file']} that the checkpoint goes on with. Put it "
+                f"{self.path} does not have the event file {position['file']} that the checkpoint continues. Put it "
                 f"back, or log this run to another folder."
             )
         super().restore(position["size"])

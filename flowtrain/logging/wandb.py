@@ -148,7 +148,7 @@ class WandbBackend(LoggerBackend):
             self.close()
             self._begin()
         continues = {"continues": position["run"], "records": position["records"]}
-        with self._explained(f"go on with run {position['run']}"):
+        with self._explained(f"continue run {position['run']}"):
             self._run.config.update({"flowtrain": continues})
 
     def ended(self, outcome: Outcome) -> None:

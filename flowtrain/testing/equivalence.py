@@ -191,7 +191,7 @@ def _message(executor: Executor, differing: list[str], serial: _Result, result: 
         )
     else:
         why = (
-            "If random legal orders (interleavings=...) come to the serial result, the executor breaks a rule: "
+            "If random legal orders (interleavings=...) have the serial result, the executor breaks a rule: "
             "flowtrain.testing.ExecutorContract says which."
         )
     return f"{first} differs from the serial run:\n  serial: {wanted}\n  {executor!r}: {found}{more}\n{why}"

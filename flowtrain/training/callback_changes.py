@@ -133,9 +133,9 @@ def _taken(name: str, callback: Callback, part: object, owner: _Owner) -> Callba
     changes = owner.changes()
     what = name if part is callback else f"{part!r} of {name}"
     text = (
-        f"{what} belongs to another learner, {owner.learner}, and would bring along what it has gathered there. Make a "
-        f"new {type(part).__name__}(...) for each learner, such as one for each fold of a cross-validation."
+        f"{what} belongs to another learner, {owner.learner}, and would bring along the state it has gathered there. "
+        f"Make a new {type(part).__name__}(...) for each learner, such as one for each fold of a cross-validation."
     )
     if changes is not None and not changes.closed and part is callback:
-        text += f" To move it with what it has gathered, write other.remove_callback({owner.callback!r}) first."
+        text += f" To move it with that state, write other.remove_callback({owner.callback!r}) first."
     return CallbackError(text)

@@ -126,8 +126,8 @@ class Sinks:
         new = [repr(used.backend) for sink, used in self._used.items() if sink not in found]
         if left and new:
             warnings.warn(
-                f"The run of the checkpoint logged to {', '.join(left)}, and the learner does not: that stays as it "
-                f"is, also what was logged after the checkpoint. What follows goes to {', '.join(new)}.",
+                f"The run of the checkpoint logged to {', '.join(left)}, and the learner does not: its "
+                f"records stay, even those after the checkpoint. New records go to {', '.join(new)}.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -246,7 +246,7 @@ def _abandon(opened: _Opened) -> None:
         try:
             _each(opened.backends, "closed", lambda backend: _close(backend, opened.outcome))
         except Exception:
-            _logger.exception("flowtrain: a logging backend could not be closed, whose learner nobody had closed")
+            _logger.exception("flowtrain: a logging backend of a learner that was not closed could not be closed")
 
     thread = threading.Thread(target=close, name="flowtrain closes backends", daemon=True)
     try:

@@ -527,10 +527,10 @@ def test_a_schedule_that_was_made_for_another_total_says_that_it_jumps(
 ) -> None:
     schedule = one_cycle(0.1)
     before, now = (f"{schedule.value(at + 1, total):.4g}" for total in totals)
-    with pytest.warns(UserWarning, match="was planned to come to") as caught:
+    with pytest.warns(UserWarning, match="was planned to have") as caught:
         learner = lengthened({LearningRate: schedule}, tmp_path / "cut.pt", at, first, dict(then))
     (text,) = [str(each.message) for each in caught]
-    assert f"planned to come to {totals[0]} updates, and this fit comes to {totals[1]}. " in text
+    assert f"planned to have {totals[0]} updates, and this fit has {totals[1]}. " in text
     assert f"jumps here: LearningRate is now {now}, and would have been {before}, by one_cycle(0.1). " in text
     rates = dict(learner.cbstate.hyperparams["LearningRate"])
     assert max(rates) == totals[1] - (1 if "n_batches" in then else 0)  # its first epoch had a batch less
@@ -540,10 +540,10 @@ def test_a_schedule_that_was_made_for_another_total_says_that_it_jumps(
 
 def test_several_schedules_that_jump_are_one_warning(tmp_path: Path) -> None:
     schedules = {LearningRate: cosine(0.1), Momentum: per_epoch(cosine(0.9))}
-    with pytest.warns(UserWarning, match="was planned to come to") as caught:
+    with pytest.warns(UserWarning, match="was planned to have") as caught:
         lengthened(schedules, tmp_path / "cut.pt", 7, {"epochs": 2}, {"epochs": 4})
     (text,) = [str(each.message) for each in caught]
-    assert "come to 8 updates, and this fit comes to 16; 2 epochs, and this fit comes to 4. A schedule" in text
+    assert "have 8 updates, and this fit has 16; 2 epochs, and this fit has 4. A schedule" in text
     assert "LearningRate is now 0.05975, and would have been 0.003806, by cosine(0.1, end=0.0); Momentum is now" in text
     assert "Momentum is now 0.7682, and would have been 0.45, by per_epoch(cosine(0.9, end=0.0)). To" in text
 

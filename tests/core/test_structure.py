@@ -384,12 +384,13 @@ def test_a_resumed_fit_says_what_is_built_otherwise(tmp_path: Path) -> None:
     learner_of(Checkpointer(tmp_path)).fit(1)
     model = Net()
     unfreeze(type("Holder", (), {"model": model}))
-    with pytest.warns(UserWarning, match="began otherwise") as caught:
+    with pytest.warns(UserWarning, match="was built differently") as caught:
         learner_of(Checkpointer(tmp_path), model=model).fit(2, resume=tmp_path)
     assert str(caught[0].message) == (
-        "The learner of the checkpoint began otherwise: model.back.0.weight was frozen there and is trained here, "
-        "model.back.0.bias was frozen there and is trained here, model.back.1.weight was frozen there and is trained "
-        "here, and 4 more. The fit goes on as this learner is. Build it as the other was if the fit is to be the same."
+        "The learner of the checkpoint was built differently: model.back.0.weight was frozen there and is trained "
+        "here, model.back.0.bias was frozen there and is trained here, model.back.1.weight was frozen there and is "
+        "trained here, and 4 more. The fit continues with this learner. For the same result build it as the other one "
+        "was built."
     )
 
 

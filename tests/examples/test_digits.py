@@ -259,7 +259,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
         os.killpg(running.pid, number)
         _, errors = running.communicate(timeout=60)
     assert (running.returncode, errors) == (
-        1, f"\nInterrupted. Go on with the same command and --resume: {folder}\n"
+        1, f"\nInterrupted. Continue with the same command and --resume: {folder}\n"
     )  # fmt: skip
     assert (folder / "checkpoints" / "interrupted.ckpt").exists()
     with_rest = log_run(folder, executor, "--resume")
@@ -277,7 +277,7 @@ def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(digits, "make_learner", interrupted)
-    with pytest.raises(SystemExit, match="Interrupted before training began: there is nothing to go on from"):
+    with pytest.raises(SystemExit, match="Interrupted before training began: there is no checkpoint to resume from"):
         main(["--log", str(tmp_path / "a")])
 
 
@@ -304,7 +304,7 @@ def test_a_folder_with_a_run_in_it_is_left_alone(logged: Logged, capsys: pytest.
         main(["--log", str(logged.folder)])
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith(
-        f"error: {logged.folder} has a run in it. Add --resume to go on with it, or log to another folder"
+        f"error: {logged.folder} has a run in it. Add --resume to continue it, or log to another folder"
     )
     assert lines(logged.folder) == before
 
@@ -336,7 +336,7 @@ def test_a_missing_extra_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume"], "--resume goes on with the run in a folder. Say which: --log FOLDER"),
+        (["--resume"], "--resume continues the run in a folder. Name the folder: --log FOLDER"),
         (["--executor", "local"], "--executor local is for callbacks that log, and without --log there are none. Add"),
         (["--executor", "tcp://127.0.0.1:1"], "--executor tcp://127.0.0.1:1 is for callbacks that log, and without"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),

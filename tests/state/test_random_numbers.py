@@ -292,7 +292,7 @@ def test_strict_mode_finds_who_says_that_it_draws_nothing() -> None:
     callback.stochastic = False
     text = strict(callback)
     assert "changed resource.rng and does not declare to write it. It declares {}. It says stochastic = False" in text
-    assert "and drew random numbers: leave that out, and it has numbers of its own." in text
+    assert "and drew random numbers: remove that, and it draws from its own generators." in text
     assert "Write()" not in text
 
 

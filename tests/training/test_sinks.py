@@ -198,6 +198,8 @@ def test_positions_move_with_the_checkpoint(tmp_path: Path) -> None:
     sinks.use(nodes(LogMetrics(*backends)))
     was = {str(tmp_path / "a" / "log"): 1, str(tmp_path / "same"): 2, "tracker:7": 3}
     before, here = str(tmp_path / "a" / "kept"), str(tmp_path / "b" / "kept")
-    with pytest.warns(UserWarning, match=r"logged to tracker:7, and the learner does not.* goes to CsvBackend\(.*c'\)"):
+    with pytest.warns(
+        UserWarning, match=r"logged to tracker:7, and the learner does not.* New records go to CsvBackend\(.*c'\)"
+    ):
         found = sinks.moved(was, before, here)
     assert found == {str(tmp_path / "b" / "log"): 1, str(tmp_path / "same"): 2}

@@ -294,6 +294,6 @@ def _load_callback(callback: Callback, saved: Mapping[str, Any]) -> None:
                 condition.load_state_dict(each["state"])
     except Exception as error:
         raise CheckpointError(
-            f"{callback.name} does not take back its state of the checkpoint: {type(error).__name__}: {error}. Was it "
+            f"{callback.name} refuses its state in the checkpoint: {type(error).__name__}: {error}. Was it "
             f"made with other arguments? Nothing has been changed."
         ) from error

@@ -222,10 +222,10 @@ class Writer:
             self.reached("removed")
         except BaseException as error:  # any exception, since it would be lost with this thread
             kept = target(path.parent, "latest")
-            still = f"The last one that is complete is {path.parent / kept}." if kept else "There is none before it."
+            still = f"The last complete one is {path.parent / kept}." if kept else "There is no earlier checkpoint."
             failure = CheckpointError(
                 f"The checkpoint {path} could not be written: {_cause(error)}. {still} Make room, or choose another "
-                f"folder, and go on with fit(..., resume=...)."
+                f"folder, and continue with fit(..., resume=...)."
             )
             failure.__cause__ = error
             self._failure = failure

@@ -238,10 +238,10 @@ class Checkpoints:
         position = contents["position"]
         check(contents, self._state, self._core)
         if position["unit"] != unit:
-            where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can go on from it"
+            where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can resume from it"
             raise CheckpointError(
                 f"The checkpoint was taken in {where}, and this fit counts {unit}. Write "
-                f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a fit of its own."
+                f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a new fit."
             )
         check_data(position, data)
         run = contents["run"]
@@ -261,7 +261,7 @@ class Checkpoints:
         if missing:
             warnings.warn(
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
-                f"the fit goes on without.",
+                f"the fit continues without that state.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -269,8 +269,8 @@ class Checkpoints:
         if otherwise:
             more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
             warnings.warn(
-                f"The learner of the checkpoint began otherwise: {', '.join(otherwise[:3])}{more}. The fit goes on as "
-                f"this learner is. Build it as the other was if the fit is to be the same.",
+                f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
+                f"continues with this learner. For the same result build it as the other one was built.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -358,7 +358,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"The checkpoint was taken with other hooks: {'; '.join(missing[:3])} in training, and not in this "
                 f"fit. A checkpoint holds no hooks. Add and remove them before fit, in setup, or at FitBegin, which is "
-                f"fired when a fit goes on as well."
+                f"fired when a fit resumes as well."
             )
 
     def release_resumed(self) -> None:

@@ -46,7 +46,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if numpy is not None and state["numpy"] is not None:
         kind, keys, *rest = state["numpy"]
         numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    set_random_states(state.get(accelerator_kind() or "", ()))  # those of another kind of accelerator do not fit
+    set_random_states(state.get(accelerator_kind() or "", ()))  # the states of another kind of accelerator do not fit
 
 
 def loader_state(loader: Any) -> dict[str, Any]:

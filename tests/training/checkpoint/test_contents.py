@@ -150,7 +150,7 @@ def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(folder: P
     learner = learner_of(SmoothLoss(), Refuses(True))
     learner.fit(1)
     before = state_of(learner)
-    with pytest.raises(CheckpointError, match=r"^Refuses does not take back its state of the checkpoint: KeyError"):
+    with pytest.raises(CheckpointError, match=r"^Refuses refuses its state in the checkpoint: KeyError"):
         learner.load(folder)
     assert state_of(learner) == before
 

@@ -208,8 +208,8 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, p
     assert done.returncode == 0, done.stderr
     error, history = done.stdout.splitlines()
     assert error == (
-        f"The checkpoint {tmp_path}/epoch-0002.ckpt could not be written: [Errno 27] File too large. The last one that "
-        f"is complete is {tmp_path}/epoch-0001.ckpt. Make room, or choose another folder, and go on with "
+        f"The checkpoint {tmp_path}/epoch-0002.ckpt could not be written: [Errno 27] File too large. The last "
+        f"complete one is {tmp_path}/epoch-0001.ckpt. Make room, or choose another folder, and continue with "
         f"fit(..., resume=...)."
     )
     assert "TrainingPhase: Counts(epochs=1," in history
@@ -313,7 +313,7 @@ def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
         learner.fit(100)
     assert len(batches) < 100
     assert isinstance(caught.value.__cause__, OSError)
-    assert "There is none before it." in str(caught.value)
+    assert "There is no earlier checkpoint." in str(caught.value)
     learner.flush()  # it was raised once
     assert not list(tmp_path.iterdir())
 

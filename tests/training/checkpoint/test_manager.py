@@ -478,7 +478,7 @@ def test_a_request_in_a_batch_outside_of_an_epoch_is_taken_after_it(tmp_path: Pa
     learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])
     learner.flush()
     assert torch.load(tmp_path / "one.ckpt", weights_only=True)["position"]["unit"] == ""
-    with pytest.raises(CheckpointError, match=r"taken in no fit, so no fit can go on from it.* Write fit\(epochs") as c:
+    with pytest.raises(CheckpointError, match=r"in no fit, so no fit can resume from it.* Write fit\(epochs") as c:
         tiny_learner().fit(1, resume=tmp_path / "one.ckpt")
     assert "learner.load(path)" in str(c.value)
 
@@ -585,7 +585,7 @@ def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path)
             LogMetrics(JsonlBackend(tmp_path / "new.jsonl")), Checkpointer(tmp_path / "two" / "kept")
         ) as other,
         pytest.warns(
-            UserWarning, match=r"logged to .*two/log\.jsonl, and the learner does not.*goes to Jsonl.*new"
+            UserWarning, match=r"logged to .*two/log\.jsonl, and the learner does not.* New records go to Jsonl.*new"
         ) as w,
     ):
         other.fit(2, resume=tmp_path / "two" / "kept")
