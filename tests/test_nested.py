@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_sequence
 
-from flowtrain.callback.batch_size import lengths, measure
 from flowtrain.callbacks.sanity import check_batch
 from flowtrain.callbacks.summary import summarize
 from flowtrain.core.devices import place
@@ -161,36 +159,6 @@ def test_what_is_in_a_container_that_cannot_change_is_read_only_too(make: Callab
     inner = twin["a"] if hasattr(twin, "keys") else twin[0]
     with pytest.raises(ProtectedException, match=r'To change it declare \{"cbstate.x": Write\(\)\}'):
         inner.append(2)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "targets", "size", "certain"),
-    [
-        (Sample(torch.zeros(8, 3)), torch.zeros(8), 8, True),
-        (SimpleNamespace(x=torch.zeros(8, 3), weights=torch.zeros(5)), torch.zeros(8), 8, True),
-        (Slotted(torch.zeros(8, 3)), None, 8, True),
-        (Encoding({"ids": torch.zeros(8, 20)}, (1, 2)), torch.zeros(8), 8, True),
-        (deque([torch.zeros(3, 5)] * 4), torch.zeros(4), 4, True),
-        ({torch.zeros(8, 3)}, torch.zeros(8), 8, True),
-        (Sample("a text"), Sample(None), 1, True),
-        (range(8), torch.zeros(8), 8, True),
-        (pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2)]), torch.zeros(2), 2, True),
-        (pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2)]), None, 2, True),
-        (CASES["circle"].make(torch.zeros(8, 3)), torch.zeros(8), 8, True),
-    ],
-)
-def test_the_size_of_a_batch(inputs: Any, targets: Any, size: int, certain: bool) -> None:
-    assert measure(inputs, targets) == (size, certain)
-
-
-def test_the_lengths_in_a_batch_are_named() -> None:
-    inputs = Sample({"ids": torch.zeros(8, 2)}, label=3)
-    assert [*lengths(inputs, "batch.inputs")] == [("batch.inputs.image['ids']", 8)]
-    assert [*lengths(UserList([Pair(torch.zeros(4), "a")]), "batch.inputs")] == [
-        ("batch.inputs", 1),
-        ("batch.inputs[0]", 2),
-        ("batch.inputs[0][0]", 4),
-    ]
 
 
 @pytest.mark.parametrize(

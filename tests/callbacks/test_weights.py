@@ -25,48 +25,11 @@ from flowtrain import (
     UsageError,
     ValidationPhase,
 )
-from flowtrain.callback.batch_size import lengths, measure
 from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.checkpoint.files import resolve
 
 zeros = torch.zeros
-
-
-@pytest.mark.parametrize(
-    ("inputs", "targets", "size", "certain"),
-    [
-        (zeros(8, 3), zeros(8), 8, True),
-        (zeros(0, 3), zeros(0), 0, True),
-        ({"weights": zeros(3), "x": zeros(8, 2)}, zeros(8), 8, True),  # the first tensor is no batch
-        ({"edges": zeros(2, 30), "x": zeros(11, 4)}, zeros(11), 11, True),
-        (zeros(50, 8, 2), zeros(8), 8, False),  # time first
-        (zeros(8, 50), {"boxes": zeros(3, 4), "image": zeros(8)}, 8, True),
-        # A list of images with a list of what is in them; three channels, and once three boxes.
-        ([zeros(3, 5, 5)] * 4, [{"boxes": zeros(n, 4), "labels": zeros(n)} for n in (1, 3, 2, 5)], 4, True),
-        ((zeros(3, 5, 5), zeros(3, 7, 5)), ({"labels": zeros(1)}, {"labels": zeros(4)}), 2, True),
-        ([zeros(8, 2), zeros(8, 5)], zeros(8), 8, True),  # a list of inputs
-        ([zeros(8, 2), zeros(8, 5)], None, 8, True),
-        ([zeros(4, 2), zeros(9, 2)], None, 2, False),
-        ({"x": zeros(4), "y": zeros(9)}, None, 4, False),
-        (["one", "two", "three"], zeros(3), 3, True),
-        (["one", "two", "three"], None, 3, True),
-        ("one text", zeros(()), 1, True),
-        (None, None, 1, True),
-        (None, zeros(6), 6, True),
-        (object(), zeros(6), 6, True),
-        (object(), None, 1, False),
-        (torch.nn.utils.rnn.pack_sequence([zeros(3, 2), zeros(5, 2)], enforce_sorted=False), zeros(2), 2, True),
-        (torch.nn.utils.rnn.pack_sequence([zeros(5, 2), zeros(3, 2)]), zeros(2), 2, True),  # it has no indices
-    ],
-)
-def test_how_many_samples_a_batch_has(inputs: Any, targets: Any, size: int, certain: bool) -> None:
-    assert measure(inputs, targets) == (size, certain)
-    assert ValidationPhase().batch_size(inputs, targets) == size
-
-
-def test_the_lengths_that_are_named() -> None:
-    assert list(lengths([{"x": zeros(3)}, "a"], "batch.inputs")) == [("batch.inputs", 2), ("batch.inputs[0]['x']", 3)]
 
 
 class Scale(torch.nn.Module):

@@ -3,7 +3,7 @@
 Drawn are callbacks that write in place and deferred ones that read, at any events and paths, with conditions, shared
 resources and ``run_after``; the model works in place, takes apart its input, and gives out buffers of its own.
 
-``python -m pytest --hypothesis-profile=long tests/executors/deferred/test_deferring.py`` is the longer run.
+``python -m pytest --hypothesis-profile=long tests/executors/test_deferred_properties.py`` is the longer run.
 """
 
 from __future__ import annotations
