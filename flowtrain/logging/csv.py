@@ -82,9 +82,13 @@ class CsvBackend(FileBackend):
 
     def _open_file(self, run: Run) -> AppendingFile:
         file = AppendingFile(self.path, self._whole_rows)
-        self._load()
-        if not file.size:
-            file.append(_text([self._columns]))
+        try:
+            self._load()
+            if not file.size:
+                file.append(_text([self._columns]))
+        except BaseException:  # the backend does not have the file yet, so nothing else would close it
+            file.close()
+            raise
         return file
 
     def _append(self, file: AppendingFile, record: bytes) -> None:

@@ -65,6 +65,7 @@ def test_restoring_anywhere_gives_the_file_of_that_moment(
     entries: list[tuple[str, int]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Rule 28: bytes and positions, also in the middle of a row and before a column came."""
+    place = data.draw(st.integers(0, len(entries)))
     path = tmp_path_factory.mktemp("csv") / "values.csv"
     backend = CsvBackend(path)
     backend.open(Run("r"))
@@ -72,7 +73,6 @@ def test_restoring_anywhere_gives_the_file_of_that_moment(
     for number, (name, step) in enumerate(entries):
         write(backend, name, step, number / 4)
         moments.append((backend.flush(), path.read_bytes()))
-    place = data.draw(st.integers(0, len(entries)))
     again = CsvBackend(path)
     again.open(Run("r", resumed=True))
     again.restore(moments[place][0])
