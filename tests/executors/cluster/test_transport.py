@@ -28,6 +28,7 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.lanes.work import Outcome
 from tests.support.lanes import Memory, job_of
+from tests.support.transports import MakeTransport, TransportContract
 from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -126,6 +127,12 @@ def blocks() -> int:
     return sum("memfd:flowtrain" in os.readlink(link) for link in links if os.path.islink(link))
 
 
+class TestContract(TransportContract):
+    @pytest.fixture
+    def make(self, connection: Connection) -> MakeTransport:
+        return lambda job, callbacks: ClusterTransport(job, callbacks, connection)
+
+
 def test_records_and_state_come_home(connection: Connection, folder: Path) -> None:
     """Rule 25: workers hand back records, the driver writes them. Rule 26: the attributes come home, backends stay."""
     backend = Memory()
@@ -146,20 +153,6 @@ def test_records_and_state_come_home(connection: Connection, folder: Path) -> No
     report = rig.lane.report()
     assert report.where.startswith(connection.address)
     assert (report.done, report.pending, report.tally.records) == (300, 0, 300)
-    rig.lane.close()
-
-
-def test_what_the_user_changes_between_two_fits_counts(connection: Connection, folder: Path) -> None:
-    """Rule 26: after a flush the driver's callback is the one that counts."""
-    backend = Memory()
-    summer = Summer(backend, folder)
-    rig = Rig(connection, summer)
-    rig.put(5)
-    assert rig.lane.flush(60)
-    summer.total = 100
-    rig.put(1)
-    assert rig.lane.flush(60)
-    assert backend.records == ["Summer 0 5", "Summer 1 3101"]
     rig.lane.close()
 
 

@@ -7,45 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
-from flowtrain.logging.backend import Group, Identity, Value, identity, log
+from flowtrain.logging.backend import Identity
 from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import ThreadTransport, Transport
-from flowtrain_dask.lanes.work import Entry
-from tests.support.lanes import Memory, job_of
-
-GROUP: Group = ("Step", "TrainingPhase")
-
-
-class Unwritten(Memory):
-    """Encodes, and is never written to by a lane's transport."""
-
-    def write(self, record: bytes) -> None:
-        raise AssertionError("records are handed back")
-
-
-class Adder(Callback):
-    """Adds up what it gets and logs the sum; fails at a negative number."""
-
-    def __init__(self) -> None:
-        self.name = "Adder"
-        self.backends = (Unwritten(),)
-        self.total = 0
-        self.seen: list[tuple[int, Identity | None, bool]] = []
-
-    @on(BatchEnd, TrainingPhase)
-    def add(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        """Take one number."""
-        number: int = learner.batch.inputs
-        if number < 0:
-            raise ValueError(f"number {number}")
-        self.total += number
-        self.seen.append((threading.get_ident(), identity(), torch.is_grad_enabled()))
-        log(self.backends, Value(self.total), "sum", number, GROUP)
+from tests.support.lanes import job_of
+from tests.support.transports import Adder, MakeTransport, TransportContract, entries_of
 
 
 class Rig:
@@ -59,18 +28,18 @@ class Rig:
         self.gate = Gate()
 
     def process(self, *numbers: int, first: int = 0, closing: Callable[[], bool] = lambda: False) -> Any:
-        entries = [
-            Entry(first + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
-            for place, number in enumerate(numbers)
-        ]
-        return self.transport.process(entries, self.gate, closing, self.tally)
+        return self.transport.process(entries_of(*numbers, first=first), self.gate, closing, self.tally)
+
+
+class TestContract(TransportContract):
+    @pytest.fixture
+    def make(self) -> MakeTransport:
+        return ThreadTransport
 
 
 def test_it_is_a_transport_whose_place_is_a_thread() -> None:
     transport: Transport = Rig().transport
     assert transport.where == "thread"
-    assert transport.linger > 0
-    assert transport.largest > 0
     assert ThreadTransport(Rig().job, [], linger=0.5).linger == 0.5
 
 
@@ -86,36 +55,6 @@ def test_handlers_run_on_the_thread_that_calls_and_on_the_callback_itself() -> N
         (number, Identity("run", "Adder", 10), False),
         (number, Identity("run", "Adder", 11), False),
     ]
-
-
-def test_records_are_handed_back_in_order_with_where_they_are_from() -> None:
-    """Rule 25: who trains writes them."""
-    outcome = Rig().process(1, 2, 3)
-    assert outcome.records == [(0, 0, 0, b"sum 1 1"), (1, 0, 0, b"sum 2 3"), (2, 0, 0, b"sum 3 6")]
-    assert (outcome.done, outcome.failure) == (3, None)
-
-
-def test_it_goes_on_from_where_it_was() -> None:
-    rig = Rig()
-    rig.process(1, 2)
-    outcome = rig.process(3, first=2)
-    assert outcome.records == [(2, 0, 0, b"sum 3 6")]
-    rig.transport.collect(lambda: False, rig.tally)
-    rig.transport.close()
-    assert rig.callback.total == 6, "the state never left"
-    assert rig.tally == Tally()
-
-
-def test_what_fails_ends_the_batch_and_is_handed_back() -> None:
-    """Rule 27."""
-    rig = Rig()
-    outcome = rig.process(1, -2, 3, first=5)
-    assert outcome.done == 2
-    assert outcome.failure is not None
-    sequence, failure = outcome.failure
-    assert (sequence, str(failure)) == (6, "number -2")
-    assert failure.__notes__ == ["raised in Adder.add at (BatchEnd, TrainingPhase), deferred as event 6 of lane Adder"]
-    assert rig.callback.total == 1
 
 
 def test_a_lane_that_is_closed_has_the_event_at_work_and_no_more() -> None:
