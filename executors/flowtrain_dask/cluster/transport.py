@@ -28,7 +28,7 @@ from flowtrain_dask.cluster.connect import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, OnLoss, ThreadTransport
-from flowtrain_dask.lanes.work import Entry, Job, Outcome, run_entries
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
 
 __all__ = ["ClusterTransport"]
 
@@ -123,7 +123,7 @@ class ClusterTransport:
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> Outcome:
+    ) -> BatchResult:
         """Run a batch on a worker, or in this process if the cluster is lost.
 
         Raises:
@@ -178,7 +178,7 @@ class ClusterTransport:
         gate: AbstractContextManager[Any],
         closing: Callable[[], bool],
         tally: Tally,
-    ) -> Outcome:
+    ) -> BatchResult:
         """Have entries run on a worker, and take note of where the state is afterwards."""
         if self._saved is None:
             self._saved = dump_state(self._callbacks, self._fixed)
@@ -236,13 +236,13 @@ class ClusterTransport:
                 pass
         return bytes(events)
 
-    def _accept(self, reply: Reply, entries: Sequence[Entry]) -> Outcome:
-        """Take note of the state after a reply, and return its outcome without the events that were run again."""
+    def _accept(self, reply: Reply, entries: Sequence[Entry]) -> BatchResult:
+        """Take note of the state after a reply, and return its result without the events that were run again."""
         again = reply.ran - len(entries)
-        outcome = Outcome(reply.records, max(0, reply.done - again))
+        result = BatchResult(reply.records, max(0, reply.done - again))
         if reply.failure is not None:
-            outcome.failure = reply.failure[0], pickle.loads(reply.failure[1])
-        done = entries[: outcome.done]
+            result.failure = reply.failure[0], pickle.loads(reply.failure[1])
+        done = entries[: result.done]
         self._seen += len(done)
         self._worker = reply.address
         self._log += done
@@ -250,7 +250,7 @@ class ClusterTransport:
         if reply.state is not None:
             self._saved = reply.state
             self._log, self._log_bytes, self._saved_at = [], 0, time.monotonic()
-        return outcome
+        return result
 
     def _raise_for(self, reply: Reply) -> None:
         """Raise for a reply that another attempt would give again.
@@ -274,7 +274,7 @@ class ClusterTransport:
         gate: AbstractContextManager[Any],
         closing: Callable[[], bool],
         tally: Tally,
-    ) -> Outcome:
+    ) -> BatchResult:
         """Continue in this process from the saved state, for the rest of the lane's life.
 
         Raises:
@@ -301,12 +301,12 @@ class ClusterTransport:
         again = len(self._log)
         # All at once, and not for about a second as otherwise: the lane would not hand over the log a second time.
         job = self._job
-        outcome = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
-        outcome.done = max(0, outcome.done - again)
+        result = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
+        result.done = max(0, result.done - again)
         tally.replays += again
         tally.local += len(entries)
         self._log = []
-        return outcome
+        return result
 
 
 def _different(here: Versions, there: Versions, at: str) -> str:

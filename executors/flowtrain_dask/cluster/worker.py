@@ -95,8 +95,8 @@ class Reply:
         kind: ``"done"``: the events were run. ``"missing"``: the worker has no callbacks in the state that it was to
             use. ``"far"``: the memory of the training process cannot be read from here. ``"versions"``: the versions
             differ. ``"broken"``: the assignment could not be unpickled, or its result not pickled.
-        records: The records of the events, see `flowtrain_dask.lanes.work.Outcome`.
-        done: How many events are done, see `flowtrain_dask.lanes.work.Outcome`.
+        records: The records of the events, see `flowtrain_dask.lanes.work.BatchResult`.
+        done: How many events are done, see `flowtrain_dask.lanes.work.BatchResult`.
         ran: How many events the assignment had.
         failure: The number of the event whose handler failed, and the pickled exception.
         state: The new state of the callbacks, if the assignment asked for it or a handler failed.
@@ -205,13 +205,13 @@ def _process(assignment: Assignment) -> Reply:
     if kept is None:
         return Reply("missing")
     job, entries = kept.job, load_entries(events)
-    outcome = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True)
-    kept.seen += outcome.done
-    reply = Reply("done", outcome.records, outcome.done, len(entries))
-    if outcome.failure is not None:
-        sequence, failure = outcome.failure
+    result = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True)
+    kept.seen += result.done
+    reply = Reply("done", result.records, result.done, len(entries))
+    if result.failure is not None:
+        sequence, failure = result.failure
         reply.failure = sequence, _portable(failure)
-    if assignment.want or outcome.failure is not None:  # a failure usually ends training, which wants the state then
+    if assignment.want or result.failure is not None:  # a failure usually ends training, which wants the state then
         reply.state = dump_state(kept.callbacks, kept.fixed)
     with _lock:
         _kept[assignment.token] = kept

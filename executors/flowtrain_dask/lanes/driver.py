@@ -27,7 +27,7 @@ from flowtrain.logging.backend import deliver
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, Transport
-from flowtrain_dask.lanes.work import Entry, Job, Outcome, Record
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job, Record
 from flowtrain_dask.parallel.threads import Wake
 
 __all__ = ["Batches", "Driver", "OnError"]
@@ -272,10 +272,10 @@ class Driver:
         if batch:
             self._in_flight = batch
             self.taken_at = begin = time.monotonic()
-            outcome = self._transport.process(batch, self.gate, self._is_closed, self.tally)
+            result = self._transport.process(batch, self.gate, self._is_closed, self.tally)
             self.batches.fill(self._transport.largest)
-            self.batches.took(time.monotonic() - begin, max(1, outcome.done))
-            self._accept(batch, outcome)
+            self.batches.took(time.monotonic() - begin, max(1, result.done))
+            self._accept(batch, result)
         elif self.rush:
             done = self.done
             try:
@@ -284,19 +284,19 @@ class Driver:
                 self.collected = done
                 self.rush = False
 
-    def _accept(self, batch: Sequence[Entry], outcome: Outcome) -> None:
-        """Write the records of an outcome, those of each entry once, and count the entries that are done."""
-        done, rest = batch[: outcome.done], batch[outcome.done :]
+    def _accept(self, batch: Sequence[Entry], result: BatchResult) -> None:
+        """Write the records of a result, those of each entry once, and count the entries that are done."""
+        done, rest = batch[: result.done], batch[result.done :]
         try:
             with self.gate:
-                self._write([record for record in outcome.records if record[0] >= self._written])
+                self._write([record for record in result.records if record[0] >= self._written])
         finally:
             self._written = done[-1].sequence + 1 if done else self._written
             self.done_bytes += sum(entry.nbytes for entry in done)
             self.done += len(done)
             self._in_flight = rest
-        if outcome.failure is not None:
-            self._fail(outcome.failure[1])
+        if result.failure is not None:
+            self._fail(result.failure[1])
         else:
             self._in_flight = ()
             self.batches.put_back(rest)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from flowtrain.callback.callback import Callback
 from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.work import Entry, Job, Outcome, run_entries
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
 
 __all__ = [
     "Abandoned",
@@ -61,10 +61,10 @@ class Transport(Protocol):
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> Outcome:
-        """Run a batch, or the first part of it, and return the outcome. The lane hands over the rest again.
+    ) -> BatchResult:
+        """Run a batch, or the first part of it, and return the result. The lane hands over the rest again.
 
-        The outcome may contain records of earlier entries once more; the lane drops these.
+        The result may contain records of earlier entries once more; the lane drops these.
 
         Args:
             entries: The next entries, in order.
@@ -110,7 +110,7 @@ class ThreadTransport:
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> Outcome:
+    ) -> BatchResult:
         """Run a batch, until the lane is closed or it is time to write records."""
         end = time.monotonic() + _SECONDS
 

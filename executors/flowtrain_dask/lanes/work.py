@@ -1,4 +1,4 @@
-"""The work of a lane: its handlers (`Job`), the events that wait (`Entry`), and their `Outcome`.
+"""The work of a lane: its handlers (`Job`), the events that wait (`Entry`), and their `BatchResult`.
 
 `run_entries` is the only function that runs a deferred handler, in this process or in another. It changes nothing but
 the callbacks that it is given: it returns the records that they log, and writes to no sink. It stops at the first event
@@ -30,7 +30,7 @@ from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.snapshots.taker import Snapshot
 from flowtrain_dask.snapshots.view import Replica
 
-__all__ = ["Entry", "Job", "LaneHandler", "Outcome", "Record", "Surroundings", "opened", "run_entries"]
+__all__ = ["BatchResult", "Entry", "Job", "LaneHandler", "Record", "Surroundings", "opened", "run_entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ Record: TypeAlias = tuple[int, int, int, bytes]
 
 
 @dataclass(slots=True)
-class Outcome:
-    """The outcome of a batch.
+class BatchResult:
+    """The result of running a batch.
 
     Attributes:
         records: The records that the handlers logged, in order.
@@ -169,7 +169,7 @@ def run_entries(
     enough: Callable[[], bool] | None = None,
     *,
     seeded: bool = False,
-) -> Outcome:
+) -> BatchResult:
     """Run handlers for events, one at a time and in order, until one fails.
 
     Args:
@@ -183,7 +183,7 @@ def run_entries(
         seeded: Whether handlers draw random numbers from their seeds. It must be false in a thread beside training,
             whose draws would be undone when the generators are put back.
     """
-    outcome = Outcome()
+    result = BatchResult()
     calls = _bound(callbacks, job)
     gate = nullcontext() if gate is None else gate
     with job.surroundings.applied():
@@ -200,14 +200,14 @@ def run_entries(
                         with _seeding, own_numbers(seed):
                             call(entry.event, entry.phase, view)
                 except BaseException as failure:  # even `SystemExit`: it must not end the lane's thread unnoticed
-                    outcome.failure = entry.sequence, _explained(failure, job, entry)
-            outcome.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
-            outcome.done += 1
-            if outcome.failure is not None or (enough is not None and enough()):
+                    result.failure = entry.sequence, _explained(failure, job, entry)
+            result.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
+            result.done += 1
+            if result.failure is not None or (enough is not None and enough()):
                 break
     for _, replica, _ in calls:  # a view would keep its last snapshot in memory until the next batch
         replica.clear()
-    return outcome
+    return result
 
 
 def opened(payload: Any) -> Any:

@@ -26,7 +26,7 @@ from flowtrain_dask.cluster.transport import ClusterTransport
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.transport import OnLoss
-from flowtrain_dask.lanes.work import Outcome
+from flowtrain_dask.lanes.work import BatchResult
 from tests.support.lanes import Memory, job_of
 from tests.support.transports import MakeTransport, TransportContract
 from tests.support.waiting import wait_for
@@ -409,8 +409,8 @@ def test_what_fails_in_the_replay_for_the_state_is_raised(
         rig.put(number)
         rig.wait_for(number + 1)
 
-    def fail(*args: Any) -> Outcome:
-        return Outcome([], 1, (2, ValueError("gone")))
+    def fail(*args: Any) -> BatchResult:
+        return BatchResult([], 1, (2, ValueError("gone")))
 
     monkeypatch.setattr(transport_module, "run_entries", fail)
     processes.scheduler.kill()

@@ -19,7 +19,7 @@ from flowtrain.logging.backend import LoggerBackend, Run, Value, log
 from flowtrain_dask.lanes.driver import Batches, Driver, OnError
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned, ThreadTransport
-from flowtrain_dask.lanes.work import Entry, Job, Outcome
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job
 from tests.support.lanes import Memory, job_of
 from tests.support.waiting import wait_for
 
@@ -88,7 +88,7 @@ class Ending(ThreadTransport):
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> Outcome:
+    ) -> BatchResult:
         self.batches.append(len(entries))
         return super().process(entries, gate, closing, tally)
 
@@ -111,10 +111,10 @@ class Repeating(Ending):
 
     def process(
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> Outcome:
-        outcome = super().process(entries, gate, closing, tally)
-        self.records += outcome.records
-        return Outcome(list(self.records), outcome.done, outcome.failure)
+    ) -> BatchResult:
+        result = super().process(entries, gate, closing, tally)
+        self.records += result.records
+        return BatchResult(list(self.records), result.done, result.failure)
 
 
 NOTE, END = 0, 1

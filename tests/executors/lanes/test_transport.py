@@ -59,8 +59,8 @@ def test_handlers_run_on_the_thread_that_calls_and_on_the_callback_itself() -> N
 
 def test_a_lane_that_is_closed_has_the_event_at_work_and_no_more() -> None:
     rig = Rig()
-    outcome = rig.process(1, 2, 3, 4, closing=lambda: rig.callback.total >= 3)
-    assert (outcome.done, rig.callback.total) == (2, 3)
+    result = rig.process(1, 2, 3, 4, closing=lambda: rig.callback.total >= 3)
+    assert (result.done, rig.callback.total) == (2, 3)
     assert rig.process(5, 6, first=2, closing=lambda: True).done == 1
 
 

@@ -36,12 +36,12 @@ def entries(*numbers: int) -> list[Entry]:
 def test_events_have_their_identity_and_count_on_in_a_resumed_run() -> None:
     """Rule 25."""
     callback = Watcher()
-    outcome = run_entries([callback], job_of(callback, first=40), entries(7, 8), "run", "Watcher")
+    result = run_entries([callback], job_of(callback, first=40), entries(7, 8), "run", "Watcher")
     assert [(number, one) for number, one, _, _ in callback.seen] == [
         (7, Identity("run", "Watcher", 40)),
         (8, Identity("run", "Watcher", 41)),
     ]
-    assert (outcome.done, outcome.failure) == (2, None)
+    assert (result.done, result.failure) == (2, None)
     assert identity() is None
 
 
@@ -59,15 +59,15 @@ def test_handlers_run_in_the_surroundings_of_the_training_thread() -> None:
 def test_it_stops_at_a_failure_and_nothing_gets_through_it() -> None:
     """Rule 27: not even an exit, which would end the lane's thread unseen."""
     callback = Watcher()
-    outcome = run_entries([callback], job_of(callback), entries(1, -2, 3), "run", "Watcher")
+    result = run_entries([callback], job_of(callback), entries(1, -2, 3), "run", "Watcher")
     assert [number for number, *_ in callback.seen] == [1]
-    assert outcome.done == 2
-    assert outcome.failure is not None
-    sequence, failure = outcome.failure
+    assert result.done == 2
+    assert result.failure is not None
+    sequence, failure = result.failure
     assert (sequence, type(failure)) == (1, SystemExit)
 
 
 def test_it_stops_when_it_is_enough_after_one_event_at_least() -> None:
     callback = Watcher()
-    outcome = run_entries([callback], job_of(callback), entries(1, 2, 3), "run", "Watcher", enough=lambda: True)
-    assert (outcome.done, outcome.failure) == (1, None)
+    result = run_entries([callback], job_of(callback), entries(1, 2, 3), "run", "Watcher", enough=lambda: True)
+    assert (result.done, result.failure) == (1, None)
