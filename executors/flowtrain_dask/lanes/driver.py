@@ -46,6 +46,10 @@ _SECONDS = 1.0
 """The limits of a batch: the events of the first one, the events of any other, and its expected seconds."""
 
 
+_sequence_of: Callable[[Record], int] = itemgetter(0)
+_callback_of: Callable[[Record], int] = itemgetter(1)
+
+
 class Batches:
     """The entries that wait in a lane, and how many of them are handed over at once.
 
@@ -289,7 +293,7 @@ class Driver:
         done, rest = batch[: result.done], batch[result.done :]
         try:
             with self.gate:
-                self._write([record for record in result.records if record[0] >= self._written])
+                self._write([record for record in result.records if _sequence_of(record) >= self._written])
         finally:
             self._written = done[-1].sequence + 1 if done else self._written
             self.done_bytes += sum(entry.nbytes for entry in done)
@@ -305,7 +309,7 @@ class Driver:
         """Write records. A sink that fails gets no more records; the other sinks get theirs."""
         failures: dict[int, Exception] = {}
         for start in range(0, len(records), _TOGETHER):
-            for callback, own in groupby(records[start : start + _TOGETHER], itemgetter(1)):
+            for callback, own in groupby(records[start : start + _TOGETHER], _callback_of):
                 if self.abandoned:
                     return
                 written = [(position, data) for _, _, position, data in own]
