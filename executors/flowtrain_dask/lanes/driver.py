@@ -6,7 +6,7 @@ one batch. It writes the records of the result, counts the events as done, and t
 The training thread and the lane's thread share the attributes of a `Driver` without a lock. Each attribute has one
 writer: the training thread appends to the queue, and the lane's thread alone takes entries from it and counts them. An
 interrupt can come between any two instructions of the training thread, so it does not count the entries beside the
-queue: their number is read from the last entry (`Driver.put`).
+queue: their number is read from the last entry (`Driver.received`).
 
 When a handler fails, the lane's thread skips the entries that the training thread has put before it raises the failure.
 `raise_failure` only marks where these end (`Driver.resume_at`).
@@ -112,7 +112,7 @@ class Batches:
         queue = self._queue
         while queue:
             entry = queue[0]
-            self.taken = entry.sequence + 1, entry.total  # first: as soon as the queue is empty, `Driver.put` reads it
+            self.taken = entry.sequence + 1, entry.total  # first: `Driver.received` reads it if the queue is empty
             self._front.append(queue.popleft())
 
 
@@ -181,8 +181,8 @@ class Driver:
     # --- the training thread
 
     @property
-    def put(self) -> tuple[int, int]:
-        """How many entries have been put so far, and how many bytes they hold."""
+    def received(self) -> tuple[int, int]:
+        """How many entries have been put into the queue so far, and how many bytes they hold."""
         try:
             last = self.queue[-1]
         except IndexError:  # the lane's thread has taken all of them
@@ -194,7 +194,7 @@ class Driver:
         failure = self.failure
         if failure is None:
             return
-        self.resume_at = self.put[0]
+        self.resume_at = self.received[0]
         self.failure = None  # last: until then the lane's thread skips all entries
         try:
             raise failure
@@ -211,7 +211,7 @@ class Driver:
         self.closed = self.refuses = True
         self.gate, self.wake = Gate(), Wake()
         self._transport.close()
-        self.done, self.done_bytes = self.put
+        self.done, self.done_bytes = self.received
         self.batches.drain()
         for backend in {id(one): one for backends in self._sinks for one in backends}.values():
             state = backend.__getstate__()
@@ -261,11 +261,11 @@ class Driver:
         """Return whether the linger is to end now."""
         if self.rush or len(self.batches) >= self._hurry:
             return True
-        return self.put[1] - self.done_bytes >= self.batches.largest
+        return self.received[1] - self.done_bytes >= self.batches.largest
 
     def _must_collect(self) -> bool:
         """Return whether the training thread waits for the state of the callbacks."""
-        return self.rush and self.collected < self.put[0]
+        return self.rush and self.collected < self.received[0]
 
     def _process_next(self) -> None:
         """Process the next batch, skip entries after a failure, or bring the state of the callbacks back."""
@@ -339,7 +339,7 @@ class Driver:
 
         `FitEnd` is not skipped unless the lane has retired: it runs for every callback, whatever failed.
         """
-        put = self.put[0]  # first: if the failure is still there after this, these entries were put before it is raised
+        put, _ = self.received  # first: if the failure is still there after this, they were put before it is raised
         before = put if self.failure is not None or self.retired else self.resume_at
         skipped, kept = list[Entry](), list[Entry]()
         for entry in (*self._in_flight, *self.batches.drain()):

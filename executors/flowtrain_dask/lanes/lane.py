@@ -96,7 +96,7 @@ class Lane:
             Whether the lane took the event; otherwise it was dropped and counted.
         """
         driver = self._driver
-        number, total = driver.put
+        number, total = driver.received
         waiting = number - driver.done
         # An empty lane takes an event of any size, or a large one would wait for ever.
         if driver.refuses or (waiting and self._is_full(waiting, total, nbytes)):
@@ -129,7 +129,7 @@ class Lane:
                 f"where training is run."
             )
         driver = self._driver
-        goal, _ = driver.put
+        goal, _ = driver.received
         deadline = None if timeout is None else time.monotonic() + timeout
         while not driver.refuses and (driver.done < goal or driver.collected < goal):
             driver.rush = True  # again each time: the lane's thread may have reset it before the last event was put
@@ -148,7 +148,7 @@ class Lane:
     def idle(self) -> bool:
         """Whether there is no event to process and no failure to raise."""
         driver = self._driver
-        return driver.failure is None and (driver.refuses or driver.done >= driver.put[0])
+        return driver.failure is None and (driver.refuses or driver.done >= driver.received[0])
 
     def raise_failure(self) -> None:
         """Raise the failure that is to be raised, if there is one. Events that are put later are processed again."""
@@ -178,14 +178,14 @@ class Lane:
         driver = self._driver
         # The numbers of done entries are read first: the numbers of put entries, read later, are never smaller.
         done, done_bytes = driver.done, driver.done_bytes
-        put, put_bytes = driver.put
+        received, received_bytes = driver.received
         return LaneReport(
             self.job.lane,
             self.job.callbacks,
             self._transport.where,
-            put,
+            received,
             done,
-            max(0, put_bytes - done_bytes),
+            max(0, received_bytes - done_bytes),
             driver.retired,
             driver.tally.copy(),
         )
@@ -215,8 +215,8 @@ class Lane:
 
     def _has_no_room(self, nbytes: int) -> bool:
         driver = self._driver
-        put, total = driver.put
-        waiting = put - driver.done
+        received, total = driver.received
+        waiting = received - driver.done
         return bool(waiting) and not driver.refuses and driver.failure is None and self._is_full(waiting, total, nbytes)
 
     def _wake_up(self) -> None:

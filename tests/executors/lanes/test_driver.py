@@ -140,7 +140,7 @@ def put(driver: Driver, *numbers: int, handler: int = NOTE, event: Event | None 
     """Put events of 8 bytes, as the training thread does it."""
     for number in numbers:
         payload = {("batch", "inputs"): number}
-        number, total = driver.put
+        number, total = driver.received
         driver.queue.append(Entry(number, handler, event or BatchEnd(), TrainingPhase(), payload, 8, None, total + 8))
 
 
@@ -157,7 +157,7 @@ def test_what_waits_is_processed_in_order_and_counted() -> None:
     put(driver, *range(100))
     drive(driver)
     assert callback.seen == sink.numbers == list(range(100))
-    assert (driver.put, driver.done, driver.collected, driver.tally.records) == ((100, 800), 100, 100, 100)
+    assert (driver.received, driver.done, driver.collected, driver.tally.records) == ((100, 800), 100, 100, 100)
     assert driver.done_bytes == 800
     assert not driver.rush, "it is at home"
     assert (len(transport.batches), transport.asked, transport.closed) == (2, 1, 1), "64 events, then the others"
@@ -281,7 +281,7 @@ def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> 
     assert callback.seen == [0, 1, "end", 5]
     assert driver.tally.skipped == 2
     assert driver.tally.last_error == "ValueError: bad number 2"
-    assert (driver.done, driver.done_bytes) == driver.put
+    assert (driver.done, driver.done_bytes) == driver.received
 
 
 def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
@@ -298,7 +298,7 @@ def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
         driver.wake.set()
         wait_for(lambda: driver.tally.skipped == 2)
         assert callback.seen == []
-        assert driver.put[0] - driver.done == 1, "the end of the fit waits"
+        assert driver.received[0] - driver.done == 1, "the end of the fit waits"
         with pytest.raises(ValueError, match="bad number 0"):
             driver.raise_failure()
         wait_for(lambda: callback.seen == ["end"])
