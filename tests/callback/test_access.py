@@ -1,4 +1,4 @@
-"""Declarations: their normal form, what they grant, and where two of them meet."""
+"""Declarations of access: their normal form, the paths that they grant, and whether two declarations touch one path."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_dotted_and_nested_mean_the_same(access: Access) -> None:
 
 @given(declarations, st.data())
 def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declaration, data: st.DataObject) -> None:
-    """Each path is cut into dotted keys at random, in random order; the normal form does not notice."""
+    """Each path is cut into dotted keys at random, in random order: the normal form of the declaration is the same."""
     order = data.draw(st.permutations(declaration))
     access: dict[str, Any] = {}
     for path, kind in order:
@@ -72,7 +72,7 @@ def test_every_way_to_nest_a_declaration_is_one_declaration(declaration: Declara
         level = access
         for key in keys[:-1]:
             if not isinstance(level.setdefault(key, {}), dict):
-                break  # the place is taken by Read() or Write(): only the dotted form can say both
+                break  # another key ends here with Read() or Write(), so only a dotted key can go deeper
             level = level[key]
         else:
             if keys[-1] not in level:
@@ -103,7 +103,7 @@ def test_one_path_twice_is_the_stronger_of_both() -> None:
 
 
 def test_a_full_read_stays_full() -> None:
-    """Rule 22: who iterates over a whole series says so, and no other declaration takes that back."""
+    """Rule 22: a callback that iterates over a whole series declares it, and no other declaration reverts it."""
     full, optional, plain = Read(full=True), Read(optional=True), Read()
     x: Path = ("cbstate", "x")
     assert union([((x, full),), ((x, optional),), ((x, plain),)]) == ((x, Read(full=True)),)
@@ -180,7 +180,7 @@ def test_empty_declarations() -> None:
     ],
 )
 def test_what_cannot_be_read_is_said(access: Any, message: str) -> None:
-    """Rule 4: unknown first parts and `Read` without parentheses are errors with the nearest name."""
+    """Rule 4: an unknown first part and `Read` without parentheses are errors, and name the nearest valid path."""
     with pytest.raises(AccessError) as caught:
         declare(access, "P.state_access()")
     assert str(caught.value) == message
@@ -196,7 +196,7 @@ def test_declarations_are_values() -> None:
 
 
 def test_a_path_covers_what_lies_below_it() -> None:
-    """Rule 4."""
+    """Rule 4: a declared path grants access to every path below it."""
     declaration = declare({"batch": Read(), "batch.x": Write(), "cbstate.a.b": Read(optional=True)}, "me")
     assert granted(declaration, ("batch",)) == Read()
     assert granted(declaration, ("batch", "loss", "deep")) == Read()
@@ -209,7 +209,7 @@ def test_a_path_covers_what_lies_below_it() -> None:
 
 @given(st.lists(declarations, max_size=4), paths)
 def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path: Path) -> None:
-    """Rule 3: `setup` gets the union."""
+    """Rule 3: `setup` gets the union of all declarations of its callback."""
     each = [kind for declaration in several if (kind := granted(declaration, path)) is not None]
     expected: Read | Write | None = Write() if Write() in each else None
     reads = [kind for kind in each if isinstance(kind, Read)]

@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-# The table of hooks is tested entry by entry.
+# The test reads `_HOOKS`, which is private, entry by entry.
 """Dispatch: which handler of a callback runs, where handlers come from, and which can never run (rules 1 and 2)."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.support.phases import Silent
 
 
 class Base(Callback):
-    """Says which of its methods ran."""
+    """Keeps the names of those of its handlers that ran."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -64,7 +64,7 @@ class MyTraining(TrainingPhase):
 
 
 class Late(BatchEnd):
-    """A user's event, a kind of BatchEnd."""
+    """An event of a user, derived from BatchEnd."""
 
 
 def run(callback: Base, event: Event, phase: Phase) -> list[str]:
@@ -105,7 +105,7 @@ def test_no_handler_no_step() -> None:
 
 
 def test_a_subclass_goes_before_what_it_inherits() -> None:
-    """Rule 1: a subclass's handler runs, also where an inherited one is more specific."""
+    """Rule 1: the handler that a subclass defines runs, even if a handler that it inherits is more specific."""
 
     class Derived(Base):
         @on(BatchEnd)
@@ -145,7 +145,7 @@ def test_an_override_with_on_replaces_the_registration() -> None:
 
     assert run(Derived(), EpochEnd(), TrainingPhase()) == ["Derived.batch"]
     assert run(Derived(), BatchEnd(), ValidationPhase()) == ["Base.anything"]
-    assert run(Base(), BatchEnd(), ValidationPhase()) == ["Base.batch"]  # the base is as it was
+    assert run(Base(), BatchEnd(), ValidationPhase()) == ["Base.batch"]  # the handler of the base class is unchanged
 
 
 def test_equally_specific_handlers() -> None:
@@ -188,7 +188,7 @@ def test_the_same_registration_twice() -> None:
 
 
 class Shows:
-    """A handler for whoever wants it; no callback itself."""
+    """A mixin with a handler, which is not a callback itself."""
 
     ran: list[str]
 
@@ -210,7 +210,7 @@ def test_a_mixin_brings_its_handler() -> None:
 
 
 def test_a_callback_overrides_its_mixin() -> None:
-    """Its own method runs under the mixin's registration, and reaches the mixin's through super()."""
+    """The method of the callback runs where the mixin registered its own, and can call the mixin's through super()."""
 
     class Printer(Shows, Callback):
         def __init__(self) -> None:
@@ -245,7 +245,7 @@ def test_a_base_that_goes_before_the_mixin_decides() -> None:
         def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
     class Both(First, Shows):  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]  # on purpose
-        """Two bases with a `show`."""
+        """A callback with two base classes that both define a method `show`."""
 
     assert [str(handler) for _, handler in Both().handlers()] == ["First.show on (EpochEnd, Phase)"]
     assert Both.show is First.show
@@ -269,7 +269,7 @@ def target() -> type[Base]:
 
 
 def test_an_added_function_is_a_handler_of_the_type(target: type[Base]) -> None:
-    """`on(E, P, CallbackType)` adds; `access=` is what that handler touches."""
+    """`on(E, P, CallbackType)` adds a handler to the type; `access=` declares the paths that this handler touches."""
     before = target()
     old = Callbacks([before], LearnerState(), [TrainingPhase])
 
@@ -283,13 +283,13 @@ def test_an_added_function_is_a_handler_of_the_type(target: type[Base]) -> None:
     [step] = Callbacks([callback], LearnerState(), [TrainingPhase]).plan(EpochEnd, TrainingPhase).steps
     assert step.node.access[step.handler] == ((("batch", "loss"), Read()),)
     assert step.label == "Target.extra"
-    # A learner built before does not change, not even at events that it meets later.
+    # The plans of a learner that was built earlier do not change, not even for events that the learner fires later.
     assert [step.label for step in old.plan(EpochEnd, TrainingPhase).steps] == ["Target.anything"]
     assert [step.label for step in old.plan(EpochEnd, MyTraining).steps] == ["Target.anything"]
 
 
 def test_an_added_function_that_touches_more_is_to_say_so_itself(target: type[Base]) -> None:
-    """Rule 3: the type may not be the user's, so its `state_access` is no remedy."""
+    """Rule 3: the error says to declare `access=`, since a user cannot change the `state_access` of another's type."""
 
     @on(EpochEnd, TrainingPhase, target)
     def extra(self: Base, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
@@ -315,7 +315,7 @@ def test_an_added_function_goes_to_subclasses_but_not_to_the_base(target: type[B
 
 
 def test_the_same_function_run_again_replaces_its_handler(target: type[Base]) -> None:
-    """As when a cell of a notebook is run again, with another event this time."""
+    """A cell of a notebook that runs again defines the same function again, here for another event."""
 
     def cell(event_type: type[Event], text: str) -> None:
         @on(event_type, Phase, target)
@@ -412,7 +412,7 @@ def make(event_type: type[Event], phase_type: type[Phase], base: type[Callback] 
 def test_a_handler_that_can_never_run(
     event_type: type[Event], phase_type: type[Phase], base: type[Callback], message: str
 ) -> None:
-    """An error when built, with the reason and what to write."""
+    """A handler that no firing can reach is an error when the callback is built, with the reason and a remedy."""
     with pytest.raises(HandlerError) as caught:
         Callbacks([make(event_type, phase_type, base)], LearnerState())
     assert str(caught.value) == message
@@ -421,8 +421,8 @@ def test_a_handler_that_can_never_run(
 @pytest.mark.parametrize(
     ("event_type", "phase_type"),
     [
-        (Late, ValidationPhase),  # an event of one's own, fired by anybody
-        (BackwardEnd, Silent),  # a phase that does not say what it fires
+        (Late, ValidationPhase),  # an event of a user, which a handler may fire itself
+        (BackwardEnd, Silent),  # a phase that does not say which events it fires
         (Event, TrainingPhase),
         (FitBegin, Phase),
         (BackwardEnd, MyTraining),
@@ -460,7 +460,7 @@ def test_a_condition_must_say_when() -> None:
 
 
 def test_handlers_may_be_made_per_instance() -> None:
-    """`handlers` may be overridden; it is asked once, when the callback comes into a learner."""
+    """A type may override `handlers`; it is called once, when the callback is added to a learner."""
     asked: list[str] = []
 
     class Chooses(Base):
@@ -475,7 +475,7 @@ def test_handlers_may_be_made_per_instance() -> None:
 
 
 class Chosen(Callback):
-    """What it handles, and what that touches, is said by the instance."""
+    """Each instance decides which event it handles, and which paths that handler touches."""
 
     def __init__(self, event_type: Any = BatchEnd, phase_type: Any = TrainingPhase, **said: Any) -> None:
         self.event_type, self.phase_type = event_type, phase_type
@@ -505,7 +505,7 @@ def handled(callback: Callback) -> list[str]:
 
 
 def test_on_takes_names_of_what_an_instance_says() -> None:
-    """Attributes are taken, methods called; where ``enabled`` is None or False there is no handler, 0 is neither."""
+    """`on` takes names of attributes and methods; with ``enabled`` None or False, but not 0, there is no handler."""
     assert handled(Chosen()) == [
         "Chosen.main on (BatchEnd, TrainingPhase) {'batch.loss': Read()}",
         "Chosen.last on (FitEnd, Phase) None",
@@ -521,9 +521,9 @@ def test_on_takes_names_of_what_an_instance_says() -> None:
 
         def __init__(self) -> None:
             super().__init__(reads=lambda: None)
-            del self.verbose  # that of the class
+            del self.verbose  # a subclass overrides the attribute of the class
 
-        def reads(self) -> Access:  # overridden like any method
+        def reads(self) -> Access:  # a subclass overrides the method
             return {"batch.outputs": Read()}
 
     other = Other()
@@ -551,7 +551,7 @@ def test_two_instances_of_one_type_have_each_their_own() -> None:
 
 
 def test_a_callback_that_has_enabled_nothing_is_no_mistake() -> None:
-    """Unlike one that has marked nothing: its handlers are marked."""
+    """A callback that has switched off all its handlers is allowed, and one that has marked no method is refused."""
 
     class Quiet(Callback):
         verbose = False
@@ -624,7 +624,7 @@ def test_an_added_function_takes_names_too() -> None:
 
 
 def test_stacked_on_of_an_added_function() -> None:
-    """One `on` per handler, for a function that is added too: the outer one would silently replace the inner one."""
+    """A function that is added to a type has one `on`: of two, the outer one would silently replace the inner one."""
 
     class Counter(Callback):
         pass
@@ -679,7 +679,7 @@ class Transformers(Callback):
 
 
 class Forgotten(Callback):
-    """Inherited by one with nothing of its own."""
+    """A base whose subclass defines no handler of its own."""
 
     def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
@@ -702,7 +702,7 @@ class Child(Forgotten):
 def test_a_callback_without_any_handler_that_has_a_method_meant_as_one_is_refused(
     kind: type[Callback], name: str, types: str
 ) -> None:
-    """It would do nothing, silently."""
+    """A method whose author forgot `on` would never run, and nobody would notice."""
     with pytest.raises(HandlerError) as caught:
         Callbacks([kind()], LearnerState())
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Conditions: what they refuse; how they are asked is tested with throttle and plans."""
+"""Conditions: which arguments they refuse and how they count; the tests of throttle and of plans cover the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events: types without data, except what a subclass carries."""
+"""Events: they hold no data, except the fields that a subclass defines."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_event_of_ones_own_carries_fields() -> None:
 
 def test_a_subclass_of_an_event_is_that_event_too() -> None:
     class LastBatchEnd(BatchEnd):
-        """More special."""
+        """A more specific event."""
 
     assert isinstance(LastBatchEnd(), BatchEnd)
     assert repr(LastBatchEnd()) == "LastBatchEnd()"

@@ -1,4 +1,4 @@
-"""One handler: what `on` accepts, how registrations compare, and what they bind to."""
+"""One handler: the arguments of `on`, which of two registrations is more specific, and which method a handler calls."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_a_handler_prints_as_source() -> None:
 def test_it_binds_to_what_the_callback_has_now() -> None:
     class Printer(Callback):
         def show(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-            """Registered below by name."""
+            """A method that is registered by its name, further below."""
 
     printer = Printer()
     assert handler(BatchEnd, Phase).bind(printer) == printer.show
 
     def added(self: Printer, event: Event, phase: Phase, learner: LearnerView) -> None:
-        """A function that is no attribute of the type."""
+        """A function that is not an attribute of the callback type."""
 
     bound: Any = handler(BatchEnd, Phase).as_function(added).bind(printer)
     assert (bound.__self__, bound.__func__) == (printer, added)
@@ -120,7 +120,7 @@ def yields(self: object, event: Event, phase: Phase, learner: LearnerView) -> It
 
 @pytest.mark.parametrize("function", [waits, yields])
 def test_what_a_call_would_not_run(function: Callable[..., Any]) -> None:
-    """A coroutine or a generator would be made and dropped: nothing of the handler would run, without a word."""
+    """Calling a coroutine function or a generator function only makes an object: the body would silently never run."""
     with pytest.raises(HandlerError) as caught:
         mark(BatchEnd, Phase, None)(function)
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Modes: what is in eval mode stays there, what a handler sets stays set, and after the fit all is as it was."""
+"""Modes of modules: eval mode stays, a mode that a handler sets stays set, and a fit puts all other modes back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WOKEN = r"^The model is in eval mode, and is trained in train mode, since not al
 
 
 def tuned() -> Any:
-    """A backbone with batch normalisation and dropout, and a head."""
+    """Return a model with a backbone, which has batch normalisation and dropout, and a head."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
     return nn.Sequential(backbone, nn.Linear(3, 1))
@@ -50,7 +50,7 @@ def modes(*modules: nn.Module) -> list[bool]:
 
 
 class Look(Callback):
-    """Notes the modes of some modules at each event of a type, and may do something at the n-th in a phase."""
+    """Notes the modes of some modules at each event of a type, and can call a function at the n-th event of a phase."""
 
     def __init__(
         self, *modules: nn.Module, event: type[Event] = EpochEnd, at: tuple[type[Phase], int] = (Phase, 0),
@@ -89,7 +89,7 @@ def test_a_submodule_in_eval_mode_stays_there() -> None:
 
 
 def test_batch_normalisation_alone_and_a_head_alone() -> None:
-    """``model.eval(); head.train()`` is a choice by parts, although the model itself is in eval mode."""
+    """After ``model.eval(); head.train()`` only the head trains, although the model itself is in eval mode."""
     model = tuned()
     model[0][1].eval()
     tiny_learner(look := Look(model), model=model, n_batches=1).fit(1)
@@ -123,7 +123,7 @@ def test_what_runs_on_copies_says_nothing() -> None:
 
 
 class Distil(nn.Module):
-    """Mean squared error, also to a teacher."""
+    """A loss: the mean squared error to the targets, and to the outputs of a teacher too."""
 
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_a_frozen_teacher_in_the_loss_function_stays_in_eval_mode() -> None:
 
 
 class TeacherPhase(AbstractTrainingPhase):
-    """The student learns what the teacher says."""
+    """A phase that trains the student on the outputs of the teacher."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, x=raw[0]) as batch:
@@ -176,7 +176,7 @@ def test_one_of_several_models_stays_in_eval_mode() -> None:
 
 def test_a_model_that_overrides_train_is_asked() -> None:
     class Stays(nn.Sequential):
-        """Keeps its batch normalisation in eval mode by itself."""
+        """A model whose own `train` keeps its batch normalisation in eval mode."""
 
         def train(self, mode: bool = True) -> Stays:
             super().train(mode)
@@ -204,7 +204,7 @@ def test_unfrozen_in_the_second_epoch_and_from_then_on(event: type[Event], phase
     learner = tiny_learner(look, model=model, n_batches=1)
     learner.fit(4)
     training = [seen for name, seen in look.seen if name == "T"]
-    second = phase is TrainingPhase  # at EpochBegin, BatchEnd or EpochEnd, all of which come before the look
+    second = phase is TrainingPhase  # EpochBegin, BatchEnd, EpochEnd: all before `Look` runs
     assert training == [[False] * 4, [second] * 4, [True] * 4, [True] * 4]
     assert [seen for name, seen in look.seen if name == "V"][2:] == [[False] * 4] * 2
     assert modes(model) == [True] * 6
@@ -261,7 +261,7 @@ def test_modes_are_back_after_an_error() -> None:
 
 def test_a_phase_with_a_mode_of_its_own() -> None:
     class AsItIs(TrainingPhase):
-        """Train in the modes that the modules have."""
+        """A training phase that leaves the modes of all modules unchanged."""
 
         def mode(self, modules: Any) -> AbstractContextManager[None]:
             return nullcontext()

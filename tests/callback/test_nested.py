@@ -1,4 +1,4 @@
-"""Containers of users are taken apart and put together again: types, attributes, what is shared, and circles."""
+"""Containers of users, taken apart and rebuilt, keep their types, attributes, shared objects and circles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.nested import CASES, Encoding, Frozen, Items, Output, Pair, R
 
 
 class Leaf:
-    """Has no parts that anybody knows."""
+    """A type that is no container, so that nobody looks inside."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -48,7 +48,7 @@ LEAVES = st.one_of(st.none(), st.booleans(), st.integers(0, 3), st.sampled_from(
 
 
 def pattern(value: Any) -> list[Any]:
-    """Return all that a value holds, types and attributes too, and which objects in it are the same."""
+    """Return a description of a value: its contents, types and attributes, and which of its objects are identical."""
     numbers: dict[int, int] = {}
     kept, found, waiting = [], [], [value]
     while waiting:
@@ -71,7 +71,7 @@ def pattern(value: Any) -> list[Any]:
 
 
 def _inside(value: Any) -> list[tuple[Any, Any]]:
-    """Return what a container holds, without the functions that are tested."""
+    """Return the parts of a container, found without the functions under test."""
     if isinstance(value, Leaf):
         return [("number", value.number)]
     if isinstance(value, functools.partial):
@@ -156,7 +156,7 @@ def test_every_reader_sees_every_tensor(value: Any) -> None:
 
 
 def _all(value: Any) -> list[Any]:
-    """Return all objects in a value, without the functions that are tested."""
+    """Return all objects in a value, found without the functions under test."""
     found: dict[int, Any] = {}
     waiting = [value]
     while waiting:
@@ -200,7 +200,7 @@ class Colour(enum.Enum):
 
 @dataclass
 class Layer(torch.nn.Module):
-    """A module that is a dataclass as well."""
+    """A module that is a dataclass too."""
 
     size: int
 
@@ -222,7 +222,7 @@ def test_leaves_have_no_parts_and_stay(value: Any) -> None:
 
 
 class Rows(Sequence[int]):
-    """A sequence of another sort, that counts how it makes what it gives."""
+    """A sequence that makes a new item at each access."""
 
     def __getitem__(self, place: Any) -> Any:
         if place > 1:
@@ -280,7 +280,7 @@ def test_a_change_is_asked_for_each_object_once_the_outermost_first() -> None:
     asked: list[Any] = []
 
     def change(item: Any, part: Any) -> Any:
-        """Note what is asked."""
+        """Note the item that is passed."""
         asked.append(item)
         return INSIDE
 

@@ -1,4 +1,4 @@
-"""Phases: one instance of each type, what they promise, and the mode that they set."""
+"""Phases: each type has one instance; the events that a phase promises to fire, and the modes that it sets."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
 
 
 class GANPhase(AbstractTrainingPhase):
-    """A step of its own."""
+    """A phase with a step of its own."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         """Do nothing."""
 
 
 class SaysWhat(AbstractTrainingPhase):
-    """A step of its own, with what it promises."""
+    """A phase with a step of its own, which says which events the step fires."""
 
     events = (BatchBegin, BatchEnd)
     provides: ClassVar[Mapping[str, type[Event]] | None] = {"fake": BatchBegin}
@@ -70,7 +70,7 @@ def test_a_subclass_has_an_instance_of_its_own() -> None:
     base = TrainingPhase()
 
     class Mine(TrainingPhase):
-        """Nothing else."""
+        """A subclass that adds nothing."""
 
     assert type(Mine()) is Mine
     assert len({base, Mine(), TrainingPhase()}) == 2
@@ -80,7 +80,7 @@ def test_a_phase_has_no_fields() -> None:
     with pytest.raises(UsageError) as caught:
 
         class Mine(TrainingPhase):  # pyright: ignore[reportUnusedClass]  # making it is the test
-            """With a field."""
+            """A subclass with a field."""
 
             def __init__(self) -> None:
                 self.weight = 1.0
@@ -106,7 +106,7 @@ def named(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", SUPERVISED)
 def test_the_docstring_lists_the_events_in_order(kind: type[Phase]) -> None:
-    """A phase's docstring lists its events in order, and the code fires just these."""
+    """The docstring of each phase lists the events in the order in which a fit fires them, and no other events."""
     listed = [name for line in bullets(kind) for name in named(line)]
     *_, last = (kind.__doc__ or "").strip().splitlines()
     begin, *ends = named(last)
@@ -137,16 +137,16 @@ def test_every_phase_has_the_promises_of_its_base() -> None:
 
 
 def test_a_step_of_ones_own_takes_the_promises_back() -> None:
-    """What is inherited would be wrong: nothing is known until the phase says it."""
+    """A phase that overrides `step` loses the promises of its base, which may be wrong for the new step."""
     assert (GANPhase.events, GANPhase.provides) == (None, None)
     assert SaysWhat.events == (BatchBegin, BatchEnd)
     assert SaysWhat.provides == {"fake": BatchBegin}
 
     class Further(GANPhase):
-        """The same step."""
+        """A subclass that inherits the step."""
 
     class Half(AbstractValidationPhase):
-        """It says the one and not the other."""
+        """A phase that says only one of the two: the events that it fires, or the entries that it provides."""
 
         events = (BatchEnd,)
 
@@ -159,10 +159,10 @@ def test_a_step_of_ones_own_takes_the_promises_back() -> None:
 
 def test_another_split_keeps_the_promises() -> None:
     class FromDict(TrainingPhase):
-        """Data that is no pair."""
+        """A phase for data that is not a pair."""
 
         def split(self, raw: Any) -> tuple[Any, Any]:
-            """Take a dict."""
+            """Split a dict."""
             return raw["x"], raw["y"]
 
     assert FromDict.provides is TrainingPhase.provides
@@ -184,7 +184,7 @@ def test_a_phase_without_a_step() -> None:
 
 
 def test_mode_restores_the_mode_of_each_module() -> None:
-    """A layer that the user put into eval mode stays there, in training and after it."""
+    """A layer that the user put into eval mode stays in eval mode during training and afterwards."""
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(1))
     shared = torch.nn.ModuleList([model[0]])
     model[1].eval()
@@ -223,7 +223,7 @@ def test_a_bare_phase_changes_nothing() -> None:
 
 
 class Batch(NamedTuple):
-    """As a loader's collate function gives it."""
+    """A pair as a NamedTuple, which collate functions preserve."""
 
     x: int
     y: int

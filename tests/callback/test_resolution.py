@@ -1,4 +1,4 @@
-"""Answers to a conflict: who may give one, and which answers are heard for two callbacks (rule 8)."""
+"""Resolutions of a conflict: which callbacks may give one, and which of them count for two callbacks (rule 8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests: no handler sees one, and each is what was asked for."""
+"""Checkpoint requests: no handler receives one as an event, and each carries the arguments of the call that made it."""
 
 from __future__ import annotations
 

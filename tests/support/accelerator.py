@@ -1,4 +1,4 @@
-"""The accelerator, for tests that need one: that of the machine, or the simulated one of ``tests/accelerator``."""
+"""The accelerator for tests that need one: the machine's own, or the simulated one of ``tests/accelerator``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every bundled callback, with what it needs to run."""
+"""Every bundled callback, with the other callbacks and the options that a learner needs to run it."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def not_a_number(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """How a callback is looked at.
+    """How the tests build and run one callback.
 
     Attributes:
-        make: Makes it, in a folder, and after it those that it needs.
-        options: Of the learner.
-        unseen: The handlers that declare more than a dry run sees, with the reason.
+        make: Makes the callback for a folder, followed by the callbacks that it needs.
+        options: Arguments of the learner.
+        unseen: The handlers that declare more than a dry run observes, each with the reason.
         placed: The attributes that hold a folder, a clock or an open file.
     """
 

@@ -1,4 +1,4 @@
-"""A clock that the test moves."""
+"""A clock that only the test moves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flowtrain import BatchBegin, Callback, LearnerView, Phase, on
 
 
 class Clock:
-    """Gives the time that a test has set, in seconds."""
+    """A clock: each call returns the time that the test has set, in seconds."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -16,7 +16,7 @@ class Clock:
 
 
 class Tick(Callback):
-    """Moves a clock by some seconds at each batch."""
+    """A callback that moves a clock by some seconds at each batch."""
 
     def __init__(self, clock: Clock, seconds: float = 1.0) -> None:
         self.clock = clock

@@ -1,4 +1,4 @@
-"""What is printed on rich's console."""
+"""Captures the output of rich's console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import rich
 
 @contextmanager
 def printed(width: int, *, terminal: bool = False) -> Generator[io.StringIO]:
-    """Give what rich's console prints, as a file or as a terminal of some columns; put the console back afterwards."""
+    """Yield the output of rich's console as a file, or as a terminal of some columns; restore the console."""
     before = dict(rich.get_console().__dict__)
     written = io.StringIO()
     rich.reconfigure(file=written, force_terminal=terminal, width=width, _environ={})

@@ -1,4 +1,4 @@
-"""Copies as a snapshot takes them, and values to copy."""
+"""Copies made as a snapshot makes them, and values to copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowtrain_dask.snapshots.copiers import Copying, Pool
 
 
 class Box:
-    """A type that nobody knows."""
+    """A type without a copier."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
@@ -31,10 +31,10 @@ def tensor(size: int = 400) -> torch.Tensor:
 
 
 def copying() -> Copying:
-    """Return a new pass of copying, with memory of its own."""
+    """Return a new copying pass, with an empty memory of copied objects."""
     return Copying(Pool(1 << 20))
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of what an entry of the batch holds."""
+    """Return the copy that a snapshot would hold of an entry of the batch."""
     return copying().entry(value, ("batch", "x"))

@@ -42,7 +42,7 @@ class DaskProcesses:
         return process
 
     def pids(self) -> dict[int, str]:
-        """Return the names of the workers that run, by process id."""
+        """Return the names of the running workers, by process id."""
         return {process.pid: name for name, process in self.workers.items() if process.poll() is None}
 
     def kill(self, name: str) -> None:
@@ -51,16 +51,16 @@ class DaskProcesses:
         self.workers[name].wait(20)
 
     def stop(self, name: str) -> None:
-        """Stop a worker: it stays connected and does not answer."""
+        """Suspend a worker: it stays connected and does not answer."""
         self.stopped.add(self.workers[name].pid)
         self.workers[name].send_signal(signal.SIGSTOP)
 
     def go_on(self, name: str) -> None:
-        """Let a stopped worker go on."""
+        """Let a suspended worker continue."""
         self.workers[name].send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End all of these processes."""
+        """End the scheduler and all workers."""
         for process in [*self.workers.values(), self.scheduler]:
             if process.poll() is None:
                 process.kill()
@@ -68,7 +68,7 @@ class DaskProcesses:
 
     def _start(self, *command: str) -> subprocess.Popen[bytes]:
         environment = importing_the_same()
-        if command[0] == "scheduler":  # it has to do without flowtrain
+        if command[0] == "scheduler":  # the scheduler must work without flowtrain
             del environment["PYTHONPATH"]
         with (self.folder / f"{command[0]}.log").open("ab") as log:
             return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Values for the tests of how values are sent to workers."""
+"""Values for the tests of how values are encoded for workers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flowtrain_dask.cluster.codec import Encoded
 
 
 def closure(factor: int) -> Callable[[Any], Any]:
-    """Return a function that no import finds."""
+    """Return a function that a worker cannot import by name."""
 
     def multiply(value: Any) -> Any:
-        """Multiply."""
+        """Return the product."""
         return value * factor
 
     return multiply
 
 
 def memory_of(encoded: Encoded) -> list[int]:
-    """Return the addresses of the buffers: the memory that is sent, without the pickle."""
+    """Return the addresses of the buffers, which are sent beside the pickle."""
     parts = [part for part in encoded.pieces if isinstance(part, memoryview)]
     return [np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:]]

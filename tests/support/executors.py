@@ -1,4 +1,4 @@
-"""Executors for tests: one that is correct, on threads of its own, for others to break one promise of it."""
+"""A correct executor on threads; tests subclass it to break one promise of an executor at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call: TypeAlias = Callable[[Step, Event, Phase], BaseException | None]
 
 
 class Threads:
-    """Runs all handlers that are ready at the same time, each on a thread; keeps every promise of an executor."""
+    """Runs every handler as soon as its predecessors are done, each on a thread; keeps every promise of an executor."""
 
     name = "threads"
 
@@ -58,7 +58,7 @@ class Threads:
         return run
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        """Run all that is ready at once until nothing is left; return the failures in serial order."""
+        """Run all handlers that are ready at the same time, round after round; return the failures in serial order."""
         failures: dict[int, BaseException] = {}
         left, done, lost = list(range(len(plan))), 0, 0
         while left:
@@ -85,7 +85,7 @@ class Threads:
         return plan.ancestors[position] & ~done == 0
 
     def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
-        """Run handlers that draw random numbers here, and others on another thread, in this thread's state."""
+        """Run a handler that draws random numbers on this thread, others on a thread that gets this thread's state."""
         if any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler]):
             found: Future[BaseException | None] = Future()
             found.set_result(self.call(step, event, phase))
@@ -93,7 +93,7 @@ class Threads:
         return self.pool.submit(self.surrounded(self.call), step, event, phase)
 
     def surrounded(self, call: Call) -> Call:
-        """Make a call that runs in the state of torch and with the context variables of this thread."""
+        """Return a call that runs with the torch state and the context variables of the thread that makes it."""
         state, context = TorchState.capture(), copy_context()
 
         def run(step: Step, event: Event, phase: Phase) -> BaseException | None:
@@ -106,12 +106,12 @@ class Threads:
     def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
         try:
             step.call(event, phase, step.view)
-        except BaseException as failure:  # `fail` raises it
+        except BaseException as failure:  # `fail` raises it later
             return failure
         return None
 
     def ended(self, plan: Plan, site: Site, start: int) -> None:
-        """Put what the handlers fired into the serial order of the handlers."""
+        """Sort the events that the handlers fired into the serial order of the handlers."""
         rank = {step.node.name: position for position, step in enumerate(plan.steps)}
         site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank[one[0]])
 

@@ -1,4 +1,4 @@
-"""A learner that writes down what it fires, callbacks that raise at an event, and a phase of a user's."""
+"""A learner that records the events that it fires, callbacks that raise at an event, and a phase of a user."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flowtrain.testing import tiny_batches, tiny_learner
 
 
 class OODPhase(AbstractValidationPhase):
-    """Validation on data from elsewhere."""
+    """A validation phase on out-of-distribution data."""
 
 
 class Watch(Callback):
-    """Write down every event with its phase."""
+    """Records every event with its phase."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Event, Phase]] = []
@@ -30,7 +30,7 @@ class Watch(Callback):
 
 
 class Raise(Callback):
-    """Raise once, at the n-th time that an event is fired."""
+    """Raises once, at the n-th firing of an event."""
 
     def __init__(self, event_type: type[Event], exception: BaseException, nth: int = 1) -> None:
         self.event_type, self.exception, self.left = event_type, exception, nth
@@ -44,7 +44,7 @@ class Raise(Callback):
 
 
 class CancelAt(Callback):
-    """Raise in the given batches, counted from 1 over the whole training."""
+    """Raises in the given batches, counted from 1 over the whole training."""
 
     def __init__(self, cancels: dict[int, type[Exception]]) -> None:
         self.cancels = cancels
@@ -58,14 +58,14 @@ class CancelAt(Callback):
 
 
 def watched(*callbacks: Callback, n_batches: int = 2, **options: Any) -> tuple[Watch, Learner]:
-    """A learner with one phase of training and without default callbacks, and what it fires."""
+    """Return a learner with one training phase and no default callbacks, and the list of the events that it fires."""
     watch = Watch()
     chosen: dict[str, Any] = {"data": tiny_batches(n_batches=n_batches), "default_callbacks": False, **options}
     return watch, tiny_learner(watch, *callbacks, **chosen)
 
 
 def short(names: list[str]) -> str:
-    """Only the events that open and close, abbreviated: ``F( E( B( B) E) F)``, with x for Cancelled."""
+    """Return only the events that begin and end, abbreviated: ``F( E( B( B) E) F)``, with x for a cancelled one."""
     found = (re.fullmatch("(Fit|Epoch|Batch)(Begin|End|Cancelled)", name) for name in names)
     marks = {"Begin": "(", "End": ")", "Cancelled": "x"}
     return " ".join(match[1][0] + marks[match[2]] for match in found if match)

@@ -1,4 +1,4 @@
-"""Callbacks that do what a test says, one plan of them, and the threads that an executor starts for it."""
+"""Callbacks that run functions of the test, a plan with them, and the threads that an executor starts for the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT = 20.0
 
 
 class Does(Callback):
-    """Does what it is told when a batch begins and ends, and when a fit ends; tests subclass it to have types."""
+    """Calls functions of the test when a batch begins and ends, and when a fit ends; subclasses give more types."""
 
     def __init__(self, act: Callable[[LearnerView], object], after: Sequence[type[Callback]] = ()) -> None:
         self.act = act
@@ -55,9 +55,9 @@ def plan_of(*callbacks: Callback) -> Plan:
 
 
 def own_threads() -> list[threading.Thread]:
-    """Return the threads of the executor's pool that run now.
+    """Return the running threads of the executor's pool.
 
-    `threading.enumerate` also has threads that never started, because an interrupt came when they were to start.
+    `threading.enumerate` also lists threads that never started, because an interrupt came at their start.
     """
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("flowtrain-dask")]
     return [thread for thread in threads if thread.is_alive()]

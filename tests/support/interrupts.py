@@ -1,8 +1,8 @@
-"""Ctrl-C at every place of a piece of code, one after the other.
+"""Ctrl-C at every instruction of a piece of code, one instruction after the other.
 
-Python only notes a signal when it comes, and calls its handler where it looks next: at the beginning of a function,
-after a call, and where a loop begins anew. So a test sends a real signal before every single instruction that the code
-executes, and Python raises `KeyboardInterrupt` wherever it really can.
+When a signal comes, Python only notes it, and calls its handler at the next check: at the beginning of a function,
+after a call, and where a loop begins its next round. So a test sends a real signal before every single instruction that
+the code executes, and Python raises `KeyboardInterrupt` at the places where a user's Ctrl-C can raise it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HANGS = 20.0
 
 
 class _Signal(int):
-    """The number of a signal, whose attribute `sent` sends it: no call of Python, after which Python would look."""
+    """The number of a signal. Its attribute `sent` sends it without a Python call, after which Python would check."""
 
     sent = property(_thread.interrupt_main)
 
@@ -62,7 +62,7 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
         elif event == "opcode":
             left -= 1
             if left == 0:
-                sys.settrace(None)  # else Python would look for signals whenever it calls this function
+                sys.settrace(None)  # otherwise Python would check for signals at every call of this function
                 send.sent  # noqa: B018  # followed by the return alone, which does not look for signals
         return trace
 
@@ -78,7 +78,7 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
     try:
         sys.settrace(trace)
         act()
-        sys.settrace(before)  # a call: an interrupt that is still to come is raised here
+        sys.settrace(before)  # this call makes Python check: an interrupt that is still pending is raised here
         raised = False
     except KeyboardInterrupt:
         raised = True

@@ -13,7 +13,7 @@ from flowtrain_dask.lanes.work import Job, LaneHandler
 
 
 class Memory(LoggerBackend):
-    """Keeps its records in the process that writes them."""
+    """A backend that keeps its records in the memory of the process that writes them."""
 
     def __init__(self) -> None:
         self.records: list[str] = []

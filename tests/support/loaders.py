@@ -1,4 +1,4 @@
-"""Data that goes wrong on purpose."""
+"""Loaders that fail, and data with invalid values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Failing:
-    """A loader that fails after its last batch."""
+    """A loader that raises after its last batch."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -23,7 +23,7 @@ class Failing:
 
 
 def batches_with(value: float, at: int, n_batches: int) -> Batches:
-    """Return tiny batches, of which one, counted from 1, has targets that are all this value."""
+    """Return tiny batches; in one of them, counted from 1, every target has the given value."""
     batches = tiny_batches(n_batches=n_batches)
     inputs, targets = batches[at - 1]
     batches[at - 1] = (inputs, torch.full_like(targets, value))

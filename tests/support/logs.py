@@ -1,4 +1,4 @@
-"""What is in the log of a `JsonlBackend`."""
+"""Reads the log of a `JsonlBackend`."""
 
 from __future__ import annotations
 

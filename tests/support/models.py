@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 
 class Tempered(nn.Module):
-    """A loss function with a parameter of its own."""
+    """A loss function with a trainable parameter."""
 
     def __init__(self) -> None:
         super().__init__()

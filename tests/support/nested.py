@@ -33,7 +33,7 @@ class Row(tuple[Any, ...]):
 
 
 class Output(OrderedDict[str, Any]):
-    """As the usual libraries return the outputs of a model: each entry is an attribute too."""
+    """A dict whose entries are attributes too, like the outputs of models in common libraries."""
 
     def __init__(self, **entries: Any) -> None:
         super().__init__(entries)
@@ -41,7 +41,7 @@ class Output(OrderedDict[str, Any]):
 
 
 class Encoding(UserDict[str, Any]):
-    """As tokenizers return a batch: a mapping around a dict, made of more than that."""
+    """A mapping that holds a dict and other attributes, like the batches of tokenizers."""
 
     def __init__(self, data: dict[str, Any], encodings: Any) -> None:
         super().__init__(data)
@@ -67,7 +67,7 @@ class Slotted:
 
 
 class Case(NamedTuple):
-    """How a container is made around a tensor, and how the tensor is found in it."""
+    """A type of container: how to build one around a tensor, and how to find the tensor in it."""
 
     make: Callable[[torch.Tensor], Any]
     get: Callable[[Any], Any]
@@ -126,7 +126,7 @@ CASES: dict[str, Case] = {
 
 
 def values(leaf: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Return a strategy for nested values of all types, around leaves that hash."""
+    """Return a strategy for nested values of all container types, with hashable leaves."""
     return st.recursive(
         leaf,
         lambda inner: st.one_of(

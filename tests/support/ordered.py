@@ -1,4 +1,4 @@
-"""Callbacks that declare what a test says, and the order that the graph gives them."""
+"""Callbacks with the declarations that a test gives them, and the order that the graph derives for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowtrain.state.learner_state import LearnerState
 
 
 class At(Callback):
-    """Handles `BatchEnd` and declares what it is told to; tests subclass it to have types."""
+    """Handles `BatchEnd` with the declaration that the test gives; tests subclass it to get more types."""
 
     def __init__(self, access: Access | None = None, after: Sequence[type[Callback]] = (), name: str = "") -> None:
         self.access: Access = access or {}
@@ -45,12 +45,12 @@ class SubA(A): ...
 
 
 def pair() -> tuple[A, B]:
-    """Return two callbacks that write one entry."""
+    """Return two callbacks that write the same entry."""
     return A({"cbstate.x": Write()}), B({"cbstate.x": Write()})
 
 
 def state_with_everything() -> LearnerState:
-    """A state in which every entry that these tests read is there, so that only the order is in question."""
+    """Return a state with every entry that these tests read, so that no callback fails for a missing one."""
     state = LearnerState()
     for name in ("x", "y", "z", "stats"):
         setattr(state.cbstate, name, {})

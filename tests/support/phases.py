@@ -1,4 +1,4 @@
-"""Phases of a user's."""
+"""Phases as users define them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class OtherValidation(ValidationPhase):
 
 
 class Silent(Phase):
-    """Has a step of its own, and says neither which events it fires nor what it provides."""
+    """Has a step of its own, and says neither which events it fires nor which entries it provides."""
 
     def step(self, learner: Any, raw: Any) -> None: ...

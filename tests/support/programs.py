@@ -1,9 +1,8 @@
-"""Programs that tests run in processes of their own.
+"""Programs that tests run in separate processes.
 
 `Programs` forks them from a process that has imported torch and flowtrain: an import takes seconds each time, a fork
-takes milliseconds. A forked program has what a program has: standard output and error of its own, arguments, the
-environment, an end as an interpreter ends. Only a test of what an import does needs an interpreter that has not
-imported anything.
+takes milliseconds. A forked program has its own standard output and error, its own arguments and environment, and exits
+as an interpreter does. Only a test of the effects of an import needs an interpreter that has not imported anything.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 
 def importing_the_same() -> dict[str, str]:
-    """Return the environment for a program that imports from where this process does."""
+    """Return the environment for a program that shall import the same modules as this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
@@ -36,17 +35,17 @@ class Programs:
         )
 
     def run(self, source: str, *arguments: str, seconds: int = 120) -> subprocess.CompletedProcess[str]:
-        """Run a program; return how it ended and what it has printed.
+        """Run a program; return its exit code and its output.
 
         Args:
             source: The text of the program.
-            arguments: What it finds in ``sys.argv``.
-            seconds: How long it may take; then a signal ends it.
+            arguments: The arguments in ``sys.argv``.
+            seconds: The time limit; after it a signal ends the program.
         """
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as readers:
-            # Not files: a program may have to do with a limit on their size.
+            # Pipes instead of files: a test may limit the size of files that the program writes.
             pipes = [os.path.join(place, name) for name in ("out", "err")]
             for pipe in pipes:
                 os.mkfifo(pipe)
@@ -65,7 +64,7 @@ def read(path: str) -> str:
 
 
 def wait_for_work() -> list[Any]:
-    """Fork for each program; return what it is to the child."""
+    """Wait for programs and fork for each; in the child, return the program that it shall run."""
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -16,7 +16,7 @@ from flowtrain.state.views import bind_view
 
 
 class Model(torch.nn.Module):
-    """Two layers by name."""
+    """A model with two layers of different names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
 
 
 def made(models: Named | None = None, optimizer: Any = torch.optim.SGD) -> LearnerState:
-    """The state of a learner in the middle of a batch."""
+    """Return the state of a learner in the middle of a batch."""
     state = LearnerState()
     state.model = Model() if models is None else models
     state.lossfn = torch.nn.functional.mse_loss
