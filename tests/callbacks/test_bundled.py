@@ -1,4 +1,4 @@
-"""All bundled callbacks: each declares what it touches, comes to the serial result, and says so in its docstring."""
+"""All bundled callbacks: each declares exactly the paths that it touches, as its docstring says, and does not race."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from tests.support.bundled import CASES, KINDS, backend, case_of, loss_of, shown
 
 
 class Ends(Callback):
-    """End training in the middle of a validation batch, or of a training batch.
+    """Ends training in the middle of a validation batch, or of a training batch.
 
-    The dry run leaves out callbacks that write nothing, so it says that it does.
+    The dry run skips callbacks that write nothing, so this one declares a write.
     """
 
     def __init__(self, phase: type[Phase]) -> None:
@@ -52,7 +52,7 @@ class Ends(Callback):
 
 
 def seen(kind: type[Callback], folder: Path) -> dict[str, dict[StatePath, Read | Write]]:
-    """Return what each handler was seen to touch, in a fit that ends normally and in two that do not."""
+    """Return the paths that each handler touched, in a fit that ends normally and in two that are ended early."""
     case = case_of(kind)
     found: dict[str, dict[StatePath, Read | Write]] = {}
     for ends in ((), (Ends(TrainingPhase),), (Ends(ValidationPhase),)):
@@ -67,7 +67,7 @@ def seen(kind: type[Callback], folder: Path) -> dict[str, dict[StatePath, Read |
 
 
 def plain(declaration: Mapping[StatePath, Read | Write]) -> dict[StatePath, Read | Write]:
-    """Leave out whether a read is optional: what was there when it was read does not show that it is."""
+    """Leave out whether a read is optional: a run in which the entry exists cannot show that."""
     return {path: Write() if isinstance(kind, Write) else Read() for path, kind in declaration.items()}
 
 
@@ -79,7 +79,7 @@ def test_every_case_is_one_of_a_bundled_callback() -> None:
 @pytest.mark.filterwarnings("ignore:The loss is NaN")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_each_handler_declares_is_what_it_touches(kind: type[Callback], tmp_path: Path) -> None:
-    """Rule 3, and exactly: less is refused, and more would order or refuse what is independent."""
+    """Rule 3: views refuse undeclared paths, and a declared path that no handler touches orders callbacks in vain."""
     subject, *_ = case_of(kind).make(tmp_path)
     found, shared = seen(kind, tmp_path), subject.state_access()
     unseen = case_of(kind).unseen
@@ -100,7 +100,7 @@ def test_what_each_handler_declares_is_what_it_touches(kind: type[Callback], tmp
 
 
 class Clip(Callback):
-    """Writes gradients, and the inputs at the events before."""
+    """Writes gradients, and at the earlier events the inputs."""
 
     @on(BatchBegin, TrainingPhase, access={"batch.inputs": Write()})
     def augment(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
@@ -113,7 +113,7 @@ class Clip(Callback):
 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_all_of_them_go_together_whatever_the_order_of_the_list(turn: int, tmp_path: Path) -> None:
-    """Rule 5 finds no conflict and no circle between them, also with all of ``batch`` declared where it can be."""
+    """Rule 5: they have no conflict and no cycle, even if every declaration that can name all of ``batch`` does so."""
     callbacks: dict[str, Callback] = {"Clip": Clip()}
     for kind in KINDS:
         for callback in case_of(kind).make(tmp_path / kind.__name__):
@@ -131,7 +131,7 @@ def test_all_of_them_go_together_whatever_the_order_of_the_list(turn: int, tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_is_the_serial_one(kind: type[Callback], tmp_path: Path) -> None:
-    """Rule 13, for all of them."""
+    """Rule 13, for all bundled callbacks together."""
     case = case_of(kind)
     runs = iter(range(100))
 

@@ -1,4 +1,4 @@
-"""Checkpointer: which checkpoints a folder holds."""
+"""Checkpointer: which checkpoint files it keeps in its folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.logs import log_records
 
 
 class Scores:
-    """A metric that is what a test says, epoch by epoch."""
+    """A metric with the values that the test gives, one for each epoch."""
 
     def __init__(self, *scores: float) -> None:
         self.scores = iter(scores)
@@ -101,12 +101,12 @@ def test_ranks_go_on_after_a_resumed_fit(stop: int, tmp_path: Path) -> None:
 
 
 def resume(source: Path, *checkpointers: Checkpointer, scores: list[float], epochs: int) -> None:
-    """Go on from a folder with the scores of the epochs that are left."""
+    """Resume from a folder, with the scores of the remaining epochs."""
     tiny_learner(scored(*scores), *checkpointers, n_batches=1).fit(epochs, resume=source)
 
 
 def test_files_of_another_folder_do_not_count(tmp_path: Path) -> None:
-    """The other folder stays as it is; here are the best, and `best`, of what is here."""
+    """The checkpoints in the folder that was resumed from stay; only files of the new folder are ranked for `best`."""
     a, b = tmp_path / "a", tmp_path / "b"
     tiny_learner(scored(1, 2, 3), Checkpointer(a, 3, monitor="Score", mode="min"), n_batches=1).fit(3)
     before = {each.name: each.read_bytes() for each in a.iterdir()}
@@ -118,7 +118,7 @@ def test_files_of_another_folder_do_not_count(tmp_path: Path) -> None:
 
 
 def test_files_of_another_run_in_the_folder_stay(tmp_path: Path) -> None:
-    """They have the names of files that count in the folder of the checkpoint, and are not these."""
+    """Files of another run stay, even if they have the names of files in the folder of the resumed checkpoint."""
     a, b = tmp_path / "a", tmp_path / "b"
     tiny_learner(scored(1, 2), Checkpointer(a, 1, monitor="Score", mode="min"), n_batches=1).fit(2)
     b.mkdir()
@@ -150,7 +150,7 @@ def test_files_of_this_folder_count_wherever_it_is_now(
 
 
 def test_two_checkpointers_go_on_in_their_own_folders(tmp_path: Path) -> None:
-    """Also if both folders were moved, and only one of them is named."""
+    """Each resumes in its own folder, even if both folders were moved and only one of them is named."""
 
     def both(place: Path) -> list[Checkpointer]:
         modes: list[tuple[str, Any]] = [("a", "min"), ("b", "max")]
@@ -181,7 +181,7 @@ def test_files_that_another_metric_ranked_stay_and_do_not_count(
     options: dict[str, Any] = {"keep_top_k": 1, "monitor": "Score", "mode": "min"}
 
     def metrics(*scores: float) -> Metrics:
-        return scored(*(score for score in scores for _ in "tv"), phase=Phase)  # in training, and in validation
+        return scored(*(score for score in scores for _ in "tv"), phase=Phase)  # one of training, one of validation
 
     tiny_learner(metrics(1, 2, 3), Checkpointer(tmp_path, **options), n_batches=1).fit(3)
     assert files(tmp_path) == ["1", "3"]
@@ -212,7 +212,7 @@ def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
     learner.loop.checkpoints.writer.reached = lambda point: seen.append(point) if point == "removed" else None
     learner.fit(2)
     assert files(tmp_path) == ["1", "2"]
-    assert len(seen) == 4  # after batch 3 and 6, and two epochs
+    assert len(seen) == 4  # after batches 3 and 6, and after two epochs
     learner.fit(steps=1)
     assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [
         "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt",
@@ -220,7 +220,7 @@ def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
 
 
 class Masked(torch.nn.Module):
-    """``y = coeff * x``, with what a test registers beside the parameter."""
+    """``y = coeff * x``, with further values that a test registers beside the parameter."""
 
     def __init__(self, **beside: torch.Tensor) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("beside", BESIDE)
 def test_rule_28_what_is_not_trained_may_be_infinite(beside: str, tmp_path: Path) -> None:
-    """Rule 28: the parameters that are trained and the last loss count, nothing else."""
+    """Rule 28: a checkpoint is finite if the trained parameters and the last loss are; other values do not count."""
     model = Masked(**BESIDE[beside])
     tiny_learner(scored(2, 1, 3), Checkpointer(tmp_path, **ONE), model=model, n_batches=1).fit(3)
     assert files(tmp_path) == ["2", "3"]
@@ -272,7 +272,7 @@ def test_rule_28_an_infinite_state_of_the_optimizer_does_not_count(tmp_path: Pat
 
 
 class Diverging(torch.nn.Module):
-    """Mean squared error, which is infinite in some epochs of validation."""
+    """Mean squared error, made infinite in some validation epochs."""
 
     def __init__(self, *epochs: int, batches: int) -> None:
         super().__init__()
@@ -289,12 +289,12 @@ class Diverging(torch.nn.Module):
 @pytest.mark.parametrize(
     ("options", "infinite", "scores", "kept", "best", "latest"),
     [
-        # without one that is infinite the second would be gone after the third, and it was there for ever
+        # if epoch 3 were finite, it would remove the file of epoch 2, which then would be missing for good
         (ONE, [3], [1, 2, 3, 4], ["1", "4"], "1", "4"),
-        (ONE, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # the third is the newest
+        (ONE, [3], [1, 2, 3], ["1", "2", "3"], "1", "2"),  # epoch 3 is the newest
         (ONE, [2, 3, 4], [1, 2, 3, 4], ["1", "4"], "1", "1"),
         (ONE, [2, 3, 4], [1, 2, 3, 4, 5], ["1", "5"], "1", "5"),
-        # the best score belongs to weights that may not be used
+        # the epoch with the best score has infinite weights, so its file cannot be the best
         ({"keep_top_k": 2, "monitor": "Score", "mode": "max"}, [2], [1, 9, 3, 2, 1], ["3", "4", "5"], "3", "5"),
         ({"keep_top_k": 1, "monitor": None}, [2], [0, 0, 0], ["3"], "", "3"),
         ({"keep_top_k": 1}, [2], [0, 0, 0], ["3"], "3", "3"),
@@ -317,7 +317,7 @@ def test_an_epoch_that_is_not_finite_leaves_nothing_behind(
 
 def test_a_resumed_run_removes_what_was_not_finite_before_it(tmp_path: Path) -> None:
     def learner() -> Learner:
-        loss = Diverging(2, batches=2)  # goes on counting
+        loss = Diverging(2, batches=2)  # the epochs are counted further
         return tiny_learner(Checkpointer(tmp_path, 1, every_steps=3), n_batches=2, lossfn=loss)
 
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -345,7 +345,7 @@ def test_whose_epochs_count(
     data = {each: tiny_batches(n_batches=1) for each in phases}
     callback = Checkpointer(tmp_path, phase=phase)
     tiny_learner(callback, data=data).fit(1)
-    # An evaluation before the first training epoch is that of epoch 0.
+    # An evaluation before the first training epoch counts as epoch 0.
     name = "epoch-0000.ckpt" if phases[0] is ValidationPhase else "epoch-0001.ckpt"
     done = torch.load(tmp_path / name, weights_only=True)["position"]["done"]
     assert done[-1] == counted.__name__
@@ -354,7 +354,7 @@ def test_whose_epochs_count(
 
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_at_the_same_event_loses_nothing(first: bool, tmp_path: Path) -> None:
-    """Rule 15: the other handlers of the event run, and what they asked for is done."""
+    """Rule 15: the other handlers of the event run, and the checkpoint that they requested is written."""
     stops, saves = (
         EarlyStopping(patience=1, monitor="Score", mode="min"),
         Checkpointer(tmp_path, monitor="Score", mode="min"),
@@ -461,7 +461,7 @@ def test_equal_results_under_every_executor(tmp_path: Path) -> None:
 
 
 def test_rule_28_the_log_of_a_resumed_run_is_that_of_the_run(tmp_path: Path) -> None:
-    """Rules 25 and 28: what was logged after the checkpoint is taken back, so that nothing is there twice."""
+    """Rules 25 and 28: a resumed fit removes log records from after the checkpoint, so none appears twice."""
 
     def run(name: str, failing: int = 0) -> Any:
         class Fails(Callback):
@@ -490,11 +490,11 @@ def test_rule_28_the_log_of_a_resumed_run_is_that_of_the_run(tmp_path: Path) -> 
 
 
 class Stopped(Exception):
-    """What ends the run that is resumed."""
+    """Ends the run that the test then resumes."""
 
 
 def test_two_in_one_folder_are_refused_before_training(tmp_path: Path) -> None:
-    """However the folder is written: each would remove what the other keeps, and both would say what is best."""
+    """Under any spelling of the path: each would remove files that the other keeps, and both would write `best`."""
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     for other in (tmp_path / "kept" / ".." / "kept", tmp_path / "link"):
         learner = tiny_learner(Checkpointer(tmp_path / "kept"), Checkpointer(other, monitor=None, keep_top_k=1))

@@ -1,4 +1,4 @@
-"""GarbageCollect: off during epochs, collections where they are due, and the collector put back whatever happens."""
+"""GarbageCollect: collections only at its intervals during epochs, and the collector's setting restored afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowtrain.testing import assert_equivalent, tiny_learner
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])
 def enabled(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether the automatic collection is on before training; the state before the test is put back."""
+    """Set whether automatic collection is on before training; restore the setting after the test."""
     before = gc.isenabled()
     (gc.enable if request.param else gc.disable)()
     yield request.param
@@ -34,18 +34,18 @@ def enabled(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 class Cycle:
-    """Refers to itself, so only the collector can free it."""
+    """Refers to itself, so that only the garbage collector frees it."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
 class Litters(Callback):
-    """Make a cycle in every batch, and count those that are still there; raise in one batch.
+    """Makes a cycle in every batch and counts the living ones; raises in one batch.
 
     Attributes:
-        alive: After each batch, how many of the cycles made in earlier batches are there.
-        automatic: After each batch, whether the automatic collection was on.
+        alive: For each batch, how many cycles of earlier batches are alive at its end.
+        automatic: For each batch, whether automatic collection was on at its end.
     """
 
     def __init__(self, fails: BaseException | None = None, at: int = 3) -> None:
@@ -67,11 +67,11 @@ def test_collects_every_n_batches_and_leaves_the_collector_as_it_was(enabled: bo
     litters = Litters()
     learner = tiny_learner(GarbageCollect(every=3), litters, n_batches=7)
     learner.epoch(TrainingPhase)
-    # The collection comes before what the third and sixth batch make; it frees those made before.
+    # The collection runs before batches 3 and 6 make their cycles, so it frees only the cycles of earlier batches.
     assert litters.alive == [0, 1, 0, 1, 2, 0, 1]
     assert litters.automatic == [False] * 7
     assert gc.isenabled() is enabled
-    assert not [made for made in vars(litters)["_made"] if made() is not None]  # at the end of the epoch: all of them
+    assert not [made for made in vars(litters)["_made"] if made() is not None]  # the epoch's end collects all
 
 
 @pytest.mark.parametrize("failure", [CancelEpochException, CancelFittingException, ValueError, KeyboardInterrupt])
@@ -83,7 +83,7 @@ def test_the_collector_is_put_back_whatever_ends_the_epoch(enabled: bool, failur
 
 
 def test_the_count_goes_on_after_a_checkpoint() -> None:
-    """Counted over the callback's life: 2 batches before, so the next one is the third."""
+    """The interval counts over the callback's life: with 2 batches before the checkpoint, the next one is the third."""
     first = GarbageCollect(every=3)
     tiny_learner(first, n_batches=2).epoch(TrainingPhase)
     second, litters = GarbageCollect(every=3), Litters()

@@ -62,7 +62,7 @@ def test_names() -> None:
 
 
 def test_what_is_not_declared_is_refused_in_its_name() -> None:
-    """Rule 3."""
+    """Rule 3: the error names the function."""
     learner = tiny_learner(CustomCallback(lambda learner: learner.batch.loss, EpochEnd, TrainingPhase))
     with pytest.raises(ProtectedException, match=r"^Read access to Learner\.batch\.loss disallowed\.") as caught:
         learner.fit(1)

@@ -1,4 +1,4 @@
-"""DeviceStats: what is recorded, when, and that the numbers are those of this process."""
+"""DeviceStats: which numbers it records and when, and that they are numbers of this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 
 
 class Numbered:
-    """Measures 0, 1, 2, ..."""
+    """A measurement that returns 0, 1, 2, ..."""
 
     def __init__(self) -> None:
         self._numbers: Iterator[int] = count()
@@ -28,7 +28,7 @@ class Numbered:
 
 
 def test_every_nth_batch_of_each_phase_over_the_life_of_the_callback() -> None:
-    stats = DeviceStats(every=3, measure=Numbered())  # asked for its names when made: 0
+    stats = DeviceStats(every=3, measure=Numbered())  # the constructor measured 0 to learn the names
     learner = tiny_learner(stats, data=(tiny_batches(n_batches=4), tiny_batches(n_batches=2)))
     learner.fit(2)
     assert list(learner.cbstate.tracehistory[TrainingPhase]["Device.Watt"]) == [(3, 1.0), (6, 2.0)]
@@ -44,7 +44,7 @@ def test_every_nth_batch_of_each_phase_over_the_life_of_the_callback() -> None:
 def test_memory_of_this_process_in_mebibytes() -> None:
     stats = DeviceStats(every=1)
     before = stats.measure()
-    held = torch.ones(64, 1024, 1024 // 4)  # 64 MiB, written to
+    held = torch.ones(64, 1024, 1024 // 4)  # 64 MiB, written so that they are allocated
     after = stats.measure()
     assert 60 < after["Memory"] - before["Memory"] < 100
     assert after["MemoryPeak"] >= after["Memory"] - 1

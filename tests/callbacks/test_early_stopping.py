@@ -1,6 +1,6 @@
 # pyright: reportPrivateUsage=false
-# What a callback knows of the direction of its metric is looked at from inside.
-"""EarlyStopping: when it ends training, what it says, what it goes on with, and what it refuses."""
+# The tests read the private method that finds the direction of a metric.
+"""EarlyStopping: when it ends training, what it prints, which state it resumes with, and what it refuses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SCORES = [4.0, 2.0, 3.0, 2.5, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0]
 
 
 class Good:
-    """A function that says which of its values are good, as torchmetrics objects do."""
+    """A metric function that says whether higher values are better, as torchmetrics objects do."""
 
     def __init__(self, higher_is_better: bool | None) -> None:
         self.higher_is_better = higher_is_better
@@ -68,13 +68,13 @@ class Good:
 
 
 def scores(values: Sequence[float] = SCORES, phase: type[Phase] = ValidationPhase) -> Metrics:
-    """A metric "Score" that has these values, one after the other, at each batch of a phase."""
+    """Return a metric "Score" with these values, one for each batch of a phase."""
     rest = iter(values)
     return Metrics(Metric(lambda outputs, targets: next(rest), name="Score", phase=phase))
 
 
 def learner_with(stopping: EarlyStopping, values: Sequence[float] = SCORES, **options: Any) -> Learner:
-    """A learner with one validation batch an epoch, so that an epoch's score is one of the values."""
+    """Return a learner with one validation batch per epoch, so that an epoch's score is one of the values."""
     batches = tiny_batches(n_batches=4)
     return tiny_learner(stopping, scores(values), data=(batches, batches[:1]), **options)
 
@@ -106,8 +106,8 @@ def test_it_ends_training_and_says_why() -> None:
         (
             lambda: EarlyStopping(Threshold(1.5), UP(1), patience=9, monitor="Score", mode="min"),
             3,
-        ),  # whichever comes first
-        (lambda: EarlyStopping(2, monitor="Score", mode="max"), 3),  # 4 is the best, 2 and 3 are worse
+        ),  # the criterion that stops first counts
+        (lambda: EarlyStopping(2, monitor="Score", mode="max"), 3),  # 4 is the best value, 2 and 3 are worse
         (lambda: EarlyStopping(Threshold(4.5), monitor="Score", mode="max"), 6),
         (lambda: EarlyStopping(Never(), monitor="Score", mode="min"), 10),
     ],
@@ -145,11 +145,11 @@ def test_training_itself_can_be_watched() -> None:
     learner = tiny_learner(EarlyStopping(NumberLimit(2), phase=TrainingPhase))
     learner.fit(5)
     assert epochs_of(learner, TrainingPhase) == 2
-    assert epochs_of(learner, ValidationPhase) == 1  # the fit ends at once
+    assert epochs_of(learner, ValidationPhase) == 1  # the first epoch already ends the fit
 
 
 def test_it_has_a_handler_at_epochs_of_the_watched_phase_alone() -> None:
-    """Rule 2: elsewhere it costs nothing. Rule 7: it runs after what it reads is written."""
+    """Rule 2: at other events it has no handler. Rule 7: it runs after the callback that writes the metric."""
     learner = tiny_learner(EarlyStopping(2))
     labels = [step.label for step in learner.callbacks.plan(EpochEnd, ValidationPhase).steps]
     assert labels == ["Recorder.end_epoch", "Metrics.end", "EarlyStopping.watch"]
@@ -157,7 +157,7 @@ def test_it_has_a_handler_at_epochs_of_the_watched_phase_alone() -> None:
 
 
 def test_strips_of_several_epochs() -> None:
-    """Every second value of SCORES: 2, 2.5, 5: UP(2) stops at the third, after epoch 6."""
+    """A strip is two epochs, so UP(2) sees every second value of SCORES: 2, 2.5, 5, and stops after epoch 6."""
     learner = learner_with(throttle(EarlyStopping(UP(2), monitor="Score", mode="min"), EpochEnd, every=2))
     learner.fit(10)
     assert epochs_of(learner) == 6
@@ -187,11 +187,11 @@ def test_strips_bring_all_values_of_training_since_the_last_one() -> None:
 
 def test_outside_of_fit_nothing_is_watched() -> None:
     learner = learner_with(EarlyStopping(2, monitor="Score", mode="min"))
-    learner.validate()  # 4
-    learner.fit(2)  # 2, 3
+    learner.validate()  # the score 4, not watched
+    learner.fit(2)  # the scores 2 and 3
     assert learner.stopped is None
-    learner.validate()  # 2.5
-    learner.fit(1)  # 2: the second one without improvement
+    learner.validate()  # the score 2.5, not watched
+    learner.fit(1)  # the score 2: the second epoch without improvement
     assert isinstance(learner.stopped, CancelFittingException)
     learner.validate()
     learner.epoch(ValidationPhase)
@@ -203,7 +203,7 @@ def test_criteria_go_on_over_fits_and_begin_anew_when_they_have_ended_one() -> N
         assert learner.stopped is None
         learner.fit(1)
     assert isinstance(learner.stopped, CancelFittingException)
-    learner.fit(10)  # 5, 1, 2, 3, 4
+    learner.fit(10)  # the scores 5, 1, 2, 3, 4
     assert epochs_of(learner) == 10
     assert "no improvement on 1 for 3 epochs" in str(learner.stopped)
 
@@ -224,7 +224,7 @@ def cancel_fit(learner: LearnerView) -> None:
 
 
 def test_an_epoch_without_a_batch_is_not_counted() -> None:
-    """Rule 16: a cancelled epoch ends normally, and an epoch without a completed batch records nothing."""
+    """Rule 16: a cancelled epoch ends normally; without a completed batch there is no value to compare."""
     empty = iter([False, True, True, False, False, True])
 
     def cancel(learner: LearnerView) -> None:
@@ -233,12 +233,12 @@ def test_an_epoch_without_a_batch_is_not_counted() -> None:
 
     learner = learner_with(EarlyStopping(2, monitor="Score", mode="min"))
     learner.add_callback(CustomCallback(cancel, EpochBegin, ValidationPhase))
-    learner.fit(20)  # 4, -, -, 2, 3, -, 2.5
+    learner.fit(20)  # scores: 4, none, none, 2, 3, none, 2.5
     assert epochs_of(learner) == 7
 
 
 def test_the_state_goes_on_in_another_learner() -> None:
-    """Rule 28: ``torch.load(weights_only=True)`` suffices to read it."""
+    """Rule 28: ``torch.load(weights_only=True)`` reads the state, and another learner continues with it."""
     whole, first = (
         learner_with(EarlyStopping(3, UP(4), monitor="Score", mode="min")),
         EarlyStopping(3, UP(4), monitor="Score", mode="min"),
@@ -262,7 +262,7 @@ def checkpointed(folder: Path, *criteria: Criterion) -> Learner:
 
 
 def test_a_resumed_run_stops_where_one_without_a_break_does(tmp_path: Path) -> None:
-    """Rule 28."""
+    """Rule 28: resuming does not change the epoch at which training stops."""
     whole = checkpointed(tmp_path / "whole", UP(2), PQ(1e9, k=3))
     whole.fit(30)
     checkpointed(tmp_path / "parts", UP(2), PQ(1e9, k=3)).fit(epochs_of(whole) - 1)
@@ -280,12 +280,12 @@ def test_a_run_that_it_has_ended_ends_at_once_when_it_is_resumed(tmp_path: Path)
     again.fit(30, resume=tmp_path)
     assert epochs_of(again) == epochs_of(first) == 6
     assert str(again.stopped) == str(first.stopped)
-    again.fit(2)  # a fit of its own begins anew
+    again.fit(2)  # a new fit counts from the beginning
     assert (epochs_of(again), again.stopped) == (8, None)
 
 
 def test_with_other_criteria_it_goes_on_from_there(tmp_path: Path) -> None:
-    """UP(2) has ended it after the second rise in a row; UP(3) waits for a third."""
+    """UP(2) stopped the run after the second rise in a row; the resumed run has UP(3), which waits for a third."""
     first = checkpointed(tmp_path, UP(2))
     first.fit(30)
     again = checkpointed(tmp_path, UP(3))
@@ -308,7 +308,7 @@ def test_a_subclass_is_watched_where_the_data_has_it_in_place_of_the_phase() -> 
         EarlyStopping(NumberLimit(2)), data={TrainingPhase: batches, OtherValidation: batches, ValidationPhase: batches}
     )
     both.fit(5)
-    assert (epochs_of(both, OtherValidation), epochs_of(both, ValidationPhase)) == (2, 2)  # one value each epoch
+    assert (epochs_of(both, OtherValidation), epochs_of(both, ValidationPhase)) == (2, 2)  # one value for each epoch
 
 
 def test_the_same_under_dask() -> None:
@@ -409,7 +409,7 @@ def test_a_phase_that_the_data_does_not_have_is_refused_before_training(
 
 
 def test_a_criterion_belongs_to_one_callback() -> None:
-    """It would take in the values of two phases, or each value twice, and stop too early."""
+    """A shared criterion would get the values of two phases, or each value twice, and stop too early."""
     shared = Patience(2)
     with pytest.raises(CallbackError, match=r"EarlyStopping and EarlyStopping#2 have the same Patience\(2\), w"):
         tiny_learner(EarlyStopping(shared), EarlyStopping(GL(5), Warmup(shared, 1), phase=TrainingPhase))
@@ -428,7 +428,7 @@ RISING = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 class Own(Callback):
-    """Records an epoch metric by itself, and says which of its values are good."""
+    """Records an epoch metric itself, and says whether higher values are better."""
 
     def __init__(self, mode: Literal["min", "max"]) -> None:
         self.mode: Literal["min", "max"] = mode
@@ -489,7 +489,7 @@ def test_each_of_a_torchmetrics_collection_is_known() -> None:
 
 
 def test_an_accuracy_that_rises_is_better() -> None:
-    """Of the metric that most people watch: five epochs are run, and the best one is the last."""
+    """EarlyStopping knows that a higher accuracy is better: all five epochs run, and the last one is the best."""
     for monitor, mode, wanted in (("Accuracy", None, 5), ("Accuracy", "min", 3), ("Accuracy", "max", 5)):
         rest = iter(RISING)
 
@@ -561,7 +561,7 @@ def test_a_metric_that_is_nan_from_the_first_epoch_on_ends_training() -> None:
 
 
 def test_the_first_reason_is_the_one_that_is_kept() -> None:
-    """Of two that stop at once it is the first in the list; the other one is attached."""
+    """If two criteria stop at the same event, the reason of the first in the list is kept, the other is attached."""
     nan = [float("nan")] * 10
     one = EarlyStopping(2, monitor="Score", mode="min")
     other = EarlyStopping(InvalidValue(), monitor="Score", mode="min")

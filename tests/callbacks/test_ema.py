@@ -1,4 +1,4 @@
-"""EMA: against torch's AveragedModel, and where the averages are in the model and where not."""
+"""EMA: compared with torch's AveragedModel, and at which times the model has the averages or the trained weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def make_model() -> torch.nn.Module:
-    """A model with weights of several shapes, a frozen one, and buffers of two types."""
+    """Return a model with weights of several shapes, a frozen weight, and buffers of two types."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
@@ -75,12 +75,12 @@ def test_it_is_torchs_averaged_model_to_the_bit(buffers: bool, accumulate: int) 
     expected = dict(averaged.module.named_parameters())
     if buffers:
         expected |= dict(averaged.module.named_buffers())  # type: ignore[arg-type]  # tensors, both
-        del expected["1.num_batches_tracked"]  # a counter, which torch averages too
+        del expected["1.num_batches_tracked"]  # an integer counter, which torch averages too
     assert list(ema.averages) == list(expected)
     for name, average in ema.averages.items():
         assert torch.equal(average, expected[name]), name
     for name, weight in learner.model.named_parameters():
-        assert torch.equal(weight, model.get_parameter(name)), name  # training does not notice
+        assert torch.equal(weight, model.get_parameter(name)), name  # the averages have not changed training
     with ema.applied():
         for name, value in learner.model.state_dict().items():
             if name != "1.num_batches_tracked" or not buffers:
@@ -89,7 +89,7 @@ def test_it_is_torchs_averaged_model_to_the_bit(buffers: bool, accumulate: int) 
 
 
 class Kinds(torch.nn.Module):
-    """A model with buffers that have no mean, and one that is a mean."""
+    """A model with buffers that cannot be averaged, and one that can."""
 
     seen: torch.Tensor
 
@@ -104,7 +104,7 @@ class Kinds(torch.nn.Module):
         self.register_buffer("flags", torch.tensor([True, False]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the last layer's outputs; both have one value for each sample."""
+        """Return the outputs of the last layer, with one value for each sample."""
         if self.training:
             self.seen += len(x)
         outputs: torch.Tensor = self.last(self.norm(self.linear(x)).masked_fill(self.mask < 0, 0.0))
@@ -113,7 +113,7 @@ class Kinds(torch.nn.Module):
 
 @pytest.mark.parametrize("buffers", [False, True])
 def test_what_has_no_mean_is_not_averaged(buffers: bool, tmp_path: Path) -> None:
-    """Unit vectors stay of length 1, infinities stay what they are, counters and flags are those of the model."""
+    """Unit vectors keep length 1, infinities stay infinite, and counters and flags are copied from the model."""
     torch.manual_seed(0)
     ema = EMA(0.5, buffers=buffers)
     learner = tiny_learner(ema, Checkpointer(tmp_path), model=Kinds(), optimizer=SGD, n_batches=6)
@@ -145,7 +145,7 @@ def test_what_has_no_mean_is_not_averaged(buffers: bool, tmp_path: Path) -> None
 
 
 class Seen(Callback):
-    """Keep what the model's parameter is at every event that is handled, as seen by a reader."""
+    """Keeps the value of the model's parameter that a reader sees at every event."""
 
     def __init__(self) -> None:
         self.values: list[tuple[str, float]] = []
@@ -190,7 +190,7 @@ def test_validation_uses_the_averages_and_nothing_else_does() -> None:
 
 
 class Fails(Callback):
-    """Raise at one event of validation."""
+    """Raises at one event of validation."""
 
     def __init__(self, where: str, error: BaseException) -> None:
         self.where = where
@@ -221,7 +221,7 @@ class Fails(Callback):
 @pytest.mark.parametrize("error", [ValueError, CancelEpochException, CancelFittingException, KeyboardInterrupt])
 def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: type[BaseException]) -> None:
     ema, fails = EMA(0.5), Fails(where, error("on purpose"))
-    if first:  # so that it fails before the averages are swapped in or out
+    if first:  # so that it raises before EMA swaps the averages in or out
         fails.state_access = dict  # type: ignore[method-assign]  # it reads nothing
     learner = tiny_learner(*((fails, ema) if first else (ema, fails)), n_batches=2)
     if issubclass(error, (ValueError, KeyboardInterrupt)):
@@ -235,7 +235,7 @@ def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: ty
 
 
 def test_an_order_that_keeps_it_from_putting_back_is_made_up_for() -> None:
-    """Rule 15: where an ancestor fails at EpochEnd, the handler does not run; FitEnd does."""
+    """Rule 15: if an ancestor fails at EpochEnd, EMA is skipped there; its handler of FitEnd puts the weights back."""
 
     class After(EMA):
         def run_after(self) -> tuple[type[Callback], ...]:
@@ -250,7 +250,7 @@ def test_an_order_that_keeps_it_from_putting_back_is_made_up_for() -> None:
 
 
 def test_at_rest_in_the_middle_of_validation() -> None:
-    """Rule 28: a checkpoint is of the weights that are trained, whenever it is asked for."""
+    """Rule 28: a checkpoint holds the trained weights, even if it is requested while the model has the averages."""
     taken: list[tuple[float, float, float]] = []
 
     class Takes(Callback):
@@ -292,7 +292,7 @@ def test_a_state_is_taken_back_in_the_middle_of_validation() -> None:
     assert seen.values[-2][1] == state["averages"]["coeff"].item()
     assert other.model.coeff.item() == weights["coeff"].item()
     other.fit(1)
-    assert fresh.averages["coeff"] is not state["averages"]["coeff"]  # averaging goes on in a copy
+    assert fresh.averages["coeff"] is not state["averages"]["coeff"]  # averaging continues in a copy
 
 
 def test_two_halves_are_a_whole() -> None:
@@ -307,7 +307,7 @@ def test_two_halves_are_a_whole() -> None:
 
 
 class Both(AbstractTrainingPhase):
-    """Update two models, one after the other."""
+    """Updates two models, one after the other."""
 
     def step(self, learner: StepContext, raw: torch.Tensor) -> None:
         with learner.run_batch(self, inputs=raw) as batch:
@@ -395,7 +395,7 @@ def test_declares_exactly_what_it_touches() -> None:
 def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_run_resumed_from_it_is_the_run(
     tmp_path: Path,
 ) -> None:
-    """Rule 28: while the model has the averages, and again when the resumed epoch of validation has begun once more."""
+    """Rule 28: the model has the averages at the request, and again after the resumed validation epoch has begun."""
 
     class Asks(Callback):
         seen: float | None = None
@@ -422,14 +422,14 @@ def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_ru
     losses = [list(learner.cbstate.metrics_step[ValidationPhase]["Loss"]) for learner in (whole, resumed)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
-    assert again.seen is None  # the third batch was before the checkpoint
+    assert again.seen is None  # the checkpoint was taken before the third batch
 
 
 # --- checkpoints hold what was judged
 
 
 def validation_loss(model: torch.nn.Module, data: Any) -> float:
-    """The loss over batches of one size, as anybody would compute it with a model that was loaded from a file."""
+    """Return the loss over batches of one size, as a user computes it with a model loaded from a file."""
     was = model.training
     model.eval()
     with torch.no_grad():
@@ -463,7 +463,7 @@ def best_of(folder: Path) -> Path:
 
 
 def test_the_best_checkpoint_holds_what_was_judged(tmp_path: Path) -> None:
-    """Read by torch, as safetensors, and loaded by a learner with the callback and by one without."""
+    """Torch and safetensors read the averages from it, and so do learners with and without the callback."""
     _, learner = judged(tmp_path)
     learner.fit(6)
     best = min(value for _, value in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"])
@@ -497,7 +497,7 @@ def test_a_fit_resumed_from_it_is_exact(which: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["fit", "epoch", "step"])
 def test_what_is_loaded_is_shown_until_training_goes_on(how: str, tmp_path: Path) -> None:
-    """Validation in between leaves it; then training goes on with the weights that were trained, to the bit."""
+    """After `load` and a validation the model has the averages; training resumes from the trained weights."""
     _, first = judged(tmp_path)
     first.fit(3)
     contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
@@ -522,7 +522,7 @@ def test_what_is_loaded_is_shown_until_training_goes_on(how: str, tmp_path: Path
 
 
 def test_one_load_after_the_other(tmp_path: Path) -> None:
-    """What is shown of one file is gone with the next, also where that one shows nothing, or is refused."""
+    """A second `load` replaces the averages of the first, unless it is refused; a file without averages shows none."""
     ema, learner = judged(tmp_path)
     learner.fit(2)
     learner.load(tmp_path)
@@ -539,7 +539,7 @@ def test_one_load_after_the_other(tmp_path: Path) -> None:
     learner.load(tmp_path / "plain")
     assert_equal(weights_of(learner), weights_of(plain))
     learner.load(tmp_path)
-    learner.remove_callback(EMA)  # which has the weights that are trained
+    learner.remove_callback(EMA)  # the callback holds the trained weights
     learner.fit(1)
     again = tiny_learner(model=make_model(), optimizer=SGD, data=(tiny_batches(n_batches=6), VALID))
     again.model.load_state_dict(torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)["trained"][""])
@@ -613,7 +613,7 @@ def test_one_of_several_models_is_judged_by_its_averages(tmp_path: Path) -> None
 
 
 class Grow(Callback):
-    """Put a layer with a bias in the place of one without, after the first epoch, and train it."""
+    """After the first epoch, replaces a layer without a bias by one with a bias, and trains it."""
 
     def state_access(self) -> Access:
         return {"model": Write(), "optimizer": Write(), "cbstate.history": Read()}

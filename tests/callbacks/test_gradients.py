@@ -1,4 +1,4 @@
-"""GradNorm: against norms worked out from the gradients themselves."""
+"""GradNorm: compared with norms computed from the gradients themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 
 
 class Keeps(Callback):
-    """Keep a copy of the gradients of every update, before clipping."""
+    """Keeps a copy of the gradients of every update, before clipping."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, torch.Tensor]] = []
@@ -57,7 +57,7 @@ def test_norms_before_clipping_of_whole_groups(settings: dict[str, Any], steps: 
 
 
 def test_without_layers_nothing_handles_update_begin() -> None:
-    """Rule 2: what is not asked for costs nothing."""
+    """Rule 2: norms of layers that nobody asked for cost no handler."""
     learner = tiny_learner(GradNorm())
     assert not learner.callbacks.plan(UpdateBegin, TrainingPhase).steps
     learner.fit(1)
@@ -85,5 +85,5 @@ def test_the_same_under_every_executor() -> None:
 
 
 def test_strict_mode_finds_nothing_to_complain_about() -> None:
-    """A series whose name has a dot lies below the declared path."""
+    """A series whose name has a dot lies below the declared path, so strict mode finds no undeclared write."""
     tiny_learner(GradNorm(layers=True), model=model(), n_batches=2, strict=True).fit(1)

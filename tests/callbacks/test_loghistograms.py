@@ -1,4 +1,4 @@
-"""LogHistograms: weights at the end of a batch, gradients before they are clipped."""
+"""LogHistograms: weights at the end of a batch, and gradients before they are clipped."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_weights_and_gradients_of_one_batch_have_one_step(tmp_path: Path) -> Non
     x, y = tiny_batches(n_batches=4)[3]
     middle = {(name, step): sum(value["edges"]) / 2 for name, step, value in found}
     assert middle["Weights/coeff", 4] == pytest.approx(learner.model.coeff.item())
-    before = learner.model.coeff.item() - 0.1e-3  # each clipped step adds a tenth of a thousandth
+    before = learner.model.coeff.item() - 0.1e-3  # each clipped update adds 0.0001
     gradient = (2 * (before * x - y) * x).mean().item()
-    assert middle["Gradients/coeff", 4] == pytest.approx(gradient, rel=1e-4)  # not clipped
+    assert middle["Gradients/coeff", 4] == pytest.approx(gradient, rel=1e-4)  # these are the gradients before clipping
 
 
 def test_accumulated_gradients_are_logged_at_the_batch_of_their_update(tmp_path: Path) -> None:

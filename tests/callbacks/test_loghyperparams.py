@@ -1,4 +1,4 @@
-"""LogHyperParams: a value when it changes, the settings once."""
+"""LogHyperParams: it logs a hyperparameter when the value changes, and the settings once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.logs import log_fields
 
 
 class Steps(Callback):
-    """Sets the rate for every batch, and halves it after every other one."""
+    """Sets the rate for every batch, and halves it at every second one."""
 
     def state_access(self) -> Access:
         return {"cbstate.hyperparams.LearningRate": Write(), "cbstate.history": Read()}
@@ -37,7 +37,7 @@ def test_a_value_is_logged_when_it_changes_and_the_settings_once(tmp_path: Path)
     path = tmp_path / "log"
     settings = {"batch_size": 8, "model": {"width": (1, 2)}}
     with tiny_learner(LogHyperParams(JsonlBackend(path), settings=settings), Steps(), n_batches=3) as learner:
-        settings["batch_size"] = 9  # what was passed counts
+        settings["batch_size"] = 9  # the argument of the constructor counts
         learner.fit(1)
         learner.fit(1)
     assert logged(path) == [
@@ -57,7 +57,7 @@ def test_without_a_schedule_there_is_nothing_to_log(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_does_not_repeat_itself(tmp_path: Path) -> None:
-    """Rule 28: what was logged is part of the state."""
+    """Rule 28: the state holds the values that were logged."""
     first = LogHyperParams(JsonlBackend(tmp_path / "one"), settings={"a": 1})
     with tiny_learner(first, Steps(), n_batches=2) as learner:
         learner.fit(1)

@@ -1,4 +1,4 @@
-"""LogMetrics: what is in the log is what is in the series."""
+"""LogMetrics: the log holds the values of the recorded series."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_mistakes(backends: tuple[Any, ...], message: str) -> None:
 
 
 def test_serial_and_dask_give_one_log(tmp_path: Path) -> None:
-    """Rules 6 and 13: several callbacks on several backends, one order."""
+    """Rules 6 and 13: several callbacks write to several backends in the same order under both executors."""
     runs = iter(range(100))
     folders: list[Path] = []
 
@@ -133,7 +133,7 @@ def test_serial_and_dask_give_one_log(tmp_path: Path) -> None:
         traces = Traces({"Twice": lambda learner: 2 * learner.batch.loss}, TrainingPhase)
         return tiny_learner(LogMetrics(*backends), LogTraces(*backends[:2]), traces, executor=executor, n_batches=3)
 
-    placed = ["callbacks.LogMetrics.backends", "callbacks.LogTraces.backends"]  # in another folder in each run
+    placed = ["callbacks.LogMetrics.backends", "callbacks.LogTraces.backends"]  # each run has a folder of its own
     assert_equivalent(make, executors=["dask"], interleavings=2, ignore=placed)
     serial, *others = (logged(folder / "l") for folder in folders)
     tables = {(folder / "c").read_bytes() for folder in folders}

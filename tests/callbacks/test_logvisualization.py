@@ -1,4 +1,4 @@
-"""LogVisualization: what a function returns, under its name."""
+"""LogVisualization: logs the image that a function returns, under a name."""
 
 from __future__ import annotations
 

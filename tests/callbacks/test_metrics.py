@@ -1,4 +1,4 @@
-"""Metrics: values of batches and epochs, against an independent computation and against torchmetrics itself."""
+"""Metrics: values of batches and epochs, compared with an independent computation and with torchmetrics itself."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def labelled(sizes: list[int], seed: int = 0) -> list[Pair]:
-    """Batches of the given sizes, with three features and three classes."""
+    """Return batches of the given sizes, with three features and three classes."""
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(n, 3, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
 
@@ -83,7 +83,7 @@ def test_epoch_values_are_means_over_samples_also_with_a_smaller_last_batch() ->
     learner = classifier(Metrics(accuracy), train=train, valid=valid)
     learner.fit(1)
 
-    torch.manual_seed(0)  # the same by hand
+    torch.manual_seed(0)  # the same mean, computed by hand
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, right = [], 0
@@ -200,7 +200,7 @@ def test_an_epoch_without_a_completed_batch_records_nothing() -> None:
 
 
 def test_an_epoch_after_one_that_ended_early_begins_anew() -> None:
-    """Neither the batches of the broken epoch nor direct steps count in the next one."""
+    """The next epoch counts neither the batches of the cancelled epoch nor direct steps."""
     data = labelled([4, 4, 2])
     metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
     cancel = CancelAt({3: CancelFittingException})
@@ -242,7 +242,7 @@ def test_torchmetrics_objects_give_their_own_result() -> None:
     learner = classifier(Metrics(Metric(f1, name="F1"), both), train=train, valid=valid)
     learner.fit(2)
     assert sorted(learner.cbstate.metrics_epoch[ValidationPhase]) == ["F1", "Loss", "MyPrecision", "MyRecall"]
-    # The validation of the last epoch ran with the final parameters.
+    # Compute the validation of the last epoch again, with the final parameters.
     expected_f1, expected = f1.clone(), both.clone()
     for inputs, targets in valid:
         expected_f1.update(learner.model(inputs), targets)
@@ -251,7 +251,7 @@ def test_torchmetrics_objects_give_their_own_result() -> None:
     assert newest == expected_f1.compute().item()
     for name, value in expected.compute().items():
         assert epochs_of(learner, name, ValidationPhase)[-1] == (2, value.item())
-    # A mean of the batches would be another number: these metrics are no means.
+    # These metrics are not means over batches: the mean of the batch values is another number.
     batches = [f1(learner.model(inputs), targets).item() for inputs, targets in valid]
     assert newest != pytest.approx((6 * batches[0] + 5 * batches[1]) / 11)
     assert list(learner.cbstate.metrics_step[ValidationPhase]) == ["Loss"]
@@ -261,7 +261,7 @@ def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch
     train, valid = labelled([4, 4]), labelled([4], seed=1)
 
     class Samples(torchmetrics.Metric):
-        """How many samples it has seen."""
+        """A metric that counts the samples that it has seen."""
 
         full_state_update = False
 
@@ -276,7 +276,7 @@ def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch
             return self.seen
 
     users = Samples()
-    users.update(torch.zeros(100), torch.zeros(100))  # what the user's object has seen is not ours
+    users.update(torch.zeros(100), torch.zeros(100))  # the user's own object does not feed the recorded values
     learner = classifier(Metrics(Metric(users, on_step=True)), train=train, valid=valid)
     learner.fit(2)
     assert epochs_of(learner, "Samples") == [(1, 8.0), (2, 8.0)]
@@ -299,11 +299,11 @@ def test_two_collections_keep_apart() -> None:
 
 
 def test_no_graph_is_kept() -> None:
-    """Neither by values nor by a torchmetrics object that keeps the outputs of the epoch."""
+    """Neither recorded values nor a torchmetrics object that keeps outputs may keep the graph of a batch."""
     kept: list[torch.Tensor] = []
 
     class Keeping(torchmetrics.Metric):
-        """Keeps what it is given, as metrics over curves do."""
+        """A metric that keeps its inputs for the whole epoch, as metrics over curves do."""
 
         full_state_update = False
 
@@ -335,7 +335,7 @@ def test_no_graph_is_kept() -> None:
     learner.epoch(TrainingPhase)
     gc.collect()
     assert [output.grad_fn for output in kept] == [None] * 3
-    assert [graph() is None for graph in graphs] == [True, True, False]  # the last batch is still the learner's
+    assert [graph() is None for graph in graphs] == [True, True, False]  # the learner still holds the last batch
     assert all(type(value) is float for name in ("Loss", "Sum") for _, value in steps_of(learner, name))
 
 
@@ -343,7 +343,7 @@ def test_no_graph_is_kept() -> None:
 
 
 def test_a_learner_has_one_of_them() -> None:
-    """Rule 8: both would record the loss, and no order of the two helps."""
+    """Rule 8: two Metrics callbacks would record the loss twice, and no order of the two mends that."""
     with pytest.raises(ResolutionError, match=r"Metrics and Metrics#2 cannot be used together: .*Unresolvable\(\)"):
         tiny_learner(Metrics(accuracy), Metrics(mean_of_outputs))
 
@@ -365,7 +365,7 @@ def test_another_callback_can_write_a_series_beside_it() -> None:
 
 
 def test_each_handler_declares_only_what_it_touches() -> None:
-    """So that nobody waits for it at an event where it does not touch what they do (rule 7)."""
+    """Rule 7: a wider declaration would make other callbacks wait at events where it touches none of their paths."""
     learner = tiny_learner(Metrics(mean_of_outputs))
     node = next(node for node in learner.callbacks.nodes if isinstance(node.callback, Metrics))
     at = {handler.attribute: {".".join(path) for path, _ in node.access[handler]} for _, handler in node.handlers}
@@ -392,7 +392,7 @@ def test_a_reader_sees_the_value_of_this_very_batch() -> None:
     data = labelled([4])
     learner = classifier(other := Other(), Metrics(accuracy), train=data, valid=data)
     learner.epoch(TrainingPhase)
-    assert other.seen == steps_of(learner, "Accuracy")[0]  # rule 7
+    assert other.seen == steps_of(learner, "Accuracy")[0]  # rule 7: the writer ran first
 
 
 # --- names and mistakes

@@ -1,4 +1,4 @@
-"""StopOnNaNLoss: training ends with a warning that says where, and the parameters are those before."""
+"""StopOnNaNLoss: it ends training with a warning that says where, and NaN does not reach the parameters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_it_warns_where_and_the_parameters_are_those_before() -> None:
 
 def test_the_place_counts_on_over_epochs_and_fits() -> None:
     class Spoil(Callback):
-        """Make the model's parameter NaN before a batch, counted from 1 over the whole training."""
+        """Makes the model's parameter NaN before a batch, counted from 1 over the whole training."""
 
         batches = 0
 
@@ -80,7 +80,7 @@ def test_without_a_recorder_it_says_less_and_stops_all_the_same() -> None:
 
 
 def test_a_gradient_group_with_a_nan_is_discarded_whole() -> None:
-    """Rule 16: the good half of the group does not reach the parameters in a later fit."""
+    """Rule 16: the gradients of the good batches in the group do not reach the parameters in a later fit."""
     core = TorchCore(device="cpu", accumulate=2)
     learner = tiny_learner(data=batches_with(NAN, at=2, n_batches=4), core=core)
     with pytest.warns(RuntimeWarning, match="in batch 2 of epoch 1"):
@@ -108,7 +108,7 @@ def test_validation_is_not_watched() -> None:
 
 
 def test_a_direct_epoch_lets_the_cancel_through() -> None:
-    """Rule 16: there is no fit that could end."""
+    """Rule 16: outside of a fit the exception that ends a fit reaches the caller."""
     learner = tiny_learner(data=batches_with(NAN, at=1, n_batches=4))
     with (
         pytest.warns(RuntimeWarning, match="in batch 1 of epoch 1"),

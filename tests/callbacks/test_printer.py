@@ -1,4 +1,4 @@
-"""MetricsPrinter: one readable line for each epoch."""
+"""MetricsPrinter: prints one readable line for each epoch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.console import printed
 
 @pytest.fixture(params=[False, True], ids=["file", "terminal"])
 def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """What rich's console prints, as a file and as a terminal."""
+    """Return the output of rich's console, once as a file and once as a terminal."""
     with printed(40, terminal=request.param) as written:
         yield written
 
@@ -71,7 +71,7 @@ def test_the_reason_why_a_fit_was_stopped(make: Callable[[], Exception], line: s
 
 
 def test_one_plain_line_for_each_epoch(output: io.StringIO) -> None:
-    """Longer than the terminal is wide, and with what rich would take for markup: neither changes the line."""
+    """A line that is longer than the terminal and holds brackets, which rich reads as markup, is printed unchanged."""
     large = Metric(constant(1234567.0), name="B", phase=ValidationPhase)
     metrics = Metrics(Metric(constant(0.123456), name="[bold]A"), large)
     learner = printing(metrics=metrics)
@@ -93,7 +93,7 @@ def test_an_epoch_that_recorded_nothing_prints_nothing(output: io.StringIO) -> N
         @on(BatchBegin, TrainingPhase)
         def cancel(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
             self.epochs += 1
-            if self.epochs == 3:  # the first batch of the second epoch
+            if self.epochs == 3:  # this cancels the first batch of the second epoch
                 raise CancelEpochException("no")
 
     learner = printing(Cancel(), metrics=Metrics())

@@ -1,4 +1,4 @@
-"""ProgressBar, on an emulated terminal: what a person sees while it runs, and what is left when it has ended."""
+"""ProgressBar on an emulated terminal: the lines that a person sees during training and after it."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ P = ParamSpec("P")
 
 
 class Terminal(io.StringIO):
-    """A stream that ends in an emulated terminal, with all that has scrolled off it.
+    """A stream into an emulated terminal, which also keeps the lines that have scrolled off.
 
     Attributes:
-        written: Everything that was written to it.
-        draws: How often something was put on its last line.
+        written: All text written to the stream.
+        draws: How often the last line was drawn.
     """
 
     encoding = "utf-8"
@@ -63,7 +63,7 @@ class Terminal(io.StringIO):
     def __init__(self, columns: int = 70, rows: int = 8) -> None:
         super().__init__()
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000)
-        self.screen.set_mode(pyte.modes.LNM)  # as the terminal driver does: a new line begins on the left
+        self.screen.set_mode(pyte.modes.LNM)  # terminal drivers start a new line at the left edge
         self._stream = pyte.Stream(self.screen)
         self.written = ""
         self.draws = 0
@@ -83,7 +83,7 @@ class Terminal(io.StringIO):
         return self.screen.display[-1].rstrip()
 
     def above(self, rows: int) -> list[str]:
-        """All lines from the first ever printed on, without the last rows of the screen and blank ends."""
+        """Return all lines since the first output, without the last rows of the screen and blank lines at the end."""
         columns = range(self.screen.columns)
         scrolled = ["".join(row[column].data for column in columns) for row in self.screen.history.top]
         shown = self.screen.display
@@ -93,7 +93,7 @@ class Terminal(io.StringIO):
         return lines
 
     def assert_clean(self) -> None:
-        """Nothing of a bar is left, neither to see nor in how the terminal behaves."""
+        """Assert that no part of a bar is visible and that the terminal has its usual modes."""
         assert BottomLine._holder is None  # pyright: ignore[reportPrivateUsage]  # what a leak would leave
         assert self.screen.margins is None
         assert not self.screen.cursor.hidden
@@ -103,7 +103,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """A terminal for tests under `on_terminal`."""
+    """Return a terminal for tests under `on_terminal`."""
     terminal = Terminal()
     console = rich.get_console()
     before = dict(console.__dict__)
@@ -114,7 +114,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
 
 
 def on_terminal(test: Callable[P, None]) -> Callable[P, None]:
-    """Run a test with the terminal as standard output and standard error. pytest would take them from a fixture."""
+    """Run a test with the terminal as standard output and error; pytest would replace them if a fixture set them."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -122,14 +122,14 @@ def on_terminal(test: Callable[P, None]) -> Callable[P, None]:
         assert isinstance(terminal, Terminal)
         with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
             test(*args, **kwargs)
-            assert sys.stdout is sys.stderr is terminal  # no stream was replaced
+            assert sys.stdout is sys.stderr is terminal  # the bar has replaced no stream
 
     return run
 
 
 @pytest.fixture
 def plain() -> Iterator[io.StringIO]:
-    """Standard output of rich's console in a file."""
+    """Return the output of rich's console as a file."""
     with printed(70) as written:
         yield written
 
@@ -142,7 +142,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class At(Callback):
-    """Call a function with the number of completed batches, after the bar was drawn."""
+    """Calls a function with the number of completed batches, after the bar was drawn."""
 
     def __init__(self, event_type: type[Event], f: Callable[[int], Any], phase_type: type[Phase] = Phase) -> None:
         self.event_type, self.f, self.phase_type = event_type, f, phase_type
@@ -159,7 +159,7 @@ class At(Callback):
 
 
 def showing(*callbacks: Callback, redraw: float = 0.0, n_batches: int = 5, **kwargs: Any) -> Learner:
-    """A learner with a bar that is redrawn at every batch."""
+    """Return a learner with a bar that is redrawn at every batch."""
     return tiny_learner(*callbacks, ProgressBar(redraw=redraw), n_batches=n_batches, **kwargs)
 
 
@@ -193,7 +193,7 @@ def test_the_bar_shows_phase_epoch_batches_and_loss(terminal: Terminal) -> None:
 
 @on_terminal
 def test_what_is_printed_goes_above_and_stays_whole(terminal: Terminal) -> None:
-    """By print, by a stream taken before, by logging set up before, by warnings, in parts of lines, long lines."""
+    """Output by print, older streams, older logging handlers, warnings, in partial lines and in long lines."""
     stream = sys.stderr
     log = logging.Logger("progress")
     log.addHandler(logging.StreamHandler())
@@ -201,7 +201,7 @@ def test_what_is_printed_goes_above_and_stays_whole(terminal: Terminal) -> None:
     print(printed[0])
 
     def above() -> list[str]:
-        return [line for line in terminal.above(1) if not line.startswith("epoch   1")]  # what MetricsPrinter adds
+        return [line for line in terminal.above(1) if not line.startswith("epoch   1")]  # the line of MetricsPrinter
 
     def write(count: int) -> None:
         assert "━" in terminal.last
@@ -219,7 +219,7 @@ def test_what_is_printed_goes_above_and_stays_whole(terminal: Terminal) -> None:
         assert above() == [*printed, "parts"]
 
     def finish(count: int) -> None:
-        if printed[-1] == "x" * 30:  # the bar was drawn again meanwhile
+        if printed[-1] == "x" * 30:  # the bar was drawn again in between
             assert above() == [*printed, "parts"]
             print(" of a line")
             printed.append("parts of a line")
@@ -369,7 +369,7 @@ def test_another_size_of_the_window_meanwhile(terminal: Terminal, rows: int) -> 
 
 
 class Failed(Exception):
-    """Raised on purpose."""
+    """An exception that a test raises on purpose."""
 
 
 @pytest.mark.parametrize("event", [FitBegin, EpochBegin, BatchBegin, BatchEnd, EpochEnd, FitEnd])
@@ -393,7 +393,7 @@ def test_a_failure_leaves_the_terminal_clean(
     assert any(line.endswith("on purpose") for line in lines)
     terminal.assert_clean()
     learner.remove_callback(At)
-    learner.fit(1)  # and it goes on
+    learner.fit(1)  # a further fit works
     terminal.assert_clean()
 
 
@@ -425,7 +425,7 @@ def test_a_failure_before_the_bar_begins_leaves_the_terminal_clean(terminal: Ter
     learner.remove_callback(Refuse)
     seen: list[str] = []
     learner.add_callback(At(EpochBegin, lambda count: seen.append(terminal.last)))
-    learner.epoch(TrainingPhase)  # the fit that failed is over
+    learner.epoch(TrainingPhase)  # the failed fit is closed
     assert seen[0].startswith("TrainingPhase epoch 1 ")
     terminal.assert_clean()
 
@@ -451,7 +451,7 @@ def test_two_learners_after_each_other(terminal: Terminal) -> None:
 
 @on_terminal
 def test_a_learner_inside_a_handler_of_another(terminal: Terminal) -> None:
-    """The inner bar takes the line, and the outer one takes it back."""
+    """The inner bar is drawn instead of the outer one until it ends; then the outer bar is drawn again."""
     seen: list[str] = []
 
     def train(count: int) -> None:
@@ -471,7 +471,7 @@ def test_a_learner_inside_a_handler_of_another(terminal: Terminal) -> None:
 
 @on_terminal
 def test_it_is_redrawn_at_most_five_times_a_second(terminal: Terminal, clock: Clock) -> None:
-    """Counted over 300 short epochs too: beginning an epoch is no reason to draw more often."""
+    """The limit also holds over 300 short epochs: the begin of an epoch causes no extra redraw."""
     learner = tiny_learner(Tick(clock, 0.01), ProgressBar(), n_batches=5)
     begin = clock.now
     learner.fit(150)
@@ -485,13 +485,13 @@ def test_printing_causes_no_redraw(terminal: Terminal, clock: Clock) -> None:
     learner = tiny_learner(Tick(clock, 0.001), At(BatchEnd, print), ProgressBar(), n_batches=100)
     learner.fit(1)
     assert len(terminal.above(0)) == 200
-    assert terminal.draws == 1 + 0  # 0.2 seconds are not over when the last batch begins
+    assert terminal.draws == 1 + 0  # the last batch begins before 0.2 seconds are over
     terminal.assert_clean()
 
 
 @on_terminal
 def test_it_draws_no_random_numbers(terminal: Terminal) -> None:
-    """A run with a bar is the run without it."""
+    """A run with a bar trains exactly as a run without one."""
     random.seed(3)
     expected = random.random()
     random.seed(3)
@@ -568,7 +568,7 @@ def test_mistakes(options: dict[str, Any]) -> None:
 
 @on_terminal
 def test_it_reads_what_it_declares_and_shows_the_state_of_this_batch(terminal: Terminal) -> None:
-    """Rule 7: the bar is drawn after the counts and the loss of the same batch."""
+    """Rule 7: the bar is drawn after the callbacks that write the counts and the loss of the same batch."""
     before: Access = {"cbstate.history": Read(), "cbstate.metrics_step.Loss": Read(optional=True)}
     assert before.items() <= ProgressBar().state_access().items()
     graph = tiny_learner(ProgressBar()).callbacks.graph
@@ -577,9 +577,10 @@ def test_it_reads_what_it_declares_and_shows_the_state_of_this_batch(terminal: T
 
 
 def test_the_loss_of_a_device_is_shown_a_fixed_number_of_batches_late(plain: io.StringIO, clock: Clock) -> None:
-    core = TorchCore("cpu", lag=2)  # treats the CPU as a device
+    core = TorchCore("cpu", lag=2)  # a lag treats the CPU as a device
     learner = tiny_learner(Tick(clock, 25.0), ProgressBar(), n_batches=9, core=core, data=tiny_batches(n_batches=9))
     learner.fit(1)
     losses = [value for _, value in learner.cbstate.metrics_step[TrainingPhase]["Loss"]]
-    # Due at batches 3 and, a minute after it was shown, 8; the second would be shown after the epoch.
+    # Batches take 25 s, a line is due each minute: at batch 3, whose loss is read at batch 5, and at batch 8, whose
+    # loss would be read after the epoch.
     assert plain.getvalue() == f"TrainingPhase epoch 1/1  batch 5/9  Loss {losses[2]:.4g}\n"

@@ -1,4 +1,4 @@
-"""LearningRateMonitor: which rates it records, and when."""
+"""LearningRateMonitor: which learning rates it records, and when."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flowtrain.testing import TinyModel, assert_equivalent, tiny_learner
 
 
 class Halve(Callback):
-    """Halve the learning rate at every second update, in the handlers of that update."""
+    """Halves the learning rate at every second update, in a handler of that update."""
 
     def __init__(self) -> None:
         self.updates = 0
@@ -53,7 +53,7 @@ def recorded(
 
 
 def test_a_rate_is_recorded_with_the_first_batch_that_uses_it() -> None:
-    """The monitor stands first, and runs after who writes: rule 7."""
+    """Rule 7: the monitor stands first in the list and runs after the callbacks that write the rate."""
     learner = tiny_learner(LearningRateMonitor(), Halve(), n_batches=4)
     learner.fit(1)
     assert recorded(learner) == {"LearningRate": [(1, 0.1), (2, 0.05), (4, 0.025)]}
@@ -70,7 +70,7 @@ def test_every_group_has_a_series() -> None:
     groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
     learner = tiny_learner(LearningRateMonitor(), model=model, optimizer=torch.optim.SGD(groups, lr=0.1), n_batches=2)
     learner.fit(1)
-    learner.optimizer.param_groups[1]["lr"] = torch.tensor(0.25)  # as torch keeps it with capturable=True
+    learner.optimizer.param_groups[1]["lr"] = torch.tensor(0.25)  # as capturable=True keeps it in torch
     learner.fit(1)
     assert recorded(learner) == {"LearningRate.0": [(1, 0.1)], "LearningRate.1": [(1, 0.5), (3, 0.25)]}
 
@@ -115,7 +115,7 @@ def test_a_wrong_name_is_an_error() -> None:
 
 
 class Reset(Callback):
-    """Put the rate back at the begin of an epoch."""
+    """Resets the rate at the begin of an epoch."""
 
     def state_access(self) -> Access:
         return {"optimizer.hyperparams": Write()}

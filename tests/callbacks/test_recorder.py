@@ -1,4 +1,4 @@
-"""Recorder: what it counts, and what it does not."""
+"""Recorder: which epochs, batches and updates it counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_counts_epochs_batches_and_updates_of_each_phase() -> None:
     assert history[TrainingPhase] == (2, 10, 5, 10)
     assert history[ValidationPhase] == (2, 6, 3, 0)
     assert history[OtherValidation] == (2, 4, 2, 0)
-    counts = history[TrainingPhase()]  # the instance and the type are one key
+    counts = history[TrainingPhase()]  # the counts take a phase or its type as key
     assert (counts.epochs, counts.steps, counts.steps_epoch, counts.updates) == (2, 10, 5, 10)
     learner.fit(steps=3)
     assert history[TrainingPhase] == (3, 13, 3, 13)
@@ -63,8 +63,8 @@ def test_accumulation_counts_updates_not_batches(n_batches: int, updates: int) -
     ("cancels", "expected"),
     [
         ({2: CancelBatchException, 3: CancelBatchException}, (2, 6, 4, 6)),
-        ({3: CancelEpochException}, (2, 6, 4, 6)),  # a cancelled epoch ends: rule 16
-        ({6: CancelFittingException}, (1, 5, 1, 5)),  # one that ends with the fit does not
+        ({3: CancelEpochException}, (2, 6, 4, 6)),  # rule 16: a cancelled epoch ends, so it counts
+        ({6: CancelFittingException}, (1, 5, 1, 5)),  # an epoch that the end of the fit cuts off does not count
         (dict.fromkeys(range(1, 5), CancelBatchException), (2, 4, 4, 4)),
     ],
 )
@@ -104,7 +104,7 @@ KINDS = {"batch": CancelBatchException, "epoch": CancelEpochException}
     n_batches=st.integers(1, 4),
 )
 def test_counts_are_those_of_a_plain_loop(cancels: dict[int, str], epochs: int, n_batches: int) -> None:
-    """Rule 16, for any pattern of cancelled batches and epochs."""
+    """Rule 16: for any pattern of cancelled batches and epochs the counts are those of a plain loop."""
     learner = tiny_learner(CancelAt({number: KINDS[kind] for number, kind in cancels.items()}), n_batches=n_batches)
     learner.fit(epochs)
     number = steps = in_epoch = 0
@@ -121,7 +121,7 @@ def test_counts_are_those_of_a_plain_loop(cancels: dict[int, str], epochs: int, 
 
 
 def test_a_reader_sees_the_finished_count_of_the_same_event() -> None:
-    """Rule 7: a writer goes before a reader, wherever they stand in the list."""
+    """Rule 7: the writer of a count runs before its reader, in whatever order the list has them."""
     seen: list[Counted] = []
 
     class Reader(Callback):

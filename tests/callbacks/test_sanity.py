@@ -1,4 +1,4 @@
-"""SanityCheck: one report of all that is wrong, and nothing changed by looking."""
+"""SanityCheck: it reports all problems at once, and its checks change nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Loss = Callable[[Any, Any], Any]
 
 
 def fails(learner: Learner) -> list[tuple[str, str, str]]:
-    """Fit, which must be refused, and return the problems; nothing has been trained."""
+    """Call `fit`, assert that it is refused before any training, and return the problems."""
     before = copy.deepcopy(learner.model.state_dict())
     with pytest.raises(SanityCheckError) as raised:
         learner.fit(1)
@@ -56,7 +56,7 @@ def pair(inputs: torch.Tensor, targets: torch.Tensor | None = None) -> Batches:
 
 
 def test_everything_wrong_is_in_one_report() -> None:
-    """Not the first problem only: data of two phases, the targets and the optimizer."""
+    """The report lists problems of the data of two phases, of the targets and of the optimizer together."""
     broken = torch.ones(4, 1)
     broken[1:3] = torch.tensor(float("nan"))
     model = nn.Linear(1, 2)
@@ -152,7 +152,7 @@ def test_targets_out_of_the_range_of_the_loss(targets: torch.Tensor, lossfn: Any
 RIGHT_LOSSES: list[Loss] = [
     nn.CrossEntropyLoss(ignore_index=7),
     partial(F.cross_entropy, ignore_index=7),
-    lambda outputs, targets: F.cross_entropy(outputs, targets.clamp(max=2)),  # a user's own: not checked
+    lambda outputs, targets: F.cross_entropy(outputs, targets.clamp(max=2)),  # a user's loss is not checked
 ]
 
 
@@ -195,7 +195,7 @@ def test_optimizer() -> None:
         learner.optimizer.param_groups[0]["lr"] = rate
         assert only(learner) == ("optimizer", f"the learning rate of group 0 is {rate}.")
     learner.optimizer.param_groups[0]["lr"] = 0.1
-    torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 0.0)  # a warm-up from zero is no mistake
+    torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 0.0)  # a warm-up may start at zero
     learner.fit(1)
 
 
@@ -208,7 +208,7 @@ class Draws(TensorDataset):
 
 
 class Counts(nn.Module):
-    """A model with dropout, a batch norm and a count of its calls."""
+    """A model with dropout, a batch norm and a counter of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_a_run_with_it_is_the_run_without(workers: int, own_generator: bool) -> None:
-    """Weights, buffers, attributes, the shuffled order of both loaders, and the random numbers drawn afterwards."""
+    """The same weights, buffers, attributes, order of both shuffled loaders, and later random numbers."""
 
     def run(*callbacks: SanityCheck) -> tuple[dict[str, torch.Tensor], int, torch.Tensor]:
         torch.manual_seed(0)
@@ -244,7 +244,7 @@ def test_a_run_with_it_is_the_run_without(workers: int, own_generator: bool) -> 
 
 
 class Stream(IterableDataset[Any]):
-    """Counts how often it is gone through."""
+    """A stream that counts its passes."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -309,14 +309,14 @@ def test_the_same_under_every_executor() -> None:
 
 
 class Wrapped(nn.Module):
-    """A loss in a module of the user's."""
+    """A module of a user around a loss of torch."""
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return 2 * F.mse_loss(outputs, targets)
 
 
 class Squeezed(nn.Module):
-    """A model whose outputs have no second dimension."""
+    """A model whose outputs lack the second dimension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ def test_what_a_loss_has_reshaped_is_stretched() -> None:
         return F.mse_loss(outputs, targets.view(-1))
 
     learner = tiny_learner(SanityCheck(), model=nn.Linear(1, 1), lossfn=lossfn, data=[(torch.ones(16, 1),) * 2])
-    with pytest.warns(UserWarning, match="different to the input size"):  # of torch, which runs it all the same
+    with pytest.warns(UserWarning, match="different to the input size"):  # torch's warning; it computes the loss
         [(_, what, _)] = fails(learner)
     assert what.startswith("mse_loss gets outputs of shape (16, 1) and targets of shape (16,), and stretches them to")
 
@@ -388,7 +388,7 @@ def test_outputs_and_targets_of_one_shape(lossfn: Any, name: str) -> None:
 
 
 def contrastive(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compares all pairs, on purpose."""
+    """A loss that compares all pairs of a batch on purpose."""
     same = (targets[:, None] == targets[None, :]).float()
     distances = (outputs[:, None, :] - outputs[None, :, :]).square().sum(2)
     return (same * distances).mean()
@@ -397,7 +397,7 @@ def contrastive(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("lossfn", [F.cross_entropy, nn.CrossEntropyLoss(), contrastive])
 @pytest.mark.parametrize("batch", [3, 16])
 def test_a_loss_of_other_shapes_is_left_alone(lossfn: Any, batch: int) -> None:
-    """Also where the batch is as long as there are classes, so that both could be stretched."""
+    """The shapes of class losses are left alone, even if a batch has as many samples as there are classes."""
     classifier(torch.arange(batch) % 3, lossfn).fit(1)
 
 
@@ -451,13 +451,13 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("lossfn", "outputs", "targets"),
     [
-        (F.cross_entropy, torch.zeros(2, 3), torch.tensor([-100, -100])),  # all of them ignored
+        (F.cross_entropy, torch.zeros(2, 3), torch.tensor([-100, -100])),  # every target is the ignored index
         (F.cross_entropy, torch.zeros(2, 3), torch.tensor([[0.5, 0.5, 0.0], [9.0, 0.0, 0.0]])),  # probabilities
-        (F.cross_entropy, torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 2)),  # a class for each pixel
-        (F.cross_entropy, torch.zeros(3), torch.tensor(2)),  # one sample, without a batch
+        (F.cross_entropy, torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 2)),  # one class for each pixel
+        (F.cross_entropy, torch.zeros(3), torch.tensor(2)),  # one sample without a batch dimension
         (F.mse_loss, torch.zeros(2), torch.tensor([-5.0, 9.0])),
         (nn.BCELoss(), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])),
-        (F.cross_entropy, {"logits": torch.zeros(2, 3)}, torch.tensor([7])),  # not torch's own use of it
+        (F.cross_entropy, {"logits": torch.zeros(2, 3)}, torch.tensor([7])),  # a user's loss in a module
     ],
 )
 def test_targets_that_a_loss_takes(lossfn: Any, outputs: Any, targets: torch.Tensor) -> None:
@@ -471,7 +471,7 @@ def test_a_class_for_each_pixel_out_of_range() -> None:
 
 def test_a_subclass_of_a_loss_may_take_other_targets() -> None:
     class Shifted(nn.CrossEntropyLoss):
-        """Takes classes from 1."""
+        """A loss for classes numbered from 1."""
 
     assert not list(check_targets("targets", Shifted(), torch.zeros(2, 3), torch.tensor([1, 3])))
 

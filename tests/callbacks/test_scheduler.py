@@ -1,4 +1,4 @@
-"""Scheduler: what it sets, when, and what it records."""
+"""Scheduler: which hyperparameters it sets, when, and which values it records."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 class Used(Callback):
-    """Keep the learning rate and the momentum that each update was made with."""
+    """Keeps the learning rate and the momentum of each update."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -80,7 +80,7 @@ class Used(Callback):
 
 
 def plain_loop(make: Callable[[torch.optim.Optimizer], Any], epochs: int, n_batches: int) -> tuple[TinyModel, Any]:
-    """Train as a hand-written loop with torch's scheduler does, with a step of it after each update."""
+    """Train in a hand-written loop, with a step of torch's scheduler after each update."""
     model = TinyModel()
     optimizer = SGD(model.parameters())
     scheduler = make(optimizer)
@@ -125,7 +125,7 @@ def test_what_has_no_length_is_stretched_over_the_fit(how: dict[str, Any], accum
     learner.fit(**how)
     expected = [one_cycle(1.0, length=updates)(n) for n in range(1, updates + 1)]
     assert used.rates == expected
-    learner.fit(**how)  # once more, from its begin
+    learner.fit(**how)  # a second fit begins the schedule again
     assert used.rates == expected * 2
     assert [n for n, _ in learner.cbstate.hyperparams["LearningRate"]] == list(range(1, 2 * updates + 1))
 
@@ -164,7 +164,7 @@ def test_reduce_on_plateau_is_torchs() -> None:
         expected += [optimizer.param_groups[0]["lr"]] * 2
         theirs.step(loss)
     assert used.rates == expected
-    assert len(set(expected)) > 2  # it was lowered more than once
+    assert len(set(expected)) > 2  # the rate was lowered more than once
 
 
 def test_a_monitor_that_no_metric_provides() -> None:
@@ -191,7 +191,7 @@ def test_parameter_groups() -> None:
 
 
 class Gan(AbstractTrainingPhase):
-    """Update two optimizers in each batch, one of them twice."""
+    """Updates two optimizers in each batch, one of them twice."""
 
     def step(self, learner: StepContext, raw: torch.Tensor) -> None:
         with learner.run_batch(self, inputs=raw) as batch:
@@ -221,13 +221,13 @@ def test_optimizers_by_name_keep_step() -> None:
 
 
 class Epsilon(HyperParameter):
-    """Of Adam."""
+    """The hyperparameter eps of Adam."""
 
     key = "eps"
 
 
 class Forcing(Setting):
-    """A value of one's own."""
+    """A hyperparameter that a user's optimizer defines."""
 
     def access(self) -> Access:
         return {"cbstate.forcing": Write()}
@@ -363,7 +363,7 @@ def test_a_loader_without_a_length_needs_one_given() -> None:
 
 
 def test_two_schedulers() -> None:
-    """Rule 7: two writers of one hyperparameter are a conflict; rule 8: of two different ones, none."""
+    """Rule 7: two schedulers of one hyperparameter conflict. Rule 8: two schedulers of different ones do not."""
     with pytest.raises(WriteConflictError, match=r"Scheduler and Scheduler#2 "):
         tiny_learner(Scheduler({LearningRate: 0.1}), Scheduler({LearningRate(group=0): 0.1}))
     learner = tiny_learner(Scheduler({LearningRate: 0.2}), Scheduler({Momentum: 0.3}), optimizer=SGD)
@@ -383,7 +383,7 @@ def every_kind() -> Scheduler:
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_state_goes_on_exactly(stop_after: int) -> None:
-    """A fit of four epochs, broken off and gone on with from the state of the scheduler."""
+    """A fit of four epochs gives the same rates if another learner continues it with the scheduler's state."""
     whole, first, second = every_kind(), every_kind(), every_kind()
     learner = tiny_learner(whole, optimizer=SGD, n_batches=4)
     learner.fit(4)
@@ -460,7 +460,7 @@ def test_strict_mode_finds_nothing() -> None:
 
 
 class StopAfter(Callback):
-    """Ask for a checkpoint at a batch, counted over all phases, and stop at the next one."""
+    """Requests a checkpoint at a batch, counted over all phases, and stops training at the next batch."""
 
     def __init__(self, batch: int, path: Path) -> None:
         self.left = batch
@@ -475,9 +475,9 @@ class StopAfter(Callback):
             raise CancelFittingException("on purpose")
 
 
-@pytest.mark.parametrize("batch", [3, 7, 12])  # in training, in validation, in the second epoch
+@pytest.mark.parametrize("batch", [3, 7, 12])  # in training, in validation, and in the second epoch
 def test_a_resumed_fit_is_the_whole_one(batch: int, tmp_path: Path) -> None:
-    """Rule 28, for schedules of every kind, and for averages that are in the model when the checkpoint is taken."""
+    """Rule 28: for schedules of every kind, and while the model has averages at the time of the checkpoint."""
 
     def make(*more: Callback) -> Learner:
         schedules: dict[Any, Any] = dict(every_kind().schedules)
@@ -499,7 +499,7 @@ def test_a_resumed_fit_is_the_whole_one(batch: int, tmp_path: Path) -> None:
 
 
 def lengthened(schedules: Any, path: Path, at: int, first: dict[str, Any], then: dict[str, Any]) -> Learner:
-    """Return a learner that has resumed, as `then` says, a fit of 4 batches an epoch that was `first`."""
+    """Return a learner that resumes, with the arguments `then`, a fit of 4 batches per epoch made with `first`."""
 
     def make(n_batches: int, *more: Callback) -> Learner:
         batches = tiny_batches(n_batches=n_batches)
@@ -533,7 +533,7 @@ def test_a_schedule_that_was_made_for_another_total_says_that_it_jumps(
     assert f"planned to have {totals[0]} updates, and this fit has {totals[1]}. " in text
     assert f"jumps here: LearningRate is now {now}, and would have been {before}, by one_cycle(0.1). " in text
     rates = dict(learner.cbstate.hyperparams["LearningRate"])
-    assert max(rates) == totals[1] - (1 if "n_batches" in then else 0)  # its first epoch had a batch less
+    assert max(rates) == totals[1] - (1 if "n_batches" in then else 0)  # its first epoch had one batch less
     for update, rate in rates.items():
         assert rate == schedule.value(update, totals[update > at])
 
@@ -554,7 +554,7 @@ def test_several_schedules_that_jump_are_one_warning(tmp_path: Path) -> None:
         (one_cycle(0.1), {"epochs": 2}),
         (one_cycle(0.1, length=30), {"epochs": 4}),
         (step(0.1, every=3), {"epochs": 4}),
-        (one_cycle(0.1), {"epochs": 1}),  # done already: nothing is trained
+        (one_cycle(0.1), {"epochs": 1}),  # the fit is complete: resuming trains nothing
         (per_epoch(cosine(0.1)), {"epochs": 2, "n_batches": 6}),
     ],
 )

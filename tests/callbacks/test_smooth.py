@@ -1,4 +1,4 @@
-"""SmoothLoss: against the closed form of a corrected exponential average."""
+"""SmoothLoss: compared with the closed form of an exponential average with bias correction."""
 
 from __future__ import annotations
 

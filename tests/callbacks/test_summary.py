@@ -1,4 +1,4 @@
-"""ModelSummary: when and where it prints, and that it changes nothing."""
+"""ModelSummary: when and where it prints, and that training does not change."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.support.console import printed
 
 @pytest.fixture
 def output() -> Iterator[io.StringIO]:
-    """What rich's console prints."""
+    """Return the output of rich's console."""
     with printed(40) as written:
         yield written
 
 
 def test_prints_the_summary_of_the_first_batch_once(output: io.StringIO) -> None:
-    """Also on a console that is narrower than the table."""
+    """The summary is printed once and whole, even if the console is narrower than the table."""
     learner = tiny_learner(ModelSummary(), n_batches=2)
     learner.fit(1)
     learner.fit(1)
@@ -75,7 +75,7 @@ def test_depth_is_checked() -> None:
 
 @pytest.mark.usefixtures("output")
 def test_the_same_under_every_executor_and_as_without_it() -> None:
-    """Shuffling and dropout draw what they would have drawn."""
+    """Shuffling and dropout draw the same random numbers as without the summary."""
 
     def make(executor: Executor, *callbacks: ModelSummary) -> Learner:
         data = DataLoader(TensorDataset(torch.randn(8, 1), torch.randn(8, 1)), batch_size=4, shuffle=True)
@@ -96,7 +96,7 @@ def test_the_same_under_every_executor_and_as_without_it() -> None:
 
 
 class Net(nn.Module):
-    """An encoder that is frozen, an LSTM, and a head that shares the encoder's weight."""
+    """A model with a frozen encoder, an LSTM, and a head that shares the encoder's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_layers_of_a_model() -> None:
     summary = summarize(model, torch.ones(4, 3))
     rnn = 4 * 2 * (3 + 2 + 2)
     assert summary.layers == (
-        Layer("", "Net", 18 + rnn + 2, rnn + 2, "sequence: (4, 1, 2), head: (4, 3)"),  # what is shared counts once
+        Layer("", "Net", 18 + rnn + 2, rnn + 2, "sequence: (4, 1, 2), head: (4, 3)"),  # a shared weight counts once
         Layer("encoder", "Sequential", 18, 0, "(4, 3)"),
         Layer("encoder.0", "Linear", 12, 0, "(4, 3)"),
         Layer("encoder.1", "BatchNorm1d", 6, 0, "(4, 3)"),
@@ -128,7 +128,7 @@ def test_layers_of_a_model() -> None:
         Layer("unused", "Linear", 2, 2, ""),
     )
     assert (summary.parameters, summary.trainable) == (18 + rnn + 2, rnn + 2)
-    assert summary.size == (18 + rnn + 2) * 4 + 6 * 4 + 8  # the buffers of the batch norm: two of 3, and a count
+    assert summary.size == (18 + rnn + 2) * 4 + 6 * 4 + 8  # the batch norm has two buffers of 3 values, and a counter
     assert [layer.name for layer in summarize(model, depth=1).layers] == ["", "encoder", "rnn", "head", "unused"]
     assert [layer.name for layer in summarize(model, depth=0).layers] == [""]
 

@@ -1,4 +1,4 @@
-"""The terminal: what it does to a program that only imports it, and to a terminal that outlives the program."""
+"""Output to the terminal: what an import of flowtrain changes, and how a terminal is left when the program ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.programs import Programs, importing_the_same
 
 
 def printed(programs: Programs, program: str) -> str:
-    """Run a program without a failure; return what it has printed."""
+    """Run a program, assert that it succeeds, and return its output."""
     done = programs.run(program)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -19,7 +19,7 @@ def printed(programs: Programs, program: str) -> str:
 
 @pytest.mark.parametrize("use", ["console()", "BottomLine.of(console()).show(progress)"])
 def test_rich_draws_no_random_numbers_of_the_program(use: str, programs: Programs) -> None:
-    """rich draws when it is imported: a run that prints would be another run."""
+    """The import of rich draws random numbers; without a remedy, a run that prints would train differently."""
     program = f"""
 import random, sys
 from flowtrain.callbacks.terminal import BottomLine, console
@@ -73,7 +73,7 @@ tiny_learner(say, ProgressBar(redraw=0), n_batches=2).fit(1)
 
 
 def test_in_a_notebook_the_bar_is_one_output_that_ends_empty() -> None:
-    """In a kernel of Jupyter's, with the messages that its frontends get. No widgets are needed."""
+    """Tested with the messages that a kernel of Jupyter sends to its frontends; no widgets are needed."""
     pytest.importorskip("ipykernel")
     jupyter = pytest.importorskip("jupyter_client.manager")
     manager, client = jupyter.start_new_kernel(env=importing_the_same())

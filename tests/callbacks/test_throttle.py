@@ -1,4 +1,4 @@
-"""throttle and its kin: conditions on a callback that stays what it is."""
+"""`throttle` and its relatives attach conditions to a callback, which stays the same object."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.examples import examples
 
 
 class Note(Callback):
-    """Note the batches and epochs at which it runs."""
+    """Notes the batches and epochs at which its handler runs."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[str, int]] = []
@@ -66,7 +66,7 @@ def test_every_counts_over_epochs_for_each_phase() -> None:
     learner = tiny_learner(note, n_batches=4)
     learner.fit(2)
     assert note.steps(TrainingPhase) == note.steps(ValidationPhase) == [3, 6]
-    assert len(note.epochs) == 4  # another event
+    assert len(note.epochs) == 4  # epochs are another event
     learner.fit(1)
     assert note.steps(TrainingPhase) == [3, 6, 9, 12]
 
@@ -87,7 +87,7 @@ def test_seconds_lets_one_event_pass_in_that_time(clock: Clock) -> None:
 
 
 def test_it_returns_the_callback_itself() -> None:
-    """Rule 7: nothing is wrapped."""
+    """Rule 7: `throttle` wraps nothing, so the name and the order of the callback stay."""
     note = Note()
     assert throttle(note, BatchEnd, every=2) is note
     learner = tiny_learner(note)
@@ -113,7 +113,7 @@ def test_two_conditions_on_one_event_must_agree_and_both_count() -> None:
 
 @pytest.mark.parametrize("seconds_first", [False, True])
 def test_seconds_waits_from_the_last_time_the_handler_ran(clock: Clock, seconds_first: bool) -> None:
-    """An event that another condition holds back does not begin the wait; it could hold back all of them."""
+    """An event that another condition refuses does not restart the wait; otherwise the handler might never run."""
     conditions: list[dict[str, Any]] = [{"every": 2}, {"seconds": 4.0, "clock": clock}]
     note = Note()
     for condition in reversed(conditions) if seconds_first else conditions:
@@ -145,7 +145,7 @@ def test_counts_are_state() -> None:
 
 
 def test_what_was_left_to_wait_is_state(clock: Clock) -> None:
-    """Another process has another clock: 2 of 10 seconds had gone by, so 8 are left."""
+    """Clocks of two processes differ, so the state holds the time left: 2 of 10 seconds have passed, 8 remain."""
     first = throttle(Note(), BatchEnd, seconds=10.0, clock=clock)
     [condition] = first.conditions
     assert condition.state_dict() == {"left": 0.0}
@@ -166,12 +166,12 @@ def test_once_is_the_first_time_in_each_phase() -> None:
     learner.fit(2)
     learner.fit(1)
     assert note.steps(TrainingPhase) == note.steps(ValidationPhase) == [1]
-    assert len(note.epochs) == 6  # another event
+    assert len(note.epochs) == 6  # epochs are another event
 
 
 @pytest.mark.parametrize("once_first", [False, True])
 def test_once_is_over_when_the_handler_has_run(once_first: bool) -> None:
-    """An event that another condition holds back is not the one."""
+    """`once` does not count an event that another condition refuses: the handler has not run at it."""
     note = Note()
     if once_first:
         after(once(note, BatchEnd), BatchEnd, 5)
@@ -238,7 +238,7 @@ ATTACHED: list[Callable[[Note], Note]] = [
 
 @pytest.mark.parametrize("attach", ATTACHED)
 def test_state_goes_on_where_it_was_taken(attach: Callable[[Note], Note]) -> None:
-    """Rule 28: what was taken after one epoch, and read again, leads to what two epochs without a break do."""
+    """Rule 28: a run that continues from the state after one epoch notes the same as two epochs without a break."""
     whole, first, second = attach(Note()), attach(Note()), attach(Note())
     tiny_learner(whole, n_batches=5).fit(2)
     learner = tiny_learner(first, n_batches=5)
@@ -254,7 +254,7 @@ def test_state_goes_on_where_it_was_taken(attach: Callable[[Note], Note]) -> Non
 
 
 def test_a_condition_is_asked_before_a_handler_touches_anything() -> None:
-    """Rule 20, in place too: the view is not used where the condition says no."""
+    """Rule 20, also in place: the view is not used if the condition refuses the event."""
 
     class Refused(Callback):
         @on(BatchEnd)

@@ -1,4 +1,4 @@
-"""Timer: what each of its series measures, by a clock that the test moves."""
+"""Timer: which time each of its series measures, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.clock import Clock
 
 
 class SlowLoader:
-    """Each batch takes two seconds to come, and the end of the data one."""
+    """A loader that takes two seconds for each batch, and one second to end."""
 
     def __init__(self, clock: Clock, n_batches: int) -> None:
         self.clock = clock
@@ -40,7 +40,7 @@ class SlowLoader:
 
 
 class Works(Callback):
-    """Take five seconds in each step; cancel some batches."""
+    """Takes five seconds in each step, and cancels some batches."""
 
     def __init__(self, clock: Clock, cancels: dict[int, type[Exception]] | None = None) -> None:
         self.clock = clock
@@ -89,7 +89,7 @@ def test_an_epoch_that_is_broken_off_has_no_time() -> None:
     learner, clock = timed({2: CancelFittingException})
     learner.fit(1)
     assert "Time.Epoch" not in learner.cbstate.tracehistory[TrainingPhase]
-    clock.now += 1000  # what goes on between epochs is nobody's
+    clock.now += 1000  # time between epochs belongs to no epoch
     learner.step(TrainingPhase, tiny_batches()[0])
     assert series(learner, "Time.Data") == [(1, 2.0)]
     assert series(learner, "Time.Step") == [(1, 5.0), (2, 5.0)]
@@ -113,14 +113,14 @@ def test_the_clock_must_be_callable() -> None:
 
 
 class Counting(Callback):
-    """Something that may run beside the timer."""
+    """A callback that may run at the same time as the timer."""
 
     @on(BatchBegin)
     def count(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None: ...
 
 
 def test_the_same_under_every_executor() -> None:
-    """Rule 13; of the clock only how often and when it is asked, so it counts its calls."""
+    """Rule 13: the number of calls of the clock is compared, since times differ from run to run."""
 
     def make(executor: Executor) -> Learner:
         calls = iter(range(10_000))

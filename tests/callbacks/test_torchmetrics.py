@@ -1,4 +1,4 @@
-"""Torchmetrics objects take in each batch and are computed for the epoch; several values are several series."""
+"""Torchmetrics objects are updated with each batch and computed for the epoch; each of several values gets a series."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def f1(**options: Any) -> Any:
 
 
 class Counting(torchmetrics.Metric):
-    """Counts its updates and computations, over all of its clones."""
+    """A torchmetrics object that counts its updates and computations, over all of its clones."""
 
     full_state_update = False
     updates: list[int]
@@ -139,7 +139,7 @@ def test_an_update_for_each_batch_and_a_computation_for_each_epoch(on_step: bool
         assert list(learner.cbstate.metrics_step[TrainingPhase]) == ["Loss"]
     assert list(learner.cbstate.metrics_epoch[TrainingPhase]["Counting"]) == [(1, 11), (2, 11)]
     assert list(learner.cbstate.metrics_epoch[ValidationPhase]["Counting"]) == [(1, 10), (2, 10)]
-    # Nothing of the outputs is kept between epochs, in memory or in a checkpoint.
+    # The object keeps no outputs between epochs, neither in memory nor in a checkpoint.
     parts = [part for *_, parts, _updates in metrics.state_dict()["held"] for part in parts]
     assert all(state == {"seen": []} or not state for state, _plain in parts)
 
@@ -187,13 +187,13 @@ def test_cancelled_batches_and_epochs(cancels: dict[int, type[Exception]], seen:
     learner.fit(2)
     series = learner.cbstate.metrics_epoch[TrainingPhase]
     assert (list(series["Counting"]) if "Counting" in series else []) == seen
-    if learner.stopped is not None:  # what the broken epoch has seen is not in the next one
+    if learner.stopped is not None:  # the batches of the cancelled epoch do not count in the next one
         learner.fit(1)
         assert last(learner, "Counting", TrainingPhase) == (2, 11.0)
 
 
 class Own:
-    """An accumulator of one's own, no torchmetrics object: it has neither a clone nor a state_dict."""
+    """An accumulator of a user that is no torchmetrics object: it has neither `clone` nor `state_dict`."""
 
     def __init__(self) -> None:
         self.total = torch.zeros(())
@@ -265,11 +265,11 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch(
     stopped.fit(2)
     resumed = learner_of("stopped")
     resumed.fit(2, resume=tmp_path / "stopped" / f"step-{step:08d}.ckpt")
-    assert str(result(resumed)) == str(result(whole))  # NaN is equal to itself as text
+    assert str(result(resumed)) == str(result(whole))  # compared as text, because NaN does not equal itself
 
 
 def test_its_state_is_on_the_device_of_what_it_is_given_also_after_a_resume() -> None:
-    """The meta device stands for another one: nothing is computed there, but devices must agree."""
+    """The meta device stands for an accelerator: it computes nothing, but torch checks that devices agree."""
     metric, batch = Metric(regression.MeanSquaredError(), on_step=True), torch.zeros(3, device="meta")
     first = Running(metric)
     first.update(batch, batch)
@@ -309,7 +309,7 @@ def test_one_number_for_each_class() -> None:
 
 
 def spread(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    """The least and the greatest output, and what only batches of more than four have."""
+    """Return the least and the greatest output, and a third value only for batches of more than four."""
     found: dict[str, Any] = {"least": outputs.min(), "greatest": {"of": outputs.max()}}
     return found | ({"large": float(len(outputs))} if len(outputs) > 4 else {})
 
@@ -350,7 +350,7 @@ def test_those_who_watch_a_metric_watch_one_of_its_values(tmp_path: Path) -> Non
     assert learner.cbstate.hyperparams["LearningRate"].values == [1.0, 1.0, 1.0, 0.5]
     records = log_records(tmp_path / "log.jsonl")
     found = [(each["step"], each["value"]) for each in records if each["name"] == "Score.cat"]
-    assert found[1::2] == [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0)]  # each batch, and each epoch, of one batch
+    assert found[1::2] == [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0)]  # one batch in each epoch
 
 
 @pytest.mark.parametrize("kind", ["EarlyStopping", "Checkpointer"])
@@ -398,7 +398,7 @@ def test_a_matrix_is_refused_at_the_first_value_where_it_was_not_known() -> None
 
 
 class Reader(Callback):
-    """Reads one value among several, as a deferrable callback does: what it saw comes back."""
+    """Reads one of several values as a deferrable callback, and keeps it."""
 
     deferrable = True
 
@@ -427,5 +427,5 @@ def test_the_results_do_not_depend_on_the_executor(tmp_path: Path) -> None:
     always = partial(DaskExecutor, defer=True, parallel="always")
     assert_equivalent(make, executors=["dask", always], interleavings=2, ignore=["callbacks.LogMetrics.backends"])
     serial, *others = (log_fields(file, "name", "group", "step", "value") for file in files)
-    assert len(serial) == 2 * (3 + 2) * 7 - 2 * 3 + 2 * 2 * 7  # "Spread.large" is not there in small batches
+    assert len(serial) == 2 * (3 + 2) * 7 - 2 * 3 + 2 * 2 * 7  # small batches give no "Spread.large"
     assert all(other == serial for other in others)

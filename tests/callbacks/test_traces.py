@@ -1,4 +1,4 @@
-"""Traces: values over time by functions of the learner."""
+"""Traces: records values that functions compute from the learner."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_parameter_is_recorded_as_the_number_it_was() -> None:
     learner.fit(1)
     history = learner.cbstate.tracehistory[TrainingPhase]
     values = [value for _, value in history["Coeff"]]
-    assert values == sorted(set(values))  # it approaches 3 from 0, and each value is its own
+    assert values == sorted(set(values))  # it approaches 3 from 0; a reference would show the last value at every step
     assert len(values) == 3
     assert values[-1] == learner.model.coeff.item()
     assert [value.tolist() for _, value in history["Twice"]] == [[value, value] for value in values]
@@ -105,7 +105,7 @@ def test_a_parameter_is_recorded_as_the_number_it_was() -> None:
 
 
 def test_a_function_that_touches_more_is_to_be_given_more() -> None:
-    """Rule 3: in words that the user can follow, since `state_access` is not the user's."""
+    """Rule 3: the error says which argument to pass, since a user cannot edit `state_access` of the bundled type."""
     traces = Traces({"Rate": lambda learner: learner.optimizer.param_groups[0]["lr"]}, TrainingPhase, access={})
     with pytest.raises(ProtectedException) as caught:
         tiny_learner(traces).fit(1)

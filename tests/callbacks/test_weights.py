@@ -1,4 +1,4 @@
-"""What a batch counts in the mean of an epoch: how large it is, as its phase says, or what a function says."""
+"""The weight of a batch in the mean of an epoch: its size, as its phase finds it, or the result of a function."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ zeros = torch.zeros
 
 
 class Scale(torch.nn.Module):
-    """Multiplies what `pick` finds in the inputs with a parameter that is 1."""
+    """Multiplies the part of the inputs that `pick` selects by a parameter, which is 1."""
 
     def __init__(self, pick: Callable[[Any], torch.Tensor] = lambda inputs: inputs) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_dict_whose_first_tensor_is_no_batch() -> None:
 
 
 def time_first(count: int = 19, batch_size: int = 8, frames: int = 50, features: int = 2) -> tuple[Any, torch.Tensor]:
-    """A loader of tensors of shape (frames, batch, features), and all samples."""
+    """Return a loader of tensors of shape (frames, batch, features), and all samples."""
     samples = torch.randn(count, frames, features, generator=torch.Generator().manual_seed(0))
 
     def collate(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_time_first() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         learner.fit(2)
-    [warning] = caught  # once for each phase
+    [warning] = caught  # one warning for each phase
     assert str(warning.message) == (
         "How many samples a batch of ValidationPhase has cannot be told for certain: batch.inputs has length 50, "
         "batch.targets has length 50, and the loader makes batches of 8. The means of an epoch weigh this batch by 50. "
@@ -125,7 +125,7 @@ def test_what_is_not_certain_warns(loader: Any) -> None:
         torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(zeros(20, 3), zeros(20)),
             batch_size=8,
-            collate_fn=lambda items: (zeros(2 * len(items), 3), zeros(2 * len(items))),  # two views of each sample
+            collate_fn=lambda items: (zeros(2 * len(items), 3), zeros(2 * len(items))),  # two copies of each sample
         ),
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(zeros(6, 8), zeros(6)), batch_size=None),
         [(zeros(8, 2), zeros(8)), (zeros(3, 2), zeros(3))],
@@ -144,7 +144,7 @@ def tokens(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def padded() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Sequences of tokens of two classes, padded with -100; the third batch has no token at all."""
+    """Return sequences of tokens of two classes, padded with -100; the third batch has no token at all."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for n, length in ((4, 9), (4, 2), (4, 0), (1, 30)):
@@ -185,7 +185,7 @@ def test_tokens(lag: int) -> None:
     assert loss_of(by_phase, Tokens) == loss_of(learner)
     assert loss_of(by_phase, Tokens, "Right") == loss_of(learner, name="Right")
 
-    # One metric alone: the loss counts sequences, and that of no token is NaN.
+    # Only this metric counts tokens. The loss counts sequences, and the loss of no token is NaN.
     one = learner_of(Metrics(Metric(right, weight=tokens)), data={ValidationPhase: batches}, lossfn=F.cross_entropy)
     one.validate()
     assert loss_of(one, name="Right") == loss_of(learner, name="Right")
@@ -234,11 +234,11 @@ def test_a_step_of_ones_own_has_a_batch_size_too() -> None:
 
 
 def test_the_best_is_the_best_of_what_was_told(tmp_path: Path) -> None:
-    """By batch size the second epoch is the best, by tokens the first; the third and fourth are worse by both."""
+    """Counted by samples the second epoch is the best, by tokens the first; the third and fourth are worse by both."""
     epochs = [(9.0, 1.0), (1.0, 2.0), (9.0, 3.0), (9.0, 4.0)]
     right_means = [(1 * a + 9 * b) / 10 for a, b in epochs]
     values = iter([value for epoch in epochs for value in epoch])
-    weights = iter([1.0, 1.0, 9.0] * 4)  # a batch of training, two of validation
+    weights = iter([1.0, 1.0, 9.0] * 4)  # one of training, two of validation
     learner = learner_of(
         Metrics(weight=lambda outputs, targets: next(weights)),
         Checkpointer(tmp_path),

@@ -1,4 +1,4 @@
-"""Schedules made of schedules, against torch's SequentialLR."""
+"""Schedules that combine other schedules, compared with torch's SequentialLR."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_warmup_then_cosine(updates: int, rest: int, start: float, value: float)
     total = updates + rest
     for schedule in (
         warmup(cosine(value, length=rest), updates, start=start),
-        warmup(cosine(value), updates, start=start).over(total),  # stretched over what the warm-up leaves
+        warmup(cosine(value), updates, start=start).over(total),  # stretched over the updates that the warm-up leaves
     ):
         assert [schedule(n) for n in range(1, total + 1)] == pytest.approx(
             [theirs(n) for n in range(1, total + 1)], rel=1e-12, abs=1e-12
@@ -97,7 +97,7 @@ def test_arguments_that_mean_nothing(make: Callable[[], Schedule], message: str)
 
 
 def test_torch_leaves_no_warning_behind() -> None:
-    """Warnings are errors here: each wrapped scheduler steps after its own optimizer."""
+    """Torch warns if a scheduler steps before its optimizer; warnings are errors here, so no wrapped scheduler does."""
     schedule = from_torch(partial(CosineAnnealingLR, T_max=3), 1.0)
     assert schedule(4) == pytest.approx(0.0)
     assert isinstance(torch.optim.lr_scheduler.LRScheduler, type)

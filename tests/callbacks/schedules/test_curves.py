@@ -1,4 +1,4 @@
-"""Schedules against torch's own schedulers, over a whole run and for random arguments."""
+"""Schedules compared with torch's own schedulers, over a whole run and for random arguments."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Make = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 def torchs(make: Make, value: float, updates: int, key: str = "lr") -> list[float]:
-    """The values that a scheduler of torch gives to the updates of a plain loop."""
+    """Return the values that a scheduler of torch gives to the updates of a plain loop."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=value, momentum=0.9)
     scheduler = make(optimizer)
     values: list[float] = []
     for number in range(updates):
         values.append(float(optimizer.param_groups[0][key]))
         optimizer.step()
-        if number < updates - 1:  # OneCycleLR allows no more steps
+        if number < updates - 1:  # OneCycleLR refuses further steps
             scheduler.step()
     return values
 
@@ -96,7 +96,7 @@ def test_step_at(value: float, at: set[int], gamma: float) -> None:
 @given(value=rates, peak=st.floats(0.05, 0.9), length=st.integers(3, 60), shape=st.sampled_from(["cosine", "linear"]))
 def test_one_cycle(value: float, peak: float, length: int, shape: Any) -> None:
     if abs(peak * length - 1) < 1e-9:
-        return  # the way up has no length: torch divides by zero
+        return  # the warm-up has no updates: torch divides by zero
     strategy: Any = "cos" if shape == "cosine" else "linear"
     make = partial(OneCycleLR, max_lr=value, total_steps=length, pct_start=peak, anneal_strategy=strategy)
     schedule = one_cycle(value, peak=peak, shape=shape, length=length)
@@ -125,7 +125,7 @@ def test_schedulers_of_torch(name: str) -> None:
     make = WRAPPED[name]
     schedule = from_torch(make, 0.2)
     assert ours(schedule, 40) == torchs(make, 0.2, 40)
-    assert schedule(3) == torchs(make, 0.2, 3)[-1]  # any update, at any time
+    assert schedule(3) == torchs(make, 0.2, 3)[-1]  # updates may be asked for in any order
     if name == "one cycle":
         wrapped = from_torch(make, 0.9, key="momentum")
         assert ours(wrapped, 40) == torchs(make, 0.2, 40, "momentum")
@@ -140,7 +140,7 @@ def test_a_schedule_that_waits_for_the_fit() -> None:
         "Write length=, in updates."
     )
     assert ours(schedule.over(30), 30) == ours(one_cycle(1e-3, length=30), 30)
-    assert schedule.is_open  # not changed
+    assert schedule.is_open  # the object is unchanged
     fixed = cosine(1.0, length=4)
     assert fixed.over(30) is fixed
 

@@ -1,4 +1,4 @@
-"""reduce_on_plateau against torch's ReduceLROnPlateau."""
+"""`reduce_on_plateau` compared with torch's ReduceLROnPlateau."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a schedule, and how one is stretched."""
+"""Which objects are accepted as schedules, and how a schedule is stretched over a number of updates."""
 
 from __future__ import annotations
 

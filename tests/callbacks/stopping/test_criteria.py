@@ -1,4 +1,4 @@
-"""The criteria that are not Prechelt's, against values worked out by hand."""
+"""The stopping criteria that are not Prechelt's, compared with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.criteria import stops_at
 
 NAN, INF = math.nan, math.inf
 
-# since best:  0    0    1    2    0    1    2    3    4
+# epochs since the best one: 0 0 1 2 0 1 2 3 4
 VALUES = [9.0, 5.0, 6.0, 5.0, 4.0, 4.0, 7.0, 6.0, 5.0]
 
 
@@ -47,7 +47,7 @@ def test_number_since_best_stops_where_the_definition_says(values: list[float], 
 
 
 def test_patience_asks_for_more_than_min_delta() -> None:
-    """Improvements, by more than 0.5: 4, then 3.25 (by 0.75), then 2.5 (by 0.75); 3.0 and 2.75 are none (0.25, 0.5)."""
+    """The best value falls by more than 0.5 to 4, to 3.25 (by 0.75) and to 2.5 (by 0.75); 3.0 and 2.75 do not count."""
     values = [4.0, 3.75, 3.25, 3.0, 2.75, 2.5, 2.25, 2.0, 2.0]
     assert stops_at(Patience(1, min_delta=0.5), values) == 2
     assert stops_at(Patience(2, min_delta=0.5), values) == 5
@@ -95,7 +95,7 @@ def test_number_limit() -> None:
     ("value", "values", "mode", "stop"),
     [
         (4.5, VALUES, "min", 5),
-        (4.0, VALUES, "min", None),  # not below it
+        (4.0, VALUES, "min", None),  # equal, so not below
         (0.9, [0.5, 0.9, 0.91], "max", 3),
         (-1.0, [0.0, -2.0], "min", 2),
         (1.0, [NAN, INF, -INF], "min", 3),
@@ -113,10 +113,10 @@ def test_invalid_value(bad: float) -> None:
 
 
 def test_the_time_limit_counts_from_the_beginning_of_the_fit() -> None:
-    """Epochs of 4 seconds, limit 10: at 4 and 8 it goes on, at 12 it stops."""
+    """Epochs take 4 seconds, the limit is 10: training continues at 4 and 8 seconds and stops at 12."""
     clock = Clock()
     criterion = TimeLimit(10, clock=clock)
-    clock.now += 100.0  # until the fit begins, nothing counts
+    clock.now += 100.0  # time before the fit does not count
     criterion.begin()
     answers = []
     for _ in range(3):
@@ -126,7 +126,7 @@ def test_the_time_limit_counts_from_the_beginning_of_the_fit() -> None:
 
 
 def test_the_time_limit_counts_from_the_first_value_where_no_fit_begins() -> None:
-    """At the limit itself it goes on."""
+    """Training continues at exactly the limit."""
     clock = Clock()
     criterion = TimeLimit(timedelta(minutes=1), clock=clock)
     answers = []
@@ -149,7 +149,7 @@ def test_time_between_two_fits_and_after_a_checkpoint_does_not_count() -> None:
         criterion.load_state_dict(state)
         criterion.begin()
         clock.now = 504.0
-        assert criterion.update(1.0) is None  # 6 + 4
+        assert criterion.update(1.0) is None  # 6 seconds of this fit and 4 before
         clock.now = 504.5
         assert criterion.update(1.0) == "TimeLimit(10): 10.5 seconds have gone by"
 

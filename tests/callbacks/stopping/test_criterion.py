@@ -1,4 +1,4 @@
-"""Criteria joined, warmed up, with a state; and one of a user's own."""
+"""Criteria that are combined, warmed up or saved, and a criterion that a user writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowtrain.errors import CheckpointError
 
 
 class Flat(Criterion):
-    """Stop when a value comes twice."""
+    """Stops when a value equals the one before."""
 
     initial: ClassVar[Mapping[str, Any]] = {"seen": []}
     seen: list[float]
@@ -40,7 +40,7 @@ def test_a_criterion_of_ones_own() -> None:
     assert [criterion.update(value) for value in (0.5, 0.25, 0.5)] == [None, None, "Flat(): 0.5 again"]
     other = Flat()
     other.load_state_dict(criterion.state_dict())
-    assert other.update(-0.25) is not None  # what `judge` saw was negated
+    assert other.update(-0.25) is not None  # `judge` saw the negated values
     assert len(criterion.seen) == 3, "a state is a copy"
     criterion.reset()
     assert (criterion.seen, Flat().seen) == ([], [])
@@ -48,14 +48,14 @@ def test_a_criterion_of_ones_own() -> None:
 
 def test_a_criterion_without_judge_says_so() -> None:
     class Empty(Criterion):
-        """Has no judge."""
+        """A criterion without `judge`."""
 
     with pytest.raises(NotImplementedError, match=r"Empty does not define judge\(loss, training\)"):
         Empty().update(1.0)
 
 
 def test_a_disjunction_stops_with_any_and_feeds_all() -> None:
-    """3 values since the best one (2, 2, 2 after 1) and one above 2.5 come at once, in the fifth value."""
+    """In the fifth value both criteria hold: 3 values (2, 2, 2) since the best one (1), and a value above 2.5."""
     criterion = UP(1) | Disjunction(NumberSinceBest(3), NumberLimit(5))
     values = (3.0, 1.0, 1.0, 1.0, 1.0)
     assert [criterion.update(value) for value in values[:4]] == [None] * 4
@@ -80,7 +80,7 @@ def test_begin_and_reset_reach_what_is_inside() -> None:
 
 @pytest.mark.parametrize(("n", "stop"), [(1, 4), (2, 5), (3, 6)])
 def test_a_warm_up_hides_the_first_values(n: int, stop: int) -> None:
-    """All values rise. UP(2) needs 3 values: the first that it sees, and two worse ones; so it stops at n + 3."""
+    """All values rise. UP(2) needs 3 values, the first and two worse ones: after a warm-up of n it stops at n + 3."""
     criterion = Warmup(UP(2), n)
     answers = [criterion.update(float(value)) for value in range(7)]
     assert next(number for number, why in enumerate(answers, start=1) if why) == stop

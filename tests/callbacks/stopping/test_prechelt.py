@@ -39,11 +39,11 @@ def test_gl_exceeds_alpha(alpha: float, stop: int | None) -> None:
         # a log-likelihood: best -4; (-3 + 4) / |-4| = 25 %
         ([-2.0, -4.0, -3.0], "min", 24.0, 3),
         ([-2.0, -4.0, -3.0], "min", 26.0, None),
-        # GL equal to alpha does not exceed it: (2.5 - 2) / 2 = 25 %
+        # GL equal to alpha does not stop, only GL above alpha: (2.5 - 2) / 2 = 25 %
         ([2.0, 2.5], "min", 25.0, None),
-        # next to zero everything above is infinitely worse
+        # the best value is almost zero, so any higher value is infinitely worse
         ([1.0, 0.0, 0.0, 1e-9], "min", 1e9, 4),
-        # NaN is no best value, infinitely worse than one, and not compared where there is none
+        # NaN never becomes the best value; it is infinitely worse than a best value, and ignored before there is one
         ([NAN, NAN, 2.0, 2.5], "min", 24.0, 4),
         ([NAN, 2.0, NAN, 2.5], "min", 1e9, 3),
         ([NAN, 2.0, NAN, 2.5], "max", 1e9, 3),
@@ -82,7 +82,7 @@ def test_pq_divides_gl_by_the_progress_of_training() -> None:
 
 
 def test_pq_takes_several_values_of_training_at_once_and_keeps_the_last_k() -> None:
-    """Of 9, 4, 2, 3 the last three count: P = 500, as above; GL = 100 * (1.5 - 1) / 1 = 50; PQ = 0.1."""
+    """Only the last 3 of 9, 4, 2, 3 count: P = 500, as above; GL = 100 * (1.5 - 1) / 1 = 50; PQ = 0.1."""
     criterion = PQ(0.099, k=3)
     assert criterion.update(1.0) is None
     assert criterion.update(1.5, [9.0, 4.0, 2.0, 3.0]) is not None
@@ -96,7 +96,7 @@ def test_pq_stops_when_training_makes_no_progress() -> None:
     criterion = PQ(10, k=2)
     assert criterion.update(1.0, [3.0]) is None
     assert criterion.update(0.5, [3.0]) == "PQ(10, k=2): training makes no progress: its last 2 values are 3"
-    # P = 1000 (1.00005 / 1 - 1) = 0.05, above the default and below a tolerance of 0.1
+    # P = 1000 (1.00005 / 1 - 1) = 0.05, above the default tolerance and below a tolerance of 0.1
     assert PQ(10, k=2).update(0.5, [1.0001, 1.0]) is None
     assert PQ(10, k=2, tol=0.1).update(0.5, [1.0001, 1.0]) is not None
 
@@ -126,7 +126,7 @@ def test_pq_of_nan() -> None:
     assert stopped == "PQ(1, k=2): training makes no progress: its last 2 values are nan"
 
 
-# up and down:  -     +    -    +    +    =    +    +    +
+# changes between values: - + - + + = + + +
 RISES = [5.0, 6.0, 4.0, 4.5, 4.6, 4.6, 4.7, 4.8, 4.9]
 
 
