@@ -87,7 +87,6 @@ def connect(
     *,
     workers: int | None = None,
     resources: dict[str, float] | None = None,
-    security: Security | None = None,
 ) -> Connection | None:
     """Connect to a cluster, and check that it has a worker for lanes.
 
@@ -98,7 +97,6 @@ def connect(
         workers: How many processes ``"local"`` starts; by default one for each core, at most 4.
         resources: The resources that a worker must have for the tasks of lanes, such as ``{"flowtrain": 1}``. Workers
             started with ``dask worker ADDRESS --resources flowtrain=1`` have it; others get no such tasks.
-        security: The certificates for TLS, if `cluster` is an address.
 
     Returns:
         The connection; ``None`` if `cluster` is ``None``.
@@ -113,8 +111,8 @@ def connect(
     if cluster == "local":
         connection = _start(deadline, workers, resources)
     else:
-        address, found = _find(cluster)
-        connection = _reach(address, security or found, deadline, resources)
+        address, security = _find(cluster)
+        connection = _reach(address, security, deadline, resources)
     try:
         _wait_for_worker(connection, end, deadline)
     except BaseException:

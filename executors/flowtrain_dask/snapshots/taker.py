@@ -95,7 +95,6 @@ class Taker:
         state: The state of the learner.
         pool: Gives the memory for tensors.
         tail: Whether the handler runs in another process, and gets only the newest values of a series.
-        groups: The result of `copy_groups` for the handler; without it, the handler shares copies with every other.
         lane: The lane in which the snapshots wait, so that shared bytes are counted once; ``None``: each snapshot
             counts them.
 
@@ -105,16 +104,9 @@ class Taker:
     """
 
     def __init__(
-        self,
-        declaration: Declaration,
-        state: LearnerState,
-        pool: Pool,
-        *,
-        tail: bool,
-        groups: Groups | None = None,
-        lane: object = None,
+        self, declaration: Declaration, state: LearnerState, pool: Pool, *, tail: bool, lane: object = None
     ) -> None:
-        self._slots = tuple((slot, _key(slot, groups)) for slot in compile_slots(declaration))
+        self._slots = tuple((slot, _key(slot, None)) for slot in compile_slots(declaration))
         self._state = state
         self._pool = pool
         self._lane = lane

@@ -323,7 +323,7 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
     state, shared, pool = state_with(loss=torch.ones(300)), Shared(), Pool(1 << 20)
     declaration = declare({"batch.loss": Read()}, "me")
     found = [
-        Taker(declaration, state, pool, tail=False, groups=groups[at]).take(shared).payload[LOSS] for at in (0, 2, 3)
+        Taker(declaration, state, pool, tail=False).sharing(groups[at]).take(shared).payload[LOSS] for at in (0, 2, 3)
     ]
     assert (found[0] is found[1]) == same_loss
     assert found[1] is found[2]
