@@ -5,10 +5,10 @@ that the environment variable ``FLOWTRAIN_SCHEDULE`` names, ``eager`` without it
 flowtrain works on a device, not only what the tests of this folder train.
 
 Some tests are about the CPU and fail here. They make numpy arrays of tensors, give CPU gradients or tensors to
-parameters of the device, look for the tensor of the loader itself in the batch, ask for ``torch.autocast("cpu")``, for a
-lag of 0 or for the bits of CPU autocast, compile (which cannot trace the streams of a device in Python), use complex
-numbers in a loss that the CPU has no kernel for (which breaks the device instead of the call), or start other processes,
-which know no such device.
+parameters of the device, look for the tensor of the loader itself in the batch, ask for ``torch.autocast("cpu")``, for
+a lag of 0 or for the bits of CPU autocast, compile (which cannot trace the streams of a device in Python), use complex
+numbers in a loss that the CPU has no kernel for (which breaks the device instead of the call), or start other
+processes, which know no such device.
 """
 
 from __future__ import annotations
