@@ -267,6 +267,7 @@ class Learner:
     def _let_go(self) -> None:
         """Move the models and the data out of the reference cycles of the learner, and break these cycles."""
         self.loop.dispatch.close()
+        self.loop.checkpoints.close()
         self.core.close()
         self.state = self.state.moved()
         if self.stopped is not None:
@@ -419,7 +420,7 @@ class Learner:
         self._ready(call)
         with self.loop.sinks.noting_outcome(trains=trains):
             if opens:
-                self.core.structure.begin()
+                self.loop.checkpoints.changes.begin()
                 self.loop.sinks.open()
             yield
 

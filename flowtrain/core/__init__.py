@@ -3,8 +3,7 @@
 `core` has `TorchCore`, which the loop calls, and its settings. `devices` chooses the device and moves data there, and
 `prefetch` moves batches, ahead of time where that gains something. `optimizers` checks and makes optimizers,
 `accumulation` counts the batches of an accumulation group, and `precision` has autocast, the scaler of fp16, and the
-guard that keeps NaN out of the parameters. `structure` handles the changes that training may make to models and
-optimizers and that no ``state_dict`` holds, and `compile` runs models through `torch.compile`.
+guard that keeps NaN out of the parameters. `compile` runs models through `torch.compile`.
 """
 
 __all__: list[str] = []

@@ -40,7 +40,6 @@ from flowtrain.core.precision import (
     in_precision,
 )
 from flowtrain.core.prefetch import Placement, Transfer
-from flowtrain.core.structure import Structure
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, Named, by_name
@@ -52,7 +51,7 @@ __all__ = ["Precision", "Settings", "TorchCore"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `TorchCore`, checked. They mean what they mean there.
+    """The arguments of `TorchCore`, checked; its docstring says what each of them means.
 
     Raises:
         CoreError: An argument has a value that it cannot have.
@@ -222,9 +221,6 @@ class TorchCore:
         if chosen.tf32 is not None and self.device.type == "cuda":  # no other accelerator has this type of number
             torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = chosen.tf32
-        self.structure = Structure(
-            self.models, state.lossfn, self._optimizers, self.device, lambda: self.modes.own() if self.modes else {}
-        )
         self._choose()
 
     def _choose(self) -> None:
@@ -414,7 +410,7 @@ class TorchCore:
         return core
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the scaler, which a checkpoint must hold. Groups and structure have their own state."""
+        """Return the state of the scaler for a checkpoint. The accumulation groups have a state of their own."""
         return {"scaler": self._scaling.state_dict() if self._scaling is not None else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

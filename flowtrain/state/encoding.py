@@ -1,7 +1,7 @@
 """Plain copies: the values that a checkpoint may hold, and the entries of ``cbstate`` as such values.
 
 A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`` reads it without running any code.
-`Stage` copies such values, tensors to the CPU, and refuses everything else by the name of who brought it.
+`Stage` copies such values, tensors to the CPU. Its error for any other value names the object that gave the value.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flowtrain.callback.nested import like
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CheckpointError
 
-__all__ = ["LeftOver", "Object", "Stage", "kept", "live", "phase_of", "refill", "same", "typed"]
+__all__ = ["PLAIN", "Stage", "phase_of", "refill", "typed"]
 
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
-"""The types of plain values beside the containers of them; no subclasses, which a file does not bring back."""
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
+"""The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
 
 
 class Stage:
@@ -33,30 +33,30 @@ class Stage:
 
         Args:
             value: Tensors and plain values, in dicts, lists, tuples and sets.
-            owner: Whose it is, for the message: ``"EarlyStopping.state_dict()"``.
-            path: Where in it, for the message: ``["best"]``.
+            owner: The source of the whole value, for the message: ``"EarlyStopping.state_dict()"``.
+            path: The place of this value in the whole value, for the message: ``["best"]``.
 
         Raises:
-            CheckpointError: There is something else in it.
+            CheckpointError: The value has a part that is neither a tensor nor plain.
         """
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             return value
         if isinstance(value, torch.Tensor):
             return self._clone(value)
         if isinstance(value, Mapping):
             for key in value:
-                if type(key) not in _PLAIN:
+                if type(key) not in PLAIN:
                     raise _refuse(key, owner, f"the key {key!r:.60}" + (f" of {path}" if path else ""))
             return {key: self.copy(item, owner, f"{path}[{key!r}]") for key, item in value.items()}
         if kind is list:
             return [self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value)]
         if kind in (tuple, torch.Size):
             return tuple(self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value))
-        if kind in (set, frozenset) and all(type(item) in _PLAIN for item in value):
+        if kind in (set, frozenset) and all(type(item) in PLAIN for item in value):
             return set(value)
         if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
-            return self.copy(value.item(), owner, path)  # a number of numpy's
+            return self.copy(value.item(), owner, path)  # a scalar of numpy
         raise _refuse(value, owner, path or "itself")
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,14 +69,17 @@ class Stage:
         return self._clones[key]
 
     def pack(self, value: Any, path: str) -> Any:
-        """Return an entry of ``cbstate`` as plain values that `refill` takes back, marked with their kind.
+        """Return an entry of ``cbstate`` as a dict of one item, from its kind to its content in plain values.
 
-        The kind is that of a container (`flowtrain.state.container`), ``"object"`` for one with a ``state_dict``, or
-        ``"value"`` for the plain value itself.
+        The kind is ``__kind__`` of a container (`flowtrain.state.container`), ``"object"`` for an object with a
+        ``state_dict``, or ``"value"`` for a plain value. `refill` restores the content.
+
+        Args:
+            value: The entry.
+            path: The path of the entry, for the message: ``"cbstate.metrics"``.
 
         Raises:
-            CheckpointError: It holds something that is neither plain, nor a container of the learner's, nor has a
-                ``state_dict``.
+            CheckpointError: The entry has a part that is neither plain, nor such a container, nor has a ``state_dict``.
         """
         kind = getattr(type(value), "__kind__", None)
         if kind is not None:
@@ -90,19 +93,19 @@ def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
     return CheckpointError(
         f"{owner} cannot be in a checkpoint: {path} is {value!r:.80} ({type(value).__name__}). A checkpoint holds "
         f"tensors and plain values (None, bool, int, float, str, bytes; dict, list, tuple and set of them), so that "
-        f"torch.load(weights_only=True) can read it. Return those in its place: float(x), repr(x), torch.as_tensor(x), "
-        f"or a dict of what it is made of."
+        f"torch.load(weights_only=True) can read it. Return such values instead: float(x), repr(x), "
+        f"torch.as_tensor(x), or a dict of its parts."
     )
 
 
 def refill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> bool:
-    """Put packed content back in place; return ``False`` where only the content itself can take the place of `value`.
+    """Fill a container from packed content; return ``False`` if `value` cannot be filled and must be replaced.
 
     Args:
-        value: The value of now: a container of this kind, or an object with ``load_state_dict``, is filled.
-        kind: How `Stage.pack` has marked the content.
-        content: The content, which nobody else holds.
-        phases: Phases by name, for those that the learner has data for.
+        value: The present value. A container of this kind, or an object with ``load_state_dict``, can be filled.
+        kind: The kind of the content, from `Stage.pack`.
+        content: The content. The filled container may keep parts of it.
+        phases: The phases that the learner has data for, by name.
     """
     if kind == getattr(type(value), "__kind__", None):
         value.__fill__(content, phases)
@@ -114,13 +117,14 @@ def refill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> 
 
 
 def typed(value: Any, content: Any) -> Any:
-    """Return plain content in containers of the types that `value` has, which a checkpoint holds as dicts and sets.
+    """Return plain content in containers of the types that `value` has.
 
-    So an entry that ``setup`` has made as a ``defaultdict`` is one after loading too, and so are those inside of it.
+    A checkpoint holds a ``defaultdict`` as a dict and a frozenset as a set. An entry that ``setup`` has made as a
+    ``defaultdict`` becomes a ``defaultdict`` again, and so do the containers in it.
 
     Args:
-        value: The value of now.
-        content: The content that takes its place, and nobody else holds.
+        value: The present value.
+        content: The content that replaces it. The result may keep parts of it.
     """
     if type(content) is dict and isinstance(value, (dict, UserDict)):
         known = value.data if isinstance(value, UserDict) else value
@@ -133,7 +137,11 @@ def typed(value: Any, content: Any) -> Any:
 
 
 def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:
-    """Return the phase of a name: one of `phases`, or any that is defined.
+    """Return the phase of a name: one of `phases`, or a phase of any class that is defined.
+
+    Args:
+        name: The name of the phase, which is that of its class.
+        phases: The phases that the learner has data for, by name.
 
     Raises:
         CheckpointError: No phase has that name.
@@ -145,96 +153,7 @@ def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:
         if kind.__name__ == name:
             return kind()
         found += kind.__subclasses__()
-    raise CheckpointError(f"The checkpoint has state of the phase {name}, and no phase of that name is defined.")
-
-
-# --- values that are remembered, to see later whether they have changed
-
-
-class _Tensor:
-    """A tensor, and how often it had been changed in place."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.version = -1 if tensor.is_inference() else tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tensor) and self.tensor is other.tensor and self.version == other.version
-
-    __hash__ = None  # type: ignore[assignment]  # equal ones need not stay equal
-
-
-class Object:
-    """An object that is neither a tensor nor a plain value, as `kept` gives it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class LeftOver:
-    """Of a tensor with a graph, which a forward pass has left behind, and of parameters, which the state holds."""
-
-
-class _Unkept(Exception):
-    """Something in a value is neither a tensor nor plain."""
-
-
-def kept(value: Any) -> Any:
-    """Return a value in a form that tells later whether it has changed, and in which nobody else changes anything."""
-    try:
-        return _keep(value)
-    except _Unkept as reason:
-        return reason.args[0](value) if reason.args[0] is Object else LeftOver()
-
-
-def _keep(value: Any) -> Any:
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    if isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
-        raise _Unkept(LeftOver)
-    if isinstance(value, torch.Tensor):
-        if value.grad_fn is not None:
-            raise _Unkept(LeftOver)
-        return _Tensor(value)
-    if kind in (list, tuple, torch.Size):
-        return [_keep(each) for each in value] if kind is list else tuple(_keep(each) for each in value)
-    if kind is dict and all(type(key) in _PLAIN for key in value):
-        return {key: _keep(each) for key, each in value.items()}
-    if kind in (set, frozenset) and all(type(each) in _PLAIN for each in value):
-        return kind(value)
-    if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return _keep(value.item())  # a number of numpy's
-    raise _Unkept(Object)
-
-
-def live(kept: Any, path: str) -> Any:
-    """Return the value that was kept, in containers of its own.
-
-    Raises:
-        CheckpointError: It is a tensor that was changed in place since.
-    """
-    if isinstance(kept, Object):
-        return kept.value
-    if isinstance(kept, _Tensor):
-        if kept != _Tensor(kept.tensor):
-            raise CheckpointError(
-                f"{path} was changed in place since training began, and the checkpoint, in which it is as it "
-                f"was then, does not hold it. Build the learner anew, then load."
-            )
-        return kept.tensor
-    if isinstance(kept, (list, tuple)):
-        return type(kept)(live(each, path) for each in kept)
-    if isinstance(kept, dict):
-        return {name: live(each, path) for name, each in kept.items()}
-    return set(kept) if type(kept) is set else kept
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same; objects that do not say so are if they are one."""
-    if isinstance(one, Object) and isinstance(other, Object):
-        try:
-            return one.value is other.value or bool(one.value == other.value)
-        except Exception:  # an array says it for each item
-            return False
-    return one is other or (type(one) is type(other) and bool(one == other))
+    raise CheckpointError(
+        f"The checkpoint has state of the phase {name}, and no phase of that name is defined. Import the module that "
+        f"defines class {name} before loading; if the class was renamed, give it its old name."
+    )

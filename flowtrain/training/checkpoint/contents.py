@@ -8,7 +8,7 @@ entry           meaning
                 evaluation has the parameters that were evaluated: the averages of `flowtrain.callbacks.EMA`
 ``trained``     the parameters that training continues with, in the same form; only where they differ from ``model``
 ``loss module`` the state of the loss function, if it is a module
-``structure``   changes of modules and optimizers that their ``state_dict`` leaves out: `flowtrain.core.structure`
+``structure``   changes of modules and optimizers that their ``state_dict`` leaves out: `...checkpoint.changes`
 ``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
 ``core``        the state of the gradient scaler
 ``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
@@ -19,7 +19,7 @@ entry           meaning
 ``position``    the position of the fit: `flowtrain.training.checkpoint.position`
 ``numbers``     for each phase how many of its epochs have begun; ``passes`` how many passes over its data
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
-``lanes``       the state of deferred callbacks, as the executor returns it; ``None`` if the executor keeps none
+``lanes``       the number of events of each lane, as the executor returns it; ``None`` if it has no lanes
 ``finite``      whether the trained parameters and the last loss are neither NaN nor infinite
 ==============  =====================================================================================================
 
@@ -43,6 +43,7 @@ from flowtrain.core.core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import Stage
 from flowtrain.state.learner_state import LearnerState, by_name
+from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
 __all__ = ["apply", "check", "gather", "load_models", "without_callback"]
@@ -51,14 +52,17 @@ _COMPILED = "_orig_mod."
 """Torch puts this before the names of parameters in a compiled module."""
 
 
-def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, in_memory: bool = False) -> dict[str, Any]:
+def gather(
+    state: LearnerState, core: TorchCore, changes: Changes, *, judged: bool = False, in_memory: bool = False
+) -> dict[str, Any]:
     """Return the state of a learner, copied to the CPU, without the entries of its fit.
 
     Args:
         state: The state of the learner.
         core: The core of the learner.
+        changes: The changes that training has made to modules and optimizers.
         judged: Whether ``model`` is to hold the parameters that evaluation judges.
-        in_memory: Whether the copy never leaves this process, so that it may hold objects that no file can.
+        in_memory: Whether the copy never leaves this process, so that it may hold unpicklable objects.
 
     Raises:
         CheckpointError: A callback, ``cbstate`` or a module holds an object that a checkpoint cannot.
@@ -66,13 +70,13 @@ def gather(state: LearnerState, core: TorchCore, *, judged: bool = False, in_mem
     with ExitStack() as rest:  # a callback undoes temporary changes while it is at rest, so that they are not saved
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        contents = _gather(state, core, in_memory)
+        contents = _gather(state, core, changes, in_memory)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
             contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
         return contents
 
 
-def _gather(state: LearnerState, core: TorchCore, in_memory: bool) -> dict[str, Any]:
+def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: bool) -> dict[str, Any]:
     stage = Stage()
     return {
         "format": FORMAT,
@@ -81,11 +85,11 @@ def _gather(state: LearnerState, core: TorchCore, in_memory: bool) -> dict[str, 
         "torch": str(torch.__version__),
         "model": _models(core, stage),
         "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
-        "structure": core.structure.state_dict(stage, here=in_memory),
+        "structure": changes.state_dict(stage, here=in_memory),
         "optimizer": {
             name: {
                 "type": type(each).__name__,
-                "groups": core.structure.group_state(name),
+                "groups": changes.groups.state(name),
                 "state": stage.copy(each.state_dict(), f"optimizer {name}".strip()),
             }
             for name, each in by_name(state.optimizer).items()
@@ -140,7 +144,7 @@ def _state_of(module: Any) -> dict[str, Any]:
 # --- check
 
 
-def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     """Check that the contents of a checkpoint fit a learner.
 
     Raises:
@@ -151,7 +155,7 @@ def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
     for name, model in core.models.items():
         wrong = wrong or list(_differences(contents["model"][name], _state_of(model)))
     wrong = wrong or list(_differences(contents["loss module"], _state_of(state.lossfn)))
-    wrong = wrong or list(core.structure.differences(contents.get("structure")))
+    wrong = wrong or list(changes.differences(contents.get("structure")))
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(
@@ -161,7 +165,7 @@ def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> 
     optimizers = by_name(state.optimizer)
     wrong = _wrong_names("optimizer", contents["optimizer"], optimizers)
     for name, optimizer in optimizers.items():
-        wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer, core))
+        wrong = wrong or list(_other_optimizer(name, contents["optimizer"][name], optimizer, changes))
     if wrong:
         raise CheckpointError(
             f"The checkpoint was taken with another optimizer: {wrong[0]}. Build the learner with that optimizer. "
@@ -205,12 +209,12 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def _other_optimizer(
-    name: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, core: TorchCore
+    name: str, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, changes: Changes
 ) -> Iterator[str]:
     if saved["type"] != type(optimizer).__name__:
         called = f"optimizer {name!r}" if name else "it"
         yield f"{called} was a {saved['type']}, the learner has a {type(optimizer).__name__}"
-    other = core.structure.other_groups(name, saved)
+    other = changes.groups.difference(name, saved)
     if other:
         yield other
 
@@ -218,28 +222,28 @@ def _other_optimizer(
 # --- restore
 
 
-def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     """Put a learner into the state of a checkpoint that `check` has passed. `contents` is not changed.
 
     Raises:
         CheckpointError: A callback refused its state. The learner is in its earlier state again.
     """
-    before = gather(state, core, in_memory=True)
+    before = gather(state, core, changes, in_memory=True)
     try:
-        _apply(contents, state, core)
+        _apply(contents, state, core, changes)
     except BaseException:
-        _apply(before, state, core)
+        _apply(before, state, core, changes)
         raise
 
 
-def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore) -> None:
+def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     stage = Stage()
-    with core.own_modes():  # the structure comes first, so that a module's own ``load_state_dict`` can overrule it
-        core.structure.load_state_dict(contents.get("structure"))
+    with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
+        changes.load_state_dict(contents.get("structure"))
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in by_name(state.optimizer).items():
-        core.structure.arrange(name, contents["optimizer"][name])
+        changes.groups.arrange(name, contents["optimizer"][name])
         optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
     core.load_state_dict(contents["core"])
     if contents["group"] is not None:

@@ -114,7 +114,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         if name:
             found = found.parent / name
     if not found.is_file():
-        raise CheckpointError(f"There is no checkpoint {found}: no such file.")
+        raise CheckpointError(
+            f"There is no checkpoint {found}: no such file. Pass the folder of a Checkpointer, or a checkpoint's file."
+        )
     return found
 
 
@@ -133,7 +135,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, or it is "
-            f"something else. A Checkpointer's own files are complete whenever they have their name."
+            f"something else. Pass another checkpoint: the files of a Checkpointer are complete when they have their "
+            f"name, and its folder stands for the latest one."
         ) from error
     if not isinstance(contents, Mapping) or contents.get("format") != FORMAT:
         raise CheckpointError(

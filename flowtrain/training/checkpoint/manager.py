@@ -6,7 +6,8 @@ cannot hold half a batch; it can hold an open accumulation group. Deferred work 
 copied (`flowtrain.training.checkpoint.contents`), and training continues while the copy is written
 (`flowtrain.training.checkpoint.files`).
 
-An executor that is `flowtrain.graph.executor.Resumable` is not flushed: it returns its pending work as state.
+An executor that is `flowtrain.graph.executor.Resumable` flushes its work itself and returns counts, which the
+checkpoint holds, so that a resumed fit continues to count from there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.contents import apply, check, gather, load_models, without_callback
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
@@ -51,12 +53,13 @@ class Checkpoints:
     Args:
         state: The state of the learner.
         core: The core of the learner.
-        executor: The executor, which is flushed before a checkpoint, or gives its own state.
+        executor: The executor. It is flushed before a checkpoint is taken.
         scopes: The open scopes, and the numbers of epochs and batches.
         sinks: The logging backends, whose positions belong to a checkpoint.
         mailbox: The mailbox of the training thread, which gets the calls that wait for the end of a batch.
 
     Attributes:
+        changes: The changes that training has made to modules and optimizers, beside their ``state_dict``.
         position: The position of the fit in its epochs and batches.
         writer: The writer of the checkpoint files.
         resumed: The contents of the checkpoint that this fit resumes from, until its first epoch has begun.
@@ -73,6 +76,7 @@ class Checkpoints:
         sinks: Sinks,
         mailbox: Mailbox,
     ) -> None:
+        self.changes = Changes(state, core)
         self.position = Position()
         self.writer = Writer(mailbox)
         self.resumed: Mapping[str, Any] | None = None
@@ -163,6 +167,10 @@ class Checkpoints:
         self.resumed = None
         self.position = Position()
 
+    def close(self) -> None:
+        """Drop the references to models and optimizers, so that a closed learner does not keep them alive."""
+        del self.changes
+
     def _gather(self, judged: bool) -> dict[str, Any]:
         stage = Stage()
         lanes: Any = None
@@ -171,7 +179,7 @@ class Checkpoints:
         else:
             self._executor.flush()
         return {
-            **gather(self._state, self._core, judged=judged),
+            **gather(self._state, self._core, self.changes, judged=judged),
             "random": {**random_state(), "own": self._state.draws.state_dict()},
             "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
             "position": self.position.state_dict(self._scopes.batch_number),
@@ -190,7 +198,7 @@ class Checkpoints:
             CheckpointError: The checkpoint cannot be read, or does not fit the learner, which is not changed.
         """
         contents = self._read(path)
-        check(contents, self._state, self._core)
+        check(contents, self._state, self._core, self.changes)
         self._executor.flush()  # deferred handlers read series that are about to shrink, and change their callbacks
         with self._trained():
             self._apply(contents)
@@ -236,7 +244,7 @@ class Checkpoints:
         """
         contents = self._read(path)
         position = contents["position"]
-        check(contents, self._state, self._core)
+        check(contents, self._state, self._core, self.changes)
         if position["unit"] != unit:
             where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can resume from it"
             raise CheckpointError(
@@ -247,7 +255,7 @@ class Checkpoints:
         run = contents["run"]
         self._executor.flush()  # as in `load`
         with self._trained():
-            before = gather(self._state, self._core, in_memory=True)
+            before = gather(self._state, self._core, self.changes, in_memory=True)
             self._apply(contents)
             try:
                 if self._resumable is not None and contents["lanes"] is not None:
@@ -255,7 +263,7 @@ class Checkpoints:
                 positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
                 self._sinks.restore(Run(run["id"], resumed=True), positions)
             except BaseException:
-                apply(before, self._state, self._core)
+                apply(before, self._state, self._core, self.changes)
                 raise
         missing = without_callback(contents, self._state)
         if missing:
@@ -265,7 +273,7 @@ class Checkpoints:
                 UserWarning,
                 stacklevel=3,
             )
-        otherwise = self._core.structure.built_otherwise(contents.get("structure"))
+        otherwise = self.changes.built_otherwise(contents.get("structure"))
         if otherwise:
             more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
             warnings.warn(
@@ -303,7 +311,7 @@ class Checkpoints:
         return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
     def _apply(self, contents: Mapping[str, Any]) -> None:
-        apply(contents, self._state, self._core)
+        apply(contents, self._state, self._core, self.changes)
         for callback in self._state.callbacks:
             if callback.name in contents["callbacks"]:
                 callback.moved(contents["run"]["folder"], contents["run"]["here"])
@@ -353,7 +361,7 @@ class Checkpoints:
         Raises:
             CheckpointError: A hook is missing.
         """
-        missing = self._core.structure.missing_hooks(contents.get("structure"))
+        missing = self.changes.missing_hooks(contents.get("structure"))
         if missing:
             raise CheckpointError(
                 f"The checkpoint was taken with other hooks: {'; '.join(missing[:3])} in training, and not in this "

@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 def state_of(learner: Learner) -> str:
     """All of the state of a learner that a checkpoint could change, for comparison."""
-    contents = gather(learner.state, learner.core)
+    contents = gather(learner.state, learner.core, learner.loop.checkpoints.changes)
     return repr([contents, torch.get_rng_state().sum(), learner.loop.scopes.numbers, learner.loop.sinks.run])
 
 

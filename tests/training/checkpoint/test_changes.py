@@ -1,4 +1,4 @@
-"""Structure: what training changed beside all ``state_dict`` comes back, or is refused by its name."""
+"""A checkpoint restores the changes that training made beside all ``state_dict``, or refuses them by name."""
 
 from __future__ import annotations
 
@@ -348,9 +348,9 @@ def test_a_function_that_a_loss_function_replaced_is_refused(tmp_path: Path) -> 
     with pytest.raises(CheckpointError) as caught:
         learner_of(do, Checkpointer(tmp_path), lossfn=lossfn).fit(2)
     assert str(caught.value).startswith(
-        "lossfn.reduce cannot be in a checkpoint: training has replaced it, by <built-in"
+        "lossfn.reduce cannot be in a checkpoint: training has replaced it by <built-in"
     )
-    assert "Keep such a value there, and find the object by it. An attribute that" in str(caught.value)
+    assert "Keep a plain value in the attribute and build the object from it. If a forward pass" in str(caught.value)
 
 
 def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
@@ -477,9 +477,9 @@ def test_an_object_that_training_replaced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         learner.fit(2)
     assert str(caught.value).startswith(
-        "model.function cannot be in a checkpoint: training has replaced it, by <built-in method sigmoid of type"
+        "model.function cannot be in a checkpoint: training has replaced it by <built-in method sigmoid of type"
     )
-    assert "get_extra_state() and set_extra_state() in Net. An attribute that" in str(caught.value)
+    assert "from it, or define get_extra_state() and set_extra_state() in Net. If a forward" in str(caught.value)
     learner.load(tmp_path)  # what it was when training began is there
     assert learner.model.function is torch.tanh
 
@@ -512,11 +512,11 @@ def test_a_module_with_a_state_of_its_own_is_left_alone(tmp_path: Path) -> None:
     [
         (
             lambda learner: setattr(learner.model, "head", nn.Linear(4, 1)),
-            r"^optimizer has, in group 0, a parameter of shape \(1, 4\) that is none of the model's or the loss fun",
+            r"^optimizer has, in group 0, a parameter of shape \(1, 4\) that no longer belongs to the model or the lo",
         ),
         (
             lambda learner: learner.optimizer.param_groups[0]["params"].pop(),
-            r"^optimizer has state of model\.head\.bias, of shape \(1,\), which is in none of its groups\. Where a",
+            r"^optimizer has state of model\.head\.bias, of shape \(1,\), which is in none of its groups\. In the ha",
         ),
     ],
 )
