@@ -189,23 +189,24 @@ class Executor(Protocol):
 
 @runtime_checkable
 class Resumable(Protocol):
-    """An executor with state of its own in checkpoints; an executor may implement this beside `Executor`.
+    """An executor that counts, such as the events of a lane; it may implement this beside `Executor`.
+
+    A checkpoint holds the counts, and in a fit that resumes the executor continues to count from there.
 
     An executor without it is flushed before a checkpoint is taken, and begins anew in a fit that resumes.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the state that a checkpoint must hold: tensors and plain values.
+        """Flush, and return the counts, as tensors and plain values.
 
-        Called on the training thread while no handler runs there. Work that is pending at the call must be done when
-        the call returns, or be part of the returned state.
+        Called on the training thread while no handler runs there. No work is pending when the call returns.
         """
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned, before the first event of the fit that resumes.
+        """Continue to count from the counts that `state_dict` returned, at the first event of the fit that resumes.
 
-        Not called if the executor that wrote the checkpoint had no state in it.
+        Not called if the executor of the interrupted fit was not `Resumable`.
         """
 
 

@@ -137,6 +137,12 @@ class ExecutorContract(ContractBase):
         with catching(ExecutorError), self.learner(executor=unused):
             pass
 
+    def test_a_resumable_executor_flushes_and_continues_its_counts(self) -> None:
+        """`state_dict` of a `Resumable` flushes; a new executor that loads its counts continues from there."""
+        saved = self.counts(events=2)
+        resumed, whole = self.counts(events=1, saved=saved), self.counts(events=3)
+        assert resumed == whole, f"2 events, a resume and 1 event give the counts {resumed}; 3 events give {whole}"
+
     def test_close_ends_the_threads(self) -> None:
         """The threads of the executor have ended when `close` returns, also after a failure."""
         before, trace = set(threading.enumerate()), Trace(self.patience)
@@ -330,7 +336,7 @@ class ExecutorContract(ContractBase):
         """Rule 16: after any exception at any event, the events that follow are those of the serial run."""
         for at in (FitBegin, EpochBegin, BatchBegin, BatchEnd, EpochEnd):
             for kind in (CancelBatchException, CancelEpochException, CancelFittingException, ValueError):
-                seen, serial = (self._events(kind, at, each) for each in (self.make_executor(), SerialExecutor()))
+                seen, serial = (self.events(kind, at, each) for each in (self.make_executor(), SerialExecutor()))
                 assert seen == serial, f"after {kind.__name__} at {at.__name__} came {seen}; serially {serial}"
 
     def test_rule_17_fit_end_runs_for_every_callback(self) -> None:
@@ -428,21 +434,6 @@ class ExecutorContract(ContractBase):
                 refused = len(messages(raised))
                 assert refused == 3, f"{where} only {refused} of fit, epoch and step were refused"
         held.clear()
-
-    # --- helpers
-
-    def _events(self, kind: type[Exception], at: type[Event], executor: Executor) -> list[str]:
-        """Fit with three callbacks, one of which raises at an event; return the events of another one."""
-        trace, events = Trace(self.patience), list[str]()
-
-        def note(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Keep the name of the event."""
-            events.append(type(event).__name__)
-
-        probes = [KINDS[0](trace, note), KINDS[1](trace, raises(lambda: kind("here"), at)), KINDS[2](trace)]
-        with self.learner(*probes, executor=executor) as learner, suppress(ValueError):  # `fit` raises this kind only
-            learner.fit(1)
-        return events
 
 
 def _same(where: str, what: str, found: Sequence[str], wanted: Sequence[str]) -> None:

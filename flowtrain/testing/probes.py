@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -22,15 +22,17 @@ from flowtrain.callback.events import BatchEnd, Event
 from flowtrain.callback.phases import Phase, TrainingPhase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.graph.executor import Executor
+from flowtrain.graph.executor import Executor, Resumable
 from flowtrain.learner import Learner
 from flowtrain.state.accelerator import accelerator, has_streams, on_stream
+from flowtrain.state.encoding import Stage
 from flowtrain.testing.tiny import tiny_learner
 
 __all__ = [
     "KINDS",
     "TORCH_SETTINGS",
     "ContractBase",
+    "DeferrableProbe",
     "Does",
     "Draws",
     "Ping",
@@ -182,6 +184,13 @@ KINDS: Sequence[type[Probe]] = tuple(type(f"Probe{letter}", (Probe,), {}) for le
 """Seven types of probes: a test needs several types, because ``run_after`` and conflicts are between types."""
 
 
+class DeferrableProbe(Probe):
+    """A probe that an executor may run later and elsewhere."""
+
+    deferrable = True
+    stochastic = False
+
+
 class ContractBase:
     """The helpers of `flowtrain.testing.ExecutorContract`: they make a learner, and fire an event in several rounds."""
 
@@ -235,6 +244,42 @@ class ContractBase:
         assert not wrong, f"{where}: {'; '.join(wrong)}"
         assert not running, f"{where} the event ended while {running} had not returned"
         return raised[0] if raised else None
+
+    def events(self, kind: type[Exception], at: type[Event], executor: Executor) -> list[str]:
+        """Fit with three callbacks, one of which raises at an event; return the events of another one."""
+        trace, events = Trace(self.patience), list[str]()
+
+        def note(probe: Probe, event: Event, learner: LearnerView) -> None:
+            """Keep the name of the event."""
+            events.append(type(event).__name__)
+
+        probes = [KINDS[0](trace, note), KINDS[1](trace, raises(lambda: kind("here"), at)), KINDS[2](trace)]
+        with self.learner(*probes, executor=executor) as learner, suppress(ValueError):  # `fit` raises this kind only
+            learner.fit(1)
+        return events
+
+    def counts(self, events: int, saved: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+        """Fire events at a deferrable callback; return the `state_dict` of the executor, which must be flushed then.
+
+        Args:
+            events: The number of events.
+            saved: The state that the executor loads before the first event, or ``None``.
+
+        Returns:
+            The state, in tensors and plain values; ``None`` if the executor is not `Resumable`.
+        """
+        trace, executor = Trace(self.patience), self.make_executor()
+        with self.learner(DeferrableProbe(trace, waits), executor=executor) as learner:
+            if not isinstance(executor, Resumable):
+                return None
+            if saved is not None:
+                executor.load_state_dict(saved)
+            for _ in range(events):
+                learner.fire(Ping(), TrainingPhase())
+            state: Mapping[str, Any] = Stage().copy(executor.state_dict(), f"the executor {learner.executor.name!r}")
+            done = len(trace.ended)
+            assert done == events, f"state_dict() returned when {done} of {events} events were done"
+            return state
 
 
 def waits(probe: Probe, event: Event, learner: LearnerView) -> None:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import copy
@@ -40,7 +41,54 @@ class TestThreads(ExecutorContract):
         return Threads()
 
 
+class Defers(Threads):
+    """Runs deferrable callbacks when it is flushed, and counts their events; keeps every promise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = 0
+        self.pending: list[tuple[Step, Event, Phase]] = []
+
+    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+        if not step.callback.deferrable:
+            return super().call(step, event, phase)
+        self.events += 1
+        self.pending.append((step, event, phase))
+        return None
+
+    def flush(self) -> None:
+        while self.pending:
+            super().call(*self.pending.pop(0))
+
+    def close(self) -> None:
+        self.flush()
+        super().close()
+
+    def state_dict(self) -> Mapping[str, int]:
+        self.flush()
+        return {"events": self.events}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.events = state["events"]
+
+
+class TestDefers(ExecutorContract):
+    def make_executor(self) -> Executor:
+        return Defers()
+
+
 # --- executors that break one promise
+
+
+class SavesUnflushed(Defers):
+    def state_dict(self) -> Mapping[str, int]:
+        return {"events": self.events}
+
+
+class CountsAnew(Defers):
+    """Forgets the events before the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
 
 
 class Nameless(Threads):
@@ -324,6 +372,16 @@ BROKEN: list[tuple[str, type[Threads], str]] = [
     ("flush_and_close_may_be_repeated", ClosesOnce, "closed twice"),
     ("a_closed_executor_runs_nothing", RunsWhenClosed, "no ExecutorError was raised"),
     ("a_closed_executor_runs_nothing", BindsWhenClosed, "no ExecutorError was raised"),
+    (
+        "a_resumable_executor_flushes_and_continues_its_counts",
+        SavesUnflushed,
+        "state_dict() returned when 0 of 2 events were done",
+    ),
+    (
+        "a_resumable_executor_flushes_and_continues_its_counts",
+        CountsAnew,
+        "2 events, a resume and 1 event give the counts {'events': 1}; 3 events give {'events': 3}",
+    ),
     ("close_ends_the_threads", LeavesThreads, "these threads run after close(): ['test-threads"),
     ("rule_12_no_handler_starts_before_those_it_waits_for", IgnoresEdges, "started before ProbeD returned"),
     ("rule_12_no_handler_starts_before_those_it_waits_for", IgnoresTheLastEdge, " started before "),
