@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from flowtrain.callback.nested import items, step
+from flowtrain.callback.nested import items, place_text
 
 __all__ = ["lengths", "measure"]
 
@@ -108,4 +108,4 @@ def lengths(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tupl
     if _is_list(value):
         yield path, len(value)
     for where, item in items(value) or ():
-        yield from lengths(item, path + step(where), (*above, id(value)))
+        yield from lengths(item, path + place_text(where), (*above, id(value)))

@@ -38,8 +38,23 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-__all__ = ["INSIDE", "PLAIN", "Attribute", "Memo", "attributes", "is_nested", "items", "leaves", "like", "mapped"]
-__all__ += ["parts", "rebuild", "refill", "set_attributes", "step"]
+__all__ = [
+    "INSIDE",
+    "PLAIN",
+    "Attribute",
+    "Memo",
+    "attributes",
+    "is_nested",
+    "items",
+    "leaves",
+    "like",
+    "mapped",
+    "parts",
+    "place_text",
+    "rebuild",
+    "refill",
+    "set_attributes",
+]
 
 PLAIN: Final[frozenset[type]] = frozenset({int, float, bool, str, bytes, complex, type(None)})
 """The exact types of values that have no parts and never change; every walk tests for them first, as it is quick."""
@@ -54,10 +69,10 @@ class Attribute(str):
     __slots__ = ()
 
 
-def step(where: Any) -> str:
+def place_text(where: Any) -> str:
     """Return the place of a part as source code, to be written behind its container.
 
-    >>> step("a"), step(0), step(Attribute("a"))
+    >>> place_text("a"), place_text(0), place_text(Attribute("a"))
     ("['a']", '[0]', '.a')
     """
     return (where and f".{where}") if isinstance(where, Attribute) else f"[{where!r}]"
@@ -170,7 +185,7 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def parts(value: Any) -> list[tuple[Any, Any]] | None:
-    """Return the parts of a container, each with its place (see `step`); ``None`` for a leaf.
+    """Return the parts of a container, each with its place (see `place_text`); ``None`` for a leaf.
 
     The items of mappings and sequences of other types are parts too.
 
@@ -223,7 +238,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if inner is None:
             yield path, value
         else:
-            waiting += [(path + step(where), part) for where, part in reversed(inner)]
+            waiting += [(path + place_text(where), part) for where, part in reversed(inner)]
 
 
 # --- putting together again

@@ -20,7 +20,7 @@ import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import BatchEnd
-from flowtrain.callback.nested import Attribute, attributes, parts, step
+from flowtrain.callback.nested import Attribute, attributes, parts, place_text
 from flowtrain.callbacks import CustomCallback
 from flowtrain.learner import Learner
 
@@ -131,4 +131,4 @@ def _link(holder: object, thing: object) -> str:
     inner = parts(holder)
     if inner is None:
         inner = [(Attribute(name), value) for name, value in attributes(holder).items()]
-    return next((step(where) for where, value in inner if value is thing), "")
+    return next((place_text(where) for where, value in inner if value is thing), "")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.nested import attributes, parts, step
+from flowtrain.callback.nested import attributes, parts, place_text
 from flowtrain.callback.view import LearnerView
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
@@ -180,7 +180,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[str, Any]]]:
     if isinstance(value, (list, tuple, deque)):
         return f"{len(value)} items", [*((f"[{number}]", item) for number, item in enumerate(value)), *_steps(value)]
     if isinstance(value, partial):
-        return "partial", [(step(where), item) for where, item in parts(value) or ()]
+        return "partial", [(place_text(where), item) for where, item in parts(value) or ()]
     if isinstance(value, Callback):  # a callback with a name belongs to the learner, and is compared there
         return f"callback {value.name or type(value).__name__}", [] if value.name else _steps(value)
     found = _steps(value)

@@ -27,8 +27,8 @@ from flowtrain.callback.nested import (
     leaves,
     mapped,
     parts,
+    place_text,
     refill,
-    step,
 )
 from flowtrain.core.devices import place
 from flowtrain.diagnostics.strict import fingerprint
@@ -189,9 +189,9 @@ def _all(value: Any) -> list[Any]:
 def test_parts_have_the_places_that_an_error_names(value: Any, expected: list[str]) -> None:
     inner = parts(value)
     assert inner is not None
-    assert [step(where) for where, _ in inner] == expected
+    assert [place_text(where) for where, _ in inner] == expected
     for where, item in inner:
-        assert eval(f"value{step(where)}", {"value": value}) in (item, value)
+        assert eval(f"value{place_text(where)}", {"value": value}) in (item, value)
 
 
 class Colour(enum.Enum):
@@ -265,8 +265,8 @@ def test_what_a_container_shows_are_its_items_or_else_its_attributes() -> None:
 
 
 def test_a_key_is_no_attribute() -> None:
-    assert step(".a") == "['.a']"
-    assert step(Attribute("a")) == ".a"
+    assert place_text(".a") == "['.a']"
+    assert place_text(Attribute("a")) == ".a"
 
 
 def test_a_leaf_that_is_in_several_places_comes_once() -> None:

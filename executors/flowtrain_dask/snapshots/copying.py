@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flowtrain.callback.access import Path, Read, Write, dotted
-from flowtrain.callback.nested import PLAIN, Attribute, Memo, step
+from flowtrain.callback.nested import PLAIN, Attribute, Memo, place_text
 from flowtrain.errors import AccessError
 from flowtrain.state.container import Tree, picked
 from flowtrain_dask.snapshots.pool import Pool
@@ -105,7 +105,7 @@ class Copying:
         try:
             return self.copy(value)
         except Refused as refused:
-            refused.where.append(step(where))
+            refused.where.append(place_text(where))
             raise
 
     def copy_key(self, key: Any) -> Any:
