@@ -15,8 +15,16 @@ from types import ModuleType
 import pytest
 
 import flowtrain
+import flowtrain_dask
 
-MODULES = ["flowtrain", *(found.name for found in pkgutil.walk_packages(flowtrain.__path__, "flowtrain."))]
+MODULES = [
+    name
+    for package in (flowtrain, flowtrain_dask)
+    for name in (
+        package.__name__,
+        *(found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")),
+    )
+]
 
 # Slow to import or not installed everywhere, so imported by who uses them.
 LAZY = ["dask", "distributed", "matplotlib", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]

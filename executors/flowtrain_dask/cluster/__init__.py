@@ -6,3 +6,5 @@ always holds enough to begin again when a worker is lost. `calls` makes one call
 `callback_state` callbacks and their state, and `pickling` is the pickler of both. `block` hands a large batch to a
 worker on the same machine through memory.
 """
+
+__all__: list[str] = []

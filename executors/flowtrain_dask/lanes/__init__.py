@@ -4,3 +4,5 @@
 the interface to the place where they run, with the one for this process. `limits` bounds the events that may wait, and
 `report` holds the counts that users see. `gate` makes a lane stand still, for instance while this process forks.
 """
+
+__all__: list[str] = []

@@ -5,3 +5,5 @@ spreads the handlers over threads by the edges of that graph. `firing` runs the 
 of them, and `decision` measures whether this is faster than running inline. `torch_state` carries torch's state of the
 training thread to the other threads, and `threads` starts and wakes these so that no interrupt can break it.
 """
+
+__all__: list[str] = []

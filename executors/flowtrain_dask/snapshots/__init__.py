@@ -6,3 +6,5 @@ is one pass of copying; `tensors` and `modules` copy the types of their names. `
 so that their length is enough. Copies lie in the memory of a `pool`, which is reused. `view` shows a snapshot to the
 handler.
 """
+
+__all__: list[str] = []
