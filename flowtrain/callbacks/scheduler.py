@@ -208,7 +208,7 @@ class Scheduler(Callback):
             planned = None
             if isinstance(schedule, Schedule) and schedule.is_open:
                 planned = epochs if schedule.unit == "epoch" else updates
-            self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]
+            self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]  # a Schedule
 
     def _warn_of_another_length(self, before: tuple[int | None, int | None]) -> None:
         """Warn, once for all schedules, if the interrupted fit was planned with another length than this one."""

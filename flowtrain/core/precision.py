@@ -55,7 +55,7 @@ def check_precision(device: torch.device, precision: Precision) -> None:
 
 
 def _refusal(device: torch.device, precision: Any) -> Exception | None:
-    """Return what autocast says against a precision on a device, if it does."""
+    """Return the exception by which autocast refuses a precision on a device; ``None`` if the device has it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -124,7 +124,7 @@ class Metric:
         """Check that the arguments fit the metric.
 
         Raises:
-            UsageError: An argument does not.
+            UsageError: An argument does not fit the metric.
         """
         if self.weight is not None and not callable(self.weight):
             raise UsageError(

@@ -1,8 +1,7 @@
-"""The learner's state: all that handlers can see, and nothing else.
+"""The learner's state: the objects that handlers can see, and the queues of the events and checkpoints they ask for.
 
-`LearnerState` is a plain object that the learner, the loop, the core and the compiled views share. It holds no
-behaviour. State that can change between two reads of a handler is replaced as a whole (`batch`), state that callbacks
-share has a read-only twin beside it (`State`).
+The learner, the loop, the core and the compiled views share one `LearnerState`. State that can change between two reads
+of a handler is replaced as a whole (`batch`); state that callbacks share has a read-only twin beside it (`State`).
 """
 
 from __future__ import annotations
@@ -198,7 +197,7 @@ class Named(Mapping[str, Any]):
         return Named(self._what, {name: readonly(each, f"{self._what}.{name}") for name, each in self.items()})
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Named | dict[str, Any]:
-        """Return the members copied; a dict of those that are declared, which nobody takes for all of them."""
+        """Return a copy of the members: a `Named`, or a plain dict if only some are declared."""
         members = {name: freezer.part(self[name], below, Attribute(name)) for name, below in picked(self, inside)}
         return Named(self._what, members) if inside is None else members
 
@@ -227,7 +226,7 @@ def by_name(value: Any) -> dict[str, Any]:
 
 
 class LearnerState:
-    """The objects that a learner trains, and those that its handlers can be given.
+    """The objects that a learner trains, those that its handlers can be given, and the requests of handlers.
 
     Attributes:
         model: The user's module, or a `Named` of several.
@@ -242,6 +241,7 @@ class LearnerState:
         callbacks: The learner's callbacks.
         draws: The seeds of the random numbers that deferrable callbacks draw.
         fired: Events that handlers of the current event asked to fire next, each with the name of the callback.
+        requests: Checkpoints that handlers of the current event asked for, each with the name of the callback.
         updates: How many updates of optimizers the learner has made.
         lag: After how many batches a value of the device is read; 0 where reading does not wait.
     """
@@ -317,7 +317,10 @@ def restore_point(state: State) -> Callable[[], None]:
 
 
 def _remember(value: Any, marks: dict[int, tuple[Any, Any]]) -> None:
-    """Keep a container, and those inside it, each with its mark: of those of Python another one of the same parts."""
+    """Record a container and the containers in it, each with a mark from which `_rewind` restores it.
+
+    The mark is the result of ``__mark__``; for one of Python's containers, a shallow copy.
+    """
     if id(value) in marks:
         return
     if isinstance(value, Container):

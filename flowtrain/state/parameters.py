@@ -125,7 +125,10 @@ class Gradients(Mapping[str, torch.Tensor]):
 
 
 class ReadOnlyGradients(Gradients):
-    """The twin of `Gradients`, and its own: a property and no attribute, since that would be a circle."""
+    """The read-only twin of `Gradients`, which is its own twin.
+
+    `twin` is a property, because an attribute that refers to its own object is a reference cycle.
+    """
 
     __slots__ = ()
 
@@ -133,8 +136,8 @@ class ReadOnlyGradients(Gradients):
         self._params = params
 
     @property
-    def twin(self) -> ReadOnlyGradients:  # type: ignore[override]
-        """Itself."""
+    def twin(self) -> ReadOnlyGradients:  # type: ignore[override]  # the twin of the base is an attribute
+        """The object that a view gives for reading: this one, since it cannot be changed."""
         return self
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:

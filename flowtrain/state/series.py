@@ -47,7 +47,7 @@ class Series(Container):
     __kind__ = "series"
 
     rewound: ClassVar[int] = 0
-    """How often series have lost values, or were lost themselves, to a mark or a checkpoint. Else series only grow."""
+    """How often a series was shortened or removed, by undoing a change or loading a checkpoint. Else series grow."""
 
     def __init__(self, path: str, late: bool = False) -> None:
         self._path = path

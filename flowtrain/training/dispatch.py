@@ -260,7 +260,10 @@ class Dispatch:
                 _, event = self.fired.pop(0)
                 count += 1
                 if count > _MOST_FIRED:
-                    raise UsageError(f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}.")
+                    raise UsageError(
+                        f"Handlers fired more than {_MOST_FIRED} events in a row; the last was {event!r}. Its "
+                        f"handlers fire it again, directly or through other events: let one fire under a condition."
+                    )
                 self._queued = len(self.fired)
                 try:
                     self.fire(event, phase)

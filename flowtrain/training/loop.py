@@ -113,6 +113,13 @@ class Loop:
         steps: int | None,
         validate_every: int | None,
     ) -> BaseException | None:
+        """Run a fit; `fit` describes the arguments and the result, and leaves the learner usable if this breaks off.
+
+        A fit fires `FitBegin`, restores the random state of the checkpoint that it resumes from, if any, and runs the
+        epochs. Whatever happens there, it then fires `FitEnd` and finishes all pending work: deferred events, the calls
+        in the mailbox, the files of checkpoints, and the logging backends. Failures are collected on the way, so that
+        none of these parts is left out, and are raised at the end.
+        """
         self.scopes.open_fit()
         failures: list[BaseException] = []
         try:
@@ -182,6 +189,13 @@ class Loop:
             self.dispatch.mailbox.empty()
 
     def _epoch(self, phase: Phase, loader: Iterable[Any], most: int | None) -> None:
+        """Run one epoch in the modes of its phase; `epoch` describes the arguments.
+
+        The epoch begins with an empty batch and no gradients, fires `EpochBegin`, and runs its batches. A cancel of the
+        epoch ends the batches early. Then handlers see the last complete batch again, groups of gradients that are not
+        full make their update, and `EpochEnd` is fired. After a failure, which a cancel of the epoch is not,
+        `EpochCancelled` is fired instead, the position of the fit stays within the epoch, and the failure is raised.
+        """
         scopes, position = self.scopes, self.checkpoints.position
         failures: list[BaseException] = []
         with self._mode(phase):

@@ -4,8 +4,9 @@ Every Begin gets exactly one End or Cancelled. A scope is *open* from before its
 its End or Cancelled event is fired, and *closed* after that event. A cancel has an effect only while its scope is open,
 because a scope that is ending cannot be cancelled any more.
 
-Scopes change through the methods here. Only the bundled steps (`flowtrain.training.step`) set `batch`, `backward` and
-`completed` directly, since a method call for each of these assignments would cost more than the assignment.
+Scopes change through the methods here, with one exception: assignments that are made for every batch, since a method
+call would cost more than the assignment. `flowtrain.training.step` sets `batch`, `backward` and `completed`, and the
+loop sets `batch_number`.
 """
 
 from __future__ import annotations

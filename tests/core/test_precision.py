@@ -66,17 +66,17 @@ def test_counting_does_not_wait() -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_is_there_where_it_is_asked_for(precision: str, dtype: torch.dtype) -> None:
     model = nn.Linear(2, 2)
-    run = in_precision(model, CPU, precision)  # type: ignore[arg-type]
+    run = in_precision(model, CPU, precision)  # type: ignore[arg-type]  # a str
     assert run(torch.ones(1, 2)).dtype == dtype
     assert (run is model) is (precision == "fp32"), "nothing comes between where nothing is to be done"
-    with autocast(CPU, precision):  # type: ignore[arg-type]
+    with autocast(CPU, precision):  # type: ignore[arg-type]  # a str
         assert model(torch.ones(1, 2)).dtype == dtype
 
 
 def test_bf16_takes_the_short_way() -> None:
     """Only a scaler needs what comes around an update."""
     for precision, plain in (("fp32", True), ("bf16", True), ("fp16", False)):
-        core = TorchCore("cpu", precision=precision)  # type: ignore[arg-type]
+        core = TorchCore("cpu", precision=precision)  # type: ignore[arg-type]  # a str
         tiny_learner(core=core, optimizer=partial(torch.optim.SGD, lr=0.1))
         assert core.plain is plain
 

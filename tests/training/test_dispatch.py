@@ -206,8 +206,11 @@ def test_a_failing_event_drops_only_what_it_fired_itself() -> None:
 
 def test_events_that_fire_each_other_without_end_are_refused() -> None:
     watch, learner = watched(Sayer(BatchEnd, "ping", ping="pong", pong="ping"), n_batches=1)
-    with pytest.raises(UsageError, match=r"Handlers fired more than 10000 events in a row; the last was Said\(word='p"):
+    with pytest.raises(UsageError) as caught:
         learner.fit(1)
+    message = str(caught.value)
+    assert message.startswith("Handlers fired more than 10000 events in a row; the last was Said(word='p")
+    assert message.endswith("fire it again, directly or through other events: let one fire under a condition.")
     assert words(watch)[-2:] == ["EpochCancelled", "FitEnd"]
 
 
