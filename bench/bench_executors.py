@@ -43,7 +43,7 @@ from flowtrain.metrics import accuracy
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask import DaskExecutor
-from flowtrain_dask.parallel.task_graph import Task, compile_plan
+from flowtrain_dask.parallel.task_graph import compile_plan
 
 EVENT, PHASE = BatchEnd(), TrainingPhase()
 STEP = 5.5e-3
@@ -274,10 +274,12 @@ def by_hand(acts: Sequence[Act]) -> Act:
 
 def plain_dask(acts: Sequence[Act]) -> Act:
     pool, graph = ThreadPoolExecutor(WORKERS), compile_plan(plan_of(acts))
-    tasks: dict[str, Task] = {}
-    for (key, task), (call, view) in zip(graph.items(), graph.plan.calls, strict=True):
-        # A task calls the handler, and its edges, which are its arguments, have no effect on the call.
-        tasks[key] = Task(key, lambda *_, call=call, view=view: call(EVENT, PHASE, view), *task.args)
+
+    def run(position: int) -> None:
+        call, view = graph.plan.calls[position]
+        call(EVENT, PHASE, view)
+
+    tasks = graph.tasks(run)
 
     def fire() -> None:
         dask.threaded.get(tasks, list(tasks), pool=pool)

@@ -1,8 +1,9 @@
 """The dask task graph of a plan: one task for each handler, compiled once.
 
 Users can look at the graph and draw it. Its keys are the labels of the plan's steps. Its edges are the edges of the
-plan, without those that follow from others. The tasks do nothing: training runs the strands that are derived from this
-graph (`flowtrain_dask.parallel.strands`), and not the graph itself, because a dask task costs more than most handlers.
+plan, without those that follow from others. Training runs the strands that are derived from this graph
+(`flowtrain_dask.parallel.strands`), because a dask task costs more than most handlers. So the tasks of the graph do
+nothing; `EventGraph.tasks` gives ones that run something, and any scheduler of dask runs these with the same results.
 
 `Task` and `TaskRef` are dask's own classes. A task is a node with a key, a function and arguments; a `TaskRef` among
 the arguments is an edge. They are imported from a private module of dask, since the public place that its documentation
@@ -34,6 +35,14 @@ class EventGraph(dict[str, Task]):
         super().__init__()
         self.plan = plan
         self.before = before
+
+    def tasks(self, run: Callable[[int], Any]) -> dict[str, Task]:
+        """Return the same graph with tasks that do something, for a scheduler of dask.
+
+        Args:
+            run: Called with the position of a handler in the plan, when the tasks of its predecessors are done.
+        """
+        return {key: Task(key, _run, run, place, *task.args) for place, (key, task) in enumerate(self.items())}
 
     def __dask_graph__(self) -> dict[str, Task]:
         return dict(self)
@@ -84,3 +93,7 @@ def compile_plan(plan: Plan) -> EventGraph:
 
 
 def _nothing(*_: object) -> None: ...
+
+
+def _run(run: Callable[[int], Any], position: int, *_: object) -> Any:
+    return run(position)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import dask.base
+import dask.local
 import dask.threaded
 import networkx
 import pytest
@@ -16,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowtrain_dask
-from flowtrain import BatchEnd, TrainingPhase
+from flowtrain import BatchEnd, Event, Phase, TrainingPhase
+from flowtrain.graph.executor import Executor
 from flowtrain.graph.plan import Plan
-from flowtrain.testing import tiny_learner
+from flowtrain.testing import ExecutorContract, tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.parallel.task_graph import Task, TaskRef, compile_plan
 from tests.support.examples import examples
+from tests.support.executors import Failures, Threads
 from tests.support.handlers import Does, nothing, plan_of
 
 KINDS = [type(f"K{number}", (Does,), {}) for number in range(8)]
@@ -56,6 +59,49 @@ def test_tasks_are_the_handlers_and_edges_the_transitive_reduction(plan: Plan) -
 def test_the_tasks_of_a_graph_do_nothing() -> None:
     graph = compile_plan(plan_of(KINDS[0](nothing)))
     assert dask.threaded.get(graph, list(graph)) == (None,)
+
+
+@settings(max_examples=examples(30))
+@given(plans())
+def test_dask_runs_the_tasks_in_the_order_of_the_edges(plan: Plan) -> None:
+    graph, ran = compile_plan(plan), list[int]()  # a list is appended to by one thread at a time
+    dask.threaded.get(graph.tasks(ran.append), list(graph), num_workers=2)
+    assert sorted(ran) == list(range(len(plan)))
+    for place, position in enumerate(ran):
+        assert plan.ancestors[position] & ~sum(1 << before for before in ran[:place]) == 0
+
+
+class RunsGraphs(Threads):
+    """An executor that lets the synchronous scheduler of dask run the graph of each event."""
+
+    def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
+        """Run the handlers in the order that dask chooses; return the failures in serial order."""
+        failures: dict[int, BaseException] = {}
+        skipped = 0
+
+        def run(position: int) -> None:
+            nonlocal skipped
+            failure = None
+            if plan.always or not plan.ancestors[position] & skipped:
+                failure = self.call(plan.steps[position], event, phase)
+                if failure is None:
+                    return
+                failures[position] = failure
+            skipped |= 1 << position
+
+        graph = compile_plan(plan)
+        dask.local.get_sync(graph.tasks(run), list(graph))
+        interrupts = [failure for failure in failures.values() if not isinstance(failure, Exception)]
+        if interrupts and not plan.always:
+            raise interrupts[0]
+        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
+
+
+class TestRunsGraphs(ExecutorContract):
+    """The graph has every edge that an executor needs: a scheduler that knows nothing else keeps the contract."""
+
+    def make_executor(self) -> Executor:
+        return RunsGraphs()
 
 
 def test_the_graph_says_what_it_is_of() -> None:
