@@ -1,6 +1,7 @@
-"""Accumulation groups: when one is due, what a short one is multiplied with, and whose gradients are zeroed when.
+"""Accumulation groups: when an update is due, how a short group is scaled, and when gradients are set to zero.
 
-Below that a learner is trained: what is accumulated and not thrown away by rule 16 becomes an update.
+The first part tests the groups alone; the second trains a learner, in which every group becomes an update unless rule
+16 discards it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Params = dict[str, nn.Parameter]
 
 
 def groups_of(size: int, *names: str) -> tuple[Groups, Params]:
-    """Groups of one optimizer for each name, each with one parameter."""
+    """Return the accumulation groups of one optimizer for each name, each with one parameter."""
     params = {name: nn.Parameter(torch.ones(1)) for name in names}
     return Groups({name: torch.optim.SGD([param], lr=1.0) for name, param in params.items()}, size), params
 
@@ -65,7 +66,7 @@ def grads(params: Params) -> list[float | None]:
 
 @given(size=st.integers(1, 6), total=st.integers(1, 20))
 def test_every_group_is_full_but_the_last(size: int, total: int) -> None:
-    """Each update has the gradients of its own group, in full, also where the last group is shorter."""
+    """Each update uses the full mean gradient of its own group, even if the last group is shorter."""
     groups, params = groups_of(size, "")
     updates = []
     for number in range(1, total + 1):
@@ -88,7 +89,7 @@ def test_a_group_of_each_optimizer() -> None:
     groups.begin()
     backward(params)
     assert groups.due("disc") == []
-    groups.begin()  # neither begins anew: the gradients add up
+    groups.begin()  # neither optimizer begins a new group here: its gradients add up
     backward(params)
     assert grads(params) == [2.0, 2.0]
     assert groups.due() == ["disc"]
@@ -99,7 +100,7 @@ def test_a_group_of_each_optimizer() -> None:
 
 
 def test_spent_gradients_are_dropped_once() -> None:
-    """A second backward pass in a batch must not add to what the optimizer has stepped with."""
+    """A second backward pass in a batch must not add to gradients that the optimizer has already used."""
     groups, params = groups_of(1, "gen", "disc")
     groups.begin()
     backward(params)
@@ -151,7 +152,7 @@ def test_groups_that_wait_are_given_as_they_are_updated() -> None:
 
 
 class Script(Callback):
-    """Raise at some events, given by type and batch, counted from 1 in training; log events, with what they show."""
+    """Raises at some events, given by type and batch number from 1; logs each event with the values that it shows."""
 
     def __init__(self, *raises: tuple[type[Event], int, type[Exception]]) -> None:
         self.raises = raises
@@ -174,7 +175,7 @@ class Script(Callback):
 
 
 def by_hand(groups: list[list[int]], clip: float | None = None) -> float:
-    """Train the tiny model with SGD on the mean gradient of each group of batch numbers, from 1."""
+    """Train the tiny model with SGD on the mean gradient of each group; a group is a list of batch numbers from 1."""
     data, coeff = tiny_batches(), torch.zeros((), requires_grad=True)
     for group in groups:
         for number in group:
@@ -195,7 +196,7 @@ def learner_of(*callbacks: Callback, n_batches: int = 8, accumulate: int = 4, **
 
 
 def test_the_last_batch_is_cancelled_and_its_group_is_not_lost() -> None:
-    """Rule 16: the update follows the last batch, with its two events, and the state of the last completed batch."""
+    """Rule 16: the update, with its two events, follows the cancelled batch and shows the last completed batch."""
     script = Script((BatchBegin, 8, CancelBatchException))
     learner = learner_of(script)
     learner.fit(1)
@@ -210,7 +211,7 @@ def test_the_last_batch_is_cancelled_and_its_group_is_not_lost() -> None:
 
 
 def test_epochs_that_are_cancelled_train() -> None:
-    """Five epochs of three batches with groups of four: five updates, each of the mean of three batches."""
+    """Five epochs of three completed batches give five updates in groups of four, each with the mean of three."""
     script = Script(*((BatchEnd, number, CancelEpochException) for number in range(3, 16, 3)))
     learner = learner_of(script)
     learner.fit(5)
@@ -241,7 +242,7 @@ def test_an_error_or_interrupt_makes_no_update(failure: Any) -> None:
 @pytest.mark.parametrize("cancel", [CancelBatchException, CancelEpochException, CancelFittingException, ValueError])
 @pytest.mark.parametrize(("event", "groups"), [(UpdateBegin, [[1, 2, 3, 4]]), (UpdateEnd, [[1, 2, 3, 4], [5, 6, 7]])])
 def test_a_cancel_of_that_update(cancel: type[Exception], event: type[Event], groups: list[list[int]]) -> None:
-    """Rule 16: at `UpdateBegin` it throws the gradients away, as in a batch; the epoch is closed once."""
+    """Rule 16: a cancel at the `UpdateBegin` of that late update discards the gradients; the epoch is closed once."""
     script = Script((BatchBegin, 8, CancelBatchException), (event, 8, cancel))
     learner = learner_of(script)
     if issubclass(cancel, CancelException):
@@ -259,7 +260,7 @@ def test_a_cancel_of_that_update(cancel: type[Exception], event: type[Event], gr
     assert script.log.count("BatchCancelled") == 1
     before = learner.model.coeff.item()
     script.raises = ()
-    learner.fit(1)  # usable, and nothing of the group is left in it
+    learner.fit(1)  # the learner can train again, without the discarded gradients
     assert learner.model.coeff.item() != before
 
 
@@ -298,7 +299,7 @@ def test_that_update_is_unscaled() -> None:
 
 
 def test_callbacks_of_updates_have_that_one_too(tmp_path: Path) -> None:
-    """The average of the weights takes it in, a schedule counts it, histograms and rates name a batch of it."""
+    """EMA averages the weights after it, schedules count it, and histograms and rates name the last completed batch."""
     ema, rate = EMA(0.5), Scheduler({LearningRate: constant(0.1)})
     histograms = LogHistograms(JsonlBackend(tmp_path / "log.jsonl"), every=1)
     script = Script((BatchBegin, 7, CancelBatchException), (BatchBegin, 8, CancelBatchException))
@@ -310,7 +311,7 @@ def test_callbacks_of_updates_have_that_one_too(tmp_path: Path) -> None:
 
 
 class Pair(AbstractTrainingPhase):
-    """Train two models, each by its own loss and update."""
+    """Trains two models, each with its own loss and update."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, x=raw) as batch:
@@ -320,7 +321,7 @@ class Pair(AbstractTrainingPhase):
 
 
 class Together(Pair):
-    """Train both, with one update."""
+    """Trains two models with one update."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, x=raw) as batch:
@@ -332,7 +333,7 @@ class Together(Pair):
 @pytest.mark.parametrize("phase", [Pair, Together])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_each_of_several_optimizers_has_its_own(phase: type[Phase], precision: Any) -> None:
-    """An epoch whose last batch is cancelled comes to that without the batch, in the same updates."""
+    """An epoch whose last batch is cancelled ends with the weights of an epoch without that batch."""
 
     def run(cancelled: bool) -> tuple[Learner, list[str]]:
         torch.manual_seed(0)
@@ -382,7 +383,7 @@ def test_validation_between_direct_steps_updates_nothing() -> None:
 
 
 class Ask(Callback):
-    """Ask for a checkpoint at an event of a batch, counted from 1."""
+    """Requests a checkpoint at an event of a batch, counted from 1."""
 
     def __init__(self, path: Path, event_type: type[Event], number: int) -> None:
         self.path, self.wanted, self.batch = path, (event_type, number), 0
@@ -395,7 +396,7 @@ class Ask(Callback):
 
 
 class Cancel(Callback):
-    """Cancel the last batch of each epoch of eight, however often training was resumed."""
+    """Cancels the last batch of each epoch of eight, however often training was resumed."""
 
     def state_access(self) -> Access:
         return {"cbstate.history": Read()}
@@ -414,7 +415,7 @@ class Cancel(Callback):
 def test_a_resume_in_an_open_group_is_exact(
     event: type[Event], number: int, how: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rule 28, also where nothing of the epoch is left but the update, or where that was just made."""
+    """Rule 28, also if only the update of the epoch is left to do, or if it was just made."""
 
     def run(*extra: Callback, **options: Any) -> tuple[Any, ...]:
         ema = EMA(0.9)

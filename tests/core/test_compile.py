@@ -1,4 +1,4 @@
-"""Compilation of the model, and of the model with its loss; names and copies."""
+"""Compilation of the model, or of the model with its loss: names in `state_dict`, and copies of results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(*sizes: int) -> Pairs:
 
 
 class Counted:
-    """A loss that counts how often it runs outside of a compiled graph."""
+    """A loss function that counts its calls outside of a compiled graph."""
 
     eager = 0
 
@@ -87,7 +87,7 @@ def test_model_and_loss_as_one_graph_train_the_same(precision: Any) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("entry", ["outputs", "targets"])
 def test_what_a_handler_of_loss_begin_writes_counts(entry: str, in_place: bool) -> None:
-    """The loss that was made with the outputs is not that of what a handler put in their place."""
+    """A loss that was compiled with the outputs is computed again if a handler of LossBegin changes them."""
 
     def change(view: Any) -> None:
         value = getattr(view.batch, entry)
@@ -121,7 +121,7 @@ def test_names_never_begin_with_the_wrapper() -> None:
 
 
 def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs give every result in the same memory; here a model does."""
+    """CUDA graphs write every result into the same memory; here `Static` does so without CUDA."""
     begun: list[int] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     monkeypatch.setattr(torch, "compile", static)
@@ -141,12 +141,12 @@ def test_results_in_the_same_memory_are_copied_for_who_keeps_them(monkeypatch: p
 
 
 def static(function: Any, **options: Any) -> Static:
-    """Stand in for `torch.compile`."""
+    """Return the function as a stand-in for `torch.compile` would."""
     return Static(function)
 
 
 class Static:
-    """Gives what a function returns in the same memory again and again, with its graph."""
+    """Returns each result of a function in the same memory, with its graph."""
 
     def __init__(self, function: Any) -> None:
         self.function = function

@@ -1,4 +1,4 @@
-"""The training core against torch loops written by hand: the same parameters, to the bit in fp32."""
+"""The training core compared with hand-written torch loops: the same parameters, to the bit in fp32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
 
 class Net(nn.Sequential):
-    """A small network whose result depends on the random numbers it draws."""
+    """A small network with dropout, so that its result depends on the random numbers that it draws."""
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
@@ -90,7 +90,7 @@ def train_by_hand(
     clip_grad_value: float | None = None,
     init_scale: float = 65536.0,
 ) -> None:
-    """Train as anybody would write it."""
+    """Train in a hand-written loop."""
     params = [*model.parameters(), *(lossfn.parameters() if isinstance(lossfn, nn.Module) else ())]
     optimizer = ADAMW(params)
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, enabled=precision == "fp16")
@@ -183,11 +183,11 @@ def test_validation_in_between_changes_nothing() -> None:
 
 
 def test_a_last_group_of_one_counts_as_much_as_a_full_one() -> None:
-    """With 7 batches and groups of 2 the last batch is alone: its update is that of its own, undivided loss."""
+    """With 7 batches in groups of 2, the last update uses the undivided loss of the last batch alone."""
     model, lossfn = make(entropy)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     data = batches()
-    model.eval()  # no dropout here, so that both can be computed from the same state
+    model.eval()  # without dropout, so that both ways of computing the gradients start from the same random state
     learner = learner_of(model, optimizer=sgd, core=cpu(accumulate=2))
     snapshots: list[dict[str, Tensor]] = []
 
@@ -257,7 +257,7 @@ def test_compile_reaches_torch_once() -> None:
     norm = CustomCallback(lambda view: None, UpdateEnd, TrainingPhase, {"batch.grad_norm": Read()})
     learner = learner_of(model, core=cpu(compile={"backend": backend}))
     learner.fit(2)
-    learner.add_callback(norm)  # the step changes, the compiled model stays
+    learner.add_callback(norm)  # the callback changes the step, and the compiled model is kept
     learner.fit(1)
     assert calls == ["compiled"]
 
@@ -273,7 +273,7 @@ def test_a_step_with_infinite_gradients_is_skipped_and_the_scale_halved() -> Non
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moments = [entry["exp_avg"].clone() for entry in learner.optimizer.state.values()]
 
-    learner.step(TrainingPhase, (inputs * 1e6, targets))  # more than fp16 can hold
+    learner.step(TrainingPhase, (inputs * 1e6, targets))  # above the largest fp16 value
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     now = [entry["exp_avg"] for entry in learner.optimizer.state.values()]
@@ -286,7 +286,7 @@ def test_a_step_with_infinite_gradients_is_skipped_and_the_scale_halved() -> Non
 
 
 def test_a_cancel_after_unscaling_leaves_the_scaler_usable() -> None:
-    """Rule 16, with a scaler: gradients that were unscaled for an update that never came are forgotten."""
+    """Rule 16, with a gradient scaler: it forgets gradients that it unscaled for an update that was then cancelled."""
 
     class Once(Callback):
         done = False
@@ -300,7 +300,7 @@ def test_a_cancel_after_unscaling_leaves_the_scaler_usable() -> None:
     expected, lossfn = make(entropy)
     data = batches()
     torch.manual_seed(3)
-    expected(data[0][0])  # the cancelled batch draws its random numbers too
+    expected(data[0][0])  # the cancelled batch also draws its random numbers
     other = learner_of(expected, lossfn, core=cpu(precision="fp16"))
     other.fit(1, data=data[1:])
 
@@ -347,7 +347,7 @@ def test_autocast_covers_forward_and_loss_but_not_the_parameters(precision: Any,
 
 
 class Updates(Callback):
-    """Record, at each update, in which batch it is and what the gradients are."""
+    """Records the batch number and the gradients of each update."""
 
     def __init__(self) -> None:
         self.batch = 0
@@ -474,7 +474,7 @@ def test_grad_norm_is_computed_only_where_somebody_wants_it(monkeypatch: pytest.
 
 
 class Canceller(Callback):
-    """Raise an exception at one event of the batches with these numbers, counted from 1 over all epochs."""
+    """Raises an exception at one event of the given batches, counted from 1 over all epochs."""
 
     def __init__(self, event_type: type[Event], numbers: Iterable[int], exception: type[Exception]) -> None:
         self.event_type, self.numbers, self.exception = event_type, set(numbers), exception
@@ -489,7 +489,7 @@ class Canceller(Callback):
 
 
 def train_groups(groups: list[list[int]], divided_by: int) -> Net:
-    """Train without dropout on groups of batch numbers, from 1."""
+    """Train without dropout on groups; a group is a list of batch numbers from 1."""
     torch.manual_seed(0)
     model = Net(dropout=0.0)
     optimizer = ADAMW(model.parameters())
@@ -508,16 +508,16 @@ def train_groups(groups: list[list[int]], divided_by: int) -> Net:
 @pytest.mark.parametrize(
     ("event", "numbers", "exception", "groups"),
     [
-        # before the backward pass: the batch is left out, its group goes on
+        # a cancel before the backward pass leaves the batch out, and its group continues
         (BatchBegin, [2], CancelBatchException, [[1, 3, 4], [5, 6, 7]]),
         (LossBegin, [1], CancelBatchException, [[2, 3, 4], [5, 6, 7]]),
-        # from BackwardBegin on: the gradients of its group are thrown away, the next batch begins a group
+        # a cancel from BackwardBegin on discards the gradients of the group, and the next batch begins a new group
         (BackwardBegin, [2], CancelBatchException, [[3, 4, 5], [6, 7]]),
         (BackwardEnd, [5], CancelBatchException, [[1, 2, 3], [6, 7]]),
         (UpdateBegin, [3], CancelBatchException, [[4, 5, 6], [7]]),
-        # after the update: it has happened
+        # a cancel after the update does not undo the update
         (UpdateEnd, [3], CancelBatchException, [[1, 2, 3], [4, 5, 6], [7]]),
-        # at the end of an epoch: a group that can be filled no more is a shorter one
+        # the last group of an epoch is shorter if the epoch has no more batches
         (BatchBegin, [7], CancelBatchException, [[1, 2, 3], [4, 5, 6]]),
         (BatchBegin, [6, 7], CancelBatchException, [[1, 2, 3], [4, 5]]),
         (LossBegin, [6, 7], CancelBatchException, [[1, 2, 3], [4, 5]]),
@@ -535,7 +535,7 @@ def train_groups(groups: list[list[int]], divided_by: int) -> Net:
 def test_a_cancelled_batch_and_its_group(
     event: type[Event], numbers: list[int], exception: type[Exception], groups: list[list[int]]
 ) -> None:
-    """Rule 16: a cancel after `BackwardBegin` discards its accumulation group; a group lies within one epoch."""
+    """Rule 16: a cancel from `BackwardBegin` on discards the accumulation group; a group ends with its epoch."""
     torch.manual_seed(0)
     model = Net(dropout=0.0)
     learner = learner_of(model, callbacks=[Canceller(event, numbers, exception)], core=cpu(accumulate=3))
@@ -561,7 +561,7 @@ def test_single_steps_make_groups_too_and_an_epoch_begins_a_new_one() -> None:
     data = batches()
     learner = learner_of(model, data=(data, data[:1]), core=cpu(accumulate=2))
     learner.step(TrainingPhase, data[0])
-    learner.validate()  # touches no gradients
+    learner.validate()  # this leaves the gradients as they are
     learner.step(TrainingPhase, data[1])
     assert_same(model, train_groups([[1, 2]], 2))
     learner.step(TrainingPhase, data[2])
@@ -684,7 +684,7 @@ def test_one_optimizer_may_have_a_name() -> None:
 
 
 def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -> None:
-    """With accumulation the other model's group may be open, and must not take in a loss that is not its own."""
+    """With accumulation the group of the other model may be open, and must not include this loss."""
 
     class Through(AbstractTrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:
@@ -727,13 +727,13 @@ def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -
 
 def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
     core = TorchCore(device="cpu", compile={"mode": "fast"})
-    for _ in range(2):  # the second attempt fails for the same reason, not since the core were in use
+    for _ in range(2):  # the second attempt fails with the same error, not because the core is in use
         with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
             Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, core=core, default_callbacks=False)
 
 
 def test_fp16_with_an_update_for_each_optimizer() -> None:
-    """An overflow in the one changes the scale between the updates; the gradients of the other count as they are."""
+    """An overflow in one model changes the scale between the updates; the other model's gradients stay correct."""
 
     class Both(AbstractTrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:
@@ -756,7 +756,7 @@ def test_fp16_with_an_update_for_each_optimizer() -> None:
         default_callbacks=False,
     )
     learner.fit(1)
-    assert [model.weight.item() for model in models.values()] == [1.0, 0.5]  # the first is skipped: it overflowed
+    assert [model.weight.item() for model in models.values()] == [1.0, 0.5]  # skipped after its overflow
 
 
 # --- settings: a value that a core cannot have is named

@@ -1,4 +1,4 @@
-"""Devices: which one is used, and how data gets there."""
+"""Devices: which device is used, and how batches get there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers as a user passes them: which parameters they get, and which of them are refused."""
+"""Optimizers as a user passes them: which parameters each one gets, and which optimizers are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_optimizer_of_a_name_gets_the_parameters_of_that_model() -> None:
         for name, optimizer in learner.optimizer.items()
     }
     assert groups["gen"] == [id(param) for param in models["gen"].parameters()]
-    # The loss function's parameters go to the first optimizer that is made.
+    # The parameters of the loss function go to the optimizer that is made first.
     assert groups["disc"] == [id(param) for param in (*models["disc"].parameters(), *lossfn.parameters())]
     assert learner.optimizer.gen is learner.optimizer["gen"]
 
@@ -105,7 +105,7 @@ def test_models_may_share_a_part() -> None:
 
 
 def shared_loss(part: nn.Module) -> nn.Module:
-    """A loss that is a module with parameters of the model."""
+    """Return a loss module that shares parameters with the model."""
     return nn.Sequential(part)
 
 
@@ -115,7 +115,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
 
 
 def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
-    """On an accelerator; here the CPU stands in for one."""
+    """On an accelerator torch has fused optimizers; here the CPU stands in for one."""
     params = list(nn.Linear(2, 2).parameters())
     adamw = torch.optim.AdamW
 
@@ -137,7 +137,7 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
     assert fused(adamw, [nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)], ()) is adamw
 
     class Own(torch.optim.AdamW):
-        """A user's own."""
+        """An optimizer of a user."""
 
     assert fused(Own, params, ()) is Own
 
@@ -179,7 +179,7 @@ def test_zeroing_drops_the_gradients_of_every_group_also_of_those_added_later() 
     late = torch.nn.Parameter(torch.ones(2))
     late.grad = torch.ones(2)
     optimizer.add_param_group({"params": [late]})
-    optimizer.load_state_dict(optimizer.state_dict())  # puts other groups in the place of those it had
+    optimizer.load_state_dict(optimizer.state_dict())  # this replaces the list of groups
     zero()
     assert [param.grad for param in (*params, late)] == [None, None, None]
 

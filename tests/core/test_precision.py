@@ -1,4 +1,4 @@
-"""Precision, the scale of the loss, and NaN: updates are skipped and counted, without waiting for the device."""
+"""Precision, the scale of the loss, and NaN: bad updates are skipped and counted without waiting for the device."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_autocast_is_there_where_it_is_asked_for(precision: str, dtype: torch.dt
 
 
 def test_bf16_takes_the_short_way() -> None:
-    """Only a scaler needs what comes around an update."""
+    """Only fp16 has a gradient scaler, and only with a scaler does an update need more than the optimizer's step."""
     for precision, plain in (("fp32", True), ("bf16", True), ("fp16", False)):
         core = TorchCore("cpu", precision=precision)  # type: ignore[arg-type]  # a str
         tiny_learner(core=core, optimizer=partial(torch.optim.SGD, lr=0.1))
@@ -137,7 +137,7 @@ def test_a_scaler_needs_no_guard() -> None:
 
 
 class Watches(Callback):
-    """A user's own, which says that it stops at NaN."""
+    """A callback of a user which says that it stops training at NaN."""
 
     stops_at_nan = True
 

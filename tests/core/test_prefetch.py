@@ -1,4 +1,4 @@
-"""Prefetch: the next batch is on its way while this one is computed, and nothing else changes."""
+"""Prefetch: the next batch is copied to the device while this one is computed, and training does not change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch as a dataclass; its constructor would refuse what it holds."""
+    """A batch as a dataclass whose constructor would refuse the values after the transfer."""
 
     image: Tensor
     label: Any
@@ -54,7 +54,7 @@ class Sample:
 
 
 class Logged:
-    """A transfer that copies, and writes down when."""
+    """A transfer that copies, and logs when it does."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -170,7 +170,7 @@ def test_at_most_one_batch_more_is_in_memory() -> None:
         most = max(most, sum(each() is not None for each in alive))
         del batch
         gc.collect()
-        # What was given is the receiver's alone.
+        # The prefetcher keeps no reference to the batches that it has returned.
         assert sum(each() is not None for each in alive) <= 1
     assert most == 2
 
@@ -198,7 +198,7 @@ def test_a_cancelled_epoch_lets_go_of_the_batch_ahead() -> None:
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("at", [2, 5, 6])
 def test_an_endless_stream_loses_no_batch_when_its_epoch_is_cancelled(prefetch: bool, at: int) -> None:
-    """The batch that was taken ahead begins the next epoch, also where it had begun a new pass."""
+    """The batch that was fetched ahead begins the next epoch, even if it was the first of a new pass over the data."""
     seen: list[float] = []
 
     class Stays:
@@ -228,7 +228,7 @@ def test_an_endless_stream_loses_no_batch_when_its_epoch_is_cancelled(prefetch: 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("looks", [False, True])
 def test_the_outputs_of_a_batch_go_when_the_next_begins_unless_somebody_may_look(looks: bool, own: bool) -> None:
-    """On a device there is as much memory as in the loop by hand; what a handler of `EpochEnd` declares stays."""
+    """The next batch has as much free memory as in a loop by hand, unless a handler of `EpochEnd` reads the outputs."""
     seen: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
     last: list[Any] = []
@@ -267,7 +267,7 @@ def test_the_outputs_of_a_batch_go_when_the_next_begins_unless_somebody_may_look
 
 
 class Untouched:
-    """A transfer that leaves batches where they are."""
+    """A transfer that leaves batches unchanged."""
 
     def start(self, raw: Any) -> Any:
         return raw
@@ -404,7 +404,7 @@ def test_a_copy_of_a_core_keeps_what_it_was_told() -> None:
 
 
 def test_a_loader_of_another_length_than_it_says_loses_no_gradient() -> None:
-    """Rule 16: its last group is updated with behind the last batch, and is a shorter one."""
+    """Rule 16: the last group gets its update after the last batch, however many batches the loader has announced."""
 
     class Lies(list[Any]):
         def __len__(self) -> int:
@@ -432,11 +432,11 @@ def test_tf32_is_for_cuda() -> None:
 
 
 class Batch(list[Any]):
-    """Can be referred to weakly."""
+    """A batch that a weak reference can refer to."""
 
 
 class NeverPlaces(AbstractTrainingPhase):
-    """Never places what it gets, so that it is the epoch that has to let go of it."""
+    """A phase whose step does not move its batch to the device, so that only the epoch can drop the batch."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self):

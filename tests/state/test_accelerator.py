@@ -1,4 +1,4 @@
-"""The accelerator of the process, where there is none, or one of an unusual kind; `tests/accelerator` has one."""
+"""Functions for the accelerator if there is none, or one of an unusual kind; `tests/accelerator` has a usual one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_without_an_accelerator() -> None:
     assert accelerator() is None
     assert current_stream() is None
     assert random_states() == []
-    set_random_states([torch.zeros(16, dtype=torch.uint8)])  # of a checkpoint that was written with one
+    set_random_states([torch.zeros(16, dtype=torch.uint8)])  # a state from a machine with an accelerator
     seed(1)
 
 
 @without
 def test_a_torch_that_raises_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(check_available: bool = False) -> None:
-        """Do as torch 2.6 does."""
+        """Raise the error that torch 2.6 raises."""
         raise RuntimeError("Cannot access accelerator device when none is available.")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", raises)
@@ -49,7 +49,7 @@ def test_a_torch_that_raises_where_there_is_none(monkeypatch: pytest.MonkeyPatch
 @without
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
 def test_a_build_for_an_accelerator_that_is_not_there(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """A build for CUDA without a driver: torch names the accelerator, and nothing of it works."""
+    """A build of torch for CUDA names the accelerator, even without a driver; every further call of it fails."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
     assert accelerator_kind() == kind
     assert accelerator() is None

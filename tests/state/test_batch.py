@@ -1,4 +1,4 @@
-"""The batch state and its twin."""
+"""The batch state and its read-only twin."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_batch_can_be_copied() -> None:
 
 
 def test_the_twin_shows_the_live_batch() -> None:
-    """Rule 3: containers are wrapped once, when they are first read, and again when they are replaced."""
+    """Rule 3: containers get their twins at the first read, and again after an entry is replaced."""
     batch = BatchState()
     twin = ReadOnlyBatch(batch)
     batch.loss = torch.ones(())

@@ -1,4 +1,4 @@
-"""Values by phase and the counters, each with its read-only twin."""
+"""Containers with values by phase, and counters, each with its read-only twin."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ CHANGES = ["x[P] = [0]", "x[P].append(0)", "if P in x: del x[P]", "x.pop(P, None
 
 @given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PHASES)), max_size=12), st.integers(0, 12))
 def test_twins_stay_in_step(steps: list[tuple[str, Any]], watched_from: int) -> None:
-    """Whatever is done to the original, and whenever the twin was made, it shows the same by every way to look."""
+    """After any change of the original, a twin made before or after it shows the same content in every way."""
     seen: PhaseMap[Any] = PhaseMap("cbstate.seen", list)
     for number, (statement, phase) in enumerate(steps):
         if number == watched_from:
@@ -102,7 +102,7 @@ def test_the_twin_of_a_map_by_phase_refuses_changes(statement: str) -> None:
 
 
 def test_a_reader_meets_a_new_phase_first() -> None:
-    """Nobody has written for this phase: the reader sees the empty series that the writer will fill."""
+    """A reader that comes before any writer sees an empty series, the one that the writer fills later."""
     metrics = CONTAINERS["metrics_epoch"]("cbstate.metrics_epoch")
     twin = readonly(metrics, "")
     empty = twin[OODPhase]
@@ -149,7 +149,7 @@ def test_counts_by_phase_begin_at_zero_and_are_shown_live() -> None:
 
 
 def test_reading_a_phase_that_is_not_there_adds_nothing_and_the_reader_sees_what_comes() -> None:
-    """Rule 13: a deferred handler reads a copy, so what reading adds would be missing then."""
+    """Rule 13: a deferred handler reads a copy, so an entry added by its read would be missing in the original."""
     counts = CountsMap("cbstate.history")
     assert (readonly(counts, "cbstate.history")[TrainingPhase].steps, list(counts)) == (0, [])
     series = PhaseMap("cbstate.smooth_loss", lambda: Series("cbstate.smooth_loss"))
@@ -172,6 +172,6 @@ def test_the_containers_that_the_learner_makes(name: str) -> None:
         inner = made[Phase]
         assert isinstance(inner, (Counts, Series, SeriesMap))
         if not isinstance(inner, Counts):
-            assert path in repr(inner)  # the phase is left out of a path
+            assert path in repr(inner)  # paths name no phase
     else:
         assert isinstance(made, SeriesMap)

@@ -1,4 +1,4 @@
-"""What every container of ``cbstate`` promises: one class of tests, which each container passes."""
+"""The contract of containers in ``cbstate``: one class of tests, which runs with each type of container."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PHASES: dict[str, Phase] = {"TrainingPhase": TrainingPhase(), "ValidationPhase":
 
 
 class Deep:
-    """A freezer that asks containers, and copies all other items deeply."""
+    """A copier that uses a container's own method, and copies all other items deeply."""
 
     def copy(self, value: Any) -> Any:
         own = getattr(type(value), "__frozen__", None)
@@ -46,7 +46,7 @@ class Deep:
 
 
 def content(value: Any) -> Any:
-    """Return what a container holds in plain values."""
+    """Return the content of a container as plain values."""
     if isinstance(value, Series):
         return list(value)
     if isinstance(value, (State, Twins, Mapping)):
@@ -56,7 +56,7 @@ def content(value: Any) -> Any:
 
 
 class Window(Container):
-    """The last numbers only: a container that is not flowtrain's."""
+    """A container of a user that keeps only the last numbers."""
 
     __kind__ = "window"
 
@@ -151,12 +151,12 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Change]] = {
 class TestContainer:
     @pytest.fixture
     def write(self, name: str) -> Change:
-        """Return what writes into the container; each step changes it."""
+        """Return the function that writes into the container; each of its steps changes the container."""
         return CONTAINERS[name][1]
 
     @pytest.fixture
     def filled(self, name: str, write: Change) -> Any:
-        """Return a container that has been written into twice."""
+        """Return a container after two writes."""
         made = CONTAINERS[name][0]()
         write(made, 1)
         write(made, 2)
@@ -188,7 +188,7 @@ class TestContainer:
     ) -> None:
         before = copy.deepcopy(content(filled))
         twin = readonly(filled, "cbstate.x")
-        # Python's own proxy, the twin of counts, can neither be copied nor pickled.
+        # A mappingproxy, the twin of counts, can neither be copied nor pickled.
         for made in [again(each) for each in (filled, twin) if not isinstance(each, MappingProxyType)]:
             assert type(made) is type(filled)
             assert content(made) == before
@@ -211,7 +211,7 @@ class TestContainer:
 
     def test_empty_content_empties_it(self, filled: Any, name: str) -> None:
         filled.__fill__({}, PHASES)
-        kept = {"by name": {"Loss": [], "encoder.norm": []},  # what views hold stays, and is empty
+        kept = {"by name": {"Loss": [], "encoder.norm": []},  # series that views may hold stay, empty
                 "series by phase": {phase: {"Loss": []} for phase in PHASES.values()}}.get(name)  # fmt: skip
         assert content(filled) == (kept or content(CONTAINERS[name][0]()))
 
@@ -266,7 +266,7 @@ def test_a_container_with_graphs_is_copied_to_be_detached() -> None:
 
 
 class Keeps(Callback):
-    """Keeps the last losses in a container of its own."""
+    """A callback that keeps the last losses in a container of its own."""
 
     def state_access(self) -> Access:
         return {"batch.loss": Read(), "cbstate.window": Write()}

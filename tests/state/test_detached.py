@@ -1,4 +1,4 @@
-"""What a deferrable handler reads in place is what its snapshot would be: rules 19 and 21."""
+"""Rules 19 and 21: a deferrable handler that runs in place reads the same detached values as on a snapshot."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Found:
 
 
 class Output(OrderedDict[str, torch.Tensor]):
-    """A mapping with attributes, as libraries of models return."""
+    """A mapping with attributes, as model libraries return it."""
 
     logits: torch.Tensor
 
@@ -57,7 +57,7 @@ def output(value: torch.Tensor) -> Output:
 
 
 class Shares(Callback):
-    """Puts into ``cbstate`` and the batch what holds graphs."""
+    """Puts objects with graphs into ``cbstate`` and the batch."""
 
     def state_access(self) -> Access:
         return {"batch.outputs": Read(), "batch.extra": Write(), "cbstate.kept": Write(), "cbstate.inner": Write()}
@@ -76,7 +76,7 @@ class Shares(Callback):
 
 
 class Reads(Callback):
-    """Keeps what a function makes of the learner at one event."""
+    """Keeps the results of a function of the learner at one event."""
 
     deferrable = True
 
@@ -94,7 +94,7 @@ class Reads(Callback):
 
 
 def looked(value: torch.Tensor) -> Any:
-    """Return what tells a detached tensor from one that is in use, and what it holds."""
+    """Return the content of a tensor, and the properties by which a detached tensor differs from one with a graph."""
     about = type(value).__name__, value.requires_grad, value.is_leaf, value.grad_fn is None, value.grad is None
     return about, value.numpy().tolist()
 
@@ -138,7 +138,7 @@ READINGS: list[tuple[Access, Callable[[LearnerView], Any]]] = [
 def run(access: Access, f: Callable[[LearnerView], Any], executor: Any, strict: bool = False) -> list[Any]:
     torch.manual_seed(0)
     reads = Reads(access, f)
-    reads.stochastic = False  # so that threads take it whatever it names
+    reads.stochastic = False  # so that a thread may run the handler whatever paths it declares
     with Learner(
         nn.Sequential(nn.Linear(3, 2)),
         nn.functional.mse_loss,
@@ -155,7 +155,7 @@ def run(access: Access, f: Callable[[LearnerView], Any], executor: Any, strict: 
 
 @pytest.mark.parametrize(("access", "f"), READINGS)
 def test_it_is_the_same_in_place_as_deferred(access: Access, f: Callable[[LearnerView], Any]) -> None:
-    """``.numpy()`` on the outputs worked under dask and failed serially."""
+    """``.numpy()`` on the outputs once worked under dask and failed serially."""
     serial = run(access, f, "serial")
     assert len(serial) == 2
     assert run(access, f, DaskExecutor()) == serial
@@ -233,7 +233,7 @@ def test_containers_keep_their_type_and_the_original_its_graph(make: Callable[[t
 
 
 def leaves(value: Any) -> list[Any]:
-    """Return what is in a value, its containers and its objects' attributes."""
+    """Yield all leaves of a value, including those of its containers and of its objects' attributes."""
     if isinstance(value, torch.Tensor):
         return [value]
     inner: list[Any] = [*getattr(value, "__dict__", {}).values()]

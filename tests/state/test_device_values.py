@@ -1,4 +1,4 @@
-"""Values read a fixed number of batches late."""
+"""Values of the device that the host reads a fixed number of batches late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain copies: what is packed and filled again is what it was, in the containers that were there."""
+"""Encoded state: decoding it gives equal values, in the containers that exist already."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_not_plain_is_named(value: Any, text: str) -> None:
 
 
 def test_containers_are_filled_in_place() -> None:
-    """Views hold them, so they must stay the ones they are; what came since is gone."""
+    """Views hold the containers, so their identity stays; entries that were added since are removed."""
     state = State("cbstate")
     state.history, state.metrics = CountsMap("cbstate.history"), SeriesMap("cbstate.metrics")
     state.history[TrainingPhase()] = Counts((1, 2, 2, 2))
@@ -69,7 +69,7 @@ def test_containers_are_filled_in_place() -> None:
 
 
 class Total:
-    """An object with a state."""
+    """An object with `state_dict` and `load_state_dict`."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -82,7 +82,7 @@ class Total:
 
 
 def test_namespaces_and_objects_by_phase_come_back_as_they_were() -> None:
-    """Into a learner that has made nothing for these phases yet, too."""
+    """The state is also loaded into a learner that has no entries for these phases yet."""
 
     def maps() -> State:
         state = State("cbstate")
@@ -117,7 +117,7 @@ def test_all_of_a_fit_goes_there_and_back() -> None:
 
 def test_phases_by_name() -> None:
     class SomewhereElsePhase(ValidationPhase):
-        """Not among the data."""
+        """A phase without data."""
 
     assert phase_of("TrainingPhase", PHASES) is PHASES["TrainingPhase"]
     assert isinstance(phase_of("SomewhereElsePhase", PHASES), SomewhereElsePhase)
@@ -144,7 +144,7 @@ def test_phases_by_name() -> None:
 )
 @pytest.mark.parametrize("by_phase", [False, True])
 def test_an_entry_comes_back_in_the_type_that_setup_made_it_in(setup: Any, trained: Any, by_phase: bool) -> None:
-    """A file holds dicts and sets alone; a resumed fit failed at the first key that a ``defaultdict`` had to make."""
+    """A file holds only dicts and sets; a resumed fit once failed at the first new key of a ``defaultdict``."""
 
     def entry(value: Any) -> Any:
         if not by_phase:

@@ -1,4 +1,4 @@
-"""Hyperparameters: how each reads and writes a parameter group, and when two are the same."""
+"""Hyperparameters: how each reads and writes a parameter group, and when two of them are equal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_reads_and_writes_a_group(
 
 
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
-    """Compiled and captured optimizers hold on to it."""
+    """Compiled and captured optimizers keep a reference to the tensor, so its value changes in place."""
     rate = torch.tensor(0.25)
     group = {"lr": rate}
     assert LearningRate().read(group) == 0.25

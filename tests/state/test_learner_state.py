@@ -1,4 +1,4 @@
-"""The learner's state: entries with read-only twins, names, and coming back to an earlier content."""
+"""The learner's state: entries with read-only twins, their names, and restore points."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_entries_and_twins_go_together() -> None:
     assert (state.best, twins.best) == (0.5, 0.5)
     assert type(state.seen) is list
     assert type(twins.seen) is ReadOnlyList
-    assert twins.seen is twins.seen  # wrapped once when it is assigned
+    assert twins.seen is twins.seen  # one twin for each assigned value
     for namespace in (state, twins):
         assert list(namespace) == ["best", "seen"]
         assert len(namespace) == 2
@@ -76,7 +76,7 @@ def test_twins_cannot_be_assigned(statement: str) -> None:
 def test_a_series_is_filled_and_never_replaced(made: Any) -> None:
     state = State("cbstate")
     state.x = made
-    state.x = made  # the same one: nothing happens
+    state.x = made  # assigning the same object changes nothing
     with pytest.raises(UsageError) as caught:
         state.x = []
     assert str(caught.value) == (
@@ -196,7 +196,7 @@ def states(draw: st.DrawFn) -> State:
 
 
 def content(value: Any) -> Any:
-    """What a value holds, with the identity of every container in it."""
+    """Return the content of a value, with the identity of every container in it."""
     if isinstance(value, State):
         return id(value), {name: content(value.__dict__[name]) for name in value}
     if isinstance(value, dict):
@@ -215,7 +215,7 @@ def content(value: Any) -> Any:
 
 
 def damage(draw: Any, value: Any) -> None:
-    """Change a value, or something in it, in place, in a random way."""
+    """Change a value, or something nested in it, in place and at random."""
     inside: list[Any] = []
     if isinstance(value, (State, dict)):
         inside = list((vars(value) if isinstance(value, State) else value).values())
@@ -248,7 +248,7 @@ def damage(draw: Any, value: Any) -> None:
 
 @given(states(), st.data())
 def test_a_restore_point_gives_back_exactly_what_was_there(state: State, data: st.DataObject) -> None:
-    """Rule 11: a refused change puts `cbstate` back; the containers stay the same objects, since views hold them."""
+    """Rule 11: a refused change restores `cbstate` in the same containers, because views hold them."""
     before = content(state)
     restore = restore_point(state)
     draw: Any = data.draw

@@ -1,4 +1,4 @@
-"""An optimizer as handlers see it: hyperparameters and state apart, each read-only or not."""
+"""An optimizer as handlers see it: its hyperparameters and its state, each writable or read-only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def two_groups(**more: Any) -> tuple[torch.optim.Optimizer, list[torch.nn.Parame
 
 
 def test_hyperparameters_are_the_groups_without_parameters() -> None:
-    """Rule 5."""
+    """Rule 5: the groups of hyperparameters show no parameters."""
     optimizer, _ = two_groups()
     groups = OptimizerParts(optimizer).hyperparams
     assert [group["lr"] for group in groups] == [0.1, 0.2]
@@ -75,7 +75,7 @@ def test_the_groups_keep_their_shape() -> None:
 
 
 def test_state_is_looked_up_each_time() -> None:
-    """`load_state_dict` replaces the optimizer's state."""
+    """`load_state_dict` replaces the optimizer's state, so views may not keep it."""
     optimizer, params = two_groups()
     parts = OptimizerParts(optimizer)
     saved = optimizer.state_dict()
@@ -89,7 +89,7 @@ def test_state_is_looked_up_each_time() -> None:
 
 
 def test_the_keys_of_the_state_are_names_which_lead_to_no_parameter() -> None:
-    """Rule 5: ``optimizer.state`` is a path of its own."""
+    """Rule 5: ``optimizer.state`` is a path of its own, so its keys are names and not parameters."""
     model, loss = torch.nn.Linear(1, 1), torch.nn.Bilinear(1, 1, 1, bias=False)
     optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
     other = torch.nn.Parameter(torch.ones(1))
@@ -117,7 +117,7 @@ def test_the_keys_of_the_state_are_names_which_lead_to_no_parameter() -> None:
 
 
 def test_a_reader_of_the_state_makes_no_entry() -> None:
-    """An optimizer's state makes entries when it is asked for them; a twin does not."""
+    """Reading a missing key of an optimizer's state adds an entry; reading it through a twin does not."""
     optimizer, params = two_groups()
     twin = OptimizerParts(optimizer).__twins__
     assert twin.state[params[0]] == {}

@@ -1,4 +1,4 @@
-"""Parameters and gradients by name, looked up in the live modules."""
+"""Parameters and gradients by name, looked up in the modules at each access."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_parameters_are_found_by_the_names_they_are_listed_under() -> None:
 
 
 def test_a_gradient_is_replaced_by_assigning_and_its_twin_refuses() -> None:
-    """Rule 5: ``batch.grads`` is a mapping of its own; who only reads it gets the twin."""
+    """Rule 5: ``batch.grads`` is a mapping; a handler that only reads it gets a read-only twin."""
     model = nn.Linear(2, 1)
     grads = Gradients(Parameters({"": model}))
     assert (len(grads), list(grads)) == (0, []), "no backward pass has run"

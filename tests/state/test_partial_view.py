@@ -1,4 +1,4 @@
-"""What a view gives where only something inside a container is declared."""
+"""Views of a container of which only a part is declared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowtrain.state.series import SeriesMap
 
 
 def part(path: str, access: Access, container: Any) -> Part:
-    """The part of a container that lives at a path, for a callback that declares an access."""
+    """Return the part of a container at a path, as a callback with the given access sees it."""
     declaration = declare(access, "me")
     inside: Any = tree(declaration)
     for name in path.split("."):
@@ -87,7 +87,7 @@ def test_a_writer_has_its_series_before_the_first_value() -> None:
     history = traces()
     mine = part("cbstate.tracehistory", {"cbstate.tracehistory.GradNorm": Write()}, history)
     assert "GradNorm" not in mine[TrainingPhase]
-    assert list(history[TrainingPhase]) == []  # asking made nothing
+    assert list(history[TrainingPhase]) == []  # the read has added no entry
     mine[TrainingPhase]["GradNorm"].push(1.0, 1)
     assert history[TrainingPhase]["GradNorm"].last() == (1, 1.0)
     assert "GradNorm" in mine[TrainingPhase]
@@ -218,7 +218,7 @@ def test_an_absent_container_is_missing_only_when_it_is_used() -> None:
 
 
 def test_a_refusal_has_the_declaration_to_paste() -> None:
-    """Rule 3: in the callback's own name."""
+    """Rule 3: the refusal prints a declaration to paste, for the callback that was refused."""
     owner = Owner("Printer#2", "Printer", "state_access", declare({"batch.loss": Read()}, "me"))
     with pytest.raises(ProtectedException) as caught:
         owner.refuse("Write", ("batch", "loss"))

@@ -1,6 +1,6 @@
 # pyright: reportPrivateUsage=false
-# Handlers that a test adds to a bundled type are taken out again.
-"""Random numbers of their own for deferrable callbacks, in place: rules 6, 13 and 19."""
+# The test registers handlers for bundled types and removes them from a private table afterwards.
+"""Rules 6, 13 and 19: deferrable callbacks draw random numbers from generators of their own, also in place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from flowtrain.state.random_numbers import Draws, own_numbers
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
 
-# Numpy documents them, and its annotations leave them out.
+# Numpy documents these two functions, but has no annotations for them.
 get_bit_generator: Callable[[], Any] = vars(np.random)["get_bit_generator"]
 set_bit_generator: Callable[[Any], None] = vars(np.random)["set_bit_generator"]
 
@@ -48,7 +48,7 @@ Numbers = tuple[float, float, float, float]
 
 
 def draw() -> Numbers:
-    """Draw from each generator of the process; numpy's keeps a second normal number for the next time."""
+    """Draw from each generator of the process; numpy's then holds a second normal number for the next draw."""
     return random.random(), random.gauss(0, 1), float(torch.rand(())), float(np.random.randn())
 
 
@@ -57,7 +57,7 @@ def generators() -> Any:
 
 
 def train(*callbacks: Callback, strict: bool = False, fails: type[Exception] | None = None) -> tuple[float, Any]:
-    """Train with dropout; return the last loss, and the generators behind it."""
+    """Train with dropout; return the last loss, and the random numbers drawn after it."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -75,7 +75,7 @@ def train(*callbacks: Callback, strict: bool = False, fails: type[Exception] | N
 
 
 class Consumer(Callback):
-    """Does something at every event that it handles, and keeps what that returns."""
+    """Calls a function at every event that it handles, and keeps the results."""
 
     deferrable = True
 
@@ -109,7 +109,7 @@ def replaces(number: int) -> object:
 @pytest.mark.parametrize("event_type", [BatchEnd, EpochEnd, FitBegin, FitEnd])
 @pytest.mark.parametrize("do", [lambda number: draw(), seeds, loads, replaces, lambda number: number < 5 or draw()])
 def test_a_consumer_that_draws_changes_nothing(do: Callable[[int], object], event_type: type[Event]) -> None:
-    """With dropout in the model the last loss was another one as soon as a logger drew."""
+    """In a model with dropout, a logger that drew random numbers once changed the losses."""
     consumer = Consumer(do, event_type)
     assert train(consumer) == train()
     assert consumer.found
@@ -134,7 +134,7 @@ def test_the_numbers_depend_on_the_seed_of_the_run() -> None:
     def first(seed: int) -> object:
         consumer = Consumer(lambda number: draw())
         learner = tiny_learner(consumer)
-        torch.manual_seed(seed)  # also after the learner is built
+        torch.manual_seed(seed)  # seeded again, since building the learner may draw
         learner.fit(1)
         return consumer.found[0]
 
@@ -157,7 +157,7 @@ def test_a_handler_that_raises_after_it_drew_leaves_the_generators_as_they_were(
 
 
 def test_a_condition_of_a_consumer_may_draw() -> None:
-    """Every tenth event or so is natural to log; the events that are asked for are the same in every run."""
+    """A condition may log about every tenth event at random; every run asks it for the same events."""
 
     def sampled() -> Consumer:
         return when(Consumer(lambda number: draw()), BatchEnd, lambda number, phase: random.random() < 0.5)
@@ -181,7 +181,7 @@ def test_setup_of_a_consumer_may_draw() -> None:
 @pytest.mark.parametrize("before", range(4))
 @pytest.mark.parametrize("inside", range(4))
 def test_the_generators_come_back_whatever_was_drawn(before: int, inside: int) -> None:
-    """Numpy's generator keeps the second of two normal numbers outside of its state."""
+    """Numpy's generator keeps the second of two normal numbers outside of its bit generator's state."""
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
@@ -249,11 +249,11 @@ def test_bundled_loggers_say_that_they_draw_nothing_and_their_subclasses_do_not(
     mine = MyMetrics(backend)
     mine.stochastic = False
     assert not draws_own(mine)
-    assert not draws_own(CustomCallback(lambda learner: None, BatchEnd))  # it draws training's, and declares it
+    assert not draws_own(CustomCallback(lambda learner: None, BatchEnd))  # it draws training's numbers
 
 
 def test_a_handler_of_a_user_s_that_was_added_to_a_bundled_logger_draws_numbers_of_its_own(tmp_path: Path) -> None:
-    """The logger says that it draws nothing, and does not know of the handler."""
+    """The logger declares that it draws nothing, which says nothing about a handler that a user adds."""
     before = dict(LogMetrics._handlers)
     try:
 
@@ -270,7 +270,7 @@ def test_a_handler_of_a_user_s_that_was_added_to_a_bundled_logger_draws_numbers_
 
 
 def test_a_bundled_logger_is_called_as_it_is(tmp_path: Path) -> None:
-    """It runs at every batch, so what others need must cost it nothing; nor does it copy what it reads."""
+    """A bundled logger runs at every batch, so it is neither wrapped for random numbers nor given copies."""
     learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")))
     step = next(step for step in learner.callbacks.plan(BatchEnd, TrainingPhase).steps if "LogMetrics" in step.label)
     assert step.call == step.handler.bind(step.callback)

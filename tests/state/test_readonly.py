@@ -1,4 +1,4 @@
-"""Read-only twins: they show the live container, nested ones too, and refuse every way to change it."""
+"""Read-only twins show the live container and nested containers, and refuse every way to change them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATH = "cbstate.x"
 
 
 class Output(OrderedDict[str, Any]):
-    """A model's output as some libraries make it: a dict with its entries as attributes."""
+    """A model's output as some libraries return it: a dict with its entries as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -29,7 +29,7 @@ class Output(OrderedDict[str, Any]):
 
 
 class Pair(NamedTuple):
-    """A tuple with names."""
+    """A tuple with named items."""
 
     left: Any
     right: Any
@@ -213,7 +213,7 @@ def test_a_frozen_numpy_array_needs_no_view() -> None:
 
 
 def test_a_twin_of_a_twin_is_itself() -> None:
-    """What was read may be put somewhere else: it stays read-only."""
+    """A value that was read from a twin may be stored elsewhere, and stays read-only there."""
     twin = readonly({"a": 1}, PATH)
     assert readonly(twin, "cbstate.y") is twin
     assert isinstance(twin, ReadOnlyDict)

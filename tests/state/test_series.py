@@ -1,4 +1,4 @@
-"""Series and series by name, each with its read-only twin."""
+"""Series, and series by name, each with its read-only twin."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_copy_grows_for_itself(three: Series) -> None:
         assert (len(made), len(three), made.last()) == (4, 3, (5, 1.0))
         three_again = copy.copy(three)
         assert list(three_again) == list(three)
-        assert three_again != three  # by identity, as documented
+        assert three_again != three  # compared by identity, as documented
     same = {three: 1}
     assert same[three] == 1
 

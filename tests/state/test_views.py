@@ -1,4 +1,4 @@
-"""Protected views: what is declared works, everything else is refused with the declaration to paste (rules 3 to 5)."""
+"""Rules 3 to 5: a view allows the declared paths, and refuses all others with the declaration to paste."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.views import made, view_of
 
 @dataclass(frozen=True)
 class Touch:
-    """Something that a handler does, and the access that it needs."""
+    """An action of a handler, and the access that it needs."""
 
     path: Path
     access: str
@@ -91,7 +91,7 @@ declarations = st.dictionaries(
 
 
 def pasted(message: str) -> Declaration:
-    """The declaration in a refusal, run as the source code that it is."""
+    """Return the declaration that a refusal prints, evaluated as source code."""
     names = {"Read": Read, "Write": Write, "Access": dict}
     code = textwrap.dedent(message.partition("\n\n")[2])
     if code.startswith("def state_access"):
@@ -101,7 +101,7 @@ def pasted(message: str) -> Declaration:
     if code.startswith("@on("):
         names["on"] = lambda *args, access: access  # type: ignore[assignment]  # in place of the real decorator
         return declare(eval(code[1:], {**names, "BatchEnd": None}), "pasted")
-    # A twin knows the path and not the callback: it says what to add.
+    # A twin does not know its callback, so its refusal says which path to add.
     [found] = re.findall(r"[Dd]eclare (\{.*\})\.", message)
     return declare(eval(found, names), "pasted")
 
@@ -113,7 +113,7 @@ def pasted(message: str) -> Declaration:
 def test_an_access_is_granted_or_its_declaration_is_printed(
     declaration: Declaration, touch: Touch, decorator: str
 ) -> None:
-    """Rules 3 and 4: just what is declared works; pasting what a refusal prints makes it work, and keeps the rest."""
+    """Rules 3 and 4: pasting the declaration that a refusal prints allows the action, and keeps the other grants."""
     while not touch.allowed(declaration):
         with pytest.raises(ProtectedException) as caught:
             touch(view_of(declaration, made(), decorator))
@@ -146,7 +146,7 @@ def test_the_declaration_of_the_path_alone_is_enough(touch: Touch) -> None:
 
 
 def test_a_refusal_in_full() -> None:
-    """Rule 3: the path that was touched, also where nothing of it is declared, and the callback's own name."""
+    """Rule 3: the refusal names the touched path, even if no part of it is declared, and the callback."""
     with pytest.raises(ProtectedException) as caught:
         _ = view_of({}, made()).batch.loss
     text = str(caught.value)
@@ -160,7 +160,7 @@ def test_a_refusal_in_full() -> None:
 
 
 def test_equal_declarations_share_one_class() -> None:
-    """Rule 5: compiled once per declaration and cached by it."""
+    """Rule 5: a view class is compiled once for each declaration."""
     one = declare({"batch.loss": Read(), "cbstate.best": Write()}, "one")
     other = declare({"cbstate": {"best": Write()}, "batch": {"loss": Read()}}, "other")
     assert compile_view(one) is compile_view(other)
@@ -177,7 +177,7 @@ def test_equal_declarations_share_one_class() -> None:
 def test_a_declared_entry_is_read_without_a_python_call() -> None:
     state = made()
     state.batch.inputs = torch.ones(2)
-    state.batch_twin = state.batch  # as the phases do where a batch holds tensors only
+    state.batch_twin = state.batch  # phases do this if a batch holds only tensors
     learner = view_of({"batch.loss": Read(), "batch.inputs": Write(), "cbstate.seen": Read()}, state)
     calls: list[str] = []
     sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
@@ -214,7 +214,7 @@ def test_the_model_does_not_open_its_parameters_path() -> None:
     ],
 )
 def test_the_parts_of_an_optimizer(access: Access, lr: bool, state: bool) -> None:
-    """Rule 5: each a path of its own, and bare `optimizer` covers both."""
+    """Rule 5: each part is a path of its own, and plain `optimizer` covers both."""
     learner = view_of(access, made())
 
     def works(do: Callable[[], Any]) -> bool:
@@ -237,7 +237,7 @@ def test_the_parts_of_an_optimizer(access: Access, lr: bool, state: bool) -> Non
     ],
 )
 def test_who_touches_parameter_groups_is_told_the_path_that_reaches_no_parameter(access: Access, said: str) -> None:
-    """Rule 5: ``param_groups`` would be refused beside everybody who writes a parameter."""
+    """Rule 5: declaring ``param_groups`` conflicts with every callback that writes a parameter."""
     with pytest.raises(ProtectedException) as caught:
         view_of(access, made()).optimizer.param_groups[0]["lr"] = 0.5
     assert caught.value.path == "optimizer.param_groups"
@@ -279,7 +279,7 @@ def test_several_optimizers_by_name() -> None:
 
 @pytest.mark.parametrize("plain", [True, False], ids=["batch of tensors", "batch with containers"])
 def test_gradients_to_read_cannot_be_replaced(plain: bool) -> None:
-    """Rule 5: a path of its own. Every way to read it is read-only."""
+    """Rule 5: ``batch.grads`` is a path of its own; with `Read()` every way to reach the gradients is read-only."""
     state = made()
     if plain:
         state.batch_twin = state.batch
@@ -300,7 +300,7 @@ def test_gradients_that_a_phase_keeps_in_a_dict() -> None:
 
 
 def test_resources_are_no_attributes() -> None:
-    """Rule 6: what no path can name."""
+    """Rule 6: a resource has no path, so a view has no attribute for it."""
     learner = view_of({"resource.rng": Write(), "resource.pyplot": Write()}, made())
     with pytest.raises(AttributeError, match="a handler's learner has no 'resource'"):
         _ = learner.resource  # type: ignore[attr-defined]  # that is the point
@@ -321,7 +321,7 @@ def test_data_by_phase() -> None:
 
 @pytest.mark.parametrize("name", ["fit", "epoch", "step", "validate", "run_batch"])
 def test_the_loop_is_not_a_handlers_to_run(name: str) -> None:
-    """Rule 18."""
+    """Rule 18: a handler cannot run the loop."""
     with pytest.raises(UsageError) as caught:
         getattr(view_of({"model": Write()}, made()), name)
     assert str(caught.value) == (
@@ -348,7 +348,7 @@ def test_a_name_that_no_learner_has() -> None:
 
 @pytest.mark.parametrize("root", [root for root in ROOTS if root != "resource"])
 def test_nothing_of_the_learner_is_replaced(root: str) -> None:
-    """Pasting a declaration would not help, so none is printed where `Write` is declared already."""
+    """No declaration is printed if `Write` is declared already, because pasting it would not help."""
     changes: list[Callable[[LearnerView], None]] = [lambda x: setattr(x, root, 1), lambda x: delattr(x, root)]
     for change in changes:
         with pytest.raises(ProtectedException, match=rf"Write access to Learner\.{root} disallowed"):
@@ -371,7 +371,7 @@ def test_an_entry_with_an_underscore_is_none() -> None:
 
 
 def test_fire_puts_an_event_in_the_queue() -> None:
-    """Rule 18."""
+    """Rule 18: `fire` puts an event into the queue."""
 
     class Improved(Event):
         """A user's event."""
@@ -437,7 +437,7 @@ def test_a_whole_namespace_to_write(root: str) -> None:
 @pytest.mark.parametrize("root", ["batch", "cbstate"])
 @pytest.mark.parametrize("value", [[1], {"a": [1]}, ({"a": 1}, 2)], ids=["list", "dict", "tuple"])
 def test_an_assigned_container_is_raw_to_writers_and_read_only_to_readers(root: str, value: Any) -> None:
-    """Rule 3: wrapped when it is assigned; a batch that only held tensors gets its twin then."""
+    """Rule 3: assigned containers get a twin at once, even in a batch that held only tensors before."""
     state = made()
     state.batch = state.batch_twin = type(state.batch)()
     readers = [view_of({f"{root}.mine": Read()}, state), view_of({root: Read()}, state)]
@@ -469,7 +469,7 @@ def test_a_view_shows_the_batch_of_the_moment() -> None:
 
 @pytest.mark.parametrize("value", [None, 5, [1]], ids=repr)
 def test_a_series_is_filled_and_never_replaced(value: Any) -> None:
-    """Others hold it: also a plain value does not take its place."""
+    """Other callbacks hold the series, so not even a plain value may replace it."""
     state = made()
     for access in ({"cbstate.tracehistory": Write()}, {"cbstate": Write()}):
         with pytest.raises(UsageError, match=r"^cbstate\.tracehistory is a PhaseMap and is filled, never replaced"):

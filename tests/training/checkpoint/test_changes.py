@@ -37,7 +37,7 @@ from flowtrain.testing.values import learner_leaves
 
 
 class Net(nn.Module):
-    """A backbone that is frozen and in eval mode, a head, and some of what a state_dict does not hold."""
+    """A frozen backbone in eval mode, a head, and several attributes that no state_dict holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.function(self.act(self.drop(self.back(x))))
-        self.last = torch.distributions.Normal(hidden, 1.0)  # left behind, of no use later
+        self.last = torch.distributions.Normal(hidden, 1.0)  # a left-over that no later step reads
         out: torch.Tensor = self.head(hidden * self.scale * self.factor * self.weights["a"][0])
         return out
 
 
 class Do(Callback):
-    """Does something with the learner at the n-th event of a type in a phase, once."""
+    """Calls a function with the learner once, at the n-th event of a type in a phase."""
 
     def __init__(
         self, do: Function[[Any], object], event: type[Event] = EpochBegin, number: int = 2,
@@ -108,7 +108,7 @@ def add_group(learner: Any) -> None:
 
 
 def regroup(learner: Any) -> None:
-    """Move one parameter to a group of its own, in front, and turn the others round."""
+    """Move one parameter to a group of its own in front, and reverse the order of the others."""
     first, *rest = learner.optimizer.param_groups[0]["params"]
     group = learner.optimizer.param_groups[0]
     group["params"] = rest[::-1]
@@ -145,7 +145,7 @@ CHANGES: dict[str, tuple[Function[[Any], object], dict[str, Any]]] = {
 
 
 def all_of(learner: Learner) -> dict[str, Any]:
-    """Weights, and what the changes are about."""
+    """Return the weights and every attribute that the changes of this module touch."""
     model, optimizer = learner.model, learner.optimizer
     names = {id(param): name for name, param in model.named_parameters()}
     return copy.deepcopy({
@@ -167,7 +167,7 @@ def all_of(learner: Learner) -> dict[str, Any]:
 @pytest.mark.parametrize("event", [EpochBegin, BatchEnd, EpochEnd])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_rule_28_what_training_changed_goes_on(change: str, event: type[Event], stop: int, tmp_path: Path) -> None:
-    """Rule 28: restored on resume, to the bit, and by ``load``."""
+    """Rule 28: the change is restored to the bit, by resuming and by ``load``."""
     do, options = CHANGES[change]
     number = 5 if event is BatchEnd else 2
 
@@ -188,7 +188,7 @@ def test_rule_28_what_training_changed_goes_on(change: str, event: type[Event], 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_within_an_epoch_and_before_the_change(change: str, tmp_path: Path) -> None:
-    """A checkpoint of the epoch of the change, or before it, loaded where training has gone on."""
+    """Load a checkpoint from the epoch of the change, or from before it, into a learner that has trained further."""
     do, options = CHANGES[change]
     if change == "loss module":
         options = {"lossfn": nn.SmoothL1Loss()}
@@ -224,22 +224,22 @@ def test_within_the_epoch_of_the_change(tmp_path: Path) -> None:
 
     whole = learner(Ask())
     whole.fit(3)
-    for number in (10, 11, 13, 15):  # in training and in validation, after the change
+    for number in (10, 11, 13, 15):  # in training and in validation, each after the change
         resumed = learner()
         resumed.fit(3, resume=tmp_path / f"{number}.ckpt")
         assert all_of(resumed) == all_of(whole), number
 
 
 class Settings:
-    """A configuration, as models have one."""
+    """A configuration object, as many models have one."""
 
     def __init__(self) -> None:
         self.factor: Any = 1.0
-        self.users: Any = set()  # of objects, once it is in use
+        self.users: Any = set()  # becomes a set of objects when the model is used
 
 
 class Configured(Net):
-    """A model whose parts share an object with values."""
+    """A model whose parts share a configuration object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Configured(Net):
 
 
 class Loss:
-    """A loss function that is no module, and has one."""
+    """A loss function that is no module and has a module in an attribute."""
 
     def __init__(self) -> None:
         self.weight: Any = torch.ones(())
@@ -263,14 +263,14 @@ class Loss:
         self.last: Any = None
 
     def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        self.last = torch.distributions.Normal(outputs.detach(), 1.0)  # left behind, of no use later
+        self.last = torch.distributions.Normal(outputs.detach(), 1.0)  # a left-over that no later step reads
         squares = self.weight * self.weights["a"] * (outputs - targets).square()
         loss: torch.Tensor = squares.mean() + self.huber(outputs, targets)
         return loss
 
 
 class Slower(torch.optim.SGD):
-    """An optimizer with a tensor that is in none of its groups."""
+    """An optimizer with a tensor outside of its groups."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.05)
@@ -301,7 +301,7 @@ def move_to_the_end(learner: Any) -> None:
     ],
 )
 def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
-    """Rule 28: also in what is no module, as a configuration, and in the order of layers."""
+    """Rule 28: also for objects that are no modules, such as a configuration, and for the order of layers."""
 
     def learner(number: int) -> Learner:
         model = Configured()
@@ -368,7 +368,7 @@ def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_learner_is_built_with_stays(tmp_path: Path) -> None:
-    """Only what training changed comes of the checkpoint, so a further stage can be built otherwise."""
+    """Only attributes that training changed are restored, so a next stage of training can build the model anew."""
     learner_of(Do(lambda learner: setattr(learner.model.drop, "p", 0.25)), Checkpointer(tmp_path)).fit(2)
     model = Net()
     unfreeze(type("Holder", (), {"model": model}))
@@ -464,7 +464,7 @@ def test_a_module_that_training_put_there_is_asked_for(do: Any, message: str, tm
         assert all_of(learner) == before
     if do is replace_act:
         learner.model.act = nn.GELU()
-        learner.load(tmp_path)  # built as it is asked for
+        learner.load(tmp_path)  # this learner is built as the error asks
         with pytest.raises(CheckpointError, match=r"it has a ReLU at model\.act, .* the learner has a GELU"):
             whole.load(tmp_path / "epoch-0001.ckpt")
 
@@ -480,7 +480,7 @@ def test_an_object_that_training_replaced_is_refused(tmp_path: Path) -> None:
         "model.function cannot be in a checkpoint: training has replaced it by <built-in method sigmoid of type"
     )
     assert "from it, or define get_extra_state() and set_extra_state() in Net. If a forward" in str(caught.value)
-    learner.load(tmp_path)  # what it was when training began is there
+    learner.load(tmp_path)  # the learner has the function that it had when training began
     assert learner.model.function is torch.tanh
 
 
@@ -542,7 +542,7 @@ def test_hooks(at: tuple[type[Event], type[Phase], int], tmp_path: Path) -> None
 
     class Always(Do):
         def load_state_dict(self, state: Any) -> None:
-            """Begin to count again: the hook is added in each fit."""
+            """Count again from zero: the hook is added in each fit."""
 
     kind = Do if event is EpochBegin else Always
     learner_of(kind(add, event, number, phase), Checkpointer(tmp_path)).fit(2)
@@ -571,7 +571,7 @@ def test_a_hook_that_was_removed(tmp_path: Path) -> None:
 
 def test_several_models_and_optimizers(tmp_path: Path) -> None:
     class Both(TrainingPhase):
-        """Train both models on their sum."""
+        """Trains both models on the sum of their losses."""
 
         def step(self, learner: Any, raw: Any) -> None:
             with learner.run_batch(self, x=raw[0], y=raw[1]) as batch:
