@@ -1,4 +1,4 @@
-"""The metric functions: against torchmetrics and plain sums, and what shapes they refuse."""
+"""The metric functions: compared with torchmetrics and plain sums, and the shapes that they refuse."""
 
 from __future__ import annotations
 

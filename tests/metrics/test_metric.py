@@ -1,4 +1,4 @@
-"""A metric: its name, its values, and what a torchmetrics object has come to."""
+"""A metric: its name, its values, and how the result of a torchmetrics object becomes values."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_a_checkpoint_of_the_first_format_holds() -> None:
 
 
 class Curve(torchmetrics.Metric):
-    """One whose annotation says what it returns."""
+    """A torchmetrics object whose annotation says that it returns several values."""
 
     full_state_update = False
 
@@ -176,6 +176,6 @@ def test_what_is_no_number_is_refused_when_it_can_be_known(f: Any, text: str) ->
 
 
 def test_what_derives_from_a_matrix_and_is_none() -> None:
-    """As the Jaccard index, which torchmetrics derives from the confusion matrix."""
+    """The Jaccard index returns one value, although its class derives from the confusion matrix."""
     assert Metric(tm.MulticlassJaccardIndex(3)).names == ["MulticlassJaccardIndex"]
     assert Metric(tm.MulticlassAccuracy(3000, average=None), labels=[str(i) for i in range(3000)])

@@ -1,6 +1,6 @@
 # pyright: reportPrivateUsage=false
-# The tables of advice are tested entry by entry.
-"""What a user passes to a learner and to its methods, and what is said of what means nothing."""
+# The test reads the tables of advice, which are private, entry by entry.
+"""The arguments of a learner and of its methods, and the errors for those that make no sense."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_is_no_core(core: Any, text: str) -> None:
 
 
 class OwnStep(AbstractTrainingPhase):
-    """A step that may thaw what it trains."""
+    """A phase whose own step might unfreeze parameters."""
 
     def step(self, learner: StepContext, raw: Any) -> None: ...
 
@@ -109,7 +109,7 @@ def test_a_frozen_model_has_nothing_to_train() -> None:
         tiny_learner(model=model)
     assert str(raised.value) == text
     without = tiny_learner(model=model, data={ValidationPhase: tiny_batches()})
-    without.validate()  # what the message says works
+    without.validate()  # as the message advises
     for train in (lambda: without.fit(1, data=tiny_batches()), lambda: without.step(TrainingPhase, tiny_batches()[0])):
         with pytest.raises(CoreError) as raised:
             train()
@@ -236,7 +236,7 @@ def test_attributes_of_other_libraries(name: str, advice: str) -> None:
 
 
 def test_what_is_advised_is_there() -> None:
-    """No advice names an attribute of the learner that it does not have, nor one that it has as missing."""
+    """Each attribute that an advice names exists, and none of the names that it corrects does."""
     learner = tiny_learner()
     for advice, names in _ATTRIBUTES.items():
         for called in re.findall(r"learner\.(\w+)", advice):

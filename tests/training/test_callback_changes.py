@@ -1,4 +1,4 @@
-"""The callbacks of a learner are found, added, replaced and removed, each as one change or not at all."""
+"""Callbacks of a learner are found, added, replaced and removed, each time completely or not at all."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class First(Callback):
 
 
 class Rival(First):
-    """Writes what `First` writes."""
+    """Writes the same entry as `First`."""
 
 
 def names(learner: Learner) -> list[str]:
@@ -91,7 +91,7 @@ def test_default_callbacks(wanted: Any, kinds: list[type[Callback]]) -> None:
 
 def test_a_default_callback_is_left_out_where_the_user_passes_one() -> None:
     class MyRecorder(Recorder):
-        """One's own."""
+        """A user's replacement for Recorder."""
 
     metrics, recorder = Metrics(), MyRecorder()
     learner = tiny_learner(metrics, recorder)
@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Learner], object], type[FlowtrainError], str]
 def test_a_refused_change_leaves_everything_as_it_was(
     change: Callable[[Learner], object], error: type[FlowtrainError], text: str
 ) -> None:
-    """Rule 11."""
+    """Rule 11: no part of a refused change remains."""
     first = First()
     learner = tiny_learner(first, Recorder(), default_callbacks=False)
     learner.fit(1)
@@ -184,7 +184,7 @@ def test_a_refused_change_leaves_everything_as_it_was(
 
 
 def test_a_setup_that_fails_takes_the_change_back() -> None:
-    """Rule 11."""
+    """Rule 11: if `setup` raises, the whole change is undone."""
 
     class Broken(Callback):
         def state_access(self) -> Access:
@@ -201,7 +201,7 @@ def test_a_setup_that_fails_takes_the_change_back() -> None:
 
 
 def test_core_and_executor_are_free_again_when_a_learner_is_refused() -> None:
-    """Rule 11: the same call, with what was wrong put right, builds the learner."""
+    """Rule 11: after a refused construction the same core and executor can be used for another learner."""
     core, executor = TorchCore(device="cpu"), SerialExecutor()
     with pytest.raises(WriteConflictError):
         tiny_learner(First(), Rival(), core=core, executor=executor)
@@ -214,7 +214,7 @@ def test_core_and_executor_are_free_again_when_a_learner_is_refused() -> None:
 
 
 def test_a_phase_met_later_is_checked_before_its_first_event() -> None:
-    """Rule 11."""
+    """Rule 11: the callbacks are checked for a new phase before its first event."""
     fired: list[str] = []
 
     class Watch(Callback):
@@ -268,7 +268,7 @@ def test_a_callback_of_another_learner_is_refused_before_anything_is_set_up() ->
 
 @pytest.mark.parametrize("ended", ["closed", "gone"])
 def test_the_folds_of_a_cross_validation_do_not_share_callbacks(ended: str) -> None:
-    """The averages, the patience and the count of updates of a fold would go on in the next one."""
+    """If folds shared a callback, its averages, patience and counts would continue from one fold to the next."""
     callbacks = [EMA(), EarlyStopping(1), Scheduler({LearningRate: one_cycle(0.1)})]
     learner = tiny_learner(*callbacks)
     learner.fit(1)
@@ -328,7 +328,7 @@ def test_a_refused_change_leaves_everything_owned_as_it_was() -> None:
     tiny_learner(rival)
     with pytest.raises(CallbackError, match="First belongs to another learner"):
         tiny_learner(first)
-    learner.set_callbacks([first])  # its own
+    learner.set_callbacks([first])  # the learner's own callback
 
 
 def test_copies_belong_to_nobody() -> None:

@@ -1,4 +1,4 @@
-"""Data: what a learner takes for loaders, and what it says to everything else."""
+"""Data: which objects a learner accepts as loaders, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ HOW = "Pass data=(train_loader, valid_loader), or data={TrainingPhase: a, Valida
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Single samples, as a dataset gives them."""
+    """A dataset of single samples."""
 
     def __len__(self) -> int:
         return 6
@@ -60,14 +60,14 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Endless(IterableDataset[tuple[Tensor, Tensor]]):
-    """Samples without a length."""
+    """A dataset without a length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(list(zip(X, Y, strict=True)))
 
 
 class OldStyle:
-    """Iterable only by index."""
+    """An object that can be iterated only by index."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return tiny_batches(n_batches=2)[index]
@@ -236,7 +236,7 @@ def test_data_for_a_direct_epoch_is_checked_alike() -> None:
 
 
 def test_a_fit_that_trains_nothing_says_so() -> None:
-    """It is allowed; the warning points at the caller."""
+    """Such a fit is allowed; the warning points at the line that calls `fit`."""
     learner = learner_on({ValidationPhase: tiny_batches(n_batches=2), OODPhase: tiny_batches(n_batches=2)})
     with pytest.warns(UserWarning, match="nothing is trained") as caught:
         learner.fit(1)
@@ -247,7 +247,7 @@ def test_a_fit_that_trains_nothing_says_so() -> None:
     )
     assert warning.filename == __file__
     assert learner.loop.scopes.numbers == {ValidationPhase(): 1, OODPhase(): 1}
-    learner.validate()  # what the message says works, and does not warn
+    learner.validate()  # as the message advises, without a warning
     learner.fit(1, data={ValidationPhase: tiny_batches(), TrainingPhase: tiny_batches()})
 
 
@@ -325,7 +325,7 @@ def test_what_an_iterable_dataset_says_of_its_length_is_a_guess() -> None:
 
 
 class Told:
-    """Something that is told which pass begins."""
+    """Keeps the numbers of the passes that the learner announces to it."""
 
     def __init__(self) -> None:
         self.told: list[int] = []
@@ -335,11 +335,11 @@ class Told:
 
 
 class ToldSamples(Told, Samples):
-    """A dataset that is."""
+    """A dataset that is told the number of the pass."""
 
 
 class ToldSampler(Told, RandomSampler):
-    """A sampler that is."""
+    """A sampler that is told the number of the pass."""
 
     def __init__(self, source: Samples) -> None:
         Told.__init__(self)
@@ -347,7 +347,7 @@ class ToldSampler(Told, RandomSampler):
 
 
 class ToldBatches(Told, BatchSampler):
-    """A batch sampler that is."""
+    """A batch sampler that is told the number of the pass."""
 
     def __init__(self, sampler: ToldSampler) -> None:
         Told.__init__(self)
@@ -355,7 +355,7 @@ class ToldBatches(Told, BatchSampler):
 
 
 class Wrapper(Told):
-    """A loader of a user's own, around one of torch."""
+    """A user's loader around one of torch."""
 
     def __init__(self, dataloader: Any) -> None:
         super().__init__()
@@ -392,7 +392,7 @@ def test_whatever_has_set_epoch_is_told_once_where_a_loader_keeps_it() -> None:
 
 
 class Announced(Callback):
-    """Keep what `FitBegin` says."""
+    """Keeps the `FitBegin` event."""
 
     fit: FitBegin | None = None
 
@@ -402,7 +402,7 @@ class Announced(Callback):
 
 
 class Streamed(torch.utils.data.IterableDataset[Any]):
-    """Pairs, as many as there are."""
+    """An iterable dataset of pairs."""
 
     def __iter__(self) -> Any:
         return iter([(torch.ones(1), torch.ones(1))] * 6)

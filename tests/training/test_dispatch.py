@@ -1,4 +1,4 @@
-"""Dispatch: who runs an event, what handlers fire while it runs, and what their failures say (rules 15 and 18)."""
+"""Dispatch: how an event runs, which events its handlers fire meanwhile, and what their failures say (rules 15, 18)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.fired import Raise, Watch, watched
 
 
 class Ping(Event):
-    """Fired from outside, or by handlers."""
+    """An event fired by the test or by handlers."""
 
 
 # --- firing
@@ -87,7 +87,7 @@ def test_a_plan_gets_another_runner_from_its_next_event_on() -> None:
     assert (swapped, watch.log) == ([event], [])
 
     dispatch.use(Callbacks([watch], LearnerState()))
-    dispatch.swap(plan, runner)  # from an executor that comes too late: the callbacks are others now
+    dispatch.swap(plan, runner)  # this comes too late: the callbacks have changed since
     dispatch.fire(event, phase)
     assert (swapped, watch.log) == ([event], [(event, phase)])
 
@@ -107,13 +107,13 @@ def test_where_no_callback_has_a_handler_nothing_is_called() -> None:
 
 @dataclass(frozen=True)
 class Said(Event):
-    """An event that carries something."""
+    """An event with a word."""
 
     word: str
 
 
 class Sayer(Callback):
-    """Fire words at one event; answer words with words."""
+    """Fires words at one event, and answers some words with others."""
 
     def __init__(self, event_type: type[Event], *words: str, **answers: str) -> None:
         self.event_type, self.words, self.answers = event_type, words, answers
@@ -135,7 +135,7 @@ def words(watch: Watch) -> list[str]:
 
 
 def test_fired_events_wait_for_the_end_of_the_current_one() -> None:
-    """Rule 18: in serial order of who fired, first in, first out, in the phase of the event."""
+    """Rule 18: fired events run in the serial order of the firing handlers, first in, first out, in its phase."""
     watch, learner = watched(
         Sayer(BatchEnd, "a", "b", a="a1", b="b1", a1="a2"), Sayer(BatchEnd, "c", c="c1"), n_batches=1
     )
@@ -146,7 +146,7 @@ def test_fired_events_wait_for_the_end_of_the_current_one() -> None:
 
 
 def test_fired_events_are_dropped_if_the_event_raises() -> None:
-    """Rule 18."""
+    """Rule 18: events that were fired during a failed event are dropped."""
     watch, learner = watched(
         Sayer(BatchEnd, "a"), Raise(BatchEnd, CancelEpochException()), Sayer(EpochEnd, "b"), n_batches=1
     )
@@ -228,7 +228,7 @@ def test_events_that_fire_each_other_without_end_are_refused() -> None:
     ],
 )
 def test_every_exception_says_where_it_was_raised(event: type[Event], nth: int, note: str) -> None:
-    """Rule 15: callback, handler, event, phase, epoch and batch."""
+    """Rule 15: the note on an exception gives callback, handler, event, phase, epoch and batch."""
     data = (tiny_batches(n_batches=2), tiny_batches(n_batches=2))
     _, learner = watched(Raise(event, ValueError("x"), nth), data=data)
     with pytest.raises(ValueError, match="x") as raised:

@@ -1,4 +1,4 @@
-"""Rule 29: interrupts and SIGTERM end a fit at a batch boundary, a second one at once; handlers are put back."""
+"""Rule 29: a first signal ends a fit at a batch boundary, a second one at once; signal handlers are restored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Python's own handler of Ctrl-C, and none of SIGTERM; they must be there again after each test."""
+    """Set Python's own handler of Ctrl-C and none of SIGTERM; assert after each test that both are restored."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -51,7 +51,7 @@ def handlers() -> Iterator[None]:
 
 
 class Interrupt(Callback):
-    """Send a signal at the n-th event of a type, and note which events follow."""
+    """Sends a signal at the n-th event of a type, and notes the events that follow."""
 
     def __init__(self, number: signal.Signals, event: type[Event] = BatchBegin, at: int = 3, times: int = 1) -> None:
         self.number, self.event, self.at, self.times = number, event, at, times
@@ -70,14 +70,14 @@ class Interrupt(Callback):
 
 
 def test_rule_29_handlers_are_put_back_wherever_it_strikes() -> None:
-    """Also before the handler of Ctrl-C is in place, and while the handlers are put back."""
+    """The signal may come before flowtrain's handler of Ctrl-C is set, or while the handlers are restored."""
     numbers = (signal.SIGTERM, signal.SIGCHLD)
 
     def fit() -> None:
         with Interrupts(Mailbox(), lambda: None, workers=True):
             pass
 
-    fit()  # torch has set up its handler of SIGCHLD
+    fit()  # this makes torch set its handler of SIGCHLD
     before = [signal.getsignal(number) for number in numbers]
     for raised in interrupted(fit, "training/interrupts.py", "contextlib.py"):
         assert raised
@@ -86,7 +86,7 @@ def test_rule_29_handlers_are_put_back_wherever_it_strikes() -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_rule_29_the_batch_is_finished_and_everything_closed(number: signal.Signals) -> None:
-    """Rules 16, 17 and 29: the flag is seen at the batch boundary; epoch and fit are closed with their events."""
+    """Rules 16, 17 and 29: the loop stops at the batch boundary, and closes the epoch and the fit with their events."""
     callback = Interrupt(number)
     learner = tiny_learner(callback)
     with pytest.raises(KeyboardInterrupt, match=f"training was interrupted by {number.name}") as caught:
@@ -98,13 +98,13 @@ def test_rule_29_the_batch_is_finished_and_everything_closed(number: signal.Sign
     assert learner.stopped is caught.value
     assert caught.value.__notes__ == ["in TrainingPhase, epoch 1, after batch 3"]
     assert learner.cbstate.history[TrainingPhase].steps == 3
-    learner.fit(1)  # nothing is left behind
+    learner.fit(1)  # the interrupt leaves no trace
     assert learner.cbstate.history[TrainingPhase].steps == 19
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_rule_29_a_second_signal_leaves_at_once(number: signal.Signals) -> None:
-    """Rule 29: in the midst of a handler; what is open is closed all the same."""
+    """Rule 29: a second signal interrupts even a handler; open scopes are closed all the same."""
     callback = Interrupt(number, times=2)
     with pytest.raises(KeyboardInterrupt, match=f"interrupted by {number.name} for the second time"):
         tiny_learner(callback).fit(2)
@@ -115,7 +115,7 @@ def test_rule_29_a_second_signal_leaves_at_once(number: signal.Signals) -> None:
     ("event", "at", "steps"), [(FitBegin, 1, 0), (EpochEnd, 1, 16), (BatchEnd, 16, 16), (FitEnd, 1, 32)]
 )
 def test_rule_29_wherever_it_strikes(event: type[Event], at: int, steps: int) -> None:
-    """Rule 29: between epochs, and when the last batch is over, which is no reason to lose it."""
+    """Rule 29: the signal may come between epochs, or after the last batch, whose results must not be lost."""
     callback = Interrupt(signal.SIGINT, event, at)
     learner = tiny_learner(callback, data=tiny_batches())
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def test_rule_29_wherever_it_strikes(event: type[Event], at: int, steps: int) ->
 
 @pytest.mark.parametrize("at", [1, 3, 16, 20])
 def test_rule_29_a_checkpoint_first_and_the_fit_goes_on_from_it(at: int, tmp_path: Path) -> None:
-    """Rules 28 and 29: what was trained is in the checkpoint, to the batch."""
+    """Rules 28 and 29: the checkpoint has every trained batch, and a fit can resume from it."""
     whole = tiny_learner(Checkpointer(tmp_path / "other"))
     whole.fit(3)
     learner = tiny_learner(Checkpointer(tmp_path), Interrupt(signal.SIGTERM, BatchEnd, at))
@@ -154,10 +154,10 @@ def test_rule_29_every_callback_that_asked_has_its_checkpoint(tmp_path: Path) ->
 
 
 def test_rule_29_interrupted_again_before_the_fit_has_got_back(tmp_path: Path) -> None:
-    """Rule 28: what handlers of `EpochBegin` did once more is not in the checkpoint of the second interrupt."""
+    """Rule 28: handlers of `EpochBegin` run again on resume; the second interrupt's checkpoint has no trace of that."""
 
     class Begun(Callback):
-        """Count the epochs that begin."""
+        """Counts the epochs that begin."""
 
         def __init__(self) -> None:
             self.begun = 0
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_cannot_be_taken_does_not_hold_up_the_interrupt(tmp_pa
 
 
 def test_rule_29_deferred_work_is_finished_and_knows_why() -> None:
-    """Rule 29: the executor is flushed after the fit is closed; its site says that training is stopping."""
+    """Rule 29: the executor is flushed after the fit is closed, and its site says that training is stopping."""
     told: list[tuple[str, bool]] = []
 
     class Watching(SerialExecutor):
@@ -251,14 +251,14 @@ def _broken(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def test_another_thread_trains_without_handlers() -> None:
-    """Rule 29: only the main thread can have them."""
+    """Rule 29: Python allows signal handlers in the main thread only."""
     failures: list[BaseException] = []
     learner = tiny_learner()
 
     def train() -> None:
         try:
             learner.fit(1)
-        except BaseException as failure:  # shown below
+        except BaseException as failure:  # the test shows it below
             failures.append(failure)
 
     thread = threading.Thread(target=train)

@@ -1,7 +1,7 @@
-"""Rule 29 in real process groups: a signal that the workers of a data loader get as well, wherever training is.
+"""Rule 29 in real process groups: the workers of a data loader get the signal too, wherever training is.
 
-This file is also the program that is signalled: in a session of its own, with workers, it sends a signal to its whole
-group, catches the `KeyboardInterrupt`, resumes, and compares with the run that was not interrupted.
+This file is also the program that gets the signal. It runs in a session of its own, with workers, sends a signal to its
+whole group, catches the `KeyboardInterrupt`, resumes, and compares the result with a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples with random noise; a worker that finds the file `flag` signals the group, which waits for it then."""
+    """Samples with random noise; a worker that finds the file `flag` sends the signal while training waits."""
 
     def __init__(self, flag: Path, number: signal.Signals) -> None:
         self.flag, self.number = flag, number
@@ -58,9 +58,9 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return 24
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        with suppress(FileNotFoundError):  # of several workers one sends the signal
+        with suppress(FileNotFoundError):  # only one worker sends the signal
             if self.flag.read_text() in ("", str(index)):
-                time.sleep(0.3)  # all batches before this one have been trained
+                time.sleep(0.3)  # until all batches before this one are trained
                 self.flag.unlink()
                 to_the_group(self.number)
         x = torch.full((3,), index / 24) + 0.1 * torch.randn(3)
@@ -68,7 +68,7 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Signal(Callback):
-    """Call a function at the n-th event of a type in training, or in any phase."""
+    """Calls a function at the n-th event of a type, in training or in any phase."""
 
     def __init__(self, send: Callable[[], object], event: type[Event], at: int) -> None:
         self.send, self.event, self.at = send, event, at
@@ -83,7 +83,7 @@ class Signal(Callback):
 
 
 def to_the_group(number: signal.Signals) -> None:
-    """Let another process signal the group: workers take a signal of their parent for the end of its data."""
+    """Let another process signal the group: workers treat a signal from their parent as the end of the data."""
     kill(number, -os.getpgrp())
     let_them_die()
 
@@ -94,7 +94,7 @@ def to_the_workers(number: signal.Signals) -> None:
 
 
 def let_them_die() -> None:
-    """Wait until the workers have died, so that it is before the batch ends; workers of dask go on."""
+    """Wait until the workers have died, which must be before the batch ends; workers of dask stay alive."""
     deadline = time.monotonic() + 0.3
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -110,8 +110,8 @@ def kill(number: signal.Signals, *processes: int | None) -> None:
     subprocess.run(command, check=True, start_new_session=True)
 
 
-# Where the signal comes: from a handler, or, with "worker", from a worker that the training thread waits for: at the
-# sample of this index, or at the first one that it draws.
+# Where the signal is sent: from a handler, or, with "worker", from a worker while the training thread waits for it: at
+# the sample of this index, or at the first sample that the worker draws.
 CASES: dict[str, dict[str, Any]] = {
     "within a batch": {"event": BackwardEnd, "at": 8},
     "within a batch, the workers first": {"event": BackwardEnd, "at": 8, "send": one_by_one},
@@ -130,7 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train(case: dict[str, Any], number: signal.Signals, folder: Path, *, interrupt: bool, **options: Any) -> list[Any]:
-    """Return everything that a run of a case comes to."""
+    """Return all results of a run of a case."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
     flag = folder / "flag"
@@ -167,7 +167,7 @@ def train(case: dict[str, Any], number: signal.Signals, folder: Path, *, interru
 
 @cache
 def whole(accumulate: int, fit: str) -> list[Any]:
-    """Return what the runs come to that are not interrupted, of the cases that train in one way."""
+    """Return the results of runs without an interrupt, for the cases that train in the same way."""
     case = next(each for each in CASES.values() if way_of(each) == (accumulate, fit))
     with tempfile.TemporaryDirectory() as place:
         return train(case, TERM, Path(place), interrupt=False, start="fork", executor="serial")
@@ -178,7 +178,7 @@ def way_of(case: dict[str, Any]) -> tuple[int, str]:
 
 
 def run(name: str, number: signal.Signals, **options: Any) -> None:
-    """Interrupt and resume a case, and print its name with what it comes to."""
+    """Interrupt and resume a case; print its name and its results."""
     case = CASES[name]
     wanted, text = whole(*way_of(case)), "it was not interrupted"
     with tempfile.TemporaryDirectory() as place:
@@ -205,7 +205,7 @@ def main(number: signal.Signals, names: list[str], **options: Any) -> None:
 
 
 def signalled(*arguments: str) -> list[str]:
-    """Run this file as a program in a session of its own; return what it has printed, line by line."""
+    """Run this file as a program in a session of its own; return the lines that it prints."""
     program = subprocess.Popen(
         [sys.executable, "-W", "ignore::DeprecationWarning", __file__, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -225,7 +225,7 @@ def test_rule_29_a_signal_to_the_group_leaves_a_checkpoint_wherever_training_is(
 
 
 def test_rule_29_workers_that_end_without_an_error_when_interrupted() -> None:
-    """Ctrl-C ends the workers of a fork server as if they were done, so torch says nothing of it for a while."""
+    """Ctrl-C ends the workers of a fork server with exit code 0, so torch notices their end only after some time."""
     lines = signalled("SIGINT", "forkserver", "serial", "waiting in the only epoch")
     assert lines == ["waiting in the only epoch: equal"]
 
@@ -250,7 +250,7 @@ class Deadly(Noisy):
 def test_a_worker_that_dies_without_an_interrupt_is_an_error(
     waiting: bool, number: signal.Signals, tmp_path: Path
 ) -> None:
-    """The batch of that time is completed; a checkpoint for an interrupt is not taken."""
+    """The batch in progress is completed; no checkpoint for an interrupt is written."""
     before = signal.getsignal(TERM), signal.getsignal(INT)
     data = (Deadly if waiting else Noisy)(tmp_path / "none", number)
     strike = Signal(partial(to_the_workers, number), BackwardEnd, 99 if waiting else 2)

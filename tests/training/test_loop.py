@@ -1,4 +1,4 @@
-"""The loop: every Begin gets one End or Cancelled, whatever is raised wherever (rules 15 to 18)."""
+"""The loop: every Begin gets one End or Cancelled, whatever exception is raised at whatever place (rules 15 to 18)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ OWN: list[type[Event]] = [BatchBegin, BackwardBegin, BackwardEnd, UpdateBegin, U
 
 
 class OwnPhase(AbstractTrainingPhase):
-    """A training step written with the methods for custom phases."""
+    """A training step that uses the methods for custom phases."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
@@ -77,12 +77,12 @@ class OwnPhase(AbstractTrainingPhase):
 
 
 class Ping(Event):
-    """Fired by handlers."""
+    """An event that handlers fire."""
 
 
 @dataclass
 class Fired:
-    """An event that was handled, and what its handlers did."""
+    """An event that was handled, and the actions of its handlers."""
 
     event: Event
     phase: Phase
@@ -90,7 +90,7 @@ class Fired:
 
 
 class Record(Callback):
-    """Write down every event."""
+    """Writes down every event."""
 
     def __init__(self) -> None:
         self.log: list[Fired] = []
@@ -114,7 +114,7 @@ RAISE: dict[str, Callable[[], BaseException]] = {
 
 
 class Actor(Callback):
-    """At the n-th event, do what the script says for n."""
+    """Does at the n-th event what the script says for n."""
 
     def __init__(self, watch: Record, script: Script) -> None:
         self.watch, self.script = watch, script
@@ -132,7 +132,7 @@ class Actor(Callback):
 
 
 class Automaton:
-    """Says, from the rules alone, which event must come next.
+    """Derives from the rules alone which event must come next.
 
     It follows a fit of `epochs` rounds over `phases`, each a list of the events of a batch, with `n_batches` batches;
     or one direct epoch (no fit), or one direct step (no epoch either).
@@ -156,7 +156,7 @@ class Automaton:
         return {"batch": self.batch, "epoch": self.epoch}.get(action, "open") == "open"
 
     def take(self, fired: Fired) -> None:
-        """Take an event that was fired, with what its handlers did."""
+        """Take an event that was fired, with the actions of its handlers."""
         self.enter(type(fired.event))
         raised = [action for action in fired.did if action != "fire" and self.scope_open(action)]
         for action in raised:
@@ -187,7 +187,7 @@ class Automaton:
             self.place = self.todo[0].index(event)
 
     def expected(self) -> type[Event] | None:
-        """Return the type of the event that must come next; ``None`` if it is over."""
+        """Return the type of the event that must come next, or ``None`` if training is over."""
         if self.pings:
             return Ping
         if self.batch == "open":
@@ -218,7 +218,7 @@ class Automaton:
 
 
 def run(kind: str, phase: type[Phase], events: list[type[Event]], *scripts: Script) -> None:
-    """Run a fit, epoch or step with actors that follow the scripts, and compare what is fired with the rules."""
+    """Run a fit, an epoch or a step with actors that follow the scripts; compare the fired events with the rules."""
     watch = Record()
     data = {phase: tiny_batches(n_batches=2), ValidationPhase: tiny_batches(n_batches=2)}
     actors = [Actor(watch, script) for script in scripts]
@@ -256,7 +256,7 @@ def run(kind: str, phase: type[Phase], events: list[type[Event]], *scripts: Scri
         assert isinstance(learner.stopped, CancelFittingException) is (automaton.pending == "fit")
     assert learner.model.training
     assert torch.is_grad_enabled()
-    # Nothing sticks: the same learner trains on.
+    # The failures leave no trace: the same learner can train again.
     for actor in actors:
         actor.script = {}
     watch.log.clear()
@@ -287,7 +287,7 @@ def test_every_begin_gets_one_end_or_cancelled_in_a_fit(one: Script, other: Scri
 @QUICK
 @given(SCRIPTS, EARLY)
 def test_every_begin_gets_one_end_or_cancelled_with_a_step_of_ones_own(one: Script, other: Script) -> None:
-    """Rule 16, when a phase is written with `run_batch`, `backward` and `update`."""
+    """Rule 16, for a phase that uses `run_batch`, `backward` and `update`."""
     run("fit", OwnPhase, OWN, one, other)
 
 
@@ -327,7 +327,7 @@ def test_every_begin_gets_one_end_or_cancelled_in_a_direct_step(one: Script, oth
         (EpochEnd, CancelEpochException(), "F( E( B( B) B( B) E) F)"),
         (EpochEnd, CancelFittingException(), "F( E( B( B) B( B) E) F)"),
         (FitEnd, CancelFittingException(), "F( E( B( B) B( B) E) F)"),
-        # one whose scope is not open does nothing
+        # a cancel whose scope is not open has no effect
         (EpochBegin, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
         (EpochEnd, CancelBatchException(), "F( E( B( B) B( B) E) F)"),
         (FitBegin, CancelEpochException(), "F( E( B( B) B( B) E) F)"),
@@ -336,7 +336,7 @@ def test_every_begin_gets_one_end_or_cancelled_in_a_direct_step(one: Script, oth
     ids=lambda value: value.__name__ if isinstance(value, type) else None if isinstance(value, str) else repr(value),
 )
 def test_cancels(event: type[Event], exception: Exception, fired: str) -> None:
-    """Rule 16; `fit` returns normally after each of them."""
+    """Rule 16: `fit` returns normally after each of these cancels."""
     watch, learner = watched(Raise(event, exception))
     learner.fit(1)
     assert short(watch.names) == fired
@@ -357,7 +357,7 @@ def test_cancels(event: type[Event], exception: Exception, fired: str) -> None:
 )
 @pytest.mark.parametrize("exception", [ValueError("broken"), KeyboardInterrupt("stop"), SystemExit(2)], ids=repr)
 def test_errors_and_interrupts_close_everything(event: type[Event], fired: str, exception: BaseException) -> None:
-    """Rule 16: errors close the batch, the epoch and the fit, and are raised."""
+    """Rule 16: an error closes the batch, the epoch and the fit, and is raised to the caller."""
     watch, learner = watched(Raise(event, exception))
     with pytest.raises(type(exception)) as raised:
         learner.fit(1)
@@ -374,7 +374,7 @@ def test_cancelled_events_can_be_cancelled_further() -> None:
 
 
 def test_an_error_after_a_cancel_is_what_counts() -> None:
-    """Rule 15: errors before cancels, also when they came later; the others are attached."""
+    """Rule 15: an error counts before a cancel, even if it came later; all other exceptions are attached to it."""
     cancel, error = CancelFittingException("first"), ValueError("later")
     watch, learner = watched(Raise(LossBegin, cancel), Raise(EpochCancelled, error))
     with pytest.raises(ValueError, match="later") as raised:
@@ -385,7 +385,7 @@ def test_an_error_after_a_cancel_is_what_counts() -> None:
 
 
 def test_a_direct_epoch_lets_the_cancel_of_a_fit_through() -> None:
-    """Rule 16."""
+    """Rule 16: outside of a fit, an exception that cancels the fit reaches the caller."""
     watch, learner = watched(Raise(BatchEnd, CancelFittingException("enough")))
     with pytest.raises(CancelFittingException, match="enough"):
         learner.epoch(TrainingPhase)
@@ -394,7 +394,7 @@ def test_a_direct_epoch_lets_the_cancel_of_a_fit_through() -> None:
 
 
 def test_a_direct_step() -> None:
-    """Rule 16: there is no epoch to cancel; a cancelled batch returns what there is of its state."""
+    """Rule 16: a direct step has no epoch to cancel, and returns the batch state of a cancelled batch as it is."""
     raw = tiny_batches(n_batches=1)[0]
     watch, learner = watched(Raise(LossBegin, CancelEpochException()))
     assert list(vars(learner.step(TrainingPhase, raw))) == ["inputs", "targets", "outputs", "loss", "grads"]
@@ -405,7 +405,7 @@ def test_a_direct_step() -> None:
 
 
 def test_a_cancel_after_backward_begin_discards_the_gradients() -> None:
-    """Rule 16: NaN gradients of a cancelled batch do not poison the next update."""
+    """Rule 16: NaN gradients of a cancelled batch do not reach the next update."""
     poisoned = tiny_batches(n_batches=3)
     poisoned[1] = (poisoned[1][0] * float("nan"), poisoned[1][1])
 
@@ -510,7 +510,7 @@ def test_a_phase_whose_mode_fails_leaves_the_learner_usable() -> None:
 
 
 def test_fit_end_runs_for_every_callback_whatever_failed() -> None:
-    """Rule 17: also for those that depend on one that failed; the first error is raised, the others attached."""
+    """Rule 17: also for callbacks that depend on a failed one; the first error is raised with the others attached."""
     closed: list[str] = []
 
     class First(Callback):
@@ -640,7 +640,7 @@ CALLS: dict[str, tuple[Callable[[Learner], object], str]] = {
 @pytest.mark.parametrize(("call", "what"), CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("event", [FitBegin, EpochBegin, LossBegin, BatchEnd, EpochEnd, FitEnd, Ping])
 def test_training_inside_a_handler_is_refused(call: Callable[[Learner], object], what: str, event: type[Event]) -> None:
-    """Rule 18: through a learner that the handler has captured."""
+    """Rule 18: even if the handler has the learner itself and not only its view."""
     captured: list[Learner] = []
     inside = CustomCallback(lambda view: call(captured[0]), event)
     watch, learner = watched(inside, n_batches=1)
@@ -658,7 +658,7 @@ def test_training_inside_a_handler_is_refused(call: Callable[[Learner], object],
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_training_inside_a_step_is_an_error(direct: bool) -> None:
-    """Rule 18: a step is part of a loop that runs."""
+    """Rule 18: a step is part of a running loop, so it cannot start another one."""
 
     class Delegating(AbstractValidationPhase):
         def step(self, learner: Any, raw: Any) -> None:
@@ -681,7 +681,7 @@ def test_a_view_says_that_the_loop_is_running(name: str) -> None:
 
 
 def test_fit_by_steps_with_an_epoch_that_is_cancelled_before_its_first_batch() -> None:
-    """Such an epoch counts as run, so that the fit ends."""
+    """An epoch that is cancelled before its first batch counts as run; otherwise the fit would never end."""
     watch, learner = watched(*(Raise(EpochBegin, CancelEpochException(), nth) for nth in range(1, 9)), n_batches=2)
     learner.fit(steps=4, validate_every=2)
     assert short(watch.names) == "F( E( E) E( E) F)"
@@ -702,7 +702,7 @@ def test_an_epoch_over_an_empty_iterator_is_cancelled() -> None:
 
 
 class _Refuse(Callback):
-    """Raise with a batch whose graph is there, and remember the loss weakly."""
+    """Raises during a batch that has a graph, and keeps a weak reference to its loss."""
 
     def __init__(self, failure: Exception) -> None:
         self.failure = type(failure)
@@ -715,13 +715,13 @@ class _Refuse(Callback):
 
 
 class _RefuseToo(_Refuse):
-    """A second failure of the same event."""
+    """A second callback that fails at the same event."""
 
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("failure", [CancelBatchException(), CancelEpochException(), CancelFittingException()])
 def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: bool) -> None:
-    """They are gone with the next batch, without the garbage collector: no exception holds itself."""
+    """The next batch frees them without the garbage collector, because no exception refers to itself in a cycle."""
     one, other = _Refuse(failure), _RefuseToo(failure)
     data = {OwnPhase if own else TrainingPhase: tiny_batches(n_batches=3)}
     learner = tiny_learner(one, other, data=data)
@@ -731,7 +731,7 @@ def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: b
         for _ in range(3):
             learner.fit(1)
         with suppress(CancelFittingException):
-            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # takes the place of the last one
+            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # this replaces the last batch
         losses = [*one.seen[:-1], *other.seen[:-1]]
         assert len(losses) >= 6
         assert [loss for loss in losses if loss() is not None] == []
@@ -740,7 +740,7 @@ def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: b
 
 
 class _Unwatched(Callback):
-    """Look at the loss of a batch that was cancelled, and at nothing else."""
+    """Reads the loss of a cancelled batch, and nothing else."""
 
     def __init__(self) -> None:
         self.seen: list[bool] = []
@@ -754,7 +754,7 @@ class _Unwatched(Callback):
 
 
 def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
-    """A step leaves that out while nobody can; a cancelled batch shows it, and a step that calls the bundled one."""
+    """A step detaches the loss only if a callback can read it, as in a cancelled batch or in a user's step."""
     callback = _Unwatched()
 
     class Refuses(torch.optim.SGD):
@@ -778,7 +778,7 @@ def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
-    """After a second signal at any line of the loop or a step nothing is open, and the learner can train again."""
+    """After a second signal at any line of the loop or of a step, no scope is open and the learner can train again."""
     learner = tiny_learner(data=tiny_batches(n_batches=1))
 
     def run() -> None:
@@ -800,7 +800,7 @@ def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
 
 
 def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
-    """Raise at the n-th line that runs in the loop or a step, but for those that close scopes; return where it was."""
+    """Raise at the n-th line that runs in the loop or a step, except in code that closes scopes; return that line."""
     at, left = None, number
     modules = ("flowtrain.training.loop", "flowtrain.training.step")
 
@@ -831,7 +831,7 @@ def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
 
 
 def test_the_batch_of_an_error_is_not_kept() -> None:
-    """A learner that is trained again after an error, such as one of memory, holds nothing of before."""
+    """After an error, such as one for lack of memory, a learner that trains again keeps nothing of the failed batch."""
     callback = _Refuse(ValueError())
     learner = tiny_learner(callback)
     gc.collect()
@@ -840,7 +840,7 @@ def test_the_batch_of_an_error_is_not_kept() -> None:
         for _ in range(2):
             with suppress(ValueError):
                 learner.fit(1)
-        assert [loss() is None for loss in callback.seen] == [True, True]  # the last batch's, in `stopped`, is detached
+        assert [loss() is None for loss in callback.seen] == [True, True]  # `stopped` keeps a detached loss
     finally:
         gc.enable()
 
@@ -849,7 +849,7 @@ def test_the_batch_of_an_error_is_not_kept() -> None:
 
 
 class Boom(torch.nn.Module):
-    """Fails when it is called for the `at`-th time."""
+    """A model that raises at its `at`-th call."""
 
     def __init__(self, at: int, failure: BaseException) -> None:
         super().__init__()
@@ -865,7 +865,7 @@ class Boom(torch.nn.Module):
 
 
 class Breaks:
-    """A loader that fails before it gives the batch after `good` ones, in its second pass."""
+    """A loader that raises in its second pass, after `good` batches."""
 
     def __init__(self, good: int) -> None:
         self.good, self.passes = good, 0
@@ -878,7 +878,7 @@ class Breaks:
 
 
 class Fails(Callback):
-    """A handler that fails at once."""
+    """A handler that always raises."""
 
     @on(BatchEnd)
     def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
@@ -922,6 +922,6 @@ def test_what_is_said_already_is_not_said_again() -> None:
     with pytest.raises(OSError, match="disk") as caught:
         tiny_learner(Fails()).fit(1)
     assert notes(caught.value) == ["raised in Fails.fail at (BatchEnd, TrainingPhase), epoch 1, batch 1"]
-    with pytest.raises(KeyError) as alone:  # a step outside of an epoch has no place
+    with pytest.raises(KeyError) as alone:  # a step outside of an epoch has no place to add
         tiny_learner(model=Boom(1, KeyError())).step(TrainingPhase, tiny_batches()[0])
     assert notes(alone.value) == []

@@ -1,4 +1,4 @@
-"""Checkpoints that handlers ask for have a queue of their own (rules 18, 28); the training thread has a mailbox."""
+"""Handlers' requests for checkpoints wait in a queue (rules 18, 28); those of other threads wait in a mailbox."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
 
 
 class Mine(Event):
-    """An event of the user's."""
+    """A user's event."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class Asks(Callback):
-    """Runs what a test says, at the end of the epoch and at events of the user's."""
+    """Runs functions of the test at the end of the epoch and at the user's events."""
 
     def __init__(self, name: str, do: Callable[[Event, LearnerView], None]) -> None:
         self.name = name
@@ -58,7 +58,7 @@ class Asks(Callback):
 
 
 def taken(*callbacks: Callback, executor: str = "serial", fails: type[Exception] | None = None) -> list[str]:
-    """Run an epoch; return the names of the files for which checkpoints were to be taken."""
+    """Run an epoch; return the file names of the checkpoints that were written."""
     found: list[str] = []
     learner = tiny_learner(*callbacks, executor=EXECUTORS[executor](), n_batches=1, default_callbacks=False)
     learner.loop.dispatch.checkpoint = lambda requests: found.extend(request.path for request in requests)
@@ -74,7 +74,7 @@ def taken(*callbacks: Callback, executor: str = "serial", fails: type[Exception]
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_they_are_taken_in_serial_order_of_who_asked(executor: str) -> None:
-    """B asks first in time where it can; those of events that were fired come after those of the event itself."""
+    """B makes its request earlier in time if it can; requests of fired events come after those of the event itself."""
     asked = threading.Event()
 
     def late(event: Event, learner: LearnerView) -> None:
@@ -113,7 +113,7 @@ def test_an_error_drops_them_and_a_cancel_does_not(executor: str) -> None:
 
         return do
 
-    for at in (EpochEnd, Mine):  # the event itself, and one that it fired: both are over before one is taken
+    for at in (EpochEnd, Mine):  # checkpoints come after the event and those that it fired
         failing = Asks("B", raises(ValueError("no"), at))
         assert taken(Asks("A", asks), failing, executor=executor, fails=ValueError) == []
         cancelling = Asks("B", raises(CancelEpochException("enough"), at))
@@ -135,7 +135,7 @@ def test_a_setup_cannot_ask_for_one() -> None:
 
 
 class Late(Callback):
-    """A deferred callback that asks for what only training can do."""
+    """A deferred callback that makes a request which only the training thread can grant."""
 
     deferrable = True
     stochastic = False
@@ -209,7 +209,7 @@ def test_an_executor_has_a_part_in_checkpoints_or_none() -> None:
 
 
 class Counting(SerialExecutor):
-    """Counts flushes, and what it is given back."""
+    """An executor that counts its flushes, and keeps the state that is restored to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Counting(SerialExecutor):
 
 
 class Keeping(Counting):
-    """Has a part in checkpoints."""
+    """An executor with state of its own in checkpoints."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"events": 7}
@@ -240,7 +240,7 @@ def test_with_a_part_it_is_not_flushed_and_gets_it_back(tmp_path: Path) -> None:
         with tiny_learner(Asks("A", asks), executor=executor, n_batches=1) as learner:
             learner.fit(1)
             flushed[kind] = executor.flushed
-    assert flushed[Counting] == flushed[Keeping] + 1  # that of the checkpoint
+    assert flushed[Counting] == flushed[Keeping] + 1  # one flush more, for the checkpoint
     for other, given in ((Keeping(), [{"events": 7}]), (Counting(), [])):
         with tiny_learner(Asks("A", asks), executor=other, n_batches=1) as learner:
             learner.fit(2, resume=tmp_path / "a.ckpt")

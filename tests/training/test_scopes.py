@@ -1,4 +1,4 @@
-"""Scopes: what an exception means where training is, and what it says about that."""
+"""Scopes: which scopes an exception closes, and the note that is added to the exception."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step() -> Step:
 
 @pytest.mark.parametrize("where", list(itertools.product((CLOSED, OPEN, ENDING), repeat=3)))
 def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
-    """Rule 16: a cancel counts while its scope is open; without a fit that of a fit goes to the caller."""
+    """Rule 16: a cancel ends its scope if that is open; without a fit, a cancel of the fit reaches the caller."""
     scopes = Scopes()
     scopes.fit, scopes.epoch, scopes.batch = where
     assert scopes.has_effect(CancelFittingException()) is (scopes.fit != ENDING)
@@ -50,7 +50,7 @@ def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
 
 def test_a_cancel_of_ones_own_means_what_its_base_means() -> None:
     class Plateau(CancelEpochException):
-        """The loss does not move."""
+        """An exception of a user, for a loss that no longer falls."""
 
     scopes = Scopes()
     assert not scopes.has_effect(Plateau())
@@ -71,7 +71,7 @@ def test_epochs_are_counted_by_phase_and_batches_by_epoch() -> None:
 
 
 def test_the_note_on_an_exception() -> None:
-    """Rule 15: callback, handler, event, phase, and where there is one epoch and batch."""
+    """Rule 15: callback, handler, event and phase, and the epoch and batch if there are any."""
     scopes, failure, raised_in = Scopes(), ValueError("x"), step()
     scopes.note(failure, raised_in, BatchEnd(), TrainingPhase())
     scopes.open_epoch(TrainingPhase())
@@ -91,7 +91,7 @@ def test_the_note_on_an_exception() -> None:
 )
 @pytest.mark.parametrize("state", [OPEN, ENDING])
 def test_training_inside_of_training_is_refused(scope: str, inside: str, state: int) -> None:
-    """Rule 18."""
+    """Rule 18: training cannot be started inside of training."""
     scopes = Scopes()
     scopes.refuse_nested("fit()")
     setattr(scopes, scope, state)

@@ -1,4 +1,4 @@
-"""Sinks: who opens, flushes, restores and closes the backends of a learner's callbacks."""
+"""Sinks: when the backends of a learner's callbacks are opened, flushed, restored and closed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ learner.close()
 
 
 def test_a_full_disk_says_what_is_kept(tmp_path: Path, programs: Programs) -> None:
-    """In a process of its own: no file may grow beyond some bytes there."""
+    """In a separate process, a limit on the size of files stands for a full disk."""
     path = tmp_path / "log.jsonl"
     done = programs.run(ON_A_FULL_DISK, str(path))
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_a_full_disk_says_what_is_kept(tmp_path: Path, programs: Programs) -> No
 
 
 def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None:
-    """Rule 28: by sink, whichever callbacks hold it; a backend that is new since then is left as it is."""
+    """Rule 28: positions belong to sinks, whichever callbacks hold them; a backend without one is left unchanged."""
     one, new = JsonlBackend(tmp_path / "one"), JsonlBackend(tmp_path / "new")
     sinks = Sinks()
     sinks.use(nodes(LogMetrics(one)))
@@ -115,7 +115,7 @@ def test_flush_gives_positions_that_restore_goes_back_to(tmp_path: Path) -> None
 
 
 def test_a_run_that_cannot_be_gone_on_with_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Rule 28: what does not fit changes nothing: what is trained next is not logged as that run."""
+    """Rule 28: a refused restore changes nothing, so later training is not logged as part of that run."""
     backend = JsonlBackend(tmp_path / "log")
     sinks = Sinks()
     sinks.use(nodes(LogMetrics(backend)))
@@ -161,7 +161,7 @@ def test_every_backend_is_closed_whatever_another_raises(tmp_path: Path) -> None
 
 
 def test_a_sink_that_cannot_be_closed_does_not_stop_half_of_a_change(tmp_path: Path) -> None:
-    """Rule 11: its failure is raised, and the callbacks and their backends are the new ones, both."""
+    """Rule 11: the failure is raised after the callbacks and their backends have both been replaced."""
 
     class Broken(JsonlBackend):
         def close(self) -> None:
@@ -184,7 +184,7 @@ def test_a_sink_that_cannot_be_closed_does_not_stop_half_of_a_change(tmp_path: P
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")  # as torchrun sets it
+    monkeypatch.setenv("RANK", "1")  # torchrun sets this
     learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log")))
     learner.fit(1)
     learner.close()
@@ -192,7 +192,7 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_positions_move_with_the_checkpoint(tmp_path: Path) -> None:
-    """Only what lies as it did, seen from the checkpoint; a sink that is where it was stays what it is."""
+    """A sink moves with the checkpoint if it lies at the same place relative to it; a sink at its old place stays."""
     backends = [JsonlBackend(tmp_path / "b" / "log"), JsonlBackend(tmp_path / "same"), CsvBackend(tmp_path / "b" / "c")]
     sinks = Sinks()
     sinks.use(nodes(LogMetrics(*backends)))

@@ -1,4 +1,4 @@
-"""Steps: the runners of the bundled ones, what these say of data that does not fit, and the parts of a user's own."""
+"""Steps: the runners of the bundled steps, their errors for data that does not fit, and the parts for a user's step."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Pair(NamedTuple):
 
 
 class Split(TrainingPhase):
-    """Returns what a test wants; `Split.made` takes the batch."""
+    """A phase whose `split` is the function `Split.made` that the test sets."""
 
     made: Callable[[Any], Any] = staticmethod(tuple)
 
@@ -151,7 +151,7 @@ X, Y = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
 
 NO_PAIRS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda raw: raw[0], "Tensor of shape (8, 4), float32"),
-    (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # would unpack, by rows
+    (lambda raw: raw[0][:2], "Tensor of shape (2, 4), float32"),  # it could be unpacked into two rows
     (lambda raw: None, "NoneType None"),
     (lambda raw: (raw[0],), "tuple of 1: Tensor of shape (8, 4), float32"),
     (lambda raw: "ab", "str 'ab'"),
@@ -188,7 +188,7 @@ class Cuts(Callback):
 
 
 class OwnStep(AbstractTrainingPhase):
-    """Runs a backward pass with the parts of a step."""
+    """A user's step, which calls `backward` and the other parts."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self):
@@ -238,10 +238,10 @@ def test_another_error_of_the_backward_pass_is_torchs_own(kind: type[Phase]) -> 
 
 
 def test_a_step_may_catch_what_a_batch_raises() -> None:
-    """Rule 16 holds for a step that goes on after an exception: the batch that raised was closed."""
+    """Rule 16 holds for a step that continues after an exception: the batch that raised was closed."""
 
     class Halves(AbstractTrainingPhase):
-        """Try the whole batch; where it does not fit, train on its halves."""
+        """Tries the whole batch; if it does not fit into memory, trains on its halves."""
 
         def step(self, learner: StepContext, raw: Any) -> None:
             try:
@@ -328,7 +328,7 @@ def test_update_of_an_optimizer_that_is_not_there() -> None:
 
 
 def test_gradients_of_steps_without_update_add_up() -> None:
-    """A group of gradients ends with an update, also where a phase decides by itself when to update."""
+    """A phase may decide itself when to update; its gradients add up until then."""
 
     class EverySecond(AbstractTrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:
@@ -394,7 +394,7 @@ def test_a_step_that_asks_for_something_else_is_told_what_there_is() -> None:
 
 
 def test_a_bundled_step_that_is_called_by_a_step_of_ones_own_is_the_bundled_one() -> None:
-    """The fast form runs where a step is inherited, and where it is called with ``super()``: one training."""
+    """The fast runner and the step that a user's step calls with ``super()`` train in the same way."""
 
     class Calls(TrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:

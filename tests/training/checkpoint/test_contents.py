@@ -1,4 +1,4 @@
-"""A checkpoint: what is in it, what reads it, and what a learner says to one that does not fit."""
+"""The contents of a checkpoint, the programs that can read it, and the errors for one that does not fit the learner."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def one_group_each(params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimize
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the checkpoint of one epoch."""
+    """Return a folder with the checkpoint of one epoch."""
     learner_of(SmoothLoss(), Checkpointer(tmp_path / "run")).fit(1)
     return tmp_path / "run"
 
 
 def state_of(learner: Learner) -> str:
-    """All of the state of a learner that a checkpoint could change, for comparison."""
+    """Return all state of a learner that loading a checkpoint could change."""
     contents = gather(learner.state, learner.core, learner.loop.checkpoints.changes)
     return repr([contents, torch.get_rng_state().sum(), learner.loop.scopes.numbers, learner.loop.sinks.run])
 
@@ -131,7 +131,7 @@ def test_one_that_is_none(damage: str, folder: Path) -> None:
 
 
 class Refuses(Callback):
-    """Has state, and may not take it back."""
+    """A callback that refuses the state of a checkpoint."""
 
     def __init__(self, refuses: bool) -> None:
         self.refuses = refuses
@@ -141,7 +141,7 @@ class Refuses(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self.refuses:
-            self.refuses = False  # its own state, which is put back after the failure, it takes
+            self.refuses = False  # it accepts its own state, which is restored after the failure
             raise KeyError("limits")
 
 
@@ -163,20 +163,20 @@ def test_callbacks_by_name(folder: Path) -> None:
         learner_of(Other()).load(folder)
     with pytest.warns(UserWarning, match="has the state of SmoothLoss, Checkpointer, and the learner has no"):
         learner_of().fit(1, resume=folder)
-    learner_of().load(folder)  # to look at a model nobody needs the callbacks that trained it
+    learner_of().load(folder)  # a user who only looks at a model needs none of the callbacks that trained it
 
 
 # --- what is in it
 
 
 class Kind(enum.IntEnum):
-    """Looks like a number, and is none."""
+    """An IntEnum, which looks like a number but cannot be saved as one."""
 
     ONE = 1
 
 
 class Holds(Callback):
-    """Has in its state what a test gives it."""
+    """A callback whose state is the value that the test gives it."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -223,7 +223,7 @@ def test_tensors_are_copied_and_shared_ones_stay_shared(tmp_path: Path) -> None:
     ],
 )
 def test_anything_else_names_the_callback_and_the_key(make: Callable[[], Any], shown: str, tmp_path: Path) -> None:
-    """Rule 28: an error naming the callback."""
+    """Rule 28: a value that cannot be saved is an error, which names the callback and the key."""
     message = rf"^Holds\.state_dict\(\) cannot be in a checkpoint: \['best'\]\['values'\]\[1\] is .*{shown}\. A "
     with pytest.raises(CheckpointError, match=message):
         learner_of(Holds(make()), Checkpointer(tmp_path)).fit(1)
@@ -265,7 +265,7 @@ def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
     learner.fit(3)
     twin = learner.cbstate.metrics_step[TrainingPhase]["Loss"]
     learner.load(folder)
-    assert len(twin) == 2  # in place: who holds the series sees it
+    assert len(twin) == 2  # cleared in place, so holders of the series see it too
     assert learner.cbstate.history[TrainingPhase].epochs == 1
     learner.fit(1)
     assert len(twin) == 4
@@ -274,7 +274,7 @@ def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
 
 
 def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_path: Path) -> None:
-    """Rule 28: ``torch.load(weights_only=True)`` suffices; a compiled model has the names of one that is not."""
+    """Rule 28: ``torch.load(weights_only=True)`` reads the file, and compilation changes no name in it."""
     compiled: Any = torch.compile(net(), backend="eager")
     part: Any = torch.compile(net(), backend="eager")
     inner = torch.nn.Sequential(part)
@@ -323,4 +323,4 @@ def test_conditions_go_on_counting(tmp_path: Path) -> None:
     counts = throttled(Counts())
     resumed = learner_of(counts, Checkpointer(tmp_path))
     resumed.fit(4, resume=tmp_path)
-    assert counts.seen == 1  # the fourth
+    assert counts.seen == 1  # at the fourth event

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, found by pointers, and read with a message about what is wrong."""
+"""Checkpoint files: complete or absent, found through pointers, and refused with a message about what is wrong."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_pointers_are_followed(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_checkpoint_says_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "epoch-0001.ckpt").touch()
-    (tmp_path / ".epoch-0002.ckpt.tmp").touch()  # of a process that was killed
+    (tmp_path / ".epoch-0002.ckpt.tmp").touch()  # the temporary file of a killed process
     with pytest.raises(
         CheckpointError, match=r"no file 'latest' in it \(it holds: epoch-0001\.ckpt\)\. Pass the folder"
     ):
@@ -170,7 +170,7 @@ print(learner.cbstate.history)
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> Path:
-    """A folder for each point, as it was when the process was killed there for the first or second time."""
+    """Return a folder for each point of writing: its state after the process was killed there."""
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forked")
     folder = tmp_path_factory.mktemp("killed")
@@ -182,7 +182,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> Path
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("point", POINTS)
 def test_rule_28_a_killed_process_leaves_what_loads(killed: Path, point: str, number: int) -> None:
-    """Rule 28: what ``latest`` and ``best`` name is complete, and every file that has a checkpoint's name."""
+    """Rule 28: the files that ``latest`` and ``best`` name are complete, and every file with a checkpoint's name."""
     tmp_path = killed / f"{point} {number}"
     for file in tmp_path.glob("*.ckpt"):
         tiny_learner().load(file)
@@ -217,7 +217,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, p
 
 
 class Gate:
-    """Stops a writer at a point until it is opened."""
+    """Blocks the writer at a point until the test opens the gate."""
 
     def __init__(self, learner: Learner, point: str) -> None:
         self.point, self.reached, self.open = point, threading.Event(), threading.Event()
@@ -230,7 +230,7 @@ class Gate:
 
 
 class Opens(Checkpointer):
-    """Opens the gate when training has gone on, and notes how many batches were trained before."""
+    """Opens the gate after more training, and notes how many batches were trained before."""
 
     gate: Gate
     passed: bool = False
@@ -243,7 +243,7 @@ class Opens(Checkpointer):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    """The first is stuck until the training epoch after it has ended; a wait for it would never return."""
+    """The writer is blocked until the next training epoch has ended, so waiting for it would never end."""
     callback = Opens(tmp_path)
     learner = tiny_learner(callback, n_batches=200)
     callback.gate = Gate(learner, "checkpoint begun")
@@ -279,7 +279,7 @@ def _contents(finite: bool = True) -> dict[str, Any]:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Path) -> None:
-    """Rule 28: the file is there, and a warning."""
+    """Rule 28: a checkpoint with NaN is written, with a warning, and `latest` does not name it."""
     mailbox = Mailbox()
     writer = Writer(mailbox)
     writer.submit(_contents(), CheckpointRequest(str(tmp_path / "1.ckpt")))
@@ -314,7 +314,7 @@ def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
     assert len(batches) < 100
     assert isinstance(caught.value.__cause__, OSError)
     assert "There is no earlier checkpoint." in str(caught.value)
-    learner.flush()  # it was raised once
+    learner.flush()  # the error is raised only once
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was stopped and resumed is the run that was not stopped, to the bit."""
+"""A run that is stopped and resumed from a checkpoint equals, to the bit, a run that was never stopped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Run = Callable[..., Any]
 
 
 class Ask(Callback):
-    """Ask for a checkpoint at the n-th event of a type in a phase."""
+    """Requests a checkpoint at the n-th event of a type in a phase."""
 
     def __init__(self, path: Path, event: type[Event], phase: type[Phase], number: int) -> None:
         self.path, self.wanted, self.number = path, (event, phase()), number
@@ -92,7 +92,7 @@ class Decay(Callback):
 
 
 class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that are drawn anew each time, as by an augmentation."""
+    """Samples with new random noise at each access, as augmentation makes them."""
 
     def __len__(self) -> int:
         return 20
@@ -145,7 +145,7 @@ def learner_of(*callbacks: Callback, data: Run = shuffled, accumulate: int = 1, 
 
 
 def everything(learner: Learner) -> dict[str, Any]:
-    """All that training has come to, for comparison."""
+    """Return all results of training that the tests compare."""
     state = learner.cbstate
     series = {
         f"{name}.{phase!r}.{key}": list(each)
@@ -208,7 +208,7 @@ def test_rule_28_a_resumed_run_is_the_run(
 @pytest.mark.parametrize("data", [with_generator, augmented, of_unknown_length])
 @pytest.mark.parametrize("number", [2, 7])
 def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp_path: Path) -> None:
-    """Rule 28: generators of loaders, data that is drawn, and an accumulation group that is not complete."""
+    """Rule 28: for generators of loaders, for random data, and within an accumulation group."""
     if data is of_unknown_length and accumulate > 1:
         pytest.skip("one batch is drawn ahead, to know which is the last: the numbers after it differ")
     path = tmp_path / "one.ckpt"
@@ -221,7 +221,7 @@ def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp
 
 
 class ByEpoch(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that are others in each pass."""
+    """Samples that differ in each pass."""
 
     def __init__(self) -> None:
         self.number = -1
@@ -250,7 +250,7 @@ def by_epoch() -> Any:
 
 def wrapped() -> Any:
     class Loader:
-        """A loader of a user's own, which passes the number of the pass on, with an offset."""
+        """A user's loader, which passes the number of the pass to the data, with an offset."""
 
         def __init__(self) -> None:
             self.inner = distributed()
@@ -273,7 +273,7 @@ def wrapped() -> Any:
 def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(
     fit: str, data: Run, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
 ) -> None:
-    """Rule 28: a resumed fit tells the loader the pass that it was in, not one that begins anew."""
+    """Rule 28: a resumed fit tells the loader the number of the pass that it resumes, not that of a new one."""
     path = tmp_path / "one.ckpt"
     whole = learner_of(Ask(path, event, phase, number), data=data)
     whole.fit(**FITS[fit])
@@ -300,7 +300,7 @@ def persistent() -> Any:
 def test_workers_that_stay_are_exact_but_for_what_they_draw(
     fit: str, event: type[Event], phase: type[Phase], number: int, warned: str, tmp_path: Path
 ) -> None:
-    """Rule 28: a pass that did not start workers is not begun as one that did; resuming says what is lost, once."""
+    """Rule 28: persistent workers keep their random state to themselves; resuming warns about that once."""
     path = tmp_path / "one.ckpt"
 
     def run(*callbacks: Callback, **how: Any) -> dict[str, Any]:
@@ -327,10 +327,10 @@ def test_every_pass_has_a_number_of_its_own_over_the_life_of_a_learner(tmp_path:
     learner.validate()
     learner.fit(2)
     learner.validate()
-    learner.fit(steps=12, validate_every=4)  # three epochs, within the passes 2, 3 and 4
+    learner.fit(steps=12, validate_every=4)  # three epochs, which take passes 2, 3 and 4
     learner.epoch(TrainingPhase)
     assert train.told == [0, 1, 2, 3, 4, 5]
-    # Evaluation has the number of the pass of training that it follows.
+    # An evaluation gets the number of the training pass before it.
     assert valid.told == [0, 0, 1, 1, 2, 3, 4]
     learner.fit(1)
     loaded = tiny_learner(data=loaders, model=torch.nn.Linear(3, 2))
@@ -368,7 +368,7 @@ def test_epochs_are_the_total_and_a_finished_run_is_not_trained_on(tmp_path: Pat
 
 
 def test_rule_16_a_resumed_epoch_begins_and_ends(tmp_path: Path) -> None:
-    """Rule 16: every End has its Begin; `FitBegin` says that the fit goes on with another."""
+    """Rule 16: every Begin has an End in the resumed run too; `FitBegin` says that the fit continues another one."""
     path = tmp_path / "one.ckpt"
     tiny_learner(Ask(path, BatchEnd, TrainingPhase, 3), n_batches=4).fit(1)
     seen: list[str] = []
@@ -391,7 +391,7 @@ def test_rule_16_a_resumed_epoch_begins_and_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [2, 5])
 def test_rule_28_what_torchmetrics_objects_hold(number: int, tmp_path: Path) -> None:
-    """Rule 28: the value of an epoch is that of all its batches, also of those before the checkpoint."""
+    """Rule 28: the value of an epoch covers all its batches, also those before the checkpoint."""
     torchmetrics = pytest.importorskip("torchmetrics")
 
     def metrics() -> Metrics:
@@ -413,11 +413,11 @@ def test_rule_28_what_torchmetrics_objects_hold(number: int, tmp_path: Path) -> 
 
 
 class Said(Event):
-    """Fired by `Says`."""
+    """An event that `Says` fires."""
 
 
 class Says(Callback):
-    """At the end of the training epoch, ask for a checkpoint, fire an event, and maybe fail."""
+    """At the end of the training epoch, requests a checkpoint, fires an event, and raises if the test says so."""
 
     def __init__(self, path: Path, failure: BaseException | None = None) -> None:
         self.path, self.failure = path, failure
@@ -431,7 +431,7 @@ class Says(Callback):
 
 
 class Hears(Callback):
-    """Count handlers in state that a checkpoint holds."""
+    """Counts its handled events in an entry of ``cbstate``."""
 
     def state_access(self) -> Access:
         return {"cbstate.heard": Write()}
@@ -449,14 +449,14 @@ class Hears(Callback):
 
 
 def test_rule_28_it_is_taken_when_the_event_and_all_that_it_fired_have_ended(tmp_path: Path) -> None:
-    """Rule 28: later handlers of the event, and handlers of what it fired, are in the checkpoint."""
+    """Rule 28: the checkpoint includes the changes of the event's later handlers, and of handlers of fired events."""
     tiny_learner(Says(tmp_path / "one.ckpt"), Hears()).fit(1)
     contents = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert contents["cbstate"]["heard"] == {"value": ["EpochEnd", "Said"]}
 
 
 def test_rule_28_a_cancel_keeps_the_request_and_an_error_drops_it(tmp_path: Path) -> None:
-    """Rules 18 and 28: early stopping at the event does not lose its checkpoint; what an error left is not kept."""
+    """Rules 18 and 28: early stopping at the event keeps the request for a checkpoint; an error drops it."""
     tiny_learner(Says(tmp_path / "one.ckpt", CancelFittingException("enough")), Hears()).fit(1)
     assert torch.load(tmp_path / "one.ckpt", weights_only=True)["cbstate"]["heard"] == {"value": ["EpochEnd"]}
     with pytest.raises(ValueError, match="broken"):
@@ -469,7 +469,7 @@ def test_an_event_that_is_cancelled_by_somebody_else_too(tmp_path: Path) -> None
     learner.fit(3)
     resumed = tiny_learner(Hears())
     resumed.fit(2, resume=tmp_path / "one.ckpt")
-    assert resumed.cbstate.history[TrainingPhase].epochs == 2  # the one that was cancelled at its end, and another
+    assert resumed.cbstate.history[TrainingPhase].epochs == 2  # the epoch that was cancelled at its end, and one more
     assert resumed.cbstate.history[ValidationPhase].epochs == 2
 
 
@@ -522,7 +522,7 @@ def test_load_leaves_random_numbers_and_begins_anew(tmp_path: Path) -> None:
 
 
 def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
-    """Rule 28: what is pending in an executor's lanes belongs to the cut, if it can say it; otherwise it is flushed."""
+    """Rule 28: an executor that can save the pending events of its lanes does so; any other is flushed first."""
     flushed: list[str] = []
 
     class Keeps(SerialExecutor):
@@ -543,7 +543,7 @@ def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
 
     path = tmp_path / "one.ckpt"
     tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Keeps()).fit(1)
-    assert flushed == ["flush"]  # at the end of the fit
+    assert flushed == ["flush"]  # the flush at the end of the fit
     executor = Keeps()
     tiny_learner(executor=executor).fit(1, resume=path)
     assert executor.loaded == {"lane": {"pending": [1, 2]}}
@@ -554,7 +554,7 @@ def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
 def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[Phase], tmp_path: Path) -> None:
-    """Rule 28: also what was logged after the checkpoint is still there."""
+    """Rule 28: after the refusal, even the log records that follow the checkpoint are still there."""
     logs = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
     with tiny_learner(logs, Ask(tmp_path / "one.ckpt", BatchEnd, phase, 3), n_batches=4) as learner:
         learner.fit(1)
@@ -568,7 +568,7 @@ def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[P
 
 
 def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path) -> None:
-    """Rule 28: what was logged after the checkpoint is taken back there; the log has no doubles."""
+    """Rule 28: the log is found at its new place, and records from after the checkpoint are removed there."""
 
     def run(folder: Path) -> Learner:
         return tiny_learner(LogMetrics(JsonlBackend(folder / "log.jsonl")), Checkpointer(folder / "kept"), n_batches=3)
@@ -593,7 +593,7 @@ def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path)
 
 
 class Leave(Callback):
-    """Ask for a checkpoint in the midst of a training batch, and raise something there, or send a signal before."""
+    """Requests a checkpoint within a training batch, and then raises there, or has sent a signal before."""
 
     def __init__(self, path: Path, raises: Exception | None = None, *, signals: bool = False, number: int = 7) -> None:
         self.path, self.raises, self.signals, self.number = path, raises, signals, number
@@ -622,7 +622,7 @@ class Leave(Callback):
 def test_rule_28_asked_for_in_a_batch_that_ends_more_than_itself(
     fit: str, raises: Exception | None, does: Exception | None, tmp_path: Path
 ) -> None:
-    """Rules 28 and 29: a cancel or an interrupt of that batch does not prevent it, and the fit can go on from it."""
+    """Rules 28 and 29: a cancel or an interrupt in the batch does not prevent its checkpoint; a fit resumes from it."""
     whole = learner_of(Leave(tmp_path / "other.ckpt", does))
     whole.fit(**FITS[fit])
     wanted = everything(whole)
@@ -635,7 +635,7 @@ def test_rule_28_asked_for_in_a_batch_that_ends_more_than_itself(
 
 
 def test_rule_28_a_batch_that_fails_takes_no_checkpoint(tmp_path: Path) -> None:
-    """Rule 28: neither the one that was asked for in it, nor the one for an interrupt: the state is in between."""
+    """Rule 28: after a failed batch no checkpoint is written, neither a requested one nor one for an interrupt."""
 
     class Fail(Callback):
         @on(BatchEnd, TrainingPhase)
@@ -656,7 +656,7 @@ def test_rule_28_a_batch_that_fails_takes_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_rule_28_resumed_twice_in_an_epoch_whose_beginning_draws_random_numbers(tmp_path: Path) -> None:
-    """Rule 28: the second checkpoint knows the order that the loader drew after the first one was put back."""
+    """Rule 28: the second checkpoint saves the order that the loader drew after the first checkpoint was restored."""
 
     class Draw(Callback):
         def state_access(self) -> Access:
@@ -678,7 +678,7 @@ def test_rule_28_resumed_twice_in_an_epoch_whose_beginning_draws_random_numbers(
 
 
 def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path) -> None:
-    """A checkpoint is as large as the model and its optimizer."""
+    """A checkpoint is as large as the model and its optimizer, so the learner drops it once the epoch has begun."""
     learner_of(Ask(tmp_path / "one.ckpt", BatchEnd, TrainingPhase, 2)).fit(1)
     held: list[bool] = []
 
@@ -694,14 +694,14 @@ def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path)
 
 
 def test_rule_28_a_fired_event_that_cancels_asks_for_what_holds_all_fired_events(tmp_path: Path) -> None:
-    """Rule 28: it is taken with everything that was fired, also after the event that asked: nothing is left to run."""
+    """Rule 28: the checkpoint is written after all fired events, even those that follow the event that requested it."""
     path = tmp_path / "one.ckpt"
 
     class Asks(Event):
-        """Asks, and cancels."""
+        """Its handler requests a checkpoint and cancels."""
 
     class Follows(Event):
-        """Was fired before, and runs after."""
+        """Fired before the cancel, and handled after it."""
 
     class Fires(Callback):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""A run that the first version of the checkpoints' format wrote is resumed by this one.
+"""Checkpoints in the first version of the format can be resumed.
 
-``data/first`` holds the log of a fit of four epochs and the checkpoint after its second, as version 0.1.0 wrote them
-before the modules moved into packages. The resumed fit must give that log again, and the weights at its end.
+``data/first`` holds the log of a fit of four epochs and the checkpoint after its second epoch, as version 0.1.0 wrote
+them before the modules moved into packages. The resumed fit must give the same log and the same final weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flowtrain.metrics import accuracy
 from tests.support.logs import log_records
 
 FIRST = Path(__file__).parent / "data" / "first"
-# The sums of the weights after the fourth epoch, as the fit that wrote the data printed them.
+# The sums of the weights after the fourth epoch, which the fit printed when it wrote the data.
 WEIGHTS = {"0.weight": -1.39670264, "1.running_var": 2.61033368, "4.weight": 0.28827900, "4.bias": -0.05520640}
 
 
@@ -73,7 +73,7 @@ def make_learner(folder: Path, executor: str) -> Learner:
 
 
 def rows(path: Path) -> dict[tuple[Any, ...], float]:
-    """The logged values by group, name and step; what was logged twice shows in the count of lines."""
+    """Return the logged values by group, name and step; more lines than values show that a value was logged twice."""
     lines = log_records(path)
     values = {(line["group"], line["name"], line["step"]): line["value"] for line in lines}
     assert len(values) == len(lines)

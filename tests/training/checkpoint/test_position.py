@@ -1,4 +1,4 @@
-"""The position of a fit, and loaders that begin again where they were."""
+"""The position of a fit, and loaders that continue at a position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def numbers(batches: object) -> list[int]:
 def test_a_stream_goes_round() -> None:
     stream = Stream([1, 2], TrainingPhase(), count().__next__)
     assert list(islice(stream, 3)) == [1, 2, 1]
-    assert list(islice(stream, 2)) == [2, 1]  # it goes on where it was
+    assert list(islice(stream, 2)) == [2, 1]  # it continues with the next item
     assert stream.given == 5
     with pytest.raises(DataError, match="gives no batch"):
         next(iter(Stream([], TrainingPhase(), count().__next__)))
@@ -79,7 +79,7 @@ def test_a_loader_may_keep_its_own_position() -> None:
 def test_what_is_done() -> None:
     position = Position("steps")
     position.count(TrainingPhase(), 3)
-    for batches, steps in ((5, 5), (0, 8)):  # without a batch it counts as 3
+    for batches, steps in ((5, 5), (0, 8)):  # an epoch without a batch counts as 3
         position.begin_epoch(TrainingPhase())
         assert position.state_dict(2)["batches"] == 2
         position.end_epoch(batches)
@@ -87,7 +87,7 @@ def test_what_is_done() -> None:
         position.begin_epoch(ValidationPhase())
         position.end_epoch(4)
         assert position.steps == steps
-        assert position.state_dict(4)["batches"] == 0  # between epochs there are none
+        assert position.state_dict(4)["batches"] == 0  # between epochs no batch is open
         position.end_round()
     assert (position.rounds, position.done) == (2, [])
     again = Position.resumed(position.state_dict(0))
@@ -115,7 +115,7 @@ def test_an_open_epoch_is_resumed_once() -> None:
         (None, "", 9, False),
         ({"begun": {}, "count": 2}, "TrainingPhase", 9, False),  # an epoch of several passes
         ({"begun": {}, "count": 3}, "ValidationPhase", 1, True),
-        ({"begun": None, "count": 3}, "ValidationPhase", 1, False),  # nothing was drawn yet
+        ({"begun": None, "count": 3}, "ValidationPhase", 1, False),  # no random number was drawn yet
     ],
 )
 def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches: int, refused: bool) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers: those of the process and of loaders go on from where their state was taken."""
+"""Random numbers of the process and of loaders continue from a saved state."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def drawn() -> list[float]:
 
 def test_the_process_goes_on_where_it_was() -> None:
     with torch.random.fork_rng():
-        random.gauss(0, 1)  # leaves a second number behind, which is state too
+        random.gauss(0, 1)  # each generator keeps a second number, which belongs to its state
         np.random.randn()
         file = io.BytesIO()
-        torch.save(random_state(), file)  # as a checkpoint has it
+        torch.save(random_state(), file)  # a file, as for a checkpoint
         first = drawn()
         assert drawn() != first
         file.seek(0)
@@ -71,4 +71,4 @@ def test_a_loader_that_keeps_its_position_is_asked_for_it() -> None:
     loader.at = 9
     assert set_loader_state(loader, state)
     assert loader.at == 7
-    assert not set_loader_state([1, 2], state)  # another one does not
+    assert not set_loader_state([1, 2], state)  # a list has no position
