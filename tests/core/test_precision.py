@@ -68,7 +68,7 @@ def test_autocast_is_there_where_it_is_asked_for(precision: str, dtype: torch.dt
     model = nn.Linear(2, 2)
     run = in_precision(model, CPU, precision)  # type: ignore[arg-type]  # a str
     assert run(torch.ones(1, 2)).dtype == dtype
-    assert (run is model) is (precision == "fp32"), "nothing comes between where nothing is to be done"
+    assert (run is model) is (precision == "fp32"), "in fp32 the core calls the model itself, without autocast"
     with autocast(CPU, precision):  # type: ignore[arg-type]  # a str
         assert model(torch.ones(1, 2)).dtype == dtype
 

@@ -1,4 +1,4 @@
-"""What is declared must exist: batch entries from their event on (rule 4), entries of ``cbstate`` (rule 10)."""
+"""Declared paths must exist: batch entries from their event on (rule 4), and entries of ``cbstate`` (rule 10)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ R, W = Read(), Write()
 
 
 class At(Callback):
-    """Handles the events that a test says, each under its own access or under the shared one."""
+    """Handles the events that the test gives, each with its own access or with the shared one."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ def refused(
 
 
 def test_an_entry_that_the_phase_does_not_provide() -> None:
-    """Rule 4: an error with the nearest name, when built."""
+    """Rule 4: an error when the learner is built, with the nearest name."""
     assert refused(AccessError, At("Printer", {"batch.outptus": R}, BatchEnd)) == (
         "Printer reads batch.outptus at (BatchEnd, TrainingPhase), but TrainingPhase provides inputs, targets, "
         "outputs, loss, grads, grad_norm, and no callback writes batch.outptus. Did you mean 'outputs'? "
@@ -130,7 +130,7 @@ PROVIDED = [
 
 @pytest.mark.parametrize(("phase", "entry", "early", "there"), PROVIDED)
 def test_an_entry_that_is_not_there_yet(phase: type[Phase], entry: str, early: type[Event], there: type[Event]) -> None:
-    """Rule 4: each phase says from which event on its entries are there."""
+    """Rule 4: each phase says from which event on its entries exist."""
     path = f"batch.{entry}"
     callback = At("Printer", {path: R}, early, phase=phase)
     assert refused(MissingStateError, callback, phases=(phase,)) == (
@@ -143,7 +143,7 @@ def test_an_entry_that_is_not_there_yet(phase: type[Phase], entry: str, early: t
 
 
 def test_a_shared_declaration_counts_at_the_latest_event() -> None:
-    """One `state_access` for several handlers is met where one of them can read it; `access=` is checked by itself."""
+    """A shared `state_access` must fit only the latest event of its handlers; each `access=` must fit its own event."""
     build(At("Printer", {"batch.loss": R}, BatchBegin, BatchEnd))
     message = refused(MissingStateError, At("Printer", {"batch.loss": R}, BatchBegin, LossBegin))
     assert "at (BatchBegin, LossBegin, TrainingPhase), and it is not there yet" in message
@@ -161,7 +161,7 @@ def test_the_whole_batch_may_be_read_everywhere() -> None:
 
 @pytest.mark.parametrize("write", ["batch.extra", "batch.extra.part", "batch"])
 def test_a_callback_may_provide_an_entry(write: str) -> None:
-    """Rule 4: an entry that somebody writes, at that event or an earlier one."""
+    """Rule 4: a reader is accepted if a callback writes the entry at the same event or an earlier one."""
     reader = At("Printer", {"batch.extra": R}, LossBegin)
     build(reader, At("Maker", {write: W}, LossBegin))
     build(reader, At("Maker", {write: W}, BatchBegin))
@@ -183,12 +183,12 @@ def test_a_writer_in_another_phase_does_not_count() -> None:
 
 
 def test_who_writes_an_entry_may_read_it() -> None:
-    """`Write` includes reading."""
+    """`Write` includes reading, so a callback that writes an entry may read it."""
     build(At("Maker", {"batch.extra": W}, BatchEnd))
 
 
 def test_events_of_ones_own() -> None:
-    """They may come at any time, so that what they read is only looked for in the whole phase."""
+    """An event of a user may fire at any time, so its handlers may read any entry that the phase ever provides."""
 
     class Mine(Event): ...
 
@@ -198,7 +198,7 @@ def test_events_of_ones_own() -> None:
 
 
 class Provides(Phase):
-    """A phase with a step of its own that says what it provides."""
+    """A phase with a step of its own, which says which entries it provides."""
 
     events = (EpochBegin, BatchBegin, BatchEnd, EpochEnd)
     provides = {"real": BatchBegin, "fake": BatchEnd}  # noqa: RUF012  # a constant of the class, typed in Phase
@@ -207,7 +207,7 @@ class Provides(Phase):
 
 
 def test_a_phase_that_does_not_say_is_not_checked() -> None:
-    """Rule 4: without `provides` a missing entry is found when it is read."""
+    """Rule 4: for a phase without `provides`, a missing entry is found only when a handler reads it."""
     build(At("Printer", {"batch.anything": R}, BatchBegin, phase=Silent), phases=(Silent,))
 
 
@@ -222,7 +222,7 @@ def test_a_phase_of_ones_own_that_says_is_checked() -> None:
 
 
 def test_phases_are_checked_that_have_data_or_are_named() -> None:
-    """Rule 4: those in `data` and those named in an `on`."""
+    """Rule 4: phases with data are checked, and phases that an `on` names."""
     build(At("Printer", {"batch.grads": R}, BatchEnd), phases=(TrainingPhase,))
     named = At("Other", {}, BatchEnd, phase=ValidationPhase)
     assert "(BatchEnd, ValidationPhase)" in refused(AccessError, At("Printer", {"batch.grads": R}, BatchEnd), named)
@@ -236,7 +236,7 @@ def test_the_fit_has_no_batch_to_check() -> None:
 
 
 def test_an_entry_that_nobody_writes() -> None:
-    """Rule 10: the callback, the entry, and what to write."""
+    """Rule 10: the error names the callback and the entry, and says what to write."""
     assert refused(MissingStateError, At("Printer", {"cbstate.best": R}, BatchEnd)) == (
         "Printer reads cbstate.best, and no callback declares to write it. Add the callback that makes it, or declare "
         '{"cbstate.best": Read(optional=True)}.'
@@ -253,7 +253,7 @@ def test_an_entry_that_nobody_writes() -> None:
     ],
 )
 def test_the_bundled_callback_that_provides_it(path: str, provider: str) -> None:
-    """Rule 10: the bundled callback that provides the entry."""
+    """Rule 10: the error names the bundled callback that writes the entry."""
     entry = ".".join(path.split(".")[:2])
     assert refused(MissingStateError, At("Printer", {path: R}, BatchEnd)) == (
         f"Printer reads {path}, and no callback declares to write it. "
@@ -292,7 +292,7 @@ def test_a_writer_of_a_part_or_of_the_whole_counts(read: str, write: str) -> Non
 
 
 def test_a_writer_at_any_event_counts() -> None:
-    """State of callbacks lives on, so that it may be written at another event, or by the reader itself."""
+    """An entry of ``cbstate`` remains between events, so its writer may run at another event or be the reader."""
     maker = At("Maker", {"cbstate.best": W}, EpochEnd, makes="best")
     build(At("Printer", {"cbstate.best": R}, BatchBegin), maker)
     own: dict[type[Event], Access] = {BatchBegin: {"cbstate.best": R}, EpochEnd: {"cbstate.best": W}}
@@ -306,7 +306,7 @@ def test_what_is_there_already_needs_no_writer() -> None:
 
 
 def test_an_entry_of_a_namespace_must_be_there_itself() -> None:
-    """That ``cbstate.stats`` exists says nothing of ``cbstate.stats.mean``."""
+    """If ``cbstate.stats`` exists, ``cbstate.stats.mean`` may still be missing."""
 
     class Makes(At):
         def setup(self, learner: LearnerView) -> None:
@@ -326,7 +326,7 @@ def test_an_entry_of_a_namespace_must_be_there_itself() -> None:
 
 
 def test_a_declared_writer_that_made_nothing() -> None:
-    """Rule 10: after `setup` every entry that is read exists, or the error names the writers and what to write."""
+    """Rule 10: after `setup` an entry that is read must exist; otherwise the error names its writers and a remedy."""
     message = refused(
         MissingStateError,
         At("Printer", {"cbstate.best": R}, BatchEnd),
@@ -356,7 +356,7 @@ def test_series_and_counters_are_made_by_the_learner(read: str) -> None:
 
 
 def test_an_entry_of_a_removed_writer_is_not_what_was_meant() -> None:
-    """What is missing is not offered as the nearest name."""
+    """The error does not suggest the missing entry itself as the nearest name."""
     state = LearnerState()
     before = Callbacks([At("Writer", {"cbstate.best": W}, BatchEnd, makes="best")], state)
     with pytest.raises(MissingStateError) as caught:
@@ -393,7 +393,7 @@ def test_what_metrics_could_provide(path: str, remedy: str) -> None:
     ],
 )
 def test_a_part_that_is_not_there(path: str, access: Read | Write, said: str) -> None:
-    """A misspelt path is found when the learner is built, wherever it leads, with the nearest name."""
+    """Any misspelt path is an error when the learner is built, with the nearest name."""
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     with pytest.raises(AccessError) as caught:
         tiny_learner(At("Probe", {path: access}, BatchEnd), model=model, lossfn=torch.nn.MSELoss())
@@ -411,7 +411,7 @@ def test_parts_that_are_there_or_may_come() -> None:
 
 
 def bundled(name: str) -> Callback:
-    """Make a bundled callback by its name."""
+    """Return a bundled callback by its name."""
     if name == "Traces":
         return flowtrain.callbacks.Traces({"One": lambda learner: 1.0}, TrainingPhase)
     if name == "Scheduler":
@@ -421,7 +421,7 @@ def bundled(name: str) -> Callback:
 
 
 def written(callback: Callback) -> set[str]:
-    """The entries of ``cbstate`` that a callback, or one of its handlers, declares to write."""
+    """Return the entries of ``cbstate`` that a callback, or one of its handlers, declares to write."""
     every = [callback.state_access(), *(handler.access or {} for _, handler in callback.handlers())]
     found = union([declare(access, callback.name) for access in every])
     return {path[1] for path, kind in found if path[0] == "cbstate" and isinstance(kind, Write)}
@@ -429,7 +429,7 @@ def written(callback: Callback) -> set[str]:
 
 @pytest.mark.parametrize(("entry", "name"), sorted(PROVIDERS.items()))
 def test_the_provider_is_bundled_and_writes_the_entry(entry: str, name: str) -> None:
-    """Rule 10: the message for a missing entry names a callback that really makes it."""
+    """Rule 10: the callback that the error names really makes the entry."""
     assert name in flowtrain.callbacks.__all__
     assert entry in written(bundled(name))
 
@@ -440,7 +440,7 @@ def test_the_entry_is_one_that_the_learner_makes(entry: str) -> None:
 
 
 def test_no_bundled_entry_is_without_provider() -> None:
-    """Every default callback's own entries are in the table."""
+    """The table of providers has every entry that a default callback writes."""
     made = {entry for name in ("Recorder", "Metrics", "SmoothLoss") for entry in written(bundled(name))}
     assert made <= PROVIDERS.keys()
 
@@ -487,7 +487,7 @@ def test_one_series_has_one_writer(
 
 
 def test_what_is_not_the_same_series_is_fine(tmp_path: Path) -> None:
-    """Other backends, phases, groups and names."""
+    """Series in other backends, phases or groups, or with other names, are different series."""
     one, other = JsonlBackend(tmp_path / "one"), JsonlBackend(tmp_path / "other")
     callbacks = [
         LogMetrics(one), LogMetrics(other), trace("A"), trace("B"), LogTraces(one),

@@ -1,4 +1,4 @@
-"""Edges that fit no order: two writers, and circles, each with an error that says what to write (rules 7 and 9)."""
+"""Pairs of writers and cycles, which have no order: each error says what to write (rules 7 and 9)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ W, R = Write(), Read()
 
 
 def test_two_writers_need_an_order() -> None:
-    """Rule 7: the error has both callbacks, both paths, the event, and lines to paste."""
+    """Rule 7: the error names both callbacks, both paths and the event, and has lines to paste."""
     with pytest.raises(WriteConflictError) as caught:
         order(C({"cbstate.x": R}), A({"cbstate.stats": W}), B({"cbstate.stats.mean": W}))
     error = caught.value
@@ -60,17 +60,17 @@ def test_the_first_pair_in_the_list_is_named_and_the_others_are_counted() -> Non
 
 
 def paste(error: WriteConflictError, types: dict[str, type[At]]) -> Iterator[dict[str, type[At]]]:
-    """Do what each of the remedies in the message says, one after the other; yield the types as they are then."""
+    """Apply the remedies in the message one after the other; yield the types after each of them."""
     for block in str(error).split("\n\n")[1:]:
         names: dict[str, Any] = {**vars(flowtrain), **types}
         target = re.search(r"# in (\w+)", block)
         source = f"class {target[1]}({target[1]}):\n{block}" if target else block.strip()
-        exec(source, names)  # the lines as the user pastes them
+        exec(source, names)  # the user pastes these lines
         yield {name: names[name] for name in types}
 
 
 def test_each_remedy_works_when_pasted() -> None:
-    """Rule 7: each line that the error offers settles the conflict, and A goes first as it says."""
+    """Rule 7: each remedy in the error settles the conflict, and then A runs first, as the remedy says."""
     access: Access = {"cbstate.x": W}
     with pytest.raises(WriteConflictError) as caught:
         order(A(access), B(access))
@@ -95,7 +95,7 @@ def test_each_remedy_works_between_a_type_and_its_subclass(kinds: tuple[type[At]
 
 
 def test_two_of_one_type_are_offered_what_helps_them() -> None:
-    """A type cannot go before itself: no `run_after` and no `RunFirst` of types is offered."""
+    """A type cannot run before itself, so the error suggests neither `run_after` nor `RunFirst` with types."""
     access: Access = {"cbstate.x": W}
     with pytest.raises(WriteConflictError) as caught:
         order(A(access), A(access))
@@ -107,7 +107,7 @@ def test_two_of_one_type_are_offered_what_helps_them() -> None:
 
 
 def test_a_path_of_edges_is_order_enough() -> None:
-    """Rule 7: two writers need a path of edges between them, not an edge."""
+    """Rule 7: two writers need a path of edges between them, not a direct edge."""
     first, last = A({"cbstate.x": W, "cbstate.y": W}), B({"cbstate.x": W}, after=[C])
     between = C({"cbstate.y": R})
     assert order(last, between, first) == ["A", "C", "B"]
@@ -120,7 +120,7 @@ def test_a_path_of_edges_is_order_enough() -> None:
 
 
 def test_a_cycle_is_printed_with_its_reasons() -> None:
-    """Rule 9: the cycle, the reason of each edge, and what would break it."""
+    """Rule 9: the error shows the cycle and the reason of each edge, and says which change breaks it."""
     first, second, third = A({"cbstate.x": W, "cbstate.z": R}), B({"cbstate.x": R}), C({"cbstate.z": W}, after=[B])
     with pytest.raises(CycleError) as caught:
         order(At(name="free"), first, second, third)
@@ -139,7 +139,7 @@ def test_a_cycle_is_printed_with_its_reasons() -> None:
 
 
 def test_the_edge_to_turn_around_is_one_that_can_be() -> None:
-    """Only an edge by access can be answered with `resolve`; one by `run_after` would still be there."""
+    """The error suggests `resolve` only for an edge by access, because an edge by `run_after` would remain."""
     with pytest.raises(CycleError) as caught:
         order(A({"cbstate.x": R}, after=[C]), B({"cbstate.x": W}, after=[A]), C(after=[B]))
     assert "resolve(" not in str(caught.value)
@@ -164,7 +164,7 @@ def test_a_circle_of_one_type_is_offered_no_conflict() -> None:
     with pytest.raises(CycleError, match=r"turn one edge around: resolve\(A, A, NoConflict\(\)\)\.$"):
         order(one, other)
     resolve(A, A, NoConflict())
-    assert order(other, one) == ["A#2", "A"]  # each keeps its name
+    assert order(other, one) == ["A#2", "A"]  # the names of the callbacks do not follow the list
 
 
 def test_run_first_against_run_after_is_a_cycle() -> None:
@@ -179,7 +179,7 @@ def test_run_first_against_run_after_is_a_cycle() -> None:
 
 
 def test_the_remedy_goes_into_the_users_class_where_the_other_is_bundled() -> None:
-    """Whichever of the two stands first in the list; what it says to write makes the learner."""
+    """In either order of the list the error suggests code for the user's class that lets the learner be built."""
 
     class Mine(Callback):
         def state_access(self) -> Access:

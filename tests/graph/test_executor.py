@@ -1,4 +1,4 @@
-"""The serial executor (rules 15 and 17), and how executors are found."""
+"""The serial executor (rules 15 and 17), and how executors are found by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.support.examples import examples
 
 
 class Fails(Callback):
-    """Notes that it ran, then raises what it is told to."""
+    """Notes that it ran, then raises the exception that the test gives, if any."""
 
     def __init__(self, ran: list[str], error: Exception | None = None, after: Sequence[type[Callback]] = ()) -> None:
         self.ran = ran
@@ -81,7 +81,7 @@ def run(event: Event, *callbacks: Callback) -> TinySite:
 
 @st.composite
 def dags(draw: st.DrawFn) -> tuple[list[set[int]], list[int]]:
-    """For each callback whom it runs after, in a list whose order is no serial one, and who fails."""
+    """Draw for each callback which others it runs after, in a list that is not in serial order, and which fail."""
     count = draw(st.integers(1, len(KINDS)))
     ranks = draw(st.permutations(range(count)))
     waits = [
@@ -92,7 +92,7 @@ def dags(draw: st.DrawFn) -> tuple[list[set[int]], list[int]]:
 
 
 def failed_above(waits: list[set[int]], failing: list[int]) -> set[int]:
-    """Who has a failed ancestor, by the definition: someone it waits for failed, or has a failed ancestor."""
+    """Return the callbacks with a failed ancestor, by the definition: a predecessor failed or has one itself."""
     found: set[int] = set()
     while True:
         new = {n for n, before in enumerate(waits) if n not in found and before & (found | set(failing))}
@@ -104,7 +104,7 @@ def failed_above(waits: list[set[int]], failing: list[int]) -> set[int]:
 @settings(max_examples=examples(200))
 @given(dags())
 def test_exactly_those_without_a_failed_ancestor_run(dag: tuple[list[set[int]], list[int]]) -> None:
-    """Rule 15: whatever depends on what, and whoever fails."""
+    """Rule 15, for any dependencies and any failures."""
     waits, failing = dag
     ran: list[str] = []
     callbacks = [
@@ -119,11 +119,11 @@ def test_exactly_those_without_a_failed_ancestor_run(dag: tuple[list[set[int]], 
     assert site.failures == [(f"K{number}", callbacks[number].error) for number in reported]
     ran.clear()
     run(FitEnd(), *callbacks)
-    assert ran == [f"K{number}" for number in order]  # rule 17: at FitEnd everybody runs
+    assert ran == [f"K{number}" for number in order]  # rule 17: every handler of FitEnd runs
 
 
 def test_resources_and_no_conflict_are_dependencies_too() -> None:
-    """Rule 15 counts every edge of the plan: who never runs together is in the same order everywhere."""
+    """Rule 15 counts every edge of the plan, also those between callbacks that only must not run at the same time."""
 
     class Draws(Fails):
         def state_access(self) -> Access:
@@ -136,7 +136,7 @@ def test_resources_and_no_conflict_are_dependencies_too() -> None:
 
 
 def test_two_steps_with_one_function() -> None:
-    """The one that failed is known, although both call the same function."""
+    """The executor knows which of two steps failed, even if both call the same function."""
     ran: list[str] = []
 
     class Shares(Fails):
@@ -217,10 +217,10 @@ def test_errors_before_cancels_and_the_others_attached(errors: list[Exception]) 
             caught = error
         for callback in taught.callbacks:
             assert isinstance(callback, Fails)
-            callback.error = None  # the end of the batch fires BatchEnd again
+            callback.error = None  # the cancelled batch fires BatchEnd again
     open_scope = [error for error in fresh if not isinstance(error, CancelEpochException)]
     if not open_scope:
-        assert caught is None  # rule 16: a cancel of an epoch that is not open does nothing
+        assert caught is None  # rule 16: a cancel of an epoch that is not open has no effect
         return
     worst = min(open_scope, key=lambda error: (rank(error), open_scope.index(error)))
     assert caught is worst
@@ -231,7 +231,7 @@ def test_errors_before_cancels_and_the_others_attached(errors: list[Exception]) 
 
 
 def test_every_exception_says_where_it_was_raised() -> None:
-    """Rule 15: callback, handler, event, phase, epoch and batch."""
+    """Rule 15: the note names callback, handler, event, phase, epoch and batch."""
     error = ValueError("broken")
     taught = learner(Fails([], error))
     with pytest.raises(ValueError, match=r"^broken"):
@@ -240,16 +240,16 @@ def test_every_exception_says_where_it_was_raised() -> None:
 
 
 def test_fit_end_runs_for_everybody_whatever_failed() -> None:
-    """Rule 17: also for who depends on one that failed there; the first error is raised, with the other attached."""
+    """Rule 17: also callbacks that depend on one that failed there; the first error is raised, others are attached."""
     ran: list[str] = []
     first, last = KINDS[0](ran, ValueError("first")), KINDS[1](ran, None, [KINDS[0]])
     with pytest.raises(ValueError, match="first"):
         learner(first, last).fit(1)
-    assert ran == ["K0", "K0", "K1"]  # BatchEnd: only K0; FitEnd: both
+    assert ran == ["K0", "K0", "K1"]  # at BatchEnd only K0 runs, at FitEnd both run
 
 
 def test_fit_end_runs_for_everybody_also_through_an_interrupt() -> None:
-    """Rules 15 and 17: an interrupt that strikes in the handler after a failed one hides neither it nor the last."""
+    """Rules 15 and 17: an interrupt in the handler after a failed one hides neither the failure nor the last one."""
     ran: list[str] = []
 
     class Interrupted(Fails):
@@ -261,7 +261,7 @@ def test_fit_end_runs_for_everybody_also_through_an_interrupt() -> None:
             raise ValueError("first")
 
     class Last(Fails):
-        """Still runs."""
+        """Runs in spite of the interrupt."""
 
     with pytest.raises(KeyboardInterrupt) as caught:
         learner(FailsAtEnd(ran), Interrupted(ran), Last(ran)).fit(1)
@@ -340,7 +340,7 @@ def test_an_unknown_name() -> None:
 
 
 class Almost:
-    """Has all that an executor needs, but for `flush`."""
+    """An executor without `flush`."""
 
     name = "almost"
 
@@ -378,7 +378,7 @@ def test_an_executor_of_concurrent_futures() -> None:
 
 
 def test_what_a_known_executor_needs_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says what is missing and how to install it."""
+    """The error names the missing package and the command that installs it."""
     monkeypatch.setitem(
         EXECUTORS, "cluster", ("a_package_that_is_not_there.inner:Executor", "pip install 'x[cluster]'")
     )
@@ -414,7 +414,7 @@ broken = loud_executors.not_there:Executor
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package by someone else, installed in a folder on `sys.path`."""
+    """Return a package of another author, installed in a folder on `sys.path`."""
     (tmp_path / "loud_executors.py").write_text(PACKAGE)
     info = tmp_path / "loud_executors-1.2.dist-info"
     info.mkdir()
@@ -427,7 +427,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("package")
 def test_an_executor_of_an_installed_package() -> None:
-    """The entry-point group ``flowtrain.executors`` makes a name known, and the learner uses what it names."""
+    """The entry-point group ``flowtrain.executors`` gives the executor a name, which a learner accepts."""
     found: Any = find_executor("loud")
     assert (type(found).__name__, found.name) == ("LoudExecutor", "loud")
     ran: list[str] = []

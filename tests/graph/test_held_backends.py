@@ -1,4 +1,4 @@
-"""What an object leads to, and which backends a callback holds."""
+"""Which objects an object refers to, and which backends a callback holds."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_each_is_found_once_and_in_the_order_of_the_attributes(tmp_path: Path) -
 
 
 class Talkative:
-    """Runs code whenever it is asked for something."""
+    """An object that runs code at every attribute access."""
 
     def __getattribute__(self, name: str) -> Any:
         raise AssertionError(name)
@@ -173,7 +173,7 @@ def test_no_code_of_the_objects_is_run(tmp_path: Path) -> None:
 
 
 def test_what_belongs_to_a_learner_is_not_followed(tmp_path: Path) -> None:
-    """A callback that keeps the learner does not hold the backends of the others."""
+    """A callback that refers to the learner does not hold the backends of the learner's other callbacks."""
     backend = JsonlBackend(tmp_path / "log")
     for executor in ("serial", "dask"):
         with tiny_learner(LogMetrics(backend), n_batches=1, executor=executor) as learner:
@@ -184,12 +184,12 @@ def test_what_belongs_to_a_learner_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_function_of_another_kind_is_no_way_to_everything() -> None:
-    """Builtin types have slots too, such as the globals of a function."""
+    """Builtin types have slots too; following a function's globals would reach almost every object."""
     assert len(list(reachable(Holder(_in_a_closure(1))))) < 20
 
 
 class Inner(Callback):
-    """Logs by a callback of another type."""
+    """Logs through a callback of another type."""
 
     def __init__(self, backend: JsonlBackend) -> None:
         self.log = Plain(backend)
@@ -200,7 +200,7 @@ class Inner(Callback):
 
 
 def test_errors_do_not_advise_to_declare_a_backend(tmp_path: Path) -> None:
-    """Holding it is the declaration: who declares nothing else is told of what is missing alone."""
+    """A held backend needs no declaration, so the error lists only the path that is missing."""
     backend = JsonlBackend(tmp_path / "log")
     with pytest.raises(ProtectedException, match=r"Inner declares nothing\. In Inner\.state_access") as caught:
         tiny_learner(Inner(backend), n_batches=1).fit(1)
@@ -229,7 +229,7 @@ def test_a_backend_that_may_be_declared_as_well(tmp_path: Path) -> None:
 
 
 def test_a_backend_in_a_backend_is_that_ones(tmp_path: Path) -> None:
-    """Who makes one of two opens both."""
+    """The learner opens only the outer backend, which opens the inner one itself."""
     inner = JsonlBackend(tmp_path / "inner")
 
     class Both(JsonlBackend):

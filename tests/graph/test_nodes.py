@@ -1,4 +1,4 @@
-"""The callback graph as others see it: callbacks, and edges with their reasons and events."""
+"""The callback graph as users inspect it: callbacks, and edges with their reasons and events."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_graph_has_reasons_and_events_on_every_edge() -> None:
 
 
 def test_a_node_is_in_one_place() -> None:
-    """Names, positions and declarations are those of the list."""
+    """Names, positions and declarations of the nodes follow the list of callbacks."""
     one, other = At({"batch.loss": R}), At({"cbstate.x": W})
     nodes: Sequence[Node] = Callbacks([one, other], LearnerState()).nodes
     assert [(node.callback, node.name, node.position) for node in nodes] == [(one, "At", 0), (other, "At#2", 1)]

@@ -1,4 +1,4 @@
-"""The order of callbacks that meet: edges with reasons, the one serial order, its properties (rules 7, 8 and 12)."""
+"""The order of callbacks that meet: the edges, their reasons, and the one serial order (rules 7, 8 and 12)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.ordered import A, At, B, C, SubA, pair, state_with_everything
 
 
 def order(*callbacks: Callback) -> list[str]:
-    """Return the names in serial order at BatchEnd. Nothing is set up."""
+    """Return the names in serial order at BatchEnd; `setup` is not called."""
     graph_order = ordered(*callbacks)
     return [node.name for node in graph_order.nodes]
 
@@ -82,7 +82,7 @@ def test_a_writer_goes_before_a_reader() -> None:
 
 
 def test_paths_meet_where_one_covers_the_other() -> None:
-    """Rules 4 and 5: a path covers what lies below it, and ``params`` are the parameters of ``model``."""
+    """Rules 4 and 5: a path covers the paths below it, and ``params`` are the parameters of ``model``."""
     assert edges(A({"batch": R}), B({"batch.loss": W})) == {("B", "A"): "B writes batch.loss, A reads batch"}
     assert edges(A({"params.w": R}), B({"model": W})) == {("B", "A"): "B writes model, A reads params.w"}
     assert edges(A({"optimizer": R}), B({"optimizer.hyperparams": W})) == {
@@ -93,7 +93,7 @@ def test_paths_meet_where_one_covers_the_other() -> None:
 
 
 def test_paths_that_reach_one_object_meet_and_the_reason_names_it() -> None:
-    """Rule 5: gradients hang on parameters, and the optimizer holds parameters and hyperparameters in its groups."""
+    """Rule 5: gradients belong to parameters, and the groups of an optimizer hold parameters and hyperparameters."""
     assert edges(A({"params.w": R}), B({"batch.grads": W})) == {
         ("B", "A"): "B writes batch.grads, A reads params.w (both reach batch.grads.w)"
     }
@@ -112,7 +112,7 @@ def test_paths_that_reach_one_object_meet_and_the_reason_names_it() -> None:
 
 
 def test_who_sees_callbacks_never_runs_with_one_of_them_and_that_is_no_circle() -> None:
-    """Rule 5: a callback changes its own attributes without a declaration, and ``callbacks`` reaches them."""
+    """Rule 5: ``callbacks`` reaches the attributes of every callback, which it may change undeclared."""
     seen = Read()
     assert edges(A({"callbacks": seen}), B({"cbstate.x": W}), C({"callbacks": seen})) == {
         ("A", "B"): "A sees callbacks, and B is one",
@@ -133,16 +133,16 @@ def test_run_after_names_types_with_their_subclasses_and_never_itself() -> None:
     assert edges(A(after=[A])) == {}
     assert order(SubA(after=[A]), A()) == ["A", "SubA"]
     assert order(B(after=[At]), C(), A()) == ["C", "A", "B"]
-    assert order(B(after=[C]), A()) == ["B", "A"]  # nothing of that type is there
+    assert order(B(after=[C]), A()) == ["B", "A"]  # the list has no callback of that type
 
 
 def test_run_after_overrules_writer_before_reader() -> None:
-    """Rule 7: writer before reader, unless `run_after` says otherwise."""
+    """Rule 7: `run_after` comes before the rule that a writer runs before a reader."""
     assert edges(A({"cbstate.x": R}), B({"cbstate.x": W}, after=[A])) == {("A", "B"): "B.run_after() names A"}
 
 
 def test_a_resolution_overrules_writer_before_reader() -> None:
-    """Rule 7: writer before reader, unless a resolution says otherwise."""
+    """Rule 7: a resolution comes before the rule that a writer runs before a reader."""
     reader, writer = A({"cbstate.x": R}), B({"cbstate.x": W})
     reader.answers[writer] = RunFirst(reader)
     assert edges(writer, reader) == {("A", "B"): "RunFirst(A) by A.resolve_conflict(B)"}
@@ -176,7 +176,7 @@ def test_run_after_returns_a_tuple_of_types(wrong: Any) -> None:
 
 
 def test_no_conflict_is_an_edge_in_serial_order() -> None:
-    """Rule 8: the two never run at the same time, so there is an edge."""
+    """Rule 8: two callbacks with `NoConflict` never run at the same time, so they get an edge."""
     resolve(A, B, NoConflict())
     one, other = pair()
     text = "NoConflict() by resolve(A, B, ...): in serial order, never together"
@@ -185,7 +185,7 @@ def test_no_conflict_is_an_edge_in_serial_order() -> None:
 
 
 def test_no_conflict_follows_the_order_that_others_ask_for() -> None:
-    """Rule 8: the edge is added last, so that no cycle arises."""
+    """Rule 8: the edge for `NoConflict` is added last and follows the other edges, so that it closes no cycle."""
     resolve(A, B, NoConflict())
     one, other = pair()
     one.after = (C,)
@@ -193,7 +193,7 @@ def test_no_conflict_follows_the_order_that_others_ask_for() -> None:
 
 
 def test_users_of_one_resource_run_in_serial_order() -> None:
-    """Rule 6: without a conflict, never together."""
+    """Rule 6: users of a resource have no conflict, and never run at the same time."""
     use: Access = {"resource.pyplot": W}
     assert edges(A(use), B({"resource.rng": W}), C(use)) == {("A", "C"): "both use resource.pyplot"}
     assert edges(A(use), C(use, after=[B]), B()) == {
@@ -203,7 +203,7 @@ def test_users_of_one_resource_run_in_serial_order() -> None:
 
 
 def test_many_users_of_a_resource_make_a_chain() -> None:
-    """An edge that others imply is left out."""
+    """Edges that follow from other edges are left out."""
     users = [A({"resource.sink.file": W}) for _ in range(20)]
     assert set(edges(*users)) == {(f"A{'' if n == 1 else f'#{n}'}", f"A#{n + 1}") for n in range(1, 20)}
 
@@ -212,7 +212,7 @@ def test_many_users_of_a_resource_make_a_chain() -> None:
 
 
 def test_callbacks_that_never_meet_make_no_cycle() -> None:
-    """Rule 7: one order for each event and phase; only together they would go in a circle."""
+    """Rule 7: each event and phase has its own order; only the orders together would form a cycle."""
 
     class Both(Callback):
         @on(BatchBegin, access={"cbstate.x": R})
@@ -263,7 +263,7 @@ def setup_order(*callbacks: Callback) -> list[str]:
 
 
 class Quiet(Callback):
-    """Handles nothing, so that only its union access counts."""
+    """Has no handler, so that only its `state_access` counts."""
 
     def __init__(self, name: str, reads: str = "", writes: str = "") -> None:
         self.name = name
@@ -289,7 +289,7 @@ def test_setup_by_the_list_where_nothing_says_otherwise() -> None:
 
 
 def test_setup_in_a_circle_goes_by_the_list() -> None:
-    """Rule 7: list order inside a circle; who waits for the circle comes after it, who is before it before."""
+    """Rule 7: callbacks in a cycle are set up in list order, between those before and those after the cycle."""
     circle = [Quiet("c1", "x", "y"), Quiet("c2", "z", "x"), Quiet("c3", "yw", "z")]
     after, before = Quiet("after", "z", ""), Quiet("before", "", "w")
     assert setup_order(after, *circle, before) == ["before", "c1", "c2", "c3", "after"]
@@ -316,7 +316,7 @@ KINDS = [type(f"K{number}", (At,), {}) for number in range(8)]
 
 @st.composite
 def declared(draw: st.DrawFn) -> list[At]:
-    """Random callbacks: what they declare, whom they run after, and how they answer."""
+    """Draw random callbacks: their declarations, their `run_after`, and their resolutions."""
     count = draw(st.integers(1, 8))
     callbacks: list[At] = []
     for number in range(count):
@@ -351,7 +351,7 @@ def as_graph(found: Order) -> networkx.DiGraph[int]:
 
 
 def conflict(one: Declaration, other: Declaration) -> bool:
-    """The definition, without an index: some two paths meet and one of them is written."""
+    """Return whether two declarations conflict, by the definition: two paths meet and one of them is written."""
 
     def name(path: Path) -> Path:
         return ("model", *path[1:]) if path[0] == "params" else path
@@ -366,7 +366,7 @@ def conflict(one: Declaration, other: Declaration) -> bool:
 @settings(max_examples=examples(100))
 @given(declared())
 def test_every_conflicting_pair_is_ordered_or_refused(callbacks: list[At]) -> None:
-    """Rules 7 and 8: where no error is raised, each pair that conflicts has one that runs before the other."""
+    """Rules 7 and 8: if no error is raised, one callback of each conflicting pair runs before the other."""
     found = try_to_order(callbacks)
     if found is None:
         return
@@ -380,7 +380,7 @@ def test_every_conflicting_pair_is_ordered_or_refused(callbacks: list[At]) -> No
 @settings(max_examples=examples(100))
 @given(declared())
 def test_the_serial_order_is_the_first_topological_order_by_list(callbacks: list[At]) -> None:
-    """Rule 12: among all topological orders the one that follows the list, as networkx finds it."""
+    """Rule 12: networkx finds the same order, the topological order that follows the list."""
     found = try_to_order(callbacks)
     if found is None:
         return
@@ -391,7 +391,7 @@ def test_the_serial_order_is_the_first_topological_order_by_list(callbacks: list
             hard.add_edge(found.nodes[edge.before].position, found.nodes[edge.after].position)
     positions = [node.position for node in found.nodes]
     assert positions == list(networkx.lexicographical_topological_sort(hard))
-    # With the edges that were added last it is still that order.
+    # The edges that were added last leave the order unchanged.
     for edge in found.edges:
         hard.add_edge(found.nodes[edge.before].position, found.nodes[edge.after].position)
     assert positions == list(networkx.lexicographical_topological_sort(hard))
@@ -406,13 +406,13 @@ def test_ancestors_are_those_of_the_graph(callbacks: list[At]) -> None:
     graph = as_graph(found)
     for position, bits in enumerate(found.ancestors):
         assert {other for other in graph if bits >> other & 1} == networkx.ancestors(graph, position)
-        assert bits >> position == 0  # only earlier ones
+        assert bits >> position == 0  # an ancestor comes earlier
 
 
 @settings(max_examples=examples(100))
 @given(declared())
 def test_an_edge_added_last_is_never_implied(callbacks: list[At]) -> None:
-    """Rule 8: what other edges imply needs no edge of its own, so the graph shows what matters."""
+    """Rule 8: an edge that follows from other edges is left out, so the graph shows only edges with an effect."""
     found = try_to_order(callbacks)
     if found is None:
         return
@@ -427,7 +427,7 @@ def test_an_edge_added_last_is_never_implied(callbacks: list[At]) -> None:
 @settings(max_examples=examples(100))
 @given(declared())
 def test_a_cycle_error_names_a_real_cycle(callbacks: list[At]) -> None:
-    """Rule 9: each line of the message is an edge, and the lines close."""
+    """Rule 9: each line of the message is an edge, and the lines together form a cycle."""
     try:
         ordered(*callbacks)
     except CycleError as error:
@@ -442,7 +442,7 @@ def test_a_cycle_error_names_a_real_cycle(callbacks: list[At]) -> None:
 @settings(max_examples=examples(100))
 @given(st.lists(st.tuples(st.sets(st.sampled_from("uvwxyz")), st.sets(st.sampled_from("uvwxyz"))), max_size=8))
 def test_setup_order(declarations: list[tuple[set[str], set[str]]]) -> None:
-    """Rule 7: writers before readers; inside a circle list order, one after the other; without circles list order."""
+    """Rule 7: writers come before readers; callbacks inside a cycle follow the list."""
     callbacks = [
         Quiet(f"q{number}", "".join(reads - writes), "".join(writes))
         for number, (reads, writes) in enumerate(declarations)

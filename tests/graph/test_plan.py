@@ -1,4 +1,4 @@
-"""The plan: bound handlers in serial order, what `explain` prints of them, and conditions."""
+"""The plan: bound handlers in serial order, conditions, and the text of `explain`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flowtrain.state.learner_state import LearnerState
 
 
 class Says(Callback):
-    """Appends its name to a common list at BatchEnd and EpochEnd."""
+    """Appends its name to a shared list at BatchEnd and EpochEnd."""
 
     def __init__(self, said: list[str], access: Access | None = None, after: tuple[type[Callback], ...] = ()) -> None:
         self.said = said
@@ -64,7 +64,7 @@ class Shower(Says): ...
 
 
 class Second(Condition):
-    """Counts how often it is asked, and how often the handler ran; says yes at every second time."""
+    """A condition that counts its calls and the runs of its handler; it allows every second event."""
 
     def __init__(self, event_type: type[Event]) -> None:
         super().__init__(event_type)
@@ -85,7 +85,7 @@ def three(said: list[str]) -> Callbacks:
 
 
 def test_a_plan_is_in_serial_order_and_bound() -> None:
-    """Rule 12: steps and calls go by the serial order."""
+    """Rule 12: steps and calls are in serial order."""
     said: list[str] = []
     plan = three(said).plan(BatchEnd, TrainingPhase)
     assert [step.label for step in plan.steps] == ["Shower.batch", "Maker.batch", "Says.batch"]
@@ -109,7 +109,7 @@ def test_explain_prints_the_reason_of_every_edge() -> None:
 
 
 def test_a_handler_with_its_own_access_has_its_own_edges() -> None:
-    """At EpochEnd nobody declares anything, so that only `run_after` counts."""
+    """At EpochEnd no handler declares a path, so only `run_after` gives an edge."""
     assert list(three([]).plan(EpochEnd, TrainingPhase).explain()) == [
         "  1. Shower.epoch",
         "  2. Says.epoch    after Shower: Says.run_after() names Shower",
@@ -134,7 +134,7 @@ def test_handlers_always_run_at_the_end_of_a_fit(event_type: type[Event], always
 
 
 def test_a_condition_is_asked_before_the_handler() -> None:
-    """`throttle` attaches conditions; only the events that they are about are asked."""
+    """`throttle` attaches conditions to a callback; only conditions about the event of the plan are asked."""
     said: list[str] = []
     callback, condition = Says(said), Second(BatchEnd)
     callback.conditions = (condition,)
@@ -150,7 +150,7 @@ def test_every_condition_counts_every_event() -> None:
     said: list[str] = []
     callback, one, other = Says(said), Second(BatchEnd), Second(Event)
     callback.conditions = (one, other)
-    other.ready(TrainingPhase())  # one ahead, so that the two never agree
+    other.ready(TrainingPhase())  # it is one event ahead, so the two never allow the same event
     [(call, view)] = Callbacks([callback], LearnerState()).plan(BatchEnd, TrainingPhase).calls
     for _ in range(4):
         call(BatchEnd(), TrainingPhase(), view)
@@ -159,11 +159,11 @@ def test_every_condition_counts_every_event() -> None:
     for _ in range(4):
         call(BatchEnd(), TrainingPhase(), view)
     assert (len(one.asked), len(other.asked), len(said)) == (8, 10, 2)
-    assert (one.ran, other.ran) == (2, 2)  # each learns when the handler runs
+    assert (one.ran, other.ran) == (2, 2)  # each condition is told that the handler runs
 
 
 def test_a_handler_for_a_base_event_is_asked_for_the_event_that_fires() -> None:
-    """A condition on BatchEnd decides about a handler on Event where BatchEnd fires, and nowhere else."""
+    """A condition on BatchEnd decides about a handler of Event only when BatchEnd fires."""
     asked: list[type[Event]] = []
 
     class Anything(Callback):
@@ -183,7 +183,7 @@ def test_a_handler_for_a_base_event_is_asked_for_the_event_that_fires() -> None:
 
 
 def test_who_watches_sees_the_step_and_only_what_runs() -> None:
-    """Strict mode wraps each call inside the conditions, so that it is not asked where nothing runs."""
+    """Strict mode wraps each call inside of the conditions, so it compares nothing if the handler does not run."""
     said: list[str] = []
     callback = Says(said)
     callback.conditions = (Second(BatchEnd),)
@@ -203,7 +203,7 @@ def test_who_watches_sees_the_step_and_only_what_runs() -> None:
 
 
 def test_whose_view_it_is() -> None:
-    """Rule 3: a refusal names what to edit: the handler with its own access, `state_access`, or for `setup` both."""
+    """Rule 3: a refusal names the place to edit: the handler's own access, `state_access`, or for `setup` both."""
     callbacks = Callbacks([Maker([], {"cbstate.x": Write()})], LearnerState())
     [node] = callbacks.nodes
     by_name = {handler.attribute: handler for _, handler in node.handlers}

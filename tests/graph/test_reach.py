@@ -1,4 +1,4 @@
-"""The model of conflicts: whatever one path changes and another shows, `Reach` knows (rules 5 and 7)."""
+"""`Reach`, the model of conflicts, knows every pair of paths where a write through one is seen through the other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Scaled(nn.Module):
 
 
 class Net(nn.Module):
-    """Two layers of one weight, one layer with two names, a property, a buffer, and a value that is no tensor."""
+    """A model with a shared weight, a layer under two names, a property, a buffer, and a value that is no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class Net(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """A layer by another name."""
+        """Return a layer under another name."""
         return self.first
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Several layers, by no name."""
+        """Return several layers, which have no names here."""
         return [self.tied, self.head]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Net(nn.Module):
 
 
 class Bystander(Callback):
-    """Has an attribute, for those who look at callbacks."""
+    """Has an attribute, which a reader of ``callbacks`` sees."""
 
     def __init__(self) -> None:
         self.kept = torch.zeros(2)
@@ -99,8 +99,8 @@ class Both(TrainingPhase):
 
 
 def learner_of(model: Any, optimizer: Any, phase: type[Phase]) -> Learner:
-    """Return a learner with something at every path, as it is at the end of a batch."""
-    batches = [(torch.rand(4, 2), torch.rand(4, 1))]  # a list keeps its batches, and hands out the same tensors again
+    """Return a learner with a value at every path, as at the end of a batch."""
+    batches = [(torch.rand(4, 2), torch.rand(4, 1))]  # a list returns the same tensors in each pass
     learner = Learner(
         model, Scaled(), data={phase: batches}, optimizer=optimizer, callbacks=[Bystander()], default_callbacks="quiet"
     )
@@ -115,7 +115,7 @@ def one_model() -> Learner:
 
 
 def two_models() -> Learner:
-    adam = partial(torch.optim.Adam, lr=torch.tensor(0.1), foreach=False)  # both get the same tensor
+    adam = partial(torch.optim.Adam, lr=torch.tensor(0.1), foreach=False)  # both optimizers share the tensor
     return learner_of({"gen": nn.Linear(2, 2), "disc": nn.Linear(2, 1)}, {"gen": adam, "disc": adam}, Both)
 
 
@@ -178,11 +178,11 @@ TWO = COMMON | {
 
 
 def places(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
-    """Yield everything that can be changed through a value: tensors, and numbers as ``(mapping, key)``."""
+    """Yield all changeable places of a value: tensors, and numbers as ``(mapping, key)``."""
     seen = {} if seen is None else seen
     if id(value) in seen:
         return
-    seen[id(value)] = value  # kept, so that its id is not used again
+    seen[id(value)] = value  # kept alive, so that no other object gets its id
     inner: Iterable[Any] = ()
     if isinstance(value, torch.Tensor):
         yield value
@@ -205,12 +205,12 @@ def places(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
 
 
 def shown(value: Any) -> list[Any]:
-    """Return the content of all places of a value."""
+    """Return the content of all changeable places of a value."""
     return [each.tolist() if isinstance(each, torch.Tensor) else each[0][each[1]] for each in places(value)]
 
 
 def change(value: Any) -> None:
-    """Change the content of all places of a value."""
+    """Change the content of all changeable places of a value."""
     with torch.no_grad():
         for each in places(value):
             if isinstance(each, torch.Tensor):
@@ -220,7 +220,7 @@ def change(value: Any) -> None:
 
 
 def seen_through(make: Callable[[], Learner], paths: Mapping[str, Callable[[Any], Any]], written: str) -> set[str]:
-    """Return the paths through which a change through `written` is seen, each under a declaration of its own."""
+    """Return the paths through which a change through the path `written` is seen, each declared alone."""
     learner = make()
 
     def look(path: str) -> Any:
@@ -238,23 +238,23 @@ def seen_through(make: Callable[[], Learner], paths: Mapping[str, Callable[[Any]
 def test_no_change_is_seen_through_a_path_that_the_model_of_conflicts_keeps_apart(
     make: Callable[[], Learner], paths: Mapping[str, Callable[[Any], Any]]
 ) -> None:
-    """Rule 5: every pair of documented paths; one is written through, the other is looked through."""
+    """Rule 5: for every pair of documented paths, the test writes through one and looks through the other."""
     reach = Reach(make().state)
     seen = {(one, other) for one in paths for other in seen_through(make, paths, one)}
     parts = {path: tuple(path.split(".")) for path in paths}
     known = {(one, other) for one in paths for other in paths if reach.meet(parts[one], parts[other])}
     assert {(path, path) for path in paths} <= seen
     assert seen <= known, sorted(seen - known)
-    # A path of a model covers more than can be seen in a few cases; anywhere else it would refuse what is independent.
+    # `MORE` lists the few pairs that `Reach` reports without a visible change; more would refuse independent callbacks.
     assert {tuple(sorted(pair)) for pair in known - seen} == MORE[make]
 
 
 MORE: dict[Callable[[], Learner], set[tuple[str, ...]]] = {
     one_model: {
-        # `params` and the optimizer stand for all of the model, its buffers and other attributes too.
+        # `params` and the optimizer count as the whole model, with its buffers and other attributes.
         *((name, path) for name in ("model.temperature", "model.again.running_mean")
           for path in ("optimizer", "optimizer.param_groups", "params")),
-        # A name in a model that is no registered one may show any part of it.
+        # An attribute of a model that torch has not registered may show any part of the model.
         *((path, "model.parts") for path in ("model.again.running_mean", "model.backbone.bias", "model.norm")),
         ("model.parts", "model.temperature"),
         *((path, "model.backbone.bias") for path in ("batch.grads.first.weight", "batch.grads.head.bias",
@@ -262,7 +262,7 @@ MORE: dict[Callable[[], Learner], set[tuple[str, ...]]] = {
         *(("model.backbone.bias", path) for path in ("model.first.weight", "model.norm", "model.temperature",
           "model.tied.weight", "params.first.weight", "params.head.bias", "params.tied.weight")),
     },
-    # A phase that does not say what it provides may take any entry from the data.
+    # A phase without `provides` may take any entry of the batch from its data.
     two_models: {("batch.loss", "data"), ("batch.outputs", "data")},
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ class Perceptual(nn.Module):
 
 
 class Plain:
-    """The same, and no module."""
+    """A loss that holds the first layer, and is not a module."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -289,7 +289,7 @@ class Plain:
 
 
 class Viewed(nn.Module):
-    """Two parameters in one piece of memory, and one beside them."""
+    """A model with two parameters that share memory, and one that does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ def test_a_model_without_a_size_yet_and_properties_that_fail_are_no_obstacle() -
 
         @property
         def features(self) -> Any:
-            """There after a forward pass."""
+            """Raise, as there are no features before a forward pass."""
             raise RuntimeError("no forward pass yet")
 
     state = tiny_learner().state
@@ -350,7 +350,7 @@ def test_a_model_without_a_size_yet_and_properties_that_fail_are_no_obstacle() -
 
 
 class Drawing(nn.Module):
-    """A spectral norm, and attributes that code of the user's has to make."""
+    """A model with a spectral norm, and with attributes that run the user's code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class Drawing(nn.Module):
 
     @property
     def noise(self) -> torch.Tensor:
-        """Draws."""
+        """Return random numbers."""
         return torch.rand(1)
 
     def __getattr__(self, name: str) -> Any:
@@ -368,7 +368,7 @@ class Drawing(nn.Module):
 
 
 class Looks(Callback):
-    """Declares to read one path, and does nothing with it."""
+    """Declares to read one path, and does not use it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -383,7 +383,7 @@ class Looks(Callback):
 
 @pytest.mark.parametrize("path", ["model.noise", "model.later", "model.layer.weight", "model.noise.of.its.own"])
 def test_to_declare_a_path_runs_no_code_of_the_model(path: str) -> None:
-    """That of a spectral norm changes a buffer, so training with a reader would be another one than without."""
+    """Running a spectral norm changes a buffer, so a mere declaration would change training."""
     torch.manual_seed(0)
     model = Drawing()
     before, drawn = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
@@ -391,7 +391,7 @@ def test_to_declare_a_path_runs_no_code_of_the_model(path: str) -> None:
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), drawn)
     whole = "model.layer" if path == "model.layer.weight" else "model"
-    assert regions(learner, path) == {whole, whole.replace("model", "batch.grads")}  # it may show any part of it
+    assert regions(learner, path) == {whole, whole.replace("model", "batch.grads")}  # it may show any part
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -410,7 +410,7 @@ def test_a_compiled_part_has_the_names_of_the_module_inside() -> None:
 
 
 class Sets(Callback):
-    """Set the learning rate through the groups."""
+    """Sets the learning rate through the parameter groups."""
 
     def state_access(self) -> Access:
         return {"optimizer.param_groups": Write()}
@@ -421,14 +421,14 @@ class Sets(Callback):
 
 
 class After(Sets):
-    """The same, after schedules."""
+    """Sets the learning rate through the parameter groups, after schedulers."""
 
     def run_after(self) -> tuple[type[Callback], ...]:
         return (Scheduler,)
 
 
 def test_who_sets_the_rate_through_the_groups_beside_a_scheduler_has_to_say_in_which_order() -> None:
-    """Rule 7: the rates depend on the order, .004, .0059, .0116 or .5, so it is not left to the list."""
+    """Rule 7: with .004, .0059, .0116 or .5 the rates depend on the order, so the list must not decide the order."""
     with pytest.raises(WriteConflictError) as caught:
         tiny_learner(Sets(), Scheduler({LearningRate: one_cycle(0.1)}))
     assert caught.value.paths == ("optimizer.param_groups", "optimizer.hyperparams")
@@ -441,12 +441,12 @@ def test_who_sets_the_rate_through_the_groups_beside_a_scheduler_has_to_say_in_w
         callbacks = [After(), LearningRateMonitor(), Scheduler({LearningRate: one_cycle(0.1)})][::turn]
         learner = tiny_learner(*callbacks, n_batches=3)
         learner.fit(1)
-        # The monitor reads hyperparameters, so it goes after both writers.
+        # The monitor reads the hyperparameters, so it runs after both writers.
         assert list(learner.cbstate.tracehistory[TrainingPhase]["LearningRate"]) == [(1, 0.5)]
 
 
 class Touches(Callback):
-    """Declare nothing."""
+    """A callback without a declaration."""
 
     def __init__(self, access: Access) -> None:
         self.access = access
@@ -456,7 +456,7 @@ class Touches(Callback):
 
     @on(UpdateBegin)
     def touch(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_two_writers_of_different_objects_need_no_order(one: str, other: str) ->
 
 
 def naive(several: Sequence[Declaration]) -> set[Any]:
-    """All pairs of all paths of all pairs of declarations."""
+    """Return the meetings found by comparing every path of every pair of declarations."""
     reach = Reach()
     return {
         (first, second, (one, other), (isinstance(how, Write), isinstance(what, Write)))
@@ -509,7 +509,7 @@ def naive(several: Sequence[Declaration]) -> set[Any]:
 @example([declare({"batch": Write(), "batch.a": Write()}, "1"), declare({"batch": Write(), "batch.a": Read()}, "2")])
 @example([declare({"optimizer": Write(), "batch": Write()}, "1"), declare({"optimizer.param_groups": Write()}, "2")])
 def test_meetings_are_those_of_all_pairs_each_once(several: list[Declaration]) -> None:
-    """Rule 7: two handlers meet where two of their paths reach one piece of state, and one of them writes."""
+    """Rule 7: two handlers meet if two of their paths reach one piece of state and one of them writes it."""
     found = [(each.first, each.second, each.paths, each.writes) for each in meetings(several)]
     assert len(found) == len(set(found))
     assert set(found) == naive(several)
@@ -522,5 +522,5 @@ def test_meetings_come_in_the_same_order_in_every_run() -> None:
 
 
 def test_many_readers_of_one_path_do_not_meet() -> None:
-    """The index looks at writers: a thousand readers cost nothing."""
+    """The index searches from writers, so a thousand readers add no work."""
     assert list(meetings([declare({"batch": Read(), "model": Read()}, "me")] * 1000)) == []

@@ -1,4 +1,4 @@
-"""The callbacks of a learner: finding, setup, and changes that happen as a whole or not at all (rules 7, 10 and 11)."""
+"""The callbacks of a learner: lookup, setup, and changes that happen completely or not at all (rules 7, 10 and 11)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ R, W = Read(), Write()
 
 
 class At(Callback):
-    """Handles BatchEnd; declares and makes what it is told to."""
+    """Handles BatchEnd, with the declaration and the `setup` that the test gives."""
 
     def __init__(self, access: Access | None = None, log: list[str] | None = None, name: str = "") -> None:
         self.access: Access = access or {}
@@ -97,7 +97,7 @@ def test_callbacks_are_a_sequence() -> None:
 def test_callbacks_are_found_by_type_or_name() -> None:
     one, other = Other(), At(name="mine")
     learner = tiny(one, other)
-    assert learner.get_callback(At) is one  # a subclass is found too, and the first one
+    assert learner.get_callback(At) is one  # a base type finds instances of its subclasses; the first one is returned
     assert learner.get_callback("mine") is other
     assert learner.get_callback("At") is learner.get_callback(int) is None  # type: ignore[arg-type]  # nothing like it
     with pytest.raises(CallbackError) as caught:
@@ -115,7 +115,7 @@ def test_callbacks_are_found_by_type_or_name() -> None:
 
 
 def test_setup_runs_once_and_for_new_callbacks_only() -> None:
-    """Rule 7: when the learner is built, and for new callbacks only when callbacks change."""
+    """Rule 7: `setup` runs when the learner is built, and later only for callbacks that are new."""
     log: list[str] = []
     one, two, three = (At(log=log, name=name) for name in ("one", "two", "three"))
     learner = tiny(one, two)
@@ -125,7 +125,7 @@ def test_setup_runs_once_and_for_new_callbacks_only() -> None:
     learner.set_callbacks([three, two])
     learner.fit(2)
     assert log == ["one", "two", "three"]
-    learner.add_callback(one)  # it was away, so that it is new again
+    learner.add_callback(one)  # it was removed before, so it is new again
     assert log == ["one", "two", "three", "one"]
 
 
@@ -164,7 +164,7 @@ def test_what_setup_raises_names_the_callback() -> None:
             return {"cbstate.best": Write()}
 
         def setup(self, learner: LearnerView) -> None:
-            learner.cbstate.best += 1  # made by nobody
+            learner.cbstate.best += 1  # no callback makes this entry
 
     class Broken(Callback):
         def setup(self, learner: LearnerView) -> None:
@@ -179,7 +179,7 @@ def test_what_setup_raises_names_the_callback() -> None:
 
 
 def test_setup_gets_the_union_of_all_access() -> None:
-    """Rule 3: `state_access()` and what its handlers declare, and nothing else."""
+    """Rule 3: the view of `setup` has the union of `state_access()` and the handlers' declarations, and no more."""
 
     class Union(At):
         @on(EpochEnd, access={"cbstate.own": W})
@@ -195,7 +195,7 @@ def test_setup_gets_the_union_of_all_access() -> None:
 
 
 def test_containers_are_made_by_the_learner() -> None:
-    """What is declared for writing inside series or a namespace is there before any `setup`."""
+    """Series and namespaces that are declared for writing exist before any `setup` runs."""
     state = LearnerState()
     Callbacks([Deep()], state)
     assert type(state.cbstate.history) is CountsMap
@@ -206,7 +206,7 @@ def test_containers_are_made_by_the_learner() -> None:
 
 
 class Deep(Callback):
-    """Declares to write at several depths and makes nothing itself."""
+    """Declares to write at several depths, and makes no entry itself."""
 
     def state_access(self) -> Access:
         return {
@@ -221,7 +221,7 @@ class Deep(Callback):
 
 
 class Conflicts(At):
-    """Writes what `Keeps` writes."""
+    """Writes the same entry as `Keeps`."""
 
     def __init__(self) -> None:
         super().__init__({"cbstate.kept": W})
@@ -238,7 +238,7 @@ class Unknown(At):
 
 
 class Circular(At):
-    """Reads what is written after it."""
+    """Must run before the writer of an entry that it reads."""
 
     def __init__(self) -> None:
         super().__init__({"cbstate.kept": R, "cbstate.other": W})
@@ -253,7 +253,7 @@ class Circular2(At):
 
 
 class Breaks(At):
-    """Changes all that it may, then raises."""
+    """Changes all state that it may change, then raises."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__({"cbstate": W, "cbstate.stats.mean": W})
@@ -280,13 +280,13 @@ class Breaks(At):
 
 
 class Promises(At):
-    """Declares to write what others read, and does not make it."""
+    """Declares to write an entry that others read, and does not make it."""
 
     def state_access(self) -> Access:
         return {"cbstate.promised": W}
 
     def setup(self, learner: LearnerView) -> None:
-        """Nothing is made."""
+        """Do nothing."""
 
 
 class Believes(At):
@@ -295,7 +295,7 @@ class Believes(At):
 
 
 class Keeps(At):
-    """What the learner has before the change, with some of everything in its state."""
+    """The learner's callback before the change, which keeps state of every kind."""
 
     def state_access(self) -> Access:
         entries = ("kept", "nested", "plain", "gone", "history", "hyperparams")
@@ -314,7 +314,7 @@ class Keeps(At):
 
 
 def snapshot(learner: Learner) -> tuple[Any, ...]:
-    """Everything that a refused change must leave alone, by value and by identity."""
+    """Return everything that a refused change must leave unchanged, by value and by identity."""
     state = learner.cbstate
     plain = {name: copy.deepcopy(value) for name, value in vars(state).items() if name not in ("stats", "hyperparams")}
     return (
@@ -345,7 +345,7 @@ CHANGES: list[tuple[list[Callable[[], Callback]], type[BaseException]]] = [
 
 @pytest.mark.parametrize(("makers", "kind"), CHANGES)
 def test_a_refused_change_changes_nothing(makers: list[Callable[[], Callback]], kind: type[BaseException]) -> None:
-    """Rule 11: callbacks, names, plans and ``cbstate`` are as before, also when `setup` raises midway."""
+    """Rule 11: callbacks, names, plans and ``cbstate`` stay as before, even if `setup` raises midway."""
     log: list[str] = []
     learner = tiny(Keeps(name="keeper"), Other(log=log))
     before = snapshot(learner)
@@ -354,10 +354,10 @@ def test_a_refused_change_changes_nothing(makers: list[Callable[[], Callback]], 
     with pytest.raises(kind):
         learner.set_callbacks([*added, *learner.callbacks])
     assert snapshot(learner) == before
-    assert names(added) == given  # they were given no names
+    assert names(added) == given  # the refused callbacks got no names
     assert log == ["Other"]
     learner.fit(1)
-    # The learner goes on as if nothing had been asked.
+    # The learner trains as if the change had not been requested.
     learner.add_callback(At(log=log))
     assert log == ["Other", "At"]
 
@@ -392,7 +392,7 @@ class Mine(Event): ...
 
 
 class Anywhere(Callback):
-    """Handles every event; what it touches is said by the test, for one phase it never heard of."""
+    """Handles every event, with a declaration of the test for a phase that the learner does not know yet."""
 
     def __init__(self, log: list[str], **access: Access) -> None:
         self.log = log
@@ -408,7 +408,7 @@ class Anywhere(Callback):
 
 
 def test_a_phase_seen_later_is_checked_before_its_first_event() -> None:
-    """Rule 11: also where only a later event of the phase is in conflict; none of its handlers has run then."""
+    """Rule 11: no handler has run yet, even if only a later event of the phase has the conflict."""
 
     class One(Anywhere): ...
 
@@ -435,7 +435,7 @@ def test_entries_of_a_phase_seen_later_may_come_from_its_other_events() -> None:
 
 
 def test_an_event_seen_later_is_checked_before_it_fires() -> None:
-    """Rule 11: two that handle different events meet at one that is both."""
+    """Rule 11: two callbacks that handle different events meet at an event that derives from both."""
 
     class Theirs(Event): ...
 
@@ -450,7 +450,7 @@ def test_an_event_seen_later_is_checked_before_it_fires() -> None:
         def handle(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
     learner = tiny(One(), Two())
-    for _ in range(2):  # what was refused is not remembered as checked
+    for _ in range(2):  # a refused event is checked again
         with pytest.raises(WriteConflictError, match=r"^One and Two both write at \(Late, TrainingPhase\)"):
             learner.fire(Late(), TrainingPhase())
     learner.fire(Mine(), TrainingPhase())
@@ -511,7 +511,7 @@ def test_the_graph_of_a_learner() -> None:
 
 
 def test_the_graph_without_a_learner() -> None:
-    """Checked as in a learner, and nothing is set up, so that nothing must have been made."""
+    """The graph is checked as in a learner; since no `setup` runs, entries need not exist."""
     log: list[str] = []
     graph = callback_graph([At({"cbstate.x": R}, log), Other({"cbstate.x": W}, log)])
     assert list(graph.edges) == [("Other", "At")]
@@ -540,7 +540,7 @@ def test_state_access_is_asked_once() -> None:
 
 
 def test_a_removed_writer_leaves_no_stale_entries_to_read() -> None:
-    """Rule 10 holds for changes too: what nobody keeps up to date any more is not there to be read."""
+    """Rule 10 holds for changes too: an entry whose writer was removed cannot be read any more."""
     learner = tiny_learner()
     with pytest.raises(MissingStateError, match=r"Metrics reads cbstate\.history, and no callback declares"):
         learner.remove_callback(Recorder)
@@ -559,7 +559,7 @@ def test_an_event_fired_in_setup_is_refused() -> None:
 
 
 def test_a_setup_that_fires_and_then_fails_leaves_no_event_behind() -> None:
-    """Rule 11: a refused change leaves nothing; the event would follow the next one that is fired."""
+    """Rule 11: otherwise the event of the refused `setup` would run after the next event that is fired."""
 
     class Early(Callback):
         def setup(self, learner: LearnerView) -> None:
@@ -627,7 +627,7 @@ def test_a_callback_knows_its_name_in_setup_and_a_refused_one_has_none() -> None
 
 
 class Named(Callback):
-    """Is given a name, or none."""
+    """Gets a name from the test, or none."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -680,7 +680,7 @@ def test_what_is_no_list_of_callbacks(make: Callable[[], list[Any]], message: st
 
 
 def test_a_name_stays_with_its_callback_wherever_it_stands() -> None:
-    """It is the key of its state."""
+    """The name is the key of the callback's state."""
     first = Recorder()
     first.name = "Recorder"
     second = Recorder()

@@ -1,4 +1,4 @@
-"""The resolver: who is asked about a conflict, and which answers count (rule 8)."""
+"""The resolver: which callbacks are asked about a conflict, and which of their answers count (rule 8)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ W, R = Write(), Read()
 @pytest.mark.parametrize("winner", [0, 1])
 @pytest.mark.parametrize("by_type", [False, True])
 def test_run_first_from_either_side_by_instance_or_type(side: int, winner: int, by_type: bool) -> None:
-    """Rule 8: the answers of both sides are heard."""
+    """Rule 8: the answers of both callbacks count."""
     both = pair()
     first = both[winner]
     both[side].answers[both[1 - side]] = RunFirst(type(first) if by_type else first)
@@ -40,7 +40,7 @@ def test_run_first_from_either_side_by_instance_or_type(side: int, winner: int, 
 
 
 def test_resolve_answers_for_types_one_does_not_own() -> None:
-    """Rule 8."""
+    """Rule 8: `resolve` gives an answer for types that a user cannot change."""
     resolve(A, B, RunFirst(B))
     assert edges(SubA({"cbstate.x": W}), B({"cbstate.x": W})) == {
         ("B", "SubA"): "RunFirst(B) by resolve(A, B, ...)",
@@ -56,7 +56,7 @@ def test_the_same_answer_from_everybody() -> None:
 
 
 def test_run_first_beats_no_conflict() -> None:
-    """Rule 8: `RunFirst` beats `NoConflict`, whoever says which."""
+    """Rule 8: `RunFirst` beats `NoConflict`, whichever callback gives it."""
     one, other = pair()
     one.answers[other], other.answers[one] = NoConflict(), RunFirst(other)
     assert order(one, other) == ["B", "A"]
@@ -65,7 +65,7 @@ def test_run_first_beats_no_conflict() -> None:
 
 
 def test_contradicting_answers() -> None:
-    """Rule 8: two different `RunFirst` are an error."""
+    """Rule 8: two `RunFirst` that contradict each other are an error."""
     one, other = pair()
     one.answers[other], other.answers[one] = RunFirst(one), RunFirst(other)
     with pytest.raises(ResolutionError) as caught:

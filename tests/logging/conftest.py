@@ -1,4 +1,4 @@
-"""What the tests of logging share."""
+"""Fixtures for the tests of logging."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow keep runs in a folder, without a database, and tell nobody."""
+    """Let MLflow keep runs in a folder, without a database and without telemetry."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,4 +1,4 @@
-"""Records: what can be logged, and how it gets from a handler to its backends, in place and from elsewhere."""
+"""Records: which objects can be logged, and how records get from a handler to the backends, in place and deferred."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_failure_says_what_was_logged_where(tmp_path: Path) -> None:
 
 
 def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path: Path) -> None:
-    """In a batch of records as in place, where the other backend had its own before."""
+    """The other backend writes its records, those in a batch too."""
     failing, other = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
     other.open(Run("r"))
     records = [(0, b"[]"), (1, b'{"step": 1}\n'), (0, b"[]"), (1, b'{"step": 2}\n')]
@@ -61,7 +61,7 @@ def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path: Path) -> None
 
 
 def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) -> None:
-    """Rule 25: by its place among the callback's, because a copy is not the driver's object."""
+    """Rule 25: a record names its backend by position, because a deferred callback has copies of the backends."""
     backends = CsvBackend(tmp_path / "v.csv"), JsonlBackend(tmp_path / "l.jsonl")
     who = Identity("run", "lane", 3)
     assert identity() is None
@@ -75,7 +75,7 @@ def test_collected_records_know_their_backend_and_write_nothing(tmp_path: Path) 
 
 
 def test_a_record_belongs_to_the_backend_it_was_logged_to(tmp_path: Path) -> None:
-    """Rule 25: to a part of the callback's backends, to one, to what a generator gives; never to another one."""
+    """Rule 25: a handler may log to some of its callback's backends, to one of them, or to those of a generator."""
     first, second = JsonlBackend(tmp_path / "a"), JsonlBackend(tmp_path / "b")
     with collecting(Identity("run", "lane", 3), (first, second)) as collector:
         log((first, second)[1:], Value(1), "One", 1, STEP)
@@ -123,7 +123,7 @@ def test_loggables_travel_to_other_processes_and_are_frozen(loggable: Loggable) 
 
 
 def test_two_loggables_are_compared_by_identity() -> None:
-    """Tensors cannot be compared with ``==`` to one truth value."""
+    """Comparing tensors with ``==`` gives no single truth value."""
     assert Value(torch.ones(2)) != Value(torch.ones(2))
 
 

@@ -1,4 +1,4 @@
-"""CSV: a table that gets columns as names come."""
+"""CSV: a table that gets a new column for each new name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(backend: CsvBackend, name: str, step: int, value: float, group: tuple[
 
 
 def test_the_table(tmp_path: Path) -> None:
-    """One row for each step of a group; names get columns at the end, and earlier rows are empty there."""
+    """One row for each step of a group; a new name adds a column at the end, which is empty in earlier rows."""
     path = tmp_path / "values.csv"
     backend = CsvBackend(path)
     backend.open(Run("r"))
@@ -64,7 +64,7 @@ def test_the_table(tmp_path: Path) -> None:
 def test_restoring_anywhere_gives_the_file_of_that_moment(
     entries: list[tuple[str, int]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Rule 28: bytes and positions, also in the middle of a row and before a column came."""
+    """Rule 28: restoring to a position gives the earlier bytes, also within a row and before a column was added."""
     place = data.draw(st.integers(0, len(entries)))
     path = tmp_path_factory.mktemp("csv") / "values.csv"
     backend = CsvBackend(path)

@@ -1,4 +1,4 @@
-"""Distributions: the same counts as numpy's."""
+"""Distributions: they count as numpy's histograms do."""
 
 from __future__ import annotations
 

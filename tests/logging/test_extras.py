@@ -1,4 +1,4 @@
-"""Packages that are not there: the message says which, for what, and how to get it."""
+"""Missing packages: the error names the package, the feature that needs it, and the install command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_what_is_there_is_imported() -> None:
 
 
 def test_what_is_not_there_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # this makes the import fail as if the package were missing
     with pytest.raises(
         LoggingError, match=r"^MLflowBackend needs mlflow, which cannot be imported \(.*\)\. "
     ) as caught:

@@ -1,4 +1,4 @@
-"""Files: whole records, whole files, and what is said when that cannot be."""
+"""Files: complete records and complete files, and the errors if writing fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines(descriptor: int) -> int:
 
 def test_what_was_cut_off_is_dropped_when_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "log"
-    with AppendingFile(str(path), lines) as file:  # its folders are made
+    with AppendingFile(str(path), lines) as file:  # missing folders are made
         file.append(b"one\n")
         file.append(b"tw")
     with AppendingFile(str(path), lines) as file:
@@ -46,7 +46,7 @@ def test_truncating_goes_back_and_never_forth(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_whole_records_and_the_right_size(tmp_path: Path) -> None:
-    """Python raises Ctrl-C after any call: a record is then in the file and counted, or not in it."""
+    """Python may raise Ctrl-C after any call; a record is then either written and counted, or neither."""
     path = tmp_path / "log"
     with AppendingFile(str(path), lines) as file:
         for raised in interrupted(lambda: file.append_all([b"one\n", b"two\n"]), "logging/files.py"):
@@ -166,7 +166,7 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_subclass_that_writes_in_its_own_way_gets_every_record(tmp_path: Path) -> None:
-    """In place and deferred: how often its `write` is called must not depend on the executor."""
+    """The number of calls of its `write` must not depend on the executor."""
     found: list[bytes] = []
 
     class Watched(JsonlBackend):

@@ -1,4 +1,4 @@
-"""JSON lines: valid JSON whatever is logged, files beside, whole lines whatever happens."""
+"""JSON lines: valid JSON for every loggable, files in a folder beside the log, and complete lines after a crash."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_number_of_any_size_is_a_number() -> None:
 
 
 def test_every_kind_is_valid_json(tmp_path: Path) -> None:
-    """JSON has no NaN: Python's own reader is told to refuse the names that it would take."""
+    """JSON has no NaN, which Python's reader accepts; here it refuses NaN and the infinities."""
     loggables = [
         Value(float("nan")),
         Value(float("-inf")),

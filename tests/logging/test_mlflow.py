@@ -1,4 +1,4 @@
-"""MLflow: a real store in a folder."""
+"""MLflow, with a real store in a folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(folder: Path) -> MLflowBackend:
 
 
 def runs(folder: Path) -> list[Any]:
-    """The runs of the store, the newest first."""
+    """Return the runs of the store, the newest first."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
@@ -135,7 +135,7 @@ def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def statuses(folder: Path) -> list[str]:
-    """The status of every run, the newest first."""
+    """Return the status of every run, the newest first."""
     return [run.info.status for run in runs(folder)]
 
 
@@ -171,11 +171,11 @@ def test_the_status_says_how_the_run_ended(
         gc.collect()
     assert statuses(tmp_path) == [status]
     [run] = runs(tmp_path)
-    assert run.data.metrics["Step/TrainingPhase/Loss"] > 0  # what waited was sent
+    assert run.data.metrics["Step/TrainingPhase/Loss"] > 0  # pending records were sent
 
 
 def test_what_is_trained_last_decides(tmp_path: Path) -> None:
-    """A failure that training has gone on from is none; an evaluation after it makes up for nothing."""
+    """A failure counts no longer after a later successful fit; a later evaluation does not outweigh it."""
     failing = stop_with(ValueError)
     with tiny_learner(LogMetrics(make(tmp_path)), failing, n_batches=2) as learner:
         with suppress(ValueError):
@@ -207,7 +207,7 @@ def test_a_failed_run_that_is_resumed_finishes(tmp_path: Path) -> None:
     assert statuses(tmp_path) == ["FAILED"]
     with tiny_learner(LogMetrics(make(tmp_path)), Checkpointer(checkpoints), n_batches=2) as learner:
         learner.fit(3, resume=checkpoints)
-    # The failed one has more than the checkpoint, so this is another run.
+    # The failed run has records from after the checkpoint, so the resumed fit gets a new run.
     assert sorted(statuses(tmp_path)) == ["FAILED", "FINISHED"]
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_failed_where_it_is_resumed_is_the_same_run(tmp_path: Path) -
 
 
 class Old(JsonlBackend):
-    """A backend from before there was `ended`: its `close` takes nothing."""
+    """A backend written before `ended` existed: its `close` takes no argument."""
 
     closed = 0
 
@@ -242,7 +242,7 @@ def test_a_backend_that_does_not_ask_is_closed_as_ever(tmp_path: Path) -> None:
     backend = Old(tmp_path / "log.jsonl")
     with suppress(ValueError), tiny_learner(LogMetrics(backend), stop_with(ValueError)) as learner:
         learner.fit(1)
-    assert backend.closed == 2  # `open` closes what is open
+    assert backend.closed == 2  # `open` closes the run that is open
 
 
 def has_server() -> bool:

@@ -1,4 +1,4 @@
-"""Names that a tracker does not take."""
+"""Names that a tracker does not accept."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def backends(folder: Path) -> list[LoggerBackend]:
 
 @pytest.mark.parametrize("number", range(5))
 def test_no_name_ends_training(number: int, tmp_path: Path) -> None:
-    """Whatever is logged under it, and nothing is written outside of the place of the backend."""
+    """Any name can be logged, and no file is written outside of the backend's folder."""
     backend = backends(tmp_path / "runs")[number]
     file = tmp_path / "runs" / "file.txt"
     file.parent.mkdir()
@@ -100,7 +100,7 @@ def half(outputs: Any, targets: Any) -> float:
 
 
 def test_a_resumed_run_calls_them_the_same(tmp_path: Path) -> None:
-    """Also if what came first then does not come first now; a position of the first format has no names."""
+    """Names stay the same, even if the resumed run logs them in another order; old positions lack names."""
     backend = backends(tmp_path)[3]
     backend.open(Run("r"))
     log(backend, Value(1), "mAP_50", 1, STEP)
@@ -117,7 +117,7 @@ def test_a_resumed_run_calls_them_the_same(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_table_stay_what_they_are(tmp_path: Path) -> None:
-    """A value that is called as the column of the step does not replace the step."""
+    """A value with the name of the step's column does not overwrite the step."""
     backend = CsvBackend(tmp_path / "v.csv")
     backend.open(Run("r"))
     for name, value in {"step": 0.5, "group": 0.25, "step_": 0.75, "Loss": 1.0}.items():

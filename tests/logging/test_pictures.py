@@ -1,4 +1,4 @@
-"""Pictures: bytes that another decoder reads back."""
+"""Pictures: another decoder reads the encoded bytes."""
 
 from __future__ import annotations
 

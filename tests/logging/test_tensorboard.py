@@ -1,4 +1,4 @@
-"""TensorBoard: what its own reader finds in the files."""
+"""TensorBoard: its own reader finds the logged values in the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP = ("Step", "TrainingPhase")
 
 
 def accumulated(folder: Path) -> Any:
-    """What TensorBoard's own reader finds; every event, and no sample of them."""
+    """Return what TensorBoard's own reader finds, with every event instead of a sample."""
     readers: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
 
     guidance = dict.fromkeys(("scalars", "images", "histograms", "tensors", "compressedHistograms"), 0)
@@ -112,7 +112,7 @@ def test_a_run_has_one_file_and_another_run_has_its_own(tmp_path: Path) -> None:
 
 
 def test_an_event_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
-    """TensorBoard's reader stops at it, and would not see what comes after."""
+    """TensorBoard's reader stops at an incomplete event, and would not see later ones."""
     backend = TensorBoardBackend(tmp_path)
     backend.open(Run("r"))
     record = backend.encode(Value(0.5), "Loss", 1, STEP)

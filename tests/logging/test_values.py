@@ -1,4 +1,4 @@
-"""Plain values: numbers and settings as every sink can keep them, and backends that are checked."""
+"""Plain values: numbers and settings in a form that every sink can keep, and the check of backends."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_only_series_that_have_grown_and_only_their_newest_entry() -> None:
     assert list(newest(series, STEP, seen)) == []
     series.push("Accuracy", 0.5, 3)
     assert list(newest(series, STEP, seen)) == [("Accuracy", 3, 0.5)]
-    assert [name for name, *_ in newest(series, EPOCH, seen)] == ["Loss", "Accuracy"]  # groups are apart
+    assert [name for name, *_ in newest(series, EPOCH, seen)] == ["Loss", "Accuracy"]  # each group has names of its own
     assert seen == {"Step/TrainingPhase/Loss": 2, "Step/TrainingPhase/Accuracy": 2,
                     "Epoch/TrainingPhase/Loss": 2, "Epoch/TrainingPhase/Accuracy": 2}  # fmt: skip
 

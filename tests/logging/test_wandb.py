@@ -1,4 +1,4 @@
-"""Weights & Biases, offline: what is in the files that ``wandb sync`` would upload."""
+"""Weights & Biases, offline: the content of the files that ``wandb sync`` would upload."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(folder: Path) -> WandbBackend:
 
 
 def complete(path: Path) -> list[Any]:
-    """The messages in a file of W&B, when its service has written the last one: a moment after the run has ended."""
+    """Return the messages in a file of W&B once its service has written the last one, shortly after the run's end."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         found = list(records(path))
@@ -43,7 +43,7 @@ def complete(path: Path) -> list[Any]:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The messages in a file of W&B."""
+    """Return the messages in a file of W&B."""
     messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     data, place, parts = path.read_bytes(), 7, b""
@@ -54,7 +54,7 @@ def records(path: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", data, place)
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             record = messages.Record()
             record.ParseFromString(parts)
             parts = b""
@@ -62,7 +62,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def put(found: dict[str, Any], item: Any) -> None:
-    """Take in an item of W&B, which has a key, or a path of keys."""
+    """Add an item of W&B, which has a key or a path of keys."""
     *path, key = item.nested_key or [item.key]
     for part in path:
         found = found.setdefault(part, {})
@@ -70,7 +70,7 @@ def put(found: dict[str, Any], item: Any) -> None:
 
 
 def runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """For each run by its id: the configuration and the history."""
+    """Return the configuration and the history of each run, by its id."""
     found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     files = [complete(path) for path in (folder / "wandb").glob("offline-run-*/run-*.wandb")]
     for messages in sorted(files, key=began):
@@ -89,7 +89,7 @@ def runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
 def began(messages: list[Any]) -> int:
-    """When the run of these messages began, in nanoseconds."""
+    """Return when the run of these messages began, in nanoseconds."""
     found: int = next(r.run.start_time.ToNanoseconds() for r in messages if r.WhichOneof("record_type") == "run")
     return found
 
@@ -98,7 +98,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class TestContract(BackendContract):
-    """`WandbBackend` is a backend; a run that goes on is read with those that it continues."""
+    """`WandbBackend` is a backend; a run that continues others is read together with them."""
 
     def make_backend(self, folder: Path) -> LoggerBackend:
         return make(folder)
@@ -119,7 +119,7 @@ class TestContract(BackendContract):
 
     @staticmethod
     def kept(run: str, found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-        """The history of a run, as far as a later one does not begin before its end."""
+        """Return the history of a run up to the record at which a continuing run begins."""
         counts = [
             config["flowtrain"]["records"]
             for config, _ in found.values()
@@ -156,7 +156,7 @@ def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def exit_codes(folder: Path) -> list[int]:
-    """The exit code of every run."""
+    """Return the exit code of every run."""
     files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     return [record.exit.exit_code for path in files for record in complete(path) if record.HasField("exit")]
 
