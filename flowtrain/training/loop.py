@@ -113,7 +113,7 @@ class Loop:
         steps: int | None,
         validate_every: int | None,
     ) -> BaseException | None:
-        """Run a fit; `fit` describes the arguments and the result, and leaves the learner usable if this breaks off.
+        """Run a fit; `fit` describes the arguments and the result, and closes the fit if an interrupt breaks this off.
 
         A fit fires `FitBegin`, restores the random state of the checkpoint that it resumes from, if any, and runs the
         epochs. Whatever happens there, it then fires `FitEnd` and finishes all pending work: deferred events, the calls

@@ -16,7 +16,8 @@ kind              state
 ================= =====================================================================================================
 
 `find_owners` finds the modules, optimizers and objects that have such state, `record` records it, and `put` sets one
-part of it. A recorded value (`recorded`) can be compared later with the value of then, and be restored (`restored`).
+part of it. `recorded` gives the form in which a value is recorded, `same` compares two forms, and `restored` returns
+the value.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def record(owners: Mapping[str, Any], modes: Mapping[torch.nn.Module, bool]) -> 
             for name, value in _attributes(each).items():
                 if not isinstance(each, Optimizer) or name not in _OPTIMIZER:
                     now = recorded(value)
-                    # The objects of an object are its own affair; those of the loss function take part in computing.
+                    # Of objects inside an object only those of the loss function count: they take part in computing.
                     found["attribute", owner, name] = (
                         NotRecorded() if isinstance(now, Object) and owner != "lossfn" else now
                     )
@@ -212,7 +213,7 @@ class _Tensor:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Tensor) and self.tensor is other.tensor and self.version == other.version
 
-    __hash__ = None  # type: ignore[assignment]  # equal ones need not stay equal
+    __hash__ = None  # type: ignore[assignment]  # two equal objects may differ later
 
 
 class Object:
@@ -277,8 +278,8 @@ def restored(form: Any, path: str) -> Any:
     if isinstance(form, _Tensor):
         if form != _Tensor(form.tensor):
             raise CheckpointError(
-                f"{path} was changed in place since training began, and the checkpoint, in which it is as it "
-                f"was then, does not hold it. Build the learner anew, then load."
+                f"{path} was changed in place since training began, and the checkpoint, taken without the "
+                f"change, does not hold its earlier value. Build the learner anew, then load."
             )
         return form.tensor
     if isinstance(form, (list, tuple)):

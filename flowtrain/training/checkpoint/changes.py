@@ -37,7 +37,7 @@ __all__ = ["Changes"]
 
 
 class Changes:
-    """Saves and restores the changes that training has made to one learner beside its ``state_dict`` entries.
+    """Saves and restores the changes that training has made to the modules and optimizers of one learner.
 
     Args:
         state: The state of the learner.

@@ -8,7 +8,7 @@ entry           meaning
                 evaluation has the parameters that were evaluated: the averages of `flowtrain.callbacks.EMA`
 ``trained``     the parameters that training continues with, in the same form; only where they differ from ``model``
 ``loss module`` the state of the loss function, if it is a module
-``structure``   changes of modules and optimizers that their ``state_dict`` leaves out: `...checkpoint.changes`
+``structure``   changes of modules and optimizers that their ``state_dict`` leaves out (`Changes`)
 ``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
 ``core``        the state of the gradient scaler
 ``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
