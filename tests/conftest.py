@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings for all tests."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tests.support.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The tensors of the tests are small: threads of torch that wait for each other take most of the time of a processor.
+# The tensors of the tests are so small that several torch threads would mostly wait for each other.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
 
 settings.register_profile("ordinary", max_examples=ORDINARY, deadline=None)
 settings.register_profile(
     "long", max_examples=100 * ORDINARY, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile("ordinary")  # the option --hypothesis-profile=long comes later, and counts
+settings.load_profile("ordinary")  # the option --hypothesis-profile=long is read later, and overrides this
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a cluster; the others that take long say so themselves."""
+    """Mark the tests that use a cluster; other slow tests have their marks in the source."""
     for item in items:
         if {"dask_processes", "make_dask_processes"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
 
 
 def untracked() -> set[str]:
-    """The files in the checkout that git neither knows nor ignores; none where this is no checkout."""
+    """Return the files that git neither tracks nor ignores, or none if this is no checkout."""
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         return set()
@@ -48,7 +48,7 @@ def untracked() -> set[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def leave_no_files() -> Iterator[None]:
-    """Fail when the tests have left files in the checkout: they belong into `tmp_path`."""
+    """Fail if the tests have left files in the checkout; tests write into `tmp_path`."""
     before = untracked()
     yield
     left = sorted(untracked() - before)
@@ -57,14 +57,14 @@ def leave_no_files() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def freeze_imports() -> None:
-    """Let collections of garbage pass over the modules that are imported: many tests collect, and each took 0.2 s."""
+    """Exclude imported modules from garbage collection: many tests collect, and each collection took 0.2 s."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Programs]:
-    """Runs programs in processes of their own."""
+    """Yield a runner of programs in separate processes."""
     made = Programs()
     yield made
     made.close()
@@ -72,7 +72,7 @@ def programs() -> Iterator[Programs]:
 
 @pytest.fixture(autouse=True)
 def forget_resolutions() -> Iterator[None]:
-    """Take back what a test says with `resolve`: it counts for the whole process."""
+    """Take back the resolutions that a test makes with `resolve`, which count for the whole process."""
     answers: dict[object, object] = vars(resolution)["_RESOLVED"]
     before = dict(answers)
     yield

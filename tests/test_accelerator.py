@@ -1,4 +1,4 @@
-"""The tests on the simulated device, in a process of their own: it cannot be taken out of a process again."""
+"""Runs the tests on the simulated device in a separate process, because torch cannot unregister the device again."""
 
 from __future__ import annotations
 

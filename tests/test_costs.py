@@ -1,8 +1,8 @@
-"""What a training step costs in calls, over the hand-written loop. Times are for ``bench/``; calls are exact.
+"""The number of calls that a training step adds to a hand-written loop: calls are exact, times are left to ``bench/``.
 
-Calls are counted with `sys.setprofile` in every thread, with the garbage collector off and without redraws. What an
-epoch costs by itself is taken out by comparing a long run with a short one. A limit that is passed prints the
-functions that were called more often than in the hand-written loop, so that the one that is new can be seen.
+Calls are counted with `sys.setprofile` in every thread, with the garbage collector off and without redraws. The costs
+of an epoch are removed by comparing a long run with a short one. If a limit is exceeded, the message lists the
+functions that are called more often than in the hand-written loop, so that the new one can be seen.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Calls:
     c: Counter[str]
 
     def over(self, floor: Calls) -> Calls:
-        """Return the calls that `floor` does not make; what it makes more often is negative."""
+        """Return the calls in excess of those of `floor`; a negative number means that `floor` makes more."""
         return Calls(_minus(self.python, floor.python), _minus(self.c, floor.c))
 
     def __repr__(self) -> str:
@@ -62,13 +62,13 @@ class Calls:
 
 
 def _minus(calls: Counter[str], floor: Counter[str]) -> Counter[str]:
-    # Not `calls - floor`, which drops what is negative.
+    # `Counter.__sub__` would drop negative counts.
     return Counter({name: calls[name] - floor[name] for name in {*calls, *floor} if calls[name] != floor[name]})
 
 
 def count(run: Run) -> Calls:
-    """Count the calls of one step of `run`, exactly: it is the same in every step, or this fails."""
-    run(_batches(FEW))  # fills caches, makes the optimizer's state
+    """Count the calls of one step of `run`, and fail if they are not the same in every step."""
+    run(_batches(FEW))  # fills caches and makes the optimizer's state
     short, long = _profile(run, FEW), _profile(run, MANY)
     return Calls(_a_step(short.python, long.python), _a_step(short.c, long.c))
 
@@ -111,7 +111,7 @@ def _model() -> torch.nn.Module:
 
 
 def hand_written() -> Run:
-    """The floor: the loop that everybody would write."""
+    """Train in a hand-written loop, whose calls are the floor."""
     model, lossfn = _model(), torch.nn.functional.mse_loss
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
@@ -127,7 +127,7 @@ def hand_written() -> Run:
 
 
 def learning(*callbacks: Callback, default_callbacks: bool | Literal["quiet"] = False) -> Run:
-    """The same training by a learner."""
+    """Train in the same way with a learner."""
     learner = Learner(
         _model(),
         torch.nn.functional.mse_loss,
@@ -139,7 +139,7 @@ def learning(*callbacks: Callback, default_callbacks: bool | Literal["quiet"] = 
 
 
 def hand_written_validation() -> Run:
-    """The floor of validation."""
+    """Validate in a hand-written loop, whose calls are the floor."""
     model, lossfn = _model(), torch.nn.functional.mse_loss
 
     def run(data: Batches) -> None:
@@ -210,7 +210,7 @@ def test_a_step_with_the_quiet_defaults(floor: Calls) -> None:
 
 
 def test_a_step_with_a_silent_bar() -> None:
-    # The bar asks the clock; it must not look at the state of a step that it does not draw.
+    # The bar reads the clock; in a step without a redraw it must not read the state.
     bar = [ProgressBar(redraw=1e9, report=1e9), MetricsPrinter()]
     extra = count(learning(*bar, default_callbacks="quiet")).over(count(learning(default_callbacks="quiet")))
     assert extra.python.total() <= 1, extra
@@ -226,7 +226,7 @@ def test_a_handler_is_one_call(more: int) -> None:
 
 
 def test_the_first_handler_of_an_event_is_two_calls() -> None:
-    """One for the loop over the plan, one for the handler."""
+    """One call is the loop over the plan, the other is the handler."""
     extra = count(learning(NoOp())).over(count(learning()))
     assert extra.python.total() == 2, extra
     assert extra.python[f"{__name__}.NoOp.nothing"] == 1, extra
@@ -242,7 +242,7 @@ def test_a_callback_without_a_handler_costs_nothing(others: tuple[type[Callback]
 
 
 def test_nothing_heavy_is_imported() -> None:
-    """``import flowtrain`` loads what torch does not need only when it is asked for."""
+    """``import flowtrain`` imports the modules that torch does not need only on demand."""
     script = (
         "import sys, torch; before = set(sys.modules); import flowtrain; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"

@@ -1,7 +1,7 @@
-"""The documents run: every ```python block is executed, and what it prints is compared with the text that follows it.
+"""Runs the documents: every ```python block is executed, and its output is compared with the text after it.
 
-The blocks of one document are executed in order in one namespace. What a block prints, and the exception that it
-raises, is what the next ```text block says, character for character; a block with neither has no ```text block.
+The blocks of one document are executed in order in one namespace. The output of a block, or its exception, must equal
+the next ```text block character for character; a block with neither has no ```text block.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences.
+    """A fenced block.
 
     Attributes:
         line: The number of the line after the opening fence.
-        language: What the fence says: ``python``, ``text``, ``sh``, ...
+        language: The word after the fence: ``python``, ``text``, ``sh``, ...
         source: The lines between the fences, with indentation.
     """
 
@@ -108,8 +108,8 @@ def execute(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     Args:
         text: The document.
-        name: What it is called in messages.
-        monkeypatch: Makes the namespace a module, so that its classes are found as those of a program are.
+        name: The name of the document for messages.
+        monkeypatch: Registers the namespace as a module, so that its classes can be pickled by name.
     """
     module = ModuleType("docs_" + name.removesuffix(".md"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -122,19 +122,19 @@ def execute(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(block: Block, name: str, module: ModuleType) -> str:
-    """Execute one block; return what it prints, and after it the exception as Python prints it, without a traceback."""
+    """Execute one block; return its output, followed by the exception as Python prints it, without a traceback."""
     code = compile("\n" * (block.line - 1) + block.source, name, "exec")
     output = io.StringIO()
     with redirect_stdout(output):
         try:
             exec(code, module.__dict__)
-        except Exception as error:  # whatever a block raises is compared with the text after it
+        except Exception as error:  # any exception of a block is compared with the text after it
             output.writelines(traceback.format_exception_only(error))
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
 
 
 def pairs(text: str, name: str) -> Iterator[tuple[Block, Block | None]]:
-    """Yield each ```python block with the ```text block that follows it, if one does before the next ```python."""
+    """Yield each ```python block with the ```text block that follows it before the next ```python block, if any."""
     waiting: Block | None = None
     for block in blocks(text):
         where = f"{name}:{block.line}"
@@ -155,7 +155,7 @@ def pairs(text: str, name: str) -> Iterator[tuple[Block, Block | None]]:
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """Yield the fenced blocks of a document; the last one as ``unclosed`` if its fence is missing."""
+    """Yield the fenced blocks of a document; a last one without its closing fence has the language ``unclosed``."""
     begun: tuple[int, str] | None = None
     inside: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -171,6 +171,6 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the link targets that GitHub makes of the headings of a document."""
+    """Return the link targets that GitHub makes for the headings of a document."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", str(heading).lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""The tree of errors: drawn as it is, exported as a whole, and able to travel between processes."""
+"""The tree of errors: as the documentation draws it, completely exported, and picklable between processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = [
 
 
 def drawn(text: str) -> dict[str, str]:
-    """The parent of each class in a tree that is drawn with box characters."""
+    """Return the parent of each class in a tree that is drawn with box characters."""
     stack: list[tuple[int, str]] = []
     found: dict[str, str] = {}
     for line in text.splitlines():
@@ -71,7 +71,7 @@ def test_a_missing_entry_is_an_attribute_error_too() -> None:
 
 
 def test_a_refusal_says_what_first_and_then_what_to_do() -> None:
-    """Rule 3: the first line is fixed."""
+    """Rule 3: the first line says which access was refused, the next ones say what to declare."""
     assert str(ProtectedException("Read", "batch.loss")) == "Read access to Learner.batch.loss disallowed."
     assert str(ProtectedException("Write", "cbstate.x", "Do this.")) == (
         "Write access to Learner.cbstate.x disallowed.\nDo this."
@@ -91,7 +91,7 @@ SAMPLES: list[FlowtrainError] = [
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
 def test_errors_travel_with_their_fields(error: FlowtrainError) -> None:
-    """An error from another process or thread arrives as it was raised: type, text, fields, notes."""
+    """An error from another process or thread keeps its type, text, fields and notes."""
     error.add_note("raised in A.h")
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(other) is type(error)

@@ -1,4 +1,4 @@
-"""An evaluation belongs to the training epoch after which it ran: further ones shift nothing that comes later."""
+"""An evaluation belongs to the training epoch before it: additional ones do not shift later steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def files(folder: Path) -> list[str]:
 
 
 def scores(*values: float) -> Metrics:
-    """A metric of validation that takes these values, one an epoch."""
+    """Return a validation metric with these values, one for each epoch."""
     left = iter(values)
     return Metrics(Metric(lambda outputs, targets: next(left), name="Score", phase=ValidationPhase))
 
@@ -73,7 +73,7 @@ def test_evaluations_before_and_between_fits(tmp_path: Path) -> None:
     assert epochs(learner, TrainingPhase) == [1, 2, 3]
     assert epochs(learner, ValidationPhase) == [0, 0, 1, 1, 2, 3]
     assert files(tmp_path) == ["epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt"]
-    assert learner.cbstate.history[ValidationPhase].epochs == 6  # how many there were
+    assert learner.cbstate.history[ValidationPhase].epochs == 6  # validation epochs are counted one by one
     records = log_records(tmp_path / "log.jsonl")
     for name in ("Loss", "Look"):
         found = [each for each in records if each["group"] == "Epoch/ValidationPhase" and each["name"] == name]
@@ -86,7 +86,7 @@ def test_evaluations_before_and_between_fits(tmp_path: Path) -> None:
 
 
 def test_a_fit_by_steps_and_an_epoch_that_failed() -> None:
-    """An evaluation after a broken epoch belongs to the last epoch that ended, and to the update that there was."""
+    """After a failed epoch an evaluation belongs to the last epoch that ended, and to the updates made so far."""
     learner = tiny_learner(data=data(12))
     learner.validate()
     learner.fit(steps=7, validate_every=4)
@@ -127,7 +127,7 @@ def test_a_phase_of_ones_own_that_updates_trains() -> None:
 def test_a_further_evaluation_is_no_epoch_for_those_that_count_them(tmp_path: Path) -> None:
     def fit(*between: str) -> tuple[list[float], Any, list[str]]:
         plan = reduce_on_plateau(1.0, monitor="Score", mode="min", patience=1, factor=0.5)
-        # As long as nothing else is evaluated each epoch gets the next value; one value is for all others.
+        # The score depends on the number of training epochs: each of them gets its value, however many evaluations run.
         values = {0: 9.0, 1: 4.0, 2: 3.0, 3: 3.0, 4: 3.0, 5: 3.0, 6: 3.0}
         metric = Metric(lambda o, t: values[learner.cbstate.history[TrainingPhase].epochs], "Score", ValidationPhase)
         folder = tmp_path / str(len(between))
@@ -163,7 +163,7 @@ def test_a_checkpoint_after_an_evaluation_is_still_resumed(tmp_path: Path) -> No
     first = make()
     first.validate()
     first.fit(2)
-    first.validate()  # writes nothing: from a checkpoint outside of a fit no fit could go on
+    first.validate()  # writes no checkpoint: a fit could not resume from one that lies outside of a fit
     second = make()
     second.fit(4, resume=tmp_path / "a")
     assert list(second.cbstate.metrics_epoch[ValidationPhase]["Loss"]) == list(
@@ -192,5 +192,5 @@ def test_a_line_has_the_number_of_the_training_epoch(capsys: pytest.CaptureFixtu
         "epoch 0 ValidationPhase", "epoch 1 TrainingPhase", "epoch 1 ValidationPhase", "epoch 1 ValidationPhase",
     ]  # fmt: skip
     cancelled.append(True)
-    learner.validate()  # without a batch: no line, not that of the evaluation before
+    learner.validate()  # without a batch there is no line, not even that of the evaluation before
     assert capsys.readouterr().out == ""

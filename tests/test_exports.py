@@ -1,4 +1,4 @@
-"""The public face: every module says what is public, and importing flowtrain does nothing but define it."""
+"""The public interface: every module lists its public names, and importing flowtrain only defines them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULES = [
     )
 ]
 
-# Slow to import or not installed everywhere, so imported by who uses them.
+# These modules are slow to import or not installed everywhere, so users import them themselves.
 LAZY = ["dask", "distributed", "matplotlib", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]
 IMPORT = """
 import json, sys, threading
@@ -50,7 +50,7 @@ def test_exports_are_sorted_and_resolve(name: str) -> None:
 
 def test_the_face_exports_all_that_it_holds() -> None:
     public = {name for name, held in vars(flowtrain).items() if name[0] != "_" and not isinstance(held, ModuleType)}
-    public.discard("annotations")  # left behind by `from __future__ import annotations`
+    public.discard("annotations")  # `from __future__ import annotations` leaves this name behind
     forgotten = sorted(public - set(flowtrain.__all__))
     assert not forgotten, f"export it, or import it under a name with an underscore: {forgotten}"
 
@@ -68,13 +68,13 @@ def test_isort_style() -> None:
 
 
 def isort_style(name: str) -> tuple[int, list[str | int]]:
-    """The order of ruff's RUF022: CONSTANTS, then Classes, then the rest; by case, with numbers as numbers."""
+    """Return the sort key of ruff's RUF022: CONSTANTS, then Classes, then the rest; digits compare as numbers."""
     kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
     return kind, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def test_every_package_is_in_the_distribution() -> None:
-    """A folder that is not listed is missing where flowtrain is installed, and there only."""
+    """A package that is not listed would be missing only where flowtrain is installed."""
     root = Path(__file__).parents[1]
     listed = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = [

@@ -1,7 +1,7 @@
-"""Every extra works as it is installed: in an interpreter that sees only what its install line brings.
+"""Every extra works in an interpreter that sees only the packages that its install command brings.
 
-A folder of links to these distributions stands for the fresh environment, which takes no network and no time. What is
-installed beside them, for another extra or for the tests, is not there; nor is any environment variable.
+A folder of links to these packages stands for a fresh environment, and needs neither network nor time. Packages for
+other extras or for the tests are not in it, and no environment variable is set.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ LoggingError 'flowtrain[wandb]'
 
 
 def distributions(requirements: list[str]) -> dict[str, metadata.Distribution]:
-    """What pip installs for requirements: the distributions by name."""
+    """Return the distributions, by name, that pip would install for the requirements."""
     found: dict[str, metadata.Distribution] = {}
     done: set[tuple[str, str]] = set()
     waiting = [Requirement(each) for each in requirements]
@@ -155,7 +155,7 @@ def distributions(requirements: list[str]) -> dict[str, metadata.Distribution]:
 
 
 def link(folder: Path, requirements: list[str]) -> None:
-    """Fill a folder with links to what requirements bring: it stands for the packages of a fresh environment."""
+    """Fill a folder with links to the packages of the requirements, as a fresh environment would have them."""
     for distribution in distributions(requirements).values():
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (folder / top).is_symlink():
@@ -163,7 +163,7 @@ def link(folder: Path, requirements: list[str]) -> None:
 
 
 def run_program(folder: Path, requirements: list[str], program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that sees the requirements, flowtrain, and nothing else."""
+    """Run a program that sees only flowtrain and the packages of the requirements."""
     packages, here = folder / "packages", folder / "here"
     packages.mkdir()
     here.mkdir()
@@ -171,7 +171,7 @@ def run_program(folder: Path, requirements: list[str], program: str) -> subproce
     for source in (ROOT / "flowtrain", ROOT / "executors" / "flowtrain_dask"):
         (packages / source.name).symlink_to(source)
     (here / "program.py").write_text(program, "utf-8")
-    # -S: no site-packages. Workers of a cluster are started with the variables and the path of their parent.
+    # -S: no site-packages. Workers of a cluster inherit the environment variables and the path of their parent.
     start = f"import runpy, sys; sys.path.append({str(packages)!r}); runpy.run_path('program.py', run_name='__main__')"
     variables = {"PATH": "/usr/bin:/bin", "HOME": str(here)}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""A learner that is closed and dropped is gone at once; one that is only dropped is gone when the collector comes."""
+"""A learner that is closed and dropped is freed at once; one that is only dropped is freed by the garbage collector."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EXECUTORS: dict[str, Callable[[], Any]] = {
 
 @contextmanager
 def without_collector() -> Generator[None]:
-    """Leave everything to reference counting."""
+    """Turn the garbage collector off, so that only reference counts free objects."""
     gc.collect()
     gc.disable()
     try:
@@ -67,7 +67,7 @@ def without_collector() -> Generator[None]:
 
 
 def watched(learner: Learner) -> dict[str, Any]:
-    """References to what a learner has that is large, or open."""
+    """Return weak references to the objects of a learner that are large or hold an open file."""
     optimizer = learner.optimizer
     parts = {"learner": learner, "model": learner.model, "optimizer": optimizer, "core": learner.core}
     parts |= {"executor": learner.executor, "data": learner.data}
@@ -81,12 +81,12 @@ def alive(references: dict[str, Any]) -> list[str]:
 
 
 def open_files(folder: Path) -> list[str]:
-    """The files below a folder that this process has open."""
+    """Return the files below a folder that this process has open."""
     found = []
     for number in os.listdir("/proc/self/fd"):
         try:
             path = os.readlink(f"/proc/self/fd/{number}")
-        except OSError:  # that of the listing itself
+        except OSError:  # the descriptor of the listing itself
             continue
         if path.startswith(str(folder)):
             found.append(path)
@@ -98,7 +98,7 @@ def threads_of_flowtrain() -> list[str]:
 
 
 def several_files(folder: Path) -> list[Callback]:
-    """Return loggers with several files, one of them throttled."""
+    """Return loggers that write several files, one of them throttled."""
     log, table = JsonlBackend(folder / "log.jsonl"), CsvBackend(folder / "a.csv")
     return [throttle(LogMetrics(log, table), BatchEnd, every=2), LogMetrics(TensorBoardBackend(folder / "board"))]
 
@@ -129,7 +129,7 @@ def test_closed_and_dropped_is_gone(
 @pytest.mark.parametrize("way", ["unused", "fit", "with", "failed", "failed with", "cancelled", "interrupted", "step"])
 def test_gone_however_it_was_used(way: str, executor: str) -> None:
     class Ends(Callback):
-        """Ends the fit in one way or another."""
+        """Ends the fit in the way that the test gives."""
 
         @on(BatchEnd, TrainingPhase)
         def end(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
@@ -170,7 +170,7 @@ def test_gone_however_it_was_used(way: str, executor: str) -> None:
 
 
 class Other(Callback):
-    """Independent of the others, so that an executor can run it at the same time."""
+    """A callback that is independent of the others, so that an executor can run it at the same time."""
 
     def state_access(self) -> Any:
         return {"cbstate.other": Write(), "batch.outputs": Read(), "optimizer.hyperparams": Read(), "data": Read()}
@@ -227,7 +227,7 @@ def test_gone_with_every_core(options: dict[str, Callable[[], Any]]) -> None:
 
 
 def test_what_the_user_still_has_keeps_nothing_else() -> None:
-    """A core, an executor, a view, a callback, a state: none of them leads to the model."""
+    """A core, an executor, a view, a callback or a state that outlives the learner does not refer to the model."""
     with without_collector():
         core, executor, other = TorchCore(), DaskExecutor(), Other()
         views: list[LearnerView] = []
@@ -313,7 +313,7 @@ def test_dropped_is_gone_when_the_collector_comes_files_and_all(way: str, execut
 
 
 def test_what_waits_in_a_lane_is_written_before_its_file_is_closed(tmp_path: Path) -> None:
-    """The learner is dropped, and its lane still writes: the file is closed behind the last record."""
+    """The dropped learner's lane still has records: its file is closed after the last one is written."""
     go = threading.Event()
     backend = JsonlBackend(tmp_path / "log.jsonl")
     waits = LogVisualization(partial(value_when, go), backend, every=1, phase_type=TrainingPhase)
@@ -346,7 +346,7 @@ def test_a_backend_is_one_learner_s_while_it_is_open(tmp_path: Path) -> None:
         f"be mixed. Close that one first: write `with Learner(...) as learner:`, or learner.close(). Or make a backend "
         f"for each learner."
     )
-    first.fit(1)  # nothing of it has changed
+    first.fit(1)  # the refused attempt has not changed this learner
     first.close()
     second.fit(1)
     second.close()
@@ -355,7 +355,7 @@ def test_a_backend_is_one_learner_s_while_it_is_open(tmp_path: Path) -> None:
     third.remove_callback(LogMetrics)
     fourth = tiny_learner(LogMetrics(backend), n_batches=1)
     fourth.fit(1)
-    del fourth  # nobody closes it, and the next one finds that out
+    del fourth  # the dropped learner was never closed; the next learner detects that
     fifth = tiny_learner(LogMetrics(backend), data=tiny_batches(n_batches=1))
     fifth.epoch(TrainingPhase)
     fifth.close()

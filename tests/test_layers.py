@@ -1,7 +1,7 @@
-"""The direction of imports, held by parsing every import statement.
+"""The order of packages in imports, checked by parsing every import statement.
 
-A package of ``flowtrain/`` imports from those before it in `PACKAGES`, and no two modules import each other. Every
-import counts as its reader sees it: inside a function or under ``if TYPE_CHECKING`` as well.
+A package of ``flowtrain/`` imports only from packages before it in `PACKAGES`, and no two modules import each other.
+Imports inside of functions and under ``if TYPE_CHECKING`` count as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-# The entries of ``flowtrain/`` from the bottom up; ``flowtrain`` is ``flowtrain/__init__.py``, the public face.
+# The entries of ``flowtrain/`` from the bottom up; ``flowtrain`` is ``flowtrain/__init__.py``, the public interface.
 PACKAGES = (
     "errors",
     "callback",
@@ -33,18 +33,18 @@ PACKAGES = (
 )
 ENTRIES = {*PACKAGES} - {"flowtrain"} | {"__init__"}
 
-# The folders of ``executors/flowtrain_dask/``, each importing from those before it when it is loaded. ``""`` stands for
-# the modules beside them, which put the parts together.
+# The folders of ``executors/flowtrain_dask/``; a module that is loaded imports only from folders before its own. ``""``
+# stands for the modules beside the folders, which put the parts together.
 DASK = ("parallel", "snapshots", "lanes", "cluster", "deferred", "")
-OPEN_TO_DASK = ("errors", "callback", "state", "logging", "metrics", "graph")  # what an executor may know of flowtrain
+OPEN_TO_DASK = ("errors", "callback", "state", "logging", "metrics", "graph")  # what an executor may import
 
 PACKAGE = Path(__file__).parents[1] / "flowtrain"
 EXECUTOR = Path(__file__).parents[1] / "executors" / "flowtrain_dask"
-FOREIGN = {"dask", "distributed", "flowtrain_dask"}  # executors import flowtrain, never the other way round
+FOREIGN = {"dask", "distributed", "flowtrain_dask"}  # executors import flowtrain, and never the other way round
 
 
 class Import(NamedTuple):
-    """One imported module: where, its absolute name, and whether it is loaded when its importer is."""
+    """One imported module: its line, its absolute name, and whether it is imported together with its importer."""
 
     line: int
     module: str
@@ -137,7 +137,7 @@ def test_a_wrong_import_of_the_dask_executor_is_named(file: str, source: str, me
 
 @pytest.mark.parametrize(("root", "name"), [(PACKAGE, "flowtrain"), (EXECUTOR, "flowtrain_dask")])
 def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
-    """When they are loaded; what is imported for types only, or when it is needed, is left out."""
+    """Imports for types only, and imports inside of functions, are left out."""
     known = {".".join((name, *path.relative_to(root).with_suffix("").parts)): path
              for path in root.rglob("*.py") if path.name != "__init__.py"}  # fmt: skip
     needs = {
@@ -145,12 +145,12 @@ def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
         for module, path in known.items()
     }
     assert sum(map(len, needs.values())) > 50
-    order = list(TopologicalSorter(needs).static_order())  # a circle is an error that names it
+    order = list(TopologicalSorter(needs).static_order())  # a cycle raises an error that names it
     assert len(order) == len(known)
 
 
 def dask_complaints(file: str, source: str) -> list[str]:
-    """What is wrong with the imports of ``executors/flowtrain_dask/<file>``, each as ``line: message``."""
+    """Return the forbidden imports of ``executors/flowtrain_dask/<file>``, each as ``line: message``."""
     folder = file.rpartition("/")[0]
     found = [(each, dask_objection(folder, each)) for each in imports(ast.parse(source, file))]
     return [f"{each.line}: {folder or file} {why}" for each, why in found if why]
@@ -171,7 +171,7 @@ def dask_objection(folder: str, found: Import) -> str | None:
 
 
 def complaints(file: str, source: str) -> list[str]:
-    """What is wrong with the imports of ``flowtrain/<file>``, each as ``line: message``."""
+    """Return the forbidden imports of ``flowtrain/<file>``, each as ``line: message``."""
     importer = "flowtrain" if file == "__init__.py" else file.split("/")[0].removesuffix(".py")
     if importer not in PACKAGES:
         return [f"1: {importer} is no entry of flowtrain/: put the module into the package that its lines belong to"]
@@ -183,7 +183,7 @@ def objection(importer: str, found: Import) -> str | None:
     top, _, rest = found.module.partition(".")
     if not top:
         return f"{importer} imports relatively: write the module's whole name"
-    if top in FOREIGN and (importer != "examples" or found.at_import):  # examples show it to those who have it
+    if top in FOREIGN and (importer != "examples" or found.at_import):  # examples may import it in functions
         return f"{importer} imports {top}: the core knows no executor but its own"
     if top == "networkx" and importer != "graph":
         return f"{importer} imports networkx: only graph does"
@@ -200,17 +200,18 @@ def objection(importer: str, found: Import) -> str | None:
 
 
 def imports(tree: ast.AST, at_import: bool = True) -> Iterator[Import]:
-    """All imports below `tree`, in the order of the source."""
+    """Return all imports below `tree`, in the order of the source."""
     for node in ast.iter_child_nodes(tree):
         match node:
             case ast.Import(names=names):
                 yield from (Import(node.lineno, name.name, at_import) for name in names)
             case ast.ImportFrom(module="flowtrain", level=0, names=names):
-                # `from flowtrain import x` means the entry x where there is one, otherwise a name of the face.
+                # `from flowtrain import x` imports the entry x if there is one, otherwise a name of
+                # ``flowtrain/__init__.py``.
                 modules = {f"flowtrain.{name.name}" if name.name in PACKAGES else "flowtrain" for name in names}
                 yield from (Import(node.lineno, module, at_import) for module in sorted(modules))
             case ast.ImportFrom(module=module, level=level, names=names) if module and level == 0:
-                # `from package import module` loads the module; a name that is none is filtered by who looks.
+                # `from package import module` loads the module; callers filter names that are no modules.
                 yield Import(node.lineno, module, at_import)
                 if module.startswith(("flowtrain.", "flowtrain_dask")):
                     yield from (
@@ -227,6 +228,6 @@ def imports(tree: ast.AST, at_import: bool = True) -> Iterator[Import]:
 
 
 def submodule(package: str, name: str) -> bool:
-    """Tell whether a name that is imported from a package is a module of it."""
+    """Return whether a name that is imported from a package is a module of it."""
     root = EXECUTOR.parent if package.startswith("flowtrain_dask") else PACKAGE.parent
     return (root.joinpath(*package.split(".")) / f"{name}.py").exists()

@@ -1,4 +1,4 @@
-"""The learner: how long it trains, on what, with which callbacks; and what bad input gets."""
+"""The learner: how long it trains, on which data, with which callbacks, and the errors for bad arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.support.fired import OODPhase
 
 
 class Count(Callback):
-    """Count batches, and note the epochs as ``T3`` (training, three batches)."""
+    """Counts batches, and notes the epochs as ``T3`` (training, three batches)."""
 
     def __init__(self) -> None:
         self.epochs: list[str] = []
@@ -100,7 +100,7 @@ def test_how_long_a_fit_is(how: dict[str, Any], epochs: str, accumulate: int) ->
     count, learner = counted(core=TorchCore(device="cpu", accumulate=accumulate))
     learner.fit(**how)
     assert " ".join(count.epochs) == epochs
-    updates = learner.cbstate.history[TrainingPhase].updates  # as it turned out
+    updates = learner.cbstate.history[TrainingPhase].updates  # the number of updates that were made
     assert count.fit == FitBegin(how.get("epochs"), how.get("steps"), updates)
     assert learner.stopped is None
 

@@ -1,7 +1,7 @@
-"""Everything that goes through the values of users knows the same containers: the table is types by readers.
+"""All functions that walk through users' values know the same containers: the tests pair each type with each function.
 
-A type that only one of them knew made a batch that went to the device and kept its graph where it had to be detached,
-a NaN that `SanityCheck` passed over, or a change that strict mode did not see.
+If only some of them knew a type, a batch would be moved to the device but keep its graph, `SanityCheck` would miss a
+NaN, or strict mode would miss a change.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 def test_a_change_of_a_container_is_seen_and_can_be_taken_back(
     make: Callable[[], Any], change: Callable[[Any], object]
 ) -> None:
-    """Rules 3 and 11: strict mode finds it, and a restore point undoes it in the container itself."""
+    """Rules 3 and 11: strict mode finds the change, and a restore point undoes it in the same container."""
     state = State("cbstate")
     state.x = value = make()
     before, shown = fingerprint(value), _shown(value)

@@ -1,4 +1,4 @@
-"""The page of the bundled callbacks says what their declarations and docstrings say now."""
+"""The documentation page of the bundled callbacks agrees with their declarations and docstrings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "docs" / "reference.py"
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The script, as a module."""
+    """Return the script as a module."""
     spec = importlib.util.spec_from_file_location("reference", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

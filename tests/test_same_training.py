@@ -1,8 +1,8 @@
-"""Training gives the losses that it gave before: three fits, batch by batch.
+"""Training gives the recorded losses: three fits, compared batch by batch.
 
 The losses were recorded with the version of 2026-11-29, before the modules of flowtrain became packages; `main` prints
-those of today. They are computed and compared in double precision, so a change of the loop, of a callback or of an
-executor that changes training is found, while the rounding of another processor is within the tolerance.
+today's. They are computed and compared in double precision: a change of the loop, of a callback or of an executor that
+changes training exceeds the tolerance, and the rounding of another processor does not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GAN = """
 
 
 class Losses(Callback):
-    """Collects the loss of each batch, of validation too, and fails after some number of batches."""
+    """Collects the loss of each batch, also in validation, and raises after some number of batches."""
 
     def __init__(self, fails_after: int | None = None) -> None:
         self.fails_after = fails_after
@@ -76,7 +76,7 @@ class Losses(Callback):
 
 
 def images() -> Any:
-    """Return 48 noisy images of 12 pixels, each with its class, which is the third of the pixels that is brighter."""
+    """Return 48 noisy images of 12 pixels, each with the class that says which third of the pixels is brighter."""
     random = torch.Generator().manual_seed(1)
     classes = torch.randint(3, (48,), generator=random)
     pixels = one_hot(classes, 3).repeat_interleave(4, dim=1) + torch.randn(48, 12, generator=random)

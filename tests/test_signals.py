@@ -1,4 +1,4 @@
-"""Cancelling, and which of several failures is raised."""
+"""Cancels, and which of several exceptions is raised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowtrain import (
 )
 from flowtrain.errors import merge
 
-# From the first to be raised to the last.
+# Kinds of exceptions, in the order in which they are raised.
 KINDS: list[tuple[type[BaseException], ...]] = [
     (KeyboardInterrupt, SystemExit),
     (ValueError, RuntimeError, UsageError, CancelException),
@@ -36,9 +36,9 @@ def others(failure: BaseException) -> tuple[BaseException, ...]:
 
 @given(failures)
 def test_merge_orders_all_that_failed(raised: list[BaseException]) -> None:
-    """Rule 15: errors before cancels, Fitting before Epoch before Batch, then serial order; nothing is lost."""
+    """Rule 15: errors before cancels, Fitting before Epoch before Batch, then serial order; every exception is kept."""
     worst = merge(raised)
-    expected = sorted(raised, key=lambda failure: RANK[type(failure)])  # stable: serial order within a rank
+    expected = sorted(raised, key=lambda failure: RANK[type(failure)])  # stable: one kind stays in serial order
     assert [worst, *others(worst)] == expected
     notes = getattr(worst, "__notes__", [])
     assert notes == [f"also raised: {type(other).__name__}: why" for other in expected[1:]]
@@ -62,7 +62,7 @@ def test_merging_again_changes_nothing(raised: list[BaseException]) -> None:
 
 
 def test_later_failures_are_added_to_earlier_ones() -> None:
-    """Rule 17: the first error is raised, and what fails while closing is attached."""
+    """Rule 17: the first error is raised, and failures while closing are attached to it."""
     first, skipped, late = ValueError("first"), CancelBatchException("skip"), RuntimeError("late")
     assert merge([merge([first, skipped]), late]) is first
     assert others(first) == (skipped, late)
@@ -81,7 +81,7 @@ def test_a_single_failure_stays_as_it_is() -> None:
 )
 def test_a_cancel_names_what_it_ends(kind: type[CancelException], scope: str) -> None:
     class Mine(kind):  # type: ignore[valid-type,misc]  # a base that is a parameter of the test
-        """A user's own reason to stop."""
+        """A user's own exception that stops training."""
 
     assert kind.scope == scope
     assert Mine("why").scope == scope

@@ -1,4 +1,4 @@
-"""The public types, by both type checkers: what they must accept in ``tests/typing/``, and what they must reject."""
+"""Both type checkers accept and reject the public types as the files in ``tests/typing/`` say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = FOLDER.parents[1]
 
 @pytest.fixture(scope="module", params=["mypy", "pyright"])
 def complaints(request: pytest.FixtureRequest) -> dict[str, set[int]]:
-    """The lines that a checker complains about, by file."""
+    """Return the lines, by file, about which a checker complains."""
     found: dict[str, set[int]] = {path.name: set() for path in FOLDER.glob("*.py")}
     for name, line in _mypy() if request.param == "mypy" else _pyright():
         found[name].add(line)
@@ -26,7 +26,7 @@ def complaints(request: pytest.FixtureRequest) -> dict[str, set[int]]:
 
 
 def _mypy() -> list[tuple[str, int]]:
-    """Run mypy with the options of the project, so that it finds what it has cached of flowtrain and of torch."""
+    """Run mypy with the options of the project, so that its cache of flowtrain and torch is used."""
     command = [sys.executable, "-m", "mypy", *(str(path) for path in sorted(FOLDER.glob("*.py")))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     rows = re.findall(r"^(?:.*/)?(\w+\.py):(\d+): error: ", done.stdout, re.MULTILINE)
@@ -47,7 +47,7 @@ def _pyright() -> list[tuple[str, int]]:
 
 
 def marked(name: str) -> set[int]:
-    """The lines of a file that are marked as rejected."""
+    """Return the lines of a file that are marked as rejected."""
     lines = (FOLDER / name).read_text("utf-8").splitlines()
     return {number for number, line in enumerate(lines, start=1) if "# rejected: " in line}
 

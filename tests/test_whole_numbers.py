@@ -1,4 +1,4 @@
-"""A whole number is the same everywhere: an int or one of NumPy's, neither ``True`` nor ``2.0``, and large enough."""
+"""Whole numbers are checked everywhere alike: an int or one of NumPy's, not ``True`` or ``2.0``, and large enough."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_every_place_refuses_and_takes_the_same(what: str) -> None:
 
 
 def test_what_is_kept_is_an_int() -> None:
-    """So that it can be written to files, and is printed as a user wrote it."""
+    """A Python int can be written to every file, and prints as the user wrote it."""
     kept = [
         whole_number("n", np.int32(7)),
         TorchCore(accumulate=np.int64(7)).accumulate,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated

@@ -1,4 +1,4 @@
-"""The learning-rate finder: what it finds, and that the learner does not notice."""
+"""The learning-rate finder: the rates that it suggests, and that it leaves the learner unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flowtrain.testing.values import leaves
 
 
 def plain_sweep(rates: list[float], accumulate: int = 1) -> list[float]:
-    """The loss at each update of a hand-written loop with these rates."""
+    """Return the loss at each update of a hand-written loop with these rates."""
     model = TinyModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = iter(tiny_batches(n_batches=16) * 100)
@@ -76,7 +76,7 @@ def test_it_stops_where_the_loss_has_grown_too_far() -> None:
 
 
 class Doubles(Callback):
-    """Change the data, as a callback for augmentation does."""
+    """Changes the data, as a callback for augmentation does."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -132,7 +132,7 @@ def test_the_learner_does_not_change() -> None:
         assert list(one.cbstate.metrics_step[TrainingPhase]["Loss"]) == list(
             other.cbstate.metrics_step[TrainingPhase]["Loss"]
         )
-        assert len(sweep.rates) > 20  # it did train
+        assert len(sweep.rates) > 20  # the finder has trained
 
 
 def test_several_optimizers() -> None:
@@ -152,7 +152,7 @@ def test_several_optimizers() -> None:
         data={Step: tiny_batches()},
     )
     sweep = find_learning_rate(learner, optimizer="one", start=1e-3, end=0.1, updates=21)
-    assert list(sweep.losses) == plain_sweep(list(sweep.rates))  # the other one does not learn
+    assert list(sweep.losses) == plain_sweep(list(sweep.rates))  # the other optimizer does not train
 
 
 VALLEY = LearningRateSweep(
@@ -164,9 +164,9 @@ VALLEY = LearningRateSweep(
 
 
 def test_suggestions() -> None:
-    assert VALLEY.steepest == 1e-3  # from 3.9 to 1.0 around it
-    assert VALLEY.valley == 1e-3  # 4.1, 3.9, 3.0, 1.0, 0.5: the middle of five
-    assert VALLEY.minimum == 1e-2  # a tenth of 0.1
+    assert VALLEY.steepest == 1e-3  # the loss falls from 3.9 to 1.0 around this rate
+    assert VALLEY.valley == 1e-3  # the losses are 4.1, 3.9, 3.0, 1.0, 0.5: the third is the middle one
+    assert VALLEY.minimum == 1e-2  # a tenth of the best rate, 0.1
 
 
 def test_what_has_not_settled_is_not_looked_at() -> None:

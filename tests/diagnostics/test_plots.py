@@ -1,4 +1,4 @@
-"""learner.plot: the drawn lines, their labels, and the files."""
+"""`learner.plot`: the lines of the drawing, their labels, and the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def learner() -> Learner:
 
 
 def lines(axes: Any) -> dict[str, list[list[float]]]:
-    """The points of each line by its label."""
+    """Return the points of each line by its label."""
     return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
 
 
@@ -101,12 +101,12 @@ def test_a_notebook_shows_a_picture(learner: Learner, tmp_path: Path) -> None:
 
 
 def test_a_png_holds_the_drawing(learner: Learner, tmp_path: Path) -> None:
-    """Read back: the colours of both phases are in it, and it is what an empty learner's would not be."""
+    """The file shows the colours of both phases, and differs from the file of an empty learner."""
     path = tmp_path / "new" / "folder" / "loss.png"
     learner.plot("Loss", to=path)
     pixels = torch.from_numpy(imread(path))[..., :3]
     assert tuple(pixels.shape) == (300, 700, 3)
-    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # C0 and C1
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the first two colours of matplotlib
         near = (pixels - torch.tensor(colour) / 255).abs().amax(-1) < 0.02
         assert near.sum() > 20
 
@@ -160,7 +160,7 @@ def drawn(learner: Learner, metric: str = "Loss") -> dict[tuple[str, str], Curve
 
 
 def test_epochs_lie_where_training_stood_when_they_ended() -> None:
-    """5 training batches an epoch and 2 of validation, which do not count."""
+    """Epochs are drawn at their last training batch, of 5 each; the 2 validation batches are not counted."""
     learner = tiny_learner(data=(tiny_batches(n_batches=5), tiny_batches(n_batches=2)))
     learner.fit(3)
     found = drawn(learner)
@@ -173,7 +173,7 @@ def test_epochs_lie_where_training_stood_when_they_ended() -> None:
 
 
 def test_epochs_of_any_length_and_one_that_did_not_end() -> None:
-    """Epochs of 4 and 3 batches, then one that fails after 5, which has no mean, then one of 2."""
+    """An epoch of 4 batches, one of 3, one that fails after 5 and has no mean, and one of 2."""
     batches = tiny_batches(n_batches=12)
     learner = tiny_learner(data=(batches, batches[:1]))
     learner.validate()  # before any training
@@ -188,7 +188,7 @@ def test_epochs_of_any_length_and_one_that_did_not_end() -> None:
 
 
 def test_two_training_phases_share_the_axis() -> None:
-    """Epochs of 3 and 2 batches in turn: 1 2 3, 4 5, 6 7 8, 9 10."""
+    """Epochs of 3 and of 2 batches take turns at the numbers 1 2 3, 4 5, 6 7 8, 9 10."""
     data = {TrainingPhase: tiny_batches(n_batches=3), OtherTraining: tiny_batches(n_batches=2)}
     learner = tiny_learner(data=data)
     learner.fit(2)
@@ -209,7 +209,7 @@ def test_where_nothing_is_trained_a_phases_own_batches_count() -> None:
 
 
 def test_where_epochs_ended_is_in_the_recorders_state() -> None:
-    """Rule 28."""
+    """Rule 28: the recorder's state has the batch numbers at which epochs ended."""
     learner = tiny_learner(data=(tiny_batches(n_batches=5), tiny_batches(n_batches=2)))
     learner.fit(2)
     first, second = learner.get_callback(Recorder), Recorder()

@@ -1,4 +1,4 @@
-"""What a dry run works on: copies, first batches, and random numbers that come back."""
+"""The learner on which a dry run works: copies of the model, first batches, and random numbers that are restored."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_what_cannot_be_copied_is_named() -> None:
 
 
 class Holds(Callback):
-    """Holds what somebody else holds too."""
+    """A callback that shares an object with another callback."""
 
     def __init__(self, shared: object) -> None:
         self.shared = shared
 
 
 class Writes(Holds):
-    """Others may need it, because it writes."""
+    """A callback that others may need, because it writes an entry."""
 
     def state_access(self) -> Access:
         return {"cbstate.made": Write()}

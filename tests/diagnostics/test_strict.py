@@ -1,4 +1,4 @@
-"""Strict mode: what no view can refuse is found around every handler (rule 3)."""
+"""Rule 3: strict mode compares the state around every handler, and finds changes that no view can refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowtrain.testing import tiny_batches, tiny_learner
 
 
 def fit(f: Callable[[LearnerView], Any], access: Access) -> None:
-    """Fit strictly for one batch with a callback that calls `f`."""
+    """Fit for one batch in strict mode, with a callback that calls `f`."""
     tiny_learner(CustomCallback(f, BatchEnd, TrainingPhase, access), n_batches=1, strict=True).fit(1)
 
 
@@ -49,7 +49,7 @@ def test_an_undeclared_change_is_an_error_that_says_who_and_what(
         f"CustomCallback.call at (BatchEnd, TrainingPhase) changed {path} and does not declare to write it."
     )
     assert ("It drew random numbers: declare:" in text) == (path == "resource.rng")
-    # What it tells to declare makes it legal.
+    # The declaration that the error suggests allows the change.
     pasted: Access = eval(text.split("declare:")[1].strip(), {"Read": Read, "Write": Write})
     fit(f, pasted)
 
@@ -91,7 +91,7 @@ def test_a_write_covers_what_lies_below_and_aliases() -> None:
 
 
 def test_a_write_of_gradients_explains_no_change_of_values_and_the_other_way_round_it_does() -> None:
-    """Rule 5: gradients are reached through parameters, and the values of parameters not through gradients."""
+    """Rule 5: a declared write of parameters covers their gradients; one of gradients does not cover the values."""
     with pytest.raises(UndeclaredWriteError, match=r"changed model\.coeff and does not declare"):
         fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params": Read(), "batch.grads": Write()})
     fit(lambda learner: learner.params["coeff"].grad.mul_(2), {"params": Write()})
@@ -102,14 +102,14 @@ def test_a_write_of_gradients_explains_no_change_of_values_and_the_other_way_rou
 
 
 class Same(TrainingPhase):
-    """The targets are the inputs, as for an autoencoder."""
+    """A phase whose targets are the inputs, as for an autoencoder."""
 
     def split(self, raw: Any) -> tuple[Any, Any]:
         return raw[0], raw[0]
 
 
 def test_one_object_at_two_paths_by_the_users_own_code_is_found() -> None:
-    """Rule 5: flowtrain cannot know it before, and strict mode sees who writes it."""
+    """Rule 5: the user's code puts one object at two paths, which flowtrain cannot know beforehand."""
     change = CustomCallback(lambda learner: learner.batch.inputs.add_(1), BatchBegin, Same, {"batch.inputs": Write()})
     learner = tiny_learner(change, data={Same: tiny_batches(n_batches=1)}, strict=True)
     with pytest.raises(UndeclaredWriteError, match=r"changed batch\.targets and does not declare"):
@@ -138,7 +138,7 @@ def test_what_is_read_by_another_name_is_to_be_declared_by_that_name() -> None:
 
 @pytest.fixture
 def state() -> LearnerState:
-    """A learner's state after one batch, with something of every kind in ``cbstate``."""
+    """Return a learner's state after one batch, with entries of every kind in ``cbstate``."""
     learner = tiny_learner(optimizer=torch.optim.Adam)
     learner.step(TrainingPhase, (torch.ones(2, 1), torch.ones(2, 1)))
     cbstate = learner.state.cbstate
@@ -194,7 +194,7 @@ def test_a_change_is_found_at_its_path_and_nowhere_else(
 
 def test_looking_is_no_change(state: LearnerState) -> None:
     before = fingerprints(state)
-    _ = state.cbstate.history[TrainingPhase], state.cbstate.metrics_epoch[TrainingPhase]  # makes what is looked up
+    _ = state.cbstate.history[TrainingPhase], state.cbstate.metrics_epoch[TrainingPhase]  # reading adds the entry
     _ = state.model(torch.ones(1, 1)), state.batch.inputs.sum(), list(state.cbstate.names), state.params["coeff"].grad
     assert changes(before, fingerprints(state)) == []
 

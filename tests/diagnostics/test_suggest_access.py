@@ -1,4 +1,4 @@
-"""Dry runs: the least that a callback must declare."""
+"""Dry runs: they suggest the least access that a callback must declare."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _logged_loss(learner: LearnerView) -> Any:
 
 
 class Undeclared(Callback):
-    """Touches all kinds of state, and declares nothing."""
+    """Touches state of every kind, and declares nothing."""
 
     def setup(self, learner: LearnerView) -> None:
         learner.cbstate.seen = 0
@@ -76,11 +76,11 @@ class Undeclared(Callback):
 
     @on(EpochEnd, AbstractValidationPhase)
     def other(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Shadowed for ValidationPhase by the more specific handler, so the dry run never gets here."""
+        """Handle nothing: in ValidationPhase the more specific handler runs, so a dry run never calls this one."""
 
 
 def test_a_callback_that_takes_its_access_is_told_what_to_pass(tmp_path: Path) -> None:
-    """What it adds by itself, such as the counts and its backend, is not for the user to write."""
+    """The callback declares its counts and its backend itself, so they are not suggested."""
     backend = JsonlBackend(tmp_path / "log.jsonl")
     wanted = 'access={"batch.loss": Read(), "params.coeff": Read()})\n'
 
@@ -98,7 +98,7 @@ def test_a_callback_that_takes_its_access_is_told_what_to_pass(tmp_path: Path) -
 
 
 class ByGroups(Callback):
-    """Sets the learning rate by the way that reaches the parameters too."""
+    """Sets the learning rate through the parameter groups, which contain the parameters too."""
 
     @on(BatchEnd, TrainingPhase)
     def set_rate(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
@@ -106,7 +106,7 @@ class ByGroups(Callback):
 
 
 def test_who_goes_through_the_parameter_groups_is_told_the_narrow_way(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rule 5: parameter groups are hyperparameters and parameters."""
+    """Rule 5: for the hyperparameters alone there is a narrower path than ``param_groups``."""
     assert record_access(ByGroups()).union == ((("optimizer",), Write()),)
     hint = "optimizer reaches the parameters too: for learning rates use and declare optimizer.hyperparams.\n"
     assert hint in capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_a_misspelt_name_is_pointed_out() -> None:
 
 
 def test_a_learner_that_only_validates_is_not_warned_of() -> None:
-    """The dry run fits for the user; a warning about that fit would be about a call that nobody wrote."""
+    """The dry run calls `fit` itself, so a warning about that call would not concern the user."""
 
     class Shows(Callback):
         @on(BatchEnd, ValidationPhase)
@@ -247,7 +247,7 @@ PHASE = TrainingPhase()
 
 
 def recorded(f: Callable[[LearnerView], Any]) -> dict[str, Read | Write]:
-    """What a function touches of a learner that has run one batch."""
+    """Return the paths that a function touches in a learner after one batch."""
     learner = tiny_learner()
     learner.step(PHASE, (torch.ones(2, 1), torch.ones(2, 1)))
     learner.state.cbstate.space = State("cbstate.space")
@@ -319,7 +319,7 @@ def test_what_no_view_allows_is_refused_here_too() -> None:
 
 
 class Stateful(Sampler[int]):
-    """Gives other indices in every pass."""
+    """A sampler that gives other indices in every pass."""
 
     def __init__(self) -> None:
         self.passes = 0

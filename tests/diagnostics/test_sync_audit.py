@@ -1,4 +1,4 @@
-"""`Learner.audit_syncs`: who makes the host wait, where, and what to do about it."""
+"""`Learner.audit_syncs`: which lines make the host wait for the device, and the advice for each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from flowtrain.testing import tiny_batches, tiny_learner
 
 
 class Printer(Callback):
-    """Reads a number in every batch."""
+    """Reads a number of the device in every batch."""
 
     seen = 0
 
@@ -58,7 +58,7 @@ def _to_host(outputs: torch.Tensor) -> torch.Tensor:
 
 
 class Good(Callback):
-    """Works on the device only."""
+    """A callback that works on the device only."""
 
     def state_access(self) -> Access:
         return {"batch.loss": Read()}
@@ -99,7 +99,7 @@ def test_the_learner_does_not_change() -> None:
 
 
 class Prints(Printer):
-    """Says that an audit is not to run it."""
+    """A callback that says that an audit must not run it."""
 
     audited = False
 
@@ -161,7 +161,7 @@ ONE, MANY = torch.tensor(1.0), torch.arange(4.0)
 
 
 class Waited(Exception):
-    """The host would have waited for the device."""
+    """Raised where the host would wait for the device."""
 
 
 def refuse(sync: Sync) -> None:
@@ -250,12 +250,12 @@ def digits_like(core: TorchCore, device: str = "cpu", **options: Any) -> Learner
 )
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_default_loop_never_waits(options: Any, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero host-device synchronisations in every batch, with all default callbacks, metrics and traces."""
+    """No batch makes the host wait, with all default callbacks, metrics and traces."""
     core = TorchCore("cpu", lag=2, **options)
     traces = Traces({"Norm": lambda view: view.batch.outputs.norm()}, TrainingPhase)
     learner = digits_like(core, callbacks=[Metrics(accuracy), SmoothLoss(), traces])
     console = rich.get_console()
-    monkeypatch.setattr(console, "_file", io.StringIO())  # `file` would be put back as what is captured now
+    monkeypatch.setattr(console, "_file", io.StringIO())  # `file` would later restore pytest's stream
     monkeypatch.setattr(console, "_force_terminal", terminal)
     bar = learner.get_callback("ProgressBar")
     assert bar is not None
@@ -271,7 +271,7 @@ def test_the_default_loop_never_waits(options: Any, terminal: bool, monkeypatch:
 
 
 def test_a_loop_that_does_wait_is_caught() -> None:
-    """The test above can fail."""
+    """Proves that the test of the default loop can fail."""
     learner = digits_like(TorchCore("cpu"), default_callbacks="quiet")
     with pytest.raises(Waited, match=r"\.item\(\)"), watching(refuse):
         learner.fit(1)
@@ -285,7 +285,7 @@ def test_a_loop_that_does_wait_is_caught() -> None:
 )
 def test_the_default_loop_never_waits_on_cuda(options: Any) -> None:
     learner = digits_like(TorchCore("cuda", **options), callbacks=[Metrics(accuracy)])
-    learner.fit(1)  # states are made, kernels loaded
+    learner.fit(1)  # makes the optimizer's state and loads the kernels
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     learner.remove_callback("MetricsPrinter")

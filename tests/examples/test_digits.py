@@ -1,4 +1,4 @@
-"""The digits example: once as its readers run it, in a process of its own; what it leaves behind; and its options."""
+"""The digits example: one run in a separate process, as readers start it; the files that it leaves; its options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def same_torch() -> Generator[None]:
-    """Put back what the example sets for its whole process."""
+    """Restore the settings of torch that the example sets for its whole process."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
@@ -47,7 +47,7 @@ def _same_torch() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ran:
-    """A finished run: what it printed and what it left in its folder and in the folder for temporary files."""
+    """A finished run: its output, and the files in its folder and in the folder for temporary files."""
 
     output: str
     errors: str
@@ -57,14 +57,14 @@ class Ran:
 
 
 def bare_environment() -> dict[str, str]:
-    """Return an environment that says nothing of the terminal, and where flowtrain is."""
+    """Return an environment without settings of a terminal, in which flowtrain can be imported."""
     environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
     return environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "executors")])}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The example without arguments, piped, warnings as errors, in an empty folder that is also its home."""
+    """Run the example without arguments, piped, with warnings as errors, in an empty folder that is also its home."""
     home, temporary = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("temporary")
     environment = {**bare_environment(), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error"}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home), "TMPDIR": str(temporary)}
@@ -76,7 +76,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         text=True,
         check=False,
     )
-    # torch makes an empty cache folder among the temporary files whenever an optimizer is made: only files count there.
+    # Torch makes an empty cache folder among the temporary files for every optimizer, so only files count there.
     files = [path for path in temporary.rglob("*") if path.is_file()]
     return Ran(done.stdout, done.stderr, done.returncode, list(home.rglob("*")), files)
 
@@ -127,7 +127,7 @@ EPOCHS = 3
 
 @dataclass(frozen=True)
 class Logged:
-    """A run with ``--log``: its folder and what it printed."""
+    """A run with ``--log``: its folder and its output."""
 
     folder: Path
     output: str
@@ -135,7 +135,7 @@ class Logged:
 
 @pytest.fixture(scope="module", params=["serial", "dask"])
 def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Logged:
-    """A run of some epochs."""
+    """Return a run of some epochs."""
     if request.param == "serial":
         found: Logged = request.getfixturevalue("serial")
         return found
@@ -144,12 +144,12 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory: pytest.TempPathFactory) -> Logged:
-    """The same run under the serial executor, for comparison."""
+    """Return the same run under the serial executor, for comparison."""
     return log_run(tmp_path_factory.mktemp("runs") / "serial", "serial")
 
 
 def log_run(folder: Path, executor: str, *more: str) -> Logged:
-    """Run the example: in this process, or in one of its own where it starts workers, which import the program."""
+    """Run the example in this process, or in a separate one if it starts workers, which import the program."""
     if executor == "local":
         done = subprocess.run(command(folder, executor, *more), env=bare_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -168,7 +168,7 @@ def command(folder: Path, executor: str, *more: str) -> list[str]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The JSON lines, without clock times, and with the content of the files they name."""
+    """Return the JSON lines without clock times, and with the content of the files that they name."""
     found = log_records(folder / "log.jsonl")
     for record in found:
         if record["kind"] == "Image":
@@ -182,7 +182,7 @@ def accuracy(output: str) -> str:
 
 
 def test_the_log_is_the_same_in_place_and_beside_training(logged: Logged, serial: Logged) -> None:
-    """Rule 13: every executor gives the serial result, and rule 25: each record is written once."""
+    """Rules 13 and 25: every executor gives the serial result, and each record is written once."""
     ours = lines(logged.folder)
     assert (ours, accuracy(logged.output)) == (lines(serial.folder), accuracy(serial.output))
     assert {record["kind"] for record in ours} == {"Value", "Histogram", "Image", "Text", "Settings"}
@@ -233,7 +233,7 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
     lane, where, events, done, pending, *_, records = after[2].split()
     assert (lane, where) == ("LogMetrics+LogHyperParams+LogHistograms+LogVisualization", "thread")
     assert (done, pending) == (events, "0")
-    assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # two backends
+    assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # one lane for each of two backends
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
     serial: Logged, tmp_path: Path, executor: str, number: signal.Signals, where: str
 ) -> None:
-    """Rules 28 and 29: the same log, the same checkpoints, the same accuracy; workers get the signal too.
+    """Rules 28 and 29: the same log, checkpoints and accuracy; workers get the signal too.
 
-    The workers of the machine import the program, which begins to train only where it is the main one.
+    Workers on the same machine import the program, which trains only if it is the main module.
     """
     folder = tmp_path / "a"
     running = subprocess.Popen(
@@ -271,7 +271,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
 
 
 def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that are to be started take seconds."""
+    """Starting the workers takes seconds, in which the signal comes."""
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
@@ -359,7 +359,7 @@ def test_a_wrong_option_is_refused_in_one_line(
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "sklearn", None)  # what an import meets where a package is not installed
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # this makes the import fail as if the package were missing
     with pytest.raises(SystemExit) as ended:
         main(["--quiet"])
     assert ended.value.code == (

@@ -1,8 +1,8 @@
-"""Two examples to learn from: a GAN, which needs a step of its own, and a second validation set, which does not.
+"""Two examples: a GAN, which needs a step of its own, and a second validation set, which does not.
 
-A phase owns its step. To run the usual step on other data, subclass a phase and write nothing. To run another step,
+A phase owns its step. To run the usual step on other data, subclass a phase with an empty body. To run another step,
 override ``step``: `run_batch` opens a batch, `forward` is the context of a forward pass, `backward` and `update` do
-what their names say, with their events, so that callbacks work in the new phase as in any other.
+what their names say and fire their events, so that callbacks work in the new phase as in any other.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class GANPhase(AbstractTrainingPhase):
             noise = torch.randn(len(batch.real), LATENT, device=batch.real.device)
             with learner.forward():
                 batch.fake = gen(noise)
-                # Without the generator's graph: this loss must not train it.
+                # Detached from the generator, which this loss must not train.
                 scores = disc(torch.cat([batch.real, batch.fake.detach()]))
                 batch.disc_loss = learner.lossfn(scores, self.labels(len(noise), scores))
             learner.backward(self, batch.disc_loss)
             learner.update(self, "disc")
             with learner.forward():
-                # The generator wants its samples to be taken for real ones.
+                # The generator is trained to make samples that the discriminator takes for real ones.
                 scores = disc(batch.fake)
                 batch.gen_loss = learner.lossfn(scores, torch.ones_like(scores))
             learner.backward(self, batch.gen_loss)
@@ -79,7 +79,7 @@ class GANPhase(AbstractTrainingPhase):
 
 
 class Balance(Callback):
-    """Keep both losses of every batch: callbacks work in a phase of one's own as in any other."""
+    """Keeps both losses of every batch: callbacks work in a user's phase as in any other."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[float, float]] = []
@@ -149,7 +149,7 @@ def test_a_gan_trains_as_one_written_by_hand() -> None:
             assert torch.equal(tensor, by_hand[name].state_dict()[key]), f"{name}.{key} differs"
     assert balance.losses == losses
     assert learner.model.gen is models["gen"]
-    # The default callbacks know nothing of GANs, and count and record it all the same.
+    # The default callbacks have no code for GANs, and still count and record every batch.
     counts = learner.cbstate.history[GANPhase]
     assert (counts.epochs, counts.steps, counts.updates) == (3, 15, 30)
     steps = [value for _, value in learner.cbstate.metrics_step[GANPhase]["Loss"]]
@@ -175,7 +175,7 @@ def test_the_events_of_a_gan_step() -> None:
 
 
 class GeneratorFirst(GANPhase):
-    """The other order: the generator's loss leaves gradients in the discriminator, which must go before its turn."""
+    """Trains the generator first. Its loss leaves gradients in the discriminator, which must be dropped."""
 
     def step(self, learner: StepContext, raw: Tensor) -> None:
         gen, disc = learner.model.gen, learner.model.disc
@@ -275,7 +275,7 @@ def test_a_second_validation_set_is_a_phase_without_a_body() -> None:
     assert epochs[OODPhase]["MeanError"].last()[1] == pytest.approx(1, abs=1e-3)
     assert learner.cbstate.history[OODPhase].steps == 80
     assert [repr(phase) for phase in learner.data] == ["TrainingPhase", "ValidationPhase", "OODPhase"]
-    # On its own, or with everything that does not train:
+    # The phase runs alone, or together with all phases that do not train:
     learner.epoch(OODPhase)
     learner.validate()
     history = learner.cbstate.history
@@ -329,14 +329,14 @@ def test_data_that_is_no_pair_needs_another_split() -> None:
 
 @dataclass(frozen=True)
 class Improved(Event):
-    """The loss of an epoch is the best so far. Its fields need no declaration."""
+    """An event for the best loss of an epoch so far. Handlers read its fields without a declaration."""
 
     loss: float
     before: float
 
 
 class FindBest(Callback):
-    """Fire `Improved` when an epoch was better than all before."""
+    """Fires `Improved` when the loss of an epoch is lower than all before."""
 
     def state_access(self) -> Access:
         return {"cbstate.metrics_epoch": Read(), "cbstate.best": Write()}
@@ -379,11 +379,11 @@ def test_an_event_of_ones_own() -> None:
 
 
 class Augmented(Event):
-    """A step of one's own may fire events too, and let callbacks change the batch at them."""
+    """An event that a user's step fires, at which callbacks may change the batch."""
 
 
 class AugmentedPhase(TrainingPhase):
-    """Let callbacks change the inputs before they are used."""
+    """Lets callbacks change the inputs before the model gets them."""
 
     def step(self, learner: StepContext, raw: Any) -> None:
         with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:

@@ -1,4 +1,4 @@
-"""The contract of backends finds a backend that breaks it: each promise, by the test that is for it."""
+"""The contract of backends: a backend that breaks a promise fails the test of this promise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.logs import log_records
 
 
 class ContractOf(BackendContract):
-    """The contract of a JSON lines backend."""
+    """The contract, applied to a JSON lines backend."""
 
     __test__ = False
 

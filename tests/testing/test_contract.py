@@ -1,4 +1,4 @@
-"""The contract of executors: correct ones pass it, and each broken one fails the test of the rule that it breaks."""
+"""The contract of executors: correct executors pass it, and a broken one fails the test of the rule that it breaks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TestShuffledExecutor(ExecutorContract):
 
 
 class TestThreads(ExecutorContract):
-    """Nothing is wrong with the executor that the broken ones are made of, and it runs in parallel what it may."""
+    """The executor behind the broken ones passes the contract, and runs independent handlers in parallel."""
 
     def make_executor(self) -> Executor:
         return Threads()
@@ -111,7 +111,7 @@ class ExplainsAtLength(Threads):
 
 
 class KeepsPlans(Threads):
-    """Runs the first plan that it was given for an event, whatever came later."""
+    """Runs the first plan for an event even after the callbacks have changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class ClosesOnce(Threads):
 
 
 class RunsWhenClosed(Threads):
-    """Nothing ends, but the threads."""
+    """Still runs handlers after `close`."""
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -155,7 +155,7 @@ class IgnoresEdges(Threads):
 
 
 class IgnoresTheLastEdge(Threads):
-    """Waits for all but the last of those that it should wait for."""
+    """Does not wait for the last predecessor of a handler."""
 
     def may_start(self, plan: Plan, position: int, done: int) -> bool:
         ancestors = plan.ancestors[position]
@@ -164,7 +164,7 @@ class IgnoresTheLastEdge(Threads):
 
 
 class SkipsTheLast(Threads):
-    """Calls all handlers but the last of a plan."""
+    """Leaves out the last handler of a plan."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         for step in plan.steps[:-1]:
@@ -190,7 +190,7 @@ class OneViewForAll(Threads):
 
 
 class DoesNotWait(Threads):
-    """Returns while the handlers run."""
+    """Returns while handlers still run."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         for step in plan.steps:
@@ -199,7 +199,7 @@ class DoesNotWait(Threads):
 
 
 class RaisesAtOnce(Threads):
-    """Leaves the others running when a handler has raised an exception of one kind."""
+    """Does not wait for the other handlers after an exception of one kind."""
 
     kind: type[BaseException] = Exception
 
@@ -224,7 +224,7 @@ class HidesInterrupts(Threads):
 
 
 class ReversesResources(Threads):
-    """Runs the users of one resource in list order backwards."""
+    """Runs the users of one resource in reverse list order."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         if all(step.node.union for step in plan.steps) and len(plan) == 3:
@@ -240,7 +240,7 @@ class DrawsAnywhere(Threads):
 
 
 class Draws(Threads):
-    """Takes a random number for itself."""
+    """Draws a random number from the generator of training."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         torch.rand(())
@@ -248,14 +248,14 @@ class Draws(Threads):
 
 
 class BareThreads(Threads):
-    """Its threads have the state of torch that threads begin with."""
+    """Does not copy the training thread's torch state to its threads."""
 
     def surrounded(self, call: Call) -> Call:
         return call
 
 
 class LeavesGradMode(Threads):
-    """Leaves the training thread without gradients."""
+    """Turns gradients off in the training thread."""
 
     def ended(self, plan: Plan, site: Site, start: int) -> None:
         super().ended(plan, site, start)
@@ -272,7 +272,7 @@ class StopsAtTheFirstFailure(Threads):
 
 
 class RunsAfterFailures(Threads):
-    """Also runs the handlers that depend on a failed one."""
+    """Runs handlers that depend on a failed one."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         found = [(step, self.call(step, event, phase)) for step in plan.steps]
@@ -280,7 +280,7 @@ class RunsAfterFailures(Threads):
 
 
 class GivesUpOnWhoFailed(Threads):
-    """Never again calls a handler that has raised."""
+    """Never again calls a handler that has failed once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ class GivesUpOnWhoFailed(Threads):
 
 
 class Swallows(Threads):
-    """Raises nothing."""
+    """Loses every failure."""
 
     def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None: ...
 
@@ -305,7 +305,7 @@ class FailuresBackwards(Threads):
 
 
 class RaisesTheFirstOnly(Threads):
-    """Loses the failures that came with it."""
+    """Raises the first failure without the others."""
 
     def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
         site.fail(plan, event, phase, failures[:1])
@@ -321,7 +321,7 @@ class TakesTheNotes(Threads):
 
 
 class SkipsAtFitEnd(Threads):
-    """Does not look at `Plan.always`."""
+    """Ignores `Plan.always`, so that FitEnd skips handlers."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         failures, lost = Failures(), 0
@@ -345,7 +345,7 @@ class FiresInAnyOrder(Threads):
 
 
 class FiresAtOnce(Threads):
-    """Fires what a handler fired when that returns, and not when the event has ended."""
+    """Fires the events of a handler when it returns, not at the end of the current event."""
 
     def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
         found: Future[BaseException | None] = Future()
@@ -356,7 +356,7 @@ class FiresAtOnce(Threads):
 
 
 class FiresWhatRaised(Threads):
-    """Fires what was fired in an event that raises."""
+    """Fires the events of handlers even if the current event failed."""
 
     def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:
         site.drain(phase)
@@ -445,12 +445,12 @@ def test_a_broken_executor_fails_the_test_of_the_rule_that_it_breaks(
 ) -> None:
     class Contract(ExecutorContract):
         rounds = 2
-        patience = 0.1  # the machine may be busy
+        patience = 0.1  # long enough for a busy machine
 
         def make_executor(self) -> Executor:
             return kind()
 
-    with torch.enable_grad(), pytest.raises(AssertionError) as caught:  # one of them leaves it off
+    with torch.enable_grad(), pytest.raises(AssertionError) as caught:  # one executor turns gradients off
         getattr(Contract(), f"test_{test}")()
     assert message in str(caught.value)
 
@@ -477,7 +477,7 @@ def test_a_contract_without_an_executor_says_what_to_define() -> None:
 
 
 def test_it_needs_no_pytest() -> None:
-    """Only who runs the contract needs pytest."""
+    """Only the contract itself imports pytest, so other users of `flowtrain.testing` need not have it."""
     source = "import sys; sys.modules['pytest'] = None; import flowtrain.testing; flowtrain.testing.ExecutorContract"
     subprocess.run([sys.executable, "-c", source], check=True)
 
@@ -486,7 +486,7 @@ def test_it_needs_no_pytest() -> None:
 
 
 def test_the_settings_of_rule_14_change_each_part_of_torchs_state() -> None:
-    before, changed = torch_state(), {"stream"}  # without an accelerator there is none to change
+    before, changed = torch_state(), {"stream"}  # the setting exists only with an accelerator
     for setting in TORCH_SETTINGS:
         with ExitStack() as stack:
             for enter in setting:

@@ -1,4 +1,4 @@
-"""assert_equivalent: what is equal passes, and every kind of difference is found and named."""
+"""`assert_equivalent`: equal runs pass, and every kind of difference is found and named."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXECUTORS: list[str | Callable[[], Executor]] = [
 
 
 class Doubles(Callback):
-    """Doubles the inputs in place, and declares only to read them: a race with everybody who reads them."""
+    """Doubles the inputs in place but declares only a read, so it races with every reader."""
 
     def state_access(self) -> Access:
         return {"batch.inputs": Read()}
@@ -55,7 +55,7 @@ class Doubles(Callback):
 
 
 class DoublesOpenly(Doubles):
-    """Declares what it does."""
+    """Doubles the inputs and declares the write."""
 
     def state_access(self) -> Access:
         return {"batch.inputs": Write()}
@@ -103,7 +103,7 @@ def test_the_default_callbacks_that_print(capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_race_of_an_undeclared_write() -> None:
-    """The first path, both values, who ran it, and what to do."""
+    """The message has the first differing path, both values, the executors and a remedy."""
     with pytest.raises(AssertionError) as caught:
         assert_equivalent(lambda executor: tiny_learner(Doubles(), Sums(), executor=executor))
     first, serial, other, *rest = str(caught.value).split("\n")
@@ -126,7 +126,7 @@ def test_one_path_may_be_ignored() -> None:
 
 
 def test_a_series_and_shared_state_that_race() -> None:
-    """Also what is not in an attribute: ``cbstate``, and from there the recorded metrics."""
+    """Differences outside of attributes are found too: in ``cbstate``, and in the metrics recorded from it."""
 
     class Bends(Callback):
         def state_access(self) -> Access:
@@ -144,7 +144,7 @@ def test_a_series_and_shared_state_that_race() -> None:
 
 
 class Wrong(SerialExecutor):
-    """Does something more at the end of a fit."""
+    """A serial executor that calls a function of the test at the end of a fit."""
 
     def __init__(self, does: Callable[[Learner], None], made: list[Learner]) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Wrong(SerialExecutor):
 
 
 def nudge_parameter(learner: Learner) -> None:
-    """Change the last bit."""
+    """Change a parameter in its last bit."""
     coeff = learner.model.coeff
     coeff.data = torch.nextafter(coeff.data, torch.tensor(1e9))
 
@@ -208,7 +208,7 @@ def fail(learner: Learner) -> None:
 
 
 class Sign(Sums):
-    """Makes an entry that is zero."""
+    """Makes an entry whose value is zero."""
 
     def state_access(self) -> Access:
         return {"batch.inputs": Read(), "cbstate.sign": Write()}
@@ -281,7 +281,7 @@ def test_the_first_element_of_a_tensor_that_differs() -> None:
 
 
 def test_what_the_serial_run_raises_is_compared_and_raised() -> None:
-    """Rule 15: a test cannot pass by failing the same way everywhere."""
+    """Rule 15: the exception is raised to the test, which cannot pass because all runs fail in the same way."""
 
     class Fails(Callback):
         @on(BatchEnd)
@@ -347,7 +347,7 @@ def test_what_depends_on_a_clock_is_ignored_where_one_says_so() -> None:
 
 
 def test_it_runs_what_it_is_given_in_place_of_a_fit() -> None:
-    """A number that depends on how often something was fitted shows that `run` is what was run."""
+    """`run` was called if each run has appended its number."""
     fitted: list[int] = []
 
     def run(learner: Learner) -> None:

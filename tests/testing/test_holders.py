@@ -1,4 +1,4 @@
-"""Nothing of a batch is held when it is over, and who does hold it is named."""
+"""After a batch nothing refers to its tensors; the tool names the object that does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT: list[Any] = []
 
 @pytest.fixture(autouse=True)
 def unfrozen() -> Iterator[None]:
-    """Who is looked for among the holders may be older than the tests: see `freeze_imports` of tests/conftest.py."""
+    """Let the collector see all objects again, since a holder may be older than the test: see `freeze_imports`."""
     gc.unfreeze()
     yield
     gc.freeze()
@@ -70,7 +70,7 @@ def test_who_keeps_a_batch_is_named() -> None:
 
 
 class Thing:
-    """Can be referred to weakly."""
+    """An object that allows weak references."""
 
 
 def in_a_module(thing: Thing) -> Any:

@@ -1,4 +1,4 @@
-"""The tools for tests of callbacks: small, quiet, and the same every time."""
+"""The tools for tests of callbacks: small learners that print nothing and always train in the same way."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_tiny_site_notes_what_an_executor_tells_it_and_raises_nothing() -> Non
     run, fired, event = executor.compile(plan), site.fired, BatchEnd()
     fired.append(("Probe", event))
     run(event, TrainingPhase())
-    run(event, TrainingPhase())  # nothing was fired: it does not drain
+    run(event, TrainingPhase())  # no event was fired, so the queue is not drained
     assert [(name, repr(failure)) for name, failure in site.failures] == [("Probe#2", "ValueError('broken')")] * 2
     assert site.drained == [[("Probe", event)]]
     assert site.fired is fired == []

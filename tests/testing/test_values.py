@@ -1,4 +1,4 @@
-"""Values by path: what a learner holds is found, and compares bit for bit and never by identity."""
+"""Values by path: the values of a learner are found, and compared bit for bit instead of by identity."""
 
 from __future__ import annotations
 
@@ -100,19 +100,19 @@ VALUES: list[tuple[Any, Any]] = [
     ("one", "other"), VALUES, ids=[f"{type(one).__name__}-{n}" for n, (one, _) in enumerate(VALUES)]
 )
 def test_what_differs_and_what_does_not(one: Any, other: Any) -> None:
-    """A copy is equal, down to ``nan``; whatever differs in one bit is not."""
+    """A copy is equal, even with ``nan``; a difference of one bit is found."""
     again = one.clone_state() if isinstance(one, torch.Generator) else copy.deepcopy(one)
     assert bits(one) == bits(again)
     assert bits(one) != bits(other)
 
 
 def test_the_order_of_entries_is_not_compared() -> None:
-    """Independent callbacks may make theirs in any order."""
+    """Independent callbacks may add their entries in any order."""
     assert bits({"a": 1, "b": 2}) == bits({"b": 2, "a": 1})
 
 
 def test_what_is_not_looked_into() -> None:
-    """Two runs have locks, learners and functions of their own, and these say nothing about the result."""
+    """Each run has its own locks, learners and functions, so they are not compared."""
     with tiny_learner() as one, tiny_learner() as other:
         for make in (threading.Lock, object):
             assert bits([make()]) == bits([make()])
