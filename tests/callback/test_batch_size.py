@@ -20,14 +20,14 @@ from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
     [
         (zeros(8, 3), zeros(8), 8, True),
         (zeros(0, 3), zeros(0), 0, True),
-        ({"weights": zeros(3), "x": zeros(8, 2)}, zeros(8), 8, True),  # the first tensor is no batch
+        ({"weights": zeros(3), "x": zeros(8, 2)}, zeros(8), 8, True),  # the first tensor has no batch dimension
         ({"edges": zeros(2, 30), "x": zeros(11, 4)}, zeros(11), 11, True),
-        (zeros(50, 8, 2), zeros(8), 8, False),  # time first
+        (zeros(50, 8, 2), zeros(8), 8, False),  # the time comes first
         (zeros(8, 50), {"boxes": zeros(3, 4), "image": zeros(8)}, 8, True),
-        # A list of images with a list of what is in them; three channels, and once three boxes.
+        # A list of images with a list of their boxes: each image has three channels, and one has three boxes.
         ([zeros(3, 5, 5)] * 4, [{"boxes": zeros(n, 4), "labels": zeros(n)} for n in (1, 3, 2, 5)], 4, True),
         ((zeros(3, 5, 5), zeros(3, 7, 5)), ({"labels": zeros(1)}, {"labels": zeros(4)}), 2, True),
-        ([zeros(8, 2), zeros(8, 5)], zeros(8), 8, True),  # a list of inputs
+        ([zeros(8, 2), zeros(8, 5)], zeros(8), 8, True),  # several inputs in a list
         ([zeros(8, 2), zeros(8, 5)], None, 8, True),
         ([zeros(4, 2), zeros(9, 2)], None, 2, False),
         ({"x": zeros(4), "y": zeros(9)}, None, 4, False),
@@ -39,7 +39,7 @@ from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
         (object(), zeros(6), 6, True),
         (object(), None, 1, False),
         (pack_sequence([zeros(3, 2), zeros(5, 2)], enforce_sorted=False), zeros(2), 2, True),
-        (pack_sequence([zeros(5, 2), zeros(3, 2)]), zeros(2), 2, True),  # it has no indices
+        (pack_sequence([zeros(5, 2), zeros(3, 2)]), zeros(2), 2, True),  # without indices
         (Sample(zeros(8, 3)), zeros(8), 8, True),
         (SimpleNamespace(x=zeros(8, 3), weights=zeros(5)), zeros(8), 8, True),
         (Slotted(zeros(8, 3)), None, 8, True),
