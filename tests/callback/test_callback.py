@@ -712,7 +712,7 @@ def test_a_callback_without_any_handler_that_has_a_method_meant_as_one_is_refuse
     )
 
 
-def test_a_callback_without_a_handler_that_means_none_is_none() -> None:
+def test_a_callback_without_a_method_that_looks_like_a_handler_is_allowed() -> None:
     class Prepares(Callback):
         def setup(self, learner: LearnerView) -> None: ...
 

@@ -28,7 +28,7 @@ def test_no_handler_sees_a_request(tmp_path: Path) -> None:
     assert not issubclass(CheckpointRequest, Event), "or handlers of any event would see it"
 
 
-def test_what_is_asked_for_is_what_is_in_it(tmp_path: Path) -> None:
+def test_a_request_holds_the_arguments_of_its_call(tmp_path: Path) -> None:
     found: list[CheckpointRequest] = []
 
     class Asks(Callback):

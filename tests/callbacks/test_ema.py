@@ -234,7 +234,7 @@ def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: ty
     assert torch.equal(learner.model.coeff, plain.model.coeff)
 
 
-def test_an_order_that_keeps_it_from_putting_back_is_made_up_for() -> None:
+def test_the_end_of_the_fit_restores_the_weights_if_the_end_of_the_epoch_could_not() -> None:
     """Rule 15: if an ancestor fails at EpochEnd, EMA is skipped there; its handler of FitEnd puts the weights back."""
 
     class After(EMA):
@@ -547,7 +547,7 @@ def test_one_load_after_the_other(tmp_path: Path) -> None:
     assert_equal(weights_of(learner), weights_of(again))
 
 
-def test_a_checkpoint_of_what_is_shown(tmp_path: Path) -> None:
+def test_a_checkpoint_after_a_load_that_shows_averages(tmp_path: Path) -> None:
     ema, learner = judged(tmp_path)
     learner.fit(2)
     trained = weights_of(learner)

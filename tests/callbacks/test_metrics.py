@@ -342,7 +342,7 @@ def test_no_graph_is_kept() -> None:
 # --- beside other callbacks
 
 
-def test_a_learner_has_one_of_them() -> None:
+def test_a_learner_refuses_a_second_metrics_callback() -> None:
     """Rule 8: two Metrics callbacks would record the loss twice, and no order of the two mends that."""
     with pytest.raises(ResolutionError, match=r"Metrics and Metrics#2 cannot be used together: .*Unresolvable\(\)"):
         tiny_learner(Metrics(accuracy), Metrics(mean_of_outputs))

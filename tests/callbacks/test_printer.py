@@ -30,7 +30,7 @@ from tests.support.console import printed
 
 @pytest.fixture(params=[False, True], ids=["file", "terminal"])
 def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """Return the output of rich's console, once as a file and once as a terminal."""
+    """Yield the output of rich's console, once as a file and once as a terminal."""
     with printed(40, terminal=request.param) as written:
         yield written
 

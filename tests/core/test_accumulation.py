@@ -241,7 +241,9 @@ def test_an_error_or_interrupt_makes_no_update(failure: Any) -> None:
 
 @pytest.mark.parametrize("cancel", [CancelBatchException, CancelEpochException, CancelFittingException, ValueError])
 @pytest.mark.parametrize(("event", "groups"), [(UpdateBegin, [[1, 2, 3, 4]]), (UpdateEnd, [[1, 2, 3, 4], [5, 6, 7]])])
-def test_a_cancel_of_that_update(cancel: type[Exception], event: type[Event], groups: list[list[int]]) -> None:
+def test_a_cancel_of_the_update_of_a_group_whose_last_batch_was_cancelled(
+    cancel: type[Exception], event: type[Event], groups: list[list[int]]
+) -> None:
     """Rule 16: a cancel at the `UpdateBegin` of that late update discards the gradients; the epoch is closed once."""
     script = Script((BatchBegin, 8, CancelBatchException), (event, 8, cancel))
     learner = learner_of(script)
@@ -277,7 +279,7 @@ def test_a_fit_by_steps_that_ends_in_a_group(validate_every: int | None) -> None
 
 
 @pytest.mark.parametrize("options", [{"clip_grad_value": 0.5}, {"clip_grad_norm": 0.5}], ids=str)
-def test_that_update_is_clipped(options: dict[str, Any]) -> None:
+def test_an_update_after_a_cancelled_last_batch_is_clipped(options: dict[str, Any]) -> None:
     norms = GradNorm(layers=True)
     learner = learner_of(norms, Script((BatchBegin, 8, CancelBatchException)), **options)
     learner.fit(1)
@@ -287,7 +289,7 @@ def test_that_update_is_clipped(options: dict[str, Any]) -> None:
         assert all(value > 0.5 for _, value in series), "before clipping"
 
 
-def test_that_update_is_unscaled() -> None:
+def test_an_update_after_a_cancelled_last_batch_is_unscaled() -> None:
     def coeff(precision: Any) -> float:
         learner = learner_of(Script((BatchBegin, 8, CancelBatchException)), precision=precision)
         learner.fit(3)
@@ -298,7 +300,7 @@ def test_that_update_is_unscaled() -> None:
     assert coeff("fp16") == pytest.approx(coeff("fp32"), rel=1e-2)
 
 
-def test_callbacks_of_updates_have_that_one_too(tmp_path: Path) -> None:
+def test_callbacks_see_the_update_of_a_group_whose_last_batch_was_cancelled(tmp_path: Path) -> None:
     """EMA averages the weights after it, schedules count it, and histograms and rates name the last completed batch."""
     ema, rate = EMA(0.5), Scheduler({LearningRate: constant(0.1)})
     histograms = LogHistograms(JsonlBackend(tmp_path / "log.jsonl"), every=1)
@@ -332,7 +334,7 @@ class Together(Pair):
 
 @pytest.mark.parametrize("phase", [Pair, Together])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_each_of_several_optimizers_has_its_own(phase: type[Phase], precision: Any) -> None:
+def test_several_optimizers_update_after_a_cancelled_last_batch(phase: type[Phase], precision: Any) -> None:
     """An epoch whose last batch is cancelled ends with the weights of an epoch without that batch."""
 
     def run(cancelled: bool) -> tuple[Learner, list[str]]:

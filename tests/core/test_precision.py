@@ -119,7 +119,7 @@ def test_the_next_fit_trains_again() -> None:
     assert learner.stopped is None
 
 
-def test_an_optimizer_that_takes_none_has_made_updates_with_nan() -> None:
+def test_an_optimizer_without_found_inf_has_made_updates_with_nan() -> None:
     learner = trained_until_nan(3, 2, partial(torch.optim.SGD, lr=0.1))
     assert torch.isnan(learner.model.coeff)
     assert not learner.core.finite()

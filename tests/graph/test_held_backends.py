@@ -183,7 +183,7 @@ def test_what_belongs_to_a_learner_is_not_followed(tmp_path: Path) -> None:
     assert learner in list(reachable(callback))
 
 
-def test_a_function_of_another_kind_is_no_way_to_everything() -> None:
+def test_slots_of_builtin_types_are_not_followed() -> None:
     """Builtin types have slots too; following a function's globals would reach almost every object."""
     assert len(list(reachable(Holder(_in_a_closure(1))))) < 20
 
@@ -228,7 +228,7 @@ def test_a_backend_that_may_be_declared_as_well(tmp_path: Path) -> None:
         assert node.backends == (backend,)
 
 
-def test_a_backend_in_a_backend_is_that_ones(tmp_path: Path) -> None:
+def test_a_backend_that_a_backend_opens_is_not_opened_by_the_learner(tmp_path: Path) -> None:
     """The learner opens only the outer backend, which opens the inner one itself."""
     inner = JsonlBackend(tmp_path / "inner")
 

@@ -137,12 +137,12 @@ def test_run_after_names_types_with_their_subclasses_and_never_itself() -> None:
 
 
 def test_run_after_overrules_writer_before_reader() -> None:
-    """Rule 7: `run_after` comes before the rule that a writer runs before a reader."""
+    """Rule 7: a writer runs before a reader, unless `run_after` says otherwise."""
     assert edges(A({"cbstate.x": R}), B({"cbstate.x": W}, after=[A])) == {("A", "B"): "B.run_after() names A"}
 
 
 def test_a_resolution_overrules_writer_before_reader() -> None:
-    """Rule 7: a resolution comes before the rule that a writer runs before a reader."""
+    """Rule 7: a writer runs before a reader, unless a resolution says otherwise."""
     reader, writer = A({"cbstate.x": R}), B({"cbstate.x": W})
     reader.answers[writer] = RunFirst(reader)
     assert edges(writer, reader) == {("A", "B"): "RunFirst(A) by A.resolve_conflict(B)"}

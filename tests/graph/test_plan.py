@@ -202,7 +202,7 @@ def test_who_watches_sees_the_step_and_only_what_runs() -> None:
     assert said == ["before Says.batch", "Says BatchEnd"]
 
 
-def test_whose_view_it_is() -> None:
+def test_a_refusal_names_the_declaration_to_edit() -> None:
     """Rule 3: a refusal names the place to edit: the handler's own access, `state_access`, or for `setup` both."""
     callbacks = Callbacks([Maker([], {"cbstate.x": Write()})], LearnerState())
     [node] = callbacks.nodes

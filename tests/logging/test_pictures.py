@@ -16,7 +16,7 @@ from flowtrain.logging.pictures import figure_png, image_png, pixels
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_a_png_is_what_it_was_made_of(channels: int, mode: str) -> None:
+def test_a_png_decodes_to_its_pixels(channels: int, mode: str) -> None:
     picture = torch.randint(0, 256, (5, 7, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     read = Reader.open(io.BytesIO(image_png(Image(picture))))
     assert (read.mode, read.size) == (mode, (7, 5))

@@ -154,7 +154,7 @@ def run(access: Access, f: Callable[[LearnerView], Any], executor: Any, strict: 
 
 
 @pytest.mark.parametrize(("access", "f"), READINGS)
-def test_it_is_the_same_in_place_as_deferred(access: Access, f: Callable[[LearnerView], Any]) -> None:
+def test_a_handler_reads_the_same_in_place_as_deferred(access: Access, f: Callable[[LearnerView], Any]) -> None:
     """``.numpy()`` on the outputs once worked under dask and failed serially."""
     serial = run(access, f, "serial")
     assert len(serial) == 2
@@ -233,7 +233,7 @@ def test_containers_keep_their_type_and_the_original_its_graph(make: Callable[[t
 
 
 def leaves(value: Any) -> list[Any]:
-    """Yield all leaves of a value, including those of its containers and of its objects' attributes."""
+    """Return all leaves of a value, including those of its containers and of its objects' attributes."""
     if isinstance(value, torch.Tensor):
         return [value]
     inner: list[Any] = [*getattr(value, "__dict__", {}).values()]

@@ -321,7 +321,7 @@ def test_data_by_phase() -> None:
 
 @pytest.mark.parametrize("name", ["fit", "epoch", "step", "validate", "run_batch"])
 def test_the_loop_is_not_a_handlers_to_run(name: str) -> None:
-    """Rule 18: a handler cannot run the loop."""
+    """Rule 18."""
     with pytest.raises(UsageError) as caught:
         getattr(view_of({"model": Write()}, made()), name)
     assert str(caught.value) == (
@@ -361,7 +361,7 @@ def test_nothing_of_the_learner_is_replaced(root: str) -> None:
         )
 
 
-def test_an_entry_with_an_underscore_is_none() -> None:
+def test_a_name_with_an_underscore_is_no_entry() -> None:
     learner = view_of({"cbstate.best": Read(), "batch.loss": Read()}, made())
     for space in (learner.cbstate, learner.batch):
         with pytest.raises(AttributeError):
@@ -371,7 +371,7 @@ def test_an_entry_with_an_underscore_is_none() -> None:
 
 
 def test_fire_puts_an_event_in_the_queue() -> None:
-    """Rule 18: `fire` puts an event into the queue."""
+    """Rule 18."""
 
     class Improved(Event):
         """A user's event."""

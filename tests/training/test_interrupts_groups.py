@@ -225,7 +225,7 @@ def test_rule_29_a_signal_to_the_group_leaves_a_checkpoint_wherever_training_is(
 
 
 def test_rule_29_workers_that_end_without_an_error_when_interrupted() -> None:
-    """Ctrl-C ends the workers of a fork server with exit code 0, so torch notices their end only after some time."""
+    """Ctrl-C ends the workers of a fork server as if their work were done, so torch reports it only later."""
     lines = signalled("SIGINT", "forkserver", "serial", "waiting in the only epoch")
     assert lines == ["waiting in the only epoch: equal"]
 

@@ -73,7 +73,7 @@ def taken(*callbacks: Callback, executor: str = "serial", fails: type[Exception]
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_they_are_taken_in_serial_order_of_who_asked(executor: str) -> None:
+def test_checkpoints_are_written_in_the_serial_order_of_their_requests(executor: str) -> None:
     """B makes its request earlier in time if it can; requests of fired events come after those of the event itself."""
     asked = threading.Event()
 
@@ -100,7 +100,7 @@ def test_they_are_taken_in_serial_order_of_who_asked(executor: str) -> None:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_an_error_drops_them_and_a_cancel_does_not(executor: str) -> None:
+def test_an_error_drops_the_requests_and_a_cancel_does_not(executor: str) -> None:
     def asks(event: Event, learner: LearnerView) -> None:
         learner.request_checkpoint("one")
         if isinstance(event, EpochEnd):
@@ -230,7 +230,7 @@ class Keeping(Counting):
         self.given.append(dict(state))
 
 
-def test_with_a_part_it_is_not_flushed_and_gets_it_back(tmp_path: Path) -> None:
+def test_an_executor_with_a_state_is_not_flushed_and_gets_its_state_back(tmp_path: Path) -> None:
     def asks(event: Event, learner: LearnerView) -> None:
         learner.request_checkpoint(tmp_path / "a.ckpt")
 

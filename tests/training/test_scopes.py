@@ -48,7 +48,7 @@ def test_what_an_exception_means(where: tuple[int, int, int]) -> None:
     assert scopes.has_effect(KeyboardInterrupt())
 
 
-def test_a_cancel_of_ones_own_means_what_its_base_means() -> None:
+def test_a_user_s_cancel_acts_as_its_base_does() -> None:
     class Plateau(CancelEpochException):
         """An exception of a user, for a loss that no longer falls."""
 

@@ -393,7 +393,7 @@ def test_a_step_that_asks_for_something_else_is_told_what_there_is() -> None:
     )
 
 
-def test_a_bundled_step_that_is_called_by_a_step_of_ones_own_is_the_bundled_one() -> None:
+def test_a_user_s_step_that_calls_the_bundled_one_trains_in_the_same_way() -> None:
     """The fast runner and the step that a user's step calls with ``super()`` train in the same way."""
 
     class Calls(TrainingPhase):

@@ -235,7 +235,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.factor: Any = 1.0
-        self.users: Any = set()  # becomes a set of objects when the model is used
+        self.users: Any = set()  # a forward pass adds the model
 
 
 class Configured(Net):

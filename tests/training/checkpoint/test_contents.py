@@ -97,7 +97,7 @@ def test_one_of_another_model_or_optimizer(options: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "other", "newer", "folder", "pointer"])
-def test_one_that_is_none(damage: str, folder: Path) -> None:
+def test_a_file_that_is_no_checkpoint(damage: str, folder: Path) -> None:
     file = folder / "epoch-0001.ckpt"
     contents = torch.load(file, weights_only=True)
     message = f"{file} cannot be read as a checkpoint: .* truncated, or it is something else"

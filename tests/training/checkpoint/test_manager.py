@@ -464,7 +464,7 @@ def test_rule_28_a_cancel_keeps_the_request_and_an_error_drops_it(tmp_path: Path
     assert not (tmp_path / "two.ckpt").exists()
 
 
-def test_an_event_that_is_cancelled_by_somebody_else_too(tmp_path: Path) -> None:
+def test_a_cancel_of_the_fit_at_the_event_of_a_request_keeps_it(tmp_path: Path) -> None:
     learner = tiny_learner(Says(tmp_path / "one.ckpt", CancelFittingException("enough")), Hears())
     learner.fit(3)
     resumed = tiny_learner(Hears())
@@ -619,7 +619,7 @@ class Leave(Callback):
         (None, None),
     ],
 )
-def test_rule_28_asked_for_in_a_batch_that_ends_more_than_itself(
+def test_rule_28_a_request_in_a_batch_that_ends_its_epoch_or_fit(
     fit: str, raises: Exception | None, does: Exception | None, tmp_path: Path
 ) -> None:
     """Rules 28 and 29: a cancel or an interrupt in the batch does not prevent its checkpoint; a fit resumes from it."""

@@ -76,7 +76,7 @@ def test_a_loader_may_keep_its_own_position() -> None:
     assert loader.start == 5
 
 
-def test_what_is_done() -> None:
+def test_the_position_counts_finished_work() -> None:
     position = Position("steps")
     position.count(TrainingPhase(), 3)
     for batches, steps in ((5, 5), (0, 8)):  # an epoch without a batch counts as 3
