@@ -55,7 +55,9 @@ def test_the_drawing_says_what_each_error_means() -> None:
     for each in CLASSES:
         assert each.__doc__, each
         if each is not FlowtrainError:
-            assert re.search(rf"── {each.__name__} +\S", errors.__doc__ or ""), f"{each.__name__} has no words"
+            assert re.search(rf"── {each.__name__} +\S", errors.__doc__ or ""), (
+                f"{each.__name__} has no description in the tree"
+            )
 
 
 @pytest.mark.parametrize("each", CLASSES, ids=lambda each: each.__name__)

@@ -45,7 +45,7 @@ def test_exports_are_sorted_and_resolve(name: str) -> None:
     assert exported == sorted(exported, key=isort_style)
     assert len(exported) == len(set(exported)), f"{name}.__all__ names something twice"
     missing = [export for export in exported if not hasattr(module, export)]
-    assert not missing, f"{name}.__all__ names what is not there: {missing}"
+    assert not missing, f"{name}.__all__ names missing attributes: {missing}"
 
 
 def test_the_face_exports_all_that_it_holds() -> None:

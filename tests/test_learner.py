@@ -224,7 +224,7 @@ def test_several_optimizers_each_with_its_own_parameters() -> None:
     assert float(model.fast.coeff.detach()) == pytest.approx(10 * float(model.slow.coeff.detach()), rel=1e-5)
     assert learner.optimizer.fast is optimizer["fast"]
     assert list(learner.params) == ["slow.coeff", "fast.coeff"]
-    assert learner.cbstate.history[TrainingPhase].updates == 16, "one update of both is one update"
+    assert learner.cbstate.history[TrainingPhase].updates == 16, "an update of both optimizers counts once"
 
 
 def test_several_models_share_one_optimizer() -> None:
@@ -247,7 +247,7 @@ def test_several_models_share_one_optimizer() -> None:
     assert torch.equal(models["head"].bias, expected.get_parameter("1.bias"))
 
 
-# --- what bad input gets
+# --- errors for bad arguments
 
 
 BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
@@ -336,7 +336,7 @@ def test_a_closed_learner_trains_no_more() -> None:
         learner.fit(1)
         learner.flush()
     learner.close()
-    assert learner.cbstate.history[TrainingPhase].epochs == 1, "it can still be read"
+    assert learner.cbstate.history[TrainingPhase].epochs == 1, "a closed learner can still be read"
     for call in (lambda: learner.fit(1), learner.validate, lambda: learner.step(TrainingPhase, None)):
         with pytest.raises(ExecutorError, match="on a closed learner: its executor has given back"):
             call()

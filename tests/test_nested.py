@@ -35,7 +35,7 @@ def placed(case: Case) -> None:
     found = place(value, META)
     assert type(found) is type(value)
     assert case.get(found).device.type == "meta"
-    assert case.get(value).device.type == "cpu", "the loader's own data stays where it is"
+    assert case.get(value).device.type == "cpu", "the data of the loader is not moved"
 
 
 def fetched_ahead(case: Case) -> None:

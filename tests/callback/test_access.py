@@ -192,7 +192,7 @@ def test_declarations_are_values() -> None:
     assert len({declare({"batch.x": Read()}, "one"), declare({"batch": {"x": Read()}}, "other")}) == 1
 
 
-# --- what is granted
+# --- the paths that a declaration grants
 
 
 def test_a_path_covers_what_lies_below_it() -> None:

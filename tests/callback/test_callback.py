@@ -352,7 +352,7 @@ def test_two_functions_for_one_event_are_ambiguous(target: type[Base]) -> None:
         Callbacks([target()], LearnerState())
 
 
-# --- what cannot be
+# --- handlers that can never run
 
 
 def wrong(event_type: Any, phase_type: Any = Phase, callback_type: Any = None) -> None:

@@ -110,7 +110,7 @@ def test_a_whole_model_in_eval_mode_is_trained_in_train_mode_and_says_so_once() 
     learner.fit(1)
     learner.step(TrainingPhase, (torch.ones(2, 1), torch.ones(2, 1)))
     assert look.seen == [("T", [True] * 6), ("V", [False] * 6)] * 3
-    assert modes(model) == [False] * 6, "after the fit it is as it was"
+    assert modes(model) == [False] * 6, "the fit restores the modes"
 
 
 def test_what_runs_on_copies_says_nothing() -> None:
@@ -188,7 +188,7 @@ def test_a_model_that_overrides_train_is_asked() -> None:
     assert look.seen[0] == ("T", [True, True, True, False, True, True])
 
 
-# --- what a handler sets
+# --- modes that a handler sets
 
 
 def unfreeze(model: Any) -> None:

@@ -304,7 +304,9 @@ def test_only_what_has_changed_is_made_again_where_the_rest_is_to_stay() -> None
     assert (made["b"] is value["b"], made["c"] is value["c"]) == (True, True)
     around: list[Any] = [[Leaf(3)]]
     around.append(around)
-    assert mapped(around, lambda item, part: INSIDE, keep=True) is around, "nothing has changed in the circle"
+    assert mapped(around, lambda item, part: INSIDE, keep=True) is around, (
+        "the circle is unchanged, so the original is returned"
+    )
     around.append(old)
     made = mapped(around, lambda item, part: new if item is old else INSIDE, keep=True)
     assert made[1] is made

@@ -93,7 +93,7 @@ def test_a_phase_has_no_fields() -> None:
         TrainingPhase(1)  # type: ignore[call-arg]  # that is the point
 
 
-# --- what a phase promises
+# --- the events and entries that a phase promises
 
 
 def bullets(kind: type[Phase]) -> list[str]:

@@ -25,7 +25,7 @@ def test_no_handler_sees_a_request(tmp_path: Path) -> None:
     sees = Sees()
     tiny_learner(sees, n_batches=1).fit(1)
     assert (tmp_path / "one.ckpt").exists()
-    assert not issubclass(CheckpointRequest, Event), "or handlers of any event would see it"
+    assert not issubclass(CheckpointRequest, Event), "handlers of `Event` would get it"
 
 
 def test_a_request_holds_the_arguments_of_its_call(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_an_epoch_without_a_completed_batch_is_the_worst(tmp_path: Path) -> None
     assert not (tmp_path / "best").exists()
 
 
-# --- what bad input gets
+# --- errors for bad arguments
 
 
 def test_an_unknown_monitor_names_those_there_are(tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_safetensors_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
         Checkpointer("unused", weights="safetensors")
 
 
-# --- what it declares
+# --- its declarations
 
 
 def test_its_declaration_is_minimal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

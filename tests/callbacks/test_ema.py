@@ -425,7 +425,7 @@ def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_ru
     assert again.seen is None  # the checkpoint was taken before the third batch
 
 
-# --- checkpoints hold what was judged
+# --- checkpoints hold the averages that were validated
 
 
 def validation_loss(model: torch.nn.Module, data: Any) -> float:
@@ -474,7 +474,7 @@ def test_the_best_checkpoint_holds_what_was_judged(tmp_path: Path) -> None:
     assert_equal(load_file(best_of(tmp_path).with_suffix(".safetensors")), dict(model.state_dict()))
     trained = make_model()
     trained.load_state_dict(contents["trained"][""])
-    assert validation_loss(trained, VALID) != pytest.approx(best, rel=1e-3), "the weights that are trained are others"
+    assert validation_loss(trained, VALID) != pytest.approx(best, rel=1e-3), "the trained weights give another loss"
     _, other = judged(tmp_path / "other")
     without = tiny_learner(model=make_model(), optimizer=SGD)
     for each in (other, without):

@@ -148,7 +148,7 @@ def test_groups_that_wait_are_given_as_they_are_updated() -> None:
     assert groups.unfilled == []
 
 
-# --- what a group comes to that no batch can fill any more
+# --- a group whose last batch was cancelled
 
 
 class Script(Callback):
@@ -285,7 +285,7 @@ def test_an_update_after_a_cancelled_last_batch_is_clipped(options: dict[str, An
     learner.fit(1)
     assert learner.model.coeff.item() == pytest.approx(by_hand([[1, 2, 3, 4], [5, 6, 7]], clip=0.5))
     for series in learner.cbstate.tracehistory[TrainingPhase].values():
-        assert [step for step, _ in series] == [4, 7], "the batch whose gradients came last"
+        assert [step for step, _ in series] == [4, 7], "the steps are those of the last completed batches"
         assert all(value > 0.5 for _, value in series), "before clipping"
 
 
@@ -381,7 +381,7 @@ def test_validation_between_direct_steps_updates_nothing() -> None:
     assert learner.model.coeff.item() == pytest.approx(by_hand([[1, 2]]))
 
 
-# --- resumed in such a group
+# --- resuming within such a group
 
 
 class Ask(Callback):

@@ -241,7 +241,7 @@ def test_compiled_and_not_is_the_same_training(backend: str) -> None:
     learner = learner_of(model, core=cpu(compile={"backend": backend}))
     learner.fit(2)
 
-    assert learner.model is model, "the compiled wrapper is the core's own affair"
+    assert learner.model is model, "only the core has the compiled wrapper"
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
@@ -343,7 +343,7 @@ def test_autocast_covers_forward_and_loss_but_not_the_parameters(precision: Any,
         assert not torch.is_autocast_enabled("cpu")
 
 
-# --- what handlers see of gradients
+# --- the gradients that handlers see
 
 
 class Updates(Callback):
@@ -585,7 +585,7 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
     assert seen == ["meta", "meta"]
 
 
-# --- what the core refuses
+# --- arguments that the core refuses
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_nested_data_goes_to_the_device_and_keeps_its_shape() -> None:
     assert placed[2]["b"][1] == 7
     assert placed[3].right == 2.5
     assert list(placed[4]) == ["z", "y"]
-    assert raw[0].device.type == raw[2]["a"].device.type == "cpu", "the loader's own data stays where it is"
+    assert raw[0].device.type == raw[2]["a"].device.type == "cpu", "the data of the loader is not moved"
 
 
 def test_objects_that_know_how_to_move_are_asked() -> None:
@@ -52,7 +52,7 @@ def test_objects_that_know_how_to_move_are_asked() -> None:
     assert place([Graph(torch.zeros(2))], META)[0].nodes.device.type == "meta"
     module = nn.Linear(1, 1)
     assert place({"helper": module}, META)["helper"] is module
-    assert module.weight.device.type == "cpu", "a module in the data is not ours to move"
+    assert module.weight.device.type == "cpu", "modules in the data are not moved"
     packed = place(pack_sequence([torch.zeros(2), torch.zeros(1)]), META)
     assert isinstance(packed, PackedSequence)
     assert (packed.data.device.type, packed.batch_sizes.device.type) == ("meta", "cpu")
@@ -61,7 +61,9 @@ def test_objects_that_know_how_to_move_are_asked() -> None:
 def test_auto_is_the_first_accelerator_or_the_cpu() -> None:
     expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert find_device("auto", []) == expected
-    assert find_device("auto", [nn.Linear(1, 1, device="meta")]) == expected, "that is no place to train on"
+    assert find_device("auto", [nn.Linear(1, 1, device="meta")]) == expected, (
+        "nothing can be trained on the meta device"
+    )
     core = TorchCore()
     Learner(nn.Linear(1, 1), mse_loss, default_callbacks=False, core=core)
     assert core.device == expected

@@ -127,12 +127,12 @@ def test_fused_where_torch_has_it_and_nothing_was_said() -> None:
 
     assert is_fused(adamw)
     assert is_fused(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-    assert not is_fused(adamw, ("cpu",)), "the CPU gains nothing"
+    assert not is_fused(adamw, ("cpu",)), "fused optimizers are no faster on the CPU"
     for said in ("fused", "foreach", "capturable", "differentiable"):
         options: dict[str, Any] = {said: False}
         assert not is_fused(partial(adamw, **options))
-    assert not is_fused(torch.optim.Rprop), "torch has no fused one"
-    assert not is_fused(own), "what it makes is not ours to change"
+    assert not is_fused(torch.optim.Rprop), "torch has no fused Rprop"
+    assert not is_fused(own), "a user's function chooses its own options"
     assert fused(adamw, [*params, nn.Parameter(torch.zeros(1, device="meta"))], ()) is adamw
     assert fused(adamw, [nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)], ()) is adamw
 
@@ -163,7 +163,7 @@ def test_on_an_accelerator_they_are_fused_by_default() -> None:
     assert learner.optimizer.defaults["fused"] is True
 
 
-# --- gradients are dropped without a detour
+# --- gradients are set to None
 
 
 def with_gradients(make: type[torch.optim.Optimizer] = torch.optim.SGD) -> tuple[Any, list[torch.nn.Parameter]]:

@@ -193,7 +193,7 @@ def test_the_guard_by_itself() -> None:
         before = param.detach().clone()
         guard.see(torch.tensor([loss]))
         fused.step()
-        assert torch.equal(before, param) is not moved, "and once is enough, until it is cleared"
+        assert torch.equal(before, param) is not moved, "one NaN blocks updates until the flag is cleared"
     guard.clear()
     guard.see(torch.tensor(float("inf")))
     fused.step()
@@ -217,7 +217,7 @@ def test_all_finite() -> None:
     with torch.no_grad():
         module.weight[0] = float("-inf")
     assert not all_finite([module])
-    assert all_finite([module.requires_grad_(False)]), "a frozen parameter is as it was before training"
+    assert all_finite([module.requires_grad_(False)]), "frozen parameters are not checked"
 
 
 @needs_accelerator

@@ -294,7 +294,7 @@ def test_what_came_ahead_is_not_moved_again() -> None:
     learner.epoch(OwnPhase)
     assert not moved
     learner.step(OwnPhase, data[0])
-    assert len(moved) == 1, "a single step has nobody who came ahead"
+    assert len(moved) == 1, "a single step has no prefetched batch"
 
 
 def test_a_step_of_ones_own_gets_batches_ahead_too() -> None:

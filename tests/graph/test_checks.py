@@ -407,7 +407,7 @@ def test_parts_that_are_there_or_may_come() -> None:
     tiny_learner(At("Probe", {**paths, **later}, BatchEnd), model=model, lossfn=torch.nn.MSELoss()).fit(1)
 
 
-# --- who provides an entry of ``cbstate``: names only, so held against the bundled callbacks here
+# --- the table of the bundled callbacks that provide an entry of ``cbstate``; it has only names, so it is checked here
 
 
 def bundled(name: str) -> Callback:

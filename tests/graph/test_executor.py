@@ -183,7 +183,7 @@ def test_an_interrupt_is_no_failure_of_a_handler() -> None:
     assert ran == []
 
 
-# --- what is raised, in a learner
+# --- the exception that a learner raises
 
 
 def learner(*callbacks: Callback) -> Learner:

@@ -267,7 +267,7 @@ MORE: dict[Callable[[], Learner], set[tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-# --- things with several names
+# --- objects with several paths
 
 
 class Perceptual(nn.Module):
@@ -406,7 +406,7 @@ def test_a_compiled_part_has_the_names_of_the_module_inside() -> None:
         tiny_learner(Looks("model.compiled.0.wieght"), model=model)
 
 
-# --- what users see of it
+# --- errors and orders that users see
 
 
 class Sets(Callback):

@@ -45,7 +45,7 @@ def test_names_are_cleaned_and_kept_apart() -> None:
         "x" * 25: "x" * 20, "x" * 26: "x" * 20 + "_2", "y" * 19 + "/" + "y" * 9: "y" * 19, "\u00e4" * 13: "\u00e4" * 10,
     }  # fmt: skip
     assert {name: names.of(name) for name in wanted} == wanted
-    assert {name: names.of(name) for name in wanted} == wanted, "the same whenever it is asked for"
+    assert {name: names.of(name) for name in wanted} == wanted, "a name is cleaned in the same way each time"
     again = Names(r"[^\w\-. :/]", 24)
     again.restore(names.given)
     assert again.of("mAP%50") == "mAP_50_3"

@@ -101,7 +101,7 @@ def test_backends_are_checked_for_what_is_logged() -> None:
     assert "takes Value, and got a Image." in str(refused(table, Image(torch.ones(2, 2))))
 
 
-# --- what is new in series, and as what it is logged
+# --- the new values of series, and the names under which they are logged
 
 
 STEP, EPOCH = ("Step", "TrainingPhase"), ("Epoch", "TrainingPhase")

@@ -262,7 +262,7 @@ def test_a_container_with_graphs_is_copied_to_be_detached() -> None:
     assert by_phase[TrainingPhase][0] is state.inner.last is value
 
 
-# --- one that is not flowtrain's
+# --- a container of a user
 
 
 class Keeps(Callback):

@@ -43,7 +43,7 @@ def test_each_value_comes_once_in_order_and_exactly_lag_pushes_later(values: lis
     seen = [late.push(torch.tensor(value), position) for position, value in enumerate(values)]
     assert seen[:lag] == [None] * min(lag, len(values))
     found = [each for each in seen[lag:] if each is not None]
-    assert len(found) == max(len(values) - lag, 0), "never earlier and never later"
+    assert len(found) == max(len(values) - lag, 0), "each value is read exactly `lag` batches late"
     assert found + late.flush() == list(enumerate(values))
     assert late.flush() == []
 
@@ -86,7 +86,7 @@ def test_the_newest_value_is_given_without_waiting() -> None:
     assert series.last() == (2, 2.0)
     assert series.newest() == 2.0
     assert type(series.newest()) is float
-    assert on_device(series) == 2, "the others stay there"
+    assert on_device(series) == 2, "later values are still on the device"
     full = late_series(CHUNK)
     assert full.newest() == CHUNK - 1
 

@@ -139,7 +139,7 @@ def test_the_twins_of_what_has_a_name() -> None:
     assert named.__twins__.critic is named.critic
 
 
-# --- coming back
+# --- restore points
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.integers() | st.text(max_size=3) | st.none(),

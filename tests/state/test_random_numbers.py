@@ -278,7 +278,7 @@ def test_a_bundled_logger_is_called_as_it_is(tmp_path: Path) -> None:
     assert step.view.cbstate.metrics_step is twins.metrics_step
 
 
-# --- what is refused, and what it says
+# --- refusals and their messages
 
 
 def strict(callback: Callback) -> str:

@@ -23,7 +23,7 @@ from flowtrain.state.readonly import ReadOnlyDict, ReadOnlyList
 from flowtrain.state.views import compile_view
 from tests.support.views import made, view_of
 
-# --- the property: granted or refused, and what is refused can be declared
+# --- the property: an access is granted, or refused with the declaration that grants it
 
 
 @dataclass(frozen=True)

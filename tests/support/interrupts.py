@@ -87,5 +87,5 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
         watch.cancel()
         left_handler = signal.signal(signal.SIGINT, handler)
     assert left_handler is signal.default_int_handler, f"interrupt before instruction {number}: another handler is left"
-    assert not hung.is_set(), f"it hangs after an interrupt before instruction {number}"
+    assert not hung.is_set(), f"the function hangs after an interrupt before instruction {number}"
     return left <= 0, raised

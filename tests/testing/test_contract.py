@@ -463,7 +463,7 @@ def test_every_test_of_the_contract_has_caught_a_broken_executor() -> None:
 def test_every_test_of_the_contract_says_what_is_promised() -> None:
     for name in TESTS:
         said = getattr(ExecutorContract, f"test_{name}").__doc__
-        assert said, f"{name} does not say what is promised"
+        assert said, f"{name} does not state its promise"
         assert not name.startswith("rule_") or name.split("_")[1] in said, f"{name} does not name its rule"
 
 

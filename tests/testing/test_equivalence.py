@@ -140,7 +140,7 @@ def test_a_series_and_shared_state_that_race() -> None:
         assert_equivalent(lambda executor: tiny_learner(Bends(), Metrics(), executor=executor), ignore=["batch"])
 
 
-# --- executors that come to something else
+# --- executors with another result
 
 
 class Wrong(SerialExecutor):

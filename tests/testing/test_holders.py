@@ -87,7 +87,7 @@ def test_chains_end_at_something_with_a_name() -> None:
     in_a_module(thing)
     assert holders(thing) == [f"module {__name__}['KEPT'][0]"]
     KEPT.clear()
-    assert holders(thing) == [], "the frames that ask do not count"
+    assert holders(thing) == [], "frames of `holders` and of its caller do not count"
     keeper = Keeper()
     keeper.outputs = {"a": [1, thing]}  # type: ignore[assignment]
     assert holders(thing) == ["Keeper.outputs['a'][1]"]

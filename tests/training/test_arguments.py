@@ -89,7 +89,7 @@ def test_what_is_no_core(core: Any, text: str) -> None:
     assert str(raised.value) == text
 
 
-# --- what can be trained
+# --- models without a parameter to train
 
 
 class OwnStep(AbstractTrainingPhase):
@@ -245,7 +245,7 @@ def test_what_is_advised_is_there() -> None:
     own = {*signature(Learner.__init__).parameters, *signature(Learner.fit).parameters}
     known = [name for names in _ARGUMENTS.values() for name in names.split()]
     assert sorted(known) == sorted(set(known))
-    assert {*known} & own == {"callbacks", "epochs"}, "an argument of the other call"
+    assert {*known} & own == {"callbacks", "epochs"}, "these two are arguments of one call and mistakes in the other"
 
 
 def test_the_error_of_a_property_is_its_own() -> None:

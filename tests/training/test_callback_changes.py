@@ -86,7 +86,9 @@ def names(learner: Learner) -> list[str]:
 def test_default_callbacks(wanted: Any, kinds: list[type[Callback]]) -> None:
     first = First()
     learner = tiny_learner(first, default_callbacks=wanted)
-    assert [type(callback) for callback in learner.callbacks] == [First, *kinds], "after the user's"
+    assert [type(callback) for callback in learner.callbacks] == [First, *kinds], (
+        "default callbacks come after the user's"
+    )
 
 
 def test_a_default_callback_is_left_out_where_the_user_passes_one() -> None:

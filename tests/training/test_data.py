@@ -77,7 +77,7 @@ def learner_on(data: Any) -> Learner:
     return tiny_learner(data=data, default_callbacks=False)
 
 
-# --- what is taken
+# --- accepted data
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_named_pair_is_a_pair() -> None:
     learner_on([Pair(X, Y)]).fit(1)
 
 
-# --- what is refused when the learner is built
+# --- data that is refused when the learner is built
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_fit_that_trains_nothing_says_so() -> None:
     learner.fit(1, data={ValidationPhase: tiny_batches(), TrainingPhase: tiny_batches()})
 
 
-# --- what only a batch can tell
+# --- data that is refused at its first batch
 
 
 @pytest.mark.parametrize(

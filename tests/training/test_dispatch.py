@@ -79,7 +79,7 @@ def test_a_plan_gets_another_runner_from_its_next_event_on() -> None:
         swapped.append(event)
 
     dispatch.swap(plan, runner)
-    assert dispatch.runners[phase].batch_begin is not runner, "nothing has run this plan yet, so it is not in use"
+    assert dispatch.runners[phase].batch_begin is not runner, "no event has used this plan yet"
     dispatch.swap(plan, runner)
     assert dispatch.runners[phase].batch_begin is runner
     event = BatchBegin()

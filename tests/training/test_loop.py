@@ -449,7 +449,7 @@ def test_at_epoch_end_the_batch_is_the_last_completed_one() -> None:
     assert seen["EpochEnd"] == ["none"], "no batch was completed"
 
 
-# --- what is raised by the loader, the model and the step rather than by a handler
+# --- exceptions of the loader, the model and the step, which no handler raises
 
 
 def test_a_loader_that_raises_midway_cancels_the_epoch() -> None:
@@ -845,7 +845,7 @@ def test_the_batch_of_an_error_is_not_kept() -> None:
         gc.enable()
 
 
-# --- where it happened
+# --- notes on exceptions
 
 
 class Boom(torch.nn.Module):

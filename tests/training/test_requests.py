@@ -188,7 +188,7 @@ def test_what_a_call_raises_leaves_the_others_for_the_next_time() -> None:
     mailbox.stopping = True
     mailbox.clear()
     assert not mailbox.stopping
-    assert mailbox.calls is calls == [], "the loop looks into this list at every batch"
+    assert mailbox.calls is calls == [], "the loop keeps a reference to this list"
 
 
 # --- an executor's part of a checkpoint

@@ -129,7 +129,7 @@ def test_a_model_that_fails_keeps_its_error() -> None:
     )
 
 
-# --- what an overridden split returns
+# --- the result of an overridden split
 
 
 class Pair(NamedTuple):
@@ -176,7 +176,7 @@ def test_a_split_that_gives_a_pair(monkeypatch: pytest.MonkeyPatch, made: Callab
     assert batch.targets is Y
 
 
-# --- a loss that no backward pass can begin at
+# --- a loss without a graph
 
 
 class Cuts(Callback):
@@ -359,7 +359,7 @@ def test_a_backward_pass_for_an_optimizer_that_is_not_there() -> None:
         learner.step(Wrong, torch.ones(2, 1))
 
 
-# --- what a step gets
+# --- the learner that a step gets
 
 
 def test_a_step_gets_what_its_context_documents() -> None:

@@ -58,7 +58,7 @@ def test_patience_asks_for_more_than_min_delta() -> None:
 
 def test_nan_is_no_improvement_and_no_best_value() -> None:
     assert stops_at(Patience(2), [NAN, 3.0, NAN, 2.0, NAN, NAN]) == 6
-    assert stops_at(Patience(2), [NAN, 3.0, 4.0, 4.0]) == 4, "the first number is an improvement, whatever it is"
+    assert stops_at(Patience(2), [NAN, 3.0, 4.0, 4.0]) == 4, "the first number counts as an improvement over NaN"
     assert stops_at(Patience(4, min_delta=0.5), [NAN, NAN, NAN, 3.0, NAN, 2.6, 2.6, NAN]) == 8
 
 
@@ -70,7 +70,7 @@ def test_what_is_nan_from_the_first_value_on_stops(make: Callable[[int], Criteri
     assert stops_at(Warmup(make(2), 3), [NAN] * 9, mode) == 5
     again = make(3)
     again.load_state_dict({**make(3).state_dict(), **({} if make is UP else {"best": NAN, "count": 0})})
-    assert stops_at(again, [NAN] * 9, mode) == 3, "NaN was the best value in the state of an earlier version"
+    assert stops_at(again, [NAN] * 9, mode) == 3, "earlier versions saved NaN as the best value"
 
 
 def test_that_reason_names_nan() -> None:

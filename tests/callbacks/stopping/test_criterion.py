@@ -41,7 +41,7 @@ def test_a_criterion_of_ones_own() -> None:
     other = Flat()
     other.load_state_dict(criterion.state_dict())
     assert other.update(-0.25) is not None  # `judge` saw the negated values
-    assert len(criterion.seen) == 3, "a state is a copy"
+    assert len(criterion.seen) == 3, "the saved state is a copy"
     criterion.reset()
     assert (criterion.seen, Flat().seen) == ([], [])
 

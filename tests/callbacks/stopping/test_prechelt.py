@@ -113,7 +113,7 @@ def test_pq_where_large_values_are_good() -> None:
 def test_pq_leaves_nan_to_others() -> None:
     assert PQ(1, k=2).update(1.0, [NAN, 1.0]) is None
     assert PQ(1, k=2).update(1.0, [1.0, NAN]) is None
-    assert PQ(1, k=2).update(NAN, [1.0, 2.0]) is None, "there was no number"
+    assert PQ(1, k=2).update(NAN, [1.0, 2.0]) is None, "NaN is ignored before the first number"
 
 
 def test_pq_of_nan() -> None:

@@ -364,7 +364,7 @@ def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
     learner.load(tmp_path)
 
 
-# --- how the learner is built counts
+# --- changes that the user made when building the learner
 
 
 def test_what_the_learner_is_built_with_stays(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_groups_that_training_made_may_be_built(tmp_path: Path) -> None:
     assert [group["lr"] for group in learner.optimizer.param_groups] == [0.05, 0.01]
 
 
-# --- what a file cannot hold
+# --- values that a file cannot hold
 
 
 def replace_act(learner: Any) -> None:
@@ -566,7 +566,7 @@ def test_a_hook_that_was_removed(tmp_path: Path) -> None:
         learner().fit(3, resume=tmp_path)
 
 
-# --- several, and whose types matter not
+# --- several optimizers, of any type
 
 
 def test_several_models_and_optimizers(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def state_of(learner: Learner) -> str:
     return repr([contents, torch.get_rng_state().sum(), learner.loop.scopes.numbers, learner.loop.sinks.run])
 
 
-# --- what does not fit changes nothing
+# --- a checkpoint that does not fit changes nothing
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_callbacks_by_name(folder: Path) -> None:
     learner_of().load(folder)  # a user who only looks at a model needs none of the callbacks that trained it
 
 
-# --- what is in it
+# --- the contents of a checkpoint
 
 
 class Kind(enum.IntEnum):

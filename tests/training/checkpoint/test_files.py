@@ -290,7 +290,7 @@ def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Pa
     assert torch.load(tmp_path / "2.ckpt")["finite"] == good
     assert target(tmp_path, "latest") == ("2.ckpt" if good else "1.ckpt")
     assert target(tmp_path, "best") == ("2.ckpt" if good else "")
-    assert (tmp_path / "1.ckpt").exists() != good, "what a pointer names stays"
+    assert (tmp_path / "1.ckpt").exists() != good, "a checkpoint that a pointer names is kept"
     assert not (tmp_path / "0.ckpt").exists()
     if not good:
         message = r"2\.ckpt holds values that are not finite \(a parameter that is trained, .* that is 1\.ckpt\."

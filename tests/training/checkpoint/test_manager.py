@@ -409,7 +409,7 @@ def test_rule_28_what_torchmetrics_objects_hold(number: int, tmp_path: Path) -> 
     assert "metrics_epoch.TrainingPhase.First" in wanted
 
 
-# --- when it is taken
+# --- when a checkpoint is taken
 
 
 class Said(Event):
@@ -493,7 +493,7 @@ def test_a_path_is_a_path() -> None:
         tiny_learner(Wrong()).fit(1)
 
 
-# --- what does not fit
+# --- checkpoints that do not fit
 
 
 def test_another_kind_of_fit_or_other_data(tmp_path: Path) -> None:
