@@ -566,7 +566,7 @@ def test_a_hook_that_was_removed(tmp_path: Path) -> None:
         learner().fit(3, resume=tmp_path)
 
 
-# --- several optimizers, of any type
+# --- several models, compiled parts, and strict mode
 
 
 def test_several_models_and_optimizers(tmp_path: Path) -> None:
