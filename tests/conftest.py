@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tensors of the tests are so small that several torch threads would mostly wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
+
+# A shell starts programs in the background with this signal ignored, and the programs of the tests inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ordinary", max_examples=ORDINARY, deadline=None)
 settings.register_profile(

@@ -255,7 +255,7 @@ def test_with_warn_a_failing_lane_is_retired(make_lane: MakeLane, caplog: pytest
     assert lane.flush(1) is not None
     assert urgent(lane) == []
     assert callback.seen == [0]
-    assert "retires lane Logger" in caplog.text
+    wait_for(lambda: "retires lane Logger" in caplog.text)  # the lane's thread logs it after the lane is retired
     assert "ValueError: bad number (raised in Logger.note" in caplog.text
     assert lane.report().tally.dropped == {"Logger": 1}
 
