@@ -7,13 +7,14 @@ The client is never set as dask's default client, so that dask code of the user 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from dask import config
-from distributed import Client, LocalCluster, Nanny, Security
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security
 from distributed.deploy.cluster import Cluster
 
 from flowtrain.errors import ExecutorError, is_a
@@ -23,6 +24,9 @@ __all__ = ["Connection", "connect"]
 
 _SHORT_LOG = {"distributed.admin.low-level-log-length": 10}
 """dask keeps the last thousand messages of each connection for its developers, each with up to 1 MB of a batch."""
+
+# Newer schedulers name five workers unless they are asked for all; that of dask 2025.1 has no such argument.
+_ALL_WORKERS = {"n_workers": -1} if "n_workers" in inspect.signature(Scheduler.identity).parameters else {}
 _END_SECONDS = 30.0
 """Seconds that the process of a worker may take to end. dask's default of 5 is too short on a busy machine."""
 _START = 'Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor("local").'
@@ -62,7 +66,7 @@ class Connection:
         Raises:
             OSError: The scheduler does not answer in time, or is gone.
         """
-        identity = self.ask("identity", timeout, n_workers=-1)
+        identity = self.ask("identity", timeout, **_ALL_WORKERS)
         wanted = self.resources or {}
         return {
             address: worker
