@@ -63,6 +63,7 @@ from flowtrain_dask import DaskExecutor, Limits
 from flowtrain_dask.cluster.block import possible
 from flowtrain_dask.lanes.limits import WhenFull
 from flowtrain_dask.lanes.report import Report
+from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -332,7 +333,7 @@ def test_close_processes_what_waits_and_ends_the_threads() -> None:
     look = Look("look")
     learner = tiny_learner(look, n_batches=3, executor=DaskExecutor())
     learner.epoch(TrainingPhase)
-    assert lane_threads() == ["flowtrain lane look"]
+    wait_for(lambda: lane_threads() == ["flowtrain lane look"])  # a thread may begin to run a moment later
     learner.close()
     assert len(look.values) == 3
     assert lane_threads() == []
