@@ -7,6 +7,7 @@ the next ```text block character for character; a block with neither has no ```t
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 import traceback
@@ -42,8 +43,13 @@ class Block:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_document(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.random.fork_rng():
-        execute(document.read_text("utf-8"), document.name, monkeypatch)
+    logger = logging.getLogger("flowtrain")
+    level = logger.level  # which a document may set
+    try:
+        with torch.random.fork_rng():
+            execute(document.read_text("utf-8"), document.name, monkeypatch)
+    finally:
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -8,6 +8,7 @@ the code executes, and Python raises `KeyboardInterrupt` at the places where a u
 from __future__ import annotations
 
 import _thread
+import gc
 import signal
 import sys
 import threading
@@ -70,6 +71,8 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
         hung.set()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    collecting = gc.isenabled()
+    gc.disable()  # what is raised in a callback of the collector, such as hypothesis has one, goes no further
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = sys.gettrace()
     watch = threading.Timer(_HANGS, end)
