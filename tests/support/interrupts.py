@@ -89,6 +89,8 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
         sys.settrace(before)
         watch.cancel()
         left_handler = signal.signal(signal.SIGINT, handler)
+        if collecting:
+            gc.enable()
     assert left_handler is signal.default_int_handler, f"interrupt before instruction {number}: another handler is left"
     assert not hung.is_set(), f"the function hangs after an interrupt before instruction {number}"
     return left <= 0, raised
