@@ -226,6 +226,6 @@ def _strided(
 
 
 def _load(saved: bytes) -> torch.Tensor:
-    with warnings.catch_warnings():  # of torch about itself, the first time that it loads a quantised tensor
+    with warnings.catch_warnings():  # torch warns of a class of its own when it first loads a quantised tensor
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # by `_reduce_tensor`

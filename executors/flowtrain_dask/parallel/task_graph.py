@@ -92,7 +92,7 @@ def compile_plan(plan: Plan) -> EventGraph:
     return graph
 
 
-def _nothing(*_: object) -> None: ...
+def _nothing(*_: object) -> None: ...  # dask draws the key of a task, not the name of its function
 
 
 def _run(run: Callable[[int], Any], position: int, *_: object) -> Any:
