@@ -26,7 +26,8 @@ class Stage:
     """Copies values for one checkpoint. Tensors that share their memory share it in the copy too."""
 
     def __init__(self) -> None:
-        self._clones: dict[tuple[Any, ...], torch.Tensor] = {}
+        # Each tensor is held with its clone: if it were freed, the next one could get its address.
+        self._clones: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def copy(self, value: Any, owner: str, path: str = "") -> Any:
         """Return a copy that nobody else holds.
@@ -60,13 +61,15 @@ class Stage:
         raise _refuse(value, owner, path or "itself")
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the copy of a tensor. Two objects that show the same elements, such as tied weights, have one copy."""
         place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
         key: tuple[Any, ...] = (id(tensor),)
         if place:
-            key = (place, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            key = (place, tensor.device, tensor.dtype, *view)
         if key not in self._clones:
-            self._clones[key] = tensor.detach().to("cpu", copy=True)
-        return self._clones[key]
+            self._clones[key] = tensor, tensor.detach().to("cpu", copy=True)
+        return self._clones[key][1]
 
     def pack(self, value: Any, path: str) -> Any:
         """Return an entry of ``cbstate`` as a dict of one item, from its kind to its content in plain values.

@@ -213,6 +213,36 @@ def test_tensors_are_copied_and_shared_ones_stay_shared(tmp_path: Path) -> None:
     assert type(number) is float
 
 
+class Makes(Callback):
+    """A callback that makes a tensor, filled with its number, each time it is asked for its state."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"numbers": torch.full((1000,), self.number)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.number = state["numbers"].mean().item()
+
+
+def test_tensors_that_live_only_while_they_are_saved_keep_their_values(tmp_path: Path) -> None:
+    """Each of these tensors was freed at once, and the next one, at its address, was taken for the same tensor."""
+    learner_of(*[Makes(float(number)) for number in range(8)], Checkpointer(tmp_path)).fit(1)
+    callbacks = [Makes(-1.0) for _ in range(8)]
+    learner_of(*callbacks).load(tmp_path)
+    assert [callback.number for callback in callbacks] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def test_views_that_show_other_values_of_the_same_memory_are_saved_with_these_values(tmp_path: Path) -> None:
+    """A conjugate view and a negative view differ from the tensor in one bit, and their elements have other values."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    learner_of(Holds((z, z.conj(), z.imag, z.conj().imag)), Checkpointer(tmp_path)).fit(1)
+    other = Holds(None)
+    learner_of(other).load(tmp_path)
+    assert [each.tolist() for each in other.value] == [[1 + 2j, 3 - 4j], [1 - 2j, 3 + 4j], [2, -4], [-2, 4]]
+
+
 @pytest.mark.parametrize(
     ("make", "shown"),
     [
