@@ -135,6 +135,7 @@ from flowtrain.graph.registry import callback_graph
 from flowtrain.learner import Learner
 from flowtrain.logging import backend as _backend
 from flowtrain.state import hyperparameters as _hyperparameters
+from flowtrain.state.random_numbers import seed_everything
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -199,6 +200,7 @@ __all__ = [
     "find_learning_rate",
     "on",
     "resolve",
+    "seed_everything",
 ]
 
 # The documented paths of modules that have moved since: both names are one module.

@@ -20,6 +20,7 @@ from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core.core import TorchCore
+from flowtrain.diagnostics.dry_run import DryRun, dry_run
 from flowtrain.diagnostics.plots import plot
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
@@ -40,23 +41,17 @@ from flowtrain.training.arguments import (
     check_path,
     check_phase,
     no_attribute,
+    with_defaults,
 )
 from flowtrain.training.callback_changes import CallbackChanges
-from flowtrain.training.data import check_fit_data, loaders
+from flowtrain.training.data import check_fit_data, limited, loaders
 from flowtrain.training.loop import Loop
 
-__all__ = ["Learner", "with_defaults"]
+__all__ = ["Learner"]
 
 
-def with_defaults(chosen: list[Callback], wanted: object) -> list[Callback]:
-    """Return the chosen callbacks, followed by the default ones whose type is not among them, as far as wanted."""
-    if wanted not in (True, False, "quiet"):
-        raise UsageError(
-            f'default_callbacks={wanted!r} is not True, False or "quiet". Your own callbacks go into callbacks=[...].'
-        )
-    printing: list[type[Callback]] = [] if wanted == "quiet" else [ProgressBar, MetricsPrinter]
-    kinds = [Recorder, Metrics, StopOnNaNLoss, *printing] if wanted else []
-    return [*chosen, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen))]
+_QUIET: tuple[type[Callback], ...] = (Recorder, Metrics, StopOnNaNLoss)
+_PRINTING: tuple[type[Callback], ...] = (ProgressBar, MetricsPrinter)
 
 
 class Learner:
@@ -108,7 +103,7 @@ class Learner:
         self.state.data = loaders(data)
         self.strict = strict
         self.stopped: BaseException | None = None
-        chosen = with_defaults(as_list(callbacks), default_callbacks)
+        chosen = with_defaults(as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
         self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
@@ -128,6 +123,7 @@ class Learner:
         *,
         steps: int | None = None,
         validate_every: int | None = None,
+        limit_batches: float | Mapping[Any, float] | None = None,
         data: Any = None,
         resume: str | PathLike[str] | None = None,
         **unknown: Never,
@@ -141,7 +137,10 @@ class Learner:
         Args:
             epochs: The number of epochs of each phase.
             steps: The number of training batches.
-            validate_every: The number of training batches in an epoch; only with `steps`.
+            validate_every: With `steps`, the number of training batches in an epoch. With `epochs`, the number of
+                training epochs after which the phases that do not train run; they run after the last one too.
+            limit_batches: The most batches in a pass over a loader, for short runs: a number, a share as ``0.1``, or a
+                mapping from phases to these. A schedule is stretched over the updates that are left.
             data: Loaders for this fit, as for `Learner`.
             resume: The checkpoint to resume from, or a folder whose latest checkpoint is used. `epochs`, or `steps`, is
                 then the total, with the part before the checkpoint: pass the same number as to the first fit.
@@ -160,7 +159,7 @@ class Learner:
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
-            chosen = self.state.data if data is None else loaders(data)
+            chosen = limited(self.state.data if data is None else loaders(data), limit_batches)
             self._check_phases(chosen)
             check_fit_data(chosen, by_steps=steps is not None, stacklevel=2)
             before, self.state.data = self.state.data, chosen  # handlers see the loaders of this fit
@@ -393,6 +392,17 @@ class Learner:
         recording = record(self, callback)
         print(recording)
         return recording
+
+    def dry_run(self) -> DryRun:
+        """Run all handlers for one batch of every phase, on copies, and return a table of the time that each took.
+
+        Throttled handlers run too. No record, checkpoint or line is written, and the learner does not change.
+
+        Raises:
+            UsageError: The learner has no data, or an object cannot be copied.
+        """
+        self._ready("dry_run()")
+        return dry_run(self)
 
     def audit_syncs(self) -> SyncReport:
         """Find the lines at which the host waits for the device, print them by callback with a remedy, and return them.

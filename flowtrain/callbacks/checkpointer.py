@@ -24,6 +24,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.stopping.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type, whole_number
+from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["Checkpointer"]
@@ -136,7 +137,8 @@ class Checkpointer(Callback):
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
-        self._try_folder()
+        if identity() is None:  # a dry run makes no folder
+            self._try_folder()
         for other in learner.callbacks:
             if (
                 isinstance(other, Checkpointer)

@@ -25,6 +25,7 @@ from flowtrain.errors import UsageError, describe
 from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.device_values import Reading
+from flowtrain.training.data import unlimited
 
 __all__ = ["Metrics"]
 
@@ -270,6 +271,7 @@ class Metrics(Callback):
 
 def _samples(loader: object) -> int | None:
     """Return the batch size of a loader; ``None`` if it is not known, or its only batch may be smaller."""
+    loader = unlimited(loader)
     if not isinstance(loader, torch.utils.data.DataLoader):
         return None
     endless = isinstance(loader.dataset, torch.utils.data.IterableDataset)

@@ -8,8 +8,6 @@ model that shares its parameters (`shared_copy`), so that the model's buffers do
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -27,11 +25,14 @@ from flowtrain.core.devices import place
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.training.data import LimitedLoader
 from flowtrain.training.loop import Loop
 
 __all__ = [
     "CannotLook",
     "LearnerParts",
+    "aside",
     "copied",
     "copies",
     "first_batch",
@@ -48,6 +49,7 @@ class LearnerParts(Protocol):
     state: LearnerState
     core: TorchCore
     loop: Loop
+    stopped: BaseException | None
 
     def __init__(
         self,
@@ -113,11 +115,23 @@ def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tu
         ) from error
 
 
+def _copy_of(raw: Any, what: str) -> Any:
+    try:
+        return copy.deepcopy(raw)
+    except Exception as error:
+        raise UsageError(
+            f"The dry run works on copies, and {what} cannot be copied: {type(error).__name__}: {error}. Let the "
+            f"loader give tensors and plain values."
+        ) from error
+
+
 def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
-    """Return the first batch of each phase, in a list that serves as a loader; phases without a batch are left out.
+    """Return a copy of the first batch of each phase, in a list that serves as a loader.
+
+    Phases without a batch are left out. The loaders' own generators are as they were before.
 
     Raises:
-        UsageError: There are no loaders, or one of them can be iterated only once.
+        UsageError: There are no loaders, one of them can be iterated only once, or a batch cannot be copied.
     """
     if not data:
         raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
@@ -128,25 +142,24 @@ def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
                 f"The data for {phase!r} is an iterator: the dry run would use up its first batch. Pass a list, a "
                 f"DataLoader, or anything that can be iterated again."
             )
-        for raw in loader:
-            found[phase] = [raw]
-            break
+        before = loader_state(loader)
+        try:
+            for raw in loader:
+                found[phase] = [_copy_of(raw, f"the first batch of {phase!r}")]
+                break
+        finally:
+            set_loader_state(loader, before)  # a loader may draw its order from a generator of its own
     return found
 
 
 @contextmanager
 def same_rng() -> Generator[None]:
-    """Restore the generators of torch, Python and numpy after the context."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numbers = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(numbers)
+    """Restore the generators of torch, Python, numpy and the accelerator after the context."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 M = TypeVar("M")
@@ -159,19 +172,30 @@ class CannotLook(Exception):
 def first_batch(loader: Any) -> list[Any]:
     """Return a list with a copy of the first batch of a loader; an empty list if the loader has no batch.
 
+    Raises:
+        CannotLook: As for `aside`.
+    """
+    return copy.deepcopy(list(islice(aside(loader), 1)))
+
+
+def aside(loader: Any) -> Iterable[Any]:
+    """Return an iterable over the batches of a loader that training does not notice if it runs within `same_rng`.
+
     Only sequences can be read without a change for training, and a `torch.utils.data.DataLoader` of a dataset with
     indices, which is read in this process and with copies of its samplers.
 
     Raises:
         CannotLook: `loader` is another one, or its samplers cannot be copied.
     """
+    if isinstance(loader, LimitedLoader):
+        return LimitedLoader(aside(loader.loader), loader.most)
     if isinstance(loader, Sequence):  # a handler sees the read-only twin of a list, which is a sequence too
-        return copy.deepcopy(list(islice(loader, 1)))
+        return loader
     if not isinstance(loader, DataLoader):
         raise CannotLook(f"a {type(loader).__name__} may lose the batches that are taken from it before training")
     if isinstance(loader.dataset, IterableDataset):
         raise CannotLook("an IterableDataset may lose the batches that are taken from it before training")
-    return copy.deepcopy(list(islice(_separate(loader), 1)))
+    return _separate(loader)
 
 
 def _separate(loader: DataLoader[Any]) -> Iterable[Any]:

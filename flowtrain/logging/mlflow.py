@@ -15,11 +15,11 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flowtrain.errors import LoggingError
+from flowtrain.errors import LoggingError, is_a
 from flowtrain.logging.backend import (
     Figure,
     File,
@@ -61,11 +61,23 @@ class MLflowBackend(LoggerBackend):
         experiment: The experiment, which is made if it does not exist.
         run_name: The name of the MLflow run; MLflow invents a name by default.
         tracking_uri: The place where MLflow keeps its runs; MLflow's own setting by default.
+        tags: The tags of the run: texts by name. ``{"mlflow.note.content": "..."}`` is the description of the run.
+
+    Raises:
+        LoggingError: `tags` is no such mapping, or has a tag of flowtrain's own.
     """
 
     accepts = (Value, Image, Text, Figure, File, Settings)
 
-    def __init__(self, experiment: str, run_name: str | None = None, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self,
+        experiment: str,
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tags = _checked(tags)
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri
@@ -100,8 +112,11 @@ class MLflowBackend(LoggerBackend):
             if found:
                 self.run_id, self._before = found[0].info.run_id, found[0].info.status
                 client.update_run(self.run_id, status="RUNNING")
+                for name, text in self.tags.items():
+                    client.set_tag(self.run_id, name, text)
             else:
-                self.run_id = client.create_run(number, tags={_RUN: run.id}, run_name=self.run_name).info.run_id
+                tags = {**self.tags, _RUN: run.id}
+                self.run_id = client.create_run(number, tags=tags, run_name=self.run_name).info.run_id
                 self._before = "RUNNING"
             keys = client.get_run(self.run_id).data.metrics
             self._counts = Counter({key: len(client.get_metric_history(self.run_id, key)) for key in keys})
@@ -175,7 +190,7 @@ class MLflowBackend(LoggerBackend):
         with self._explained(f"continue run {old}"):
             known = client.get_run(old)
             kept = {key: self._history(old, key, count) for key, count in position["metrics"].items()}
-            tags = {_RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}
+            tags = {**self.tags, _RUN: known.data.tags.get(_RUN, ""), _CONTINUES: old}
             new = client.create_run(known.info.experiment_id, tags=tags, run_name=known.info.run_name)
             client.set_tag(self.run_id, _RUN, "")
             # A run whose status is still RUNNING was killed without a chance to set its status.
@@ -238,6 +253,25 @@ class MLflowBackend(LoggerBackend):
     def __repr__(self) -> str:
         where = f", tracking_uri={self.tracking_uri!r}" if self.tracking_uri else ""
         return f"MLflowBackend({self.experiment!r}{where})"
+
+
+def _checked(tags: object) -> dict[str, str]:
+    """Return the tags of the user.
+
+    Raises:
+        LoggingError: They are no mapping from names to texts, or one of them is a tag of flowtrain's own.
+    """
+    if tags is None:
+        return {}
+    if not isinstance(tags, Mapping) or not all(is_a(part, str) and part for pair in tags.items() for part in pair):
+        raise LoggingError(f"MLflowBackend(tags={tags!r}): tags is a mapping of texts: tags={{'dataset': 'v2'}}.")
+    for name in (_RUN, _CONTINUES):
+        if name in tags:
+            raise LoggingError(
+                f"MLflowBackend(tags={dict(tags)!r}): {name!r} is set by flowtrain, which finds its runs by it. "
+                f"Give the tag another name."
+            )
+    return dict(tags)
 
 
 def _artifact(content: bytes, step: int, suffix: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ The exit code of the W&B run is the outcome of training: 0, 1 after an error, 25
 
 W&B cannot remove records. A run that is resumed from a checkpoint gets a new W&B run, whose configuration has under
 ``flowtrain`` the id of the earlier W&B run and the number of its records that count. The W&B runs of one run share a
-W&B group.
+W&B group, unless the user names another group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import base64
 import json
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,12 @@ class WandbBackend(LoggerBackend):
         run_name: The name of the W&B run; W&B invents a name by default.
         folder: The folder in which W&B keeps its files; the working directory by default.
         mode: ``"online"``, ``"offline"`` (``wandb sync`` uploads it later), or ``None`` for W&B's own setting.
+        entity: The user or team that owns the project; W&B's own setting by default.
+        group: The W&B group of the run; by default one for each run of flowtrain and the runs that resume it.
+        tags: The tags of the run, each of 1 to 64 characters.
+
+    Raises:
+        LoggingError: `tags` is no list of such texts.
     """
 
     accepts = (Value, Image, Text, Histogram, Figure, File, Settings)
@@ -71,7 +77,17 @@ class WandbBackend(LoggerBackend):
         run_name: str | None = None,
         folder: str | os.PathLike[str] | None = None,
         mode: str | None = None,
+        *,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
     ) -> None:
+        if not _are_tags(tags):
+            raise LoggingError(
+                f"WandbBackend(tags={tags!r}): tags is a list of texts, each of 1 to 64 characters: "
+                f"tags=['baseline', 'v2']."
+            )
+        self.entity, self.group, self.tags = entity, group, tuple(tags)
         self.project = project
         self.run_name = run_name
         self.folder = os.path.abspath(os.fspath(folder) if folder is not None else ".")
@@ -87,8 +103,9 @@ class WandbBackend(LoggerBackend):
 
     @property
     def sink(self) -> str:
-        """The folder, the project and the name of the run."""
-        return f"wandb:{self.folder}:{self.project}:{self.run_name or ''}"
+        """The folder, the project, after the entity if it is given, and the name of the run."""
+        owner = f"{self.entity}/" if self.entity else ""
+        return f"wandb:{self.folder}:{owner}{self.project}:{self.run_name or ''}"
 
     def open(self, run: Run) -> None:
         """Begin a W&B run."""
@@ -173,9 +190,11 @@ class WandbBackend(LoggerBackend):
         quiet = wandb.Settings(silent=True, console="off")
         with self._explained("be opened"):
             self._run = wandb.init(
+                entity=self.entity,
                 project=self.project,
                 name=self.run_name,
-                group=self._run_id,
+                group=self.group or self._run_id,
+                tags=self.tags or None,  # so that W&B's own setting counts
                 dir=self.folder,
                 mode=self.mode,
                 reinit="create_new",
@@ -228,3 +247,9 @@ class WandbBackend(LoggerBackend):
 
     def __repr__(self) -> str:
         return f"WandbBackend({self.project!r}, folder={self.folder!r})"
+
+
+def _are_tags(tags: object) -> bool:
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        return False
+    return all(isinstance(tag, str) and 1 <= len(tag) <= 64 for tag in tags)

@@ -1,4 +1,6 @@
-"""Random numbers for deferrable callbacks, which draw without changing training.
+"""The seed of a program, and random numbers for deferrable callbacks, which draw without changing training.
+
+`seed_everything` is for users: it seeds all generators before training. All else here is for deferrable callbacks.
 
 The generators of Python, numpy and torch are global to a process. If a logger drew from them, the dropout and the
 shuffling that come after it would draw other numbers, and training would depend on who logs. So each call of a
@@ -11,20 +13,63 @@ to the same event.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 
+from flowtrain.errors import UsageError, is_whole
 from flowtrain.state import accelerator
 
-__all__ = ["Draws", "own_numbers"]
+__all__ = ["Draws", "own_numbers", "seed_everything"]
 
 _NUMPY_BYTES = 2500
 """The size of numpy's ``MT19937`` state: 624 words and the position among them."""
+
+
+def seed_everything(seed: int, *, deterministic: bool | Literal["warn"] = False) -> int:
+    """Seed the generators of Python, of NumPy if it is installed, and of torch on the CPU and on all devices.
+
+    Call it before the model is made. Workers of a data loader get seeds that the loader draws from torch. A run with
+    the same seed has the same result on the same machine and number of threads if every operation is deterministic.
+
+    Args:
+        seed: The seed, from 0 to 2**32 - 1.
+        deterministic: Whether torch uses deterministic algorithms only, from now on: an operation that has none raises
+            an error, or with ``"warn"`` a warning. This may be slower. ``False`` leaves torch's setting as it is.
+
+    Returns:
+        The seed.
+
+    Raises:
+        UsageError: `seed` is no whole number in this range, or `deterministic` is another value.
+
+    >>> seed_everything(7)
+    7
+    >>> first = torch.rand(2)
+    >>> torch.equal(first, torch.rand(2)), seed_everything(7), torch.equal(first, torch.rand(2))
+    (False, 7, True)
+    """
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything({seed!r}): the seed is a whole number from 0 to 2**32 - 1, such as 42.")
+    if deterministic not in (True, False, "warn"):
+        raise UsageError(f"seed_everything(deterministic={deterministic!r}): deterministic is True, False or 'warn'.")
+    seed = int(seed)  # NumPy's integers too
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if find_spec("numpy") is not None:  # also if it is not imported yet: the program may draw from it later
+        import_module("numpy").random.seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be deterministic
+        torch.backends.cudnn.benchmark = False  # a benchmark may choose another algorithm in each run
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+    return seed
 
 
 class Draws:

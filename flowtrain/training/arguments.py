@@ -30,6 +30,7 @@ __all__ = [
     "check_path",
     "check_phase",
     "no_attribute",
+    "with_defaults",
 ]
 
 
@@ -52,14 +53,18 @@ _ARGUMENTS = {
     ),
     "learner.fit(10)": "epochs max_epochs n_epoch n_epochs num_epochs nb_epochs num_train_epochs",
     "learner.fit(steps=1000), with validate_every=100 to evaluate in between": (
-        "max_steps num_steps n_steps steps_per_epoch limit_train_batches val_check_interval eval_steps eval_every "
-        "validation_freq check_val_every_n_epoch"
+        "max_steps num_steps n_steps steps_per_epoch val_check_interval eval_steps eval_every"
     ),
+    "learner.fit(10, validate_every=2) to evaluate after every second epoch": "validation_freq check_val_every_n_epoch",
+    "learner.fit(10, limit_batches=100), or limit_batches={TrainingPhase: 0.1, ValidationPhase: 5}": (
+        "limit_train_batches limit_val_batches limit_test_batches overfit_batches validation_steps"
+    ),
+    "learner.dry_run() before fit": "fast_dev_run num_sanity_val_steps",
     "learner.fit(10, resume=folder), with Checkpointer(folder) among the callbacks": (
         "ckpt_path checkpoint checkpoint_path resume_from_checkpoint initial_epoch default_root_dir output_dir"
     ),
     'default_callbacks="quiet" in Learner': "verbose progress progress_bar enable_progress_bar",
-    "torch.manual_seed(0) before the model is made": "seed random_state",
+    "flowtrain.seed_everything(0) before the model is made": "seed random_state deterministic",
 }
 """Maps the code to write to the names, separated by spaces, that other libraries have for that argument."""
 
@@ -210,6 +215,28 @@ def as_list(callbacks: Any) -> list[Callback]:
     return list(callbacks)
 
 
+def with_defaults(
+    chosen: list[Callback], wanted: object, quiet: Iterable[type[Callback]], printing: Iterable[type[Callback]]
+) -> list[Callback]:
+    """Return the chosen callbacks, followed by the default ones whose type is not among them, as far as wanted.
+
+    Args:
+        chosen: The callbacks of the user.
+        wanted: The argument ``default_callbacks`` of a learner.
+        quiet: The types of the default callbacks that print no line.
+        printing: The types of those that print.
+
+    Raises:
+        UsageError: `wanted` is neither ``True`` nor ``False`` nor ``"quiet"``.
+    """
+    if wanted not in (True, False, "quiet"):
+        raise UsageError(
+            f'default_callbacks={wanted!r} is not True, False or "quiet". Your own callbacks go into callbacks=[...].'
+        )
+    kinds = [*quiet, *(() if wanted == "quiet" else printing)] if wanted else []
+    return [*chosen, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen))]
+
+
 def as_phase(phase: Any, what: str) -> Phase:
     """Return the phase; for a phase type, its instance.
 
@@ -231,17 +258,13 @@ def check_counts(epochs: object, steps: object, validate_every: object) -> tuple
     """Check the three arguments that set the length of a fit, and return them in the same order.
 
     Raises:
-        UsageError: Both or neither of `epochs` and `steps` are given, one of the numbers is not whole or below 1, or
-            `validate_every` is given without `steps`.
+        UsageError: Both or neither of `epochs` and `steps` are given, or one of the numbers is not whole or below 1.
     """
     if (epochs is None) == (steps is None):
         raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
     named = {"epochs": epochs, "steps": steps, "validate_every": validate_every}
     found = (None if each is None else whole_number(f"fit(): {name}", each) for name, each in named.items())
-    counts = tuple(found)
-    if validate_every is not None and steps is None:
-        raise UsageError("fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100).")
-    return counts
+    return tuple(found)
 
 
 def check_path(path: object, called: str, instead: str) -> None:

@@ -3,13 +3,18 @@
 A loader is any iterable of batches. A loader that knows its length is checked before the fit, any other after its first
 epoch. The number of updates is known before a fit if every training loader knows its length; schedules that span a
 whole fit need it. Every accumulation group of batches is one update; the last group of an epoch may be shorter.
+
+A fit with ``limit_batches`` runs over `LimitedLoader` objects, so that lengths, positions and passes are those of the
+limited loaders everywhere.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from math import ceil
+from itertools import islice
+from math import ceil, floor
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,19 +26,22 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import DataError, UsageError, describe
+from flowtrain.errors import DataError, UsageError, describe, is_a, is_whole, whole_number
 from flowtrain.state.by_phase import PhaseMap
 
 __all__ = [
+    "LimitedLoader",
     "check_fit_data",
     "check_gave",
     "has_workers",
     "length",
+    "limited",
     "loaders",
     "parts",
     "planned_updates",
     "set_epoch",
     "shortest",
+    "unlimited",
 ]
 
 _EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
@@ -181,12 +189,95 @@ def _empty(phase: Phase, loader: object) -> str:
 
 def length(loader: object) -> int | None:
     """Return the number of batches in a loader, or ``None`` if the loader does not know it for certain."""
+    if isinstance(loader, LimitedLoader):
+        return len(loader)
     if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
         return None  # a DataLoader divides the length that the dataset claims; with workers it may give more batches
     try:
         return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # no __len__: TypeError
     except (TypeError, NotImplementedError):
         return None
+
+
+class LimitedLoader:
+    """The first batches of a loader, in every pass. All other attributes are those of the loader.
+
+    A loader that does not know its length, such as one over a stream, is taken to have as many batches as the limit
+    allows, so that a fit over it has a length.
+
+    Args:
+        loader: The loader.
+        most: The greatest number of batches in a pass.
+    """
+
+    def __init__(self, loader: Any, most: int) -> None:
+        self.loader, self.most = loader, most
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.most)
+
+    def __len__(self) -> int:
+        known = length(self.loader)
+        return self.most if known is None else min(known, self.most)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):  # a copy asks for these before it has a loader
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __repr__(self) -> str:
+        return f"LimitedLoader({self.loader!r}, {self.most})"
+
+
+def limited(data: PhaseMap[Any], limit: object) -> PhaseMap[Any]:
+    """Return the loaders of a fit, each with its limit on the number of batches.
+
+    Args:
+        data: The loaders by phase.
+        limit: The argument ``limit_batches`` of `Learner.fit`; ``None`` for no limits.
+
+    Raises:
+        UsageError: A limit is neither a whole number from 1 nor a share from above 0 to 1, is a share of a loader that
+            does not know its length, or is for a phase that `data` does not have.
+    """
+    if limit is None or not data:  # a fit without data is refused later
+        return data
+    limits: Mapping[Any, Any] = limit if isinstance(limit, Mapping) else dict.fromkeys(data, limit)
+    found: PhaseMap[Any] = PhaseMap("data")
+    found.update(data)
+    for key, each in limits.items():
+        phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
+        if not isinstance(phase, Phase) or phase not in data:
+            raise UsageError(
+                f"fit(limit_batches={limit!r}) limits {key!r}, and the fit has data for {', '.join(map(repr, data))}. "
+                f"Write limit_batches={{{next(iter(data))!r}: 100}}."
+            )
+        found[phase] = LimitedLoader(data[phase], _most(each, phase, data[phase]))
+    return found
+
+
+def _most(limit: object, phase: Phase, loader: Any) -> int:
+    """Return the number of batches that a limit of the user allows in a pass over a loader."""
+    what = f"fit(): limit_batches of {phase!r}"
+    if is_whole(limit):
+        return whole_number(what, limit)
+    if is_a(limit, bool) or not isinstance(limit, Real) or not 0 < float(limit) <= 1:
+        raise UsageError(
+            f"{what} is a whole number of batches, at least 1, or a share of the loader, above 0.0 and up to 1.0, got "
+            f"{limit!r}. To leave a phase out, leave it out of data."
+        )
+    known = length(loader)
+    if known is None:
+        raise UsageError(
+            f"{what} is the share {limit!r}, and the loader ({type(loader).__name__}) does not know how many batches "
+            f"it has. Write a number of batches: limit_batches={{{phase!r}: 100}}."
+        )
+    return max(1, floor(round(known * float(limit), 6)))  # rounded: 0.29 * 100 is a little less than 29
+
+
+def unlimited(loader: Any) -> Any:
+    """Return the loader itself; for a `LimitedLoader`, the loader that it limits."""
+    return loader.loader if isinstance(loader, LimitedLoader) else loader
 
 
 def shortest(*lengths: int | None) -> int | None:

@@ -6,7 +6,7 @@ closes the batch, the epoch and the fit that it leaves, and `FitEnd` runs for ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -91,7 +91,8 @@ class Loop:
             data: The loaders by phase.
             epochs: The number of rounds, or ``None``.
             steps: The number of batches of the training phase, if `epochs` is ``None``.
-            validate_every: The number of batches in a training epoch; ``None`` for one pass of the loader.
+            validate_every: With `steps`, the number of batches in a training epoch; ``None`` for one pass of the
+                loader. With `epochs`, the number of rounds after which phases that do not train run; ``None`` for one.
 
         Raises:
             BaseException: Every error and interrupt, after the fit is closed.
@@ -130,8 +131,7 @@ class Loop:
             # before this checkpoint.
             self.checkpoints.restore_random()
             if epochs is not None:
-                while position.rounds < epochs:
-                    self._fit_round(data, position)
+                self._fit_epochs(data, epochs, validate_every or 1, position)
             else:
                 self._fit_steps(data, steps or 0, validate_every, position)
         except BaseException as failure:  # raised below, after the fit is closed
@@ -152,7 +152,14 @@ class Loop:
             return cancel
         return None
 
-    def _fit_round(self, data: PhaseMap[Any], position: Position) -> None:
+    def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int, position: Position) -> None:
+        """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""
+        training: dict[Phase, Any] = {phase: loader for phase, loader in data.items() if isinstance(phase, AbstractTrainingPhase)}
+        while position.rounds < epochs:
+            number = position.rounds + 1
+            self._fit_round(data if number == epochs or number % every == 0 else training, position)
+
+    def _fit_round(self, data: Mapping[Phase, Any], position: Position) -> None:
         """Run an epoch of every phase whose epoch in this round is not complete yet."""
         for phase, loader in data.items():
             if repr(phase) not in position.done:

@@ -65,7 +65,20 @@ def test_the_first_batch_of_every_loader() -> None:
     data = tiny_learner(data=(tiny_batches(n_batches=3), tiny_batches(n_batches=2))).data
     found = first_batches(data)
     assert [(phase, len(batches)) for phase, batches in found.items()] == [(phase, 1) for phase in data]
-    assert all(found[phase][0] is data[phase][0] for phase in data)
+    for phase, [(x, y)] in found.items():
+        first = data[phase][0]
+        assert torch.equal(x, first[0])
+        assert torch.equal(y, first[1])
+        assert x is not first[0], "a handler may write into it"
+
+
+def test_a_generator_of_a_loader_does_not_move() -> None:
+    generator = torch.Generator().manual_seed(3)
+    dataset = torch.utils.data.TensorDataset(torch.arange(8.0)[:, None], torch.arange(8.0)[:, None])
+    loader = torch.utils.data.DataLoader(dataset, 2, shuffle=True, generator=generator)
+    before = generator.get_state()
+    tiny_learner(data=loader).suggest_access(Recorder())
+    assert torch.equal(generator.get_state(), before)
 
 
 def draw() -> tuple[float, float, float]:

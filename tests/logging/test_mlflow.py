@@ -287,3 +287,43 @@ def mlflow_client(backend: MLflowBackend) -> Any:
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=backend.tracking_uri)
+
+
+def test_tags_are_those_of_the_user_also_in_the_run_that_continues(tmp_path: Path) -> None:
+    uri = (tmp_path / "mlruns").as_uri()
+    backend = MLflowBackend("digits", tracking_uri=uri, tags={"dataset": "v2", "mlflow.note.content": "A try."})
+    backend.open(Run("r"))
+    backend.write(backend.encode(Value(1), "Loss", 1, STEP))
+    position = backend.flush()
+    backend.write(backend.encode(Value(2), "Loss", 2, STEP))
+    backend.close()
+    again = MLflowBackend("digits", tracking_uri=uri, tags={"dataset": "v3"})
+    again.open(Run("r", resumed=True))  # the earlier run, whose tag is replaced
+    assert [run.data.tags["dataset"] for run in runs(tmp_path)] == ["v3"]
+    again.restore(position)
+    again.close()
+    tags = {run.info.run_id: run.data.tags for run in runs(tmp_path)}
+    assert len(tags) == 2
+    assert {each["dataset"] for each in tags.values()} == {"v3"}
+    assert tags[backend.run_id]["mlflow.note.content"] == "A try."
+    assert tags[again.run_id]["flowtrain.continues"] == backend.run_id
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (["a"], "MLflowBackend(tags=['a']): tags is a mapping of texts: tags={'dataset': 'v2'}."),
+        ({"a": 1}, "MLflowBackend(tags={'a': 1}): tags is a mapping of texts: tags={'dataset': 'v2'}."),
+        ({"": "a"}, "MLflowBackend(tags={'': 'a'}): tags is a mapping of texts: tags={'dataset': 'v2'}."),
+        (
+            {"flowtrain.run": "a"},
+            "MLflowBackend(tags={'flowtrain.run': 'a'}): 'flowtrain.run' is set by flowtrain, which finds its runs by "
+            "it. Give the tag another name.",
+        ),
+    ],
+    ids=repr,
+)
+def test_tags_that_mlflow_would_not_take(tags: Any, message: str) -> None:
+    with pytest.raises(LoggingError) as caught:
+        MLflowBackend("digits", tags=tags)
+    assert str(caught.value) == message

@@ -199,3 +199,38 @@ learner.fit(1)
     assert (done.returncode, exit_codes(tmp_path)) == (code, [code]), done.stderr
     assert "could not be closed" not in done.stderr
     assert len((tmp_path / "log").read_text().splitlines()) >= 5
+
+
+def run_of(folder: Path) -> Any:
+    """Return the only run's own message."""
+    [path] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    [run] = [record.run for record in complete(path) if record.WhichOneof("record_type") == "run"]
+    return run
+
+
+def test_entity_group_and_tags_are_those_of_the_user(tmp_path: Path) -> None:
+    backend = WandbBackend("digits", "a", tmp_path, "offline", entity="team", group="sweep-3", tags=["baseline", "v2"])
+    assert backend.sink == f"wandb:{tmp_path}:team/digits:a"
+    backend.open(Run("r"))
+    backend.close()
+    run = run_of(tmp_path)
+    assert (run.entity, run.project, run.display_name) == ("team", "digits", "a")
+    assert (run.run_group, list(run.tags)) == ("sweep-3", ["baseline", "v2"])
+
+
+def test_without_them_the_group_is_that_of_the_run(tmp_path: Path) -> None:
+    backend = make(tmp_path)
+    assert backend.sink == f"wandb:{tmp_path}:digits:a"
+    backend.open(Run("r"))
+    backend.close()
+    run = run_of(tmp_path)
+    assert (run.entity, run.run_group, list(run.tags)) == ("", "r", [])
+
+
+@pytest.mark.parametrize("tags", ["baseline", ["a", ""], ["a" * 65], [3], 3, None], ids=repr)
+def test_tags_that_are_no_list_of_texts(tags: Any) -> None:
+    with pytest.raises(LoggingError) as caught:
+        WandbBackend("digits", tags=tags)
+    assert str(caught.value) == (
+        f"WandbBackend(tags={tags!r}): tags is a list of texts, each of 1 to 64 characters: tags=['baseline', 'v2']."
+    )

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import flowtrain
 from flowtrain import (
     Access,
     BatchEnd,
@@ -30,13 +34,14 @@ from flowtrain import (
     Read,
     TrainingPhase,
     UndeclaredWriteError,
+    UsageError,
     Write,
     on,
 )
 from flowtrain.callback.callback import draws_own
 from flowtrain.callbacks import CustomCallback, LogMetrics, LogVisualization, Metrics, when
 from flowtrain.logging import JsonlBackend
-from flowtrain.state.random_numbers import Draws, own_numbers
+from flowtrain.state.random_numbers import Draws, own_numbers, seed_everything
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
 
@@ -359,3 +364,69 @@ def test_suggest_access_does_not_suggest_what_is_refused(says: bool | None, caps
     assert found.union == ((("batch", "outputs"), Read()),)
     assert found.failure is None
     assert "rng" not in capsys.readouterr().out
+
+
+# --- seed_everything
+
+
+def drawn() -> tuple[float, float, list[float]]:
+    return random.random(), float(np.random.rand()), torch.rand(2).tolist()
+
+
+def test_one_seed_for_all_generators_which_is_returned() -> None:
+    number: Any = np.int64(42)
+    with own_numbers(0):
+        assert seed_everything(number) == 42
+        first = drawn()
+        assert drawn() != first
+        assert type(seed_everything(number)) is int
+        assert drawn() == first
+        assert torch.initial_seed() == 42
+        seed_everything(43)
+        assert drawn() != first
+        assert flowtrain.seed_everything is seed_everything
+
+
+def test_a_program_of_its_own() -> None:
+    program = "import flowtrain; flowtrain.seed_everything(5); import numpy; print(numpy.random.rand())"
+    expected = np.random.RandomState(5).rand()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == expected
+
+
+@pytest.mark.parametrize("deterministic", [True, "warn"])
+def test_deterministic_algorithms(deterministic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    was = torch.are_deterministic_algorithms_enabled()
+    try:
+        with own_numbers(0):
+            seed_everything(1)
+            assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (was, True)
+            assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+            seed_everything(1, deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is (deterministic == "warn")
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(was)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "seed_everything(-1): the seed is a whole number from 0 to 2**32 - 1, such as 42."),
+        ((2**32,), "seed_everything(4294967296): the seed is a whole number from 0 to 2**32 - 1, such as 42."),
+        ((True,), "seed_everything(True): the seed is a whole number from 0 to 2**32 - 1, such as 42."),
+        (("a",), "seed_everything('a'): the seed is a whole number from 0 to 2**32 - 1, such as 42."),
+        ((1, "yes"), "seed_everything(deterministic='yes'): deterministic is True, False or 'warn'."),
+    ],
+)
+def test_seeds_that_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    before = torch.initial_seed()
+    with pytest.raises(UsageError) as caught:
+        seed_everything(arguments[0], **({"deterministic": arguments[1]} if len(arguments) > 1 else {}))
+    assert str(caught.value) == message
+    assert torch.initial_seed() == before

@@ -149,7 +149,7 @@ def test_epoch_and_step_take_a_phase(what: str, phase: Any) -> None:
         (("3",), {}, "fit(): epochs is a whole number, at least 1, got '3'."),
         ((), {"steps": 0}, "fit(): steps is a whole number, at least 1, got 0."),
         ((), {"steps": 5, "validate_every": 0}, "fit(): validate_every is a whole number, at least 1, got 0."),
-        ((2,), {"validate_every": 5}, "fit(validate_every=...) goes with steps: fit(steps=1000, validate_every=100)."),
+        ((2,), {"validate_every": 0}, "fit(): validate_every is a whole number, at least 1, got 0."),
     ],
 )
 def test_counts_that_mean_nothing(args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> None:
@@ -177,6 +177,10 @@ def test_counts_that_mean_nothing(args: tuple[Any, ...], kwargs: dict[str, Any],
         ("accumulate_grad_batches", "core=TorchCore(device=..."),
         ("max_epochs", "learner.fit(10)"),
         ("val_check_interval", "learner.fit(steps=1000), with validate_every=100"),
+        ("check_val_every_n_epoch", "learner.fit(10, validate_every=2) to evaluate after every second epoch"),
+        ("limit_train_batches", "learner.fit(10, limit_batches=100), or limit_batches={TrainingPhase: 0.1, "),
+        ("fast_dev_run", "learner.dry_run() before fit"),
+        ("seed", "flowtrain.seed_everything(0) before the model is made"),
         ("ckpt_path", "learner.fit(10, resume=folder)"),
         ("cbs", "callbacks=[...] in Learner"),
         ("verbose", 'default_callbacks="quiet" in Learner'),
@@ -193,7 +197,7 @@ def test_arguments_of_other_libraries(name: str, advice: str) -> None:
     with pytest.raises(UsageError) as raised:
         learner.fit(**unknown)
     assert str(raised.value).startswith(f"fit() takes no argument {name!r}. Write {advice}")
-    assert str(raised.value).endswith("It takes epochs, steps, validate_every, data, resume.")
+    assert str(raised.value).endswith("It takes epochs, steps, validate_every, limit_batches, data, resume.")
     assert learner.model.coeff.item() == before
 
 

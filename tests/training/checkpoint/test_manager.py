@@ -173,6 +173,10 @@ FITS: dict[str, dict[str, Any]] = {
     "passes": {"steps": 17},
     "steps": {"steps": 17, "validate_every": 7},
     "long steps": {"steps": 17, "validate_every": 3},
+    "rare validation": {"epochs": 5, "validate_every": 2},
+    "limited": {"epochs": 4, "limit_batches": 3},
+    "limited passes": {"steps": 17, "limit_batches": {TrainingPhase: 4, ValidationPhase: 0.5}},
+    "limited steps": {"steps": 17, "validate_every": 7, "limit_batches": {TrainingPhase: 3}},
 }
 
 
