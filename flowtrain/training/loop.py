@@ -154,7 +154,9 @@ class Loop:
 
     def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int, position: Position) -> None:
         """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""
-        training: dict[Phase, Any] = {phase: loader for phase, loader in data.items() if isinstance(phase, AbstractTrainingPhase)}
+        training: dict[Phase, Any] = {
+            phase: loader for phase, loader in data.items() if isinstance(phase, AbstractTrainingPhase)
+        }
         while position.rounds < epochs:
             number = position.rounds + 1
             self._fit_round(data if number == epochs or number % every == 0 else training, position)

@@ -30,6 +30,7 @@ from flowtrain import (
     ValidationPhase,
     Write,
     on,
+    seed_everything,
 )
 from flowtrain.callbacks import (
     EMA,
@@ -67,7 +68,7 @@ class Busy(Callback):
         learner.batch.inputs.add_(1)
         learner.model.coeff.data.fill_(9.0)
         learner.cbstate.mine += 1
-        torch.rand(1), random.random(), np.random.rand()
+        self.drawn = (torch.rand(1), random.random(), np.random.rand())
         learner.request_checkpoint("never-written.ckpt")
 
     @on(BatchCancelled, access={})
@@ -100,7 +101,7 @@ def test_nothing_of_the_learner_changes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     results: list[Any] = []
     for tries in (0, 2):
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        seed_everything(1)
         batches, folder = tiny_batches(n_batches=3), tmp_path / str(tries)
         busy = Busy()
         learner = full(folder, busy, data=(shuffled(), batches), default_callbacks=True)
