@@ -15,12 +15,13 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flowtrain_dask.cluster.pickling import ValuePickler
 from flowtrain_dask.lanes.work import Entry, opened
 from flowtrain_dask.snapshots.pool import ALIGNMENT, aligned
+from flowtrain_dask.snapshots.series import Tail, tails_of
 
 __all__ = ["Encoded", "decode", "dump_entries", "encode", "load_entries", "memory_for"]
 
@@ -33,6 +34,7 @@ class Encoded:
 
     Args:
         obj: The object; it must not change as long as the pieces are used.
+        tails: What the series in it share, see `flowtrain_dask.snapshots.series.tails_of`.
 
     Attributes:
         pieces: The bytes, one piece after the other; the buffers among them are the memory of the object.
@@ -42,10 +44,10 @@ class Encoded:
         TypeError: Something in it can be sent to no other process.
     """
 
-    def __init__(self, obj: object) -> None:
+    def __init__(self, obj: object, tails: Mapping[int, Tail] | None = None) -> None:
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
-        self._pickler = ValuePickler(file, buffers.append)  # it keeps alive what the buffers show
+        self._pickler = ValuePickler(file, buffers.append, tails)  # it keeps alive what the buffers show
         self._pickler.dump(obj)
         parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
         head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
@@ -58,7 +60,9 @@ class Encoded:
 
 def dump_entries(entries: Sequence[Entry]) -> Encoded:
     """Return the events of a batch as bytes; a copy that several of them share is in there once."""
-    return Encoded([(*entry[:4], opened(entry.payload), *entry[5:]) for entry in entries])
+    payloads = [opened(entry.payload) for entry in entries]
+    rows = [(*entry[:4], payload, *entry[5:]) for entry, payload in zip(entries, payloads, strict=True)]
+    return Encoded(rows, tails_of(payloads))
 
 
 def load_entries(blob: bytes | memoryview) -> list[Entry]:

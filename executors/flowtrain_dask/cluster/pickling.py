@@ -19,7 +19,7 @@ import math
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from flowtrain.state.parameters import NamedTensors
-from flowtrain_dask.snapshots.series import CutMap, CutPhases
+from flowtrain_dask.snapshots.series import CutMap, CutPhases, Tail
 
 __all__ = ["ValuePickler", "dumps", "loads"]
 
@@ -64,8 +64,14 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
 
     waste: float = 4
 
-    def __init__(self, file: io.BytesIO, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
+        tails: Mapping[int, Tail] | None = None,
+    ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
+        self._tails = tails or {}
         self._storages: dict[tuple[int, int], tuple[torch.UntypedStorage, _Bytes]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
@@ -75,7 +81,9 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         uses ``torch.backends``, cannot pickle it.
         """
         kind = type(obj)
-        if kind is CutMap or kind is CutPhases:
+        if kind is CutMap:
+            return obj.reduced(self._tails)
+        if kind is CutPhases:
             return obj.__reduce__()
         if isinstance(obj, torch.Tensor):
             return self._reduce_tensor(obj)

@@ -7,13 +7,14 @@ the series with their lengths, from which it makes a cut when a handler reads on
 phase.
 
 A handler in another process gets the tail of a series: its length, its last value, and the values that were added since
-the handler's previous event. A pickle of a cut contains only these. A `Cutter` makes the cuts for one handler, and
-remembers the lengths at the handler's previous event.
+the handler's previous event. A pickle of a cut contains only these. The events of a batch contain their lengths, and
+share the values of all of them (`Tail`). A `Cutter` makes the cuts for one handler, and remembers the lengths at the
+handler's previous event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.device_values import Unread
 from flowtrain.state.series import ReadOnlySeries, ReadOnlySeriesMap, Series, SeriesMap
 
-__all__ = ["Cut", "CutMap", "CutPhases", "Cutter"]
+__all__ = ["Cut", "CutMap", "CutPhases", "Cutter", "Tail", "tails_of"]
 
 
 class Cut(ReadOnlySeries):
@@ -96,7 +97,7 @@ class Cut(ReadOnlySeries):
     def _refuse(self, what: str) -> NoReturn:
         raise UsageError(
             f"{self._path}: {what}, but the handler runs in another process, which gets len(), .last() and the values "
-            f"since the handler's last event: those from position {self._start} on. Declare "
+            f"since the handler's previous event: those from position {self._start} on. Declare "
             f'{{"{self._path}": Read(full=True)}}, and the callback stays in the process that trains.'
         )
 
@@ -114,51 +115,79 @@ class CutMap(ReadOnlySeriesMap):
         lengths: How many values of each series are shown.
         starts: For another process, the position of the first value of each series that is shown; a series without an
             entry is shown from its beginning. ``None`` shows all values in this process.
+        firsts: The position, in the whole series, of the first value in the lists of each series; ``None``: they are
+            the whole series.
     """
 
     __slots__ = ("_firsts", "lengths", "starts")
 
     def __init__(
-        self, path: str, series: dict[str, Series], lengths: dict[str, int], starts: dict[str, int] | None
+        self,
+        path: str,
+        series: dict[str, Series],
+        lengths: dict[str, int],
+        starts: dict[str, int] | None,
+        firsts: Mapping[str, int] | None = None,
     ) -> None:
         self._path, self._late, self._series = path, False, series
         self.lengths = lengths
         self.starts = starts
-        self._firsts: dict[str, int] | None = None  # in another process, see `arrived`
+        self._firsts = firsts
 
     def __getitem__(self, name: str) -> Cut:
-        series, starts = SeriesMap.__getitem__(self, name), self.starts
+        series, starts, firsts = SeriesMap.__getitem__(self, name), self.starts, self._firsts
         start = None if starts is None else starts.get(name, 0)
-        cut = Cut(series, self.lengths[name], start, 0 if self._firsts is None else self._firsts[name])
-        cut._path = f"{self._path}.{name}"
-        return cut
+        return Cut(series, self.lengths[name], start, 0 if firsts is None else firsts[name])
 
     def __twin__(self) -> Any:
         return self
 
-    def _spans(self) -> Iterator[tuple[str, int, int]]:
-        """Yield the name of each series, and the positions at which its shown values begin and end."""
-        starts = self.starts or {}
-        for name, length in self.lengths.items():
-            yield name, _start(starts.get(name, 0), length), length
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.reduced({})
+
+    def reduced(self, tails: Mapping[int, Tail]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return how the map is made again from its lengths and a tail; `tails_of` gives those of a batch."""
+        return _shown, (tails.get(id(self._series)) or Tail(self, self), self.lengths, self.starts)
+
+
+class Tail:
+    """The values of series by name that the events of a batch show, for another process.
+
+    Args:
+        first: The series as the first event shows them.
+        last: The same series as the last event shows them.
+    """
+
+    __slots__ = ("firsts", "path", "series")
+
+    def __init__(self, first: CutMap, last: CutMap) -> None:
+        self.path = first._path
+        self.firsts: dict[str, int] = {}
+        self.series: dict[str, Series] = {}
+        starts, offsets = first.starts or {}, first._firsts or {}
+        for name, series in first._series.items():
+            start, offset = _start(starts.get(name, 0), first.lengths[name]), offsets.get(name, 0)
+            if series._unread:
+                series.since(0)  # brings all values to the host that are on a device
+            shown = slice(start - offset, last.lengths[name] - offset)
+            self.firsts[name] = start
+            self.series[name] = _series(series._path, series._steps[shown], series._values[shown])
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        steps, values = list[int](), list[Any]()
-        for name, start, length in self._spans():
-            series, first = self._series[name], 0 if self._firsts is None else self._firsts[name]
-            if series._unread:
-                series.since(length)  # brings all values to the host that are on a device
-            steps += series._steps[start - first : length - first]
-            values += series._values[start - first : length - first]
-        return _map, (self._path, self.lengths, self.starts, steps, values)
+        lists = {name: (each._path, each._steps, each._values) for name, each in self.series.items()}
+        return _tail, (self.path, self.firsts, lists)
 
-    def arrived(self) -> CutMap:
-        """Return the map as it was unpickled: all names have one series, with the shown values one after another."""
-        self._firsts, at = {}, 0
-        for name, start, length in self._spans():
-            self._firsts[name] = start - at
-            at += length - start
-        return self
+
+def tails_of(snapshots: Iterable[Mapping[Any, Any]]) -> dict[int, Tail]:
+    """Return the tails for the maps in some snapshots of one lane, in order, by the id of the dict of their series."""
+    spans: dict[int, tuple[CutMap, CutMap]] = {}
+    for snapshot in snapshots:
+        for value in snapshot.values():
+            if type(value) is CutPhases:
+                for each in value.maps.values():
+                    key = id(each._series)
+                    spans[key] = spans[key][0] if key in spans else each, each
+    return {key: Tail(first, last) for key, (first, last) in spans.items()}
 
 
 class CutPhases:
@@ -170,20 +199,20 @@ class CutPhases:
         makes: Whether a phase without series has an empty map.
     """
 
-    __slots__ = ("_makes", "_maps", "_path")
+    __slots__ = ("_makes", "_path", "maps")
 
     def __init__(self, path: str, maps: dict[Phase, CutMap], makes: bool) -> None:
         self._path = path
-        self._maps = maps
+        self.maps = maps
         self._makes = makes
 
     def __twin__(self) -> Any:
         made = PhaseMap[SeriesMap](self._path, partial(SeriesMap, self._path) if self._makes else None)
-        dict.update(made, self._maps)
+        dict.update(made, self.maps)
         return made.__twin__()
 
     def __reduce__(self) -> tuple[type[CutPhases], tuple[Any, ...]]:
-        return CutPhases, (self._path, self._maps, self._makes)
+        return CutPhases, (self._path, self.maps, self._makes)
 
 
 class Cutter:
@@ -199,9 +228,16 @@ class Cutter:
         self.tail = tail
         self._late = tail and late
         # What was made at the handler's previous event, by the id of the list or dict from which it was made. The list
-        # or dict is kept with it, so that no other object gets the id.
+        # or dict is kept with it, so that no other object gets the id. What this event makes is kept apart until
+        # `taken`, because several paths may lead to one series, and each shows the same values.
         self._before: dict[int, tuple[object, Any]] = {}
+        self._made: dict[int, tuple[object, Any]] = {}
         self._rewound = Series.rewound
+
+    def taken(self) -> None:
+        """Take note that the snapshot of an event is complete: the next tails begin where its tails end."""
+        self._before.update(self._made)
+        self._made.clear()
 
     def series(self, series: Series) -> Series:
         """Return a series as it is now."""
@@ -209,7 +245,7 @@ class Cutter:
         if not self.tail:
             return Cut(series, length)
         cut = Cut(series, length, self._last(series._steps, 0))
-        self._before[id(series._steps)] = series._steps, length
+        self._made[id(series._steps)] = series._steps, length
         return _on_its_way(cut) if self._late else cut
 
     def by_phase(self, maps: PhaseMap[Any]) -> CutPhases | None:
@@ -220,11 +256,16 @@ class Cutter:
         """
         if self._late:
             return None
-        kinds = {*map(type, maps.values())} if maps.make is None else {*map(type, maps.values()), type(maps.make())}
-        if kinds - {SeriesMap}:
-            return None
-        found = {phase: self._by_name(each) for phase, each in maps.items()}
-        return CutPhases(maps._path, found, maps.make is not None)
+        makes = self._last(maps, None)
+        if makes is None:
+            makes = maps.make is None or type(maps.make()) is SeriesMap
+            self._made[id(maps)] = maps, makes
+        for each in maps.values() if makes else [None]:
+            if type(each) is not SeriesMap:
+                return None
+        return CutPhases(
+            maps._path, {phase: self._by_name(each) for phase, each in maps.items()}, maps.make is not None
+        )
 
     def _by_name(self, series: SeriesMap) -> CutMap:
         live = series._series
@@ -233,9 +274,11 @@ class Cutter:
         starts = None if not self.tail else {} if last is None else last.lengths
         if last is not None and last.lengths == lengths and last.starts == starts:
             return last  # no series has grown; a batch of events contains the same object only once
+        # Series are added to a map and not replaced, but for a rewind, after which `last` is None: equal lengths of the
+        # dicts mean equal series.
         found = last._series if last is not None and len(last._series) == len(live) else dict(live)
         made = CutMap(series._path, found, lengths, starts)
-        self._before[id(live)] = live, made
+        self._made[id(live)] = live, made
         return made
 
     def _last(self, of: object, none: Any) -> Any:
@@ -269,10 +312,15 @@ def _cut(path: str, length: int, tail: bool, steps: list[int], values: list[Any]
     return Cut(_series(path, steps, values), length, first if tail else None, first)
 
 
-def _map(
-    path: str, lengths: dict[str, int], starts: dict[str, int] | None, steps: list[int], values: list[Any]
-) -> CutMap:
-    return CutMap(path, dict.fromkeys(lengths, _series(path, steps, values)), lengths, starts).arrived()
+def _tail(path: str, firsts: dict[str, int], lists: dict[str, tuple[str, list[int], list[Any]]]) -> Tail:
+    made: Tail = object.__new__(Tail)
+    made.path, made.firsts = path, firsts
+    made.series = {name: _series(*each) for name, each in lists.items()}
+    return made
+
+
+def _shown(tail: Tail, lengths: dict[str, int], starts: dict[str, int] | None) -> CutMap:
+    return CutMap(tail.path, tail.series, lengths, starts, tail.firsts)
 
 
 def _series(path: str, steps: list[int], values: list[Any]) -> Series:

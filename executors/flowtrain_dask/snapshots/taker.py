@@ -145,6 +145,7 @@ class Taker:
                 copied = self._copied(each, key, shared)
                 if copied is not None:
                     snapshot.add(each.path, copied, self._lane)
+        self._cutter.taken()
         return snapshot
 
     def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
@@ -157,7 +158,7 @@ class Taker:
             return None
         copied = Copied(value, copying.nbytes, tuple(copying.events))
         if shared is not None and not (copying.has_series and self._cutter.tail):
-            shared[where] = copied  # but no tail, which begins at the last event of this handler
+            shared[where] = copied  # but no tail, which begins at the previous event of this handler
         return copied
 
 

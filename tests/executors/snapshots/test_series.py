@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -12,14 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowtrain import Phase, ProtectedException, TrainingPhase, UsageError, ValidationPhase
+from flowtrain import BatchEnd, Phase, ProtectedException, TrainingPhase, UsageError, ValidationPhase
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
-from flowtrain_dask.cluster.codec import decode, encode
+from flowtrain_dask.cluster.codec import decode, dump_entries, encode, load_entries
+from flowtrain_dask.lanes.work import Entry
 from flowtrain_dask.snapshots.copiers import Copying, Pool
 from flowtrain_dask.snapshots.series import Cut, CutMap, Cutter
 from tests.support.examples import examples
+
+PATH = ("cbstate", "metrics_step")
 
 
 def series(count: int, *, late: bool = False) -> Series:
@@ -36,7 +39,9 @@ def by_phase() -> PhaseMap[Any]:
 def taken(metrics: PhaseMap[Any], cutter: Cutter) -> Any:
     """What a snapshot holds of series by phase."""
     found = cutter.by_phase(metrics)
-    return Copying(Pool(0), cutter=cutter).copy(metrics) if found is None else found
+    value = Copying(Pool(0), cutter=cutter).copy(metrics) if found is None else found
+    cutter.taken()
+    return value
 
 
 def shown(value: Any) -> Any:
@@ -47,6 +52,12 @@ def shown(value: Any) -> Any:
 def travelled(value: Any) -> Any:
     """What another process gets."""
     return decode(encode(value))
+
+
+def sent(values: Sequence[Any]) -> list[Any]:
+    """What another process gets of the events of one batch."""
+    entries = [Entry(at, 0, BatchEnd(), TrainingPhase(), {PATH: value}, 0) for at, value in enumerate(values)]
+    return [entry.payload[PATH] for entry in load_entries(bytes(dump_entries(entries)))]
 
 
 # --- one series
@@ -78,9 +89,11 @@ def tail_of(live: Series, start: int, *, late: bool = False) -> Series:
     for at, (step, value) in enumerate(zip(range(len(live)), live.since(0), strict=True)):
         if at == start:
             cutter.series(first)
+            cutter.taken()
         first.push(torch.tensor(value), step)
     if start == len(live):
         cutter.series(first)
+        cutter.taken()
     shown = cutter.series(first)
     first.push(9.0, 9)
     return shown
@@ -192,7 +205,7 @@ def test_each_event_sees_what_was_there(events: list[list[Push]], batch: int, la
     metrics[TrainingPhase].push("a", -1.0, -1)  # nobody sees what comes later
     for expected, cut in zip(wanted, map(shown, cuts), strict=True):
         assert {(phase, name): list(cut[phase][name]) for phase in cut for name in cut[phase]} == expected
-    found = [one for start in range(0, len(tails), batch) for one in travelled(tails[start : start + batch])]
+    found = [one for start in range(0, len(tails), batch) for one in sent(tails[start : start + batch])]
     before: dict[Any, list[Any]] = {}
     for expected, tail, local in zip(wanted, map(shown, found), map(shown, tails), strict=True):
         assert {(phase, name) for phase in tail for name in tail[phase]} == set(expected)
@@ -304,6 +317,22 @@ def test_what_travels_does_not_grow_with_the_series() -> None:
     taken(metrics, cutter)
     metrics[TrainingPhase].push("Loss", 0.5, 10_000)
     assert len(encode(taken(metrics, cutter))) < 1000
+
+
+def test_a_batch_has_each_value_once() -> None:
+    """Its events share the values: an event costs its lengths, and not an object for each series."""
+    metrics, cutter = by_phase(), Cutter(tail=True)
+    batch = list[Any]()
+    for step in range(50):
+        for name in ("Loss", "Accuracy"):
+            metrics[TrainingPhase].push(name, step + 0.5, step)
+        batch.append(taken(metrics, cutter))
+    found = [shown(each)[TrainingPhase] for each in sent(batch)]
+    assert len({id(each._series["Loss"]) for each in found}) == 1
+    assert [each["Accuracy"].since(at) for at, each in enumerate(found)] == [[step + 0.5] for step in range(50)]
+    assert [len(each["Loss"]) for each in found] == [*range(1, 51)]
+    with pytest.raises(UsageError, match=r"since\(8\) asks for values from position 8 on.*from position 9 on"):
+        found[9]["Loss"].since(8)
 
 
 def test_events_between_which_nothing_came_have_the_series_once() -> None:

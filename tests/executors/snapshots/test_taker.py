@@ -220,6 +220,21 @@ def test_a_tail_begins_at_the_handlers_last_event() -> None:
         taker(state, {"cbstate.x": Read(full=True)}, tail=True)
 
 
+def test_a_series_at_two_paths_has_the_same_tail_at_both() -> None:
+    state = LearnerState()
+    state.cbstate.one = state.cbstate.other = Series("cbstate.one")
+    state.cbstate.all = state.cbstate.them = PhaseMap("cbstate.all", lambda: SeriesMap("cbstate.all"))
+    take = taker(state, {f"cbstate.{name}": Read() for name in ("one", "other", "all", "them")}, tail=True).take
+    for event in range(3):
+        state.cbstate.one.push(event / 2, event)
+        state.cbstate.all[TrainingPhase].push("Loss", event / 4, event)
+        payload = take().payload
+        for name in "one", "other":
+            assert payload["cbstate", name].since(event) == [event / 2]
+        for name in "all", "them":
+            assert readonly(payload["cbstate", name], name)[TrainingPhase]["Loss"].since(event) == [event / 4]
+
+
 def test_a_tail_begins_anew_when_a_checkpoint_was_loaded() -> None:
     """Rule 22: the handler's own state went back too, so it asks for what it has seen before, under the same steps."""
     state = LearnerState()
