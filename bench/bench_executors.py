@@ -37,7 +37,7 @@ from bench.pairs import Figure, Report, figure, in_turns, in_turns_afresh, media
 from flowtrain import BatchEnd, Callback, Event, Learner, LearnerView, Phase, SerialExecutor, TrainingPhase, on
 from flowtrain.callbacks import Metrics
 from flowtrain.graph.executor import Executor, Runner
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.metrics import accuracy
 from flowtrain.state.learner_state import LearnerState
@@ -230,7 +230,7 @@ class Site(TinySite):
 
     used: Runner | None = None
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
         raise failures[0][1]
 
     def swap(self, plan: Plan, runner: Runner) -> None:

@@ -96,19 +96,19 @@ def protection_cost(report: Report) -> None:
     """Compare a handler that reads and writes state on its protected view with the same on two unprotected objects."""
     learner = learner_with(Keeps())
     learner.step(PHASE, raw())
-    (step,) = learner.callbacks.plan(BatchEnd, TrainingPhase).steps
+    (planned,) = learner.callbacks.plan(BatchEnd, TrainingPhase).handlers
     plain = SimpleNamespace(batch=SimpleNamespace(loss=learner.batch.loss), cbstate=SimpleNamespace(kept=None))
     event = BatchEnd()
 
     def handling(learner: Any) -> Callable[[], None]:
         def run() -> None:
-            handler = step.call
+            handler = planned.call
             for _ in range(CALLS):
                 handler(event, PHASE, learner)
 
         return run
 
-    times = in_turns([handling(plain), handling(learner.state), handling(step.view)], REPETITIONS, clock=PROCESSOR)
+    times = in_turns([handling(plain), handling(learner.state), handling(planned.view)], REPETITIONS, clock=PROCESSOR)
     for which, floor in ((0, "plain objects"), (1, "the learner's state, unprotected")):
         more = differences(times, 2, which, CALLS)
         report.row(

@@ -18,7 +18,7 @@ from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import Parameters
 from flowtrain.state.series import SeriesMap
-from flowtrain_dask.snapshots.copiers import Pool
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Taker
 
 TENSORS = 300

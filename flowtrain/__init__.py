@@ -93,16 +93,15 @@ from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
     Phase,
-    StepContext,
     TrainingPhase,
     ValidationPhase,
 )
 from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolve
-from flowtrain.callback.view import LearnerView
+from flowtrain.callback.view import LearnerView, StepContext
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
 from flowtrain.callbacks import summary as _summary
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
 from flowtrain.errors import (
     AccessError,

@@ -19,7 +19,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.dry_run import DryRun, dry_run
 from flowtrain.diagnostics.plots import plot
 from flowtrain.diagnostics.strict import watch
@@ -68,7 +68,7 @@ class Learner:
         callbacks: The callbacks. Their order in the list decides where their declarations leave a choice.
         default_callbacks: ``True`` adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter`
             after them, each if no callback of its type is there; ``"quiet"`` leaves out the last two, which print.
-        executor: ``"serial"``, the name of another executor, or an `Executor`.
+        executor: ``"serial"``, ``"dask"``, ``"local"``, the address of a dask scheduler, or an `Executor`.
         core: The part that computes, by default `TorchCore()`.
         strict: Whether to check around every handler, slowly, that it changed only what it declares, tensors included.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import pkgutil
@@ -46,6 +47,45 @@ def test_exports_are_sorted_and_resolve(name: str) -> None:
     assert len(exported) == len(set(exported)), f"{name}.__all__ names something twice"
     missing = [export for export in exported if not hasattr(module, export)]
     assert not missing, f"{name}.__all__ names missing attributes: {missing}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "._" not in name])
+def test_a_name_without_an_underscore_is_exported(name: str) -> None:
+    """So a reader sees at the top of a module all that other modules may use."""
+    module = importlib.import_module(name)
+    forgotten = defined_in(Path(str(module.__file__)).read_text("utf-8")) - set(module.__all__)
+    assert not forgotten, f"{name}: put {sorted(forgotten)} into __all__, or give each a name with an underscore"
+
+
+def test_names_that_a_source_defines() -> None:
+    source = """
+from elsewhere import imported
+T = TypeVar("T")
+P = ParamSpec("P")
+LIMIT: Final = 3
+Alias = dict[str, T]
+_own = made = 1
+def function(): inner = 1
+class Public: attribute = 1
+class _Private: ...
+"""
+    assert defined_in(source) == {"LIMIT", "Alias", "made", "function", "Public"}
+
+
+def defined_in(source: str) -> set[str]:
+    """Return the public names that a module defines itself, except its type variables, which serve it alone."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case ast.Assign(value=ast.Call(func=ast.Name(id="TypeVar" | "ParamSpec"))):
+                pass
+            case ast.Assign(targets=targets):
+                names.update(target.id for target in targets if isinstance(target, ast.Name))
+            case _:
+                pass
+    return {name for name in names if not name.startswith("_")}
 
 
 def test_the_face_exports_all_that_it_holds() -> None:

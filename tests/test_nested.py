@@ -24,7 +24,9 @@ from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import State, restore_point
 from flowtrain.state.readonly import readonly
 from flowtrain.testing.values import leaves
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from tests.support.nested import CASES, Case, Encoding, Frozen, Items, Output, Pair, Row, Sample, Slotted, noted
 
 META = torch.device("meta")
@@ -64,7 +66,7 @@ def detached_in_place(case: Case) -> None:
 def copied(case: Case) -> None:
     source = torch.ones(3)
     value = case.make(source)
-    found = Copying(Pool(1 << 20)).entry(value, ("batch", "x"))
+    found = Copying(COPIERS, Pool(1 << 20)).entry(value, ("batch", "x"))
     case.get(value).zero_()
     assert type(found) is type(value)
     assert case.get(found).tolist() == [1, 1, 1]
@@ -186,7 +188,7 @@ def test_what_is_in_two_places_stays_one() -> None:
     shared = torch.ones(2, requires_grad=True) * 2
     value = {"a": [shared], "b": Sample(shared)}
     value["c"] = value["a"]
-    for found in (place(value, META), detached(value), Copying(Pool(1 << 20)).copy(value)):
+    for found in (place(value, META), detached(value), Copying(COPIERS, Pool(1 << 20)).copy(value)):
         assert found["a"][0] is found["b"].image
         assert found["a"] is found["c"]
         assert found["a"] is not value["a"]

@@ -24,7 +24,7 @@ from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.manager import DeferredCallbacks, sharing
+from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, sharing
 from flowtrain_dask.deferred.policy import Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
@@ -94,6 +94,7 @@ class DaskExecutor:
     ) -> None:
         check_choice("parallel", parallel, ("auto", "always", "never"))
         self.parallel: Parallel = parallel
+        self._cluster = cluster
         options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
         self._deferred = DeferredCallbacks(cluster, defer, dict(resources or {}), options)
         if workers is not None:
@@ -265,7 +266,8 @@ class DaskExecutor:
             raise ExecutorError(CLOSED)
 
     def __repr__(self) -> str:
-        return f"DaskExecutor(workers={self.workers}, parallel={self.parallel!r})"
+        where = "" if self._cluster is None else f"{self._cluster!r}, "
+        return f"DaskExecutor({where}workers={self.workers}, parallel={self.parallel!r})"
 
 
 def _closed(event: Event, phase: Phase) -> None:
@@ -347,6 +349,6 @@ def spread(graph: EventGraph, workers: int, main: frozenset[int], costs: Sequenc
 def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:
     text = f"{mode}: {reason}"
     if strands is not None:
-        names = [", ".join(plan.steps[position].node.name for position in strand) for strand in strands.strands]
+        names = [", ".join(plan.handlers[position].node.name for position in strand) for strand in strands.strands]
         text += f"; strands: {' | '.join(names)}"
     return text

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
-from flowtrain.callback.batch_size import measure
 from flowtrain.callback.events import (
     BackwardBegin,
     BackwardEnd,
@@ -39,113 +38,18 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.modes import Modes
+from flowtrain.callback.view import StepContext
+from flowtrain.data.batch_size import measure
 from flowtrain.errors import DataError, UsageError, describe
 
 __all__ = [
     "AbstractTrainingPhase",
     "AbstractValidationPhase",
+    "Modes",
     "Phase",
-    "StepContext",
     "TrainingPhase",
     "ValidationPhase",
 ]
-
-
-class StepContext(Protocol):
-    """The object that a step gets as ``learner``: the state of training, and the parts that a step consists of.
-
-    `train` and `evaluate` are the complete steps of the bundled phases; the step of a user's phase is written with the
-    other methods.
-    """
-
-    @property
-    def model(self) -> Any:
-        """The model, or all models by name."""
-
-    @property
-    def lossfn(self) -> Any:
-        """The loss function."""
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer, or all optimizers by name."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The parameters of the models by name."""
-        ...
-
-    @property
-    def data(self) -> Any:
-        """The loaders by phase."""
-
-    @property
-    def batch(self) -> Any:
-        """The state of the current batch, or of the last one if no batch is open."""
-
-    @property
-    def cbstate(self) -> Any:
-        """The state that callbacks share with each other."""
-
-    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[Any]:
-        """Return the context of one batch; it gives the batch state, and fires `BatchBegin` and `BatchEnd`.
-
-        An exception in its body closes the batch with `BatchCancelled` and is raised again, so a step may catch it.
-
-        Args:
-            phase: The phase whose step calls this.
-            state: The first entries of the batch state; their tensors are moved to the device.
-
-        Raises:
-            UsageError: A batch is open already.
-        """
-        ...
-
-    def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass, which is autocast if the precision of the core asks for it."""
-        ...
-
-    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`.
-
-        The core divides the loss by the size of the accumulation group, and with fp16 multiplies it by the scale.
-
-        Args:
-            phase: The phase whose step calls this.
-            loss: A tensor with one element. If it is ``batch.loss``, ``batch.loss`` is detached afterwards.
-            name: The name of one of several optimizers: only its parameters get gradients. Without a name all
-                parameters that the loss depends on get gradients, also those of a model that the loss only passes
-                through.
-
-        Raises:
-            CoreError: The loss is no tensor with one element, or there is no optimizer of that name.
-            LossError: The loss has no graph.
-            UsageError: No batch is open.
-        """
-
-    def update(self, phase: Phase, name: str | None = None) -> None:
-        """Count a batch for the optimizers, and update where an accumulation group is complete.
-
-        An update clips the gradients and calls the optimizer, between `UpdateBegin` and `UpdateEnd`.
-
-        Args:
-            phase: The phase whose step calls this.
-            name: The name of one of several optimizers; without a name all optimizers are meant.
-
-        Raises:
-            CoreError: There is no optimizer of that name.
-            UsageError: No batch is open.
-        """
-
-    def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event, such as one that the step of a user's phase adds to those of the library."""
-
-    def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
-        """Run one batch: forward, loss, backward, update. An entry that a handler replaces is used from then on."""
-
-    def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
-        """Run one batch: forward and loss. An entry that a handler replaces is used from then on."""
 
 
 class Phase:
@@ -334,3 +238,73 @@ def _mode(roots: Iterable[torch.nn.Module], *, training: bool) -> Generator[Mode
             yield modes
     finally:
         modes.end()
+
+
+class Modes:
+    """Sets the train and eval modes of modules while a phase runs, and gives the modules their own modes back.
+
+    Every module has an own mode, which the user chose, and a mode that the phase gives it. A phase that evaluates puts
+    every module into eval mode. A phase that trains puts every module into train mode, with two exceptions:
+
+    - A module that is in eval mode before the epoch stays in eval mode, so the batch normalisation of a frozen part
+      keeps its statistics.
+    - A whole model in eval mode stays in eval mode if all its parameters are frozen, as those of a teacher are.
+
+    A mode that a handler sets during the phase becomes the own mode of the module. In a phase that evaluates all
+    modules are in eval mode, so only a call of `train` is noticed there.
+
+    Args:
+        roots: The models, and the loss function where it is a module.
+        training: Whether the phase trains.
+
+    Attributes:
+        switched: The roots that were in eval mode as a whole and that the phase trains in train mode.
+    """
+
+    def __init__(self, roots: Iterable[torch.nn.Module], *, training: bool) -> None:
+        self._roots, self._training = list(roots), training
+        self.switched: list[torch.nn.Module] = []
+        self._before: dict[torch.nn.Module, bool] = {}
+        self._phase: list[bool] = []
+
+    def begin(self) -> None:
+        """Remember the present modes as the modules' own, and set those of the phase."""
+        self._before = {module: module.training for root in self._roots for module in root.modules()}
+        self._phase = []
+        self.switched = []
+        for root in self._roots:
+            self._set(root)
+        # Compared with the modes at the end: a module whose mode differs then was set by a handler.
+        self._phase = [module.training for module in self._before]
+
+    def _set(self, root: torch.nn.Module) -> None:
+        """Set the modes of one root by its own `train`, since a user may have overridden that."""
+        if not self._training:
+            root.train(False)
+            return
+        in_eval = [module for module in root.modules() if not self._before[module]]
+        all_in_eval = not any(self._before[module] for module in root.modules())
+        if all_in_eval and not any(param.requires_grad for param in root.parameters()):
+            return
+        root.train()
+        if all_in_eval:
+            self.switched.append(root)
+            return
+        for module in in_eval:
+            module.training = False  # not `eval`, which would put all submodules into eval mode
+
+    def own(self) -> dict[torch.nn.Module, bool]:
+        """Return the own mode of each module: the mode before the phase, or the one that a handler has set since."""
+        if not self._phase:  # an interrupt within `begin`, before any handler could set a mode
+            return self._before
+        return {
+            module: before if module.training is phase else module.training
+            for (module, before), phase in zip(self._before.items(), self._phase, strict=True)
+        }
+
+    def end(self) -> None:
+        """Give every module its own mode back."""
+        # Assigned one by one: `train` and `eval` of a module would set its submodules too.
+        for module, mode in self.own().items():
+            if module.training is not mode:
+                module.training = mode

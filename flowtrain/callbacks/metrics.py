@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 
 from flowtrain.callback.access import Access, Read, Write
-from flowtrain.callback.batch_size import lengths, measure
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
+from flowtrain.data.batch_size import lengths, measure
 from flowtrain.errors import UsageError, describe
 from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
 from flowtrain.state.by_phase import epoch_of

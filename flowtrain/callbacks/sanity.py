@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
-from flowtrain.callback.nested import leaves
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
+from flowtrain.data.nested import leaves
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import DataError, SanityCheckError, describe
 
@@ -143,23 +143,23 @@ class SanityCheck(Callback):
                 *check_targets(f"targets of {phase!r}", lossfn, outputs, targets),
             ]
             if whole and not wrong:
-                wrong = list(check_classes(f"targets of {phase!r}", lossfn, outputs, targets))
+                wrong = list(_check_classes(f"targets of {phase!r}", lossfn, outputs, targets))
             yield from wrong
             if wrong or not whole:
                 return  # the loss would show the same problem, and on a GPU a target out of range ends the process
             where = f"loss in {phase!r}"
-            broadcasts = Broadcasts(outputs, targets)
+            broadcasts = _Broadcasts(outputs, targets)
             try:
                 with broadcasts:
                     loss = loss_trial(outputs, targets)
             except Exception as error:
                 what = f"it raised {type(error).__name__}: {error}\n   outputs: {describe(outputs)}, "
-                raised = Problem(where, f"{what}targets: {describe(targets)}.", remedy_for(error))
+                raised = Problem(where, f"{what}targets: {describe(targets)}.", _remedy_for(error))
                 yield from [*broadcasts.problems(where)] or [raised]
                 return
             yield from broadcasts.problems(where)
             yield from check_loss(where, loss, training=training)
-            yield from check_backward(where, loss, outputs)
+            yield from _check_backward(where, loss, outputs)
 
     def _report(self, found: list[Problem]) -> str:
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
@@ -254,7 +254,7 @@ def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
             yield from _within_unit(where, name, "outputs", outputs, advice)
 
 
-def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
+def _check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterator[Problem]:
     """Check that targets have the dtype and shape of class numbers or probabilities, if a loss of torch needs it."""
     name, _ = _torch_loss(lossfn)
     tensors = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
@@ -273,7 +273,7 @@ def check_classes(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
         yield Problem(where, what, "Take the last dimension away in the dataset: targets.squeeze(1).")
 
 
-class Broadcasts(TorchFunctionMode):
+class _Broadcasts(TorchFunctionMode):
     """A context that notices whether a loss broadcasts outputs and targets to a shape that neither of them has.
 
     A loss of outputs of shape ``(16, 1)`` and targets of shape ``(16,)`` compares every output with every target. It is
@@ -336,17 +336,17 @@ def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:
     return both if one != other else None
 
 
-def check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
+def _check_backward(where: str, loss: Any, outputs: Any) -> Iterator[Problem]:
     """Check that a backward pass from the loss to the outputs runs: some losses refuse a dtype only there."""
     parts = [tensor for _, tensor in _tensors("outputs", outputs) if tensor.requires_grad]
     if parts and isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
         try:
             torch.autograd.grad(loss.sum(), parts, allow_unused=True)
         except RuntimeError as error:
-            yield Problem(where, f"its backward pass raised RuntimeError: {error}", remedy_for(error))
+            yield Problem(where, f"its backward pass raised RuntimeError: {error}", _remedy_for(error))
 
 
-def remedy_for(error: Exception) -> str:
+def _remedy_for(error: Exception) -> str:
     """Return the remedy for an error that a loss function has raised."""
     if any(word in str(error) for word in ("dtype", "Long", "scalar type", "floating point type")):
         return "Let the dataset give class numbers as integers, .long(), and other targets like the outputs: .float()."

@@ -18,10 +18,10 @@ from torch.nn.parameter import is_lazy
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
-from flowtrain.callback.nested import Attribute, items
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import console, generator_kept
+from flowtrain.data.nested import Attribute, items
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import UsageError, is_a, whole_number
 

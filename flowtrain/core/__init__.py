@@ -1,7 +1,7 @@
 """The torch core: devices, precision, gradients, optimizers.
 
-`core` has `TorchCore`, which the loop calls, and its settings. `devices` chooses the device and moves data there, and
-`prefetch` moves batches, ahead of time where that gains something. `optimizers` checks and makes optimizers,
+`torch_core` has `TorchCore`, which the loop calls, and its settings. `devices` chooses the device and moves data there,
+and `prefetch` moves batches, ahead of time where that gains something. `optimizers` checks and makes optimizers,
 `accumulation` counts the batches of an accumulation group, and `precision` has autocast, the scaler of fp16, and the
 guard that keeps NaN out of the parameters. `compile` runs models through `torch.compile`.
 """

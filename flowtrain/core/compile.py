@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import INSIDE, leaves, mapped
+from flowtrain.data.nested import INSIDE, leaves, mapped
 from flowtrain.errors import CoreError, is_a
 
-__all__ = ["Compiled", "check_compile", "original"]
+__all__ = ["Compiled", "check_compile", "has_graphs", "original"]
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """The modes of `torch.compile` that record CUDA graphs."""

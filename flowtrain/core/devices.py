@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import INSIDE, mapped
+from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
 from flowtrain.state.accelerator import accelerator
 
@@ -23,7 +23,7 @@ def rebuild(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[An
     """Return the data with every tensor in it changed, in new containers of the same types.
 
     Args:
-        data: A tensor, or a container of tensors of the types in `flowtrain.callback.nested`; other values stay the
+        data: A tensor, or a container of tensors of the types in `flowtrain.data.nested`; other values stay the
             same.
         change: A function that returns the tensor for the result.
         move: A function that moves an object with a ``to`` of its own. Such an object is not taken apart, even if it is

@@ -19,7 +19,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng
-from flowtrain.graph.plan import Call, Step
+from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Identity, collecting
 
@@ -127,17 +127,17 @@ class _Watch:
     def __init__(self) -> None:
         self.times: list[HandlerTime] = []
 
-    def around(self, step: Step) -> Call:
-        """Return the call of a step, which is measured."""
+    def around(self, planned: PlannedHandler) -> Call:
+        """Return the call of a handler, which is measured."""
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
             """Call the handler."""
             begun = time.perf_counter()
             try:
-                step.call(event, phase, view)
+                planned.call(event, phase, view)
             finally:
                 took = 1000 * (time.perf_counter() - begun)
-                self.times.append(HandlerTime(type(event).__name__, repr(phase), step.label, took))
+                self.times.append(HandlerTime(type(event).__name__, repr(phase), planned.label, took))
 
         return call
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flowtrain.callback.access import Write
 from flowtrain.callback.callback import Callback
-from flowtrain.core.core import TorchCore
 from flowtrain.core.devices import place
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState

@@ -26,11 +26,11 @@ import torch
 
 from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet, render, union
 from flowtrain.callback.events import Event
-from flowtrain.callback.nested import attributes, parts
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
+from flowtrain.data.nested import attributes, parts
 from flowtrain.errors import UndeclaredWriteError
-from flowtrain.graph.plan import Call, Step
+from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.reach import Reach
 from flowtrain.state.accelerator import random_states
 from flowtrain.state.container import Container
@@ -49,24 +49,24 @@ __all__ = [
 _RNG: Path = ("resource", "rng")
 
 
-def watch(state: LearnerState) -> Callable[[Step], Call]:
-    """Return a function that wraps the call of a step, so that the call raises for undeclared writes.
+def watch(state: LearnerState) -> Callable[[PlannedHandler], Call]:
+    """Return a function that wraps the call of a handler, so that the call raises for undeclared writes.
 
     Args:
         state: The state to watch.
     """
 
-    def wrap(step: Step) -> Call:
-        """Return the call of a step between two fingerprints."""
-        declaration, reach = step.node.access[step.handler], Reach(state)
+    def wrap(planned: PlannedHandler) -> Call:
+        """Return the call of a handler between two fingerprints."""
+        declaration, reach = planned.node.access[planned.handler], Reach(state)
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
             """Call the handler, and raise if it has changed state without declaring a write."""
             before = fingerprints(state)
-            step.call(event, phase, view)
+            planned.call(event, phase, view)
             found = undeclared(changes(before, fingerprints(state)), declaration, reach)
             if found:
-                raise _error(step, event, phase, found, step.node.stated(declaration))
+                raise _error(planned, event, phase, found, planned.node.stated(declaration))
 
         return call
 
@@ -87,21 +87,21 @@ def declarable(path: Path) -> Path:
 
 
 def _error(
-    step: Step, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
+    planned: PlannedHandler, event: Event, phase: Phase, found: Sequence[Path], declaration: Declaration
 ) -> UndeclaredWriteError:
     paths = tuple(dotted(path) for path in found)
     shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
     return UndeclaredWriteError(
-        step.label,
+        planned.label,
         paths,
-        f"{step.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it. "
-        f"It declares {render(declaration)}. {_advice(step, found, declaration)}",
+        f"{planned.label} at ({type(event).__name__}, {phase!r}) changed {shown} and does not declare to write it. "
+        f"It declares {render(declaration)}. {_advice(planned, found, declaration)}",
     )
 
 
-def _advice(step: Step, found: Sequence[Path], declaration: Declaration) -> str:
+def _advice(planned: PlannedHandler, found: Sequence[Path], declaration: Declaration) -> str:
     """Return the remedy of the message, which depends on what the callback can declare."""
-    kind, deferrable = type(step.callback), step.callback.deferrable
+    kind, deferrable = type(planned.callback), planned.callback.deferrable
     others, said = [path for path in found if path != _RNG], ""
     lead = f"Work on a copy (tensor.clone()), or {'set deferrable = False and ' if deferrable else ''}declare"
     if _RNG in found and deferrable:

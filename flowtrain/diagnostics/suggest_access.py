@@ -25,7 +25,7 @@ from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_ba
 from flowtrain.diagnostics.strict import changes, declarable, fingerprints
 from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call, Step, owner_of, set_up
+from flowtrain.graph.plan import Call, PlannedHandler, owner_of, set_up
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Identity, collecting
@@ -180,19 +180,19 @@ class _Probe:
         self.handlers: dict[str, Handler] = {}
         self.resources: dict[str, Log] = {}
 
-    def watch(self, state: LearnerState) -> Callable[[Step], Call]:
-        """Return a function that wraps the call of a step, so that handlers of the subject get a recording view."""
+    def watch(self, state: LearnerState) -> Callable[[PlannedHandler], Call]:
+        """Return a function that wraps the call of a handler, so that handlers of the subject get a recording view."""
 
-        def wrap(step: Step) -> Call:
-            """Return the call of a step; of another callback it is not changed."""
-            if step.callback is not self.subject:
-                return step.call
-            name, owner = step.handler.attribute, owner_of(step.node, step.handler)
+        def wrap(planned: PlannedHandler) -> Call:
+            """Return the call of a handler; of another callback it is not changed."""
+            if planned.callback is not self.subject:
+                return planned.call
+            name, owner = planned.handler.attribute, owner_of(planned.node, planned.handler)
 
             def call(event: Event, phase: Phase, view: LearnerView) -> None:
                 """Call the handler with a recording view instead of its own view."""
                 with self.recorded(name, state, owner) as recording:
-                    step.call(event, phase, recording)
+                    planned.call(event, phase, recording)
 
             return call
 
@@ -323,18 +323,18 @@ class RecordingView(GuardedView):
     def __getattr__(self, name: str) -> Any:
         state, log, shown = self._state, self._log, self._shown
         if name in ("batch", "cbstate"):
-            return RecordedNamespace(getattr(state, name), (name,), log, shown)
+            return _RecordedNamespace(getattr(state, name), (name,), log, shown)
         if name == "optimizer":
-            return RecordedNamespace(state.optimizers, (name,), log)
+            return _RecordedNamespace(state.optimizers, (name,), log)
         if name == "params" or (name == "model" and isinstance(state.model, Named)):
-            return RecordedMapping(getattr(state, name), (name,), log, shown if name == "params" else _itself)
+            return _RecordedMapping(getattr(state, name), (name,), log, shown if name == "params" else _itself)
         if name in _PLAIN_ROOTS:
             _read(log, (name,))
             return getattr(state, name)
         return GuardedView.__getattr__(self, name)  # type: ignore[attr-defined]  # hidden from checkers there
 
 
-class RecordedNamespace:
+class _RecordedNamespace:
     """``batch``, ``cbstate`` or ``optimizer`` of a recording view, or a namespace within ``cbstate``.
 
     Args:
@@ -359,9 +359,9 @@ class RecordedNamespace:
             return getattr(target, name)
         value = getattr(target, name, None)
         if isinstance(value, State) or (path[0] == "optimizer" and isinstance(target, Named)):
-            return RecordedNamespace(value, path, self._log, self._shown)
+            return _RecordedNamespace(value, path, self._log, self._shown)
         if path[0] == "cbstate" and kind_of_series(value) is SeriesMap:
-            return RecordedMapping(value, path, self._log)
+            return _RecordedMapping(value, path, self._log)
         _read(self._log, path, optional=value is None)
         return self._shown(value)
 
@@ -378,7 +378,7 @@ class RecordedNamespace:
         return name in (self._target if isinstance(self._target, State) else vars(self._target))
 
 
-class RecordedMapping(Mapping[Any, Any]):
+class _RecordedMapping(Mapping[Any, Any]):
     """A mapping from names to values, or from phases to such mappings, of a recording view.
 
     Access to one name is logged with the name in the path, iteration with the path of the whole mapping. A phase is no
@@ -399,7 +399,7 @@ class RecordedMapping(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, (Phase, type)):
-            return RecordedMapping(self._target[key], self._path, self._log)
+            return _RecordedMapping(self._target[key], self._path, self._log)
         found = self._target.get(key)
         _read(self._log, (*self._path, *str(key).split(".")), optional=found is None)
         return self._shown(found)

@@ -28,7 +28,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng
-from flowtrain.graph.plan import Call, Step
+from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.device_values import DEFAULT_LAG, reading
 
@@ -246,14 +246,14 @@ class _Probe:
         where, event, phase = self._now
         self._seen[replace(sync, where=where, event=event, phase=phase)] = None
 
-    def around(self, step: Step) -> Call:
-        """Return the call of a step, whose reports get the name of its handler."""
+    def around(self, planned: PlannedHandler) -> Call:
+        """Return the call of a handler, whose reports get its name."""
 
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
             """Call the handler."""
-            before, self._now = self._now, (step.label, type(event).__name__, repr(phase))
+            before, self._now = self._now, (planned.label, type(event).__name__, repr(phase))
             try:
-                step.call(event, phase, view)
+                planned.call(event, phase, view)
             finally:
                 self._now = before
 

@@ -37,10 +37,10 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import EarlyStopping, LearningRate, Metrics, Scheduler, one_cycle
-from flowtrain.examples.digits_log import checkpoints, choose_executor, complaint, left_behind, watching
+from flowtrain.examples.digits_log import checkpoints, complaint, left_behind, watching
 from flowtrain.metrics import accuracy
 
-__all__ = ["BestEpoch", "main"]
+__all__ = ["BestEpoch", "Loader", "load_data", "main", "make_learner", "make_model"]
 
 Loader = DataLoader[tuple[torch.Tensor, ...]]
 
@@ -160,7 +160,7 @@ def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
         optimizer=partial(torch.optim.AdamW, lr=rate),
         callbacks=callbacks,
         default_callbacks="quiet" if options.quiet else True,  # quiet: no progress bar, no line for each epoch
-        executor=choose_executor(options.executor),
+        executor=options.executor,
     )
 
 

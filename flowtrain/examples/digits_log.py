@@ -1,4 +1,4 @@
-"""The options ``--log`` and ``--executor`` of the digits: backends, callbacks that log to them, and their executor.
+"""The option ``--log`` of the digits: backends, callbacks that log to them, and the files that they leave.
 
 This is a separate module because another process imports the functions of callbacks by the name of their module, and
 the module of the program itself is called ``__main__``.
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from flowtrain import Callback, Executor, ExecutorError, LearnerView, Read, ValidationPhase
+from flowtrain import Callback, LearnerView, Read, ValidationPhase
 from flowtrain.callbacks import Checkpointer, LogHistograms, LogHyperParams, LogMetrics, LogVisualization
 from flowtrain.logging import Image, JsonlBackend, Loggable, TensorBoardBackend, Text
 
-__all__ = ["checkpoints", "choose_executor", "complaint", "left_behind", "misclassified", "watching"]
+__all__ = ["checkpoints", "complaint", "left_behind", "misclassified", "watching"]
 
 _MOST = 8  # the number of misclassified digits in a picture
 
@@ -69,26 +69,9 @@ def complaint(folder: Path | None, resume: bool, executor: str) -> str:
         return ""
     if resume:
         return "--resume continues the run in a folder. Name the folder: --log FOLDER"
-    if _on_cluster(executor):
+    if executor == "local" or ":" in executor:
         return f"--executor {executor} is for callbacks that log, and without --log there are none. Add --log FOLDER"
     return ""
-
-
-def choose_executor(name: str) -> str | Executor:
-    """Return the executor for ``serial``, ``dask``, ``local`` or the address of a scheduler.
-
-    Raises:
-        ExecutorError: dask is not installed.
-    """
-    if not _on_cluster(name):
-        return name
-    try:
-        from flowtrain_dask import DaskExecutor
-    except ImportError as error:
-        raise ExecutorError(
-            f"--executor {name} needs {error.name}, which is not installed: pip install 'flowtrain[dask]'"
-        ) from error
-    return DaskExecutor(name)
 
 
 def left_behind(folder: Path) -> str:
@@ -102,7 +85,3 @@ def left_behind(folder: Path) -> str:
         f"  events.out.*  curves, histograms and mistakes: tensorboard --logdir {folder}\n"
         f"  checkpoints/  the latest is {names['latest']}, the best is {names['best']}"
     )
-
-
-def _on_cluster(executor: str) -> bool:
-    return executor == "local" or ":" in executor

@@ -26,7 +26,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import ExecutorError, nearest
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
 
@@ -39,7 +39,11 @@ EXECUTORS: dict[str, tuple[str, str]] = {
     "serial": ("flowtrain.graph.executor:SerialExecutor", ""),
     "dask": ("flowtrain_dask:DaskExecutor", "pip install 'flowtrain[dask]'"),
 }
-"""The executors that come with flowtrain: the name, the import path, and the command that installs its dependencies."""
+"""The executors that come with flowtrain: the name, the import path, and the command that installs its dependencies.
+
+``"local"`` and the address of a scheduler are arguments of the executor ``"dask"``, and can stand for it: the core does
+not import the classes of executors, so a program that has its executor from an option needs no import either.
+"""
 
 _GROUP = "flowtrain.executors"
 
@@ -125,7 +129,7 @@ class Site(Protocol):
         An executor calls this on the training thread at the end of an event.
         """
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
         """Raise the worst failure of an event; return if each failure is a cancel whose scope is not open any more.
 
         Args:
@@ -173,7 +177,7 @@ class Executor(Protocol):
         """
 
     def compile(self, plan: Plan) -> Runner:
-        """Return the runner of a plan, which has at least one step. Called once for each plan."""
+        """Return the runner of a plan, which has at least one handler. Called once for each plan."""
         ...
 
     def explain(self, plan: Plan) -> str:
@@ -289,22 +293,22 @@ def _refuse(event: Event, phase: Phase) -> None:
 
 def _finish(
     plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase
-) -> list[tuple[Step, BaseException]]:
+) -> list[Failed]:
     """Run the handlers behind one that failed, except those that depend on a failed handler; return all failures."""
-    # The failed step is found by its view, which no other step has; two steps may share a function.
-    start = next(position for position, step in enumerate(plan.steps) if step.view is view)
-    failures = [(plan.steps[start], failure)]
+    # The failed handler is found by its view, which no other handler has; two of them may share a function.
+    start = next(position for position, planned in enumerate(plan.handlers) if planned.view is view)
+    failures = [(plan.handlers[start], failure)]
     failed = 1 << start  # positions that failed or were skipped, as bits
     caught: type[BaseException] = BaseException if plan.always else Exception
-    for position in range(start + 1, len(plan.steps)):
-        step = plan.steps[position]
+    for position in range(start + 1, len(plan.handlers)):
+        planned = plan.handlers[position]
         if plan.ancestors[position] & failed and not plan.always:
             failed |= 1 << position
             continue
         try:
-            step.call(event, phase, step.view)
+            planned.call(event, phase, planned.view)
         except caught as raised:  # collected, so that the remaining handlers still run
-            failures.append((step, raised))
+            failures.append((planned, raised))
             failed |= 1 << position
     try:
         return failures
@@ -316,7 +320,7 @@ def find_executor(executor: object) -> Executor:
     """Return the executor that a user has named or passed.
 
     Args:
-        executor: A name such as ``"serial"``, or an object that implements `Executor`.
+        executor: A name such as ``"serial"``, the address of a dask scheduler, or an object that implements `Executor`.
 
     Raises:
         ExecutorError: The name is unknown, a package that the executor needs is not installed, or the object is no
@@ -347,11 +351,12 @@ def find_executor(executor: object) -> Executor:
 
 def _by_name(name: str) -> Executor:
     """Make the executor of a name, from the built-in table or from an entry point of an installed package."""
-    if name in EXECUTORS:
-        import_path, install = EXECUTORS[name]
+    of_dask = name == "local" or ":" in name  # an address has a colon before the port
+    if of_dask or name in EXECUTORS:
+        import_path, install = EXECUTORS["dask" if of_dask else name]
         module, _, attribute = import_path.partition(":")
         try:
-            made: Executor = getattr(importlib.import_module(module), attribute)()
+            made: Executor = getattr(importlib.import_module(module), attribute)(*([name] if of_dask else ()))
         except ImportError as error:
             raise ExecutorError(f"executor={name!r} needs {error.name}, which is not installed: {install}") from error
         return made
@@ -370,7 +375,7 @@ def _by_name(name: str) -> Executor:
 
 def _names() -> list[str]:
     """Return the names of all executors that are installed, sorted."""
-    return sorted({*EXECUTORS, *(point.name for point in entry_points(group=_GROUP))})
+    return sorted({*EXECUTORS, "local", *(point.name for point in entry_points(group=_GROUP))})
 
 
 def _known() -> str:

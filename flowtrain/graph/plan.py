@@ -26,14 +26,14 @@ from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import Draws, own_numbers
 from flowtrain.state.views import bind_view
 
-__all__ = ["Call", "Plan", "Step", "make_plan", "owner_of", "set_up"]
+__all__ = ["Call", "Failed", "Plan", "PlannedHandler", "make_plan", "owner_of", "set_up"]
 
 Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
 """A function of the event, the phase and the view of the handler."""
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class PlannedHandler:
     """One handler in a plan.
 
     Attributes:
@@ -60,9 +60,13 @@ class Step:
         """The names of the callback and of the handler, as ``"Printer.show"``."""
         return f"{self.node.name}.{self.handler.attribute}"
 
-    def with_call(self, call: Call) -> Step:
-        """Return this step with another function to call, under the same conditions."""
+    def with_call(self, call: Call) -> PlannedHandler:
+        """Return this handler with another function to call, under the same conditions."""
         return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
+
+
+Failed: TypeAlias = tuple[PlannedHandler, BaseException]
+"""A handler that has failed, and its exception."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +76,17 @@ class Plan:
     Attributes:
         event_type: The type of the event.
         phase_type: The type of the phase.
-        steps: The handlers in serial order.
-        edges: The edges between the handlers, by positions in `steps`, with the reasons.
+        handlers: The handlers in serial order.
+        edges: The edges between the handlers, by positions in `handlers`, with the reasons.
         ancestors: For each position, the positions that must run before it, as the bits of an integer.
-        calls: The pair ``(call, view)`` of each step: all that a serial run needs.
+        calls: The pair ``(call, view)`` of each handler: all that a serial run needs.
         always: Whether a handler runs even if a handler that it depends on has failed (`FitEnd`).
         watched: Whether each call compares the whole state (strict mode), so that no two of them may run at once.
     """
 
     event_type: type[Event]
     phase_type: type[Phase]
-    steps: tuple[Step, ...]
+    handlers: tuple[PlannedHandler, ...]
     edges: tuple[Edge, ...]
     ancestors: tuple[int, ...]
     calls: tuple[tuple[Call, LearnerView], ...]
@@ -90,26 +94,26 @@ class Plan:
     watched: bool = False
 
     def explain(self) -> Iterator[str]:
-        """Yield the lines that list the steps: the number and the handler of each, and why it runs after others."""
-        width = max((len(step.label) for step in self.steps), default=0)
-        for position, step in enumerate(self.steps):
+        """Yield the lines that list the handlers: the number and the name of each, and why it runs after others."""
+        width = max((len(planned.label) for planned in self.handlers), default=0)
+        for position, planned in enumerate(self.handlers):
             reasons = [
-                f"after {self.steps[edge.before].node.name}: {reason}"
+                f"after {self.handlers[edge.before].node.name}: {reason}"
                 for edge in self.edges
                 if edge.after == position
                 for reason in edge.reasons
             ]
             first, *rest = reasons or [""]
-            yield f"{position + 1:3}. {step.label:{width}}  {first}".rstrip()
+            yield f"{position + 1:3}. {planned.label:{width}}  {first}".rstrip()
             yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
 
     def with_calls(self, calls: Mapping[int, Call]) -> Plan:
         """Return the same plan with other functions to call at some positions, under the same conditions."""
-        steps = tuple(step.with_call(calls[at]) if at in calls else step for at, step in enumerate(self.steps))
-        return replace(self, steps=steps, calls=tuple((step.call, step.view) for step in steps))
+        handlers = tuple(each.with_call(calls[at]) if at in calls else each for at, each in enumerate(self.handlers))
+        return replace(self, handlers=handlers, calls=tuple((each.call, each.view) for each in handlers))
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.handlers)
 
 
 def make_plan(
@@ -117,7 +121,7 @@ def make_plan(
     phase_type: type[Phase],
     order: Order,
     state: LearnerState,
-    watch: Callable[[Step], Call] | None = None,
+    watch: Callable[[PlannedHandler], Call] | None = None,
 ) -> Plan:
     """Bind the handlers of an order to their callbacks and to views of the state.
 
@@ -126,9 +130,9 @@ def make_plan(
         phase_type: The type of the phase.
         order: The callbacks in serial order.
         state: The state that the views show.
-        watch: Wraps the call of each step in a check; strict mode passes it.
+        watch: Wraps the call of each handler in a check; strict mode passes it.
     """
-    steps = []
+    handlers = []
     for node, handler in zip(order.nodes, order.handlers, strict=True):
         view = bind_view(node.access[handler], state, owner_of(node, handler))
         conditions = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
@@ -138,16 +142,16 @@ def make_plan(
             # The library's other conditions only count, and seeding the generators takes 25 microseconds.
             if any(map(_may_draw, conditions)):
                 conditions = (_SeededConditions(conditions, node, state.draws),)
-        step = Step(node, handler, call, view, conditions)
+        planned = PlannedHandler(node, handler, call, view, conditions)
         # The conditions are asked outside of `watch`: their counts are not state that a handler declares.
-        steps.append(step.with_call(step.call if watch is None else watch(step)))
+        handlers.append(planned.with_call(planned.call if watch is None else watch(planned)))
     return Plan(
         event_type,
         phase_type,
-        tuple(steps),
+        tuple(handlers),
         order.edges,
         order.ancestors,
-        tuple((step.call, step.view) for step in steps),
+        tuple((planned.call, planned.view) for planned in handlers),
         always=issubclass(event_type, FitEnd),  # every handler may have something to close (rule 17)
         watched=watch is not None,
     )

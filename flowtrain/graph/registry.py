@@ -38,7 +38,7 @@ from flowtrain.graph.checks import (
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx
 from flowtrain.graph.order import order_event, order_setup
-from flowtrain.graph.plan import Call, Plan, Step, make_plan, owner_of, set_up
+from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
 from flowtrain.state.by_phase import CONTAINERS
@@ -54,7 +54,7 @@ __all__ = [
 
 _ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)  # no epoch runs in one of these
 _Key = tuple[type[Event], type[Phase]]
-Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
+_Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
 
 
 class Callbacks(Sequence[Callback]):
@@ -78,8 +78,8 @@ class Callbacks(Sequence[Callback]):
         state: LearnerState,
         phases: Iterable[type[Phase]] = (),
         before: Iterable[Callback] = (),
-        watch: Callable[[Step], Call] | None = None,
-        accept: Accept | None = None,
+        watch: Callable[[PlannedHandler], Call] | None = None,
+        accept: _Accept | None = None,
     ) -> None:
         self._state = state
         self._watch = watch
@@ -299,7 +299,7 @@ class Callbacks(Sequence[Callback]):
                 f"{node.name}.setup asks for a checkpoint, and no learner is built yet. Ask for it at FitBegin."
             )
 
-    def _set_up(self, known: set[int], accept: Accept | None) -> None:
+    def _set_up(self, known: set[int], accept: _Accept | None) -> None:
         """Make the containers, call `setup` of the callbacks whose ids are not `known`, and let the executor check.
 
         If anything fails, ``cbstate`` is restored.
@@ -386,7 +386,7 @@ def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:
 class _Unbound(Callbacks):
     """Callbacks without a learner: they are checked and ordered, and not set up."""
 
-    def _set_up(self, known: set[int], accept: Accept | None) -> None:
+    def _set_up(self, known: set[int], accept: _Accept | None) -> None:
         pass
 
 

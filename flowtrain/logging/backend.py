@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from flowtrain.errors import LoggingError, is_whole
 
 __all__ = [
+    "HOLD",
     "Collector",
     "Figure",
     "File",

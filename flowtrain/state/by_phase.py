@@ -27,8 +27,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from flowtrain.callback.access import Path
-from flowtrain.callback.nested import Attribute
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.data.nested import Attribute
 from flowtrain.state.container import Container, Freezer, Tree, changed
 from flowtrain.state.encoding import Stage, phase_of, refill, typed
 from flowtrain.state.readonly import itself, readonly, refuse

@@ -54,7 +54,7 @@ class Freezer(Protocol):
         Args:
             value: The item.
             inside: The declared part; anything but a `Tree` means all of it.
-            where: The place of the item, for an error: its key, or an `flowtrain.callback.nested.Attribute`.
+            where: The place of the item, for an error: its key, or an `flowtrain.data.nested.Attribute`.
         """
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import INSIDE, mapped
+from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container
 from flowtrain.state.readonly import PLAIN

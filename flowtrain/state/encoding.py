@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import like
 from flowtrain.callback.phases import Phase
+from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
 
 __all__ = ["PLAIN", "Stage", "phase_of", "refill", "typed"]

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from flowtrain.callback.access import Path
-from flowtrain.callback.nested import Attribute, is_nested, parts, rebuild
-from flowtrain.callback.nested import refill as refill_nested
 from flowtrain.callback.phases import Phase
+from flowtrain.data.nested import Attribute, is_nested, parts, rebuild
+from flowtrain.data.nested import refill as refill_nested
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
@@ -302,7 +302,7 @@ class LearnerState:
 def restore_point(state: State) -> Callable[[], None]:
     """Remember the entries of `state` and the content of its containers; the function returned puts all of it back.
 
-    Containers (flowtrain's own, and those of `flowtrain.callback.nested`) are restored in place, because views hold
+    Containers (flowtrain's own, and those of `flowtrain.data.nested`) are restored in place, because views hold
     them. Other values are put back by reference.
     """
     marks: dict[int, tuple[Any, Any]] = {}

@@ -15,7 +15,16 @@ from flowtrain.errors import nearest
 from flowtrain.state.container import Freezer, Tree, picked
 from flowtrain.state.readonly import refuse
 
-__all__ = ["Gradients", "NamedGradients", "NamedTensors", "Parameters", "named_parameters"]
+__all__ = [
+    "DetachedGradients",
+    "DetachedParameters",
+    "Gradients",
+    "NamedGradients",
+    "NamedTensors",
+    "Parameters",
+    "ReadOnlyGradients",
+    "named_parameters",
+]
 
 
 class Parameters(Mapping[str, torch.nn.Parameter]):

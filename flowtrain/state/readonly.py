@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import PLAIN as _PLAIN
-from flowtrain.callback.nested import like
+from flowtrain.data.nested import PLAIN as _PLAIN
+from flowtrain.data.nested import like
 from flowtrain.errors import ProtectedException
 
 __all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]

@@ -32,7 +32,17 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner, Part, tree, writes
 from flowtrain.state.readonly import PLAIN, readonly
 
-__all__ = ["NAMESPACES", "CompiledView", "Namespace", "bind_view", "compile_namespace", "compile_view"]
+__all__ = [
+    "NAMESPACES",
+    "BatchNamespace",
+    "CbstateNamespace",
+    "CompiledView",
+    "GuardedView",
+    "Namespace",
+    "bind_view",
+    "compile_namespace",
+    "compile_view",
+]
 
 _LOOP_METHODS = frozenset({"epoch", "fit", "run_batch", "step", "validate"})
 """Methods of the learner that a handler cannot call; a message of its own says so."""

@@ -192,12 +192,12 @@ class ExecutorContract(ContractBase):
             plan, event = learner.callbacks.plan(Ping, TrainingPhase), Ping()
             for where in self.each_round():
                 self.ping(learner, trace, where, event=event)
-                _same(where, "ran", sorted(trace.started), [step.node.name for step in plan.steps])
-                for step, probe in zip(plan.steps, probes, strict=True):
+                _same(where, "ran", sorted(trace.started), [planned.node.name for planned in plan.handlers])
+                for planned, probe in zip(plan.handlers, probes, strict=True):
                     found, view = got[probe.name]
                     assert found is event, f"{probe.name} got {found!r} and not the event that was fired"
                     assert probe.phase is TrainingPhase(), f"{probe.name} got {probe.phase!r}; TrainingPhase was fired"
-                    assert view is step.view, f"{probe.name} got the view of another handler"
+                    assert view is planned.view, f"{probe.name} got the view of another handler"
 
     def test_rule_13_an_event_ends_when_all_its_handlers_have(self) -> None:
         """Rules 13 and 15: `fire` returns or raises, even an interrupt, only after every handler has ended."""

@@ -24,7 +24,7 @@ from flowtrain.diagnostics.scratch_learner import same_rng
 from flowtrain.errors import ExecutorError, UsageError, is_a
 from flowtrain.graph.executor import Executor, Runner, SerialExecutor, Site, find_executor
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.learner import Learner
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing.values import Leaf, learner_leaves, outcome_leaves, rng_leaves, show_difference
@@ -243,7 +243,7 @@ class ShuffledExecutor:
             why = _CLOSED if self._closed else "ShuffledExecutor.compile() before bind(); Learner(executor=...) binds."
             raise ExecutorError(why)
         self._plans[plan.event_type, plan.phase_type] = plan
-        rank = {step.node.name: position for position, step in enumerate(plan.steps)}
+        rank = {planned.node.name: position for position, planned in enumerate(plan.handlers)}
 
         def run(event: Event, phase: Phase) -> None:
             """Call the handlers, then sort the fired events and requests in serial order and pass them on."""
@@ -258,7 +258,7 @@ class ShuffledExecutor:
 
         return run
 
-    def _run(self, plan: Plan, event: Event, phase: Phase) -> Sequence[tuple[Step, BaseException]]:
+    def _run(self, plan: Plan, event: Event, phase: Phase) -> Sequence[Failed]:
         """Call every handler that depends on no failed one; return the failures in serial order."""
         # At `FitEnd` every handler runs, even after an interrupt; elsewhere an interrupt ends the event at once.
         caught: type[BaseException] = BaseException if plan.always else Exception
@@ -272,13 +272,13 @@ class ShuffledExecutor:
             if plan.ancestors[position] & lost and not plan.always:
                 lost |= 1 << position
                 continue
-            step = plan.steps[position]
+            planned = plan.handlers[position]
             try:
-                step.call(event, phase, step.view)
+                planned.call(event, phase, planned.view)
             except caught as failure:
                 failures[position] = failure
                 lost |= 1 << position
-        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
+        return [(plan.handlers[position], failure) for position, failure in sorted(failures.items())]
 
     def explain(self, plan: Plan) -> str:
         """Return a line that says how the order is chosen."""

@@ -20,8 +20,8 @@ import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import BatchEnd
-from flowtrain.callback.nested import Attribute, attributes, parts, place_text
 from flowtrain.callbacks import CustomCallback
+from flowtrain.data.nested import Attribute, attributes, parts, place_text
 from flowtrain.learner import Learner
 
 __all__ = ["holders", "leaks"]

@@ -302,7 +302,8 @@ def raises(make: Callable[[], BaseException], at: type[Event] = Event, number: i
         if isinstance(event, at):
             seen.append(event)
             if len(seen) >= number:
-                raise make()
+                failure = make()
+                raise failure
 
     return fail
 

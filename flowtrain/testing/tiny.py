@@ -21,11 +21,11 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.graph.executor import Mailbox, Runner
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.learner import Learner
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
@@ -143,9 +143,9 @@ class TinySite:
         self.fired.clear()
         self.requests.clear()
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
         """Record the failures instead of raising them."""
-        self.failures += [(step.node.name, failure) for step, failure in failures]
+        self.failures += [(planned.node.name, failure) for planned, failure in failures]
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:
         """Return ``None``: tests get their runners from the executor."""

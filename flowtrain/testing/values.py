@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.nested import attributes, parts, place_text
 from flowtrain.callback.view import LearnerView
+from flowtrain.data.nested import attributes, parts, place_text
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.learner import Learner

@@ -15,7 +15,7 @@ import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CallbackError, CoreError, UsageError, nearest, whole_number
 from flowtrain.state.learner_state import Named
 

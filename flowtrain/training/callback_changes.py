@@ -18,7 +18,7 @@ from typing import NamedTuple
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import CallbackError
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call, Step
+from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks, unique_names
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.loop import Loop
@@ -65,7 +65,7 @@ class CallbackChanges:
         self.closed = False
         self._loop, self._learner = loop, learner
 
-    def use(self, callbacks: list[Callback], watched: Callable[[Step], Call] | None) -> None:
+    def use(self, callbacks: list[Callback], watched: Callable[[PlannedHandler], Call] | None) -> None:
         """Make these the callbacks of the learner. Callbacks that it had before are not set up again.
 
         Args:

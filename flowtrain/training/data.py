@@ -75,7 +75,7 @@ def loaders(data: Any) -> PhaseMap[Any]:
     else:
         pairs = [(TrainingPhase(), data)]
     for phase, loader in pairs:
-        check_loader(loader, phase)
+        _check_loader(loader, phase)
         found[phase] = loader
     return found
 
@@ -107,7 +107,7 @@ def _phase(key: object) -> Phase:
     return phase
 
 
-def check_loader(loader: Any, phase: Phase) -> None:
+def _check_loader(loader: Any, phase: Phase) -> None:
     """Check a loader as far as possible without taking a batch from it.
 
     Raises:

@@ -29,7 +29,7 @@ from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
 from flowtrain.graph.executor import Executor, Mailbox, Runner
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
@@ -184,7 +184,7 @@ class Dispatch:
             if self._closed:
                 raise ExecutorError("The learner is closed: its executor has given back all it held. Make a new one.")
             plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
-            self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.steps else None
+            self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.handlers else None
         return self._by_type[key]
 
     def close(self) -> None:
@@ -298,7 +298,7 @@ class Dispatch:
         self.fired.clear()
         self.requests.clear()
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
         """Raise the failures of an event's handlers that have an effect now, and drop the events that it fired.
 
         Checkpoints that the event requested are still taken if the failures are only cancels.
@@ -315,11 +315,11 @@ class Dispatch:
             raise_worst(effective)
 
     def _effective(
-        self, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]
+        self, event: Event, phase: Phase, failures: Sequence[Failed]
     ) -> list[BaseException]:
         """Note on each failure where it was raised, and return the failures that have an effect now."""
-        for step, failure in failures:
-            self._scopes.note(failure, step, event, phase)
+        for planned, failure in failures:
+            self._scopes.note(failure, planned, event, phase)
         return [failure for _, failure in failures if self._scopes.has_effect(failure)]
 
 

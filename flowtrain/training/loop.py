@@ -22,7 +22,7 @@ from flowtrain.callback.events import (
     UpdateEnd,
 )
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
@@ -34,7 +34,7 @@ from flowtrain.graph.executor import Executor
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.manager import Checkpoints
+from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start, replay
 from flowtrain.training.data import check_gave, has_workers, length, planned_updates, set_epoch, shortest
 from flowtrain.training.dispatch import Dispatch

@@ -14,7 +14,7 @@ from __future__ import annotations
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.errors import CancelException, UsageError
-from flowtrain.graph.plan import Step
+from flowtrain.graph.plan import PlannedHandler
 from flowtrain.state.batch import BatchState
 
 __all__ = ["CLOSED", "ENDING", "OPEN", "Scopes"]
@@ -184,9 +184,9 @@ class Scopes:
         # A cancel of the fit passes through a direct `epoch` or `step`, where no fit is open, to the caller.
         return self.fit != ENDING
 
-    def note(self, failure: BaseException, step: Step, event: Event, phase: Phase) -> None:
+    def note(self, failure: BaseException, planned: PlannedHandler, event: Event, phase: Phase) -> None:
         """Add a note to an exception that names the handler, event, phase, epoch and batch where it was raised."""
-        where = f"in {step.label} at ({type(event).__name__}, {phase!r})"
+        where = f"in {planned.label} at ({type(event).__name__}, {phase!r})"
         if self.epoch != CLOSED:
             where += f", epoch {self.epoch_number}"
             if self.batch_number:

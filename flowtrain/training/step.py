@@ -5,7 +5,7 @@ exception closes the batch with `BatchCancelled` instead (`Steps.cancel_batch`).
 protocol: `Steps.run_batch`, `backward` and `update` serve any step, `Steps.train` and `evaluate` are the bundled steps.
 The second form is faster, because it runs for every batch of most programs: it fires an event by calling the runner of
 the event, if there is one (`flowtrain.training.dispatch.StepRunners`), it sets scopes by assignment, and it calls
-torch's own functions where the settings of the core allow it (`flowtrain.core.core`).
+torch's own functions where the settings of the core allow it (`flowtrain.core.torch_core`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, StepContext
-from flowtrain.core.core import TorchCore
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.view import StepContext
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CancelException, CoreError, DataError, LossError, UsageError, describe, is_a, raise_worst
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
-from flowtrain.training.checkpoint.manager import Checkpoints
+from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
@@ -209,6 +210,8 @@ class Steps(StepContext):
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, phase)
         if core.plain:
+            # These lines are `update_due` for a plain core. They stand here too, since a call of it and of its three
+            # functions of the core would be four more calls in every batch (tests/test_costs.py counts them).
             if on.update_begin is not None:
                 on.update_begin(_UPDATE_BEGIN, phase)
             core.optimizer.step()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.core import core, devices, optimizers
+from flowtrain.core import devices, optimizers, torch_core
 from tests.accelerator.simulated.backend import install
 from tests.accelerator.simulated.machine import Schedule
 from tests.support import examples
@@ -49,7 +49,7 @@ _device.operators.refuses_the_cpu = False
 _device.operators.draws = torch.default_generator
 # A parameter that moves stays the same object, as on CUDA, whose tensors are of the same kind as the CPU's.
 torch.__future__.set_swap_module_params_on_conversion(True)
-core.__dict__["find_device"] = _found
+torch_core.__dict__["find_device"] = _found
 examples.__dict__["ORDINARY"] = 10  # drawn examples in a test: each operation takes a hundred times as long here
 # So do optimizers for lists of parameters, which are the default on a device.
 sys.modules["torch.optim.optimizer"].__dict__["_get_foreach_kernels_supported_devices"] = list

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, Literal, NamedTuple
 
-from flowtrain.core.core import TorchCore
 from flowtrain.core.optimizers import clip_gradients
 from flowtrain.core.precision import NaNGuard, Scaling
 from flowtrain.core.prefetch import Placement, StreamTransfer
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.accelerator import on_stream
 from flowtrain.state.device_values import Lagged, Reading, Unread
 from flowtrain_dask.snapshots import tensors

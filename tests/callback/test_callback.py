@@ -169,8 +169,8 @@ def test_equally_specific_handlers() -> None:
         @on(BatchEnd, TrainingPhase)
         def three(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None: ...
 
-    [step] = Callbacks([Settled()], LearnerState(), [TrainingPhase]).plan(BatchEnd, TrainingPhase).steps
-    assert step.label == "Settled.three"
+    [planned] = Callbacks([Settled()], LearnerState(), [TrainingPhase]).plan(BatchEnd, TrainingPhase).handlers
+    assert planned.label == "Settled.three"
 
 
 def test_the_same_registration_twice() -> None:
@@ -280,12 +280,12 @@ def test_an_added_function_is_a_handler_of_the_type(target: type[Base]) -> None:
     callback = target()
     assert run(callback, EpochEnd(), TrainingPhase()) == ["extra"]
     assert run(callback, EpochEnd(), ValidationPhase()) == ["Base.anything"]
-    [step] = Callbacks([callback], LearnerState(), [TrainingPhase]).plan(EpochEnd, TrainingPhase).steps
-    assert step.node.access[step.handler] == ((("batch", "loss"), Read()),)
-    assert step.label == "Target.extra"
+    [planned] = Callbacks([callback], LearnerState(), [TrainingPhase]).plan(EpochEnd, TrainingPhase).handlers
+    assert planned.node.access[planned.handler] == ((("batch", "loss"), Read()),)
+    assert planned.label == "Target.extra"
     # The plans of a learner that was built earlier do not change, not even for events that the learner fires later.
-    assert [step.label for step in old.plan(EpochEnd, TrainingPhase).steps] == ["Target.anything"]
-    assert [step.label for step in old.plan(EpochEnd, MyTraining).steps] == ["Target.anything"]
+    assert [planned.label for planned in old.plan(EpochEnd, TrainingPhase).handlers] == ["Target.anything"]
+    assert [planned.label for planned in old.plan(EpochEnd, MyTraining).handlers] == ["Target.anything"]
 
 
 def test_an_added_function_that_touches_more_is_to_say_so_itself(target: type[Base]) -> None:
@@ -469,7 +469,7 @@ def test_handlers_may_be_made_per_instance() -> None:
             yield type(self), Handler(EpochEnd, TrainingPhase, {"batch": Read()}, "Chooses", "anything")
 
     callbacks = Callbacks([Chooses()], LearnerState(), [TrainingPhase])
-    assert [step.label for step in callbacks.plan(EpochEnd, TrainingPhase).steps] == ["Chooses.anything"]
+    assert [planned.label for planned in callbacks.plan(EpochEnd, TrainingPhase).handlers] == ["Chooses.anything"]
     assert [len(callbacks.plan(kind, TrainingPhase)) for kind in (BatchEnd, EpochEnd)] == [0, 1]
     assert asked == ["handlers"]
 
@@ -538,7 +538,7 @@ def test_two_instances_of_one_type_have_each_their_own() -> None:
     first, second = Chosen(), Chosen(EpochEnd, ValidationPhase, verbose=None)
     callbacks = Callbacks([first, second], LearnerState(), [TrainingPhase, ValidationPhase])
     steps = {
-        (kind, phase): [step.label for step in callbacks.plan(kind, phase).steps]
+        (kind, phase): [planned.label for planned in callbacks.plan(kind, phase).handlers]
         for kind in (BatchEnd, EpochEnd)
         for phase in (TrainingPhase, ValidationPhase)
     }

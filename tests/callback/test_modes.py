@@ -27,8 +27,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.modes import Modes
-from flowtrain.callback.phases import AbstractTrainingPhase, StepContext
+from flowtrain.callback.phases import AbstractTrainingPhase, Modes
+from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import SanityCheck
 from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.testing import tiny_learner
@@ -294,7 +294,7 @@ def test_an_interrupt_while_the_modes_are_set_does_not_lose_the_own_ones() -> No
         begun.append(Modes([model], training=False))
         begun[-1].begin()
 
-    for raised in interrupted(begin, "callback/modes.py", "nn/modules/module.py"):
+    for raised in interrupted(begin, "callback/phases.py", "nn/modules/module.py"):
         assert raised
         for kept in begun:
             kept.end()

@@ -150,10 +150,10 @@ def test_training_itself_can_be_watched() -> None:
 
 def test_it_has_a_handler_at_epochs_of_the_watched_phase_alone() -> None:
     """Rule 2: at other events it has no handler. Rule 7: it runs after the callback that writes the metric."""
-    learner = tiny_learner(EarlyStopping(2))
-    labels = [step.label for step in learner.callbacks.plan(EpochEnd, ValidationPhase).steps]
+    plan_of = partial(tiny_learner(EarlyStopping(2)).callbacks.plan, EpochEnd)
+    labels = [each.label for each in plan_of(ValidationPhase).handlers]
     assert labels == ["Recorder.end_epoch", "Metrics.end", "EarlyStopping.watch"]
-    assert "EarlyStopping.watch" not in [step.label for step in learner.callbacks.plan(EpochEnd, TrainingPhase).steps]
+    assert "EarlyStopping.watch" not in [each.label for each in plan_of(TrainingPhase).handlers]
 
 
 def test_strips_of_several_epochs() -> None:

@@ -59,7 +59,7 @@ def test_norms_before_clipping_of_whole_groups(settings: dict[str, Any], steps: 
 def test_without_layers_nothing_handles_update_begin() -> None:
     """Rule 2: norms of layers that nobody asked for cost no handler."""
     learner = tiny_learner(GradNorm())
-    assert not learner.callbacks.plan(UpdateBegin, TrainingPhase).steps
+    assert not learner.callbacks.plan(UpdateBegin, TrainingPhase).handlers
     learner.fit(1)
     assert list(learner.cbstate.tracehistory[TrainingPhase]) == ["GradNorm"]
 

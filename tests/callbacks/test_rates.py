@@ -22,7 +22,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.phases import StepContext
+from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import LearningRate, LearningRateMonitor, Scheduler, step
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner

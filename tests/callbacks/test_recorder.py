@@ -28,7 +28,7 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
-from flowtrain.callback.phases import StepContext
+from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from tests.support.examples import examples

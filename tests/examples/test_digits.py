@@ -312,7 +312,7 @@ def test_a_folder_with_a_run_in_it_is_left_alone(logged: Logged, capsys: pytest.
 @pytest.mark.parametrize(
     ("missing", "executor", "message"),
     [
-        ("flowtrain_dask", "local", "--executor local needs flowtrain_dask, which is not installed: pip install 'flow"),
+        ("flowtrain_dask", "local", "executor='local' needs flowtrain_dask, which is not installed: pip install 'flow"),
         ("flowtrain_dask", "dask", "executor='dask' needs flowtrain_dask, which is not installed: pip install 'flow"),
         ("tensorboard", "serial", "TensorBoardBackend needs tensorboard, which cannot be imported"),
     ],

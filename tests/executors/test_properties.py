@@ -50,7 +50,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.phases import StepContext
+from flowtrain.callback.view import StepContext
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import ShuffledExecutor, tiny_learner
 from flowtrain_dask import DaskExecutor
@@ -140,7 +140,7 @@ class Monitor:
         key = (type(event), type(phase))
         if key not in self.waits:
             plan = self.learner.callbacks.plan(*key)
-            names = [step.node.name for step in plan.steps]
+            names = [planned.node.name for planned in plan.handlers]
             self.waits[key] = {
                 name: {names[other] for other in range(position) if plan.ancestors[position] >> other & 1}
                 for position, name in enumerate(names)

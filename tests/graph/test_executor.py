@@ -41,6 +41,7 @@ from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
+from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples
 
 
@@ -111,7 +112,7 @@ def test_exactly_those_without_a_failed_ancestor_run(dag: tuple[list[set[int]], 
         KINDS[number](ran, ValueError(str(number)) if number in failing else None, [KINDS[other] for other in before])
         for number, before in enumerate(waits)
     ]
-    order = [step.node.position for step in Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase).steps]
+    order = [each.node.position for each in Callbacks(callbacks, LearnerState()).plan(BatchEnd, TrainingPhase).handlers]
     site = run(BatchEnd(), *callbacks)
     lost = failed_above(waits, failing)
     assert ran == [f"K{number}" for number in order if number not in lost]
@@ -323,6 +324,15 @@ def test_the_serial_executor_has_nothing_to_say() -> None:
 def test_the_default_is_found_by_its_name() -> None:
     assert type(find_executor("serial")) is SerialExecutor
     assert find_executor("serial") is not find_executor("serial")
+
+
+def test_arguments_of_the_dask_executor_stand_for_it() -> None:
+    """The workers are found when a callback is deferred to them, so no cluster is needed here."""
+    for name in ("local", "tcp://192.0.2.1:8786", "192.0.2.1:8786"):
+        executor: Any = find_executor(name)
+        assert (type(executor), executor.name) == (DaskExecutor, "dask")
+        assert repr(executor) == repr(DaskExecutor(name))
+    assert repr(find_executor("dask")) == repr(DaskExecutor())
 
 
 def test_an_executor_is_itself() -> None:

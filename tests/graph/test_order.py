@@ -237,7 +237,7 @@ def test_callbacks_that_never_meet_make_no_cycle() -> None:
     callbacks = Callbacks([Both(), Counter()], state_with_everything(), [TrainingPhase, ValidationPhase])
 
     def labels(event_type: type[Event], phase_type: type[Phase]) -> list[str]:
-        return [step.label for step in callbacks.plan(event_type, phase_type).steps]
+        return [planned.label for planned in callbacks.plan(event_type, phase_type).handlers]
 
     assert labels(BatchBegin, TrainingPhase) == ["Counter.begin", "Both.begin"]
     assert labels(BatchEnd, TrainingPhase) == ["Both.train", "Counter.train"]

@@ -24,7 +24,7 @@ from flowtrain import (
 )
 from flowtrain.callback.conditions import Condition
 from flowtrain.callback.handler import Handler
-from flowtrain.graph.plan import Call, Plan, Step, owner_of
+from flowtrain.graph.plan import Call, Plan, PlannedHandler, owner_of
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 
@@ -88,9 +88,9 @@ def test_a_plan_is_in_serial_order_and_bound() -> None:
     """Rule 12: steps and calls are in serial order."""
     said: list[str] = []
     plan = three(said).plan(BatchEnd, TrainingPhase)
-    assert [step.label for step in plan.steps] == ["Shower.batch", "Maker.batch", "Says.batch"]
-    assert [step.callback.name for step in plan.steps] == ["Shower", "Maker", "Says"]
-    assert plan.calls == tuple((step.call, step.view) for step in plan.steps)
+    assert [planned.label for planned in plan.handlers] == ["Shower.batch", "Maker.batch", "Says.batch"]
+    assert [planned.callback.name for planned in plan.handlers] == ["Shower", "Maker", "Says"]
+    assert plan.calls == tuple((planned.call, planned.view) for planned in plan.handlers)
     assert plan.ancestors == (0, 0, 0b11)
     assert len(plan) == 3
     for call, view in plan.calls:
@@ -188,10 +188,10 @@ def test_who_watches_sees_the_step_and_only_what_runs() -> None:
     callback = Says(said)
     callback.conditions = (Second(BatchEnd),)
 
-    def watch(step: Step) -> Call:
+    def watch(planned: PlannedHandler) -> Call:
         def call(event: Event, phase: Phase, view: LearnerView) -> None:
-            said.append(f"before {step.label}")
-            step.call(event, phase, view)
+            said.append(f"before {planned.label}")
+            planned.call(event, phase, view)
 
         return call
 

@@ -429,7 +429,7 @@ def test_entries_of_a_phase_seen_later_may_come_from_its_other_events() -> None:
     reader = Anywhere(log, end={"batch.extra": Read()})
     maker.name, reader.name = "maker", "reader"
     callbacks = Callbacks([reader, maker], LearnerState())
-    assert [step.label for step in callbacks.plan(BatchEnd, OODPhase).steps] == ["reader.handle"]
+    assert [planned.label for planned in callbacks.plan(BatchEnd, OODPhase).handlers] == ["reader.handle"]
     with pytest.raises(AccessError, match=r"reads batch\.extra at \(BatchEnd, OODPhase\), but OODPhase provides"):
         Callbacks([reader], LearnerState()).plan(EpochBegin, OODPhase)
 

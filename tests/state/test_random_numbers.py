@@ -277,10 +277,11 @@ def test_a_handler_of_a_user_s_that_was_added_to_a_bundled_logger_draws_numbers_
 def test_a_bundled_logger_is_called_as_it_is(tmp_path: Path) -> None:
     """A bundled logger runs at every batch, so it is neither wrapped for random numbers nor given copies."""
     learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")))
-    step = next(step for step in learner.callbacks.plan(BatchEnd, TrainingPhase).steps if "LogMetrics" in step.label)
-    assert step.call == step.handler.bind(step.callback)
+    handlers = learner.callbacks.plan(BatchEnd, TrainingPhase).handlers
+    planned = next(each for each in handlers if "LogMetrics" in each.label)
+    assert planned.call == planned.handler.bind(planned.callback)
     twins = learner.state.cbstate.__twins__
-    assert step.view.cbstate.metrics_step is twins.metrics_step
+    assert planned.view.cbstate.metrics_step is twins.metrics_step
 
 
 # --- refusals and their messages

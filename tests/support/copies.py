@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 
 
 class Box:
@@ -32,7 +34,7 @@ def tensor(size: int = 400) -> torch.Tensor:
 
 def copying() -> Copying:
     """Return a new copying pass, with an empty memory of copied objects."""
-    return Copying(Pool(1 << 20))
+    return Copying(COPIERS, Pool(1 << 20))
 
 
 def copied(value: Any) -> Any:

@@ -12,14 +12,14 @@ from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Plan, PlannedHandler
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.parallel.torch_state import TorchState
 
 __all__ = ["Call", "Failures", "Threads"]
 
-Failures: TypeAlias = list[tuple[Step, BaseException]]
-Call: TypeAlias = Callable[[Step, Event, Phase], BaseException | None]
+Failures: TypeAlias = list[tuple[PlannedHandler, BaseException]]
+Call: TypeAlias = Callable[[PlannedHandler, Event, Phase], BaseException | None]
 
 
 class Threads:
@@ -69,7 +69,7 @@ class Threads:
                 if plan.ancestors[position] & lost and not plan.always:
                     lost |= 1 << position
                 else:
-                    running.append((position, self.start(plan.steps[position], event, phase)))
+                    running.append((position, self.start(plan.handlers[position], event, phase)))
             for position, future in running:
                 failure = future.result()
                 if failure is not None:
@@ -79,40 +79,40 @@ class Threads:
             interrupts = [each for each in failures.values() if not isinstance(each, Exception)]
             if interrupts and not plan.always:
                 raise interrupts[0]
-        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
+        return [(plan.handlers[position], failure) for position, failure in sorted(failures.items())]
 
     def may_start(self, plan: Plan, position: int, done: int) -> bool:
         return plan.ancestors[position] & ~done == 0
 
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+    def start(self, planned: PlannedHandler, event: Event, phase: Phase) -> Future[BaseException | None]:
         """Run a handler that draws random numbers on this thread, others on a thread that gets this thread's state."""
-        if any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler]):
+        if any(path[:2] == ("resource", "rng") for path, _ in planned.node.access[planned.handler]):
             found: Future[BaseException | None] = Future()
-            found.set_result(self.call(step, event, phase))
+            found.set_result(self.call(planned, event, phase))
             return found
-        return self.pool.submit(self.surrounded(self.call), step, event, phase)
+        return self.pool.submit(self.surrounded(self.call), planned, event, phase)
 
     def surrounded(self, call: Call) -> Call:
         """Return a call that runs with the torch state and the context variables of the thread that makes it."""
         state, context = TorchState.capture(), copy_context()
 
-        def run(step: Step, event: Event, phase: Phase) -> BaseException | None:
+        def run(planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
             found: list[BaseException | None] = []
-            context.run(state.call, lambda: found.append(call(step, event, phase)))
+            context.run(state.call, lambda: found.append(call(planned, event, phase)))
             return found[0]
 
         return run
 
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
         try:
-            step.call(event, phase, step.view)
+            planned.call(event, phase, planned.view)
         except BaseException as failure:  # `fail` raises it later
             return failure
         return None
 
     def ended(self, plan: Plan, site: Site, start: int) -> None:
         """Sort the events that the handlers fired into the serial order of the handlers."""
-        rank = {step.node.name: position for position, step in enumerate(plan.steps)}
+        rank = {planned.node.name: position for position, planned in enumerate(plan.handlers)}
         site.fired[start:] = sorted(site.fired[start:], key=lambda one: rank[one[0]])
 
     def fail(self, site: Site, plan: Plan, event: Event, phase: Phase, failures: Failures) -> None:

@@ -64,13 +64,13 @@ def plan(*callbacks: Callback) -> Plan:
 
 def order(*callbacks: Callback) -> list[str]:
     """Return the names in serial order."""
-    return [step.node.name for step in plan(*callbacks).steps]
+    return [planned.node.name for planned in plan(*callbacks).handlers]
 
 
 def edges(*callbacks: Callback) -> dict[tuple[str, str], str]:
     """Return the edges by names, each with its reasons as text."""
     found = plan(*callbacks)
     return {
-        (found.steps[edge.before].node.name, found.steps[edge.after].node.name): "; ".join(map(str, edge.reasons))
+        (found.handlers[edge.before].node.name, found.handlers[edge.after].node.name): "; ".join(map(str, edge.reasons))
         for edge in found.edges
     }

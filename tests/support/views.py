@@ -8,7 +8,7 @@ import torch
 
 from flowtrain import Access, LearnerView, TrainingPhase
 from flowtrain.callback.access import Declaration, declare
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, Named, State
 from flowtrain.state.partial_view import Owner

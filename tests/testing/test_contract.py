@@ -18,7 +18,7 @@ from flowtrain import SerialExecutor
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.graph.executor import Executor, Runner, Site
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Plan, PlannedHandler
 from flowtrain.testing import ExecutorContract, ShuffledExecutor
 from flowtrain.testing.probes import TORCH_SETTINGS, Trace, catching, messages, torch_state
 from tests.support.executors import Call, Failures, Threads
@@ -47,13 +47,13 @@ class Defers(Threads):
     def __init__(self) -> None:
         super().__init__()
         self.events = 0
-        self.pending: list[tuple[Step, Event, Phase]] = []
+        self.pending: list[tuple[PlannedHandler, Event, Phase]] = []
 
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        if not step.callback.deferrable:
-            return super().call(step, event, phase)
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
+        if not planned.callback.deferrable:
+            return super().call(planned, event, phase)
         self.events += 1
-        self.pending.append((step, event, phase))
+        self.pending.append((planned, event, phase))
         return None
 
     def flush(self) -> None:
@@ -167,25 +167,25 @@ class SkipsTheLast(Threads):
     """Leaves out the last handler of a plan."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        for step in plan.steps[:-1]:
-            self.call(step, event, phase)
+        for planned in plan.handlers[:-1]:
+            self.call(planned, event, phase)
         return []
 
 
 class FiresACopy(Threads):
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        return super().call(step, copy(event), phase)
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
+        return super().call(planned, copy(event), phase)
 
 
 class AnotherPhase(Threads):
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        return super().call(step, event, ValidationPhase())
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
+        return super().call(planned, event, ValidationPhase())
 
 
 class OneViewForAll(Threads):
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        for step in plan.steps:
-            step.call(event, phase, plan.steps[0].view)
+        for planned in plan.handlers:
+            planned.call(event, phase, plan.handlers[0].view)
         return []
 
 
@@ -193,8 +193,8 @@ class DoesNotWait(Threads):
     """Returns while handlers still run."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        for step in plan.steps:
-            self.pool.submit(self.call, step, event, phase)
+        for planned in plan.handlers:
+            self.pool.submit(self.call, planned, event, phase)
         return []
 
 
@@ -204,13 +204,13 @@ class RaisesAtOnce(Threads):
     kind: type[BaseException] = Exception
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        started = [self.start(step, event, phase) for step in plan.steps]
+        started = [self.start(planned, event, phase) for planned in plan.handlers]
         first = started[0].result()
         if isinstance(first, self.kind):
             raise first
         for each in started:
             each.result()
-        return [] if first is None else [(plan.steps[0], first)]
+        return [] if first is None else [(plan.handlers[0], first)]
 
 
 class InterruptsAtOnce(RaisesAtOnce):
@@ -218,8 +218,8 @@ class InterruptsAtOnce(RaisesAtOnce):
 
 
 class HidesInterrupts(Threads):
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        failure = super().call(step, event, phase)
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
+        failure = super().call(planned, event, phase)
         return None if isinstance(failure, KeyboardInterrupt) else failure
 
 
@@ -227,16 +227,16 @@ class ReversesResources(Threads):
     """Runs the users of one resource in reverse list order."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        if all(step.node.union for step in plan.steps) and len(plan) == 3:
-            for step in reversed(plan.steps):
-                self.call(step, event, phase)
+        if all(planned.node.union for planned in plan.handlers) and len(plan) == 3:
+            for planned in reversed(plan.handlers):
+                self.call(planned, event, phase)
             return []
         return super().run(plan, event, phase)
 
 
 class DrawsAnywhere(Threads):
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
-        return self.pool.submit(self.surrounded(self.call), step, event, phase)
+    def start(self, planned: PlannedHandler, event: Event, phase: Phase) -> Future[BaseException | None]:
+        return self.pool.submit(self.surrounded(self.call), planned, event, phase)
 
 
 class Draws(Threads):
@@ -264,10 +264,10 @@ class LeavesGradMode(Threads):
 
 class StopsAtTheFirstFailure(Threads):
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        for step in plan.steps:
-            failure = self.call(step, event, phase)
+        for planned in plan.handlers:
+            failure = self.call(planned, event, phase)
             if failure is not None:
-                return [(step, failure)]
+                return [(planned, failure)]
         return []
 
 
@@ -275,8 +275,8 @@ class RunsAfterFailures(Threads):
     """Runs handlers that depend on a failed one."""
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
-        found = [(step, self.call(step, event, phase)) for step in plan.steps]
-        return [(step, failure) for step, failure in found if failure is not None]
+        found = [(planned, self.call(planned, event, phase)) for planned in plan.handlers]
+        return [(planned, failure) for planned, failure in found if failure is not None]
 
 
 class GivesUpOnWhoFailed(Threads):
@@ -286,10 +286,10 @@ class GivesUpOnWhoFailed(Threads):
         super().__init__()
         self.given_up: set[str] = set()
 
-    def call(self, step: Step, event: Event, phase: Phase) -> BaseException | None:
-        failure = None if step.node.name in self.given_up else super().call(step, event, phase)
+    def call(self, planned: PlannedHandler, event: Event, phase: Phase) -> BaseException | None:
+        failure = None if planned.node.name in self.given_up else super().call(planned, event, phase)
         if failure is not None:
-            self.given_up.add(step.node.name)
+            self.given_up.add(planned.node.name)
         return failure
 
 
@@ -325,10 +325,10 @@ class SkipsAtFitEnd(Threads):
 
     def run(self, plan: Plan, event: Event, phase: Phase) -> Failures:
         failures, lost = Failures(), 0
-        for position, step in enumerate(plan.steps):
-            failure = None if plan.ancestors[position] & lost else self.call(step, event, phase)
+        for position, planned in enumerate(plan.handlers):
+            failure = None if plan.ancestors[position] & lost else self.call(planned, event, phase)
             if failure is not None:
-                failures.append((step, failure))
+                failures.append((planned, failure))
             if failure is not None or plan.ancestors[position] & lost:
                 lost |= 1 << position
         return failures
@@ -347,9 +347,9 @@ class FiresInAnyOrder(Threads):
 class FiresAtOnce(Threads):
     """Fires the events of a handler when it returns, not at the end of the current event."""
 
-    def start(self, step: Step, event: Event, phase: Phase) -> Future[BaseException | None]:
+    def start(self, planned: PlannedHandler, event: Event, phase: Phase) -> Future[BaseException | None]:
         found: Future[BaseException | None] = Future()
-        found.set_result(self.call(step, event, phase))
+        found.set_result(self.call(planned, event, phase))
         if self.site is not None and self.site.fired:
             self.site.drain(phase)
         return found

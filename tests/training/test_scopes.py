@@ -22,7 +22,7 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.graph.plan import Step
+from flowtrain.graph.plan import PlannedHandler
 from flowtrain.testing import tiny_learner
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
@@ -32,8 +32,8 @@ class Note(Callback):
     def take(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
 
-def step() -> Step:
-    return tiny_learner(Note(), default_callbacks=False).callbacks.plan(BatchEnd, TrainingPhase).steps[0]
+def planned() -> PlannedHandler:
+    return tiny_learner(Note(), default_callbacks=False).callbacks.plan(BatchEnd, TrainingPhase).handlers[0]
 
 
 @pytest.mark.parametrize("where", list(itertools.product((CLOSED, OPEN, ENDING), repeat=3)))
@@ -72,7 +72,7 @@ def test_epochs_are_counted_by_phase_and_batches_by_epoch() -> None:
 
 def test_the_note_on_an_exception() -> None:
     """Rule 15: callback, handler, event and phase, and the epoch and batch if there are any."""
-    scopes, failure, raised_in = Scopes(), ValueError("x"), step()
+    scopes, failure, raised_in = Scopes(), ValueError("x"), planned()
     scopes.note(failure, raised_in, BatchEnd(), TrainingPhase())
     scopes.open_epoch(TrainingPhase())
     scopes.note(failure, raised_in, EpochBegin(), TrainingPhase())

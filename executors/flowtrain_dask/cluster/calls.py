@@ -29,7 +29,7 @@ from flowtrain_dask.cluster.worker import Reply
 from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned
 
-__all__ = ["Calls", "ClusterLost"]
+__all__ = ["Calls", "ClusterLost", "Patience"]
 
 _LOOK = 0.25
 """The most seconds of one wait for a reply."""

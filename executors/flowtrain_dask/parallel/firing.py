@@ -30,7 +30,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
 from flowtrain.graph.executor import Runner, Site
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Plan, PlannedHandler
 from flowtrain_dask.parallel.strands import Strands
 from flowtrain_dask.parallel.threads import Wake, start
 from flowtrain_dask.parallel.torch_state import TorchState
@@ -42,7 +42,7 @@ CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner 
 _LOOK = 0.05
 """The most seconds of one wait. A signal that comes just before a wait for a lock does not end it."""
 
-Failures: TypeAlias = list[tuple[Step, Exception]]
+Failures: TypeAlias = list[tuple[PlannedHandler, Exception]]
 """The handlers that failed, in serial order, each with its exception."""
 
 
@@ -79,16 +79,16 @@ class Firing:
 
     def run(self, position: int) -> None:
         """Run the handler at a position, unless it depends on a handler that failed. Nothing is raised."""
-        plan, step, bit = self._plan, self._plan.steps[position], 1 << position
+        plan, planned, bit = self._plan, self._plan.handlers[position], 1 << position
         if self._lost & plan.ancestors[position]:
             with self._lock:
                 self._lost |= bit
             return
         try:
             if threading.get_ident() == self._training_thread:
-                step.call(self._event, self._phase, step.view)
+                planned.call(self._event, self._phase, planned.view)
             else:
-                self._torch.call(step.call, self._event, self._phase, step.view)
+                self._torch.call(planned.call, self._event, self._phase, planned.view)
         except Exception as failure:  # a handler may raise anything; `finish` returns it
             with self._lock:
                 self.failures.append((position, failure))
@@ -156,7 +156,7 @@ class Firing:
                 raise interrupt
             finally:
                 del interrupt  # its frames hold this firing
-        found = [(self._plan.steps[position], failure) for position, failure in sorted(self.failures, key=_position)]
+        found = [(self._plan.handlers[position], failure) for position, failure in sorted(self.failures, key=_position)]
         self.failures.clear()  # the frames of an exception hold this firing
         return found
 
@@ -276,7 +276,7 @@ class TimedPlan:
         self._pool = pool
         self._site = site
         self._clock = clock
-        self._rank = {step.node.name: position for position, step in enumerate(plan.steps)}
+        self._rank = {planned.node.name: position for position, planned in enumerate(plan.handlers)}
 
     def fire(self, strands: Strands, event: Event, phase: Phase) -> None:
         """Run the plan on strands. Nothing is measured: this is the runner of a plan that was decided on."""
@@ -301,14 +301,14 @@ class TimedPlan:
         failures: Failures = []
         lost = 0
         before = clock()
-        for position, step in enumerate(plan.steps):
+        for position, planned in enumerate(plan.handlers):
             if plan.ancestors[position] & lost:
                 lost |= 1 << position
                 continue
             try:
-                step.call(event, phase, step.view)
+                planned.call(event, phase, planned.view)
             except Exception as failure:  # a handler may raise anything; `settle` raises for all failures together
-                failures.append((step, failure))
+                failures.append((planned, failure))
                 lost |= 1 << position
             now = clock()
             times.append(now - before)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from flowtrain.callback.callback import draws_own
 from flowtrain.graph.plan import Plan
 
-__all__ = ["Strands", "is_chain", "needs_training_thread", "pack"]
+__all__ = ["Strands", "fuse", "is_chain", "needs_training_thread", "pack"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def needs_training_thread(plan: Plan) -> frozenset[int]:
     """
     return frozenset(
         position
-        for position, step in enumerate(plan.steps)
-        if draws_own(step.callback)
-        or any(path[:2] == ("resource", "rng") for path, _ in step.node.access[step.handler])
+        for position, planned in enumerate(plan.handlers)
+        if draws_own(planned.callback)
+        or any(path[:2] == ("resource", "rng") for path, _ in planned.node.access[planned.handler])
     )
 
 

@@ -1,6 +1,6 @@
 """The dask task graph of a plan: one task for each handler, compiled once.
 
-Users can look at the graph and draw it. Its keys are the labels of the plan's steps. Its edges are the edges of the
+Users can look at the graph and draw it. Its keys are the labels of the plan's handlers. Its edges are the edges of the
 plan, without those that follow from others. Training runs the strands that are derived from this graph
 (`flowtrain_dask.parallel.strands`), because a dask task costs more than most handlers. So the tasks of the graph do
 nothing; `EventGraph.tasks` gives ones that run something, and any scheduler of dask runs these with the same results.
@@ -84,7 +84,7 @@ def direct_predecessors(plan: Plan) -> tuple[tuple[int, ...], ...]:
 def compile_plan(plan: Plan) -> EventGraph:
     """Return the task graph of a plan."""
     graph = EventGraph(plan, direct_predecessors(plan))
-    keys = [step.label for step in plan.steps]
+    keys = [planned.label for planned in plan.handlers]
     if len({*keys}) < len(keys):  # two callbacks may have the same name, and their handlers too
         keys = [f"{key} #{position + 1}" for position, key in enumerate(keys)]
     for position, key in enumerate(keys):

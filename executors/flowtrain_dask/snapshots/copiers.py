@@ -5,7 +5,7 @@ value                                            its copy
 ===============================================  ===============================================================
 tensors (also sparse, quantised, complex)        detached, in memory of a `Pool`, with the strides they have
 numbers, texts, types, functions, enums, ...     the value itself
-list, tuple, dict, set, deque, dataclasses, ...  rebuilt by `flowtrain.callback.nested`, if a part of it needs a copy
+list, tuple, dict, set, deque, dataclasses, ...  rebuilt by `flowtrain.data.nested`, if a part of it needs a copy
 numpy arrays                                     copied; refused if they hold objects
 series                                           `flowtrain_dask.snapshots.series`: in constant time
 parameters and gradients by name                 copied together
@@ -29,28 +29,49 @@ import re
 import types
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from flowtrain.callback.access import Declaration
 from flowtrain.callback.events import Event
-from flowtrain.callback.nested import PLAIN, Attribute, attributes, is_nested, rebuild, set_attributes
 from flowtrain.callback.phases import Phase
+from flowtrain.data.nested import PLAIN, Attribute, attributes, is_nested, rebuild, set_attributes
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import NamedTensors
 from flowtrain.state.series import Series
-from flowtrain_dask.snapshots.copying import COPIERS, FINDERS, Copier, Copying, Refused
+from flowtrain_dask.snapshots.copying import Copier, Copying, Refused
 from flowtrain_dask.snapshots.modules import copy_module
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.slots import compile_slots, slots_now
 from flowtrain_dask.snapshots.tensors import copy_tensor, copy_tensors
 
-__all__ = ["Copying", "Pool", "check", "find_rebuilder", "register_copier"]
+__all__ = ["COPIERS", "Copiers", "check", "find_rebuilder", "register_copier"]
 
-_registered: dict[type, Copier] = {}
+
+class Copiers(dict[type, Copier]):
+    """The copier of each exact type. That of a new type is found when the type is first looked up, and kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._registered: dict[type, Copier] = {}
+
+    def register(self, kind: type, copier: Copier) -> None:
+        """Use a copier for a type and its subclasses from now on."""
+        self._registered[kind] = copier
+        for known in [each for each in self if issubclass(each, kind)]:
+            del self[known]  # so that the copier of this type is looked up again
+
+    def __missing__(self, kind: type) -> Copier:
+        registered = next((self._registered[base] for base in kind.__mro__ if base in self._registered), None)
+        copier = self[kind] = registered or _find_own(kind) or find_rebuilder(kind) or _refuse
+        return copier
+
+
+COPIERS: Final = Copiers()
+"""The copiers of this process. They are one for all executors, because `register_copier` is a function."""
 
 
 def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
@@ -68,9 +89,7 @@ def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
         raise UsageError(f"register_copier({kind!r}, ...): the first argument is a type: register_copier(MyType, f).")
     if not callable(copy):
         raise UsageError(f"register_copier({kind.__name__}, {copy!r}): the second argument is a function of a value.")
-    _registered[kind] = lambda value, copying: value if copying.dry else copy(value)
-    for known in [each for each in COPIERS if issubclass(each, kind)]:
-        del COPIERS[known]  # so that the copier of this type is looked up again
+    COPIERS.register(kind, lambda value, copying: value if copying.dry else copy(value))
 
 
 def check(declaration: Declaration, state: LearnerState) -> None:
@@ -85,14 +104,10 @@ def check(declaration: Declaration, state: LearnerState) -> None:
     """
     for declared in compile_slots(declaration):
         for slot in slots_now(declared, state) if getattr(state, declared.path[0]) is not None else ():
-            slot.take(state, Copying(Pool(0), dry=True))
+            slot.take(state, Copying(COPIERS, Pool(0), dry=True))
 
 
-def _find_registered(kind: type, value: Any) -> Copier | None:
-    return next((_registered[base] for base in kind.__mro__ if base in _registered), None)
-
-
-def _find_own(kind: type, value: Any) -> Copier | None:
+def _find_own(kind: type) -> Copier | None:
     if kind is torch.Tensor or kind is nn.Parameter:
         return copy_tensor
     if issubclass(kind, torch.Tensor):
@@ -119,6 +134,10 @@ def _copy_own(value: Any, copying: Copying) -> Any:
     return value.__frozen__(copying)
 
 
+def _refuse(value: Any, copying: Copying) -> Any:
+    raise Refused(value, "training may change it while the callback waits, and nothing says how it is copied")
+
+
 def _refuse_subclass(value: torch.Tensor, copying: Copying) -> Any:
     raise Refused(value, "a subclass of Tensor may hold more than its elements, and nothing says how it is copied")
 
@@ -138,7 +157,7 @@ _NUMBERS = (int, float, complex, str, bytes)
 """Types whose values are immutable, except for attributes that a subclass may add."""
 
 
-def find_rebuilder(kind: type, value: Any) -> Copier | None:
+def find_rebuilder(kind: type) -> Copier | None:
     """Return the copier of a type of Python or numpy, of a subclass of one, or of a dataclass; ``None`` for others."""
     if issubclass(kind, enum.Enum):
         return _itself
@@ -197,5 +216,3 @@ def _copy_array(value: Any, copying: Copying) -> Any:
     copying.nbytes += int(value.nbytes)
     return value if copying.dry else value.copy(order="K") if value.shape else value.copy()
 
-
-FINDERS[:] = [_find_registered, _find_own, find_rebuilder]

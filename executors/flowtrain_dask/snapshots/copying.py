@@ -1,6 +1,6 @@
 """One pass of copying, with the parts that all types have in common.
 
-The copier of each type is in `flowtrain_dask.snapshots.copiers`. A copy keeps the sharing within a value: a tensor in
+The copiers of the types are in `flowtrain_dask.snapshots.copiers`. A copy keeps the sharing within a value: a tensor in
 two places is one tensor in the copy too, and a list that contains itself does so in the copy.
 """
 
@@ -10,29 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flowtrain.callback.access import Path, Read, Write, dotted
-from flowtrain.callback.nested import PLAIN, Attribute, Memo, place_text
+from flowtrain.data.nested import PLAIN, Attribute, Memo, place_text
 from flowtrain.errors import AccessError
 from flowtrain.state.container import Tree, picked
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 
-__all__ = [
-    "COPIERS",
-    "FINDERS",
-    "Attributes",
-    "Copier",
-    "Copying",
-    "Refused",
-]
+__all__ = ["Attributes", "Copier", "Copying", "Refused"]
 
 Copier: TypeAlias = "Callable[[Any, Copying], Any]"
 """A function that returns the copy of a value, given the pass of copying."""
-
-COPIERS: dict[type, Copier] = {}
-"""The copier of each exact type that was met so far."""
-
-FINDERS: list[Callable[[type, Any], Copier | None]] = []
-"""Functions that find the copier of a new type, called in this order; `flowtrain_dask.snapshots.copiers` sets them."""
 
 
 class Refused(Exception):  # `Copying.at` turns it into an `AccessError` that names the place
@@ -57,6 +44,7 @@ class Copying:
     """The copy of one entry of the learner's state, while it is made.
 
     Args:
+        copiers: The copier of each type.
         pool: Gives the memory for tensors.
         cutter: Makes the copies of series.
         dry: Whether this is only a check: tensors and modules are not copied.
@@ -68,9 +56,12 @@ class Copying:
         memo: The values that were copied so far, each with its copy, by their ids.
     """
 
-    __slots__ = ("cutter", "dry", "events", "has_series", "memo", "nbytes", "pool")
+    __slots__ = ("_copiers", "cutter", "dry", "events", "has_series", "memo", "nbytes", "pool")
 
-    def __init__(self, pool: Pool, *, cutter: Cutter | None = None, dry: bool = False) -> None:
+    def __init__(
+        self, copiers: Mapping[type, Copier], pool: Pool, *, cutter: Cutter | None = None, dry: bool = False
+    ) -> None:
+        self._copiers = copiers
         self.pool = pool
         self.cutter = cutter or Cutter()
         self.dry = dry
@@ -91,10 +82,7 @@ class Copying:
         known = self.memo.get(id(value))
         if known is not None:
             return known[1]
-        copier = COPIERS.get(kind)
-        if copier is None:  # a type that was never copied before in this process
-            copier = COPIERS[kind] = next((found for find in FINDERS if (found := find(kind, value))), _refuse)
-        result = copier(value, self)
+        result = self._copiers[kind](value, self)
         self.memo[id(value)] = (value, result)  # with the value, so that no other object gets its id meanwhile
         return result
 
@@ -162,10 +150,6 @@ class Attributes:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
-
-
-def _refuse(value: Any, copying: Copying) -> Any:
-    raise Refused(value, "training may change it while the callback waits, and nothing says how it is copied")
 
 
 def _error(refused: Refused, path: Path) -> AccessError:

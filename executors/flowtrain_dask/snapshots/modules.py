@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from flowtrain.callback.nested import Attribute
+from flowtrain.data.nested import Attribute
 from flowtrain.state.container import Tree
 from flowtrain.state.learner_state import LearnerState, Named
 from flowtrain.state.parameters import named_parameters

@@ -17,7 +17,9 @@ from flowtrain.graph.plan import Plan
 from flowtrain.graph.reach import Reach
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
 
@@ -152,7 +154,7 @@ class Taker:
         where = (slot.path, key)
         if shared is not None and where in shared:
             return shared[where]
-        copying = Copying(self._pool, cutter=self._cutter)
+        copying = Copying(COPIERS, self._pool, cutter=self._cutter)
         value = slot.take(self._state, copying)
         if value is MISSING:
             return None
@@ -175,8 +177,8 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
     reach = reach or Reach()
     writes = [
         (position, region)
-        for position, step in enumerate(plan.steps)
-        for path, kind in step.node.access[step.handler]
+        for position, planned in enumerate(plan.handlers)
+        for path, kind in planned.node.access[planned.handler]
         if isinstance(kind, Write) and path[0] != "resource"
         for region in reach(path)
     ]
@@ -191,7 +193,7 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
     return {
         position: {
             path: last_writer(path, position)
-            for path, _ in plan.steps[position].node.access[plan.steps[position].handler]
+            for path, _ in plan.handlers[position].node.access[plan.handlers[position].handler]
             if path[0] != "resource"
         }
         for position in deferred

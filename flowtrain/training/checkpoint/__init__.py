@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of training is saved in one file and restored from it.
 
-`manager` takes a checkpoint when a handler requests one, and resumes a fit from one. `contents` gathers the state of a
-learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
+`checkpoints` takes a checkpoint when a handler requests one, and resumes a fit from one. `contents` gathers the state
+of a learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
 ``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
 `files` writes checkpoint files, complete or not at all; `position` knows how far a fit is in its data, `rng` the states
 of the random number generators.

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.nested import leaves
-from flowtrain.core.core import TorchCore
 from flowtrain.core.devices import place
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.data.nested import leaves
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import Stage
 from flowtrain.state.learner_state import LearnerState, by_name

@@ -39,7 +39,7 @@ from torch.nn.parameter import is_lazy
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import Stage
 from flowtrain.state.learner_state import LearnerState, by_name

@@ -44,10 +44,10 @@ JUDGED = 2
 POINTERS = ("latest", "best")
 """The names of the files that name a checkpoint of their folder."""
 
-Reached = Callable[[str], None]
+_Reached = Callable[[str], None]
 
 
-def replace(path: Path, write: Callable[[IO[bytes]], None], reached: Reached, what: str) -> None:
+def replace(path: Path, write: Callable[[IO[bytes]], None], reached: _Reached, what: str) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it.
 
     Args:

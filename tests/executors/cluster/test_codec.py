@@ -16,8 +16,7 @@ from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.cluster.codec import Encoded, decode, dump_entries, encode, load_entries, memory_for
 from flowtrain_dask.lanes.work import Entry
-from flowtrain_dask.snapshots.copiers import Pool
-from flowtrain_dask.snapshots.pool import ALIGNMENT
+from flowtrain_dask.snapshots.pool import ALIGNMENT, Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker
 from tests.support.encoded import closure, memory_of
 from tests.support.programs import Programs

@@ -26,7 +26,9 @@ from flowtrain.state.parameters import NamedGradients, NamedTensors
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
 from flowtrain_dask.cluster.pickling import ValuePickler, dumps, loads
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cut
 from tests.support.encoded import closure, memory_of
 
@@ -77,7 +79,7 @@ def test_tensors_come_back_bit_for_bit(sources: list[torch.Tensor]) -> None:
     found = decode(encode(sources))
     for made, source in zip(found, sources, strict=True):
         assert (made.dtype, made.shape, bits(made)) == (source.dtype, source.shape, bits(source))
-    for made, source in zip(decode(encode(Copying(Pool(1 << 16)).copy(sources))), sources, strict=True):
+    for made, source in zip(decode(encode(Copying(COPIERS, Pool(1 << 16)).copy(sources))), sources, strict=True):
         assert (made.dtype, made.shape, bits(made)) == (source.dtype, source.shape, bits(source))
 
 

@@ -35,7 +35,7 @@ def runner_of(pool: StrandPool, *callbacks: Callback) -> Callable[[], list[tuple
 
     def run() -> list[tuple[str, Exception]]:
         failures = pool.fire(plan, strands, BatchEnd(), TrainingPhase())
-        return [(step.node.name, failure) for step, failure in failures]
+        return [(planned.node.name, failure) for planned, failure in failures]
 
     return run
 
@@ -211,7 +211,7 @@ def test_a_firing_runs_what_it_is_told_and_returns_failures_in_serial_order() ->
     for position in (1, 0, 2):
         firing.run(position)
     assert [position for position, _ in firing.failures] == [1, 0]
-    assert [step.node.name for step, _ in firing.finish()] == ["A", "B"]
+    assert [planned.node.name for planned, _ in firing.finish()] == ["A", "B"]
     assert ran == []
     assert firing.failures == []
 

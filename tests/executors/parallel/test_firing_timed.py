@@ -12,7 +12,7 @@ import pytest
 
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase
 from flowtrain.graph.executor import SerialExecutor
-from flowtrain.graph.plan import Plan, Step
+from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.firing import Failures, StrandPool, TimedPlan
@@ -29,7 +29,7 @@ class Own(Event):
 class Raises(TinySite):
     """Raises for failures, as the loop does."""
 
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
         super().fail(plan, event, phase, failures)
         raise failures[0][1]
 
@@ -74,7 +74,7 @@ def fail(learner: LearnerView) -> None:
 
 
 def names(failures: Failures) -> list[tuple[str, str]]:
-    return [(step.node.name, str(failure)) for step, failure in failures]
+    return [(planned.node.name, str(failure)) for planned, failure in failures]
 
 
 def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(pool: StrandPool) -> None:
@@ -91,7 +91,7 @@ def test_inline_runs_in_serial_order_on_this_thread_and_times_each_handler(pool:
     bench = Bench(pool, A(act("A", 1.0), (B,)), B(act("B", 2.0)), C(act("C", 4.0)))
     times, failures = bench.inline()
     here = threading.get_ident()
-    assert [step.node.name for step in bench.plan.steps] == [name for name, _ in ran]
+    assert [planned.node.name for planned in bench.plan.handlers] == [name for name, _ in ran]
     assert {thread for _, thread in ran} == {here}
     assert times == [{"A": 1.0, "B": 2.0, "C": 4.0}[name] for name, _ in ran]
     assert failures == []
@@ -221,7 +221,7 @@ def test_no_frame_keeps_a_failure_alive(pool: StrandPool, way: str) -> None:
     """A failure holds the frames that it went through, and those the batch."""
 
     class Forgets(Raises):
-        def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[tuple[Step, BaseException]]) -> None:
+        def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
             raise failures[0][1]
 
     held: list[weakref.ref[Batch]] = []

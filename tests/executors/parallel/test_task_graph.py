@@ -44,7 +44,7 @@ def plans(draw: st.DrawFn) -> Plan:
 @given(plans())
 def test_tasks_are_the_handlers_and_edges_the_transitive_reduction(plan: Plan) -> None:
     graph = compile_plan(plan)
-    labels = [step.label for step in plan.steps]
+    labels = [planned.label for planned in plan.handlers]
     assert list(graph) == labels
     whole: networkx.DiGraph[str] = networkx.DiGraph()
     whole.add_nodes_from(labels)
@@ -83,7 +83,7 @@ class RunsGraphs(Threads):
             nonlocal skipped
             failure = None
             if plan.always or not plan.ancestors[position] & skipped:
-                failure = self.call(plan.steps[position], event, phase)
+                failure = self.call(plan.handlers[position], event, phase)
                 if failure is None:
                     return
                 failures[position] = failure
@@ -94,7 +94,7 @@ class RunsGraphs(Threads):
         interrupts = [failure for failure in failures.values() if not isinstance(failure, Exception)]
         if interrupts and not plan.always:
             raise interrupts[0]
-        return [(plan.steps[position], failure) for position, failure in sorted(failures.items())]
+        return [(plan.handlers[position], failure) for position, failure in sorted(failures.items())]
 
 
 class TestRunsGraphs(ExecutorContract):

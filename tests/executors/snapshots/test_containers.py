@@ -18,8 +18,9 @@ import torch
 
 from flowtrain import BatchEnd, Read, TrainingPhase
 from flowtrain.state.container import Tree
-from flowtrain_dask.snapshots.copiers import Copying, Pool, find_rebuilder
-from flowtrain_dask.snapshots.copying import Refused
+from flowtrain_dask.snapshots.copiers import COPIERS, find_rebuilder
+from flowtrain_dask.snapshots.copying import Copying, Refused
+from flowtrain_dask.snapshots.pool import Pool
 from tests.support.copies import Box, Frozen, copied, tensor
 
 
@@ -208,7 +209,7 @@ def test_what_holds_itself_does_so_in_the_copy(value: Any, inner: Callable[[Any]
 )
 def test_what_is_refused_says_how_to_get_there(value: Any, where: list[str] | None) -> None:
     with pytest.raises(Refused) as caught:
-        Copying(Pool(0)).copy(value)
+        Copying(COPIERS, Pool(0)).copy(value)
     assert type(caught.value.value) is Box
     if where is None:
         [place] = caught.value.where
@@ -219,19 +220,19 @@ def test_what_is_refused_says_how_to_get_there(value: Any, where: list[str] | No
 
 def test_who_knows_a_type_and_who_does_not() -> None:
     """Types of others are left to others: they may hold anything."""
-    assert find_rebuilder(Box, Box(1)) is None
-    assert find_rebuilder(torch.Tensor, torch.ones(1)) is None
-    assert find_rebuilder(type(iter([])), iter([])) is None
-    assert find_rebuilder(Filled, Filled()) is find_rebuilder(list, [])
-    assert find_rebuilder(Counter, Counter()) is find_rebuilder(dict, {})
-    assert find_rebuilder(Frozen, Frozen(1)) is find_rebuilder(types.SimpleNamespace, types.SimpleNamespace())
+    assert find_rebuilder(Box) is None
+    assert find_rebuilder(torch.Tensor) is None
+    assert find_rebuilder(type(iter([]))) is None
+    assert find_rebuilder(Filled) is find_rebuilder(list)
+    assert find_rebuilder(Counter) is find_rebuilder(dict)
+    assert find_rebuilder(Frozen) is find_rebuilder(types.SimpleNamespace)
     event, phase = BatchEnd(), TrainingPhase()
     assert copied([event, phase]) == [event, phase]
 
 
 def test_arrays_are_counted_and_in_a_dry_run_only_looked_at() -> None:
     value, raw = np.arange(6.0), bytearray(b"abc")
-    copying, dry = Copying(Pool(0)), Copying(Pool(0), dry=True)
+    copying, dry = Copying(COPIERS, Pool(0)), Copying(COPIERS, Pool(0), dry=True)
     found = copying.copy([value, raw])
     assert copying.nbytes == 48 + 3
     assert not np.shares_memory(found[0], value)
@@ -370,7 +371,7 @@ def test_no_function_of_the_type_runs_and_what_cannot_be_made_is_refused() -> No
     assert copied([wide])[0] is wide
     wide.note = [1]
     with pytest.raises(Refused, match="it has attributes, and cannot be made again"):
-        Copying(Pool(0)).copy(wide)
+        Copying(COPIERS, Pool(0)).copy(wide)
 
 
 def test_a_proxy_keeps_what_is_missing_in_what_it_shows() -> None:
@@ -415,7 +416,7 @@ def test_of_a_mapping_only_what_is_declared_is_copied() -> None:
     """A key may have dots in it, as the names of parameters do."""
     value = {"a": {"x": [1], "y": Box(1)}, "b.c": [2], "d": Box(1), 3: [4]}
     inside: Tree = {"a": {"x": Read()}, "b": {"c": Read()}, "3": Read(), "missing": Read()}
-    found = Copying(Pool(0)).inside(value, inside)
+    found = Copying(COPIERS, Pool(0)).inside(value, inside)
     expected = copy.deepcopy({"a": {"x": [1]}, "b.c": [2], 3: [4]})
     value["a"]["x"].append(0)  # type: ignore[index]  # a dict
     assert found == expected

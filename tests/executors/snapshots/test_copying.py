@@ -12,8 +12,9 @@ import torch
 from flowtrain import AccessError, Read, UsageError
 from flowtrain.state.container import Tree
 from flowtrain.state.series import Series
-from flowtrain_dask.snapshots.copiers import Copying, Pool
-from flowtrain_dask.snapshots.copying import COPIERS, Attributes, Refused
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Attributes, Copying, Refused
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 from tests.support.copies import Box, Frozen, copied, tensor
 
@@ -46,7 +47,7 @@ def test_what_cannot_be_copied_is_named_with_a_remedy(value: Any, message: str) 
 
 def test_each_of_many_values_that_are_gone_at_once_has_its_own_copy() -> None:
     """Another value at the same address is not taken for the one before."""
-    copying = Copying(Pool(0))
+    copying = Copying(COPIERS, Pool(0))
     assert [copying.copy([number]) for number in range(500)] == [[number] for number in range(500)]
 
 
@@ -62,7 +63,7 @@ def test_a_type_is_looked_up_once() -> None:
 
     assert Own not in COPIERS
     copied(Own(1))
-    first = COPIERS[Own]
+    first = dict(COPIERS)[Own]  # kept already, since a plain dict looks nothing up
     assert copied(Own(2)) == Own(2)
     assert COPIERS[Own] is first
 
@@ -72,31 +73,31 @@ def test_a_type_that_nobody_knows_is_refused_each_time_it_is_met() -> None:
 
     for _ in range(2):
         with pytest.raises(Refused, match="training may change it while the callback waits") as caught:
-            Copying(Pool(0)).copy(Unknown())
+            Copying(COPIERS, Pool(0)).copy(Unknown())
         assert type(caught.value.value) is Unknown
         assert caught.value.where == []
 
 
 def test_where_something_is_comes_with_the_outermost_step_last() -> None:
     with pytest.raises(Refused) as caught:
-        Copying(Pool(0)).copy({"a": [0, Frozen(Box(1))]})
+        Copying(COPIERS, Pool(0)).copy({"a": [0, Frozen(Box(1))]})
     assert caught.value.where == [".x", "[1]", "['a']"]
 
 
 def test_how_a_series_is_shown_is_said_from_outside() -> None:
     series = Series("cbstate.s")
     series.push(1.0, 1)
-    plain, other = Copying(Pool(0)), Copying(Pool(0), cutter=Cutter(tail=True))
+    plain, other = Copying(COPIERS, Pool(0)), Copying(COPIERS, Pool(0), cutter=Cutter(tail=True))
     assert list(plain.copy([series])[0]) == [(1, 1.0)]
     with pytest.raises(UsageError, match="runs in another process"):
         list(other.copy([series])[0])
     assert plain.has_series
-    assert not Copying(Pool(0)).has_series
+    assert not Copying(COPIERS, Pool(0)).has_series
 
 
 def test_the_bytes_of_what_was_copied_are_counted_once() -> None:
     source, array = tensor(), np.zeros(3)
-    copying = Copying(Pool(1 << 20))
+    copying = Copying(COPIERS, Pool(1 << 20))
     copying.copy([source, {"again": source}, array, "text", 3])
     assert copying.nbytes == source.nbytes + array.nbytes
     assert copying.events == []
@@ -105,19 +106,19 @@ def test_the_bytes_of_what_was_copied_are_counted_once() -> None:
 def test_an_entry_is_copied_whole_or_what_is_declared_inside_it() -> None:
     value = {"a": [1], "b": Box(1)}
     with pytest.raises(AccessError, match=r"learner\.batch\.x\['b'\] is a .*Box"):
-        Copying(Pool(0)).entry(value, ("batch", "x"))
-    found = Copying(Pool(0)).entry(value, ("batch", "x"), {"a": Read()})
+        Copying(COPIERS, Pool(0)).entry(value, ("batch", "x"))
+    found = Copying(COPIERS, Pool(0)).entry(value, ("batch", "x"), {"a": Read()})
     value["a"] = [2]
     assert found == {"a": [1]}
     with pytest.raises(AccessError, match=r"learner\.batch\.x\['b'\] is a .*Box"):
-        Copying(Pool(0)).entry(value, ("batch", "x"), {"b": Read()})
+        Copying(COPIERS, Pool(0)).entry(value, ("batch", "x"), {"b": Read()})
 
 
 def test_of_an_object_the_declared_attributes_are_copied_and_a_missing_one_is_left_out() -> None:
     inner = [1]
     value = Box(Frozen(inner))
     inside: Tree = {"content": {"x": Read()}, "missing": Read()}
-    found = Copying(Pool(0)).inside(value, inside)
+    found = Copying(COPIERS, Pool(0)).inside(value, inside)
     inner.append(2)
     assert type(found) is Attributes
     assert vars(vars(found)["content"]) == {"x": [1]}
@@ -126,5 +127,5 @@ def test_of_an_object_the_declared_attributes_are_copied_and_a_missing_one_is_le
 
 def test_all_of_a_part_is_copied_where_all_of_it_is_declared() -> None:
     inside: Tree = {"a": {"": Read(), "x": Read()}}
-    found = Copying(Pool(0)).inside({"a": {"x": [1], "y": [2]}, "b": [3]}, inside)
+    found = Copying(COPIERS, Pool(0)).inside({"a": {"x": [1], "y": [2]}, "b": [3]}, inside)
     assert found == {"a": {"x": [1], "y": [2]}}

@@ -18,7 +18,9 @@ from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import decode, dump_entries, encode, load_entries
 from flowtrain_dask.lanes.work import Entry
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cut, CutMap, Cutter
 from tests.support.examples import examples
 
@@ -39,7 +41,7 @@ def by_phase() -> PhaseMap[Any]:
 def taken(metrics: PhaseMap[Any], cutter: Cutter) -> Any:
     """What a snapshot holds of series by phase."""
     found = cutter.by_phase(metrics)
-    value = Copying(Pool(0), cutter=cutter).copy(metrics) if found is None else found
+    value = Copying(COPIERS, Pool(0), cutter=cutter).copy(metrics) if found is None else found
     cutter.taken()
     return value
 
@@ -221,8 +223,8 @@ def test_each_event_sees_what_was_there(events: list[list[Push]], batch: int, la
 @pytest.mark.parametrize(
     "take",
     [
-        lambda metrics: Copying(Pool(0)).copy(metrics),
-        lambda metrics: travelled(Copying(Pool(0), cutter=Cutter(tail=True)).copy(metrics)),
+        lambda metrics: Copying(COPIERS, Pool(0)).copy(metrics),
+        lambda metrics: travelled(Copying(COPIERS, Pool(0), cutter=Cutter(tail=True)).copy(metrics)),
         lambda metrics: taken(metrics, Cutter()),
         lambda metrics: travelled(taken(metrics, Cutter())),
         lambda metrics: taken(metrics, Cutter(tail=True)),
@@ -384,5 +386,5 @@ def test_a_map_by_phase_of_something_else_is_copied_as_all_else_is() -> None:
     metrics[ValidationPhase] = Own("cbstate.metrics_step")
     cutter = Cutter(tail=True)
     assert cutter.by_phase(metrics) is None
-    found = Copying(Pool(0), cutter=cutter).copy(metrics)
+    found = Copying(COPIERS, Pool(0), cutter=cutter).copy(metrics)
     assert found[TrainingPhase]["Loss"].since(0) == [0.5], "a cut that was not used does not count as shown"

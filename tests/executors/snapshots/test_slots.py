@@ -11,7 +11,9 @@ from flowtrain.callback.access import Access, declare
 from flowtrain.errors import AccessError
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.slots import MISSING, compile_slots, slots_now
 
 
@@ -57,14 +59,14 @@ def test_all_entries_are_those_that_are_there_now_and_missing_ones_are_missing()
     state.batch.extra = 1
     assert [slot.path for slot in slots_now(every, state)] == [("batch", "loss"), ("batch", "extra")]
     assert slots_now(one, state) == (one,)
-    assert one.take(state, Copying(Pool(0))) is MISSING
+    assert one.take(state, Copying(COPIERS, Pool(0))) is MISSING
 
 
 def test_a_part_of_a_model_is_copied_and_the_rest_is_not() -> None:
     state = LearnerState()
     state.model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     [slot] = compile_slots(declare({"model.a": Read()}, "me"))
-    copy = slot.take(state, Copying(Pool(0)))
+    copy = slot.take(state, Copying(COPIERS, Pool(0)))
     assert torch.equal(copy.a.weight, state.model["a"].weight)
     assert copy.a.weight is not state.model["a"].weight
     assert not hasattr(copy, "b")

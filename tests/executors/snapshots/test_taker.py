@@ -38,7 +38,7 @@ from flowtrain.state.parameters import Parameters
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
-from flowtrain_dask.snapshots.copiers import Pool
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Shared, Snapshot, Taker, copy_groups
 from tests.support.accelerator import DEVICE, needs_accelerator
 
@@ -328,7 +328,7 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
     """Rule 20; ``params`` are those of ``model``."""
     learner = tiny_learner(First(), Writer(path), Reader(), Reader(), default_callbacks=False)
     plan = learner.callbacks.plan(BatchEnd, TrainingPhase)
-    names = [step.node.name for step in plan.steps]
+    names = [planned.node.name for planned in plan.handlers]
     assert names == ["First", "Writer", "Reader", "Reader#2"]
     groups = copy_groups(plan, [0, 2, 3])
     assert set(groups) == {0, 2, 3}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from flowtrain_dask.snapshots.copiers import Copying, Pool
-from flowtrain_dask.snapshots.copying import Refused
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying, Refused
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.tensors import compressed_indices, copy_tensor, copy_tensors
 from tests.support.copies import copied, tensor
 
@@ -99,7 +100,7 @@ def test_copies_are_detached() -> None:
 
 
 def test_where_elements_are_shown_many_times_each_is_copied_once() -> None:
-    copying = Copying(Pool(1 << 20))
+    copying = Copying(COPIERS, Pool(1 << 20))
     source = tensor().view(20, 1, 20).expand(20, 1000, 20)
     found = copy_tensor(source, copying)
     assert torch.equal(found, source)
@@ -108,14 +109,14 @@ def test_where_elements_are_shown_many_times_each_is_copied_once() -> None:
 
 def test_a_dry_run_takes_no_memory() -> None:
     source, pool = tensor(), Pool(1 << 20)
-    assert copy_tensor(source, Copying(pool, dry=True)).data_ptr() == source.data_ptr()
-    named = copy_tensors({"a": source, "b": tensor()}, Copying(pool, dry=True))
+    assert copy_tensor(source, Copying(COPIERS, pool, dry=True)).data_ptr() == source.data_ptr()
+    named = copy_tensors({"a": source, "b": tensor()}, Copying(COPIERS, pool, dry=True))
     assert named["a"].data_ptr() == source.data_ptr()
     assert pool.nbytes == 0
 
 
 def test_what_has_no_elements_to_copy_stays_on_its_device() -> None:
-    found = copy_tensor(torch.ones(2, 3, device="meta", requires_grad=True), Copying(Pool(0)))
+    found = copy_tensor(torch.ones(2, 3, device="meta", requires_grad=True), Copying(COPIERS, Pool(0)))
     assert (found.device.type, found.shape, found.requires_grad) == ("meta", (2, 3), False)
 
 
@@ -130,7 +131,7 @@ def test_what_has_no_elements_to_copy_stays_on_its_device() -> None:
 )
 def test_kinds_that_cannot_be_copied_are_refused_with_what_to_read(make: Callable[[], Any], kind: str) -> None:
     with pytest.raises(Refused, match=f"tensors of this kind {kind} cannot be copied") as caught:
-        copy_tensor(make(), Copying(Pool(0)))
+        copy_tensor(make(), Copying(COPIERS, Pool(0)))
     assert caught.value.remedy == "Read a dense tensor made from it"
 
 
@@ -138,7 +139,7 @@ def test_tensors_by_name_lie_in_one_piece_of_memory() -> None:
     sources = {"a": nn.Parameter(tensor()), "b": tensor(300).double(), "c": tensor(7).view(7, 1)}
     expected = {name: source.detach().clone() for name, source in sources.items()}
     pool = Pool(1 << 20)
-    copying = Copying(pool)
+    copying = Copying(COPIERS, pool)
     found = copy_tensors(sources, copying)
     with torch.no_grad():
         for source in sources.values():
@@ -154,7 +155,7 @@ def test_tensors_by_name_lie_in_one_piece_of_memory() -> None:
 
 
 def test_a_tensor_that_was_copied_by_name_is_the_same_copy_elsewhere() -> None:
-    source, copying = tensor(), Copying(Pool(1 << 20))
+    source, copying = tensor(), Copying(COPIERS, Pool(1 << 20))
     found = copy_tensors({"a": source}, copying)
     assert copying.copy([source])[0] is found["a"]
 
@@ -162,7 +163,7 @@ def test_a_tensor_that_was_copied_by_name_is_the_same_copy_elsewhere() -> None:
 def test_one_tensor_of_another_kind_lets_each_be_copied_as_what_it_is() -> None:
     sources = {"plain": tensor(), "sparse": torch.eye(3).to_sparse(), "transposed": tensor().view(20, 20).t()}
     expected = {name: source.to_dense().clone() for name, source in sources.items()}
-    found = copy_tensors(sources, Copying(Pool(1 << 20)))
+    found = copy_tensors(sources, Copying(COPIERS, Pool(1 << 20)))
     sources["plain"].zero_()
     sources["sparse"]._values().zero_()
     sources["transposed"].zero_()
@@ -178,16 +179,16 @@ class Own(torch.Tensor):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 def test_a_sparse_tensor_by_name_is_copied_and_other_kinds_are_refused() -> None:
     sparse = torch.eye(4).to_sparse_csr()
-    found = copy_tensors({"a": torch.ones(2), "b": sparse}, Copying(Pool(0)))
+    found = copy_tensors({"a": torch.ones(2), "b": sparse}, Copying(COPIERS, Pool(0)))
     sparse.values().zero_()
     assert torch.equal(found["b"].to_dense(), torch.eye(4))
     with pytest.raises(Refused, match="tensors of this kind"):
-        copy_tensors({"a": torch.ones(2), "b": torch.ones(3, 3).to_mkldnn()}, Copying(Pool(0)))
+        copy_tensors({"a": torch.ones(2), "b": torch.ones(3, 3).to_mkldnn()}, Copying(COPIERS, Pool(0)))
 
 
 def test_a_tensor_by_name_that_cannot_be_copied_is_named() -> None:
     with pytest.raises(Refused, match="a subclass of Tensor may hold more") as caught:
-        copy_tensors({"fine": tensor(), "bad": tensor().as_subclass(Own)}, Copying(Pool(0)))
+        copy_tensors({"fine": tensor(), "bad": tensor().as_subclass(Own)}, Copying(COPIERS, Pool(0)))
     assert caught.value.where == ["['bad']"]
 
 

@@ -28,7 +28,7 @@ from flowtrain.state.readonly import ReadOnlyDict
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.state.views import bind_view
 from flowtrain_dask.cluster.codec import decode, encode
-from flowtrain_dask.snapshots.copiers import Pool
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Taker
 from flowtrain_dask.snapshots.view import Replica
 from tests.support.examples import examples

@@ -42,6 +42,7 @@ __all__ = [
     "INSIDE",
     "PLAIN",
     "Attribute",
+    "Change",
     "Memo",
     "attributes",
     "is_nested",

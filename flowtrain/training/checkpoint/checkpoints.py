@@ -22,7 +22,7 @@ import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.view import CheckpointRequest
-from flowtrain.core.core import TorchCore
+from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, raise_worst
 from flowtrain.graph.executor import Executor, Mailbox, Resumable
 from flowtrain.logging.backend import Run

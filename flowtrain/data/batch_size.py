@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from flowtrain.callback.nested import items, place_text
+from flowtrain.data.nested import items, place_text
 
 __all__ = ["lengths", "measure"]
 

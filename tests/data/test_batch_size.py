@@ -11,7 +11,7 @@ from torch import zeros
 from torch.nn.utils.rnn import pack_sequence
 
 from flowtrain import ValidationPhase
-from flowtrain.callback.batch_size import lengths, measure
+from flowtrain.data.batch_size import lengths, measure
 from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
 
 

@@ -17,7 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowtrain.callback.nested import (
+from flowtrain.core.devices import place
+from flowtrain.data.nested import (
     INSIDE,
     PLAIN,
     Attribute,
@@ -30,10 +31,11 @@ from flowtrain.callback.nested import (
     place_text,
     refill,
 )
-from flowtrain.core.devices import place
 from flowtrain.diagnostics.strict import fingerprint
 from flowtrain.state.detached import detached
-from flowtrain_dask.snapshots.copiers import Copying, Pool
+from flowtrain_dask.snapshots.copiers import COPIERS
+from flowtrain_dask.snapshots.copying import Copying
+from flowtrain_dask.snapshots.pool import Pool
 from tests.support.nested import CASES, Encoding, Frozen, Items, Output, Pair, Row, Sample, Slotted, noted, values
 
 
@@ -140,7 +142,7 @@ def test_every_reader_sees_every_tensor(value: Any) -> None:
 
     assert all(each.is_meta for each in read(place(value, torch.device("meta"))))
     assert len(read(place(value, torch.device("meta")))) == count
-    copy = Copying(Pool(1 << 20)).copy(value)
+    copy = Copying(COPIERS, Pool(1 << 20)).copy(value)
     assert len(read(copy)) == count
     assert not {each.data_ptr() for each in read(copy)} & {each.data_ptr() for each in tensors}
     for each in tensors:

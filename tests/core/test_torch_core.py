@@ -38,7 +38,7 @@ from flowtrain import (
 )
 from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchBegin, BatchCancelled, BatchEnd, LossBegin
 from flowtrain.callbacks import CustomCallback
-from flowtrain.core.core import Settings
+from flowtrain.core.torch_core import Settings
 from tests.support.models import Tempered
 
 Pairs = list[tuple[Tensor, Tensor]]

@@ -45,7 +45,7 @@ from flowtrain_dask.deferred.policy import (
 from flowtrain_dask.deferred.shutdown import Teardown
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import LaneReport, Report
-from flowtrain_dask.snapshots.copiers import Pool
+from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker, copy_groups
 
 __all__ = ["DeferredCallbacks", "Lanes", "sharing"]
@@ -128,7 +128,7 @@ class Lanes:
 
     def positions(self, plan: Plan) -> frozenset[int]:
         """Return the positions of the deferred handlers in a plan."""
-        return frozenset(at for at, step in enumerate(plan.steps) if step.node in self._planned_of)
+        return frozenset(at for at, each in enumerate(plan.handlers) if each.node in self._planned_of)
 
     def rewrite(self, plan: Plan) -> tuple[Plan, Shared | None]:
         """Return a plan with snapshot nodes, and the mapping of copies that these share in a firing, if any two do."""
@@ -140,24 +140,24 @@ class Lanes:
         shared: Shared | None = {} if len(set(keys)) < len(keys) else None
         calls: dict[int, Call] = {}
         for at in positions:
-            step = plan.steps[at]
-            planned = self._planned_of[step.node]
-            position = planned.position(step.node, step.handler)
-            taker = self._takers[step.node, step.handler].sharing(groups[at])
-            draws = found.state.draws if (found := self._site()) is not None and draws_own(step.callback) else None
-            calls[at] = _snapshot_node(planned, position, taker, shared, draws, step.node.name)
+            each = plan.handlers[at]
+            planned = self._planned_of[each.node]
+            position = planned.position(each.node, each.handler)
+            taker = self._takers[each.node, each.handler].sharing(groups[at])
+            draws = found.state.draws if (found := self._site()) is not None and draws_own(each.callback) else None
+            calls[at] = _snapshot_node(planned, position, taker, shared, draws, each.node.name)
         return plan.with_calls(calls), shared
 
     def explain(self, plan: Plan) -> str:
         """Say in a line for each deferrable handler of a plan to which lane it is deferred, or why it is not."""
         parts = []
-        for step in plan.steps:
-            planned = self._planned_of.get(step.node)
+        for each in plan.handlers:
+            planned = self._planned_of.get(each.node)
             if planned is not None:
                 where = self._where(planned.nodes)
-                parts.append(f"{step.label} is deferred to lane {name_of(planned.nodes)} ({where})")
-            elif why := self.deferral.why_kept(step.node):
-                parts.append(f"{step.label} runs in place: {why}")
+                parts.append(f"{each.label} is deferred to lane {name_of(planned.nodes)} ({where})")
+            elif why := self.deferral.why_kept(each.node):
+                parts.append(f"{each.label} runs in place: {why}")
         return "\n".join(parts)
 
     def _where(self, nodes: Sequence[Node]) -> str:

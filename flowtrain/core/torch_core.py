@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from flowtrain.callback.modes import Modes
+from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, check_compile, original
 from flowtrain.core.devices import find_device
@@ -122,6 +122,26 @@ class TorchCore:
         CoreError: An argument has a value that it cannot have, or the device does not exist.
     """
 
+    # The functions that a step calls for every batch. They are attributes, and not methods that ask the settings,
+    # because most cores have nothing to add to torch's own functions, and then a step calls these themselves.
+
+    plain: bool
+    """Whether the core adds nothing to a step: an update is ``optimizer.step()``, and nothing counts batches."""
+    model: Callable[..., Any]
+    """The model if the learner has one without a name, compiled and under autocast where the settings say so."""
+    lossfn: Callable[..., Any]
+    """The loss function, a function of ``(outputs, targets)``, compiled and under autocast as `model` is."""
+    begin: Callable[[], Any]
+    """Begins the gradients of a training batch: zeroes them, or leaves those of an open accumulation group."""
+    backward: Callable[[torch.Tensor], Any]
+    """Runs the backward pass of a loss, a tensor with one element: `torch.Tensor.backward` or `_backward`."""
+    places: bool
+    """Whether data must be moved or changed by `place` before a step; a core on the CPU leaves data as they are."""
+    place: Callable[[Any], Any]
+    """Returns the data of a batch on the device, in the memory format of the core."""
+    feed: Callable[[Iterable[Any], int | None], Iterable[Any]]
+    """Returns the batches of an epoch, of which there are the given number, with the next one moved ahead of time."""
+
     def __init__(
         self,
         device: str | torch.device = "auto",
@@ -192,11 +212,11 @@ class TorchCore:
             module.to(self.device)
             if self.settings.channels_last:
                 module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # documented
-        self._model: Any = models.get("")
-        self._lossfn: Any = state.lossfn
+        model: Any = models.get("")
+        lossfn: Any = state.lossfn
         if self.settings.compile is not False:
             compiled = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
-            self._model, self._lossfn = compiled.model, compiled.lossfn
+            model, lossfn = compiled.model, compiled.lossfn
         # Only now: moving a module to another type of device may replace its parameters, which optimizers hold.
         self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
         self._state = state  # nothing below can fail, so a refused core never belongs to a learner
@@ -221,10 +241,12 @@ class TorchCore:
         if chosen.tf32 is not None and self.device.type == "cuda":  # no other accelerator has this type of number
             torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = chosen.tf32
+        self.model = in_precision(model, self.device, self.precision)
+        self.lossfn = in_precision(lossfn, self.device, self.precision)
         self._choose()
 
     def _choose(self) -> None:
-        """Choose the functions that a step calls: torch's own where the core has nothing to add to them."""
+        """Choose `begin` and `backward` for the present settings: torch's own functions if the core is plain."""
         self.plain = (
             "" in self._optimizers
             and self.accumulate == 1
@@ -233,14 +255,9 @@ class TorchCore:
             and self.clip_grad_value is None
             and not self._needs_norm
         )
-        self.model: Any = in_precision(self._model, self.device, self.precision)
-        self.lossfn: Any = in_precision(self._lossfn, self.device, self.precision)
-        self.begin: Callable[[], Any] = self.groups.begin
-        self.backward: Callable[[torch.Tensor], Any] = self._backward
-        if self.plain:
-            self.begin = zeroing(self.optimizer)
-            if self._guard is None:  # the guard has to see each loss
-                self.backward = torch.Tensor.backward
+        self.begin = zeroing(self.optimizer) if self.plain else self.groups.begin
+        # The guard has to see each loss, so a core with a guard is plain and still runs the backward pass itself.
+        self.backward = torch.Tensor.backward if self.plain and self._guard is None else self._backward
 
     def guard_nan(self, wanted: bool) -> None:
         """Say whether updates must be skipped after a NaN loss, since a callback stops at it and reads losses late."""
