@@ -102,6 +102,7 @@ from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
 from flowtrain.callbacks import summary as _summary
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.diagnostics.history import History
 from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
 from flowtrain.errors import (
     AccessError,
@@ -168,6 +169,7 @@ __all__ = [
     "FitEnd",
     "FlowtrainError",
     "HandlerError",
+    "History",
     "Learner",
     "LearnerView",
     "LearningRateSweep",

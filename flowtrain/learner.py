@@ -7,8 +7,8 @@ these parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
 import torch
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.events import EpochBegin, Event
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.dry_run import DryRun, dry_run
-from flowtrain.diagnostics.plots import plot
+from flowtrain.diagnostics.history import History
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
-from flowtrain.errors import ExecutorError, UsageError, without_frames
+from flowtrain.errors import UsageError, without_frames
 from flowtrain.graph.executor import Executor, find_executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
@@ -34,17 +34,16 @@ from flowtrain.training.arguments import (
     as_list,
     as_phase,
     check_core,
-    check_counts,
     check_keywords,
     check_lossfn,
     check_model,
     check_path,
-    check_phase,
     no_attribute,
     with_defaults,
 )
 from flowtrain.training.callback_changes import CallbackChanges
-from flowtrain.training.data import check_fit_data, limited, loaders
+from flowtrain.training.calls import Calls
+from flowtrain.training.data import loaders
 from flowtrain.training.loop import Loop
 
 __all__ = ["Learner"]
@@ -76,7 +75,6 @@ class Learner:
         state: The state of training, which the views of handlers show.
         core: The part that computes.
         loop: The part that runs fits, epochs and batches.
-        stopped: The exception that ended the last fit early, an error or a cancel; ``None`` if it ended by itself.
 
     Raises:
         FlowtrainError: An argument does not fit. Nothing has run then except the `setup` of callbacks.
@@ -102,14 +100,14 @@ class Learner:
         self.state.lossfn = check_lossfn(lossfn)
         self.state.data = loaders(data)
         self.strict = strict
-        self.stopped: BaseException | None = None
         chosen = with_defaults(as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
         self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
-            self._check_phases(self.state.data)
             self.loop = Loop(self.state, self.core, find_executor(executor))
             self._changes = CallbackChanges(self.loop, repr(self))
+            self._calls = Calls(self.loop, self._changes)
+            self._calls.check_phases(self.state.data)
             self._use(chosen)
         except BaseException:
             self.core.release()  # so that the user can pass the same core again
@@ -127,7 +125,7 @@ class Learner:
         data: Any = None,
         resume: str | PathLike[str] | None = None,
         **unknown: Never,
-    ) -> None:
+    ) -> History:
         """Train for a number of epochs, or for a number of steps.
 
         With `epochs`, one epoch of every phase in `data` is run in turn, that many times. With `steps`, the training
@@ -145,6 +143,9 @@ class Learner:
             resume: The checkpoint to resume from, or a folder whose latest checkpoint is used. `epochs`, or `steps`, is
                 then the total, with the part before the checkpoint: pass the same number as to the first fit.
 
+        Returns:
+            `history`, which holds the metrics of all epochs of this learner, not only those of this fit.
+
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
             KeyboardInterrupt: Ctrl-C or SIGTERM came, and a batch boundary was reached (rule 29).
@@ -154,25 +155,8 @@ class Learner:
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
-        # A fit that resumes opens the backends itself, at the positions in the checkpoint.
-        with self._running("fit()", opens=resume is None):
-            epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
-            if resume is not None:
-                check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
-            chosen = limited(self.state.data if data is None else loaders(data), limit_batches)
-            self._check_phases(chosen)
-            check_fit_data(chosen, by_steps=steps is not None, stacklevel=2)
-            before, self.state.data = self.state.data, chosen  # handlers see the loaders of this fit
-            self.stopped = None
-            try:
-                if resume is not None:
-                    self.loop.checkpoints.resume(resume, chosen, "epochs" if steps is None else "steps")
-                self.stopped = self.loop.fit(chosen, epochs, steps, validate_every)
-            except BaseException as failure:
-                self.stopped = failure
-                raise
-            finally:
-                self.state.data = before
+        self._calls.fit(epochs, steps, validate_every, limit_batches, data, resume)
+        return self.history
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:
         """Run one epoch of a phase, over its own loader or over the loader `data`.
@@ -181,37 +165,68 @@ class Learner:
             CancelFittingException: A handler wants to end training, and there is no fit to end.
             UsageError: There is no loader for the phase, or a handler or a step called this.
         """
-        phase = as_phase(phase, "epoch")
-        with self._running("epoch()", trains=isinstance(phase, AbstractTrainingPhase)):
-            if data is None and phase not in self.state.data:
-                raise UsageError(f"There is no data for {phase!r}. Pass it: learner.epoch({phase!r}(), loader).")
-            chosen = self.state.data if data is None else loaders({**self.state.data, phase: data})
-            self._check_phases([phase])
-            before, self.state.data = self.state.data, chosen
-            try:
-                self.loop.epoch(phase, chosen[phase])
-            finally:
-                self.state.data = before
+        self._calls.epoch(as_phase(phase, "epoch"), data)
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase, `raw` as the loader would give it, and return the batch state."""
-        phase = as_phase(phase, "step")
-        with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
-            self._check_phases([phase])
-            return self.loop.step(phase, raw)
+        return self._calls.step(as_phase(phase, "step"), raw)
 
-    def validate(self) -> None:
+    def validate(self) -> Mapping[Any, Any]:
         """Run one epoch of every phase in `data` that does not train.
+
+        Returns:
+            The values of the metrics by name, as from `evaluate`. With several such phases, these values for each
+            phase: ``learner.validate()[ValidationPhase]["Loss"]``.
 
         Raises:
             UsageError: `data` has no such phase, or a handler or a step called this.
         """
-        with self._running("validate()", trains=False):
-            phases = [phase for phase in self.state.data if not isinstance(phase, AbstractTrainingPhase)]
-            if not phases:
-                raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
-            for phase in phases:
-                self.loop.epoch(phase, self.state.data[phase])
+        return self._calls.validate()
+
+    def evaluate(self, data: Any = None, phase: Phase | type[Phase] = ValidationPhase) -> dict[str, float]:
+        """Run one epoch of a phase that evaluates, over a loader or over its own data, and return its metrics.
+
+        The values are recorded and logged as those of any epoch of the phase. To keep the values of test data apart,
+        give these a phase of their own: ``class TestPhase(ValidationPhase)``.
+
+        Args:
+            data: The loader; by default that of `phase` in the data of the learner.
+            phase: The phase. If the data has no `ValidationPhase` but one other phase that evaluates, the default is
+                that one.
+
+        Returns:
+            The values of the epoch by the names of the metrics, ``"Loss"`` among them. It is empty if no callback
+            records metrics of epochs, or the epoch has no complete batch.
+
+        Raises:
+            UsageError: There is no data, the phase trains, or a handler or a step called this.
+            DataError: The loader gives no batch.
+        """
+        return self._calls.evaluate(data, as_phase(phase, "evaluate"))
+
+    def predict(self, loader: Any, phase: Phase | type[Phase] = ValidationPhase) -> Any:
+        """Return the outputs of the model for all batches of a loader, concatenated along the first dimension.
+
+        The model is in eval mode and computes without gradients. Nothing else happens: no callback runs, nothing is
+        recorded, and the modes, the random numbers of the process and the generators of the loader stay as they were.
+
+        An item of the loader may be a pair ``(inputs, targets)``, whose targets are ignored, or inputs alone: a
+        tensor, a mapping or any other object is the inputs, and a list or tuple of one part has the inputs in it. If
+        the phase defines `split`, that says what the inputs are.
+
+        Args:
+            loader: The loader, or a list of batches.
+            phase: The phase that evaluates, with the same default as in `evaluate`.
+
+        Returns:
+            Tensors on the CPU, in the containers that the model returns: one tensor of shape ``(samples, ...)``, or a
+            tuple or a mapping of such tensors.
+
+        Raises:
+            UsageError: There are several models, the phase trains, or a handler or a step called this.
+            DataError: The loader gives no batch or unknown items, or the outputs cannot be concatenated.
+        """
+        return self._calls.predict(loader, as_phase(phase, "predict"))
 
     def load(self, path: str | PathLike[str]) -> None:
         """Restore models, optimizers, scaler, ``cbstate`` and callbacks from a checkpoint.
@@ -226,14 +241,13 @@ class Learner:
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
         """
-        self._ready("load()")
+        self._calls.ready("load()")
         check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
         self.loop.checkpoints.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
         """Draw the named metrics, or all recorded ones; return a matplotlib figure (`flowtrain.diagnostics.plots`)."""
-        recorder = self.get_callback(Recorder)
-        return plot(metrics, self.cbstate, recorder.ends if isinstance(recorder, Recorder) else {}, to)
+        return self.history.plot(*metrics, to=to)
 
     def flush(self) -> None:
         """Wait until the executor has done everything that it was given and all checkpoints are written."""
@@ -246,22 +260,7 @@ class Learner:
         A closed learner and its model are freed as soon as the last reference to the learner is gone; without `close`
         they wait for the garbage collector.
         """
-        self._close(None)
-
-    def _close(self, failure: BaseException | None) -> None:
-        """Close the learner, after a failure in the ``with`` block if there was one."""
-        if self.closed:
-            return
-        self.loop.scopes.refuse_nested("close()")
-        self._changes.closed = True
-        if failure is not None:  # the backends are told how the run ended
-            self.loop.sinks.note_failure(failure)
-        with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
-            stack.callback(self._let_go)
-            stack.callback(self.loop.sinks.close)
-            stack.enter_context(self.loop.sinks.noting_outcome(trains=False))
-            stack.callback(self.loop.checkpoints.writer.wait)
-            stack.callback(self.loop.executor.close)
+        self._calls.close(None, self._let_go)
 
     def _let_go(self) -> None:
         """Move the models and the data out of the reference cycles of the learner, and break these cycles."""
@@ -270,13 +269,13 @@ class Learner:
         self.core.close()
         self.state = self.state.moved()
         if self.stopped is not None:
-            self.stopped = without_frames(self.stopped)
+            self._calls.stopped = without_frames(self.stopped)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
-        self._close(failure)
+        self._calls.close(failure, self._let_go)
 
     # --- the state of training
 
@@ -284,6 +283,17 @@ class Learner:
     def closed(self) -> bool:
         """Whether `close` was called: the learner can be read, and cannot run any more."""
         return self._changes.closed
+
+    @property
+    def stopped(self) -> BaseException | None:
+        """The exception that ended the last fit early, an error or a cancel; ``None`` if it ended by itself."""
+        return self._calls.stopped
+
+    @property
+    def history(self) -> History:
+        """The metrics of all epochs so far: a table, rows, series by phase, a plot."""
+        recorder = self.get_callback(Recorder)
+        return History(self.cbstate, recorder.ends if isinstance(recorder, Recorder) else {})
 
     model = property(attrgetter("state.model"), doc="The module that was passed, or all modules by name.")
     lossfn = property(attrgetter("state.lossfn"), doc="The loss function.")
@@ -373,7 +383,7 @@ class Learner:
         return removed
 
     def _use(self, callbacks: list[Callback]) -> None:
-        self._ready("Changing the callbacks")
+        self._calls.ready("Changing the callbacks")
         self._changes.use(callbacks, watch(self.state) if self.strict else None)
 
     def suggest_access(self, callback: Callback) -> Recording:
@@ -388,7 +398,7 @@ class Learner:
         Raises:
             UsageError: The learner has no data, or an object cannot be copied.
         """
-        self._ready("suggest_access()")
+        self._calls.ready("suggest_access()")
         recording = record(self, callback)
         print(recording)
         return recording
@@ -401,7 +411,7 @@ class Learner:
         Raises:
             UsageError: The learner has no data, or an object cannot be copied.
         """
-        self._ready("dry_run()")
+        self._calls.ready("dry_run()")
         return dry_run(self)
 
     def audit_syncs(self) -> SyncReport:
@@ -413,33 +423,10 @@ class Learner:
         Raises:
             UsageError: The learner has no data, or an object cannot be copied.
         """
-        self._ready("audit_syncs()")
+        self._calls.ready("audit_syncs()")
         report = audit(self)
         print(report)
         return report
-
-    def _ready(self, call: str) -> None:
-        """Refuse a call on a closed learner, and one from within a handler or a step."""
-        if self.closed:
-            raise ExecutorError(f"{call} on a closed learner: its executor has given back all it held. Make a new one.")
-        self.loop.scopes.refuse_nested(call)
-
-    @contextmanager
-    def _running(self, call: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
-        """Open the logging backends for the calls in this context, and tell them how these end."""
-        self._ready(call)
-        with self.loop.sinks.noting_outcome(trains=trains):
-            if opens:
-                self.loop.checkpoints.changes.begin()
-                self.loop.sinks.open()
-            yield
-
-    def _check_phases(self, phases: Iterable[Phase]) -> None:
-        """Check that the learner can run an epoch of each phase: its models, and the plans of its events."""
-        for phase in phases:
-            check_phase(phase, self.state.model, self.core.modules)
-            if self.state.callbacks:
-                self.callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
 
     if not TYPE_CHECKING:  # a type checker would think that every attribute exists
 

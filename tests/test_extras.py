@@ -56,6 +56,7 @@ print(open("a.csv").readline().strip())
 for make in (
     lambda: tiny_learner(executor="dask"),
     lambda: tiny_learner().plot(),
+    lambda: tiny_learner().history.to_pandas(),
     lambda: train(TensorBoardBackend("board")),
     lambda: train(MLflowBackend("e")),
     lambda: train(WandbBackend("p")),
@@ -95,6 +96,10 @@ from safetensors.torch import load_file
 [file] = [each for each in os.listdir("folder") if each.endswith(".safetensors")]
 print(sorted(load_file(os.path.join("folder", file))))
 """,
+    "pandas": """
+history = tiny_learner(n_batches=4).fit(1)
+print(history.to_pandas()[["epoch", "update", "metric"]].values.tolist())
+""",
     "plot": """
 with tiny_learner() as learner:
     learner.fit(1)
@@ -119,6 +124,7 @@ PRINTED = {
 group,step,Loss
 ExecutorError 'flowtrain[dask]'
 UsageError 'flowtrain[plot]'
+UsageError 'flowtrain[pandas]'
 LoggingError 'flowtrain[tensorboard]'
 LoggingError 'flowtrain[mlflow]'
 LoggingError 'flowtrain[wandb]'
@@ -130,6 +136,7 @@ LoggingError 'flowtrain[wandb]'
     "wandb": "True\n",
     "tensorboard": "Epoch/TrainingPhase/Loss 2 3\n",
     "safetensors": "['coeff']\n",
+    "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
     "plot": "True\n",
     "dask": "True\nTrue\n",
     "examples": "flowtrain.examples.digits\n",

@@ -74,7 +74,7 @@ class Checkpointer(Callback):
 
     >>> from flowtrain.testing import tiny_learner
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tiny_learner(Checkpointer(folder, keep_top_k=1)).fit(3)
+    ...     history = tiny_learner(Checkpointer(folder, keep_top_k=1)).fit(3)
     ...     sorted(os.listdir(folder))
     ['best', 'epoch-0003.ckpt', 'latest']
     """

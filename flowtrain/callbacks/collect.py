@@ -36,7 +36,7 @@ class GarbageCollect(Callback):
         UsageError: `every` is no whole number, or below 1.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(GarbageCollect(every=10)).fit(1)
+    >>> history = tiny_learner(GarbageCollect(every=10)).fit(1)
     """
 
     audited = False

@@ -48,7 +48,7 @@ class DeviceStats(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(DeviceStats(every=8), n_batches=16)
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> [step for step, share in learner.cbstate.tracehistory[TrainingPhase]["Device.Cpu"]]
     [8, 16]
     """

@@ -61,7 +61,7 @@ class EMA(Callback):
     >>> from flowtrain.testing import tiny_learner
     >>> ema = EMA(0.5)
     >>> learner = tiny_learner(ema, n_batches=2)
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> with ema.applied():
     ...     averaged = learner.model.coeff.item()
     >>> 0 < averaged < learner.model.coeff.item()  # on its way to 3, the average is behind

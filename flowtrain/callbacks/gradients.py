@@ -37,7 +37,7 @@ class GradNorm(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(GradNorm(layers=True), n_batches=4)
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> {name: len(series) for name, series in learner.cbstate.tracehistory[TrainingPhase].items()}
     {'GradNorm.coeff': 4, 'GradNorm': 4}
     """

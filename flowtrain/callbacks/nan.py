@@ -36,7 +36,7 @@ class StopOnNaNLoss(Callback):
     >>> nowhere = (torch.full((8, 1), float("nan")), torch.zeros(8, 1))
     >>> learner = tiny_learner(StopOnNaNLoss(), data=[nowhere])
     >>> with warnings.catch_warnings(action="ignore"):
-    ...     learner.fit(1)
+    ...     history = learner.fit(1)
     >>> print(learner.stopped)
     The loss is NaN in batch 1 of epoch 1 of TrainingPhase (step 1). Training stops before the update.
     """

@@ -23,7 +23,7 @@ class MetricsPrinter(Callback):
     Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(MetricsPrinter()).fit(1)  # doctest: +ELLIPSIS
+    >>> history = tiny_learner(MetricsPrinter()).fit(1)  # doctest: +ELLIPSIS
     epoch   1  TrainingPhase     Loss ...
     epoch   1  ValidationPhase   Loss ...
     """

@@ -53,7 +53,7 @@ class ProgressBar(Callback):
         UsageError: `redraw` or `report` is negative or no number.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(ProgressBar()).fit(1)  # prints no line here: no terminal, and the epoch is shorter than a minute
+    >>> history = tiny_learner(ProgressBar()).fit(1)  # no line: no terminal, and a short epoch
     """
 
     audited = False

@@ -36,9 +36,9 @@ class LearningRateMonitor(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(LearningRateMonitor(), n_batches=4)
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> learner.optimizer.param_groups[0]["lr"] = 0.05
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> list(learner.cbstate.tracehistory[TrainingPhase]["LearningRate"])
     [(1, 0.1), (5, 0.05)]
     """

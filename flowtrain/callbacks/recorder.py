@@ -29,18 +29,19 @@ class Recorder(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(Recorder(), n_batches=4)
-    >>> learner.fit(2)
+    >>> history = learner.fit(2)
     >>> learner.cbstate.history[TrainingPhase]
     Counts(epochs=2, steps=8, steps_epoch=4, updates=8)
 
     Attributes:
         ends: For each phase by name, a tuple for the end of each epoch, in order: the number that the epoch has in
-            ``cbstate.metrics_epoch``, the complete batches of this phase, and the complete batches of all training
-            phases together. Plots use it to draw values of epochs and of batches on one axis.
+            ``cbstate.metrics_epoch``, the complete batches of this phase, and the complete batches and the updates of
+            all training phases together. Plots use it to draw values of epochs and of batches on one axis, and
+            `History` to say after which update an epoch ended.
     """
 
     def __init__(self) -> None:
-        self.ends: dict[str, list[tuple[int, int, int]]] = {}
+        self.ends: dict[str, list[tuple[int, int, int, int]]] = {}
         self._updates = 0  # the updates of the learner at the end of the last batch
 
     def state_access(self) -> Access:
@@ -94,7 +95,8 @@ class Recorder(Callback):
         epochs, steps, steps_epoch, updates = history[phase]
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
         trained = sum(counts[1] for other, counts in history.items() if isinstance(other, AbstractTrainingPhase))
-        self.ends.setdefault(repr(phase), []).append((epoch_of(history, phase), steps, trained))
+        made = sum(counts[3] for counts in history.values())
+        self.ends.setdefault(repr(phase), []).append((epoch_of(history, phase), steps, trained, made))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers of batches at the ends of epochs; ``cbstate.history`` is in the checkpoint itself."""
@@ -102,8 +104,9 @@ class Recorder(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.ends = {}
+        self.ends.clear()  # filled again, because a `History` may hold it
         for phase, ends in state["ends"].items():
             if isinstance(ends, Mapping):  # early checkpoints have a mapping from the number of the epoch
                 ends = [(epoch, *counts) for epoch, counts in ends.items()]
-            self.ends[phase] = [(epoch, own, trained) for epoch, own, trained in ends]
+            # Early checkpoints lack the updates: without accumulation there is one for each batch.
+            self.ends[phase] = [(epoch, own, trained, *(made or [trained])) for epoch, own, trained, *made in ends]

@@ -64,7 +64,7 @@ class SanityCheck(Callback):
         SanityCheckError: At `FitBegin`: there are problems. Training has not begun.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(SanityCheck()).fit(1)
+    >>> history = tiny_learner(SanityCheck()).fit(1)
     """
 
     audited = False

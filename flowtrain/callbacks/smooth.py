@@ -33,7 +33,7 @@ class SmoothLoss(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(SmoothLoss(beta=0.5), n_batches=4)
-    >>> learner.fit(1)
+    >>> history = learner.fit(1)
     >>> len(learner.cbstate.smooth_loss[TrainingPhase])
     4
     """

@@ -53,7 +53,7 @@ class ModelSummary(Callback):
         UsageError: `depth` is no whole number or negative.
 
     >>> from flowtrain.testing import tiny_learner
-    >>> tiny_learner(ModelSummary()).fit(1)
+    >>> history = tiny_learner(ModelSummary()).fit(1)
      Layer     Type        Output shape   Parameters   Trainable
     ─────────────────────────────────────────────────────────────
      (model)   TinyModel   (8, 1)                  1           1

@@ -44,7 +44,7 @@ class Timer(Callback):
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(Timer(), n_batches=4)
-    >>> learner.fit(2)
+    >>> history = learner.fit(2)
     >>> series = learner.cbstate.tracehistory[TrainingPhase]
     >>> len(series["Time.Step"]), len(series["Time.Epoch"])
     (8, 2)

@@ -2,7 +2,8 @@
 
 `strict` compares the state before and after every handler. `suggest_access` runs a callback to find the access that it
 must declare, `sync_audit` finds operations that make the host wait for the device, and `lr_finder` trains with growing
-learning rates; these three run a copy, which `scratch_learner` makes. `plots` draws the recorded metrics.
+learning rates; these three run a copy, which `scratch_learner` makes. `history` is the table of the
+recorded metrics, and `plots` draws them.
 """
 
 __all__: list[str] = []

@@ -137,8 +137,9 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path)
 
 
-Ends: TypeAlias = Sequence[tuple[int, int, int]]
-"""A tuple for each epoch of a phase: its number, and the complete batches at its end, of the phase and of training.
+Ends: TypeAlias = Sequence[tuple[int, int, int, int]]
+"""A tuple for each epoch of a phase: its number, and the numbers at its end of the complete batches of the phase, the
+complete batches of training, and the updates of training.
 
 The number of an epoch is defined by `flowtrain.state.by_phase.epoch_of`."""
 
@@ -200,7 +201,7 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
             shifts = _shifts([step for step, _ in batches], ended) if trained else [0] * len(batches)
             x = [step + shift for (step, _), shift in zip(batches, shifts, strict=True)]
             found.append(Curve(metric, phase, "batch", x, [value for _, value in batches]))
-        placed = _placed(epochs, [(epoch, total if trained else own) for epoch, own, total in ended])
+        placed = _placed(epochs, [(epoch, total if trained else own) for epoch, own, total, _ in ended])
         if placed:
             found.append(Curve(metric, phase, "epoch", [x for x, _ in placed], [y for _, y in placed]))
     return found
@@ -208,8 +209,8 @@ def curves(metric: str, cbstate: Any, ends: Mapping[str, Ends]) -> list[Curve]:
 
 def _shifts(steps: Iterable[int], ended: Ends) -> list[int]:
     """Return, for each batch of a training phase, how many batches of other training phases come before it."""
-    last = [own for _, own, _ in ended]
-    shifts = [total - own for _, own, total in ended]
+    last = [own for _, own, *_ in ended]
+    shifts = [total - own for _, own, total, _ in ended]
     # A batch after the last end belongs to an epoch that did not end, and has the shift of the last end.
     return [shifts[min(bisect_left(last, step), len(last) - 1)] if last else 0 for step in steps]
 

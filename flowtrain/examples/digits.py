@@ -189,7 +189,7 @@ def _explain(learner: Learner, options: argparse.Namespace) -> None:
 
 
 def _conclude(learner: Learner, best: BestEpoch, options: argparse.Namespace) -> None:
-    _, final = learner.cbstate.metrics_epoch[ValidationPhase]["Accuracy"].last()
+    final = learner.history[ValidationPhase]["Accuracy"].values[-1]
     if not options.quiet:
         if learner.stopped is not None:
             print(f"\n{learner.stopped}")

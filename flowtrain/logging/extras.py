@@ -1,4 +1,4 @@
-"""Optional packages, which a backend needs and which flowtrain does not install: they are imported at their first use.
+"""Optional packages, which flowtrain does not install: they are imported at their first use, as by a backend.
 
 So flowtrain imports without them, and a missing package is an error that names the extra to install.
 """
@@ -8,26 +8,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from flowtrain.errors import LoggingError
+from flowtrain.errors import FlowtrainError, LoggingError
 
 __all__ = ["needed"]
 
 
-def needed(module: str, backend: str, extra: str) -> Any:
-    """Import a module that a backend needs, and return it.
+def needed(module: str, user: str, extra: str, error: type[FlowtrainError] = LoggingError) -> Any:
+    """Import a module that a backend or a method needs, and return it.
 
     Args:
         module: The module, such as ``"mlflow"``.
-        backend: The type of the backend, for the message.
+        user: The type of the backend, or the method, for the message.
         extra: The extra of flowtrain that installs the module.
+        error: The type of the error to raise.
 
     Raises:
-        LoggingError: The module cannot be imported.
+        FlowtrainError: The module cannot be imported.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise LoggingError(
-            f"{backend} needs {module.split('.')[0]}, which cannot be imported ({error}). Install it: "
+    except ImportError as failure:
+        raise error(
+            f"{user} needs {module.split('.')[0]}, which cannot be imported ({failure}). Install it: "
             f"pip install 'flowtrain[{extra}]'"
-        ) from error
+        ) from failure

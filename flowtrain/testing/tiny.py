@@ -72,7 +72,7 @@ def tiny_learner(
         learner_kwargs: Arguments of `Learner`, which replace the ones that are chosen here.
 
     >>> learner = tiny_learner()
-    >>> learner.fit(2)
+    >>> history = learner.fit(2)
     >>> round(learner.model.coeff.item(), 2)
     3.0
     """

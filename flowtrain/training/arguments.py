@@ -69,14 +69,11 @@ _ARGUMENTS = {
 """Maps the code to write to the names, separated by spaces, that other libraries have for that argument."""
 
 _ATTRIBUTES = {
-    "with torch.no_grad(): outputs = learner.model.eval()(inputs), and learner.model.train() before the next fit": (
-        "predict get_preds predict_step"
-    ),
-    "learner.validate(), or learner.epoch(ValidationPhase, loader) for other data; the values are then in "
-    "learner.cbstate.metrics_epoch[ValidationPhase]": "evaluate test eval",
-    "learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and "
+    "learner.predict(loader)": "get_preds predict_step predict_on_batch",
+    "learner.evaluate(loader)": "test eval",
+    "learner.history[ValidationPhase]['Loss'].values for the values of a metric, and "
     "learner.cbstate.history[TrainingPhase] for the number of epochs and batches": (
-        "history recorder metrics logged_metrics callback_metrics log_history current_epoch global_step epochs losses"
+        "recorder metrics logged_metrics callback_metrics log_history current_epoch global_step epochs losses"
     ),
     "learner.fit(10)": "train fit_one_cycle fine_tune run fit_epochs",
     "torch.save(learner.model.state_dict(), path), or Checkpointer(folder) among the callbacks": (

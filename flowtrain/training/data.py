@@ -33,6 +33,7 @@ __all__ = [
     "LimitedLoader",
     "check_fit_data",
     "check_gave",
+    "check_loader",
     "has_workers",
     "length",
     "limited",
@@ -75,7 +76,7 @@ def loaders(data: Any) -> PhaseMap[Any]:
     else:
         pairs = [(TrainingPhase(), data)]
     for phase, loader in pairs:
-        _check_loader(loader, phase)
+        check_loader(loader, phase)
         found[phase] = loader
     return found
 
@@ -90,12 +91,12 @@ def _is_array(value: object) -> bool:
     return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
 
 
-def _make_loader(*arrays: object) -> str:
+def _make_loader(*arrays: object, call: str = _EXAMPLE) -> str:
     names = ("inputs", "targets")
     if not all(isinstance(array, torch.Tensor) for array in arrays):
         names = ("torch.as_tensor(inputs)", "torch.as_tensor(targets)")
     made = f"DataLoader(TensorDataset({', '.join(names)}), batch_size=32)"
-    return f"Make batches of {'it' if len(arrays) == 1 else 'them'}: {made}, and pass {_EXAMPLE}."
+    return f"Make batches of {'it' if len(arrays) == 1 else 'them'}: {made}, and pass {call}."
 
 
 def _phase(key: object) -> Phase:
@@ -107,8 +108,13 @@ def _phase(key: object) -> Phase:
     return phase
 
 
-def _check_loader(loader: Any, phase: Phase) -> None:
+def check_loader(loader: Any, phase: Phase, call: str = _EXAMPLE) -> None:
     """Check a loader as far as possible without taking a batch from it.
+
+    Args:
+        loader: The loader.
+        phase: The phase that the batches are for.
+        call: How the loader is passed, for messages.
 
     Raises:
         DataError: `loader` is a tensor, a dataset, a list of loaders, not iterable, or has the length 0.
@@ -127,7 +133,7 @@ def _check_loader(loader: Any, phase: Phase) -> None:
         )
     if _is_array(loader):
         raise DataError(
-            f"The data for {phase!r} is {describe(loader)}, not a loader of batches. {_make_loader(loader)}"
+            f"The data for {phase!r} is {describe(loader)}, not a loader of batches. {_make_loader(loader, call=call)}"
         )
     if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
         raise DataError(
@@ -135,7 +141,7 @@ def _check_loader(loader: Any, phase: Phase) -> None:
             f"Make batches of it: DataLoader(dataset, batch_size=32)."
         )
     if isinstance(loader, (str, bytes)) or not (isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")):
-        raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {_EXAMPLE}.")
+        raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {call}.")
     if length(loader) == 0:
         raise DataError(_empty(phase, loader))
 

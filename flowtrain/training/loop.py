@@ -12,6 +12,8 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
+
 from flowtrain.callback.events import (
     EpochBegin,
     EpochCancelled,
@@ -23,11 +25,13 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
     CancelException,
     CancelFittingException,
+    describe,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
@@ -354,6 +358,27 @@ class Loop:
             self.scopes.close_step()
         return self.state.batch
 
+    def outputs(self, phase: Phase, inputs: Iterable[Any]) -> list[Any]:
+        """Return copies on the CPU of the outputs of the model for each of these inputs, in the mode of a phase.
+
+        No event is fired, and no batch is opened.
+        """
+        core, found = self.core, []
+        self.scopes.begin_call()  # so that the model cannot start training
+        try:
+            with self._mode(phase):
+                for each in inputs:
+                    placed = core.place(each) if core.places else each
+                    try:
+                        outputs = core.model(placed)
+                    except (TypeError, ValueError, RuntimeError) as error:
+                        error.add_note(f"raised by the model in predict(), called with {describe(placed)}")
+                        raise
+                    found.append(mapped(outputs, _to_cpu))
+        finally:
+            self.scopes.close_step()
+        return found
+
 
 def _why_stopped(failures: list[BaseException]) -> str:
     """Return the text of the cancel that ended a fit, or its type and notes; an empty string without a cancel."""
@@ -361,6 +386,11 @@ def _why_stopped(failures: list[BaseException]) -> str:
         return ""
     cancel = failures[0]
     return str(cancel) or ", ".join([type(cancel).__name__, *getattr(cancel, "__notes__", ())])
+
+
+def _to_cpu(item: Any, part: object) -> Any:
+    """Return a copy of a tensor, as the model or the loader may use its memory again; see `mapped` for the rest."""
+    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else INSIDE
 
 
 def _attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:

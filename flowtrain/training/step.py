@@ -105,7 +105,7 @@ class Steps(StepContext):
     if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept every attribute
 
         def __getattr__(self, name: str) -> Never:
-            if name in ("epoch", "fit", "step", "validate"):
+            if name in ("epoch", "evaluate", "fit", "predict", "step", "validate"):
                 self._scopes.refuse_nested(f"{name}()")
             raise AttributeError(
                 f"A step's learner has no {name!r}. It has model, lossfn, optimizer, params, data, batch, cbstate, and "

@@ -214,7 +214,10 @@ def test_where_epochs_ended_is_in_the_recorders_state() -> None:
     learner.fit(2)
     first, second = learner.get_callback(Recorder), Recorder()
     assert isinstance(first, Recorder)
-    assert first.ends == {"TrainingPhase": [(1, 5, 5), (2, 10, 10)], "ValidationPhase": [(1, 2, 5), (2, 4, 10)]}
+    assert first.ends == {
+        "TrainingPhase": [(1, 5, 5, 5), (2, 10, 10, 10)],
+        "ValidationPhase": [(1, 2, 5, 5), (2, 4, 10, 10)],
+    }
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)

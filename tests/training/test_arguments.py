@@ -218,10 +218,10 @@ def test_arguments_that_nobody_has() -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("predict", "Write with torch.no_grad(): outputs = learner.model.eval()(inputs), and"),
-        ("history", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss'] for the values of a metric, and"),
-        ("evaluate", "Write learner.validate(), or learner.epoch(ValidationPhase, loader) for other data;"),
-        ("callback_metrics", "Write learner.cbstate.metrics_epoch[ValidationPhase]['Loss']"),
+        ("get_preds", "Write learner.predict(loader)."),
+        ("recorder", "Write learner.history[ValidationPhase]['Loss'].values for the values of a metric, and"),
+        ("test", "Write learner.evaluate(loader)."),
+        ("callback_metrics", "Write learner.history[ValidationPhase]['Loss'].values"),
         ("save", "Write torch.save(learner.model.state_dict(), path), or Checkpointer(folder)"),
         ("load_checkpoint", "Write learner.load(path)."),
         ("fit_one_cycle", "Write learner.fit(10)."),

@@ -271,7 +271,7 @@ class Checkpoints:
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
                 f"the fit continues without that state.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         otherwise = self.changes.built_otherwise(contents.get("structure"))
         if otherwise:
@@ -280,7 +280,7 @@ class Checkpoints:
                 f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
                 f"continues with this learner. For the same result build it as the other one was built.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         self._warn_of_workers(contents, data)
         self._set_numbers(contents)
@@ -302,7 +302,7 @@ class Checkpoints:
                 f"workers draw from here on (an augmentation) is not what they would have drawn without the "
                 f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _read(self, path: Any) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""The calls that run something: `fit`, `epoch`, `step`, `validate`, `evaluate` and `predict` of a learner.
+
+Each call checks its arguments and the moment of the call, chooses the data, opens the logging backends, and lets the
+loop run. `predict` runs no phase: it only calls the model, and leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+
+from flowtrain.callback.events import EpochBegin
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, ValidationPhase
+from flowtrain.data.nested import INSIDE, PLAIN, leaves, mapped
+from flowtrain.errors import DataError, ExecutorError, UsageError, describe
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.batch import BatchState
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.learner_state import Named
+from flowtrain.training.arguments import check_counts, check_path, check_phase
+from flowtrain.training.callback_changes import CallbackChanges
+from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.training.data import check_fit_data, check_gave, check_loader, limited, loaders
+from flowtrain.training.loop import Loop
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """The calls of one learner that run something.
+
+    Args:
+        loop: The loop, which runs fits, epochs and batches.
+        changes: The object that knows whether the learner is closed.
+
+    Attributes:
+        stopped: The exception that ended the last fit early, or ``None``; see `Learner.stopped`.
+    """
+
+    def __init__(self, loop: Loop, changes: CallbackChanges) -> None:
+        self.stopped: BaseException | None = None
+        self._loop, self._changes = loop, changes
+
+    # --- calls that train
+
+    def fit(
+        self,
+        epochs: int | None,
+        steps: int | None,
+        validate_every: int | None,
+        limit_batches: float | Mapping[Any, float] | None,
+        data: Any,
+        resume: str | PathLike[str] | None,
+    ) -> None:
+        """See `Learner.fit`."""
+        # A fit that resumes opens the backends itself, at the positions in the checkpoint.
+        with self._running("fit()", opens=resume is None):
+            epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
+            if resume is not None:
+                check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
+            chosen = limited(self._loop.state.data if data is None else loaders(data), limit_batches)
+            self.check_phases(chosen)
+            check_fit_data(chosen, by_steps=steps is not None, stacklevel=3)
+            self.stopped = None
+            with self._using(chosen):
+                try:
+                    if resume is not None:
+                        self._loop.checkpoints.resume(resume, chosen, "epochs" if steps is None else "steps")
+                    self.stopped = self._loop.fit(chosen, epochs, steps, validate_every)
+                except BaseException as failure:
+                    self.stopped = failure
+                    raise
+
+    def epoch(self, phase: Phase, data: Any) -> None:
+        """See `Learner.epoch`."""
+        with self._running("epoch()", trains=isinstance(phase, AbstractTrainingPhase)):
+            self._epoch(phase, data, f"learner.epoch({phase!r}(), loader)")
+
+    def step(self, phase: Phase, raw: Any) -> BatchState:
+        """See `Learner.step`."""
+        with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
+            self.check_phases([phase])
+            return self._loop.step(phase, raw)
+
+    def _epoch(self, phase: Phase, data: Any, call: str) -> None:
+        """Run an epoch over `data`, or over the phase's own loader for ``None``; `call` is the remedy without both."""
+        known = self._loop.state.data
+        if data is None and phase not in known:
+            raise UsageError(f"There is no data for {phase!r}. Pass it: {call}.")
+        chosen = known if data is None else loaders({**known, phase: data})
+        self.check_phases([phase])
+        with self._using(chosen):
+            self._loop.epoch(phase, chosen[phase])
+
+    # --- calls that evaluate
+
+    def validate(self) -> Mapping[Any, Any]:
+        """See `Learner.validate`."""
+        with self._running("validate()", trains=False):
+            phases = [phase for phase in self._loop.state.data if not isinstance(phase, AbstractTrainingPhase)]
+            if not phases:
+                raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
+            measured: PhaseMap[dict[str, float]] = PhaseMap("validate()")
+            for phase in phases:
+                measured[phase] = self._measured(phase, None)
+        return measured if len(phases) > 1 else measured[phases[0]]
+
+    def evaluate(self, data: Any, phase: Phase) -> dict[str, float]:
+        """See `Learner.evaluate`."""
+        with self._running("evaluate()", trains=False):
+            return self._measured(self._evaluating(phase, "evaluate"), data)
+
+    def _measured(self, phase: Phase, data: Any) -> dict[str, float]:
+        """Run an epoch of a phase, and return the values that were recorded for it, by name."""
+        before = {name: len(series) for name, series in self._recorded(phase).items()}
+        self._epoch(phase, data, "learner.evaluate(loader)")
+        new = {name: series for name, series in self._recorded(phase).items() if len(series) > before.get(name, 0)}
+        return {name: float(series.last()[1]) for name, series in new.items()}
+
+    def _recorded(self, phase: Phase) -> Mapping[str, Any]:
+        """Return the series of the epochs of a phase by name; none if no callback records values of epochs."""
+        cbstate = self._loop.state.cbstate
+        recorded: Mapping[str, Any] = cbstate.metrics_epoch.get(phase, {}) if "metrics_epoch" in cbstate else {}
+        return recorded
+
+    def _evaluating(self, phase: Phase, call: str) -> Phase:
+        """Return the phase that evaluates; for `ValidationPhase` without data, the only phase that the data has.
+
+        Raises:
+            UsageError: The phase trains.
+        """
+        if isinstance(phase, AbstractTrainingPhase):
+            raise UsageError(
+                f"{call}() takes a phase that evaluates, got {phase!r}, which trains. Write "
+                f"learner.{call}(loader, ValidationPhase)."
+            )
+        known = [each for each in self._loop.state.data if isinstance(each, AbstractValidationPhase)]
+        return known[0] if type(phase) is ValidationPhase and len(known) == 1 else phase
+
+    # --- a call that only runs the model
+
+    def predict(self, loader: Any, phase: Phase) -> Any:
+        """See `Learner.predict`."""
+        self.ready("predict()")
+        loop, phase = self._loop, self._evaluating(phase, "predict")
+        if isinstance(loop.state.model, Named):
+            raise UsageError(
+                f"predict() runs one model, and the learner has {', '.join(loop.state.model)}. Call the one that you "
+                f"mean under torch.no_grad(): learner.model.{next(iter(loop.state.model))}.eval()(inputs)."
+            )
+        check_loader(loader, phase, "learner.predict(loader)")
+        if isinstance(loader, tuple) and all(isinstance(each, torch.Tensor) for each in loader):
+            raise DataError(
+                f"predict() takes a loader of batches, and got {describe(loader)}, which may be one batch or several. "
+                f"Write learner.predict([inputs]) for one batch of inputs, or learner.predict([*batches])."
+            )
+        # A loader draws from the generators even if it does not shuffle, and may keep its own position.
+        before, position = random_state(), loader_state(loader)
+        try:
+            outputs = loop.outputs(phase, (_inputs(phase, raw) for raw in loader))
+        finally:
+            set_loader_state(loader, position)
+            set_random_state(before)
+        check_gave(len(outputs), phase, loader)
+        return _joined(outputs)
+
+    # --- the end, and checks
+
+    def close(self, failure: BaseException | None, let_go: Callable[[], None]) -> None:
+        """Close the executor and the logging backends; see `Learner.close`.
+
+        Args:
+            failure: The exception that has left the ``with`` block of the learner, if any.
+            let_go: Called last, whatever was raised before.
+        """
+        if self._changes.closed:
+            return
+        loop = self._loop
+        loop.scopes.refuse_nested("close()")
+        self._changes.closed = True
+        if failure is not None:  # the backends are told how the run ended
+            loop.sinks.note_failure(failure)
+        with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
+            stack.callback(let_go)
+            stack.callback(loop.sinks.close)
+            stack.enter_context(loop.sinks.noting_outcome(trains=False))
+            stack.callback(loop.checkpoints.writer.wait)
+            stack.callback(loop.executor.close)
+
+    def ready(self, call: str) -> None:
+        """Refuse a call on a closed learner, and one from within a handler or a step."""
+        if self._changes.closed:
+            raise ExecutorError(f"{call} on a closed learner: its executor has given back all it held. Make a new one.")
+        self._loop.scopes.refuse_nested(call)
+
+    def check_phases(self, phases: Iterable[Phase]) -> None:
+        """Check that the learner can run an epoch of each phase: its models, and the plans of its events."""
+        callbacks: Callbacks = self._loop.state.callbacks
+        for phase in phases:
+            check_phase(phase, self._loop.state.model, self._loop.core.modules)
+            if callbacks:
+                callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
+
+    @contextmanager
+    def _running(self, call: str, *, opens: bool = True, trains: bool = True) -> Generator[None]:
+        """Open the logging backends for the calls in this context, and tell them how these end."""
+        self.ready(call)
+        with self._loop.sinks.noting_outcome(trains=trains):
+            if opens:
+                self._loop.checkpoints.changes.begin()
+                self._loop.sinks.open()
+            yield
+
+    @contextmanager
+    def _using(self, data: PhaseMap[Any]) -> Generator[None]:
+        """Give a context in which handlers see these loaders."""
+        state = self._loop.state
+        before, state.data = state.data, data
+        try:
+            yield
+        finally:
+            state.data = before
+
+
+def _inputs(phase: Phase, raw: Any) -> Any:
+    """Return the inputs in one item of a loader, with targets or without; see `Learner.predict`.
+
+    Raises:
+        DataError: The item is a tuple or list of more than two parts, and the phase does not say what they are.
+    """
+    if isinstance(phase, AbstractValidationPhase) and type(phase).split is not AbstractValidationPhase.split:
+        try:
+            return phase.split(raw)[0]
+        except Exception as error:
+            error.add_note(
+                f"raised by {phase!r}.split, called by predict() with {describe(raw)}. For data without targets pass "
+                f"a phase whose split takes it: learner.predict(loader, OtherPhase)"
+            )
+            raise
+    if not isinstance(raw, (tuple, list)):
+        return raw
+    if not 1 <= len(raw) <= 2:
+        raise DataError(
+            f"predict() takes (inputs, targets) or inputs from its loader, and got {describe(raw)}. Say in a phase "
+            f"which part the model gets: class MyPhase(ValidationPhase) with a split(raw) that returns "
+            f"(inputs, targets), and learner.predict(loader, MyPhase)."
+        )
+    return raw[0]
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """Return the outputs of all batches as one value: tensors are concatenated, and containers keep their type.
+
+    Raises:
+        DataError: The outputs of two batches differ by more than their first dimension, or a part is no tensor and not
+            the same in all batches.
+    """
+    columns = [dict(leaves(each, "outputs")) for each in batches]
+    other = next((number for number, column in enumerate(columns, 1) if column.keys() != columns[0].keys()), None)
+    if other is not None:
+        raise _not_joined(f"{', '.join(columns[0])} in the first batch, and {', '.join(columns[other - 1])}", other)
+    made = {id(part): _concatenated([column[path] for column in columns], path) for path, part in columns[0].items()}
+    return mapped(batches[0], lambda item, part: made.get(id(item), INSIDE))
+
+
+def _concatenated(parts: Sequence[Any], path: str) -> Any:
+    first = parts[0]
+    tensors = [each for each in parts if isinstance(each, torch.Tensor)]
+    if not tensors:
+        if type(first) not in PLAIN or any(each != first for each in parts):
+            raise _not_joined(f"{path} is {describe(first)}, which is no tensor")
+        return first
+    for number, each in enumerate(parts, 1):
+        if not isinstance(each, torch.Tensor) or each.shape[1:] != tensors[0].shape[1:]:
+            raise _not_joined(f"{path} is {describe(first)} in the first batch, and {describe(each)}", number)
+        if not each.ndim:
+            raise _not_joined(f"{path} is one number for each batch, without a dimension of samples")
+    return torch.cat(tensors)
+
+
+def _not_joined(what: str, batch: int | None = None) -> DataError:
+    where = "" if batch is None else f" in batch {batch}"
+    return DataError(
+        f"predict() cannot concatenate the outputs of the batches: {what}{where}. Take the outputs of each batch: "
+        f"[learner.predict([batch]) for batch in loader]."
+    )
