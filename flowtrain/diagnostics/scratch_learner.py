@@ -49,7 +49,6 @@ class LearnerParts(Protocol):
     state: LearnerState
     core: TorchCore
     loop: Loop
-    stopped: BaseException | None
 
     def __init__(
         self,
@@ -62,6 +61,10 @@ class LearnerParts(Protocol):
         default_callbacks: Literal[False],
         core: TorchCore,
     ) -> None: ...
+
+    @property
+    def stopped(self) -> BaseException | None:
+        """The exception that ended the last fit early, or ``None``."""
 
     def fit(self, epochs: int | None = None, *, steps: int | None = None) -> Any:
         """Train, as `flowtrain.Learner.fit` does."""
