@@ -87,6 +87,7 @@ class Checkpoints:
         self._mailbox = mailbox
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
+        self._returning = False  # the fit resumes, and is not yet back at the position of its checkpoint
 
     # --- take
 
@@ -128,9 +129,9 @@ class Checkpoints:
         failures: list[BaseException] = []
         for request in decided:
             try:
-                # While a resumed fit is not back at the position of its checkpoint, an interrupt saves that checkpoint
-                # again: the state of the learner is still a mixture of two positions.
-                saved = self.resumed if request.on_interrupt else None
+                # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
+                # state and generators of the learner are still a mixture of two positions.
+                saved = self.resumed if self._returning else None
                 gathered = self._gather(request.judged) if saved is None else saved
                 contents: dict[str, Any] = {**gathered, "finite": finite}
                 contents["run"] = {**contents["run"], "folder": real_folder(request.path)}
@@ -164,7 +165,7 @@ class Checkpoints:
     def leave_fit(self) -> None:
         """Forget the requests and the position of the fit, which is over."""
         self.drop_requests()
-        self.resumed = None
+        self.release_resumed()
         self.position = Position()
 
     def close(self) -> None:
@@ -286,6 +287,7 @@ class Checkpoints:
         self._set_numbers(contents)
         self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
         self.resumed = contents
+        self._returning = True
 
     def _warn_of_workers(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
         """Warn of persistent workers whose random numbers a checkpoint cannot hold."""
@@ -338,15 +340,19 @@ class Checkpoints:
     def restore_random(self) -> None:
         """Restore the random number generators from the checkpoint that the fit resumes, after `FitBegin`."""
         if self.resumed is not None:
-            if not self.resumed["position"]["phase"]:
+            position = self.resumed["position"]
+            if not position["phase"]:
                 self._check_hooks(self.resumed)
             self._set_random(self.resumed)
+            # Within an epoch the position is reached after its `EpochBegin`, and that of a stream in `resume_stream`.
+            self._returning = bool(position["phase"]) or position["stream"] is not None
 
     def resume_stream(self, stream: Stream) -> None:
         """Bring the stream of a fit by steps back to its position in the checkpoint that the fit resumes."""
         if self.resumed is not None and self.resumed["position"]["stream"] is not None:
             stream.resume(self.resumed["position"]["stream"])
             self._set_random(self.resumed)
+            self._returning = bool(self.resumed["position"]["phase"])
 
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
@@ -371,7 +377,7 @@ class Checkpoints:
 
     def release_resumed(self) -> None:
         """Release the memory of the checkpoint that the fit resumed from: its first epoch has begun."""
-        self.resumed = None
+        self.resumed, self._returning = None, False
 
     def _set_random(self, contents: Mapping[str, Any]) -> None:
         for phase, loader in self._state.data.items():

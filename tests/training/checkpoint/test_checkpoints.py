@@ -681,6 +681,71 @@ def test_rule_28_resumed_twice_in_an_epoch_whose_beginning_draws_random_numbers(
     assert everything(resumed) == wanted
 
 
+class Begins(Callback):
+    """Draws a number at the beginning of the fit and of each epoch, and counts the epochs that have begun."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def state_access(self) -> Access:
+        return {"resource.rng": Write()}
+
+    @on(FitBegin)
+    def draw(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        torch.rand(1)
+
+    @on(EpochBegin, TrainingPhase)
+    def begin(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.epochs += 1
+        torch.rand(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epochs = state["epochs"]
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("again", [FitBegin, EpochBegin])
+@pytest.mark.parametrize(
+    ("event", "phase", "number"),
+    [(BatchEnd, TrainingPhase, 8), (BatchEnd, ValidationPhase, 3), (EpochEnd, ValidationPhase, 2)],
+)
+def test_rule_28_a_request_at_the_beginning_of_a_fit_that_resumes(
+    event: type[Event], phase: type[Phase], number: int, again: type[Event], fit: str, tmp_path: Path
+) -> None:
+    """Rule 28: at these events the fit is not yet back at its position, so the first checkpoint is saved again."""
+    counted = Begins()
+    whole = learner_of(counted, Ask(tmp_path / "one.ckpt", event, phase, number))
+    whole.fit(**FITS[fit])
+    wanted = (everything(whole), counted.epochs)
+    ask = Ask(tmp_path / "two.ckpt", again, Phase if again is FitBegin else TrainingPhase, 1)
+    for path, callbacks in (("one.ckpt", [ask]), ("two.ckpt", [])):
+        resumed = learner_of(counted := Begins(), *callbacks, seed=len(path))
+        resumed.fit(**FITS[fit], resume=tmp_path / path)
+        assert (everything(resumed), counted.epochs) == wanted
+
+
+def test_rule_28_a_request_at_the_end_of_a_fit_that_resumes_and_has_nothing_to_train(tmp_path: Path) -> None:
+    """A request at `FitEnd` saves the learner, which is back at its position, with the changes of earlier handlers."""
+
+    class Doubles(Callback):
+        """Doubles a weight at the end of the fit."""
+
+        def state_access(self) -> Access:
+            return {"model": Write()}
+
+        @on(FitEnd)
+        def double(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            learner.model[0].bias.data.fill_(2.0)
+
+    learner_of(Ask(tmp_path / "one.ckpt", EpochEnd, ValidationPhase, 1)).fit(1)
+    resumed = learner_of(Doubles(), Ask(tmp_path / "two.ckpt", FitEnd, Phase, 1))
+    resumed.fit(1, resume=tmp_path / "one.ckpt")
+    assert torch.load(tmp_path / "two.ckpt", weights_only=True)["model"][""]["0.bias"].tolist() == [2.0] * 8
+
+
 def test_what_was_resumed_from_is_held_until_its_epoch_has_begun(tmp_path: Path) -> None:
     """A checkpoint is as large as the model and its optimizer, so the learner drops it once the epoch has begun."""
     learner_of(Ask(tmp_path / "one.ckpt", BatchEnd, TrainingPhase, 2)).fit(1)
