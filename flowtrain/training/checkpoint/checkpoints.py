@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from flowtrain.callback.callback import Callback
+from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, raise_worst
@@ -200,15 +201,16 @@ class Checkpoints:
         """
         contents = self._read(path)
         check(contents, self._state, self._core, self.changes)
+        numbers = self._numbers(contents)
         self._executor.flush()  # deferred handlers read series that are about to shrink, and change their callbacks
         with self._trained():
-            self._apply(contents)
+            apply(contents, self._state, self._core, self.changes)
         if "trained" in contents:
             callbacks = [each for each in self._state.callbacks if each.name in contents["callbacks"]]
             self.showing_judged = [callback for callback in callbacks if callback.hold_judged(True)]
             if not self.showing_judged:  # no callback of this learner has the judged parameters, so load them here
                 load_models(contents["model"], self._core)
-        self._set_numbers(contents)
+        self._scopes.restore_numbers(*numbers)
 
     def show_trained(self) -> list[Callback]:
         """Put the trained parameters back into the models, if a loaded checkpoint has put the judged ones there.
@@ -253,19 +255,8 @@ class Checkpoints:
                 f"fit({position['unit'] or unit}=..., resume=path), or learner.load(path) and a new fit."
             )
         check_data(position, data)
-        run = contents["run"]
-        self._executor.flush()  # as in `load`
-        with self._trained():
-            before = gather(self._state, self._core, self.changes, in_memory=True)
-            self._apply(contents)
-            try:
-                if self._resumable is not None and contents["lanes"] is not None:
-                    self._resumable.load_state_dict(contents["lanes"])
-                positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
-                self._sinks.restore(Run(run["id"], resumed=True), positions)
-            except BaseException:
-                apply(before, self._state, self._core, self.changes)
-                raise
+        numbers = self._numbers(contents)
+        # Warn before anything is changed, because a filter of the user's may make an error of a warning.
         missing = without_callback(contents, self._state)
         if missing:
             warnings.warn(
@@ -284,7 +275,23 @@ class Checkpoints:
                 stacklevel=4,
             )
         self._warn_of_workers(contents, data)
-        self._set_numbers(contents)
+        run = contents["run"]
+        self._executor.flush()  # as in `load`
+        with self._trained():
+            before = gather(self._state, self._core, self.changes, in_memory=True)
+            lanes = None if self._resumable is None else self._resumable.state_dict()
+            apply(contents, self._state, self._core, self.changes)
+            try:
+                if self._resumable is not None and contents["lanes"] is not None:
+                    self._resumable.load_state_dict(contents["lanes"])
+                positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
+                self._sinks.restore(Run(run["id"], resumed=True), positions)
+            except BaseException:
+                apply(before, self._state, self._core, self.changes)
+                if self._resumable is not None and lanes is not None:
+                    self._resumable.load_state_dict(lanes)
+                raise
+        self._scopes.restore_numbers(*numbers)
         self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
         self.resumed = contents
         self._returning = True
@@ -312,14 +319,12 @@ class Checkpoints:
         contents, here = read(path), real_folder(resolve(path))
         return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
-    def _apply(self, contents: Mapping[str, Any]) -> None:
-        apply(contents, self._state, self._core, self.changes)
-        for callback in self._state.callbacks:
-            if callback.name in contents["callbacks"]:
-                callback.moved(contents["run"]["folder"], contents["run"]["here"])
+    def _numbers(self, contents: Mapping[str, Any]) -> tuple[dict[Phase, int], dict[Phase, int]]:
+        """Return the numbers of epochs and of passes, less the ones that a resumed fit begins and counts again.
 
-    def _set_numbers(self, contents: Mapping[str, Any]) -> None:
-        """Restore the numbers of epochs and passes, less the ones that a resumed fit begins and counts again."""
+        Raises:
+            CheckpointError: One of them is of a phase that is not defined.
+        """
         phases = {repr(phase): phase for phase in self._state.data}
         numbers = {phase_of(name, phases): number for name, number in contents["numbers"].items()}
         passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
@@ -329,7 +334,7 @@ class Checkpoints:
             numbers[phase] -= 1
             if phase in passes and position["stream"] is None:
                 passes[phase] -= 1
-        self._scopes.restore_numbers(numbers, passes)
+        return numbers, passes
 
     def begin_fit(self, unit: str) -> Position:
         """Return the position at which a fit begins: the position of the checkpoint that it resumes, or its start."""
@@ -357,7 +362,7 @@ class Checkpoints:
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
         if self.resumed is not None:
-            self._apply(self.resumed)
+            apply(self.resumed, self._state, self._core, self.changes)
             self._check_hooks(self.resumed)
             self._set_random(self.resumed)
 

@@ -257,9 +257,12 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
         state.cbstate.__put__(name, stage.copy(packed, f"cbstate.{name}"), phases)
+    run = contents.get("run", {})
     for callback in state.callbacks:
         if callback.name in contents["callbacks"]:
             _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
+            if "here" in run:  # read from a file, and no copy of the earlier state
+                callback.moved(run["folder"], run["here"])
 
 
 def load_models(saved: Mapping[str, Mapping[str, Any]], core: TorchCore) -> None:

@@ -551,6 +551,23 @@ def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
     executor = Keeps()
     tiny_learner(executor=executor).fit(1, resume=path)
     assert executor.loaded == {"lane": {"pending": [1, 2]}}
+
+    class Differs(Keeps):
+        """Has a state of its own, which it gets back if the fit cannot resume."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"lane": {"pending": [3]}}
+
+    class Breaks(JsonlBackend):
+        def restore(self, position: Any) -> None:
+            raise OSError("gone")
+
+    log = tmp_path / "log.jsonl"
+    tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), LogMetrics(JsonlBackend(log)), executor=Keeps()).fit(1)
+    executor = Differs()
+    with pytest.raises(OSError, match="gone"):
+        tiny_learner(LogMetrics(Breaks(log)), executor=executor).fit(1, resume=path)
+    assert executor.loaded == {"lane": {"pending": [3]}}
     flushed.clear()
     tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Flushes()).fit(1)
     assert flushed == ["flush", "flush"]

@@ -26,7 +26,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import Checkpointer, SmoothLoss, throttle
+from flowtrain.callbacks import Checkpointer, LogMetrics, SmoothLoss, throttle
+from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint.contents import gather
 
@@ -153,6 +154,48 @@ def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(folder: P
     with pytest.raises(CheckpointError, match=r"^Refuses refuses its state in the checkpoint: KeyError"):
         learner.load(folder)
     assert state_of(learner) == before
+
+
+@pytest.mark.parametrize("where", ["numbers", "passes"])
+def test_a_phase_that_is_not_defined_is_refused_before_anything_changes(where: str, tmp_path: Path) -> None:
+    learner_of(SmoothLoss(), Checkpointer(tmp_path), LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))).fit(2)
+    contents = torch.load(tmp_path / "epoch-0001.ckpt", weights_only=True)
+    contents[where]["NowherePhase"] = 1
+    torch.save(contents, tmp_path / "other.ckpt")
+    log = (tmp_path / "log.jsonl").read_bytes()
+    learner = learner_of(SmoothLoss(), LogMetrics(JsonlBackend(tmp_path / "log.jsonl")))
+    before = state_of(learner)
+    for take in (learner.load, lambda path: learner.fit(3, resume=path)):
+        with pytest.raises(CheckpointError, match=r"state of the phase NowherePhase, and no phase of that name is def"):
+            take(tmp_path / "other.ckpt")
+        assert state_of(learner) == before
+        assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_a_warning_that_is_an_error_changes_nothing(folder: Path) -> None:
+    learner = learner_of()
+    before = state_of(learner)
+    with pytest.raises(UserWarning, match="has the state of SmoothLoss, Checkpointer, and the learner has no"):
+        learner.fit(2, resume=folder)  # the tests make errors of all warnings
+    assert state_of(learner) == before
+
+
+class Stays(Callback):
+    """A callback that cannot take note of the folder."""
+
+    def moved(self, before: str, here: str) -> None:
+        raise OSError(f"{here} is gone")
+
+
+def test_a_callback_that_fails_after_its_state_was_loaded_leaves_everything_as_it_was(folder: Path) -> None:
+    learner_of(SmoothLoss(), Stays(), Checkpointer(folder)).fit(1)
+    learner = learner_of(SmoothLoss(), Stays(), Checkpointer(folder))
+    learner.fit(1)
+    before = state_of(learner)
+    for take in (learner.load, lambda path: learner.fit(2, resume=path)):
+        with pytest.raises(OSError, match=f"{folder} is gone"):
+            take(folder)
+        assert state_of(learner) == before
 
 
 def test_callbacks_by_name(folder: Path) -> None:
