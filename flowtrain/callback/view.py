@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,10 +21,13 @@ import torch
 from flowtrain.callback.events import Event
 from flowtrain.errors import UsageError, is_a
 
-__all__ = ["CheckpointRequest", "LearnerView", "StepContext"]
+__all__ = ["POINTERS", "CheckpointRequest", "LearnerView", "StepContext"]
 
 if TYPE_CHECKING:  # the two modules name types of each other
     from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+
+POINTERS = ("latest", "best")
+"""The names of the files that name a checkpoint of their folder."""
 
 
 class LearnerView:
@@ -101,12 +105,19 @@ class LearnerView:
                 ``(best, remove)``, which replace the two arguments.
 
         Raises:
-            UsageError: `path` is no path.
+            UsageError: `path` is no path, or names a file that is written beside the checkpoint.
         """
         if not is_a(path, (str, PathLike)):
             raise UsageError(
                 f"request_checkpoint() takes the path of a file, got {path!r}. "
                 f'Write learner.request_checkpoint("checkpoints/mine.pt").'
+            )
+        file = Path(path)
+        if file.name.lower() in POINTERS or (weights and file.suffix == ".safetensors"):
+            what = "its weights" if file.suffix else "the name of a checkpoint"
+            raise UsageError(
+                f"request_checkpoint({str(path)!r}): flowtrain writes the file {file.name} itself, with {what}, and "
+                f"would overwrite the checkpoint. Choose another name, such as {str(file.with_name('mine.ckpt'))!r}."
             )
         request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
         self._state.requests.append((self._owner.callback, request))

@@ -20,14 +20,13 @@ from typing import IO, Any
 
 import torch
 
-from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callback.view import POINTERS, CheckpointRequest
 from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Mailbox
 
 __all__ = [
     "FORMAT",
     "JUDGED",
-    "POINTERS",
     "VERSION",
     "Writer",
     "read",
@@ -40,9 +39,6 @@ __all__ = [
 FORMAT, VERSION = "flowtrain checkpoint", 1
 JUDGED = 2
 """The version of a checkpoint with an entry ``trained``. A reader of version 1 would miss it and train ``model``."""
-
-POINTERS = ("latest", "best")
-"""The names of the files that name a checkpoint of their folder."""
 
 _Reached = Callable[[str], None]
 

@@ -36,6 +36,7 @@ from flowtrain import (
     SerialExecutor,
     TorchCore,
     TrainingPhase,
+    UsageError,
     ValidationPhase,
     Write,
     on,
@@ -495,6 +496,31 @@ def test_a_path_is_a_path() -> None:
 
     with pytest.raises(Exception, match=r"request_checkpoint\(\) takes the path of a file, got 3"):
         tiny_learner(Wrong()).fit(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "holds"),
+    [
+        ("latest", False, "the name of a checkpoint"),
+        ("Best", False, "the name of a checkpoint"),
+        ("a.safetensors", True, "its weights"),
+    ],
+)
+def test_a_path_that_is_overwritten_by_a_file_beside_it(name: str, weights: bool, holds: str, tmp_path: Path) -> None:
+    """A checkpoint in the file ``latest`` was replaced by its own name."""
+
+    class Asks(Callback):
+        @on(FitBegin)
+        def ask(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+            learner.request_checkpoint(tmp_path / name, weights=weights)
+
+    with pytest.raises(UsageError) as caught:
+        tiny_learner(Asks()).fit(1)
+    assert str(caught.value) == (
+        f"request_checkpoint('{tmp_path}/{name}'): flowtrain writes the file {name} itself, with {holds}, and would "
+        f"overwrite the checkpoint. Choose another name, such as '{tmp_path}/mine.ckpt'."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- checkpoints that do not fit
