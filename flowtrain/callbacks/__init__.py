@@ -26,12 +26,13 @@ from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
 from flowtrain.callbacks.sanity import SanityCheck
 from flowtrain.callbacks.scheduler import Scheduler
-from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
+from flowtrain.callbacks.schedules.combining import per_epoch, sequence, swa_lr, warmup
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 from flowtrain.callbacks.schedules.plateau import reduce_on_plateau
 from flowtrain.callbacks.schedules.schedule import Schedule
 from flowtrain.callbacks.smooth import SmoothLoss
 from flowtrain.callbacks.summary import ModelSummary
+from flowtrain.callbacks.swa import SWA
 from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
@@ -40,6 +41,7 @@ from flowtrain.state.hyperparameters import HyperParameter, LearningRate, Moment
 
 __all__ = [
     "EMA",
+    "SWA",
     "Checkpointer",
     "CustomCallback",
     "DeviceStats",
@@ -83,6 +85,7 @@ __all__ = [
     "reduce_on_plateau",
     "sequence",
     "step",
+    "swa_lr",
     "throttle",
     "warmup",
     "when",

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
+from flowtrain.callbacks.schedules.combining import per_epoch, sequence, swa_lr, warmup
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 from flowtrain.callbacks.schedules.plateau import reduce_on_plateau
 from flowtrain.callbacks.schedules.schedule import Schedule
@@ -24,5 +24,6 @@ __all__ = [
     "reduce_on_plateau",
     "sequence",
     "step",
+    "swa_lr",
     "warmup",
 ]

@@ -1,10 +1,15 @@
-"""Schedules made of other schedules: with a warm-up before, several in sequence, or with epochs instead of updates."""
+"""Schedules made of other schedules: with a warm-up before, several in sequence, or with epochs instead of updates.
+
+`swa_lr` follows a schedule and then goes over to a constant value, for `flowtrain.callbacks.SWA`.
+"""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 from flowtrain.callbacks.schedules.schedule import (
     Schedule,
@@ -15,7 +20,7 @@ from flowtrain.callbacks.schedules.schedule import (
 )
 from flowtrain.errors import UsageError, whole_number
 
-__all__ = ["per_epoch", "sequence", "warmup"]
+__all__ = ["per_epoch", "sequence", "swa_lr", "warmup"]
 
 
 def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule:
@@ -85,6 +90,47 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
         return parts[turn].value(n - begins[turn], ends[turn] - begins[turn])
 
     return Schedule(f"sequence({parts}, at={done})", formula, stretched=parts[-1].is_open)
+
+
+def swa_lr(
+    before: ScheduleLike, value: float, *, start: int, length: int = 10, shape: Literal["cos", "linear"] = "cos"
+) -> Schedule:
+    """Return a schedule that follows another one for `start` updates, and then goes over to a constant value.
+
+    With ``a = before(start)``, the value at update ``start + k`` is ``a + (value - a) * s(min(k / length, 1))``, where
+    s is ``(1 - cos(pi * t)) / 2``, or t itself if `shape` is linear. The same as torch's ``SWALR``, which is made for
+    the averages of `flowtrain.callbacks.SWA`; within `per_epoch` all numbers are epochs.
+
+    Args:
+        before: A schedule, or a number for a constant value. Without a length it is stretched over `start` updates.
+        value: The value in the end.
+        start: The number of updates of `before`.
+        length: The number of updates after which `value` is reached; 0 reaches it at once.
+        shape: The curve between the two: ``"cos"`` or ``"linear"``.
+
+    Raises:
+        UsageError: `before` is no schedule or counts epochs, `value` is no finite number, `start` is no whole number
+            from 1, `length` none from 0, or `shape` is another text.
+
+    >>> [round(swa_lr(1.0, 0.5, start=2, length=2)(n), 3) for n in range(1, 6)]
+    [1.0, 1.0, 0.75, 0.5, 0.5]
+    """
+    first = _part("swa_lr", before)
+    check_number("swa_lr", "value", value)
+    start = whole_number("swa_lr(): start", start)
+    length = whole_number("swa_lr(): length", length, least=0)
+    if shape not in ("cos", "linear"):
+        raise UsageError(f"swa_lr(shape={shape!r}): shape is 'cos' or 'linear'.")
+
+    def formula(n: int, total: int) -> float:
+        """Return the value of the first schedule, or after it the value on the way to the constant one."""
+        share = min((n - start) / max(length, 1), 1.0)
+        if share <= 0:
+            return first.value(n, start)
+        passed = share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+        return value * passed + first.value(start, start) * (1 - passed)
+
+    return Schedule(f"swa_lr({first}, {value}, start={start}, length={length})", formula)
 
 
 def per_epoch(schedule: ScheduleLike) -> Schedule:

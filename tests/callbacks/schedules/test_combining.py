@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
+from torch.optim.swa_utils import SWALR
 
 from flowtrain import UsageError
-from flowtrain.callbacks.schedules.combining import per_epoch, sequence, warmup
+from flowtrain.callbacks.schedules.combining import per_epoch, sequence, swa_lr, warmup
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, polynomial, step
 from flowtrain.callbacks.schedules.schedule import Schedule
 from tests.support.examples import examples
@@ -84,6 +86,15 @@ def test_functions_and_numbers_are_schedules_too() -> None:
             "sequence([a, b, c], at=[100, 200]).",
         ),
         (
+            lambda: swa_lr(per_epoch(cosine(1.0)), 0.1, start=2),
+            "swa_lr() got per_epoch(cosine(1.0, end=0.0)), which counts epochs, and counts updates itself. "
+            "Put per_epoch around the whole: per_epoch(swa_lr(...)).",
+        ),
+        (lambda: swa_lr(1.0, float("inf"), start=2), "swa_lr(value=inf): value is a finite number."),
+        (lambda: swa_lr(1.0, 0.1, start=0), "swa_lr(): start is a whole number, at least 1, got 0."),
+        (lambda: swa_lr(1.0, 0.1, start=1, length=-1), "swa_lr(): length is a whole number, at least 0, got -1."),
+        (lambda: swa_lr(1.0, 0.1, start=1, shape="sine"), "swa_lr(shape='sine'): shape is 'cos' or 'linear'."),  # type: ignore[arg-type]  # on purpose
+        (
             lambda: sequence([1.0, "x"], at=[1]),  # type: ignore[list-item]  # on purpose
             "A schedule is a function schedule(n) of the coming update, from 1, or a number; got 'x'. "
             "Write one_cycle(1e-3), or lambda n: 1e-3 / n.",
@@ -94,6 +105,27 @@ def test_arguments_that_mean_nothing(make: Callable[[], Schedule], message: str)
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("shape", ["cos", "linear"])
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_swa_lr_is_torchs(shape: Literal["cos", "linear"], length: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    theirs = SWALR(optimizer, swa_lr=0.05, anneal_epochs=length, anneal_strategy=shape)
+    ours = swa_lr(0.3, 0.05, start=4, length=length, shape=shape)
+    assert [ours(n) for n in range(1, 5)] == [0.3] * 4
+    for n in range(5, 15):
+        optimizer.step()
+        theirs.step()
+        assert ours(n) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+
+
+def test_swa_lr_follows_the_schedule_before_it() -> None:
+    ours = swa_lr(cosine(1.0, end=0.5), 0.25, start=4, length=2, shape="linear")
+    first = cosine(1.0, end=0.5, length=4)
+    assert [ours(n) for n in range(1, 5)] == [first(n) for n in range(1, 5)]
+    assert [ours(n) for n in (5, 6, 7)] == pytest.approx([(first(4) + 0.25) / 2, 0.25, 0.25])
+    assert repr(per_epoch(ours)) == "per_epoch(swa_lr(cosine(1.0, end=0.5), 0.25, start=4, length=2))"
 
 
 def test_torch_leaves_no_warning_behind() -> None:

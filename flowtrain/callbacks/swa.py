@@ -1,0 +1,296 @@
+"""SWA: stochastic weight averaging, the mean of the weights late in training, which the model has during validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_swa_multi_avg_fn
+
+from flowtrain.callback.access import Access, Read, Write
+from flowtrain.callback.callback import on
+from flowtrain.callback.events import EpochBegin, FitBegin, FitEnd
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.averaging import Averaging
+from flowtrain.diagnostics.scratch_learner import CannotLook, aside, on_device_of, same_rng
+from flowtrain.errors import UsageError, whole_number
+from flowtrain.training.checkpoint.rng import loader_state, set_loader_state
+
+__all__ = ["SWA"]
+
+_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class SWA(Averaging):
+    """Average the weights equally from an epoch on, and validate with the average.
+
+    The weights at the end of epoch `start_epoch` are the first average; those at the end of each `every`-th epoch after
+    it count as much. With `start_update` updates are counted instead. This is torch's ``AveragedModel`` with
+    ``get_swa_multi_avg_fn()``, bit for bit. Izmailov and others, "Averaging Weights Leads to Wider Optima and Better
+    Generalization", https://arxiv.org/abs/1803.05407. Epochs and updates are counted over the life of the learner. A
+    weight that contains an infinity, as a mask that is a frozen parameter does, is copied.
+
+    The averages belong together with a learning rate that stays high from `start_epoch` on:
+    ``Scheduler({LearningRate: per_epoch(swa_lr(cosine(0.1), 0.05, start=10, length=5))})``
+    (`flowtrain.callbacks.schedules.swa_lr`, torch's ``SWALR``).
+
+    The running statistics of BatchNorm fit the trained weights, not their average. So they are renewed whenever the
+    averages have changed: before a validation epoch, and at the end of a fit that was not broken off. One pass over
+    the training data computes them, as torch's ``update_bn`` does, in the modes of training: layers that were in eval
+    mode keep theirs. The pass reads the training data in this process, without the workers of its loader, and moves
+    neither the random numbers of training nor the loader. A model without BatchNorm needs no pass.
+
+    As with `EMA`, the model has the averages during each epoch of a validation phase, and the trained weights again
+    when the epoch ends, normally or not; ``with swa.applied(): ...`` evaluates or saves the averages after training.
+    A checkpoint that a `Checkpointer` takes after a validation epoch holds the averages and their statistics as
+    ``model``, and what training continues with as ``trained``.
+
+    Reads ``model`` at the ends of training epochs, or of batches with `start_update`, and writes it, with the resource
+    ``rng``, at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`. Costs the size of
+    the weights in memory, a pass over them for each epoch that counts, and the passes over the data.
+
+    Args:
+        start_epoch: The first epoch whose weights count, from 1.
+        start_update: Instead of it, the first update whose weights count, from 1.
+        every: The number of epochs, or updates, from one that counts to the next.
+        data: The batches for the statistics of BatchNorm, each the inputs of the model, or a tuple or list that begins
+            with them; by default the training data, which must be a list or a ``DataLoader`` of a dataset with indices.
+        batches: How many of these batches are used at most; all by default.
+        model: The name of the model, if the learner has several.
+
+    Raises:
+        UsageError: Both or neither of `start_epoch` and `start_update` are given, one of the numbers is not whole or
+            below 1, or `model` is no name of a model. At `FitBegin`: the model has BatchNorm, and the training data
+            cannot be read beside training.
+
+    Attributes:
+        averages: The averages by the name of the parameter; empty before the first.
+        taken: How many weights the averages are the mean of.
+
+    >>> from flowtrain.testing import tiny_learner
+    >>> swa = SWA(start_epoch=2)
+    >>> learner = tiny_learner(swa, n_batches=2)
+    >>> learner.fit(3)
+    >>> swa.taken
+    2
+    """
+
+    first = "it begins with start_epoch or start_update, so fit for longer, or begin earlier"
+
+    def __init__(
+        self,
+        start_epoch: int | None = None,
+        *,
+        start_update: int | None = None,
+        every: int = 1,
+        data: Iterable[Any] | None = None,
+        batches: int | None = None,
+        model: str = "",
+    ) -> None:
+        if (start_epoch is None) == (start_update is None):
+            raise UsageError(
+                f"SWA(start_epoch={start_epoch!r}, start_update={start_update!r}): one of the two says from when on "
+                f"the weights are averaged. Write SWA(start_epoch=10)."
+            )
+        super().__init__(model)
+        self.by_update = start_update is not None
+        name, given = ("start_epoch", start_epoch) if start_update is None else ("start_update", start_update)
+        self.start = whole_number(f"SWA(): {name}", given)
+        self.every = whole_number("SWA(): every", every)
+        self.batches = None if batches is None else whole_number("SWA(): batches", batches)
+        if data is not None and (isinstance(data, Iterator) or not hasattr(data, "__iter__")):
+            raise UsageError(
+                f"SWA(data={data!r}): data is a loader or a list of batches, which is read once for each average. "
+                f"Write data=DataLoader(dataset, batch_size=256)."
+            )
+        self.data = data
+        self._counts: dict[str, int] = {}  # by training phase: the epochs that have ended; by "": the updates
+        self._average = get_swa_multi_avg_fn()
+        self._norms: dict[str, Any] = {}  # the layers of BatchNorm by name
+        self._resting: list[str] = []  # the names of the modules that were in eval mode in training
+        self._statistics: dict[str, torch.Tensor] = {}  # of the averages; empty if the averages have changed since
+        self._ended = False  # the last training epoch was not broken off
+
+    # --- averages
+
+    def average(self, averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+        """Change the averages by the weights, by torch's function."""
+        self._average(averages, weights, self.taken)
+
+    def after_batch(self, learner: LearnerView) -> None:
+        """Take the weights in if this batch has made an update that counts."""
+        if self.updated():
+            self._count("", learner)
+
+    def after_epoch(self, phase: Phase, learner: LearnerView, *, ended: bool) -> None:
+        """Take the weights in if this epoch counts, or an update that counts came after its last batch."""
+        self._ended = ended
+        if self.by_update:
+            self.after_batch(learner)
+        elif ended:
+            self._count(repr(phase), learner)
+
+    def _count(self, what: str, learner: LearnerView) -> None:
+        count = self._counts[what] = self._counts.get(what, 0) + 1
+        if count >= self.start and (count - self.start) % self.every == 0:
+            self.take(learner)
+            modules = (each for prefix, model in self.models(learner) for each in _named(prefix, model))
+            self._resting = [name for name, module in modules if not module.training]
+            self._statistics = {}
+
+    # --- the statistics of BatchNorm
+
+    def state_access(self) -> Access:
+        """Declare a write of the model and of the random numbers, and a read of the training data."""
+        return {**super().state_access(), "data": Read(), "resource.rng": Write()}
+
+    def found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
+        """Find the layers of BatchNorm."""
+        named = (each for prefix, model in models for each in _named(prefix, model))
+        self._norms = {
+            name: module for name, module in named if isinstance(module, _NORMS) and module.running_mean is not None
+        }
+
+    def more_shown(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the statistics of BatchNorm, each with its renewed value, or with its own while there is none."""
+        buffers = {f"{name}.{key}": getattr(norm, key) for name, norm in self._norms.items() for key in _STATISTICS}
+        return {name: (buffer, self._statistics.get(name, buffer)) for name, buffer in buffers.items()}
+
+    @on(FitBegin, access="_looks")
+    def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        """Check that the training data can be read for the statistics."""
+        self._ended = False
+        self._find(learner)
+        if self._norms:
+            self._source(learner)
+
+    def _looks(self) -> Access:
+        return {**self._reads(), "data": Read()}
+
+    def begin_training(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
+        """Put the trained weights back, if a failure has prevented it before."""
+        super().begin_training(event, phase, learner)
+        self._ended = False
+
+    def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Put the trained weights back, if a failure has prevented it, and renew the statistics of the averages."""
+        super().end_fit(event, phase, learner)
+        if self._ended and self._kept is None and self.averages and self._norms and not self._statistics:
+            try:
+                self._put_averages()
+                self.prepare(learner)
+            finally:
+                self._put_back()
+
+    def prepare(self, learner: LearnerView) -> None:
+        """Renew the statistics by a pass over the data, while the model has the averages."""
+        norms = {name: norm for name, norm in self._norms.items() if name not in self._resting}
+        if not norms or self._statistics:
+            return
+        [(_, model)] = self.models(learner)
+        source, call = self._source(learner)
+        before = loader_state(source)
+        try:
+            with same_rng(), torch.no_grad(), self._renewing(learner, norms):
+                for raw in islice(source, self.batches):
+                    call(model, on_device_of(raw, [model]))
+        finally:
+            set_loader_state(source, before)
+        self._statistics = {name: buffer.clone() for name, (buffer, _) in self.more_shown().items()}
+
+    @contextmanager
+    def _renewing(self, learner: LearnerView, norms: Mapping[str, Any]) -> Generator[None]:
+        """Give a context in which the modules have the modes of training, and BatchNorm computes its statistics anew.
+
+        Without a momentum a layer computes the mean over all batches since the reset.
+        """
+        modules = dict(each for prefix, model in self.models(learner) for each in _named(prefix, model))
+        modes = {module: module.training for module in modules.values()}
+        momenta = {norm: norm.momentum for norm in norms.values()}
+        try:
+            for name, module in modules.items():
+                module.training = name not in self._resting
+            for norm in momenta:
+                norm.reset_running_stats()
+                norm.momentum = None
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _source(self, learner: LearnerView) -> tuple[Iterable[Any], Callable[[torch.nn.Module, Any], Any]]:
+        """Return the batches for the statistics, and a function that calls the model with a batch.
+
+        Raises:
+            UsageError: There are several models, the training data cannot be read without a change for training, or
+                only a step of the user's knows which part of a batch the model takes.
+        """
+        if len(self.models(learner)) > 1:
+            raise self._unread("the learner has several models", "Name one: SWA(..., model='gen')")
+        if self.data is not None:
+            return self.data, _call_first
+        remedy = "Pass the batches to use: SWA(..., data=loader)"
+        for phase, loader in learner.data.items():
+            if isinstance(phase, AbstractTrainingPhase) and type(phase).step is AbstractTrainingPhase.step:
+                try:
+                    return aside(loader), partial(_call_split, phase)
+                except CannotLook as reason:
+                    raise self._unread(str(reason), remedy) from reason
+        raise self._unread("no training phase uses the bundled step, which would tell the inputs of the model", remedy)
+
+    def _unread(self, why: str, remedy: str) -> UsageError:
+        return UsageError(
+            f"{self.name or 'SWA'} renews the statistics of BatchNorm ({', '.join(list(self._norms)[:3])}) by a pass "
+            f"over the training data, and cannot: {why}. {remedy}."
+        )
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages, their number, their statistics, and the counts."""
+        return {
+            **super().state_dict(),
+            "taken": self.taken,
+            "counts": dict(self._counts),
+            "resting": list(self._resting),
+            "statistics": dict(self._statistics),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned. Within a validation epoch the model gets the averages at once.
+
+        Raises:
+            UsageError: The averages have other names or shapes than the weights of the model.
+        """
+        statistics, self._statistics = self._statistics, dict(state["statistics"])
+        try:
+            super().load_state_dict(state)
+        except BaseException:
+            self._statistics = statistics
+            raise
+        self.taken, self._counts = state["taken"], dict(state["counts"])
+        self._resting = list(state["resting"])
+
+
+def _call_first(model: torch.nn.Module, raw: Any) -> Any:
+    """Call the model with a batch, as torch's ``update_bn`` does."""
+    return model(raw[0] if isinstance(raw, (tuple, list)) else raw)
+
+
+def _call_split(phase: AbstractTrainingPhase, model: torch.nn.Module, raw: Any) -> Any:
+    """Call the model with a batch, as the step of a phase does."""
+    return model(phase.split(raw)[0])
+
+
+def _named(prefix: str, model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules of a model with their names, as those of its parameters begin."""
+    for name, module in model.named_modules():
+        yield (prefix + name).rstrip("."), module
