@@ -291,9 +291,7 @@ def _refuse(event: Event, phase: Phase) -> None:
     raise ExecutorError(_CLOSED)
 
 
-def _finish(
-    plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase
-) -> list[Failed]:
+def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase) -> list[Failed]:
     """Run the handlers behind one that failed, except those that depend on a failed handler; return all failures."""
     # The failed handler is found by its view, which no other handler has; two of them may share a function.
     start = next(position for position, planned in enumerate(plan.handlers) if planned.view is view)

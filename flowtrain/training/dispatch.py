@@ -314,9 +314,7 @@ class Dispatch:
                 self._postponed += requests
             raise_worst(effective)
 
-    def _effective(
-        self, event: Event, phase: Phase, failures: Sequence[Failed]
-    ) -> list[BaseException]:
+    def _effective(self, event: Event, phase: Phase, failures: Sequence[Failed]) -> list[BaseException]:
         """Note on each failure where it was raised, and return the failures that have an effect now."""
         for planned, failure in failures:
             self._scopes.note(failure, planned, event, phase)

@@ -39,7 +39,7 @@ from flowtrain import (
     on,
     seed_everything,
 )
-from flowtrain.callback.phases import StepContext
+from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 
@@ -111,7 +111,7 @@ def by_hand(numbers: list[int], batches: int, accumulate: int = 1) -> tuple[nn.M
         ({"start_update": 3, "every": 2}, 3, [3, 5, 7]),
     ],
 )
-def test_it_is_torchs_averaged_model_to_the_bit(arguments: dict[str, int], accumulate: int, numbers: list[int]) -> None:
+def test_it_is_torchs_averaged_model_to_the_bit(arguments: dict[str, Any], accumulate: int, numbers: list[int]) -> None:
     swa = SWA(**arguments)
     core = TorchCore(device="cpu", accumulate=accumulate)
     seed_everything(1)
@@ -350,7 +350,7 @@ class Ask(Callback):
     ],
 )
 def test_a_resumed_run_is_the_run(
-    arguments: dict[str, int], event: type[Event], phase: type[Phase], number: int, tmp_path: Path
+    arguments: dict[str, Any], event: type[Event], phase: type[Phase], number: int, tmp_path: Path
 ) -> None:
     """Rule 28: weights, averages, statistics and validation losses, wherever the checkpoint was taken."""
     rate = {LearningRate: per_epoch(swa_lr(0.1, 0.05, start=1, length=2))}
