@@ -97,7 +97,7 @@ def test_a_phase_has_no_fields() -> None:
 
 
 def bullets(kind: type[Phase]) -> list[str]:
-    return re.findall(r"^ +- (.+)$", kind.__doc__ or "", flags=re.MULTILINE)
+    return re.findall(r"^ *- (.+)$", kind.__doc__ or "", flags=re.MULTILINE)  # Python 3.13 strips the indentation
 
 
 def named(text: str) -> list[str]:

@@ -9,6 +9,12 @@ import pytest
 
 from tests.support.programs import Programs, importing_the_same
 
+TERMINAL = """
+import os, sys
+os.environ.update(TTY_COMPATIBLE="1", TERM="xterm", COLUMNS="40", LINES="8")
+sys.stdout.isatty = lambda: True  # rich 13.7 does not know TTY_COMPATIBLE
+"""
+
 
 def printed(programs: Programs, program: str) -> str:
     """Run a program, assert that it succeeds, and return its output."""
@@ -20,14 +26,12 @@ def printed(programs: Programs, program: str) -> str:
 @pytest.mark.parametrize("use", ["console()", "BottomLine.of(console()).show(progress)"])
 def test_rich_draws_no_random_numbers_of_the_program(use: str, programs: Programs) -> None:
     """The import of rich draws random numbers; without a remedy, a run that prints would train differently."""
-    program = f"""
-import random, sys
+    program = TERMINAL + f"""
+import random
 from flowtrain.callbacks.terminal import BottomLine, console
 assert "rich" not in sys.modules
 random.seed(0)
 before = random.getstate()
-import os
-os.environ.update(TTY_COMPATIBLE="1", TERM="xterm", COLUMNS="40", LINES="8")
 def progress():
     from rich.progress import Progress  # which imports more of rich
     return Progress().get_renderable()
@@ -38,9 +42,7 @@ assert random.getstate() == before
 
 
 def test_a_line_that_nobody_closed_is_given_back_when_the_program_ends(programs: Programs) -> None:
-    program = """
-import os
-os.environ.update(TTY_COMPATIBLE="1", TERM="xterm", COLUMNS="40", LINES="8")
+    program = TERMINAL + """
 from flowtrain.callbacks.terminal import BottomLine, console
 BottomLine.of(console()).show(lambda: "shown")
 print("printed")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -38,8 +37,7 @@ def loaders(epochs: int, method: str) -> bool:
     dataset = TensorDataset(torch.randn(16 * _BATCHES, 8), torch.randint(3, (16 * _BATCHES,)))
     loader = DataLoader(dataset, batch_size=16, num_workers=2, multiprocessing_context=method, timeout=_PATIENCE)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads
+    with tempfile.TemporaryDirectory() as name:
         shared, own = JsonlBackend(Path(name) / "shared.jsonl"), JsonlBackend(Path(name) / "chain.jsonl")
         callbacks = LogMetrics(shared), LogHistograms(shared, every=2), Chain(own)
         with Learner(

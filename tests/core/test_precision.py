@@ -97,6 +97,8 @@ def trained_until_nan(at: int, lag: int, optimizer: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
 def test_the_parameters_are_those_before_the_nan_whatever_the_lag(make: Any, at: int) -> None:
     optimizer = partial(make, lr=0.1, fused=True)
+    if not takes_found_inf(optimizer([torch.nn.Parameter(torch.ones(1))])):
+        pytest.skip("Adagrad of torch 2.6 does not say that it takes found_inf, so that no scaler of torch uses it")
     expected = trained_until_nan(at, 0, optimizer)
     for lag in (1, 2, 5):
         learner = trained_until_nan(at, lag, optimizer)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -432,8 +431,6 @@ def test_rule_30_loader_workers_begin_beside_lanes_in_every_epoch(method: str, e
         TensorDataset(x, y), batch_size=8, num_workers=1, multiprocessing_context=method, timeout=60
     )  # fmt: skip
     path = tmp_path / "log.jsonl"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads
-        with tiny_learner(Logs(path), data=loader, executor=DaskExecutor()) as learner:
-            learner.fit(epochs)
+    with tiny_learner(Logs(path), data=loader, executor=DaskExecutor()) as learner:
+        learner.fit(epochs)
     assert log_steps(path) == list(range(1, 8 * epochs + 1))

@@ -60,6 +60,7 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
             if left <= 0 or not frame.f_code.co_filename.endswith(within):
                 return None
             frame.f_trace_opcodes = True
+            frame.f_trace = trace  # Python 3.13 begins with opcodes when a frame has both attributes
         elif event == "opcode":
             left -= 1
             if left == 0:
@@ -79,6 +80,7 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
     watch.daemon = True
     watch.start()
     try:
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 traces opcodes only if a frame asked for it before
         sys.settrace(trace)
         act()
         sys.settrace(before)  # this call makes Python check: an interrupt that is still pending is raised here

@@ -70,8 +70,9 @@ class TorchState:
                 if torch.is_autocast_enabled(kind)
             ),
             torch.is_autocast_cache_enabled(),
-            # The call takes 2 microseconds. A default device is a mode on the stack, so an empty stack has none.
-            torch.get_default_device() if _modes() else None,
+            # A default device is a mode on the stack, so an empty stack has none. Otherwise a new tensor tells it in 2
+            # microseconds; `torch.get_default_device` of torch 2.6 does not know ``with torch.device(...)``.
+            torch.empty(0).device if _modes() else None,
             current_stream(),
             torch.get_num_threads(),
         )
@@ -101,7 +102,12 @@ class TorchState:
         if self.stream is not None and self.stream != before.stream:
             stack.enter_context(on_stream(self.stream))
         if self.device != before.device:
-            stack.enter_context(torch.device("cpu") if self.device is None else self.device)
+            device = torch.device("cpu") if self.device is None else self.device
+            if before.device is None:
+                stack.enter_context(device)
+            else:  # a handler has set it in this thread; torch 2.6 cannot nest such contexts
+                stack.callback(torch.set_default_device, before.device)
+                torch.set_default_device(device)
         if (self.autocast, self.autocast_cache) != (before.autocast, before.autocast_cache):
             # Not by `torch.autocast`: its exit empties the cache of casts, which all threads share.
             stack.callback(before._set_autocast, {kind: torch.get_autocast_dtype(kind) for kind, _ in self.autocast})

@@ -20,6 +20,7 @@ from flowtrain.callbacks.schedules.schedule import Schedule
 from tests.support.examples import examples
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR of torch 2.6 passes it itself
 @settings(max_examples=examples(30))
 @given(updates=st.integers(1, 20), rest=st.integers(1, 40), start=st.floats(0.01, 1.0), value=st.floats(1e-3, 1.0))
 def test_warmup_then_cosine(updates: int, rest: int, start: float, value: float) -> None:
@@ -41,6 +42,7 @@ def test_warmup_then_cosine(updates: int, rest: int, start: float, value: float)
         )
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR of torch 2.6 passes it itself
 def test_sequence_is_torchs() -> None:
     theirs = from_torch(
         lambda optimizer: SequentialLR(

@@ -411,7 +411,8 @@ def own_processes() -> set[int]:
     found: set[int] = set()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ends in this moment
-            if "spawn_main" in " ".join(child.cmdline()):
+            command = " ".join(child.cmdline())
+            if "spawn_main" in command or "dask worker" in command:  # the latter where setproctitle is installed
                 found.add(child.pid)
     return found
 

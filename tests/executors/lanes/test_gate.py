@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from pathlib import Path
 
 from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
@@ -181,7 +180,7 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
     for _ in range(60):
         for _ in range(5):
             lane.put(0, event, phase, {}, 0)
-        child = fork()
+        child = os.fork()
         if child == 0:
             free = callback.lock.acquire(timeout=2)
             alone = not lane.put(0, event, phase, {}, 0) and lane.flush(1)
@@ -192,9 +191,3 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
     backend.close()
     assert callback.count == 300
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 300
-
-
-def fork() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
-        return os.fork()
