@@ -37,6 +37,7 @@ from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
 from flowtrain.metrics.metric import Metric
+from flowtrain.metrics.track import Track
 from flowtrain.state.hyperparameters import HyperParameter, LearningRate, Momentum, Setting, WeightDecay
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "StopOnNaNLoss",
     "Timer",
     "Traces",
+    "Track",
     "WeightDecay",
     "after",
     "before",

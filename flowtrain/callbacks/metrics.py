@@ -21,8 +21,9 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
-from flowtrain.errors import UsageError, describe
+from flowtrain.errors import UsageError, describe, is_a
 from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
+from flowtrain.metrics.track import Track
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.device_values import Reading
 from flowtrain.training.data import unlimited
@@ -38,24 +39,27 @@ class Metrics(Callback):
     ``batch.targets``, unless the phase defines it (`Phase.batch_size`). If the size is not certain there is a warning
     with the code to write. A torchmetrics object is updated with each batch and computed at the end of the epoch; with
     ``Metric(f, on_step=True)`` it has values for batches too. A metric with several values, a mapping or one number for
-    each class, becomes several series: ``"F1.cat"``, ``"F1.dog"``; see `Metric`.
+    each class, becomes several series: ``"F1.cat"``, ``"F1.dog"``; see `Metric`. An entry of the batch, or a value
+    computed from it, is recorded in the same way: ``Metrics("batch.kl")``; see `Track`.
 
-    Metrics are computed without gradients, in phases that have outputs and targets. An epoch without a complete batch
-    records no value. In ``metrics_epoch`` the step is the number of the training epoch; an evaluation has the number of
-    the training epoch before it, 0 before the first.
+    Metrics are computed without gradients, functions of outputs and targets in phases that have both. An epoch without
+    a complete batch records no value. In ``metrics_epoch`` the step is the number of the training epoch; an evaluation
+    has the number of the training epoch before it, 0 before the first.
 
     A learner has one `Metrics` with all metrics, because two of them would both record the loss. On an accelerator the
     host does not wait for the values: they stay on the device, at most 256 of each name, until they are read, at the
     latest for the mean of the epoch.
 
-    Reads ``batch.inputs``, ``batch.targets`` and ``batch.loss``, with metrics or a weight also ``batch.outputs``;
+    Reads ``batch.inputs``, ``batch.targets`` and ``batch.loss``, with metrics or a weight also ``batch.outputs``, and
+    the entries that are tracked;
     ``cbstate.history``, so it runs after `Recorder`; and ``data`` at `EpochBegin`. Writes the series of its names in
     ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs a microsecond or two for each batch, and the time of
     the metrics themselves.
 
     Args:
-        metrics: Functions of ``(outputs, targets)``, `Metric`, or torchmetrics objects and collections. A
-            torchmetrics object is cloned for each phase. Outputs that are a tensor are passed detached.
+        metrics: Functions of ``(outputs, targets)``, `Metric`, torchmetrics objects and collections, paths of entries
+            of the batch such as ``"batch.kl"``, or `Track`. A torchmetrics object is cloned for each phase. Outputs
+            that are a tensor are passed detached.
         weight: A function of ``(outputs, targets)`` that returns the weight of a batch in the means of an epoch, for
             the loss and for all functions that have no weight of their own.
 
@@ -81,7 +85,8 @@ class Metrics(Callback):
                 f"Metrics(weight={weight!r}): weight is a function of (outputs, targets) that returns what a batch "
                 f"counts, such as lambda outputs, targets: (targets != -100).sum()."
             )
-        self.metrics = tuple(metric if isinstance(metric, Metric) else Metric(metric) for metric in metrics)
+        self.metrics = tuple(map(_metric, metrics))
+        self._tracks = [metric for metric in self.metrics if isinstance(metric, Track)]
         self.weight = weight
         names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
         for name in names:
@@ -105,7 +110,8 @@ class Metrics(Callback):
         """Declare the state that `record` reads and writes for a batch."""
         entries = ["inputs", "loss", "targets", *(["outputs"] if self.metrics or self.weight is not None else [])]
         batch = {f"batch.{name}": Read(optional=True) for name in entries}
-        return {"cbstate.history": Read(), **batch, **dict.fromkeys(self._steps(), Write())}
+        tracked = {path: kind for track in self._tracks for path, kind in track.access.items()}
+        return {"cbstate.history": Read(), **tracked, **batch, **dict.fromkeys(self._steps(), Write())}
 
     def _of_epochs(self) -> Access:
         """Declare the state that `end` reads and writes for an epoch."""
@@ -151,8 +157,9 @@ class Metrics(Callback):
             self._record_metrics(phase, learner, size)
 
     def _record_metrics(self, phase: Phase, learner: LearnerView, size: Any) -> None:
-        outputs, targets = learner.batch.outputs, learner.batch.targets
-        if outputs is None or targets is None:
+        batch = learner.batch
+        outputs, targets = batch.outputs, batch.targets
+        if (outputs is None or targets is None) and not self._tracks:
             return
         if isinstance(outputs, torch.Tensor):
             outputs = outputs.detach()  # a torchmetrics object may keep them for an epoch, which would keep the graphs
@@ -162,17 +169,25 @@ class Metrics(Callback):
             for metric in self.metrics:
                 if not isinstance(phase, metric.phase):
                     continue
-                if metric.accumulates:
+                if metric.of_batch:
+                    read = _tracked(metric, batch, phase)
+                    if read is None:
+                        continue
+                elif outputs is None or targets is None:
+                    continue
+                elif metric.accumulates:
                     running = self._run(metric, phase)
                     running.update(outputs, targets)
                     found = values_of(metric, running.value_of(outputs, targets)) if metric.on_step else {}
                     for name, value in found.items():
                         series.push(name, value, steps)
                     continue
+                else:
+                    read = metric.f(outputs, targets)
                 weight = size
                 if metric.weight is not None:
                     weight = self._weight(metric.weight, f"The weight of {metric!r}", learner, size)
-                for name, value in values_of(metric, metric.f(outputs, targets)).items():
+                for name, value in values_of(metric, read).items():
                     series.push(name, value, steps)
                     weights.setdefault(name, []).append(weight)
 
@@ -250,6 +265,9 @@ class Metrics(Callback):
         """Record the values of the epoch."""
         epoch, steps = epoch_of(learner.cbstate.history, phase), learner.cbstate.metrics_step
         results = learner.cbstate.metrics_epoch[phase]
+        if learner.cbstate.history[phase].steps_epoch:
+            for track in self._tracks:
+                track.check_recorded(phase, steps)
         for metric in (None, *self.metrics):
             if metric is not None and metric.accumulates:
                 found = self._accumulated(metric, phase)
@@ -267,6 +285,25 @@ class Metrics(Callback):
         found = values_of(metric, running.compute()) if running.updates else {}
         running.reset()  # now, because a metric may have kept all outputs of the epoch in memory
         return found
+
+
+def _tracked(track: Metric, batch: Any, phase: Phase) -> Any:
+    """Return the value of a `Track` for a batch."""
+    try:
+        return track.f(batch)
+    except Exception as error:
+        error.add_note(
+            f"raised by {track!r} in {phase!r}, where an entry that the batch lacks is None; for one kind of epoch "
+            f"write Track(f, phase=TrainingPhase)"
+        )
+        raise
+
+
+def _metric(given: Any) -> Metric:
+    """Return the metric, or a metric or `Track` made of what the user has given."""
+    if isinstance(given, Metric):
+        return given
+    return Track(given) if is_a(given, str) and given.startswith("batch.") else Metric(given)
 
 
 def _samples(loader: object) -> int | None:

@@ -70,6 +70,9 @@ class Metric:
     {'Range.low': 0.1, 'Range.high': 0.9}
     """
 
+    of_batch = False
+    """Whether `f` is a function of the batch state, as for a `Track`."""
+
     def __init__(
         self,
         f: Callable[..., Any],
@@ -85,7 +88,7 @@ class Metric:
         if not (callable(f) or self.accumulates) or is_a(f, type):
             made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
             if is_a(f, str) and str(f).isidentifier():
-                made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some."
+                made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some. Or Metrics('batch.{f}')."
             raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
         if not is_type(phase, Phase):
             raise UsageError(f"Metric(phase={phase!r}) is no phase type. Write Metric(f, phase=ValidationPhase).")
@@ -174,7 +177,7 @@ class Metric:
         values_of(self, value)
 
     def __repr__(self) -> str:
-        return f"Metric({self.name})"
+        return f"{type(self).__name__}({self.name})"
 
 
 def values_of(metric: Metric, value: Any) -> dict[str, Any]:
