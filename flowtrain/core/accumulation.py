@@ -39,6 +39,7 @@ class Groups:
         self._asked: dict[str, str | None] = {}
         self._complete = dict.fromkeys(optimizers, True)
         self._spent: set[str] = set()  # the optimizers that have made their update in this batch
+        self._given = {param for optimizer in optimizers.values() for param in optimizer.state}
 
     @property
     def open(self) -> bool:
@@ -110,6 +111,18 @@ class Groups:
         self._counts, self._complete = dict(state["counts"]), dict(state["complete"])
         self._asked = dict(state.get("asked", []))
         self._spent.clear()
+
+    def drop_unused_states(self) -> None:
+        """Drop the optimizer states with which no update was made yet, because memory ran out in an update.
+
+        torch makes the tensors of a state one by one in the first update of a parameter, and takes a state that has any
+        of them as complete. So an update that fails between two of them would make all later ones fail too. States that
+        the optimizers had from the beginning stay.
+        """
+        for optimizer in self._optimizers.values():
+            for param, state in list(optimizer.state.items()):
+                if "step" in state and not state["step"] and param not in self._given:
+                    del optimizer.state[param]
 
     def discard(self) -> None:
         """Zero the gradients of all groups; the next batch begins new groups."""

@@ -9,7 +9,7 @@ import torch
 
 from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
-from flowtrain.state.accelerator import accelerator
+from flowtrain.state.accelerator import accelerator, accelerator_kind
 
 __all__ = ["find_device", "place", "rebuild"]
 
@@ -54,6 +54,8 @@ def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -
     if wanted != "auto":
         try:
             device = torch.device(wanted)
+            if device.type == accelerator_kind() and 0 < torch.accelerator.device_count() <= (device.index or 0):
+                raise RuntimeError(f"there is no {device.type} device with this number")  # not every type refuses it
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             reason = str(error).partition(". ")[0].rstrip(".")  # what follows may be pages long

@@ -17,6 +17,7 @@ promises:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,7 +28,7 @@ from flowtrain.core.devices import rebuild
 from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain.state.device_values import DEFAULT_LAG
 
-__all__ = ["Placement", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to"]
+__all__ = ["Placement", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to", "warn_unable"]
 
 _END = object()
 """Stands for the end of a loader, since a batch may be ``None``."""
@@ -50,7 +51,7 @@ class Placement:
     Args:
         device: The device.
         groups: The accumulation groups, which are told before each batch of an epoch whether it is the last one.
-        prefetch: Whether to move batches ahead of time where that gains something; or a way to do it.
+        prefetch: ``False`` to move no batch ahead of time, also where that gains something; or a way to do it.
         channels_last: Whether tensors of shape ``(batch, channels, height, width)`` get the memory format in which
             convolutions are fast.
         lag: The number of batches after which values of the device are read; ``None`` for the default of the device.
@@ -66,7 +67,7 @@ class Placement:
         device: torch.device,
         groups: Groups,
         *,
-        prefetch: bool | Transfer = True,
+        prefetch: bool | Transfer | None = None,
         channels_last: bool = False,
         lag: int | None = None,
     ) -> None:
@@ -77,7 +78,7 @@ class Placement:
         self._transfer: Transfer | None = None
         if isinstance(prefetch, Transfer):
             self._transfer = prefetch
-        elif prefetch:
+        elif prefetch is not False:
             self._transfer = transfer_to(device, self._arrived)
         self.prefetches = self._transfer is not None
         self.lag = lag if lag is not None else DEFAULT_LAG if has_streams(device) else 0
@@ -137,6 +138,33 @@ def transfer_to(
         arrived: A function that is applied to each tensor on the device.
     """
     return StreamTransfer(device, arrived) if has_streams(device) else None
+
+
+def warn_unable(device: torch.device, prefetch: bool | Transfer | None, lag: int | None) -> None:
+    """Warn that an accelerator cannot do what the user has asked for. The defaults need no warning, nor does the CPU.
+
+    Args:
+        device: The device.
+        prefetch: The setting of the user.
+        lag: The setting of the user.
+    """
+    if device.type == "cpu" or has_streams(device):
+        return
+    found = f"on {device}, for which torch has no side streams or no pinned memory"
+    if prefetch is True:
+        warnings.warn(
+            f"prefetch=True does nothing {found}: each batch is moved when its turn comes. Leave prefetch= out: then "
+            f"batches are moved ahead of time on every device that can do it.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if lag:
+        warnings.warn(
+            f"lag={lag} saves no time {found}: values are read {lag} batches late, and each read still waits for all "
+            f"work of the device. Leave lag= out: then values are read late on every device that gains by it.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 class StreamTransfer:

@@ -39,7 +39,7 @@ from flowtrain.core.precision import (
     check_precision,
     in_precision,
 )
-from flowtrain.core.prefetch import Placement, Transfer
+from flowtrain.core.prefetch import Placement, Transfer, warn_unable
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, Named, by_name
@@ -66,7 +66,7 @@ class Settings:
     clip_grad_value: float | None = None
     init_scale: float = 65536.0
     lag: int | None = None
-    prefetch: bool | Transfer = True
+    prefetch: bool | Transfer | None = None
     channels_last: bool = False
     tf32: bool | None = None
 
@@ -83,8 +83,8 @@ class Settings:
         if self.lag is not None:
             lag = whole_number("lag, in batches, or None for the device's own,", self.lag, least=0, error=CoreError)
             object.__setattr__(self, "lag", lag)
-        if not is_a(self.prefetch, (bool, Transfer)):
-            raise CoreError(f"prefetch is True, False or a Transfer of your own; got {self.prefetch!r}.")
+        if self.prefetch is not None and not is_a(self.prefetch, (bool, Transfer)):
+            raise CoreError(f"prefetch is True, False, None or a Transfer of your own; got {self.prefetch!r}.")
         for name, value, also in (("channels_last", self.channels_last, ""), ("tf32", self.tf32, " or None")):
             if not is_a(value, bool) and not (also and value is None):
                 raise CoreError(f"{name} is True, False{also}; got {value!r}.")
@@ -112,11 +112,10 @@ class TorchCore:
         lag: The number of batches after which values of the device are read, such as the loss by `StopOnNaNLoss`. By
             default 2 on an accelerator with streams and pinned memory, and 0 elsewhere.
         prefetch: Whether the next batch is moved while the current one is computed, on an accelerator with streams and
-            pinned memory; or a `Transfer` that does it in another way (`flowtrain.core.prefetch`).
+            pinned memory (``True`` warns if it lacks them); or a `Transfer` of your own (`flowtrain.core.prefetch`).
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
-        tf32: Whether float32 products on CUDA may round their factors to TF32, for the whole process; ``None`` leaves
-            the setting of torch as it is.
+        tf32: Whether float32 products on CUDA may round to TF32, in the whole process; ``None`` changes nothing.
 
     Raises:
         CoreError: An argument has a value that it cannot have, or the device does not exist.
@@ -153,7 +152,7 @@ class TorchCore:
         clip_grad_value: float | None = None,
         init_scale: float = 65536.0,
         lag: int | None = None,
-        prefetch: bool | Transfer = True,
+        prefetch: bool | Transfer | None = None,
         channels_last: bool = False,
         tf32: bool | None = None,
     ) -> None:
@@ -238,6 +237,8 @@ class TorchCore:
         )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
+        if not self._warned:
+            warn_unable(self.device, chosen.prefetch, chosen.lag)
         if chosen.tf32 is not None and self.device.type == "cuda":  # no other accelerator has this type of number
             torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = chosen.tf32
@@ -416,7 +417,7 @@ class TorchCore:
         )
 
     def like(self, **changes: Any) -> TorchCore:
-        """Return a core with the same settings for a copy of the learner; it does not compile, and warns of no modes.
+        """Return a core with the same settings for a copy of the learner; it does not compile, and does not warn.
 
         Args:
             changes: Settings that differ.

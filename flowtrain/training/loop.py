@@ -223,6 +223,7 @@ class Loop:
                 pass
             except BaseException as failure:  # raised below, after the epoch is closed
                 scopes.locate(failure, phase, "after ")
+                self.steps.see_memory_error(failure, phase)
                 failures.append(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
                     _attempt(failures, self.dispatch.mailbox.empty)
@@ -258,6 +259,7 @@ class Loop:
         except BaseException as failure:  # raised by `_epoch` after the epoch is closed
             self.core.discard()
             scopes.locate(failure, phase)
+            self.steps.see_memory_error(failure, phase)
             if not isinstance(failure, CancelException):
                 self.checkpoints.drop_requests()
             failures.append(failure)

@@ -42,6 +42,8 @@ __all__ = ["Steps", "detach_loss"]
 
 _DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
 
+_NO_MEMORY = "the device ran out of memory"
+
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = LossBegin(), BackwardBegin(), BackwardEnd()
 _UPDATE_BEGIN, _UPDATE_END = UpdateBegin(), UpdateEnd()
@@ -332,8 +334,7 @@ class Steps(StepContext):
         """
         scopes = self._scopes
         scopes.locate(failure, phase)
-        if isinstance(failure, torch.OutOfMemoryError):
-            failure.add_note(_memory_note(phase, vars(self._state.batch), self._core.accumulate))
+        self.see_memory_error(failure, phase)
         failures = [failure]
         del failure  # see `raise_worst`
         self._dispatch.drop_requests()  # an interrupt within an event leaves the requests of its handlers
@@ -350,6 +351,24 @@ class Steps(StepContext):
             completed = self._state.batch  # a handler of `BatchEnd` has failed, but the batch is complete
         scopes.close_batch(completed)
         raise_worst(failures, *ends)
+
+    def see_memory_error(self, failure: BaseException, phase: Phase) -> None:
+        """Make the learner usable after an error of memory, and add a note to it, once.
+
+        The note says which part of the step it came from, and what helps. Any other failure is left alone.
+        """
+        notes = getattr(failure, "__notes__", ())
+        if not isinstance(failure, torch.OutOfMemoryError) or any(note.startswith(_NO_MEMORY) for note in notes):
+            return
+        self._core.groups.drop_unused_states()
+        batch = vars(self._state.batch)
+        if any(note.startswith("raised in ") for note in notes):  # the note of rule 15, which names the handler
+            part = "a handler of a callback"
+        elif self._scopes.batch == CLOSED:
+            part, batch = "the loader, or on a batch's way to the device", {}
+        else:
+            part = _part_of_step(phase, batch)
+        failure.add_note(_memory_note(part, batch, self._core.accumulate))
 
 
 def detach_loss(batch: BatchState) -> None:
@@ -371,15 +390,19 @@ def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) 
     return pair
 
 
-def _memory_note(phase: Phase, batch: Mapping[str, object], accumulate: int) -> str:
+def _part_of_step(phase: Phase, batch: Mapping[str, object]) -> str:
+    """Return the part of a step that has failed, by the entries that a bundled step has written before."""
+    if type(phase).step not in (AbstractTrainingPhase.step, AbstractValidationPhase.step):
+        return f"the step of {phase!r}"
+    order = {"outputs": "the forward pass", "loss": "the loss", "grads": "the backward pass"}
+    return next((part for name, part in order.items() if batch.get(name) is None), "the update")
+
+
+def _memory_note(part: str, batch: Mapping[str, object], accumulate: int) -> str:
     """Return a note for an error of memory: the part of the step that it came from, and what helps."""
-    order, last = {"outputs": "the forward pass", "loss": "the loss"}, "a callback"
-    if isinstance(phase, AbstractTrainingPhase):
-        order["grads"], last = "the backward pass", "the update or a callback behind it"
-    part = next((part for name, part in order.items() if batch.get(name) is None), last)
-    size = f" of {describe(batch['inputs'])}" if "inputs" in batch else ""
+    size = f", with inputs of {describe(batch['inputs'])}" if "inputs" in batch else ""
     return (
-        f"the device ran out of memory in {part}, with inputs{size}. These need less: smaller batches with "
+        f"{_NO_MEMORY} in {part}{size}. These need less: smaller batches with "
         f"TorchCore(accumulate={2 * accumulate}), which trains on as many samples in an update; precision='bf16'; "
         f"callbacks that keep nothing of a batch (flowtrain.testing.leaks finds the others). The learner can be used "
         f"again; the error holds the memory of this batch, so leave its `except` block first."

@@ -19,5 +19,5 @@ everything = "--all" in arguments
 arguments = [each for each in arguments if each != "--all"]
 plugin = "tests.accelerator.everything" if everything else "tests.accelerator.plugin"
 if not any(not each.startswith("-") for each in arguments):
-    arguments.append("tests" if everything else "tests/accelerator")
+    arguments += ["tests", "--ignore=tests/accelerator"] if everything else ["tests/accelerator"]
 sys.exit(pytest.main(["-p", plugin, "-p", "no:cacheprovider", *arguments]))

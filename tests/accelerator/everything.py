@@ -4,27 +4,29 @@ Learners of ordinary tests say ``device="cpu"``, or nothing. Here both mean the 
 that the environment variable ``FLOWTRAIN_SCHEDULE`` names, ``eager`` without it. So what is tried is that everything in
 flowtrain works on a device, not only what the tests of this folder train.
 
-Some tests are about the CPU and fail here. They make numpy arrays of tensors, give CPU gradients or tensors to
-parameters of the device, look for the tensor of the loader itself in the batch, ask for ``torch.autocast("cpu")``, for
-a lag of 0 or for the bits of CPU autocast, compile (which cannot trace the streams of a device in Python), use complex
-numbers in a loss that the CPU has no kernel for (which breaks the device instead of the call), or start other
-processes, which know no such device.
+Tests that can hold on the CPU only are left out: those marked ``cpu_only("reason")``, and those that start other
+processes, which know no such device. The end of the run tells how many were left out for which reason.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from flowtrain.core import devices, optimizers, torch_core
+from flowtrain.core.prefetch import Transfer
 from tests.accelerator.simulated.backend import install
 from tests.accelerator.simulated.machine import Schedule
 from tests.support import examples
 
 _find_device = devices.find_device
+_attach = torch_core.TorchCore.attach
 
 
 def _schedule() -> Schedule:
@@ -41,6 +43,12 @@ def _found(wanted: Any, models: Any) -> Any:
     return _find_device("sim", models) if found.type == "cpu" else found
 
 
+def _attach_there(self: torch_core.TorchCore, state: Any, optimizer: Any) -> None:
+    """Attach a core on the simulated device, unless it has a transfer of its own, which leaves batches on the CPU."""
+    torch_core.__dict__["find_device"] = _find_device if isinstance(self.settings.prefetch, Transfer) else _found
+    _attach(self, state, optimizer)
+
+
 _device = install()
 _device.machine.begin(_schedule())
 # Tests compare parameters of a learner, which are on the device here, with those of a loop by hand, which are not.
@@ -49,10 +57,31 @@ _device.operators.refuses_the_cpu = False
 _device.operators.draws = torch.default_generator
 # A parameter that moves stays the same object, as on CUDA, whose tensors are of the same kind as the CPU's.
 torch.__future__.set_swap_module_params_on_conversion(True)
-torch_core.__dict__["find_device"] = _found
+torch_core.TorchCore.attach = _attach_there  # type: ignore[method-assign]
 examples.__dict__["ORDINARY"] = 10  # drawn examples in a test: each operation takes a hundred times as long here
 # So do optimizers for lists of parameters, which are the default on a device.
 sys.modules["torch.optim.optimizer"].__dict__["_get_foreach_kernels_supported_devices"] = list
+
+
+_STARTING_PROCESSES = {"dask_processes", "make_dask_processes", "programs"}
+"""Fixtures of tests that start other processes."""
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Leave out the tests that can hold on the CPU only."""
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))
+        elif _STARTING_PROCESSES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.skip(reason="on the CPU only: other processes know no such device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how many tests were left out for each reason."""
+    skipped = Counter(str(report.longrepr[2]) for report in terminalreporter.getreports("skipped"))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"{count} left out: {reason.removeprefix('Skipped: ')}")
 
 
 def pytest_runtest_setup() -> None:

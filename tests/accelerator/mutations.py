@@ -1,7 +1,7 @@
 """Mistakes in the synchronisation of flowtrain, one at a time, to prove that the simulated device sees them.
 
-A mutation replaces some text in one function. The function stays the object that it is, with other code, so everybody
-who holds it has the mistake, and loses it again.
+A mutation replaces some text in one function. The function stays the object that it is, with other code, so all
+references to it have the mistake, and lose it again.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, Literal, NamedTuple
 
+from flowtrain.callbacks import Metrics, ProgressBar, SmoothLoss, StopOnNaNLoss
 from flowtrain.core.optimizers import clip_gradients
 from flowtrain.core.precision import NaNGuard, Scaling
 from flowtrain.core.prefetch import Placement, StreamTransfer
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.accelerator import on_stream
 from flowtrain.state.device_values import Lagged, Reading, Unread
-from flowtrain_dask.snapshots import tensors
+from flowtrain_dask.snapshots import pool, tensors
 from flowtrain_dask.snapshots.taker import Snapshot
 
 __all__ = ["MUTATIONS", "Mutation", "Seen", "mutated"]
 
 Seen = Literal["race", "values", "waits"]
-"""How a mistake shows: as a race, in what training leaves behind, or in what the host waits for."""
+"""How a mistake shows: as a race, in the values that training leaves behind, or in the waits of the host."""
 
 
 class Mutation(NamedTuple):
     """One mistake.
 
     Attributes:
-        name: What the mistake is.
-        function: Where it is.
+        name: The name of the mistake.
+        function: The function that has the mistake.
         right: The text that is replaced; it occurs once.
         wrong: The text that replaces it.
-        seen: How it shows.
+        seen: The way in which the mistake shows.
         training: The training in which it shows.
     """
 
@@ -52,7 +53,7 @@ class Mutation(NamedTuple):
 _from_accelerator: Callable[..., Any] = vars(tensors)["_from_accelerator"]
 _send: Callable[..., Any] = vars(Reading)["_send"]
 _place: Callable[..., Any] = vars(Placement)["_send"]
-_next: Callable[..., Any] = vars(Lagged)["_next"]
+_is_unused: Callable[..., Any] = vars(pool)["_Memory"].is_unused
 
 START, FINISH = StreamTransfer.start, StreamTransfer.finish
 DEFERRED = "deferred callbacks"
@@ -66,6 +67,13 @@ MUTATIONS = (
     ),
     Mutation("a host that waits for a batch", FINISH, "current.wait_event(event)", "event.synchronize()", "waits"),
     Mutation("an event that was not recorded", START, "self._stream.record_event()", "torch.Event()", "race"),
+    Mutation(
+        "an event of another stream for a batch",
+        START,
+        "self._stream.record_event()",
+        "torch.Stream(self._device).record_event()",
+        "race",
+    ),
     Mutation("a batch in pageable memory", START, "tensor = tensor.pin_memory()", "pass", "waits"),
     Mutation("a batch whose copy blocks", START, "non_blocking=True", "non_blocking=False", "waits"),
     Mutation(
@@ -102,6 +110,22 @@ MUTATIONS = (
         "torch.accelerator.current_stream(source.device)",
         "torch.Stream(source.device)",
         "values",
+    ),
+    Mutation(
+        "a number that another stream copies before it is computed",
+        _send,
+        "host.copy_(source, non_blocking=True)",
+        "main = torch.accelerator.current_stream(); torch.accelerator.set_stream(torch.Stream(source.device)); "
+        "host.copy_(source, non_blocking=True); torch.accelerator.set_stream(main)",
+        "race",
+    ),
+    Mutation(
+        "one pinned buffer for all numbers",
+        _send,
+        "torch.empty(source.shape, dtype=source.dtype, pin_memory=True)",
+        "vars(Reading._send).setdefault(source.shape, torch.empty(source.shape, dtype=source.dtype, pin_memory=True))",
+        "values",
+        "NaN guard",
     ),
     Mutation(
         "a host that waits for the whole device",
@@ -141,6 +165,47 @@ MUTATIONS = (
         "pass",
         "values",
         DEFERRED,
+    ),
+    Mutation(
+        "an event of another stream for a snapshot",
+        _from_accelerator,
+        "stream.record_event()",
+        "torch.accelerator.current_stream(device).record_event()",
+        "values",
+        DEFERRED,
+    ),
+    Mutation(
+        "pinned memory that two snapshots get",
+        _is_unused,
+        "sys.getrefcount(self.buffer) <= self._idle",
+        "True",
+        "values",
+        DEFERRED,
+    ),
+    # Callbacks that read a number at once.
+    Mutation("a metric that reads the loss", Metrics.record, "else loss.detach()", "else loss.item()", "waits"),
+    Mutation(
+        "an average that reads the loss",
+        SmoothLoss.smooth,
+        "else loss.detach()",
+        "else loss.item()",
+        "waits",
+        "metrics",
+    ),
+    Mutation(
+        "a guard that reads the loss",
+        StopOnNaNLoss.check,
+        "if loss is None:",
+        "if loss is None or loss != loss:",
+        "waits",
+    ),
+    Mutation(
+        "a bar that reads the loss",
+        ProgressBar.advance,
+        "isinstance(loss, torch.Tensor)",
+        "isinstance(loss, torch.Tensor) and loss == loss",
+        "waits",
+        "a progress bar",
     ),
     # Scopes, and what the device decides by itself.
     Mutation(
@@ -191,8 +256,11 @@ def mutated(mutation: Mutation) -> Generator[None]:
     flags = future.annotations.compiler_flag
     module = compile(text, inspect.getsourcefile(function) or "", "exec", flags, dont_inherit=True)
     [code] = [each for each in module.co_consts if isinstance(each, CodeType) and each.co_name == function.__name__]
+    attributes = dict(vars(function))
     before, function.__code__ = function.__code__, code
     try:
         yield
     finally:
         function.__code__ = before
+        vars(function).clear()  # a mutation may keep something there
+        vars(function).update(attributes)

@@ -11,6 +11,7 @@ import torch
 
 from flowtrain import TorchCore
 from flowtrain.callbacks import DeviceStats
+from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.state import accelerator as seam
 from flowtrain.state.accelerator import (
     accelerator,
@@ -21,6 +22,7 @@ from flowtrain.state.accelerator import (
     seed,
     set_random_states,
 )
+from tests.accelerator import trainings
 from tests.accelerator.simulated.backend import Device
 from tests.accelerator.simulated.machine import Machine
 from tests.accelerator.trainings import TRAININGS, learner_of, train
@@ -111,6 +113,7 @@ def test_one_stream_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not probe()
 
 
+@pytest.mark.filterwarnings("ignore:lag=2 saves no time")
 def test_without_streams_training_is_the_same_without_prefetch_and_lag(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +129,43 @@ def test_without_streams_training_is_the_same_without_prefetch_and_lag(
         found = train(name, "sim")
         assert {stream for stream, _ in machine.ran} == {0}
         assert found == train(name, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (
+            {"prefetch": True, "lag": None},
+            "prefetch=True does nothing on sim, for which torch has no side streams or no pinned memory: each batch is "
+            "moved when its turn comes. Leave prefetch= out: then batches are moved ahead of time on every device that "
+            "can do it.",
+        ),
+        (
+            {"lag": 2},
+            "lag=2 saves no time on sim, for which torch has no side streams or no pinned memory: values are read 2 "
+            "batches late, and each read still waits for all work of the device. Leave lag= out: then values are read "
+            "late on every device that gains by it.",
+        ),
+    ],
+)
+def test_who_asks_for_prefetch_or_lag_without_streams_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], text: str
+) -> None:
+    monkeypatch.setattr(seam, "_has_streams", lambda kind: False)
+    with pytest.warns(UserWarning, match="does nothing|saves no time") as told:
+        learner = learner_of(TRAININGS["the defaults"], "sim", **asked)
+    assert [str(each.message) for each in told] == [text]
+    assert told[0].filename == trainings.__file__, "the line that makes the learner"
+    with learner:
+        learner.fit(1)
+        find_learning_rate(learner, start=1e-3, end=1.0, updates=4)  # trains a copy with the same core
+
+
+@pytest.mark.parametrize("asked", [{"lag": None}, {"lag": 0}, {"lag": None, "prefetch": False}])
+def test_the_defaults_and_less_need_no_warning(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    monkeypatch.setattr(seam, "_has_streams", lambda kind: False)
+    learner_of(TRAININGS["the defaults"], "sim", **asked).close()
+    learner_of(TRAININGS["the defaults"], "cpu", prefetch=True, lag=2).close()
 
 
 def test_with_streams_a_core_says_that_it_uses_them() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.accelerator.simulated.backend import Device
-from tests.accelerator.simulated.machine import SCHEDULES, Machine, Schedule
+from tests.accelerator.simulated.machine import SCHEDULES, DeviceFailure, Machine, Schedule
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -51,6 +51,21 @@ def test_the_bytes_in_use_and_a_limit(simulated: Device) -> None:
         torch.zeros(1000, device="sim")
     del held
     torch.zeros(1000, device="sim")
+
+
+def test_memory_comes_back_after_a_failure(simulated: Device, machine: Machine) -> None:
+    before, side = simulated.memory.nbytes, torch.Stream()
+    held = [torch.zeros(500, device="sim"), torch.zeros(500, device="sim")]
+    held[0].record_stream(side)
+    held[1].record_stream(side)
+    machine.fail_after(0)
+    with pytest.raises(DeviceFailure):
+        held[0].add_(1)[0].item()
+    held.clear()
+    with pytest.raises(DeviceFailure):
+        torch.zeros(500, device="sim")
+    machine.begin("eager")
+    assert simulated.memory.nbytes == before
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

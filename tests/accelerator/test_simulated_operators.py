@@ -88,6 +88,31 @@ def test_operators(machine: Machine, schedule: Schedule, name: str) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_results_for_tensors_of_other_sizes(device: str) -> None:
+    one, large, small = torch.ones(1, device=device), torch.zeros(4, device=device), torch.zeros(1, device=device)
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        torch.add(one, one, out=large)
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        torch.add(large.new_ones(3), one, out=small)
+    assert (large.tolist(), small.tolist()) == ([2], [2, 2, 2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_tensors_that_are_resized(device: str) -> None:
+    part = torch.arange(4.0, device=device)[2:]
+    assert part.resize_(1).tolist() == [2]
+    assert part.resize_(2).tolist() == [2, 3]
+    assert torch.empty(0, device=device).resize_(2, 3).shape == (2, 3)
+    image = torch.zeros(16, device=device).resize_((1, 2, 2, 2), memory_format=torch.channels_last)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_storage_in_use_is_enlarged() -> None:
+    with pytest.raises(NotImplementedError, match="enlarges no storage that is in use"):
+        torch.ones(2, device="sim").resize_(4)
+
+
 def test_tensors_of_two_devices() -> None:
     with pytest.raises(RuntimeError, match="at least two devices, sim:0 and cpu"):
         torch.add(torch.ones(3, device="sim"), torch.ones(3))

@@ -59,21 +59,27 @@ def test_a_wait_does_what_it_needs_and_no_more(machine: Machine) -> None:
     needed = submit(machine, done, "needed", stream=1, after=first)
     machine.wait(needed, "event")
     assert done == ["first", "needed"]
+    machine.forget_counts()
     machine.wait_for_all()
     assert sorted(done) == ["first", "later", "needed", "other"]
+    assert machine.waits == {"device": 1}, "the host waits once for all streams"
 
 
 def test_waits_are_counted_and_the_slack_of_events(machine: Machine) -> None:
     machine.begin("lazy")
-    work = machine.submit("a")
-    machine.submit("b")
-    machine.submit("c")
-    machine.wait(work, "event")
-    machine.wait(machine.submit("d"), "event")
-    machine.wait(work, "item")
-    assert machine.waits == {"event": 2, "item": 1}
-    assert machine.slack == [2, 0]
-    assert machine.ran == {(0, "a"): 1, (0, "b"): 1, (0, "c"): 1, (0, "d"): 1}
+    done: list[str] = []
+    first = submit(machine, done, "a")
+    event = machine.submit("mark")
+    submit(machine, done, "b")
+    machine.submit("mark")
+    last = submit(machine, done, "c")
+    submit(machine, done, "other", stream=1)
+    for work in (first, event, last, machine.submit("mark")):
+        machine.wait(work, "event")
+    machine.wait(first, "item")
+    assert machine.waits == {"event": 4, "item": 1}
+    assert machine.slack == [2, 2, 0, 0], "marks, and what other streams have to do, do not count"
+    assert machine.ran == {(0, "a"): 1, (0, "b"): 1, (0, "c"): 1, (0, "mark"): 3, (1, "other"): 1}
 
 
 def test_work_runs_without_the_modes_of_the_caller(machine: Machine) -> None:

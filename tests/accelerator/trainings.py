@@ -28,11 +28,11 @@ from flowtrain import (
     TrainingPhase,
     on,
 )
-from flowtrain.callbacks import EMA, Metrics, SmoothLoss
+from flowtrain.callbacks import EMA, Metrics, ProgressBar, SmoothLoss
 from flowtrain.metrics import accuracy
 from flowtrain_dask import DaskExecutor
 
-__all__ = ["TRAININGS", "Training", "learner_of", "outcome", "train"]
+__all__ = ["TRAININGS", "Training", "learner_of", "outcome", "sums_of", "train"]
 
 EPOCHS = 2
 BATCHES = 4
@@ -185,6 +185,7 @@ TRAININGS: dict[str, Training] = {
     "fp16, accumulated and clipped": Training({"precision": "fp16", "accumulate": 2, "clip_grad_norm": 0.1}),
     "channels last": Training({"channels_last": True}, model=Images),
     "metrics": Training(callbacks=(lambda: Metrics(accuracy), SmoothLoss)),
+    "a progress bar": Training(callbacks=(lambda: ProgressBar(redraw=0.0, report=0.0),)),
     "EMA": Training(callbacks=(lambda: EMA(0.8, buffers=True),), more=averages_of),
     "deferred callbacks": Training(
         callbacks=(Deferred,), executor=partial(DaskExecutor, parallel="never"), more=sums_of

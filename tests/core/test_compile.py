@@ -51,6 +51,9 @@ class Counted:
         return cross_entropy(outputs, targets)
 
 
+pytestmark = pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+
+
 def trained(compile: Any, *callbacks: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:  # noqa: A002
     learner = Learner(
         options.pop("model", None) or Net(),

@@ -147,6 +147,7 @@ class Watches(Callback):
     def look(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
 
 
+@pytest.mark.cpu_only("the CPU has no lag")
 def test_only_where_somebody_watches_and_values_are_late() -> None:
     def guarded(learner: Any) -> bool:
         return hasattr(learner.optimizer, "found_inf")

@@ -322,6 +322,7 @@ def test_dataclasses_keep_their_type_and_are_not_constructed_anew() -> None:
     assert raw["a"][0].image.tolist() == [0, 0]
 
 
+@pytest.mark.cpu_only("the CPU has neither lag nor prefetch")
 def test_the_cpu_needs_none() -> None:
     assert transfer_to(torch.device("cpu")) is None
     batches = tiny_batches()
@@ -392,6 +393,7 @@ def test_channels_last_reaches_model_and_data_and_changes_no_value() -> None:
     torch.testing.assert_close(last.model[0].weight, plain.model[0].weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cpu_only("the CPU has neither lag nor prefetch")
 @pytest.mark.parametrize(("options", "lag"), [({}, 0), ({"lag": 3}, 3), ({"lag": 0}, 0)])
 def test_the_lag_of_the_cpu(options: dict[str, int], lag: int) -> None:
     learner = learner_of(TorchCore("cpu", **options))  # type: ignore[arg-type]
@@ -403,6 +405,7 @@ def test_a_copy_of_a_core_keeps_what_it_was_told() -> None:
     assert vars(core.like().settings) == {**vars(core.settings), "compile": False}
 
 
+@pytest.mark.cpu_only("with prefetch the last batch is known, whatever the loader announces")
 def test_a_loader_of_another_length_than_it_says_loses_no_gradient() -> None:
     """Rule 16: the last group gets its update after the last batch, however many batches the loader has announced."""
 

@@ -182,6 +182,7 @@ def test_validation_in_between_changes_nothing() -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.cpu_only("the expected gradients are computed on the CPU")
 def test_a_last_group_of_one_counts_as_much_as_a_full_one() -> None:
     """With 7 batches in groups of 2, the last update uses the undivided loss of the last batch alone."""
     model, lossfn = make(entropy)
@@ -324,6 +325,7 @@ def test_state_dict_carries_the_scale_over() -> None:
     assert plain.state_dict() == {"scaler": {}}
 
 
+@pytest.mark.cpu_only("looks at the autocast of the CPU")
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_autocast_covers_forward_and_loss_but_not_the_parameters(precision: Any, dtype: torch.dtype) -> None:
     seen: dict[str, Any] = {}
@@ -373,6 +375,7 @@ def test_updates_come_at_the_end_of_each_group() -> None:
     assert updates.at == [3, 6, 7, 10, 13, 14]
 
 
+@pytest.mark.cpu_only("the expected gradients are computed on the CPU")
 def test_at_update_begin_gradients_are_whole_unscaled_and_not_clipped() -> None:
     torch.manual_seed(0)
     model = Net(dropout=0.0)
@@ -614,7 +617,7 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
             "'max-autotune-no-cudagraphs'.",
         ),
         ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
-        ({"prefetch": "yes"}, "prefetch is True, False or a Transfer of your own; got 'yes'."),
+        ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
         ({"channels_last": None}, "channels_last is True, False; got None."),
         ({"tf32": 1}, "tf32 is True, False or None; got 1."),
     ],
@@ -774,7 +777,7 @@ def test_fp16_with_an_update_for_each_optimizer() -> None:
         ({"init_scale": 0.0}, "init_scale must be a positive number, such as 65536.0; got 0.0."),
         ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
         ({"lag": True}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got True."),
-        ({"prefetch": "yes"}, "prefetch is True, False or a Transfer of your own; got 'yes'."),
+        ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
         ({"channels_last": None}, "channels_last is True, False; got None."),
         ({"tf32": 1}, "tf32 is True, False or None; got 1."),
     ],

@@ -153,6 +153,7 @@ def run(access: Access, f: Callable[[LearnerView], Any], executor: Any, strict: 
     return reads.found
 
 
+@pytest.mark.cpu_only("makes numpy arrays of tensors")
 @pytest.mark.parametrize(("access", "f"), READINGS)
 def test_a_handler_reads_the_same_in_place_as_deferred(access: Access, f: Callable[[LearnerView], Any]) -> None:
     """``.numpy()`` on the outputs once worked under dask and failed serially."""
@@ -167,6 +168,7 @@ class Trains(Reads):
     deferrable = False
 
 
+@pytest.mark.cpu_only("makes numpy arrays of tensors")
 def test_a_handler_that_training_waits_for_sees_the_tensors_in_use() -> None:
     with pytest.raises(RuntimeError, match="numpy"):
         Learner(

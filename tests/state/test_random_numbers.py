@@ -357,6 +357,7 @@ class Suggested(Callback):
         self.found = draw(), learner.batch.outputs.numpy().sum()
 
 
+@pytest.mark.cpu_only("makes numpy arrays of tensors")
 @pytest.mark.parametrize("says", [None, True, False])
 def test_suggest_access_does_not_suggest_what_is_refused(says: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     callback = Suggested()

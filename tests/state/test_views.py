@@ -65,7 +65,7 @@ TOUCHES = [
         ("batch.inputs", "Write", "learner.batch.inputs['x'] = one"),
         ("batch.new", "Write", "learner.batch.new = [1]"),
         ("batch.grads.encoder.weight", "Read", "learner.batch.grads['encoder.weight']"),
-        ("batch.grads.head.bias", "Write", "learner.batch.grads['head.bias'] = one"),
+        ("batch.grads.head.bias", "Write", "learner.batch.grads['head.bias'] = learner.batch.grads['head.bias'] + 1"),
         ("cbstate.best", "Read", "learner.cbstate.best"),
         ("cbstate.best", "Write", "learner.cbstate.best = 0.1"),
         ("cbstate.best", "Write", "learner.cbstate.best = []"),
@@ -277,6 +277,7 @@ def test_several_optimizers_by_name() -> None:
     assert view_of({"model.gen": Read()}, state).model.gen is models.gen
 
 
+@pytest.mark.cpu_only("gives gradients of the CPU")
 @pytest.mark.parametrize("plain", [True, False], ids=["batch of tensors", "batch with containers"])
 def test_gradients_to_read_cannot_be_replaced(plain: bool) -> None:
     """Rule 5: ``batch.grads`` is a path of its own; with `Read()` every way to reach the gradients is read-only."""

@@ -7,11 +7,11 @@ kernels are those of the CPU, so every result can be compared with the CPU's to 
   is right under one order by luck is wrong under another (`machine`).
 - Two pieces of work that use the same memory must be ordered by streams, events or the host. Otherwise the later one
   raises `clocks.Race`, in whatever order they happened to run (`clocks`).
-- Memory that nobody refers to any more is given out again at once, to the stream that it came from, and whoever gets it
-  finds NaN in it (`memory`).
+- Memory without a reference is given out again at once, to the stream that it came from, and the next tensor in it is
+  filled with NaN (`memory`).
 - Every wait of the host for the device is counted by its kind (`Machine.waits`).
 
-A stranger reads the modules in this order: `clocks`, `machine`, `memory`, `tensors`, `operators`, `copies`, `streams`,
+Read the modules in this order: `clocks`, `machine`, `memory`, `tensors`, `operators`, `copies`, `streams`,
 `backend`. What no simulator in Python can show: how fast anything is, whether copies and kernels overlap, what the
 kernels of a vendor compute, and graphs.
 """

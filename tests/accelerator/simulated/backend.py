@@ -23,7 +23,10 @@ __all__ = ["Device", "can_install", "device", "install"]
 
 _HOOK = "_setup_privateuseone_for_python_backend"
 _IN_LOWER_PRECISION = ("linear", "matmul", "mm", "addmm", "bmm", "conv1d", "conv2d")
-"""What autocast computes in its type here, as it does on the CPU and on every accelerator."""
+"""The operators that autocast computes in its type here, as it does on the CPU and on every accelerator."""
+
+_IN_FLOAT32 = ("cross_entropy_loss", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+"""The losses that autocast computes in float32, as it does on the CPU and on every accelerator."""
 
 _OTHERWISE_COMPOSED = ("native_layer_norm", "native_group_norm")
 """Operators that torch makes of others on a device without a kernel, which rounds differently from that of the CPU."""
@@ -79,7 +82,7 @@ class _Module:
 
 
 def _guard() -> Any:
-    """Return what torch asks for the device that is current: it knows the type, and there is one device of it."""
+    """Return the object that torch asks for the current device: it knows the type, and there is one device of it."""
     kind = INTERNALS._autograd.DeviceType.PrivateUse1
     return type("Guard", (INTERNALS._acc.DeviceGuard,), {"type_": lambda self: kind})()
 
@@ -123,7 +126,11 @@ def _register_kernels(found: Device) -> None:
     every.fallback(operators.call, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in _IN_LOWER_PRECISION:
-        ops.impl(name, _casting(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
+        op = getattr(torch.ops.aten, name).default
+        ops.impl(name, _casting(op, lambda: torch.get_autocast_dtype(DEVICE)), "AutocastPrivateUse1")
+    for name in _IN_FLOAT32:
+        op = getattr(torch.ops.aten, name).default
+        ops.impl(name, _casting(op, lambda: torch.float32), "AutocastPrivateUse1")
     for name in _OTHERWISE_COMPOSED:
         ops.impl(name, partial(operators.call, getattr(torch.ops.aten, name).default), "PrivateUse1")
     kernels = {
@@ -144,13 +151,13 @@ def _register_kernels(found: Device) -> None:
     ops.impl("_pin_memory", copies.pin, "CPU")
 
 
-def _casting(op: Any) -> Callable[..., Any]:
-    """Return the operator, with its arguments in the type that autocast computes in."""
+def _casting(op: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
+    """Return the operator, with its arguments in the type that autocast computes it in."""
     autocast = INTERNALS.DispatchKeySet(INTERNALS._parse_dispatch_key("AutocastPrivateUse1"))
 
     def cast(value: Any) -> Any:
         if is_simulated(value) and value.is_floating_point():
-            return value.to(torch.get_autocast_dtype(DEVICE))
+            return value.to(dtype())
         return value
 
     def call(*args: Any) -> Any:

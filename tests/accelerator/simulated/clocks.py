@@ -1,4 +1,4 @@
-"""What happens before what, and the check that all uses of a piece of memory are ordered.
+"""Vector clocks: which work is certain to be done before other work, and the check of all uses of a piece of memory.
 
 A clock says, for each stream, up to which number its work is certain to be done. A piece of work inherits the clock of
 the work before it in its stream, of the events that its stream has waited for, and of all work that the thread which
@@ -20,7 +20,7 @@ class Race(RuntimeError):
 
 
 class Use(NamedTuple):
-    """A piece of work, as one that uses memory: what it does, its stream, and its number in that stream."""
+    """A piece of work that uses memory: the name of the work, its stream, and its number in that stream."""
 
     name: str
     stream: int
@@ -28,7 +28,7 @@ class Use(NamedTuple):
 
 
 def merge(clock: Clock, other: Clock) -> None:
-    """Add to a clock what another one knows to be done."""
+    """Add the work that another clock knows to be done to a clock."""
     for stream, number in other.items():
         clock[stream] = max(clock.get(stream, 0), number)
 

@@ -1,8 +1,8 @@
 """Copies between the host and the device, which wait, or do not, as those of CUDA.
 
-A copy is asynchronous where the host's memory is pinned and ``non_blocking=True`` was said; all others make the host
-wait. What an asynchronous copy reads or writes on the host it does when it runs: whoever changes or reads that memory
-before gets the wrong values (https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html).
+A copy with ``non_blocking=True`` from or to pinned memory is asynchronous; all others make the host wait. An
+asynchronous copy touches the memory of the host only when it runs. A program that changes or reads that memory earlier
+sees wrong values (https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.accelerator.simulated.memory import Block
 from tests.accelerator.simulated.tensors import INTERNALS, Tensors, is_simulated
 
 __all__ = ["Copies"]
@@ -21,7 +22,7 @@ class Copies:
     """The kernels that make tensors, copy them, and read them.
 
     Args:
-        tensors: Where tensors are made.
+        tensors: Makes the tensors.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -38,10 +39,18 @@ class Copies:
         return self._tensors.empty(dtype or torch.get_default_dtype(), size, stride)
 
     def resize_(self, tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
-        """Stand for ``aten::resize_``."""
-        plan = torch.empty(size, dtype=tensor.dtype, device="meta")
-        if plan.nbytes <= tensor.untyped_storage().nbytes():
-            return torch.ops.aten.as_strided_(tensor, plan.size(), plan.stride(), 0)  # type: ignore[no-any-return]
+        """Stand for ``aten::resize_`` of a tensor that has no elements, or that gets no more than its storage has.
+
+        Raises:
+            NotImplementedError: A tensor with elements would need a larger storage.
+        """
+        form = memory_format or torch.contiguous_format
+        plan = torch.empty(size, dtype=tensor.dtype, device="meta", memory_format=form)
+        offset = int(tensor.storage_offset())
+        if offset * tensor.itemsize + plan.nbytes <= tensor.untyped_storage().nbytes():
+            return torch.ops.aten.as_strided_(tensor, plan.size(), plan.stride(), offset)  # type: ignore[no-any-return]
+        if tensor.numel():
+            raise NotImplementedError("aten::resize_: the simulated device enlarges no storage that is in use.")
         tensor.data = self._tensors.empty_like(plan)
         return tensor
 
@@ -104,16 +113,22 @@ class Copies:
         self._machine.submit("copy", lambda: there.copy_(here), [source.uses], [self._tensors.block(made).uses])
         return made.untyped_storage()
 
+    def _pinned(self, tensor: Tensor) -> Block | None:
+        """Return the pinned memory of a tensor of the CPU, if it is in any, and note that the stream uses it."""
+        block = self._tensors.memory.find(tensor)
+        if block is not None:
+            block.recorded.add(self._machine.current_stream)
+        return block
+
     def _between(self, source: Tensor, target: Tensor) -> None:
         here, there = self._tensors.on_host(source), self._tensors.on_host(target)
         uses = self._tensors.block(source).uses, self._tensors.block(target).uses
         self._machine.submit("copy", lambda: there.copy_(here), [uses[0]], [uses[1]])
 
     def _down(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
-        here, there, block = self._tensors.on_host(source), target.detach(), self._tensors.block(source)
-        pinned = self._tensors.memory.find(target)
-        if pinned is not None:
-            pinned.recorded.add(self._machine.current_stream)
+        here, block, pinned = self._tensors.on_host(source), self._tensors.block(source), self._pinned(target)
+        # Pinned memory is not kept for the program by a copy that has not run: only the allocator waits for it.
+        there = target.detach() if pinned is None else self._tensors.on_host(target)
         work = self._machine.submit(
             "copy to the host", lambda: there.copy_(here), [block.uses], [pinned.uses] if pinned is not None else []
         )
@@ -121,13 +136,10 @@ class Copies:
             self._machine.wait(work, "pageable" if non_blocking else "copy")
 
     def _up(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
-        there, block = self._tensors.on_host(target), self._tensors.block(target)
-        pinned = self._tensors.memory.find(source)
+        there, block, pinned = self._tensors.on_host(target), self._tensors.block(target), self._pinned(source)
         late = pinned is not None and non_blocking
         # An ordinary copy has read the host's memory when the call returns.
-        here = source.detach() if late else source.detach().clone()
-        if pinned is not None:
-            pinned.recorded.add(self._machine.current_stream)
+        here = self._tensors.on_host(source) if late else source.detach().clone()
         work = self._machine.submit(
             "copy to the device", lambda: there.copy_(here), [pinned.uses] if pinned is not None else [], [block.uses]
         )

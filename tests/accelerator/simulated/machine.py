@@ -1,11 +1,11 @@
 """The machine: streams of queued work, a schedule that decides when work runs, and the waits of the host.
 
-Host threads submit work to the stream that is current in them, and go on. Work runs in the order of its stream, and
-after the event that its stream was told to wait for; nothing else is promised. Which of the work that may run does so
-before somebody waits for it is up to the schedule:
+Host threads submit work to the stream that is current in them, and continue without waiting. Work runs in the order of
+its stream, and after the event that its stream was told to wait for; nothing else is promised. The schedule decides
+which of the work that may run is run before the host waits for it:
 
 - ``"eager"``: all of it, at once. The order is that of a program without streams.
-- ``"lazy"``: none of it. What the host reads without a wait is old.
+- ``"lazy"``: none of it. The host reads old values unless it waits.
 - ``"side first"``: all of the side streams, none of the main stream (0). A side stream that does not wait for the main
   one comes too early.
 - ``"main first"``: all of the main stream, none of the side streams. A main stream that does not wait comes too early.
@@ -19,7 +19,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -33,9 +33,14 @@ SCHEDULES: tuple[Schedule, ...] = ("eager", "lazy", "side first", "main first", 
 """All kinds of schedules, and three seeds."""
 
 Wait: TypeAlias = Literal["item", "value", "copy", "pageable", "event", "stream", "device"]
-"""What the host waits for: a number, a result whose size or value it needs, a copy, a copy that would not have made it
-wait with pinned memory, an event, a stream, or all streams."""
+"""The kinds of waits of the host:
 
+- ``"item"`` is a wait for a number;
+- ``"value"`` is a wait for a result whose size depends on values;
+- ``"copy"`` is a wait for a copy;
+- ``"pageable"`` is a wait for a copy that would not have been one with pinned memory;
+- ``"event"``, ``"stream"`` and ``"device"`` are waits for an event, for a stream, and for all streams.
+"""
 
 _INTERNALS: Any = vars(torch)["_C"]
 _AUTOCAST = _INTERNALS.DispatchKeySet(_INTERNALS.DispatchKey.AutocastCPU)
@@ -48,7 +53,13 @@ _NO_MODES: tuple[Callable[[], Any], ...] = (
 )
 
 
-class DeviceFailure(torch.AcceleratorError):
+if TYPE_CHECKING:
+    _AcceleratorError = RuntimeError
+else:
+    _AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.8
+
+
+class DeviceFailure(_AcceleratorError):
     """Work failed while it ran. Like an accelerator's, the failure comes up at a later call, and stays."""
 
 
@@ -57,18 +68,22 @@ class Work:
 
     Args:
         use: Its name, its stream and its number there.
-        run: What it does; ``None`` for a mark in the stream.
-        after: Work of another stream that must be done before it.
-        clock: What is certain to be done once it is.
+        run: The function that does the work; ``None`` for a mark in the stream.
+        after: Work of another stream that must be done before this work.
+        clock: For each stream, the number up to which its work is done when this work is done.
+
+    Attributes:
+        count: How much of the stream's work, marks left out, was submitted up to this one.
     """
 
-    __slots__ = ("after", "clock", "done", "run", "use")
+    __slots__ = ("after", "clock", "count", "done", "run", "use")
 
     def __init__(self, use: Use, run: Callable[[], object] | None, after: Work | None, clock: Clock) -> None:
         self.use = use
         self.run = run
         self.after = after
         self.clock = clock
+        self.count = 0
         self.done = False
 
 
@@ -78,7 +93,8 @@ class Machine:
     Attributes:
         lock: Held while anything is submitted, waited for, or given memory.
         waits: How often the host has waited, by kind.
-        slack: For each wait for an event, how much work its stream had got after the event: 0 is a wait for all of it.
+        slack: For each wait for an event, how much work, marks left out, its stream had got after the event: 0 is a
+            wait for everything that the stream has to do.
         ran: How many pieces of work were submitted, by stream and name.
     """
 
@@ -90,6 +106,7 @@ class Machine:
         self._thread = threading.local()
         self._queues: defaultdict[int, deque[Work]] = defaultdict(deque)
         self._numbers: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
         self._clocks: defaultdict[int, Clock] = defaultdict(dict)
         self._begun: Clock = {}
         self._schedule: Schedule = "eager"
@@ -98,7 +115,10 @@ class Machine:
         self._fails_in: int | None = None
 
     def begin(self, schedule: Schedule) -> None:
-        """Finish all work, go back to the main stream, forget counts and failures, and run what comes by a schedule."""
+        """Finish all work, forget counts and failures, and run later work by a schedule.
+
+        The main stream becomes the current one of the calling thread; other threads keep theirs.
+        """
         with self.lock:
             self._fails_in = None
             self._finish(list(self._queues))
@@ -140,12 +160,12 @@ class Machine:
         """Queue work, and return it at once.
 
         Args:
-            name: What it does, for the messages of races.
-            run: What it does, called without any mode of torch; without it the work is a mark in the stream.
+            name: The name of the work, for the messages of races.
+            run: The function that does the work, called without any mode of torch; ``None`` for a mark in the stream.
             reads: The memory that it reads.
             writes: The memory that it writes.
-            stream: Where to; the current stream of the thread, if not given.
-            after: Work of another stream that it must come after.
+            stream: The stream; the current one of the thread, if not given.
+            after: Work of another stream that must be done before this work.
             past: Work of other streams that was seen to be done.
 
         Raises:
@@ -168,6 +188,8 @@ class Machine:
             for memory in writes:
                 memory.write(use, clock)
             work = Work(use, run, after, dict(clock))
+            self._counts[stream] += run is not None
+            work.count = self._counts[stream]
             self._queues[stream].append(work)
             self.ran[stream, name] += 1
             self._advance()
@@ -182,29 +204,34 @@ class Machine:
         with self.lock:
             self.waits[kind] += 1
             if kind == "event":
-                self.slack.append(self._numbers[work.use.stream] - work.use.number)
-            todo: list[Work] = []
-            self._collect(work, todo)
-            self._run(todo)
-            merge(self._known(), work.clock)
-            self._raise_failure()
+                self.slack.append(self._counts[work.use.stream] - work.count)
+            self._run_until(work)
 
     def wait_for_all(self) -> None:
         """Let the host wait for all streams."""
         with self.lock:
+            self.waits["device"] += 1
             for stream in list(self._queues):
-                self.wait(self.submit("mark", stream=stream), "device")
+                self._run_until(self.submit("mark", stream=stream))
+
+    def _run_until(self, work: Work) -> None:
+        """Run what must run for some work to be done, and note that the calling thread knows it to be done."""
+        todo: list[Work] = []
+        self._collect(work, todo)
+        self._run(todo)
+        merge(self._known(), work.clock)
+        self._raise_failure()
 
     def is_idle(self, stream: int) -> bool:
         """Tell whether all work of a stream is done."""
         return not self._queues[stream]
 
     def _known(self) -> Clock:
-        """Return the clock of the calling thread: all that it has waited for."""
+        """Return the clock of the calling thread: all work that the thread has waited for."""
         return self._thread.__dict__.setdefault("known", {})  # type: ignore[no-any-return]
 
     def _advance(self) -> None:
-        """Run what the schedule runs before anybody waits."""
+        """Run the work that the schedule runs before the host waits."""
         todo: list[Work] = []
         while (stream := self._next_stream()) is not None:
             todo.append(self._take(stream))
@@ -233,7 +260,7 @@ class Machine:
         return work
 
     def _collect(self, work: Work, todo: list[Work]) -> None:
-        """Take what must run for some work to be done, in an order in which it may run."""
+        """Take all work that must run for some work to be done, in an order in which it may run."""
         while not work.done:
             first = self._queues[work.use.stream][0]
             if first.after is not None:
@@ -258,7 +285,7 @@ class Machine:
 
     def _run_all(self, todo: list[Work]) -> None:
         for work in todo:
-            run, work.run = work.run, None  # lets go of the memory that the work uses
+            run, work.run = work.run, None  # the function holds the memory that the work uses
             if run is None or self._failure is not None:
                 continue
             try:

@@ -1,9 +1,9 @@
 """Memory of the device and pinned memory of the host, given out as torch's caching allocators give it.
 
-Memory belongs to the stream in which it was asked for. Once the last tensor in it is gone it is given out again to the
-same stream, the newest first, without a wait: the order of the stream keeps its old and its new use apart. Streams that
-use it besides must be recorded (``Tensor.record_stream``); then it waits until these have done what they had got so
-far. Pinned memory belongs to no stream, and every copy that may still run is recorded by itself
+Memory belongs to the stream for which it was allocated. When the last tensor in it is gone, it is given out again to
+the same stream, the newest first, without a wait: the order of the stream keeps its old and its new use apart. Other
+streams that use it must be recorded (``Tensor.record_stream``); then the memory is given out only after the work that
+these streams had got until then. Pinned memory belongs to no stream, and every asynchronous copy is recorded by itself
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management).
 """
 
@@ -21,7 +21,7 @@ from tests.accelerator.simulated.machine import Machine, Work
 __all__ = ["HOST", "POISON", "Block", "Memory"]
 
 POISON = 0xFF
-"""What fresh memory is full of: as a floating point number it is NaN, as an integer -1."""
+"""The byte that fills fresh memory: floating point numbers of it are NaN, integers are -1."""
 
 HOST = -1
 """The home of pinned memory, which belongs to no stream."""
@@ -37,9 +37,10 @@ class Block:
         home: The stream that it belongs to, or `HOST`.
 
     Attributes:
-        uses: What must be ordered with its next use.
+        uses: The uses that must be ordered with the next one.
         recorded: The other streams that use it.
-        marks: Where the streams that were recorded for its last use let go of it; they are past that.
+        marks: For each stream recorded during the last use, the mark after which it no longer uses the memory. All
+            marks are done.
     """
 
     def __init__(self, nbytes: int, home: int) -> None:
@@ -55,15 +56,17 @@ class Block:
         self._keeps: object = None
 
     def lend(self, tensor: torch.Tensor, keeps: object = None) -> None:
-        """Note the tensor in whose storage the memory is from now on, and what must live as long as that."""
+        """Note the tensor whose storage is this memory from now on, and an object that must live as long as it."""
         self._storage, self._keeps = StorageWeakRef(tensor.untyped_storage()), keeps
 
-    def take_back(self) -> bool:
-        """Return whether the storage is gone; then nobody has the memory."""
-        if self._storage is None or not self._storage.expired():
-            return False
+    @property
+    def is_unused(self) -> bool:
+        """Whether the storage that the memory was lent to is gone."""
+        return self._storage is not None and self._storage.expired()
+
+    def take_back(self) -> None:
+        """Forget the storage."""
         self._storage = self._keeps = None
-        return True
 
     def view(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int = 0) -> torch.Tensor:
         """Return a tensor of the CPU in this memory."""
@@ -98,7 +101,7 @@ class Memory:
         """Return memory, full of `POISON` or of what was in it.
 
         Args:
-            nbytes: How much.
+            nbytes: The number of bytes.
             home: The stream that it is for, or `HOST`.
 
         Raises:
@@ -107,16 +110,14 @@ class Memory:
         with self._machine.lock:
             self._take_back()
             nbytes = max(_GRAIN, -(-nbytes // _GRAIN) * _GRAIN)
-            block = self._used_again(nbytes, home)
-            if block is None:
-                if home != HOST:
-                    self._check_limit(nbytes)
-                block = Block(nbytes, home)
+            if home != HOST:
+                self._check_limit(nbytes)
+            block = self._used_again(nbytes, home) or Block(nbytes, home)
             self._lent[block.address] = block
             return block
 
     def find(self, tensor: torch.Tensor) -> Block | None:
-        """Return the memory that a tensor is in; ``None`` for ordinary memory of the host."""
+        """Return the memory of a tensor; ``None`` for ordinary memory of the host."""
         return self.at(tensor.untyped_storage().data_ptr())
 
     def at(self, address: int) -> Block | None:
@@ -124,11 +125,12 @@ class Memory:
         return self._lent.get(address)
 
     def _take_back(self) -> None:
-        """Take the memory of all storages that are gone, and mark in the recorded streams when it was."""
-        for block in [each for each in self._lent.values() if each.take_back()]:
-            del self._lent[block.address]
+        """Take the memory of all storages that are gone, and put a mark into each stream that was recorded for it."""
+        for block in [each for each in self._lent.values() if each.is_unused]:
             others = sorted(block.recorded - {block.home})
-            marks = [self._machine.submit("mark", stream=stream) for stream in others]
+            marks = [self._machine.submit("mark", stream=stream) for stream in others]  # fails if the device has failed
+            block.take_back()
+            del self._lent[block.address]
             self._free[block.home, block.nbytes].append((block, marks))
 
     def _used_again(self, nbytes: int, home: int) -> Block | None:

@@ -32,12 +32,20 @@ def _native_dropout(
 ) -> tuple[Tensor, Tensor]:
     if train is False:
         return inputs.clone(), torch.ones_like(inputs, dtype=torch.bool)
-    noise = torch.empty_like(inputs).bernoulli_(1 - p, generator=generator)  # as the CPU draws it
-    return inputs * noise * (0.0 if p == 1 else 1 / (1 - p)), noise.bool()
+    noise = torch.empty_like(inputs).bernoulli_(1 - p, generator=generator)  # as the CPU draws it, and rounds it
+    return inputs * (noise if p == 1 else noise / (1 - p)), noise.bool()
 
 
-_KERNELS: dict[str, Callable[..., Any]] = {"aten::native_dropout": _native_dropout}
-"""Operators that the CPU has not with a generator of its own."""
+def _native_dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor:
+    noise = mask.to(grad.dtype)
+    return grad * (noise / (1 / scale) if scale else noise)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "aten::native_dropout": _native_dropout,
+    "aten::native_dropout_backward": _native_dropout_backward,
+}
+"""Operators that the CPU computes otherwise, without a generator of its own and with other roundings."""
 
 _WRITTEN_TOO = {"aten::native_batch_norm": ("running_mean", "running_var")}
 """Arguments that an operator changes though its schema does not say so."""
@@ -47,7 +55,7 @@ class Operators:
     """The kernels of the device.
 
     Args:
-        tensors: Where tensors are made.
+        tensors: Makes the tensors.
 
     Attributes:
         generator: The random numbers of the device.
@@ -126,7 +134,7 @@ class Operators:
         outs: list[str],
     ) -> None:  # fmt: skip
         """Submit an operator that writes into its arguments; `outs` are those that it only writes."""
-        if any(kwargs[out].numel() == 0 for out in outs):  # it is left to the kernel to give them their sizes
+        if outs:  # the kernel gives them their sizes
             planned = _on_meta(kwargs)
             try:
                 kernel(*_on_meta(args), **planned)

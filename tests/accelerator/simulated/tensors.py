@@ -20,13 +20,13 @@ from tests.accelerator.simulated.memory import HOST, POISON, Block, Memory
 __all__ = ["DEVICE", "INTERNALS", "KIND", "Tensors", "is_simulated"]
 
 DEVICE = "sim"
-"""What torch calls the device."""
+"""The name of the device in torch."""
 
 KIND = 20
 """The number of ``PrivateUse1`` among torch's types of devices."""
 
 INTERNALS: Any = vars(torch)["_C"]
-"""What of torch a device needs, and torch has no public name for."""
+"""The internals of torch that a device needs and that have no public name."""
 
 _EXTERNAL_DEVICE = 12
 _CODES = {torch.bool: 6, torch.bfloat16: 4, torch.uint8: 1, torch.uint16: 1, torch.uint32: 1, torch.uint64: 1}
@@ -78,7 +78,7 @@ class Tensors:
         self.memory = Memory(machine)
 
     def empty(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-        """Return a tensor of the device, full of NaN once its stream has come so far."""
+        """Return a tensor of the device, which its stream fills with NaN."""
         machine = self.machine
         with machine.lock:
             block = self.memory.allocate(_extent(size, stride) * dtype.itemsize, machine.current_stream)
@@ -107,13 +107,16 @@ class Tensors:
         return flat.view(plan.dtype).as_strided(plan.size(), plan.stride())
 
     def block(self, tensor: Tensor) -> Block:
-        """Return the memory of a tensor of the device."""
+        """Return the memory of a tensor of the device, or of one in pinned memory."""
         found = self.memory.find(tensor)
         assert found is not None, f"a tensor of {tensor.device} in memory that the simulated device has not given out"
         return found
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the device as a tensor of the CPU in the same memory, for work that runs later."""
+        """Return a tensor of the device, or one in pinned memory, as a tensor of the CPU in the same memory.
+
+        It is for work that runs later, and does not keep the memory from being given out again.
+        """
         return self.block(tensor).view(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
