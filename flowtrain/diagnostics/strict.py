@@ -136,6 +136,7 @@ def fingerprints(state: LearnerState) -> dict[Path, object]:
         found.update(_module(("model", name) if name else ("model",), model))
     if isinstance(state.lossfn, torch.nn.Module):
         found.update(_module(("lossfn",), state.lossfn))
+    # Optimizers are compared by hyperparameters and state: their parameters are those of the models, already seen.
     for name, optimizer in by_name(state.optimizer).items():
         root: Path = ("optimizer", name) if name else ("optimizer",)
         if optimizer is not None:
@@ -146,6 +147,7 @@ def fingerprints(state: LearnerState) -> dict[Path, object]:
                 if key != "params"
             )
             found[*root, "state"] = tuple(fingerprint(entry) for entry in optimizer.state.values())
+    # The gradients lie in the parameters themselves, so they exist also where no batch is open.
     found["batch", "grads"] = tuple((name, fingerprint(param.grad)) for name, param in state.params.items())
     for name, value in vars(state.batch).items():
         if name != "grads":
@@ -161,7 +163,7 @@ def changes(before: Mapping[Path, object], after: Mapping[Path, object]) -> list
 
 
 def fingerprint(value: Any) -> object:
-    """Return something that compares equal as long as the value, and what it holds, stays as it is."""
+    """Return an object that equals a later fingerprint of the value if neither the value nor its parts have changed."""
     return _fingerprint(value, {})
 
 
@@ -177,6 +179,7 @@ def _fingerprint(value: Any, seen: dict[int, tuple[int, Any]]) -> object:
     while waiting:
         value, depth = waiting.pop()
         leaf = _leaf(value)
+        # A number stands for an object that was met before, so that a circle ends and sharing is compared too.
         if leaf is not None or id(value) in seen:
             found.append(seen[id(value)][0] if leaf is None else leaf)
             continue
@@ -185,6 +188,7 @@ def _fingerprint(value: Any, seen: dict[int, tuple[int, Any]]) -> object:
             found.append((id(value), *value.__leaves__(lambda item: _fingerprint(item, seen))))
             continue
         inner = parts(value)
+        # An object of an unknown type is followed by its attributes, a few levels deep.
         if inner is None and depth:
             inner, depth = list(attributes(value).items()), depth - 1
         found.append((id(value), _content(value), *(repr(where) for where, _ in inner or ())))

@@ -114,10 +114,12 @@ class _Watch:
 
     def see(self, operation: str, kind: str) -> None:
         """Report an operation, unless flowtrain or an optimizer of torch reads the value."""
+        # `reading` is true while flowtrain reads values late on purpose: no line of the user can avoid that wait.
         place = None if reading() or self.inside else _place()
         if place is not None:
             file, line = place
             code = linecache.getline(file, line).strip()
+            # A number in a condition needs other advice than one that is shown or logged.
             if kind == "number" and (operation == "bool(tensor)" or code.startswith(("if ", "while ", "elif "))):
                 kind = "choice"
             self._found(Sync(operation, file, line, code, _ADVICE[kind]))
@@ -135,6 +137,7 @@ class _Called(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         kind = "number" if name in _NUMBERS else "copy" if name in _COPIES else ""
         operation = _NUMBERS.get(name) or _COPIES.get(name, "")
+        # `to` moves data in all directions, and only the way to the host waits.
         if name == "to" and "cpu" in (*args[1:2], kwargs.get("device")):
             kind, operation = "copy", ".to('cpu')"
         if not kind:
@@ -160,6 +163,7 @@ class _Dispatched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if torch.Tag.data_dependent_output in func.tags:
             self._watch.see(_NUMBERS["item"] if name == "_local_scalar_dense" else f"{name}()", "number")
+        # An index by whole numbers has a size that is known beforehand; one by a mask has not.
         elif torch.Tag.dynamic_output_shape in func.tags and (name != "index" or _has_mask(args)):
             self._watch.see("a boolean mask" if name == "index" else f"{name}()", "shape")
         return func(*args, **(kwargs or {}))
@@ -176,6 +180,7 @@ def _place() -> tuple[str, int] | None:
     optimizers = str(Path(torch.__file__).parent / "optim")
     while frame is not None:
         file = frame.f_code.co_filename
+        # An optimizer that is not fused reads its step number, and no callback causes that.
         if file.startswith(optimizers):
             return None
         if not file.startswith(inside) and file not in own:

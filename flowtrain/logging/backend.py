@@ -289,6 +289,7 @@ class Collector:
         Raises:
             LoggingError: The callback does not hold the backend.
         """
+        # The callbacks of a dry run have no learner that has opened their backends.
         if self.backends is None:
             return
         # By identity: two backends that a user has made equal still have two sinks.

@@ -143,8 +143,10 @@ def picked(keys: Iterable[K], inside: Tree | None) -> Iterator[tuple[K, Tree | R
     """
     for key in keys:
         found: Tree | Read | Write | None = inside
+        # The tree may end before the name does: a leaf of the tree declares everything below it.
         for name in str(key).split("."):
             if isinstance(found, dict) and "" not in found:
                 found = found.get(name)
+        # Without a tree everything is declared, so each key is yielded with ``None`` for all of its item.
         if found is not None or inside is None:
             yield key, found

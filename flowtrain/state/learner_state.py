@@ -33,6 +33,7 @@ class _Namespace:
     _path: str
 
     def __init__(self, path: str) -> None:
+        # Not `self._path = path`: the subclasses override assignment for their entries.
         object.__setattr__(self, "_path", path)
 
     def __getattr__(self, name: str) -> Any:
@@ -42,6 +43,7 @@ class _Namespace:
         return name in self.__dict__
 
     def __iter__(self) -> Iterator[str]:
+        # The names are listed first, since a handler may add an entry while it iterates.
         return iter(list(self.__dict__))
 
     def __len__(self) -> int:
@@ -71,6 +73,7 @@ class State(Container, _Namespace):
         object.__setattr__(self, "__twins__", Twins(path))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Views hold the container itself, so nothing that is written into a new container would be seen through them.
         old = self.__dict__.get(name)
         if isinstance(old, Container) and not isinstance(old, State) and old is not value:
             raise UsageError(
@@ -78,6 +81,7 @@ class State(Container, _Namespace):
                 f"Write into it, as {self._path}.{name}[phase] = ... or .push(...)."
             )
         self.__dict__[name] = value
+        # The twin is made here and not at each reading, so that all readers of the entry have the same one.
         self.__twins__.__dict__[name] = readonly(value, f"{self._path}.{name}")
 
     def __twin__(self) -> Twins:
@@ -110,6 +114,8 @@ class State(Container, _Namespace):
             phases: Phases by name, for those that the learner has data for.
         """
         [(kind, content)] = packed.items()
+        # A callback that this learner does not have may have made the namespace in the run that was saved. It is made
+        # here before it is filled, because its entries may be containers, and only a namespace fills these.
         if kind == State.__kind__ and vars(self).get(name) is None:
             setattr(self, name, State(f"{self._path}.{name}"))
         there = vars(self).get(name)
@@ -120,6 +126,7 @@ class State(Container, _Namespace):
         return dict(vars(self))
 
     def __rewind__(self, mark: Mapping[str, Any]) -> None:
+        # The twins are cleared too, because those of entries that were added since the mark must be gone.
         vars(self).clear()
         vars(self.__twins__).clear()
         self.__setstate__(mark)
@@ -162,6 +169,7 @@ def _namespace(path: str, entries: Mapping[str, Any]) -> State:
 
 
 def _missing(path: str, name: str, known: Any) -> MissingStateError:
+    # `copy` and `pickle` ask for methods with such names, and do without them only after an AttributeError.
     if name.startswith("__"):
         raise AttributeError(name)
     return MissingStateError(
@@ -182,9 +190,11 @@ class Named(Mapping[str, Any]):
         try:
             return self._members[name]
         except KeyError:
+            # Still a KeyError, with a better text: `Mapping.get` and ``in`` catch no other error.
             raise KeyError(self._unknown(name)) from None
 
     def __getattr__(self, name: str) -> Any:
+        # An object that is being made has no `_members` yet, and `_unknown` would look for them without an end.
         if name.startswith("_"):
             raise AttributeError(name)
         raise AttributeError(self._unknown(name))
@@ -310,6 +320,7 @@ def restore_point(state: State) -> Callable[[], None]:
 
     def restore() -> None:
         """Put everything back, the namespaces last, because they make twins of their entries."""
+        # A container is marked before its parts, so in reverse the parts are put back before the container.
         for value, mark in reversed(marks.values()):
             _rewind(value, mark)
 
@@ -325,8 +336,10 @@ def _remember(value: Any, marks: dict[int, tuple[Any, Any]]) -> None:
         return
     if isinstance(value, Container):
         mark = value.__mark__()
+        # A mark that is no dict says that no item is a container, as in a series.
         inner = list(mark.values()) if isinstance(mark, dict) else []
     elif is_nested(type(value)):
+        # This is a shallow copy for all types of `nested`, made without their constructors.
         mark = rebuild(value, lambda part, where: part, {})
         inner = [part for _, part in parts(value) or ()]
     else:

@@ -89,6 +89,7 @@ class Trace:
     def start(self, name: str) -> None:
         """Note that a handler starts."""
         with self._changed:
+            # The check is made at the start, under the lock, so that no end can come between the start and the check.
             early = [other for other in self.before.get(name, ()) if other not in self.ended]
             if early:
                 self.wrong.append(f"{name} started before {', '.join(early)} returned")
@@ -237,6 +238,7 @@ class ContractBase:
         """
         trace.clear()
         raised: list[BaseException] = []
+        # Without an expected error every exception passes through, and so fails the test that fires the event.
         with nullcontext(raised) if error is None else catching(error) as raised:
             learner.fire(event or Ping(), TrainingPhase())
         wrong, running = list(trace.wrong), trace.running()
@@ -276,6 +278,7 @@ class ContractBase:
                 executor.load_state_dict(saved)
             for _ in range(events):
                 learner.fire(Ping(), TrainingPhase())
+            # The state is copied as a checkpoint does it, which refuses all but tensors and plain values.
             state: Mapping[str, Any] = Stage().copy(executor.state_dict(), f"the executor {learner.executor.name!r}")
             done = len(trace.ended)
             assert done == events, f"state_dict() returned when {done} of {events} events were done"

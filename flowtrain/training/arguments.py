@@ -107,6 +107,7 @@ def check_keywords(call: str, unknown: Mapping[str, Any], known: Callable[..., A
     for name in unknown:
         # `unknown` is the ``**`` parameter of the call, which collects the wrong names and is no argument itself.
         names = [each for each in signature(known).parameters if each not in ("self", "unknown")]
+        # A name of another library says what the user means; the spelling is compared only for all other names.
         advice = _advice(_ARGUMENTS, name)
         remedy = f" Write {advice}." if advice else nearest(name, names)
         raise UsageError(f"{call}() takes no argument {name!r}.{remedy} It takes {', '.join(names)}.")
@@ -152,6 +153,7 @@ def check_lossfn(lossfn: Any) -> Any:
     Raises:
         CoreError: `lossfn` is missing, a class, or cannot be called.
     """
+    # A class can be called too, and would be made anew for each batch with the outputs as its argument.
     if isinstance(lossfn, type) or not callable(lossfn):
         made = f" Write {lossfn.__name__}(), an instance." if isinstance(lossfn, type) else ""
         made = made or " Write Learner(model, lossfn), as with torch.nn.functional.mse_loss."
@@ -193,6 +195,7 @@ def check_phase(phase: Phase, model: Any, modules: Iterable[torch.nn.Module]) ->
         )
     if type(phase).step is AbstractTrainingPhase.step:
         params = [param for module in modules for param in module.parameters()]
+        # A model without parameters, such as a baseline, has nothing that could be frozen, so it passes.
         if params and not any(param.requires_grad for param in params):
             raise CoreError(
                 f"{phase!r} has nothing to train: no parameter of the model or the loss function requires grad, all "

@@ -45,6 +45,7 @@ class Encoded:
     """
 
     def __init__(self, obj: object, tails: Mapping[int, Tail] | None = None) -> None:
+        # Protocol 5 of pickle hands out large pieces of memory apart, so they are sent from where they lie.
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
         self._pickler = ValuePickler(file, buffers.append, tails)  # it keeps alive what the buffers show
@@ -61,6 +62,7 @@ class Encoded:
 def dump_entries(entries: Sequence[Entry]) -> Encoded:
     """Return the events of a batch as bytes; a copy that several of them share is in there once."""
     payloads = [opened(entry.payload) for entry in entries]
+    # The rows are plain tuples, because named tuples take many times as long to pickle.
     rows = [(*entry[:4], payload, *entry[5:]) for entry, payload in zip(entries, payloads, strict=True)]
     return Encoded(rows, tails_of(payloads))
 
@@ -91,6 +93,7 @@ def decode(blob: bytes | memoryview) -> Any:
     """
     memory = blob if isinstance(blob, memoryview) else memory_for(len(blob))
     if memory is not blob:
+        # The object gets aligned memory of its own, to which it may write.
         memory[:] = blob
     if bytes(memory[:4]) != _MAGIC or memory.nbytes < 20:
         raise ValueError(
@@ -114,6 +117,7 @@ def _buffers(memory: memoryview, start: int, sizes: Sequence[int]) -> Iterator[m
         part = memory[start : start + size]
         start += _after(size)
         if size < _LARGE:
+            # A small part is copied: a number that a callback keeps would otherwise keep the memory of the whole batch.
             part, shared = memory_for(size), part
             part[:] = shared
         yield part

@@ -138,6 +138,12 @@ def check_holds_no_state(callback: Callback, name: str, state: LearnerState) -> 
 def may_draw(node: Node, state: LearnerState | None = None) -> str:
     """Return the evidence that a callback draws random numbers; empty if there is none, or it says that it draws none.
 
+    The promise behind this is rule 19: deferring a callback changes no result of training. All threads of a process
+    share the generators, so a callback that draws on a thread would change the numbers that training draws. A user need
+    not know this, so a declaration alone would not keep the promise, and an error after a draw would come too late. So
+    the names in the code of the callback are looked up: code that names ``randperm`` may draw, and the callback stays
+    in place, slower and exact. A name too many costs time, never a result.
+
     This looks at the user's code that the callback holds or names, and at the modules that it reads or holds. It does
     not look into installed packages: for these a callback says ``stochastic = True``.
     """

@@ -52,11 +52,14 @@ class Tally:
 
     def copy(self) -> Tally:
         """Return a copy of the numbers, while other threads continue to count."""
+        # No lock is held, since one thread alone adds to each number. The dicts are listed at once, because a dict that
+        # grows cannot be iterated.
         stalls = {name: replace(stall) for name, stall in list(self.stalls.items())}
         return replace(self, dropped=Counter(dict(self.dropped)), stalls=stalls)
 
     def stalled(self, callback: str, seconds: float) -> None:
         """Count a wait for room for an event of a callback."""
+        # Only the training thread waits for room, so only that thread calls this.
         stall = self.stalls.setdefault(callback, Stall())
         stall.count += 1
         stall.seconds += seconds

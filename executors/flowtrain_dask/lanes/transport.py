@@ -118,6 +118,7 @@ class ThreadTransport:
             """Return whether to hand the records over now."""
             return time.monotonic() >= end or closing()
 
+        # The handlers are not seeded: a thread beside training must leave the generators of the process alone.
         return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:

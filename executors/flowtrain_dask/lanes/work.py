@@ -194,6 +194,7 @@ def run_entries(
             call, replica, callback = calls[entry.handler]
             identity = Identity(run, lane, job.first + entry.sequence)
             seed = entry.seed if seeded else None
+            # The gate is entered for each event and not for the batch, so that a fork waits for one handler at most.
             with gate, collecting(identity, job.backends[callback]) as collector:
                 try:
                     view = replica.show(opened(entry.payload))
@@ -204,8 +205,10 @@ def run_entries(
                             call(entry.event, entry.phase, view)
                 except BaseException as failure:  # even `SystemExit`: it must not end the lane's thread unnoticed
                     result.failure = entry.sequence, _explained(failure, job, entry)
+            # The records of a handler that failed count too, since a serial run has written them before the exception.
             result.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
             result.done += 1
+            # After a failure the lane decides whether later events are run, so they are left to it.
             if result.failure is not None or (enough is not None and enough()):
                 break
     for _, replica, _ in calls:  # a view would keep its last snapshot in memory until the next batch
@@ -251,6 +254,7 @@ def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
             f"{failure.scope or 'scope'} left to end. Set deferrable = False in {handler.owner.type_name}, or write "
             f"DaskExecutor(defer=False)."
         )
+        # The cause is set by hand, because the exception is raised later, on the training thread.
         error.__cause__ = failure
         failure = error
     failure.add_note(f"raised in {handler.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")

@@ -59,6 +59,7 @@ def copy_tensors(tensors: Mapping[str, torch.Tensor], copying: Copying) -> dict[
     Raises:
         Refused: One of them cannot be copied.
     """
+    # One tensor of another kind sends all of them the slow way, which names the tensor that cannot be copied.
     if copying.dry or not all(map(_is_ordinary, tensors.values())):
         return {name: copying.copy_at(tensor, name) for name, tensor in tensors.items()}
     sources = list(tensors.values())
@@ -94,6 +95,7 @@ def compressed_indices(source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def _expanded(source: torch.Tensor, copying: Copying) -> torch.Tensor:
     """Copy an expanded tensor, each element only once."""
+    # A dimension with stride 0 shows one element many times, so one row of it holds all elements.
     once = [1 if stride == 0 else size for size, stride in zip(source.shape, source.stride(), strict=True)]
     small = source.as_strided(once, [stride or 1 for stride in source.stride()])
     copy = copying.pool.like(small).copy_(small)

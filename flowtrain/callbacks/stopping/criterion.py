@@ -78,6 +78,7 @@ class Criterion:
 
     initial: ClassVar[Mapping[str, Any]] = {}
     needs_training: bool = False
+    # A value of which large is good is negated once, in `update`, so that every `judge` deals with losses.
     _sign = 1.0
 
     def __init__(self) -> None:
@@ -165,6 +166,7 @@ class _Combination(Criterion):
                     f"GL(2).{made}"
                 )
         self.criteria = tuple(criteria)
+        # Parts are compared by identity: two equal criteria have two states, one object would count each epoch twice.
         inside = [part for criterion in criteria for part in criterion.parts()]
         for part in inside:
             if sum(part is other for other in inside) > 1:
@@ -205,6 +207,7 @@ class _Combination(Criterion):
             CheckpointError: `state` is of criteria of other types.
         """
         inside = state.get("criteria", [])
+        # All types are compared before any state is loaded, so that a refusal leaves every criterion as it was.
         saved, ours = [each["type"] for each in inside], [type(each).__name__ for each in self.criteria]
         if saved != ours:
             raise CheckpointError(
@@ -232,6 +235,7 @@ class Disjunction(_Combination):
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
         """Give the value to each criterion; return the reasons of all that stop, joined."""
+        # All criteria are updated, also after one that stops, so that their states do not depend on their order.
         reasons = [criterion.update(value, training) for criterion in self.criteria]
         return "; ".join(reason for reason in reasons if reason is not None) or None
 
@@ -261,6 +265,7 @@ class Warmup(_Combination):
 
     def update(self, value: float, training: Sequence[float] = ()) -> str | None:
         """Give the value to the criterion, unless it is one of the first `n`."""
+        # The values of the training phase up to these epochs are dropped as well.
         self.count += 1
         return None if self.count <= self.n else self.criteria[0].update(value, training)
 
