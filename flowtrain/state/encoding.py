@@ -7,7 +7,8 @@ A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Stage:
     def __init__(self) -> None:
         # Each tensor is held with its clone: if it were freed, the next one could get its address.
         self._clones: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._around: list[int] = []  # the ids of the containers that are being copied, from the outside inwards
 
     def copy(self, value: Any, owner: str, path: str = "") -> Any:
         """Return a copy that nobody else holds.
@@ -38,13 +40,34 @@ class Stage:
             path: The place of this value in the whole value, for the message: ``["best"]``.
 
         Raises:
-            CheckpointError: The value has a part that is neither a tensor nor plain.
+            CheckpointError: The value has a part that is neither a tensor nor plain, or a container that holds itself.
         """
         kind = type(value)
         if kind in PLAIN:
             return value
         if isinstance(value, torch.Tensor):
             return self._clone(value)
+        with self._inside(value, owner, path):
+            return self._container(value, owner, path)
+
+    @contextmanager
+    def _inside(self, value: Any, owner: str, path: str) -> Generator[None]:
+        """Give a context in which the parts of a container are copied.
+
+        Raises:
+            CheckpointError: The container is one of its own parts, or a part of these.
+        """
+        if id(value) in self._around:
+            raise _refuse(value, owner, f"{path} holds itself, and")
+        self._around.append(id(value))
+        try:
+            yield
+        finally:
+            self._around.pop()
+
+    def _container(self, value: Any, owner: str, path: str) -> Any:
+        """Return the copy of a container, or of a scalar of numpy."""
+        kind = type(value)
         if isinstance(value, Mapping):
             for key in value:
                 if type(key) not in PLAIN:
@@ -57,7 +80,7 @@ class Stage:
         if kind in (set, frozenset) and all(type(item) in PLAIN for item in value):
             return set(value)
         if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
-            return self.copy(value.item(), owner, path)  # a scalar of numpy
+            return self.copy(value.item(), owner, path)
         raise _refuse(value, owner, path or "itself")
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,7 +109,8 @@ class Stage:
         """
         kind = getattr(type(value), "__kind__", None)
         if kind is not None:
-            return {kind: value.__packed__(self, path)}
+            with self._inside(value, path, "it"):
+                return {kind: value.__packed__(self, path)}
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return {"object": self.copy(value.state_dict(), f"{path}.state_dict()")}
         return {"value": self.copy(value, path)}

@@ -45,6 +45,27 @@ def test_what_is_not_plain_is_named(value: Any, text: str) -> None:
         Stage().copy(value, "Mine.state_dict()")
 
 
+def test_a_container_that_holds_itself_is_refused() -> None:
+    value: dict[str, Any] = {"a": [1]}
+    value["a"].append(value)
+    with pytest.raises(CheckpointError) as caught:
+        Stage().copy(value, "Mine.state_dict()")
+    text = "Mine.state_dict() cannot be in a checkpoint: ['a'][1] holds itself, and is {'a': [1, {...}]} (dict). A ch"
+    assert str(caught.value).startswith(text)
+    twice = [1]
+    assert Stage().copy([twice, twice], "x") == [[1], [1]]
+
+
+def test_a_namespace_that_holds_itself_is_refused() -> None:
+    state = State("cbstate")
+    state.mine = State("cbstate.mine")
+    state.mine.again = state.mine
+    with pytest.raises(
+        CheckpointError, match=r"^cbstate\.mine\.again cannot be in a checkpoint: it holds itself, and "
+    ):
+        Stage().pack(state, "cbstate")
+
+
 def test_containers_are_filled_in_place() -> None:
     """Views hold the containers, so their identity stays; entries that were added since are removed."""
     state = State("cbstate")

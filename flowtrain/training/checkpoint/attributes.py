@@ -242,7 +242,8 @@ def recorded(value: Any) -> Any:
         return reason.args[0](value) if reason.args[0] is Object else NotRecorded()
 
 
-def _recorded(value: Any) -> Any:
+def _recorded(value: Any, around: tuple[int, ...] = ()) -> Any:
+    """Return the form of a value; `around` has the ids of the containers that the value is in."""
     kind = type(value)
     if kind in PLAIN:
         return value
@@ -252,10 +253,14 @@ def _recorded(value: Any) -> Any:
         if value.grad_fn is not None:
             raise _Unfit(NotRecorded)
         return _Tensor(value)
+    if id(value) in around:  # a container that holds itself has no copy in plain values
+        raise _Unfit(Object)
+    around = (*around, id(value))
     if kind in (list, tuple, torch.Size):
-        return [_recorded(each) for each in value] if kind is list else tuple(_recorded(each) for each in value)
+        inner = [_recorded(each, around) for each in value]
+        return inner if kind is list else tuple(inner)
     if kind is dict and all(type(key) in PLAIN for key in value):
-        return {key: _recorded(each) for key, each in value.items()}
+        return {key: _recorded(each, around) for key, each in value.items()}
     if kind in (set, frozenset) and all(type(each) in PLAIN for each in value):
         return kind(value)
     if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):

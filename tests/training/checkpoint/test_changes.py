@@ -484,6 +484,36 @@ def test_an_object_that_training_replaced_is_refused(tmp_path: Path) -> None:
     assert learner.model.function is torch.tanh
 
 
+def holding_itself(kind: type) -> Any:
+    """Return a container in which it is the only part itself."""
+    if kind is dict:
+        value: Any = {}
+        value["self"] = value
+    else:
+        inner: list[Any] = []
+        value = kind([inner])
+        (inner if kind is tuple else value).append(value)
+    return value
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_an_attribute_that_holds_itself_is_an_object(kind: type, tmp_path: Path) -> None:
+    """Its copy in plain values would have no end, so it stays as it is, and another one in its place is refused."""
+    model = Net()
+    config = model.weights["config"] = holding_itself(kind)
+    model.config = config
+    learner = learner_of(Checkpointer(tmp_path), model=model)
+    learner.fit(1)
+    learner.load(tmp_path)
+    assert model.config is model.weights["config"] is config
+
+    def replace(learner: Any) -> None:
+        learner.model.config = holding_itself(kind)
+
+    with pytest.raises(CheckpointError, match=r"^model\.config cannot be in a checkpoint: training has replaced it"):
+        learner_of(Do(replace), Checkpointer(tmp_path), model=model).fit(2)
+
+
 def test_a_forward_that_was_covered_is_refused(tmp_path: Path) -> None:
     def cover(learner: Any) -> None:
         learner.model.act.forward = torch.sigmoid
