@@ -7,7 +7,9 @@ and targets have in common, and tells whether it is certain of it.
 
 from __future__ import annotations
 
+from collections import UserString
 from collections.abc import Iterator, Sequence, Set
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from torch.nn.utils.rnn import PackedSequence
 from flowtrain.data.nested import items, place_text
 
 __all__ = ["lengths", "measure"]
+
+
+_SINGLE = (str, bytes, UserString, Enum)
+"""Types of sequences that are one value each."""
 
 
 def measure(inputs: Any, targets: Any) -> tuple[int, bool]:
@@ -76,15 +82,15 @@ def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[
 
 def _is_list(value: Any) -> bool:
     """Tell whether a container has items without names, so that its length may be a number of samples."""
-    return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
+    return isinstance(value, (Sequence, Set)) and not isinstance(value, _SINGLE)
 
 
-def _is_single(value: Any) -> bool:
+def _is_single(value: Any, above: tuple[int, ...] = ()) -> bool:
     """Tell whether a value without a length can be one sample; an unknown object may be a whole batch."""
     inner = items(value)
     if inner is not None:
-        return all(_is_single(item) for _, item in inner)
-    return value is None or isinstance(value, (str, bytes, int, float, complex)) or getattr(value, "shape", None) == ()
+        return id(value) in above or all(_is_single(item, (*above, id(value))) for _, item in inner)
+    return value is None or isinstance(value, (*_SINGLE, int, float, complex)) or getattr(value, "shape", None) == ()
 
 
 def lengths(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, int]]:

@@ -15,8 +15,8 @@ dataclasses, ``SimpleNamespace``                         the attributes
 ======================================================== ============================================================
 
 The attributes of each of these are parts too, also those in slots: a model output of the usual libraries is an
-``OrderedDict`` with attributes. All other objects are *leaves*: tensors, arrays, modules, enumerations, and objects of
-unknown types. Only `parts` looks into other mappings and sequences as well.
+``OrderedDict`` with attributes. All other objects are *leaves*: tensors, arrays, modules, texts, enumerations, and
+objects of unknown types. Only `parts` and `items` look into other mappings and sequences as well.
 
 A container is made again without a call of its constructor, which may take other arguments or have side effects. An
 object that is in two places is one object in the result, and a container that holds itself holds itself in the result.
@@ -31,7 +31,7 @@ import enum
 import functools
 import gc
 import types
-from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections import OrderedDict, UserDict, UserList, UserString, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from operator import is_
 from typing import Any, Final, TypeAlias
@@ -86,15 +86,21 @@ _OBJECTS = (types.SimpleNamespace, UserDict, UserList)
 _BASES: Final[Mapping[type, Any]] = {
     **{kind: kind for kind in (*_BARE, OrderedDict, functools.partial)},
     **dict.fromkeys(_OBJECTS, object),  # their attributes are their only parts
-    **dict.fromkeys((torch.Tensor, torch.nn.Module, enum.Enum, type, *PLAIN)),  # leaves, with all subclasses
+    **dict.fromkeys(PLAIN),  # leaves, with all subclasses
 }
 """The type whose methods take instances apart, for each type and its subclasses; ``None`` for leaves."""
+_LEAVES = (torch.Tensor, torch.nn.Module, enum.Enum, type)
+"""Types whose instances are leaves, also if a subclass is a container as well, such as an enumeration of tuples."""
+_TEXTS = (str, bytes, bytearray, range, memoryview, UserString)
+"""Types of sequences without parts. The items of a text are texts again, without an end."""
 
 
 def _base(kind: type) -> Any:
     """Return the type whose methods take instances of a type apart; ``object`` for attributes, ``None`` for leaves."""
     if kind in _BASES:
         return _BASES[kind]
+    if issubclass(kind, _LEAVES):
+        return None
     known = next((base for base in kind.__mro__ if base in _BASES), None)
     return _BASES[known] if known is not None else object if dataclasses.is_dataclass(kind) else None
 
@@ -124,7 +130,8 @@ def _make(value: Any, base: Any, items: list[Any]) -> Any:
     kind: Any = type(value)
     if base is tuple:
         # A named tuple that is written in C can only be made by its constructor.
-        return kind(items) if hasattr(kind, "n_fields") else tuple.__new__(kind, items)
+        in_c = isinstance(vars(kind).get("n_unnamed_fields"), int)
+        return kind(items) if in_c else tuple.__new__(kind, items)
     if base is frozenset:
         return frozenset.__new__(kind, items)
     if base is types.MappingProxyType:
@@ -208,13 +215,22 @@ def items(value: Any) -> list[tuple[Any, Any]] | None:
 
     Mappings and sequences of all types have items. Attributes beside items are left out.
     """
+    if isinstance(value, _LEAVES):
+        return None
     if isinstance(value, Mapping):
         return list(value.items())
-    if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, bytearray, range, memoryview)):
-        return list(enumerate(value))
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, _TEXTS):
+        inner = list(enumerate(value))
+        return None if inner and _is_text(value, inner[0][1]) else inner
     if _base(type(value)) is not object:
         return None
     return [(Attribute(name), item) for name, item in attributes(value).items()]
+
+
+def _is_text(value: Any, first: Any) -> bool:
+    """Tell whether a sequence of an unknown type is a text, by its first item: a character is its own only item."""
+    same = type(first) is type(value) and _base(type(value)) is None and len(first) == 1
+    return same and (first is first[0] or (first == first[0]) is True)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -253,7 +269,8 @@ def rebuild(
 ) -> Any:
     """Return a container of the same type around changed parts.
 
-    A leaf is returned as it is, and so is an immutable container of which no part has changed.
+    A leaf is returned as it is, and so is an immutable container of which no part has changed, unless it has attributes
+    that may have parts themselves: then it is made again.
 
     Args:
         value: Any object.
@@ -339,13 +356,14 @@ def mapped(value: Any, change: Change, *, keep: bool = False) -> Any:
 
     Args:
         value: Any object.
-        change: A function that is called once for each object in the value, for a container before its parts. It is not
-            called for objects of `PLAIN` types, nor for a tuple, list, dict, set or deque unless that is of a subclass.
-            It returns the object for the result, or `INSIDE`: a container is then made again around its changed parts,
-            and a leaf stays the same. Its second argument is a function that returns the part for the result, for a
-            type of object that `change` takes apart itself.
-        keep: Whether a container without a changed part stays the same object. Otherwise all mutable containers are
-            new.
+        change: A function that is called for each object in the value, for a container before its parts. It is called
+            once for each object, and twice only for an immutable container that holds itself. It is not called for
+            objects of `PLAIN` types, nor for those of exactly these types: tuple, list, dict, defaultdict, set,
+            frozenset, deque, mappingproxy. It returns the object for the result, or `INSIDE`: a container is then made
+            again around its changed parts, and a leaf stays the same. Its second argument is a function that returns
+            the part for the result, for a type of object that `change` takes apart itself.
+        keep: Whether a container without a changed part stays the same object, unless it holds itself and another part
+            of the value has changed. Otherwise all mutable containers are new.
 
     >>> mapped([1, ("a", torch.ones(2))], lambda item, part: item.shape if isinstance(item, torch.Tensor) else INSIDE)
     [1, ('a', torch.Size([2]))]

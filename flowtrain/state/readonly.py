@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flowtrain.data.nested import PLAIN as _PLAIN
-from flowtrain.data.nested import like
+from flowtrain.data.nested import is_nested, like
 from flowtrain.errors import ProtectedException
 
 __all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
@@ -202,7 +202,7 @@ def readonly(value: Any, path: str) -> Any:
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and is_nested(type(value)):  # an enumeration may be of tuples
         twins = [readonly(item, path) for item in value]
         return value if all(a is b for a, b in zip(value, twins, strict=True)) else like(value, twins)
     flags = getattr(value, "flags", None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserList, deque
+from collections import UserList, UserString, deque
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch.nn.utils.rnn import pack_sequence
 from flowtrain import ValidationPhase
 from flowtrain.data.batch_size import lengths, measure
 from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
+
+
+class Colour(tuple[int, ...], Enum):
+    RED = (255, 0, 0)
+
+
+def holding_itself() -> dict[str, Any]:
+    """Return a dict whose only item it is itself."""
+    value: dict[str, Any] = {}
+    value["self"] = value
+    return value
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,11 @@ from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
         (range(8), zeros(8), 8, True),
         (pack_sequence([zeros(5, 2), zeros(3, 2)]), None, 2, True),
         (CASES["circle"].make(zeros(8, 3)), zeros(8), 8, True),
+        ({"x": zeros(8, 2), "caption": UserString("cat")}, zeros(8), 8, True),
+        ([UserString("one"), UserString("two")], zeros(2), 2, True),
+        (UserString("one text"), None, 1, True),
+        (Colour.RED, None, 1, True),
+        (holding_itself(), None, 1, True),
     ],
 )
 def test_how_many_samples_a_batch_has(inputs: Any, targets: Any, size: int, certain: bool) -> None:

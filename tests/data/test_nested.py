@@ -6,11 +6,11 @@ import enum
 import functools
 import sys
 from array import array
-from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, UserString, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -200,6 +200,40 @@ class Colour(enum.Enum):
     RED = 1
 
 
+class Kind(tuple[Any, ...], enum.Enum):
+    """An enumeration whose members are tuples as well."""
+
+    A = (1, [2])
+
+
+class Word(Sequence["Word"]):
+    """A text of a type of its own: each item is a text of one character."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Word) and other.text == self.text
+
+    __hash__ = None  # type: ignore[assignment]  # the tests need none
+
+    def __getitem__(self, place: Any) -> Any:
+        return Word(self.text[place])
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class Store(dict[str, int], torch.nn.Module):
+    """A module that is a dict too."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self["a"] = 1
+
+    __hash__ = torch.nn.Module.__hash__  # type: ignore[assignment]  # as torch needs it
+
+
 @dataclass
 class Layer(torch.nn.Module):
     """A module that is a dataclass too."""
@@ -213,7 +247,8 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize(
     "value",
     [1, 2.5, True, None, "a", b"b", bytearray(b"c"), range(3), Colour.RED, int, Sample, len, object(),
-     torch.ones(2), torch.nn.Linear(1, 1), Layer(3), Leaf(1), slice(3), iter([])],
+     torch.ones(2), torch.nn.Linear(1, 1), Layer(3), Leaf(1), slice(3), iter([]),
+     Kind.A, UserString("cat"), UserString(""), Word("cat"), Word("c"), Store()],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_leaves_have_no_parts_and_stay(value: Any) -> None:
@@ -332,6 +367,27 @@ def test_what_makes_a_container_special_is_kept() -> None:
     assert list(made["ordered"]) == ["z", "a"]
     assert made["counter"]["c"] == 0
     assert made["proxy"]["new"] == []
+
+
+class Table(NamedTuple):
+    """A named tuple with a field that has the name of an attribute of named tuples of C."""
+
+    n_fields: Any
+    x: Any
+
+
+class Rank(NamedTuple):
+    n_fields: Any
+
+
+def test_a_named_tuple_may_have_a_field_of_any_name() -> None:
+    x = torch.ones(2)
+    table, rank = mapped([Table(3, x), Rank(x)], lambda item, part: item + 1 if item is x else INSIDE)
+    assert (type(table), table.n_fields, table.x.tolist()) == (Table, 3, [2.0, 2.0])
+    assert (type(rank), rank.n_fields.tolist()) == (Rank, [2.0, 2.0])
+    largest = mapped([torch.eye(2).max(0)], lambda item, part: item + 1 if isinstance(item, torch.Tensor) else INSIDE)
+    assert [each.tolist() for each in largest[0]] == [[2.0, 2.0], [1, 2]]
+    assert type(largest[0]) is torch.return_types.max
 
 
 def test_an_ordered_dict_keeps_an_order_that_was_changed() -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,10 +197,16 @@ def test_a_numpy_array_is_a_view_that_cannot_be_written() -> None:
     assert readonly([original], PATH)[0].flags.writeable is False
 
 
+class Kind(tuple[list[int], ...], Enum):
+    """An enumeration whose members are tuples as well."""
+
+    A = ([1],)
+
+
 @pytest.mark.parametrize(
     "value",
     [1, 1.5, True, None, "text", b"bytes", 1j, frozenset({1}), (1, "a", None), Pair(1, 2), np.float64(1.5), np.int64(3),
-     np.bool_(True), torch.ones(2), torch.nn.Parameter(torch.ones(1)), torch.nn.Linear(1, 1), object(), len],
+     np.bool_(True), torch.ones(2), torch.nn.Parameter(torch.ones(1)), torch.nn.Linear(1, 1), object(), len, Kind.A],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_cannot_be_protected_is_handed_out_as_it_is(value: Any) -> None:
