@@ -76,7 +76,7 @@ class Stage:
         if kind is list:
             return [self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value)]
         if kind in (tuple, torch.Size):
-            return tuple(self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value))
+            return kind([self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value)])
         if kind in (set, frozenset) and all(type(item) in PLAIN for item in value):
             return set(value)
         if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):

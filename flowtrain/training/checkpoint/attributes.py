@@ -22,6 +22,8 @@ the value.
 
 from __future__ import annotations
 
+import ctypes
+import zlib
 from collections.abc import Mapping, MutableMapping
 from functools import partial
 from types import ModuleType
@@ -41,11 +43,13 @@ __all__ = [
     "Object",
     "dotted",
     "find_owners",
+    "frozensets",
     "put",
     "record",
     "recorded",
     "restored",
     "same",
+    "with_frozensets",
     "without_compiled",
 ]
 
@@ -204,16 +208,30 @@ def put(owner: Any, kind: str, name: str, value: Any) -> None:
 
 
 class _Tensor:
-    """A tensor, and the number of its changes in place so far."""
+    """A tensor, with a checksum of its elements: torch counts no change that is made through ``.data`` or numpy.
+
+    A special tensor, such as a sparse one, has the number of its changes instead.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.content = _checksum(tensor)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tensor) and self.tensor is other.tensor and self.version == other.version
+        return isinstance(other, _Tensor) and self.tensor is other.tensor and self.content == other.content
 
     __hash__ = None  # type: ignore[assignment]  # two equal objects may differ later
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    special = tensor.is_quantized or tensor.is_meta or tensor.is_nested
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or special:
+        return -1 if tensor.is_inference() else tensor._version
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if not plain.nbytes:
+        return 0
+    memory: Any = (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
+    return zlib.crc32(memory)
 
 
 class Object:
@@ -232,7 +250,7 @@ class _Unfit(Exception):
 
 
 def recorded(value: Any) -> Any:
-    """Return the form in which a value is recorded: containers are copied, and tensors get the number of their changes.
+    """Return the form in which a value is recorded: containers are copied, and tensors get a checksum.
 
     So `same` can tell later whether the value has changed, and `restored` returns it.
     """
@@ -257,8 +275,7 @@ def _recorded(value: Any, around: tuple[int, ...] = ()) -> Any:
         raise _Unfit(Object)
     around = (*around, id(value))
     if kind in (list, tuple, torch.Size):
-        inner = [_recorded(each, around) for each in value]
-        return inner if kind is list else tuple(inner)
+        return kind([_recorded(each, around) for each in value])
     if kind is dict and all(type(key) in PLAIN for key in value):
         return {key: _recorded(each, around) for key, each in value.items()}
     if kind in (set, frozenset) and all(type(each) in PLAIN for each in value):
@@ -288,14 +305,14 @@ def restored(form: Any, path: str) -> Any:
             )
         return form.tensor
     if isinstance(form, (list, tuple)):
-        return type(form)(restored(each, path) for each in form)
+        return type(form)([restored(each, path) for each in form])
     if isinstance(form, dict):
         return {name: restored(each, path) for name, each in form.items()}
     return set(form) if type(form) is set else form
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two recorded forms are of the same value.
+    """Tell whether two recorded forms are of the same value, with the same types in the same containers.
 
     Objects without an ``__eq__`` of their own are the same only if they are identical.
     """
@@ -304,4 +321,35 @@ def same(one: Any, other: Any) -> bool:
             return one.value is other.value or bool(one.value == other.value)
         except Exception:  # an array compares item by item, and so has no single truth value
             return False
-    return one is other or (type(one) is type(other) and bool(one == other))
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, dict):
+        return same([*one.items()], [*other.items()])
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, (set, frozenset)):
+        return {(type(each), each) for each in one} == {(type(each), each) for each in other}
+    return repr(one) == repr(other) if isinstance(one, (float, complex)) else bool(one == other)  # repr: NaN, and -0.0
+
+
+def frozensets(value: Any) -> Any:
+    """Return where a value has frozensets, which are sets in a checkpoint; `with_frozensets` makes them again.
+
+    Returns:
+        True for a frozenset; for a container a dict of these results by place, of the parts that have frozensets.
+    """
+    if type(value) is frozenset:
+        return True
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {place: found for place, each in inner if (found := frozensets(each))}
+
+
+def with_frozensets(value: Any, found: Any) -> Any:
+    """Return a value with frozensets for its sets in the places that `frozensets` has found."""
+    if not found:
+        return value
+    if isinstance(value, dict):
+        return {place: with_frozensets(each, found.get(place)) for place, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([with_frozensets(each, found.get(place)) for place, each in enumerate(value)])
+    return frozenset(value)

@@ -26,10 +26,12 @@ from flowtrain.training.checkpoint.attributes import (
     Object,
     dotted,
     find_owners,
+    frozensets,
     put,
     record,
     restored,
     same,
+    with_frozensets,
 )
 from flowtrain.training.checkpoint.groups import ParameterGroups, optimizer_name
 
@@ -121,7 +123,8 @@ class Changes:
             return {**entry, "object": value.value}
         found: Any = restored(value, dotted(key))
         on_device = any(isinstance(leaf, torch.Tensor) and not leaf.is_cpu for _, leaf in leaves(found))
-        return {**entry, "value": stage.copy(found, dotted(key)), "device": on_device}
+        plain = stage.copy(found, dotted(key))
+        return {**entry, "value": plain, "frozensets": frozensets(found), "device": on_device}
 
     def _check_object(self, key: Key, before: Any, value: Any) -> None:
         """Refuse an object that replaces an earlier value. An object in a new or empty attribute is not saved."""
@@ -240,6 +243,7 @@ class Changes:
         if "value" not in entry:
             return ABSENT
         value = Stage().copy(entry["value"], "a checkpoint")  # a copy, as the contents may be loaded once more
+        value = with_frozensets(value, entry.get("frozensets"))  # early checkpoints lack them
         return place(value, self._core.device) if entry["device"] else value
 
 

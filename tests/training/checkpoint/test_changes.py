@@ -484,6 +484,75 @@ def test_an_object_that_training_replaced_is_refused(tmp_path: Path) -> None:
     assert learner.model.function is torch.tanh
 
 
+CHANGED: list[tuple[Any, Any]] = [
+    (None, torch.Size((2, 3))),
+    (frozenset({1}), frozenset({1, 2})),
+    (None, {"a": [frozenset({1}), {2}], "b": (frozenset[int](), torch.Size((1,)))}),
+    ([1, 0], [True, False]),
+    ({"n": (2,)}, {"n": (2.0,)}),
+    ({1}, {True}),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    ([0.0], [-0.0]),
+]
+
+
+@pytest.mark.parametrize(("built", "trained"), CHANGED, ids=repr)
+def test_rule_28_an_attribute_comes_back_in_its_types(built: Any, trained: Any, tmp_path: Path) -> None:
+    """Rule 28: `Size` came back as a tuple, a frozenset as a set, and values of other types were taken for the same."""
+    first, second = Net(), Net()
+    first.last = second.last = None
+    first.config, second.config = copy.deepcopy(built), copy.deepcopy(built)
+    learner = learner_of(
+        Do(lambda learner: setattr(learner.model, "config", trained)), Checkpointer(tmp_path), model=first
+    )
+    learner.fit(2)
+    learner_of(Checkpointer(tmp_path), Do(print, number=0), model=second).load(tmp_path)
+    assert repr(second.config) == repr(trained)
+    learner.load(tmp_path / "epoch-0001.ckpt")  # undoes the change
+    assert repr(first.config) == repr(built)
+
+
+def write_data(tensor: torch.Tensor) -> None:
+    tensor.data.mul_(2)
+
+
+def write_numpy(tensor: torch.Tensor) -> None:
+    tensor.numpy()[:] *= 2
+
+
+def made_in_inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+def write_inference(tensor: torch.Tensor) -> None:
+    with torch.inference_mode():
+        tensor.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "write"),
+    [
+        (lambda: torch.ones(3), write_data),
+        (lambda: torch.ones(3), write_numpy),
+        (made_in_inference, write_inference),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), write_data),
+        (lambda: torch.ones(3).to_sparse(), lambda tensor: tensor.mul_(2)),
+    ],
+    ids=["data", "numpy", "inference", "conjugate", "sparse"],
+)
+def test_rule_28_a_change_in_place_that_torch_does_not_count(make: Any, write: Any, tmp_path: Path) -> None:
+    """Rule 28: a write through ``.data`` or numpy leaves the version of the tensor as it is, and was not saved."""
+    first, second = Net(), Net()
+    first.config, second.config = make(), make()
+    learner = learner_of(Do(lambda learner: write(learner.model.config)), Checkpointer(tmp_path), model=first)
+    learner.fit(2)
+    learner_of(Checkpointer(tmp_path), Do(print, number=0), model=second).load(tmp_path)
+    assert second.config.to_dense().tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(CheckpointError, match=r"^model\.config was changed in place since training began"):
+        learner.load(tmp_path / "epoch-0001.ckpt")
+
+
 def holding_itself(kind: type) -> Any:
     """Return a container in which it is the only part itself."""
     if kind is dict:
