@@ -17,6 +17,7 @@ import importlib
 import io
 import math
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,11 +102,19 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         if type(tensor) is nn.Parameter:
             return NotImplemented  # torch makes it of a tensor, which comes here next
-        if tensor.requires_grad and type(tensor) is torch.Tensor:
-            return torch.Tensor.requires_grad_, (tensor.detach(),)
-        if not _is_strided(tensor):
+        # Each of these views is made of its base, which is pickled next, and shows the memory of its base there too.
+        if type(tensor) is torch.Tensor and tensor.requires_grad:
+            reduced: Any = torch.Tensor.requires_grad_, (tensor.detach(),)
+        elif not _is_strided(tensor):
             return _saved(tensor)
-        return self._reduce_strided(tensor.cpu().resolve_conj().resolve_neg())
+        elif tensor.is_conj():
+            reduced = _conjugate, (tensor.conj(),)
+        elif tensor.is_neg():
+            reduced = _negative, (_negative(tensor),)
+        else:
+            reduced = self._reduce_strided(tensor.cpu())
+        own = vars(tensor)
+        return (*reduced, own, None, None, _set_attributes) if own else reduced
 
     def _reduce_strided(self, plain: torch.Tensor) -> Any:
         shape, dtype = tuple(plain.shape), plain.dtype
@@ -192,7 +201,7 @@ def _saved(tensor: torch.Tensor) -> Any:
 
 
 def _is_strided(tensor: torch.Tensor) -> bool:
-    """Tell whether the elements of a tensor are the bytes of a storage, and nothing more belongs to it."""
+    """Tell whether a tensor is its elements, which are the bytes of a storage, and its attributes."""
     return (
         type(tensor) is torch.Tensor
         and tensor.layout is torch.strided
@@ -233,7 +242,25 @@ def _strided(
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, shape, stride)
 
 
+def _conjugate(base: torch.Tensor) -> torch.Tensor:
+    return base.conj()
+
+
+def _negative(base: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(base)  # type: ignore[no-any-return]  # torch has no public function for this view
+
+
+def _set_attributes(tensor: torch.Tensor, own: dict[str, Any]) -> None:
+    vars(tensor).update(own)
+
+
+_TEXT, _MODULE = "TypedStorage is deprecated", r"torch\._utils"
+_FILTER = ("ignore", re.compile(_TEXT, re.IGNORECASE), UserWarning, re.compile(_MODULE), 0)
+
+
 def _load(saved: bytes) -> torch.Tensor:
-    with warnings.catch_warnings():  # torch warns of a class of its own when it first loads a quantised tensor
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
-        return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # by `_reduce_tensor`
+    # Torch warns of a class of its own when it first loads a quantised tensor. The filter stays: `catch_warnings` would
+    # put back the filters of the whole process, while other lanes load in their threads and users set filters.
+    if _FILTER not in warnings.filters:
+        warnings.filterwarnings("ignore", _TEXT, UserWarning, _MODULE)
+    return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # by `_reduce_tensor`

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os.path
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -321,12 +323,57 @@ def test_a_result_with_a_graph_comes_back_as_a_leaf() -> None:
      lambda: torch.complex(torch.arange(9.0), torch.ones(9)).conj().imag],
     ids=["conjugate", "negative"],
 )  # fmt: skip
-def test_what_is_only_marked_as_other_values_is_sent_as_those(make: Callable[[], torch.Tensor]) -> None:
+def test_what_is_only_marked_as_other_values_has_those(make: Callable[[], torch.Tensor]) -> None:
     source = make()
     found = decode(encode(source))
     assert torch.equal(found, source)
-    assert not found.is_conj()
-    assert not found.is_neg()
+    assert (found.is_conj(), found.is_neg()) == (source.is_conj(), source.is_neg())
+
+
+def test_what_is_only_marked_as_other_values_shares_its_memory_there_too() -> None:
+    """A conjugate view was sent as a copy, so a handler that wrote into the tensor left the view as it was."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    sources = [z, z.conj(), z.imag, z.conj().imag, z.detach().requires_grad_().conj()]
+    for found in (loads(dumps(sources)), decode(encode(sources))):
+        found[0].mul_(2)
+        assert [each.tolist() for each in found] == [
+            [2 + 4j, 6 - 8j], [2 - 4j, 6 + 8j], [4, -8], [-4, 8], [2 - 4j, 6 + 8j]
+        ]  # fmt: skip
+        assert [each.requires_grad for each in found] == [False] * 4 + [True]
+
+
+def test_a_tensor_comes_back_with_its_attributes_and_its_memory() -> None:
+    """Attributes of plain tensors were lost, also those that a serial run has after the handler."""
+    source: Any = torch.arange(3.0)
+    source.unit, source.all = "m", [source]
+    leaf: Any = torch.ones(2, requires_grad=True)
+    leaf.unit = {"scale": source}
+    for found, view, parameter in (
+        loads(dumps([source, source[1:], leaf])),
+        decode(encode([source, source[1:], leaf])),
+    ):
+        assert (found.unit, type(found)) == ("m", torch.Tensor)
+        assert found.all[0] is found is parameter.unit["scale"]
+        assert (parameter.requires_grad, parameter.is_leaf) == (True, True)
+        found.fill_(7)
+        assert view.tolist() == [7, 7]
+
+
+class SetsAFilter:
+    """An object that sets a filter for warnings when it is unpickled, as a program may do in another thread."""
+
+    def __reduce__(self) -> Any:
+        return warnings.filterwarnings, ("ignore", "a warning of the program")
+
+
+def test_loading_leaves_the_filters_of_warnings_that_are_set_meanwhile() -> None:
+    source: Any = torch.arange(3.0).to_sparse()
+    source.sets = SetsAFilter()
+    decode(encode(source))
+    decode(encode(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)))
+    texts = [each[1].pattern for each in warnings.filters if isinstance(each[1], re.Pattern)]
+    assert "a warning of the program" in texts
+    assert texts.count("TypedStorage is deprecated") == 2  # one of this module's tests, and one of the loading
 
 
 def test_a_tensor_without_values_keeps_its_strides() -> None:
