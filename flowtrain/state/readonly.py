@@ -202,7 +202,9 @@ def readonly(value: Any, path: str) -> Any:
     for kind, twin in _TWINS:
         if isinstance(value, kind):
             return twin(value, path)
-    if isinstance(value, tuple) and is_nested(type(value)):  # an enumeration may be of tuples
+    if isinstance(value, tuple):
+        if not is_nested(type(value)):  # a member of an enumeration of tuples, which cannot be made again
+            return value
         twins = [readonly(item, path) for item in value]
         return value if all(a is b for a, b in zip(value, twins, strict=True)) else like(value, twins)
     flags = getattr(value, "flags", None)

@@ -247,7 +247,7 @@ def _conjugate(base: torch.Tensor) -> torch.Tensor:
 
 
 def _negative(base: torch.Tensor) -> torch.Tensor:
-    return torch._neg_view(base)  # type: ignore[no-any-return]  # torch has no public function for this view
+    return torch.ops.aten._neg_view(base)  # type: ignore[no-any-return]  # torch has no other name for this view
 
 
 def _set_attributes(tensor: torch.Tensor, own: dict[str, Any]) -> None:

@@ -548,7 +548,8 @@ def test_rule_28_a_change_in_place_that_torch_does_not_count(make: Any, write: A
     learner = learner_of(Do(lambda learner: write(learner.model.config)), Checkpointer(tmp_path), model=first)
     learner.fit(2)
     learner_of(Checkpointer(tmp_path), Do(print, number=0), model=second).load(tmp_path)
-    assert second.config.to_dense().tolist() == [2.0, 2.0, 2.0]
+    found: Any = second.config
+    assert found.to_dense().tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(CheckpointError, match=r"^model\.config was changed in place since training began"):
         learner.load(tmp_path / "epoch-0001.ckpt")
 
