@@ -142,7 +142,10 @@ class DaskExecutor:
         """
         self._check_open()
         if self._site is None:
-            raise ExecutorError("DaskExecutor.compile() before bind(); Learner(executor=...) binds it.")
+            raise ExecutorError(
+                "DaskExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
+                "which binds it, or call bind(site) first."
+            )
         lanes = self._deferred.use(self._site)
         rewritten, shared = lanes.rewrite(plan)
         route = self._make_route(rewritten, self._site, lanes.positions(plan))

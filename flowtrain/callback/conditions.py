@@ -33,7 +33,10 @@ class Condition:
 
     def ready(self, phase: Phase) -> bool:
         """Return whether the callback may handle the current event. Called exactly once for each event."""
-        raise NotImplementedError(f"{type(self).__name__} does not define ready(phase)")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define ready(phase). Define it: it returns whether the callback may "
+            f"handle the event."
+        )
 
     def passed(self, phase: Phase) -> None:
         """Take note that the handler runs now, because all conditions of the callback are ready."""

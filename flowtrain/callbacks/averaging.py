@@ -60,7 +60,10 @@ class Averaging(Callback):
 
     def average(self, averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
         """Change averages in place by the weights, which are on the same device and of the same dtype."""
-        raise NotImplementedError(f"{type(self).__name__} does not define average(averages, weights)")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define average(averages, weights). Define it: it changes the averages "
+            f"in place."
+        )
 
     def after_batch(self, learner: LearnerView) -> None:
         """Take the weights in, if this batch has made an update that counts. Called if `by_update` is true."""

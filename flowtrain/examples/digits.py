@@ -36,13 +36,25 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import EarlyStopping, LearningRate, Metrics, Scheduler, one_cycle
-from flowtrain.examples.digits_log import checkpoints, complaint, left_behind, watching
+from flowtrain.callbacks import (
+    Checkpointer,
+    EarlyStopping,
+    LearningRate,
+    LogHistograms,
+    LogHyperParams,
+    LogMetrics,
+    LogVisualization,
+    Metrics,
+    Scheduler,
+    one_cycle,
+)
+from flowtrain.logging import Image, JsonlBackend, Loggable, TensorBoardBackend, Text
 from flowtrain.metrics import accuracy
 
-__all__ = ["BestEpoch", "Loader", "load_data", "main", "make_learner", "make_model"]
+__all__ = ["BestEpoch", "Loader", "load_data", "main", "make_learner", "make_model", "misclassified"]
 
 Loader = DataLoader[tuple[torch.Tensor, ...]]
+_MOST = 8  # the number of misclassified digits in a picture
 
 
 class BestEpoch(Callback):
@@ -120,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _make_parser()
     options = parser.parse_args(arguments)
-    wrong = complaint(options.log, options.resume, options.executor)
+    wrong = _complaint(options.log, options.resume, options.executor)
     if wrong:
         parser.error(wrong)
     torch.set_num_threads(1)  # a network this small gains nothing from more
@@ -129,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         best = BestEpoch()
         with make_learner(best, options) as learner:
             _explain(learner, options)
-            learner.fit(options.epochs, resume=checkpoints(options.log) if options.resume else None)
+            learner.fit(options.epochs, resume=_checkpoints(options.log) if options.resume else None)
             _conclude(learner, best, options)
     except (CheckpointError, ExecutorError, LoggingError) as error:
         parser.error(str(error))
@@ -137,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.log is None:
             raise
         # `fit` writes a checkpoint for this case before it raises.
-        if not checkpoints(options.log).exists():
+        if not _checkpoints(options.log).exists():
             raise SystemExit("\nInterrupted before training began: there is no checkpoint to resume from.") from None
         raise SystemExit(f"\nInterrupted. Continue with the same command and --resume: {options.log}") from None
 
@@ -152,7 +164,7 @@ def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
         best,
     ]
     if options.log is not None:
-        callbacks += watching(options.log, {"epochs": options.epochs, "optimizer": "AdamW", "highest rate": rate})
+        callbacks += _watching(options.log, {"epochs": options.epochs, "optimizer": "AdamW", "highest rate": rate})
     return Learner(
         make_model(),
         nn.functional.cross_entropy,
@@ -162,6 +174,78 @@ def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
         default_callbacks="quiet" if options.quiet else True,  # quiet: no progress bar, no line for each epoch
         executor=options.executor,
     )
+
+
+# --- the option --log
+
+
+def _watching(folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
+    """Return the callbacks that log the run, and a callback that writes checkpoints.
+
+    Args:
+        folder: The folder for logs and checkpoints.
+        settings: The settings of the run, which are logged.
+    """
+    board, lines = TensorBoardBackend(folder), JsonlBackend(folder / "log.jsonl")
+    reads = {f"batch.{name}": Read() for name in ("inputs", "targets", "outputs")}
+    return [
+        LogMetrics(board, lines),
+        LogHyperParams(board, lines, settings=settings),
+        LogHistograms(board, lines, every=20, gradients=True),
+        LogVisualization(misclassified, board, lines, every=1, access=reads, phase_type=ValidationPhase),
+        Checkpointer(_checkpoints(folder), keep_top_k=2, monitor="Accuracy", mode="max"),
+    ]
+
+
+def misclassified(learner: LearnerView) -> dict[str, Loggable] | None:
+    """Return a picture of misclassified digits in a row, and a text with their labels and the predictions.
+
+    Args:
+        learner: A view whose batch has inputs of shape ``(batch, 1, 8, 8)`` and outputs of shape ``(batch, 10)``.
+    """
+    inputs, targets = learner.batch.inputs, learner.batch.targets
+    read = learner.batch.outputs.argmax(dim=1)
+    wrong = (read != targets).nonzero().flatten()[:_MOST].tolist()
+    if not wrong:
+        return None
+    row = torch.cat([inputs[number, 0] for number in wrong], dim=1)  # (8, 8 * digits)
+    said = [f"{targets[number].item()} read as {read[number].item()}" for number in wrong]
+    large = row.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
+    return {"Digits": Image(large), "Labels": Text(", ".join(said))}
+
+
+def _checkpoints(folder: Path) -> Path:
+    """Return the folder for the checkpoints of a run."""
+    return folder / "checkpoints"
+
+
+def _complaint(folder: Path | None, resume: bool, executor: str) -> str:
+    """Return an error message if the options do not fit together, otherwise an empty string."""
+    if folder is not None:
+        if not resume and (folder / "log.jsonl").exists():
+            return f"{folder} has a run in it. Add --resume to continue it, or log to another folder"
+        return ""
+    if resume:
+        return "--resume continues the run in a folder. Name the folder: --log FOLDER"
+    if executor == "local" or ":" in executor:
+        return f"--executor {executor} is for callbacks that log, and without --log there are none. Add --log FOLDER"
+    return ""
+
+
+def _left_behind(folder: Path) -> str:
+    """Return lines of text that describe the files in the folder of a run."""
+    records = len((folder / "log.jsonl").read_text("utf-8").splitlines())
+    held = _checkpoints(folder)
+    names = {each: (held / each).read_text("utf-8").strip() for each in ("latest", "best")}
+    return (
+        f"In {folder}:\n"
+        f"  log.jsonl     {records:,} records, one on each line\n"
+        f"  events.out.*  curves, histograms and mistakes: tensorboard --logdir {folder}\n"
+        f"  checkpoints/  the latest is {names['latest']}, the best is {names['best']}"
+    )
+
+
+# --- the command line
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -198,7 +282,7 @@ def _conclude(learner: Learner, best: BestEpoch, options: argparse.Namespace) ->
     if options.quiet:
         return
     if options.log is not None:
-        print(f"\n{left_behind(options.log)}")
+        print(f"\n{_left_behind(options.log)}")
         report = getattr(learner.executor, "report", None)  # only executors that defer callbacks have a report
         if report is not None:
             print(f"\nWhat the callbacks that log did beside training:\n{report()}")

@@ -241,7 +241,10 @@ class SerialExecutor:
         if self._closed:
             raise ExecutorError(_CLOSED)
         if site is None:
-            raise ExecutorError("SerialExecutor.compile() before bind(); Learner(executor=...) binds it.")
+            raise ExecutorError(
+                "SerialExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
+                "which binds it, or call bind(site) first."
+            )
         self._plans.add(plan)
         calls = plan.calls
         fired, requests = site.fired, site.requests

@@ -56,7 +56,10 @@ class Setting:
 
     def access(self) -> Access:
         """Return the access declaration of `set` and `prepare`."""
-        raise NotImplementedError(f"{type(self).__name__} does not define access()")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define access(). Define it: it returns the access of set(), such as "
+            f'{{"optimizer.hyperparams": Write()}}.'
+        )
 
     def set(self, learner: LearnerView, value: float) -> None:
         """Set the value. Called before each update.
@@ -65,7 +68,10 @@ class Setting:
             learner: A view that allows what `access` declares.
             value: The value of the schedule for the coming update.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define set(learner, value)")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define set(learner, value). Define it: it changes the setting to the "
+            f"value."
+        )
 
     def prepare(self, learner: LearnerView, value: float) -> None:
         """Prepare the setting when the learner is built. The base class sets the value, so that others can read it.

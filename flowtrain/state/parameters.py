@@ -116,7 +116,10 @@ class Gradients(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
         if gradient is None:
-            raise KeyError(f"{name} has no gradient: it took no part in the loss, or it is frozen")
+            raise KeyError(
+                f"{name} has no gradient: it took no part in the loss, or it is frozen. Test `name in "
+                f"learner.batch.grads` first."
+            )
         return gradient
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:

@@ -327,7 +327,7 @@ class ExecutorContract(ContractBase):
             with catching(ValueError) as found:
                 learner.fit(1)
             raised = [found[0], *getattr(found[0], "others", ())]
-            assert len(raised) == 2, f"two handlers failed, and what was raised with what is attached is {raised}"
+            assert len(raised) == 2, f"two handlers failed, and {raised} were raised, attached ones included"
             for error, name in zip(raised, _ABC, strict=False):
                 note = f"raised in {name}.act at (BatchEnd, TrainingPhase), epoch 1, batch 2"
                 assert note in getattr(error, "__notes__", ()), f"the notes of {error!r} do not say {note!r}"

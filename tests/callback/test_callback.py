@@ -456,7 +456,8 @@ def test_a_condition_must_say_when() -> None:
 
     with pytest.raises(NotImplementedError) as caught:
         Never(BatchEnd).ready(TrainingPhase())
-    assert str(caught.value) == "Never does not define ready(phase)"
+    text = "Never does not define ready(phase). Define it: it returns whether the callback may handle the event."
+    assert str(caught.value) == text
 
 
 def test_handlers_may_be_made_per_instance() -> None:

@@ -295,7 +295,7 @@ DROPS = Limits(when_full="drop")
         ),
         (
             lambda: Reader({"cbstate.metrics_step": Read()}), {}, {"limits": DROPS}, ExecutorError,
-            r"Reader(#2)? reads a series, .*holds only what is new",
+            r"Reader(#2)? reads a series, .*holds only the new values",
         ),
     ],
     ids=["write", "learner", "unregistered", "objects", "nested", "durable", "series"],

@@ -231,7 +231,7 @@ def test_it_is_an_executor_with_a_name() -> None:
 
 def test_compile_needs_a_learner() -> None:
     plan = Callbacks([A(nothing)], LearnerState()).plan(BatchEnd, TrainingPhase)
-    with pytest.raises(ExecutorError, match=r"DaskExecutor.compile\(\) before bind\(\)"):
+    with pytest.raises(ExecutorError, match=r"DaskExecutor.compile\(\) was called before bind\(site\)\."):
         DaskExecutor().compile(plan)
     with pytest.raises(ExecutorError, match="has no learner yet"):
         DaskExecutor().graph(BatchEnd, TrainingPhase)

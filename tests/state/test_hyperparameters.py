@@ -67,5 +67,5 @@ def test_names_and_equality() -> None:
 
 
 def test_a_setting_says_what_it_does_not_define() -> None:
-    with pytest.raises(NotImplementedError, match=r"Setting does not define access\(\)"):
+    with pytest.raises(NotImplementedError, match=r"Setting does not define access\(\)\. Define it: it returns the"):
         Setting().access()

@@ -113,7 +113,10 @@ class ClusterTransport:
         try:
             self._exchange((), True, nullcontext(), lambda: time.monotonic() > end, tally)
         except ClusterLost as lost:
-            raise ExecutorError(f"The cluster at {self._connection.address} was lost: {lost}.") from lost
+            raise ExecutorError(
+                f"The cluster at {self._connection.address} was lost before training began: {lost}. Start the "
+                f"scheduler and a worker again, and build the learner anew."
+            ) from lost
         except Abandoned as late:
             raise ExecutorError(
                 f"No worker of the cluster at {self._connection.address} did a first task for lane {self._job.lane} "

@@ -58,7 +58,7 @@ def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> N
     if limits.when_full != "drop" or not (callback.durable or reads_series):
         return
     name = callback.name or type(callback).__name__
-    why = "is durable" if callback.durable else "reads a series, of which an event holds only what is new"
+    why = "is durable" if callback.durable else "reads a series, of which an event holds only the new values"
     raise ExecutorError(
         f'{name} {why}, so no event of it may be dropped, but when_full="drop" drops events. Write '
         f'Limits(when_full="block"), or set {name}.deferrable = False.'

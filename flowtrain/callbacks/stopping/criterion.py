@@ -105,7 +105,10 @@ class Criterion:
             loss: The value, negated if large values are good, so that smaller is better.
             training: The values of the training phase, negated in the same way.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define judge(loss, training)")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define judge(loss, training). Define it: it returns the reason to stop as "
+            f"a text, or None."
+        )
 
     def shown(self, loss: float) -> str:
         """Return the text of a loss that `judge` was given, with the sign of the user's value."""

@@ -50,7 +50,7 @@ def test_a_criterion_without_judge_says_so() -> None:
     class Empty(Criterion):
         """A criterion without `judge`."""
 
-    with pytest.raises(NotImplementedError, match=r"Empty does not define judge\(loss, training\)"):
+    with pytest.raises(NotImplementedError, match=r"Empty does not define judge\(loss, training\)\. Define it: it"):
         Empty().update(1.0)
 
 
