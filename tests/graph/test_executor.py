@@ -305,7 +305,7 @@ def test_an_executor_belongs_to_one_learner() -> None:
 def test_an_executor_must_be_bound() -> None:
     plan = Callbacks([Fails([])], LearnerState()).plan(BatchEnd, TrainingPhase)
     with pytest.raises(
-        ExecutorError, match=r"^SerialExecutor\.compile\(\) was called before bind\(site\)\. Pass the executor to Learner"
+        ExecutorError, match=r"^SerialExecutor\.compile\(\) was called before bind\(site\)\. Pass the executor to"
     ):
         SerialExecutor().compile(plan)
 

@@ -33,7 +33,7 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     learner.fit(1, data=[(torch.ones(5, 6), torch.zeros(5, dtype=torch.long))] * 4)
     assert list(learner.batch.grads) == ["used.weight", "used.bias"]
     assert "unused.weight" not in learner.batch.grads
-    with pytest.raises(KeyError, match=r"unused\.bias has no gradient: it took no part in the loss, or .*\. Test `name in"):
+    with pytest.raises(KeyError, match=r"unused\.bias has no gradient: it took no part .*\. Test `name in"):
         learner.batch.grads["unused.bias"]
     with pytest.raises(KeyError, match=r"there is no parameter 'used\.wieght'\. Did you mean 'used\.weight'\?"):
         learner.params["used.wieght"]
