@@ -67,6 +67,7 @@ EXAMPLES: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "LogTraces": ("LogTraces(backend)", lambda: _named("LogTraces")(_backend())),
     "LogVisualization": ("LogVisualization(f, backend)", lambda: _named("LogVisualization")(_nothing, _backend())),
     "Metrics": ("Metrics(accuracy)", lambda: _named("Metrics")(flowtrain.metrics.accuracy)),
+    "Profiler": ('Profiler("runs/profile")', lambda: _named("Profiler")("runs/profile")),
     "SWA": ("SWA(start_epoch=10)", lambda: _named("SWA")(start_epoch=10)),
     "Scheduler": (
         "Scheduler({LearningRate: one_cycle(1e-3)})",

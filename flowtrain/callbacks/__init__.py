@@ -21,6 +21,7 @@ from flowtrain.callbacks.logvisualization import LogVisualization
 from flowtrain.callbacks.metrics import Metrics
 from flowtrain.callbacks.nan import StopOnNaNLoss
 from flowtrain.callbacks.printer import MetricsPrinter
+from flowtrain.callbacks.profiler import Profiler
 from flowtrain.callbacks.progress import ProgressBar
 from flowtrain.callbacks.rates import LearningRateMonitor
 from flowtrain.callbacks.recorder import Recorder
@@ -62,6 +63,7 @@ __all__ = [
     "MetricsPrinter",
     "ModelSummary",
     "Momentum",
+    "Profiler",
     "ProgressBar",
     "Recorder",
     "SanityCheck",

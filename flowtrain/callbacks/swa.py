@@ -76,7 +76,7 @@ class SWA(Averaging):
     >>> from flowtrain.testing import tiny_learner
     >>> swa = SWA(start_epoch=2)
     >>> learner = tiny_learner(swa, n_batches=2)
-    >>> learner.fit(3)
+    >>> history = learner.fit(3)
     >>> swa.taken
     2
     """
