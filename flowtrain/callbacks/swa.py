@@ -159,7 +159,9 @@ class SWA(Averaging):
 
     def more_shown(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return the statistics of BatchNorm, each with its renewed value, or with its own while there is none."""
-        buffers = {f"{name}.{key}": getattr(norm, key) for name, norm in self._norms.items() for key in _STATISTICS}
+        buffers: dict[str, Any] = {
+            f"{name}.{key}": getattr(norm, key) for name, norm in self._norms.items() for key in _STATISTICS
+        }
         return {name: (buffer, self._statistics.get(name, buffer)) for name, buffer in buffers.items()}
 
     @on(FitBegin, access="_looks")
