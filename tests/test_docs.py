@@ -1,7 +1,7 @@
 """Runs the documents: every ```python block is executed, and its output is compared with the text after it.
 
 The blocks of one document are executed in order in one namespace. The output of a block, or its exception, must equal
-the next ```text block character for character; a block with neither has no ```text block.
+the next ```text block character for character, except for the times of epochs; a block with neither has no such block.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def execute(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         where = f"{name}:{block.line}"
         assert expected is not None or not printed, f"{where} prints and no ```text block says what:\n{printed}"
         said = expected.source if expected is not None else ""
-        assert printed == said, f"{where} printed something else:\n{printed}\n--- the document says:\n{said}"
+        same = untimed(printed) == untimed(said)
+        assert same, f"{where} printed something else:\n{printed}\n--- the document says:\n{said}"
 
 
 def run(block: Block, name: str, module: ModuleType) -> str:
@@ -137,6 +138,13 @@ def run(block: Block, name: str, module: ModuleType) -> str:
         except Exception as error:  # any exception of a block is compared with the text after it
             output.writelines(traceback.format_exception_only(error))
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+
+
+def untimed(output: str) -> str:
+    """Return an output without the times at the ends of the lines of `MetricsPrinter`, which differ from run to run."""
+    return re.sub(
+        r"^(epoch [ \d]+  \w+ .*)  (?:\d+\.\d\d s|\d+:\d\d:\d\d)(?:  [\d,.]+ samples/s)?$", r"\1", output, flags=re.M
+    )
 
 
 def pairs(text: str, name: str) -> Iterator[tuple[Block, Block | None]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,9 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.printer import number_text, rate_text
 from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
+from flowtrain.data.batch_size import loaded
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.by_phase import Counts, epoch_of
 from flowtrain.state.device_values import Reading
@@ -38,12 +40,14 @@ class ProgressBar(Callback):
     cell. If the output is a file or a pipe there is no bar, and a long epoch prints a plain line every minute. The
     terminal is the one of ``rich.get_console()``.
 
-    On an accelerator the loss is requested from the device when a redraw is due, and shown ``TorchCore(lag=2)`` batches
-    later.
+    The bar has the loss, and the metrics that callbacks of the learner monitor, such as `EarlyStopping` and
+    `Checkpointer`: the value of the batch, or of the last epoch of this phase for a metric that batches do not have. It
+    has the number of samples a second in this epoch if the loader has a ``batch_size``. On an accelerator the values
+    are requested from the device when a redraw is due, and shown ``TorchCore(lag=2)`` batches later.
 
-    Reads ``data`` and ``cbstate.history``, and the newest loss in ``cbstate.metrics_step`` if a callback writes it, so
-    it runs after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state. Costs a look at
-    the clock for each batch, and about a millisecond for each redraw.
+    Reads ``data`` and ``cbstate.history``, and ``cbstate.metrics_step`` and ``cbstate.metrics_epoch`` if a callback
+    writes them, so it runs after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state.
+    Costs a look at the clock for each batch, and about a millisecond for each redraw.
 
     Args:
         redraw: The least time between two redraws, in seconds.
@@ -73,16 +77,25 @@ class ProgressBar(Callback):
         self._progress: Progress | None = None
         self._drawn = -math.inf  # when the bar was last drawn
         self._next = math.inf  # when to draw or print next; never outside of an epoch
-        self._requested: tuple[Reading, int] | None = None  # a loss of the device, and the step at which to show it
+        self._names = ["Loss"]  # the metrics in the bar, which `check_callbacks` finds
+        self._begun = (0.0, 0)  # when the epoch began, and how many batches there were before
+        # Values of the device, the names and values in the bar, and the step at which to show them.
+        self._requested: tuple[Reading, dict[str, Any], int] | None = None
 
     def state_access(self) -> Access:
-        """Declare reads of the counts, the loaders and the loss of batches, and the terminal."""
+        """Declare reads of the counts, the loaders and the metrics, and the terminal."""
         return {
             "cbstate.history": Read(),
-            "cbstate.metrics_step.Loss": Read(optional=True),
+            "cbstate.metrics_epoch": Read(optional=True),
+            "cbstate.metrics_step": Read(optional=True),
             "data": Read(),
             "resource.terminal": Write(),
         }
+
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Find out which metrics the callbacks monitor."""
+        monitored: list[Any] = [getattr(callback, "monitor", None) for callback in callbacks]
+        self._names = list(dict.fromkeys(["Loss", *(name for name in monitored if is_a(name, str))]))
 
     @on(FitBegin, access={})
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
@@ -95,16 +108,17 @@ class ProgressBar(Callback):
         self._describe(phase, learner.cbstate.history, _length(learner.data.get(phase)))
         self._progress = None
         now = time.monotonic()
+        self._begun = now, learner.cbstate.history[phase].steps
         if self._line is None:
             self._line = place_for(console())
         if self._line is None:
             self._next = now + self.report
         elif now >= self._drawn + self.redraw:
-            self._draw(self._line, now, 0, "")
+            self._draw(self._line, now, 0, [])
         else:
             self._next = self._drawn + self.redraw
 
-    @on(BatchEnd, access={"cbstate.history": Read(), "cbstate.metrics_step.Loss": Read(optional=True), **_TERMINAL})
+    @on(BatchEnd)
     def advance(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Redraw the bar or print a line, if the least time since the last one has passed."""
         now = time.monotonic()
@@ -112,22 +126,34 @@ class ProgressBar(Callback):
             return
         counts = learner.cbstate.history[phase]
         if self._requested is not None:
-            reading, due = self._requested
+            reading, values, due = self._requested
             if counts.steps < due:
                 return
-            loss, self._requested = reading.numbers()[0], None
+            late = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+            values.update(zip(late, reading.numbers(), strict=True))
+            self._requested = None
         else:
-            series = learner.cbstate.metrics_step[phase]["Loss"]
-            loss = series.newest() if series is not None and len(series) else None
-            if isinstance(loss, torch.Tensor):  # on a device: start the copy now, and look again at the next batch
-                self._requested, self._next = (Reading([loss]), counts.steps + learner.lag), -math.inf
+            values = self._newest(phase, learner.cbstate)
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+            if tensors:  # on a device: start the copy now, and look again at the next batch
+                self._requested, self._next = (Reading(tensors), values, counts.steps + learner.lag), -math.inf
                 return
         done = counts.steps_epoch if self._since is None else counts.steps - self._since
-        text = "" if loss is None else f"Loss {loss:.4g}"
+        begun, before = self._begun
+        rate = rate_text(loaded(learner.data.get(phase), counts.steps - before), now - begun)
+        texts = [*(f"{name} {number_text(value)}" for name, value in values.items()), *rate]
         if self._line is not None:
-            self._draw(self._line, now, done, text)
+            self._draw(self._line, now, done, texts)
         else:
-            self._print(now, done, text)
+            self._print(now, done, texts)
+
+    def _newest(self, phase: Phase, cbstate: Any) -> dict[str, Any]:
+        """Return the newest value of each metric that the bar shows, without waiting for the device."""
+        found: dict[str, Any] = {}
+        for container in (cbstate.metrics_epoch, cbstate.metrics_step):  # a value of the batch replaces one of an epoch
+            by_name = {} if container is None else container[phase]
+            found.update({name: by_name[name].newest() for name in self._names if by_name.get(name)})
+        return {name: found[name] for name in self._names if name in found}
 
     @on(EpochEnd, access=_TERMINAL)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -162,31 +188,47 @@ class ProgressBar(Callback):
             # In a fit by steps an epoch need not be a pass of the loader, so the bar shows the steps of the whole fit.
             self._title, self._total, self._since = f"{phase!r} steps", self._fit.steps, before.steps
 
-    def _draw(self, line: BottomLine | CellOutput, now: float, done: int, loss: str) -> None:
+    def _draw(self, line: BottomLine | CellOutput, now: float, done: int, texts: Sequence[str]) -> None:
         self._drawn, self._next = now, now + self.redraw
-        line.show(lambda: self._bar(line, done, loss))
+        line.show(lambda: self._bar(line, done, texts))
 
-    def _bar(self, line: BottomLine | CellOutput, done: int, loss: str) -> Any:
-        """Return the bar as a table of one row, which rich draws on a terminal and in a notebook."""
+    def _bar(self, line: BottomLine | CellOutput, done: int, texts: Sequence[str]) -> Any:
+        """Return the bar, which rich draws on a terminal and in a notebook.
+
+        On a terminal it is one line, which has as many of the texts as have room. In a notebook, where the width of the
+        cell is not known, the texts are below the bar.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column, Table
+        from rich.text import Text
 
+        one_line, shown = isinstance(line, BottomLine), list(texts)
+        room = line.console.width - len(self._title) - 2 * len(str(self._total)) - 18  # beside a bar of 4 columns
+        while one_line and len("  ".join(shown)) > room and shown:
+            shown.pop()
         if self._progress is None:  # used for its columns and its estimate; it is not started, so it never draws itself
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}", markup=False),
-                TimeRemainingColumn(),
+                BarColumn(30),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),  # so that only the bar shrinks
+                *([TextColumn("{task.fields[text]}", markup=False)] if one_line else []),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
                 console=line.console,
             )
-            self._progress.add_task(self._title, total=self._total, completed=done, loss=loss)
-        self._progress.update(self._progress.task_ids[0], completed=done, loss=loss)
-        return self._progress.make_tasks_table(self._progress.tasks)
+            self._progress.add_task(self._title, total=self._total, completed=done, text="")
+        self._progress.update(self._progress.task_ids[0], completed=done, text="  ".join(shown))
+        bar = self._progress.make_tasks_table(self._progress.tasks)
+        if one_line:
+            return bar
+        lines = Table.grid()
+        lines.add_row(bar)
+        lines.add_row(Text("  ".join(shown)))
+        return lines
 
-    def _print(self, now: float, done: int, loss: str) -> None:
+    def _print(self, now: float, done: int, texts: Sequence[str]) -> None:
         self._next = now + self.report
         total = f"/{self._total}" if self._total is not None else ""
-        line = f"{self._title}  batch {done}{total}  {loss}".rstrip()
+        line = "  ".join([self._title, f"batch {done}{total}", *texts])
         console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _close_epoch(self) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from flowtrain.data.nested import items, place_text
+from flowtrain.errors import is_whole
 
-__all__ = ["lengths", "measure"]
+__all__ = ["lengths", "loaded", "measure"]
 
 
 _SINGLE = (str, bytes, UserString, Enum)
@@ -48,6 +49,28 @@ def measure(inputs: Any, targets: Any) -> tuple[int, bool]:
     if not sizes:
         return 1, _is_single(inputs) and _is_single(targets)
     return sizes[0], len(_sizes(inputs, lists=False) or _sizes(targets, lists=False)) <= 1
+
+
+def loaded(loader: Any, batches: int) -> int | None:
+    """Return how many samples a loader has given in some batches; ``None`` if it does not say it.
+
+    Args:
+        loader: A loader, which says it if it has a ``batch_size``, as a ``torch.utils.data.DataLoader`` has.
+        batches: The number of batches from the beginning of a pass, of which the last one may be smaller.
+
+    >>> loader = torch.utils.data.DataLoader(range(10), batch_size=4)
+    >>> loaded(loader, 2), loaded(loader, 3), loaded(loader, 4), loaded([torch.zeros(4)], 1)
+    (8, 10, 14, None)
+    """
+    size: Any = getattr(loader, "batch_size", None)
+    if not is_whole(size) or not batches:
+        return None
+    try:
+        length, most = len(loader), len(loader.sampler)
+    except (AttributeError, TypeError):  # a stream
+        return int(batches * size)
+    passes, rest = divmod(batches, length)
+    return int(passes * min(length * size, most) + min(rest * size, most))
 
 
 def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[int]:

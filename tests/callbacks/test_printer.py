@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import (
     BatchBegin,
     Callback,
     CancelEpochException,
     CancelFittingException,
+    Learner,
     LearnerView,
     MissingStateError,
     Phase,
@@ -23,8 +27,9 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import Metric, Metrics, MetricsPrinter, Recorder
+from flowtrain.callbacks import Checkpointer, Metric, Metrics, MetricsPrinter, Recorder
 from flowtrain.testing import tiny_learner
+from tests.support.clock import Clock, Tick
 from tests.support.console import printed
 
 
@@ -33,6 +38,13 @@ def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """Yield the output of rich's console, once as a file and once as a terminal."""
     with printed(40, terminal=request.param) as written:
         yield written
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock
 
 
 def constant(value: float) -> Any:
@@ -70,20 +82,56 @@ def test_the_reason_why_a_fit_was_stopped(make: Callable[[], Exception], line: s
     assert found == ([line] if line else [])
 
 
-def test_one_plain_line_for_each_epoch(output: io.StringIO) -> None:
+def test_one_plain_line_for_each_epoch(output: io.StringIO, clock: Clock) -> None:
     """A line that is longer than the terminal and holds brackets, which rich reads as markup, is printed unchanged."""
     large = Metric(constant(1234567.0), name="B", phase=ValidationPhase)
     metrics = Metrics(Metric(constant(0.123456), name="[bold]A"), large)
-    learner = printing(metrics=metrics)
+    learner = printing(Tick(clock, 1.25), metrics=metrics)
     learner.fit(2)
     train = [value for _, value in learner.cbstate.metrics_epoch[TrainingPhase]["Loss"]]
     valid = [value for _, value in learner.cbstate.metrics_epoch[ValidationPhase]["Loss"]]
     assert output.getvalue().splitlines() == [
-        f"epoch   1  TrainingPhase     Loss {train[0]:.4g}  [bold]A 0.1235",
-        f"epoch   1  ValidationPhase   Loss {valid[0]:.4g}  [bold]A 0.1235  B 1.235e+06",
-        f"epoch   2  TrainingPhase     Loss {train[1]:.4g}  [bold]A 0.1235",
-        f"epoch   2  ValidationPhase   Loss {valid[1]:.4g}  [bold]A 0.1235  B 1.235e+06",
+        f"epoch   1  TrainingPhase     Loss {train[0]:.4g}  [bold]A 0.1235  2.50 s",
+        f"epoch   1  ValidationPhase   Loss {valid[0]:.4g}  [bold]A 0.1235  B 1.235e+06  2.50 s",
+        f"epoch   2  TrainingPhase     Loss {train[1]:.4g}  [bold]A 0.1235  2.50 s",
+        f"epoch   2  ValidationPhase   Loss {valid[1]:.4g}  [bold]A 0.1235  B 1.235e+06  2.50 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch_size", "end"),
+    [
+        (0.001, 4, "0.00 s  3,333 samples/s"),
+        (0.01, 4, "0.03 s  333 samples/s"),
+        (1.0, 4, "3.00 s  3.33 samples/s"),
+        (100.0, 4, "0:05:00  0.0333 samples/s"),
+        (2500.0, 4, "2:05:00  0.00133 samples/s"),
+        (1.0, 16, "1.00 s  10 samples/s"),
+    ],
+)
+def test_the_time_and_the_throughput_of_an_epoch(
+    seconds: float, batch_size: int, end: str, output: io.StringIO, clock: Clock
+) -> None:
+    """The last batch of 10 samples is smaller."""
+    data = TensorDataset(torch.ones(10, 1), torch.ones(10, 1))
+    tiny_learner(Tick(clock, seconds), MetricsPrinter(), data=DataLoader(data, batch_size)).fit(2)
+    assert [re.split("  Loss [^ ]+  ", line)[1] for line in output.getvalue().splitlines()] == [end] * 2
+
+
+def test_the_rest_of_an_epoch_has_the_time_and_the_throughput_of_the_rest(
+    output: io.StringIO, clock: Clock, tmp_path: Path
+) -> None:
+    """A fit that resumes within an epoch has not measured the time of the batches before the checkpoint."""
+
+    def learner() -> Learner:
+        data = DataLoader(TensorDataset(torch.ones(40, 1), torch.ones(40, 1)), 4)
+        saves = Checkpointer(tmp_path, every_steps=7)
+        return tiny_learner(Tick(clock, 2.0), saves, MetricsPrinter(), data=data)
+
+    learner().fit(steps=7)
+    output.truncate(0)
+    learner().fit(steps=10, resume=tmp_path)
+    assert output.getvalue().split()[-4:] == ["6.00", "s", "2", "samples/s"]
 
 
 def test_an_epoch_that_recorded_nothing_prints_nothing(output: io.StringIO) -> None:

@@ -7,10 +7,12 @@ import functools
 import io
 import logging
 import random
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import pyte
@@ -41,7 +43,15 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder
+from flowtrain.callbacks import (
+    Checkpointer,
+    EarlyStopping,
+    Metric,
+    Metrics,
+    MetricsPrinter,
+    ProgressBar,
+    Recorder,
+)
 from flowtrain.callbacks.terminal import BottomLine
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.clock import Clock, Tick
@@ -339,6 +349,66 @@ def test_without_metrics_there_is_a_bar_without_a_loss(terminal: Terminal) -> No
     assert not any("Loss" in line for line in seen)
 
 
+def monitored(tmp_path: Path, *others: Callback) -> tuple[Callback, ...]:
+    """Return metrics of which two are monitored: one has values for batches, and one only for epochs."""
+
+    class Count(torch.nn.Module):
+        """A metric in the way of torchmetrics, the number of epochs."""
+
+        epochs = 0
+
+        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+            pass
+
+        def compute(self) -> float:
+            self.epochs += 1
+            return float(self.epochs)
+
+        def reset(self) -> None:
+            pass
+
+    functions = {"Half": 0.5, "Other": 0.25}
+    metrics = [Metric(lambda outputs, targets, value=value: value, name=name) for name, value in functions.items()]
+    stopping = EarlyStopping(patience=9, monitor="Half", mode="max")
+    saving = Checkpointer(tmp_path, monitor="Count", mode="max")
+    return Metrics(*metrics, Metric(Count(), name="Count")), stopping, saving, *others
+
+
+@on_terminal
+def test_the_bar_has_the_loss_and_the_metrics_that_are_monitored(terminal: Terminal, tmp_path: Path) -> None:
+    """A metric without values for batches has the value of the last epoch of the phase."""
+    terminal.screen.resize(8, 120)
+    rich.reconfigure(force_terminal=True, width=120, height=8, _environ={})
+    seen: list[str] = []
+    watch = At(BatchEnd, lambda count: seen.append(terminal.last))
+    learner = tiny_learner(*monitored(tmp_path, ProgressBar(redraw=0), watch), n_batches=2)
+    learner.fit(2)
+    losses = {phase: learner.cbstate.metrics_step[phase]["Loss"].values for phase in (TrainingPhase, ValidationPhase)}
+    texts = [re.split(r" \d/2 ", line)[-1].rpartition(" ")[0].strip() for line in seen]
+    assert texts == [
+        f"Loss {losses[phase][2 * epoch + batch]:.4g}  Half 0.5" + "  Count 1" * epoch
+        for epoch in (0, 1)
+        for phase in (TrainingPhase, ValidationPhase)
+        for batch in (0, 1)
+    ]
+    learner.remove_callback(EarlyStopping)
+    learner.remove_callback(Checkpointer)
+    seen.clear()
+    learner.epoch(TrainingPhase)
+    assert not any("Half" in line or "Count" in line for line in seen)
+
+
+@on_terminal
+def test_the_bar_has_the_throughput_of_the_epoch(terminal: Terminal, clock: Clock) -> None:
+    terminal.screen.resize(8, 120)
+    rich.reconfigure(force_terminal=True, width=120, height=8, _environ={})
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(10, 1), torch.ones(10, 1)), 4)
+    seen: list[str] = []
+    learner = showing(Tick(clock, 2.0), At(BatchEnd, lambda count: seen.append(terminal.last)), data=data)
+    learner.fit(2)
+    assert [re.findall(r"  ([\d.]+) samples/s ", line) for line in seen] == [["2"], ["2"], ["1.67"]] * 2
+
+
 @pytest.mark.parametrize("columns", [10, 25, 40])
 @on_terminal
 def test_a_narrow_terminal_has_one_line_of_bar(terminal: Terminal, columns: int) -> None:
@@ -569,7 +639,8 @@ def test_mistakes(options: dict[str, Any]) -> None:
 @on_terminal
 def test_it_reads_what_it_declares_and_shows_the_state_of_this_batch(terminal: Terminal) -> None:
     """Rule 7: the bar is drawn after the callbacks that write the counts and the loss of the same batch."""
-    before: Access = {"cbstate.history": Read(), "cbstate.metrics_step.Loss": Read(optional=True)}
+    metrics = dict.fromkeys(("cbstate.metrics_step", "cbstate.metrics_epoch"), Read(optional=True))
+    before: Access = {"cbstate.history": Read(), "data": Read(), **metrics}
     assert before.items() <= ProgressBar().state_access().items()
     graph = tiny_learner(ProgressBar()).callbacks.graph
     assert graph.has_edge("Recorder", "ProgressBar")

@@ -111,7 +111,12 @@ CASES: dict[str, Case] = {
     "ModelSummary": Case(
         lambda _: (flowtrain.callbacks.ModelSummary(),), unseen={"show": "random numbers are put back in it"}
     ),
-    "ProgressBar": Case(lambda _: (ProgressBar(redraw=0, report=0),), placed=("_drawn", "_next")),
+    "MetricsPrinter": Case(lambda _: (flowtrain.callbacks.MetricsPrinter(),), placed=("_begun",)),
+    "ProgressBar": Case(
+        lambda _: (ProgressBar(redraw=0, report=0),),
+        unseen={"advance": "other callbacks say which metrics they monitor"},
+        placed=("_begun", "_drawn", "_next"),
+    ),
     "Recorder": Case(
         lambda _: (flowtrain.callbacks.Recorder(),),
         unseen={"keep_updates": "no batch is cancelled after its update", "keep_last_updates": FILLED},
