@@ -85,7 +85,7 @@ print(len(os.listdir("wandb")) > 0)
     "tensorboard": """
 train(TensorBoardBackend("board"))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-board = EventAccumulator("board").Reload()
+board = EventAccumulator("board/TrainingPhase").Reload()
 print(sorted(board.Tags()["scalars"])[0], len(board.Tags()["images"]), len(board.Tags()["histograms"]))
 """,
     "safetensors": """
@@ -134,7 +134,7 @@ LoggingError 'flowtrain[wandb]'
 ['Step']
 """,
     "wandb": "True\n",
-    "tensorboard": "Epoch/TrainingPhase/Loss 2 3\n",
+    "tensorboard": "Epoch/Loss 1 2\n",
     "safetensors": "['coeff']\n",
     "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
     "plot": "True\n",

@@ -1,9 +1,11 @@
 """TensorBoard: event files, written with TensorBoard's own messages and framing.
 
-A run has one event file, whose name ends with the id of the run. The file is a sequence of framed ``Event`` messages
+TensorBoard draws one chart for each tag, with a line for each run, and a run is a folder. So the records of each phase
+go into a folder of their own, and training and validation of one metric meet in one chart. A folder has one event file,
+whose name ends with the id of the run. The file is a sequence of framed ``Event`` messages
 (https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto). `encode` frames the
 record, not `write`: the checksum of a picture takes a while in Python, and a deferred handler computes it outside of
-the training thread.
+the training thread. A record is the name of the folder, an end of line, and the framed message.
 """
 
 from __future__ import annotations
@@ -12,15 +14,31 @@ import glob
 import io
 import os
 import struct
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
+from urllib.parse import quote, unquote
 
-from flowtrain.errors import LoggingError
-from flowtrain.logging.backend import Figure, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
+from flowtrain.errors import LoggingError, UsageError
+from flowtrain.logging.backend import (
+    Figure,
+    Group,
+    Histogram,
+    Image,
+    Loggable,
+    LoggerBackend,
+    Run,
+    Settings,
+    Text,
+    Value,
+)
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.files import AppendingFile, FileBackend, unwritable
+from flowtrain.logging.files import AppendingFile, not_open, unwritable
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import flat, number, refused, settings
 
@@ -32,66 +50,195 @@ _PNG_SIZE = struct.Struct(">II")  # the width and height of a PNG, which are at 
 _COLOUR_CHANNELS = {0: 1, 2: 3, 6: 4}  # the number of channels by PNG's colour type, which is at byte 25
 
 
-class TensorBoardBackend(FileBackend):
+class TensorBoardBackend(LoggerBackend):
     """Write event files for TensorBoard: ``tensorboard --logdir runs``.
 
-    The tag is the group and the name: ``Step/TrainingPhase/Loss``. `Settings` become a text, and the hyperparameters of
-    the run in the HPARAMS tab. The backend does not take `File`. Needs ``flowtrain[tensorboard]``.
+    Each phase is a run of TensorBoard, the folder ``TrainingPhase`` or ``ValidationPhase`` in `path`. The tag is the
+    rest of the group and the name, ``Epoch/Loss``, so that one chart shows the loss of all phases. A group of other
+    than two parts is written into `path` itself, with all its parts in the tag. `Settings` become a text, and the
+    hyperparameters of the run in the HPARAMS tab. The backend does not take `File`. Needs ``flowtrain[tensorboard]``.
 
     Args:
         path: The folder of the run, such as ``"runs/a"``; it is made when training begins.
+        by_phase: ``False`` writes all records into `path` itself, with the phase in the tag, such as
+            ``Epoch/TrainingPhase/Loss``. A resumed run that has begun so continues so in any case.
+
+    Raises:
+        UsageError: `by_phase` is not ``True`` or ``False``.
     """
 
     accepts = (Value, Image, Text, Histogram, Figure, Settings)
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
-        self._name = ""
+    def __init__(self, path: str | os.PathLike[str], *, by_phase: bool = True) -> None:
+        if by_phase not in (True, False):
+            raise UsageError(
+                f"TensorBoardBackend(by_phase={by_phase!r}): by_phase is True if each phase is a run of its own, or "
+                f"False for one run with the phase in the tags."
+            )
+        self.path = os.path.abspath(os.fspath(path))  # so that it does not depend on the working directory
+        self.by_phase = by_phase
+        self._run: Run | None = None  # the run that the backend is open for
+        self._continues_flat = ""  # the id of a resumed run that has the phase in the tags
+        self._files: dict[str, AppendingFile] = {}  # the open files by the name of their folder in `path`
+
+    @property
+    def sink(self) -> str:
+        """The folder without symbolic links."""
+        return os.path.realpath(self.path)
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
-        """Return a framed ``Event``."""
+        """Return the name of a folder and a framed ``Event``."""
         if not isinstance(loggable, self.accepts):
             raise refused(self, loggable)
         protos = needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
-        summary = _summary(loggable, "/".join((*group, name)))
-        return _framed(protos.Event(wall_time=time.time(), step=step, summary=summary))
+        folder, prefix = _place(group) if self.by_phase else ("", "/".join(group))
+        event = protos.Event(wall_time=time.time(), step=step, summary=_summary(loggable, f"{prefix}/{name}"))
+        return b"%b\n%b" % (folder.encode(), _framed(event))
+
+    def open(self, run: Run) -> None:
+        """Open the files of the run, or find out that files can be made. Records in the files are kept."""
+        self.close()
+        self._run = run
+        if run.rank != 0:
+            return
+        needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
+        self._try_folder()
+        for folder in self._folders():
+            self._file_of(folder)
+
+    def write(self, record: bytes) -> None:
+        """Append a record to the file of its phase."""
+        self._append([record])
+
+    def write_all(self, records: Sequence[bytes]) -> None:
+        """Append records."""
+        if type(self).write is not TensorBoardBackend.write:  # a user's subclass may override `write`
+            super().write_all(records)
+        else:
+            self._append(records)
+
+    def _append(self, records: Sequence[bytes]) -> None:
+        if self._run is None:
+            raise not_open(self)
+        if self._run.rank != 0:
+            return
+        for folder, group in groupby((record.partition(b"\n") for record in records), key=lambda parts: parts[0]):
+            name, framed = folder.decode(), [each[2] for each in group]
+            if name and self._continues_flat == self._run.id:
+                name, framed = "", [_flattened(each, name) for each in framed]
+            self._file_of(name).append_all(framed)
 
     def flush(self) -> Any:
-        """Bring the event file to the disk; return its name and its size in bytes."""
-        size = super().flush()
-        return None if size is None else {"file": self._name, "size": size}
+        """Bring the event files to the disk; return their sizes in bytes, and where the phase is."""
+        if self._run is None or self._run.rank != 0:
+            return None
+        by_phase = self.by_phase and self._continues_flat != self._run.id
+        return {"sizes": {self._name(file): file.sync() for file in self._files.values()}, "by_phase": by_phase}
 
     def restore(self, position: Any) -> None:
         """Remove the events that were written after a position.
 
         Raises:
-            LoggingError: The event file of the position is missing, or is shorter than at the position.
+            LoggingError: An event file of the position is missing, or is shorter than at the position.
         """
-        if self._file is None or position is None:
+        if self._run is None or self._run.rank != 0 or position is None:
             return
-        if position["file"] != self._name:
+        if "file" in position:  # early checkpoints have one file, with the phase in the tags
+            position = {"sizes": {position["file"]: position["size"]}, "by_phase": False}
+        sizes = position["sizes"]
+        missing = sizes.keys() - {self._name(file) for file in self._files.values()}
+        if missing:
             raise LoggingError(
-                f"{self.path} does not have the event file {position['file']} that the checkpoint continues. Put it "
+                f"{self.path} does not have the event file {min(missing)} that the checkpoint continues. Put it "
                 f"back, or log this run to another folder."
             )
-        super().restore(position["size"])
+        for folder, file in list(self._files.items()):
+            if self._name(file) in sizes:
+                file.truncate(sizes[self._name(file)])
+            else:  # the phase has logged its first record after the checkpoint
+                self._files.pop(folder).close()
+                os.unlink(file.path)
+        self._continues_flat = "" if position["by_phase"] else self._run.id
 
-    def _open_file(self, run: Run) -> AppendingFile:
-        protos = needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
-        pattern = f"events.out.tfevents.*.{glob.escape(run.id)}"
-        found = sorted(glob.glob(os.path.join(glob.escape(self.path), pattern)))
-        now = time.time()
-        path = found[-1] if found else os.path.join(self.path, f"events.out.tfevents.{int(now):010d}.{run.id}")
+    def close(self) -> None:
+        """Close the files."""
+        files, self._files, self._run = self._files, {}, None
+        with ExitStack() as stack:  # closes all of them, whatever each of them raises
+            for file in files.values():
+                stack.enter_context(file)
+
+    def _try_folder(self) -> None:
         if os.path.isfile(self.path):
             raise unwritable(self.path, NotADirectoryError(20, "it is a file, and event files go into a folder"))
-        file = AppendingFile(path, _whole_events)
-        self._name = os.path.basename(path)
-        if not file.size:
-            file.append(_framed(protos.Event(wall_time=now, file_version="brain.Event:2")))
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def _folders(self) -> list[str]:
+        """Return the folders that have an event file of the run."""
+        inside = glob.glob(os.path.join(glob.escape(self.path), "*", ""))
+        return [each for each in ("", *(os.path.basename(path[:-1]) for path in sorted(inside))) if self._found(each)]
+
+    def _found(self, folder: str) -> list[str]:
+        """Return the paths of the event files of the run in one of its folders."""
+        place = glob.escape(os.path.join(self.path, folder))
+        return sorted(glob.glob(os.path.join(place, f"events.out.tfevents.*.{glob.escape(self._end(folder))}")))
+
+    def _end(self, folder: str) -> str:
+        """Return the end of the name of an event file.
+
+        It has the name of the folder, so that the file of a phase is not taken for one of another backend, whose path
+        is that folder.
+        """
+        assert self._run is not None
+        return f"{self._run.id}.{folder}" if folder else self._run.id
+
+    def _file_of(self, folder: str) -> AppendingFile:
+        """Return the event file in a folder, which is opened, or made, at the first call."""
+        file = self._files.get(folder)
+        if file is None:
+            found, now = self._found(folder), time.time()
+            new = os.path.join(self.path, folder, f"events.out.tfevents.{int(now):010d}.{self._end(folder)}")
+            file = AppendingFile(found[-1] if found else new, _whole_events)
+            self._files[folder] = file
+            if not file.size:
+                protos = needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
+                file.append(_framed(protos.Event(wall_time=now, file_version="brain.Event:2")))
         return file
 
-    def _append_all(self, file: AppendingFile, records: Sequence[bytes]) -> None:
-        file.append_all(records)
+    def _name(self, file: AppendingFile) -> str:
+        return os.path.relpath(file.path, self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}, "_run": None}  # a copy in another process encodes and never writes
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+
+@lru_cache
+def _place(group: Group) -> tuple[str, str]:
+    """Return the folder of a group, and the beginning of the tags in it: for a group of two parts, the second part.
+
+    Characters that a name of a folder cannot have are written as in an address, ``%2F``.
+    """
+    if len(group) != 2 or "/" in group[0]:
+        return "", "/".join(group)
+    folder = quote(group[1], safe=" #+,=@[]()")
+    return (f"%2E{folder[1:]}" if folder.startswith(".") else folder), group[0]
+
+
+def _flattened(framed: bytes, folder: str) -> bytes:
+    """Return a framed event with its phase in the tags, for a log that has begun so."""
+    protos = needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
+    event = protos.Event.FromString(framed[_HEADER.size : -_FOOTER])
+    for value in event.summary.value:
+        if not value.tag.startswith("_hparams_/"):
+            first, _, rest = value.tag.partition("/")
+            value.tag = f"{first}/{unquote(folder)}/{rest}"
+    return _framed(event)
 
 
 def _summary(loggable: Loggable, tag: str) -> Any:

@@ -192,22 +192,23 @@ def test_the_log_is_the_same_in_place_and_beside_training(logged: Logged, serial
 def test_tensorboard_reads_it(logged: Logged) -> None:
     readers: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     guidance = dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
-    found = readers.EventAccumulator(str(logged.folder), size_guidance=guidance).Reload()
-    tags = found.Tags()
-    losses = found.Scalars("Epoch/ValidationPhase/Loss")
+    found, training, validation = (
+        readers.EventAccumulator(str(logged.folder / phase), size_guidance=guidance).Reload()
+        for phase in ("", "TrainingPhase", "ValidationPhase")
+    )
+    losses = validation.Scalars("Epoch/Loss")
     assert [event.step for event in losses] == [*range(1, EPOCHS + 1)]
     in_lines = [
         each for each in lines(logged.folder) if (each["group"], each["name"]) == ("Epoch/ValidationPhase", "Loss")
     ]
     assert [event.value for event in losses] == pytest.approx([each["value"] for each in in_lines])
-    assert "HyperParams/LearningRate" in tags["scalars"]
-    histograms = {tag.removeprefix("Step/TrainingPhase/") for tag in tags["histograms"]}
-    assert {"Weights/0.weight", "Gradients/6.bias"} <= histograms
-    [tag] = tags["images"]
-    picture = found.Images(tag)[0]
-    assert (tag, picture.height) == ("Step/ValidationPhase/Misclassified/Digits", 64)
+    assert "HyperParams/LearningRate" in found.Tags()["scalars"]
+    assert {"Step/Weights/0.weight", "Step/Gradients/6.bias"} <= {*training.Tags()["histograms"]}
+    [tag] = validation.Tags()["images"]
+    picture = validation.Images(tag)[0]
+    assert (tag, picture.height) == ("Step/Misclassified/Digits", 64)
     assert picture.width in range(64, 513, 64)
-    captions = found.Tensors("Step/ValidationPhase/Misclassified/Labels")
+    captions = validation.Tensors("Step/Misclassified/Labels")
     said = captions[0].tensor_proto.string_val[0].decode().split(", ")
     assert picture.width == 64 * len(said)
     assert all(re.fullmatch(r"\d read as \d", each) and each[0] != each[-1] for each in said)
