@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import ROOT, candidates, claimed, constraints, find, floors, main, summary, table
+from tests.versions import ROOT, SETS, candidates, claimed, constraints, find, floors, main, summary, table
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -25,7 +25,7 @@ def test_a_requirement_without_a_floor_is_refused() -> None:
 
 def test_constraints_of_each_set() -> None:
     lowest = constraints("lowest", PROJECT).splitlines()
-    assert {"torch==2.6", "networkx==3.2", "dask==2025.1", "pytest-xdist==3.6"} <= {*lowest}
+    assert {"torch==2.6", "networkx==3.2.1", "dask==2025.1", "pytest-xdist==3.6"} <= {*lowest}
     assert len(lowest) == len(PROJECT["dependencies"]) + len(PROJECT["optional-dependencies"]["test"])
     assert "\ntorch==" in constraints("pinned", PROJECT)
     assert constraints("newest", PROJECT) == ""
@@ -35,6 +35,12 @@ def test_claimed_versions_begin_with_the_required_one() -> None:
     versions = claimed(PROJECT)
     assert versions[0] == PROJECT["requires-python"].removeprefix(">=")
     assert versions == [f"3.{11 + each}" for each in range(len(versions))]
+
+
+def test_the_public_workflow_runs_every_set_on_every_claimed_version() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8")
+    versions = ", ".join(f'"{each}"' for each in claimed(PROJECT))
+    assert f"matrix:\n        python: [{versions}]\n        packages: [{', '.join(SETS)}]\n" in workflow
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names of interpreters")
