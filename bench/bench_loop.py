@@ -143,7 +143,7 @@ def epoch(width: int, data: Batches, default_callbacks: Literal[False, "quiet"])
     return partial(learner.epoch, TrainingPhase)
 
 
-def fit(width: int, data: Batches) -> Callable[[], None]:
+def fit(width: int, data: Batches) -> Callable[[], object]:
     return partial(Learner(model_of(FEATURES, width), cross_entropy, data=data, optimizer=SGD).fit, 1)
 
 

@@ -53,6 +53,7 @@ Execution:
 - *deferred*: said of a callback whose handlers the executor runs later, on a snapshot; all others run *in place*.
 - *snapshot*: a frozen copy of the state that a deferred handler reads, taken at the handler's place in the plan.
 - *copier*: a function that copies objects of one type for snapshots.
+- *cut*: the copy of a series in a snapshot: the same list of values, shown up to the length that it had.
 - *lane*: a queue of deferred events and the thread that processes them, one at a time and in order.
 - *worker*: a process that computes for the training process: of a dask cluster for lanes, or of a data loader.
 
@@ -63,6 +64,7 @@ Records:
 - *backend* (for logging): the object that callbacks log to; it encodes loggables and writes records (`LoggerBackend`).
 - *sink*: the place where the records of a backend end up: a file, or a tracker.
 - *run*: one fit, together with the fits that resume it, as backends know it.
+- *packed*: said of state in the form that a checkpoint holds, as tensors and plain values (`flowtrain.state.encoding`).
 - *checkpoint*: a file with the state of training between two batches, from which a later fit resumes.
 - *position*: the point that a fit has reached in its epochs and batches, or up to which a sink has been written.
 """

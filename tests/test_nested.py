@@ -16,14 +16,14 @@ import torch
 
 from flowtrain.callbacks.sanity import check_batch
 from flowtrain.callbacks.summary import summarize
-from flowtrain.core.devices import place
+from flowtrain.core.devices import to_device
 from flowtrain.core.prefetch import ahead
 from flowtrain.diagnostics.strict import fingerprint
 from flowtrain.errors import ProtectedException
 from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import State, restore_point
 from flowtrain.state.readonly import readonly
-from flowtrain.testing.values import leaves
+from flowtrain.testing.values import values_in
 from flowtrain_dask.snapshots.copiers import COPIERS
 from flowtrain_dask.snapshots.copying import Copying
 from flowtrain_dask.snapshots.pool import Pool
@@ -34,7 +34,7 @@ META = torch.device("meta")
 
 def placed(case: Case) -> None:
     value = case.make(torch.zeros(3))
-    found = place(value, META)
+    found = to_device(value, META)
     assert type(found) is type(value)
     assert case.get(found).device.type == "meta"
     assert case.get(value).device.type == "cpu", "the data of the loader is not moved"
@@ -46,7 +46,7 @@ def fetched_ahead(case: Case) -> None:
             return raw
 
         def finish(self, moving: Any) -> Any:
-            return place(moving, META)
+            return to_device(moving, META)
 
     [found] = ahead([case.make(torch.zeros(3))], Moves(), lambda last: None)
     assert case.get(found).device.type == "meta"
@@ -82,7 +82,7 @@ def watched(case: Case) -> None:
 
 def compared(case: Case) -> None:
     def looked(number: float) -> dict[str, Any]:
-        return {path: leaf.bits for path, leaf in leaves(case.make(torch.full((3,), number)), "x")}
+        return {path: leaf.bits for path, leaf in values_in(case.make(torch.full((3,), number)), "x")}
 
     assert looked(1) == looked(1)
     assert looked(1) != looked(2)
@@ -146,7 +146,7 @@ def test_a_change_of_a_container_is_seen_and_can_be_taken_back(
 
 def _shown(value: Any) -> dict[str, str]:
     order = {"order": str(list(value))} if isinstance(value, OrderedDict) else {}
-    return {**order, **{path: leaf.shown for path, leaf in leaves(value, "x")}}
+    return {**order, **{path: leaf.shown for path, leaf in values_in(value, "x")}}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_is_in_two_places_stays_one() -> None:
     shared = torch.ones(2, requires_grad=True) * 2
     value = {"a": [shared], "b": Sample(shared)}
     value["c"] = value["a"]
-    for found in (place(value, META), detached(value), Copying(COPIERS, Pool(1 << 20)).copy(value)):
+    for found in (to_device(value, META), detached(value), Copying(COPIERS, Pool(1 << 20)).copy(value)):
         assert found["a"][0] is found["b"].image
         assert found["a"] is found["c"]
         assert found["a"] is not value["a"]

@@ -31,7 +31,7 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.parallel.decision import Decision
-from flowtrain_dask.parallel.firing import CLOSED, StrandPool, TimedPlan
+from flowtrain_dask.parallel.firing import POOL_CLOSED, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import Strands, is_chain, needs_training_thread, pack
 from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
 from flowtrain_dask.snapshots.taker import Shared
@@ -266,7 +266,7 @@ class DaskExecutor:
 
     def _check_open(self) -> None:
         if self._pool.closed:
-            raise ExecutorError(CLOSED)
+            raise ExecutorError(POOL_CLOSED)
 
     def __repr__(self) -> str:
         where = "" if self._cluster is None else f"{self._cluster!r}, "
@@ -274,7 +274,7 @@ class DaskExecutor:
 
 
 def _closed(event: Event, phase: Phase) -> None:
-    raise ExecutorError(CLOSED)
+    raise ExecutorError(POOL_CLOSED)
 
 
 def _cores() -> int:

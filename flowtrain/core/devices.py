@@ -11,15 +11,15 @@ from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
 from flowtrain.state.accelerator import accelerator, accelerator_kind
 
-__all__ = ["find_device", "place", "rebuild"]
+__all__ = ["change_tensors", "find_device", "to_device"]
 
 
-def place(data: Any, device: torch.device) -> Any:
-    """Return the data on the device: tensors in containers (see `rebuild`), and objects with ``.to(device)``."""
-    return rebuild(data, lambda tensor: tensor.to(device, non_blocking=True), lambda item: item.to(device))
+def to_device(data: Any, device: torch.device) -> Any:
+    """Return the data on the device: tensors in containers (see `change_tensors`), and objects with ``.to(device)``."""
+    return change_tensors(data, lambda tensor: tensor.to(device, non_blocking=True), lambda item: item.to(device))
 
 
-def rebuild(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[Any], Any]) -> Any:
+def change_tensors(data: Any, change: Callable[[torch.Tensor], Any], move: Callable[[Any], Any]) -> Any:
     """Return the data with every tensor in it changed, in new containers of the same types.
 
     Args:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from flowtrain.core.accumulation import Groups
-from flowtrain.core.devices import rebuild
+from flowtrain.core.devices import change_tensors
 from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain.state.device_values import DEFAULT_LAG
 
@@ -116,7 +116,7 @@ class Placement:
         placed, self._ahead = self._ahead, None
         if data is placed:
             return data
-        return rebuild(data, self._send, lambda item: item.to(self._device))
+        return change_tensors(data, self._send, lambda item: item.to(self._device))
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._arrived(tensor.to(self._device, non_blocking=True))
@@ -198,7 +198,7 @@ class StreamTransfer:
             return moved[-1]
 
         with on_stream(self._stream):
-            data = rebuild(raw, send, _stays)
+            data = change_tensors(raw, send, _stays)
             return data, moved, self._stream.record_event()
 
     def finish(self, moving: tuple[Any, list[torch.Tensor], Any]) -> Any:
@@ -209,7 +209,7 @@ class StreamTransfer:
         for tensor in moved:
             # Its memory belongs to the other stream, which would reuse it as soon as the last reference is gone.
             tensor.record_stream(current)
-        return rebuild(data, _stays, lambda item: item.to(self._device))
+        return change_tensors(data, _stays, lambda item: item.to(self._device))
 
 
 def _stays(item: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flowtrain.callback.access import Write
 from flowtrain.callback.callback import Callback
-from flowtrain.core.devices import place
+from flowtrain.core.devices import to_device
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
@@ -236,5 +236,5 @@ def on_device_of(data: Any, modules: Sequence[torch.nn.Module]) -> Any:
     """Return the data on the device of the first parameter or buffer of the modules."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            return place(data, tensor.device)
+            return to_device(data, tensor.device)
     return data

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowtrain.errors import MissingStateError, nearest
-from flowtrain.state.readonly import PLAIN, itself, readonly
+from flowtrain.state.readonly import UNPROTECTED, itself, readonly
 
 __all__ = ["BatchState", "ReadOnlyBatch"]
 
@@ -48,7 +48,7 @@ class ReadOnlyBatch:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._batch, name)
-        if type(value) in PLAIN:
+        if type(value) in UNPROTECTED:
             return value
         container, twin = self._twins.get(name, (None, None))
         if container is not value:  # read for the first time, or replaced since

@@ -30,7 +30,7 @@ from flowtrain.callback.access import Path
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.data.nested import Attribute
 from flowtrain.state.container import Container, Freezer, Tree, changed
-from flowtrain.state.encoding import Stage, phase_of, refill, typed
+from flowtrain.state.encoding import Stage, phase_of, typed, unpack
 from flowtrain.state.readonly import itself, readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
@@ -203,7 +203,7 @@ class PhaseMap(Container, dict[Phase, V]):
             phase = phase_of(name, phases)
             [(kind, inside)] = packed.items()
             there = self.get(phase) if kind == "value" or self.make is None else self[phase]
-            if not refill(there, kind, inside, phases):
+            if not unpack(there, kind, inside, phases):
                 self[phase] = typed(there, inside)
 
     def __mark__(self) -> dict[Phase, V]:

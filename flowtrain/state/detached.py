@@ -15,11 +15,11 @@ import torch
 from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container
-from flowtrain.state.readonly import PLAIN
+from flowtrain.state.readonly import UNPROTECTED
 
 __all__ = ["detached"]
 
-_SAME = PLAIN - {torch.Tensor, torch.nn.Parameter, frozenset}
+_SAME = UNPROTECTED - {torch.Tensor, torch.nn.Parameter, frozenset}
 """Types of plain values without a graph."""
 
 

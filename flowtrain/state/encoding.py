@@ -17,9 +17,9 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
 
-__all__ = ["PLAIN", "Stage", "phase_of", "refill", "typed"]
+__all__ = ["STORABLE", "Stage", "phase_of", "typed", "unpack"]
 
-PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
+STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
 
 
@@ -43,7 +43,7 @@ class Stage:
             CheckpointError: The value has a part that is neither a tensor nor plain, or a container that holds itself.
         """
         kind = type(value)
-        if kind in PLAIN:
+        if kind in STORABLE:
             return value
         if isinstance(value, torch.Tensor):
             return self._clone(value)
@@ -70,14 +70,14 @@ class Stage:
         kind = type(value)
         if isinstance(value, Mapping):
             for key in value:
-                if type(key) not in PLAIN:
+                if type(key) not in STORABLE:
                     raise _refuse(key, owner, f"the key {key!r:.60}" + (f" of {path}" if path else ""))
             return {key: self.copy(item, owner, f"{path}[{key!r}]") for key, item in value.items()}
         if kind is list:
             return [self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value)]
         if kind in (tuple, torch.Size):
             return kind([self.copy(item, owner, f"{path}[{place}]") for place, item in enumerate(value)])
-        if kind in (set, frozenset) and all(type(item) in PLAIN for item in value):
+        if kind in (set, frozenset) and all(type(item) in STORABLE for item in value):
             return set(value)
         if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
             return self.copy(value.item(), owner, path)
@@ -98,7 +98,7 @@ class Stage:
         """Return an entry of ``cbstate`` as a dict of one item, from its kind to its content in plain values.
 
         The kind is ``__kind__`` of a container (`flowtrain.state.container`), ``"object"`` for an object with a
-        ``state_dict``, or ``"value"`` for a plain value. `refill` restores the content.
+        ``state_dict``, or ``"value"`` for a plain value. `unpack` restores the content.
 
         Args:
             value: The entry.
@@ -125,7 +125,7 @@ def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
     )
 
 
-def refill(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> bool:
+def unpack(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> bool:
     """Fill a container from packed content; return ``False`` if `value` cannot be filled and must be replaced.
 
     Args:

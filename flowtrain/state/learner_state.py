@@ -12,13 +12,12 @@ from typing import Any
 
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
-from flowtrain.data.nested import Attribute, is_nested, parts, rebuild
-from flowtrain.data.nested import refill as refill_nested
+from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed, picked
-from flowtrain.state.encoding import Stage, refill, typed
+from flowtrain.state.encoding import Stage, typed, unpack
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
 
@@ -119,7 +118,7 @@ class State(Container, _Namespace):
         if kind == State.__kind__ and vars(self).get(name) is None:
             setattr(self, name, State(f"{self._path}.{name}"))
         there = vars(self).get(name)
-        if not refill(there, kind, content, phases):
+        if not unpack(there, kind, content, phases):
             setattr(self, name, typed(there, content))
 
     def __mark__(self) -> dict[str, Any]:
@@ -353,4 +352,4 @@ def _rewind(value: Any, mark: Any) -> None:
     if isinstance(value, Container):
         value.__rewind__(mark)
     else:
-        refill_nested(value, mark)
+        refill(value, mark)

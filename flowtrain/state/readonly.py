@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from flowtrain.data.nested import PLAIN as _PLAIN
-from flowtrain.data.nested import is_nested, like
+from flowtrain.data.nested import PLAIN, is_nested, like
 from flowtrain.errors import ProtectedException
 
-__all__ = ["PLAIN", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
+__all__ = ["UNPROTECTED", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
 
-PLAIN: frozenset[type] = _PLAIN | {torch.Tensor, torch.nn.Parameter, frozenset}
+UNPROTECTED: frozenset[type] = PLAIN | {torch.Tensor, torch.nn.Parameter, frozenset}
 """Types whose twin is the value itself; tested by exact type, which is quick."""
 
 _CHANGES = frozenset(
@@ -194,7 +193,7 @@ def readonly(value: Any, path: str) -> Any:
     >>> readonly([1, 2], "cbstate.seen")
     ReadOnlyList([1, 2])
     """
-    if type(value) in PLAIN:
+    if type(value) in UNPROTECTED:
         return value
     own = getattr(type(value), "__twin__", None)
     if own is not None:

@@ -30,7 +30,7 @@ from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner, Part, tree, writes
-from flowtrain.state.readonly import PLAIN, readonly
+from flowtrain.state.readonly import UNPROTECTED, readonly
 
 __all__ = [
     "NAMESPACES",
@@ -262,7 +262,7 @@ class BatchNamespace(Namespace):
         self._check_write(name)
         state = self._state
         setattr(state.batch, name, value)
-        if type(value) not in PLAIN and state.batch_twin is state.batch:
+        if type(value) not in UNPROTECTED and state.batch_twin is state.batch:
             state.batch_twin = ReadOnlyBatch(state.batch)
 
 
@@ -284,7 +284,7 @@ class CbstateNamespace(Namespace):
 
     def __setattr__(self, name: str, value: Any) -> None:
         entries = self._entries
-        if name in self._writable and type(value) in PLAIN and type(entries.get(name)) in PLAIN:
+        if name in self._writable and type(value) in UNPROTECTED and type(entries.get(name)) in UNPROTECTED:
             entries[name] = self._twin_entries[name] = value
         else:
             Namespace.__setattr__(self, name, value)

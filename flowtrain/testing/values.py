@@ -37,7 +37,7 @@ from flowtrain.state.container import Container
 from flowtrain.state.learner_state import LearnerState, Named, State
 from flowtrain.state.series import Series
 
-__all__ = ["Leaf", "learner_leaves", "leaves", "outcome_leaves", "rng_leaves", "show_difference"]
+__all__ = ["Leaf", "learner_leaves", "outcome_leaves", "rng_leaves", "show_difference", "values_in"]
 
 _WHOLE = (Learner, LearnerView, LearnerState, Callbacks, ModuleType)
 """Types of objects that are not taken apart."""
@@ -66,18 +66,18 @@ def learner_leaves(learner: Learner) -> Iterator[tuple[str, Leaf]]:
     state = learner.state
     yield from _named("model", state.model)
     if isinstance(state.lossfn, torch.nn.Module):
-        yield from leaves(state.lossfn, "lossfn")
+        yield from values_in(state.lossfn, "lossfn")
     names = {id(param): name for name, param in state.params.items()}
     for path, optimizer in _by_name("optimizer", state.optimizer):
         if optimizer is not None:
             yield from _optimizer(path, optimizer, names)
     for name, value in sorted(vars(state.batch).items()):
-        yield from leaves(value, f"batch.{name}")
+        yield from values_in(value, f"batch.{name}")
     for name in state.cbstate:
-        yield from leaves(state.cbstate.__dict__[name], f"cbstate.{name}")
+        yield from values_in(state.cbstate.__dict__[name], f"cbstate.{name}")
     for callback in learner.callbacks:
         for name, value in sorted(attributes(callback).items()):
-            yield from leaves(value, f"callbacks.{callback.name}.{name}")
+            yield from values_in(value, f"callbacks.{callback.name}.{name}")
 
 
 def outcome_leaves(name: str, error: BaseException | None) -> Iterator[tuple[str, Leaf]]:
@@ -91,21 +91,21 @@ def outcome_leaves(name: str, error: BaseException | None) -> Iterator[tuple[str
 
 def rng_leaves() -> Iterator[tuple[str, Leaf]]:
     """Yield the states of the random number generators of torch and Python, and of numpy if it is imported."""
-    yield from leaves(torch.get_rng_state(), "torch.get_rng_state()")
+    yield from values_in(torch.get_rng_state(), "torch.get_rng_state()")
     yield "random.getstate()", _plain(hash(random.getstate()))
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        yield from leaves(numpy.random.get_state()[1:3], "numpy.random.get_state()")
+        yield from values_in(numpy.random.get_state()[1:3], "numpy.random.get_state()")
 
 
-def leaves(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
+def values_in(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
     """Yield the path and the leaf of each part of a value, and of its containers.
 
     Args:
         value: Any value.
         path: The path of the value.
 
-    >>> [(path, leaf.shown) for path, leaf in leaves({"a": [1, 2.5]}, "x")]
+    >>> [(path, leaf.shown) for path, leaf in values_in({"a": [1, 2.5]}, "x")]
     [('x', "keys 'a'"), ("x['a']", '2 items'), ("x['a'][0]", '1'), ("x['a'][1]", '2.5')]
     """
     yield from _leaves(value, path, {})
@@ -199,7 +199,7 @@ def _module(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _named(path: str, value: Any) -> Iterator[tuple[str, Leaf]]:
     for below, each in _by_name(path, value):
-        yield from leaves(each, below)
+        yield from values_in(each, below)
 
 
 def _by_name(path: str, value: Any) -> list[tuple[str, Any]]:
@@ -208,10 +208,10 @@ def _by_name(path: str, value: Any) -> list[tuple[str, Any]]:
 
 def _optimizer(path: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[tuple[str, Leaf]]:
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    yield from leaves(groups, f"{path}.param_groups")
+    yield from values_in(groups, f"{path}.param_groups")
     state = {names.get(id(param), f"parameter {number}"): each
              for number, (param, each) in enumerate(optimizer.state.items())}  # fmt: skip
-    yield from leaves(state, f"{path}.state")
+    yield from values_in(state, f"{path}.state")
 
 
 def _tensor(value: torch.Tensor) -> Leaf:

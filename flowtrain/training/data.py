@@ -37,8 +37,8 @@ __all__ = [
     "has_workers",
     "length",
     "limited",
+    "loader_parts",
     "loaders",
-    "parts",
     "planned_updates",
     "set_epoch",
     "shortest",
@@ -322,7 +322,7 @@ def planned_updates(
     return steps // batches * ceil(batches / accumulate) + ceil(steps % batches / accumulate)
 
 
-def parts(loader: Any) -> list[Any]:
+def loader_parts(loader: Any) -> list[Any]:
     """Return a loader and its parts, each object once: its samplers, its dataset, and the parts of these."""
     found, known = [loader], {id(loader)}
     for part in found:  # the list grows in the loop, so parts of parts are visited too
@@ -350,7 +350,7 @@ def set_epoch(loader: Any, number: int) -> None:
         loader: Any loader.
         number: The number of the pass, from 0.
     """
-    for part in parts(loader):
+    for part in loader_parts(loader):
         setter = _part(part, "set_epoch")
         if callable(setter):
             setter(number)
@@ -358,5 +358,5 @@ def set_epoch(loader: Any, number: int) -> None:
 
 def has_workers(loader: Any) -> bool:
     """Tell whether a loader has worker processes."""
-    counts = [_part(part, "num_workers") for part in parts(loader)]
+    counts = [_part(part, "num_workers") for part in loader_parts(loader)]
     return any(isinstance(count, int) and count > 0 for count in counts)

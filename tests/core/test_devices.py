@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from flowtrain import CoreError, Learner, TorchCore
-from flowtrain.core.devices import find_device, place
+from flowtrain.core.devices import find_device, to_device
 
 META = torch.device("meta")
 
@@ -30,7 +30,7 @@ def test_nested_data_goes_to_the_device_and_keeps_its_shape() -> None:
         Pair(torch.zeros(4), 2.5),
         OrderedDict(z=torch.zeros(1), y=[torch.zeros(1)]),
     )
-    placed = place(raw, META)
+    placed = to_device(raw, META)
     assert [type(item) for item in placed] == [Tensor, list, dict, Pair, OrderedDict]
     tensors = [placed[0], placed[1][0], placed[2]["a"], placed[2]["b"][0], placed[3].left, placed[4]["z"]]
     assert {tensor.device.type for tensor in [*tensors, placed[4]["y"][0]]} == {"meta"}
@@ -49,11 +49,11 @@ def test_objects_that_know_how_to_move_are_asked() -> None:
         def to(self, device: torch.device) -> Graph:
             return Graph(self.nodes.to(device))
 
-    assert place([Graph(torch.zeros(2))], META)[0].nodes.device.type == "meta"
+    assert to_device([Graph(torch.zeros(2))], META)[0].nodes.device.type == "meta"
     module = nn.Linear(1, 1)
-    assert place({"helper": module}, META)["helper"] is module
+    assert to_device({"helper": module}, META)["helper"] is module
     assert module.weight.device.type == "cpu", "modules in the data are not moved"
-    packed = place(pack_sequence([torch.zeros(2), torch.zeros(1)]), META)
+    packed = to_device(pack_sequence([torch.zeros(2), torch.zeros(1)]), META)
     assert isinstance(packed, PackedSequence)
     assert (packed.data.device.type, packed.batch_sizes.device.type) == ("meta", "cpu")
 

@@ -31,7 +31,7 @@ from flowtrain import (
     ValidationPhase,
 )
 from flowtrain.callbacks import CustomCallback
-from flowtrain.core.devices import rebuild
+from flowtrain.core.devices import change_tensors
 from flowtrain.core.prefetch import StreamTransfer, Transfer, ahead, counted, transfer_to
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.accelerator import DEVICE, needs_accelerator
@@ -63,7 +63,7 @@ class Logged:
     def start(self, raw: Any) -> tuple[int, Any]:
         self.begun += 1
         self.log.append(f"start {self.begun}")
-        return self.begun, rebuild(raw, Tensor.clone, lambda item: item)
+        return self.begun, change_tensors(raw, Tensor.clone, lambda item: item)
 
     def finish(self, moving: tuple[int, Any]) -> Any:
         self.finished += 1
@@ -313,7 +313,7 @@ def test_a_step_of_ones_own_gets_batches_ahead_too() -> None:
 
 def test_dataclasses_keep_their_type_and_are_not_constructed_anew() -> None:
     raw = {"a": [Sample(torch.zeros(2), Pair(torch.zeros(1), "cat"))]}
-    changed = rebuild(raw, lambda tensor: tensor + 1, lambda item: item)
+    changed = change_tensors(raw, lambda tensor: tensor + 1, lambda item: item)
     [sample] = changed["a"]
     assert type(sample) is Sample
     assert sample.image.tolist() == [1, 1]

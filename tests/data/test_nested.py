@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowtrain.core.devices import place
+from flowtrain.core.devices import to_device
 from flowtrain.data.nested import (
     INSIDE,
     PLAIN,
@@ -140,8 +140,8 @@ def test_every_reader_sees_every_tensor(value: Any) -> None:
     def read(made: Any) -> list[torch.Tensor]:
         return [leaf for leaf in _all(made) if isinstance(leaf, torch.Tensor)]
 
-    assert all(each.is_meta for each in read(place(value, torch.device("meta"))))
-    assert len(read(place(value, torch.device("meta")))) == count
+    assert all(each.is_meta for each in read(to_device(value, torch.device("meta"))))
+    assert len(read(to_device(value, torch.device("meta")))) == count
     copy = Copying(COPIERS, Pool(1 << 20)).copy(value)
     assert len(read(copy)) == count
     assert not {each.data_ptr() for each in read(copy)} & {each.data_ptr() for each in tensors}

@@ -29,7 +29,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import EMA, LearningRate, Scheduler, one_cycle
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
-from flowtrain.testing.values import leaves
+from flowtrain.testing.values import values_in
 
 
 def plain_sweep(rates: list[float], accumulate: int = 1) -> list[float]:
@@ -118,11 +118,11 @@ def test_the_learner_does_not_change() -> None:
         one.fit(1)
         python = random.getstate()
         before = dict(
-            leaves([one.model, one.optimizer.state_dict(), dict(vars(one.cbstate)), torch.get_rng_state()], "")
+            values_in([one.model, one.optimizer.state_dict(), dict(vars(one.cbstate)), torch.get_rng_state()], "")
         )
         sweep = find_learning_rate(one, updates=30)
         after = dict(
-            leaves([one.model, one.optimizer.state_dict(), dict(vars(one.cbstate)), torch.get_rng_state()], "")
+            values_in([one.model, one.optimizer.state_dict(), dict(vars(one.cbstate)), torch.get_rng_state()], "")
         )
         assert before == after
         assert random.getstate() == python

@@ -22,7 +22,7 @@ from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, picked
 from flowtrain.state.detached import detached
-from flowtrain.state.encoding import Stage, refill
+from flowtrain.state.encoding import Stage, unpack
 from flowtrain.state.learner_state import State, Twins, restore_point
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
@@ -205,8 +205,8 @@ class TestContainer:
         for step in (3, 4):
             write(filled, step)
         assert content(filled) != before
-        assert not refill(filled, "another kind", inside, PHASES)
-        assert refill(filled, kind, inside, PHASES)
+        assert not unpack(filled, "another kind", inside, PHASES)
+        assert unpack(filled, kind, inside, PHASES)
         assert content(filled) == before
 
     def test_empty_content_empties_it(self, filled: Any, name: str) -> None:

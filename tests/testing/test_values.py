@@ -18,15 +18,15 @@ from flowtrain import TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
-from flowtrain.testing.values import learner_leaves, leaves, show_difference
+from flowtrain.testing.values import learner_leaves, show_difference, values_in
 
 
 def by_path(value: Any) -> dict[str, str]:
-    return {path: leaf.shown for path, leaf in leaves(value, "x")}
+    return {path: leaf.shown for path, leaf in values_in(value, "x")}
 
 
 def bits(value: Any) -> dict[str, object]:
-    return {path: leaf.bits for path, leaf in leaves(value, "x")}
+    return {path: leaf.bits for path, leaf in values_in(value, "x")}
 
 
 @dataclass
@@ -158,11 +158,11 @@ def test_all_of_a_learner() -> None:
 
 def test_how_a_difference_is_shown() -> None:
     def shown(one: Any, other: Any) -> tuple[str, str]:
-        return show_difference(dict(leaves(one, "x"))["x"], dict(leaves(other, "x"))["x"])
+        return show_difference(dict(values_in(one, "x"))["x"], dict(values_in(other, "x"))["x"])
 
     far = torch.zeros(2, 2)
     far[1, 0] = 1.5
     assert shown(torch.zeros(2, 2), far) == ("0.0 at [1, 0]", "1.5 at [1, 0]")
     assert shown(torch.tensor(1), torch.tensor(2)) == ("1 (torch.int64, shape ())", "2 (torch.int64, shape ())")
     assert shown(torch.zeros(2), torch.zeros(3))[1] == "a tensor (torch.float32, shape (3,))"
-    assert show_difference(None, dict(leaves(1, "x"))["x"]) == ("not there", "1")
+    assert show_difference(None, dict(values_in(1, "x"))["x"]) == ("not there", "1")

@@ -37,7 +37,7 @@ from flowtrain import (
 )
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import has_workers, length, loaders, parts, planned_updates, set_epoch
+from flowtrain.training.data import has_workers, length, loader_parts, loaders, planned_updates, set_epoch
 from tests.support.examples import examples
 from tests.support.fired import OODPhase
 from tests.support.phases import OtherTraining
@@ -384,7 +384,7 @@ def test_whatever_has_set_epoch_is_told_once_where_a_loader_keeps_it() -> None:
     assert other.told == [3]
     assert wrapper.told == [4]
     assert samples.told == [1, 2, 3, 4]
-    assert parts(loader)[:2] == [loader, sampler]
+    assert loader_parts(loader)[:2] == [loader, sampler]
     assert [has_workers(each) for each in (loader, nested, Wrapper(nested), [1])] == [False, True, True, False]
 
 

@@ -29,7 +29,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Checkpointer, LearningRate, SanityCheck, Scheduler, one_cycle
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import LimitedLoader, length, parts, unlimited
+from flowtrain.training.data import LimitedLoader, length, loader_parts, unlimited
 
 
 class Endless(IterableDataset[Any]):
@@ -111,7 +111,7 @@ def test_the_loader_behind_a_limit_is_found() -> None:
     limited = LimitedLoader(loader, 2)
     assert unlimited(limited) is loader is unlimited(loader)
     assert (len(limited), length(limited), limited.batch_size) == (2, 2, 2)
-    assert {id(part) for part in parts(loader)} <= {id(part) for part in parts(limited)}
+    assert {id(part) for part in loader_parts(loader)} <= {id(part) for part in loader_parts(limited)}
     assert copy.copy(limited).loader is loader
     assert repr(limited) == f"LimitedLoader({loader!r}, 2)"
     with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'nonsense'"):

@@ -36,7 +36,7 @@ from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
 from flowtrain_dask.lanes.transport import OnLoss, ThreadTransport, Transport
 from flowtrain_dask.lanes.work import Job, LaneHandler
-from flowtrain_dask.snapshots.copiers import check
+from flowtrain_dask.snapshots.copiers import check_copies
 
 __all__ = [
     "Deferral",
@@ -325,7 +325,7 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
             check_droppable(node.callback, _reads_series(node.union, state), options.limits)
             for _, handler in node.handlers:
                 try:
-                    check(node.access[handler], state)
+                    check_copies(node.access[handler], state)
                 except Exception as error:
                     error.add_note(f"{node.name} is deferred: its handlers see copies. See {node.name}.deferrable.")
                     raise

@@ -35,9 +35,9 @@ from flowtrain_dask.parallel.strands import Strands
 from flowtrain_dask.parallel.threads import Wake, start
 from flowtrain_dask.parallel.torch_state import TorchState
 
-__all__ = ["CLOSED", "Failures", "Firing", "StrandPool", "TimedPlan"]
+__all__ = ["POOL_CLOSED", "Failures", "Firing", "StrandPool", "TimedPlan"]
 
-CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
+POOL_CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
 
 _LOOK = 0.05
 """The most seconds of one wait. A signal that comes just before a wait for a lock does not end it."""
@@ -205,7 +205,7 @@ class StrandPool:
             ExecutorError: The pool is closed.
         """
         if self.closed:
-            raise ExecutorError(CLOSED)
+            raise ExecutorError(POOL_CLOSED)
         if self._firing is not None:
             self._firing.stop()
             self._firing.join_running()

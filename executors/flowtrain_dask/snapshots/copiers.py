@@ -48,7 +48,7 @@ from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.slots import compile_slots, slots_now
 from flowtrain_dask.snapshots.tensors import copy_tensor, copy_tensors
 
-__all__ = ["COPIERS", "Copiers", "check", "find_rebuilder", "register_copier"]
+__all__ = ["COPIERS", "Copiers", "check_copies", "find_rebuilder", "register_copier"]
 
 
 class Copiers(dict[type, Copier]):
@@ -92,7 +92,7 @@ def register_copier(kind: type, copy: Callable[[Any], Any]) -> None:
     COPIERS.register(kind, lambda value, copying: value if copying.dry else copy(value))
 
 
-def check(declaration: Declaration, state: LearnerState) -> None:
+def check_copies(declaration: Declaration, state: LearnerState) -> None:
     """Check that the state that a deferred handler declares to read can be copied, as far as it exists already.
 
     Args:

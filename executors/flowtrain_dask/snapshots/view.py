@@ -23,7 +23,7 @@ from flowtrain.state.learner_state import LearnerState, Named, by_name
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Parameters
 from flowtrain.state.partial_view import Owner
-from flowtrain.state.readonly import PLAIN
+from flowtrain.state.readonly import UNPROTECTED
 from flowtrain.state.views import bind_view
 from flowtrain_dask.snapshots.modules import OptimizerCopy
 
@@ -59,7 +59,7 @@ class Replica:
         for path, value in payload.items():
             if path[0] == "batch":
                 vars(batch)[path[1]] = value
-                twin = twin or type(value) not in PLAIN
+                twin = twin or type(value) not in UNPROTECTED
             elif path[0] == "cbstate":
                 entries[path[1]] = value
             elif path[0] != "optimizer":

@@ -34,7 +34,7 @@ import torch
 from torch.optim import Optimizer
 
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import PLAIN
+from flowtrain.state.encoding import STORABLE
 
 __all__ = [
     "ABSENT",
@@ -263,7 +263,7 @@ def recorded(value: Any) -> Any:
 def _recorded(value: Any, around: tuple[int, ...] = ()) -> Any:
     """Return the form of a value; `around` has the ids of the containers that the value is in."""
     kind = type(value)
-    if kind in PLAIN:
+    if kind in STORABLE:
         return value
     if isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
         raise _Unfit(NotRecorded)
@@ -276,9 +276,9 @@ def _recorded(value: Any, around: tuple[int, ...] = ()) -> Any:
     around = (*around, id(value))
     if kind in (list, tuple, torch.Size):
         return kind([_recorded(each, around) for each in value])
-    if kind is dict and all(type(key) in PLAIN for key in value):
+    if kind is dict and all(type(key) in STORABLE for key in value):
         return {key: _recorded(each, around) for key, each in value.items()}
-    if kind in (set, frozenset) and all(type(each) in PLAIN for each in value):
+    if kind in (set, frozenset) and all(type(each) in STORABLE for each in value):
         return kind(value)
     if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _recorded(value.item())  # a scalar of numpy

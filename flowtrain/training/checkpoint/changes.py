@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.core.devices import place
+from flowtrain.core.devices import to_device
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.nested import leaves
 from flowtrain.errors import CheckpointError
@@ -244,7 +244,7 @@ class Changes:
             return ABSENT
         value = Stage().copy(entry["value"], "a checkpoint")  # a copy, as the contents may be loaded once more
         value = with_frozensets(value, entry.get("frozensets"))  # early checkpoints lack them
-        return place(value, self._core.device) if entry["device"] else value
+        return to_device(value, self._core.device) if entry["device"] else value
 
 
 def _by_key(saved: Mapping[str, Any] | None) -> dict[Key, Mapping[str, Any]]:

@@ -31,7 +31,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.changes import Changes
-from flowtrain.training.checkpoint.contents import apply, check, gather, load_models, without_callback
+from flowtrain.training.checkpoint.contents import apply, check_fits, gather, load_models, without_callback
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
 from flowtrain.training.checkpoint.rng import (
@@ -200,7 +200,7 @@ class Checkpoints:
             CheckpointError: The checkpoint cannot be read, or does not fit the learner, which is not changed.
         """
         contents = self._read(path)
-        check(contents, self._state, self._core, self.changes)
+        check_fits(contents, self._state, self._core, self.changes)
         numbers = self._numbers(contents)
         self._executor.flush()  # deferred handlers read series that are about to shrink, and change their callbacks
         with self._trained():
@@ -247,7 +247,7 @@ class Checkpoints:
         """
         contents = self._read(path)
         position = contents["position"]
-        check(contents, self._state, self._core, self.changes)
+        check_fits(contents, self._state, self._core, self.changes)
         if position["unit"] != unit:
             where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can resume from it"
             raise CheckpointError(

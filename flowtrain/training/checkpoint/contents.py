@@ -46,7 +46,7 @@ from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
-__all__ = ["apply", "check", "gather", "load_models", "without_callback"]
+__all__ = ["apply", "check_fits", "gather", "load_models", "without_callback"]
 
 _COMPILED = "_orig_mod."
 """Torch puts this before the names of parameters in a compiled module."""
@@ -144,7 +144,7 @@ def _state_of(module: Any) -> dict[str, Any]:
 # --- check
 
 
-def check(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
+def check_fits(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     """Check that the contents of a checkpoint fit a learner.
 
     Raises:
@@ -223,7 +223,7 @@ def _other_optimizer(
 
 
 def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
-    """Put a learner into the state of a checkpoint that `check` has passed. `contents` is not changed.
+    """Put a learner into the state of a checkpoint that `check_fits` has passed. `contents` is not changed.
 
     Raises:
         CheckpointError: A callback refused its state. The learner is in its earlier state again.

@@ -31,9 +31,9 @@ __all__ = [
     "Writer",
     "read",
     "real_folder",
-    "replace",
     "resolve",
     "target",
+    "write_whole",
 ]
 
 FORMAT, VERSION = "flowtrain checkpoint", 1
@@ -43,7 +43,7 @@ JUDGED = 2
 _Reached = Callable[[str], None]
 
 
-def replace(path: Path, write: Callable[[IO[bytes]], None], reached: _Reached, what: str) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reached, what: str) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it.
 
     Args:
@@ -207,14 +207,15 @@ class Writer:
         path = Path(request.path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, partial(_save, contents), self.reached, "checkpoint")
+            write_whole(path, partial(_save, contents), self.reached, "checkpoint")
             if request.weights:
                 tensors = _weights(contents["model"])
                 beside = path.with_suffix(".safetensors")
-                replace(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
+                write_whole(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
             if contents["finite"]:
                 for pointer in POINTERS if request.best else POINTERS[:1]:
-                    replace(path.with_name(pointer), lambda file: _save_name(path.name, file), self.reached, pointer)
+                    beside = path.with_name(pointer)
+                    write_whole(beside, lambda file: _save_name(path.name, file), self.reached, pointer)
             else:
                 self._mailbox.put(partial(_warn, path))  # on the training thread, where the user's filters apply
             _remove(path.parent, request.remove)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flowtrain.state.accelerator import accelerator_kind, random_states, set_random_states
-from flowtrain.training.data import parts
+from flowtrain.training.data import loader_parts
 
 __all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", "set_random_state", "start_workers"]
 
@@ -94,7 +94,8 @@ def start_workers(loader: Any, state: Mapping[str, Any]) -> None:
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
-    return [each for each in parts(loader) if isinstance(each, torch.utils.data.DataLoader) and each.persistent_workers]
+    inside = (each for each in loader_parts(loader) if isinstance(each, torch.utils.data.DataLoader))
+    return [each for each in inside if each.persistent_workers]
 
 
 def _runs(loader: torch.utils.data.DataLoader[Any]) -> bool:
@@ -103,7 +104,7 @@ def _runs(loader: torch.utils.data.DataLoader[Any]) -> bool:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     found: list[torch.Generator] = []
-    for part in parts(loader):
+    for part in loader_parts(loader):
         generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator) and all(generator is not each for each in found):
             found.append(generator)

@@ -16,7 +16,7 @@ import torch
 
 from flowtrain import BatchEnd, Callback, ExecutorError, LearnerView, TrainingPhase
 from flowtrain.graph.plan import Plan
-from flowtrain_dask.parallel.firing import CLOSED, Firing, StrandPool
+from flowtrain_dask.parallel.firing import POOL_CLOSED, Firing, StrandPool
 from flowtrain_dask.parallel.strands import Strands, needs_training_thread, pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
 from tests.support.handlers import TIMEOUT, A, B, C, Does, nothing, own_threads, plan_of
@@ -460,7 +460,7 @@ def test_a_closed_pool_runs_nothing() -> None:
     assert pool.closed
     with pytest.raises(ExecutorError) as caught:
         run()
-    assert str(caught.value) == CLOSED
+    assert str(caught.value) == POOL_CLOSED
     assert ran == []
     assert own_threads() == []
 

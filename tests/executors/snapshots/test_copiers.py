@@ -21,7 +21,7 @@ from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.state.parameters import Gradients, Parameters
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask import register_copier
-from flowtrain_dask.snapshots.copiers import check
+from flowtrain_dask.snapshots.copiers import check_copies
 from flowtrain_dask.snapshots.series import Cut
 from tests.support.copies import Box, copied, copying
 
@@ -85,8 +85,9 @@ def test_a_declaration_is_checked_when_the_learner_is_built(access: Access, mess
     state = LearnerState()
     state.cbstate.box = Box(1)
     with pytest.raises(AccessError, match=message):
-        check(declare(access, "me"), state)
-    check(declare({"cbstate.other": Read(), "batch": Read(), "model": Read(), "resource.x": Write()}, "me"), state)
+        check_copies(declare(access, "me"), state)
+    fine: Access = {"cbstate.other": Read(), "batch": Read(), "model": Read(), "resource.x": Write()}
+    check_copies(declare(fine, "me"), state)
 
 
 # --- flowtrain's own containers

@@ -16,7 +16,7 @@ from flowtrain.callback.view import CheckpointRequest
 from flowtrain.callbacks import Checkpointer
 from flowtrain.graph.executor import Mailbox
 from flowtrain.testing import TinyModel, tiny_learner
-from flowtrain.training.checkpoint.files import FORMAT, VERSION, Writer, read, real_folder, replace, resolve, target
+from flowtrain.training.checkpoint.files import FORMAT, VERSION, Writer, read, real_folder, resolve, target, write_whole
 from tests.support.programs import Programs
 
 
@@ -31,7 +31,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     def write(file: IO[bytes]) -> None:
         file.write(b"new")
 
-    replace(path, write, lambda at: points.append((at, path.exists())), "checkpoint")
+    write_whole(path, write, lambda at: points.append((at, path.exists())), "checkpoint")
     assert points == [("checkpoint begun", False), ("checkpoint written", False), ("checkpoint renamed", True)]
     assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -45,7 +45,7 @@ def test_what_fails_leaves_the_file_that_was_there_and_nothing_else(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        replace(path, fail, lambda point: None, "checkpoint")
+        write_whole(path, fail, lambda point: None, "checkpoint")
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
 
