@@ -430,7 +430,7 @@ def test_names(metric: Metric, name: str) -> None:
         (lambda: Metrics("accuracy"), r"'accuracy' is no metric: a metric is a function of \(outputs, targets\)"),
         (
             lambda: Metrics("accuracy"),
-            r"\(outputs, targets\)\. Write Metrics\(accuracy\), the function itself; flowtrain\.metrics has some\. Or Metr",
+            r"\(outputs, targets\)\. Write Metrics\(accuracy\), the function itself; flowtrain\.metrics has some\. Or",
         ),
         (
             lambda: Metrics([accuracy]),
