@@ -75,8 +75,8 @@ class FitEnd(Event):
     """`Learner.fit` ends, for whatever reason. Fired with `Phase()`; every handler runs, also after failures.
 
     Attributes:
-        stopped: The text of the `CancelFittingException` that ended the fit, or the place where it was raised if it has
-            no text. Empty if no such exception was raised; an error is raised by `fit` itself.
+        stopped: Why a `CancelFittingException` or an interrupt has ended the fit, in one line: its text, the place, and
+            the checkpoint of an interrupt. Empty if no such exception was raised; an error is raised by `fit` itself.
     """
 
     stopped: str = ""

@@ -30,9 +30,9 @@ class MetricsPrinter(Callback):
     """Print the metrics of each epoch in one line, on a terminal or into a file; in a notebook show them in a table.
 
     A line also has the time of the epoch, from `EpochBegin` on, and the number of samples a second if the loader has a
-    ``batch_size``. If a callback such as `EarlyStopping` ends the fit, its reason is the last line. The number in a
-    line is the number of the training epoch; an evaluation has the number of the training epoch before it. In a
-    notebook a fit has one table, with a row for each of these numbers.
+    ``batch_size``. If a callback such as `EarlyStopping` ends the fit, or Ctrl-C does, the last line says why, where,
+    and with which checkpoint to continue. The number in a line is the number of the training epoch; an evaluation has
+    the number of the training epoch before it. In a notebook a fit has one table, with a row for each of these numbers.
 
     Reads ``cbstate.metrics_epoch``, ``cbstate.history`` and ``data`` at `EpochEnd`, so it runs after `Metrics` and
     `Recorder`. Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
@@ -87,7 +87,7 @@ class MetricsPrinter(Callback):
 
     @on(FitEnd, access={"resource.terminal": Write()})
     def show_reason(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Print the reason if a callback has ended the fit."""
+        """Print the reason if a callback or an interrupt has ended the fit."""
         self._table = None
         if event.stopped:
             console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
 from flowtrain.training.data import check_fit_data, check_gave, check_loader, limited, loaders
+from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
 
 __all__ = ["Calls"]
@@ -72,6 +73,7 @@ class Calls:
                         self._loop.checkpoints.resume(resume, chosen, "epochs" if steps is None else "steps")
                     self.stopped = self._loop.fit(chosen, epochs, steps, validate_every)
                 except BaseException as failure:
+                    Interrupts.short(failure)
                     self.stopped = failure
                     raise
 

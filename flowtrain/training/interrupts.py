@@ -1,9 +1,9 @@
 """Interrupts: Ctrl-C and SIGTERM end a fit at the next batch boundary; a second signal ends it at once.
 
-The first signal only puts a call into the mailbox. Before the next batch the training thread makes that call: it takes
-the checkpoint that was requested for this case and raises `KeyboardInterrupt`, which closes epoch and fit with their
-events; deferred work is finished for as long as the executor allows. SIGTERM raises `KeyboardInterrupt` too, so that a
-script has one exception to catch.
+The first signal only puts a call into the mailbox; if a callback prints, a line says at once that training will stop.
+Before the next batch the training thread makes that call: it takes the checkpoint that was requested for this case and
+raises `KeyboardInterrupt`, which closes epoch and fit with their events; deferred work is finished for as long as the
+executor allows. SIGTERM raises `KeyboardInterrupt` too, so that a script has one exception to catch.
 
 A terminal or a job manager signals every process of a group, so the workers of a data loader die of the same signal.
 For each dead worker torch raises an error at any line of the main thread, even within a batch, where no checkpoint can
@@ -15,11 +15,12 @@ The signal handlers are installed during `fit`, only in the main thread, and the
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -45,10 +46,14 @@ class Interrupts:
             signal until the fit has ended, so that a thread that waits can give up.
         before_leaving: Called on the training thread at the batch boundary, before `KeyboardInterrupt` is raised.
         workers: Whether a data loader has worker processes.
+        answers: Whether to write a line to the standard error output when the first signal comes.
     """
 
-    def __init__(self, mailbox: Mailbox, before_leaving: Callable[[], None], workers: bool) -> None:
+    def __init__(
+        self, mailbox: Mailbox, before_leaving: Callable[[], None], workers: bool, answers: bool = False
+    ) -> None:
         self._mailbox = mailbox
+        self._answers = answers
         self._before_leaving = before_leaving
         self._workers = workers
         self._replaced: dict[signal.Signals, Any] = {}
@@ -102,6 +107,8 @@ class Interrupts:
         if self._received is None:
             self._received = received
             self._mailbox.put(self._leave)
+            if self._answers:
+                _answer(received)
         self._mailbox.stopping = True
 
     def _child_ended(self, number: int, frame: FrameType | None) -> None:
@@ -138,6 +145,31 @@ class Interrupts:
                 interrupt.add_note(f"the checkpoint for it could not be taken: {failure}")
                 raise interrupt from failure
             raise KeyboardInterrupt(_text(self._received))
+
+    @staticmethod
+    def short(failure: BaseException) -> None:
+        """Remove the traceback of an interrupt that was raised at a batch boundary: all its frames are of the loop.
+
+        The frames of any other exception stay, as those of a second interrupt, which was raised within a batch.
+        """
+        frames = failure.__traceback__
+        while frames is not None and frames.tb_next is not None:
+            frames = frames.tb_next
+        if frames is not None and frames.tb_frame.f_code is Interrupts._leave.__code__:
+            failure.__traceback__ = None
+
+
+def _answer(received: signal.Signals) -> None:
+    """Say that training will stop.
+
+    The line is written to the file of the process, since the signal may have come while Python writes to a stream,
+    which must not be entered again.
+    """
+    again = "; press it again to stop at once" if received is signal.SIGINT else ""
+    name = "Ctrl-C" if received is signal.SIGINT else received.name
+    with suppress(OSError):  # the terminal may be closed
+        line = "\n" if os.isatty(2) else ""  # a terminal shows ^C on the line of the cursor
+        os.write(2, f"{line}{name}: training stops after this batch{again}.\n".encode())
 
 
 def _text(received: signal.Signals) -> str:

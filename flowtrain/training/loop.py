@@ -6,10 +6,12 @@ closes the batch, the epoch and the fit that it leaves, and `FitEnd` runs for ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,7 +105,8 @@ class Loop:
         """
         try:
             workers = any(has_workers(loader) for loader in data.values())
-            with Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers):
+            prints = any(path == ("resource", "terminal") for node in self.dispatch.nodes for path, _ in node.union)
+            with Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints):
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()
@@ -141,7 +144,7 @@ class Loop:
         except BaseException as failure:  # raised below, after the fit is closed
             failures.append(failure)
         self.scopes.end_fit()
-        self.dispatch.fire_closing(FitEnd(_why_stopped(failures)), Phase(), failures)
+        self.dispatch.fire_closing(FitEnd(_why_stopped(failures, self.checkpoints.saved)), Phase(), failures)
         # Empty the mailbox before `end_fit` forgets the position, because a checkpoint in the mailbox needs it; and
         # again at the end, because the writer and the sinks may have put in calls meanwhile.
         empty = self.dispatch.mailbox.empty
@@ -382,12 +385,25 @@ class Loop:
         return found
 
 
-def _why_stopped(failures: list[BaseException]) -> str:
-    """Return the text of the cancel that ended a fit, or its type and notes; an empty string without a cancel."""
-    if not failures or not isinstance(failures[0], CancelFittingException):
+def _why_stopped(failures: list[BaseException], saved: Sequence[Path]) -> str:
+    """Return why a cancel or an interrupt has ended a fit, and where, in one line; an empty string without one.
+
+    Args:
+        failures: The failures of the fit.
+        saved: The checkpoints that an interrupt has taken. The interrupt gets a note that names them.
+    """
+    if not failures or not isinstance(failures[0], (CancelFittingException, KeyboardInterrupt)):
         return ""
-    cancel = failures[0]
-    return str(cancel) or ", ".join([type(cancel).__name__, *getattr(cancel, "__notes__", ())])
+    why = failures[0]
+    if isinstance(why, KeyboardInterrupt) and saved:
+        files = " and ".join(map(str, saved))
+        why.add_note(f"saved in {files}: fit(..., resume={str(saved[0].parent)!r}) continues from there")
+    text, notes = str(why), list(getattr(why, "__notes__", ()))
+    if not text:
+        return ", ".join([type(why).__name__, *notes])
+    if not notes or re.search(r"\bepoch \d", text):  # a text that names the epoch says where it was
+        return text
+    return f"{text} ({'; '.join(notes)})"
 
 
 def _to_cpu(item: Any, part: object) -> Any:

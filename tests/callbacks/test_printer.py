@@ -61,22 +61,30 @@ def printing(*callbacks: Callback, metrics: Metrics, n_batches: int = 2) -> Any:
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (partial(CancelFittingException, "[red]Enough."), "[red]Enough."),
+        (
+            partial(CancelFittingException, "[red]Enough."),
+            "[red]Enough. (raised in Stop.stop at (BatchBegin, TrainingPhase), epoch 1, batch 1)",
+        ),
+        (partial(CancelFittingException, "Enough in epoch 1."), "Enough in epoch 1."),
         (
             CancelFittingException,
             "CancelFittingException, raised in Stop.stop at (BatchBegin, TrainingPhase), epoch 1, batch 1",
         ),
         (partial(CancelEpochException, "Not the fit."), ""),
         (partial(ValueError, "An error is raised."), ""),
+        (
+            partial(KeyboardInterrupt, "Stopped by hand"),
+            "Stopped by hand (in TrainingPhase, epoch 1, batch 1)",
+        ),
     ],
 )
-def test_the_reason_why_a_fit_was_stopped(make: Callable[[], Exception], line: str, output: io.StringIO) -> None:
+def test_the_reason_why_a_fit_was_stopped(make: Callable[[], BaseException], line: str, output: io.StringIO) -> None:
     class Stop(Callback):
         @on(BatchBegin, TrainingPhase)
         def stop(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
             raise make()
 
-    with suppress(ValueError):
+    with suppress(ValueError, KeyboardInterrupt):
         printing(Stop(), metrics=Metrics(Metric(constant(1.0), name="A", phase=TrainingPhase))).fit(1)
     found = [each for each in output.getvalue().splitlines() if not each.startswith("epoch   1  ValidationPhase")]
     assert found == ([line] if line else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -109,6 +110,93 @@ def test_rule_29_a_second_signal_leaves_at_once(number: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt, match=f"interrupted by {number.name} for the second time"):
         tiny_learner(callback).fit(2)
     assert callback.log == ["BatchCancelled", "EpochCancelled", "FitEnd"]
+
+
+def frames(failure: BaseException) -> list[str]:
+    """Return the names of the functions in the traceback of an exception, from the test to where it was raised."""
+    return [each.name for each in traceback.extract_tb(failure.__traceback__)]
+
+
+def test_the_traceback_of_an_interrupt_is_short() -> None:
+    """An interrupt at a batch boundary has no frame that says where; a second one shows where training was."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        tiny_learner(Interrupt(signal.SIGINT)).fit(2)
+    assert frames(caught.value)[1:] == ["fit"]
+    assert caught.value.__context__ is None
+    with pytest.raises(KeyboardInterrupt) as second:
+        tiny_learner(Interrupt(signal.SIGINT, times=2)).fit(2)
+    assert "send" in frames(second.value)
+    assert len(frames(second.value)) > 6
+
+
+class Heard(Callback):
+    """Sends a signal in the third training batch, notes the answer to it, and the reason in `FitEnd`."""
+
+    def __init__(self, number: signal.Signals, capfd: pytest.CaptureFixture[str], times: int = 1) -> None:
+        self.number, self.capfd, self.times, self.seen = number, capfd, times, 0
+        self.answer = self.stopped = ""
+
+    @on(BatchBegin, TrainingPhase)
+    def send(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        self.seen += 1
+        if self.seen == 3:
+            self.capfd.readouterr()
+            try:
+                for _ in range(self.times):
+                    signal.raise_signal(self.number)
+            finally:
+                self.answer = self.capfd.readouterr().err
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        self.stopped = event.stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        (signal.SIGINT, "Ctrl-C: training stops after this batch; press it again to stop at once.\n"),
+        (signal.SIGTERM, "SIGTERM: training stops after this batch.\n"),
+    ],
+)
+def test_a_signal_is_answered_at_once_where_a_callback_prints(
+    number: signal.Signals, answer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard = Heard(number, capfd)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(heard, default_callbacks=True).fit(2)
+    assert heard.answer == answer, "the answer comes within the batch, and once"
+    line = f"training was interrupted by {number.name} (in TrainingPhase, epoch 1, after batch 3)"
+    assert (heard.stopped, capfd.readouterr().out) == (line, f"{line}\n")
+    quiet = Heard(number, capfd)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(quiet).fit(2)
+    assert (quiet.answer, quiet.stopped, capfd.readouterr()) == ("", line, ("", ""))
+
+
+def test_the_line_names_the_checkpoint_and_how_to_continue(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    heard = Heard(signal.SIGINT, capfd)
+    learner = tiny_learner(heard, Checkpointer("runs/a"), Checkpointer("runs/b"))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        learner.fit(2)
+    files = Path("runs/a/interrupted.ckpt"), Path("runs/b/interrupted.ckpt")
+    note = f"saved in {files[0]} and {files[1]}: fit(..., resume={str(files[0].parent)!r}) continues from there"
+    place = "in TrainingPhase, epoch 1, after batch 3"
+    assert heard.stopped == f"training was interrupted by SIGINT ({place}; {note})"
+    assert caught.value.__notes__ == [place, note]
+    resumed = tiny_learner(Checkpointer("runs/a"), Checkpointer("runs/b"))
+    resumed.fit(2, resume="runs/a")
+    assert resumed.cbstate.history[TrainingPhase].steps == 32
+    learner.fit(1)
+    assert heard.stopped == "", "a later fit has nothing to say of it"
+    again = Heard(signal.SIGINT, capfd, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(again, Checkpointer("runs/c")).fit(2)
+    assert again.stopped.startswith("training was interrupted by SIGINT for the second time (")
+    assert "saved" not in again.stopped
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Checkpoints:
         position: The position of the fit in its epochs and batches.
         writer: The writer of the checkpoint files.
         resumed: The contents of the checkpoint that this fit resumes from, until its first epoch has begun.
+        saved: The files of the checkpoints that an interrupt has taken in this fit.
         showing_judged: The callbacks that have put the judged parameters into the models, since the user loaded a
             checkpoint; they put the trained ones back before training.
     """
@@ -81,6 +83,7 @@ class Checkpoints:
         self.position = Position()
         self.writer = Writer(mailbox)
         self.resumed: Mapping[str, Any] | None = None
+        self.saved: list[Path] = []
         self.showing_judged: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
@@ -153,6 +156,7 @@ class Checkpoints:
         if requests:
             self._submit(requests)
             self.writer.wait()
+            self.saved = [Path(request.path) for request in requests]
 
     def end_fit(self) -> None:
         """Forget the fit, and wait until its checkpoints are written.
@@ -168,6 +172,7 @@ class Checkpoints:
         self.drop_requests()
         self.release_resumed()
         self.position = Position()
+        self.saved = []
 
     def close(self) -> None:
         """Drop the references to models and optimizers, so that a closed learner does not keep them alive."""
