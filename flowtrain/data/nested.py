@@ -290,7 +290,7 @@ def rebuild(
     if made is not None:
         _fill(made, base, [where if change_key is None else change_key(where) for where, _ in inner], new)
     elif id(value) in memo:
-        return memo[id(value)][1]  # a part of it holds it, and so it was made while its parts were changed
+        return memo[id(value)][1]  # one of its parts contains it, so it was made while that part was changed
     elif all(part is item for part, (_, item) in zip(new, inner, strict=True)) and _has_plain_attributes(value):
         return value
     else:
@@ -314,7 +314,7 @@ def like(value: Any, items: list[Any], keys: Iterable[Any] = (), **own: Any) -> 
 
 
 def _has_plain_attributes(value: Any) -> bool:
-    """Tell whether no attribute of a container can have changed."""
+    """Tell whether all attributes of a container are plain values, which no change replaces."""
     return type(value) in _BARE or all(type(item) in PLAIN for item in attributes(value).values())
 
 
@@ -411,7 +411,8 @@ class _Walk:
         elif type(value) in _BARE:
             made = self._inside(value)
         else:
-            # The change may take the object apart itself, and meet the object again in its parts.
+            # The change may take the object apart itself, and meet the object again in its parts. There the object
+            # stands for its own result, since the result is not known yet, and the change would be called without end.
             self._memo[id(value)] = (value, value)
             made = self._change(value, self.part)
             if made is INSIDE:

@@ -1,4 +1,4 @@
-"""Containers: the objects that hold the values of ``cbstate``, and the operations that each of them has.
+"""Containers: the objects that hold the values of ``cbstate``, and the operations that each of them answers.
 
 `Series`, `SeriesMap`, `PhaseMap`, `CountsMap` and the namespace `State` are containers. A container is filled in place
 and never replaced, because views hold it. A module that works on the learner's state asks a container for one of these

@@ -4,8 +4,8 @@ A batch is opened and `BatchBegin` is fired; the step computes; `BatchEnd` is fi
 exception closes the batch with `BatchCancelled` instead (`Steps.cancel_batch`). The code has two forms of this
 protocol: `Steps.run_batch`, `backward` and `update` serve any step, `Steps.train` and `evaluate` are the bundled steps.
 The second form is faster, because it runs for every batch of most programs: it fires an event by calling the runner of
-the event, if there is one (`flowtrain.training.dispatch.StepRunners`), it sets scopes by assignment, and it calls
-torch's own functions where the settings of the core allow it (`flowtrain.core.torch_core`).
+the event, if there is one (`flowtrain.training.dispatch.StepRunners`), it sets the state of the batch (`Scopes.batch`)
+directly, and it calls torch's own functions where the settings of the core allow it (`flowtrain.core.torch_core`).
 """
 
 from __future__ import annotations

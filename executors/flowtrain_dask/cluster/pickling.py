@@ -132,12 +132,12 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
 
     def _bytes(self, storage: torch.UntypedStorage, start: int, size: int) -> _Bytes:
         known = self._storages.get((start, size))
-        if known is None:  # kept alive: its address stays its own
+        if known is None:  # the storage is kept alive, so that no other storage gets its address
             known = self._storages[start, size] = (storage, _Bytes(start, size))
         return known[1]
 
     def _expect(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Send the piece of memory that tensors lie in as a whole, where they are most of what is in it."""
+        """Send a storage whole if these tensors fill most of it, so that all of them share its bytes."""
         used: dict[tuple[int, int], int] = {}
         storages: dict[tuple[int, int], torch.UntypedStorage] = {}
         for tensor in tensors:
@@ -213,7 +213,7 @@ def _is_strided(tensor: torch.Tensor) -> bool:
 _memory_view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_view.restype = ctypes.py_object
 _memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_WRITABLE = 0x200  # PyBUF_WRITE: what is sent as read-only comes back so
+_WRITABLE = 0x200  # PyBUF_WRITE: a buffer that is sent as read-only arrives so, and torch warns of it
 
 
 class _Bytes:

@@ -4,7 +4,7 @@ A *snapshot node* takes the place of a deferred handler in a plan, with the hand
 It copies the state that the handler declares to read and puts the copy into the lane of the callback. Snapshot nodes
 run on the training thread, because a lane is filled by that thread alone.
 
-`DeferredCallbacks` is what the executor has: it decides and checks which callbacks are deferred before a learner uses
+An executor has one `DeferredCallbacks`: it decides and checks which callbacks are deferred before a learner uses
 them (`DeferredCallbacks.check`), connects to the cluster, and makes `Lanes` when the first plan is compiled
 (`DeferredCallbacks.use`). When the callbacks change, it makes new `Lanes`. A lane itself is made at its first event,
 when the run to which it belongs is known.

@@ -163,8 +163,8 @@ class Changes:
             here = now.get(key, ABSENT)
             if there != here:
                 was = f"a {there}" if there is not ABSENT else "nothing"
-                yield f"it has {was} at {key[1]}, where training put it, the learner has " + (
-                    f"a {here}" if here is not ABSENT else "nothing there"
+                yield f"training left {was} at {key[1]}, and the learner has " + (
+                    f"a {here} there" if here is not ABSENT else "nothing there"
                 )
 
     def built_otherwise(self, saved: Mapping[str, Any] | None) -> list[str]:
@@ -218,11 +218,14 @@ class Changes:
         owners = self._owners()
         for key in {**began, **now, **changed}:
             kind, owner, name = key
+            # Types and hooks cannot be set. An owner may be missing because the checkpoint was taken after training had
+            # put it there: `differences` reports modules, and other objects are not saved.
             if kind in ("type", "hooks") or owner not in owners:
                 continue
             before, present = began.get(key, ABSENT), now.get(key, ABSENT)
             if key in changed:
                 value = self._value(changed[key])
+            # Nothing to undo; or nothing was recorded that could be put back.
             elif (
                 same(before, present)
                 or isinstance(before, NotRecorded)

@@ -108,6 +108,8 @@ class ParameterGroups:
             there = [len(group["params"]) for group in saved["state"]["param_groups"]]
             return "" if there == sizes else _sizes(name, there, sizes)
         now = saved["groups"]["now"]
+        # A script that builds the groups as that run built them gets the changes of training; one that builds them as
+        # they are now needs none. Both lead to the same groups, so both fit.
         if here not in (saved["groups"]["built"], now):
             there = [len(group) for group in now]
             if there != sizes:

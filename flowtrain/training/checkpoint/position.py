@@ -77,7 +77,7 @@ class Position:
         self.phase, self.begun, self.batches = repr(phase), None, 0
 
     def end_epoch(self, batches: int) -> None:
-        """Note that the epoch has ended without an error or a cancel, after `batches` batches."""
+        """Note that the epoch has ended after `batches` batches: after its last one, or by a cancel of the epoch."""
         if self.unit:
             self.done.append(self.phase)
         if self.phase == self._stepping:
@@ -110,6 +110,8 @@ class Position:
 
     def _ahead(self, batches: int) -> int:
         """Return how many batches the stream has given that training has not used yet: prefetch takes one ahead."""
+        # With 5 batches given, none of them before this epoch, and 4 trained, prefetch holds 1. The batches that a
+        # checkpoint had are not counted, because the stream has not given them in this process.
         if self.stream is None or self.phase != self._stepping:
             return 0
         return self.stream.given - self._given_before - (batches - self.batches)

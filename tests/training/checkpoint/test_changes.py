@@ -328,9 +328,7 @@ def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
 def test_a_module_that_training_put_into_a_loss_function_is_asked_for(tmp_path: Path) -> None:
     do = Do(lambda learner: setattr(learner.lossfn, "huber", nn.MSELoss()))
     learner_of(do, Checkpointer(tmp_path / "a"), lossfn=Loss()).fit(2)
-    with pytest.raises(
-        CheckpointError, match=r"it has a MSELoss at lossfn\.huber, where training put it, the learner "
-    ):
+    with pytest.raises(CheckpointError, match=r"training left a MSELoss at lossfn\.huber, and the learner has nothing "):
         learner_of(lossfn=Loss()).load(tmp_path / "a")
 
 
@@ -439,8 +437,8 @@ def remove_act(learner: Any) -> None:
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (replace_act, r"it has a GELU at model\.act, where training put it, the learner has a ReLU\. Build the lear"),
-        (remove_act, r"it has a Identity at model\.back\.extra, where training put it, the learner has nothing there"),
+        (replace_act, r"training left a GELU at model\.act, and the learner has a ReLU there\. Build the lear"),
+        (remove_act, r"training left a Identity at model\.back\.extra, and the learner has nothing there"),
         (lambda learner: setattr(learner.model, "head", nn.Linear(4, 1, bias=False)), r"has no head\.bias"),
     ],
 )
