@@ -16,6 +16,7 @@ from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
 
@@ -119,14 +120,18 @@ class Averaging(Callback):
 
     def state_access(self) -> Access:
         """Declare a write of the model, for the handlers that exchange its weights."""
-        return {self._path: Write()}
+        return dict.fromkeys(self._reads(), Write())
 
-    @property
-    def _path(self) -> str:
-        return f"model.{self.model}" if self.model else "model"
+    def prepares(self) -> Access:
+        """Return the access of the handlers that call `prepare`."""
+        return self.state_access()
 
     def _reads(self) -> Access:
-        return {self._path: Read()}
+        return {f"model.{self.model}" if self.model else "model": Read()}
+
+    def resolve_conflict(self, other: Callback) -> Resolution | None:
+        """Refuse another average of the same model: each would take the averages of the other for trained weights."""
+        return Unresolvable() if isinstance(other, Averaging) else None
 
     def setup(self, learner: LearnerView) -> None:
         """Find the weights."""
@@ -157,7 +162,7 @@ class Averaging(Callback):
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
         self._copied = [name for name, weight in self.averages.items() if not weight.isfinite().all()]
 
-    @on(EpochBegin, AbstractValidationPhase)
+    @on(EpochBegin, AbstractValidationPhase, access="prepares")
     def swap_in(self, event: EpochBegin, phase: AbstractValidationPhase, learner: LearnerView) -> None:
         """Put the averages into the model."""
         self._put_back()  # in case the last validation epoch ended without its closing event being handled here
@@ -176,7 +181,7 @@ class Averaging(Callback):
         """Put the trained weights back into the model."""
         self._end_validation()
 
-    @on(FitEnd)
+    @on(FitEnd, access="prepares")
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
         """Put the trained weights back, if a failure has prevented it at the end of the epoch."""
         self._end_validation()

@@ -34,8 +34,10 @@ class Profiler(Callback):
     shows the operators, the kernels of the device, and what each waits for, of the training thread: handlers that an
     executor runs on other threads are not in it.
 
-    Declares the resource ``rng``, although it draws no random numbers, so that it runs on the training thread. Costs
-    some microseconds for each operator of the active and the warm-up batches. No trace is made in a dry run.
+    Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this keeps it
+    on the training thread. It runs after no certain callback: put it last in the list, so that a batch includes the
+    handlers of `BatchEnd`. Costs some microseconds for each operator of the active and the warm-up batches. No trace is
+    made in a dry run.
 
     Args:
         folder: The folder of the traces, which is made if it does not exist.
@@ -56,6 +58,13 @@ class Profiler(Callback):
 
     Attributes:
         files: The paths of the traces that this callback has written, in their order.
+
+    >>> import tempfile
+    >>> from flowtrain.testing import tiny_learner
+    >>> profiler = Profiler(tempfile.mkdtemp())
+    >>> history = tiny_learner(profiler).fit(1)
+    >>> [path.name for path in profiler.files]
+    ['batch-000005.pt.trace.json']
     """
 
     audited = False
@@ -160,6 +169,7 @@ class Profiler(Callback):
         profile, self._profile = self._profile, None
         if profile is not None:
             profile.stop()
+            profile.on_trace_ready = None  # the reference to this callback lies in a cycle of torch's objects
 
     def _write(self, profile: Any) -> None:
         """Write a trace, under its name only when it is complete."""

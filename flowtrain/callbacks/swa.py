@@ -51,9 +51,11 @@ class SWA(Averaging):
     A checkpoint that a `Checkpointer` takes after a validation epoch holds the averages and their statistics as
     ``model``, and what training continues with as ``trained``.
 
-    Reads ``model`` at the ends of training epochs, or of batches with `start_update`, and writes it, with the resource
-    ``rng``, at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`. Costs the size of
-    the weights in memory, a pass over them for each epoch that counts, and the passes over the data.
+    Reads ``model`` at the ends of training epochs, or of batches with `start_update`, and writes it at `EpochBegin`,
+    `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`, so it runs after callbacks that write the
+    model and before callbacks that read it. Where it renews statistics it also reads ``data``, and declares the
+    resource ``rng``. A learner has one average of a model, `SWA` or `EMA`. Costs the size of the weights in memory, a
+    pass over them for each epoch that counts, and the passes over the data.
 
     Args:
         start_epoch: The first epoch whose weights count, from 1.
@@ -146,9 +148,9 @@ class SWA(Averaging):
 
     # --- the statistics of BatchNorm
 
-    def state_access(self) -> Access:
-        """Declare a write of the model and of the random numbers, and a read of the training data."""
-        return {**super().state_access(), "data": Read(), "resource.rng": Write()}
+    def prepares(self) -> Access:
+        """Return the access of the handlers that renew the statistics: also the training data and random numbers."""
+        return {**super().prepares(), "data": Read(), "resource.rng": Write()}
 
     def found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
         """Find the layers of BatchNorm."""
@@ -162,7 +164,8 @@ class SWA(Averaging):
         buffers: dict[str, Any] = {
             f"{name}.{key}": getattr(norm, key) for name, norm in self._norms.items() for key in _STATISTICS
         }
-        return {name: (buffer, self._statistics.get(name, buffer)) for name, buffer in buffers.items()}
+        values = {**buffers, **self._statistics}
+        return {name: (buffer, values[name]) for name, buffer in buffers.items()}
 
     @on(FitBegin, access="_looks")
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:

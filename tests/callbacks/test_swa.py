@@ -30,6 +30,7 @@ from flowtrain import (
     LearnerView,
     Phase,
     Read,
+    ResolutionError,
     TorchCore,
     TrainingPhase,
     UpdateBegin,
@@ -40,7 +41,7 @@ from flowtrain import (
     seed_everything,
 )
 from flowtrain.callback.view import StepContext
-from flowtrain.callbacks import SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
+from flowtrain.callbacks import EMA, SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 
 SGD = partial(torch.optim.SGD, lr=0.01)
@@ -518,6 +519,13 @@ def test_arguments_that_are_refused(make: Callable[[], Any], message: str) -> No
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("other", [SWA(2), EMA()], ids=repr)
+def test_one_model_has_one_average(other: Callback) -> None:
+    """Each would take the averages of the other for trained weights, in whatever order they run."""
+    with pytest.raises(ResolutionError, match=r"SWA and (SWA#2|EMA) cannot be used together: .* Remove one\."):
+        tiny_learner(SWA(1), other)
 
 
 def test_a_state_of_another_model() -> None:

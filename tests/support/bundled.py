@@ -117,9 +117,24 @@ CASES: dict[str, Case] = {
         unseen={"advance": "other callbacks say which metrics they monitor"},
         placed=("_begun", "_drawn", "_next"),
     ),
+    "Profiler": Case(
+        lambda folder: (flowtrain.callbacks.Profiler(folder, wait=0, active=1),),
+        unseen=dict.fromkeys(("begin", "step", "end"), "the resource keeps it on the training thread"),
+        placed=("folder", "files"),
+    ),
     "Recorder": Case(
         lambda _: (flowtrain.callbacks.Recorder(),),
         unseen={"keep_updates": "no batch is cancelled after its update", "keep_last_updates": FILLED},
+    ),
+    "SWA": Case(
+        lambda _: (flowtrain.callbacks.SWA(1),),
+        {"model": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))},
+        unseen={
+            "begin_training": PUT_BACK,
+            "end_fit": PUT_BACK,
+            "swap_in": "random numbers are put back in it",
+            "take_in_cancelled": FILLED,
+        },
     ),
     "SanityCheck": Case(
         lambda _: (flowtrain.callbacks.SanityCheck(),), unseen={"check": "random numbers are put back in it"}
