@@ -328,7 +328,7 @@ def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
 def test_a_module_that_training_put_into_a_loss_function_is_asked_for(tmp_path: Path) -> None:
     do = Do(lambda learner: setattr(learner.lossfn, "huber", nn.MSELoss()))
     learner_of(do, Checkpointer(tmp_path / "a"), lossfn=Loss()).fit(2)
-    with pytest.raises(CheckpointError, match=r"training left a MSELoss at lossfn\.huber, and the learner has nothing "):
+    with pytest.raises(CheckpointError, match=r"training left a MSELoss at lossfn\.huber, and the learner has a Huber"):
         learner_of(lossfn=Loss()).load(tmp_path / "a")
 
 
@@ -463,7 +463,7 @@ def test_a_module_that_training_put_there_is_asked_for(do: Any, message: str, tm
     if do is replace_act:
         learner.model.act = nn.GELU()
         learner.load(tmp_path)  # this learner is built as the error asks
-        with pytest.raises(CheckpointError, match=r"it has a ReLU at model\.act, .* the learner has a GELU"):
+        with pytest.raises(CheckpointError, match=r"training left a ReLU at model\.act, and the learner has a GELU"):
             whole.load(tmp_path / "epoch-0001.ckpt")
 
 
