@@ -187,6 +187,7 @@ class DaskExecutor:
         return self._deferred.report()
 
     def _explain(self, plan: Plan) -> str:
+        # `explain` may be asked of a plan that was never fired, and so has no route.
         route = self._routes.get((plan.event_type, plan.phase_type))
         if route is None or route.original is not plan:
             why = why_serial(plan, needs_training_thread(plan), self.workers, self.parallel)
@@ -220,6 +221,7 @@ class DaskExecutor:
         self._pool.close()  # first: it refuses a call of a handler before anything else is closed
         self._deferred.close()
         if self._site is not None:
+            # The loop holds the runners, and would still call those of a closed executor.
             for route in self._routes.values():
                 self._site.swap(route.plan, _closed)
         self._routes.clear()
@@ -242,6 +244,7 @@ class DaskExecutor:
 
     def _swap(self, plan: Plan, runner: Runner) -> None:
         route = self._routes.get((plan.event_type, plan.phase_type))
+        # A decision may end after the callbacks have changed, and its plan is then no longer run.
         if route is not None and route.plan is plan and self._site is not None:
             self._site.swap(plan, self._wrapped(route, runner))
 

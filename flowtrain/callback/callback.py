@@ -85,6 +85,7 @@ class Callback:
                     f"{cls.__name__}.{method} is {getattr(cls, method)!r}, and must be a method: "
                     f"def {method}(self, ...): return ..."
                 )
+        # Each class has a table of its own: a shared one would give the handlers of a subclass to its base too.
         cls._handlers = {}
         inherited = {base for parent in cls.__bases__ if issubclass(parent, Callback) for base in parent.__mro__}
         taken: set[str] = set()
@@ -237,6 +238,7 @@ def draws_own(callback: Callback) -> bool:
 
 def is_quiet(callback: Callback) -> bool:
     """Tell whether `Callback.quiet` holds for all handlers of a callback: its class says it, and `on` added none."""
+    # The class itself must say it: a subclass of a quiet callback may draw random numbers.
     kind = type(callback)
     return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in _registered(kind))
 

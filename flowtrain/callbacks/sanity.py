@@ -83,6 +83,7 @@ class SanityCheck(Callback):
         self.skipped = []
         model, lossfn, data = learner.model, learner.lossfn, learner.data
         found: list[Problem] = []
+        # The trial runs draw random numbers, which must not change those of training.
         with same_rng():
             for each, loader in data.items():
                 found += self._phase(each, loader, model, lossfn)
@@ -107,6 +108,7 @@ class SanityCheck(Callback):
         if not batches:
             yield Problem(where, "it gives no batch.", "Is the dataset empty, or smaller than a batch with drop_last?")
             return
+        # A phase that overrides `step` has no `provides`, so nothing is known of how it calls model and loss.
         ours = isinstance(phase, (AbstractTrainingPhase, AbstractValidationPhase)) and phase.provides is not None
         if not ours or not isinstance(model, torch.nn.Module):
             self.skipped.append(f"model and loss in {phase!r}: it has a step of its own")
@@ -131,6 +133,7 @@ class SanityCheck(Callback):
             self.skipped.append(f"model and loss in {phase!r}: {reason}")
             return
         inputs, targets = on_device_of((inputs, targets), [model])
+        # The trial runs in the mode of the phase, because dropout and batch normalisation compute differently in it.
         with phase.mode([each for each in (trial, loss_trial) if isinstance(each, torch.nn.Module)]):
             try:
                 outputs = trial(inputs)
@@ -155,6 +158,7 @@ class SanityCheck(Callback):
             except Exception as error:
                 what = f"it raised {type(error).__name__}: {error}\n   outputs: {describe(outputs)}, "
                 raised = Problem(where, f"{what}targets: {describe(targets)}.", _remedy_for(error))
+                # Shapes that do not broadcast explain the exception better than its own text does.
                 yield from [*broadcasts.problems(where)] or [raised]
                 return
             yield from broadcasts.problems(where)
@@ -238,6 +242,7 @@ def check_targets(where: str, lossfn: Any, outputs: Any, targets: Any) -> Iterat
     if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and targets.numel()):
         return
     if name in ("cross_entropy", "nll_loss") and not targets.is_floating_point() and outputs.dim():
+        # The classes are the second dimension, or the only one if there is no batch.
         classes = outputs.shape[1 if outputs.dim() > 1 else 0]
         counted = targets[targets != settings.get("ignore_index", -100)]
         if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):

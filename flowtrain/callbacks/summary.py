@@ -91,6 +91,7 @@ class ModelSummary(Callback):
         if self.inputs is not None:
             return self.inputs
         for phase, loader in data.items():
+            # A phase with a step of its own may call the model with anything, so its data say nothing of the inputs.
             if not isinstance(phase, AbstractTrainingPhase) or phase.provides is None:
                 continue
             with same_rng():
@@ -182,6 +183,7 @@ class Summary:
             from rich.console import Console
 
             output = io.StringIO()
+            # Nothing of the terminal or the environment takes part, so a summary is the same text everywhere.
             Console(file=output, width=120, color_system=None, force_terminal=False, _environ={}).print(self)
         return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 

@@ -176,6 +176,7 @@ def find_names(wanted: Sequence[str], cbstate: Any) -> list[str]:
         UsageError: No metric is recorded, or none of that name.
     """
     known = list(dict.fromkeys(name for each in _containers(cbstate) for series in each.values() for name in series))
+    # A lookup alone may have made a series, so empty ones are left out.
     known = [name for name in known if any(_series(each, name) for each in _containers(cbstate))]
     if not known:
         raise UsageError("There is nothing to plot: no metric has been recorded yet. Call fit() first.")

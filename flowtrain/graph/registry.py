@@ -98,6 +98,7 @@ class Callbacks(Sequence[Callback]):
         check_deferrable(self._nodes)
         check_series(self._nodes)
         check_parts(self._nodes, state)
+        # An entry stays in `cbstate` when the callback that wrote it leaves, so other callbacks may still read it.
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)
         self.written: frozenset[str] = earlier | entries_written(self._nodes)

@@ -202,6 +202,8 @@ class PhaseMap(Container, dict[Phase, V]):
         for name, packed in content.items():
             phase = phase_of(name, phases)
             [(kind, inside)] = packed.items()
+            # A container is filled into the value that `make` gives, which has the right type. A plain value replaces
+            # the present one, so none is made for it.
             there = self.get(phase) if kind == "value" or self.make is None else self[phase]
             if not unpack(there, kind, inside, phases):
                 self[phase] = typed(there, inside)
@@ -214,6 +216,7 @@ class PhaseMap(Container, dict[Phase, V]):
         self.update(mark)
 
     def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
+        # A value that a lookup alone has made is no change, so it is left out as long as it equals a new one.
         new = None if self.make is None else fingerprint(self.make())
         for phase, item in sorted(self.items(), key=lambda pair: repr(pair[0])):
             if isinstance(item, Container):

@@ -130,6 +130,7 @@ class OptimizerState(MutableMapping[Any, Any]):
             return key
         if key in self._named:
             return self._named[key]
+        # A parameter without a name has the name that `__iter__` gives it, by its place.
         param = next((param for name, param in zip(self, self._state, strict=True) if name == key), None)
         if param is None:
             raise KeyError(f"{self._path}: there is no parameter {key!r}.{nearest(key, self._named)}")

@@ -118,6 +118,7 @@ class Calls:
 
     def _measured(self, phase: Phase, data: Any) -> dict[str, float]:
         """Run an epoch of a phase, and return the values that were recorded for it, by name."""
+        # An epoch may record nothing under a name. Then the value of an earlier epoch must not pass for its own.
         before = {name: len(series) for name, series in self._recorded(phase).items()}
         self._epoch(phase, data, "learner.evaluate(loader)")
         new = {name: series for name, series in self._recorded(phase).items() if len(series) > before.get(name, 0)}
@@ -265,6 +266,7 @@ def _joined(batches: Sequence[Any]) -> Any:
     other = next((number for number, column in enumerate(columns, 1) if column.keys() != columns[0].keys()), None)
     if other is not None:
         raise _not_joined(f"{', '.join(columns[0])} in the first batch, and {', '.join(columns[other - 1])}", other)
+    # One object may be in several places of the outputs; its concatenation is then in all of them.
     made = {id(part): _concatenated([column[path] for column in columns], path) for path, part in columns[0].items()}
     return mapped(batches[0], lambda item, part: made.get(id(item), INSIDE))
 

@@ -82,8 +82,10 @@ class Batches:
     def take(self) -> list[Entry]:
         """Take the next batch: all entries that wait, up to the limits of a batch, but at least one."""
         self._pull()
+        # Until a batch has been timed, a small one is taken: many slow events in it would keep the first records back.
         most = min(_EVENTS, max(1, int(_SECONDS / self._pace))) if self._pace else _FIRST
         front, batch, size = self._front, list[Entry](), 0
+        # An event that is larger than a full batch goes alone.
         while front and len(batch) < most and (not batch or size + front[0].nbytes <= self.largest):
             batch.append(front.popleft())
             size += batch[-1].nbytes
@@ -213,6 +215,7 @@ class Driver:
         self._transport.close()
         self.done, self.done_bytes = self.received
         self.batches.drain()
+        # A backend without its open files is like one that was never opened: it encodes records, and writes none.
         for backend in {id(one): one for backends in self._sinks for one in backends}.values():
             state = backend.__getstate__()
             if isinstance(state, dict):
@@ -243,6 +246,7 @@ class Driver:
         while not self.closed and not self.batches and not self._must_collect():
             self.wake.clear()
             self.asleep = True
+            # The queue is looked at again, because an entry that was put before `asleep` was set has woken nobody.
             if not self.batches and not self.closed and not self._must_collect():
                 self.wake.wait()
             self.asleep = False
@@ -269,6 +273,7 @@ class Driver:
 
     def _process_next(self) -> None:
         """Process the next batch, skip entries after a failure, or bring the state of the callbacks back."""
+        # No batch is taken between a failure and the moment at which the training thread has raised it.
         failing = self.failure is not None or self.retired
         if failing or self._resumed_at < self.resume_at:
             self._skip()
@@ -292,9 +297,12 @@ class Driver:
         """Write the records of a result, those of each entry once, and count the entries that are done."""
         done, rest = batch[: result.done], batch[result.done :]
         try:
+            # A fork must not copy a sink that is half written.
             with self.gate:
                 self._write([record for record in result.records if _sequence_of(record) >= self._written])
         finally:
+            # Counted after a failed write too: the records of these entries may be in the sink in part, and a second
+            # write would double them.
             self._written = done[-1].sequence + 1 if done else self._written
             self.done_bytes += sum(entry.nbytes for entry in done)
             self.done += len(done)

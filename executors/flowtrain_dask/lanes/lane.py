@@ -68,6 +68,7 @@ class Lane:
         self._transport = transport
         self._limits = limits
         self._stopping = stopping
+        # At half of the limit the thread stops lingering, so that training need not wait for room.
         self._hurry = max(1, min(hurry, limits.pending // 2))
         self._driver = Driver(job, transport, limits.bytes, self._hurry, surface, on_error)
         self._thread: threading.Thread | None = None
@@ -203,6 +204,7 @@ class Lane:
         """Wait until there is room, or until something else ends the wait; return whether to take the event."""
         driver = self._driver
         begin = time.perf_counter()
+        # If training is stopping the wait ends, and the few events that are left are taken beyond the limit.
         if not driver.refuses and self._limits.when_full == "block":
             while self._has_no_room(nbytes) and not self._stopping():
                 self._wake_up()
@@ -223,6 +225,7 @@ class Lane:
         driver = self._driver
         if driver.closed:
             return
+        # The thread starts with the first event, so that a lane without events costs none.
         if self._thread is None:
             driver.taken_at = time.monotonic()  # the linger of the first batch begins now
             self._thread = start(self._drive, f"flowtrain lane {self.job.lane}")

@@ -106,6 +106,7 @@ def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, 
     waits_for = [{chain_of[one] for one in before[chain[0]]} for chain in chains]
     takes = [sum(costs[position] for position in chain) for chain in chains]
     to_the_end = list(takes)  # the seconds from the start of a chain to the end of the longest path that begins with it
+    # A chain stands behind the chains that it waits for, so from the end each one is complete when it is read.
     for index in reversed(range(len(chains))):
         for one in waits_for[index]:
             to_the_end[one] = max(to_the_end[one], takes[one] + to_the_end[index])
@@ -115,6 +116,8 @@ def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, 
     end: dict[int, float] = {}
     left = set(range(len(chains)))
     while left:
+        # The chain with the longest way to the end goes first. Ties go by position, so that a plan has the same strands
+        # in every run.
         ready = [index for index in left if waits_for[index] <= end.keys()]
         index = min(ready, key=lambda one: (-to_the_end[one], one))
         start = max((end[one] for one in waits_for[index]), default=0.0)

@@ -93,6 +93,7 @@ class PQ(Criterion):
         self.training = [*self.training, *training][-self.k :]
         if len(self.training) < self.k:
             return None
+        # NaN has no mean. Without any number there is no progress; with some, the progress is not known.
         numbers = [each for each in self.training if not math.isnan(each)]
         least = min(numbers, default=math.nan)
         # `fsum` rounds once, so k equal values give exactly their mean, and a progress of 0. The 10 makes it per mille.

@@ -335,6 +335,8 @@ class Checkpoints:
         passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
         position = contents["position"]
         phase = phases.get(position["phase"])
+        # `_begin_epoch` counts an epoch, and the pass over its data, before `EpochBegin`. The checkpoint has them
+        # counted already, and the fit that resumes calls it once more.
         if phase is not None:  # the open epoch begins again, and its pass too unless epochs share passes by a stream
             numbers[phase] -= 1
             if phase in passes and position["stream"] is None:
