@@ -138,6 +138,7 @@ from flowtrain.learner import Learner
 from flowtrain.logging import backend as _backend
 from flowtrain.state import hyperparameters as _hyperparameters
 from flowtrain.state.random_numbers import seed_everything
+from flowtrain.training.checkpoint.files import load_weights
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -201,6 +202,7 @@ __all__ = [
     "WriteConflictError",
     "callback_graph",
     "find_learning_rate",
+    "load_weights",
     "on",
     "resolve",
     "seed_everything",

@@ -19,6 +19,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
+from flowtrain.callbacks.checkpointer import latest_of
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.dry_run import DryRun, dry_run
 from flowtrain.diagnostics.history import History
@@ -140,8 +141,9 @@ class Learner:
             limit_batches: The most batches in a pass over a loader, for short runs: a number, a share as ``0.1``, or a
                 mapping from phases to these. A schedule is stretched over the updates that are left.
             data: Loaders for this fit, as for `Learner`.
-            resume: The checkpoint to resume from, or a folder whose latest checkpoint is used. `epochs`, or `steps`, is
-                then the total, with the part before the checkpoint: pass the same number as to the first fit.
+            resume: The checkpoint to resume from, or a folder whose latest checkpoint is used; ``"auto"`` resumes from
+                the folder of the learner's Checkpointer, or begins anew if it has no checkpoint yet. `epochs`, or
+                `steps`, is then the total, with the part before the checkpoint.
 
         Returns:
             `history`, which holds the metrics of all epochs of this learner, not only those of this fit.
@@ -155,7 +157,8 @@ class Learner:
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
-        self._calls.fit(epochs, steps, validate_every, limit_batches, data, resume)
+        found = latest_of(self.callbacks) if resume == "auto" else resume
+        self._calls.fit(epochs, steps, validate_every, limit_batches, data, found)
         return self.history
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:

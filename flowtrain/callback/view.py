@@ -122,16 +122,36 @@ class LearnerView:
         request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
         self._state.requests.append((self._owner.callback, request))
 
+    def request_weights(self, path: str | PathLike[str]) -> None:
+        """Ask the loop to load the weights of a checkpoint into the model when this fit has ended.
+
+        They are loaded after `FitEnd`, when the files of all checkpoints are complete; nothing is loaded if an error or
+        an interrupt ended the fit. The optimizer, the metrics and the counters stay as they are. If evaluations use
+        other weights than the trained ones (`flowtrain.callbacks.EMA`), the model has these until training continues.
+
+        Args:
+            path: As for `Learner.load`: a checkpoint, a folder, or the file ``best`` of a folder.
+
+        Raises:
+            UsageError: `path` is no path.
+        """
+        if not is_a(path, (str, PathLike)):
+            raise UsageError(
+                f"request_weights() takes the path of a checkpoint, got {path!r}. "
+                f'Write learner.request_weights("checkpoints/best").'
+            )
+        self._state.requests.append((self._owner.callback, CheckpointRequest(fspath(path), loads=True)))
+
     def __repr__(self) -> str:
         return f"LearnerView of {self._owner.callback}"
 
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """The arguments of `LearnerView.request_checkpoint`, until the loop takes the checkpoint.
+    """The arguments of a request for a checkpoint or for weights, until the loop does what is requested.
 
     Attributes:
-        path: The file to write.
+        path: The file to write or to load from.
         best: Whether ``best`` in the folder of the file names the checkpoint.
         remove: The names of files in the folder to remove.
         weights: Whether to write the weights of the model as safetensors too.
@@ -139,6 +159,7 @@ class CheckpointRequest:
         judged: Whether the checkpoint holds the weights that evaluation uses as the model.
         decide: Returns ``(best, remove)``. It is called before the state of the callbacks is taken, so that a callback
             can note in its state what it has decided.
+        loads: Whether the weights of the checkpoint are to be loaded when the fit has ended; nothing is written then.
     """
 
     path: str
@@ -148,6 +169,7 @@ class CheckpointRequest:
     on_interrupt: bool = False
     judged: bool = False
     decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None
+    loads: bool = False
 
 
 class StepContext(Protocol):

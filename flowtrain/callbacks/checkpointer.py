@@ -11,7 +11,8 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,9 @@ from flowtrain.callbacks.stopping.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
+from flowtrain.training.checkpoint.files import target
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "latest_of"]
 
 _INTERRUPTED = "interrupted.ckpt"
 """The file of the checkpoint that an interrupt takes; any later checkpoint removes it."""
@@ -61,6 +63,8 @@ class Checkpointer(Callback):
             that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
             ``Metric(f, mode=...)`` do.
         every_steps: Write a checkpoint after every n-th training batch too, and keep only the newest of these.
+        restore_best: Give the model the weights of the best checkpoint when a fit has ended, by itself or by a cancel.
+            The optimizer and the recorded metrics stay those of the last epoch. Needs a `monitor`.
         weights: ``"safetensors"`` writes the weights of the model beside each checkpoint, as
             ``epoch-0001.safetensors`` (https://huggingface.co/docs/safetensors).
 
@@ -89,6 +93,7 @@ class Checkpointer(Callback):
         mode: Mode | None = None,
         *,
         every_steps: int | None = None,
+        restore_best: bool = False,
         weights: Literal["safetensors"] | None = None,
     ) -> None:
         if not is_a(folder, (str, os.PathLike)):
@@ -105,12 +110,20 @@ class Checkpointer(Callback):
             raise UsageError(
                 f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
             )
+        if not is_a(restore_best, bool):
+            raise UsageError(f"Checkpointer(restore_best={restore_best!r}): restore_best is True or False.")
+        if restore_best and monitor is None:
+            raise UsageError(
+                "Checkpointer(monitor=None, restore_best=True): without a monitor no epoch is the best. Name the "
+                "metric that ranks them, as in monitor='Loss'."
+            )
         _check_weights(weights)
         self.folder = Path(folder)
         self.keep_top_k, self.monitor, self.phase = keep_top_k, monitor, phase
         self.mode: Mode | None = mode
         self.every = whole_number("Checkpointer(): every", every)
         self.every_steps, self.weights = every_steps, weights is not None
+        self.restore_best = restore_best
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
         self._direction: Mode = mode or "min"  # `check_callbacks` replaces it by the mode of the metric
@@ -139,6 +152,8 @@ class Checkpointer(Callback):
         """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
         if identity() is None:  # a dry run makes no folder
             self._try_folder()
+            if not event.resumed:
+                self._warn_of_others()
         for other in learner.callbacks:
             if (
                 isinstance(other, Checkpointer)
@@ -179,8 +194,13 @@ class Checkpointer(Callback):
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Request no more checkpoints, because no fit could resume from an evaluation outside of a fit."""
+        """Request no more checkpoints, because no fit could resume from an evaluation outside of a fit.
+
+        With `restore_best`, request the weights of the best one.
+        """
         self._watched = None
+        if self.restore_best and math.isfinite(self._best):
+            learner.request_weights(self.folder / "best")
 
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
@@ -299,6 +319,36 @@ class Checkpointer(Callback):
                 f"{self.name or 'Checkpointer'} cannot write into the folder {self.folder}: {error}. Nothing has been "
                 f"trained. Choose another folder, or make this one writable."
             ) from error
+
+    def _warn_of_others(self) -> None:
+        latest = target(self.folder, "latest")
+        if latest and not self._ranked_by:  # this callback has neither begun a fit nor loaded a state
+            warnings.warn(
+                f"The folder {self.folder} holds the checkpoints of another run (its latest is {latest}), and this fit "
+                f"begins anew: it replaces files of the same name, and 'latest' and 'best' will name its own. Write "
+                f"fit(..., resume='auto') to continue that run, or give this run a folder of its own.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def latest_of(callbacks: Iterable[Callback]) -> Path | None:
+    """Return the folder whose latest checkpoint ``fit(resume="auto")`` continues, or ``None`` if there is none yet.
+
+    With several Checkpointers that is the folder whose latest checkpoint is the newest.
+
+    Raises:
+        UsageError: There is no `Checkpointer`.
+    """
+    folders = [each.folder for each in callbacks if isinstance(each, Checkpointer)]
+    if not folders:
+        raise UsageError(
+            "fit(resume='auto') continues from the latest checkpoint in the folder of a Checkpointer, and the learner "
+            "has no Checkpointer. Add one, as in callbacks=[Checkpointer('runs/a')], or pass the path of a checkpoint."
+        )
+    found = [(folder / target(folder, "latest"), folder) for folder in folders if target(folder, "latest")]
+    written = [(file.stat().st_mtime_ns, folder) for file, folder in found if file.is_file()]
+    return max(written)[1] if written else None
 
 
 def _check_weights(weights: object) -> None:

@@ -35,16 +35,17 @@ _FIXED = ["group", "step"]
 class CsvBackend(FileBackend):
     """Write values as a table. It takes only `Value`.
 
-    An existing table is continued, so give each run its own file.
+    Give each run its own file: rows are added after those that the table has.
 
     Args:
         path: The file, such as ``"runs/a/values.csv"``; it is made with its folders when training begins.
+        append: Whether the table may have rows of another run. Otherwise training begins with a warning of them.
     """
 
     accepts = (Value,)
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
+        super().__init__(path, append=append)
         self._columns = list(_FIXED)
         self._rows = 0
         self._last: list[str] = []  # the cells of the last row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -23,6 +24,7 @@ __all__ = [
     "read_file",
     "replace_file",
     "unwritable",
+    "warn_of_others",
 ]
 
 
@@ -173,12 +175,15 @@ class FileBackend(LoggerBackend):
 
     Args:
         path: The file or its folder. It is made absolute, so that it does not depend on the working directory.
+        append: Whether records of another run are expected there. Otherwise `open` warns of them.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = os.path.abspath(os.fspath(path))
+        self.append = append
         self._file: AppendingFile | None = None
         self._silent = False
+        self._run = ""  # the run that this backend was last opened for
 
     @property
     def sink(self) -> str:
@@ -190,11 +195,16 @@ class FileBackend(LoggerBackend):
         """Open the file of a run."""
 
     def open(self, run: Run) -> None:
-        """Open the file, or make it. Records in it are kept."""
+        """Open the file, or make it. Records in it are kept, with a warning if they are of another run."""
         self.close()
         self._silent = run.rank != 0
-        if not self._silent:
-            self._file = self._open_file(run)
+        if self._silent:
+            return
+        if not self.append and not run.resumed and run.id != self._run:
+            size = os.path.getsize(self.path) if os.path.isfile(self.path) else 0
+            warn_of_others(self, f"{size} bytes" if size else "")
+        self._file = self._open_file(run)
+        self._run = run.id
 
     def write(self, record: bytes) -> None:
         """Append a record."""
@@ -242,6 +252,23 @@ class FileBackend(LoggerBackend):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
+
+
+def warn_of_others(backend: Any, before: str) -> None:
+    """Warn of records of another run, where a run begins anew.
+
+    Args:
+        backend: The backend, which has a `path`.
+        before: What there is of other runs, such as ``"90 bytes"``; empty if there is nothing.
+    """
+    if before:
+        warnings.warn(
+            f"{backend.path} already has {before} of another run, and this run begins anew: its records come after "
+            f"those. Write fit(..., resume=...) to continue the other run, log this one to a path of its own, or write "
+            f"{type(backend).__name__}(..., append=True).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def not_open(backend: LoggerBackend) -> LoggingError:

@@ -50,11 +50,12 @@ _WITH_FILE = b"\0"
 class JsonlBackend(FileBackend):
     """Write JSON lines.
 
-    An existing file is continued, so give each run its own file. A record is in the file when `write` returns, and on
-    the disk when `flush` returns.
+    Give each run its own file: records are added after those that the file has. A record is in the file when `write`
+    returns, and on the disk when `flush` returns.
 
     Args:
         path: The file, such as ``"runs/a/log.jsonl"``; it is made with its folders when training begins.
+        append: Whether the file may have records of another run. Otherwise training begins with a warning of them.
 
     >>> JsonlBackend("/tmp/log.jsonl").encode(Value(0.5), "Loss", 1, ("Step", "TrainingPhase"))[:61]
     b'{"name": "Loss", "group": "Step/TrainingPhase", "step": 1, "k'

@@ -38,7 +38,7 @@ from flowtrain.logging.backend import (
 )
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.files import AppendingFile, not_open, unwritable
+from flowtrain.logging.files import AppendingFile, not_open, unwritable, warn_of_others
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import flat, number, refused, settings
 
@@ -62,6 +62,8 @@ class TensorBoardBackend(LoggerBackend):
         path: The folder of the run, such as ``"runs/a"``; it is made when training begins.
         by_phase: ``False`` writes all records into `path` itself, with the phase in the tag, such as
             ``Epoch/TrainingPhase/Loss``. A resumed run that has begun so continues so in any case.
+        append: Whether the folder may have event files of another run, whose curves TensorBoard joins with these.
+            Otherwise training begins with a warning of them.
 
     Raises:
         UsageError: `by_phase` is not ``True`` or ``False``.
@@ -69,14 +71,15 @@ class TensorBoardBackend(LoggerBackend):
 
     accepts = (Value, Image, Text, Histogram, Figure, Settings)
 
-    def __init__(self, path: str | os.PathLike[str], *, by_phase: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, by_phase: bool = True, append: bool = False) -> None:
         if by_phase not in (True, False):
             raise UsageError(
                 f"TensorBoardBackend(by_phase={by_phase!r}): by_phase is True if each phase is a run of its own, or "
                 f"False for one run with the phase in the tags."
             )
         self.path = os.path.abspath(os.fspath(path))  # so that it does not depend on the working directory
-        self.by_phase = by_phase
+        self.by_phase, self.append = by_phase, append
+        self._opened = ""  # the id of the run that the backend was last opened for
         self._run: Run | None = None  # the run that the backend is open for
         self._continues_flat = ""  # the id of a resumed run that has the phase in the tags
         self._files: dict[str, AppendingFile] = {}  # the open files by the name of their folder in `path`
@@ -103,6 +106,10 @@ class TensorBoardBackend(LoggerBackend):
             return
         needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
         self._try_folder()
+        if not self.append and not run.resumed and run.id != self._opened:
+            others = [each for each in self._event_files() if f".{run.id}." not in f"{os.path.basename(each)}."]
+            warn_of_others(self, f"{len(others)} event file{'s' * (len(others) > 1)}" if others else "")
+        self._opened = run.id
         for folder in self._folders():
             self._file_of(folder)
 
@@ -180,6 +187,14 @@ class TensorBoardBackend(LoggerBackend):
         """Return the folders that have an event file of the run."""
         inside = glob.glob(os.path.join(glob.escape(self.path), "*", ""))
         return [each for each in ("", *(os.path.basename(path[:-1]) for path in sorted(inside))) if self._found(each)]
+
+    def _event_files(self) -> list[str]:
+        """Return the paths of the event files of all runs that were logged to this folder."""
+        here = os.path.join(glob.escape(self.path), "events.out.tfevents.*")
+        inside = glob.glob(os.path.join(glob.escape(self.path), "*", "events.out.tfevents.*"))
+        return glob.glob(here) + [
+            path for path in inside if path.endswith(f".{os.path.basename(os.path.dirname(path))}")
+        ]
 
     def _found(self, folder: str) -> list[str]:
         """Return the paths of the event files of the run in one of its folders."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -100,7 +101,9 @@ def _run(
 ) -> tuple[_Result, Exception | None]:
     """Make a learner and run it; return the result, and the exception that was raised."""
     raised: Exception | None = None
-    with _random_from(seed):
+    with _random_from(seed), warnings.catch_warnings():
+        # Every run writes to the files of the run before it, if the learner keeps files.
+        warnings.filterwarnings("ignore", ".* of another run", UserWarning)
         learner = make_learner(executor)
         _check(learner, executor, used)
         with learner:

@@ -150,14 +150,16 @@ class Loop:
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
             _attempt(failures, finish)
+        stopped: BaseException | None = None
         try:
             if failures:
                 raise_worst(failures)
         except CancelFittingException as cancel:
+            stopped = cancel
             for kept in (cancel, *getattr(cancel, "others", ())):
                 kept.__traceback__ = None  # the frames of the traceback hold a batch with its autograd graph
-            return cancel
-        return None
+        self.checkpoints.load_wanted()
+        return stopped
 
     def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int, position: Position) -> None:
         """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""

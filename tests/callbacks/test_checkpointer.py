@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flowtrain import (
     AbstractValidationPhase,
     Callback,
     CancelEpochException,
+    CancelFittingException,
     CheckpointError,
     EpochBegin,
     Executor,
@@ -23,13 +25,15 @@ from flowtrain import (
     LearnerView,
     MissingStateError,
     Phase,
+    Read,
     TrainingPhase,
     UsageError,
     ValidationPhase,
+    load_weights,
     on,
 )
 from flowtrain.callback.access import declare
-from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
+from flowtrain.callbacks import EMA, Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
@@ -83,6 +87,130 @@ def test_the_best_and_the_latest_stay(
     assert files(tmp_path) == kept
     assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == ("4", best)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+@pytest.mark.parametrize(("scores", "best"), [([3, 1, 2, 4], 2), ([4, 3, 2, 1], 4), ([NAN, 2, NAN, 3], 2)])
+def test_the_best_weights_come_back_when_the_fit_ends(
+    scores: list[float], best: int, executor: str, tmp_path: Path
+) -> None:
+    keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+    learner = tiny_learner(scored(*scores), keep, n_batches=1, executor=executor)
+    learner.fit(4)
+    plain = tiny_learner(n_batches=1)
+    plain.fit(best)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+    assert torch.equal(load_weights(tmp_path)["coeff"], plain.model.coeff)
+    assert load_weights(tmp_path, "latest")["coeff"] != plain.model.coeff or best == 4
+    assert len(learner.cbstate.metrics_epoch[ValidationPhase]["Score"]) == 4, "only the weights are those of the best"
+    assert learner.cbstate.history[TrainingPhase].epochs == 4
+
+
+def test_with_averages_the_best_weights_are_those_that_were_judged(tmp_path: Path) -> None:
+    """The next fit continues from the trained weights of the best epoch, and the averages with them."""
+    keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+    learner, ema = tiny_learner(scored(3, 1, 2), keep, EMA(0.5), n_batches=1), EMA(0.5)
+    learner.fit(3)
+    plain = tiny_learner(ema, n_batches=1)
+    plain.fit(2)
+    with ema.applied():
+        assert torch.equal(learner.model.coeff, plain.model.coeff)
+        assert torch.equal(load_weights(tmp_path)["coeff"], plain.model.coeff)
+    learner.replace_callback(scored(5))
+    learner.fit(1)
+    assert load_weights(tmp_path / "epoch-0004.ckpt")["coeff"] != plain.model.coeff
+    contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
+    assert torch.equal(contents["trained"][""]["coeff"], plain.model.coeff)
+
+
+def test_the_best_weights_come_back_after_a_cancel_and_not_after_an_error(tmp_path: Path) -> None:
+    class Ends(Callback):
+        def __init__(self, raised: type[Exception]) -> None:
+            self.raised = raised
+
+        @on(EpochBegin, TrainingPhase, access={"cbstate.history": Read()})
+        def end(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            if learner.cbstate.history[TrainingPhase].epochs == 3:
+                raise self.raised("enough")
+
+    for raised, epoch in ((CancelFittingException, 1), (RuntimeError, 3)):
+        keep = Checkpointer(tmp_path / raised.__name__, monitor="Score", mode="min", restore_best=True)
+        learner = tiny_learner(scored(1, 2, 3), keep, Ends(raised), n_batches=1)
+        with pytest.raises(RuntimeError) if raised is RuntimeError else nullcontext():
+            learner.fit(9)
+        plain = tiny_learner(n_batches=1)
+        plain.fit(epoch)
+        assert torch.equal(learner.model.coeff, plain.model.coeff)
+
+
+def test_without_a_best_epoch_the_last_weights_stay(tmp_path: Path) -> None:
+    """The folder may have a best checkpoint of another run, which is not this run's."""
+    tiny_learner(scored(1), Checkpointer(tmp_path, monitor="Score", mode="min"), n_batches=1).fit(1)
+    keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+    learner = tiny_learner(scored(NAN, NAN), keep, n_batches=1)
+    with pytest.warns(UserWarning, match="holds the checkpoints of another run"):
+        learner.fit(2)
+    plain = tiny_learner(n_batches=1)
+    plain.fit(2)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+
+
+def test_weights_of_several_models_by_name(tmp_path: Path) -> None:
+    models = {"one": torch.nn.Linear(1, 1), "two": torch.nn.Linear(1, 1)}
+    states = {name: model.state_dict() for name, model in models.items()}
+    torch.save({"format": "flowtrain checkpoint", "version": 1, "model": states}, tmp_path / "a.ckpt")
+    found = load_weights(tmp_path / "a.ckpt")
+    for name, model in models.items():
+        model.load_state_dict(found[name])
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no checkpoint that is complete: there is no file 'latest'"):
+        load_weights(tmp_path)
+    tiny_learner(Checkpointer(tmp_path, monitor=None), n_batches=1).fit(1)
+    with pytest.raises(CheckpointError, match=r"counts as the best.*Write load_weights\(path, 'latest'\)"):
+        load_weights(tmp_path)
+    with pytest.raises(UsageError, match=r"which='last'\): which is 'best' or 'latest'"):
+        load_weights(tmp_path, "last")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match=r"load_weights\(3\) takes the folder"):
+        load_weights(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_resume_auto_goes_on_if_there_is_something_to_go_on_from(tmp_path: Path) -> None:
+    def made() -> Learner:
+        log = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
+        return tiny_learner(Checkpointer(tmp_path / "one"), Checkpointer(tmp_path / "two"), log, n_batches=2)
+
+    with made() as first:
+        first.fit(2, resume="auto")
+    shutil.rmtree(tmp_path / "one")  # the folder with the newest checkpoint counts
+    with made() as second:
+        second.fit(3, resume="auto")
+    with made() as third:
+        third.fit(3, resume="auto")
+    assert third.cbstate.history[TrainingPhase].epochs == 3
+    whole = tiny_learner(n_batches=2)
+    whole.fit(3)
+    assert torch.equal(third.model.coeff, whole.model.coeff)
+    steps = [each["step"] for each in log_records(tmp_path / "log.jsonl") if each["group"] == "Step/TrainingPhase"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_auto_needs_a_folder() -> None:
+    with pytest.raises(UsageError, match=r"resume='auto'\) continues from .* has no Checkpointer\. Add one"):
+        tiny_learner().fit(1, resume="auto")
+
+
+def test_checkpoints_of_another_run_are_noticed(tmp_path: Path) -> None:
+    first = tiny_learner(Checkpointer(tmp_path), n_batches=1)
+    first.fit(1)
+    first.fit(1)
+    second = tiny_learner(Checkpointer(tmp_path), n_batches=1)
+    with pytest.warns(UserWarning, match=r"another run \(its latest is epoch-0002\.ckpt\).*resume='auto'"):
+        second.fit(1)
+    second.fit(1)
+    third = tiny_learner(Checkpointer(tmp_path), n_batches=1)
+    third.fit(3, resume=tmp_path)
 
 
 def test_without_a_monitor_the_newest_stay(tmp_path: Path) -> None:
@@ -423,6 +551,8 @@ def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
         ({"monitor": "a."}, r"monitor='a\.'\): monitor is the name of a metric, such as 'Loss'\."),
         ({"phase": "train"}, r"phase='train'\) is no phase type\. Write phase=ValidationPhase\."),
         ({"mode": "best"}, r"mode='best'\): mode is 'min' if small values of Loss are good, otherwise 'max'\."),
+        ({"restore_best": 1}, r"restore_best=1\): restore_best is True or False\."),
+        ({"restore_best": True, "monitor": None}, r"without a monitor no epoch is the best\. Name the metric"),
         ({"weights": "onnx"}, r'weights=\'onnx\'\): weights is "safetensors", or None for no such file\.'),
     ],
 )

@@ -88,7 +88,7 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "values.csv"
     path.write_text("a,b\n1,2\n", "utf-8")
     with pytest.raises(LoggingError, match=r"values\.csv begins with the columns a, b, so it is no table of a CsvB"):
-        CsvBackend(path).open(Run("r"))
+        CsvBackend(path, append=True).open(Run("r"))
     assert path.read_text("utf-8") == "a,b\n1,2\n"
     path.write_text("group,step\n", "utf-8")
     backend = CsvBackend(path)

@@ -180,3 +180,28 @@ def test_a_subclass_that_writes_in_its_own_way_gets_every_record(tmp_path: Path)
     backend.close()
     assert found == [b'{"step": 1}\n', b'{"step": 2}\n']
     assert (tmp_path / "log.jsonl").read_bytes() == b"".join(found)
+
+
+@pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend, TensorBoardBackend])
+def test_records_of_another_run_are_noticed(kind: type[FileBackend], tmp_path: Path) -> None:
+    """A second run in one file is nearly always a mistake, and neither loses a record nor goes unsaid."""
+
+    def used(run: Run, **arguments: bool) -> None:
+        backend = kind(tmp_path / "log", **arguments)
+        for _ in range(2):  # the same run may close the backend and open it again
+            backend.open(run)
+            backend.write(backend.encode(Value(0.5), "Loss", 1, ("Step", "TrainingPhase")))
+            backend.close()
+
+    used(Run("one"))
+    used(Run("one", resumed=True))
+    before = sorted((each.name, each.read_bytes()) for each in tmp_path.glob("**/*") if each.is_file())
+    text = rf"log already has .* of another run.*resume=.*{kind.__name__}\(\.\.\., append=True\)"
+    with pytest.warns(UserWarning, match=text):
+        used(Run("other"))
+    with pytest.raises(UserWarning, match=text):  # where warnings are errors, nothing has been opened
+        kind(tmp_path / "log").open(Run("third"))
+    used(Run("third"), append=True)
+    used(Run("fourth", rank=1))
+    after = {each.name: each.read_bytes() for each in tmp_path.glob("**/*") if each.is_file()}
+    assert all(after[name].startswith(content) for name, content in before)

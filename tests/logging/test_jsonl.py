@@ -101,7 +101,7 @@ def test_files_lie_beside_and_are_there_before_their_line(tmp_path: Path) -> Non
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"st' + b"x" * 100_000)
-    backend = JsonlBackend(path)
+    backend = JsonlBackend(path, append=True)
     backend.open(Run("r"))
     backend.close()
     assert path.read_bytes() == b'{"step": 1}\n'

@@ -196,7 +196,7 @@ def test_a_log_with_the_phase_in_its_tags_is_continued_so(tmp_path: Path) -> Non
     assert [event.step for event in found.Images("Step/TrainingPhase/Picture")] == [3, 4]
     assert [event.step for event in found.Tensors("Step/TrainingPhase/Settings")] == [3, 4]
     assert found.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
-    other = TensorBoardBackend(tmp_path)
+    other = TensorBoardBackend(tmp_path, append=True)
     other.open(Run("other"))  # another run begins in the usual way
     other.write(other.encode(Value(1), "Loss", 1, STEP))
     other.close()
@@ -253,7 +253,7 @@ def test_by_phase_is_true_or_false(tmp_path: Path) -> None:
 
 def test_a_run_has_one_file_and_another_run_has_its_own(tmp_path: Path) -> None:
     for run in ("one", "one", "other"):
-        backend = TensorBoardBackend(tmp_path)
+        backend = TensorBoardBackend(tmp_path, append=run == "other")
         backend.open(Run(run))
         backend.write(backend.encode(Value(0.5), "Loss", 1, STEP))
         position = backend.flush()

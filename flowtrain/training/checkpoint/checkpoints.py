@@ -32,7 +32,15 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Stage, phase_of
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.changes import Changes
-from flowtrain.training.checkpoint.contents import apply, check_fits, gather, load_models, without_callback
+from flowtrain.training.checkpoint.contents import (
+    apply,
+    check_fits,
+    check_models,
+    gather,
+    load_callbacks,
+    load_models,
+    without_callback,
+)
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
 from flowtrain.training.checkpoint.rng import (
@@ -92,6 +100,7 @@ class Checkpoints:
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
         self._returning = False  # the fit resumes, and is not yet back at the position of its checkpoint
+        self._wanted: list[str] = []  # checkpoints whose weights the model gets when the fit has ended
 
     # --- take
 
@@ -103,7 +112,8 @@ class Checkpoints:
                 be written.
         """
         self._on_interrupt += [request for request in requests if request.on_interrupt]
-        now = [request for request in requests if not request.on_interrupt]
+        self._wanted += [request.path for request in requests if request.loads]
+        now = [request for request in requests if not request.on_interrupt and not request.loads]
         if now and self._scopes.batch == OPEN:
             self._waiting += now
             self._mailbox.put(self.take_waiting)
@@ -216,6 +226,25 @@ class Checkpoints:
             if not self.showing_judged:  # no callback of this learner has the judged parameters, so load them here
                 load_models(contents["model"], self._core)
         self._scopes.restore_numbers(*numbers)
+
+    def load_wanted(self) -> None:
+        """Load the weights that were requested for the end of the fit, which has ended and written its checkpoints.
+
+        Raises:
+            CheckpointError: A checkpoint cannot be read, or is of another model.
+        """
+        paths, self._wanted = self._wanted, []
+        for path in paths:
+            contents = self._read(path)
+            check_models(contents, self._core)
+            self.show_trained()
+            load_models(contents.get("trained", contents["model"]), self._core)
+            judges = [each for each in self._state.callbacks if type(each).hold_judged is not Callback.hold_judged]
+            load_callbacks(contents, judges)
+            if "trained" in contents:
+                self.showing_judged = [callback for callback in judges if callback.hold_judged(True)]
+                if not self.showing_judged:
+                    load_models(contents["model"], self._core)
 
     def show_trained(self) -> list[Callback]:
         """Put the trained parameters back into the models, if a loaded checkpoint has put the judged ones there.
@@ -345,6 +374,7 @@ class Checkpoints:
 
     def begin_fit(self, unit: str) -> Position:
         """Return the position at which a fit begins: the position of the checkpoint that it resumes, or its start."""
+        self._wanted.clear()
         self.show_trained()
         self.position = Position(unit) if self.resumed is None else Position.resumed(self.resumed["position"])
         return self.position

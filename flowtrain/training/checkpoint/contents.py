@@ -29,7 +29,7 @@ learner's earlier state is restored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -46,7 +46,7 @@ from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
-__all__ = ["apply", "check_fits", "gather", "load_models", "without_callback"]
+__all__ = ["apply", "check_fits", "check_models", "gather", "load_callbacks", "load_models", "without_callback"]
 
 _COMPILED = "_orig_mod."
 """Torch puts this before the names of parameters in a compiled module."""
@@ -151,17 +151,9 @@ def check_fits(contents: Mapping[str, Any], state: LearnerState, core: TorchCore
         CheckpointError: The checkpoint has another model or other optimizers, or has the state of a callback under
             the name of a callback of another type.
     """
-    wrong = _wrong_names("model", contents["model"], core.models)
-    for name, model in core.models.items():
-        wrong = wrong or list(_differences(contents["model"][name], _state_of(model)))
-    wrong = wrong or list(_differences(contents["loss module"], _state_of(state.lossfn)))
-    wrong = wrong or list(changes.differences(contents.get("structure")))
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(
-            f"The checkpoint was taken of another model: {'; '.join(wrong[:5])}{more}. Build the learner with the "
-            f"model that the checkpoint was taken of. Nothing has been changed."
-        )
+    check_models(contents, core)
+    _refuse_model(list(_differences(contents["loss module"], _state_of(state.lossfn))))
+    _refuse_model(list(changes.differences(contents.get("structure"))))
     optimizers = by_name(state.optimizer)
     wrong = _wrong_names("optimizer", contents["optimizer"], optimizers)
     for name, optimizer in optimizers.items():
@@ -178,6 +170,27 @@ def check_fits(contents: Mapping[str, Any], state: LearnerState, core: TorchCore
                 f"The checkpoint has the state of a {saved['type']} under the name {callback.name!r}, and here that is "
                 f"a {type(callback).__name__}. Give one of them another name. Nothing has been changed."
             )
+
+
+def check_models(contents: Mapping[str, Any], core: TorchCore) -> None:
+    """Check that the models of a checkpoint have the names, shapes and dtypes of the models of a core.
+
+    Raises:
+        CheckpointError: They have others.
+    """
+    wrong = _wrong_names("model", contents["model"], core.models)
+    for name, model in core.models.items():
+        wrong = wrong or list(_differences(contents["model"][name], _state_of(model)))
+    _refuse_model(wrong)
+
+
+def _refuse_model(wrong: list[str]) -> None:
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"The checkpoint was taken of another model: {'; '.join(wrong[:5])}{more}. Build the learner with the "
+            f"model that the checkpoint was taken of. Nothing has been changed."
+        )
 
 
 def _wrong_names(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -257,8 +270,17 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
         state.cbstate.__put__(name, stage.copy(packed, f"cbstate.{name}"), phases)
-    run = contents.get("run", {})
-    for callback in state.callbacks:
+    load_callbacks(contents, state.callbacks)
+
+
+def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:
+    """Load the state of callbacks from a checkpoint; a callback that it lacks keeps its state.
+
+    Raises:
+        CheckpointError: A callback refused its state.
+    """
+    stage, run = Stage(), contents.get("run", {})
+    for callback in callbacks:
         if callback.name in contents["callbacks"]:
             _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
             if "here" in run:  # read from a file, and no copy of the earlier state

@@ -16,12 +16,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
 from flowtrain.callback.view import POINTERS, CheckpointRequest
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, UsageError, is_a
 from flowtrain.graph.executor import Mailbox
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "JUDGED",
     "VERSION",
     "Writer",
+    "load_weights",
     "read",
     "real_folder",
     "resolve",
@@ -145,6 +146,37 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"this one reads {VERSION} and {JUDGED}. Use the flowtrain that wrote it, or a later one."
         )
     return dict(contents)
+
+
+def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] = "best") -> dict[str, Any]:
+    """Return the weights of a checkpoint on the CPU, for ``model.load_state_dict`` in a program without a learner.
+
+    They are the weights that were evaluated: those of `flowtrain.callbacks.EMA` and its like where these are used.
+
+    Args:
+        path: The folder of a `flowtrain.callbacks.Checkpointer`, or the file of a checkpoint.
+        which: Which checkpoint of a folder.
+
+    Returns:
+        The ``state_dict`` of the model; with several models a mapping from the name of each model to its.
+
+    Raises:
+        CheckpointError: The folder has no such checkpoint, or the file cannot be read.
+    """
+    if not is_a(path, (str, os.PathLike)):
+        raise UsageError(f"load_weights({path!r}) takes the folder of a Checkpointer, or the path of a checkpoint.")
+    if which not in POINTERS:
+        raise UsageError(f"load_weights(which={which!r}): which is 'best' or 'latest'.")
+    found = Path(path)
+    if found.is_dir():
+        if which == "best" and not target(found, "best") and target(found, "latest"):
+            raise CheckpointError(
+                f"No checkpoint of {found} counts as the best: its Checkpointer has no monitor, or has ranked no epoch "
+                f"yet. Write load_weights(path, 'latest')."
+            )
+        found = found / which if target(found, which) else found
+    models = read(found)["model"]
+    return dict(models[""] if list(models) == [""] else models)
 
 
 def _first_line(error: Exception) -> str:

@@ -308,7 +308,7 @@ def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
         model.back = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
         model.head = nn.Linear(1, 1)
         model.back.config = model.config
-        callbacks = [Do(do, number=number), Checkpointer(tmp_path)]
+        callbacks = [Do(do, number=number), Checkpointer(tmp_path / str(number))]
         return learner_of(*callbacks, model=model, lossfn=Loss(), optimizer=Slower)
 
     torch.manual_seed(1)
@@ -319,9 +319,9 @@ def test_rule_28_what_objects_hold_goes_on(do: Any, tmp_path: Path) -> None:
     whole.fit(3)
     resumed = learner(2)
     torch.manual_seed(1)
-    resumed.fit(3, resume=tmp_path / "epoch-0002.ckpt")
+    resumed.fit(3, resume=tmp_path / "2" / "epoch-0002.ckpt")
     assert weights(resumed) == weights(whole) != weights(other)
-    whole.load(tmp_path / "epoch-0002.ckpt")
+    whole.load(tmp_path / "2" / "epoch-0002.ckpt")
     assert whole.model.config.users == {whole.model}
 
 

@@ -147,12 +147,12 @@ class Refuses(Callback):
 
 
 def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(folder: Path) -> None:
-    learner_of(SmoothLoss(), Refuses(False), Checkpointer(folder)).fit(1)
+    learner_of(SmoothLoss(), Refuses(False), Checkpointer(folder / "refused")).fit(1)
     learner = learner_of(SmoothLoss(), Refuses(True))
     learner.fit(1)
     before = state_of(learner)
     with pytest.raises(CheckpointError, match=r"^Refuses refuses its state in the checkpoint: KeyError"):
-        learner.load(folder)
+        learner.load(folder / "refused")
     assert state_of(learner) == before
 
 
@@ -188,8 +188,9 @@ class Stays(Callback):
 
 
 def test_a_callback_that_fails_after_its_state_was_loaded_leaves_everything_as_it_was(folder: Path) -> None:
+    folder = folder / "again"
     learner_of(SmoothLoss(), Stays(), Checkpointer(folder)).fit(1)
-    learner = learner_of(SmoothLoss(), Stays(), Checkpointer(folder))
+    learner = learner_of(SmoothLoss(), Stays(), Checkpointer(folder / "other"))
     learner.fit(1)
     before = state_of(learner)
     for take in (learner.load, lambda path: learner.fit(2, resume=path)):
@@ -330,7 +331,7 @@ def test_entries_of_the_users(tmp_path: Path) -> None:
     assert loaded.cbstate.mine == {"seen": [1, 2]}
     assert loaded.cbstate.deep.inner == 2
     with pytest.raises(CheckpointError, match=r"^cbstate\.mine cannot be in a checkpoint: itself is <object"):
-        learner_of(Shares(object()), Checkpointer(tmp_path)).fit(1)
+        learner_of(Shares(object()), Checkpointer(tmp_path / "other")).fit(1)
 
 
 def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
@@ -352,12 +353,13 @@ def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_pat
     part: Any = torch.compile(net(), backend="eager")
     inner = torch.nn.Sequential(part)
     for each, name in ((compiled, "0.weight"), (inner, "0.0.weight")):
-        learner_of(Checkpointer(tmp_path), model=each).fit(1)
-        contents = torch.load(tmp_path / "epoch-0001.ckpt", weights_only=True)
+        folder = tmp_path / name
+        learner_of(Checkpointer(folder), model=each).fit(1)
+        contents = torch.load(folder / "epoch-0001.ckpt", weights_only=True)
         assert "_orig_mod" not in repr(contents)
         assert name in contents["model"][""]
     plain = learner_of(model=torch.nn.Sequential(net()))
-    plain.load(tmp_path)
+    plain.load(folder)
     assert torch.equal(plain.model[0][0].weight, inner.state_dict()["0._orig_mod.0.weight"])
     assert contents["optimizer"][""]["type"] == "SGD"
     assert contents["finite"] is True
