@@ -114,9 +114,8 @@ class Callback:
         earlier_types = earlier and (earlier.event_type, earlier.phase_type, earlier.names)
         if earlier and earlier.function is handler.function and earlier_types != types:
             raise HandlerError(
-                f"{handler.attribute} is marked by two @on, and the outer one would replace the inner one. Write two "
-                f"functions for {earlier.event_type.__name__} and {handler.event_type.__name__}, and call what they "
-                f"share."
+                f"{handler.attribute} is marked by two @on, and the outer one would replace the inner one. Write a "
+                f"function for {earlier.event_type.__name__} and another one for {handler.event_type.__name__}."
             )
         cls._handlers[key] = handler
 

@@ -422,8 +422,7 @@ class TorchCore:
         Args:
             changes: Settings that differ.
         """
-        options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
-        core = TorchCore(**options)
+        core = TorchCore(**{**vars(self.settings), "compile": False, **changes})
         core._warned = True
         return core
 

@@ -638,7 +638,7 @@ def test_stacked_on_of_an_added_function() -> None:
 
     assert str(caught.value) == (
         "count is marked by two @on, and the outer one would replace the inner one. "
-        "Write two functions for EpochEnd and BatchEnd, and call what they share."
+        "Write a function for EpochEnd and another one for BatchEnd."
     )
 
 

@@ -290,25 +290,7 @@ class Checkpoints:
             )
         check_data(position, data)
         numbers = self._numbers(contents)
-        # Warn before anything is changed, because a filter of the user's may make an error of a warning.
-        missing = without_callback(contents, self._state)
-        if missing:
-            warnings.warn(
-                f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
-                f"the fit continues without that state.",
-                UserWarning,
-                stacklevel=4,
-            )
-        otherwise = self.changes.built_otherwise(contents.get("structure"))
-        if otherwise:
-            more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
-            warnings.warn(
-                f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
-                f"continues with this learner. For the same result build it as the other one was built.",
-                UserWarning,
-                stacklevel=4,
-            )
-        self._warn_of_workers(contents, data)
+        self._warn(contents, data)  # before anything is changed: a filter of the user may make an error of a warning
         run = contents["run"]
         self._executor.flush()  # as in `load`
         with self._trained():
@@ -330,6 +312,27 @@ class Checkpoints:
         self.resumed = contents
         self._returning = True
 
+    def _warn(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
+        """Warn where the learner is not the one that the checkpoint was taken of, and so the fit may differ."""
+        missing = without_callback(contents, self._state)
+        if missing:
+            warnings.warn(
+                f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
+                f"the fit continues without that state.",
+                UserWarning,
+                stacklevel=5,
+            )
+        otherwise = self.changes.built_otherwise(contents.get("structure"))
+        if otherwise:
+            more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
+            warnings.warn(
+                f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
+                f"continues with this learner. For the same result build it as the other one was built.",
+                UserWarning,
+                stacklevel=5,
+            )
+        self._warn_of_workers(contents, data)
+
     def _warn_of_workers(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
         """Warn of persistent workers whose random numbers a checkpoint cannot hold."""
         found: list[str] = []
@@ -345,7 +348,7 @@ class Checkpoints:
                 f"workers draw from here on (an augmentation) is not what they would have drawn without the "
                 f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _read(self, path: Any) -> dict[str, Any]:
