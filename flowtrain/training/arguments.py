@@ -46,6 +46,7 @@ _ARGUMENTS = {
     ),
     "callbacks=[Metrics(accuracy)] in Learner": "metrics compute_metrics",
     "callbacks=[LogMetrics(TensorBoardBackend('runs/a'))] in Learner": "logger loggers log report_to",
+    "callbacks=[Profiler('runs/profile')] in Learner": "profiler",
     "callbacks=[...] in Learner, or learner.add_callback(callback)": "cbs callbacks callback",
     "core=TorchCore(device=..., precision=..., accumulate=..., clip_grad_norm=..., compile=...) in Learner": (
         "device devices accelerator gpus precision amp fp16 bf16 accumulate accumulate_grad_batches "

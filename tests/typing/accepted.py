@@ -31,8 +31,20 @@ from flowtrain import (
     Write,
     on,
     resolve,
+    seed_everything,
 )
-from flowtrain.callbacks import CustomCallback, Metrics, throttle
+from flowtrain.callbacks import (
+    SWA,
+    CustomCallback,
+    LearningRate,
+    Metrics,
+    Profiler,
+    Scheduler,
+    cosine,
+    per_epoch,
+    swa_lr,
+    throttle,
+)
 from flowtrain.metrics import accuracy
 
 
@@ -96,10 +108,21 @@ with Learner(
     F.cross_entropy,
     data={TrainingPhase: [], ValidationPhase(): []},
     optimizer=partial(torch.optim.AdamW, lr=1e-3),
-    callbacks=[printer, Metrics(accuracy), CustomCallback(lambda learner: learner.batch, EpochEnd)],
+    callbacks=[
+        printer,
+        Metrics(accuracy),
+        CustomCallback(lambda learner: learner.batch, EpochEnd),
+        SWA(10, data=[torch.zeros(2, 2)]),
+        Profiler("runs/profile", activities=[torch.profiler.ProfilerActivity.CPU]),
+        Scheduler({LearningRate: per_epoch(swa_lr(cosine(0.1), 0.05, start=9, shape="linear"))}),
+    ],
     default_callbacks="quiet",
 ) as learner:
     learner.fit(10)
     learner.fit(steps=100, validate_every=10)
+    learner.fit(10, validate_every=2, limit_batches=0.1)
+    learner.fit(10, limit_batches={TrainingPhase: 100, ValidationPhase(): 0.5})
+    slowest = max(learner.dry_run(), key=lambda each: each.milliseconds)
+    print(slowest.handler, seed_everything(0, deterministic="warn"))
     learner.epoch(TrainingPhase, [])
     print(learner.step(TrainingPhase(), None).loss, learner.stopped, learner.callbacks.explain())
