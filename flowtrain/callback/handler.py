@@ -87,9 +87,10 @@ class Handler:
 
     def bind(self, callback: object) -> Callable[[Event, Phase, Any], None]:
         """Return the function of ``(event, phase, view)`` that calls the handler of a callback."""
-        if self.function is None:
-            return getattr(callback, self.attribute)  # type: ignore[no-any-return]  # a method found by name
-        return self.function.__get__(callback)  # type: ignore[no-any-return]  # binds like a method
+        function: Any = self.function
+        bound: Callable[[Event, Phase, Any], None]
+        bound = getattr(callback, self.attribute) if function is None else function.__get__(callback)
+        return bound
 
     def check(self, callback: object) -> None:
         """Check that the attribute of the callback can be called as a handler: a subclass may have overridden it.

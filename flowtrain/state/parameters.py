@@ -40,7 +40,8 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> NamedTensors:
         found, aliases = self.with_aliases()
-        return freezer.copy(NamedTensors(found, aliases).part(inside))  # type: ignore[no-any-return]  # of the same type
+        frozen: NamedTensors = freezer.copy(NamedTensors(found, aliases).part(inside))
+        return frozen
 
     def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield names and parameters: the quick way through all of them."""
@@ -111,7 +112,8 @@ class Gradients(Mapping[str, torch.Tensor]):
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> NamedGradients:
         params, aliases = self._params.with_aliases()
         found = {name: param.grad for name, param in params.items() if param.grad is not None}
-        return freezer.copy(NamedGradients(found, aliases).part(inside))  # type: ignore[no-any-return]  # of the same type
+        frozen: NamedGradients = freezer.copy(NamedGradients(found, aliases).part(inside))
+        return frozen
 
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad

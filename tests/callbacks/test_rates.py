@@ -22,11 +22,11 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import LearningRate, LearningRateMonitor, Scheduler, step
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_learner
+from tests.support.phases import TwoModels
 
 
 class Halve(Callback):
@@ -81,15 +81,6 @@ def test_beside_a_scheduler_it_records_what_that_sets() -> None:
     learner.fit(1)
     assert recorded(learner) == {"LearningRate": [(1, 0.4), (3, 0.2)]}
     assert [value for _, value in learner.cbstate.hyperparams["LearningRate"]] == [0.4, 0.4, 0.2, 0.2]
-
-
-class TwoModels(AbstractTrainingPhase):
-    def step(self, learner: StepContext, raw: torch.Tensor) -> None:
-        with learner.run_batch(self, inputs=raw) as batch:
-            loss = learner.model.one(batch.inputs).mean() + learner.model.two(batch.inputs).mean()
-            learner.backward(self, loss)
-            learner.update(self, "one")
-            learner.update(self, "two")
 
 
 def two(*callbacks: Callback) -> Learner:

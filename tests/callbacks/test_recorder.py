@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtrain import (
-    AbstractTrainingPhase,
     Access,
     BatchEnd,
     Callback,
@@ -28,12 +27,11 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
-from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
-from tests.support.phases import OtherValidation
+from tests.support.phases import OtherValidation, TwoModels
 
 Counted = tuple[int, int, int, int]
 
@@ -150,14 +148,6 @@ def test_direct_steps_count_as_steps_of_no_epoch() -> None:
 
 
 def test_every_optimizer_has_updates() -> None:
-    class TwoModels(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: torch.Tensor) -> None:
-            with learner.run_batch(self, inputs=raw) as batch:
-                loss = learner.model.one(batch.inputs).mean() + learner.model.two(batch.inputs).mean()
-                learner.backward(self, loss)
-                learner.update(self, "one")
-                learner.update(self, "two")
-
     sgd = partial(torch.optim.SGD, lr=0.1)
     learner = tiny_learner(
         model={"one": TinyModel(), "two": TinyModel()},

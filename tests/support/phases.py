@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowtrain import Phase, TrainingPhase, ValidationPhase
+import torch
+
+from flowtrain import AbstractTrainingPhase, Phase, StepContext, TrainingPhase, ValidationPhase
 
 
 class OtherTraining(TrainingPhase):
@@ -19,3 +21,14 @@ class Silent(Phase):
     """Has a step of its own, and says neither which events it fires nor which entries it provides."""
 
     def step(self, learner: Any, raw: Any) -> None: ...
+
+
+class TwoModels(AbstractTrainingPhase):
+    """Trains the models ``one`` and ``two`` by one loss, each with an optimizer of its own."""
+
+    def step(self, learner: StepContext, raw: torch.Tensor) -> None:
+        with learner.run_batch(self, inputs=raw) as batch:
+            loss = learner.model.one(batch.inputs).mean() + learner.model.two(batch.inputs).mean()
+            learner.backward(self, loss)
+            learner.update(self, "one")
+            learner.update(self, "two")

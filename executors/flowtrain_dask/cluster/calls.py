@@ -175,7 +175,8 @@ class _Call:
                 continue
             try:
                 blob: bytes = future.result(timeout=self._patience.answer)
-                return pickle.loads(blob)  # type: ignore[no-any-return]  # `process` pickles a `Reply`
+                reply: Reply = pickle.loads(blob)  # `process` has pickled it
+                return reply
             except ImportError as error:
                 raise ExecutorError(
                     f"The workers of {self._connection.address} cannot import flowtrain: {type(error).__name__}: "

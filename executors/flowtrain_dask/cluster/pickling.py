@@ -247,7 +247,8 @@ def _conjugate(base: torch.Tensor) -> torch.Tensor:
 
 
 def _negative(base: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._neg_view(base)  # type: ignore[no-any-return]  # torch has no other name for this view
+    view: torch.Tensor = torch.ops.aten._neg_view(base)  # torch has no other name for this view
+    return view
 
 
 def _set_attributes(tensor: torch.Tensor, own: dict[str, Any]) -> None:
@@ -263,4 +264,5 @@ def _load(saved: bytes) -> torch.Tensor:
     # put back the filters of the whole process, while other lanes load in their threads and users set filters.
     if _FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", _TEXT, UserWarning, _MODULE)
-    return torch.load(io.BytesIO(saved), weights_only=False)  # type: ignore[no-any-return]  # by `_reduce_tensor`
+    tensor: torch.Tensor = torch.load(io.BytesIO(saved), weights_only=False)  # `_reduce_tensor` has saved it
+    return tensor

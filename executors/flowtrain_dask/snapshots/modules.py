@@ -48,10 +48,10 @@ def copy_module(value: nn.Module, copying: Copying) -> nn.Module:
 
 
 def _copy_owned(tensor: torch.Tensor, copying: Copying) -> torch.Tensor:
-    made = copying.copy(tensor)
+    made: torch.Tensor = copying.copy(tensor)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made  # type: ignore[no-any-return]  # a tensor of a registered copier
+    return made
 
 
 class OptimizerCopy:

@@ -124,7 +124,9 @@ def _group(core: TorchCore, stage: Stage) -> dict[str, Any] | None:
     if not core.groups.open:
         return None
     gradients = [param.grad for module in core.modules for param in module.parameters()]
-    return stage.copy({"state": core.groups.state_dict(), "gradients": gradients}, "the gradients")  # type: ignore[no-any-return]  # a copy of this dict
+    contents = {"state": core.groups.state_dict(), "gradients": gradients}
+    copied: dict[str, Any] = stage.copy(contents, "the gradients")
+    return copied
 
 
 def _version() -> str:
