@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -71,9 +72,9 @@ class Sinks:
         """
         self._used = _used_by(nodes)
         unused: dict[str, _Used] = {}
-        for sink, opened in list(self._open.items()):
+        for sink, opened in self._open.items():
             if sink not in self._used or self._used[sink].backend is not opened.backend:
-                unused[sink] = self._open.pop(sink)
+                unused[sink] = opened
         self._close(unused)
 
     def open(self) -> None:
@@ -90,9 +91,7 @@ class Sinks:
         def begin(backend: LoggerBackend) -> None:
             """Open a backend for this learner."""
             _check_free(backend, self.lease)
-            backend.open(run)
-            self._open[backend.sink] = self._used[backend.sink]
-            _leases[id(backend)] = weakref.ref(self.lease)
+            self._change(backend, partial(self._begin, backend, run))
 
         _each(new, "opened", begin)
 
@@ -181,12 +180,30 @@ class Sinks:
 
     def close(self) -> None:
         """Close every open backend, and then raise the first failure, if any."""
-        opened = dict(self._open)
-        self._open.clear()
-        self._close(opened)
+        self._close(dict(self._open))
 
     def _close(self, opened: Mapping[str, _Used]) -> None:
-        _each(opened, "closed", lambda backend: _close(backend, self._opened.outcome))
+        _each(opened, "closed", lambda backend: self._change(backend, partial(self._end, backend)))
+
+    def _begin(self, backend: LoggerBackend, run: Run) -> None:
+        self._open[backend.sink] = self._used[backend.sink]
+        _leases[id(backend)] = weakref.ref(self.lease)
+        backend.open(run)
+
+    def _end(self, backend: LoggerBackend) -> None:
+        _close(backend, self._opened.outcome)
+        del self._open[backend.sink]
+
+    def _change(self, backend: LoggerBackend, change: Callable[[], None]) -> None:
+        """Open or close a backend. It is closed after a failure, and after an interrupt, which may come at any line."""
+        try:
+            change()
+        except BaseException as failure:
+            if not isinstance(failure, Exception):
+                backend.close()
+            _leases.pop(id(backend), None)
+            self._open.pop(backend.sink, None)
+            raise
 
 
 class _Lease:

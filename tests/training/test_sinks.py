@@ -17,6 +17,7 @@ from flowtrain.graph.nodes import Node
 from flowtrain.logging import CsvBackend, JsonlBackend, Run, Value
 from flowtrain.testing import tiny_learner
 from flowtrain.training.sinks import Sinks
+from tests.support.interrupts import interrupted
 from tests.support.logs import log_steps
 from tests.support.programs import Programs
 
@@ -181,6 +182,44 @@ def test_a_sink_that_cannot_be_closed_does_not_stop_half_of_a_change(tmp_path: P
     assert learner.get_callback(LogMetrics) is None
     learner.fit(1)
     assert log_steps(tmp_path / "a") == written != []
+
+
+class Known(JsonlBackend):
+    """Knows whether it is open, and has no file."""
+
+    is_open = False
+
+    def open(self, run: Run) -> None:
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+def test_an_interrupt_leaves_no_backend_open_that_closing_the_sinks_does_not_close(tmp_path: Path) -> None:
+    """An interrupt between the opening and the note of it left the file open; one before closing, all of them."""
+    backends = [Known(tmp_path / "a"), Known(tmp_path / "b")]
+    used = [node for backend in backends for node in nodes(LogMetrics(backend))]
+
+    def use() -> None:
+        sinks.use(used)
+        sinks.open()
+        sinks.use(used[:1])
+        sinks.close()
+
+    sinks = Sinks()
+    for _ in interrupted(use, "training/sinks.py"):
+        sinks.close()
+        assert [backend.is_open for backend in backends] == [False, False]
+        sinks.use(used)
+        sinks.open()
+        assert [backend.is_open for backend in backends] == [True, True]
+        sinks.close()
+        assert [backend.is_open for backend in backends] == [False, False]
+        sinks = Sinks()
+        sinks.use(used)
+        sinks.open()  # the backends are free for another learner
+        sinks.close()
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
