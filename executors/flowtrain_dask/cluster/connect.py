@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from dask import config
 from distributed import Client, LocalCluster, Nanny, Scheduler, Security
 from distributed.deploy.cluster import Cluster
 
-from flowtrain.errors import ExecutorError, is_a
+from flowtrain.errors import ExecutorError, is_a, raise_worst
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
+from flowtrain_dask.parallel.threads import Wake, start
 
-__all__ = ["Connection", "connect"]
+__all__ = ["Connection", "connect", "uninterrupted"]
 
 _SHORT_LOG = {"distributed.admin.low-level-log-length": 10}
 """dask keeps the last thousand messages of each connection for its developers, each with up to 1 MB of a batch."""
@@ -111,18 +113,55 @@ def connect(
     if cluster is None:
         return None
     leave_random_numbers_alone()
-    end = time.monotonic() + deadline
-    if cluster == "local":
-        connection = _start(deadline, workers, resources)
-    else:
-        address, security = _find(cluster)
-        connection = _reach(address, security, deadline, resources)
+
+    def make() -> Connection:
+        """Make the connection, and wait for a worker."""
+        end = time.monotonic() + deadline
+        if cluster == "local":
+            connection = _start(deadline, workers, resources)
+        else:
+            address, security = _find(cluster)
+            connection = _reach(address, security, deadline, resources)
+        try:
+            _wait_for_worker(connection, end, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return uninterrupted(make)
+
+
+def uninterrupted(make: Callable[[], Connection]) -> Connection:
+    """Make a connection on another thread, because an interrupt of the main thread would leave processes behind.
+
+    After an interrupt the connection is closed as soon as it is made, and this function does not wait for that.
+    """
+    made, failures, left = list[Connection](), list[BaseException](), list[bool]()
+    ended = Wake()
+
+    def run() -> None:
+        """Make the connection. This thread looks for an interrupt last, and the other one for the connection."""
+        try:
+            made.append(make())
+        except BaseException as failure:
+            failures.append(failure)
+        ended.set()
+        if left and made:
+            made[0].close()
+
     try:
-        _wait_for_worker(connection, end, deadline)
+        start(run, "flowtrain connects")
+        while not made and not failures:
+            ended.wait()
+        if failures:
+            raise_worst(failures)
+        return made[0]
     except BaseException:
-        connection.close()
+        left.append(True)
+        if made:
+            made[0].close()
         raise
-    return connection
 
 
 def _find(cluster: object) -> tuple[str, Security | None]:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,37 @@ from distributed import Client
 from distributed.core import Status
 
 from flowtrain.errors import ExecutorError
-from flowtrain_dask.cluster.connect import connect
+from flowtrain_dask.cluster.connect import Connection, connect, uninterrupted
+from tests.support.interrupts import interrupted
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
+
+
+class Known(Connection):
+    """Has no client, and knows whether it is closed."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_interrupt_closes_what_is_connected_meanwhile() -> None:
+    """Ctrl-C while a local cluster started left its processes until Python ended."""
+    made, kept = list[Known](), list[Connection]()
+
+    def make() -> Connection:
+        made.append(Known())
+        return made[-1]
+
+    interrupts = [*interrupted(lambda: kept.append(uninterrupted(make)), "cluster/connect.py", "parallel/threads.py")]
+    assert sum(interrupts) > 20
+    wait_for(lambda: not [each for each in threading.enumerate() if each.name == "flowtrain connects"])
+    wait_for(lambda: [each for each in made if not each.closed] == kept)
 
 
 def test_no_cluster() -> None:
