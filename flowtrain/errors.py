@@ -377,8 +377,12 @@ def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> No
         del worst
 
 
-def describe(value: Any) -> str:
+def describe(value: Any, depth: int = 3) -> str:
     """Describe a piece of data for a message: its type, with shape and dtype, or with its length and first parts.
+
+    Args:
+        value: The piece of data.
+        depth: How many containers within one another are described with their parts; the data may hold itself.
 
     >>> import torch
     >>> describe(torch.zeros(2, 3))
@@ -389,6 +393,6 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
     if isinstance(value, (tuple, list)):
-        parts = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        parts = [describe(part, depth - 1) for part in value[:3] if depth] + ["..."] * (len(value) > 3)
         return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
     return f"{type(value).__name__} {value!r:.60}"

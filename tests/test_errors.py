@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import re
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from flowtrain.errors import (
     SanityCheckError,
     UndeclaredWriteError,
     WriteConflictError,
+    describe,
     nearest,
 )
 
@@ -116,3 +118,9 @@ def test_every_error_has_a_sample() -> None:
 )
 def test_nearest(name: str, known: list[str], hint: str) -> None:
     assert nearest(name, known) == hint
+
+
+def test_a_description_of_data_that_holds_itself_ends() -> None:
+    value: list[Any] = [1]
+    value.append(value)
+    assert describe(value) == "list of 2: int 1, list of 2: int 1, list of 2: int 1, list of 2"

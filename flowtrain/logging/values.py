@@ -55,19 +55,22 @@ def number(value: Any) -> float | int:
     raise LoggingError(f"Value({value!r}) is no real number. Log a text as Text(...), many numbers as Histogram(...).")
 
 
-def settings(values: Any, where: str = "Settings(...)") -> dict[str, Any]:
+def settings(values: Any, where: str = "Settings(...)", around: tuple[int, ...] = ()) -> dict[str, Any]:
     """Return settings as plain values: paths become texts, tuples and sets lists, and one-element tensors numbers.
 
     Args:
         values: The settings by name.
         where: The name of `values` in messages.
+        around: The ids of the containers that `values` is in.
 
     Raises:
-        LoggingError: `values` is no mapping, a name is no text, or a value has no plain form. The message names it.
+        LoggingError: `values` is no mapping, a name is no text, a value has no plain form, or a container holds itself.
+            The message names it.
     """
     if not is_a(values, Mapping):
         raise LoggingError(f"{where} takes a mapping from names to values, and got {values!r}. Write {{'lr': 0.1}}.")
-    return {_name(name, where): _setting(value, f"{where}[{name!r}]") for name, value in values.items()}
+    around = (*around, id(values))
+    return {_name(name, where): _setting(value, f"{where}[{name!r}]", around) for name, value in values.items()}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,17 +129,19 @@ def _name(name: Any, where: str) -> str:
     return str(name)
 
 
-def _setting(value: Any, where: str) -> Any:
+def _setting(value: Any, where: str, around: tuple[int, ...]) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if id(value) in around:
+        raise LoggingError(f"{where} holds itself: {value!r:.80}. Leave it out, or write a name in its place.")
     if isinstance(value, Mapping):
-        return settings(value, where)
+        return settings(value, where, around)
     if isinstance(value, (list, tuple, set, frozenset)):
         # The order of a set differs between runs, and equal runs must write equal records.
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return [_setting(item, f"{where}[{place}]") for place, item in enumerate(items)]
+        return [_setting(item, f"{where}[{place}]", (*around, id(value))) for place, item in enumerate(items)]
     try:
         return number(value)
     except LoggingError:

@@ -74,6 +74,19 @@ def test_what_is_no_setting_is_named_with_its_place(given: Any, text: str) -> No
         settings(given)
 
 
+def test_settings_that_hold_themselves_are_refused() -> None:
+    lists: dict[str, Any] = {"a": [1]}
+    lists["a"].append(lists["a"])
+    with pytest.raises(
+        LoggingError, match=r"^Settings\(\.\.\.\)\['a'\]\[1\] holds itself: \[1, \[\.\.\.\]\]\. Leave it out"
+    ):
+        settings(lists)
+    mappings: dict[str, Any] = {"a": {}}
+    mappings["a"]["b"] = mappings
+    with pytest.raises(LoggingError, match=r"^Settings\(\.\.\.\)\['a'\]\['b'\] holds itself: "):
+        settings(mappings)
+
+
 NAMES = st.text("abc", min_size=1, max_size=3)
 
 
