@@ -61,6 +61,7 @@ EXAMPLES: Mapping[str, tuple[str, Callable[[], Any]]] = {
         lambda: _named("DeviceStats")(measure=lambda: dict.fromkeys(("Cpu", "Memory", "MemoryPeak"), 0.0)),
     ),
     "EarlyStopping": ("EarlyStopping(patience=5)", lambda: _named("EarlyStopping")(patience=5)),
+    "Freeze": ('Freeze({"backbone.*": 2})', lambda: _named("Freeze")({"backbone.*": 2})),
     "LogHistograms": ("LogHistograms(backend)", lambda: _named("LogHistograms")(_backend())),
     "LogHyperParams": ("LogHyperParams(backend)", lambda: _named("LogHyperParams")(_backend())),
     "LogMetrics": ("LogMetrics(backend)", lambda: _named("LogMetrics")(_backend())),

@@ -103,6 +103,7 @@ from flowtrain.callback.view import LearnerView, StepContext
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
 from flowtrain.callbacks import summary as _summary
+from flowtrain.core.optimizers import param_groups
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.history import History
 from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
@@ -204,6 +205,7 @@ __all__ = [
     "find_learning_rate",
     "load_weights",
     "on",
+    "param_groups",
     "resolve",
     "seed_everything",
 ]

@@ -366,11 +366,7 @@ class Learner:
         self._use(as_list(callbacks))
 
     def replace_callback(self, new: Callback) -> Callback:
-        """Replace the callback of the same type, and return the old one.
-
-        Raises:
-            CallbackError: No callback has exactly that type, or more than one has it.
-        """
+        """Replace the one callback of exactly this type and return it; `CallbackError` if there is none, or several."""
         old = self.callbacks.must_find_same(new)
         self._use([new if callback is old else callback for callback in self.callbacks])
         return old
@@ -384,6 +380,11 @@ class Learner:
         removed = self.callbacks.must_find(wanted)
         self._use([callback for callback in self.callbacks if callback is not removed])
         return removed
+
+    def replace_optimizer(self, optimizer: Any) -> Any:
+        """Train with another optimizer from now on; return the one before. A `CoreError` changes nothing."""
+        self._calls.ready("replace_optimizer()")
+        return self._changes.replace_optimizer(optimizer, watch(self.state) if self.strict else None)
 
     def _use(self, callbacks: list[Callback]) -> None:
         self._calls.ready("Changing the callbacks")

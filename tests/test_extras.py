@@ -100,6 +100,13 @@ print(sorted(load_file(os.path.join("folder", file))))
 history = tiny_learner(n_batches=4).fit(1)
 print(history.to_pandas()[["epoch", "update", "metric"]].values.tolist())
 """,
+    "transformers": """
+from contextlib import redirect_stdout
+from flowtrain.examples import huggingface
+with open("lines.txt", "w") as lines, redirect_stdout(lines):
+    learner = huggingface.main(1)
+print("classifier.weight" in learner.model.state_dict())
+""",
     "plot": """
 with tiny_learner() as learner:
     learner.fit(1)
@@ -137,6 +144,7 @@ LoggingError 'flowtrain[wandb]'
     "tensorboard": "Epoch/Loss 1 2\n",
     "safetensors": "['coeff']\n",
     "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
+    "transformers": "True\n",
     "plot": "True\n",
     "dask": "True\nTrue\n",
     "examples": "flowtrain.examples.digits\n",

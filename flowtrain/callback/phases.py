@@ -16,7 +16,7 @@ To run another step, override `Phase.step`, which works with the methods of `Ste
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -127,23 +127,48 @@ class Phase:
 
 
 class _Supervised(Phase):
-    """The base of the phases whose loaders give pairs of inputs and targets."""
+    """The base of the phases whose loaders give pairs of inputs and targets.
+
+    Attributes:
+        unpack: Whether the model has several inputs, so that the items of a tuple or mapping are its arguments:
+            ``model(*inputs)`` or ``model(**inputs)``.
+    """
+
+    unpack: ClassVar[bool] = False
 
     def split(self, raw: Any) -> tuple[Any, Any]:
-        """Return the inputs and the targets in one item of the loader. Override this for items that are no pairs.
+        """Return the inputs and the targets in one item of the loader. Override this for items of another form.
+
+        With `unpack` the item may also be a longer tuple, whose last part is the targets, or a mapping. A mapping is
+        the inputs as a whole, and its entry ``labels``, if it has one, is the targets too.
 
         Args:
             raw: The item, as the loader gave it.
 
         Raises:
-            DataError: `raw` is not a tuple or list of two parts.
+            DataError: `raw` has another form.
         """
-        if not isinstance(raw, (tuple, list)) or len(raw) != 2:
+        if self.unpack and isinstance(raw, Mapping):
+            return raw, raw.get("labels")
+        parts = len(raw) if isinstance(raw, (tuple, list)) else 0
+        if parts < 2 or (parts > 2 and not self.unpack):
             raise DataError(
-                f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. "
-                f"Let the dataset return pairs, or override {self!r}.split(raw) to return (inputs, targets)."
+                f"{self!r} needs (inputs, targets) from its loader and got {describe(raw)}. Let the dataset return "
+                f"pairs, or override {self!r}.split(raw) to return (inputs, targets). For a model of several inputs "
+                f"set unpack = True in a phase of your own."
             )
-        return raw[0], raw[1]
+        return (raw[0] if parts == 2 else tuple(raw[:-1])), raw[-1]
+
+    def call_model(self, model: Callable[..., Any], inputs: Any) -> Any:
+        """Return the outputs of the model. Override this for a model that takes its inputs in another way.
+
+        Args:
+            model: The model, as the core runs it: compiled, or under autocast, if the core does that.
+            inputs: ``batch.inputs``. With `unpack` a tuple, a list or a mapping becomes the arguments of the model.
+        """
+        if self.unpack and isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if self.unpack and isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 class AbstractTrainingPhase(_Supervised):

@@ -12,6 +12,7 @@ from flowtrain.callbacks.custom import CustomCallback
 from flowtrain.callbacks.devices import DeviceStats
 from flowtrain.callbacks.early_stopping import EarlyStopping
 from flowtrain.callbacks.ema import EMA
+from flowtrain.callbacks.freeze import Freeze
 from flowtrain.callbacks.gradients import GradNorm
 from flowtrain.callbacks.loghistograms import LogHistograms
 from flowtrain.callbacks.loghyperparams import LogHyperParams
@@ -48,6 +49,7 @@ __all__ = [
     "CustomCallback",
     "DeviceStats",
     "EarlyStopping",
+    "Freeze",
     "GarbageCollect",
     "GradNorm",
     "HyperParameter",

@@ -123,7 +123,7 @@ class SanityCheck(Callback):
         yield from self._step(phase, inputs, targets, model, lossfn, whole=not wrong)
 
     def _step(
-        self, phase: Phase, inputs: Any, targets: Any, model: Any, lossfn: Any, *, whole: bool
+        self, phase: Any, inputs: Any, targets: Any, model: Any, lossfn: Any, *, whole: bool
     ) -> Iterator[Problem]:
         """Run model and loss on a batch. If the batch is not `whole`, outputs and loss are not checked."""
         training = isinstance(phase, AbstractTrainingPhase)
@@ -136,7 +136,7 @@ class SanityCheck(Callback):
         # The trial runs in the mode of the phase, because dropout and batch normalisation compute differently in it.
         with phase.mode([each for each in (trial, loss_trial) if isinstance(each, torch.nn.Module)]):
             try:
-                outputs = trial(inputs)
+                outputs = phase.call_model(trial, inputs)
             except Exception as error:
                 what = f"it raised {type(error).__name__}: {error}\n   It was called with inputs: {describe(inputs)}."
                 yield Problem(f"model in {phase!r}", what, "Fit the model and the dataset to each other.")

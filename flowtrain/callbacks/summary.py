@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,25 +81,31 @@ class ModelSummary(Callback):
         self._shown = True
         model, data = learner.model, learner.data
         if isinstance(model, torch.nn.Module):
-            console().print(str(summarize(model, self._inputs(data), self.depth)), **_PLAIN)
+            call, inputs = self._inputs(data)
+            console().print(str(_summarize(model, inputs, self.depth, call)), **_PLAIN)
             return
         for name in model:
             console().print(f"{name}\n{summarize(model[name], depth=self.depth)}", **_PLAIN)
 
-    def _inputs(self, data: Any) -> Any:
-        """Return the inputs to call the model with, or ``None`` if there are none."""
-        if self.inputs is not None:
-            return self.inputs
+    def _inputs(self, data: Any) -> tuple[Callable[..., Any], Any]:
+        """Return the way in which the training phase calls the model, and the inputs, ``None`` without any."""
         for phase, loader in data.items():
             # A phase with a step of its own may call the model with anything, so its data say nothing of the inputs.
             if not isinstance(phase, AbstractTrainingPhase) or phase.provides is None:
                 continue
+            if self.inputs is not None:
+                return phase.call_model, self.inputs
             with same_rng():
                 try:
-                    return next((phase.split(raw)[0] for raw in first_batch(loader)), None)
+                    return phase.call_model, next((phase.split(raw)[0] for raw in first_batch(loader)), None)
                 except Exception:  # training itself will raise the error of the data
-                    return None
-        return None
+                    break
+        return _call, self.inputs
+
+
+def _call(model: torch.nn.Module, inputs: Any) -> Any:
+    """Call a model with one argument, as the bundled phases do."""
+    return model(inputs)
 
 
 _PLAIN: Mapping[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -212,11 +218,15 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
     """
     if not is_a(model, torch.nn.Module):
         raise UsageError(f"summarize({model!r}) takes a module. Write summarize(learner.model).")
-    depth = whole_number("summarize(): depth", depth, least=0)
+    return _summarize(model, inputs, whole_number("summarize(): depth", depth, least=0), _call)
+
+
+def _summarize(model: torch.nn.Module, inputs: Any, depth: int, call: Callable[..., Any]) -> Summary:
+    """Return the layers of a model that a function of the model and the inputs calls."""
     shapes: dict[str, str] = {}
     note = ""
     if inputs is not None:
-        model, shapes, note = _run(model, inputs)
+        model, shapes, note = _run(model, inputs, call)
     layers = [
         _layer(name, module, shapes.get(name, ""))
         for name, module in model.named_modules()
@@ -226,7 +236,7 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
     return Summary(tuple(layers), sum(tensor.numel() * tensor.element_size() for tensor in held), note)
 
 
-def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str, str], str]:
+def _run(model: torch.nn.Module, inputs: Any, call: Callable[..., Any]) -> tuple[torch.nn.Module, dict[str, str], str]:
     """Run a copy of a model; return the copy, the shapes of outputs by the name of the module, and a note on errors."""
     shapes: dict[str, str] = {}
     try:
@@ -247,7 +257,7 @@ def _run(model: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, dict[str
         module.register_forward_hook(note_shape(name))
     with same_rng(), torch.no_grad():
         try:
-            copied(on_device_of(inputs, [copied]))
+            call(copied, on_device_of(inputs, [copied]))
         except Exception as error:  # a model may take further arguments; its layers are still worth a table
             return copied, shapes, f"Some shapes are missing: the model raised {type(error).__name__}: {error}"
     return copied, shapes, ""

@@ -77,7 +77,7 @@ class Compiled:
         targets: A function that returns the targets of the current batch.
 
     Attributes:
-        model: A function of the inputs that returns the outputs.
+        model: A function of the model's arguments that returns the outputs.
         lossfn: A function of the outputs and the targets that returns the loss.
 
     Raises:
@@ -114,16 +114,16 @@ class Compiled:
     def _keep(self, results: Any) -> Any:
         return mapped(results, _clone) if self._graphs else results
 
-    def _copied(self, inputs: Any) -> Any:
+    def _copied(self, *inputs: Any, **named: Any) -> Any:
         """Run the model, and return a copy of the outputs."""
         self._begin()
-        return self._keep(self._run(inputs))
+        return self._keep(self._run(*inputs, **named))
 
-    def _both(self, inputs: Any) -> Any:
+    def _both(self, *inputs: Any, **named: Any) -> Any:
         """Run model and loss function, return the outputs, and keep the loss for the call of `_loss` that follows."""
         self._begin()
         targets = self._targets()
-        outputs, loss = self._keep(self._run(inputs, targets))
+        outputs, loss = self._keep(self._run(targets, inputs, named))
         self._computed = [(outputs, targets, _versions(outputs), _versions(targets), loss)]
         return outputs
 
@@ -137,12 +137,12 @@ class Compiled:
         return self._lossfn(outputs, targets)
 
 
-def _with_loss(model: Any, lossfn: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+def _with_loss(model: Any, lossfn: Any) -> Callable[..., tuple[Any, Any]]:
     """Return a function that computes outputs and loss, for `torch.compile` to compile as one graph."""
 
-    def model_and_loss(inputs: Any, targets: Any) -> tuple[Any, Any]:
+    def model_and_loss(targets: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
         """Compute the outputs and the loss."""
-        outputs = model(inputs)
+        outputs = model(*inputs, **named)
         return outputs, lossfn(outputs, targets)
 
     return model_and_loss

@@ -11,7 +11,7 @@ from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
 from flowtrain.state.accelerator import accelerator, accelerator_kind
 
-__all__ = ["change_tensors", "find_device", "to_device"]
+__all__ = ["allow_tf32", "change_tensors", "find_device", "move_modules", "to_device"]
 
 
 def to_device(data: Any, device: torch.device) -> Any:
@@ -38,6 +38,27 @@ def change_tensors(data: Any, change: Callable[[torch.Tensor], Any], move: Calla
         return move(item) if can_move else INSIDE
 
     return change(data) if isinstance(data, torch.Tensor) else mapped(data, change_or_move)
+
+
+def move_modules(modules: Iterable[Any], device: torch.device, *, channels_last: bool) -> None:
+    """Move modules to a device, in place, and into the memory format in which convolutions are fast if that is wanted.
+
+    Args:
+        modules: The modules.
+        device: The device.
+        channels_last: Whether to change the memory format too.
+    """
+    for module in modules:
+        module.to(device)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+
+
+def allow_tf32(device: torch.device, wanted: bool | None) -> None:
+    """Set whether float32 products may round their factors to TF32; ``None`` leaves the setting of torch as it is."""
+    if wanted is not None and device.type == "cuda":  # no other accelerator has this type of number
+        torch.set_float32_matmul_precision("high" if wanted else "highest")
+        torch.backends.cudnn.allow_tf32 = wanted
 
 
 def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:

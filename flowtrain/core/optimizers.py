@@ -11,7 +11,9 @@ import importlib
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import Any, TypeAlias
 
@@ -19,13 +21,16 @@ import torch
 from torch._C._autograd import _profiler_enabled  # pyright: ignore[reportPrivateUsage]  # nothing else tells
 from torch.optim import Optimizer
 
-from flowtrain.errors import CoreError, nearest
+from flowtrain.errors import CoreError, UsageError, nearest
 
 __all__ = [
     "OptimizerFactory",
+    "check_trained",
     "clip_gradients",
     "fused",
     "make_optimizers",
+    "match_names",
+    "param_groups",
     "params_of",
     "scale_gradients",
     "takes_found_inf",
@@ -41,6 +46,125 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer
 def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     """Return the parameters of all groups of an optimizer."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def param_groups(
+    model: torch.nn.Module,
+    groups: Mapping[str, Mapping[str, Any]],
+    *,
+    no_decay: bool | str | Iterable[str] = False,
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, by patterns of the names of the parameters.
+
+    ::
+
+        groups = param_groups(model, {"head.*": {"lr": 1e-3}, "*": {"lr": 1e-5}}, no_decay=True)
+        learner = Learner(model, lossfn, optimizer=torch.optim.AdamW(groups))
+
+    Frozen parameters are in the groups too, because an optimizer skips parameters without a gradient.
+
+    Args:
+        model: The model.
+        groups: The options of each group by its pattern, as for `fnmatch`. The first pattern that fits a name counts.
+        no_decay: The parameters that get ``weight_decay=0.0``, in a group of their own behind the others of the
+            pattern: ``True`` for those with fewer than two dimensions (biases, and the weights of normalisation
+            layers); or patterns of names.
+
+    Returns:
+        The groups in the order of the patterns. Each has the entry ``name``, its pattern.
+
+    Raises:
+        UsageError: No pattern fits a parameter, or a pattern fits none.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+    >>> groups = param_groups(model, {"1.*": {"lr": 0.1}, "*": {"lr": 0.001}}, no_decay="*.bias")
+    >>> [(group["name"], len(group["params"]), group["lr"], group.get("weight_decay")) for group in groups]
+    [('1.*', 1, 0.1, None), ('1.*, no decay', 1, 0.1, 0.0), ('*', 1, 0.001, None), ('*, no decay', 1, 0.001, 0.0)]
+    """
+    named = dict(model.named_parameters())
+    patterns = [no_decay] if isinstance(no_decay, str) else [] if isinstance(no_decay, bool) else list(no_decay)
+    found: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for pattern in groups:
+        found |= {(pattern, False): [], (pattern, True): []}
+    by_pattern = match_names("param_groups", named, groups)
+    left = [name for name, pattern in by_pattern.items() if pattern is None]
+    if left:
+        raise UsageError(
+            f"param_groups: no pattern fits {_listed(left)}. Add a last group for the others: "
+            f"{{..., '*': {{\"lr\": 1e-3}}}}."
+        )
+    for name, param in named.items():
+        plain = (no_decay is True and param.ndim < 2) or any(fnmatchcase(name, each) for each in patterns)
+        found[str(by_pattern[name]), plain].append(param)
+    without = {"weight_decay": 0.0}
+    return [
+        {"params": params, "name": f"{name}, no decay" if plain else name, **groups[name], **(without if plain else {})}
+        for (name, plain), params in found.items()
+        if params
+    ]
+
+
+def match_names(what: str, names: Iterable[str], patterns: Iterable[str]) -> dict[str, str | None]:
+    """Return, for each name, the first pattern that fits it, or ``None``.
+
+    Args:
+        what: The object that takes the patterns, for the message.
+        names: The names of parameters.
+        patterns: The patterns, as for `fnmatch`.
+
+    Raises:
+        UsageError: A pattern fits no name that no pattern before it fits.
+    """
+    names, patterns = list(names), list(patterns)
+    found = {name: next((each for each in patterns if fnmatchcase(name, each)), None) for name in names}
+    for pattern in patterns:
+        if pattern not in found.values():
+            earlier = [name for name in names if fnmatchcase(name, pattern)]
+            why = f"an earlier pattern fits {_listed(earlier)} first" if earlier else f"names are {_listed(names)}"
+            raise UsageError(
+                f"{what}: the pattern {pattern!r} fits no parameter: {why}. Patterns are compared with whole names of "
+                f"parameters, in order: 'head.*', '*.bias', '*'."
+            )
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_trained(optimizers: Mapping[str, Optimizer], models: Mapping[str, torch.nn.Module], lossfn: Any) -> None:
+    """Check that every parameter that requires a gradient is in an optimizer, and warn if one is not.
+
+    Args:
+        optimizers: The optimizers by name; a single one has the empty name.
+        models: The models by name; a single one has the empty name.
+        lossfn: The loss function, whose parameters are trained if it is a module.
+
+    Raises:
+        CoreError: An optimizer has a parameter of no module as well: a layer was replaced after the learner was built.
+    """
+    modules = {**models, "lossfn": lossfn} if isinstance(lossfn, torch.nn.Module) else models
+    named = {name: param for root, module in modules.items() for name, param in module.named_parameters(root)}
+    known = {id(param) for param in named.values()}
+    held = {id(param): param for optimizer in optimizers.values() for param in params_of(optimizer)}
+    missing = [name for name, param in named.items() if param.requires_grad and id(param) not in held]
+    if not missing:
+        return
+    stale = [str(tuple(param.shape)) for key, param in held.items() if key not in known]
+    kinds = " and ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers.values()))
+    if stale:
+        raise CoreError(
+            f"{_listed(missing)} would not be trained: no optimizer has them, and {kinds} has parameters of shape "
+            f"{_listed(stale)} that the model no longer has. A layer was replaced after the learner was built. Make "
+            f"the optimizer anew: learner.replace_optimizer(partial(torch.optim.{kinds.split()[0]}, lr=...))."
+        )
+    warnings.warn(
+        f"{_listed(missing)} would not be trained: no optimizer has them, and they require gradients. Freeze them, "
+        f"requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial(torch.optim."
+        f"{kinds.split()[0]}, lr=...)) takes all parameters.",
+        UserWarning,
+        stacklevel=6,
+    )
 
 
 def zeroing(optimizer: Optimizer) -> Callable[[], object]:

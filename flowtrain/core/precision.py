@@ -70,10 +70,10 @@ def in_precision(function: Callable[..., Any], device: torch.device, precision: 
     if DTYPES[precision] is None:
         return function
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **named: Any) -> Any:
         """Call the function under autocast."""
         with autocast(device, precision):
-            return function(*args)
+            return function(*args, **named)
 
     return run
 

@@ -27,7 +27,7 @@ import torch
 from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, check_compile, original
-from flowtrain.core.devices import find_device
+from flowtrain.core.devices import allow_tf32, find_device, move_modules
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.core.precision import (
     DTYPES,
@@ -42,8 +42,7 @@ from flowtrain.core.precision import (
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState, Named, by_name
-from flowtrain.state.optimizer_view import OptimizerParts
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 
 __all__ = ["Precision", "Settings", "TorchCore"]
@@ -207,29 +206,33 @@ class TorchCore:
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.device = find_device(self.settings.device, self.models.values())
         check_precision(self.device, self.precision)
-        for module in (*self.models.values(), *self._loss_modules):
-            module.to(self.device)
-            if self.settings.channels_last:
-                module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # documented
         model: Any = models.get("")
         lossfn: Any = state.lossfn
         if self.settings.compile is not False:
             compiled = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
             model, lossfn = compiled.model, compiled.lossfn
-        # Only now: moving a module to another type of device may replace its parameters, which optimizers hold.
-        self._optimizers = make_optimizers(optimizer, self.models, self._loss_modules)
+        made = self.make_optimizers(optimizer)
         self._state = state  # nothing below can fail, so a refused core never belongs to a learner
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
-        # `state.optimizers` is what views show: the same optimizers, without a way to the parameters.
-        one = self._optimizers.get("")
-        named = partial(named_parameters, self.params, state.lossfn)
-        several = {name: optimizer for name, optimizer in self._optimizers.items() if name}
-        parts = {name: OptimizerParts(held, f"optimizer.{name}", named) for name, held in several.items()}
-        state.optimizer = one if one is not None else Named("optimizer", self._optimizers)
-        state.optimizers = OptimizerParts(one, named=named) if one is not None else Named("optimizer", parts)
-        self.optimizer = state.optimizer
         self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None
+        if not self._warned:
+            warn_unable(self.device, self.settings.prefetch, self.settings.lag)
+        allow_tf32(self.device, self.settings.tf32)
+        self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
+        self.use_optimizers(state, made)
+
+    def make_optimizers(self, wanted: Any) -> dict[str, Any]:
+        """Move the modules to the device, and return the optimizers by name. Raises `CoreError` as `attach` does."""
+        move_modules(self.modules, self.device, channels_last=self.settings.channels_last)
+        # Only now: moving a module to another type of device may replace its parameters, which optimizers hold.
+        return make_optimizers(wanted, self.models, self._loss_modules)
+
+    def use_optimizers(self, state: LearnerState, optimizers: dict[str, Any]) -> None:
+        """Train with the results of `make_optimizers` from now on, and show them in the state."""
+        self._optimizers = optimizers
+        state.use_optimizers(optimizers, partial(named_parameters, self.params, state.lossfn))
+        self.optimizer = state.optimizer
         self.groups = Groups(self._optimizers, self.accumulate)
         chosen = self.settings
         self._placement = Placement(
@@ -237,14 +240,7 @@ class TorchCore:
         )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
-        if not self._warned:
-            warn_unable(self.device, chosen.prefetch, chosen.lag)
-        if chosen.tf32 is not None and self.device.type == "cuda":  # no other accelerator has this type of number
-            torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = chosen.tf32
-        self.model = in_precision(model, self.device, self.precision)
-        self.lossfn = in_precision(lossfn, self.device, self.precision)
-        self._choose()
+        self.guard_nan(self._guard is not None)
 
     def _choose(self) -> None:
         """Choose `begin` and `backward` for the present settings: torch's own functions if the core is plain."""

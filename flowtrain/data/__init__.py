@@ -1,7 +1,11 @@
-"""Data: the batches and other nested values that users bring, whatever containers they use.
+"""Data: the batches and other nested values that users bring, whatever containers they use, and loaders of them.
 
 `nested` takes nested data apart and puts it together again, for every package that goes through such data, and
-`batch_size` finds how many samples a batch has.
+`batch_size` finds how many samples a batch has. `loaders` has the loader that combines several.
 """
 
-__all__: list[str] = []
+from __future__ import annotations
+
+from flowtrain.data.loaders import CombinedLoader
+
+__all__ = ["CombinedLoader"]

@@ -22,11 +22,11 @@ from flowtrain.callback.access import Write
 from flowtrain.callback.callback import Callback
 from flowtrain.core.devices import to_device
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
-from flowtrain.training.data import LimitedLoader
 from flowtrain.training.loop import Loop
 
 __all__ = [
@@ -188,10 +188,12 @@ def aside(loader: Any) -> Iterable[Any]:
     indices, which is read in this process and with copies of its samplers.
 
     Raises:
-        CannotLook: `loader` is another one, or its samplers cannot be copied.
+        CannotLook: `loader` is another one, or combines another one, or its samplers cannot be copied.
     """
     if isinstance(loader, LimitedLoader):
         return LimitedLoader(aside(loader.loader), loader.most)
+    if isinstance(loader, CombinedLoader):
+        return loader.over([aside(each) for _, each in loader.named()])
     if isinstance(loader, Sequence):  # a handler sees the read-only twin of a list, which is a sequence too
         return loader
     if not isinstance(loader, DataLoader):

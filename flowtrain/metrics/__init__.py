@@ -7,6 +7,6 @@ recorded in the same way. `flowtrain.callbacks.Metrics` records the values.
 
 from __future__ import annotations
 
-from flowtrain.metrics.functions import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
+from flowtrain.metrics.functions import accuracy, mean_absolute_error, mean_squared_error, model_loss, top_k_accuracy
 
-__all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "top_k_accuracy"]
+__all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "model_loss", "top_k_accuracy"]

@@ -7,14 +7,14 @@ metrics, pass torchmetrics objects to `flowtrain.callbacks.Metrics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
-from flowtrain.errors import UsageError, whole_number
+from flowtrain.errors import LossError, UsageError, describe, whole_number
 
-__all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "top_k_accuracy"]
+__all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "model_loss", "top_k_accuracy"]
 
 F = TypeVar("F", bound=Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 
@@ -107,6 +107,33 @@ def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Te
     """
     _check_shapes("mean_squared_error", outputs, targets)
     return (outputs - targets).square().mean()
+
+
+@_good(high=False)
+def model_loss(outputs: Any, targets: object = None) -> torch.Tensor:
+    """Return the loss that the model has computed itself: ``outputs.loss``, or ``outputs["loss"]`` of a mapping.
+
+    This is the loss function of a learner for such models, as those of Hugging Face are:
+    ``Learner(model, model_loss, ...)``.
+
+    Args:
+        outputs: The outputs of the model.
+        targets: Not used, since the model had them among its inputs.
+
+    Raises:
+        LossError: The outputs have no loss.
+
+    >>> model_loss({"loss": torch.tensor(2.0), "logits": torch.zeros(8, 2)})
+    tensor(2.)
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is None:
+        raise LossError(
+            f"model_loss takes the loss from the outputs of the model, and there is none in {describe(outputs)}. A "
+            f"model of Hugging Face computes it if the batch has labels: let the dataset return them, or pass a loss "
+            f"function of (outputs, targets), such as lambda outputs, targets: cross_entropy(outputs.logits, targets)."
+        )
+    return loss  # type: ignore[no-any-return]  # a step checks that the loss is a tensor
 
 
 def _check_shapes(name: str, outputs: torch.Tensor, targets: torch.Tensor, what: str = "outputs") -> None:

@@ -18,6 +18,7 @@ from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed, picked
 from flowtrain.state.encoding import Stage, typed, unpack
+from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
 
@@ -301,6 +302,19 @@ class LearnerState:
             setattr(other, name, getattr(self, name))
         self.__init__()  # type: ignore[misc]  # empty, as it was made
         return other
+
+    def use_optimizers(self, optimizers: Mapping[str, Any], named: Callable[[], Mapping[str, Any]]) -> None:
+        """Set `optimizer`, and `optimizers`, which views show: the same ones, without a way to the parameters.
+
+        Args:
+            optimizers: The optimizers by name; a single one has the empty name.
+            named: A function that returns the parameters by name.
+        """
+        if "" in optimizers:
+            self.optimizer, self.optimizers = optimizers[""], OptimizerParts(optimizers[""], named=named)
+        else:
+            parts = {name: OptimizerParts(each, f"optimizer.{name}", named) for name, each in optimizers.items()}
+            self.optimizer, self.optimizers = Named("optimizer", optimizers), Named("optimizer", parts)
 
     def show(self, batch: BatchState) -> None:
         """Make `batch` the current one, with a twin, because it may come to hold containers."""

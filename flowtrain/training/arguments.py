@@ -88,7 +88,9 @@ _ATTRIBUTES = {
     "learner.lossfn": "loss loss_fn loss_func criterion",
     "learner.data[TrainingPhase]": "dls dataloaders train_dataloader loaders",
     "ModelSummary() among the callbacks": "summary",
-    "requires_grad_(False) of the parameters, learner.model.body.requires_grad_(False)": "freeze unfreeze freeze_to",
+    "Freeze({'body.*': None}) among the callbacks, or requires_grad_(False) of the parameters": (
+        "freeze unfreeze freeze_to"
+    ),
     "learner.add_callback(callback)": "add_cb add_cbs callback",
 }
 """Maps the code to write to the names, separated by spaces, that other libraries have for that attribute or method."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import CallbackError
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks, unique_names
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.loop import Loop
 
 __all__ = ["CallbackChanges"]
@@ -87,6 +87,29 @@ class CallbackChanges:
         loop.dispatch.use(made)
         self._own(made, before)
         loop.sinks.use(made.nodes)  # last, because closing an old sink may raise, and by now the change is complete
+
+    def replace_optimizer(self, wanted: Any, watched: Callable[[PlannedHandler], Call] | None) -> Any:
+        """Train with another optimizer from now on; return the one before, or all of them by name.
+
+        Args:
+            wanted: As the argument `optimizer` of a learner.
+            watched: As for `use`.
+
+        Raises:
+            FlowtrainError: The optimizer does not fit the models or the callbacks, and the learner is as it was.
+        """
+        loop, state, core = self._loop, self._loop.state, self._loop.core
+        before = state.optimizer
+        made = core.make_optimizers(wanted)
+        loop.executor.flush()  # deferred handlers may read the optimizer
+        try:
+            core.use_optimizers(state, made)
+            self.use(list(state.callbacks), watched)  # which callbacks meet depends on the parameters of the optimizers
+        except BaseException:
+            core.use_optimizers(state, by_name(before))
+            raise
+        loop.checkpoints.changes.use_optimizers()
+        return before
 
     def _accept(self, nodes: Sequence[Node], state: LearnerState) -> None:
         self._loop.sinks.check(nodes)

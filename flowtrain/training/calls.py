@@ -244,9 +244,15 @@ def _inputs(phase: Phase, raw: Any) -> Any:
                 f"a phase whose split takes it: learner.predict(loader, OtherPhase)"
             )
             raise
+    unpack = isinstance(phase, AbstractValidationPhase) and phase.unpack
+    if unpack and isinstance(raw, Mapping):  # a model that gets no labels computes no loss, which is no output
+        return {name: each for name, each in raw.items() if name != "labels"}
     if not isinstance(raw, (tuple, list)):
         return raw
-    if not 1 <= len(raw) <= 2:
+    parts = len(raw)
+    if unpack and parts > 2:
+        return tuple(raw[:-1])
+    if not 1 <= parts <= 2:
         raise DataError(
             f"predict() takes (inputs, targets) or inputs from its loader, and got {describe(raw)}. Say in a phase "
             f"which part the model gets: class MyPhase(ValidationPhase) with a split(raw) that returns "

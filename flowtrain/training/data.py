@@ -11,8 +11,7 @@ limited loaders everywhere.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from math import ceil, floor
 from numbers import Real
 from typing import Any
@@ -26,16 +25,15 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
+from flowtrain.data.loaders import DATA_EXAMPLE, LimitedLoader, check_iterable, empty, is_array, length, make_loader
 from flowtrain.errors import DataError, UsageError, describe, is_a, is_whole, whole_number
 from flowtrain.state.by_phase import PhaseMap
 
 __all__ = [
-    "LimitedLoader",
     "check_fit_data",
     "check_gave",
     "check_loader",
     "has_workers",
-    "length",
     "limited",
     "loader_parts",
     "loaders",
@@ -44,8 +42,6 @@ __all__ = [
     "shortest",
     "unlimited",
 ]
-
-_EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
 
 _PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "loader", "loaders", "dataloader", "base_dataloader")
 """The attributes in which a loader, or a part of one, holds its parts, in torch and in the usual wrappers."""
@@ -67,11 +63,11 @@ def loaders(data: Any) -> PhaseMap[Any]:
     if isinstance(data, Mapping):
         pairs = [(_phase(key), loader) for key, loader in data.items()]
     elif isinstance(data, tuple):
-        if data and all(_is_array(item) for item in data):
+        if data and all(is_array(item) for item in data):
             kind = "tensors" if all(isinstance(item, torch.Tensor) for item in data) else "arrays"
-            raise DataError(f"data is {describe(data)}: {kind}, not loaders. {_make_loader(*data)}")
+            raise DataError(f"data is {describe(data)}: {kind}, not loaders. {make_loader(*data)}")
         if not 1 <= len(data) <= 2:
-            raise DataError(f"data is a tuple of {len(data)} loaders. Pass {_EXAMPLE}.")
+            raise DataError(f"data is a tuple of {len(data)} loaders. Pass {DATA_EXAMPLE}.")
         pairs = list(zip((TrainingPhase(), ValidationPhase()), data, strict=False))
     else:
         pairs = [(TrainingPhase(), data)]
@@ -86,29 +82,16 @@ def _is_loader(value: object) -> bool:
     return isinstance(value, torch.utils.data.DataLoader)
 
 
-def _is_array(value: object) -> bool:
-    # The attributes tell an array of numpy or another library, none of which flowtrain needs to import.
-    return isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype"))
-
-
-def _make_loader(*arrays: object, call: str = _EXAMPLE) -> str:
-    names = ("inputs", "targets")
-    if not all(isinstance(array, torch.Tensor) for array in arrays):
-        names = ("torch.as_tensor(inputs)", "torch.as_tensor(targets)")
-    made = f"DataLoader(TensorDataset({', '.join(names)}), batch_size=32)"
-    return f"Make batches of {'it' if len(arrays) == 1 else 'them'}: {made}, and pass {call}."
-
-
 def _phase(key: object) -> Phase:
     phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
     if not isinstance(phase, Phase):
-        raise DataError(f"data has the key {key!r}, which is no phase. Pass {_EXAMPLE}.")
+        raise DataError(f"data has the key {key!r}, which is no phase. Pass {DATA_EXAMPLE}.")
     if type(phase) in (Phase, AbstractTrainingPhase, AbstractValidationPhase):
         raise DataError(f"data has the key {phase!r}, which is abstract. Use a subclass of it.")
     return phase
 
 
-def check_loader(loader: Any, phase: Phase, call: str = _EXAMPLE) -> None:
+def check_loader(loader: Any, phase: Phase, call: str = DATA_EXAMPLE) -> None:
     """Check a loader as far as possible without taking a batch from it.
 
     Args:
@@ -122,6 +105,7 @@ def check_loader(loader: Any, phase: Phase, call: str = _EXAMPLE) -> None:
     inside = list(loader.values()) if isinstance(loader, Mapping) else loader
     if isinstance(inside, (list, tuple)) and inside and all(map(_is_loader, inside)):
         remedy = "For training and validation pass a tuple: data=(train, valid)."
+        several = "For a batch of each in every step pass CombinedLoader(...) of flowtrain.data."
         if not isinstance(phase, AbstractTrainingPhase):
             remedy = (
                 "Give each of them a phase of its own: class OtherPhase(ValidationPhase): ..., and "
@@ -129,21 +113,11 @@ def check_loader(loader: Any, phase: Phase, call: str = _EXAMPLE) -> None:
             )
         raise DataError(
             f"The data for {phase!r} is a {type(loader).__name__} of {len(inside)} loaders, and each of them would be "
-            f"taken for a batch. {remedy}"
+            f"taken for a batch. {remedy} {several}"
         )
-    if _is_array(loader):
-        raise DataError(
-            f"The data for {phase!r} is {describe(loader)}, not a loader of batches. {_make_loader(loader, call=call)}"
-        )
-    if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
-        raise DataError(
-            f"The data for {phase!r} is a {type(loader).__name__}, a dataset of single samples. "
-            f"Make batches of it: DataLoader(dataset, batch_size=32)."
-        )
-    if isinstance(loader, (str, bytes)) or not (isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")):
-        raise DataError(f"The data for {phase!r} is {describe(loader)}, not a loader of batches. Pass {call}.")
+    check_iterable(loader, f"The data for {phase!r}", call)
     if length(loader) == 0:
-        raise DataError(_empty(phase, loader))
+        raise DataError(empty(f"for {phase!r}", loader))
 
 
 def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> None:
@@ -183,56 +157,7 @@ def check_gave(count: int, phase: Phase, loader: object) -> None:
         DataError: `count` is 0.
     """
     if not count:
-        raise DataError(_empty(phase, loader))
-
-
-def _empty(phase: Phase, loader: object) -> str:
-    text = f"The loader for {phase!r} ({type(loader).__name__}) gives no batch."
-    if isinstance(loader, Iterator):
-        return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or another iterable."
-    return f"{text} Is the dataset empty, or smaller than one batch with drop_last=True?"
-
-
-def length(loader: object) -> int | None:
-    """Return the number of batches in a loader, or ``None`` if the loader does not know it for certain."""
-    if isinstance(loader, LimitedLoader):
-        return len(loader)
-    if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
-        return None  # a DataLoader divides the length that the dataset claims; with workers it may give more batches
-    try:
-        return len(loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # no __len__: TypeError
-    except (TypeError, NotImplementedError):
-        return None
-
-
-class LimitedLoader:
-    """The first batches of a loader, in every pass. All other attributes are those of the loader.
-
-    A loader that does not know its length, such as one over a stream, is taken to have as many batches as the limit
-    allows, so that a fit over it has a length.
-
-    Args:
-        loader: The loader.
-        most: The greatest number of batches in a pass.
-    """
-
-    def __init__(self, loader: Any, most: int) -> None:
-        self.loader, self.most = loader, most
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.loader), self.most)
-
-    def __len__(self) -> int:
-        known = length(self.loader)
-        return self.most if known is None else min(known, self.most)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader" or name.startswith("__"):  # a copy asks for these before it has a loader
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __repr__(self) -> str:
-        return f"LimitedLoader({self.loader!r}, {self.most})"
+        raise DataError(empty(f"for {phase!r}", loader))
 
 
 def limited(data: PhaseMap[Any], limit: object) -> PhaseMap[Any]:

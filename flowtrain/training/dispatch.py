@@ -50,6 +50,7 @@ class StepRunners:
     Attributes:
         watched: Whether a handler may see the batch after the backward pass.
         pairs: Whether the phase uses the bundled `split`, which takes a pair as (inputs, targets).
+        call_model: The method by which the phase calls the model; ``None`` if it calls ``model(inputs)``.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class StepRunners:
         "backward_end",
         "batch_begin",
         "batch_end",
+        "call_model",
         "loss_begin",
         "pairs",
         "update_begin",
@@ -82,6 +84,7 @@ class StepRunners:
     batch_end: Any
     watched: bool
     pairs: bool
+    call_model: Callable[..., Any] | None
 
 
 _IN_A_BATCH: Set[type[Event]] = {EpochBegin, *StepRunners.events.values(), BatchCancelled}
@@ -105,6 +108,9 @@ class _Runners(dict[Phase, StepRunners]):
         own = type(phase).step is not AbstractTrainingPhase.step  # it may call the bundled one and then read the batch
         found.watched = own or any(runner is not None for runner in after)
         found.pairs = getattr(type(phase), "split", None) is AbstractTrainingPhase.split
+        method = getattr(type(phase), "call_model", None)
+        bundled = method in (None, AbstractTrainingPhase.call_model) and not getattr(phase, "unpack", False)
+        found.call_model = None if bundled else getattr(phase, "call_model", None)
         self[phase] = found
         return found
 

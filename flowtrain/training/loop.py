@@ -25,8 +25,10 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.core.optimizers import check_trained
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.data.loaders import length
 from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import (
     CancelBatchException,
@@ -39,10 +41,10 @@ from flowtrain.errors import (
 from flowtrain.graph.executor import Executor
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start, replay
-from flowtrain.training.data import check_gave, has_workers, length, planned_updates, set_epoch, shortest
+from flowtrain.training.data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.scopes import Scopes
@@ -137,6 +139,9 @@ class Loop:
             # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them
             # before this checkpoint.
             self.checkpoints.restore_random()
+            trains = any(isinstance(phase, AbstractTrainingPhase) for phase in data)
+            if trains and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
+                check_trained(by_name(self.state.optimizer), self.core.models, self.state.lossfn)
             if epochs is not None:
                 self._fit_epochs(data, epochs, validate_every or 1, position)
             else:
@@ -370,14 +375,15 @@ class Loop:
 
         No event is fired, and no batch is opened.
         """
-        core, found = self.core, []
+        core, found = self.core, list[Any]()
+        own = phase if isinstance(phase, AbstractValidationPhase) else None
         self.scopes.begin_call()  # so that the model cannot start training
         try:
             with self._mode(phase):
                 for each in inputs:
                     placed = core.place(each) if core.places else each
                     try:
-                        outputs = core.model(placed)
+                        outputs = core.model(placed) if own is None else own.call_model(core.model, placed)
                     except (TypeError, ValueError, RuntimeError) as error:
                         error.add_note(f"raised by the model in predict(), called with {describe(placed)}")
                         raise

@@ -275,9 +275,12 @@ class Steps(StepContext):
         if training:
             core.begin()
         try:
-            outputs = batch.outputs = core.model(inputs)
+            call = on.call_model
+            outputs = batch.outputs = core.model(inputs) if call is None else call(core.model, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
+            if on.call_model is None and isinstance(error, TypeError) and isinstance(inputs, (tuple, list, Mapping)):
+                error.add_note(f"To pass its items as arguments, set unpack = True in a subclass of {phase!r}.")
             raise
         if type(outputs) is not torch.Tensor:
             core.show(batch)

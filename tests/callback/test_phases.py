@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -252,5 +253,56 @@ def test_what_is_no_pair_is_said(kind: type[TrainingPhase | ValidationPhase], ra
     name = kind.__name__
     assert str(caught.value) == (
         f"{name} needs (inputs, targets) from its loader and got {said}. Let the dataset return pairs, or override "
-        f"{name}.split(raw) to return (inputs, targets)."
+        f"{name}.split(raw) to return (inputs, targets). For a model of several inputs set unpack = True in a phase "
+        f"of your own."
     )
+
+
+class Several(TrainingPhase):
+    """A phase of a model with several inputs."""
+
+    unpack = True
+
+
+class Encoding(UserDict[str, Any]):
+    """A mapping that is no dict, as the tokenizers of Hugging Face return."""
+
+
+@pytest.mark.parametrize(
+    ("raw", "inputs", "targets"),
+    [
+        ((1, 2), 1, 2),
+        (((1, 2), 3), (1, 2), 3),
+        ([1, 2, 3], (1, 2), 3),
+        (({"x": 1}, 2), {"x": 1}, 2),
+        ({"x": 1, "labels": 2}, {"x": 1, "labels": 2}, 2),
+        (Encoding(x=1, labels=2), {"x": 1, "labels": 2}, 2),
+        ({"x": 1}, {"x": 1}, None),
+    ],
+)
+def test_the_inputs_of_a_model_of_several(raw: Any, inputs: Any, targets: Any) -> None:
+    assert Several().split(raw) == (inputs, targets)
+
+
+@pytest.mark.parametrize("raw", [torch.ones(2, 3), (1,), None])
+def test_one_part_is_no_batch_of_several_inputs(raw: Any) -> None:
+    with pytest.raises(DataError, match=r"Several needs \(inputs, targets\) from its loader"):
+        Several().split(raw)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "called"),
+    [
+        ((1, 2), "(1, 2) {}"),
+        ([1], "(1,) {}"),
+        ({"x": 1}, "() {'x': 1}"),
+        (Encoding(x=1), "() {'x': 1}"),
+        (1, "(1,) {}"),
+    ],
+)
+def test_the_items_of_inputs_are_the_arguments_of_the_model(inputs: Any, called: str) -> None:
+    def model(*args: Any, **named: Any) -> str:
+        return f"{args} {named}"
+
+    assert Several().call_model(model, inputs) == called
+    assert TrainingPhase().call_model(model, inputs) == f"({inputs!r},) {{}}"

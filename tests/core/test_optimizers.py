@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
-from flowtrain import CoreError, Learner, TorchCore, TrainingPhase
+from flowtrain import (
+    CheckpointError,
+    CoreError,
+    ExecutorError,
+    Learner,
+    TorchCore,
+    TrainingPhase,
+    UsageError,
+    ValidationPhase,
+    param_groups,
+)
+from flowtrain.callbacks import Checkpointer, LearningRate, Scheduler, constant
 from flowtrain.core.optimizers import fused, make_optimizers, zeroing
 from tests.support.accelerator import DEVICE, needs_accelerator
 from tests.support.models import Tempered
@@ -223,3 +237,212 @@ def test_zeroing_is_torchs_own_function_where_somebody_has_replaced_it(monkeypat
     zeroing(optimizer)()
     assert calls == [optimizer]
     assert params[0].grad is not None
+
+
+# --- groups by patterns of names
+
+
+class Parts(nn.Module):
+    """A body with a normalisation, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        self.head = nn.Linear(3, 1)
+
+
+def names_in(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [(group["name"], [names[id(param)] for param in group["params"]]) for group in groups]
+
+
+def test_groups_by_patterns_in_order() -> None:
+    model = Parts()
+    groups = param_groups(model, {"head.*": {"lr": 1e-3}, "*.bias": {"lr": 1e-4, "momentum": 0.5}, "*": {}})
+    assert names_in(model, groups) == [
+        ("head.*", ["head.weight", "head.bias"]),
+        ("*.bias", ["body.0.bias", "body.1.bias"]),
+        ("*", ["body.0.weight", "body.1.weight"]),
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [
+        (1e-3, 0.9), (1e-4, 0.5), (0.1, 0.9),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "without"),
+    [
+        (True, ["body.0.bias", "body.1.weight", "body.1.bias", "head.bias"]),
+        ("*.bias", ["body.0.bias", "body.1.bias", "head.bias"]),
+        (("body.1.*", "head.weight"), ["body.1.weight", "body.1.bias", "head.weight"]),
+        (False, []),
+    ],
+)
+def test_parameters_without_weight_decay(no_decay: Any, without: list[str]) -> None:
+    model = Parts()
+    groups = param_groups(model, {"body.*": {}, "*": {"weight_decay": 0.2}}, no_decay=no_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in dict(names_in(model, [group]))}
+    assert all(value == (0.0 if name.endswith("no decay") else 0.1 if name == "body.*" else 0.2)
+               for name, value in found.items())  # fmt: skip
+    assert [name for pattern, names in names_in(model, groups) if pattern.endswith("no decay") for name in names] == (
+        without
+    )
+
+
+def test_patterns_of_groups_that_are_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        param_groups(Parts(), {"head.*": {"lr": 1e-3}})
+    assert str(caught.value) == (
+        "param_groups: no pattern fits body.0.weight, body.0.bias, body.1.weight and 1 more. Add a last group for the "
+        "others: {..., '*': {\"lr\": 1e-3}}."
+    )
+    with pytest.raises(UsageError, match=r"param_groups: the pattern 'haed\.\*' fits no parameter: names are body\.0"):
+        param_groups(Parts(), {"haed.*": {}, "*": {}})
+
+
+# --- parameters that no optimizer has
+
+
+def line() -> list[Any]:
+    return [(torch.ones(2, 2), torch.ones(2, 1)), (torch.zeros(2, 2), torch.ones(2, 1))]
+
+
+def parts_learner(optimizer: Any = None, **options: Any) -> Learner:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(2, 3), head=nn.Linear(3, 1)))
+    return Learner(
+        model, mse_loss, data=line(), optimizer=optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        default_callbacks="quiet", core=TorchCore("cpu"), **options,
+    )  # fmt: skip
+
+
+def test_a_layer_that_was_replaced_is_noticed_when_a_fit_begins() -> None:
+    learner = parts_learner()
+    learner.fit(1)
+    learner.model.head = nn.Linear(3, 1)
+    with pytest.raises(CoreError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == (
+        "head.weight, head.bias would not be trained: no optimizer has them, and SGD has parameters of shape (1, 3), "
+        "(1,) that the model no longer has. A layer was replaced after the learner was built. Make the optimizer anew: "
+        "learner.replace_optimizer(partial(torch.optim.SGD, lr=...))."
+    )
+    learner.replace_optimizer(partial(torch.optim.SGD, lr=0.1))
+    before = learner.model.head.weight.clone()
+    learner.fit(1)
+    assert not torch.equal(learner.model.head.weight, before)
+
+
+def test_a_parameter_that_was_forgotten_is_noticed_when_a_fit_begins() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    learner = Learner(
+        model, mse_loss, data=line(), optimizer=torch.optim.SGD(model[1].parameters(), lr=0.1),
+        default_callbacks="quiet", core=TorchCore("cpu"),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="would not be trained") as caught:
+        learner.fit(1)
+    assert caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        "0.weight, 0.bias would not be trained: no optimizer has them, and they require gradients. Freeze them, "
+        "requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial(torch.optim.SGD, "
+        "lr=...)) takes all parameters."
+    )
+    model[0].requires_grad_(False)
+    learner.fit(1)  # without a warning
+
+
+def test_a_fit_that_only_evaluates_needs_no_optimizer_for_a_new_layer() -> None:
+    learner = parts_learner()
+    learner.model.head = nn.Linear(3, 1)
+    with pytest.warns(UserWarning, match="nothing is trained"):
+        learner.fit(1, data={ValidationPhase: line()})
+
+
+# --- replace_optimizer
+
+
+def test_an_optimizer_is_replaced_between_two_fits() -> None:
+    learner = parts_learner()
+    learner.fit(1)
+    first = learner.optimizer
+    assert learner.replace_optimizer(partial(torch.optim.Adam, lr=0.01)) is first
+    by_hand = deepcopy(learner.model)
+    adam = torch.optim.Adam(by_hand.parameters(), lr=0.01)
+    for x, y in line():
+        adam.zero_grad()
+        mse_loss(by_hand(x), y).backward()
+        adam.step()
+    learner.fit(1)
+    assert type(learner.optimizer) is torch.optim.Adam
+    for name, value in by_hand.state_dict().items():
+        assert torch.equal(learner.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("core", [{}, {"accumulate": 2}, {"clip_grad_norm": 1.0}, {"precision": "fp16"}], ids=str)
+def test_a_replaced_optimizer_in_every_kind_of_core(core: Any) -> None:
+    learners = [
+        Learner(nn.Linear(2, 1), mse_loss, data=line(), optimizer=partial(torch.optim.SGD, lr=lr),
+                default_callbacks="quiet", core=TorchCore("cpu", **core))
+        for lr in (0.5, 0.1)
+    ]  # fmt: skip
+    learners[0].model.load_state_dict(learners[1].model.state_dict())
+    learners[0].replace_optimizer(partial(torch.optim.SGD, lr=0.1))
+    for learner in learners:
+        learner.fit(2)
+    assert torch.equal(learners[0].model.weight, learners[1].model.weight)
+
+
+def test_handlers_see_the_new_optimizer() -> None:
+    learner = parts_learner(callbacks=[Scheduler({LearningRate: constant(0.3)})])
+    learner.replace_optimizer(partial(torch.optim.SGD, lr=0.1))
+    learner.fit(1)
+    assert learner.optimizer.param_groups[0]["lr"] == 0.3
+
+
+def test_an_optimizer_that_does_not_fit_changes_nothing() -> None:
+    learner = parts_learner()
+    first = learner.optimizer
+    with pytest.raises(CoreError, match=r"optimizer \(SGD\) has, in group 0, a parameter of shape \(7,\)"):
+        learner.replace_optimizer(torch.optim.SGD([nn.Parameter(torch.ones(7))], lr=0.1))
+    assert learner.optimizer is first
+    learner.fit(1)
+    with learner:
+        pass
+    with pytest.raises(ExecutorError, match=r"replace_optimizer\(\) on a closed learner"):
+        learner.replace_optimizer(torch.optim.SGD)
+
+
+def test_a_checkpoint_has_the_new_optimizer(tmp_path: Path) -> None:
+    def make(*callbacks: Any) -> Learner:
+        learner = parts_learner(callbacks=callbacks)
+        torch.manual_seed(0)
+        learner.model.head = nn.Linear(3, 1)
+        learner.replace_optimizer(partial(torch.optim.Adam, lr=0.01))
+        return learner
+
+    whole = make(Checkpointer(tmp_path))
+    whole.fit(3)
+    resumed = make(Checkpointer(tmp_path))
+    resumed.fit(3, resume=tmp_path / "epoch-0002.ckpt")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+    with pytest.raises(CheckpointError, match="it was a Adam, the learner has a SGD"):
+        parts_learner().load(tmp_path)
+
+
+def test_a_replaced_optimizer_after_a_fit_is_resumed_from(tmp_path: Path) -> None:
+    """The second of two stages: its script makes the same learner, and replaces the optimizer before it resumes."""
+
+    def second(learner: Learner) -> Learner:
+        learner.replace_optimizer(partial(torch.optim.Adam, lr=0.01))
+        return learner
+
+    torch.manual_seed(0)
+    whole = parts_learner(callbacks=[Checkpointer(tmp_path)])
+    whole.fit(1)
+    second(whole).fit(3)
+    resumed = second(parts_learner(callbacks=[Checkpointer(tmp_path)]))
+    resumed.fit(3, resume=tmp_path / "epoch-0002.ckpt")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)

@@ -96,6 +96,10 @@ CASES: dict[str, Case] = {
         unseen={"begin_training": PUT_BACK, "end_fit": PUT_BACK, "take_in_last": FILLED, "take_in_cancelled": FILLED},
     ),
     "EarlyStopping": Case(lambda _: (EarlyStopping(patience=5),)),
+    "Freeze": Case(
+        lambda _: (flowtrain.callbacks.Freeze({"coeff": 0}),),
+        unseen=dict.fromkeys(("begin_fit", "begin_epoch"), "its only parameter is never frozen"),
+    ),
     "GradNorm": Case(lambda _: (GradNorm(layers=True),), unseen={"record_layers": "the model names the layers"}),
     "LogHistograms": Case(
         lambda folder: (LogHistograms(backend(folder), every=1, gradients=True),), placed=("backends",)

@@ -228,7 +228,7 @@ def test_arguments_that_nobody_has() -> None:
         ("fit_one_cycle", "Write learner.fit(10)."),
         ("lr_find", "Write flowtrain.find_learning_rate(learner)."),
         ("to", "Write TorchCore(device=...) as Learner(core=...)."),
-        ("freeze", "Write requires_grad_(False) of the parameters"),
+        ("freeze", "Write Freeze({'body.*': None}) among the callbacks"),
         ("validat", "Did you mean 'validate'?"),
     ],
 )

@@ -28,8 +28,9 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, LearningRate, SanityCheck, Scheduler, one_cycle
+from flowtrain.data.loaders import LimitedLoader, length
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import LimitedLoader, length, loader_parts, unlimited
+from flowtrain.training.data import loader_parts, unlimited
 
 
 class Endless(IterableDataset[Any]):

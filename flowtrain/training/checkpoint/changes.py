@@ -51,16 +51,26 @@ class Changes:
 
     def __init__(self, state: LearnerState, core: TorchCore) -> None:
         self._modules = {f"model.{name}" if name else "model": model for name, model in core.models.items()}
-        optimizers = by_name(state.optimizer)
-        self._objects: dict[str, Any] = {optimizer_name(name): each for name, each in optimizers.items()}
         if isinstance(state.lossfn, torch.nn.Module):
             self._modules["lossfn"] = state.lossfn
-        else:
-            self._objects["lossfn"] = state.lossfn
-        self._core = core
-        self.groups = ParameterGroups(self._modules, optimizers)
+        self._state, self._core = state, core
         self._began: dict[Key, Any] | None = None
         self._owned: set[str] = set()
+        self.use_optimizers()
+
+    def use_optimizers(self) -> None:
+        """Take the optimizers of the learner, whose present state counts as built by the script."""
+        optimizers = by_name(self._state.optimizer)
+        self._objects: dict[str, Any] = {optimizer_name(name): each for name, each in optimizers.items()}
+        if not isinstance(self._state.lossfn, torch.nn.Module):
+            self._objects["lossfn"] = self._state.lossfn
+        self.groups = ParameterGroups(self._modules, optimizers)
+        if self._began is not None:
+            now = self._now()
+            self._owned |= self._objects.keys()
+            self._began = {key: value for key, value in self._began.items() if not _of_optimizer(key)}
+            self._began |= {key: value for key, value in now.items() if _of_optimizer(key)}
+            self.groups.begin()
 
     def begin(self) -> None:
         """Record the state that training begins with. A later call has no effect."""
@@ -248,6 +258,10 @@ class Changes:
         value = Stage().copy(entry["value"], "a checkpoint")  # a copy, as the contents may be loaded once more
         value = with_frozensets(value, entry.get("frozensets"))  # early checkpoints lack them
         return to_device(value, self._core.device) if entry["device"] else value
+
+
+def _of_optimizer(key: Key) -> bool:
+    return key[1].partition(".")[0] == "optimizer"
 
 
 def _by_key(saved: Mapping[str, Any] | None) -> dict[Key, Mapping[str, Any]]:

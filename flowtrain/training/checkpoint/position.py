@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.data.loaders import length
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
@@ -22,7 +23,7 @@ from flowtrain.training.checkpoint.rng import (
     set_random_state,
     start_workers,
 )
-from flowtrain.training.data import check_gave, length, set_epoch
+from flowtrain.training.data import check_gave, set_epoch
 
 __all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay"]
 
