@@ -212,6 +212,7 @@ class Learner:
 
         The model is in eval mode and computes without gradients. Nothing else happens: no callback runs, nothing is
         recorded, and the modes, the random numbers of the process and the generators of the loader stay as they were.
+        Only worker processes that run already (``persistent_workers=True``) keep the numbers that they have drawn.
 
         An item of the loader may be a pair ``(inputs, targets)``, whose targets are ignored, or inputs alone: a
         tensor, a mapping or any other object is the inputs, and a list or tuple of one part has the inputs in it. If

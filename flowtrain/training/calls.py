@@ -23,7 +23,13 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
-from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.training.checkpoint.rng import (
+    loader_state,
+    random_state,
+    set_loader_state,
+    set_random_state,
+    stop_workers,
+)
 from flowtrain.training.data import check_fit_data, check_gave, check_loader, limited, loaders
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
@@ -166,6 +172,7 @@ class Calls:
         try:
             outputs = loop.outputs(phase, (_inputs(phase, raw) for raw in loader))
         finally:
+            stop_workers(loader, position)
             set_loader_state(loader, position)
             set_random_state(before)
         check_gave(len(outputs), phase, loader)

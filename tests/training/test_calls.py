@@ -272,6 +272,25 @@ def test_predict_leaves_no_trace() -> None:
     assert predicted[1:] == plain[1:]
 
 
+def test_workers_that_stay_are_started_by_the_fit() -> None:
+    """Starting persistent workers draws a number, which the first pass of the fit draws, also after `predict`."""
+
+    def fit(*, predicts: bool) -> list[Any]:
+        torch.manual_seed(0)
+        x, y = map(torch.cat, zip(*tiny_batches(n_batches=2), strict=True))
+        loader = DataLoader(
+            TensorDataset(x, y), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True,
+            multiprocessing_context="forkserver",
+        )  # fmt: skip
+        learner = tiny_learner(data=loader)
+        if predicts:
+            assert learner.predict(loader).shape == (16, 1)
+        learner.fit(2)
+        return [list(learner.cbstate.metrics_step[TrainingPhase]["Loss"]), *draws()[:1]]
+
+    assert fit(predicts=True) == fit(predicts=False)
+
+
 def test_predict_uses_the_trained_weights_and_the_averages_where_they_are_applied() -> None:
     ema = EMA(0.5)
     learner = tiny_learner(ema, n_batches=2)

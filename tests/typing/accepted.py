@@ -18,6 +18,7 @@ from flowtrain import (
     Callback,
     EpochEnd,
     Event,
+    History,
     Learner,
     LearnerView,
     NoConflict,
@@ -118,7 +119,9 @@ with Learner(
     ],
     default_callbacks="quiet",
 ) as learner:
-    learner.fit(10)
+    history: History = learner.fit(10)
+    values: list[float] = history[ValidationPhase]["Loss"].values
+    measured: dict[str, float] = learner.evaluate([(torch.ones(1, 1), torch.ones(1, 1))], ValidationPhase)
     learner.fit(steps=100, validate_every=10)
     learner.fit(10, validate_every=2, limit_batches=0.1)
     learner.fit(10, limit_batches={TrainingPhase: 100, ValidationPhase(): 0.5})

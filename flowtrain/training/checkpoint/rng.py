@@ -20,7 +20,15 @@ import torch
 from flowtrain.state.accelerator import accelerator_kind, random_states, set_random_states
 from flowtrain.training.data import loader_parts
 
-__all__ = ["keeps_workers", "loader_state", "random_state", "set_loader_state", "set_random_state", "start_workers"]
+__all__ = [
+    "keeps_workers",
+    "loader_state",
+    "random_state",
+    "set_loader_state",
+    "set_random_state",
+    "start_workers",
+    "stop_workers",
+]
 
 
 def random_state() -> dict[str, Any]:
@@ -91,6 +99,17 @@ def start_workers(loader: Any, state: Mapping[str, Any]) -> None:
     for part in _persistent(loader) if state.get("workers") else ():
         if not _runs(part):
             iter(part)  # a DataLoader starts its persistent workers when it is first iterated
+
+
+def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
+    """Stop the persistent workers of a loader if none ran in `state`, so that its next pass starts them, and draws.
+
+    Args:
+        loader: The loader.
+        state: The state that `loader_state` returned.
+    """
+    for part in _persistent(loader) if not state["workers"] else ():
+        part._iterator = None  # the iterator ends its workers when it is freed
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
