@@ -84,7 +84,7 @@ def test_evaluate_returns_the_values_of_its_epoch(executor: str) -> None:
     with tiny_learner(Metrics(mean_absolute_error), data=data, executor=executor) as learner:
         learner.fit(1)
         x, y = map(torch.cat, zip(*data[1], strict=True))
-        error = learner.model.coeff.detach() * x - y
+        error = learner.model.coeff.detach().cpu() * x - y
         measured = learner.evaluate()
         assert measured == {
             "Loss": pytest.approx(error.square().mean().item()),
@@ -96,7 +96,7 @@ def test_evaluate_returns_the_values_of_its_epoch(executor: str) -> None:
         assert learner.validate() == measured
         assert recorded["Loss"].steps == [1, 1, 1]
         other = learner.evaluate([(x, torch.zeros_like(y))])
-        assert other["MeanAbsoluteError"] == pytest.approx((learner.model.coeff.detach() * x).abs().mean().item())
+        assert other["MeanAbsoluteError"] == pytest.approx((learner.model.coeff.detach().cpu() * x).abs().mean().item())
 
 
 def test_validate_returns_the_values_by_phase_if_there_are_several() -> None:
@@ -204,7 +204,8 @@ def test_predict_returns_the_outputs_in_eval_mode(executor: str) -> None:
         learner.fit(1)
         model = learner.model.eval()
         with torch.no_grad():
-            expected = model(torch.cat([x for x, _ in batches]))
+            device = model[0].weight.device
+            expected = model(torch.cat([x for x, _ in batches]).to(device)).cpu()
         learner.model.train()
         found = learner.predict(batches)
     torch.testing.assert_close(found, expected)
@@ -215,7 +216,7 @@ def test_inputs_with_and_without_targets() -> None:
     [(x, y), (x2, y2)] = tiny_batches(n_batches=2)
     learner = tiny_learner()
     learner.fit(1)
-    expected = learner.model.coeff.detach() * torch.cat([x, x2])
+    expected = learner.model.coeff.detach().cpu() * torch.cat([x, x2])
     loader = DataLoader(TensorDataset(torch.cat([x, x2])), batch_size=5)  # gives lists of one tensor
     items: list[Any] = [[(x, y), [x2, y2]], [x, x2], [(x,), [x2]], loader, iter([x, x2])]
     for each in items:
