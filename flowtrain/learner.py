@@ -70,7 +70,7 @@ class Learner:
             after them, each if no callback of its type is there; ``"quiet"`` leaves out the last two, which print.
         executor: ``"serial"``, ``"dask"``, ``"local"``, the address of a dask scheduler, or an `Executor`.
         core: The part that computes, by default `TorchCore()`.
-        strict: Whether to check around every handler, slowly, that it changed only what it declares, tensors included.
+        strict: Whether to check around every handler, slowly, that it changed only declared state, tensors included.
 
     Attributes:
         state: The state of training, which the views of handlers show.

@@ -330,7 +330,7 @@ def why_serial(plan: Plan, main: frozenset[int], workers: int, parallel: Paralle
         plan: The plan.
         main: The positions of the handlers that only the training thread may run.
         workers: How many handlers can run at the same time.
-        parallel: What the user asked for.
+        parallel: The argument of the user.
     """
     if len(plan) == 1:
         return "one handler"

@@ -128,7 +128,7 @@ def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, R
 
 
 def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
-    """Return the access that allows what either of two allows; `Write` includes reading."""
+    """Return the access that allows all that either of two allows; `Write` includes reading."""
     if one is None or one == other or isinstance(other, Write):
         return other
     if isinstance(one, Write):
@@ -138,7 +138,7 @@ def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
 
 
 def union(declarations: Iterable[Declaration]) -> Declaration:
-    """Return one declaration that allows what any of several allows.
+    """Return one declaration that allows all that any of several allows.
 
     For each path `Write` beats `Read`, and `Read` beats an optional read. A `Read` is full if one of several is full.
     """

@@ -45,7 +45,7 @@ class Callback:
         backends: The logging backends (`flowtrain.logging.LoggerBackend`) that the handlers log to. A callback may keep
             backends in other attributes as well: `flowtrain.graph.held_backends` finds them all.
         deferrable: Whether the handlers only consume, so that an executor may run them later and elsewhere, on a
-            snapshot of what they declare. A deferrable callback declares no `Write` except on resources.
+            snapshot of the declared state. A deferrable callback declares no `Write` except on resources.
         durable: Whether every event of the callback must be processed, however full its lane is.
         access_argument: The declaration that a user passed as ``access=`` to a callback that calls a function of the
             user. Messages then tell the user to pass more there, since the user did not write `state_access`.
@@ -59,7 +59,7 @@ class Callback:
             the device on purpose.
         stops_at_nan: Whether the callback ends training when a loss is NaN. Where losses are read late, the core then
             lets no update change the parameters between the NaN and the end of training.
-        renaming: A hint for messages about two series of one name: what the user can write to rename those of this
+        renaming: A hint for messages about two series of one name: the code with which a user renames those of this
             callback.
     """
 
@@ -120,7 +120,7 @@ class Callback:
         cls._handlers[key] = handler
 
     def state_access(self) -> Access:
-        """Return what the handlers touch that have no ``access=``. Called once, when a learner is built."""
+        """Return the access of the handlers that have no ``access=``. Called once, when a learner is built."""
         return {}
 
     def run_after(self) -> tuple[type[Callback], ...]:

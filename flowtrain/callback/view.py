@@ -148,7 +148,7 @@ class LearnerView:
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """The arguments of a request for a checkpoint or for weights, until the loop does what is requested.
+    """The arguments of a request for a checkpoint or for weights, until the loop has carried it out.
 
     Attributes:
         path: The file to write or to load from.

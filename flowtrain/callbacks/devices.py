@@ -89,7 +89,7 @@ class DeviceStats(Callback):
 
 
 class _Usage:
-    """Measures what this process uses; the processor time of a call is the time since the previous call."""
+    """Measures the memory of this process, and its processor time since the previous call."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()

@@ -300,7 +300,7 @@ def _tracked(track: Metric, batch: Any, phase: Phase) -> Any:
 
 
 def _metric(given: Any) -> Metric:
-    """Return the metric, or a metric or `Track` made of what the user has given."""
+    """Return the metric, or a metric or `Track` made of the argument of a user."""
     if isinstance(given, Metric):
         return given
     return Track(given) if is_a(given, str) and given.startswith("batch.") else Metric(given)

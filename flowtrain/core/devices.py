@@ -79,7 +79,7 @@ def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -
                 raise RuntimeError(f"there is no {device.type} device with this number")  # not every type refuses it
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-            reason = str(error).partition(". ")[0].rstrip(".")  # what follows may be pages long
+            reason = str(error).partition(". ")[0].rstrip(".")  # the rest may be pages long
             raise CoreError(
                 f"device={wanted!r} cannot be used: {reason}. This process has: {', '.join(map(repr, _devices()))}. "
                 f"Write one of these, or leave device= out. Another one needs its driver, and a build of torch for it "

@@ -172,7 +172,7 @@ def _fingerprint(value: Any, seen: dict[int, tuple[int, Any]]) -> object:
 
     Args:
         value: The value.
-        seen: What was met before, by id: the number that stands for it, and the object, whose id is then its own.
+        seen: The objects that were met before, by id: a number that stands for each, and the object, to keep its id.
     """
     found: list[object] = []
     waiting: list[tuple[Any, int]] = [(value, _DEPTH)]
@@ -242,7 +242,7 @@ def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:
     found: dict[Path, object] = {(*root, *name.split(".")): _tensor(value) for name, value in named}
     for name, param in module.named_parameters(remove_duplicate=False):
         path = (*root, *name.split("."))
-        found[path] = (found[path], param.requires_grad)  # what freezes it is a write too
+        found[path] = (found[path], param.requires_grad)  # freezing it is a write too
     for name, inner in module.named_modules():
         plain = [(key, value) for key, value in vars(inner).items() if isinstance(value, (bool, int, float, str))]
         for key, value in plain:  # such as `training`, which eval() and train() set

@@ -178,7 +178,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
     """
     stale = {*earlier, *CONTAINERS}
     names = sorted({*entries_written(nodes), *cbstate})
-    # The reader itself counts as a writer too: it may write at one event what it reads at another.
+    # The reader itself counts as a writer too: it may write an entry at one event and read it at another.
     written = {path for _, path in _writes(nodes, "cbstate")}
     for node in nodes:
         for path in _reads(node.union, "cbstate"):

@@ -333,7 +333,7 @@ def _all_meetings(declarations: Sequence[Declaration], reach: Reach) -> Iterator
             for region in reach(path):
                 index.setdefault(region, []).append((position, path))
     # Sorted, so that messages and `explain` are the same in every run. Gradients go last, so that a meeting is reported
-    # by its parameter, which is what users think of.
+    # by its parameter, whose name users know.
     for region in sorted(readers.keys() | writers.keys(), key=lambda path: (path[0] == _GRADS, path)):
         for length in range(1, len(region) + 1):
             prefix = region[:length]

@@ -272,7 +272,7 @@ class Callbacks(Sequence[Callback]):
         type_name = type(callback).__name__
         passed = callback.access_argument
         if passed is not None:
-            declare(passed, f"{type_name}(access=...)")  # checked first, so that an error names what the user wrote
+            declare(passed, f"{type_name}(access=...)")  # first, so that an error names the argument
         backends = backends_of(callback)
         sinks = declare({backend.resource: Write() for backend in backends}, type_name)
         shared = union([declare(callback.state_access(), f"{type_name}.state_access()"), sinks])

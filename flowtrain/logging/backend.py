@@ -194,7 +194,7 @@ class LoggerBackend(ABC):
             loggable: A loggable of one of the types in `accepts`.
             name: The name, such as ``"Loss"``.
             step: The step.
-            group: What the step counts, such as ``("Step", "TrainingPhase")``.
+            group: The unit that the step counts, and the phase, such as ``("Step", "TrainingPhase")``.
 
         Raises:
             LoggingError: The loggable is of another type, or holds an object that cannot be logged.
@@ -323,7 +323,7 @@ def log(
         loggable: The loggable.
         name: The name to log under, such as ``"Loss"``.
         step: The step.
-        group: What the step counts, such as ``("Step", "TrainingPhase")``.
+        group: The unit that the step counts, and the phase, such as ``("Step", "TrainingPhase")``.
 
     Raises:
         LoggingError: No backend takes the type of the loggable, a backend cannot encode or write it, the callback does

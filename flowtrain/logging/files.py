@@ -259,7 +259,7 @@ def warn_of_others(backend: Any, before: str) -> None:
 
     Args:
         backend: The backend, which has a `path`.
-        before: What there is of other runs, such as ``"90 bytes"``; empty if there is nothing.
+        before: A description of the records of other runs, such as ``"90 bytes"``; empty if there is nothing.
     """
     if before:
         warnings.warn(

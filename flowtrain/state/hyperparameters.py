@@ -65,7 +65,7 @@ class Setting:
         """Set the value. Called before each update.
 
         Args:
-            learner: A view that allows what `access` declares.
+            learner: A view that allows the access of `access`.
             value: The value of the schedule for the coming update.
         """
         raise NotImplementedError(
@@ -77,7 +77,7 @@ class Setting:
         """Prepare the setting when the learner is built. The base class sets the value, so that others can read it.
 
         Args:
-            learner: A view that allows what `access` declares.
+            learner: A view that allows the access of `access`.
             value: The value for the first update.
         """
         self.set(learner, value)

@@ -1,6 +1,6 @@
 # pyright: reportPrivateUsage=false
 # `bind_view` fills the private slots of the views that are compiled here.
-"""Compiled views: a handler sees the learner through an object that allows exactly what the handler declares.
+"""Compiled views: a handler sees the learner through an object that allows exactly the declared access.
 
 For each declaration a view class is compiled once (`compile_view`), and all handlers with that declaration share it.
 Reading a declared path runs C getters only: there is no Python call and no look-up in the declaration. An attribute
@@ -146,7 +146,7 @@ def _params(view: LearnerView) -> Any:
 
 
 def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> LearnerView:
-    """Return a view of a state that allows what is declared.
+    """Return a view of a state that allows the declared access.
 
     Args:
         declaration: The declaration of the handler.

@@ -117,7 +117,7 @@ class BackendContract:
         assert not differing, f"encoded differently in another thread: {differing[0]}"
         assert sorted(tmp_path.rglob("*")) == before, "encode() made something: it may run on another machine"
 
-    # --- what is written
+    # --- the records
 
     def test_records_are_kept_in_order(self, tmp_path: Path) -> None:
         """The sink has all records, for each group and name in the order in which they were written."""

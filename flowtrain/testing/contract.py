@@ -184,7 +184,7 @@ class ExecutorContract(ContractBase):
         trace, got = Trace(self.patience), dict[str, tuple[Event, LearnerView]]()
 
         def note(probe: Probe, event: Event, learner: LearnerView) -> None:
-            """Keep what the handler was called with."""
+            """Keep the arguments of the call."""
             got[probe.name] = (event, learner)
 
         probes = [kind(trace, note) for kind in KINDS[:4]]

@@ -1,7 +1,7 @@
 """Training: the loop over epochs and batches, and the services that the loop calls.
 
-`calls` checks and begins what a user calls, `loop` runs fits and epochs, `step` runs one batch, and `interrupts` ends a
-fit at a batch boundary after a signal. `scopes` records which of fit, epoch and batch are open, `dispatch` fires
+`calls` has the calls of a user, with their checks, `loop` runs fits and epochs, `step` runs one batch, and `interrupts`
+ends a fit at a batch boundary after a signal. `scopes` records which of fit, epoch and batch are open, `dispatch` fires
 events, `callback_changes` changes the callbacks of a learner. `data` checks the loaders, `arguments` checks every other
 argument of a user; `sinks` opens and closes the logging backends. `checkpoint` writes the state of training to a file
 and restores it.

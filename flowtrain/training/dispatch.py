@@ -176,7 +176,7 @@ class Dispatch:
 
     @property
     def open_sinks(self) -> object:
-        """An object that keeps the logging backends open for whoever holds a reference to it."""
+        """An object that keeps the logging backends open as long as there is a reference to it."""
         return self._sinks.lease
 
     def runner(self, event_type: type[Event], phase_type: type[Phase]) -> Runner | None:

@@ -34,7 +34,7 @@ class Encoded:
 
     Args:
         obj: The object; it must not change as long as the pieces are used.
-        tails: What the series in it share, see `flowtrain_dask.snapshots.series.tails_of`.
+        tails: The values that the series in it share, see `flowtrain_dask.snapshots.series.tails_of`.
 
     Attributes:
         pieces: The bytes, one piece after the other; the buffers among them are the memory of the object.
@@ -48,7 +48,7 @@ class Encoded:
         # Protocol 5 of pickle hands out large pieces of memory apart, so they are sent from where they lie.
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
-        self._pickler = ValuePickler(file, buffers.append, tails)  # it keeps alive what the buffers show
+        self._pickler = ValuePickler(file, buffers.append, tails)  # it keeps the memory of the buffers alive
         self._pickler.dump(obj)
         parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
         head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))

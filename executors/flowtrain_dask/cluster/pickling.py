@@ -121,7 +121,7 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
         storage, offset = plain.untyped_storage(), plain.storage_offset()
         start, size = storage.data_ptr(), storage.nbytes()
         wasteful = size > self.waste * plain.nbytes + 1024
-        if wasteful and (start, size) not in self._storages:  # then only what lies between its first and last element
+        if wasteful and (start, size) not in self._storages:  # then only the bytes from its first to its last element
             elements = 1 + sum([(length - 1) * stride for length, stride in zip(shape, plain.stride(), strict=True)])
             start, size, offset = plain.data_ptr(), elements * dtype.itemsize, 0
             if size > self.waste * plain.nbytes + 1024:
@@ -229,7 +229,7 @@ class _Bytes:
         return _storage, (pickle.PickleBuffer(_memory_view(self.address, self.size, _WRITABLE)),)
 
 
-# --- on the other side: what a pickle calls
+# --- functions that a pickle calls on the other side
 
 
 def _storage(buffer: Any) -> torch.UntypedStorage:

@@ -63,7 +63,7 @@ class Decision:
         clock: Returns the time in seconds.
 
     Attributes:
-        mode: What the next firing does: measure, race, or run in the way that was decided on.
+        mode: Whether the next firing measures, races, or runs in the way that was decided on.
         reason: Why the plan is in this mode, as `DaskExecutor.explain` shows it.
         strands: The strands for running in parallel, by the last times that are known.
     """

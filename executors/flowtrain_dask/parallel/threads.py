@@ -20,8 +20,8 @@ __all__ = ["Wake", "start"]
 class Wake:
     """Ends the wait of one thread. A wake that comes before the wait ends the next one; two of them count as one.
 
-    The waiting thread looks at its condition before each wait, and whoever changes the condition calls `set` after the
-    change. So no change is missed, and a wake without a change does no harm.
+    The waiting thread looks at its condition before each wait, and a thread that changes the condition calls `set`
+    after the change. So no change is missed, and a wake without a change does no harm.
     """
 
     __slots__ = ("_taken",)

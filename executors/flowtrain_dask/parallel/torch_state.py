@@ -78,7 +78,7 @@ class TorchState:
         )
 
     def call(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call a function on this thread, in this state. What the function returns is dropped.
+        """Call a function on this thread, in this state. The result of the function is dropped.
 
         Afterwards the thread has its own state again, except for the number of intra-op threads, which stays that of
         this state. Setting it in any thread changes the number that later threads start with, so all threads must
