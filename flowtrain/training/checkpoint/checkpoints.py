@@ -309,7 +309,8 @@ class Checkpoints:
                 raise
         self._scopes.restore_numbers(*numbers)
         self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
-        self.resumed = contents
+        # If it is saved again, its positions are those of the present sinks, wherever it is saved.
+        self.resumed = {**contents, "run": {**run, "positions": positions}}
         self._returning = True
 
     def _warn(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:

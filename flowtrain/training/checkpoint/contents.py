@@ -325,6 +325,6 @@ def _load_callback(callback: Callback, saved: Mapping[str, Any]) -> None:
                 condition.load_state_dict(each["state"])
     except Exception as error:
         raise CheckpointError(
-            f"{callback.name} refuses its state in the checkpoint: {type(error).__name__}: {error}. Was it "
-            f"made with other arguments? Nothing has been changed."
+            f"{callback.name} refuses its state in the checkpoint: {type(error).__name__}: {error}. Make it with the "
+            f"arguments that it had in the run of the checkpoint, or leave it out. Nothing has been changed."
         ) from error

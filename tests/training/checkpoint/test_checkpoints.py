@@ -617,8 +617,9 @@ def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[P
 def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path) -> None:
     """Rule 28: the log is found at its new place, and records from after the checkpoint are removed there."""
 
-    def run(folder: Path) -> Learner:
-        return tiny_learner(LogMetrics(JsonlBackend(folder / "log.jsonl")), Checkpointer(folder / "kept"), n_batches=3)
+    def run(folder: Path, *more: Callback) -> Learner:
+        logs = LogMetrics(JsonlBackend(folder / "log.jsonl"))
+        return tiny_learner(logs, Checkpointer(folder / "kept"), *more, n_batches=3)
 
     with run(tmp_path / "one") as learner:
         learner.fit(2)
@@ -626,6 +627,11 @@ def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path)
     (tmp_path / "one").rename(tmp_path / "two")
     with run(tmp_path / "two") as learner:
         learner.fit(2, resume=tmp_path / "two" / "kept" / "epoch-0001.ckpt")
+    assert log_steps(tmp_path / "two" / "log.jsonl") == steps
+    with run(tmp_path / "two", Ask(tmp_path / "again.ckpt", FitBegin, Phase, 1)) as learner:
+        learner.fit(2, resume=tmp_path / "two" / "kept" / "epoch-0001.ckpt")
+    with run(tmp_path / "two") as learner:
+        learner.fit(2, resume=tmp_path / "again.ckpt")  # the checkpoint that was saved again knows the new place too
     assert log_steps(tmp_path / "two" / "log.jsonl") == steps
     with (
         tiny_learner(
