@@ -30,7 +30,7 @@ from flowtrain.callback.access import Path
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.data.nested import Attribute
 from flowtrain.state.container import Container, Freezer, Tree, changed
-from flowtrain.state.encoding import Stage, phase_of, typed, unpack
+from flowtrain.state.encoding import Packer, phase_of, typed, unpack
 from flowtrain.state.readonly import itself, readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
@@ -188,8 +188,8 @@ class PhaseMap(Container, dict[Phase, V]):
             made[phase] = freezer.part(self[phase], inside, phase)
         return made
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
-        return {repr(phase): stage.pack(item, f"{path}[{phase!r}]") for phase, item in self.items()}
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
+        return {repr(phase): packer.pack(item, f"{path}[{phase!r}]") for phase, item in self.items()}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         for phase, item in list(self.items()):
@@ -260,7 +260,7 @@ class CountsMap(PhaseMap[Counts]):
         dict.update(made, self)
         return made
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
         return {repr(phase): tuple(counts) for phase, counts in self.items()}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:

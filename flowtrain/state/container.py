@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from flowtrain.callback.access import Path, Read, Write
 from flowtrain.callback.phases import Phase
-from flowtrain.state.encoding import Stage
+from flowtrain.state.encoding import Packer
 
 __all__ = ["Container", "Freezer", "Tree", "changed", "picked"]
 
@@ -87,11 +87,11 @@ class Container:
         """
         raise NotImplementedError
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
         """Return the content as plain values, which nobody else holds.
 
         Args:
-            stage: Copies plain values (`Stage.copy`) and packs other values (`Stage.pack`).
+            packer: Copies plain values (`Packer.copy`) and packs other values (`Packer.pack`).
             path: Where the container is, for messages.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Plain copies: the values that a checkpoint may hold, and the entries of ``cbstate`` as such values.
+"""Packed state: the values that a checkpoint may hold, and the entries of ``cbstate`` as such values.
 
 A checkpoint holds tensors and plain values, so ``torch.load(weights_only=True)`` reads it without running any code.
-`Stage` copies such values, tensors to the CPU. Its error for any other value names the object that gave the value.
+`Packer` copies such values, tensors to the CPU. Its error for any other value names the object that gave the value.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
 
-__all__ = ["STORABLE", "Stage", "phase_of", "typed", "unpack"]
+__all__ = ["STORABLE", "Packer", "phase_of", "typed", "unpack"]
 
 STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
 
 
-class Stage:
+class Packer:
     """Copies values for one checkpoint. Tensors that share their memory share it in the copy too."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def unpack(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> 
 
     Args:
         value: The present value. A container of this kind, or an object with ``load_state_dict``, can be filled.
-        kind: The kind of the content, from `Stage.pack`.
+        kind: The kind of the content, from `Packer.pack`.
         content: The content. The filled container may keep parts of it.
         phases: The phases that the learner has data for, by name.
     """

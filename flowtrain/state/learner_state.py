@@ -17,7 +17,7 @@ from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed, picked
-from flowtrain.state.encoding import Stage, typed, unpack
+from flowtrain.state.encoding import Packer, typed, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
@@ -96,8 +96,8 @@ class State(Container, _Namespace):
         parts = {name: freezer.part(own[name], below, Attribute(name)) for name, below in picked(list(own), inside)}
         return _namespace(self._path, parts)
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
-        return {name: stage.pack(item, f"{path}.{name}") for name, item in vars(self).items()}
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
+        return {name: packer.pack(item, f"{path}.{name}") for name, item in vars(self).items()}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         for name in [name for name in self if name not in content]:
@@ -106,11 +106,11 @@ class State(Container, _Namespace):
             self.__put__(name, packed, phases)
 
     def __put__(self, name: str, packed: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
-        """Put one entry back as `Stage.pack` found it; a container is filled in place, because views hold it.
+        """Put one entry back as `Packer.pack` found it; a container is filled in place, because views hold it.
 
         Args:
             name: The entry.
-            packed: A result of `Stage.pack` that nobody else holds.
+            packed: A result of `Packer.pack` that nobody else holds.
             phases: Phases by name, for those that the learner has data for.
         """
         [(kind, content)] = packed.items()

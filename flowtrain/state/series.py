@@ -12,7 +12,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.errors import nearest
 from flowtrain.state.container import Container, Freezer, Tree, picked
 from flowtrain.state.device_values import Unread
-from flowtrain.state.encoding import Stage
+from flowtrain.state.encoding import Packer
 from flowtrain.state.readonly import refuse
 
 if TYPE_CHECKING:
@@ -115,12 +115,12 @@ class Series(Container):
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Series:
         return self.__copy__()
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
         values = self.since(0)
         if values and all(type(value) is float for value in values):
             # A long history of numbers is staged, written and read much faster as tensors.
             return {"steps": torch.tensor(self._steps), "values": torch.tensor(values, dtype=torch.float64)}
-        return {"steps": stage.copy(self._steps, path), "values": stage.copy(values, path)}
+        return {"steps": packer.copy(self._steps, path), "values": packer.copy(values, path)}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         self.__rewind__(0)
@@ -246,8 +246,8 @@ class SeriesMap(Container, Mapping[str, Series]):
         made._series = {name: freezer.copy(self._series[name]) for name, _ in picked(self, inside)}
         return made
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
-        return {name: stage.pack(series, f"{path}.{name}") for name, series in self._series.items()}
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
+        return {name: packer.pack(series, f"{path}.{name}") for name, series in self._series.items()}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         for name in {**self._series, **content}:  # a series without content is emptied and not dropped: views hold it

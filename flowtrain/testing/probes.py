@@ -25,7 +25,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.graph.executor import Executor, Resumable
 from flowtrain.learner import Learner
 from flowtrain.state.accelerator import accelerator, has_streams, on_stream
-from flowtrain.state.encoding import Stage
+from flowtrain.state.encoding import Packer
 from flowtrain.testing.tiny import tiny_learner
 
 __all__ = [
@@ -279,7 +279,7 @@ class ContractBase:
             for _ in range(events):
                 learner.fire(Ping(), TrainingPhase())
             # The state is copied as a checkpoint does it, which refuses all but tensors and plain values.
-            state: Mapping[str, Any] = Stage().copy(executor.state_dict(), f"the executor {learner.executor.name!r}")
+            state: Mapping[str, Any] = Packer().copy(executor.state_dict(), f"the executor {learner.executor.name!r}")
             done = len(trace.ended)
             assert done == events, f"state_dict() returned when {done} of {events} events were done"
             return state

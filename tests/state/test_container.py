@@ -22,7 +22,7 @@ from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, picked
 from flowtrain.state.detached import detached
-from flowtrain.state.encoding import Stage, unpack
+from flowtrain.state.encoding import Packer, unpack
 from flowtrain.state.learner_state import State, Twins, restore_point
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
@@ -76,8 +76,8 @@ class Window(Container):
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Window:
         return copy.deepcopy(self)
 
-    def __packed__(self, stage: Stage, path: str) -> dict[str, Any]:
-        return {"numbers": stage.copy(list(self.numbers), path)}
+    def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
+        return {"numbers": packer.copy(list(self.numbers), path)}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         self.__rewind__(content.get("numbers", []))
@@ -198,9 +198,9 @@ class TestContainer:
 
     def test_it_is_filled_from_a_checkpoint_in_place(self, filled: Any, write: Change) -> None:
         before = copy.deepcopy(content(filled))
-        stage = Stage()
-        packed = stage.pack(filled, "cbstate.x")
-        [(kind, inside)] = stage.copy(packed, "a checkpoint holds nothing but plain values").items()
+        packer = Packer()
+        packed = packer.pack(filled, "cbstate.x")
+        [(kind, inside)] = packer.copy(packed, "a checkpoint holds nothing but plain values").items()
         assert kind == type(filled).__kind__
         for step in (3, 4):
             write(filled, step)

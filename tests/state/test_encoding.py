@@ -11,7 +11,7 @@ import torch
 
 from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.encoding import Stage, phase_of
+from flowtrain.state.encoding import Packer, phase_of
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
@@ -21,7 +21,7 @@ PHASES: dict[str, Phase] = {"TrainingPhase": TrainingPhase(), "ValidationPhase":
 
 def test_copies_are_nobody_elses_and_share_what_was_shared() -> None:
     shared, inside = torch.zeros(3), {"deep": [torch.ones(1)]}
-    copy = Stage().copy({"a": shared, "b": shared, "c": inside}, "x")
+    copy = Packer().copy({"a": shared, "b": shared, "c": inside}, "x")
     shared += 1
     inside["deep"][0] += 1
     assert copy["a"] is copy["b"]
@@ -42,18 +42,18 @@ def test_copies_are_nobody_elses_and_share_what_was_shared() -> None:
 )
 def test_what_is_not_plain_is_named(value: Any, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
-        Stage().copy(value, "Mine.state_dict()")
+        Packer().copy(value, "Mine.state_dict()")
 
 
 def test_a_container_that_holds_itself_is_refused() -> None:
     value: dict[str, Any] = {"a": [1]}
     value["a"].append(value)
     with pytest.raises(CheckpointError) as caught:
-        Stage().copy(value, "Mine.state_dict()")
+        Packer().copy(value, "Mine.state_dict()")
     text = "Mine.state_dict() cannot be in a checkpoint: ['a'][1] holds itself, and is {'a': [1, {...}]} (dict). A ch"
     assert str(caught.value).startswith(text)
     twice = [1]
-    assert Stage().copy([twice, twice], "x") == [[1], [1]]
+    assert Packer().copy([twice, twice], "x") == [[1], [1]]
 
 
 def test_a_namespace_that_holds_itself_is_refused() -> None:
@@ -63,7 +63,7 @@ def test_a_namespace_that_holds_itself_is_refused() -> None:
     with pytest.raises(
         CheckpointError, match=r"^cbstate\.mine\.again cannot be in a checkpoint: it holds itself, and "
     ):
-        Stage().pack(state, "cbstate")
+        Packer().pack(state, "cbstate")
 
 
 def test_containers_are_filled_in_place() -> None:
@@ -73,7 +73,7 @@ def test_containers_are_filled_in_place() -> None:
     state.history[TrainingPhase()] = Counts((1, 2, 2, 2))
     state.metrics.push("Loss", 0.5, 1)
     state.mine = {"rate": 0.1}
-    packed = {name: Stage().pack(getattr(state, name), f"cbstate.{name}") for name in state}
+    packed = {name: Packer().pack(getattr(state, name), f"cbstate.{name}") for name in state}
     history, loss = state.history, state.metrics["Loss"]
     history[ValidationPhase()] = history[TrainingPhase()] = Counts((9, 9, 9, 9))
     state.metrics.push("Loss", 0.25, 2)
@@ -113,11 +113,11 @@ def test_namespaces_and_objects_by_phase_come_back_as_they_were() -> None:
 
     state = maps()
     state.named[TrainingPhase].best, state.totals[TrainingPhase].total = [1], 5
-    packed = Stage().pack(state, "cbstate")
+    packed = Packer().pack(state, "cbstate")
     state.named[TrainingPhase].best, state.totals[TrainingPhase].total = [2], 7
     state.named[ValidationPhase].best = 3
     for restored in (state, maps()):
-        restored.__fill__(Stage().copy(packed["namespace"], "cbstate"), PHASES)
+        restored.__fill__(Packer().copy(packed["namespace"], "cbstate"), PHASES)
         assert vars(restored.named[TrainingPhase]) == {"best": [1]}
         assert vars(restored.named[ValidationPhase]) == {}
         assert restored.totals[TrainingPhase].total == 5
@@ -127,7 +127,7 @@ def test_all_of_a_fit_goes_there_and_back() -> None:
     learner = tiny_learner(n_batches=2)
     learner.fit(1)
     cbstate = learner.state.cbstate
-    packed = {name: Stage().pack(getattr(cbstate, name), name) for name in cbstate}
+    packed = {name: Packer().pack(getattr(cbstate, name), name) for name in cbstate}
     before = {name: repr(getattr(cbstate, name)) for name in cbstate}
     learner.fit(1)
     assert before != {name: repr(getattr(cbstate, name)) for name in cbstate}
@@ -176,7 +176,7 @@ def test_an_entry_comes_back_in_the_type_that_setup_made_it_in(setup: Any, train
 
     before, after = State("cbstate"), State("cbstate")
     before.x, after.x = entry(trained), entry(copy.deepcopy(setup))
-    after.__fill__(Stage().pack(before, "cbstate")["namespace"], {"TrainingPhase": TrainingPhase()})
+    after.__fill__(Packer().pack(before, "cbstate")["namespace"], {"TrainingPhase": TrainingPhase()})
     found = after.x[TrainingPhase] if by_phase else after.x
     assert found == trained
     assert list(found) == list(trained)

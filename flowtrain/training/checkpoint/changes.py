@@ -17,7 +17,7 @@ from flowtrain.core.devices import to_device
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.nested import leaves
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import Stage
+from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.attributes import (
     ABSENT,
@@ -93,11 +93,11 @@ class Changes:
 
     # --- save
 
-    def state_dict(self, stage: Stage, *, here: bool) -> dict[str, Any]:
+    def state_dict(self, packer: Packer, *, here: bool) -> dict[str, Any]:
         """Return the differences since training began, and the names that were frozen or in eval mode then.
 
         Args:
-            stage: Copies the values.
+            packer: Copies the values.
             here: Whether the state is only for undoing a failed load in this process, so that it may hold unpicklable
                 objects.
 
@@ -115,14 +115,14 @@ class Changes:
             if isinstance(value, Object) and not here:
                 self._check_object(key, before, value.value)
                 continue
-            changed.append(self._entry(key, before, value, stage))
+            changed.append(self._entry(key, before, value, packer))
         return {
             "changed": changed,
             "frozen": [dotted(key) for key, value in began.items() if key[0] == "requires_grad" and not value],
             "eval": [dotted(key) for key, value in began.items() if key[0] == "mode" and not value],
         }
 
-    def _entry(self, key: Key, before: Any, value: Any, stage: Stage) -> dict[str, Any]:
+    def _entry(self, key: Key, before: Any, value: Any, packer: Packer) -> dict[str, Any]:
         entry: dict[str, Any] = dict(zip(("kind", "owner", "name"), key, strict=True))
         if key[0] == "hooks":
             now, then = (Counter(() if each is ABSENT else each) for each in (value, before))
@@ -133,7 +133,7 @@ class Changes:
             return {**entry, "object": value.value}
         found: Any = restored(value, dotted(key))
         on_device = any(isinstance(leaf, torch.Tensor) and not leaf.is_cpu for _, leaf in leaves(found))
-        plain = stage.copy(found, dotted(key))
+        plain = packer.copy(found, dotted(key))
         return {**entry, "value": plain, "frozensets": frozensets(found), "device": on_device}
 
     def _check_object(self, key: Key, before: Any, value: Any) -> None:
@@ -255,7 +255,7 @@ class Changes:
             return entry["object"]
         if "value" not in entry:
             return ABSENT
-        value = Stage().copy(entry["value"], "a checkpoint")  # a copy, as the contents may be loaded once more
+        value = Packer().copy(entry["value"], "a checkpoint")  # a copy, as the contents may be loaded once more
         value = with_frozensets(value, entry.get("frozensets"))  # early checkpoints lack them
         return to_device(value, self._core.device) if entry["device"] else value
 

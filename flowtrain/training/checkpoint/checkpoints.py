@@ -29,7 +29,7 @@ from flowtrain.errors import CheckpointError, raise_worst
 from flowtrain.graph.executor import Executor, Mailbox, Resumable
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.encoding import Stage, phase_of
+from flowtrain.state.encoding import Packer, phase_of
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.contents import (
@@ -189,10 +189,10 @@ class Checkpoints:
         del self.changes
 
     def _gather(self, judged: bool) -> dict[str, Any]:
-        stage = Stage()
+        packer = Packer()
         lanes: Any = None
         if self._resumable is not None:
-            lanes = stage.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")
+            lanes = packer.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")
         else:
             self._executor.flush()
         return {
@@ -202,7 +202,7 @@ class Checkpoints:
             "position": self.position.state_dict(self._scopes.batch_number),
             "numbers": {repr(phase): number for phase, number in self._scopes.numbers.items()},
             "passes": {repr(phase): number for phase, number in self._scopes.passes.items()},
-            "run": {"id": self._sinks.run.id, "positions": stage.copy(self._sinks.flush(), "the position of a sink")},
+            "run": {"id": self._sinks.run.id, "positions": packer.copy(self._sinks.flush(), "the position of a sink")},
             "lanes": lanes,
         }
 

@@ -41,7 +41,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import Stage
+from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
@@ -72,60 +72,58 @@ def gather(
             rest.enter_context(callback.at_rest())
         contents = _gather(state, core, changes, in_memory)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
-            contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Stage())}
+            contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Packer())}
         return contents
 
 
 def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: bool) -> dict[str, Any]:
-    stage = Stage()
+    packer = Packer()
     return {
         "format": FORMAT,
         "version": VERSION,
         "flowtrain": _version(),
         "torch": str(torch.__version__),
-        "model": _models(core, stage),
-        "loss module": stage.copy(_state_of(state.lossfn), "the loss function"),
-        "structure": changes.state_dict(stage, here=in_memory),
+        "model": _models(core, packer),
+        "loss module": packer.copy(_state_of(state.lossfn), "the loss function"),
+        "structure": changes.state_dict(packer, here=in_memory),
         "optimizer": {
             name: {
                 "type": type(each).__name__,
                 "groups": changes.groups.state(name),
-                "state": stage.copy(each.state_dict(), f"optimizer {name}".strip()),
+                "state": packer.copy(each.state_dict(), f"optimizer {name}".strip()),
             }
             for name, each in by_name(state.optimizer).items()
         },
-        "core": stage.copy(core.state_dict(), "core"),
-        "group": _group(core, stage),
-        "cbstate": {name: stage.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
-        "callbacks": {callback.name: _callback(callback, stage) for callback in state.callbacks},
+        "core": packer.copy(core.state_dict(), "core"),
+        "group": _group(core, packer),
+        "cbstate": {name: packer.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
+        "callbacks": {callback.name: _callback(callback, packer) for callback in state.callbacks},
     }
 
 
-def _models(core: TorchCore, stage: Stage) -> dict[str, Any]:
-    return {name: stage.copy(_state_of(model), f"model {name}".strip()) for name, model in core.models.items()}
+def _models(core: TorchCore, packer: Packer) -> dict[str, Any]:
+    return {name: packer.copy(_state_of(model), f"model {name}".strip()) for name, model in core.models.items()}
 
 
-def _callback(callback: Callback, stage: Stage) -> dict[str, Any]:
-    conditions = [
-        {
-            "type": type(condition).__name__,
-            "state": stage.copy(condition.state_dict(), f"the condition {type(condition).__name__} of {callback.name}"),
-        }
-        for condition in callback.conditions
-    ]
+def _callback(callback: Callback, packer: Packer) -> dict[str, Any]:
+    conditions: list[dict[str, Any]] = []
+    for condition in callback.conditions:
+        kind = type(condition).__name__
+        state = packer.copy(condition.state_dict(), f"the condition {kind} of {callback.name}")
+        conditions.append({"type": kind, "state": state})
     return {
         "type": type(callback).__name__,
-        "state": stage.copy(callback.state_dict(), f"{callback.name}.state_dict()"),
+        "state": packer.copy(callback.state_dict(), f"{callback.name}.state_dict()"),
         "conditions": conditions,
     }
 
 
-def _group(core: TorchCore, stage: Stage) -> dict[str, Any] | None:
+def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     if not core.groups.open:
         return None
     gradients = [param.grad for module in core.modules for param in module.parameters()]
     contents = {"state": core.groups.state_dict(), "gradients": gradients}
-    copied: dict[str, Any] = stage.copy(contents, "the gradients")
+    copied: dict[str, Any] = packer.copy(contents, "the gradients")
     return copied
 
 
@@ -252,14 +250,14 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, cha
 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
-    stage = Stage()
+    packer = Packer()
     with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
         changes.load_state_dict(contents.get("structure"))
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in by_name(state.optimizer).items():
         changes.groups.arrange(name, contents["optimizer"][name])
-        optimizer.load_state_dict(stage.copy(contents["optimizer"][name]["state"], "optimizer"))
+        optimizer.load_state_dict(packer.copy(contents["optimizer"][name]["state"], "optimizer"))
     core.load_state_dict(contents["core"])
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])
@@ -271,7 +269,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
         if not _is_written(state, name):
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
-        state.cbstate.__put__(name, stage.copy(packed, f"cbstate.{name}"), phases)
+        state.cbstate.__put__(name, packer.copy(packed, f"cbstate.{name}"), phases)
     load_callbacks(contents, state.callbacks)
 
 
@@ -281,10 +279,10 @@ def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback]) -
     Raises:
         CheckpointError: A callback refused its state.
     """
-    stage, run = Stage(), contents.get("run", {})
+    packer, run = Packer(), contents.get("run", {})
     for callback in callbacks:
         if callback.name in contents["callbacks"]:
-            _load_callback(callback, stage.copy(contents["callbacks"][callback.name], callback.name))
+            _load_callback(callback, packer.copy(contents["callbacks"][callback.name], callback.name))
             if "here" in run:  # read from a file, and no copy of the earlier state
                 callback.moved(run["folder"], run["here"])
 
