@@ -418,7 +418,8 @@ class TorchCore:
         Args:
             changes: Settings that differ.
         """
-        core = TorchCore(**{**vars(self.settings), "compile": False, **changes})
+        options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
+        core = TorchCore(**options)
         core._warned = True
         return core
 

@@ -109,7 +109,8 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
         state: The state that `loader_state` returned.
     """
     for part in _persistent(loader) if not state["workers"] else ():
-        part._iterator = None  # the iterator ends its workers when it is freed
+        # The iterator ends its workers when it is freed, and torch has no public way to it.
+        part._iterator = None  # pyright: ignore[reportPrivateUsage]
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
