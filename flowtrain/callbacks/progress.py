@@ -18,7 +18,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.printer import number_text, rate_text
+from flowtrain.callbacks.printer import MetricsPrinter, number_text, rate_text
 from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
 from flowtrain.data.batch_size import loaded
 from flowtrain.errors import UsageError, is_a
@@ -38,7 +38,7 @@ class ProgressBar(Callback):
 
     While the bar is shown, all other output of the program appears above it. In a notebook the bar is an output of the
     cell. If the output is a file or a pipe there is no bar, and a long epoch prints a plain line every minute. The
-    terminal is the one of ``rich.get_console()``.
+    terminal is the one of ``rich.get_console()``. Without a `MetricsPrinter` the bar prints why a fit has ended early.
 
     The bar has the loss, and the metrics that callbacks of the learner monitor, such as `EarlyStopping` and
     `Checkpointer`: the value of the batch, or of the last epoch of this phase for a metric that batches do not have. It
@@ -77,6 +77,7 @@ class ProgressBar(Callback):
         self._progress: Progress | None = None
         self._drawn = -math.inf  # when the bar was last drawn
         self._next = math.inf  # when to draw or print next; never outside of an epoch
+        self._tells = True  # whether to print why a fit has ended
         self._names = ["Loss"]  # the metrics in the bar, which `check_callbacks` finds
         self._begun = (0.0, 0)  # when the epoch began, and how many batches there were before
         # Values of the device, the names and values in the bar, and the step at which to show them.
@@ -93,7 +94,8 @@ class ProgressBar(Callback):
         }
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
-        """Find out which metrics the callbacks monitor."""
+        """Find out which metrics the callbacks monitor, and whether a `MetricsPrinter` says why a fit has ended."""
+        self._tells = not any(isinstance(callback, MetricsPrinter) for callback in callbacks)
         monitored: list[Any] = [getattr(callback, "monitor", None) for callback in callbacks]
         self._names = list(dict.fromkeys(["Loss", *(name for name in monitored if is_a(name, str))]))
 
@@ -167,10 +169,12 @@ class ProgressBar(Callback):
 
     @on(FitEnd, access=_TERMINAL)
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Give the last line back to the terminal."""
+        """Give the last line back to the terminal, and print why the fit has ended if nothing else does."""
         self._fit = None
         self._before.clear()
         self._close_epoch()
+        if event.stopped and self._tells:
+            console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)
 
     def _describe(self, phase: Phase, history: Mapping[Phase, Counts], length: int | None) -> None:
         """Set the title of the bar of an epoch, the number that it counts, and the total."""

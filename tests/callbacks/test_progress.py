@@ -459,7 +459,10 @@ def test_a_failure_leaves_the_terminal_clean(
         terminal.assert_clean()
         traceback.print_exc()
     lines = terminal.above(0)
-    assert lines[:2] == ["printed", "Traceback (most recent call last):"]
+    reason = failure is KeyboardInterrupt and event is not FitEnd  # an interrupt has a line that says why
+    assert lines[0] == "printed"
+    assert lines[1].startswith("on purpose" if reason else "Traceback (most recent call last):")
+    assert "Traceback (most recent call last):" in lines
     assert any(line.endswith("on purpose") for line in lines)
     terminal.assert_clean()
     learner.remove_callback(At)
@@ -575,6 +578,17 @@ def test_it_draws_no_random_numbers(terminal: Terminal) -> None:
 def test_a_short_epoch_prints_nothing(plain: io.StringIO) -> None:
     showing().fit(2)
     assert plain.getvalue() == ""
+
+
+def test_the_reason_of_an_early_end_is_printed_once(plain: io.StringIO) -> None:
+    def stop(count: int) -> None:
+        raise CancelFittingException("enough")
+
+    line = "enough (raised in At.call at (EpochEnd, TrainingPhase), epoch 1, batch 2)"
+    showing(At(EpochEnd, stop), n_batches=2).fit(3)
+    assert plain.getvalue().splitlines() == [line]
+    showing(At(EpochEnd, stop), MetricsPrinter(), n_batches=2).fit(3)
+    assert plain.getvalue().splitlines().count(line) == 2
 
 
 def test_a_long_epoch_prints_plain_lines(plain: io.StringIO, clock: Clock) -> None:
