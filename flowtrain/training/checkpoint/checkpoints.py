@@ -99,7 +99,7 @@ class Checkpoints:
         self._mailbox = mailbox
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
-        self._returning = False  # the fit resumes, and is not yet back at the position of its checkpoint
+        self._again: Mapping[str, Any] | None = None  # the same as `resumed`, until the fit is back at its position
         self._wanted: list[str] = []  # checkpoints whose weights the model gets when the fit has ended
 
     # --- take
@@ -138,18 +138,15 @@ class Checkpoints:
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         loss = vars(self._state.batch).get("loss")
         finite = self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
-        # All requesting callbacks decide before any state is copied, so that every copy holds all these decisions.
-        decided = [_decide(request, finite) for request in requests]
+        # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
         failures: list[BaseException] = []
-        for request in decided:
+        for request in [_decide(request, finite) for request in requests]:
             try:
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
-                saved = self.resumed if self._returning else None
-                gathered = self._gather(request.judged) if saved is None else saved
-                contents: dict[str, Any] = {**gathered, "finite": finite}
-                contents["run"] = {**contents["run"], "folder": real_folder(request.path)}
-                self.writer.submit(contents, request)
+                gathered = self._again if self._again is not None else self._gather(request.judged)
+                run = {**gathered["run"], "folder": real_folder(request.path)}
+                self.writer.submit({**gathered, "finite": finite, "run": run}, request)
             except CheckpointError as failure:  # raised below, after the other checkpoints are taken
                 failures.append(failure)
         if failures:
@@ -298,20 +295,21 @@ class Checkpoints:
             lanes = None if self._resumable is None else self._resumable.state_dict()
             apply(contents, self._state, self._core, self.changes)
             try:
-                if self._resumable is not None and contents["lanes"] is not None:
-                    self._resumable.load_state_dict(contents["lanes"])
+                self._load_lanes(contents["lanes"])
                 positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
                 self._sinks.restore(Run(run["id"], resumed=True), positions)
             except BaseException:
                 apply(before, self._state, self._core, self.changes)
-                if self._resumable is not None and lanes is not None:
-                    self._resumable.load_state_dict(lanes)
+                self._load_lanes(lanes)
                 raise
         self._scopes.restore_numbers(*numbers)
         self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
         # If it is saved again, its positions are those of the present sinks, wherever it is saved.
-        self.resumed = {**contents, "run": {**run, "positions": positions}}
-        self._returning = True
+        self.resumed = self._again = {**contents, "run": {**run, "positions": positions}}
+
+    def _load_lanes(self, lanes: Any) -> None:
+        if self._resumable is not None and lanes is not None:
+            self._resumable.load_state_dict(lanes)
 
     def _warn(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
         """Warn where the learner is not the one that the checkpoint was taken of, and so the fit may differ."""
@@ -368,9 +366,8 @@ class Checkpoints:
         passes = {phase_of(name, phases): number for name, number in contents.get("passes", {}).items()}
         position = contents["position"]
         phase = phases.get(position["phase"])
-        # `_begin_epoch` counts an epoch, and the pass over its data, before `EpochBegin`. The checkpoint has them
-        # counted already, and the fit that resumes calls it once more.
-        if phase is not None:  # the open epoch begins again, and its pass too unless epochs share passes by a stream
+        # The open epoch is counted already, and its pass too unless a stream spans epochs. The fit counts both again.
+        if phase is not None:
             numbers[phase] -= 1
             if phase in passes and position["stream"] is None:
                 passes[phase] -= 1
@@ -390,15 +387,14 @@ class Checkpoints:
             if not position["phase"]:
                 self._check_hooks(self.resumed)
             self._set_random(self.resumed)
-            # Within an epoch the position is reached after its `EpochBegin`, and that of a stream in `resume_stream`.
-            self._returning = bool(position["phase"]) or position["stream"] is not None
+            if not position["phase"] and position["stream"] is None:  # otherwise it is reached after `EpochBegin`
+                self._again = None
 
     def resume_stream(self, stream: Stream) -> None:
         """Bring the stream of a fit by steps back to its position in the checkpoint that the fit resumes."""
         if self.resumed is not None and self.resumed["position"]["stream"] is not None:
             stream.resume(self.resumed["position"]["stream"])
             self._set_random(self.resumed)
-            self._returning = bool(self.resumed["position"]["phase"])
 
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
@@ -423,7 +419,7 @@ class Checkpoints:
 
     def release_resumed(self) -> None:
         """Release the memory of the checkpoint that the fit resumed from: its first epoch has begun."""
-        self.resumed, self._returning = None, False
+        self.resumed = self._again = None
 
     def _set_random(self, contents: Mapping[str, Any]) -> None:
         for phase, loader in self._state.data.items():

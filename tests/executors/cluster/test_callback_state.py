@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callbacks import throttle
@@ -91,6 +92,23 @@ def test_an_attribute_may_lead_to_the_callback_itself_and_to_its_neighbour(tmp_p
     load_state([one, two], kept_of(one, two), dump_state(there, kept))
     assert one.found["me"] is one
     assert one.found["method"].__self__ is two
+
+
+def test_rule_26_tensors_keep_their_attributes_and_the_memory_that_they_share() -> None:
+    """Rule 26: a handler in another process sees and leaves the same as one here."""
+    one, scale, z = Carrier("one"), torch.ones(2), torch.tensor([1 + 2j])
+    vars(scale)["unit"] = "m"
+    one.found = [scale, scale[1:], z, z.conj()]
+    there, kept = moved(one)
+    assert isinstance(there[0], Carrier)
+    scale, _, z, _ = there[0].found
+    assert vars(scale) == {"unit": "m"}
+    vars(scale)["unit"] = "km"
+    scale.fill_(5)
+    z.mul_(2)
+    load_state([one], kept_of(one), dump_state(there, kept))
+    assert vars(one.found[0]) == {"unit": "km"}
+    assert [each.tolist() for each in one.found] == [[5.0, 5.0], [5.0], [2 + 4j], [2 - 4j]]
 
 
 def test_conditions_stay_where_they_are_asked() -> None:
