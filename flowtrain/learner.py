@@ -394,8 +394,7 @@ class Learner:
     def suggest_access(self, callback: Callback) -> Recording:
         """Find the smallest declaration for each handler of a callback, print them ready to paste, and return them.
 
-        A copy of the callback runs for one batch of every phase, on copies of the model, the optimizer and the
-        learner's callbacks. The learner does not change.
+        A copy of the callback runs for one batch of every phase, on copies of all else. The learner does not change.
 
         Args:
             callback: A callback of the learner or a new one; it need not declare anything.

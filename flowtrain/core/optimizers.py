@@ -1,5 +1,8 @@
 """Optimizers: the ones that a user passes are checked against the models, and made where the user passes a function.
 
+`param_groups` makes the groups of an optimizer by patterns of names, and `check_trained` finds, when a fit begins, the
+parameters that no optimizer has.
+
 On an accelerator, an optimizer class of torch gets ``fused=True`` if torch offers that and the user has not chosen an
 implementation. A fused optimizer updates all parameters with one kernel, and it can skip an update on the device,
 without the host (`takes_found_inf`). Its results differ in the last bits from those of the loop over the parameters.

@@ -278,9 +278,7 @@ class Steps(StepContext):
             call = on.call_model
             outputs = batch.outputs = core.model(inputs) if call is None else call(core.model, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
-            error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(batch.inputs)}")
-            if on.call_model is None and isinstance(error, TypeError) and isinstance(inputs, (tuple, list, Mapping)):
-                error.add_note(f"To pass its items as arguments, set unpack = True in a subclass of {phase!r}.")
+            _note_inputs(error, phase, batch.inputs, whole=on.call_model is None)
             raise
         if type(outputs) is not torch.Tensor:
             core.show(batch)
@@ -399,6 +397,13 @@ def _part_of_step(phase: Phase, batch: Mapping[str, object]) -> str:
         return f"the step of {phase!r}"
     order = {"outputs": "the forward pass", "loss": "the loss", "grads": "the backward pass"}
     return next((part for name, part in order.items() if batch.get(name) is None), "the update")
+
+
+def _note_inputs(error: Exception, phase: Phase, inputs: object, *, whole: bool) -> None:
+    """Note on an error of the model how it was called: with the inputs as the `whole` argument, or by the phase."""
+    error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(inputs)}")
+    if whole and isinstance(error, TypeError) and isinstance(inputs, (tuple, list, Mapping)):
+        error.add_note(f"To pass its items as arguments, set unpack = True in a subclass of {phase!r}.")
 
 
 def _memory_note(part: str, batch: Mapping[str, object], accumulate: int) -> str:

@@ -46,7 +46,7 @@ SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
 
 
 def test_there_is_a_runner_for_each_event_of_a_step() -> None:
-    assert {*StepRunners.events, "pairs", "watched"} == set(StepRunners.__slots__)
+    assert {*StepRunners.events, "call_model", "pairs", "watched"} == set(StepRunners.__slots__)
     assert set(StepRunners.events.values()) <= set(AbstractTrainingPhase.events or ())
 
 
