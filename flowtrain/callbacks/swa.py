@@ -17,9 +17,9 @@ from flowtrain.callback.events import EpochBegin, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
-from flowtrain.diagnostics.scratch_learner import CannotLook, aside, on_device_of, same_rng
+from flowtrain.diagnostics.scratch_learner import CannotLook, aside, on_device_of
 from flowtrain.errors import UsageError, whole_number
-from flowtrain.training.checkpoint.rng import loader_state, set_loader_state
+from flowtrain.training.checkpoint.rng import unmoved
 
 __all__ = ["SWA"]
 
@@ -200,13 +200,9 @@ class SWA(Averaging):
             return
         [(_, model)] = self.models(learner)
         source, call = self._source(learner)
-        before = loader_state(source)
-        try:
-            with same_rng(), torch.no_grad(), self._renewing(learner, norms):
-                for raw in islice(source, self.batches):
-                    call(model, on_device_of(raw, [model]))
-        finally:
-            set_loader_state(source, before)
+        with unmoved(source), torch.no_grad(), self._renewing(learner, norms):
+            for raw in islice(source, self.batches):
+                call(model, on_device_of(raw, [model]))
         self._statistics = {name: buffer.clone() for name, (buffer, _) in self.more_shown().items()}
 
     @contextmanager
@@ -292,7 +288,7 @@ def _call_first(model: torch.nn.Module, raw: Any) -> Any:
 
 def _call_split(phase: AbstractTrainingPhase, model: torch.nn.Module, raw: Any) -> Any:
     """Call the model with a batch, as the step of a phase does."""
-    return model(phase.split(raw)[0])
+    return phase.call_model(model, phase.split(raw)[0])
 
 
 def _named(prefix: str, model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -20,11 +20,11 @@ from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.plots import figure_type, save
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, same_rng
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies
 from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
-from flowtrain.training.checkpoint.rng import loader_state, set_loader_state
+from flowtrain.training.checkpoint.rng import unmoved
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]
 
@@ -169,12 +169,8 @@ def find_learning_rate(
     learner.loop.scopes.refuse_nested("find_learning_rate()")
     phase, loader = _training_data(learner)
     sweep = _Sweep(LearningRate(optimizer), start, end, updates, smoothing, divergence)
-    before = loader_state(loader)  # the copy of the learner trains on the loader itself
-    try:
-        with same_rng():
-            _run(learner, sweep, phase, loader, updates)
-    finally:
-        set_loader_state(loader, before)
+    with unmoved(loader):  # the copy of the learner trains on the loader itself
+        _run(learner, sweep, phase, loader, updates)
     settled = math.ceil(1 / (1 - smoothing)) if smoothing else 0
     if not sweep.losses:
         raise UsageError(

@@ -26,7 +26,7 @@ from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from flowtrain.training.checkpoint.rng import random_state, set_random_state, unmoved
 from flowtrain.training.loop import Loop
 
 __all__ = [
@@ -131,7 +131,7 @@ def _copy_of(raw: Any, what: str) -> Any:
 def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
     """Return a copy of the first batch of each phase, in a list that serves as a loader.
 
-    Phases without a batch are left out. The loaders' own generators are as they were before.
+    Phases without a batch are left out. The loaders, the random numbers and the workers do not change.
 
     Raises:
         UsageError: There are no loaders, one of them can be iterated only once, or a batch cannot be copied.
@@ -145,13 +145,14 @@ def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
                 f"The data for {phase!r} is an iterator: the dry run would use up its first batch. Pass a list, a "
                 f"DataLoader, or anything that can be iterated again."
             )
-        before = loader_state(loader)
         try:
-            for raw in loader:
+            source = aside(loader)
+        except CannotLook:
+            source = loader
+        with unmoved(source):
+            for raw in source:
                 found[phase] = [_copy_of(raw, f"the first batch of {phase!r}")]
                 break
-        finally:
-            set_loader_state(loader, before)  # a loader may draw its order from a generator of its own
     return found
 
 

@@ -23,13 +23,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
-from flowtrain.training.checkpoint.rng import (
-    loader_state,
-    random_state,
-    set_loader_state,
-    set_random_state,
-    stop_workers,
-)
+from flowtrain.training.checkpoint.rng import unmoved
 from flowtrain.training.data import check_fit_data, check_gave, check_loader, limited, loaders
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
@@ -168,13 +162,8 @@ class Calls:
                 f"Write learner.predict([inputs]) for one batch of inputs, or learner.predict([*batches])."
             )
         # A loader draws from the generators even if it does not shuffle, and may keep its own position.
-        before, position = random_state(), loader_state(loader)
-        try:
+        with unmoved(loader):
             outputs = loop.outputs(phase, (_inputs(phase, raw) for raw in loader))
-        finally:
-            stop_workers(loader, position)
-            set_loader_state(loader, position)
-            set_random_state(before)
         check_gave(len(outputs), phase, loader)
         return _joined(outputs)
 

@@ -291,6 +291,34 @@ def test_data_of_its_own() -> None:
     assert torch.equal(generator.get_state(), before)
 
 
+class Sums(nn.Module):
+    """A model of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.norm(one + two)
+        return outputs
+
+
+class TwoInputs(TrainingPhase):
+    """A phase whose model has several inputs."""
+
+    unpack = True
+
+
+def test_the_model_is_called_as_its_phase_calls_it() -> None:
+    batches = [(x, x + 1, y) for x, y in tiny_batches(n_batches=3)]
+    swa = SWA(1)
+    learner = learner_of(swa, model=Sums(), data={TwoInputs: batches})
+    learner.fit(1)
+    expected = torch.cat([one + two for one, two, _ in batches]).mean()
+    with swa.applied():
+        assert learner.model.norm.running_mean.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 # --- validation and checkpoints
 
 

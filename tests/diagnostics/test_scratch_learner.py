@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from flowtrain import Access, Callback, LearnerView, UsageError, Write
+from flowtrain import (
+    Access,
+    Callback,
+    Learner,
+    LearnerView,
+    TrainingPhase,
+    UsageError,
+    Write,
+    find_learning_rate,
+    seed_everything,
+)
 from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
 from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_rng
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
@@ -96,3 +107,32 @@ def test_random_numbers_come_back_also_after_an_error() -> None:
     with pytest.raises(ValueError, match="midway"):
         fail()
     assert draw() == drawn[0]
+
+
+CALLS: dict[str, Callable[[Learner], object]] = {
+    "suggest_access": lambda learner: learner.suggest_access(Recorder()),
+    "audit_syncs": Learner.audit_syncs,
+    "dry_run": Learner.dry_run,
+    "find_learning_rate": lambda learner: find_learning_rate(learner, updates=4),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_workers_that_stay_are_started_by_the_fit(call: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Starting persistent workers draws a number, which the first pass of the fit draws."""
+
+    def fit(*before: Callable[[Learner], object]) -> list[Any]:
+        seed_everything(0)
+        x, y = map(torch.cat, zip(*tiny_batches(n_batches=2), strict=True))
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True,
+            multiprocessing_context="forkserver",
+        )  # fmt: skip
+        learner = tiny_learner(data=loader)
+        for each in before:
+            each(learner)
+        learner.fit(2)
+        return [list(learner.cbstate.metrics_step[TrainingPhase]["Loss"]), draw()]
+
+    assert fit(CALLS[call]) == fit()
+    capsys.readouterr()

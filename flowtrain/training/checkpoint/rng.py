@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "set_random_state",
     "start_workers",
     "stop_workers",
+    "unmoved",
 ]
 
 
@@ -111,6 +113,22 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
     for part in _persistent(loader) if not state["workers"] else ():
         # The iterator ends its workers when it is freed, and torch has no public way to it.
         part._iterator = None  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def unmoved(loader: Any) -> Generator[None]:
+    """Give a context in which a loader may be iterated, and after which training goes on as if it had not been.
+
+    The generators of the process and of the loader, and the loader's own position, are restored; persistent workers
+    that were started in the context are stopped. Workers that ran before keep what they have drawn meanwhile.
+    """
+    before, state = random_state(), loader_state(loader)
+    try:
+        yield
+    finally:
+        stop_workers(loader, state)
+        set_loader_state(loader, state)
+        set_random_state(before)
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
