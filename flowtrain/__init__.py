@@ -17,6 +17,7 @@ Training:
 - *update*: the change that an optimizer makes to the parameters at the end of an accumulation group.
 - *batch state*: the object that holds the inputs, outputs, loss and further entries of one batch (``learner.batch``).
 - *cbstate*: the state that callbacks share with each other (``learner.cbstate``).
+- *history*: the metrics of all epochs of a learner, a table (``learner.history``); ``cbstate.history`` has the counts.
 - *series*: the values that were pushed under one name, each with its step number; a series only grows.
 - *host* and *device*: the CPU that runs Python, and the accelerator that computes the model (or the CPU again).
 - *lag*: the number of batches after which the host reads a value of the device, so that it need not wait.
