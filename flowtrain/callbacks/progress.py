@@ -43,7 +43,7 @@ class ProgressBar(Callback):
     The bar has the loss, and the metrics that callbacks of the learner monitor, such as `EarlyStopping` and
     `Checkpointer`: the value of the batch, or of the last epoch of this phase for a metric that batches do not have. It
     has the number of samples a second in this epoch if the loader has a ``batch_size``. On an accelerator the values
-    are requested from the device when a redraw is due, and shown ``TorchCore(lag=2)`` batches later.
+    are requested from the device at a redraw, and shown at a redraw that is ``TorchCore(lag=2)`` batches later or more.
 
     Reads ``data`` and ``cbstate.history``, and ``cbstate.metrics_step`` and ``cbstate.metrics_epoch`` if a callback
     writes them, so it runs after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state.
@@ -80,7 +80,8 @@ class ProgressBar(Callback):
         self._tells = True  # whether to print why a fit has ended
         self._names = ["Loss"]  # the metrics in the bar, which `check_callbacks` finds
         self._begun = (0.0, 0)  # when the epoch began, and how many batches there were before
-        # Values of the device, the names and values in the bar, and the step at which to show them.
+        self._values: dict[str, Any] = {}  # the values to show, by name
+        # Values of the device, all values by name, and the step at which to read them.
         self._requested: tuple[Reading, dict[str, Any], int] | None = None
 
     def state_access(self) -> Access:
@@ -127,27 +128,33 @@ class ProgressBar(Callback):
         if now < self._next:
             return
         counts = learner.cbstate.history[phase]
-        if self._requested is not None:
-            reading, values, due = self._requested
-            if counts.steps < due:
-                return
-            late = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
-            values.update(zip(late, reading.numbers(), strict=True))
-            self._requested = None
-        else:
-            values = self._newest(phase, learner.cbstate)
-            tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
-            if tensors:  # on a device: start the copy now, and look again at the next batch
-                self._requested, self._next = (Reading(tensors), values, counts.steps + learner.lag), -math.inf
-                return
+        self._update_values(phase, learner, counts.steps)
         done = counts.steps_epoch if self._since is None else counts.steps - self._since
         begun, before = self._begun
         rate = rate_text(loaded(learner.data.get(phase), counts.steps - before), now - begun)
-        texts = [*(f"{name} {number_text(value)}" for name, value in values.items()), *rate]
+        texts = [*(f"{name} {number_text(value)}" for name, value in self._values.items()), *rate]
         if self._line is not None:
             self._draw(self._line, now, done, texts)
-        else:
+        elif self._requested is None:
             self._print(now, done, texts)
+        else:  # a line is printed once, so it waits for its values
+            self._next = -math.inf
+
+    def _update_values(self, phase: Phase, learner: LearnerView, steps: int) -> None:
+        """Update the values to show. Those on a device are requested, and read `lag` batches later at the earliest."""
+        if self._requested is None:
+            values = self._newest(phase, learner.cbstate)
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+            if tensors:
+                self._requested = Reading(tensors), values, steps + learner.lag
+            else:
+                self._values = values
+            return
+        reading, values, due = self._requested
+        if steps >= due:
+            late = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+            values.update(zip(late, reading.numbers(), strict=True))
+            self._values, self._requested = values, None
 
     def _newest(self, phase: Phase, cbstate: Any) -> dict[str, Any]:
         """Return the newest value of each metric that the bar shows, without waiting for the device."""
@@ -237,7 +244,7 @@ class ProgressBar(Callback):
 
     def _close_epoch(self) -> None:
         self._next = math.inf
-        self._requested = None
+        self._values, self._requested = {}, None
         self._progress = None
         if self._fit is None and self._line is not None:
             self._line.close()

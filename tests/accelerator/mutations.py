@@ -201,9 +201,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a bar that reads the loss",
-        ProgressBar.advance,
-        "isinstance(loss, torch.Tensor)",
-        "isinstance(loss, torch.Tensor) and loss == loss",
+        vars(ProgressBar)["_update_values"],
+        "if tensors:",
+        "if tensors and tensors[0] == tensors[0]:",
         "waits",
         "a progress bar",
     ),

@@ -19,6 +19,12 @@ def test_fresh_memory_is_nan() -> None:
     assert torch.empty(2, dtype=torch.bool, device="sim").tolist() == [True, True]
 
 
+def test_a_default_device_holds_for_functions_that_make_tensors() -> None:
+    with torch.device("sim"):
+        assert torch.empty(3).device.type == torch.empty_strided((3,), (1,)).device.type == torch.ones(3).device.type
+        assert torch.empty(3).device.type == "sim"
+
+
 def test_memory_is_given_out_again_to_the_stream_that_it_came_from() -> None:
     kept = torch.zeros(500, device="sim")
     first = torch.zeros(500, device="sim")

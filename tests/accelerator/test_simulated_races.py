@@ -51,6 +51,34 @@ def test_a_write_that_does_not_wait_for_the_read() -> None:
         values.mul_(2)
 
 
+def test_a_write_that_does_not_wait_for_another_one() -> None:
+    side, values = torch.Stream(), torch.zeros(N, device="sim")
+    with pytest.raises(
+        Race, match=rf"^zero_ on stream {side.stream_id} writes memory that zero_ on stream 0 may still"
+    ):
+        on(side, values.zero_)
+
+
+def test_an_event_that_is_recorded_again_stands_for_the_later_place() -> None:
+    side, values, event = torch.Stream(), torch.zeros(N, device="sim"), torch.Event()
+    event.record()
+    values.add_(1)
+    event.record()
+    side.wait_event(event)
+    on(side, lambda: values + 1)
+
+
+def test_order_passes_through_a_third_stream() -> None:
+    between, side, values, found = torch.Stream(), torch.Stream(), torch.zeros(N, device="sim"), []
+    between.wait_stream(torch.accelerator.current_stream())
+    side.wait_stream(between)
+    on(side, lambda: found.append(values + 1))
+    between.wait_stream(side)
+    torch.accelerator.current_stream().wait_stream(between)
+    values.mul_(2)
+    assert found[0].tolist() == [1] * N
+
+
 def test_two_reads_need_no_order() -> None:
     side, values = torch.Stream(), torch.zeros(N, device="sim")
     side.wait_stream(torch.accelerator.current_stream())

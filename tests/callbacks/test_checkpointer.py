@@ -375,6 +375,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.cpu_only("the simulated device has no numbers of one byte")
 @pytest.mark.parametrize("beside", BESIDE)
 def test_rule_28_what_is_not_trained_may_be_infinite(beside: str, tmp_path: Path) -> None:
     """Rule 28: a checkpoint is finite if the trained parameters and the last loss are; other values do not count."""

@@ -462,6 +462,7 @@ def best_of(folder: Path) -> Path:
     return folder / (folder / "best").read_text().strip()
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_the_best_checkpoint_holds_what_was_judged(tmp_path: Path) -> None:
     """Torch and safetensors read the averages from it, and so do learners with and without the callback."""
     _, learner = judged(tmp_path)
@@ -627,6 +628,7 @@ class Grow(Callback):
             learner.optimizer.param_groups[0]["params"] = [*learner.model.parameters()]
 
 
+@pytest.mark.cpu_only("training adds a weight of the CPU")
 def test_the_average_of_a_weight_that_training_adds_begins_with_it() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1, bias=False))
     ema = EMA(0.5)

@@ -107,6 +107,7 @@ def test_epoch_values_are_means_over_samples_also_with_a_smaller_last_batch() ->
     assert epochs_of(learner, "Accuracy", ValidationPhase) == [(1, pytest.approx(accuracy(outputs, targets).item()))]
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 @settings(max_examples=examples(25))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_the_mean_of_a_metric_over_any_batches_is_that_over_all_samples(sizes: list[int]) -> None:
@@ -135,6 +136,7 @@ def test_no_value_breaks_the_mean(values: list[float]) -> None:
     assert mean == pytest.approx(expected, nan_ok=True, rel=1e-6, abs=1e-30)
 
 
+@pytest.mark.cpu_only("looks for the tensor of the loader itself")
 @pytest.mark.parametrize(
     ("inputs", "weight"),
     [
@@ -199,6 +201,7 @@ def test_an_epoch_without_a_completed_batch_records_nothing() -> None:
     assert [epoch for epoch, _ in epochs_of(learner, "Loss", ValidationPhase)] == [1, 2]
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_an_epoch_after_one_that_ended_early_begins_anew() -> None:
     """The next epoch counts neither the batches of the cancelled epoch nor direct steps."""
     data = labelled([4, 4, 2])
@@ -229,6 +232,7 @@ def test_a_phase_without_a_loss_or_outputs_records_what_there_is() -> None:
 # --- torchmetrics
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_torchmetrics_objects_give_their_own_result() -> None:
     train, valid = labelled([8, 8, 3]), labelled([6, 5], seed=3)
     f1 = torchmetrics.classification.MulticlassF1Score(3, average="macro")
@@ -285,6 +289,7 @@ def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch
     assert users.compute() == 100
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_two_collections_keep_apart() -> None:
     data = labelled([8, 8])
     one = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassPrecision(3, average="macro")])

@@ -30,6 +30,7 @@ from tests.support.loaders import batches_with
 NAN = float("nan")
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_it_warns_where_and_the_parameters_are_those_before() -> None:
     learner = tiny_learner(data=batches_with(NAN, at=3, n_batches=4))
     with pytest.warns(
@@ -71,6 +72,7 @@ def test_the_place_counts_on_over_epochs_and_fits() -> None:
         learner.fit(5)
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_without_a_recorder_it_says_less_and_stops_all_the_same() -> None:
     learner = tiny_learner(StopOnNaNLoss(), default_callbacks=False, data=batches_with(NAN, at=2, n_batches=4))
     with pytest.warns(RuntimeWarning, match=r"^The loss is NaN of TrainingPhase\. Training stops before the update\."):
@@ -79,6 +81,7 @@ def test_without_a_recorder_it_says_less_and_stops_all_the_same() -> None:
     assert torch.isfinite(learner.model.coeff)
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_a_gradient_group_with_a_nan_is_discarded_whole() -> None:
     """Rule 16: the gradients of the good batches in the group do not reach the parameters in a later fit."""
     core = TorchCore(device="cpu", accumulate=2)
@@ -107,6 +110,7 @@ def test_validation_is_not_watched() -> None:
     assert learner.stopped is None
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_a_direct_epoch_lets_the_cancel_through() -> None:
     """Rule 16: outside of a fit the exception that ends a fit reaches the caller."""
     learner = tiny_learner(data=batches_with(NAN, at=1, n_batches=4))
@@ -117,6 +121,7 @@ def test_a_direct_epoch_lets_the_cancel_through() -> None:
         learner.epoch(TrainingPhase)
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_a_warning_that_is_an_error_ends_training_too() -> None:
     learner = tiny_learner(data=batches_with(NAN, at=2, n_batches=4))
     with warnings.catch_warnings():

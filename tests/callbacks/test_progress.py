@@ -176,6 +176,7 @@ def showing(*callbacks: Callback, redraw: float = 0.0, n_batches: int = 5, **kwa
 # --- on a terminal
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_the_bar_shows_phase_epoch_batches_and_loss(terminal: Terminal) -> None:
     seen: list[str] = []
@@ -282,6 +283,7 @@ def test_the_epochs_of_a_second_fit_go_on(terminal: Terminal) -> None:
     assert titles == [f"TrainingPhase epoch {epoch}" for epoch in ("1/2", "2/2", "3/5", "4/5", "5/5")]
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_an_unknown_length(terminal: Terminal) -> None:
     class Stream:
@@ -296,6 +298,7 @@ def test_an_unknown_length(terminal: Terminal) -> None:
     terminal.assert_clean()
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_a_fit_by_steps_counts_the_steps_of_the_fit(terminal: Terminal) -> None:
     seen: list[str] = []
@@ -320,6 +323,7 @@ def test_a_direct_epoch_has_a_bar_of_its_own(terminal: Terminal) -> None:
     assert [line.split(" ━")[0] for line in seen] == ["ValidationPhase epoch 0"] * 2 + ["TrainingPhase epoch 1"] * 2
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_a_direct_epoch_over_other_data_shows_their_length(terminal: Terminal) -> None:
     seen: list[str] = []
@@ -374,6 +378,7 @@ def monitored(tmp_path: Path, *others: Callback) -> tuple[Callback, ...]:
     return Metrics(*metrics, Metric(Count(), name="Count")), stopping, saving, *others
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_the_bar_has_the_loss_and_the_metrics_that_are_monitored(terminal: Terminal, tmp_path: Path) -> None:
     """A metric without values for batches has the value of the last epoch of the phase."""
@@ -398,6 +403,7 @@ def test_the_bar_has_the_loss_and_the_metrics_that_are_monitored(terminal: Termi
     assert not any("Half" in line or "Count" in line for line in seen)
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @on_terminal
 def test_the_bar_has_the_throughput_of_the_epoch(terminal: Terminal, clock: Clock) -> None:
     terminal.screen.resize(8, 120)
@@ -591,6 +597,7 @@ def test_the_reason_of_an_early_end_is_printed_once(plain: io.StringIO) -> None:
     assert plain.getvalue().splitlines().count(line) == 2
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 def test_a_long_epoch_prints_plain_lines(plain: io.StringIO, clock: Clock) -> None:
     learner = tiny_learner(Tick(clock, 25.0), ProgressBar(), n_batches=6)
     learner.fit(2)
@@ -616,6 +623,7 @@ def test_plain_lines_by_steps_and_without_a_loss(plain: io.StringIO, clock: Cloc
     ]
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "unknown"}])
 @on_terminal
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(
@@ -669,3 +677,15 @@ def test_the_loss_of_a_device_is_shown_a_fixed_number_of_batches_late(plain: io.
     # Batches take 25 s, a line is due each minute: at batch 3, whose loss is read at batch 5, and at batch 8, whose
     # loss would be read after the epoch.
     assert plain.getvalue() == f"TrainingPhase epoch 1/1  batch 5/9  Loss {losses[2]:.4g}\n"
+
+
+@on_terminal
+def test_the_bar_of_a_device_counts_every_batch_and_shows_values_late(terminal: Terminal) -> None:
+    seen: list[str] = []
+    core = TorchCore("cpu", lag=2)
+    learner = showing(At(BatchEnd, lambda count: seen.append(terminal.last), TrainingPhase), core=core)
+    learner.fit(1)
+    losses = [value for _, value in learner.cbstate.metrics_step[TrainingPhase]["Loss"]]
+    assert [count for line in seen for count in line.split() if "/5" in count] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    shown = [line.partition(" Loss ")[2].split()[:1] for line in seen]
+    assert shown == [[], [], *[[f"{losses[0]:.4g}"]] * 3]

@@ -401,6 +401,7 @@ def test_a_loss_of_other_shapes_is_left_alone(lossfn: Any, batch: int) -> None:
     classifier(torch.arange(batch) % 3, lossfn).fit(1)
 
 
+@pytest.mark.cpu_only("the simulated device finds a wrong type only when it computes")
 @pytest.mark.parametrize(
     ("lossfn", "targets", "what", "advice"),
     [
@@ -437,6 +438,7 @@ def test_targets_of_a_type_or_shape_that_the_loss_does_not_take(
     assert advice in remedy
 
 
+@pytest.mark.cpu_only("the simulated device finds a wrong type only when it computes")
 @pytest.mark.parametrize("targets", [torch.zeros(4).byte(), torch.zeros(4).long(), torch.eye(3), torch.eye(3).double()])
 def test_targets_of_a_type_that_cross_entropy_takes(targets: torch.Tensor) -> None:
     classifier(targets).fit(1)

@@ -94,6 +94,7 @@ def plain_loop(make: Callable[[torch.optim.Optimizer], Any], epochs: int, n_batc
     return model, optimizer
 
 
+@pytest.mark.cpu_only("trains the model by hand on the CPU")
 def test_one_cycle_trains_as_torchs_scheduler_does() -> None:
     used = Used()
     schedules = {LearningRate: one_cycle(0.05), Momentum: one_cycle(0.85, start=0.95, end=0.95)}

@@ -231,6 +231,7 @@ def test_several_optimizers_over_one_model_are_clipped_together() -> None:
     assert list(learner.optimizer) == ["body", "head"]
 
 
+@pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_and_not_is_the_same_training(backend: str) -> None:
     torch.manual_seed(0)

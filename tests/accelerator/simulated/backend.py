@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils import backend_registration
+from torch.utils import _device, backend_registration
 
 from tests.accelerator.simulated.copies import Copies
 from tests.accelerator.simulated.machine import Machine
@@ -105,6 +105,7 @@ def install() -> Device:
     Stream.machine = found.machine
     getattr(backend_registration, _HOOK)(DEVICE, backend_module=_Module(found), device_guard=_guard())
     _register_kernels(found)
+    vars(_device)["_device_constructors"]()  # caches torch's own functions: ``with torch.device(...)`` knows no others
     instead: list[tuple[Any, dict[str, Any]]] = [
         (torch, {"Stream": Stream, "Event": Event}),
         (torch, {name: _with_pinned_memory(found, getattr(torch, name)) for name in ("empty", "empty_strided")}),

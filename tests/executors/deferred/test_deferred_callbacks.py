@@ -221,6 +221,7 @@ def change_callbacks(learner: Learner) -> None:
 RUNS = [fit_twice, by_hand, change_callbacks]
 
 
+@pytest.mark.cpu_only("the model and a callback hold tensors of the CPU")
 @pytest.mark.parametrize("run", RUNS)
 def test_threads_give_the_serial_log_and_state(run: Callable[[Learner], None]) -> None:
     """Rules 13, 20 to 23 and 26."""
@@ -241,13 +242,14 @@ def test_processes_give_the_serial_log_and_state(dask_processes: Any) -> None:
 
 
 class Look(Callback):
-    """Reads the outputs at the end of a batch, and keeps where they were and which event it was."""
+    """Reads the outputs at the end of a batch, and keeps them, where they are and which event it was."""
 
     deferrable = True
 
     def __init__(self, name: str, after: type[Callback] | None = None) -> None:
         self.name = name
         self.after = after
+        self.kept: list[torch.Tensor] = []
         self.where: list[int] = []
         self.values: list[float] = []
         self.numbers: list[Identity | None] = []
@@ -263,6 +265,7 @@ class Look(Callback):
 
     @on(BatchEnd, TrainingPhase)
     def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.kept.append(learner.batch.outputs)
         self.where.append(learner.batch.outputs.data_ptr())
         self.values.append(float(learner.batch.outputs.detach().sum()))
         self.numbers.append(identity())
@@ -280,7 +283,7 @@ class Double(Callback):
 
 
 def test_two_readers_share_a_copy_and_not_across_a_writer() -> None:
-    """Rule 20. All copies of the fit are alive until the lanes run, so one address is one copy."""
+    """Rule 20. All copies of the fit are kept, so one address is one copy."""
     first, second, late, later = Look("a"), Look("b"), Look("c", Double), Look("d", Double)
     executor = DaskExecutor()
     with tiny_learner(first, second, Double(), late, later, n_batches=4, batch_size=200, executor=executor) as learner:
@@ -417,6 +420,7 @@ def own_processes() -> set[int]:
     return found
 
 
+@pytest.mark.cpu_only("the model and a callback hold tensors of the CPU")
 def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     """Rule 26, for ``"local"``: the state comes home; a learner that is dropped leaves no process."""
     torch.manual_seed(0)
