@@ -111,6 +111,11 @@ class DaskExecutor:
         """How many handlers can run at the same time, including one on the training thread."""
         return self._pool.workers
 
+    @property
+    def dashboard_link(self) -> str | None:
+        """The address of dask's dashboard, which shows the tasks of lanes; ``None`` if no lane is on a cluster."""
+        return self._deferred.dashboard_link
+
     def bind(self, site: Site) -> None:
         """Belong to the loop of one learner from now on.
 

@@ -216,9 +216,9 @@ class Monkey:
 
 def _processing(dask_scheduler: Any) -> dict[str, list[str]]:
     return {
-        worker.name: [str(task.key) for task in worker.processing if str(task.key).startswith("flowtrain-")]
+        worker.name: [str(task.key) for task in worker.processing if "@" in str(task.key)]
         for worker in dask_scheduler.workers.values()
-        if any(str(task.key).startswith("flowtrain-") for task in worker.processing)
+        if any("@" in str(task.key) for task in worker.processing)
     }
 
 

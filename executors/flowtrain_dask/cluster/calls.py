@@ -67,14 +67,17 @@ class Calls:
 
     Args:
         connection: The cluster.
-        name: The beginning of the keys of the tasks, ``"flowtrain-<run>-<lane>"``.
+        run: The id of the run.
+        lane: The name of the lane.
         patience: How long a call waits.
     """
 
-    def __init__(self, connection: Connection, name: str, patience: Patience | None = None) -> None:
+    def __init__(self, connection: Connection, run: str, lane: str, patience: Patience | None = None) -> None:
         self._connection = connection
         self._patience = patience or Patience()
-        self._name = name
+        self._lane = lane
+        # dask's dashboard groups and colours tasks by their keys up to the first "-" before a number.
+        self._name = f"{lane.replace('-', '_')}@{run}"
         self._token = secrets.token_hex(3)  # the same run, resumed, must not get results of its earlier tasks
         self._number = 0
 
@@ -112,7 +115,7 @@ class Calls:
                 raise Abandoned
             if call.failures > self._patience.attempts:
                 raise ExecutorError(
-                    f"A batch of lane {self._name.rpartition('-')[2]} failed {call.failures} times on the cluster at "
+                    f"A batch of lane {self._lane} failed {call.failures} times on the cluster at "
                     f"{self._connection.address}, the last time with {call.trouble}. If its handlers end the process "
                     f"(memory, a native library), look at the log of the workers."
                 )

@@ -71,7 +71,7 @@ class ClusterTransport:
         self._callbacks = callbacks
         self._connection = connection
         self._on_loss = on_loss
-        self._calls = Calls(connection, f"flowtrain-{job.run}-{job.lane}", patience)
+        self._calls = Calls(connection, job.run, job.lane, patience)
         self._fixed = fixed_objects(job, callbacks)
         self._packed_job = b""
         self._versions = versions()

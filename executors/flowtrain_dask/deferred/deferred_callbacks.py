@@ -390,6 +390,12 @@ class DeferredCallbacks:
         if self._lanes is not None:
             self._lanes.resume(self._sequences)
 
+    @property
+    def dashboard_link(self) -> str | None:
+        """The address of dask's dashboard; ``None`` without a cluster."""
+        connection = self._teardown.connection
+        return None if connection is None else str(connection.client.dashboard_link)
+
     def report(self) -> Report:
         """Return the counts of all lanes; those from before a change of callbacks come first."""
         return Report(self._past + (() if self._lanes is None else self._lanes.report().lanes))

@@ -45,9 +45,9 @@ def script(*lines: str) -> bytes:
 class Rig:
     """The calls of one lane, with what a test looks at."""
 
-    def __init__(self, connection: Connection, **patience: Any) -> None:
+    def __init__(self, connection: Connection, run: str = "run", lane: str = "Summer", **patience: Any) -> None:
         self.connection = connection
-        self.calls = Calls(connection, "flowtrain-run-Summer", Patience(**patience))
+        self.calls = Calls(connection, run, lane, Patience(**patience))
         self.tally = Tally()
         self.asked: list[bool] = []
         self.inside = 0
@@ -115,6 +115,26 @@ def test_each_call_runs_also_in_a_lane_of_the_same_name(connection: Connection, 
         for _ in range(2):
             rig.make(script(f"open({str(path)!r}, 'a').write('x')"))
     assert path.read_text() == "xxxx"
+
+
+def test_the_tasks_of_a_lane_of_a_run_are_one_group(connection: Connection) -> None:
+    """dask's dashboard draws each group of tasks as a bar of its own, in a colour of its own."""
+    for run in ("0a1b2c3d4e5f", "abcdefabcdef"):
+        for lane in ("LogMetrics", "LogTraces#2+my-own"):
+            rig = Rig(connection, run, lane)
+            for _ in range(2):
+                rig.make(REFUSED)
+    groups: list[str] = connection.client.run_on_scheduler(_groups)  # type: ignore[no-untyped-call]  # no annotations
+    assert {group for group in groups if group.endswith(("@0a1b2c3d4e5f", "@abcdefabcdef"))} == {
+        f"{lane}@{run}" for run in ("0a1b2c3d4e5f", "abcdefabcdef") for lane in ("LogMetrics", "LogTraces#2+my_own")
+    }
+
+
+def _groups(dask_scheduler: Any) -> list[str]:
+    return list(dask_scheduler.task_prefixes)
+
+
+_groups.__module__ = "__main__"  # pickled by value, since the scheduler cannot import this module
 
 
 def test_what_goes_wrong_in_an_assignment_is_an_answer(connection: Connection) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from distributed import Client
@@ -111,6 +112,8 @@ def test_local_processes() -> None:
     assert through is not None
     through.close()
     assert len(connection.workers(10)) == 1
+    with urlopen(connection.cluster.dashboard_link, timeout=60) as page:
+        assert b"bokeh.min.js" in page.read()
     connection.close()
     assert connection.cluster.status == Status.closed
 
