@@ -42,9 +42,8 @@ from flowtrain.training.checkpoint.contents import (
     without_callback,
 )
 from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
-from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass
+from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, warn_of_workers
 from flowtrain.training.checkpoint.rng import (
-    keeps_workers,
     loader_state,
     random_state,
     set_loader_state,
@@ -330,25 +329,7 @@ class Checkpoints:
                 UserWarning,
                 stacklevel=5,
             )
-        self._warn_of_workers(contents, data)
-
-    def _warn_of_workers(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
-        """Warn of persistent workers whose random numbers a checkpoint cannot hold."""
-        found: list[str] = []
-        for phase, loader in data.items():
-            begun, _ = open_pass(contents["position"], phase)
-            state = begun["loader"] if begun is not None else contents["loaders"].get(repr(phase), {})
-            if state.get("workers") and keeps_workers(loader):
-                found.append(repr(phase))
-        if found:
-            warnings.warn(
-                f"The loader for {' and '.join(found)} keeps its workers from one pass to the next "
-                f"(persistent_workers=True), and no checkpoint holds the states of their random numbers: what the "
-                f"workers draw from here on (an augmentation) is not what they would have drawn without the "
-                f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
-                UserWarning,
-                stacklevel=6,
-            )
+        warn_of_workers(contents, data)
 
     def _read(self, path: Any) -> dict[str, Any]:
         """Return the contents of a checkpoint, with its present folder as the entry ``here`` of ``run``."""

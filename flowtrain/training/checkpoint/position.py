@@ -8,6 +8,7 @@ were complete are taken from it and dropped.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -17,6 +18,7 @@ from flowtrain.data.loaders import length
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
+    keeps_workers,
     loader_state,
     random_state,
     set_loader_state,
@@ -25,7 +27,7 @@ from flowtrain.training.checkpoint.rng import (
 )
 from flowtrain.training.data import check_gave, set_epoch
 
-__all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay"]
+__all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay", "warn_of_workers"]
 
 
 class Position:
@@ -174,6 +176,30 @@ def open_pass(state: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any] | 
     if stream is not None and isinstance(phase, AbstractTrainingPhase):
         return stream["begun"], stream["count"] if stream["begun"] is not None else 0
     return (state["begun"], state["batches"]) if repr(phase) == state["phase"] else (None, 0)
+
+
+def warn_of_workers(contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
+    """Warn of persistent workers whose random numbers a checkpoint cannot hold.
+
+    Args:
+        contents: The contents of the checkpoint.
+        data: The loaders of the fit that resumes.
+    """
+    found: list[str] = []
+    for phase, loader in data.items():
+        begun, _ = open_pass(contents["position"], phase)
+        state = begun["loader"] if begun is not None else contents["loaders"].get(repr(phase), {})
+        if state.get("workers") and keeps_workers(loader):
+            found.append(repr(phase))
+    if found:
+        warnings.warn(
+            f"The loader for {' and '.join(found)} keeps its workers from one pass to the next "
+            f"(persistent_workers=True), and no checkpoint holds the states of their random numbers: what the "
+            f"workers draw from here on (an augmentation) is not what they would have drawn without the "
+            f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def _too_short(batches: int, phase: Phase, available: int) -> CheckpointError:
