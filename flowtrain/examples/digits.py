@@ -240,7 +240,7 @@ def _left_behind(folder: Path) -> str:
     return (
         f"In {folder}:\n"
         f"  log.jsonl     {records:,} records, one on each line\n"
-        f"  events.out.*  curves, histograms and mistakes: tensorboard --logdir {folder}\n"
+        f"  *Phase/       curves, histograms and mistakes: tensorboard --logdir {folder}\n"
         f"  checkpoints/  the latest is {names['latest']}, the best is {names['best']}"
     )
 

@@ -5,7 +5,7 @@ backend                   sink                                    needs         
 ========================  ======================================  ==============  =====================================
 `JsonlBackend`            a file of JSON lines, files beside it   no package      are removed
 `CsvBackend`              a table, one row for each step          no package      are removed
-`TensorBoardBackend`      an event file in a folder               tensorboard     are removed
+`TensorBoardBackend`      an event file in each phase's folder    tensorboard     are removed
 `MLflowBackend`           a run of MLflow                         mlflow          stay; a new run copies earlier ones
 `WandbBackend`            a run of Weights & Biases               wandb           stay; a new run names the earlier run
 ========================  ======================================  ==============  =====================================

@@ -2,7 +2,7 @@
 
 A handler logs a *loggable* (a `Value`, an `Image`, ...) with `log`, under a name, with a step and a group. The group
 says what the step counts: ``("Step", "TrainingPhase")``, ``("Epoch", "ValidationPhase")``. Backends show the three
-parts as one path: ``Step/TrainingPhase/Loss``.
+parts as one path, ``Step/TrainingPhase/Loss``; TensorBoard has the phase in the name of the run instead.
 
 The backend encodes the loggable as bytes in the thread and process of the handler (`LoggerBackend.encode`). Only the
 process that trains writes the bytes to the sink (`LoggerBackend.write`). For a handler that runs in place both happen
