@@ -133,6 +133,7 @@ class When(Counting):
         Raises:
             UsageError: The predicate returned something else than ``True`` or ``False``.
         """
+        # The event is counted before the predicate may raise, so that later numbers are right.
         answer = self.predicate(self.number(phase), phase)
         if not is_a(answer, bool):
             name = getattr(self.predicate, "__name__", repr(self.predicate))
@@ -184,6 +185,7 @@ class EverySeconds(Condition):
 
     def ready(self, phase: Phase) -> bool:
         """Tell whether the time since the last event that passed is over."""
+        # The next time is set when the handler runs, since another condition may still refuse this event.
         return self.clock() >= self._next
 
     def passed(self, phase: Phase) -> None:
@@ -192,6 +194,7 @@ class EverySeconds(Condition):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds that are left to wait: the clock of another process begins elsewhere."""
+        # The time that is left, since clocks of two processes have no common zero.
         return {"left": max(0.0, self._next - self.clock())}  # before the first event `_next` is minus infinity
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -116,6 +116,8 @@ class CombinedLoader:
     def __iter__(self) -> Iterator[Any]:
         named = self.named()
         seeds = torch.Generator()
+        # One number is drawn from the process for an epoch, and the further passes of shorter loaders draw from a
+        # generator of their own: how many there are changes no number of training.
         if self.mode == "max_size_cycle":
             seeds.manual_seed(_draw(None))
         passes = [iter(loader) for _, loader in named]

@@ -131,6 +131,7 @@ class HyperParameter(Setting):
         """Tell whether the two hyperparameters are the same entry of at least one common parameter group."""
         if not isinstance(other, HyperParameter) or (self.key, self.optimizer) != (other.key, other.optimizer):
             return False
+        # Without a group all groups are meant, so the two have at least one in common.
         return self.group is None or other.group is None or self.group == other.group
 
     def access(self) -> Access:
@@ -169,6 +170,7 @@ class HyperParameter(Setting):
                     f"{self!r}: the parameter groups of the optimizer have no {error}.{nearest(self.key, group)} "
                     f"They have: {', '.join(group)}. Use an optimizer that has it, or another hyperparameter."
                 ) from None
+        # One schedule would make the groups equal, and so silently undo a choice of the user.
         if any(value != values[0] for value in values):
             raise UsageError(
                 f"{self!r} would give all parameter groups one value, and now they have {', '.join(map(str, values))}. "

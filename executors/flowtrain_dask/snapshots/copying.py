@@ -126,6 +126,7 @@ class Copying:
         try:
             return copy(*args)
         except Refused as refused:
+            # The refusal itself is left out of the chain: the error says all that it says, and the place.
             raise _error(refused, path) from refused.__cause__
 
     def inside(self, container: Any, inside: Tree) -> Any:
@@ -135,6 +136,7 @@ class Copying:
             return frozen(container, self, inside)
         if isinstance(container, Mapping):
             return {key: self.part(container[key], below, key) for key, below in picked(container, inside)}
+        # An attribute that does not exist yet is left out, and the view of the handler says that it is missing.
         own = {name: getattr(container, name) for name in inside if name and hasattr(container, name)}
         return Attributes({name: self.part(own[name], inside[name], Attribute(name)) for name in own})
 

@@ -202,5 +202,6 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
 
 def _key(slot: Slot, groups: Groups | None) -> Hashable:
     """Return the key that must be equal, besides the path, for two handlers to share the copy of an entry."""
+    # A copy of declared parts is no copy of the whole entry, so the parts belong to the key.
     of_each = tuple(None if groups is None else groups.get(path) for path in slot.declared)
     return (slot.declared if slot.inside is not None else None, of_each)

@@ -224,6 +224,7 @@ def from_torch(
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
     check_number("from_torch", "value", value)
+    # The optimizer needs a learning rate even if the schedule is of another entry; the key comes last, so it wins.
     settings: dict[str, Any] = {"lr": 1.0, key: value}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **settings)
     scheduler = make(optimizer)
@@ -236,6 +237,7 @@ def from_torch(
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UsageError(f"from_torch() got a {name}, which needs a metric. Use reduce_on_plateau({value}, ...).")
     group = optimizer.param_groups[0]
+    # A scheduler of torch only goes forward, so its values are kept: a resumed fit asks for earlier updates too.
     values = [float(group[key])]
 
     def formula(n: int, _: int) -> float:
