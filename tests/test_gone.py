@@ -335,7 +335,7 @@ def value_when(go: threading.Event, learner: LearnerView) -> Value:
 
 
 def test_a_backend_is_one_learner_s_while_it_is_open(tmp_path: Path) -> None:
-    backend = JsonlBackend(tmp_path / "log.jsonl")
+    backend = JsonlBackend(tmp_path / "log.jsonl", append=True)
     first = tiny_learner(LogMetrics(backend), n_batches=1)
     second = tiny_learner(LogMetrics(backend), n_batches=1)
     first.fit(1)
