@@ -174,7 +174,7 @@ def test_no_code_of_the_objects_is_run(tmp_path: Path) -> None:
 
 def test_what_belongs_to_a_learner_is_not_followed(tmp_path: Path) -> None:
     """A callback that refers to the learner does not hold the backends of the learner's other callbacks."""
-    backend = JsonlBackend(tmp_path / "log")
+    backend = JsonlBackend(tmp_path / "log", append=True)  # both runs log to one file
     for executor in ("serial", "dask"):
         with tiny_learner(LogMetrics(backend), n_batches=1, executor=executor) as learner:
             learner.fit(1)
