@@ -74,7 +74,8 @@ from mlflow.tracking import MlflowClient
 client = MlflowClient()
 [run] = client.search_runs([client.get_experiment_by_name("e").experiment_id])
 print(run.info.status, sorted(run.data.metrics)[0], run.data.params)
-print(len(client.get_metric_history(run.info.run_id, "Step/TrainingPhase/Loss")), os.path.exists("mlflow.db"))
+store = os.path.exists("mlflow.db") or os.path.isdir("mlruns")  # the default store of mlflow 3.0 is a folder
+print(len(client.get_metric_history(run.info.run_id, "Step/TrainingPhase/Loss")), store)
 print(sorted(each.path for each in client.list_artifacts(run.info.run_id)))
 """,
     "wandb": """
