@@ -67,6 +67,7 @@ class MetricsPrinter(Callback):
     @on(EpochEnd)
     def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Print the line or add to the table, if the epoch has recorded a metric."""
+        (begun, before), self._begun = self._begun, (0.0, 0)  # no time stays in what executors must agree on
         history = learner.cbstate.history
         if not history[phase].steps_epoch:
             return  # an epoch without a complete batch records no value, so the newest values are of an earlier one
@@ -75,7 +76,6 @@ class MetricsPrinter(Callback):
         values = {name: number_text(value) for name, (epoch, value) in newest.items() if epoch == epochs}
         if not values:
             return
-        begun, before = self._begun
         seconds = time.monotonic() - begun
         if self._table is not None:
             self._table.add(epochs, repr(phase), values, seconds)

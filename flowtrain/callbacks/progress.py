@@ -245,6 +245,7 @@ class ProgressBar(Callback):
     def _close_epoch(self) -> None:
         self._next = math.inf
         self._values, self._requested = {}, None
+        self._begun = (0.0, 0)
         self._progress = None
         if self._fit is None and self._line is not None:
             self._line.close()

@@ -45,6 +45,11 @@ def _out(x: Tensor, y: Tensor) -> Tensor:
     return torch.abs(found, out=found)
 
 
+def _gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the gradients of the parameters of a module, whose input needs none."""
+    return list(torch.autograd.grad(module(x).pow(3).sum(), list(module.parameters())))
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "arithmetic": lambda x, y: x * 2 + y / 3 - 1,
     "matrix product": lambda x, y: x @ y.t(),
@@ -60,6 +65,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "losses": lambda x, index: (nn.functional.cross_entropy(x, index), nn.functional.mse_loss(x, x * 2)),
     "convolution": lambda image, weight: nn.functional.conv2d(image, weight, padding=1),
     "batch norm": lambda image: nn.functional.batch_norm(image, None, None, training=True),
+    "gradients of batch norm alone": lambda x: _gradients(nn.BatchNorm1d(4, device=x.device), x),
     "layer norm": lambda x: nn.functional.layer_norm(x, (4,)),
     "pooling": lambda image: (nn.functional.max_pool2d(image, 2), nn.functional.avg_pool2d(image, 2)),
     "joining": lambda x, y: (torch.cat([x, y]), torch.stack([x, y], 1)),

@@ -179,12 +179,12 @@ class Operators:
             self._machine.wait(self._submit(name, None, leaves, ()), "value")
             return tree.tree_map_only(Tensor, self._upload, kernel(*host_args, **host_kwargs))
         made = tree.tree_map_only(Tensor, self._tensors.empty_like, plan)
-        targets = [self._tensors.on_host(each) for each in _tensors_in(made)]
+        targets = [self._tensors.on_host(each) if isinstance(each, Tensor) else None for each in tree.tree_leaves(made)]
 
         def run() -> None:
-            results = _tensors_in(kernel(*host_args, **host_kwargs))
-            for target, result in zip(targets, results, strict=True):
-                if result.numel():  # batch norm in eval mode gives no statistics, and `meta` says that it does
+            for target, result in zip(targets, tree.tree_leaves(kernel(*host_args, **host_kwargs)), strict=True):
+                # Batch norm gives no statistics in eval mode, and no gradient that is not needed; `meta` gives both.
+                if target is not None and result is not None and result.numel():
                     target.copy_(result)
 
         self._submit(name, run, leaves, [*_tensors_in(made), *written])
