@@ -118,10 +118,7 @@ class Gradients(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         gradient = self._params[name].grad
         if gradient is None:
-            raise KeyError(
-                f"{name} has no gradient: it took no part in the loss, or it is frozen. Test `name in "
-                f"learner.batch.grads` first."
-            )
+            raise KeyError(_no_gradient(name))
         return gradient
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
@@ -240,4 +237,11 @@ class NamedGradients(NamedTensors):
         raise refuse("batch.grads")
 
     def _unknown(self, name: str) -> str:
-        return f"{name} has no gradient: it took no part in the loss, or it is frozen"
+        return _no_gradient(name)
+
+
+def _no_gradient(name: str) -> str:
+    return (
+        f"{name} has no gradient: it took no part in the loss, or it is frozen. Test `name in learner.batch.grads` "
+        f"first."
+    )
