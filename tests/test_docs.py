@@ -11,15 +11,19 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from flowtrain import Learner, TorchCore
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +81,19 @@ def test_readme_shows_a_program_and_its_output_at_once() -> None:
 def test_rules_are_numbered_without_a_gap() -> None:
     text = (ROOT / "docs" / "rules.md").read_text("utf-8")
     assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(("heading", "call"), [("Learner", Learner), ("fit", Learner.fit), ("TorchCore", TorchCore)])
+def test_the_tables_of_arguments_are_the_signatures(heading: str, call: Callable[..., Any]) -> None:
+    text = (ROOT / "docs" / "learner.md").read_text("utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    found = signature(call).parameters.values()
+    known = [each for each in found if each.name != "self" and each.kind is not Parameter.VAR_KEYWORD]
+    assert [row[0] for row in rows] == [f"| `{each.name}`" for each in known]
+    for (_, _, default, _), each in zip(rows, known, strict=True):
+        shown = getattr(each.default, "__name__", repr(each.default))
+        assert default.startswith(f"`{shown}`") if each.default is not Parameter.empty else default == "required"
 
 
 @pytest.mark.parametrize(
