@@ -87,7 +87,7 @@ def test_it_reaches_the_accuracy_that_it_prints(ran: Ran) -> None:
     [percent] = re.findall(r"^Accuracy on held-out digits: (\d+\.\d)%$", ran.output, re.MULTILINE)
     assert 96 <= float(percent) <= 100
     last = [line for line in ran.output.splitlines() if "ValidationPhase" in line][-1]
-    epoch = re.fullmatch(r"epoch  10  ValidationPhase   Loss 0\.\d+  Accuracy (0\.\d+)", last)
+    epoch = re.fullmatch(r"epoch  10  ValidationPhase   Loss 0\.\d+  Accuracy (0\.\d+)  \S+ s  [\d,]+ samples/s", last)
     assert epoch is not None, last
     assert f"{float(epoch[1]):.1%}" == f"{percent}%"
 
