@@ -1,12 +1,15 @@
 """The commands that make a release: a source distribution and a wheel, installed in a fresh environment.
 
-The test takes nothing from the network: the wheel is built from the source distribution with the setuptools of this
+Both type checkers find the types of what is installed there, from the wheel or from a checkout.
+
+The tests take nothing from the network: the wheel is built from the source distribution with the setuptools of this
 environment, and the fresh environment finds the requirements of flowtrain in this one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,27 +40,51 @@ with tiny_learner(executor="dask", n_batches=4) as learner:
 """
 
 
-def call(*command: str, folder: Path) -> str:
+TYPED = """from flowtrain import Learner
+from flowtrain_dask import DaskExecutor
+
+Learner("model")
+DaskExecutor(workers="two")
+"""
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-index", "--no-deps"]
+
+
+def call(*command: str, folder: Path, code: int = 0) -> str:
     """Return the output of a command that runs in a folder and imports nothing from the checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == code, result.stdout + result.stderr
     return result.stdout
 
 
-def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
-    source, dist, fresh = tmp_path / "source", tmp_path / "dist", tmp_path / "fresh"
+def copy_source(folder: Path) -> Path:
+    """Copy the files of which a release is built, and return their folder."""
+    source = folder / "source"
     for name in ("flowtrain", "executors"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
 
+
+def make_environment(folder: Path) -> tuple[str, Path]:
+    """Make an environment that has the requirements of flowtrain; return its interpreter and its site-packages."""
+    call(sys.executable, "-m", "venv", "--without-pip", str(folder / "fresh"), folder=folder)
+    python = str(python_in(folder / "fresh"))
+    place = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=folder).strip())
+    here = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
+    (place / "requirements.pth").write_text("\n".join(here), "utf-8")
+    return python, place
+
+
+def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
+    source, dist = copy_source(tmp_path), tmp_path / "dist"
     hook = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     call(sys.executable, "-c", hook, str(dist), folder=source)
     [archive] = dist.iterdir()
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    offline = ["--no-index", "--no-deps"]
-    call(*pip, "wheel", "--no-build-isolation", *offline, "-w", str(dist), str(archive), folder=tmp_path)
+    call(*PIP, "wheel", "--no-build-isolation", *OFFLINE, "-w", str(dist), str(archive), folder=tmp_path)
     [wheel] = dist.glob("*.whl")
     modules = {str(each.relative_to(source)) for each in (source / "flowtrain").rglob("*.py")}
     modules |= {str(each.relative_to(source / "executors")) for each in (source / "executors").rglob("*.py")}
@@ -67,12 +94,24 @@ def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
     with tarfile.open(archive) as file:
         assert any(name.endswith("/executors/flowtrain_dask/py.typed") for name in file.getnames())
 
-    call(sys.executable, "-m", "venv", "--without-pip", str(fresh), folder=tmp_path)
-    python = str(python_in(fresh))
-    call(*pip, "--python", python, "install", *offline, str(wheel), folder=tmp_path)
-    place = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).strip())
-    here = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
-    (place / "requirements.pth").write_text("\n".join(here), "utf-8")
+    python, place = make_environment(tmp_path)
+    call(*PIP, "--python", python, "install", *OFFLINE, str(wheel), folder=tmp_path)
     lines = call(python, "-c", PROGRAM, folder=tmp_path).splitlines()
     assert lines[:2] == [f"{name} {place / name / '__init__.py'} True" for name in ("flowtrain", "flowtrain_dask")]
     assert lines[2:] == [VERSION, "2"]
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["installed", "editable"])
+def test_type_checkers_find_the_types_of_what_is_installed(tmp_path: Path, editable: bool) -> None:
+    source, project = copy_source(tmp_path), tmp_path / "project"
+    python, _ = make_environment(tmp_path)
+    how = ["--config-settings", "editable_mode=strict", "--editable"] if editable else []
+    call(*PIP, "--python", python, "install", "--no-build-isolation", *OFFLINE, *how, str(source), folder=tmp_path)
+    project.mkdir()
+    (project / "train.py").write_text(TYPED, "utf-8")
+
+    mypy = call(sys.executable, "-m", "mypy", "--python-executable", python, "train.py", folder=project, code=1)
+    assert re.findall(r"train\.py:(\d+): error: .*\[(.+)\]", mypy) == [("4", "arg-type"), ("5", "arg-type")], mypy
+    pyright = call(sys.executable, "-m", "pyright", "--pythonpath", python, "train.py", folder=project, code=1)
+    found = re.findall(r"train\.py:(\d+):\d+ - error: (?:.|\n  )*?\((report\w+)\)", pyright)
+    assert found == [("4", "reportArgumentType"), ("5", "reportArgumentType")], pyright
