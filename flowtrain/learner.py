@@ -44,7 +44,7 @@ from flowtrain.training.arguments import (
 )
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.calls import Calls
-from flowtrain.training.data import loaders
+from flowtrain.training.fit_data import loaders_by_phase
 from flowtrain.training.loop import Loop
 
 __all__ = ["Learner"]
@@ -99,7 +99,7 @@ class Learner:
         self.state = LearnerState()
         self.state.model = check_model(model)
         self.state.lossfn = check_lossfn(lossfn)
-        self.state.data = loaders(data)
+        self.state.data = loaders_by_phase(data)
         self.strict = strict
         chosen = with_defaults(as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
         self.core = check_core(core)

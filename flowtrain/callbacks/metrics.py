@@ -26,7 +26,7 @@ from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
 from flowtrain.metrics.track import Track
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.device_values import Reading
-from flowtrain.training.data import unlimited
+from flowtrain.training.fit_data import unlimited
 
 __all__ = ["Metrics"]
 

@@ -2,9 +2,9 @@
 
 `calls` has the calls of a user, with their checks, `loop` runs fits and epochs, `step` runs one batch, and `interrupts`
 ends a fit at a batch boundary after a signal. `scopes` records which of fit, epoch and batch are open, `dispatch` fires
-events, `callback_changes` changes the callbacks of a learner. `data` checks the loaders, `arguments` checks every other
-argument of a user; `sinks` opens and closes the logging backends. `checkpoint` writes the state of training to a file
-and restores it.
+events, `callback_changes` changes the callbacks of a learner. `fit_data` checks the loaders, `arguments` checks every
+other argument of a user; `sinks` opens and closes the logging backends. `checkpoint` writes the state of training to a
+file and restores it.
 """
 
 __all__: list[str] = []

@@ -24,7 +24,7 @@ from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.checkpoint.rng import unmoved
-from flowtrain.training.data import check_fit_data, check_gave, check_loader, limited, loaders
+from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
 
@@ -63,7 +63,7 @@ class Calls:
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
-            chosen = limited(self._loop.state.data if data is None else loaders(data), limit_batches)
+            chosen = limited(self._loop.state.data if data is None else loaders_by_phase(data), limit_batches)
             self.check_phases(chosen)
             check_fit_data(chosen, by_steps=steps is not None, stacklevel=3)
             self.stopped = None
@@ -93,7 +93,7 @@ class Calls:
         known = self._loop.state.data
         if data is None and phase not in known:
             raise UsageError(f"There is no data for {phase!r}. Pass it: {call}.")
-        chosen = known if data is None else loaders({**known, phase: data})
+        chosen = known if data is None else loaders_by_phase({**known, phase: data})
         self.check_phases([phase])
         with self._using(chosen):
             self._loop.epoch(phase, chosen[phase])

@@ -44,8 +44,8 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start, replay
-from flowtrain.training.data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.dispatch import Dispatch
+from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks

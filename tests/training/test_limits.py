@@ -30,7 +30,7 @@ from flowtrain import (
 from flowtrain.callbacks import Checkpointer, LearningRate, SanityCheck, Scheduler, one_cycle
 from flowtrain.data.loaders import LimitedLoader, length
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import loader_parts, unlimited
+from flowtrain.training.fit_data import loader_parts, unlimited
 
 
 class Endless(IterableDataset[Any]):

@@ -25,7 +25,7 @@ from flowtrain.training.checkpoint.rng import (
     set_random_state,
     start_workers,
 )
-from flowtrain.training.data import check_gave, set_epoch
+from flowtrain.training.fit_data import check_gave, set_epoch
 
 __all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay", "warn_of_workers"]
 

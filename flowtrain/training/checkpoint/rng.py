@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from flowtrain.state.accelerator import accelerator_kind, random_states, set_random_states
-from flowtrain.training.data import loader_parts
+from flowtrain.training.fit_data import loader_parts
 
 __all__ = [
     "keeps_workers",

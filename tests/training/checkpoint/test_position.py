@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from flowtrain import CheckpointError, DataError, TrainingPhase, ValidationPhase
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, loader_start, replay
 from flowtrain.training.checkpoint.rng import random_state, set_random_state
-from flowtrain.training.data import loaders
+from flowtrain.training.fit_data import loaders_by_phase
 
 
 def shuffled() -> DataLoader[int]:
@@ -119,7 +119,7 @@ def test_an_open_epoch_is_resumed_once() -> None:
     ],
 )
 def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches: int, refused: bool) -> None:
-    data = loaders(([1, 2], [1]))
+    data = loaders_by_phase(([1, 2], [1]))
     state = {"stream": stream, "phase": phase, "batches": batches, "begun": None}
     if refused:
         with pytest.raises(

@@ -36,7 +36,7 @@ __all__ = [
     "has_workers",
     "limited",
     "loader_parts",
-    "loaders",
+    "loaders_by_phase",
     "planned_updates",
     "set_epoch",
     "shortest",
@@ -47,7 +47,7 @@ _PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "loader", "loaders"
 """The attributes in which a loader, or a part of one, holds its parts, in torch and in the usual wrappers."""
 
 
-def loaders(data: Any) -> PhaseMap[Any]:
+def loaders_by_phase(data: Any) -> PhaseMap[Any]:
     """Return the loaders by phase.
 
     Args:

@@ -38,7 +38,7 @@ from flowtrain import (
 from flowtrain.data.loaders import length
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.data import has_workers, loader_parts, loaders, planned_updates, set_epoch
+from flowtrain.training.fit_data import has_workers, loader_parts, loaders_by_phase, planned_updates, set_epoch
 from tests.support.examples import examples
 from tests.support.fired import OODPhase
 from tests.support.phases import OtherTraining
@@ -93,12 +93,12 @@ def learner_on(data: Any) -> Learner:
     ],
 )
 def test_loaders_by_phase(data: Any, phases: list[str]) -> None:
-    assert [repr(phase) for phase in loaders(data)] == phases
+    assert [repr(phase) for phase in loaders_by_phase(data)] == phases
 
 
 def test_a_phase_and_its_type_are_one_key() -> None:
     train = tiny_batches()
-    found: Any = loaders((train, OldStyle()))
+    found: Any = loaders_by_phase((train, OldStyle()))
     assert found[TrainingPhase] is found[TrainingPhase()] is train
     assert OODPhase not in found
 
