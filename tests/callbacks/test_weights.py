@@ -254,7 +254,7 @@ def test_the_best_is_the_best_of_what_was_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tmp_path: Path) -> None:
-    def make(stop: int | None) -> Learner:
+    def make(stop: int | None, folder: int | None) -> Learner:
         def end(learner: Any) -> None:
             count.append(1)
             if len(count) == stop:
@@ -268,7 +268,7 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
             optimizer=partial(torch.optim.SGD, lr=0.1),
             callbacks=[
                 Metrics(Metric(right, weight=lambda outputs, targets: (targets + 1).sum()), weight=tokens),
-                Checkpointer(tmp_path, every_steps=1),
+                Checkpointer(tmp_path / str(folder), every_steps=1),
                 CustomCallback(end, BatchEnd),
             ],
             core=TorchCore(device="cpu", lag=lag),
@@ -280,13 +280,13 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
     for stop in (None, 2):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        learner = make(stop)
+        learner = make(stop, stop)
         learner.fit(1)
         if stop is not None:
             generator.manual_seed(0)
             torch.manual_seed(0)
-            learner = make(None)
-            learner.fit(1, resume=tmp_path / "step-00000002.ckpt")
+            learner = make(None, stop)
+            learner.fit(1, resume=tmp_path / str(stop) / "step-00000002.ckpt")
         found.append({name: list(each) for name, each in learner.cbstate.metrics_epoch[TrainingPhase].items()})
     assert found[0] == found[1]
     assert list(found[0]) == ["Loss", "Right"]

@@ -260,8 +260,12 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
             time.sleep(0.005)
         os.killpg(running.pid, number)
         _, errors = running.communicate(timeout=60)
+    said = {
+        signal.SIGINT: "Ctrl-C: training stops after this batch; press it again to stop at once.",
+        signal.SIGTERM: "SIGTERM: training stops after this batch.",
+    }
     assert (running.returncode, errors) == (
-        1, f"\nInterrupted. Continue with the same command and --resume: {folder}\n"
+        1, f"{said[number]}\n\nInterrupted. Continue with the same command and --resume: {folder}\n"
     )  # fmt: skip
     assert (folder / "checkpoints" / "interrupted.ckpt").exists()
     with_rest = log_run(folder, executor, "--resume")
