@@ -205,6 +205,8 @@ class Checkpointer(Callback):
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Request a checkpoint within an epoch; it replaces the previous one within an epoch."""
+        if self._watched is None:  # no fit could resume from a checkpoint that was taken outside of a fit
+            return
         name = f"step-{learner.cbstate.history[phase].steps:08d}.ckpt"
         decide = partial(self._take_step, name)
         learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)

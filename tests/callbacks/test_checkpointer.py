@@ -347,6 +347,26 @@ def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_outside_of_a_fit_no_file_is_written(tmp_path: Path) -> None:
+    """A fit can resume from every checkpoint of the folder, so batches and epochs without a fit leave it as it is."""
+
+    def made() -> Learner:
+        return tiny_learner(Checkpointer(tmp_path, every_steps=1), n_batches=2)
+
+    learner = made()
+    learner.validate()
+    learner.epoch(TrainingPhase)
+    assert list(tmp_path.iterdir()) == []
+    learner.fit(1)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    learner.epoch(TrainingPhase)
+    learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])
+    learner.validate()
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+    assert pointer(tmp_path, "latest") == "2"
+    assert made().fit(3, resume="auto").rows[-1]["epoch"] == 4
+
+
 class Masked(torch.nn.Module):
     """``y = coeff * x``, with further values that a test registers beside the parameter."""
 
