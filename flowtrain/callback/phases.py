@@ -180,7 +180,8 @@ class AbstractTrainingPhase(_Supervised):
     - `BackwardEnd`: ``batch.grads``; from here on ``batch.loss`` is detached
     - `UpdateBegin`: the gradients are accumulated and unscaled, not clipped yet (not fired where a batch only
       accumulates; fired after the last batch for a group that the epoch leaves incomplete)
-    - `UpdateEnd`: ``batch.grad_norm``, the norm before clipping (if the core clips by norm, or a handler declares it)
+    - `UpdateEnd`: ``batch.grad_norm``, the norm before clipping (if the core clips by norm, or a handler declares
+      the norm or the whole batch)
     - `BatchEnd`, or `BatchCancelled`
 
     The whole epoch lies between `EpochBegin` and `EpochEnd` (or `EpochCancelled`).

@@ -25,7 +25,8 @@ class Track(Metric):
             gradients and returns the value, or ``None`` for no value. An entry that the batch lacks is ``None``.
         name: The name in ``cbstate`` and in logs; by default that of the entry or the function, in the form ``Kl``.
         phase: The phases in which the value is recorded, subclasses included.
-        access: The access of a function, as ``{"batch.real": Read()}``; the whole batch by default.
+        access: The access of a function, as ``{"batch.real": Read()}``; the whole batch by default, for which the norm
+            of the gradients is computed too.
         mode: ``"min"`` or ``"max"``, as for `Metric`.
         weight: The weight of a batch in the mean of an epoch, as for `Metric`.
         labels: The names of the numbers in the value, as for `Metric`.

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from flowtrain.callback.callback import Callback
+from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.errors import CallbackError
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, PlannedHandler
@@ -82,7 +83,7 @@ class CallbackChanges:
         made = Callbacks(callbacks, state, phases, before, watched, self._accept)
         made.annotate(loop.executor.explain)
         state.callbacks = made
-        core.need_grad_norm(any(path == ("batch", "grad_norm") for node in made.nodes for path, _ in node.union))
+        core.need_grad_norm(any(map(_sees_norm, made.nodes)))
         core.guard_nan(any(callback.stops_at_nan for callback in made))
         loop.dispatch.use(made)
         self._own(made, before)
@@ -144,6 +145,19 @@ class CallbackChanges:
             for part in callback.stateful():
                 gone = partial(_forget, _owners, id(part))
                 _owners[id(part)] = _Owner(weakref.ref(part, gone), me, self._learner, callback.name)
+
+
+def _sees_norm(node: Node) -> bool:
+    """Tell whether a callback may read the norm of the gradients: it declares the norm, or the batch in training."""
+    if any(path == ("batch", "grad_norm") for path, _ in node.union):
+        return True
+    trains = AbstractTrainingPhase
+    return any(
+        path == ("batch",)  # rule 4: this declaration covers the norm too
+        for handler, declaration in node.access.items()
+        if issubclass(handler.phase_type, trains) or issubclass(trains, handler.phase_type)
+        for path, _ in declaration
+    )
 
 
 def _forget(owners: dict[int, _Owner], key: int, part: weakref.ref[object]) -> None:

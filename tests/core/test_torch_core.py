@@ -464,14 +464,19 @@ def test_grad_norm_is_computed_only_where_somebody_wants_it(monkeypatch: pytest.
     assert len(computed) == len(seen) == len(data)
     assert all(norm > 0 for norm in seen)
     learner.remove_callback(CustomCallback)
+    evaluating = CustomCallback(lambda view: None, BatchEnd, ValidationPhase, {"batch": Read()})
+    learner.add_callback(evaluating)  # it declares the whole batch, but in a phase that has no norm
     learner.fit(1)
     assert len(computed) == len(data)
     assert_same(model, expected)
+    learner.replace_callback(CustomCallback(lambda view: None, BatchEnd, Phase, {"batch": Read()}))  # rule 4
+    learner.fit(1)
+    assert len(computed) == 2 * len(data)
 
     clipping = learner_of(Net(), core=cpu(clip_grad_norm=1.0))
     clipping.step(TrainingPhase, data[0])
     assert clipping.batch.grad_norm.ndim == 0
-    assert len(computed) == len(data) + 1
+    assert len(computed) == 2 * len(data) + 1
 
 
 # --- accumulation and cancelled batches

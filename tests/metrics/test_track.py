@@ -143,6 +143,14 @@ def test_the_norm_of_the_gradients() -> None:
     assert long.cbstate.history[TrainingPhase].updates == 1
 
 
+def test_a_function_of_the_batch_may_read_the_norm_of_the_gradients() -> None:
+    """Rule 4: a declaration of the whole batch covers the norm, so the norm is computed for it."""
+    by_path = tiny_learner(Metrics("batch.grad_norm"), n_batches=4).fit(2)
+    by_function = tiny_learner(Metrics(Track(lambda batch: batch.grad_norm, "Norm")), n_batches=4).fit(2)
+    assert by_function[TrainingPhase]["Norm"].values == by_path[TrainingPhase]["GradNorm"].values
+    assert len(by_path[TrainingPhase]["GradNorm"].values) == 2
+
+
 def test_a_function_may_return_several_numbers_or_none() -> None:
     def parts(batch: Any) -> Any:
         assert not torch.is_grad_enabled()
