@@ -11,6 +11,7 @@ entry           meaning
 ``structure``   changes of modules and optimizers that their ``state_dict`` leaves out (`Changes`)
 ``optimizer``   for each optimizer by name its ``type``, its ``groups`` by names of parameters, and its ``state``
 ``core``        the state of the gradient scaler
+``updates``     the number of updates that the learner has made
 ``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
 ``cbstate``     the state that callbacks share, as `flowtrain.state.encoding` packs it
 ``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
@@ -41,6 +42,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError
+from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.changes import Changes
@@ -95,6 +97,7 @@ def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: b
             for name, each in by_name(state.optimizer).items()
         },
         "core": packer.copy(core.state_dict(), "core"),
+        "updates": state.updates,
         "group": _group(core, packer),
         "cbstate": {name: packer.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
         "callbacks": {callback.name: _callback(callback, packer) for callback in state.callbacks},
@@ -270,7 +273,14 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
         state.cbstate.__put__(name, packer.copy(packed, f"cbstate.{name}"), phases)
+    state.updates = contents["updates"] if "updates" in contents else _counted_updates(state)
     load_callbacks(contents, state.callbacks)
+
+
+def _counted_updates(state: LearnerState) -> int:
+    """Return the updates that a `Recorder` has counted, because early checkpoints lack the number; 0 without one."""
+    history = vars(state.cbstate).get("history")
+    return sum(counts.updates for counts in history.values()) if isinstance(history, CountsMap) else 0
 
 
 def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:

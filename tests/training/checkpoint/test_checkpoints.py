@@ -414,6 +414,48 @@ def test_rule_28_what_torchmetrics_objects_hold(number: int, tmp_path: Path) -> 
     assert "metrics_epoch.TrainingPhase.First" in wanted
 
 
+class Updates(Callback):
+    """Keeps the number of updates at each end of a batch of training."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    @on(BatchEnd, TrainingPhase)
+    def look(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(learner.updates)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("event", "number"), [(EpochEnd, 2), (BatchEnd, 7)])
+def test_rule_28_the_number_of_updates_is_that_of_the_run(
+    event: type[Event], number: int, old: bool, tmp_path: Path
+) -> None:
+    whole, resumed = Updates(), Updates()
+    ask = Ask(tmp_path / "cut.ckpt", event, TrainingPhase, number)
+    tiny_learner(whole, ask, n_batches=5, core=TorchCore(device="cpu", accumulate=2)).fit(4)
+    assert whole.seen == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9, 9, 10, 10, 11, 12]  # three groups an epoch
+    if old:  # early checkpoints lack the number, and have those of the history
+        contents = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+        del contents["updates"]
+        torch.save(contents, tmp_path / "cut.ckpt")
+    again = tiny_learner(resumed, n_batches=5, core=TorchCore(device="cpu", accumulate=2))
+    again.fit(4, resume=tmp_path / "cut.ckpt")
+    assert resumed.seen == whole.seen[{EpochEnd: 10, BatchEnd: 7}[event] :]
+    loaded = tiny_learner(n_batches=5, core=TorchCore(device="cpu", accumulate=2))
+    loaded.load(tmp_path / "cut.ckpt")
+    assert loaded.state.updates == {EpochEnd: 6, BatchEnd: 4}[event]
+
+
+def test_without_a_history_an_early_checkpoint_begins_to_count_updates_anew(tmp_path: Path) -> None:
+    learner = tiny_learner(Ask(tmp_path / "cut.ckpt", EpochEnd, TrainingPhase, 1), default_callbacks=False)
+    learner.fit(1)
+    contents = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    assert contents.pop("updates") == learner.state.updates == 16
+    torch.save(contents, tmp_path / "old.ckpt")
+    learner.load(tmp_path / "old.ckpt")
+    assert learner.state.updates == 0
+
+
 # --- when a checkpoint is taken
 
 
