@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd
@@ -53,8 +55,12 @@ class SmoothLoss(Callback):
         """Update the average with the loss of a batch."""
         average, count = self._averages.get(repr(phase), (0.0, 0))
         loss = learner.batch.loss
-        # A loss on a device gives an average on the device, so that the host does not wait for it.
-        value = loss.item() if loss.is_cpu and not learner.lag else loss.detach()
+        if loss.is_cpu and not learner.lag:
+            value = loss.item()
+        else:  # a loss on a device gives an average on the device, so that the host does not wait for it
+            value = loss.detach()
+            if isinstance(average, float):  # beta times a float of a checkpoint would not be rounded to the loss's type
+                average = torch.full_like(value, average)
         average = self.beta * average + (1 - self.beta) * value
         count += 1
         self._averages[repr(phase)] = average, count
