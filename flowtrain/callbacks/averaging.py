@@ -230,6 +230,7 @@ class Averaging(Callback):
         Returns:
             Whether the call has changed the model.
         """
+        # A call that changes nothing must say so: the caller then loads the judged weights itself.
         changed = self._held if not held else bool(self.averages)
         if changed and held:
             self._put_averages()

@@ -79,12 +79,15 @@ class Freeze(Callback):
     def setup(self, learner: LearnerView) -> None:
         """Check that every pattern fits a parameter."""
         names = [name for root, module in _models(learner) for name, _ in module.named_parameters(root)]
+        # A pattern that fits nothing is mostly a typing error, which would train a backbone that should be frozen.
         match_names("Freeze", map(_plain, names), self.patterns)
 
     @on(FitBegin)
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Freeze already now, for callbacks that look at the model when a fit begins."""
         history = learner.cbstate.history
+        # No training phase has begun yet, and several may train. The largest number frees all that one of them has
+        # freed, and the next `EpochBegin` decides by the epochs of its own phase.
         trained = [counts.epochs for each, counts in history.items() if isinstance(each, AbstractTrainingPhase)]
         self._freeze(learner, max(trained, default=0))
 
@@ -98,16 +101,22 @@ class Freeze(Callback):
         for root, model in _models(learner):
             for name, param in model.named_parameters(root):
                 frozen = self._is_frozen(name, done)
+                # Parameters that no pattern fits keep the user's own choice, and others are written only when the
+                # choice changes.
                 if frozen is not None and param.requires_grad is frozen:
                     param.requires_grad_(not frozen)
             for name, module in model.named_modules(prefix=root) if self.norms else ():
                 if getattr(module, "running_mean", None) is not None:
+                    # A layer of BatchNorm may have no parameters, so the name of its buffer decides: a pattern like
+                    # "backbone.*" fits both. A model that is such a layer itself has the empty name, whose dot is
+                    # removed.
                     frozen = self._is_frozen(f"{name}.running_mean".lstrip("."), done)
                     if frozen is not None:
                         module.train(not frozen)
 
     def _is_frozen(self, name: str, done: int) -> bool | None:
         """Tell whether a parameter or buffer is frozen after so many epochs; ``None`` if no pattern fits its name."""
+        # The order of the mapping counts, so that a user can write an exception before the general pattern.
         for pattern, (first, last) in self.patterns.items():
             if fnmatchcase(_plain(name), pattern):
                 return done >= first and (last is None or done < last)
@@ -136,4 +145,5 @@ def _models(learner: LearnerView) -> Iterator[tuple[str, torch.nn.Module]]:
 
 def _plain(name: str) -> str:
     """Return the name that a parameter has if no part of the model is compiled."""
+    # torch.compile puts this prefix before the names in a module, and a pattern must fit with and without compilation.
     return name.replace("_orig_mod.", "")

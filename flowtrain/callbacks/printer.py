@@ -62,6 +62,8 @@ class MetricsPrinter(Callback):
     @on(EpochBegin, access={"cbstate.history": Read()})
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Start the time of the epoch."""
+        # The clock of the day may be set back during an epoch. The batches before are noted too, because a resumed
+        # epoch runs only its last ones.
         self._begun = time.monotonic(), learner.cbstate.history[phase].steps
 
     @on(EpochEnd)
@@ -71,6 +73,7 @@ class MetricsPrinter(Callback):
         history = learner.cbstate.history
         if not history[phase].steps_epoch:
             return  # an epoch without a complete batch records no value, so the newest values are of an earlier one
+        # A metric that this epoch has not recorded keeps the value of an earlier one, and that value must not be shown.
         epochs = epoch_of(history, phase)
         newest = {name: series.last() for name, series in learner.cbstate.metrics_epoch[phase].items() if len(series)}
         values = {name: number_text(value) for name, (epoch, value) in newest.items() if epoch == epochs}
@@ -83,6 +86,8 @@ class MetricsPrinter(Callback):
         rate = rate_text(loaded(learner.data.get(phase), history[phase].steps - before), seconds)
         texts = [*(f"{name} {value}" for name, value in values.items()), _time_text(seconds), *rate]
         line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(texts)}"
+        # Names of metrics may hold brackets, which rich would read as markup. The line is not wrapped, so that a file
+        # of the output has one line for each epoch.
         console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     @on(FitEnd, access={"resource.terminal": Write()})
@@ -113,10 +118,13 @@ class _Table:
         self._output.show(self._drawn)
 
     def _drawn(self) -> Any:
+        # Only a notebook has tables, so rich's are imported when the first one is drawn.
         from rich import box
         from rich.table import Column, Table
         from rich.text import Text
 
+        # A set would lose the order in which the metrics were recorded first, and the columns would change their
+        # places.
         columns = list(dict.fromkeys(column for row in self._rows.values() for column in row))
         titles = ["Epoch", *(f"{phase.removesuffix('Phase')}\n{name}" for phase, name in columns), "Time"]
         # Text: a string would be read as markup, and metrics may have any name.

@@ -96,6 +96,7 @@ class ProgressBar(Callback):
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out which metrics the callbacks monitor, and whether a `MetricsPrinter` says why a fit has ended."""
+        # The reason for an early end is printed once, by the callback that prints the results, or else by this one.
         self._tells = not any(isinstance(callback, MetricsPrinter) for callback in callbacks)
         monitored: list[Any] = [getattr(callback, "monitor", None) for callback in callbacks]
         self._names = list(dict.fromkeys(["Loss", *(name for name in monitored if is_a(name, str))]))
@@ -151,6 +152,7 @@ class ProgressBar(Callback):
                 self._values = values
             return
         reading, values, due = self._requested
+        # Reading earlier would wait for the device, which may still compute the batches in between.
         if steps >= due:
             late = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
             values.update(zip(late, reading.numbers(), strict=True))
@@ -215,6 +217,7 @@ class ProgressBar(Callback):
 
         one_line, shown = isinstance(line, BottomLine), list(texts)
         room = line.console.width - len(self._title) - 2 * len(str(self._total)) - 18  # beside a bar of 4 columns
+        # The loss is the first of the texts, so it is the last one that a narrow terminal loses.
         while one_line and len("  ".join(shown)) > room and shown:
             shown.pop()
         if self._progress is None:  # used for its columns and its estimate; it is not started, so it never draws itself
@@ -243,6 +246,7 @@ class ProgressBar(Callback):
         console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _close_epoch(self) -> None:
+        # A step outside of an epoch fires `BatchEnd` too, and has no bar: with this time no redraw is due at it.
         self._next = math.inf
         self._values, self._requested = {}, None
         self._begun = (0.0, 0)

@@ -218,6 +218,7 @@ class SWA(Averaging):
             for name, module in modules.items():
                 module.training = name not in self._resting
             for norm in momenta:
+                # Otherwise the statistics of the trained weights would stay in the mean over the batches.
                 norm.reset_running_stats()
                 norm.momentum = None
             yield
@@ -234,6 +235,8 @@ class SWA(Averaging):
             UsageError: There are several models, the training data cannot be read without a change for training, or
                 only a step of the user's knows which part of a batch the model takes.
         """
+        # Nothing says which of several models takes the inputs of a batch, so the statistics of only one can be
+        # renewed.
         if len(self.models(learner)) > 1:
             raise self._unread("the learner has several models", "Name one: SWA(..., model='gen')")
         if self.data is not None:

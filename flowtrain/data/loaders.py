@@ -121,6 +121,7 @@ class CombinedLoader:
         if self.mode == "max_size_cycle":
             seeds.manual_seed(_draw(None))
         passes = [iter(loader) for _, loader in named]
+        # Which loaders have ended is kept for the whole epoch: it is over when each has been passed through once.
         ended: set[int] = set()
         first = True
         while True:
@@ -244,6 +245,7 @@ def length(loader: object) -> int | None:
 def empty(which: str, loader: object) -> str:
     """Return the message for a loader that gives no batch; `which` says which loader it is, behind the word."""
     text = f"The loader {which} ({type(loader).__name__}) gives no batch."
+    # An iterator is the most usual cause: an earlier fit or a look at a batch has used it up.
     if isinstance(loader, Iterator):
         return f"{text} It is an iterator, used up after one pass: pass a list, a DataLoader, or another iterable."
     return f"{text} Is the dataset empty, or smaller than one batch with drop_last=True?"
@@ -260,6 +262,7 @@ def check_iterable(loader: Any, what: str, call: str = DATA_EXAMPLE) -> None:
     Raises:
         DataError: `loader` is a tensor, an array, a dataset, a text, or not iterable.
     """
+    # A tensor can be iterated, row by row, so without this check each sample would pass for a batch.
     if is_array(loader):
         raise DataError(f"{what} is {describe(loader)}, not a loader of batches. {make_loader(loader, call=call)}")
     if isinstance(loader, torch.utils.data.Dataset) and not isinstance(loader, torch.utils.data.IterableDataset):
@@ -267,6 +270,7 @@ def check_iterable(loader: Any, what: str, call: str = DATA_EXAMPLE) -> None:
             f"{what} is a {type(loader).__name__}, a dataset of single samples. "
             f"Make batches of it: DataLoader(dataset, batch_size=32)."
         )
+    # Python iterates an object that has __getitem__ alone as well, so a sequence of batches in a class is a loader.
     if isinstance(loader, (str, bytes)) or not (isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")):
         raise DataError(f"{what} is {describe(loader)}, not a loader of batches. Pass {call}.")
 

@@ -97,11 +97,15 @@ def dry_run(learner: LearnerParts) -> DryRun:
             default_callbacks=False,
             core=learner.core.like(),
         ) as scratch:
+            # The learner is made without callbacks, and their plan here: `Callbacks` takes the function that measures
+            # each call, and the logging backends of the copies are not opened by it.
             watch = _Watch()
             with collecting(Identity("a dry run", "", 0), None), redirect_stdout(io.StringIO()):  # no record is written
                 built = Callbacks(callbacks, scratch.state, [type(phase) for phase in data], (), watch.around)
                 scratch.state.callbacks = built
                 scratch.loop.dispatch.use(built)
+                # A learner finds from its callbacks whether one of them reads the norm, and this one was made without
+                # them.
                 scratch.core.need_grad_norm(True)
                 scratch.loop.dispatch.checkpoint = None  # requests have no effect
                 watch.run(scratch)

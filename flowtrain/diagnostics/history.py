@@ -71,6 +71,7 @@ class History(Mapping[Phase, SeriesMap]):
         return plot(metrics, self._cbstate, self._ends, to)
 
     def _recorded(self) -> Mapping[Phase, SeriesMap]:
+        # A learner without `Metrics` has no such entry, and its history is empty.
         recorded: Mapping[Phase, SeriesMap] = self._cbstate.metrics_epoch if "metrics_epoch" in self._cbstate else {}
         return recorded
 
@@ -79,6 +80,7 @@ class History(Mapping[Phase, SeriesMap]):
         if key not in recorded:
             known = ", ".join(map(repr, recorded)) or "none yet"
             raise KeyError(f"The history has no epoch of {key!r}; it has phases: {known}.")
+        # These are the series that callbacks read, so a user who changed them would change the next fit.
         series: SeriesMap = readonly(recorded[key], "history")
         return series
 
@@ -95,6 +97,7 @@ class History(Mapping[Phase, SeriesMap]):
             ends: dict[int, list[int]] = {}
             for epoch, _, _, updates in self._ends.get(repr(phase), ()):
                 ends.setdefault(epoch, []).append(updates)
+            # False sorts before True, so that an evaluation stands behind the training epoch with the same number.
             evaluates = not isinstance(phase, AbstractTrainingPhase)
             # Backwards, because of several values of one epoch the newest belongs to its newest end.
             for epoch, values in reversed(_by_epoch(series)):
@@ -148,6 +151,7 @@ def _by_epoch(series: SeriesMap) -> list[tuple[int, dict[str, Any]]]:
     for name in series:
         counts: dict[int, int] = {}
         for epoch, value in series[name]:
+            # The number alone would merge two evaluations of one epoch; the place among them keeps these apart.
             key = epoch, counts.get(epoch, 0)
             counts[epoch] = key[1] + 1
             if key not in places:

@@ -264,6 +264,7 @@ def _joined(batches: Sequence[Any]) -> Any:
         DataError: The outputs of two batches differ by more than their first dimension, or a part is no tensor and not
             the same in all batches.
     """
+    # Paths, and not positions, tell which parts belong together: the keys of a dictionary may come in another order.
     columns = [dict(leaves(each, "outputs")) for each in batches]
     other = next((number for number, column in enumerate(columns, 1) if column.keys() != columns[0].keys()), None)
     if other is not None:

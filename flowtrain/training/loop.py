@@ -237,6 +237,8 @@ class Loop:
                 failures.append(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
                     _attempt(failures, self.dispatch.mailbox.empty)
+            # The completed batch is shown before the update of the groups, because handlers of this update read that
+            # batch.
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False

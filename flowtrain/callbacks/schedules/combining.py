@@ -49,10 +49,12 @@ def warmup(then: ScheduleLike, updates: int, *, start: float = 0.01) -> Schedule
 
     def formula(n: int, total: int) -> float:
         """Return the value of the warm-up, or after it the value of the other schedule."""
+        # The warm-up ends at the first value of the other schedule, so the curve has no jump where that one begins.
         if n <= updates:
             return rest.value(1, total - updates) * (start + (1 - start) * (n - 1) / updates)
         return rest.value(n - updates, total - updates)
 
+    # Only a schedule that is still without a length makes the whole depend on the length of the fit.
     return Schedule(f"warmup({rest}, {updates})", formula, stretched=rest.is_open)
 
 
@@ -85,10 +87,12 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
     def formula(n: int, total: int) -> float:
         """Return the value of the schedule whose part update n is in."""
         turn = bisect_right(done, n - 1)  # before update n there are n - 1 complete updates
+        # The total is known only when the fit is, so the end of the last part cannot be computed with the others.
         ends = [*done, total]
         # A part with its own length ignores the second argument; any other is stretched over the part.
         return parts[turn].value(n - begins[turn], ends[turn] - begins[turn])
 
+    # The other parts end at numbers that the user gave, so only the last one can need the length of the fit.
     return Schedule(f"sequence({parts}, at={done})", formula, stretched=parts[-1].is_open)
 
 
@@ -124,6 +128,8 @@ def swa_lr(
 
     def formula(n: int, total: int) -> float:
         """Return the value of the first schedule, or after it the value on the way to the constant one."""
+        # A length of 0 would divide by zero; with 1 the constant value is reached at the first update after `start`,
+        # too.
         share = min((n - start) / max(length, 1), 1.0)
         if share <= 0:
             return first.value(n, start)
@@ -147,6 +153,7 @@ def per_epoch(schedule: ScheduleLike) -> Schedule:
     per_epoch(step(0.1, 30, 0.1))
     """
     inner = _part("per_epoch", schedule)
+    # The formula stays as it is: `Scheduler` counts epochs instead of updates for a schedule with this unit.
     return replace(inner, text=f"per_epoch({inner})", unit="epoch")
 
 

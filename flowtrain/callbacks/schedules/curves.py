@@ -144,6 +144,7 @@ def step(value: float, every: int | Sequence[int], gamma: float = 0.1) -> Schedu
     check_number("step", "value", value)
     check_number("step", "gamma", gamma)
     text = f"step({value}, {every}, {gamma})"
+    # A text is a sequence too; it is refused below, as an `every` that is no number.
     if isinstance(every, Sequence) and not is_a(every, str):
         done = check_milestones("step", "every", every)
         return Schedule(text, lambda n, _: value * gamma ** bisect_right(done, n - 1))
@@ -194,8 +195,10 @@ def one_cycle(
 
     def formula(n: int, total: int) -> float:
         """Return the value on the way up or on the way down."""
+        # torch counts the updates of its two phases this way, so that the values are the same as those of `OneCycleLR`.
         top, last, t = peak * total - 1, total - 1, min(n, total) - 1
         if t <= top:
+            # With a peak at the very beginning there is no way up, and the first value is the peak.
             return between(start, max_value, t / top if top > 0 else 1.0)
         return between(max_value, end, (t - top) / (last - top))
 

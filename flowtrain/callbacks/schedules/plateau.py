@@ -67,8 +67,12 @@ class ReduceOnPlateau:
         value, best, bad, cooldown = plateau
         # `Scheduler` has asked the callbacks for the mode already; without a learner only that of "Loss" is known.
         mode = direction(f"reduce_on_plateau({self.value}", self.monitor, self.mode, ())
+        # The best value is not infinite from the beginning, since only the mode says which infinity every metric is
+        # better than.
         best = best if best is not None else math.inf if mode == "min" else -math.inf
         best, bad = (metric, 0) if self._is_better(metric, best, mode) else (best, bad + 1)
+        # The epochs of the cooldown come after the comparison: a better metric in them still becomes the best one, as
+        # in torch.
         if cooldown > 0:
             bad, cooldown = 0, cooldown - 1
         if bad > self.patience:

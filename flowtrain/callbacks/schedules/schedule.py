@@ -42,6 +42,7 @@ class Schedule:
 
     def over(self, total: int) -> Schedule:
         """Return this schedule stretched over `total` updates (or epochs), if its own length is not given."""
+        # A fit with nothing to train has 0 updates, and formulas divide by the length.
         return replace(self, length=max(total, 1)) if self.is_open else self
 
     def value(self, n: int, length: int) -> float:
@@ -74,6 +75,7 @@ def as_schedule(given: ScheduleLike) -> Schedule:
     """
     if isinstance(given, Schedule):
         return given
+    # True is a number for Python, but as a learning rate it is a mistake.
     if is_a(given, Real) and not is_a(given, bool):
         value: Any = given
         check_number("a schedule", "value", value)

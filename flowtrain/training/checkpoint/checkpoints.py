@@ -191,6 +191,7 @@ class Checkpoints:
             lanes = packer.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")
         else:
             self._executor.flush()
+        # The random state is read after `gather`, because the `state_dict` of a callback may draw numbers.
         return {
             **gather(self._state, self._core, self.changes, judged=judged),
             "random": {**random_state(), "own": self._state.draws.state_dict()},
@@ -235,6 +236,8 @@ class Checkpoints:
             check_models(contents, self._core)
             self.show_trained()
             load_models(contents.get("trained", contents["model"]), self._core)
+            # Only these callbacks hold weights of the model (averages), which belong to the weights that are loaded.
+            # All other callbacks count the fit that has ended, and stay as they are.
             judges = [each for each in self._state.callbacks if type(each).hold_judged is not Callback.hold_judged]
             load_callbacks(contents, judges)
             if "trained" in contents:

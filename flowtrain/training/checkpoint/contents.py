@@ -256,6 +256,8 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
     packer = Packer()
     with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
         changes.load_state_dict(contents.get("structure"))
+    # The models come first: an optimizer casts its state to the dtype and device of its parameters, and a callback may
+    # compare its state with the model.
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in by_name(state.optimizer).items():
