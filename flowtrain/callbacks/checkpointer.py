@@ -47,7 +47,7 @@ class Checkpointer(Callback):
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
       Writes no state: it requests checkpoints, and the loop takes each when the event has ended.
-    - Costs a few microseconds an epoch, and for each checkpoint a copy of the state to the CPU; the copy is written
+    - Costs a comparison an epoch, and for each checkpoint a copy of the state to the CPU; the copy is written
       while training continues.
 
     Args:

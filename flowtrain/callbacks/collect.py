@@ -20,7 +20,7 @@ class GarbageCollect(Callback):
     """Turn Python's automatic garbage collection off during epochs, and collect every `every` batches.
 
     The automatic collection starts within a batch, whenever enough objects were made, and now and then it visits all
-    objects: that takes some 100 milliseconds in a program with many imports. In distributed training each process stops
+    objects: that takes long in a program with many imports. In distributed training each process stops
     at another time, and the others wait for it. This callback collects young objects after every n-th batch, and all
     objects at the end of an epoch (https://docs.python.org/3/library/gc.html).
 

@@ -31,7 +31,7 @@ class EarlyStopping(Callback):
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; and ``data`` at `FitBegin`. Writes no state.
-    - Costs a few microseconds an epoch.
+    - Costs a comparison an epoch.
 
     Args:
         criteria: Criteria of `flowtrain.callbacks.stopping`; any of them ends training. A whole number is a patience.

@@ -20,8 +20,8 @@ class LogMetrics(Callback):
     """Log the loss and the metrics: of each batch in the group ``Step``, of each epoch in the group ``Epoch``.
 
     Reads ``cbstate.metrics_step`` at the end of a batch and ``cbstate.metrics_epoch`` at the end of an epoch, and runs
-    after `Metrics`, which writes them. Costs about 20 microseconds for each value and backend that writes files. For
-    fewer records write ``throttle(LogMetrics(backend), BatchEnd, every=10)``.
+    after `Metrics`, which writes them. Costs a record for each value and backend. For fewer records write
+    ``throttle(LogMetrics(backend), BatchEnd, every=10)``.
 
     Args:
         backends: The backends to log to.

@@ -20,8 +20,8 @@ class LogTraces(Callback):
     """Log the values in ``cbstate.tracehistory`` at the end of each batch and epoch, in the group ``Step``.
 
     The newest value of each series that has grown is logged; a value with several elements as a histogram. Reads
-    ``cbstate.tracehistory``, so it runs after `Traces` and all other callbacks that write it. Costs about 20
-    microseconds for each value and backend that writes files.
+    ``cbstate.tracehistory``, so it runs after `Traces` and all other callbacks that write it. Costs a record for each
+    value and backend.
 
     Args:
         backends: The backends to log to.

@@ -51,10 +51,9 @@ class Metrics(Callback):
     latest for the mean of the epoch.
 
     Reads ``batch.inputs``, ``batch.targets`` and ``batch.loss``, with metrics or a weight also ``batch.outputs``, and
-    the entries that are tracked;
-    ``cbstate.history``, so it runs after `Recorder`; and ``data`` at `EpochBegin`. Writes the series of its names in
-    ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs a microsecond or two for each batch, and the time of
-    the metrics themselves.
+    the entries that are tracked; ``cbstate.history``, so it runs after `Recorder`; and ``data`` at `EpochBegin`. Writes
+    the series of its names in ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs an entry of the series for
+    each batch, and the time of the metrics themselves.
 
     Args:
         metrics: Functions of ``(outputs, targets)``, `Metric`, torchmetrics objects and collections, paths of entries

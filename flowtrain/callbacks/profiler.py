@@ -36,8 +36,8 @@ class Profiler(Callback):
 
     Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this keeps it
     on the training thread. It runs after no certain callback: put it last in the list, so that a batch includes the
-    handlers of `BatchEnd`. Costs some microseconds for each operator of the active and the warm-up batches. No trace is
-    made in a dry run.
+    handlers of `BatchEnd`. Costs a record for each operator of the active and the warm-up batches. No trace is made in
+    a dry run.
 
     Args:
         folder: The folder of the traces, which is made if it does not exist.

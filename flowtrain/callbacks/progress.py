@@ -47,7 +47,7 @@ class ProgressBar(Callback):
 
     Reads ``data`` and ``cbstate.history``, and ``cbstate.metrics_step`` and ``cbstate.metrics_epoch`` if a callback
     writes them, so it runs after `Recorder` and `Metrics`. Writes to the terminal, ``resource.terminal``, and no state.
-    Costs a look at the clock for each batch, and about a millisecond for each redraw.
+    Costs a look at the clock for each batch, and the drawing of a line for each redraw.
 
     Args:
         redraw: The least time between two redraws, in seconds.

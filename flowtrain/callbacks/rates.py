@@ -24,8 +24,7 @@ class LearningRateMonitor(Callback):
     with names of optimizers ``"LearningRate.gen"``, ``"LearningRate.gen.0"``, and so on.
 
     Reads ``optimizer.hyperparams`` and ``cbstate.history`` at `UpdateBegin`, so it runs after callbacks that set the
-    rate for the update there. Costs some microseconds for each group and update; reading a rate on a GPU waits for the
-    GPU.
+    rate for the update there. Costs a look at each group in each update; reading a rate on a GPU waits for the GPU.
 
     Args:
         optimizers: The names of the optimizers to read, if a learner has several.

@@ -39,8 +39,8 @@ class Scheduler(Callback):
 
     Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
     hyperparameters, at `UpdateBegin`. Reads the epoch metric that a `reduce_on_plateau` watches, so it runs after
-    `Metrics`. Costs some microseconds for each hyperparameter and update. Two schedulers with different hyperparameters
-    have no conflict; two for the same hyperparameter have.
+    `Metrics`. Costs a call of the schedule for each hyperparameter and update. Two schedulers with different
+    hyperparameters have no conflict; two for the same hyperparameter have.
 
     Args:
         schedules: A number, a function of the update, a schedule, or `reduce_on_plateau` for each hyperparameter. The

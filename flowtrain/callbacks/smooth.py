@@ -23,8 +23,8 @@ class SmoothLoss(Callback):
     The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3).
 
     Reads ``batch.loss`` and ``cbstate.history`` at `BatchEnd`, so it runs after `Recorder`. Writes
-    ``cbstate.smooth_loss``. Costs a microsecond or two for each training batch; on an accelerator the average stays on
-    the device, and the host does not wait for it.
+    ``cbstate.smooth_loss``. Costs a few operations on one number for each training batch; on an accelerator the average
+    stays on the device, and the host does not wait for it.
 
     Args:
         beta: The share of the average that is kept at each batch, from 0 (no smoothing) to below 1.

@@ -20,7 +20,7 @@ class Traces(Callback):
 
     Reads ``cbstate.history`` and the state that `access` declares, so it runs after `Recorder` and the callbacks that
     write that state. Writes the series of its names in ``cbstate.tracehistory``; the step is the number of complete
-    batches. Costs the time of the functions, and a microsecond for each.
+    batches. Costs the time of the functions, and an entry of the series for each.
 
     Args:
         traces: Functions by name; each is called with the view of the learner and returns a number or a tensor. A
