@@ -62,12 +62,15 @@ class FitBegin(Event):
             the length of a loader is not known.
         resumed: Whether the fit resumes from a checkpoint; `epochs`, `steps` and `updates` then count the whole fit,
             with the part before the checkpoint.
+        done: How much of `epochs` or `steps` was complete at the checkpoint that the fit resumes from; 0 in a fit that
+            begins anew. With `epochs` these are epochs of the first training phase.
     """
 
     epochs: int | None = None
     steps: int | None = None
     updates: int | None = None
     resumed: bool = False
+    done: int = 0
 
 
 @dataclass(frozen=True, repr=False)

@@ -101,10 +101,17 @@ class ProgressBar(Callback):
         monitored: list[Any] = [getattr(callback, "monitor", None) for callback in callbacks]
         self._names = list(dict.fromkeys(["Loss", *(name for name in monitored if is_a(name, str))]))
 
-    @on(FitBegin, access={})
+    @on(FitBegin, access={"cbstate.history": Read()})
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Remember the length of the fit."""
+        """Remember the length of the fit, and the counts of training before it if the fit resumes."""
         self._fit = event
+        # `done` is a number of epochs or of steps, and `_describe` reads only the count of the same unit.
+        before: dict[Phase, Counts] = {
+            each: Counts((counts.epochs - event.done, counts.steps - event.done, 0, 0))
+            for each, counts in learner.cbstate.history.items()
+            if isinstance(each, AbstractTrainingPhase)
+        }
+        self._before = before if event.resumed else {}
 
     @on(EpochBegin, access={"cbstate.history": Read(), "data": Read(), **_TERMINAL})
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
@@ -118,7 +125,7 @@ class ProgressBar(Callback):
         if self._line is None:
             self._next = now + self.report
         elif now >= self._drawn + self.redraw:
-            self._draw(self._line, now, 0, [])
+            self._draw(self._line, now, 0 if self._since is None else self._begun[1] - self._since, [])
         else:
             self._next = self._drawn + self.redraw
 

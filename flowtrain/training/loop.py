@@ -135,12 +135,13 @@ class Loop:
         try:
             updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
             position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
-            self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None), Phase())
+            training = next((phase for phase in data if isinstance(phase, AbstractTrainingPhase)), None)
+            done = position.completed(training or Phase())
+            self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None, done), Phase())
             # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them
             # before this checkpoint.
             self.checkpoints.restore_random()
-            trains = any(isinstance(phase, AbstractTrainingPhase) for phase in data)
-            if trains and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
+            if training and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
                 check_trained(by_name(self.state.optimizer), self.core.models, self.state.lossfn)
             if epochs is not None:
                 self._fit_epochs(data, epochs, validate_every or 1, position)

@@ -48,7 +48,7 @@ def test_the_docstring_lists_the_events_of_a_batch_in_order() -> None:
 def test_fit_begin_says_how_long() -> None:
     assert FitBegin(epochs=3) == FitBegin(3, None)
     assert FitBegin(steps=10).epochs is None
-    assert repr(FitBegin(epochs=3)) == "FitBegin(epochs=3, steps=None, updates=None, resumed=False)"
+    assert repr(FitBegin(epochs=3)) == "FitBegin(epochs=3, steps=None, updates=None, resumed=False, done=0)"
     with pytest.raises(dataclasses.FrozenInstanceError):
         FitBegin().epochs = 2  # type: ignore[misc]  # that is the point
 

@@ -312,6 +312,59 @@ def test_a_fit_by_steps_counts_the_steps_of_the_fit(terminal: Terminal) -> None:
     assert shown == [*train[:3], *first, *train[3:], *second]
 
 
+@pytest.mark.cpu_only("on the CPU the bar shows the loss of the same batch")
+@pytest.mark.parametrize(
+    ("length", "done"),
+    [
+        ({"epochs": 4}, {"3": 0, "4": 0, "4 and evaluated": 1, "5": 1}),
+        ({"steps": 7}, {"3": 1, "4": 2, "4 and evaluated": 2, "5": 3}),
+        ({"steps": 7, "validate_every": 3}, {"3": 1, "5": 3, "5 and evaluated": 3, "6": 4}),
+    ],
+    ids=str,
+)
+@on_terminal
+def test_the_bar_of_a_resumed_fit_is_that_of_the_fit(
+    length: dict[str, Any], done: dict[str, int], tmp_path: Path, terminal: Terminal
+) -> None:
+    """The checkpoints are taken after some batches of training, of which the fit before made the first two."""
+    seen: list[str] = []
+    begun: list[FitBegin] = []
+
+    class Asks(Callback):
+        @on(BatchEnd, TrainingPhase, access={"cbstate.history": Read()})
+        def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            steps = learner.cbstate.history[TrainingPhase].steps
+            learner.request_checkpoint(tmp_path / f"{steps}.ckpt")
+
+        @on(EpochEnd, ValidationPhase, access={"cbstate.history": Read()})
+        def ask_between(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+            steps = learner.cbstate.history[TrainingPhase].steps
+            learner.request_checkpoint(tmp_path / f"{steps} and evaluated.ckpt")
+
+        @on(FitBegin)
+        def note(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+            begun.append(event)
+
+    def made() -> Learner:
+        return showing(Asks(), At(BatchEnd, lambda count: seen.append(terminal.last)), n_batches=2)
+
+    def shown() -> list[tuple[str, str]]:
+        return [(line.split(" ━")[0], line.split(" Loss")[0].split()[-1]) for line in seen]
+
+    learner = made()
+    learner.fit(1)
+    seen.clear()
+    learner.fit(**length)
+    whole = shown()
+    last = ("TrainingPhase epoch 5/5", "2/2") if "epochs" in length else ("TrainingPhase steps", "7/7")
+    assert [each for each in whole if "Training" in each[0]][-1] == last
+    for name, count in done.items():
+        seen.clear()
+        made().fit(**length, resume=tmp_path / f"{name}.ckpt")
+        assert shown() == whole[-len(seen) :], name
+        assert begun[-1].done == count, name
+
+
 @on_terminal
 def test_a_direct_epoch_has_a_bar_of_its_own(terminal: Terminal) -> None:
     seen: list[str] = []

@@ -94,6 +94,12 @@ class Position:
         self.rounds += 1
         self.done.clear()
 
+    def completed(self, phase: Phase) -> int:
+        """Return how many epochs of a phase are complete where a fit begins or resumes; in a fit by steps, batches."""
+        if self.unit == "epochs":
+            return self.rounds + (repr(phase) in self.done)
+        return self.steps + (self.batches if self.phase == repr(phase) else 0)
+
     def state_dict(self, batches: int) -> dict[str, Any]:
         """Return the position as plain values.
 

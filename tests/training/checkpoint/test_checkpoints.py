@@ -386,7 +386,7 @@ def test_rule_16_a_resumed_epoch_begins_and_ends(tmp_path: Path) -> None:
 
     tiny_learner(Watch(), n_batches=4, data=tiny_batches(n_batches=4)).fit(1, resume=path)
     assert seen == [
-        "FitBegin(epochs=1, steps=None, updates=4, resumed=True) Phase",
+        "FitBegin(epochs=1, steps=None, updates=4, resumed=True, done=0) Phase",
         "EpochBegin() TrainingPhase",
         "BatchEnd() TrainingPhase",
         "EpochEnd() TrainingPhase",
