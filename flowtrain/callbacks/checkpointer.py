@@ -27,7 +27,7 @@ from flowtrain.callbacks.stopping.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_type, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
-from flowtrain.training.checkpoint.files import target
+from flowtrain.training.checkpoint.files import point, target
 
 __all__ = ["Checkpointer", "latest_of"]
 
@@ -129,10 +129,10 @@ class Checkpointer(Callback):
         self._direction: Mode = mode or "min"  # `check_callbacks` replaces it by the mode of the metric
         self._watched: Phase | None = None  # the phase whose epochs are saved; None outside of a fit
         self._files: list[tuple[str, float]] = []  # the names of the files with their ranks, oldest first
-        self._best = math.inf  # the least rank so far
         self._step_file = ""  # the newest file within an epoch
         self._ranked_by: list[str | None] = []  # the metric, its mode and the phase that the ranks are of
         self._loaded_from = ""  # the folder that the files of a loaded state are in
+        self._went_back = False  # whether the loaded state is of this folder, whose `best` may name a later file
         self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
 
     def _phase_type(self) -> type[Phase]:
@@ -177,6 +177,8 @@ class Checkpointer(Callback):
             )
         self._watched = (exact or found)[-1]
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
+        if self._went_back and identity() is None:
+            point(self.folder, "best", self._best())
         learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True)
 
     @on(EpochEnd, "_phase_type", access="_reads")
@@ -199,8 +201,8 @@ class Checkpointer(Callback):
         With `restore_best`, request the weights of the best one.
         """
         self._watched = None
-        if self.restore_best and math.isfinite(self._best):
-            learner.request_weights(self.folder / "best")
+        if self.restore_best and self._best():
+            learner.request_weights(self.folder / self._best())
 
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
@@ -213,15 +215,16 @@ class Checkpointer(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names of the files with their ranks, of which the least is the best, and what they rank."""
-        return {
-            "files": list(self._files), "best": self._best, "step file": self._step_file, "spare": list(self._damaged),
+        least = math.inf if self.monitor is None else min((rank for _, rank in self._files), default=math.inf)
+        return {  # earlier versions of flowtrain read the entry "best"
+            "files": list(self._files), "best": least, "step file": self._step_file, "spare": list(self._damaged),
             "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self._files = [(name, rank) for name, rank in state["files"]]
-        self._best, self._step_file = state["best"], state["step file"]
+        self._step_file = state["step file"]
         self._damaged = list(state.get("spare", ()))  # early checkpoints lack this entry and the next two
         self._loaded_from = state.get("folder", "")
         self._rank_by(state.get("ranked by", self._ranked_by), self._ranked_by)
@@ -233,27 +236,29 @@ class Checkpointer(Callback):
         """
         recorded = self._loaded_from or before
         moved = os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
-        if os.path.realpath(self.folder) not in (recorded, moved):
+        self._went_back = os.path.realpath(self.folder) in (recorded, moved)
+        if not self._went_back:
             self._files, self._damaged, self._step_file = [], [], ""
         self._files = [each for each in self._files if (self.folder / each[0]).is_file()]
-        if self.monitor is not None:
-            self._best = min((rank for _, rank in self._files), default=math.inf)
+
+    def _best(self) -> str:
+        """Return the name of the best file that this run has, the oldest of equals; empty if it ranks none."""
+        name, rank = min(self._files, key=lambda each: each[1], default=("", math.inf))
+        return name if self.monitor is not None and rank < math.inf else ""
 
     def _rank_by(self, before: list[str | None], now: list[str | None]) -> None:
         """Rank by a metric of a phase from now on, and forget ranks by another metric, which do not compare."""
         if before and now and before != now:
-            self._files, self._best = [], math.inf
+            self._files = []
         self._ranked_by = now or before
 
     def _take_epoch(self, name: str, rank: float, finite: bool) -> tuple[bool, list[str]]:
         """Add the file of an epoch to the list; return whether it is the best, and the files to remove."""
         if not finite:
             return False, self._take_damaged(name, kept=self.keep_top_k is None)
-        best = rank < self._best and self.monitor is not None
-        if best:
-            self._best = rank
         self._files = [each for each in self._files if each[0] != name]
         self._files.append((name, rank))
+        best = self._best() == name
         remove = [*self._drop(), *self._replaced(name), self._step_file]
         self._step_file = ""
         return best, list(filter(None, remove))

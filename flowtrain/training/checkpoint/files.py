@@ -30,6 +30,7 @@ __all__ = [
     "VERSION",
     "Writer",
     "load_weights",
+    "point",
     "read",
     "real_folder",
     "resolve",
@@ -80,6 +81,14 @@ def target(folder: Path, pointer: str) -> str:
         return (folder / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def point(folder: Path, pointer: str, name: str) -> None:
+    """Let a pointer of a folder name a checkpoint of the folder, or remove the pointer if the name is empty."""
+    if not name:
+        (folder / pointer).unlink(missing_ok=True)
+    elif name != target(folder, pointer):
+        write_whole(folder / pointer, partial(_save_name, name), lambda point: None, pointer)
 
 
 def real_folder(path: str | os.PathLike[str]) -> str:
