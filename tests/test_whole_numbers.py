@@ -34,6 +34,7 @@ from flowtrain.metrics import top_k_accuracy
 from flowtrain.state.hyperparameters import LearningRate
 from flowtrain.testing import tiny_learner
 from tests.support.logs import log_fields
+from tests.support.untyped import untyped
 
 PLACES: dict[str, tuple[int, Callable[[Any], object]]] = {
     "fit(): epochs": (1, lambda n: tiny_learner().fit(n)),
@@ -86,13 +87,13 @@ def test_what_is_kept_is_an_int() -> None:
     """A Python int can be written to every file, and prints as the user wrote it."""
     kept = [
         whole_number("n", np.int32(7)),
-        TorchCore(accumulate=np.int64(7)).accumulate,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
-        LearningRate(group=np.int64(7)).group,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
-        Patience(np.int64(7)).n,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
+        TorchCore(accumulate=untyped(np.int64(7))).accumulate,
+        LearningRate(group=untyped(np.int64(7))).group,
+        Patience(untyped(np.int64(7))).n,
     ]
     assert kept == [7, 7, 7, 7]
     assert {type(each) for each in kept} == {int}
-    stopping = EarlyStopping(np.int64(3))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
+    stopping = EarlyStopping(untyped(np.int64(3)))
     assert repr(stopping.criterion) == "Disjunction(Patience(3))"
     with pytest.raises(UsageError) as caught:
         EarlyStopping(True)
@@ -103,7 +104,7 @@ def test_a_step_of_a_log_is_a_whole_number_too(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     backend = JsonlBackend(path)
     backend.open(Run("a"))
-    log(backend, Value(0.5), "Loss", np.int64(5), ("Step",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not annotated
+    log(backend, Value(0.5), "Loss", untyped(np.int64(5)), ("Step",))
     with pytest.raises(LoggingError, match=r"log\('Loss'\) was given the step True\. A step is a whole number"):
         log(backend, Value(0.5), "Loss", True, ("Step",))
     backend.close()

@@ -38,6 +38,7 @@ from flowtrain.callback.handler import Handler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from tests.support.phases import Silent
+from tests.support.untyped import untyped
 
 
 class Base(Callback):
@@ -254,7 +255,7 @@ def test_a_base_that_goes_before_the_mixin_decides() -> None:
 def test_the_mixin_alone_is_a_plain_class() -> None:
     alone = Shows()
     alone.ran = []
-    alone.show(BatchEnd(), Phase(), None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # not read
+    alone.show(BatchEnd(), Phase(), untyped(None))
     assert alone.ran == ["Shows.show"]
 
 
@@ -598,7 +599,7 @@ def test_what_on_names_must_be_there() -> None:
         "@on(BatchEnd, TrainingPhase, access={...})."
     )
     with pytest.raises(HandlerError, match=r"on\(\) got enabled=True; enabled is the name of an attribute or method"):
-        on(EpochEnd, enabled=True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]  # refused
+        on(EpochEnd, enabled=untyped(True))
 
     class Wrong(Callback):
         reads = 3

@@ -39,6 +39,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
 from tests.support.logs import log_records
+from tests.support.untyped import untyped
 
 
 class Scores:
@@ -172,9 +173,9 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"counts as the best.*Write load_weights\(path, 'latest'\)"):
         load_weights(tmp_path)
     with pytest.raises(UsageError, match=r"which='last'\): which is 'best' or 'latest'"):
-        load_weights(tmp_path, "last")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        load_weights(tmp_path, untyped("last"))
     with pytest.raises(UsageError, match=r"load_weights\(3\) takes the folder"):
-        load_weights(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        load_weights(untyped(3))
 
 
 def test_resume_auto_goes_on_if_there_is_something_to_go_on_from(tmp_path: Path) -> None:

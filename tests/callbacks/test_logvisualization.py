@@ -23,6 +23,7 @@ from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, Image, JsonlBackend, Text, Value
 from flowtrain.testing import tiny_learner
 from tests.support.logs import log_fields
+from tests.support.untyped import untyped
 
 
 def misclassified(learner: LearnerView) -> Any:
@@ -93,15 +94,15 @@ def test_it_declares_what_it_is_told_and_pickles(tmp_path: Path) -> None:
         '    LogVisualization(..., access={"batch": Read(), "model": Read()})\n'
     )
     with pytest.raises(AccessError, match=r"^LogVisualization\(access=\.\.\.\) is \['batch'\], which is neither Read"):
-        tiny_learner(LogVisualization(repr, backend, access=["batch"]))  # type: ignore[arg-type]  # the mistake
+        tiny_learner(LogVisualization(repr, backend, access=untyped(["batch"])))
 
 
 def test_mistakes(tmp_path: Path) -> None:
     backend = JsonlBackend(tmp_path / "log")
     with pytest.raises(LoggingError, match=r"takes a function of the learner first, then backends"):
-        LogVisualization(backend)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose
+        LogVisualization(untyped(backend))
     with pytest.raises(LoggingError, match=r"where a subclass of Phase belongs"):
-        LogVisualization(misclassified, backend, phase_type=BatchEnd)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose
+        LogVisualization(misclassified, backend, phase_type=untyped(BatchEnd))
     with (
         tiny_learner(LogVisualization(lambda learner: {"x": 3}, backend, every=1)) as learner,
         pytest.raises(LoggingError, match=r"LogVisualization\(Visualization\) logs 3 as 'Visualization/x', which is"),

@@ -40,6 +40,7 @@ from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
+from tests.support.untyped import untyped
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
@@ -431,7 +432,7 @@ def test_names(metric: Metric, name: str) -> None:
         (lambda: Metrics(lambda: 0.0), r"a name without dots. Write Metric\(f, name='MyMetric'\)"),
         (lambda: Metric(accuracy, name="a.b"), "needs a name without dots"),
         (lambda: Metric(accuracy, name=""), "needs a name without dots"),
-        (lambda: Metric(accuracy, name=3), "needs a name without dots"),  # type: ignore[arg-type]  # what is tested
+        (lambda: Metric(accuracy, name=untyped(3)), "needs a name without dots"),
         (lambda: Metrics("accuracy"), r"'accuracy' is no metric: a metric is a function of \(outputs, targets\)"),
         (
             lambda: Metrics("accuracy"),
@@ -448,8 +449,11 @@ def test_names(metric: Metric, name: str) -> None:
         (lambda: Metrics(Squares), r"is no metric: .* Write Squares\(\), an instance."),
         (lambda: Metrics(accuracy, accuracy), r"Two metrics are called 'Accuracy'. Give one another name: Metric\(f"),
         (lambda: Metrics(Metric(accuracy, name="Loss")), "Two metrics are called 'Loss'"),
-        (lambda: Metric(accuracy, phase=BatchEnd), r"phase=<class .*BatchEnd'>\) is no phase type. Write .*Validation"),  # type: ignore[arg-type]  # what is tested
-        (lambda: Metric(accuracy, phase=ValidationPhase()), "is no phase type"),  # type: ignore[arg-type]  # what is tested
+        (
+            lambda: Metric(accuracy, phase=untyped(BatchEnd)),
+            r"phase=<class .*BatchEnd'>\) is no phase type. Write .*Validation",
+        ),
+        (lambda: Metric(accuracy, phase=untyped(ValidationPhase())), "is no phase type"),
     ],
 )
 def test_mistakes_are_named_when_it_is_made(make: Any, message: str) -> None:

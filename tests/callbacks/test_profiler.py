@@ -29,6 +29,7 @@ from flowtrain import (
 from flowtrain.callbacks import Profiler
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.untyped import untyped
 
 
 def batches_in(path: Path) -> int:
@@ -180,13 +181,16 @@ def test_where_it_cannot_begin(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Profiler(3), "Profiler(folder=3): folder is a path, such as 'runs/profile'."),  # type: ignore[arg-type]  # on purpose
+        (lambda: Profiler(untyped(3)), "Profiler(folder=3): folder is a path, such as 'runs/profile'."),
         (lambda: Profiler(""), "Profiler(folder=''): folder is a path, such as 'runs/profile'."),
         (lambda: Profiler("a", wait=-1), "Profiler(): wait is a whole number, at least 0, got -1."),
         (lambda: Profiler("a", warmup=True), "Profiler(): warmup is a whole number, at least 0, got True."),
         (lambda: Profiler("a", active=0), "Profiler(): active is a whole number, at least 1, got 0."),
         (lambda: Profiler("a", repeat=-1), "Profiler(): repeat is a whole number, at least 0, got -1."),
-        (lambda: Profiler("a", skip_first=0.5), "Profiler(): skip_first is a whole number, at least 0, got 0.5."),  # type: ignore[arg-type]  # on purpose
+        (
+            lambda: Profiler("a", skip_first=untyped(0.5)),
+            "Profiler(): skip_first is a whole number, at least 0, got 0.5.",
+        ),
     ],
 )
 def test_arguments_that_are_refused(make: Callable[[], Profiler], message: str) -> None:

@@ -27,6 +27,7 @@ from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_learner
 from tests.support.phases import TwoModels
+from tests.support.untyped import untyped
 
 
 class Halve(Callback):
@@ -100,7 +101,7 @@ def test_several_optimizers_are_named() -> None:
 
 def test_a_wrong_name_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"LearningRateMonitor\(0.1\) takes names of optimizers. Write"):
-        LearningRateMonitor(0.1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # what is tested
+        LearningRateMonitor(untyped(0.1))
     with pytest.raises(AccessError, match=r"optimizer has no 'onr'\. Did you mean 'one'\?"):
         two(LearningRateMonitor("onr"))
 

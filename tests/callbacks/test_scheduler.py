@@ -58,6 +58,7 @@ from flowtrain.callbacks import (
 )
 from flowtrain.diagnostics.suggest_access import record
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
+from tests.support.untyped import untyped
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -407,7 +408,7 @@ def test_a_state_goes_on_exactly(stop_after: int) -> None:
     halves.remove_callback(Stop)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     halves.replace_callback(second)
-    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), None)  # type: ignore[arg-type]  # it reads nothing
+    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), untyped(None))
     for _ in range(4 - stop_after):
         halves.epoch(TrainingPhase)
         halves.epoch(ValidationPhase)

@@ -43,6 +43,7 @@ from flowtrain import (
 from flowtrain.callback.view import StepContext
 from flowtrain.callbacks import EMA, SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
+from tests.support.untyped import untyped
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 
@@ -524,7 +525,7 @@ def test_several_models_with_batch_norm() -> None:
             "SWA(start_epoch=10).",
         ),
         (lambda: SWA(0), "SWA(): start_epoch is a whole number, at least 1, got 0."),
-        (lambda: SWA(0.8), "SWA(): start_epoch is a whole number, at least 1, got 0.8."),  # type: ignore[arg-type]  # a wrong argument on purpose
+        (lambda: SWA(untyped(0.8)), "SWA(): start_epoch is a whole number, at least 1, got 0.8."),
         (lambda: SWA(start_update=True), "SWA(): start_update is a whole number, at least 1, got True."),
         (lambda: SWA(1, every=0), "SWA(): every is a whole number, at least 1, got 0."),
         (lambda: SWA(1, batches=0), "SWA(): batches is a whole number, at least 1, got 0."),
@@ -533,7 +534,7 @@ def test_several_models_with_batch_norm() -> None:
             "SWA(model='a.b'): model is the name of one of several models, as in {'gen': ...}.",
         ),
         (
-            lambda: SWA(1, data=5),  # type: ignore[arg-type]  # a wrong argument on purpose
+            lambda: SWA(1, data=untyped(5)),
             "SWA(data=5): data is a loader or a list of batches, which is read once for each average. Write "
             "data=DataLoader(dataset, batch_size=256).",
         ),

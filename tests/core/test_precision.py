@@ -17,6 +17,7 @@ from flowtrain.diagnostics.sync_audit import Sync, watching
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.accelerator import DEVICE, needs_accelerator
 from tests.support.loaders import batches_with
+from tests.support.untyped import untyped
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -66,17 +67,17 @@ def test_counting_does_not_wait() -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_is_there_where_it_is_asked_for(precision: str, dtype: torch.dtype) -> None:
     model = nn.Linear(2, 2)
-    run = in_precision(model, CPU, precision)  # type: ignore[arg-type]  # a str
+    run = in_precision(model, CPU, untyped(precision))
     assert run(torch.ones(1, 2)).dtype == dtype
     assert (run is model) is (precision == "fp32"), "in fp32 the core calls the model itself, without autocast"
-    with autocast(CPU, precision):  # type: ignore[arg-type]  # a str
+    with autocast(CPU, untyped(precision)):
         assert model(torch.ones(1, 2)).dtype == dtype
 
 
 def test_bf16_takes_the_short_way() -> None:
     """Only fp16 has a gradient scaler, and only with a scaler does an update need more than the optimizer's step."""
     for precision, plain in (("fp32", True), ("bf16", True), ("fp16", False)):
-        core = TorchCore("cpu", precision=precision)  # type: ignore[arg-type]  # a str
+        core = TorchCore("cpu", precision=untyped(precision))
         tiny_learner(core=core, optimizer=partial(torch.optim.SGD, lr=0.1))
         assert core.plain is plain
 

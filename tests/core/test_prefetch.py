@@ -35,6 +35,7 @@ from flowtrain.core.devices import change_tensors
 from flowtrain.core.prefetch import StreamTransfer, Transfer, ahead, counted, transfer_to
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.accelerator import DEVICE, needs_accelerator
+from tests.support.untyped import untyped
 
 
 class Pair(NamedTuple):
@@ -431,7 +432,7 @@ def test_tf32_is_for_cuda() -> None:
     learner_of(TorchCore("cpu", tf32=True))
     assert torch.get_float32_matmul_precision() == before
     with pytest.raises(CoreError, match="tf32 is True, False or None; got 'high'"):
-        TorchCore(tf32="high")  # type: ignore[arg-type]
+        TorchCore(tf32=untyped("high"))
 
 
 class Batch(list[Any]):

@@ -31,6 +31,7 @@ from flowtrain.callbacks import SanityCheck
 from flowtrain.data import CombinedLoader
 from flowtrain.data.loaders import length
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.untyped import untyped
 
 
 class Endless(IterableDataset[int]):
@@ -84,7 +85,7 @@ def test_loaders_of_one_length_begin_once() -> None:
 def test_a_length_that_is_not_known() -> None:
     unknown: DataLoader[int] = DataLoader(Endless(), batch_size=None)
     for mode, batches in (("min_size", 3), ("max_size_cycle", 5)):
-        both = CombinedLoader({"a": [1, 2, 3], "b": unknown}, mode)  # type: ignore[arg-type]  # one of the two
+        both = CombinedLoader({"a": [1, 2, 3], "b": unknown}, untyped(mode))
         with pytest.raises(TypeError, match="does not know its length, because the length of 'b' is not known"):
             len(both)
         assert length(both) is None
@@ -92,7 +93,7 @@ def test_a_length_that_is_not_known() -> None:
 
 
 def test_a_loader_that_is_begun_again_is_shuffled_anew() -> None:
-    short: DataLoader[int] = DataLoader(list(range(20)), batch_size=None, shuffle=True)  # type: ignore[arg-type]  # a list is a dataset
+    short: DataLoader[int] = DataLoader(untyped(list(range(20))), batch_size=None, shuffle=True)
     torch.manual_seed(0)
     given = [raw[0] for raw in CombinedLoader((short, range(60)), "max_size_cycle")]
     orders = given[:20], given[20:40], given[40:]
@@ -103,7 +104,7 @@ def test_a_loader_that_is_begun_again_is_shuffled_anew() -> None:
 def test_the_order_does_not_depend_on_the_numbers_that_are_drawn_meanwhile() -> None:
     def given(draws: int) -> list[int]:
         torch.manual_seed(0)
-        short: DataLoader[int] = DataLoader(list(range(5)), batch_size=None, shuffle=True)  # type: ignore[arg-type]  # a list is a dataset
+        short: DataLoader[int] = DataLoader(untyped(list(range(5))), batch_size=None, shuffle=True)
         found: list[int] = []
         for number, _ in CombinedLoader((short, range(20)), "max_size_cycle"):
             found.append(number)
@@ -116,11 +117,11 @@ def test_the_order_does_not_depend_on_the_numbers_that_are_drawn_meanwhile() -> 
 
 def test_beginning_again_draws_nothing_from_training() -> None:
     torch.manual_seed(0)
-    for _ in CombinedLoader((DataLoader(list(range(5)), shuffle=True), range(20)), "max_size_cycle"):  # type: ignore[arg-type]  # a list is a dataset
+    for _ in CombinedLoader((DataLoader(untyped(list(range(5))), shuffle=True), range(20)), "max_size_cycle"):
         pass
     cycled = torch.rand(1)
     torch.manual_seed(0)
-    for _ in CombinedLoader((DataLoader(list(range(20)), shuffle=True), range(20)), "max_size_cycle"):  # type: ignore[arg-type]  # a list is a dataset
+    for _ in CombinedLoader((DataLoader(untyped(list(range(20))), shuffle=True), range(20)), "max_size_cycle"):
         pass
     assert torch.equal(torch.rand(1), cycled)
 
@@ -158,10 +159,10 @@ def test_loaders_that_are_refused(loaders: Any, message: str) -> None:
 
 def test_arguments_that_are_refused() -> None:
     with pytest.raises(UsageError, match=r'mode=\'max_size\'\): mode is "min_size", which ends an epoch with the sho'):
-        CombinedLoader([[1]], mode="max_size")  # type: ignore[arg-type]  # that is the point
+        CombinedLoader([[1]], mode=untyped("max_size"))
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.ones(2)))
     with pytest.raises(UsageError, match=r"takes several loaders: a mapping, such as .*, or a tuple \(one, other\)\."):
-        CombinedLoader(loader)  # type: ignore[arg-type]  # that is the point
+        CombinedLoader(untyped(loader))
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
@@ -352,5 +353,3 @@ def test_checks_and_dry_runs_take_a_batch_aside(named: bool) -> None:
     assert torch.equal(torch.rand(1), expected)
     learner.fit(1)
     assert check.skipped == []
-
-

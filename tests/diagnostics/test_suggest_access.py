@@ -41,6 +41,7 @@ from flowtrain.logging import JsonlBackend, Value
 from flowtrain.state.learner_state import State
 from flowtrain.state.partial_view import Owner
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
+from tests.support.untyped import untyped
 
 
 def _loss_squared(learner: LearnerView) -> Any:
@@ -218,7 +219,7 @@ def test_what_is_logged_meanwhile_is_written_nowhere(tmp_path: Path) -> None:
 
 def test_only_a_callback_can_be_recorded() -> None:
     with pytest.raises(UsageError, match=r"This takes a callback, got 3\. Write learner\.suggest_access\(Printer"):
-        tiny_learner().suggest_access(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+        tiny_learner().suggest_access(untyped(3))
 
 
 def test_a_misspelt_name_is_pointed_out() -> None:

@@ -44,6 +44,7 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
 from tests.support.fired import OODPhase
+from tests.support.untyped import untyped
 
 R, W = Read(), Write()
 
@@ -99,12 +100,12 @@ def test_callbacks_are_found_by_type_or_name() -> None:
     learner = tiny(one, other)
     assert learner.get_callback(At) is one  # a base type finds instances of its subclasses; the first one is returned
     assert learner.get_callback("mine") is other
-    assert learner.get_callback("At") is learner.get_callback(int) is None  # type: ignore[arg-type]  # nothing like it
+    assert learner.get_callback("At") is learner.get_callback(untyped(int)) is None
     with pytest.raises(CallbackError) as caught:
         learner.remove_callback("mime")
     assert str(caught.value) == "There is no callback mime. Did you mean 'mine'? The learner has: Other, mine."
     with pytest.raises(CallbackError) as caught:
-        learner.callbacks.find(one)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+        learner.callbacks.find(untyped(one))
     assert str(caught.value) == (
         "A callback is found by its type or name, got <Other>. Pass a class, such as Recorder, or a name, such as "
         '"Recorder".'

@@ -45,6 +45,7 @@ from flowtrain_dask import DaskExecutor
 from tests.support.console import printed
 from tests.support.fired import Raise
 from tests.support.logs import log_records
+from tests.support.untyped import untyped
 
 EXECUTORS: list[Callable[[], Any]] = [lambda: "serial", lambda: DaskExecutor(parallel="always")]
 
@@ -257,8 +258,14 @@ def test_an_error_of_the_function_says_where() -> None:
         (lambda: Track("batch.outputs.kl"), "Track('batch.outputs.kl'): a path is that of an entry of the batch"),
         (lambda: Track("batch._kl"), "Track('batch._kl'): a path is that of an entry of the batch, such as 'batch.kl'"),
         (lambda: Track(""), "Track('') takes the path of an entry, such as 'batch.kl', or a function of the batch."),
-        (lambda: Track(3), "Track(3) takes the path of an entry, such as 'batch.kl', or a function of the batch."),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # a mistake
-        (lambda: Track(TinyModel), "Track(<class 'flowtrain.testing.tiny.TinyModel'>) takes the path of an entry"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # a mistake
+        (
+            lambda: Track(untyped(3)),
+            "Track(3) takes the path of an entry, such as 'batch.kl', or a function of the batch.",
+        ),
+        (
+            lambda: Track(untyped(TinyModel)),
+            "Track(<class 'flowtrain.testing.tiny.TinyModel'>) takes the path of an entry",
+        ),
         (
             lambda: Track("batch.kl", access={"batch.kl": Read()}),
             "Track('batch.kl', access=...): the path says what is read. Leave access out.",

@@ -35,6 +35,7 @@ from flowtrain.graph.executor import Runner
 from flowtrain.graph.plan import Plan
 from flowtrain.testing import ShuffledExecutor, assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.untyped import untyped
 
 EXECUTORS: list[str | Callable[[], Executor]] = [
     "serial",
@@ -336,7 +337,7 @@ def test_a_callback_or_model_that_is_used_twice() -> None:
 
 def test_an_executor_in_place_of_what_makes_one() -> None:
     with pytest.raises(UsageError) as caught:
-        assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=[SerialExecutor()])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # a mistake
+        assert_equivalent(lambda executor: tiny_learner(executor=executor), executors=[untyped(SerialExecutor())])
     assert "an executor belongs to one learner. Pass what makes one: its name, its type" in str(caught.value)
 
 

@@ -33,6 +33,7 @@ from flowtrain import (
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from flowtrain.training.arguments import _ARGUMENTS, _ATTRIBUTES
 from tests.support.models import Tempered
+from tests.support.untyped import untyped
 
 
 class Some(Callback): ...
@@ -213,7 +214,7 @@ def test_arguments_that_nobody_has() -> None:
     with pytest.raises(CoreError, match=r"lossfn=None is not a function of .* Write Learner\(model, lossfn\)"):
         Learner(TinyModel())
     with pytest.raises(UsageError, match=r"fit\(\) takes no argument 'zzz'\. It takes epochs"):
-        tiny_learner().fit(1, zzz=1)  # type: ignore[arg-type]  # that is the point
+        tiny_learner().fit(1, zzz=untyped(1))
 
 
 @pytest.mark.parametrize(

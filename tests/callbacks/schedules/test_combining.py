@@ -18,6 +18,7 @@ from flowtrain.callbacks.schedules.combining import per_epoch, sequence, swa_lr,
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, polynomial, step
 from flowtrain.callbacks.schedules.schedule import Schedule
 from tests.support.examples import examples
+from tests.support.untyped import untyped
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR of torch 2.6 passes it itself
@@ -95,7 +96,7 @@ def test_functions_and_numbers_are_schedules_too() -> None:
         (lambda: swa_lr(1.0, float("inf"), start=2), "swa_lr(value=inf): value is a finite number."),
         (lambda: swa_lr(1.0, 0.1, start=0), "swa_lr(): start is a whole number, at least 1, got 0."),
         (lambda: swa_lr(1.0, 0.1, start=1, length=-1), "swa_lr(): length is a whole number, at least 0, got -1."),
-        (lambda: swa_lr(1.0, 0.1, start=1, shape="sine"), "swa_lr(shape='sine'): shape is 'cos' or 'linear'."),  # type: ignore[arg-type]  # on purpose
+        (lambda: swa_lr(1.0, 0.1, start=1, shape=untyped("sine")), "swa_lr(shape='sine'): shape is 'cos' or 'linear'."),
         (
             lambda: sequence([1.0, "x"], at=[1]),  # type: ignore[list-item]  # on purpose
             "A schedule is a function schedule(n) of the coming update, from 1, or a number; got 'x'. "

@@ -28,6 +28,7 @@ from flowtrain import UsageError
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 from flowtrain.callbacks.schedules.schedule import Schedule
 from tests.support.examples import examples
+from tests.support.untyped import untyped
 
 Make = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -159,7 +160,7 @@ def test_a_schedule_that_waits_for_the_fit() -> None:
         (lambda: one_cycle(1.0, peak=2), "one_cycle(peak=2): peak is a share of the length, from 0 to 1."),
         (lambda: one_cycle(True), "one_cycle(max_value=True): max_value is a finite number."),
         (
-            lambda: one_cycle(1.0, shape="square"),  # type: ignore[arg-type]  # on purpose
+            lambda: one_cycle(1.0, shape=untyped("square")),
             'one_cycle(shape=\'square\'): shape is "cosine" or "linear".',
         ),
         (

@@ -6,6 +6,7 @@ import pytest
 
 from flowtrain.callbacks.schedules.schedule import Schedule, as_schedule
 from flowtrain.errors import UsageError
+from tests.support.untyped import untyped
 
 
 def test_numbers_functions_and_schedules() -> None:
@@ -35,4 +36,4 @@ def test_over_gives_a_length_to_what_has_none() -> None:
 @pytest.mark.parametrize("given", ["0.1", None, True, float("nan")])
 def test_what_is_no_schedule(given: object) -> None:
     with pytest.raises(UsageError):
-        as_schedule(given)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+        as_schedule(untyped(given))

@@ -12,10 +12,11 @@ from flowtrain import CheckpointError, DataError, TrainingPhase, ValidationPhase
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, loader_start, replay
 from flowtrain.training.checkpoint.rng import random_state, set_random_state
 from flowtrain.training.fit_data import loaders_by_phase
+from tests.support.untyped import untyped
 
 
 def shuffled() -> DataLoader[int]:
-    return DataLoader(list(range(6)), shuffle=True)  # type: ignore[arg-type]  # a list is a dataset
+    return DataLoader(untyped(list(range(6))), shuffle=True)
 
 
 def numbers(batches: object) -> list[int]:
