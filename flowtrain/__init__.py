@@ -96,11 +96,12 @@ from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
     Phase,
+    StepContext,
     TrainingPhase,
     ValidationPhase,
 )
 from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolve
-from flowtrain.callback.view import LearnerView, StepContext
+from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
 from flowtrain.callbacks import summary as _summary

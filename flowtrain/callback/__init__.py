@@ -3,7 +3,7 @@
 `events` and `phases` are the types that say when a handler runs, and `access` declares the state that it reads and
 writes. `callback` has the base class and the decorator `on`, `handler` the registration of one marked method.
 `conditions` decide which events a callback skips (``every=``, `throttle`), `resolution` answers a conflict with another
-callback, and `view` has the objects that handlers and steps get as ``learner``.
+callback, and `view` has the object that handlers get as ``learner``; steps get the `StepContext` of `phases`.
 """
 
 __all__: list[str] = []

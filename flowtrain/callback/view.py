@@ -1,30 +1,23 @@
-"""The objects that the code of users gets as ``learner``: a handler gets a view, a step gets a `StepContext`.
+"""The view: the object that a handler gets as ``learner``.
 
 `LearnerView` is the class that handlers are annotated with, and it has the requests that a handler may make to the
 loop. `flowtrain.state.views` compiles a subclass for each declaration; the subclass shows the declared paths and
-refuses all others. `StepContext` is the interface of the learner for the step of a phase; `flowtrain.training.step`
-implements it.
+refuses all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from flowtrain.callback.events import Event
 from flowtrain.errors import UsageError, is_a
 
-__all__ = ["POINTERS", "CheckpointRequest", "LearnerView", "StepContext"]
-
-if TYPE_CHECKING:  # the two modules name types of each other
-    from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+__all__ = ["POINTERS", "CheckpointRequest", "LearnerView"]
 
 POINTERS = ("latest", "best")
 """The names of the files that name a checkpoint of their folder."""
@@ -170,99 +163,3 @@ class CheckpointRequest:
     judged: bool = False
     decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None
     loads: bool = False
-
-
-class StepContext(Protocol):
-    """The object that a step gets as ``learner``: the state of training, and the parts that a step consists of.
-
-    `train` and `evaluate` are the complete steps of the bundled phases; the step of a user's phase is written with the
-    other methods.
-    """
-
-    @property
-    def model(self) -> Any:
-        """The model, or all models by name."""
-
-    @property
-    def lossfn(self) -> Any:
-        """The loss function."""
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer, or all optimizers by name."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The parameters of the models by name."""
-        ...
-
-    @property
-    def data(self) -> Any:
-        """The loaders by phase."""
-
-    @property
-    def batch(self) -> Any:
-        """The state of the current batch, or of the last one if no batch is open."""
-
-    @property
-    def cbstate(self) -> Any:
-        """The state that callbacks share with each other."""
-
-    def run_batch(self, phase: Phase, **state: Any) -> AbstractContextManager[Any]:
-        """Return the context of one batch; it gives the batch state, and fires `BatchBegin` and `BatchEnd`.
-
-        An exception in its body closes the batch with `BatchCancelled` and is raised again, so a step may catch it.
-
-        Args:
-            phase: The phase whose step calls this.
-            state: The first entries of the batch state; their tensors are moved to the device.
-
-        Raises:
-            UsageError: A batch is open already.
-        """
-        ...
-
-    def forward(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass, which is autocast if the precision of the core asks for it."""
-        ...
-
-    def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """Run the backward pass between `BackwardBegin` and `BackwardEnd`.
-
-        The core divides the loss by the size of the accumulation group, and with fp16 multiplies it by the scale.
-
-        Args:
-            phase: The phase whose step calls this.
-            loss: A tensor with one element. If it is ``batch.loss``, ``batch.loss`` is detached afterwards.
-            name: The name of one of several optimizers: only its parameters get gradients. Without a name all
-                parameters that the loss depends on get gradients, also those of a model that the loss only passes
-                through.
-
-        Raises:
-            CoreError: The loss is no tensor with one element, or there is no optimizer of that name.
-            LossError: The loss has no graph.
-            UsageError: No batch is open.
-        """
-
-    def update(self, phase: Phase, name: str | None = None) -> None:
-        """Count a batch for the optimizers, and update where an accumulation group is complete.
-
-        An update clips the gradients and calls the optimizer, between `UpdateBegin` and `UpdateEnd`.
-
-        Args:
-            phase: The phase whose step calls this.
-            name: The name of one of several optimizers; without a name all optimizers are meant.
-
-        Raises:
-            CoreError: There is no optimizer of that name.
-            UsageError: No batch is open.
-        """
-
-    def fire(self, event: Event, phase: Phase) -> None:
-        """Fire an event, such as one that the step of a user's phase adds to those of the library."""
-
-    def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
-        """Run one batch: forward, loss, backward, update. An entry that a handler replaces is used from then on."""
-
-    def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
-        """Run one batch: forward and loss. An entry that a handler replaces is used from then on."""

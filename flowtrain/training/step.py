@@ -28,8 +28,7 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, StepContext
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CancelException, CoreError, DataError, LossError, UsageError, describe, is_a, raise_worst
 from flowtrain.state.batch import BatchState

@@ -27,8 +27,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, Modes
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import AbstractTrainingPhase, Modes, StepContext
 from flowtrain.callbacks import SanityCheck
 from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.testing import tiny_learner

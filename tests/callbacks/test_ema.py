@@ -39,7 +39,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import EMA, Checkpointer, Recorder, throttle
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 

@@ -22,7 +22,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import StopOnNaNLoss
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.loaders import batches_with

@@ -37,7 +37,7 @@ from flowtrain import (
     WriteConflictError,
     on,
 )
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import (
     EMA,
     HyperParameter,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import AbstractTrainingPhase, UsageError
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import ModelSummary
 from flowtrain.callbacks.summary import Layer, summarize
 from flowtrain.graph.executor import Executor

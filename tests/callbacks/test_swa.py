@@ -40,7 +40,7 @@ from flowtrain import (
     on,
     seed_everything,
 )
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import EMA, SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.untyped import untyped

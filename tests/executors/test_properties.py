@@ -50,7 +50,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.view import StepContext
+from flowtrain.callback.phases import StepContext
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import ShuffledExecutor, tiny_learner
 from flowtrain_dask import DaskExecutor
