@@ -28,6 +28,7 @@ from flowtrain.callbacks import EMA, Checkpointer, CustomCallback, Freeze, Model
 from flowtrain.testing import tiny_learner
 from tests.support.console import printed
 
+NOT_COMPILED = "torch.compile cannot trace a device that is written in Python"
 GRADUAL: Mapping[str, int] = {"body.2.*": 1, "body.*": 2}
 
 
@@ -175,7 +176,15 @@ def with_groups() -> tuple[Net, Any]:
 
 
 @pytest.mark.parametrize("place", ["epoch-0001.ckpt", "epoch-0002.ckpt", "middle.ckpt"])
-@pytest.mark.parametrize("core", [{}, {"accumulate": 2}, {"compile": {"backend": "aot_eager"}}], ids=str)
+@pytest.mark.parametrize(
+    "core",
+    [
+        {},
+        {"accumulate": 2},
+        pytest.param({"compile": {"backend": "aot_eager"}}, marks=pytest.mark.cpu_only(NOT_COMPILED)),
+    ],
+    ids=str,
+)
 def test_a_fit_that_resumes_is_frozen_as_the_first_one(tmp_path: Path, core: Any, place: str) -> None:
     torch.compiler.reset()
 
@@ -202,6 +211,7 @@ def test_a_fit_that_resumes_is_frozen_as_the_first_one(tmp_path: Path, core: Any
     assert [module.training for module in resumed.model.body] == [True] * 5
 
 
+@pytest.mark.cpu_only(NOT_COMPILED)
 def test_a_compiled_model_trains_the_layers_that_are_unfrozen() -> None:
     torch.compiler.reset()
     found = changes(learner_with(Freeze(GRADUAL), compile={"backend": "aot_eager"}), 3)

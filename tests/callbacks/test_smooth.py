@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowtrain import BatchEnd, TrainingPhase, UsageError, ValidationPhase
+from flowtrain import BatchEnd, TorchCore, TrainingPhase, UsageError, ValidationPhase
 from flowtrain.callbacks import SmoothLoss, throttle
 from flowtrain.testing import tiny_learner
 
@@ -29,11 +29,13 @@ def test_only_training_is_smoothed() -> None:
     assert ValidationPhase not in learner.cbstate.smooth_loss
 
 
-def test_state_dict_continues_the_average() -> None:
+@pytest.mark.parametrize("lag", [None, 2])
+def test_state_dict_continues_the_average(lag: int | None) -> None:
+    """With a lag the average is a tensor of float32, as on an accelerator, and is continued to the bit too."""
     whole, first, second = SmoothLoss(), SmoothLoss(), SmoothLoss()
-    learner = tiny_learner(whole)
+    learner = tiny_learner(whole, core=TorchCore(device="cpu", lag=lag), n_batches=4)
     learner.fit(2)
-    halves = tiny_learner(first)
+    halves = tiny_learner(first, core=TorchCore(device="cpu", lag=lag), n_batches=4)
     halves.fit(1)
     second.load_state_dict(first.state_dict())
     halves.replace_callback(second)

@@ -164,7 +164,7 @@ def test_validation_uses_averages_with_their_own_statistics() -> None:
     learner = learner_of(swa, model=model, data=(batches, batches))
     learner.fit(3)
     with swa.applied():
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(model).cpu()
     update_bn([x for x, _ in batches], other)
     other.eval()
     with torch.no_grad():

@@ -247,8 +247,22 @@ def both_learner(noted: Noted, workers: int, generator: bool, mode: Any, seed: i
     )
 
 
-@pytest.mark.parametrize("generator", [False, True], ids=["no generator", "generators"])
-@pytest.mark.parametrize(("workers", "mode"), [(0, "min_size"), (0, "max_size_cycle"), (2, "max_size_cycle")])
+@pytest.mark.parametrize(
+    ("workers", "mode", "generator"),
+    [
+        (0, "min_size", False),
+        (0, "min_size", True),
+        (0, "max_size_cycle", False),
+        pytest.param(
+            0,
+            "max_size_cycle",
+            True,
+            marks=pytest.mark.cpu_only("docs/checkpoints.md: with prefetch, numbers drawn within an epoch differ"),
+        ),
+        (2, "max_size_cycle", False),
+        (2, "max_size_cycle", True),
+    ],
+)
 def test_a_fit_resumes_with_the_batches_of_all_loaders(
     tmp_path: Path, workers: int, mode: Any, generator: bool
 ) -> None:

@@ -264,7 +264,7 @@ def _assign(learner: LearnerView) -> None:
     del learner.batch.more
 
 
-CASES: list[tuple[Callable[[LearnerView], Any], dict[str, Read | Write]]] = [
+CASES: list[Any] = [
     (lambda learner: learner.batch.loss, {"batch.loss": Read()}),
     (lambda learner: learner.batch.nothing, {"batch.nothing": Read(optional=True)}),
     (lambda learner: "nothing" in learner.batch, {"batch.nothing": Read(optional=True)}),
@@ -281,7 +281,11 @@ CASES: list[tuple[Callable[[LearnerView], Any], dict[str, Read | Write]]] = [
         lambda learner: learner.cbstate.hyperparams.push("LearningRate", 0.1, 1),
         {"cbstate.hyperparams.LearningRate": Write()},
     ),
-    (lambda learner: learner.model(torch.ones(1)), {"model": Read()}),
+    pytest.param(
+        lambda learner: learner.model(torch.ones(1)),
+        {"model": Read()},
+        marks=pytest.mark.cpu_only("calls the model with tensors of the CPU"),
+    ),
     (lambda learner: learner.params["coeff"], {"params.coeff": Read()}),
     (lambda learner: dict(learner.params.items()), {"params": Read(), "params.coeff": Read()}),
     (lambda learner: learner.batch.grads["coeff"], {"batch.grads": Read()}),

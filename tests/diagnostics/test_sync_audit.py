@@ -272,7 +272,7 @@ def test_the_default_loop_never_waits(options: Any, terminal: bool, monkeypatch:
 
 def test_a_loop_that_does_wait_is_caught() -> None:
     """Proves that the test of the default loop can fail."""
-    learner = digits_like(TorchCore("cpu"), default_callbacks="quiet")
+    learner = digits_like(TorchCore("cpu", lag=0), default_callbacks="quiet")
     with pytest.raises(Waited, match=r"\.item\(\)"), watching(refuse):
         learner.fit(1)
 

@@ -234,6 +234,7 @@ def seen_through(make: Callable[[], Learner], paths: Mapping[str, Callable[[Any]
     return {path for path in paths if shown(look(path)) != before[path]}
 
 
+@pytest.mark.cpu_only("on the CPU a batch shares its memory with the data")
 @pytest.mark.parametrize(("make", "paths"), [(one_model, ONE), (two_models, TWO)])
 def test_no_change_is_seen_through_a_path_that_the_model_of_conflicts_keeps_apart(
     make: Callable[[], Learner], paths: Mapping[str, Callable[[Any], Any]]
@@ -312,6 +313,7 @@ def test_a_loss_that_holds_a_part_of_the_model_reaches_it(loss: Callable[[nn.Mod
     assert regions(learner, "params.1.bias") == {"model.1.bias", "batch.grads.1.bias"}
 
 
+@pytest.mark.cpu_only("a model that moves to a device copies each parameter")
 def test_parameters_in_one_piece_of_memory_are_one_piece_of_state() -> None:
     learner = tiny_learner(model=Viewed(), optimizer=partial(torch.optim.SGD, lr=0.1))
     assert regions(learner, "params.whole") >= {"model.whole", "model.part"}

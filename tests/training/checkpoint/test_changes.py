@@ -124,7 +124,7 @@ def set_many(learner: Any) -> None:
     model = learner.model
     model.drop.p, model.factor, model.weights["a"][0] = 0.3, 0.5, 0.25
     model.back[1].momentum = 0.7
-    model.scale = torch.full((1,), 2.0)
+    model.scale = torch.full_like(model.scale, 2.0)
     model.new = (3, "x", torch.arange(2))
     del model.weights["a"][1]
 
@@ -264,7 +264,7 @@ class Loss:
 
     def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self.last = torch.distributions.Normal(outputs.detach(), 1.0)  # a left-over that no later step reads
-        squares = self.weight * self.weights["a"] * (outputs - targets).square()
+        squares = self.weight * self.weights["a"].to(outputs.device) * (outputs - targets).square()
         loss: torch.Tensor = squares.mean() + self.huber(outputs, targets)
         return loss
 
@@ -290,7 +290,7 @@ def move_to_the_end(learner: Any) -> None:
     "do",
     [
         lambda learner: setattr(learner.model.config, "factor", 0.5),
-        lambda learner: setattr(learner.model.config, "factor", torch.full((1,), 0.5)),
+        lambda learner: setattr(learner.model.config, "factor", torch.full_like(learner.model.scale, 0.5)),
         lambda learner: learner.model.scaled.keywords.update(other=0.5),
         lambda learner: setattr(learner.lossfn, "weight", torch.tensor(0.5)),
         lambda learner: learner.lossfn.weight.mul_(0.5),
@@ -351,6 +351,7 @@ def test_a_function_that_a_loss_function_replaced_is_refused(tmp_path: Path) -> 
     assert "Keep a plain value in the attribute and build the object from it. If a forward pass" in str(caught.value)
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_a_model_without_shapes_is_refused(tmp_path: Path) -> None:
     learner_of(Checkpointer(tmp_path), model=nn.Linear(1, 1)).fit(1)
     learner = learner_of(model=nn.LazyLinear(1))
@@ -426,6 +427,10 @@ def test_groups_that_training_made_may_be_built(tmp_path: Path) -> None:
 # --- values that a file cannot hold
 
 
+def put_head(learner: Any, **options: Any) -> None:
+    learner.model.head = nn.Linear(4, 1, device=learner.model.head.weight.device, **options)
+
+
 def replace_act(learner: Any) -> None:
     learner.model.act = nn.GELU()
 
@@ -439,7 +444,7 @@ def remove_act(learner: Any) -> None:
     [
         (replace_act, r"training left a GELU at model\.act, and the learner has a ReLU there\. Build the lear"),
         (remove_act, r"training left a Identity at model\.back\.extra, and the learner has nothing there"),
-        (lambda learner: setattr(learner.model, "head", nn.Linear(4, 1, bias=False)), r"has no head\.bias"),
+        (lambda learner: put_head(learner, bias=False), r"has no head\.bias"),
     ],
 )
 def test_a_module_that_training_put_there_is_asked_for(do: Any, message: str, tmp_path: Path) -> None:
@@ -609,7 +614,7 @@ def test_a_module_with_a_state_of_its_own_is_left_alone(tmp_path: Path) -> None:
     ("do", "message"),
     [
         (
-            lambda learner: setattr(learner.model, "head", nn.Linear(4, 1)),
+            lambda learner: put_head(learner),
             r"^optimizer has, in group 0, a parameter of shape \(1, 4\) that no longer belongs to the model or the lo",
         ),
         (
@@ -702,6 +707,7 @@ def test_several_models_and_optimizers(tmp_path: Path) -> None:
     assert resumed.model.two.back.training
 
 
+@pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
 def test_compiled_parts_have_the_names_of_those_that_are_not(tmp_path: Path) -> None:
     model = Net()
     model.back = torch.compile(model.back, backend="eager")
