@@ -17,7 +17,7 @@ from flowtrain.callback.events import EpochBegin, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import CellOutput, console
-from flowtrain.data.batch_size import loaded
+from flowtrain.data.batch_size import samples_given
 from flowtrain.state.by_phase import epoch_of
 
 __all__ = ["MetricsPrinter", "number_text", "rate_text"]
@@ -83,7 +83,7 @@ class MetricsPrinter(Callback):
         if self._table is not None:
             self._table.add(epochs, repr(phase), values, seconds)
             return
-        rate = rate_text(loaded(learner.data.get(phase), history[phase].steps - before), seconds)
+        rate = rate_text(samples_given(learner.data.get(phase), history[phase].steps - before), seconds)
         texts = [*(f"{name} {value}" for name, value in values.items()), _time_text(seconds), *rate]
         line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(texts)}"
         # Names of metrics may hold brackets, which rich would read as markup. The line is not wrapped, so that a file

@@ -20,7 +20,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.printer import MetricsPrinter, number_text, rate_text
 from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
-from flowtrain.data.batch_size import loaded
+from flowtrain.data.batch_size import samples_given
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.by_phase import Counts, epoch_of
 from flowtrain.state.device_values import Reading
@@ -139,7 +139,7 @@ class ProgressBar(Callback):
         self._update_values(phase, learner, counts.steps)
         done = counts.steps_epoch if self._since is None else counts.steps - self._since
         begun, before = self._begun
-        rate = rate_text(loaded(learner.data.get(phase), counts.steps - before), now - begun)
+        rate = rate_text(samples_given(learner.data.get(phase), counts.steps - before), now - begun)
         texts = [*(f"{name} {number_text(value)}" for name, value in self._values.items()), *rate]
         if self._line is not None:
             self._draw(self._line, now, done, texts)

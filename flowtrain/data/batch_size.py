@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from flowtrain.data.nested import items, place_text
 from flowtrain.errors import is_whole
 
-__all__ = ["lengths", "loaded", "measure"]
+__all__ = ["lengths", "measure", "samples_given"]
 
 
 _SINGLE = (str, bytes, UserString, Enum)
@@ -51,7 +51,7 @@ def measure(inputs: Any, targets: Any) -> tuple[int, bool]:
     return sizes[0], len(_sizes(inputs, lists=False) or _sizes(targets, lists=False)) <= 1
 
 
-def loaded(loader: Any, batches: int) -> int | None:
+def samples_given(loader: Any, batches: int) -> int | None:
     """Return how many samples a loader has given in some batches; ``None`` if it does not say it.
 
     Args:
@@ -59,7 +59,7 @@ def loaded(loader: Any, batches: int) -> int | None:
         batches: The number of batches from the beginning of a pass, of which the last one may be smaller.
 
     >>> loader = torch.utils.data.DataLoader(range(10), batch_size=4)
-    >>> loaded(loader, 2), loaded(loader, 3), loaded(loader, 4), loaded([torch.zeros(4)], 1)
+    >>> samples_given(loader, 2), samples_given(loader, 3), samples_given(loader, 4), samples_given([torch.zeros(4)], 1)
     (8, 10, 14, None)
     """
     size: Any = getattr(loader, "batch_size", None)

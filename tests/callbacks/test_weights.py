@@ -27,7 +27,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.checkpoint.files import resolve
+from flowtrain.training.checkpoint.files import find_file
 from tests.support.untyped import untyped
 
 zeros = torch.zeros
@@ -250,7 +250,7 @@ def test_the_best_is_the_best_of_what_was_told(tmp_path: Path) -> None:
     learner.fit(4)
     assert learner.cbstate.metrics_epoch[ValidationPhase]["Loss"].values == right_means[:3]
     assert "best value was 1.8, in epoch 1" in str(learner.stopped)
-    assert torch.load(resolve(tmp_path / "best"), weights_only=True)["position"]["rounds"] == 0
+    assert torch.load(find_file(tmp_path / "best"), weights_only=True)["position"]["rounds"] == 0
 
 
 @pytest.mark.parametrize("lag", [0, 2])

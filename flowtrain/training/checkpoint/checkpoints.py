@@ -41,7 +41,7 @@ from flowtrain.training.checkpoint.contents import (
     load_models,
     without_callback,
 )
-from flowtrain.training.checkpoint.files import Writer, read, real_folder, resolve
+from flowtrain.training.checkpoint.files import Writer, find_file, read, real_folder
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, warn_of_workers
 from flowtrain.training.checkpoint.rng import (
     loader_state,
@@ -336,7 +336,7 @@ class Checkpoints:
 
     def _read(self, path: Any) -> dict[str, Any]:
         """Return the contents of a checkpoint, with its present folder as the entry ``here`` of ``run``."""
-        contents, here = read(path), real_folder(resolve(path))
+        contents, here = read(path), real_folder(find_file(path))
         return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
     def _numbers(self, contents: Mapping[str, Any]) -> tuple[dict[Phase, int], dict[Phase, int]]:

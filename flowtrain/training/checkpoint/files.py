@@ -29,11 +29,11 @@ __all__ = [
     "JUDGED",
     "VERSION",
     "Writer",
+    "find_file",
     "load_weights",
     "point",
     "read",
     "real_folder",
-    "resolve",
     "target",
     "write_whole",
 ]
@@ -96,7 +96,7 @@ def real_folder(path: str | os.PathLike[str]) -> str:
     return os.path.dirname(os.path.realpath(path))
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def find_file(path: str | os.PathLike[str]) -> Path:
     """Return the path of the checkpoint file that a user's path means.
 
     Args:
@@ -130,12 +130,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of a checkpoint, with all tensors on the CPU.
 
     Args:
-        path: As for `resolve`.
+        path: As for `find_file`.
 
     Raises:
         CheckpointError: The file is missing, truncated, no checkpoint, or of a version that this flowtrain cannot read.
     """
-    file = resolve(path)
+    file = find_file(path)
     try:
         contents: Any = torch.load(file, map_location="cpu", weights_only=True)  # a file of others must not run code
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...

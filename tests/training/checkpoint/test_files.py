@@ -16,7 +16,16 @@ from flowtrain.callback.view import CheckpointRequest
 from flowtrain.callbacks import Checkpointer
 from flowtrain.graph.executor import Mailbox
 from flowtrain.testing import TinyModel, tiny_learner
-from flowtrain.training.checkpoint.files import FORMAT, VERSION, Writer, read, real_folder, resolve, target, write_whole
+from flowtrain.training.checkpoint.files import (
+    FORMAT,
+    VERSION,
+    Writer,
+    find_file,
+    read,
+    real_folder,
+    target,
+    write_whole,
+)
 from tests.support.programs import Programs
 
 
@@ -55,7 +64,7 @@ def test_pointers_are_followed(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("two.ckpt\n")
     assert target(tmp_path, "latest") == "two.ckpt"
     assert target(tmp_path, "best") == ""
-    assert resolve(tmp_path) == resolve(str(tmp_path / "latest")) == resolve(file) == file
+    assert find_file(tmp_path) == find_file(str(tmp_path / "latest")) == find_file(file) == file
     assert read(tmp_path)["version"] == VERSION
 
 
@@ -65,12 +74,12 @@ def test_a_folder_without_a_checkpoint_says_what_is_in_it(tmp_path: Path) -> Non
     with pytest.raises(
         CheckpointError, match=r"no file 'latest' in it \(it holds: epoch-0001\.ckpt\)\. Pass the folder"
     ):
-        resolve(tmp_path)
+        find_file(tmp_path)
     (tmp_path / "latest").write_text("gone.ckpt\n")
     with pytest.raises(CheckpointError, match=r"There is no checkpoint .*gone\.ckpt: no such file"):
-        resolve(tmp_path)
+        find_file(tmp_path)
     with pytest.raises(CheckpointError, match=r"There is no checkpoint .*nowhere: no such file"):
-        resolve(tmp_path / "nowhere")
+        find_file(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
