@@ -14,7 +14,7 @@ from flowtrain.callback.events import EpochBegin, FitBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.resolution import NoConflict, Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.ema import EMA
+from flowtrain.callbacks.averaging import Averaging
 from flowtrain.core.optimizers import match_names
 from flowtrain.errors import UsageError, is_a, whole_number
 
@@ -32,7 +32,8 @@ class Freeze(Callback):
     None)`` freezes them for ever after three. Epochs are counted over the life of the learner.
 
     Normalisation layers that keep running statistics, such as `torch.nn.BatchNorm2d`, are put into eval mode while they
-    are frozen, so that the statistics do not drift. No other mode changes: a dropout in a frozen part drops as ever.
+    are frozen, so that the statistics do not drift. When they are trained they are put into train mode, also if you had
+    called ``eval()`` on them. No other mode changes: a dropout in a frozen part drops as ever.
 
     Give the parts learning rates of their own with `flowtrain.param_groups`; frozen parameters may be in an optimizer,
     which skips them.
@@ -46,7 +47,8 @@ class Freeze(Callback):
         norms: Whether normalisation layers are put into eval mode too.
 
     Raises:
-        UsageError: `patterns` has another form. When the learner is built: a pattern fits no parameter.
+        UsageError: `patterns` has another form. When the learner is built: a pattern fits no parameter, or only names
+            that an earlier pattern fits.
 
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(Freeze({"weight": 1}), model=torch.nn.Linear(1, 1), n_batches=4)
@@ -73,8 +75,8 @@ class Freeze(Callback):
         return {"model": Write(), "cbstate.history": Read()}
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
-        """Find no conflict with `EMA`, which changes values of parameters, and not whether they are trained."""
-        return NoConflict() if isinstance(other, EMA) else None
+        """Find no conflict with `EMA` and `SWA`, which change parameters, and not whether they are trained."""
+        return NoConflict() if isinstance(other, Averaging) else None
 
     def setup(self, learner: LearnerView) -> None:
         """Check that every pattern fits a parameter."""

@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 from flowtrain import (
     AbstractTrainingPhase,
     BatchEnd,
+    EpochEnd,
     Learner,
     MissingStateError,
     Read,
@@ -24,7 +25,7 @@ from flowtrain import (
     UsageError,
     param_groups,
 )
-from flowtrain.callbacks import EMA, Checkpointer, CustomCallback, Freeze, ModelSummary, SanityCheck
+from flowtrain.callbacks import EMA, SWA, Checkpointer, CustomCallback, Freeze, ModelSummary, SanityCheck
 from flowtrain.testing import tiny_learner
 from tests.support.console import printed
 
@@ -51,7 +52,9 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(x, 3 * x) for x in torch.randn(5, 8, 1, generator=generator)]
 
 
-def learner_with(*callbacks: Any, model: Any = None, optimizer: Any = None, **core: Any) -> Learner:
+def learner_with(
+    *callbacks: Any, model: Any = None, optimizer: Any = None, executor: str = "serial", **core: Any
+) -> Learner:
     return Learner(
         model or Net(),
         mse_loss,
@@ -60,6 +63,7 @@ def learner_with(*callbacks: Any, model: Any = None, optimizer: Any = None, **co
         callbacks=callbacks,
         default_callbacks="quiet",
         core=TorchCore("cpu", **core),
+        executor=executor,
     )
 
 
@@ -165,6 +169,37 @@ def test_a_direct_epoch_is_frozen_too() -> None:
 def test_beside_averages_of_the_weights() -> None:
     learner = learner_with(Freeze({"body.*": 1}), EMA(0.5))
     assert changes(learner, 1)[0] == HEAD
+
+
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+@pytest.mark.parametrize("freeze_first", [True, False])
+@pytest.mark.parametrize(
+    ("epochs", "tracked"),
+    [(None, {1: 0, 4: 0}), (2, {1: 5, 4: 5})],
+    ids=["for ever", "for two epochs"],
+)
+def test_the_mean_of_weights_that_are_frozen(
+    epochs: Any, tracked: dict[int, int], freeze_first: bool, executor: str
+) -> None:
+    """Training is as without the mean, in either order; frozen norms keep their statistics, others renew them."""
+    weights: list[dict[str, Tensor]] = []
+    watch = CustomCallback(
+        lambda learner: weights.append({name: value.clone() for name, value in learner.model.named_parameters()}),
+        EpochEnd, TrainingPhase, access={"model": Read()},
+    )  # fmt: skip
+    learner_with(Freeze({"body.*": epochs}), watch).fit(4)
+    swa, freeze = SWA(2), Freeze({"body.*": epochs})
+    callbacks = [freeze, swa] if freeze_first else [swa, freeze]
+    with learner_with(*callbacks, executor=executor) as learner:
+        learner.fit(4)
+        trained = dict(learner.model.named_parameters())
+        assert [name for name, value in weights[-1].items() if not torch.equal(trained[name], value)] == []
+        for name, average in swa.averages.items():
+            torch.testing.assert_close(average, sum(each[name] for each in weights[1:]) / 3)
+        with swa.applied():
+            for layer, number in tracked.items():
+                norm = learner.model.body[layer]
+                assert (norm.num_batches_tracked.item(), bool(norm.running_mean.any())) == (number, number > 0)
 
 
 GROUPS = {"head.*": {"lr": 0.05}, "body.*": {"lr": 0.01}}
