@@ -240,8 +240,8 @@ class Averaging(Callback):
         return changed
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by name."""
-        return {"averages": dict(self.averages)}
+        """Return the averages by name, and whether an update is still to be taken in."""
+        return {"averages": dict(self.averages), "due": self._due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the averages that `state_dict` returned. Within a validation epoch the model gets them at once.
@@ -254,6 +254,7 @@ class Averaging(Callback):
             self._check(loaded)
         inside = self._kept is not None
         self._start({name: average for name, average in loaded.items() if not self._weights or name in self._weights})
+        self._due = state.get("due", False)  # early checkpoints lack this entry
         if inside:
             self._kept = None  # the checkpoint has put its trained weights into the model, so forget the earlier ones
             self._put_averages()

@@ -37,10 +37,10 @@ class EMA(Averaging):
     which ``fit(resume=...)`` continues, bit for bit. After ``learner.load(...)`` the model has the averages until
     training continues.
 
-    Reads ``model`` at `BatchEnd`, and writes it at `EpochBegin`, `EpochEnd` and `EpochCancelled` of validation phases
-    and at `FitEnd`, so it runs after callbacks that write the model and before callbacks that read it. Costs a pass
-    over the weights for each update, their size in memory for the averages, and the same again during a validation
-    epoch.
+    Reads ``model`` at `BatchEnd`, and at `EpochEnd` and `EpochCancelled` of training. Writes it at `EpochBegin` of
+    training and of validation phases, at `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`, so it
+    runs after callbacks that write the model and before callbacks that read it. Costs a pass over the weights for each
+    update, their size in memory for the averages, and the same again during a validation epoch.
 
     Args:
         decay: The share of the average that is kept at each update, from 0 to below 1.

@@ -17,8 +17,10 @@ from flowtrain import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
     Access,
+    BatchCancelled,
     BatchEnd,
     Callback,
+    CancelBatchException,
     CancelEpochException,
     CancelFittingException,
     CheckpointError,
@@ -40,7 +42,8 @@ from flowtrain import (
     on,
 )
 from flowtrain.callback.phases import StepContext
-from flowtrain.callbacks import EMA, Checkpointer, Recorder, throttle
+from flowtrain.callbacks import EMA, SWA, Checkpointer, Recorder, throttle
+from flowtrain.callbacks.averaging import Averaging
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -423,6 +426,49 @@ def test_a_checkpoint_that_is_asked_for_in_validation_holds_the_weights_and_a_ru
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
     assert again.seen is None  # the checkpoint was taken before the third batch
+
+
+@pytest.mark.parametrize("make", [lambda: EMA(0.5), lambda: SWA(start_update=1)], ids=["EMA", "SWA"])
+def test_an_update_of_a_cancelled_batch_is_taken_in_after_a_resume_too(make: Any, tmp_path: Path) -> None:
+    """Rule 28: the update of batch 2 is taken in at the end of batch 3, which makes none."""
+
+    class Cancels(Callback):
+        updates = 0
+        asked: Path | None = None
+
+        @on(UpdateEnd, access={})
+        def cancel(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
+            self.updates += 1
+            if self.updates == 1 and self.asked:
+                raise CancelBatchException
+
+        @on(BatchCancelled, access={})
+        def ask(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
+            assert self.asked is not None
+            learner.request_checkpoint(self.asked)
+
+    class Taken(Callback):
+        def __init__(self) -> None:
+            self.values: list[tuple[int, float]] = []
+
+        @on(BatchEnd, TrainingPhase, access={"callbacks": Read()})
+        def look(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            [mean] = [each for each in learner.callbacks if isinstance(each, Averaging)]
+            self.values.append((mean.taken, mean.averages["coeff"].item() if mean.averages else 0.0))
+
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return (Averaging,)
+
+    def run(asked: Path | None, **resume: Any) -> list[tuple[int, float]]:
+        cancels, taken = Cancels(), Taken()
+        cancels.asked = asked
+        core = TorchCore("cpu", accumulate=2)
+        tiny_learner(cancels, make(), taken, data=tiny_batches(n_batches=6), core=core).fit(1, **resume)
+        return taken.values
+
+    whole = run(tmp_path / "one.ckpt")
+    assert [taken for taken, _ in whole] == [0, 1, 2, 2, 3]
+    assert run(None, resume=tmp_path / "one.ckpt") == whole[1:]
 
 
 # --- checkpoints hold the averages that were validated
