@@ -59,8 +59,9 @@ class Callback:
             the device on purpose.
         stops_at_nan: Whether the callback ends training when a loss is NaN. Where losses are read late, the core then
             lets no update change the parameters between the NaN and the end of training.
-        renaming: A hint for messages about two series of one name: the code with which a user renames those of this
-            callback.
+        renaming: A hint for messages about two series of one name: the code that renames those of this callback.
+        lasting: The entries of `state_dict` that count over the life of the learner. They and the conditions keep their
+            values when a fit ends with the weights of an earlier epoch, and `hold_judged` with the state of that epoch.
     """
 
     name: str = ""
@@ -75,6 +76,7 @@ class Callback:
     audited: ClassVar[bool] = True
     stops_at_nan: ClassVar[bool] = False
     renaming: ClassVar[str] = ""
+    lasting: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -194,8 +196,7 @@ class Callback:
     def moved(self, before: str, here: str) -> None:
         """Take note of the folder of the checkpoint whose state was just loaded. The base class does nothing.
 
-        A callback whose state names files can tell whether the files are its own: `flowtrain.callbacks.Checkpointer`
-        counts only the files of its folder.
+        By it a callback whose state names files can tell which are its own, as `flowtrain.callbacks.Checkpointer` does.
 
         Args:
             before: The folder that the checkpoint was written into, absolute and without symbolic links.
@@ -423,8 +424,6 @@ _HOOKS = {
 }
 """The hooks of other libraries, by the arguments of `on` that stand for the same moment."""
 
-_PARAMETERS = ["event", "phase", "learner"]
-
 
 def check_marks(callback: Callback) -> None:
     """Check that a callback without a handler has no method that its author meant as a handler.
@@ -440,7 +439,8 @@ def check_marks(callback: Callback) -> None:
         for name, value in vars(kind).items():
             if not inspect.isfunction(value) or hasattr(Callback, name):
                 continue
-            if name in hooks or name.startswith("on_") or [*inspect.signature(value).parameters][1:] == _PARAMETERS:
+            handles = [*inspect.signature(value).parameters][1:] == ["event", "phase", "learner"]
+            if name in hooks or name.startswith("on_") or handles:
                 types = hooks.get(name, "EpochEnd, TrainingPhase")
                 raise HandlerError(
                     f"{type(callback).__name__} has no handler, so it would do nothing: no method of it is marked with "

@@ -80,9 +80,12 @@ class FitEnd(Event):
     Attributes:
         stopped: Why a `CancelFittingException` or an interrupt has ended the fit, in one line: its text, the place, and
             the checkpoint of an interrupt. Empty if no such exception was raised; an error is raised by `fit` itself.
+        complete: Whether no epoch was broken off: the fit ended by itself or by a cancel between two epochs, and not by
+            an error, an interrupt or a cancel within an epoch.
     """
 
     stopped: str = ""
+    complete: bool = True
 
 
 class EpochBegin(Event):

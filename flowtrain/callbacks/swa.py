@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import on
-from flowtrain.callback.events import EpochBegin, FitBegin, FitEnd
+from flowtrain.callback.events import FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
@@ -51,11 +51,13 @@ class SWA(Averaging):
     A checkpoint that a `Checkpointer` takes after a validation epoch holds the averages and their statistics as
     ``model``, and what training continues with as ``trained``.
 
-    Reads ``model`` at the ends of training epochs, or of batches with `start_update`, and writes it at `EpochBegin`,
+    Reads ``model`` and ``data`` at `FitBegin`, and ``model`` at `EpochEnd` and `EpochCancelled` of training, with
+    `start_update` at `BatchEnd` too. Writes ``model`` at `EpochBegin` of training and of validation phases, at
     `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`, so it runs after callbacks that write the
-    model and before callbacks that read it. Where it renews statistics it also reads ``data``, and declares the
-    resource ``rng``. A learner has one average of a model, `SWA` or `EMA`. Costs the size of the weights in memory, a
-    pass over them for each epoch that counts, and the passes over the data.
+    model and before callbacks that read it. Where it renews statistics, at `EpochBegin` of validation phases and at
+    `FitEnd`, it also reads ``data`` and declares the resource ``rng``. A learner has one average of a model, `SWA` or
+    `EMA`. Costs the size of the weights in memory, a pass over them for each epoch that counts, and the passes over
+    the data.
 
     Args:
         start_epoch: The first epoch whose weights count, from 1.
@@ -84,6 +86,7 @@ class SWA(Averaging):
     """
 
     first = "it begins with start_epoch or start_update, so fit for longer, or begin earlier"
+    lasting = ("counts",)
 
     def __init__(
         self,
@@ -117,7 +120,6 @@ class SWA(Averaging):
         self._norms: dict[str, Any] = {}  # the layers of BatchNorm by name
         self._resting: list[str] = []  # the names of the modules that were in eval mode in training
         self._statistics: dict[str, torch.Tensor] = {}  # of the averages; empty if the averages have changed since
-        self._ended = False  # the last training epoch was not broken off
 
     # --- averages
 
@@ -132,7 +134,6 @@ class SWA(Averaging):
 
     def after_epoch(self, phase: Phase, learner: LearnerView, *, ended: bool) -> None:
         """Take the weights in if this epoch counts, or an update that counts came after its last batch."""
-        self._ended = ended
         if self.by_update:
             self.after_batch(learner)
         elif ended:
@@ -170,7 +171,6 @@ class SWA(Averaging):
     @on(FitBegin, access="_looks")
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Check that the training data can be read for the statistics."""
-        self._ended = False
         self._find(learner)
         if self._norms:
             self._source(learner)
@@ -178,15 +178,10 @@ class SWA(Averaging):
     def _looks(self) -> Access:
         return {**self._reads(), "data": Read()}
 
-    def begin_training(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
-        """Put the trained weights back, if a failure has prevented it before."""
-        super().begin_training(event, phase, learner)
-        self._ended = False
-
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
         """Put the trained weights back, if a failure has prevented it, and renew the statistics of the averages."""
         super().end_fit(event, phase, learner)
-        if self._ended and self._kept is None and self.averages and self._norms and not self._statistics:
+        if event.complete and self._kept is None and self.averages and self._norms and not self._statistics:
             try:
                 self._put_averages()
                 self.prepare(learner)

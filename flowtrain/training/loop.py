@@ -150,7 +150,9 @@ class Loop:
         except BaseException as failure:  # raised below, after the fit is closed
             failures.append(failure)
         self.scopes.end_fit()
-        self.dispatch.fire_closing(FitEnd(_why_stopped(failures, self.checkpoints.saved)), Phase(), failures)
+        broken_off = self.checkpoints.position.phase or any(not isinstance(f, CancelFittingException) for f in failures)
+        end = FitEnd(_why_stopped(failures, self.checkpoints.saved), complete=not broken_off)
+        self.dispatch.fire_closing(end, Phase(), failures)
         # Empty the mailbox before `end_fit` forgets the position, because a checkpoint in the mailbox needs it; and
         # again at the end, because the writer and the sinks may have put in calls meanwhile.
         empty = self.dispatch.mailbox.empty

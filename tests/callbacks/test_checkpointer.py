@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,14 @@ from flowtrain import (
     Phase,
     Read,
     TrainingPhase,
+    UpdateEnd,
     UsageError,
     ValidationPhase,
     load_weights,
     on,
 )
 from flowtrain.callback.access import declare
-from flowtrain.callbacks import EMA, Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics
+from flowtrain.callbacks import EMA, SWA, Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics, throttle
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
@@ -123,6 +125,33 @@ def test_with_averages_the_best_weights_are_those_that_were_judged(tmp_path: Pat
     assert load_weights(tmp_path / "epoch-0004.ckpt")["coeff"] != plain.model.coeff
     contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
     assert torch.equal(contents["trained"][""]["coeff"], plain.model.coeff)
+
+
+@pytest.mark.parametrize(
+    ("average", "before", "after"),
+    [
+        (lambda: SWA(start_epoch=7), 0, 4),  # epochs 7 to 10
+        (lambda: SWA(start_update=13, every=2), 0, 4),  # updates 13, 15, 17 and 19
+        (lambda: SWA(start_epoch=2, every=2), 1, 4),  # epoch 2, which is the best, and 6, 8, 10
+        (lambda: throttle(EMA(), UpdateEnd, every=4), 2, 5),  # updates 4, 8, 12, 16 and 20
+    ],
+)
+def test_the_best_weights_turn_no_count_back(
+    average: Callable[[], Any], before: int, after: int, tmp_path: Path
+) -> None:
+    """Epochs and updates are counted over the life of the learner; epoch 2 of two updates is the best of five."""
+    mean, keep = average(), Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+    scores = scored(3, 1, 4, 5, 6, 7, 8, 9, 10, 11)
+    data = (tiny_batches(n_batches=2), tiny_batches(n_batches=1))
+    learner = tiny_learner(scores, keep, mean, data=data)
+    learner.fit(5)
+    plain = tiny_learner(data=data)
+    plain.fit(2)
+    assert load_weights(tmp_path)["coeff"] == plain.model.coeff
+    assert mean.taken == before
+    learner.remove_callback(Checkpointer)
+    learner.fit(5)
+    assert mean.taken == after
 
 
 def test_the_best_weights_come_back_after_a_cancel_and_not_after_an_error(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from flowtrain import (
     seed_everything,
 )
 from flowtrain.callback.phases import StepContext
-from flowtrain.callbacks import EMA, SWA, Checkpointer, LearningRate, Scheduler, per_epoch, swa_lr
+from flowtrain.callbacks import EMA, SWA, Checkpointer, CustomCallback, LearningRate, Scheduler, per_epoch, swa_lr
 from flowtrain.testing import TinyModel, assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.untyped import untyped
 
@@ -590,3 +590,55 @@ def test_an_update_after_the_last_batch_counts() -> None:
     core = TorchCore(device="cpu", accumulate=4)
     tiny_learner(skips, swa, data=tiny_batches(n_batches=6), core=core).fit(1)
     assert (swa.taken, skips.in_batch) == (1, [True, False])
+
+
+@pytest.mark.parametrize("arguments", [{"start_epoch": 1}, {"start_update": 3}], ids=str)
+def test_a_run_resumed_at_its_end_has_the_statistics(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing is left to train, and only the end of the fit renews the statistics, as there is no validation."""
+
+    def shown(**resume: Any) -> dict[str, Any]:
+        swa = SWA(**arguments)
+        learner = learner_of(swa, Checkpointer(tmp_path), data=tiny_batches(n_batches=3))
+        learner.fit(2, **resume)
+        with swa.applied():
+            return data_of(learner)
+
+    seed_everything(1)
+    whole = shown()
+    assert whole["2.num_batches_tracked"] == 3
+    seed_everything(2)
+    assert shown(resume=tmp_path / "epoch-0002.ckpt") == whole
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize(
+    ("event", "kind", "passes"), [(EpochEnd, TrainingPhase, [0, 3]), (EpochEnd, ValidationPhase, [2, 6])]
+)
+def test_an_error_at_the_end_of_an_epoch_breaks_the_fit_off(
+    event: type[Event], kind: type[Phase], passes: list[int], error: BaseException
+) -> None:
+    """The training epoch was complete, and yet no pass over the data delays the error."""
+
+    def fail(learner: LearnerView) -> None:
+        raise error
+
+    counted = Counted()
+    fails = CustomCallback(fail, event, kind, access={})
+    learner = learner_of(SWA(1), fails, counted, data=(tiny_batches(n_batches=3), tiny_batches(n_batches=2)))
+    with pytest.raises(type(error)):
+        learner.fit(3)
+    assert counted.passes == passes
+
+
+def test_a_cancel_between_two_epochs_is_an_end_as_any_other() -> None:
+    """Early stopping without validation: the averages are used afterwards, so they need their statistics."""
+
+    def stop(learner: LearnerView) -> None:
+        raise CancelFittingException("enough")
+
+    counted, swa = Counted(), SWA(1)
+    learner = learner_of(swa, CustomCallback(stop, EpochEnd, TrainingPhase, access={}), counted, data=tiny_batches())
+    learner.fit(3)
+    with swa.applied():
+        assert int(learner.model[2].num_batches_tracked) == len(tiny_batches())
+    assert counted.passes == [0, 2 * len(tiny_batches())]

@@ -239,7 +239,7 @@ class Checkpoints:
             # Only these callbacks hold weights of the model (averages), which belong to the weights that are loaded.
             # All other callbacks count the fit that has ended, and stay as they are.
             judges = [each for each in self._state.callbacks if type(each).hold_judged is not Callback.hold_judged]
-            load_callbacks(contents, judges)
+            load_callbacks(contents, judges, of_weights=True)
             if "trained" in contents:
                 self.showing_judged = [callback for callback in judges if callback.hold_judged(True)]
                 if not self.showing_judged:

@@ -285,8 +285,14 @@ def _counted_updates(state: LearnerState) -> int:
     return sum(counts.updates for counts in history.values()) if isinstance(history, CountsMap) else 0
 
 
-def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:
+def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback], *, of_weights: bool = False) -> None:
     """Load the state of callbacks from a checkpoint; a callback that it lacks keeps its state.
+
+    Args:
+        contents: The contents of the checkpoint.
+        callbacks: The callbacks.
+        of_weights: Whether the learner gets the weights of the checkpoint and stays at its own number of epochs. Then
+            conditions and the entries that `Callback.lasting` names keep their state.
 
     Raises:
         CheckpointError: A callback refused its state.
@@ -294,7 +300,7 @@ def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback]) -
     packer, run = Packer(), contents.get("run", {})
     for callback in callbacks:
         if callback.name in contents["callbacks"]:
-            _load_callback(callback, packer.copy(contents["callbacks"][callback.name], callback.name))
+            _load_callback(callback, packer.copy(contents["callbacks"][callback.name], callback.name), of_weights)
             if "here" in run:  # read from a file, and no copy of the earlier state
                 callback.moved(run["folder"], run["here"])
 
@@ -326,10 +332,13 @@ def _load_module(module: Any, saved: Mapping[str, Any]) -> None:
         module.load_state_dict({key: saved[key.replace(_COMPILED, "")] for key in module.state_dict()})
 
 
-def _load_callback(callback: Callback, saved: Mapping[str, Any]) -> None:
-    conditions = callback.conditions
+def _load_callback(callback: Callback, saved: Mapping[str, Any], of_weights: bool) -> None:
+    conditions = () if of_weights else callback.conditions
     try:
-        callback.load_state_dict(saved["state"])
+        state = saved["state"]
+        if of_weights:
+            state |= {name: value for name, value in callback.state_dict().items() if name in callback.lasting}
+        callback.load_state_dict(state)
         if [type(condition).__name__ for condition in conditions] == [each["type"] for each in saved["conditions"]]:
             for condition, each in zip(conditions, saved["conditions"], strict=True):
                 condition.load_state_dict(each["state"])
