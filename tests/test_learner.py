@@ -204,6 +204,7 @@ def test_stopped_says_what_ended_the_last_fit() -> None:
     assert learner.stopped is None
 
 
+@pytest.mark.cpu_only("on the CPU losses are read at once")
 def test_a_nan_loss_stops_training_with_a_warning() -> None:
     data = tiny_batches(n_batches=3)
     data[1] = (data[1][0], data[1][1] * float("nan"))
@@ -354,6 +355,7 @@ def test_a_closed_learner_trains_no_more() -> None:
             call()
 
 
+@pytest.mark.cpu_only("looks at the core of the CPU")
 def test_what_a_learner_is() -> None:
     learner = tiny_learner()
     core = "TorchCore(device='cpu', precision='fp32', accumulate=1)"

@@ -177,6 +177,7 @@ def test_a_resumed_fit_trains_as_before(tmp_path: Path, executor: str) -> None:
     assert resumed.values == expected(CLASSIFIER)
 
 
+@pytest.mark.cpu_only("the step draws its noise on the CPU")
 @pytest.mark.parametrize("executor", ["serial", "dask"])
 def test_two_models_train_as_before(executor: str) -> None:
     losses = Losses()

@@ -73,7 +73,8 @@ class Placement:
     ) -> None:
         self._device = device
         self._groups = groups
-        self._channels_last = channels_last
+        # A method of this object here would hold the object through the transfer: learners would not be freed at once.
+        self._arrived = _in_channels_last if channels_last else _stays
         self._ahead: Any = None  # the batch that `feed` gave last, which is on the device already
         self._transfer: Transfer | None = None
         if isinstance(prefetch, Transfer):
@@ -119,13 +120,13 @@ class Placement:
         return change_tensors(data, self._send, lambda item: item.to(self._device))
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._arrived(tensor.to(self._device, non_blocking=True))
+        sent: torch.Tensor = self._arrived(tensor.to(self._device, non_blocking=True))
+        return sent
 
-    def _arrived(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor on the device in its memory format."""
-        if self._channels_last and tensor.dim() == 4:
-            return tensor.contiguous(memory_format=torch.channels_last)
-        return tensor
+
+def _in_channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the device in the memory format in which convolutions are fast."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def transfer_to(

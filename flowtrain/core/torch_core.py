@@ -180,7 +180,7 @@ class TorchCore:
         """Drop all references to the learner's state, so that it is freed even if a user keeps the core."""
         self.guard_nan(False)
         # The settings stay for `like` and `repr`, the scaler for `skipped`.
-        keeps = {*vars(self.settings), "settings", "device", "loss_name", "_state", "_scaling"}
+        keeps = {*vars(self.settings), "settings", "device", "loss_name", "_state", "_scaling", "_abilities"}
         for name in set(vars(self)) - keeps:
             delattr(self, name)
         self.models: dict[str, Any] = {}
@@ -240,6 +240,8 @@ class TorchCore:
         )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
         state.lag = self._placement.lag
+        # `repr` tells these two, which depend on the abilities of the device, and it does so after `close` too.
+        self._abilities = f", prefetch={self._placement.prefetches}, lag={state.lag}"
         self.guard_nan(self._guard is not None)
 
     def _choose(self) -> None:
@@ -441,6 +443,5 @@ class TorchCore:
         device = self.device if self._state is not None else self.settings.device
         shown = f"device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate}"
         if self._state is not None and self.device.type != "cpu":
-            # These two depend on the abilities of the device.
-            shown += f", prefetch={self._placement.prefetches}, lag={self._placement.lag}"
+            shown += self._abilities
         return f"TorchCore({shown})"

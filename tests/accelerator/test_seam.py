@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -171,7 +173,23 @@ def test_the_defaults_and_less_need_no_warning(monkeypatch: pytest.MonkeyPatch, 
 def test_with_streams_a_core_says_that_it_uses_them() -> None:
     with learner_of(TRAININGS["the defaults"], "sim") as learner:
         assert repr(learner.core).endswith("prefetch=True, lag=2)")
+    assert repr(learner.core).endswith("prefetch=True, lag=2)"), "a closed learner can still be read"
     assert repr(TorchCore("sim")) == "TorchCore(device='sim', precision='fp32', accumulate=1)"
+
+
+def test_a_learner_with_prefetch_is_freed_at_once() -> None:
+    """Its memory on the device would otherwise wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        learner = learner_of(TRAININGS["the defaults"], "sim")
+        learner.fit(1)
+        optimizer = weakref.ref(learner.optimizer)
+        learner.close()
+        del learner
+        assert optimizer() is None
+    finally:
+        gc.enable()
 
 
 def test_device_stats_ask_the_module_of_the_device(simulated: Device, monkeypatch: pytest.MonkeyPatch) -> None:

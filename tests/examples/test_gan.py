@@ -191,6 +191,7 @@ class GeneratorFirst(GANPhase):
             learner.update(self, "disc")
 
 
+@pytest.mark.cpu_only("the step draws its noise on the CPU")
 def test_the_generator_first() -> None:
     by_hand = networks()
     optimizers = {name: ADAM(model.parameters()) for name, model in by_hand.items()}
