@@ -127,7 +127,8 @@ def test_fit_by_steps_goes_on_in_the_loader_after_each_validation() -> None:
 
         @on(BatchEnd, TrainingPhase)
         def note(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
-            seen.append(next(number for number, (x, _) in enumerate(data) if x is learner.batch.inputs))
+            inputs = learner.batch.inputs.cpu()
+            seen.append(next(number for number, (x, _) in enumerate(data) if torch.equal(x, inputs)))
 
     tiny_learner(Which(), data=data).fit(steps=7, validate_every=2)
     assert seen == [0, 1, 2, 0, 1, 2, 0]

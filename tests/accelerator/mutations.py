@@ -187,8 +187,8 @@ MUTATIONS = (
     Mutation(
         "an average that reads the loss",
         SmoothLoss.smooth,
-        "else loss.detach()",
-        "else loss.item()",
+        "value = loss.detach()",
+        "value = torch.tensor(loss.item())",
         "waits",
         "metrics",
     ),
