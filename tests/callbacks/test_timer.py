@@ -70,6 +70,7 @@ def series(learner: Learner, name: str) -> list[tuple[int, float]]:
     return list(learner.cbstate.tracehistory[TrainingPhase][name])
 
 
+@pytest.mark.cpu_only("with prefetch the first wait for data is one for two batches")
 def test_data_and_steps_and_epochs() -> None:
     learner, _ = timed()
     learner.fit(2)
@@ -78,6 +79,7 @@ def test_data_and_steps_and_epochs() -> None:
     assert series(learner, "Time.Epoch") == [(3, 22.0), (6, 22.0)]
 
 
+@pytest.mark.cpu_only("with prefetch the first wait for data is one for two batches")
 def test_a_cancelled_batch_is_in_the_epoch_alone() -> None:
     learner, _ = timed({2: CancelBatchException})
     learner.fit(1)
@@ -86,6 +88,7 @@ def test_a_cancelled_batch_is_in_the_epoch_alone() -> None:
     assert series(learner, "Time.Epoch") == [(2, 22.5)]
 
 
+@pytest.mark.cpu_only("with prefetch the first wait for data is one for two batches")
 def test_an_epoch_that_is_broken_off_has_no_time() -> None:
     learner, clock = timed({2: CancelFittingException})
     learner.fit(1)
