@@ -144,6 +144,7 @@ def test_an_update_for_each_batch_and_a_computation_for_each_epoch(on_step: bool
     assert all(state == {"seen": []} or not state for state, _plain in parts)
 
 
+@pytest.mark.cpu_only("the expected value is computed on the CPU")
 @pytest.mark.parametrize("on_step", [False, True])
 def test_a_metric_that_one_sample_alone_does_not_have(on_step: bool) -> None:
     r2 = regression.R2Score()
