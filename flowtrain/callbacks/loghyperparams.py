@@ -23,8 +23,8 @@ class LogHyperParams(Callback):
 
     Reads ``cbstate.hyperparams`` at the end of a training batch and of every epoch, so it runs after `Scheduler`. A
     value is logged if it differs from the last logged value. The settings are logged when the first fit begins, under
-    the name ``Settings``, to the backends that take `Settings`. Costs a comparison for each hyperparameter, and a
-    record for each logged value and backend.
+    the name ``Settings``, to the backends that take `Settings`. Writes no state. Costs a comparison for each
+    hyperparameter, and a record for each logged value and backend.
 
     Args:
         backends: The backends to log to.
