@@ -57,6 +57,7 @@ Execution:
 - *cut*: the copy of a series in a snapshot: the same list of values, shown up to the length that it had.
 - *lane*: a queue of deferred events and the thread that processes them, one at a time and in order.
 - *worker*: a process that computes for the training process: of a dask cluster for lanes, or of a data loader.
+- *rank*: one of several processes that run one training together, and its number from 0; rank 0 is the *main rank*.
 
 Records:
 
@@ -122,6 +123,7 @@ from flowtrain.errors import (
     CycleError,
     DataError,
     DeferredCancelError,
+    DivergedError,
     ExecutorError,
     FlowtrainError,
     HandlerError,
@@ -129,6 +131,8 @@ from flowtrain.errors import (
     LossError,
     MissingStateError,
     ProtectedException,
+    RankError,
+    RemoteError,
     ResolutionError,
     SanityCheckError,
     UndeclaredWriteError,
@@ -165,6 +169,7 @@ __all__ = [
     "CycleError",
     "DataError",
     "DeferredCancelError",
+    "DivergedError",
     "EpochBegin",
     "EpochCancelled",
     "EpochEnd",
@@ -186,7 +191,9 @@ __all__ = [
     "NoConflict",
     "Phase",
     "ProtectedException",
+    "RankError",
     "Read",
+    "RemoteError",
     "Resolution",
     "ResolutionError",
     "RunFirst",

@@ -23,6 +23,9 @@ message are also fields of the exception.
     ├── LoggingError               a logging backend that cannot do the task that it was given
     ├── CheckpointError            a checkpoint that cannot be written or read, or that does not fit
     ├── DeferredCancelError        a cancel raised by a deferred handler, after its batch has passed
+    ├── RankError                  several processes that cannot train together, or would not stay equal
+    │   └── DivergedError          state that must be equal on all ranks differs
+    ├── RemoteError                an error of another rank, which has ended training on all of them
     ├── SanityCheckError           all problems that a check of data, model, loss and optimizer has found
     └── UsageError                 a call at the wrong moment, or an argument with a wrong value
 
@@ -54,6 +57,7 @@ __all__ = [
     "CycleError",
     "DataError",
     "DeferredCancelError",
+    "DivergedError",
     "ExecutorError",
     "FlowtrainError",
     "HandlerError",
@@ -61,6 +65,8 @@ __all__ = [
     "LossError",
     "MissingStateError",
     "ProtectedException",
+    "RankError",
+    "RemoteError",
     "ResolutionError",
     "SanityCheckError",
     "UndeclaredWriteError",
@@ -204,6 +210,34 @@ class CheckpointError(FlowtrainError):
 
 class DeferredCancelError(FlowtrainError):
     """A deferred handler raised a cancel, which comes too late: training is past the batch or epoch it should end."""
+
+
+class RankError(FlowtrainError):
+    """Several processes cannot train together, or would not stay equal: a declaration, data or versions do not fit."""
+
+
+class DivergedError(RankError):
+    """State that must be equal on all ranks differs.
+
+    Attributes:
+        paths: The dotted paths that differ, such as ``"cbstate.best"``.
+    """
+
+    def __init__(self, paths: tuple[str, ...], message: str) -> None:
+        self.paths = paths
+        super().__init__(message)
+
+
+class RemoteError(FlowtrainError):
+    """An error on another rank has ended training on this rank too.
+
+    Attributes:
+        rank: The rank on which the error was raised.
+    """
+
+    def __init__(self, rank: int, error: str) -> None:
+        self.rank = rank
+        super().__init__(f"rank {rank}: {error}")
 
 
 class SanityCheckError(FlowtrainError):

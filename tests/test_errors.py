@@ -14,9 +14,11 @@ import flowtrain
 from flowtrain import errors
 from flowtrain.errors import (
     CycleError,
+    DivergedError,
     FlowtrainError,
     MissingStateError,
     ProtectedException,
+    RemoteError,
     SanityCheckError,
     UndeclaredWriteError,
     WriteConflictError,
@@ -50,7 +52,7 @@ def drawn(text: str) -> dict[str, str]:
 def test_the_drawn_tree_is_the_real_one() -> None:
     real = {each.__name__: each.__bases__[0].__name__ for each in CLASSES}
     assert drawn(errors.__doc__ or "") == real
-    assert len(real) == 20
+    assert len(real) == 23
 
 
 def test_the_drawing_says_what_each_error_means() -> None:
@@ -89,6 +91,8 @@ SAMPLES: list[FlowtrainError] = [
     CycleError(("A", "B"), "BatchEnd, TrainingPhase", "a circle"),
     MissingStateError("cbstate.x", "nobody wrote it"),
     SanityCheckError((("optimizer", "no rate", "give one"),), "found 1 problem"),
+    DivergedError(("cbstate.best",), "ranks 0 and 1 differ"),
+    RemoteError(1, "ValueError: no such column"),
     *[each("text") for each in CLASSES if "__init__" not in vars(each)],
 ]
 
@@ -102,6 +106,10 @@ def test_errors_travel_with_their_fields(error: FlowtrainError) -> None:
         assert str(other) == str(error)
         assert vars(other) == vars(error)
         assert other.__notes__ == error.__notes__
+
+
+def test_the_error_of_another_rank_begins_with_the_rank() -> None:
+    assert str(RemoteError(1, "ValueError: no such column")) == "rank 1: ValueError: no such column"
 
 
 def test_every_error_has_a_sample() -> None:
