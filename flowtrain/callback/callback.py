@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 from flowtrain.callback.access import Access
 from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, Marked, mark
+from flowtrain.callback.handler import Handler, Marked, find_handler, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import AmbiguousHandlerError, CallbackError, HandlerError, is_a, is_type
+from flowtrain.errors import CallbackError, HandlerError, is_a, is_type
 
-__all__ = ["Callback", "check_handlers", "check_marks", "draws_own", "find_handler", "is_quiet", "on"]
+__all__ = ["Callback", "check_handlers", "check_marks", "draws_own", "is_quiet", "on"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -62,6 +62,9 @@ class Callback:
         renaming: A hint for messages about two series of one name: the code that renames those of this callback.
         lasting: The entries of `state_dict` that count over the life of the learner. They and the conditions keep their
             values when a fit ends with the weights of an earlier epoch, and `hold_judged` with the state of that epoch.
+        ranks: The processes (*ranks*) that run the handlers, in a training of several: ``"every"`` one, or ``"main"``,
+            the first one only. With ``None`` it is the main rank for a callback that writes nothing but resources, as
+            a logger does, and every rank for all other callbacks.
     """
 
     name: str = ""
@@ -77,6 +80,7 @@ class Callback:
     stops_at_nan: ClassVar[bool] = False
     renaming: ClassVar[str] = ""
     lasting: ClassVar[tuple[str, ...]] = ()
+    ranks: Literal["every", "main"] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -184,6 +188,26 @@ class Callback:
         """
         return False
 
+    def rank_state(self) -> Any:
+        """Return what only this rank has measured, since the other ranks have computed other batches; or ``None``.
+
+        Called in a training of several ranks, on the training thread between two events: at the end of each epoch,
+        before `EpochEnd`, and wherever else the ranks exchange messages outside of batches.
+
+        Returns:
+            A value that can be pickled. It should be small, as sums and counts are, because every rank receives those
+            of all ranks.
+        """
+        return None
+
+    def merge_ranks(self, states: Sequence[Any]) -> None:
+        """Replace the measurements of this rank by those of all ranks, which are then equal on every rank.
+
+        Args:
+            states: What `rank_state` of this callback has returned on each rank just now, in the order of the ranks.
+                Every rank gets the same list.
+        """
+
     def stateful(self) -> Iterator[object]:
         """Yield the objects that keep state for this callback alone: the callback itself, and its conditions.
 
@@ -241,46 +265,6 @@ def is_quiet(callback: Callback) -> bool:
     # The class itself must say it: a subclass of a quiet callback may draw random numbers.
     kind = type(callback)
     return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in _registered(kind))
-
-
-def find_handler(
-    handlers: Sequence[tuple[type, Handler]], event_type: type[Event], phase_type: type[Phase]
-) -> Handler | None:
-    """Return the handler that a callback runs for an event and phase, or ``None`` if it has no handler for them.
-
-    Only the handlers of the most derived type with a fitting handler are compared. Among these, the event type and the
-    phase type of the result are both at least as specific as those of every other one.
-
-    Args:
-        handlers: The handlers as `Callback.handlers` yields them, most derived type first.
-        event_type: The type of the event.
-        phase_type: The type of the phase.
-
-    Raises:
-        AmbiguousHandlerError: No handler is the most specific one.
-    """
-    owner: type | None = None
-    fitting: list[Handler] = []
-    for base, handler in handlers:
-        if fitting and base is not owner:  # the handlers of a base class do not compete with those of a derived one
-            break
-        if issubclass(event_type, handler.event_type) and issubclass(phase_type, handler.phase_type):
-            owner = base
-            fitting.append(handler)
-    if len(fitting) < 2:
-        return fitting[0] if fitting else None
-    best = [handler for handler in fitting if all(handler.covers(other) for other in fitting)]
-    if best:
-        return best[0]
-    one, other = fitting[:2]
-    # A handler for exactly this event and phase would be more specific than both, unless one of them is for exactly it.
-    remedy = "Remove one, or merge them"
-    if (event_type, phase_type) not in [(handler.event_type, handler.phase_type) for handler in fitting]:
-        remedy = f"Remove one, or add a handler with @on({event_type.__name__}, {phase_type.__name__})"
-    raise AmbiguousHandlerError(
-        f"{one.callback_type} has two handlers for ({event_type.__name__}, {phase_type.__name__}) and neither is "
-        f"more specific: {one} and {other}. {remedy}."
-    )
 
 
 @overload

@@ -2,22 +2,23 @@
 
 `mark` is the decorator behind `on`: it wraps a method in a `Marked`, which waits in the class body. When the class is
 complete, `Marked.handler` makes the `Handler` that knows the class and the attribute. A handler whose event, phase or
-access differs between instances names attributes for them, and `Handler.for_instance` looks these up.
+access differs between instances names attributes for them, and `Handler.for_instance` looks these up. `find_handler`
+chooses among the handlers of a callback the one that runs for an event and a phase.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flowtrain.callback.access import Access
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import HandlerError, is_type, nearest
+from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest
 
-__all__ = ["Handler", "Marked", "mark"]
+__all__ = ["Handler", "Marked", "find_handler", "mark"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,3 +205,43 @@ def _check_function(function: Callable[..., Any], count: int = 4) -> None:
         ) from None
     except ValueError:
         return  # a builtin without a signature
+
+
+def find_handler(
+    handlers: Sequence[tuple[type, Handler]], event_type: type[Event], phase_type: type[Phase]
+) -> Handler | None:
+    """Return the handler that a callback runs for an event and phase, or ``None`` if it has no handler for them.
+
+    Only the handlers of the most derived type with a fitting handler are compared. Among these, the event type and the
+    phase type of the result are both at least as specific as those of every other one.
+
+    Args:
+        handlers: The handlers as `Callback.handlers` yields them, most derived type first.
+        event_type: The type of the event.
+        phase_type: The type of the phase.
+
+    Raises:
+        AmbiguousHandlerError: No handler is the most specific one.
+    """
+    owner: type | None = None
+    fitting: list[Handler] = []
+    for base, handler in handlers:
+        if fitting and base is not owner:  # the handlers of a base class do not compete with those of a derived one
+            break
+        if issubclass(event_type, handler.event_type) and issubclass(phase_type, handler.phase_type):
+            owner = base
+            fitting.append(handler)
+    if len(fitting) < 2:
+        return fitting[0] if fitting else None
+    best = [handler for handler in fitting if all(handler.covers(other) for other in fitting)]
+    if best:
+        return best[0]
+    one, other = fitting[:2]
+    # A handler for exactly this event and phase would be more specific than both, unless one of them is for exactly it.
+    remedy = "Remove one, or merge them"
+    if (event_type, phase_type) not in [(handler.event_type, handler.phase_type) for handler in fitting]:
+        remedy = f"Remove one, or add a handler with @on({event_type.__name__}, {phase_type.__name__})"
+    raise AmbiguousHandlerError(
+        f"{one.callback_type} has two handlers for ({event_type.__name__}, {phase_type.__name__}) and neither is "
+        f"more specific: {one} and {other}. {remedy}."
+    )

@@ -15,9 +15,9 @@ from itertools import count
 from typing import Any, TypeAlias, overload
 
 from flowtrain.callback.access import Declaration, Write, declare, union
-from flowtrain.callback.callback import Callback, check_handlers, check_marks, find_handler
+from flowtrain.callback.callback import Callback, check_handlers, check_marks
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler
+from flowtrain.callback.handler import Handler, find_handler
 from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,

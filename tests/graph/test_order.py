@@ -32,7 +32,7 @@ from flowtrain import (
     resolve,
 )
 from flowtrain.callback.access import Declaration, Path, meet
-from flowtrain.callback.callback import find_handler
+from flowtrain.callback.handler import find_handler
 from flowtrain.graph.nodes import Order
 from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.registry import Callbacks
