@@ -9,7 +9,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -111,15 +110,3 @@ def isort_style(name: str) -> tuple[int, list[str | int]]:
     """Return the sort key of ruff's RUF022: CONSTANTS, then Classes, then the rest; digits compare as numbers."""
     kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
     return kind, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def test_every_package_is_in_the_distribution() -> None:
-    """A package that is not listed would be missing only where flowtrain is installed."""
-    root = Path(__file__).parents[1]
-    listed = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
-    found = [
-        ".".join(path.parent.relative_to(folder).parts)
-        for folder, package in ((root, "flowtrain"), (root / "executors", "flowtrain_dask"))
-        for path in (folder / package).rglob("__init__.py")
-    ]
-    assert listed == sorted(found)

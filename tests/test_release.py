@@ -1,8 +1,8 @@
 """The commands that make a release: a source distribution and a wheel, installed in a fresh environment.
 
-Both type checkers find the types of what is installed there, from the wheel or from a checkout.
+Both type checkers find the types of what is installed there, from the wheel or, with ``pip install -e``, a checkout.
 
-The tests take nothing from the network: the wheel is built from the source distribution with the setuptools of this
+The tests take nothing from the network: the wheel is built from the source distribution with the hatchling of this
 environment, and the fresh environment finds the requirements of flowtrain in this one.
 """
 
@@ -81,7 +81,7 @@ def make_environment(folder: Path) -> tuple[str, Path]:
 
 def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
     source, dist = copy_source(tmp_path), tmp_path / "dist"
-    hook = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    hook = "import sys; from hatchling import build; build.build_sdist(sys.argv[1])"
     call(sys.executable, "-c", hook, str(dist), folder=source)
     [archive] = dist.iterdir()
     call(*PIP, "wheel", "--no-build-isolation", *OFFLINE, "-w", str(dist), str(archive), folder=tmp_path)
@@ -90,9 +90,13 @@ def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
     modules |= {str(each.relative_to(source / "executors")) for each in (source / "executors").rglob("*.py")}
     with ZipFile(wheel) as file:
         assert {name for name in file.namelist() if name.endswith(".py")} == modules
-        assert any(name.endswith("licenses/LICENSE") for name in file.namelist())
+        others = {name.partition(".dist-info/")[2] or name for name in {*file.namelist()} - modules}
+        described = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+        assert others == described | {"flowtrain/py.typed", "flowtrain_dask/py.typed"}
     with tarfile.open(archive) as file:
-        assert any(name.endswith("/executors/flowtrain_dask/py.typed") for name in file.getnames())
+        held = {name.partition("/")[2] for name in file.getnames()}
+    copied = {str(each.relative_to(source)) for each in source.rglob("*") if each.is_file()}
+    assert held == copied | {"PKG-INFO"}
 
     python, place = make_environment(tmp_path)
     call(*PIP, "--python", python, "install", *OFFLINE, str(wheel), folder=tmp_path)
@@ -105,7 +109,7 @@ def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
 def test_type_checkers_find_the_types_of_what_is_installed(tmp_path: Path, editable: bool) -> None:
     source, project = copy_source(tmp_path), tmp_path / "project"
     python, _ = make_environment(tmp_path)
-    how = ["--config-settings", "editable_mode=strict", "--editable"] if editable else []
+    how = ["--editable"] if editable else []
     call(*PIP, "--python", python, "install", "--no-build-isolation", *OFFLINE, *how, str(source), folder=tmp_path)
     project.mkdir()
     (project / "train.py").write_text(TYPED, "utf-8")
