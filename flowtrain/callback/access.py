@@ -7,24 +7,33 @@ A user writes a declaration as a mapping from paths to access, dotted or nested;
 
 `declare` checks it and brings it into the normal form that the rest of the library uses (`Declaration`). A path covers
 everything below it. Different paths may reach the same state: `flowtrain.graph.reach` knows which ones do.
+
+In a training on several ranks, which are processes with a batch each, a declaration may ask for a *collective*: an
+exchange of values in which every rank takes part. `Read(reduce=...)` and `Read(gather=True)` show a handler the values
+of all ranks, and `Write(broadcast=True)` sends the value that the main rank wrote to the others. In one process the
+same handler sees its own value, or a list of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias, Union
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, Union
 
-from flowtrain.errors import AccessError, nearest
+from flowtrain.errors import AccessError, is_a, nearest
 
 __all__ = [
+    "REDUCTIONS",
     "ROOTS",
+    "WHOLE",
     "Access",
     "Declaration",
     "Path",
     "Read",
+    "Reduction",
     "Write",
     "canonical",
+    "collective",
     "declare",
     "dotted",
     "granted",
@@ -39,6 +48,14 @@ Path: TypeAlias = tuple[str, ...]
 ROOTS = ("model", "lossfn", "optimizer", "data", "params", "batch", "cbstate", "callbacks", "resource")
 """The first parts that a path can have: the attributes of a view, and ``resource`` for things outside the learner."""
 
+Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
+"""How the values of all ranks become one."""
+
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "min", "max")
+
+WHOLE: tuple[Path, ...] = (("params",), ("batch", "grads"))
+"""The paths at which ``Read(gather=True)`` puts sharded tensors together, instead of making a list of all values."""
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
@@ -48,21 +65,90 @@ class Read:
         optional: The view gives ``None`` while the state does not exist, instead of a `MissingStateError`.
         full: The handler iterates over all values of a series at the path. This matters for deferrable callbacks only:
             an executor sends just the newest values of a series to another process, so the handler stays in this one.
+        reduce: The handler gets one value made of those of all ranks, the same on every rank: their ``"mean"``,
+            ``"sum"``, ``"min"`` or ``"max"``, element by element for tensors. In one process it is the value itself.
+        gather: The handler gets a list of the values of all ranks, in the order of the ranks. In one process that list
+            has one value. At ``params`` and ``batch.grads`` there is no list: tensors that are sharded over the ranks
+            are put together, and others are shown as they are.
+
+    Raises:
+        AccessError: An argument has a wrong value, or two arguments exclude each other.
     """
 
     optional: bool = False
     full: bool = False
+    reduce: Reduction | None = None
+    gather: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flags(self, "optional", "full", "gather")
+        if self.reduce is not None and self.reduce not in REDUCTIONS:
+            raise AccessError(
+                f"Read(reduce={self.reduce!r}): the values of all ranks become their 'mean', 'sum', 'min' or 'max'. "
+                f'Write Read(reduce="mean"), or Read(gather=True) for a list of all values.'
+            )
+        if self.reduce is not None and self.gather:
+            raise AccessError(
+                f"{self!r}: a handler gets either one value for all ranks, or a list of their values. "
+                f"Write Read(reduce={_literal(self.reduce)}) or Read(gather=True)."
+            )
+        if self.full and collective(self):
+            raise AccessError(
+                f"{self!r}: full=True is for a series, and a series is not exchanged between ranks. Leave full=True "
+                f"out, or declare Read(full=True) for the series of this rank."
+            )
 
     def __repr__(self) -> str:
-        return f"Read({', '.join(f'{name}=True' for name in ('optional', 'full') if getattr(self, name))})"
+        return _render_access(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Declare that a handler writes, and may read, the state at a path and everything below it."""
+    """Declare that a handler writes, and may read, the state at a path and everything below it.
+
+    Args:
+        broadcast: After the handler every rank gets the value that the main rank has at the path. In one process this
+            does nothing.
+
+    Raises:
+        AccessError: `broadcast` is neither ``True`` nor ``False``.
+    """
+
+    broadcast: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flags(self, "broadcast")
 
     def __repr__(self) -> str:
-        return "Write()"
+        return _render_access(self)
+
+
+def collective(access: Read | Write) -> bool:
+    """Tell whether an access asks for an exchange of values between ranks.
+
+    >>> collective(Read(reduce="mean")), collective(Write())
+    (True, False)
+    """
+    return access.broadcast if isinstance(access, Write) else access.gather or access.reduce is not None
+
+
+def _check_flags(access: Read | Write, *names: str) -> None:
+    for name in names:
+        value: object = getattr(access, name)
+        if not is_a(value, bool):
+            kind = type(access).__name__
+            raise AccessError(f"{kind}({name}={value!r}): {name} is True or False. Write {kind}({name}=True).")
+
+
+def _render_access(access: Read | Write) -> str:
+    """Return the source of an access, with the arguments that differ from their defaults."""
+    given = {field.name: getattr(access, field.name) for field in fields(access)}
+    shown = [f"{name}={_literal(value)}" for name, value in given.items() if value is not None and value is not False]
+    return f"{type(access).__name__}({', '.join(shown)})"
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 # typing.Union, because a forward reference in quotes does not take the | operator.
@@ -102,8 +188,77 @@ def declare(access: Access, owner: str) -> Declaration:
                 f"{owner} declares {dotted(path)!r}: an entry's name does not begin with an underscore. "
                 f"Name it {dotted((path[0], path[1].lstrip('_'), *path[2:]))!r}."
             )
+        _check_collective(path, kind, strongest.get(path), owner)
         strongest[path] = _stronger(strongest.get(path), kind)  # a path may be there twice: dotted and nested
+    _check_covering(strongest, owner)
     return tuple(sorted(strongest.items(), key=lambda item: item[0]))
+
+
+_EXCHANGED = ("batch", "cbstate")
+"""The roots with entries that ranks exchange, each as a whole."""
+
+_SENT = ("model", "params", "optimizer", "cbstate")
+"""The roots below which the main rank can send a value to the others."""
+
+
+def _check_collective(path: Path, kind: Read | Write, other: Read | Write | None, owner: str) -> None:
+    """Check that the value at a path can be exchanged between ranks, if the access asks for that.
+
+    Args:
+        path: The path.
+        kind: The access.
+        other: The access that the same declaration has for this path too, written in another way.
+        owner: The source of the declaration.
+    """
+    said = f"{owner} declares {dotted(path)!r}: {kind!r}"
+    if other not in (None, kind) and (collective(kind) or (other is not None and collective(other))):
+        raise AccessError(
+            f"{said}, and declares the same path with {other!r}. A path has one of them: a handler that needs both "
+            f"values is two handlers, each with its own @on(..., access=...)."
+        )
+    if not collective(kind):
+        return
+    if isinstance(kind, Write):
+        if path[0] not in _SENT or (path[0] == "cbstate" and len(path) != 2):
+            raise AccessError(
+                f"{said}. The main rank can send an entry of cbstate, the model, its parameters, or "
+                f"optimizer.hyperparams. Write the value to an entry of cbstate, and send that: "
+                f'{{"cbstate.sent": Write(broadcast=True)}}.'
+            )
+        if path[0] == "optimizer" and path[-1] != "hyperparams":
+            narrow = dotted((*(path if path[-1] != "param_groups" else path[:-1]), "hyperparams"))
+            raise AccessError(
+                f"{said}. The ranks exchange the hyperparameters of an optimizer, and not the rest of it. Write "
+                f'{{"{narrow}": Write(broadcast=True)}}.'
+            )
+        return
+    whole = kind.gather and path in WHOLE
+    if whole or (path[0] in _EXCHANGED and len(path) == 2 and path not in WHOLE):
+        return
+    if path[0] in ("model", "params") or path[:2] == ("batch", "grads"):
+        root = '"batch.grads"' if path[0] == "batch" else '"params"'
+        raise AccessError(
+            f"{said}. Parameters and gradients are the same on every rank, or sharded. To see whole tensors declare "
+            f"all of them: {{{root}: Read(gather=True)}}."
+        )
+    raise AccessError(
+        f"{said}. Ranks exchange one entry of batch or cbstate as a whole, such as "
+        f'{{"{dotted(path[:2]) if path[0] in _EXCHANGED and len(path) > 1 else "batch.loss"}": {kind!r}}}.'
+    )
+
+
+def _check_covering(declared: Mapping[Path, Read | Write], owner: str) -> None:
+    """Check that a path with the values of all ranks shows these, and not the value of this rank by another path."""
+    for path, kind in declared.items():
+        if isinstance(kind, Write) or not collective(kind):
+            continue
+        for other, access in declared.items():
+            above = other == path[: len(other)]
+            if other != path and meet(path, other) and (not above or isinstance(access, Write)):
+                raise AccessError(
+                    f"{owner} declares {dotted(path)!r}: {kind!r}, and {dotted(other)!r}: {access!r}, which reaches "
+                    f"the value of this rank alone. Leave one of them out."
+                )
 
 
 def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, Read | Write]]:
@@ -129,18 +284,22 @@ def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, R
 
 def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
     """Return the access that allows all that either of two allows; `Write` includes reading."""
-    if one is None or one == other or isinstance(other, Write):
+    if one is None or one == other:
         return other
-    if isinstance(one, Write):
-        return one
-    # A read that is optional for one of two handlers is still required by the other.
-    return Read(optional=one.optional and other.optional, full=one.full or other.full)
+    if isinstance(one, Write) or isinstance(other, Write):
+        return Write(any(isinstance(each, Write) and each.broadcast for each in (one, other)))
+    # A read that is optional for one of two handlers is still required by the other. A value of this rank alone is
+    # what both handlers can get where only one of them asks for the values of all ranks.
+    both = Read(optional=one.optional and other.optional, full=one.full or other.full)
+    alike = (one.reduce, one.gather) == (other.reduce, other.gather)
+    return replace(both, reduce=one.reduce, gather=one.gather) if alike else both
 
 
 def union(declarations: Iterable[Declaration]) -> Declaration:
     """Return one declaration that allows all that any of several allows.
 
-    For each path `Write` beats `Read`, and `Read` beats an optional read. A `Read` is full if one of several is full.
+    For each path `Write` beats `Read`, and `Read` beats an optional read. A `Read` is full if one of several is full,
+    and reduced or gathered if all are so in the same way.
     """
     strongest: dict[Path, Read | Write] = {}
     for declaration in declarations:

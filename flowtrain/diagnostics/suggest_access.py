@@ -12,10 +12,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from flowtrain.callback.access import Declaration, Path, Read, Write, canonical, declare, dotted, render, union
+from flowtrain.callback.access import (
+    WHOLE,
+    Declaration,
+    Path,
+    Read,
+    Write,
+    canonical,
+    declare,
+    dotted,
+    render,
+    union,
+)
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
@@ -220,10 +231,14 @@ class _Probe:
         """
         shared = self.subject.state_access()
         declared = {
-            handler.attribute: dict(_resources(shared if handler.access is None else handler.access, handler.attribute))
+            handler.attribute: dict(declare(shared if handler.access is None else handler.access, handler.attribute))
             for _, handler in self.subject.handlers()
         }
-        handlers = {name: _minimal({**declared.get(name, {}), **log}) for name, log in self.logs.items()}
+        handlers = {
+            name: _with_collectives(_minimal({**_resources(own), **log}), own)
+            for name, log in self.logs.items()
+            for own in [declared.get(name, {})]
+        }
         decorators = {handler.attribute: handler.decorator() for _, handler in self.subject.handlers()}
         return Recording(
             type(self.subject).__name__,
@@ -265,10 +280,8 @@ class _Probed(Callbacks):
             set_up(node, view, self._state)
 
 
-def _resources(access: Any, owner: str) -> Iterator[tuple[Path, Read | Write]]:
-    for path, kind in declare(access, owner):
-        if path[0] == "resource" and path != ("resource", "rng"):
-            yield path, kind
+def _resources(declared: Mapping[Path, Read | Write]) -> Log:
+    return {path: kind for path, kind in declared.items() if path[0] == "resource" and path != ("resource", "rng")}
 
 
 def _log_write(log: Log, changed: Path, reach: Reach) -> None:
@@ -280,6 +293,19 @@ def _log_write(log: Log, changed: Path, reach: Reach) -> None:
     named = [path for path in log if changed[: len(path)] == canonical(path)]
     reached = [path for path in log if reach.explains(path, changed)]
     log[next(iter([*named, *reached]), declarable(changed))] = Write()
+
+
+def _with_collectives(found: Declaration, declared: Mapping[Path, Read | Write]) -> Declaration:
+    """Add the exchanges between ranks that a callback declares to the access that it needs: no run can find these."""
+    kept: list[tuple[Path, Read | Write]] = []
+    for path, kind in found:
+        known = declared.get(path)
+        if isinstance(known, Read) and isinstance(kind, Read):
+            kind = replace(kind, reduce=known.reduce, gather=known.gather)
+        elif isinstance(known, Write) and isinstance(kind, Write):
+            kind = known
+        kept.append((path, kind))
+    return tuple(kept)
 
 
 def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
@@ -323,7 +349,9 @@ class RecordingView(GuardedView):
     def __getattr__(self, name: str) -> Any:
         state, log, shown = self._state, self._log, self._shown
         if name in ("batch", "cbstate"):
-            return _RecordedNamespace(getattr(state, name), (name,), log, shown)
+            declared = self._owner.declaration
+            lists = [path for path, kind in declared if isinstance(kind, Read) and kind.gather and path not in WHOLE]
+            return _RecordedNamespace(getattr(state, name), (name,), log, shown, lists)
         if name == "optimizer":
             return _RecordedNamespace(state.optimizers, (name,), log)
         if name == "params" or (name == "model" and isinstance(state.model, Named)):
@@ -342,10 +370,18 @@ class _RecordedNamespace:
         path: The path of the object.
         log: The log of the view.
         shown: Makes the value that a handler sees, such as a detached tensor; by default the value itself.
+        gathered: The paths at which the handler sees a list of the values of all ranks.
     """
 
-    def __init__(self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None) -> None:
-        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself)
+    def __init__(
+        self,
+        target: Any,
+        path: Path,
+        log: Log,
+        shown: Callable[[Any], Any] | None = None,
+        gathered: Sequence[Path] = (),
+    ) -> None:
+        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself, _gathered=gathered)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -363,7 +399,7 @@ class _RecordedNamespace:
         if path[0] == "cbstate" and kind_of_series(value) is SeriesMap:
             return _RecordedMapping(value, path, self._log)
         _read(self._log, path, optional=value is None)
-        return self._shown(value)
+        return [self._shown(value)] if path in self._gathered else self._shown(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._log[*self._path, name] = Write()

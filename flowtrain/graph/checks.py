@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flowtrain.callback.access import Declaration, Path, Read, Write, dotted, meet
+from flowtrain.callback.access import Declaration, Path, Read, Write, collective, dotted, meet
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -25,6 +25,7 @@ __all__ = [
     "check_batch",
     "check_cbstate",
     "check_deferrable",
+    "check_exchanged",
     "check_made",
     "check_parts",
     "check_series",
@@ -206,6 +207,27 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
                 dotted(path),
                 f"{node.name} reads {dotted(path)}, and no callback declares to write it.{known}{hint} {remedy}",
             )
+
+
+def check_exchanged(nodes: Iterable[Node]) -> None:
+    """Check that no series of the bundled callbacks is exchanged between ranks: it grows, and is never replaced.
+
+    Raises:
+        AccessError: A callback declares ``reduce=``, ``gather=`` or ``broadcast=`` for such an entry of ``cbstate``.
+    """
+    for node in nodes:
+        for declaration in node.access.values():
+            for path, kind in declaration:
+                if path[0] != "cbstate" or not collective(kind) or path[1] not in CONTAINERS:
+                    continue
+                remedy = "Write the value to an entry of your own, and send that."
+                if isinstance(kind, Read):
+                    remedy = f'Read the value of the batch: {{"batch.loss": {kind!r}}}.'
+                    remedy += " Values of an epoch, in cbstate.metrics_epoch, are those of all ranks without it."
+                raise AccessError(
+                    f"{node.name} declares {dotted(path)!r}: {kind!r}. It holds the values of each phase, and ranks "
+                    f"exchange one value. {remedy}"
+                )
 
 
 def check_parts(nodes: Iterable[Node], state: LearnerState) -> None:

@@ -30,6 +30,7 @@ from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,
     check_deferrable,
+    check_exchanged,
     check_made,
     check_parts,
     check_series,
@@ -97,6 +98,7 @@ class Callbacks(Sequence[Callback]):
         self._known = {key: self._order(*key) for key in self._pairs()}
         check_deferrable(self._nodes)
         check_series(self._nodes)
+        check_exchanged(self._nodes)
         check_parts(self._nodes, state)
         # An entry stays in `cbstate` when the callback that wrote it leaves, so other callbacks may still read it.
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()

@@ -11,12 +11,12 @@ refuse everything that is not declared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from flowtrain.callback.access import Declaration, Path, Read, Write, dotted, granted, render, union
+from flowtrain.callback.access import WHOLE, Declaration, Path, Read, Write, dotted, granted, render, union
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import MissingStateError, ProtectedException
+from flowtrain.errors import MissingStateError, ProtectedException, UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached
@@ -61,6 +61,8 @@ class Owner:
         passed: The declaration that the user passed to the callback as ``access=``, if there is one.
         consumes: Whether the view is for a handler of a deferrable callback, which sees detached tensors even where it
             runs in place.
+        exchanged: While the handler runs, the values of all ranks by the paths that it declares with ``reduce=`` or
+            ``gather=``; ``None`` in one process, and in `Callback.setup`.
     """
 
     callback: str
@@ -70,6 +72,33 @@ class Owner:
     decorator: str = ""
     passed: Declaration | None = None
     consumes: bool = False
+    exchanged: dict[Path, Any] | None = field(default=None, compare=False)
+
+    def of_all_ranks(self, path: Path, access: Read, find: Callable[[], Any]) -> Any:
+        """Return the value at a path that is declared with ``reduce=`` or ``gather=``.
+
+        Args:
+            path: The path.
+            access: The access that is declared for it.
+            find: A function that returns the value of this rank as the handler may see it.
+        """
+        exchanged = self.exchanged
+        if exchanged is not None and path in exchanged:
+            return self.shown(exchanged[path], path)
+        if path in WHOLE:  # every rank has all of it
+            return find()
+        if exchanged is not None:
+            raise UsageError(
+                f"{self.callback} reads {dotted(path)}, declared with {access!r}, and its handler does not run now. "
+                f"The ranks exchange the value for one call of the handler: keep the value, and not `learner`."
+            )
+        try:
+            value = find()
+        except MissingStateError:
+            if not access.optional:
+                raise
+            value = None
+        return [value] if access.gather else value
 
     def shown(self, value: Any, path: Path) -> Any:
         """Return a value as a handler sees it that declares to read the path: read-only, and detached if deferrable."""

@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowtrain.callback.access import ROOTS, Declaration, Read, Write, granted
+from flowtrain.callback.access import ROOTS, Declaration, Path, Read, Write, collective, granted
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import ReadOnlyBatch
@@ -133,12 +133,18 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
                 trees[root] = inside
         elif root == "data" and isinstance(covering, Read):
             members[root] = property(lambda view: view._state.data.__twin__())
+        elif root == "params" and isinstance(covering, Read) and covering.gather:
+            members[root] = property(_of_all_ranks(_params if consumes else _own_params, ("params",), covering))
         elif root == "params" and consumes:
             members[root] = property(_params)
         else:
             members[root] = property(attrgetter(f"_state.{root}"))
     members["__slots__"] = (*namespaces, *trees)
     return CompiledView(type("LearnerView", (GuardedView,), members), namespaces, trees)
+
+
+def _own_params(view: LearnerView) -> Any:
+    return view._state.params
 
 
 def _params(view: LearnerView) -> Any:
@@ -326,6 +332,16 @@ def _detached_getter(path: str, read: str, write: str, name: str) -> Callable[[A
     return show
 
 
+def _of_all_ranks(get: Callable[[Any], Any], path: Path, access: Read) -> Callable[[Any], Any]:
+    """Return a getter of a path with ``reduce=`` or ``gather=``; `get` is that of the value of this rank."""
+
+    def show(view: Any) -> Any:
+        """Return the value that the ranks have exchanged, or in one process the value of it."""
+        return view._owner.of_all_ranks(path, access, partial(get, view))
+
+    return show
+
+
 def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[Namespace]:
     """Make the class for a namespace: a C getter for each declared entry, and a slot for each `Part`.
 
@@ -346,10 +362,12 @@ def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[N
         elif name:
             # All batches share one object for the gradients, which has its own twin.
             twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
+            get: Callable[[Any], Any] = attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}")
             if consumes and root != "optimizer" and not isinstance(covering, Write):
-                members[name] = property(_detached_getter(f"{root}.{name}", read, write, name))
-                continue
-            members[name] = property(attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}"))
+                get = _detached_getter(f"{root}.{name}", read, write, name)
+            if isinstance(covering, Read) and collective(covering):
+                get = _of_all_ranks(get, (root, name), covering)
+            members[name] = property(get)
     members |= {
         "__slots__": tuple(trees),
         "_root": root,

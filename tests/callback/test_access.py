@@ -16,6 +16,7 @@ from flowtrain.callback.access import (
     Path,
     Read,
     Write,
+    collective,
     declare,
     dotted,
     granted,
@@ -23,9 +24,11 @@ from flowtrain.callback.access import (
     union,
 )
 from flowtrain.errors import AccessError
+from tests.support.untyped import untyped
 
 NAMES = ["a", "b", "0", "weight"]
 KINDS: list[Read | Write] = [Read(), Read(optional=True), Read(full=True), Read(optional=True, full=True), Write()]
+LOSS: Path = ("batch", "loss")
 
 roots = st.sampled_from(["batch", "cbstate", "model", "params", "optimizer", "resource"])
 paths = st.tuples(roots, st.lists(st.sampled_from(NAMES), max_size=3)).map(lambda each: (each[0], *each[1]))
@@ -216,3 +219,159 @@ def test_a_union_grants_what_one_of_them_grants(several: list[Declaration], path
     if reads and expected is None:
         expected = Read(optional=all(kind.optional for kind in reads), full=any(kind.full for kind in reads))
     assert granted(union(several), path) == expected
+
+
+# --- exchanges between ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        (Read(reduce="mean"), 'Read(reduce="mean")'),
+        (Read(optional=True, reduce="max"), 'Read(optional=True, reduce="max")'),
+        (Read(gather=True), "Read(gather=True)"),
+        (Write(broadcast=True), "Write(broadcast=True)"),
+        (Write(), "Write()"),
+    ],
+)
+def test_an_exchange_is_printed_compared_and_hashed(kind: Read | Write, source: str) -> None:
+    assert repr(kind) == source
+    declaration = declare({"cbstate.best": kind}, "me")
+    assert render(declaration) == f'{{"cbstate.best": {source}}}'
+    assert declare(eval(render(declaration), {"Read": Read, "Write": Write}), "me") == declaration
+    assert hash(declaration) == hash(declare({"cbstate": {"best": kind}}, "me"))
+    plain = Write() if isinstance(kind, Write) else Read()
+    assert (kind == plain) is not collective(kind)
+
+
+def test_a_collective_is_an_exchange_of_values() -> None:
+    assert [collective(kind) for kind in KINDS] == [False] * 5
+    kinds: list[Read | Write] = [Read(reduce="min"), Read(gather=True), Write(broadcast=True)]
+    assert all(map(collective, kinds))
+
+
+def test_what_both_declarations_allow_is_the_value_of_this_rank_unless_both_ask_for_all() -> None:
+    """`Callback.setup` sees the union, and no rank exchanges values there."""
+    mean, total, several, plain = Read(reduce="mean"), Read(reduce="sum"), Read(gather=True), Read()
+    cases: list[tuple[Read | Write, Read | Write, Read | Write]] = [
+        (mean, mean, mean),
+        (mean, total, plain),
+        (mean, plain, plain),
+        (several, plain, plain),
+        (several, several, several),
+        (Read(optional=True, reduce="mean"), mean, mean),
+        (mean, Write(), Write()),
+        (Write(broadcast=True), Write(), Write(broadcast=True)),
+        (Write(broadcast=True), mean, Write(broadcast=True)),
+    ]
+    for one, other, both in cases:
+        assert union([((LOSS, one),), ((LOSS, other),)]) == ((LOSS, both),)
+        assert union([((LOSS, other),), ((LOSS, one),)]) == ((LOSS, both),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"reduce": "average"},
+            "Read(reduce='average'): the values of all ranks become their 'mean', 'sum', 'min' or 'max'. "
+            'Write Read(reduce="mean"), or Read(gather=True) for a list of all values.',
+        ),
+        (
+            {"reduce": "mean", "gather": True},
+            'Read(reduce="mean", gather=True): a handler gets either one value for all ranks, or a list of their '
+            'values. Write Read(reduce="mean") or Read(gather=True).',
+        ),
+        (
+            {"full": True, "reduce": "sum"},
+            'Read(full=True, reduce="sum"): full=True is for a series, and a series is not exchanged between ranks. '
+            "Leave full=True out, or declare Read(full=True) for the series of this rank.",
+        ),
+        ({"gather": "all"}, "Read(gather='all'): gather is True or False. Write Read(gather=True)."),
+        ({"optional": 1}, "Read(optional=1): optional is True or False. Write Read(optional=True)."),
+    ],
+)
+def test_arguments_of_a_read_are_checked(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(AccessError) as error:
+        Read(**arguments)
+    assert str(error.value) == text
+
+
+def test_arguments_of_a_write_are_checked() -> None:
+    with pytest.raises(AccessError, match=r"^Write\(broadcast='main'\): broadcast is True or False\."):
+        Write(untyped("main"))
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        {"batch.loss": Read(reduce="mean")},
+        {"cbstate.best": Read(gather=True), "batch": Read()},
+        {"params": Read(gather=True), "batch.grads": Read(gather=True)},
+        {"cbstate.best": Write(broadcast=True), "cbstate": Write()},
+        {"model": Write(broadcast=True), "params.0.weight": Write(broadcast=True)},
+        {"optimizer.hyperparams": Write(broadcast=True), "optimizer.gen.hyperparams": Write(broadcast=True)},
+    ],
+)
+def test_values_that_ranks_can_exchange(access: Access) -> None:
+    assert dict(declare(access, "me")) == {tuple(path.split(".")): kind for path, kind in access.items()}
+
+
+_ENTRY = "Ranks exchange one entry of batch or cbstate as a whole, such as"
+_SEND = (
+    "The main rank can send an entry of cbstate, the model, its parameters, or optimizer.hyperparams. Write the value "
+    'to an entry of cbstate, and send that: {"cbstate.sent": Write(broadcast=True)}.'
+)
+
+
+@pytest.mark.parametrize(
+    ("access", "text"),
+    [
+        ({"batch": Read(gather=True)}, f'{_ENTRY} {{"batch.loss": Read(gather=True)}}.'),
+        ({"data": Read(gather=True)}, f'{_ENTRY} {{"batch.loss": Read(gather=True)}}.'),
+        ({"cbstate.a.b": Read(reduce="sum")}, f'{_ENTRY} {{"cbstate.a": Read(reduce="sum")}}.'),
+        ({"optimizer.hyperparams": Read(reduce="mean")}, f'{_ENTRY} {{"batch.loss": Read(reduce="mean")}}.'),
+        (
+            {"params": Read(reduce="mean")},
+            "Parameters and gradients are the same on every rank, or sharded. To see whole tensors declare all of "
+            'them: {"params": Read(gather=True)}.',
+        ),
+        ({"model": Read(gather=True)}, 'To see whole tensors declare all of them: {"params": Read(gather=True)}.'),
+        (
+            {"batch.grads.0.weight": Read(gather=True)},
+            'To see whole tensors declare all of them: {"batch.grads": Read(gather=True)}.',
+        ),
+        ({"batch.inputs": Write(broadcast=True)}, _SEND),
+        ({"cbstate.a.b": Write(broadcast=True)}, _SEND),
+        ({"resource.rng": Write(broadcast=True)}, _SEND),
+        (
+            {"optimizer": Write(broadcast=True)},
+            "The ranks exchange the hyperparameters of an optimizer, and not the rest of it. Write "
+            '{"optimizer.hyperparams": Write(broadcast=True)}.',
+        ),
+        (
+            {"optimizer.gen.param_groups": Write(broadcast=True)},
+            'Write {"optimizer.gen.hyperparams": Write(broadcast=True)}.',
+        ),
+        (
+            {"batch.loss": Read(reduce="mean"), "batch": {"loss": Read()}},
+            "me declares 'batch.loss': Read(), and declares the same path with Read(reduce=\"mean\"). A path has one "
+            "of them: a handler that needs both values is two handlers, each with its own @on(..., access=...).",
+        ),
+        (
+            {"batch.loss": Read(reduce="mean"), "batch": Write()},
+            "me declares 'batch.loss': Read(reduce=\"mean\"), and 'batch': Write(), which reaches the value of this "
+            "rank alone. Leave one of them out.",
+        ),
+        (
+            {"cbstate.a": Read(gather=True), "cbstate.a.b": Read()},
+            "me declares 'cbstate.a': Read(gather=True), and 'cbstate.a.b': Read(), which reaches the value of this "
+            "rank alone. Leave one of them out.",
+        ),
+    ],
+)
+def test_values_that_ranks_cannot_exchange(access: Access, text: str) -> None:
+    with pytest.raises(AccessError) as error:
+        declare(access, "me")
+    assert str(error.value).startswith("me declares '")
+    assert str(error.value).endswith(text)

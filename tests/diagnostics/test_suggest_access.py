@@ -178,6 +178,21 @@ def test_a_declaration_that_does_not_fit_is_no_obstacle() -> None:
     assert found.union == ((("batch", "loss"), Read()),)
 
 
+def test_declared_exchanges_between_ranks_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    class Worst(Callback):
+        def state_access(self) -> Access:
+            return {"batch.loss": Read(gather=True), "cbstate.worst": Write(broadcast=True), "batch.inputs": Read()}
+
+        @on(BatchEnd, TrainingPhase)
+        def look(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            learner.cbstate.worst = max(map(float, learner.batch.loss))
+
+    found = record_access(Worst())
+    assert found.failure is None
+    wanted = '{"batch.loss": Read(gather=True), "cbstate.worst": Write(broadcast=True)}'
+    assert f"        return {wanted}\n" in capsys.readouterr().out
+
+
 def test_declared_resources_are_kept() -> None:
     printer = CustomCallback(lambda learner: None, EpochEnd, access={"resource.pyplot": Write(), "batch": Read()})
     assert record_access(printer).union == ((("resource", "pyplot"), Write()),)

@@ -500,3 +500,21 @@ def test_what_is_not_the_same_series_is_fine(tmp_path: Path) -> None:
     with tiny_learner(*callbacks, n_batches=1) as learner:
         learner.fit(1)
     assert (tmp_path / "one").read_text("utf-8").count('"Zero"') == 4
+
+
+# --- exchanges between ranks
+
+
+def test_a_series_is_not_exchanged_between_ranks() -> None:
+    smooth = At("Smooth", {"cbstate.smooth_loss": W}, BatchEnd)
+    mean = At("Mean", {"cbstate.smooth_loss": Read(reduce="mean")}, BatchEnd)
+    assert refused(AccessError, smooth, mean) == (
+        "Mean declares 'cbstate.smooth_loss': Read(reduce=\"mean\"). It holds the values of each phase, and ranks "
+        'exchange one value. Read the value of the batch: {"batch.loss": Read(reduce="mean")}. Values of an epoch, in '
+        "cbstate.metrics_epoch, are those of all ranks without it."
+    )
+    assert refused(AccessError, At("Counts", {"cbstate.history": Write(broadcast=True)}, BatchEnd)) == (
+        "Counts declares 'cbstate.history': Write(broadcast=True). It holds the values of each phase, and ranks "
+        "exchange one value. Write the value to an entry of your own, and send that."
+    )
+    build(At("Mine", {"cbstate.mine": Write(broadcast=True)}, BatchEnd, makes="mine"))

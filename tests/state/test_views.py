@@ -19,8 +19,9 @@ from flowtrain.callback.access import ROOTS, Declaration, Path, declare, dotted,
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import FlowtrainError, MissingStateError, ProtectedException, UsageError
 from flowtrain.state.learner_state import Named
+from flowtrain.state.partial_view import Owner
 from flowtrain.state.readonly import ReadOnlyDict, ReadOnlyList
-from flowtrain.state.views import compile_view
+from flowtrain.state.views import bind_view, compile_view
 from tests.support.untyped import untyped
 from tests.support.views import made, view_of
 
@@ -513,3 +514,77 @@ def test_a_whole_optional_read() -> None:
     learner = view_of({"cbstate": Read(optional=True)}, made())
     assert learner.cbstate.absent is None
     assert learner.cbstate.best == 0.5
+
+
+# --- exchanges between ranks
+
+
+def test_in_one_process_all_ranks_are_this_one() -> None:
+    """A reduced value is the value itself, a gathered one a list of it, and parameters are whole anyway."""
+    state = made()
+    access: Access = {
+        "batch.loss": Read(reduce="mean"),
+        "batch.inputs": Read(gather=True),
+        "batch.grads": Read(gather=True),
+        "cbstate.seen": Read(reduce="sum"),
+        "cbstate.best": Write(broadcast=True),
+        "params": Read(gather=True),
+    }
+    view = view_of(access, state)
+    assert view.batch.loss is state.batch.loss
+    assert type(view.batch.inputs) is list
+    assert view.batch.inputs == [{"x": state.batch.inputs["x"]}]
+    assert view.params is state.params
+    assert view.batch.grads["head.bias"] is state.model.head.bias.grad
+    assert view.cbstate.seen == [1]
+    assert isinstance(view.cbstate.seen, ReadOnlyList)
+    view.cbstate.best = 0.25
+    assert state.cbstate.best == 0.25
+
+
+def test_a_missing_value_of_this_rank() -> None:
+    access: Access = {
+        "batch.a": Read(optional=True, reduce="sum"),
+        "batch.b": Read(optional=True, gather=True),
+        "batch.c": Read(gather=True),
+    }
+    view = view_of(access, made())
+    assert (view.batch.a, view.batch.b) == (None, [None])
+    with pytest.raises(MissingStateError, match=r"Mine reads Learner\.batch\.c, and there is nothing"):
+        _ = view.batch.c
+
+
+def test_a_deferrable_handler_sees_the_value_detached() -> None:
+    state = made()
+    state.batch.loss = torch.ones((), requires_grad=True) * 2
+    declaration = declare({"batch.loss": Read(reduce="mean"), "batch.inputs": Read(gather=True)}, "Mine")
+    owner = Owner("Mine", "Mine", "state_access", declaration, consumes=True)
+    view = bind_view(declaration, state, owner)
+    assert view.batch.loss == 2
+    assert not view.batch.loss.requires_grad
+    assert len(view.batch.inputs) == 1
+
+
+def test_the_values_of_all_ranks_are_shown_while_the_handler_runs() -> None:
+    state, exchanged = made(), dict[Path, Any]()
+    declaration = declare({"batch.loss": Read(reduce="mean"), "cbstate.seen": Read(gather=True)}, "Mine")
+    view = bind_view(declaration, state, Owner("Mine", "Mine", "state_access", declaration, exchanged=exchanged))
+    exchanged |= {("batch", "loss"): 7.0, ("cbstate", "seen"): [[1], [2]]}
+    assert view.batch.loss == 7.0
+    assert view.cbstate.seen == [[1], [2]]
+    exchanged.clear()
+    with pytest.raises(UsageError) as error:
+        _ = view.batch.loss
+    assert str(error.value) == (
+        'Mine reads batch.loss, declared with Read(reduce="mean"), and its handler does not run now. The ranks '
+        "exchange the value for one call of the handler: keep the value, and not `learner`."
+    )
+
+
+def test_a_refusal_keeps_the_exchanges_that_are_declared() -> None:
+    view = view_of({"batch.loss": Read(reduce="mean"), "cbstate.best": Write(broadcast=True)}, made())
+    with pytest.raises(ProtectedException) as error:
+        _ = view.batch.inputs
+    assert pasted(str(error.value)) == declare(
+        {"batch.loss": Read(reduce="mean"), "cbstate.best": Write(broadcast=True), "batch.inputs": Read()}, "Mine"
+    )
