@@ -63,7 +63,7 @@ examples.__dict__["ORDINARY"] = 10  # drawn examples in a test: each operation t
 sys.modules["torch.optim.optimizer"].__dict__["_get_foreach_kernels_supported_devices"] = list
 
 
-_STARTING_PROCESSES = {"dask_processes", "make_dask_processes", "programs"}
+_STARTING_PROCESSES = {"dask_processes", "make_dask_processes", "programs", "ranks"}
 """Fixtures of tests that start other processes."""
 
 

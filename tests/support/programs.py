@@ -26,10 +26,14 @@ def importing_the_same() -> dict[str, str]:
 
 
 class Programs:
-    """Runs programs, one after the other."""
+    """Runs programs, one after the other.
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-P", str(Path(__file__).resolve())]
+    Args:
+        modules: Names of modules that programs find imported, besides torch and flowtrain.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), *modules]
         self._parent = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=importing_the_same()
         )
@@ -71,7 +75,7 @@ def wait_for_work() -> list[Any]:
             work: list[Any] = json.loads(line)
             return work
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    sys.exit()
+    os._exit(0)  # an interpreter with torch takes seconds to exit
 
 
 def become(source: str, arguments: list[str], pipes: list[str], seconds: int) -> None:
@@ -86,6 +90,6 @@ def become(source: str, arguments: list[str], pipes: list[str], seconds: int) ->
 
 
 if __name__ == "__main__":
-    for name in ("torch", "flowtrain.callbacks", "flowtrain.logging", "flowtrain.testing"):
+    for name in ("torch", "flowtrain.callbacks", "flowtrain.logging", "flowtrain.testing", *sys.argv[1:]):
         importlib.import_module(name)
     become(*wait_for_work())
