@@ -25,11 +25,6 @@ from flowtrain.core.compile import Compiled, has_graphs, original
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _forget_compilations() -> None:
-    torch.compiler.reset()
-
-
 class Net(nn.Sequential):
     """A small network."""
 
@@ -56,7 +51,10 @@ class Counted:
         return cross_entropy(outputs, targets)
 
 
-pytestmark = pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+pytestmark = [
+    pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python"),
+    pytest.mark.usefixtures("forget_compilations"),
+]
 
 
 def trained(compile: Any, *callbacks: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:  # noqa: A002

@@ -230,6 +230,7 @@ def test_several_optimizers_over_one_model_are_clipped_together() -> None:
 
 
 @pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+@pytest.mark.usefixtures("forget_compilations")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_and_not_is_the_same_training(backend: str) -> None:
     torch.manual_seed(0)
@@ -246,6 +247,7 @@ def test_compiled_and_not_is_the_same_training(backend: str) -> None:
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("forget_compilations")
 def test_compile_reaches_torch_once() -> None:
     calls: list[str] = []
 

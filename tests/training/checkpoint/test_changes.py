@@ -238,6 +238,7 @@ def test_several_models_and_optimizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+@pytest.mark.usefixtures("forget_compilations")
 def test_compiled_parts_have_the_names_of_those_that_are_not(tmp_path: Path) -> None:
     model = Net()
     model.back = torch.compile(model.back, backend="eager")
