@@ -60,6 +60,7 @@ OTHERS = {
     "executors/test_deferred_values": "the values that deferred callbacks see",
     "executors/test_drawing": "deferred callbacks that draw random numbers",
     "executors/test_properties": "the parallel executor compared with the serial one, on random examples",
+    "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "training/test_interrupts_groups": "signals to a group of processes; the file is also the program that gets them",
     "training/test_model_inputs": "models of several inputs, in the loop and in callbacks",
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
+    CoreError,
     Learner,
     TorchCore,
     TrainingPhase,
@@ -229,3 +230,8 @@ def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
     for _ in range(2):  # the second attempt fails with the same error, not because the core is in use
         with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
             Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, core=core, default_callbacks=False)
+
+
+def test_compile_is_for_one_model() -> None:
+    with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
+        Learner({"gen": Net(), "disc": Net()}, cross_entropy, core=TorchCore("cpu", compile=True))

@@ -644,11 +644,6 @@ def test_a_core_belongs_to_one_learner() -> None:
         learner_of(Net(), core=core)
 
 
-def test_compile_is_for_one_model() -> None:
-    with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
-        learner_of({"gen": Net(), "disc": Net()}, data=None, core=cpu(compile=True))
-
-
 def test_modes_are_those_of_the_phase_and_put_back() -> None:
     model, lossfn = Net(), Tempered()
     model[2].eval()
