@@ -229,15 +229,15 @@ class DivergedError(RankError):
 
 
 class RemoteError(FlowtrainError):
-    """An error on another rank has ended training on this rank too.
+    """Another rank has ended training on this rank too: with an error, or because it does not answer any more.
 
     Attributes:
-        rank: The rank on which the error was raised.
+        ranks: The ranks that have raised an error; empty if a rank has ended without a word, or stands still.
     """
 
-    def __init__(self, rank: int, error: str) -> None:
-        self.rank = rank
-        super().__init__(f"rank {rank}: {error}")
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        self.ranks = ranks
+        super().__init__(message)
 
 
 class SanityCheckError(FlowtrainError):

@@ -45,7 +45,7 @@ from flowtrain.training.arguments import (
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.calls import Calls
 from flowtrain.training.fit_data import loaders_by_phase
-from flowtrain.training.loop import Loop
+from flowtrain.training.rank_loop import make_loop
 
 __all__ = ["Learner"]
 
@@ -105,7 +105,7 @@ class Learner:
         self.core = check_core(core)
         self.core.attach(self.state, optimizer)
         try:
-            self.loop = Loop(self.state, self.core, find_executor(executor))
+            self.loop = make_loop(self.state, self.core, find_executor(executor))
             self._changes = CallbackChanges(self.loop, repr(self))
             self._calls = Calls(self.loop, self._changes)
             self._calls.check_phases(self.state.data)

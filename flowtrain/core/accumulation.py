@@ -47,6 +47,11 @@ class Groups:
         return not all(self._complete.values())
 
     @property
+    def fills(self) -> bool:
+        """Whether the present batch, which is not counted yet, completes the group of every optimizer."""
+        return self.last_batch or all(count + 1 >= self.size for count in self._counts.values())
+
+    @property
     def waiting(self) -> list[str]:
         """The optimizers whose gradients, if there are any, wait for an update."""
         return [name for name in self._optimizers if name not in self._spent]

@@ -9,7 +9,7 @@ import torch
 
 from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import CoreError
-from flowtrain.state.accelerator import accelerator, accelerator_kind
+from flowtrain.state.accelerator import accelerator, accelerator_kind, select
 
 __all__ = ["allow_tf32", "change_tensors", "find_device", "move_modules", "to_device"]
 
@@ -61,17 +61,24 @@ def allow_tf32(device: torch.device, wanted: bool | None) -> None:
         torch.backends.cudnn.allow_tf32 = wanted
 
 
-def find_device(wanted: str | torch.device, models: Iterable[torch.nn.Module]) -> torch.device:
+def find_device(
+    wanted: str | torch.device, models: Iterable[torch.nn.Module], number: int | None = None
+) -> torch.device:
     """Return the device to train on.
 
     Args:
         wanted: A device, or ``"auto"``: the device of the models if that is not the CPU, otherwise the first
             accelerator, otherwise the CPU.
         models: The models.
+        number: The number of this process on its machine, if several train together: each gets the accelerator of its
+            number, which becomes the current device. ``None`` for one process.
 
     Raises:
         CoreError: The device cannot be used.
     """
+    if number is not None and (found := accelerator()) is not None and wanted in ("auto", found.type):
+        select(torch.device(found.type, number))
+        wanted = f"{found.type}:{number}"
     if wanted != "auto":
         try:
             device = torch.device(wanted)

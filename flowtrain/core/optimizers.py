@@ -166,7 +166,7 @@ def check_trained(optimizers: Mapping[str, Optimizer], models: Mapping[str, torc
         f"requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial(torch.optim."
         f"{kinds.split()[0]}, lr=...)) takes all parameters.",
         UserWarning,
-        stacklevel=6,
+        stacklevel=8,
     )
 
 

@@ -16,21 +16,20 @@ device (`flowtrain.core.optimizers`, `flowtrain.core.precision`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
-from flowtrain.core.compile import Compiled, check_compile, original
+from flowtrain.core.compile import Compiled, original
+from flowtrain.core.data_parallel import DataParallel, check_ddp
 from flowtrain.core.devices import allow_tf32, find_device, move_modules
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.core.precision import (
-    DTYPES,
     NaNGuard,
     Precision,
     Scaling,
@@ -40,54 +39,14 @@ from flowtrain.core.precision import (
     in_precision,
 )
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
-from flowtrain.errors import CoreError, is_a, is_positive, whole_number
+from flowtrain.core.settings import Settings
+from flowtrain.core.world import Parallel, World, find_world, local_rank
+from flowtrain.errors import CoreError
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 
 __all__ = ["Precision", "Settings", "TorchCore"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `TorchCore`, checked; its docstring says what each of them means.
-
-    Raises:
-        CoreError: An argument has a value that it cannot have.
-    """
-
-    device: str | torch.device = "auto"
-    precision: Precision = "fp32"
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
-    compile: bool | Literal["loss"] | Mapping[str, Any] = False
-    _: KW_ONLY
-    clip_grad_value: float | None = None
-    init_scale: float = 65536.0
-    lag: int | None = None
-    prefetch: bool | Transfer | None = None
-    channels_last: bool = False
-    tf32: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            known = ", ".join(map(repr, DTYPES))
-            raise CoreError(f"precision={self.precision!r} is unknown. It is one of: {known}.")
-        object.__setattr__(self, "accumulate", whole_number("accumulate", self.accumulate, error=CoreError))
-        for name, limit in (("clip_grad_norm", self.clip_grad_norm), ("clip_grad_value", self.clip_grad_value)):
-            if limit is not None and not is_positive(limit):
-                raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
-        if not is_positive(self.init_scale):
-            raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {self.init_scale!r}.")
-        if self.lag is not None:
-            lag = whole_number("lag, in batches, or None for the device's own,", self.lag, least=0, error=CoreError)
-            object.__setattr__(self, "lag", lag)
-        if self.prefetch is not None and not is_a(self.prefetch, (bool, Transfer)):
-            raise CoreError(f"prefetch is True, False, None or a Transfer of your own; got {self.prefetch!r}.")
-        for name, value, also in (("channels_last", self.channels_last, ""), ("tf32", self.tf32, " or None")):
-            if not is_a(value, bool) and not (also and value is None):
-                raise CoreError(f"{name} is True, False{also}; got {value!r}.")
-        check_compile(self.compile, self.accumulate)
 
 
 class TorchCore:
@@ -115,6 +74,11 @@ class TorchCore:
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
         tf32: Whether float32 products on CUDA may round to TF32, in the whole process; ``None`` changes nothing.
+        parallel: How several processes train the model: ``"ddp"``; ``"auto"``, which is DDP in the processes that
+            ``torchrun`` has started, and one process elsewhere; or ``None`` for one process.
+        ddp: Arguments for `torch.nn.parallel.DistributedDataParallel`, such as ``{"find_unused_parameters": True}``.
+        uneven: What happens if the loaders of several processes give different numbers of batches: ``"stop"`` ends
+            each training epoch with the shortest, ``"error"`` refuses them.
 
     Raises:
         CoreError: An argument has a value that it cannot have, or the device does not exist.
@@ -154,10 +118,14 @@ class TorchCore:
         prefetch: bool | Transfer | None = None,
         channels_last: bool = False,
         tf32: bool | None = None,
+        parallel: Parallel = "auto",
+        ddp: Mapping[str, Any] | None = None,
+        uneven: Literal["stop", "error"] = "stop",
     ) -> None:
         self.settings = Settings(
             device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
+            parallel=parallel, ddp=ddp, uneven=uneven,
         )  # fmt: skip
         # Attributes beside the settings, since a step reads them at each batch.
         self.precision: Precision = precision
@@ -167,6 +135,8 @@ class TorchCore:
         self._state: LearnerState | None = None
         self._needs_norm = False
         self._guard: NaNGuard | None = None
+        self.world: World | None = None  # the ranks that train together; ``None`` for one process
+        self.parallel: DataParallel | None = None
         self.modes: Modes | None = None  # set by the loop while an epoch of a phase runs
         self._warned = False
 
@@ -204,7 +174,8 @@ class TorchCore:
         self.models = {name: original(model) for name, model in models.items()}
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
-        self.device = find_device(self.settings.device, self.models.values())
+        self.world = find_world(self.settings.parallel)
+        self.device = find_device(self.settings.device, self.models.values(), local_rank() if self.world else None)
         check_precision(self.device, self.precision)
         model: Any = models.get("")
         lossfn: Any = state.lossfn
@@ -220,6 +191,10 @@ class TorchCore:
             warn_unable(self.device, self.settings.prefetch, self.settings.lag)
         allow_tf32(self.device, self.settings.tf32)
         self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
+        if self.world is not None:
+            call = self.model if "" in self.models else None
+            options = check_ddp(self.settings.ddp, self.accumulate)
+            self.parallel = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
         self.use_optimizers(state, made)
 
     def make_optimizers(self, wanted: Any) -> dict[str, Any]:
@@ -253,6 +228,7 @@ class TorchCore:
             and self.clip_grad_norm is None
             and self.clip_grad_value is None
             and not self._needs_norm
+            and self.world is None
         )
         self.begin = zeroing(self.optimizer) if self.plain else self.groups.begin
         # The guard has to see each loss, so a core with a guard is plain and still runs the backward pass itself.
@@ -307,6 +283,10 @@ class TorchCore:
             loss = loss / self.accumulate
         return loss if self._scaling is None else self._scaling.scale(loss)
 
+    def backward_on_ranks(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
+        """Run the backward pass of a batch that all ranks run; return the sums of the flags (`DataParallel`)."""
+        return cast(DataParallel, self.parallel).backward(self._scaled(loss), flags)
+
     def _backward(self, loss: torch.Tensor) -> None:
         self._scaled(loss).backward()
 
@@ -344,6 +324,11 @@ class TorchCore:
         if name is not None:
             self._check_name("update", name)
         return self.groups.due(name)
+
+    def average(self, names: Iterable[str]) -> None:
+        """Set the gradients of optimizers to their means over all ranks (`DataParallel.average`)."""
+        params = [param for name in names for param in params_of(self._optimizers[name])]
+        cast(DataParallel, self.parallel).average(params)
 
     def unscale(self, names: Iterable[str]) -> None:
         """Bring the gradients to the values that one batch with the samples of the whole group would have given."""
@@ -420,7 +405,7 @@ class TorchCore:
         Args:
             changes: Settings that differ.
         """
-        options: dict[str, Any] = {**vars(self.settings), "compile": False, **changes}
+        options: dict[str, Any] = {**vars(self.settings), "compile": False, "parallel": None, **changes}
         core = TorchCore(**options)
         core._warned = True
         return core

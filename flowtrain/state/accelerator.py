@@ -24,6 +24,7 @@ __all__ = [
     "on_stream",
     "random_states",
     "seed",
+    "select",
     "set_random_states",
 ]
 
@@ -77,6 +78,12 @@ def _has_streams(kind: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def select(device: torch.device) -> None:
+    """Make an accelerator with a number the current one of this process."""
+    name = "set_device_index" if hasattr(torch.accelerator, "set_device_index") else "set_device_idx"  # in torch 2.6
+    getattr(torch.accelerator, name)(device.index)
 
 
 def current_stream() -> torch.Stream | None:

@@ -47,12 +47,20 @@ class Interrupts:
         before_leaving: Called on the training thread at the batch boundary, before `KeyboardInterrupt` is raised.
         workers: Whether a data loader has worker processes.
         answers: Whether to write a line to the standard error output when the first signal comes.
+        hold: Called, in the signal handler, with the function that ends the fit at a batch boundary; by default it goes
+            into the mailbox.
     """
 
     def __init__(
-        self, mailbox: Mailbox, before_leaving: Callable[[], None], workers: bool, answers: bool = False
+        self,
+        mailbox: Mailbox,
+        before_leaving: Callable[[], None],
+        workers: bool,
+        answers: bool = False,
+        hold: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._mailbox = mailbox
+        self._hold = hold or mailbox.put
         self._answers = answers
         self._before_leaving = before_leaving
         self._workers = workers
@@ -106,7 +114,7 @@ class Interrupts:
             raise KeyboardInterrupt(f"{_text(received)} for the second time")
         if self._received is None:
             self._received = received
-            self._mailbox.put(self._leave)
+            self._hold(self._leave)
             if self._answers:
                 _answer(received)
         self._mailbox.stopping = True

@@ -51,12 +51,12 @@ from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import Steps, detach_loss
 
-__all__ = ["Loop"]
+__all__ = ["LEFT_OPEN", "Loop"]
 
 _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
 _REST_BEGIN, _REST_END = UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
 
-_LEFT_OPEN = "the step caught an exception and left its batch open"
+LEFT_OPEN = "the step caught an exception and left its batch open"
 
 
 class Loop:
@@ -82,7 +82,31 @@ class Loop:
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
         self.checkpoints = Checkpoints(state, core, executor, self.scopes, self.sinks, self.dispatch.mailbox)
         self.dispatch.checkpoint = self.checkpoints.take
-        self.steps = Steps(state, core, self.scopes, self.dispatch, self.checkpoints)
+        self.steps = self._make_steps()
+
+    # --- what `flowtrain.training.rank_loop.RankLoop` does in another way, or in addition, on each of several ranks
+
+    def _make_steps(self) -> Steps:
+        """Return the object that runs batches."""
+        return Steps(self.state, self.core, self.scopes, self.dispatch, self.checkpoints)
+
+    def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
+        """Return the context in which signals end the fit; `Interrupts` describes the arguments."""
+        return Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints)
+
+    def _planned_updates(self, data: PhaseMap[Any], *counts: int | None) -> int | None:
+        """Return the number of updates of a fit; `planned_updates` describes the arguments."""
+        return planned_updates(data, self.core.accumulate, *counts)
+
+    def _meet(self, point: str, failures: list[BaseException]) -> None:
+        """Wait for the other ranks at a sync point, and add their failures to those of this one."""
+
+    def _merge(self, phase: Phase, failures: list[BaseException]) -> None:
+        """Merge what ranks measured in an epoch, before `EpochEnd` shows it."""
+
+    def _check_gave(self, phase: Phase, loader: object) -> None:
+        """Check that the loader has given at least one batch in this epoch."""
+        check_gave(self.scopes.batch_number, phase, loader)
 
     # --- fit and epoch
 
@@ -108,7 +132,7 @@ class Loop:
         try:
             workers = any(has_workers(loader) for loader in data.values())
             prints = any(path == ("resource", "terminal") for node in self.dispatch.nodes for path, _ in node.union)
-            with Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints):
+            with self._interrupts(workers, prints):
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()
@@ -132,23 +156,15 @@ class Loop:
         """
         self.scopes.open_fit()
         failures: list[BaseException] = []
-        try:
-            updates = planned_updates(data, self.core.accumulate, epochs, steps, validate_every)
-            position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
-            training = next((phase for phase in data if isinstance(phase, AbstractTrainingPhase)), None)
-            done = position.completed(training or Phase())
-            self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None, done), Phase())
-            # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them
-            # before this checkpoint.
-            self.checkpoints.restore_random()
-            if training and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
-                check_trained(by_name(self.state.optimizer), self.core.models, self.state.lossfn)
+        _attempt(failures, self._begin_fit, data, epochs, steps, validate_every)
+        self._meet("FitBegin", failures)
+        if not failures:
             if epochs is not None:
-                self._fit_epochs(data, epochs, validate_every or 1, position)
+                _attempt(failures, self._fit_epochs, data, epochs, validate_every or 1)
             else:
-                self._fit_steps(data, steps or 0, validate_every, position)
-        except BaseException as failure:  # raised below, after the fit is closed
-            failures.append(failure)
+                _attempt(failures, self._fit_steps, data, steps or 0, validate_every)
+            if failures:
+                self._meet("", failures)
         self.scopes.end_fit()
         broken_off = self.checkpoints.position.phase or any(not isinstance(f, CancelFittingException) for f in failures)
         end = FitEnd(_why_stopped(failures, self.checkpoints.saved), complete=not broken_off)
@@ -158,6 +174,7 @@ class Loop:
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
             _attempt(failures, finish)
+        self._meet("FitEnd", failures)
         stopped: BaseException | None = None
         try:
             if failures:
@@ -169,8 +186,24 @@ class Loop:
         self.checkpoints.load_wanted()
         return stopped
 
-    def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int, position: Position) -> None:
+    def _begin_fit(
+        self, data: PhaseMap[Any], epochs: int | None, steps: int | None, validate_every: int | None
+    ) -> None:
+        """Fire `FitBegin`, and restore the random state of the checkpoint that the fit resumes from, if any."""
+        updates = self._planned_updates(data, epochs, steps, validate_every)
+        position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
+        training = next((phase for phase in data if isinstance(phase, AbstractTrainingPhase)), None)
+        done = position.completed(training or Phase())
+        self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None, done), Phase())
+        # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them before
+        # this checkpoint.
+        self.checkpoints.restore_random()
+        if training and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
+            check_trained(by_name(self.state.optimizer), self.core.models, self.state.lossfn)
+
+    def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int) -> None:
         """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""
+        position = self.checkpoints.position
         training: dict[Phase, Any] = {
             phase: loader for phase, loader in data.items() if isinstance(phase, AbstractTrainingPhase)
         }
@@ -185,11 +218,12 @@ class Loop:
                 self.epoch(phase, loader)
         position.end_round()
 
-    def _fit_steps(self, data: PhaseMap[Any], steps: int, validate_every: int | None, position: Position) -> None:
+    def _fit_steps(self, data: PhaseMap[Any], steps: int, validate_every: int | None) -> None:
         """Train for `steps` batches, in epochs of `validate_every` batches or of one pass of the loader.
 
         An epoch of every other phase follows each training epoch.
         """
+        position = self.checkpoints.position
         training = next(phase for phase in data if isinstance(phase, AbstractTrainingPhase))
         loader = data[training]
         if validate_every is not None:
@@ -231,7 +265,7 @@ class Loop:
                 self.core.end_groups()
                 batches = self._begin_epoch(phase, loader)
                 self._run(phase, batches, shortest(length(loader), most), most)
-                check_gave(scopes.batch_number, phase, loader)
+                self._check_gave(phase, loader)
             except CancelEpochException:
                 pass
             except BaseException as failure:  # raised below, after the epoch is closed
@@ -240,16 +274,19 @@ class Loop:
                 failures.append(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
                     _attempt(failures, self.dispatch.mailbox.empty)
+            self._meet("the end of the batches", failures)
             # The completed batch is shown before the update of the groups, because handlers of this update read that
             # batch.
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
             _attempt(failures, self.core.end_groups)  # a device that has failed fails here too
+            self._merge(phase, failures)
             scopes.end_epoch()
             if not failures:
                 position.end_epoch(scopes.batch_number)
             self.dispatch.fire_closing(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
+            self._meet("EpochEnd", failures)
         if failures:
             raise_worst(failures)
 
@@ -349,7 +386,7 @@ class Loop:
             try:
                 step(raw)
                 if scopes.batch:  # true unless CLOSED, which is 0: the cheapest test, as it runs for every batch
-                    raise CancelBatchException(_LEFT_OPEN)
+                    raise CancelBatchException(LEFT_OPEN)
             except BaseException as failure:  # `cancel_batch` closes the batch, and raises all but a cancel of it
                 self.steps.cancel_batch(phase, failure, CancelBatchException)
             if calls:  # before the loader draws the next batch, so that a checkpoint has the generators of this one
@@ -365,7 +402,7 @@ class Loop:
                 try:
                     self.steps.step_of(phase)(raw)
                     if self.scopes.batch:
-                        raise CancelBatchException(_LEFT_OPEN)
+                        raise CancelBatchException(LEFT_OPEN)
                 except BaseException as failure:  # a cancel of the epoch ends the batch, since no epoch is open
                     self.steps.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
             detach_loss(self.state.batch)

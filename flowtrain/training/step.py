@@ -37,7 +37,7 @@ from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 
-__all__ = ["Steps", "detach_loss"]
+__all__ = ["Steps", "check_graph", "detach_loss"]
 
 _DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
 
@@ -172,7 +172,7 @@ class Steps(StepContext):
             else:
                 self._core.backward_for(loss, name)
         except RuntimeError as error:
-            _check_graph(phase, "batch.loss" if shared else "the loss", loss, error)
+            check_graph(phase, "batch.loss" if shared else "the loss", loss, error)
             raise
         if shared:
             batch.loss = loss.detach()
@@ -196,14 +196,14 @@ class Steps(StepContext):
     def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
         """See `StepContext.train`."""
         on, core, scopes = self._runners[phase], self._core, self._scopes
-        batch = self._open(phase, on, raw, True)
+        batch = self._open(phase, on, raw, core.model, True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, phase)
         try:
             core.backward(batch.loss)
         except RuntimeError as error:
-            _check_graph(phase, "batch.loss", batch.loss, error)
+            check_graph(phase, "batch.loss", batch.loss, error)
             raise
         if on.watched:  # otherwise `detach_loss` follows when a handler may see the batch: detaching costs about 1 µs
             batch.loss = batch.loss.detach()
@@ -230,7 +230,7 @@ class Steps(StepContext):
     def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
         """See `StepContext.evaluate`."""
         on, scopes = self._runners[phase], self._scopes
-        batch = self._open(phase, on, raw, False)
+        batch = self._open(phase, on, raw, self._core.model, False)
         scopes.batch = ENDING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, phase)
@@ -238,7 +238,12 @@ class Steps(StepContext):
         scopes.completed = batch
 
     def _open(
-        self, phase: AbstractTrainingPhase | AbstractValidationPhase, on: StepRunners, raw: Any, training: bool
+        self,
+        phase: AbstractTrainingPhase | AbstractValidationPhase,
+        on: StepRunners,
+        raw: Any,
+        model: Callable[..., Any],
+        training: bool,
     ) -> BatchState:
         """Open the batch and run it up to its loss: move the data to the device, call the model and the loss function.
 
@@ -275,7 +280,7 @@ class Steps(StepContext):
             core.begin()
         try:
             call = on.call_model
-            outputs = batch.outputs = core.model(inputs) if call is None else call(core.model, inputs)
+            outputs = batch.outputs = model(inputs) if call is None else call(model, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             _note_inputs(error, phase, batch.inputs, whole=on.call_model is None)
             raise
@@ -426,7 +431,7 @@ def _loss_error(phase: object, core: TorchCore, batch: BatchState, what: str) ->
     )
 
 
-def _check_graph(phase: object, what: str, loss: torch.Tensor, error: RuntimeError) -> None:
+def check_graph(phase: object, what: str, loss: torch.Tensor, error: RuntimeError) -> None:
     """Explain the error of a backward pass if its cause is a loss without an autograd graph.
 
     Raises:

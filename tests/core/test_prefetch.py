@@ -403,7 +403,7 @@ def test_the_lag_of_the_cpu(options: dict[str, int], lag: int) -> None:
 
 def test_a_copy_of_a_core_keeps_what_it_was_told() -> None:
     core = TorchCore("cpu", "bf16", 2, 1.0, True, clip_grad_value=0.5, lag=1, channels_last=True, prefetch=False)
-    assert vars(core.like().settings) == {**vars(core.settings), "compile": False}
+    assert vars(core.like().settings) == {**vars(core.settings), "compile": False, "parallel": None}
 
 
 @pytest.mark.cpu_only("with prefetch the last batch is known, whatever the loader announces")

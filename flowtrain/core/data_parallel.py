@@ -1,0 +1,253 @@
+"""Data parallel training: every rank trains the model on its own batches, and all make the same updates.
+
+A batch of a bundled phase runs through `torch.nn.parallel.DistributedDataParallel`, which sends the gradients while the
+backward pass is still running (https://docs.pytorch.org/docs/stable/notes/ddp.html). The *flags* with which ranks agree
+on one decision travel with them: they are the gradient of one more parameter, which DDP averages as any other, so the
+agreement of a batch costs no message of its own. A rank that cannot compute its batch takes part all the same: it runs
+a backward pass of zeros.
+
+In the steps of a user's phases, and with several models, the gradients are averaged by one collective before the update
+instead (`DataParallel.average`), because DDP cannot know which models such a step calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from flowtrain.core.world import World
+from flowtrain.errors import CoreError
+
+__all__ = ["FLAGS", "DataParallel", "check_ddp"]
+
+FLAGS = 8
+"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means."""
+
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # the second is the name before torch 2.13
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+def check_ddp(options: object, accumulate: int) -> dict[str, Any]:
+    """Return the arguments for DDP that a user has passed.
+
+    Raises:
+        CoreError: They are no mapping from names to values, or one of them cannot work here.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise CoreError(f"ddp is a mapping of arguments for DistributedDataParallel, got {options!r}.")
+    refused = {
+        "module": "the model is that of the learner",
+        "device_ids": "the device is that of the core: TorchCore(device=...)",
+        "output_device": "the device is that of the core: TorchCore(device=...)",
+        "process_group": "it is torch's default group: call torch.distributed.init_process_group before Learner",
+    }
+    for name in ("broadcast_buffers", "forward_sync_buffers"):
+        if options.get(name):
+            refused[name] = "buffers are made equal at the end of each epoch, which costs less"
+    if options.get("static_graph") and accumulate > 1:
+        refused["static_graph"] = "with accumulate > 1 torch computes wrong gradients with it"
+    for name, why in refused.items():
+        if name in options:
+            raise CoreError(f"ddp={{{name!r}: {options[name]!r}}} cannot be set: {why}. Leave it out.")
+    return dict(options)
+
+
+class _Trained(torch.nn.Module):
+    """The module that DDP wraps: it calls the model, or computes zeros on a rank that has no outputs.
+
+    Args:
+        modules: The model, and the loss function if it is a module: their parameters are trained.
+        call: The function that runs the model, under autocast and compiled where the settings say so.
+        flags: The parameter whose gradients are the flags; ``None`` if flags travel on another way.
+    """
+
+    def __init__(
+        self, modules: Iterable[torch.nn.Module], call: Callable[..., Any], flags: torch.nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(modules)
+        self.flags = flags
+        self.absent = False
+        self._call = [call]  # in a list, since a module that is an attribute would be registered a second time
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return the outputs of the model, or a zero that depends on every parameter."""
+        if self.absent:
+            return torch.stack([(param * 0).sum() for param in self.parts.parameters() if param.requires_grad]).sum()
+        return self._call[0](*inputs, **named)
+
+
+class DataParallel:
+    """The models of one learner on one of several ranks.
+
+    Args:
+        world: The ranks.
+        models: The models by name.
+        losses: The loss function, if it is a module.
+        call: The function that runs the model without a name; ``None`` if there is none.
+        device: The device of the models.
+        options: The arguments of the user for DDP.
+
+    Attributes:
+        world: The ranks.
+        wraps: Whether a bundled phase can run, because there is one model without a name.
+        model: The function that a step of a bundled phase calls.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        models: Mapping[str, torch.nn.Module],
+        losses: Iterable[torch.nn.Module],
+        call: Callable[..., Any] | None,
+        device: torch.device,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.world, self.wraps = world, call is not None
+        self._modules = [*models.values(), *losses]
+        self._device, self._options = device, options
+        on_cpu = device.type == "cpu"  # elsewhere reading the flags would make the host wait for the backward pass
+        self._flags = torch.nn.Parameter(torch.zeros(FLAGS)) if on_cpu and call is not None else None
+        self._sent = torch.zeros(FLAGS)
+        self._trained: list[bool] = []
+        self._wrapped = _Trained(self._modules, call, self._flags) if call is not None else None
+        self._ddp: Any = None
+        self.model: Callable[..., Any] = self._run
+        _equalise(world, self._modules)
+
+    def prepare(self) -> None:
+        """Make DDP ready for an epoch: all ranks wrap the model again if other parameters are trained than before."""
+        if self._wrapped is None:
+            return
+        trained = [param.requires_grad for param in self._wrapped.parameters()]
+        if trained != self._trained:
+            self._trained, self._ddp = trained, None
+            local = None if self._device.type == "cpu" else [self._device]
+            self._ddp = self.world.guarded(
+                DistributedDataParallel, self._wrapped, device_ids=local, **{_SYNC_BUFFERS: False, **self._options}
+            )
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        return self._ddp(*inputs, **named)
+
+    def send(self, wanted: bool) -> None:
+        """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""
+        self._ddp.require_backward_grad_sync = wanted
+
+    @property
+    def sends(self) -> bool:
+        """Whether the gradients of this batch travel."""
+        return bool(self._ddp.require_backward_grad_sync)
+
+    def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
+        """Run the backward pass of a loss, and return the sums of the flags over all ranks.
+
+        Args:
+            loss: A tensor with one element, with its graph.
+            flags: The flags of this rank, `FLAGS` numbers.
+
+        Raises:
+            RemoteError: A rank has ended or stands still.
+        """
+        if self._flags is None or not self.sends or not loss.requires_grad:  # without a graph, `backward` raises
+            self.world.guarded(loss.backward)
+            return self.world.sum(flags) if self.sends else [0] * FLAGS
+        self._flags.grad = None
+        # The gradient of a product with the parameter is the other factor, whatever the loss is. The sum is the loss
+        # itself, because the parameter is zero.
+        sent = torch.tensor(flags, dtype=torch.float32) if any(flags) else self._sent
+        self.world.guarded((loss + torch.dot(self._flags, sent)).backward)
+        received: Any = self._flags.grad
+        return [round(mean * self.world.size) for mean in received.tolist()]
+
+
+    def absent(self, flags: Sequence[int]) -> list[int]:
+        """Take part in the backward pass of the other ranks without a loss; return the sums of the flags.
+
+        Every gradient that this rank sends is zero. The flags must tell the others not to use what they get.
+        """
+        if self._wrapped is None:
+            return self.world.sum(flags)
+        self.send(True)
+        self._wrapped.absent = True
+        try:
+            with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+                return self.backward(self._ddp(), flags)
+        finally:
+            self._wrapped.absent = False
+
+    def average(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Set the gradients of parameters to their means over all ranks, by one collective for each type of number.
+
+        A parameter that has a gradient on some ranks only counts as zero on the others; one without a gradient on any
+        rank stays without.
+        """
+        for alike in _by_type(param for param in params if param.requires_grad):
+            grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in alike]
+            given = torch.tensor([param.grad is not None for param in alike]).to(grads[0])
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), given]).div_(self.world.size)
+            self.world.guarded(dist.all_reduce, flat)
+            *means, given = flat.split([*(grad.numel() for grad in grads), len(alike)])
+            for param, grad, mean, anyone in zip(alike, grads, means, given.tolist(), strict=True):
+                if anyone:
+                    param.grad = grad.copy_(mean.view_as(grad))
+
+    def share_buffers(self) -> None:
+        """Set the buffers of all ranks, such as the statistics of BatchNorm, to those of the main rank."""
+        _send_to_all(self.world, [buffer for module in self._modules for buffer in module.buffers()])
+
+
+def _equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
+    """Set the parameters and buffers of all ranks to those of the main rank.
+
+    Raises:
+        CoreError: The modules of a rank have other parameters or buffers than those of the main rank.
+    """
+    tensors = [
+        (f"{type(module).__name__}.{name}", tensor)
+        for module in modules
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    ]
+    shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+    main, *others = world.exchange(shapes)
+    for rank, found in enumerate(others, 1):
+        if found != main:
+            pairs = zip([*found, None], [*main, None], strict=False)
+            other, expected = next(((a, b) for a, b in pairs if a != b), (None, None))
+            raise CoreError(
+                f"All ranks train one model, and the model of rank {rank} differs from that of the main rank: it has "
+                f"{_shown(other)} where the main rank has {_shown(expected)}. Make the same model on every rank."
+            )
+    _send_to_all(world, [tensor.detach() for _, tensor in tensors])
+
+
+def _shown(entry: tuple[str, tuple[int, ...], str] | None) -> str:
+    return "no further parameter" if entry is None else f"{entry[0]} of shape {entry[1]}, {entry[2]}"
+
+
+def _send_to_all(world: World, tensors: Iterable[torch.Tensor]) -> None:
+    """Copy tensors of the main rank to all others, by one collective for each type of number."""
+    for alike in _by_type(tensors):
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+        world.guarded(dist.broadcast, flat, src=0)
+        if not world.main:
+            for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
+
+
+def _by_type(tensors: Iterable[Any]) -> list[list[Any]]:
+    """Return tensors in lists of those that can be put into one: of one type of number, on one device."""
+    found: dict[tuple[torch.device, torch.dtype], list[Any]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(found.values())

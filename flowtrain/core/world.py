@@ -1,0 +1,168 @@
+"""The ranks of a training: the processes that train one model together, and the exchanges between them.
+
+``torchrun`` starts the processes and gives each of them its number, the *rank*. Rank 0 is the *main* rank: it writes
+logs and checkpoints. What ranks tell each other beside gradients goes through `World.exchange` and `World.sum`, over a
+process group of its own, so that it never meets the gradients of DDP on the way. Every rank must make the same calls in
+the same order; `flowtrain.training.ranks` sees to that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from flowtrain.errors import CoreError, RemoteError
+from flowtrain.state.accelerator import accelerator
+
+__all__ = ["Parallel", "World", "find_world", "local_rank", "wanted_world"]
+
+Parallel = Literal["auto", "ddp"] | None
+"""How several processes train one model; ``"auto"`` is DDP where ``torchrun`` has started several processes."""
+
+T = TypeVar("T")
+
+_groups: dict[object, Any] = {}
+"""The process group for exchanges, by the default group of torch that it was made beside."""
+
+
+class World:
+    """All ranks of a training, seen from one of them.
+
+    Attributes:
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        main: Whether this is the main rank, which writes logs and checkpoints.
+        lost: Whether an exchange has failed, since a rank has ended or stands still. No further one can be made.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.main = self.rank == 0
+        self.lost = False
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks. Every rank calls this at the same point.
+
+        Args:
+            value: The value of this rank. It is pickled.
+
+        Raises:
+            RemoteError: A rank has ended or stands still.
+        """
+        found: list[Any] = [None] * self.size
+        self.guarded(dist.all_gather_object, found, value, group=self._group)
+        return found
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Return the sums over all ranks of these numbers, of which every rank gives equally many.
+
+        Raises:
+            RemoteError: A rank has ended or stands still.
+        """
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        self.guarded(dist.all_reduce, sums, group=self._group)
+        return sums.tolist()
+
+    def guarded(self, collective: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Call a function in which all ranks take part, and return its result.
+
+        Raises:
+            RemoteError: A rank has ended or stands still, now or before.
+        """
+        if self.lost:
+            raise RemoteError(_LOST.format(rank=self.rank, size=self.size, cause="an exchange has failed before"))
+        try:
+            return collective(*args, **named)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _OF_A_CONNECTION):
+                raise  # an error of the computation, as in a backward pass, during which gradients travel
+            self.lost = True
+            cause = str(error).partition("\n")[0]
+            raise RemoteError(_LOST.format(rank=self.rank, size=self.size, cause=cause)) from error
+
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+
+_OF_A_CONNECTION = ("gloo", "NCCL", "Connection", "Timed out", "process group")
+"""Words in the errors that torch raises when a rank has ended or does not answer; gloo has no type for them."""
+
+_LOST = (
+    "rank {rank} of {size} waits for another rank that has ended, or stands still for longer than the time-out of the "
+    "process group: {cause}. The output of that rank says why, if it has ended with an error. Start all ranks again "
+    "with fit(..., resume='auto')."
+)
+
+
+def wanted_world() -> int:
+    """Return the number of processes that ``torchrun``, or the user's process group, has; 1 without either."""
+    if not dist.is_available():
+        return 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    started = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if started else 1
+
+
+def local_rank() -> int | None:
+    """Return the number of this process on its machine, which is the number of its accelerator; ``None`` if alone."""
+    value = os.environ.get("LOCAL_RANK", "")
+    return int(value) if value.isdigit() and wanted_world() > 1 else None
+
+
+def find_world(parallel: Parallel) -> World | None:
+    """Return the ranks that train together, and join their process group; ``None`` if this process trains alone.
+
+    Args:
+        parallel: The setting of the user.
+
+    Raises:
+        CoreError: ``"ddp"`` is wanted, and this process was not started as one of several; or the process group of the
+            user cannot work on this machine.
+    """
+    if parallel is None:
+        return None
+    if wanted_world() == 1:
+        if parallel != "auto" and not (dist.is_available() and (dist.is_initialized() or "RANK" in os.environ)):
+            raise CoreError(
+                f"parallel={parallel!r} trains in several processes, and this process was started alone: there is no "
+                f"process group and no RANK in the environment. Start the program with "
+                f"`torchrun --nproc-per-node 2 program.py`, or leave parallel= out, which trains alone here and in "
+                f"parallel under torchrun."
+            )
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group(None if accelerator() else "gloo")
+        atexit.register(_leave)
+    elif dist.get_backend() == dist.Backend.NCCL and not torch.cuda.is_available():
+        raise CoreError(
+            "The process group uses NCCL, which needs a GPU of CUDA in every process, and this one has none. Write "
+            "torch.distributed.init_process_group('gloo'), or leave that call out: flowtrain makes the group that fits."
+        )
+    default = dist.group.WORLD
+    if default not in _groups:
+        _groups[default] = dist.new_group(backend="gloo", timeout=_timeout(default))
+    return World(_groups[default])
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """Return the time-out of a process group, for the group beside it; ``None`` if torch does not tell it."""
+    try:
+        found = group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # there is no public way to ask, and a group of NCCL has no such backend
+        return None
+    return found if isinstance(found, timedelta) else None
+
+
+def _leave() -> None:
+    """Leave the process group that `find_world` has joined, as the process ends."""
+    _groups.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,207 @@
+"""Batches on several ranks: each training batch has one sync point, at which all ranks decide together.
+
+A bundled phase trains through DDP, and the flags of the sync point travel with the gradients, in the backward pass. The
+step of a user's phase averages the gradients before each update, after a message with the flags, and has a further sync
+point at the end of its batch. What is raised before a sync point is told there, so that a batch is cancelled on all
+ranks or on none; `flowtrain.training.ranks` describes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, UpdateBegin, UpdateEnd
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.core.data_parallel import DataParallel
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.errors import CancelBatchException, CancelException, merge
+from flowtrain.graph.plan import Plan
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.batch import BatchState
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.dispatch import Dispatch
+from flowtrain.training.ranks import Ranks
+from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
+from flowtrain.training.step import Steps, check_graph
+
+__all__ = ["RankSteps"]
+
+_BATCH_END, _BACKWARD_BEGIN, _BACKWARD_END = BatchEnd(), BackwardBegin(), BackwardEnd()
+
+
+class RankSteps(Steps):
+    """Runs batches on one of several ranks. The arguments are those of `Steps`.
+
+    Args:
+        ranks: The sync points.
+        parallel: The models of this rank.
+    """
+
+    def __init__(
+        self,
+        state: LearnerState,
+        core: TorchCore,
+        scopes: Scopes,
+        dispatch: Dispatch,
+        checkpoints: Checkpoints,
+        ranks: Ranks,
+        parallel: DataParallel,
+    ) -> None:
+        super().__init__(state, core, scopes, dispatch, checkpoints)
+        self._ranks, self._parallel = ranks, parallel
+        self._counted = False  # whether the accumulation group has counted the present batch
+        self._asked: tuple[Callbacks, Phase] | None = None  # the arguments of the last call of `_decides`
+        self._decision = False
+
+    # --- the bundled step
+
+    def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
+        """See `StepContext.train`."""
+        on, core, scopes, ranks = self._runners[phase], self._core, self._scopes, self._ranks
+        wrapped = self.wraps(phase)
+        ranks.begin_batch("gradients" if wrapped else "flags")
+        if wrapped:
+            self._parallel.send(core.groups.fills)
+            if not self._parallel.sends:
+                ranks.owed = ""
+        self._counted = False
+        batch = self._open(phase, on, raw, self._parallel.model if wrapped else core.model, True)
+        scopes.backward = True
+        if on.backward_begin is not None:
+            on.backward_begin(_BACKWARD_BEGIN, phase)
+        try:
+            if wrapped:
+                sums = core.backward_on_ranks(batch.loss, ranks.flags())
+                if self._parallel.sends:
+                    ranks.join(sums, None)
+                    ranks.owed = "flags" if self._decides(phase) else ""
+            else:
+                core.backward(batch.loss)
+        except RuntimeError as error:
+            check_graph(phase, "batch.loss", batch.loss, error)
+            raise
+        if on.watched:
+            batch.loss = batch.loss.detach()
+        batch.grads = core.grads
+        if on.backward_end is not None:
+            on.backward_end(_BACKWARD_END, phase)
+        self.update(phase)
+        if not wrapped:
+            self._agree()
+        scopes.batch = ENDING
+        if on.batch_end is not None:
+            on.batch_end(_BATCH_END, phase)
+        scopes.batch = CLOSED
+        scopes.completed = batch
+
+    def wraps(self, phase: Phase) -> bool:
+        """Tell whether the batches of a phase run through DDP: those of a phase with the bundled step do."""
+        return type(phase).step is AbstractTrainingPhase.step and self._parallel.wraps
+
+    # --- any step
+
+    @contextmanager
+    def run_batch(self, phase: Phase, **state: Any) -> Generator[BatchState]:
+        """See `StepContext.run_batch`."""
+        if isinstance(phase, AbstractValidationPhase):
+            with super().run_batch(phase, **state) as batch:
+                yield batch
+            return
+        self._ranks.begin_batch("flags")
+        with super().run_batch(phase, **state) as batch:
+            yield batch
+            self._agree()
+
+    def update(self, phase: Phase, name: str | None = None) -> None:
+        """See `StepContext.update`."""
+        self._counted = True
+        super().update(phase, name)
+
+    def update_due(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
+        """See `Steps.update_due`. Gradients that DDP has not sent are averaged first."""
+        on, core = self._runners[phase], self._core
+        owed = self._ranks.owed
+        if not (self.wraps(phase) and begin.in_batch):
+            self._agree()
+            core.average(names)
+            self._ranks.owed = owed
+        core.unscale(names)
+        failure: BaseException | None = None
+        try:
+            if on.update_begin is not None:
+                on.update_begin(begin, phase)
+        except BaseException as raised:
+            if not self._decides(phase):
+                raise
+            failure = raised
+        if self._decides(phase):  # whether the update is made, before any rank makes it
+            self._agree(failure)
+            self._ranks.owed = owed if not self.wraps(phase) else ""
+        norm = core.clip(names)
+        if norm is not None:
+            self._state.batch.grad_norm = norm
+        core.step(names)
+        self._state.updates += 1
+        if on.update_end is not None:
+            on.update_end(end, phase)
+
+    def _decides(self, phase: Phase) -> bool:
+        """Tell whether one rank alone may refuse an update: a callback of the user runs between gradients and update.
+
+        The callbacks of the library decide there alike on all ranks, or not at all.
+        """
+        callbacks: Callbacks = self._state.callbacks
+        key = (callbacks, phase)
+        if key != self._asked:
+            plans = [callbacks.plan(event, type(phase)) for event in (BackwardEnd, UpdateBegin)]
+            handlers = [planned for plan in plans if isinstance(plan, Plan) for planned in plan.handlers]
+            own = any(not type(planned.callback).__module__.startswith("flowtrain.") for planned in handlers)
+            self._asked, self._decision = key, own
+        return self._decision
+
+    # --- failures
+
+    def _in_group(self, phase: Phase) -> bool:
+        """Tell whether the present batch goes through DDP and its gradients stay on this rank for now."""
+        return self.wraps(phase) and not self._parallel.sends
+
+    def _agree(self, failure: BaseException | None = None) -> None:
+        """Exchange the flags of this batch by a message, and act on them as `Ranks.join` does."""
+        self._ranks.join(self._ranks.world.sum(self._ranks.flags(failure)), failure)
+
+    def tell(self, phase: Phase, failure: BaseException) -> BaseException:
+        """Take part in the next sync point of the other ranks with a failure; return the worst failure of all ranks.
+
+        Args:
+            phase: The phase of that batch.
+            failure: What this rank has raised.
+        """
+        ranks = self._ranks
+        by_gradients = ranks.owed != "flags" and self.wraps(phase)
+        try:
+            flags = ranks.flags(failure)
+            ranks.join(self._parallel.absent(flags) if by_gradients else ranks.world.sum(flags), failure)
+        except BaseException as worst:
+            if worst is not failure and not ranks.told:  # this rank cannot tell the others
+                return merge([failure, worst])
+            return worst
+        return failure
+
+    def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
+        """See `Steps.cancel_batch`. Before the sync point of the batch, all ranks are told of the failure there."""
+        ranks = self._ranks
+        if ranks.owed:
+            failure = self.tell(phase, failure)
+        if ranks.told:  # also on a rank whose backward pass has not begun: its group is that of the other ranks
+            self._scopes.backward = True
+        elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, CancelException):
+            # The gradients of this batch stay in the group of all ranks, which is discarded with its last batch.
+            ranks.carried = ranks.carried or CancelBatchException(str(failure))
+            self._scopes.backward = False
+            if not self._counted:
+                self._core.due(None)
+                self._counted = True
+        super().cancel_batch(phase, failure, *ends)

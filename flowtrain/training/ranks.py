@@ -1,0 +1,210 @@
+"""One decision for all ranks: a training continues on all of them, or ends on all of them, with the reason.
+
+Ranks meet at *sync points*, which come in the same order on all of them. At each point every rank gives its *flags*:
+whether it has failed, has raised a cancel, was interrupted, or has no further batch. All ranks then see the same sums
+and act alike. The points of a fit are `FitBegin`, and for each epoch `EpochBegin`, one for each batch in training, the
+end of its batches, and `EpochEnd`; the last one is `FitEnd`. In a training batch the flags travel with the gradients
+(`flowtrain.core.data_parallel`); the batches of an evaluation have no sync point.
+
+A rank that fails between two points takes part in the next one, in the place of what it was about to compute, and tells
+there that it has failed: so no other rank waits for it. What a rank raises after the sync point of a batch waits for
+that of the next batch, or for the end of the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from flowtrain.core.data_parallel import FLAGS
+from flowtrain.core.world import World
+from flowtrain.errors import (
+    CancelBatchException,
+    CancelEpochException,
+    CancelException,
+    CancelFittingException,
+    RankError,
+    RemoteError,
+    merge,
+    raise_worst,
+)
+
+__all__ = ["END", "FIT_END", "INTERRUPT", "Ranks"]
+
+# The places of the flags. A failure has the worst of the last four that fits.
+INTERRUPT: Final = 1
+END: Final = 2
+_BATCH: Final = 3
+_EPOCH: Final = 4
+_FIT: Final = 5
+_ERROR: Final = 6
+
+_CANCELS: dict[int, type[CancelException]] = {
+    _BATCH: CancelBatchException,
+    _EPOCH: CancelEpochException,
+    _FIT: CancelFittingException,
+}
+
+FIT_END = "FitEnd"
+
+
+class _Report(NamedTuple):
+    """What a rank tells at a sync point outside of batches.
+
+    Attributes:
+        point: The name of the point, or ``""`` if the rank failed where it cannot know which one is next.
+        flags: Its flags.
+        reason: Its failure as text; empty without one.
+        value: The value of this rank for that point.
+    """
+
+    point: str
+    flags: list[int]
+    reason: str
+    value: Any
+
+
+class Ranks:
+    """The sync points of one learner, on one rank.
+
+    Args:
+        world: The ranks.
+
+    Attributes:
+        world: The ranks.
+        owed: The sync point that is still to come in the present batch: ``"gradients"``, in the backward pass;
+            ``"flags"``, by a message of its own; or ``""`` if there is none.
+        told: The place of the worst failure of the present batch that all ranks know of; 0 without one.
+        interrupted: Whether a signal to any rank ends the fit at the end of this batch.
+        ending: Whether all ranks know of a failure that ends the fit, so that the next sync point is the last one.
+        over: Whether another rank has passed the last sync point of the fit.
+        carried: A cancel that was raised after the sync point of its batch, and takes effect at the next one.
+        leave: A function that ends the fit for a signal to this process, at a batch boundary; ``None`` without one.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.owed = ""
+        self.told = 0
+        self.interrupted = self.ending = self.over = False
+        self.carried: BaseException | None = None
+        self.leave: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Begin a fit, an epoch or a step that a user has called: nothing is left from before."""
+        self.owed, self.told = "", 0
+        self.interrupted = self.ending = self.over = False
+        self.carried = self.leave = None
+
+    def begin_batch(self, owed: str) -> None:
+        """Begin a training batch, whose sync point is of the kind `owed`."""
+        self.owed, self.told = owed, 0
+
+    def knows(self, failure: BaseException) -> bool:
+        """Tell whether all ranks know of a failure of the present batch, or of one that is at least as bad."""
+        return self.told >= _place(failure) or self.ending or self.world.lost
+
+    def flags(self, failure: BaseException | None = None) -> list[int]:
+        """Return the flags of this rank.
+
+        Args:
+            failure: What this rank has raised and the others do not know of yet.
+        """
+        found = [0] * FLAGS
+        if self.leave is not None:
+            found[INTERRUPT] = 1
+        failure = failure or self.carried
+        if failure is not None:
+            found[_place(failure)] = 1
+        return found
+
+    # --- sync points outside of batches
+
+    def meet(self, point: str, failures: list[BaseException], value: Any = None) -> list[Any]:
+        """Exchange flags and a value with all ranks at a sync point.
+
+        Args:
+            point: The name of the point.
+            failures: The failures of this rank, to which those of other ranks are added.
+            value: The value of this rank, which is pickled.
+
+        Returns:
+            The values of all ranks in their order; an empty list if a rank has failed, or if the ranks do not meet any
+            more, because one is lost or all know that the fit ends.
+        """
+        if self.world.lost or (self.ending and point != FIT_END) or (self.over and point == FIT_END):
+            return []
+        if self.carried is not None:
+            failures.append(self.carried)
+            self.carried = None
+        mine = merge(failures) if failures else None
+        flags = self.flags(mine)
+        try:
+            reports = self.world.exchange(_Report(point, flags, "" if mine is None else _text(mine), value))
+        except RemoteError as lost:
+            failures.append(lost)
+            return []
+        sums = [sum(each) for each in zip(*(report.flags for report in reports), strict=True)]
+        points = {report.point for report in reports}
+        self.over = point != FIT_END and FIT_END in points
+        if len(points) > 1 and not _worst(sums):
+            shown = ", ".join(f"rank {rank} is at {report.point}" for rank, report in enumerate(reports))
+            failures.append(RankError(f"The ranks have gone different ways: {shown}."))
+            self.ending = True
+        self.told = _worst(sums)
+        self._add(sums, [report.reason for report in reports], failures)
+        return [report.value for report in reports] if not failures else []
+
+    # --- sync points of batches
+
+    def join(self, sums: Sequence[int], failure: BaseException | None) -> None:
+        """Act on the sums of the flags of a batch: raise the worst failure of all ranks, if there is one.
+
+        Args:
+            sums: The sums.
+            failure: The failure of this rank, which was among the flags.
+
+        Raises:
+            BaseException: The failure of this rank, or one that names the rank that has failed.
+        """
+        self.owed = ""
+        self.interrupted = self.interrupted or sums[INTERRUPT] > 0
+        self.told = _worst(sums)
+        if not self.told:
+            return
+        own, self.carried = failure or self.carried, None
+        failures = [own] if own is not None else []
+        self._add(sums, self.world.exchange("" if own is None else _text(own)), failures)
+        del own, failure
+        raise_worst(failures)
+
+    def _add(self, sums: Sequence[int], reasons: Sequence[str], failures: list[BaseException]) -> None:
+        """Add the failure of other ranks to those of this rank, if it is worse than them; note how the fit ends."""
+        worst = _worst(sums)
+        self.interrupted = self.interrupted or sums[INTERRUPT] > 0
+        if worst in (_FIT, _ERROR):
+            self.ending = True
+        mine = merge(failures) if failures else None
+        if not worst or (mine is not None and _place(mine) >= worst):
+            return
+        others = {rank: text for rank, text in enumerate(reasons) if text and rank != self.world.rank}
+        text = "; ".join(f"rank {rank}: {reason}" for rank, reason in others.items())
+        cancel = _CANCELS.get(worst)
+        failures.append(RemoteError(text, tuple(others)) if cancel is None else cancel(text))
+
+
+def _place(failure: BaseException) -> int:
+    """Return the place of the flag for a failure."""
+    return next((place for place, kind in _CANCELS.items() if isinstance(failure, kind)), _ERROR)
+
+
+def _worst(sums: Sequence[int]) -> int:
+    """Return the place of the worst failure of any rank; 0 without one."""
+    return next((place for place in (_ERROR, _FIT, _EPOCH, _BATCH) if sums[place]), 0)
+
+
+def _text(failure: BaseException) -> str:
+    """Return a failure as one line, with where it was raised."""
+    notes = "; ".join(getattr(failure, "__notes__", ()))
+    text = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    return f"{text} ({notes})" if notes else text
