@@ -75,6 +75,12 @@ def programs() -> Iterator[Programs]:
     made.close()
 
 
+@pytest.fixture
+def forget_compilations() -> None:
+    """Forget what torch has compiled in this process: it compiles a function for eight backends, then no more."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def forget_resolutions() -> Iterator[None]:
     """Take back the resolutions that a test makes with `resolve`, which count for the whole process."""

@@ -49,12 +49,6 @@ def files(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.glob("*.ckpt"))
 
 
-def scores(*values: float) -> Metrics:
-    """Return a validation metric with these values, one for each epoch."""
-    left = iter(values)
-    return Metrics(Metric(lambda outputs, targets: next(left), name="Score", phase=ValidationPhase))
-
-
 def data(training: int = 5) -> tuple[Any, Any]:
     return tiny_batches(n_batches=training), tiny_batches(n_batches=1)
 

@@ -1,11 +1,10 @@
-"""Checkpointer: which checkpoint files it keeps in its folder."""
+"""Checkpointer: which checkpoint files it keeps in its folder, and which weights it restores."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,33 +28,18 @@ from flowtrain import (
     Phase,
     Read,
     TrainingPhase,
-    UpdateEnd,
     UsageError,
     ValidationPhase,
     load_weights,
     on,
 )
 from flowtrain.callback.access import declare
-from flowtrain.callbacks import EMA, SWA, Checkpointer, EarlyStopping, LogMetrics, Metric, Metrics, throttle
+from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
 from tests.support.logs import log_records
-from tests.support.untyped import untyped
-
-
-class Scores:
-    """A metric with the values that the test gives, one for each epoch."""
-
-    def __init__(self, *scores: float) -> None:
-        self.scores = iter(scores)
-
-    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> float:
-        return next(self.scores)
-
-
-def scored(*scores: float, phase: type[Phase] = ValidationPhase) -> Metrics:
-    return Metrics(Metric(Scores(*scores), name="Score", phase=phase))
+from tests.support.scores import scored
 
 
 def files(folder: Path) -> list[str]:
@@ -110,50 +94,6 @@ def test_the_best_weights_come_back_when_the_fit_ends(
     assert learner.cbstate.history[TrainingPhase].epochs == 4
 
 
-def test_with_averages_the_best_weights_are_those_that_were_judged(tmp_path: Path) -> None:
-    """The next fit continues from the trained weights of the best epoch, and the averages with them."""
-    keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
-    learner, ema = tiny_learner(scored(3, 1, 2), keep, EMA(0.5), n_batches=1), EMA(0.5)
-    learner.fit(3)
-    plain = tiny_learner(ema, n_batches=1)
-    plain.fit(2)
-    with ema.applied():
-        assert torch.equal(learner.model.coeff, plain.model.coeff)
-        assert torch.equal(load_weights(tmp_path)["coeff"], plain.model.coeff)
-    learner.replace_callback(scored(5))
-    learner.fit(1)
-    assert load_weights(tmp_path / "epoch-0004.ckpt")["coeff"] != plain.model.coeff
-    contents = torch.load(tmp_path / "epoch-0002.ckpt", weights_only=True)
-    assert torch.equal(contents["trained"][""]["coeff"], plain.model.coeff)
-
-
-@pytest.mark.parametrize(
-    ("average", "before", "after"),
-    [
-        (lambda: SWA(start_epoch=7), 0, 4),  # epochs 7 to 10
-        (lambda: SWA(start_update=13, every=2), 0, 4),  # updates 13, 15, 17 and 19
-        (lambda: SWA(start_epoch=2, every=2), 1, 4),  # epoch 2, which is the best, and 6, 8, 10
-        (lambda: throttle(EMA(), UpdateEnd, every=4), 2, 5),  # updates 4, 8, 12, 16 and 20
-    ],
-)
-def test_the_best_weights_turn_no_count_back(
-    average: Callable[[], Any], before: int, after: int, tmp_path: Path
-) -> None:
-    """Epochs and updates are counted over the life of the learner; epoch 2 of two updates is the best of five."""
-    mean, keep = average(), Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
-    scores = scored(3, 1, 4, 5, 6, 7, 8, 9, 10, 11)
-    data = (tiny_batches(n_batches=2), tiny_batches(n_batches=1))
-    learner = tiny_learner(scores, keep, mean, data=data)
-    learner.fit(5)
-    plain = tiny_learner(data=data)
-    plain.fit(2)
-    assert load_weights(tmp_path)["coeff"] == plain.model.coeff
-    assert mean.taken == before
-    learner.remove_callback(Checkpointer)
-    learner.fit(5)
-    assert mean.taken == after
-
-
 def test_the_best_weights_come_back_after_a_cancel_and_not_after_an_error(tmp_path: Path) -> None:
     class Ends(Callback):
         def __init__(self, raised: type[Exception]) -> None:
@@ -184,27 +124,6 @@ def test_without_a_best_epoch_the_last_weights_stay(tmp_path: Path) -> None:
     plain = tiny_learner(n_batches=1)
     plain.fit(2)
     assert torch.equal(learner.model.coeff, plain.model.coeff)
-
-
-def test_weights_of_several_models_by_name(tmp_path: Path) -> None:
-    models = {"one": torch.nn.Linear(1, 1), "two": torch.nn.Linear(1, 1)}
-    states = {name: model.state_dict() for name, model in models.items()}
-    torch.save({"format": "flowtrain checkpoint", "version": 1, "model": states}, tmp_path / "a.ckpt")
-    found = load_weights(tmp_path / "a.ckpt")
-    for name, model in models.items():
-        model.load_state_dict(found[name])
-
-
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no checkpoint that is complete: there is no file 'latest'"):
-        load_weights(tmp_path)
-    tiny_learner(Checkpointer(tmp_path, monitor=None), n_batches=1).fit(1)
-    with pytest.raises(CheckpointError, match=r"counts as the best.*Write load_weights\(path, 'latest'\)"):
-        load_weights(tmp_path)
-    with pytest.raises(UsageError, match=r"which='last'\): which is 'best' or 'latest'"):
-        load_weights(tmp_path, untyped("last"))
-    with pytest.raises(UsageError, match=r"load_weights\(3\) takes the folder"):
-        load_weights(untyped(3))
 
 
 def test_resume_auto_goes_on_if_there_is_something_to_go_on_from(tmp_path: Path) -> None:

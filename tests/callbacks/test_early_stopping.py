@@ -53,6 +53,7 @@ from flowtrain.graph.executor import Executor
 from flowtrain.metrics import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 from tests.support.phases import OtherValidation
+from tests.support.scores import scored
 
 SCORES = [4.0, 2.0, 3.0, 2.5, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0]
 
@@ -67,16 +68,10 @@ class Good:
         return (outputs - targets).mean()
 
 
-def scores(values: Sequence[float] = SCORES, phase: type[Phase] = ValidationPhase) -> Metrics:
-    """Return a metric "Score" with these values, one for each batch of a phase."""
-    rest = iter(values)
-    return Metrics(Metric(lambda outputs, targets: next(rest), name="Score", phase=phase))
-
-
 def learner_with(stopping: EarlyStopping, values: Sequence[float] = SCORES, **options: Any) -> Learner:
     """Return a learner with one validation batch per epoch, so that an epoch's score is one of the values."""
     batches = tiny_batches(n_batches=4)
-    return tiny_learner(stopping, scores(values), data=(batches, batches[:1]), **options)
+    return tiny_learner(stopping, scored(*values), data=(batches, batches[:1]), **options)
 
 
 def epochs_of(learner: Learner, phase: type[Phase] = ValidationPhase) -> int:
@@ -364,7 +359,8 @@ def test_a_metric_that_nobody_computes_is_refused_when_the_learner_is_built() ->
 def test_a_metric_of_another_phase_is_refused_at_the_end_of_the_first_epoch() -> None:
     batches = tiny_batches(n_batches=2)
     data = {ValidationPhase: batches[:1], TrainingPhase: batches}
-    learner = tiny_learner(EarlyStopping(3, monitor="Score", mode="min", phase=TrainingPhase), scores(), data=data)
+    stopping = EarlyStopping(3, monitor="Score", mode="min", phase=TrainingPhase)
+    learner = tiny_learner(stopping, scored(*SCORES), data=data)
     with pytest.raises(UsageError) as refused:
         learner.fit(3)
     assert str(refused.value) == (
@@ -565,13 +561,13 @@ def test_the_first_reason_is_the_one_that_is_kept() -> None:
     nan = [float("nan")] * 10
     one = EarlyStopping(2, monitor="Score", mode="min")
     other = EarlyStopping(InvalidValue(), monitor="Score", mode="min")
-    learner = tiny_learner(one, other, scores(nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)))
+    learner = tiny_learner(one, other, scored(*nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)))
     learner.fit(10)
     assert "InvalidValue(): there is a value of nan" in str(learner.stopped)
     assert epochs_of(learner) == 1
     both = tiny_learner(
         EarlyStopping(1, monitor="Score", mode="min"), EarlyStopping(InvalidValue(), monitor="Score", mode="min"),
-        scores(nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)),
+        scored(*nan), data=(tiny_batches(n_batches=1), tiny_batches(n_batches=1)),
     )  # fmt: skip
     both.fit(10)
     assert "Patience(1): the value is NaN for 1 epoch" in str(both.stopped)

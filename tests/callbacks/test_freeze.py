@@ -210,6 +210,7 @@ def with_groups() -> tuple[Net, Any]:
     return model, torch.optim.SGD(param_groups(model, GROUPS, no_decay=True), lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
+@pytest.mark.usefixtures("forget_compilations")
 @pytest.mark.parametrize("place", ["epoch-0001.ckpt", "epoch-0002.ckpt", "middle.ckpt"])
 @pytest.mark.parametrize(
     "core",
@@ -221,8 +222,6 @@ def with_groups() -> tuple[Net, Any]:
     ids=str,
 )
 def test_a_fit_that_resumes_is_frozen_as_the_first_one(tmp_path: Path, core: Any, place: str) -> None:
-    torch.compiler.reset()
-
     def middle(learner: Any) -> None:
         if learner.cbstate.history[TrainingPhase].steps == 8:  # within the second epoch, and an accumulation group
             learner.request_checkpoint(tmp_path / "middle.ckpt")
@@ -247,8 +246,8 @@ def test_a_fit_that_resumes_is_frozen_as_the_first_one(tmp_path: Path, core: Any
 
 
 @pytest.mark.cpu_only(NOT_COMPILED)
+@pytest.mark.usefixtures("forget_compilations")
 def test_a_compiled_model_trains_the_layers_that_are_unfrozen() -> None:
-    torch.compiler.reset()
     found = changes(learner_with(Freeze(GRADUAL), compile={"backend": "aot_eager"}), 3)
     assert [bool(changed & SECOND) for changed in found] == [False, True, True]
     assert [bool(changed & FIRST) for changed in found] == [False, False, True]

@@ -1,4 +1,4 @@
-"""Metrics: values of batches and epochs, compared with an independent computation and with torchmetrics itself."""
+"""Metrics: values of batches and epochs, compared with an independent computation; what a batch counts in a mean."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 import warnings
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -29,17 +31,20 @@ from flowtrain import (
     Phase,
     Read,
     ResolutionError,
+    TorchCore,
     TrainingPhase,
     UsageError,
     ValidationPhase,
     Write,
     on,
 )
-from flowtrain.callbacks import Metric, Metrics, Recorder
+from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics, Recorder
 from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
 from flowtrain.testing import tiny_batches, tiny_learner
+from flowtrain.training.checkpoint.files import find_file
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
+from tests.support.models import Scale
 from tests.support.untyped import untyped
 
 with warnings.catch_warnings():
@@ -502,3 +507,155 @@ def test_a_failed_epoch_begin_leaves_no_batches_behind() -> None:
     learner.step(TrainingPhase, tiny_batches()[0])
     learner.fit(1)
     assert len(learner.cbstate.metrics_epoch[TrainingPhase]) == 0
+
+
+# --- the weight of a batch in the mean of an epoch
+
+
+def learner_of(*callbacks: Callback, data: Any, model: torch.nn.Module | None = None, **options: Any) -> Learner:
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    return tiny_learner(*callbacks, model=model or Scale(), data=data, optimizer=optimizer, **options)
+
+
+def loss_of(learner: Learner, phase: type[Phase] = ValidationPhase, name: str = "Loss") -> float:
+    value: float = learner.cbstate.metrics_epoch[phase][name].last()[1]
+    return value
+
+
+def tokens(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (targets != -100).sum()
+
+
+def padded() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return sequences of tokens of two classes, padded with -100; the third batch has no token at all."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for n, length in ((4, 9), (4, 2), (4, 0), (1, 30)):
+        inputs = torch.randn(n, 2, 30, generator=generator)
+        targets = torch.randint(2, (n, 30), generator=generator)
+        targets[:, length:] = -100
+        batches.append((inputs, targets))
+    return batches
+
+
+def of_all_tokens(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    inputs = torch.cat([inputs.transpose(1, 2).reshape(-1, 2) for inputs, _ in batches])
+    return F.cross_entropy(inputs, torch.cat([targets.reshape(-1) for _, targets in batches])).item()
+
+
+def right(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    counted = targets != -100
+    return (outputs.argmax(1) == targets)[counted].float().mean()
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_tokens(lag: int) -> None:
+    class Tokens(ValidationPhase):
+        def batch_size(self, inputs: Any, targets: Any) -> Any:
+            return (targets != -100).sum()
+
+    batches = padded()
+    options: dict[str, Any] = {"lossfn": F.cross_entropy, "core": TorchCore(device="cpu", lag=lag)}
+    learner = learner_of(Metrics(right, weight=tokens), data={ValidationPhase: batches}, **options)
+    learner.validate()
+    assert loss_of(learner) == pytest.approx(of_all_tokens(batches))
+    correct = sum(int((inputs.argmax(1) == targets).sum()) for inputs, targets in batches)
+    count = sum(int((targets != -100).sum()) for _, targets in batches)
+    assert loss_of(learner, name="Right") == pytest.approx(correct / count)
+
+    by_phase = learner_of(Metrics(right), data={Tokens: batches}, lossfn=F.cross_entropy)
+    by_phase.validate()
+    assert loss_of(by_phase, Tokens) == loss_of(learner)
+    assert loss_of(by_phase, Tokens, "Right") == loss_of(learner, name="Right")
+
+    # Only this metric counts tokens. The loss counts sequences, and the loss of no token is NaN.
+    one = learner_of(Metrics(Metric(right, weight=tokens)), data={ValidationPhase: batches}, lossfn=F.cross_entropy)
+    one.validate()
+    assert loss_of(one, name="Right") == loss_of(learner, name="Right")
+    assert math.isnan(loss_of(one))
+
+
+def test_an_epoch_in_which_nothing_counts_has_no_mean() -> None:
+    data = {ValidationPhase: [(torch.zeros(2), torch.zeros(2))]}
+    learner = learner_of(Metrics(weight=lambda outputs, targets: 0), data=data)
+    learner.validate()
+    assert math.isnan(loss_of(learner))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "phase", "text"),
+    [
+        (Metrics(weight=lambda outputs, targets: -1), ValidationPhase, "^The weight of Metrics returned -1; what a"),
+        (
+            Metrics(Metric(right, weight=lambda outputs, targets: targets)),
+            ValidationPhase,
+            r"(?s)^The weight of Metric\(Right\) returned tensor\(.*; what a batch counts in the mean of an epoch is a",
+        ),
+        (Metrics(), type("Wrong", (ValidationPhase,), {"batch_size": lambda *_: None}), r"^Wrong\.batch_size\(inputs"),
+    ],
+)
+def test_a_weight_that_is_no_number(metrics: Metrics, phase: type[Phase], text: str) -> None:
+    learner = learner_of(metrics, data={phase: padded()}, lossfn=F.cross_entropy)
+    with pytest.raises(UsageError, match=text):
+        learner.validate()
+    with pytest.raises(UsageError, match=r"^Metrics\(weight=3\): weight is a function of \(outputs, targets\)"):
+        Metrics(weight=untyped(3))
+
+
+def test_the_best_is_the_best_of_what_was_told(tmp_path: Path) -> None:
+    """Counted by samples the second epoch is the best, by tokens the first; the third and fourth are worse by both."""
+    epochs = [(9.0, 1.0), (1.0, 2.0), (9.0, 3.0), (9.0, 4.0)]
+    right_means = [(1 * a + 9 * b) / 10 for a, b in epochs]
+    values = iter([value for epoch in epochs for value in epoch])
+    weights = iter([1.0, 1.0, 9.0] * 4)  # one of training, two of validation
+    learner = learner_of(
+        Metrics(weight=lambda outputs, targets: next(weights)),
+        Checkpointer(tmp_path),
+        EarlyStopping(patience=2),
+        data={TrainingPhase: tiny_batches(n_batches=1), ValidationPhase: [(torch.zeros(2, 1), torch.zeros(2, 1))] * 2},
+        lossfn=lambda outputs, targets: outputs.sum() * 0 + (0.0 if outputs.requires_grad else next(values)),
+    )
+    learner.fit(4)
+    assert learner.cbstate.metrics_epoch[ValidationPhase]["Loss"].values == right_means[:3]
+    assert "best value was 1.8, in epoch 1" in str(learner.stopped)
+    assert torch.load(find_file(tmp_path / "best"), weights_only=True)["position"]["rounds"] == 0
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tmp_path: Path) -> None:
+    def make(stop: int | None, folder: int | None) -> Learner:
+        def end(learner: Any) -> None:
+            count.append(1)
+            if len(count) == stop:
+                raise CancelFittingException
+
+        count: list[int] = []
+        return Learner(
+            torch.nn.Linear(3, 2),
+            F.cross_entropy,
+            data=[(torch.randn(n, 3, generator=generator), torch.randint(2, (n,), generator=generator)) for n in sizes],
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            callbacks=[
+                Metrics(Metric(right, weight=lambda outputs, targets: (targets + 1).sum()), weight=tokens),
+                Checkpointer(tmp_path / str(folder), every_steps=1),
+                CustomCallback(end, BatchEnd),
+            ],
+            core=TorchCore(device="cpu", lag=lag),
+            default_callbacks="quiet",
+        )
+
+    sizes = [5, 1, 4, 2]
+    found = []
+    for stop in (None, 2):
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        learner = make(stop, stop)
+        learner.fit(1)
+        if stop is not None:
+            generator.manual_seed(0)
+            torch.manual_seed(0)
+            learner = make(None, stop)
+            learner.fit(1, resume=tmp_path / str(stop) / "step-00000002.ckpt")
+        found.append({name: list(each) for name, each in learner.cbstate.metrics_epoch[TrainingPhase].items()})
+    assert found[0] == found[1]
+    assert list(found[0]) == ["Loss", "Right"]

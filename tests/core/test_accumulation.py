@@ -433,3 +433,45 @@ def test_a_resume_in_an_open_group_is_exact(
     whole = run(Ask(path, event, number))
     assert run(resume=path) == whole
     assert whole[2][0].updates == 6
+
+
+def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -> None:
+    """With accumulation the group of the other model may be open, and must not include this loss."""
+
+    class Through(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, learner.model.disc(batch.x).sum(), "disc")
+                learner.update(self, "disc")
+                faked = learner.model.gen(batch.x)
+                learner.backward(self, learner.model.disc(faked).sum(), "gen")
+                learner.update(self, "gen")
+
+    def models() -> dict[str, torch.nn.Linear]:
+        torch.manual_seed(0)
+        return {"gen": torch.nn.Linear(1, 1), "disc": torch.nn.Linear(1, 1)}
+
+    data = [torch.full((2, 1), float(number)) for number in range(4)]
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    learner = Learner(
+        models(),
+        torch.nn.functional.mse_loss,
+        data={Through: data},
+        optimizer={"gen": sgd, "disc": sgd},
+        core=TorchCore(accumulate=2, device="cpu"),
+        default_callbacks=False,
+    )
+    learner.fit(1)
+    by_hand = models()
+    optimizers = {name: sgd(model.parameters()) for name, model in by_hand.items()}
+    for group in (data[:2], data[2:]):
+        for x in group:
+            for name in ("disc", "gen"):
+                loss = by_hand["disc"](x if name == "disc" else by_hand["gen"](x)).sum()
+                (loss / 2).backward(inputs=list(by_hand[name].parameters()))
+                if x is group[1]:
+                    optimizers[name].step()
+                    optimizers[name].zero_grad()
+    for name, model in by_hand.items():
+        for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)

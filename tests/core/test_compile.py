@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain import Learner, TorchCore, TrainingPhase, Write
+from flowtrain import (
+    CoreError,
+    Learner,
+    TorchCore,
+    TrainingPhase,
+    Write,
+)
 from flowtrain.callback.events import BatchEnd, LossBegin
 from flowtrain.callbacks import CustomCallback
 from flowtrain.core.compile import Compiled, has_graphs, original
 
 Pairs = list[tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _forget_compilations() -> None:
-    torch.compiler.reset()
 
 
 class Net(nn.Sequential):
@@ -51,7 +52,10 @@ class Counted:
         return cross_entropy(outputs, targets)
 
 
-pytestmark = pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+pytestmark = [
+    pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python"),
+    pytest.mark.usefixtures("forget_compilations"),
+]
 
 
 def trained(compile: Any, *callbacks: Any, lossfn: Any = cross_entropy, **options: Any) -> Learner:  # noqa: A002
@@ -219,3 +223,15 @@ def test_cuda_graphs_do_not_change_what_callbacks_keep(loss: bool) -> None:
         results.append([outputs.detach().cpu() for outputs in kept])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
+    core = TorchCore(device="cpu", compile={"mode": "fast"})
+    for _ in range(2):  # the second attempt fails with the same error, not because the core is in use
+        with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
+            Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, core=core, default_callbacks=False)
+
+
+def test_compile_is_for_one_model() -> None:
+    with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
+        Learner({"gen": Net(), "disc": Net()}, cross_entropy, core=TorchCore("cpu", compile=True))

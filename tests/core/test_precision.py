@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from flowtrain import Callback, CancelFittingException, EpochEnd, LearnerView, Phase, TorchCore, TrainingPhase, on
+from flowtrain import (
+    AbstractTrainingPhase,
+    Callback,
+    CancelFittingException,
+    EpochEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    StepContext,
+    TorchCore,
+    TrainingPhase,
+    on,
+)
 from flowtrain.callbacks import StopOnNaNLoss
 from flowtrain.core.optimizers import takes_found_inf
 from flowtrain.core.precision import NaNGuard, Scaling, all_finite, autocast, in_precision
@@ -238,3 +250,30 @@ def test_on_an_accelerator_the_parameters_are_those_before_the_nan(at: int) -> N
             learner.fit(1)
         found.append(learner.model.coeff.item())
     assert found[0] == found[1]
+
+
+def test_fp16_with_an_update_for_each_optimizer() -> None:
+    """An overflow in one model changes the scale between the updates; the other model's gradients stay correct."""
+
+    class Both(AbstractTrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, x=raw) as batch:
+                learner.backward(self, (learner.model.one(batch.x) * 1e38).sum(), "one")
+                learner.backward(self, learner.model.other(batch.x).sum(), "other")
+                learner.update(self, "one")
+                learner.update(self, "other")
+
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    models = {name: torch.nn.Linear(1, 1, bias=False) for name in ("one", "other")}
+    for model in models.values():
+        torch.nn.init.ones_(model.weight)
+    learner = Learner(
+        models,
+        torch.nn.functional.mse_loss,
+        data={Both: [torch.ones(1, 1)]},
+        optimizer={"one": sgd, "other": sgd},
+        core=TorchCore(device="cpu", precision="fp16"),
+        default_callbacks=False,
+    )
+    learner.fit(1)
+    assert [model.weight.item() for model in models.values()] == [1.0, 0.5]  # skipped after its overflow

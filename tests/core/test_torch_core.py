@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
-    AbstractTrainingPhase,
     Access,
     Callback,
     CancelBatchException,
@@ -27,7 +26,6 @@ from flowtrain import (
     MissingStateError,
     Phase,
     Read,
-    StepContext,
     TorchCore,
     TrainingPhase,
     UpdateBegin,
@@ -232,6 +230,7 @@ def test_several_optimizers_over_one_model_are_clipped_together() -> None:
 
 
 @pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
+@pytest.mark.usefixtures("forget_compilations")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_and_not_is_the_same_training(backend: str) -> None:
     torch.manual_seed(0)
@@ -248,6 +247,7 @@ def test_compiled_and_not_is_the_same_training(backend: str) -> None:
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("forget_compilations")
 def test_compile_reaches_torch_once() -> None:
     calls: list[str] = []
 
@@ -608,8 +608,10 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
         ({"clip_grad_value": -1}, "clip_grad_value must be a positive number, or None for no clipping; got -1."),
         ({"clip_grad_norm": math.nan}, "clip_grad_norm must be a positive number, or None for no clipping; got nan."),
         ({"clip_grad_norm": "1"}, "clip_grad_norm must be a positive number, or None for no clipping; got '1'."),
+        ({"clip_grad_value": 0}, "clip_grad_value must be a positive number, or None for no clipping; got 0."),
         ({"clip_grad_value": True}, "clip_grad_value must be a positive number, or None for no clipping; got True."),
         ({"init_scale": -1}, "init_scale must be a positive number, such as 65536.0; got -1."),
+        ({"init_scale": 0.0}, "init_scale must be a positive number, such as 65536.0; got 0.0."),
         ({"init_scale": None}, "init_scale must be a positive number, such as 65536.0; got None."),
         (
             {"compile": "eager"},
@@ -623,6 +625,7 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
             "'max-autotune-no-cudagraphs'.",
         ),
         ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
+        ({"lag": True}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got True."),
         ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
         ({"channels_last": None}, "channels_last is True, False; got None."),
         ({"tf32": 1}, "tf32 is True, False or None; got 1."),
@@ -639,11 +642,6 @@ def test_a_core_belongs_to_one_learner() -> None:
     learner_of(Net(), core=core)
     with pytest.raises(CoreError, match=r"belongs to another learner\. Give each learner a core of its"):
         learner_of(Net(), core=core)
-
-
-def test_compile_is_for_one_model() -> None:
-    with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
-        learner_of({"gen": Net(), "disc": Net()}, data=None, core=cpu(compile=True))
 
 
 def test_modes_are_those_of_the_phase_and_put_back() -> None:
@@ -689,109 +687,7 @@ def test_one_optimizer_may_have_a_name() -> None:
     assert_same(model, expected)
 
 
-# --- several optimizers
-
-
-def test_a_backward_pass_for_one_optimizer_leaves_the_others_gradients_alone() -> None:
-    """With accumulation the group of the other model may be open, and must not include this loss."""
-
-    class Through(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self, x=raw) as batch:
-                learner.backward(self, learner.model.disc(batch.x).sum(), "disc")
-                learner.update(self, "disc")
-                faked = learner.model.gen(batch.x)
-                learner.backward(self, learner.model.disc(faked).sum(), "gen")
-                learner.update(self, "gen")
-
-    def models() -> dict[str, torch.nn.Linear]:
-        torch.manual_seed(0)
-        return {"gen": torch.nn.Linear(1, 1), "disc": torch.nn.Linear(1, 1)}
-
-    data = [torch.full((2, 1), float(number)) for number in range(4)]
-    sgd = partial(torch.optim.SGD, lr=0.1)
-    learner = Learner(
-        models(),
-        torch.nn.functional.mse_loss,
-        data={Through: data},
-        optimizer={"gen": sgd, "disc": sgd},
-        core=TorchCore(accumulate=2, device="cpu"),
-        default_callbacks=False,
-    )
-    learner.fit(1)
-    by_hand = models()
-    optimizers = {name: sgd(model.parameters()) for name, model in by_hand.items()}
-    for group in (data[:2], data[2:]):
-        for x in group:
-            for name in ("disc", "gen"):
-                loss = by_hand["disc"](x if name == "disc" else by_hand["gen"](x)).sum()
-                (loss / 2).backward(inputs=list(by_hand[name].parameters()))
-                if x is group[1]:
-                    optimizers[name].step()
-                    optimizers[name].zero_grad()
-    for name, model in by_hand.items():
-        for mine, theirs in zip(learner.model[name].parameters(), model.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
-    core = TorchCore(device="cpu", compile={"mode": "fast"})
-    for _ in range(2):  # the second attempt fails with the same error, not because the core is in use
-        with pytest.raises(RuntimeError, match="Unrecognized mode=fast"):
-            Learner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, core=core, default_callbacks=False)
-
-
-def test_fp16_with_an_update_for_each_optimizer() -> None:
-    """An overflow in one model changes the scale between the updates; the other model's gradients stay correct."""
-
-    class Both(AbstractTrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            with learner.run_batch(self, x=raw) as batch:
-                learner.backward(self, (learner.model.one(batch.x) * 1e38).sum(), "one")
-                learner.backward(self, learner.model.other(batch.x).sum(), "other")
-                learner.update(self, "one")
-                learner.update(self, "other")
-
-    sgd = partial(torch.optim.SGD, lr=0.5)
-    models = {name: torch.nn.Linear(1, 1, bias=False) for name in ("one", "other")}
-    for model in models.values():
-        torch.nn.init.ones_(model.weight)
-    learner = Learner(
-        models,
-        torch.nn.functional.mse_loss,
-        data={Both: [torch.ones(1, 1)]},
-        optimizer={"one": sgd, "other": sgd},
-        core=TorchCore(device="cpu", precision="fp16"),
-        default_callbacks=False,
-    )
-    learner.fit(1)
-    assert [model.weight.item() for model in models.values()] == [1.0, 0.5]  # skipped after its overflow
-
-
-# --- settings: a value that a core cannot have is named
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"precision": "fp8"}, "precision='fp8' is unknown. It is one of: 'fp32'"),
-        ({"accumulate": 0}, "accumulate is a whole number, at least 1, got 0."),
-        ({"accumulate": True}, "accumulate is a whole number, at least 1, got True."),
-        ({"clip_grad_norm": -1.0}, "clip_grad_norm must be a positive number, or None for no clipping; got -1.0."),
-        ({"clip_grad_value": 0}, "clip_grad_value must be a positive number, or None for no clipping; got 0."),
-        ({"clip_grad_norm": float("nan")}, "clip_grad_norm must be a positive number"),
-        ({"init_scale": 0.0}, "init_scale must be a positive number, such as 65536.0; got 0.0."),
-        ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
-        ({"lag": True}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got True."),
-        ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
-        ({"channels_last": None}, "channels_last is True, False; got None."),
-        ({"tf32": 1}, "tf32 is True, False or None; got 1."),
-    ],
-)
-def test_what_means_nothing(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(CoreError) as caught:
-        Settings(**given)
-    assert text in str(caught.value)
+# --- settings
 
 
 def test_what_means_something() -> None:

@@ -1,18 +1,29 @@
-"""The number of samples in a batch, and the lengths from which it is found."""
+"""The number of samples in a batch: the lengths from which it is found, and its weight in the mean of an epoch."""
 
 from __future__ import annotations
 
+import warnings
 from collections import UserList, UserString, deque
 from enum import Enum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import zeros
 from torch.nn.utils.rnn import pack_sequence
 
-from flowtrain import ValidationPhase
+from flowtrain import (
+    Learner,
+    StepContext,
+    TrainingPhase,
+    ValidationPhase,
+)
+from flowtrain.callbacks import Metrics
 from flowtrain.data.batch_size import lengths, measure
+from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.models import Scale
 from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
 
 
@@ -83,3 +94,111 @@ def test_the_lengths_in_a_batch_are_named() -> None:
         ("batch.inputs[0]", 2),
         ("batch.inputs[0][0]", 4),
     ]
+
+
+def learner_of(data: Any, model: torch.nn.Module | None = None, **options: Any) -> Learner:
+    """Return a learner whose parameter stays as it is, since the learning rate is 0."""
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    return tiny_learner(Metrics(), model=model or Scale(), data=data, optimizer=optimizer, **options)
+
+
+def test_a_dict_whose_first_tensor_is_no_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(n, generator=generator) for n in (8, 8, 3)]
+    data = [({"classes": zeros(5), "x": each}, zeros(len(each))) for each in x]
+    learner = learner_of({ValidationPhase: data}, model=Scale(lambda inputs: inputs["x"]))
+    assert learner.validate()["Loss"] == pytest.approx(torch.cat(x).square().mean().item())
+
+
+def time_first(count: int = 19, batch_size: int = 8, frames: int = 50, features: int = 2) -> tuple[Any, torch.Tensor]:
+    """Return a loader of tensors of shape (frames, batch, features), and all samples."""
+    samples = torch.randn(count, frames, features, generator=torch.Generator().manual_seed(0))
+
+    def collate(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.stack(items, dim=1)
+        return inputs, torch.zeros_like(inputs)
+
+    dataset: Any = samples
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collate), samples
+
+
+class TimeFirst(ValidationPhase):
+    def batch_size(self, inputs: Any, targets: Any) -> int:
+        return int(targets.shape[1])
+
+
+def test_time_first() -> None:
+    loader, samples = time_first()
+    learner = learner_of({TrainingPhase: tiny_batches(), ValidationPhase: loader})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.fit(2)
+        loss = learner.validate()["Loss"]
+    [warning] = caught  # one warning for each phase
+    assert str(warning.message) == (
+        "How many samples a batch of ValidationPhase has cannot be told for certain: batch.inputs has length 50, "
+        "batch.targets has length 50, and the loader makes batches of 8. The means of an epoch weigh this batch by 50. "
+        "Say it in a phase, and give data={MyValidationPhase: loader}:\n\n"
+        "    class MyValidationPhase(ValidationPhase):\n"
+        "        def batch_size(self, inputs, targets):\n"
+        "            return len(targets)  # the number of samples\n"
+    )
+    told = learner_of({TimeFirst: loader})
+    assert told.validate()["Loss"] == pytest.approx(samples.square().mean().item())
+    assert loss != pytest.approx(told.validate()["Loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [(zeros(50, 8), zeros(8))],
+        time_first(frames=7)[0],
+        time_first(frames=16)[0],
+        time_first(frames=12, batch_size=5)[0],
+    ],
+    ids=["a list", "fewer", "twice as many", "more"],
+)
+def test_what_is_not_certain_warns(loader: Any) -> None:
+    learner = learner_of({ValidationPhase: loader}, lossfn=lambda outputs, targets: outputs.mean())
+    with pytest.warns(UserWarning, match="cannot be told for certain"):
+        learner.validate()
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(zeros(20, 8), zeros(20)), batch_size=8),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(zeros(5, 8), zeros(5)), batch_size=8),
+        torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(zeros(20, 3), zeros(20)),
+            batch_size=8,
+            collate_fn=lambda items: (zeros(2 * len(items), 3), zeros(2 * len(items))),  # two copies of each sample
+        ),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(zeros(6, 8), zeros(6)), batch_size=None),
+        [(zeros(8, 2), zeros(8)), (zeros(3, 2), zeros(3))],
+    ],
+    ids=["usual", "one short batch", "two views", "no batches", "a list"],
+)
+def test_what_is_certain_does_not(loader: Any) -> None:
+    learner = learner_of({ValidationPhase: loader}, lossfn=lambda outputs, targets: outputs.mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.validate()
+
+
+def test_a_step_of_ones_own_has_a_batch_size_too() -> None:
+    class Own(ValidationPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            with learner.run_batch(self, inputs=raw) as batch:
+                batch.loss = learner.model(batch.inputs).mean()
+
+        def batch_size(self, inputs: Any, targets: Any) -> int:
+            assert targets is None
+            return int(inputs.shape[1])
+
+    def unused(outputs: Any, targets: Any) -> Any:
+        raise AssertionError("a batch without outputs has nothing to weigh")
+
+    data = {Own: [torch.full((2, 3), 1.0), torch.full((2, 9), 5.0)]}
+    learner = tiny_learner(Metrics(unused, weight=unused), model=Scale(), data=data)
+    assert learner.validate()["Loss"] == (3 * 1.0 + 9 * 5.0) / 12

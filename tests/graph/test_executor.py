@@ -1,4 +1,4 @@
-"""The serial executor (rules 15 and 17), and how executors are found by name."""
+"""The serial executor (rules 15 and 17), how executors are found by name, and the mailbox of the training thread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.graph.executor import EXECUTORS, find_executor
+from flowtrain.graph.executor import EXECUTORS, Mailbox, Resumable, find_executor
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
@@ -472,3 +472,61 @@ def test_an_entry_point_that_cannot_be_imported() -> None:
         "executor='broken' is loud_executors.not_there:Executor of loud-executors, and it cannot be imported: No "
         "module named 'loud_executors.not_there'; 'loud_executors' is not a package. Install what loud-executors needs."
     )
+
+
+# --- the mailbox
+
+
+def test_calls_are_made_in_order_and_what_they_put_in_waits() -> None:
+    mailbox, made = Mailbox(), list[str]()
+
+    def first() -> None:
+        made.append("first")
+        mailbox.put(lambda: made.append("third"))
+
+    mailbox.put(first)
+    thread = threading.Thread(target=mailbox.put, args=(lambda: made.append("second"),))
+    thread.start()
+    thread.join()
+    mailbox.empty()
+    assert made == ["first", "second"]
+    assert len(mailbox.calls) == 1
+    mailbox.empty()
+    assert made == ["first", "second", "third"]
+
+
+def test_what_a_call_raises_leaves_the_others_for_the_next_time() -> None:
+    mailbox, made = Mailbox(), list[str]()
+    calls = mailbox.calls
+
+    def fails() -> None:
+        raise ValueError("no")
+
+    mailbox.put(fails)
+    mailbox.put(lambda: made.append("second"))
+    with pytest.raises(ValueError, match="no"):
+        mailbox.empty()
+    mailbox.empty()
+    assert made == ["second"]
+    mailbox.put(fails)
+    mailbox.stopping = True
+    mailbox.clear()
+    assert not mailbox.stopping
+    assert mailbox.calls is calls == [], "the loop keeps a reference to this list"
+
+
+# --- an executor's part of a checkpoint
+
+
+def test_an_executor_has_a_part_in_checkpoints_or_none() -> None:
+    assert isinstance(DaskExecutor(), Resumable)
+    assert not isinstance(SerialExecutor(), Resumable)
+
+    class Half(SerialExecutor):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(
+        ExecutorError, match=r"has state_dict alone, so nothing of it could be resumed\. An executor has"
+    ):
+        find_executor(Half())

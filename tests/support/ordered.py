@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Resolution, TrainingPhase, Write, on
-from flowtrain.graph.plan import Plan
+from flowtrain.callback.handler import find_handler
+from flowtrain.graph.nodes import Order
+from flowtrain.graph.order import order_event
 from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.resolver import Resolver
 from flowtrain.state.learner_state import LearnerState
 
 
@@ -57,20 +60,26 @@ def state_with_everything() -> LearnerState:
     return state
 
 
-def plan(*callbacks: Callback) -> Plan:
-    """Order the callbacks at (BatchEnd, TrainingPhase)."""
-    return Callbacks(callbacks, state_with_everything()).plan(BatchEnd, TrainingPhase)
+def ordered(*callbacks: Callback) -> Order:
+    """Order the callbacks at (BatchEnd, TrainingPhase); `setup` is not called, and no view is made."""
+    nodes = Callbacks(callbacks, state_with_everything()).nodes
+    participants = []
+    for node in nodes:
+        handler = find_handler(node.handlers, BatchEnd, TrainingPhase)
+        assert handler is not None
+        participants.append((node, handler))
+    return order_event(BatchEnd, TrainingPhase, participants, Resolver())
 
 
 def order(*callbacks: Callback) -> list[str]:
     """Return the names in serial order."""
-    return [planned.node.name for planned in plan(*callbacks).handlers]
+    return [node.name for node in ordered(*callbacks).nodes]
 
 
 def edges(*callbacks: Callback) -> dict[tuple[str, str], str]:
     """Return the edges by names, each with its reasons as text."""
-    found = plan(*callbacks)
+    found = ordered(*callbacks)
     return {
-        (found.handlers[edge.before].node.name, found.handlers[edge.after].node.name): "; ".join(map(str, edge.reasons))
+        (found.nodes[edge.before].name, found.nodes[edge.after].name): "; ".join(map(str, edge.reasons))
         for edge in found.edges
     }

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from flowtrain import AbstractTrainingPhase, Phase, StepContext, TrainingPhase, ValidationPhase
+from flowtrain import (
+    AbstractTrainingPhase,
+    Phase,
+    StepContext,
+    TrainingPhase,
+    ValidationPhase,
+)
 
 
 class OtherTraining(TrainingPhase):
@@ -32,3 +38,14 @@ class TwoModels(AbstractTrainingPhase):
             learner.backward(self, loss)
             learner.update(self, "one")
             learner.update(self, "two")
+
+
+class OwnPhase(AbstractTrainingPhase):
+    """A training step that uses the methods for custom phases."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+            with learner.forward():
+                batch.loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+            learner.backward(self, batch.loss)
+            learner.update(self)

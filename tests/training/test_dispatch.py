@@ -1,8 +1,10 @@
-"""Dispatch: how an event runs, which events its handlers fire meanwhile, and what their failures say (rules 15, 18)."""
+"""Dispatch: how an event runs, what handlers fire or request meanwhile, and what failures say (rules 15, 18, 28)."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +14,7 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    CallbackError,
     CancelBatchException,
     CancelEpochException,
     CancelFittingException,
@@ -30,14 +33,15 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import CustomCallback
-from flowtrain.graph.executor import SerialExecutor
+from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing import tiny_batches
+from flowtrain.testing import ShuffledExecutor, tiny_batches, tiny_learner
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
-from tests.support.fired import Raise, Watch, watched
+from flowtrain_dask import DaskExecutor
+from tests.support.fired import Raise, Watch, short, watched
 from tests.support.untyped import untyped
 
 
@@ -244,3 +248,197 @@ def test_the_note_of_a_direct_step_has_no_epoch() -> None:
     with pytest.raises(ValueError, match="x") as raised:
         learner.step(ValidationPhase, tiny_batches(n_batches=1)[0])
     assert raised.value.__notes__ == ["raised in Mine.maybe at (LossBegin, ValidationPhase)"]
+
+
+def test_handlers_run_unless_they_depend_on_a_failed_one() -> None:
+    """Rule 15: exactly the handlers with no failed ancestor run."""
+    ran: list[str] = []
+
+    class Base(Callback):
+        fails: bool = False
+        after: tuple[type[Callback], ...] = ()
+
+        def run_after(self) -> tuple[type[Callback], ...]:
+            return self.after
+
+        @on(BatchEnd)
+        def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            ran.append(type(self).__name__)
+            if self.fails:
+                raise ValueError(type(self).__name__)
+
+    class A(Base):
+        fails = True
+
+    class B(Base):
+        after = (A,)
+
+    class C(Base):
+        after = (B,)
+
+    class D(Base): ...
+
+    class E(Base):
+        after = (D,)
+        fails = True
+
+    _, learner = watched(A(), B(), C(), D(), E())
+    with pytest.raises(ValueError, match="A") as raised:
+        learner.fit(1)
+    assert ran == ["A", "D", "E"]
+    assert [str(other) for other in raised.value.others] == ["E"]  # type: ignore[attr-defined]  # may carry them
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "wins"),
+    [
+        ([CancelBatchException(), CancelEpochException(), CancelFittingException(), ValueError("e")], 3),
+        ([CancelBatchException(), CancelFittingException(), CancelEpochException()], 1),
+        ([CancelBatchException(), CancelEpochException()], 1),
+        ([ValueError("one"), ValueError("two")], 0),
+        ([CancelBatchException("one"), CancelBatchException("two")], 0),
+    ],
+)
+def test_which_of_several_exceptions_counts(exceptions: list[Exception], wins: int) -> None:
+    """Rule 15: errors, then the cancel of the fit, the epoch, the batch; then serial order."""
+    watch, learner = watched(*(Raise(LossBegin, exception) for exception in exceptions))
+    with suppress(ValueError):
+        learner.fit(1)
+    ends_fit = isinstance(exceptions[wins], (ValueError, CancelFittingException))
+    assert learner.stopped is (exceptions[wins] if ends_fit else None)
+    expected = {
+        "ValueError": "F( E( B( Bx Ex F)",
+        "CancelFittingException": "F( E( B( Bx Ex F)",
+        "CancelEpochException": "F( E( B( Bx E) F)",
+        "CancelBatchException": "F( E( B( Bx B( B) E) F)",
+    }
+    assert short(watch.names) == expected[type(exceptions[wins]).__name__]
+    others = getattr(exceptions[wins], "others", None)
+    assert others is not None
+    assert {id(other) for other in others} == {id(e) for e in exceptions} - {id(exceptions[wins])}
+
+
+# --- requests for checkpoints (rules 18 and 28)
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "serial": SerialExecutor,
+    "shuffled": ShuffledExecutor,
+    "dask": lambda: DaskExecutor(workers=3, parallel="always"),
+}
+
+
+class Mine(Event):
+    """A user's event."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Asks(Callback):
+    """Runs functions of the test at the end of the epoch and at the user's events."""
+
+    def __init__(self, name: str, do: Callable[[Event, LearnerView], None]) -> None:
+        self.name = name
+        self.do = do
+
+    @on(EpochEnd, TrainingPhase, access={})
+    def end(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.do(event, learner)
+
+    @on(Mine, access={})
+    def mine(self, event: Mine, phase: Phase, learner: LearnerView) -> None:
+        self.do(event, learner)
+
+
+def taken(*callbacks: Callback, executor: str = "serial", fails: type[Exception] | None = None) -> list[str]:
+    """Run an epoch; return the file names of the checkpoints that were written."""
+    found: list[str] = []
+    learner = tiny_learner(*callbacks, executor=EXECUTORS[executor](), n_batches=1, default_callbacks=False)
+    learner.loop.dispatch.checkpoint = lambda requests: found.extend(request.path for request in requests)
+    with learner:
+        if fails is None:
+            learner.fit(1)
+        else:
+            with pytest.raises(fails):
+                learner.fit(1)
+        assert learner.state.requests == learner.state.fired == []
+    return found
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_checkpoints_are_written_in_the_serial_order_of_their_requests(executor: str) -> None:
+    """B makes its request earlier in time if it can; requests of fired events come after those of the event itself."""
+    asked = threading.Event()
+
+    def late(event: Event, learner: LearnerView) -> None:
+        if isinstance(event, Mine):
+            learner.request_checkpoint(f"A of {event.number}")
+            if event.number == 1:
+                learner.fire(Mine(3))
+            return
+        if executor == "dask":
+            assert asked.wait(60)
+        learner.request_checkpoint("A 1")
+        learner.fire(Mine(1))
+        learner.request_checkpoint("A 2")
+
+    def early(event: Event, learner: LearnerView) -> None:
+        if isinstance(event, EpochEnd):
+            learner.request_checkpoint("B 1")
+            learner.fire(Mine(2))
+            asked.set()
+
+    wanted = ["A 1", "A 2", "B 1", "A of 1", "A of 2", "A of 3"]
+    assert taken(Asks("A", late), Asks("B", early), executor=executor) == wanted
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_error_drops_the_requests_and_a_cancel_does_not(executor: str) -> None:
+    def asks(event: Event, learner: LearnerView) -> None:
+        learner.request_checkpoint("one")
+        if isinstance(event, EpochEnd):
+            learner.fire(Mine(1))
+
+    def raises(failure: Exception, at: type[Event]) -> Callable[[Event, LearnerView], None]:
+        def do(event: Event, learner: LearnerView) -> None:
+            if isinstance(event, at):
+                raise failure
+
+        return do
+
+    for at in (EpochEnd, Mine):  # checkpoints come after the event and those that it fired
+        failing = Asks("B", raises(ValueError("no"), at))
+        assert taken(Asks("A", asks), failing, executor=executor, fails=ValueError) == []
+        cancelling = Asks("B", raises(CancelEpochException("enough"), at))
+        assert taken(Asks("A", asks), cancelling, executor=executor) == ["one"]
+
+
+def test_a_setup_cannot_ask_for_one() -> None:
+    class Early(Callback):
+        def setup(self, learner: LearnerView) -> None:
+            learner.request_checkpoint("a.ckpt")
+
+    learner = tiny_learner()
+    with pytest.raises(CallbackError) as caught:
+        learner.add_callback(Early())
+    assert (
+        str(caught.value) == "Early.setup asks for a checkpoint, and no learner is built yet. Ask for it at FitBegin."
+    )
+    assert learner.state.requests == []
+
+
+class Late(Callback):
+    """A deferred callback that makes a request which only the training thread can grant."""
+
+    deferrable = True
+    stochastic = False
+
+    @on(BatchEnd, access={})
+    def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        learner.request_checkpoint("a.ckpt")
+
+
+def test_a_deferred_handler_cannot_ask_for_one() -> None:
+    with pytest.raises(UsageError, match=r"Late calls learner\.request_checkpoint\(.*a\.ckpt.*\), but it is deferred"):
+        tiny_learner(Late(), executor=DaskExecutor(), n_batches=1).fit(1)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import linecache
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -20,9 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowtrain import (
-    AbstractTrainingPhase,
     AbstractValidationPhase,
-    Access,
     BackwardBegin,
     BackwardEnd,
     BatchBegin,
@@ -42,10 +36,8 @@ from flowtrain import (
     Learner,
     LearnerView,
     LossBegin,
-    LossError,
     Phase,
     Read,
-    StepContext,
     TrainingPhase,
     UpdateBegin,
     UpdateEnd,
@@ -57,23 +49,13 @@ from flowtrain.callbacks import CustomCallback
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import Raise, Watch, short, watched
+from tests.support.phases import OwnPhase
 
 Script = Mapping[int, str]
 
 SUPERVISED: list[type[Event]] = [BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
 EVALUATED: list[type[Event]] = [BatchBegin, LossBegin, BatchEnd]
 OWN: list[type[Event]] = [BatchBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
-
-
-class OwnPhase(AbstractTrainingPhase):
-    """A training step that uses the methods for custom phases."""
-
-    def step(self, learner: StepContext, raw: Any) -> None:
-        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
-            with learner.forward():
-                batch.loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
-            learner.backward(self, batch.loss)
-            learner.update(self)
 
 
 class Ping(Event):
@@ -467,33 +449,6 @@ def test_a_loader_that_raises_midway_cancels_the_epoch() -> None:
     assert short(watch.names).endswith("F( E( B( B) E) F)")
 
 
-def test_a_model_that_raises_says_with_which_input() -> None:
-    watch, learner = watched(data=[(torch.zeros(2, 3), torch.zeros(2, 3))], model=torch.nn.Linear(4, 3))
-    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
-        learner.fit(1)
-    note = "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 3), float32"
-    assert raised.value.__notes__ == [note, "in TrainingPhase, epoch 1, batch 1"]
-    assert short(watch.names) == "F( E( B( Bx Ex F)"
-
-
-def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
-    class Robust(TrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            try:
-                super().step(learner, raw)
-            except (RuntimeError, LossError):
-                return
-
-    bad = (torch.zeros(8, 1), torch.zeros(8, 1, dtype=torch.complex64))
-    good = tiny_batches(n_batches=2)
-    watch, learner = watched(Raise(BatchEnd, RuntimeError("late"), 2), data={Robust: [good[0], bad, good[1]]})
-    learner.fit(1)
-    assert short(watch.names) == "F( E( B( B) B( Bx B( B) E) F)"
-    watch.log.clear()
-    learner.step(Robust, bad)
-    assert short(watch.names) == "B( Bx"
-
-
 def test_a_phase_whose_mode_fails_leaves_the_learner_usable() -> None:
     class Broken(TrainingPhase):
         def mode(self, modules: Any) -> Any:
@@ -546,77 +501,6 @@ def test_fit_end_runs_for_every_callback_whatever_failed() -> None:
     assert "also raised: OSError: first cannot close" in notes
     nested = others[1].others
     assert [repr(other) for other in nested] == ["LookupError('second neither')"]
-
-
-# --- rule 15
-
-
-def test_handlers_run_unless_they_depend_on_a_failed_one() -> None:
-    """Rule 15: exactly the handlers with no failed ancestor run."""
-    ran: list[str] = []
-
-    class Base(Callback):
-        fails: bool = False
-        after: tuple[type[Callback], ...] = ()
-
-        def run_after(self) -> tuple[type[Callback], ...]:
-            return self.after
-
-        @on(BatchEnd)
-        def act(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-            ran.append(type(self).__name__)
-            if self.fails:
-                raise ValueError(type(self).__name__)
-
-    class A(Base):
-        fails = True
-
-    class B(Base):
-        after = (A,)
-
-    class C(Base):
-        after = (B,)
-
-    class D(Base): ...
-
-    class E(Base):
-        after = (D,)
-        fails = True
-
-    _, learner = watched(A(), B(), C(), D(), E())
-    with pytest.raises(ValueError, match="A") as raised:
-        learner.fit(1)
-    assert ran == ["A", "D", "E"]
-    assert [str(other) for other in raised.value.others] == ["E"]  # type: ignore[attr-defined]  # may carry them
-
-
-@pytest.mark.parametrize(
-    ("exceptions", "wins"),
-    [
-        ([CancelBatchException(), CancelEpochException(), CancelFittingException(), ValueError("e")], 3),
-        ([CancelBatchException(), CancelFittingException(), CancelEpochException()], 1),
-        ([CancelBatchException(), CancelEpochException()], 1),
-        ([ValueError("one"), ValueError("two")], 0),
-        ([CancelBatchException("one"), CancelBatchException("two")], 0),
-    ],
-)
-def test_which_of_several_exceptions_counts(exceptions: list[Exception], wins: int) -> None:
-    """Rule 15: errors, then the cancel of the fit, the epoch, the batch; then serial order."""
-    watch, learner = watched(*(Raise(LossBegin, exception) for exception in exceptions))
-    with suppress(ValueError):
-        learner.fit(1)
-    ends_fit = isinstance(exceptions[wins], (ValueError, CancelFittingException))
-    assert learner.stopped is (exceptions[wins] if ends_fit else None)
-    expected = {
-        "ValueError": "F( E( B( Bx Ex F)",
-        "CancelFittingException": "F( E( B( Bx Ex F)",
-        "CancelEpochException": "F( E( B( Bx E) F)",
-        "CancelBatchException": "F( E( B( Bx B( B) E) F)",
-    }
-    assert short(watch.names) == expected[type(exceptions[wins]).__name__]
-    others = getattr(exceptions[wins], "others", None)
-    assert others is not None
-    assert {id(other) for other in others} == {id(e) for e in exceptions} - {id(exceptions[wins])}
 
 
 # --- rule 18
@@ -701,81 +585,6 @@ def test_an_epoch_over_an_empty_iterator_is_cancelled() -> None:
     assert short(watch.names) == "F( E( B( B) E) F) F( E( Ex F)"
 
 
-class _Refuse(Callback):
-    """Raises during a batch that has a graph, and keeps a weak reference to its loss."""
-
-    def __init__(self, failure: Exception) -> None:
-        self.failure = type(failure)
-        self.seen: list[weakref.ref[Tensor]] = []
-
-    @on(BackwardBegin, access={"batch.loss": Read()})
-    def refuse(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
-        self.seen.append(weakref.ref(learner.batch.loss))
-        raise self.failure("no")
-
-
-class _RefuseToo(_Refuse):
-    """A second callback that fails at the same event."""
-
-
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("failure", [CancelBatchException(), CancelEpochException(), CancelFittingException()])
-def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: bool) -> None:
-    """The next batch frees them without the garbage collector, because no exception refers to itself in a cycle."""
-    one, other = _Refuse(failure), _RefuseToo(failure)
-    data = {OwnPhase if own else TrainingPhase: tiny_batches(n_batches=3)}
-    learner = tiny_learner(one, other, data=data)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(3):
-            learner.fit(1)
-        with suppress(CancelFittingException):
-            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # this replaces the last batch
-        losses = [*one.seen[:-1], *other.seen[:-1]]
-        assert len(losses) >= 6
-        assert [loss for loss in losses if loss() is not None] == []
-    finally:
-        gc.enable()
-
-
-class _Unwatched(Callback):
-    """Reads the loss of a cancelled batch, and nothing else."""
-
-    def __init__(self) -> None:
-        self.seen: list[bool] = []
-
-    def state_access(self) -> Access:
-        return {"batch.loss": Read()}
-
-    @on(BatchCancelled)
-    def look(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
-        self.seen.append(learner.batch.loss.requires_grad)
-
-
-def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
-    """A step detaches the loss only if a callback can read it, as in a cancelled batch or in a user's step."""
-    callback = _Unwatched()
-
-    class Refuses(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            raise CancelBatchException("not this one")
-
-    tiny_learner(
-        callback, optimizer=partial(Refuses, lr=0.1), default_callbacks=False, data=tiny_batches(n_batches=2)
-    ).fit(1)
-    assert callback.seen == [False, False]
-    seen: list[bool] = []
-
-    class Inherits(TrainingPhase):
-        def step(self, learner: StepContext, raw: Any) -> None:
-            super().step(learner, raw)
-            seen.append(learner.batch.loss.requires_grad)
-
-    tiny_learner(default_callbacks=False, data={Inherits: tiny_batches(n_batches=2)}).fit(1)
-    assert seen == [False, False]
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
     """After a second signal at any line of the loop or of a step, no scope is open and the learner can train again."""
@@ -828,100 +637,3 @@ def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
     finally:
         sys.settrace(before)
     return at
-
-
-def test_the_batch_of_an_error_is_not_kept() -> None:
-    """After an error, such as one for lack of memory, a learner that trains again keeps nothing of the failed batch."""
-    callback = _Refuse(ValueError())
-    learner = tiny_learner(callback)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(2):
-            with suppress(ValueError):
-                learner.fit(1)
-        assert [loss() is None for loss in callback.seen] == [True, True]  # `stopped` keeps a detached loss
-    finally:
-        gc.enable()
-
-
-# --- notes on exceptions
-
-
-class Boom(torch.nn.Module):
-    """A model that raises at its `at`-th call."""
-
-    def __init__(self, at: int, failure: BaseException) -> None:
-        super().__init__()
-        self.inner = torch.nn.Linear(1, 1)
-        self.at, self.failure, self.calls = at, failure, 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.failure
-        outputs: Tensor = self.inner(inputs)
-        return outputs
-
-
-class Breaks:
-    """A loader that raises in its second pass, after `good` batches."""
-
-    def __init__(self, good: int) -> None:
-        self.good, self.passes = good, 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.passes += 1
-        yield from tiny_batches(n_batches=self.good)
-        if self.passes == 2:
-            raise OSError("disk")
-
-
-class Fails(Callback):
-    """A handler that always raises."""
-
-    @on(BatchEnd)
-    def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-        raise OSError("disk")
-
-
-def notes(failure: BaseException) -> list[str]:
-    return list(getattr(failure, "__notes__", []))
-
-
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("failure", [KeyError("weight"), KeyboardInterrupt()], ids=repr)
-def test_an_error_of_the_model_says_in_which_batch(failure: BaseException, own: bool) -> None:
-    phase: type[Phase] = OwnPhase if own else TrainingPhase
-    learner = tiny_learner(model=Boom(7, failure), data={phase: tiny_batches(n_batches=4)})
-    failure.__notes__ = []
-    with pytest.raises(type(failure)) as caught:
-        learner.fit(3)
-    assert notes(caught.value) == [f"in {phase.__name__}, epoch 2, batch 3"]
-
-
-@pytest.mark.parametrize(("good", "where"), [(0, "epoch 2"), (3, "epoch 2, after batch 3")])
-def test_an_error_of_the_loader_says_after_which_batch(good: int, where: str) -> None:
-    loader = Breaks(good)
-    learner = tiny_learner(data=loader)
-    loader.passes = 0 if good else 1
-    learner.loop.scopes.numbers[TrainingPhase()] = loader.passes
-    with pytest.raises(OSError, match="disk") as caught:
-        learner.fit(2)
-    assert notes(caught.value) == [f"in TrainingPhase, {where}"]
-
-
-def test_data_that_is_no_pair_says_in_which_batch() -> None:
-    learner = tiny_learner(data=[*tiny_batches(n_batches=2), torch.zeros(4, 1)])
-    with pytest.raises(DataError) as caught:
-        learner.fit(1)
-    assert notes(caught.value) == ["in TrainingPhase, epoch 1, batch 3"]
-
-
-def test_what_is_said_already_is_not_said_again() -> None:
-    with pytest.raises(OSError, match="disk") as caught:
-        tiny_learner(Fails()).fit(1)
-    assert notes(caught.value) == ["raised in Fails.fail at (BatchEnd, TrainingPhase), epoch 1, batch 1"]
-    with pytest.raises(KeyError) as alone:  # a step outside of an epoch has no place to add
-        tiny_learner(model=Boom(1, KeyError())).step(TrainingPhase, tiny_batches()[0])
-    assert notes(alone.value) == []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from flowtrain import (
@@ -16,8 +21,12 @@ from flowtrain import (
     Access,
     BackwardBegin,
     BatchBegin,
+    BatchCancelled,
     BatchEnd,
     Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFittingException,
     CoreError,
     DataError,
     Learner,
@@ -37,6 +46,7 @@ from flowtrain.errors import describe
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.dispatch import StepRunners
 from tests.support.fired import Raise, Watch, short, watched
+from tests.support.phases import OwnPhase
 
 TYPES = [Phase, AbstractTrainingPhase, TrainingPhase, AbstractValidationPhase, ValidationPhase]
 SUPERVISED: list[type[AbstractTrainingPhase | AbstractValidationPhase]] = [
@@ -408,3 +418,123 @@ def test_a_user_s_step_that_calls_the_bundled_one_trains_in_the_same_way() -> No
     (inherited, one), (called, other) = trained(TrainingPhase), trained(Calls)
     assert inherited == called
     assert torch.equal(one, other)
+
+
+def test_a_model_that_raises_says_with_which_input() -> None:
+    watch, learner = watched(data=[(torch.zeros(2, 3), torch.zeros(2, 3))], model=torch.nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
+        learner.fit(1)
+    note = "raised by the model in TrainingPhase, called with batch.inputs: Tensor of shape (2, 3), float32"
+    assert raised.value.__notes__ == [note, "in TrainingPhase, epoch 1, batch 1"]
+    assert short(watch.names) == "F( E( B( Bx Ex F)"
+
+
+def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
+    class Robust(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            try:
+                super().step(learner, raw)
+            except (RuntimeError, LossError):
+                return
+
+    bad = (torch.zeros(8, 1), torch.zeros(8, 1, dtype=torch.complex64))
+    good = tiny_batches(n_batches=2)
+    watch, learner = watched(Raise(BatchEnd, RuntimeError("late"), 2), data={Robust: [good[0], bad, good[1]]})
+    learner.fit(1)
+    assert short(watch.names) == "F( E( B( B) B( Bx B( B) E) F)"
+    watch.log.clear()
+    learner.step(Robust, bad)
+    assert short(watch.names) == "B( Bx"
+
+
+# --- what is kept of a batch, and what is said of its failure
+
+
+class _Refuse(Callback):
+    """Raises during a batch that has a graph, and keeps a weak reference to its loss."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = type(failure)
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    @on(BackwardBegin, access={"batch.loss": Read()})
+    def refuse(self, event: BackwardBegin, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(weakref.ref(learner.batch.loss))
+        raise self.failure("no")
+
+
+class _RefuseToo(_Refuse):
+    """A second callback that fails at the same event."""
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("failure", [CancelBatchException(), CancelEpochException(), CancelFittingException()])
+def test_a_cancelled_batch_and_its_graph_are_not_kept(failure: Exception, own: bool) -> None:
+    """The next batch frees them without the garbage collector, because no exception refers to itself in a cycle."""
+    one, other = _Refuse(failure), _RefuseToo(failure)
+    data = {OwnPhase if own else TrainingPhase: tiny_batches(n_batches=3)}
+    learner = tiny_learner(one, other, data=data)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            learner.fit(1)
+        with suppress(CancelFittingException):
+            learner.step(TrainingPhase, tiny_batches(n_batches=1)[0])  # this replaces the last batch
+        losses = [*one.seen[:-1], *other.seen[:-1]]
+        assert len(losses) >= 6
+        assert [loss for loss in losses if loss() is not None] == []
+    finally:
+        gc.enable()
+
+
+class _Unwatched(Callback):
+    """Reads the loss of a cancelled batch, and nothing else."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchCancelled)
+    def look(self, event: BatchCancelled, phase: Phase, learner: LearnerView) -> None:
+        self.seen.append(learner.batch.loss.requires_grad)
+
+
+def test_a_loss_has_no_graph_once_it_can_be_looked_at() -> None:
+    """A step detaches the loss only if a callback can read it, as in a cancelled batch or in a user's step."""
+    callback = _Unwatched()
+
+    class Refuses(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise CancelBatchException("not this one")
+
+    tiny_learner(
+        callback, optimizer=partial(Refuses, lr=0.1), default_callbacks=False, data=tiny_batches(n_batches=2)
+    ).fit(1)
+    assert callback.seen == [False, False]
+    seen: list[bool] = []
+
+    class Inherits(TrainingPhase):
+        def step(self, learner: StepContext, raw: Any) -> None:
+            super().step(learner, raw)
+            seen.append(learner.batch.loss.requires_grad)
+
+    tiny_learner(default_callbacks=False, data={Inherits: tiny_batches(n_batches=2)}).fit(1)
+    assert seen == [False, False]
+
+
+def test_the_batch_of_an_error_is_not_kept() -> None:
+    """After an error, such as one for lack of memory, a learner that trains again keeps nothing of the failed batch."""
+    callback = _Refuse(ValueError())
+    learner = tiny_learner(callback)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with suppress(ValueError):
+                learner.fit(1)
+        assert [loss() is None for loss in callback.seen] == [True, True]  # `stopped` keeps a detached loss
+    finally:
+        gc.enable()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import signal
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 from flowtrain import (
     Access,
@@ -41,145 +36,14 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import Checkpointer, LogMetrics, Metrics, SmoothLoss, Traces, throttle
+from flowtrain.callbacks import Checkpointer, LogMetrics, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.testing.values import learner_leaves
 from tests.support.logs import log_steps
+from tests.support.resumed import FITS, Ask, everything, learner_of
 from tests.support.untyped import untyped
 
 Run = Callable[..., Any]
-
-
-class Ask(Callback):
-    """Requests a checkpoint at the n-th event of a type in a phase."""
-
-    def __init__(self, path: Path, event: type[Event], phase: type[Phase], number: int) -> None:
-        self.path, self.wanted, self.number = path, (event, phase()), number
-        self.seen = 0
-
-    @on(Event)
-    def look(self, event: Event, phase: Phase, learner: LearnerView) -> None:
-        if (type(event), phase) == self.wanted:
-            self.seen += 1
-            if self.seen == self.number:
-                learner.request_checkpoint(self.path)
-
-
-class Decay(Callback):
-    """A schedule with state of its own: the learning rate falls with every batch."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-
-    def state_access(self) -> Access:
-        return {"optimizer.hyperparams": Write(), "cbstate.decay": Write(), "resource.rng": Write()}
-
-    def setup(self, learner: LearnerView) -> None:
-        learner.cbstate.decay = {"rates": []}
-
-    @on(BatchEnd, TrainingPhase)
-    def fall(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
-        self.batches += 1
-        rate = 0.01 / (1 + self.batches) * (1 + random.random() + float(np.random.rand()))
-        for group in learner.optimizer.hyperparams:
-            group["lr"] = rate
-        learner.cbstate.decay["rates"].append(rate)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.batches = state["batches"]
-
-
-class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples with new random noise at each access, as augmentation makes them."""
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.full((3,), index / 20) + 0.1 * torch.randn(3) + random.random()
-        return x, x[:2] ** 2
-
-
-def shuffled() -> Any:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(22, 3, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :2] ** 2), 5, shuffle=True)
-
-
-def with_generator() -> Any:
-    dataset = shuffled().dataset
-    return DataLoader(dataset, 5, sampler=RandomSampler(dataset, generator=torch.Generator().manual_seed(5)))
-
-
-def augmented() -> Any:
-    return DataLoader(Noisy(), 5, shuffle=True)
-
-
-def of_unknown_length() -> Any:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            return iter([(x, x[:2] ** 2) for x in torch.rand(22, 3)])
-
-    return DataLoader(Stream(), 5)
-
-
-def learner_of(*callbacks: Callback, data: Run = shuffled, accumulate: int = 1, seed: int = 0) -> Learner:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
-    )
-    traces = Traces({"Second": lambda learner: learner.batch.loss**2}, TrainingPhase)
-    return Learner(
-        model,
-        torch.nn.functional.mse_loss,
-        data=(data(), DataLoader(shuffled().dataset, 11)),
-        optimizer=partial(torch.optim.AdamW, lr=0.01),
-        callbacks=[Decay(), SmoothLoss(), throttle(traces, BatchEnd, every=3), *callbacks],
-        default_callbacks="quiet",
-        core=TorchCore(device="cpu", accumulate=accumulate),
-    )
-
-
-def everything(learner: Learner) -> dict[str, Any]:
-    """Return all results of training that the tests compare."""
-    state = learner.cbstate
-    series = {
-        f"{name}.{phase!r}.{key}": list(each)
-        for name in ("metrics_step", "metrics_epoch", "tracehistory")
-        for phase, by_name in getattr(state, name).items()
-        for key, each in by_name.items()
-    }
-    return {
-        "model": {name: value.tolist() for name, value in learner.model.state_dict().items()},
-        "optimizer": [
-            {key: torch.as_tensor(value).tolist() for key, value in each.items()}
-            for each in learner.optimizer.state_dict()["state"].values()
-        ],
-        "rate": learner.optimizer.param_groups[0]["lr"],
-        "history": dict(state.history),
-        "smooth": {repr(phase): list(each) for phase, each in state.smooth_loss.items()},
-        "decay": state.decay,
-        "next": (torch.rand(1).item(), random.random(), float(np.random.rand())),
-        **series,
-    }
-
-
-FITS: dict[str, dict[str, Any]] = {
-    "epochs": {"epochs": 4},
-    "passes": {"steps": 17},
-    "steps": {"steps": 17, "validate_every": 7},
-    "long steps": {"steps": 17, "validate_every": 3},
-    "rare validation": {"epochs": 5, "validate_every": 2},
-    "limited": {"epochs": 4, "limit_batches": 3},
-    "limited passes": {"steps": 17, "limit_batches": {TrainingPhase: 4, ValidationPhase: 0.5}},
-    "limited steps": {"steps": 17, "validate_every": 7, "limit_batches": {TrainingPhase: 3}},
-}
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -208,153 +72,6 @@ def test_rule_28_a_resumed_run_is_the_run(
     resumed = learner_of(seed=99)
     resumed.fit(**FITS[fit], resume=path)
     assert everything(resumed) == wanted
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("data", [with_generator, augmented, of_unknown_length])
-@pytest.mark.parametrize("number", [2, 7])
-def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp_path: Path) -> None:
-    """Rule 28: for generators of loaders, for random data, and within an accumulation group."""
-    if data is of_unknown_length and accumulate > 1:
-        pytest.skip("one batch is drawn ahead, to know which is the last: the numbers after it differ")
-    path = tmp_path / "one.ckpt"
-    whole = learner_of(Ask(path, BatchEnd, TrainingPhase, number), data=data, accumulate=accumulate)
-    whole.fit(3)
-    wanted = everything(whole)
-    resumed = learner_of(data=data, accumulate=accumulate, seed=99)
-    resumed.fit(3, resume=path)
-    assert everything(resumed) == wanted
-
-
-class ByEpoch(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that differ in each pass."""
-
-    def __init__(self) -> None:
-        self.number = -1
-        self.told: list[int] = []
-
-    def set_epoch(self, number: int) -> None:
-        self.number = number
-        self.told.append(number)
-
-    def __len__(self) -> int:
-        return 22
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.full((3,), index / 20 + self.number)
-        return x, x[:2] ** 2
-
-
-def distributed() -> Any:
-    dataset = shuffled().dataset
-    return DataLoader(dataset, 5, sampler=DistributedSampler(dataset, num_replicas=1, rank=0))
-
-
-def by_epoch() -> Any:
-    return DataLoader(ByEpoch(), 5, shuffle=True)
-
-
-def wrapped() -> Any:
-    class Loader:
-        """A user's loader, which passes the number of the pass to the data, with an offset."""
-
-        def __init__(self) -> None:
-            self.inner = distributed()
-
-        def set_epoch(self, number: int) -> None:
-            self.inner.sampler.set_epoch(100 + number)
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter(self.inner)
-
-    return Loader()
-
-
-@pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("data", [distributed, by_epoch, wrapped])
-@pytest.mark.parametrize(
-    ("event", "phase", "number"),
-    [(BatchEnd, TrainingPhase, 4), (BatchEnd, TrainingPhase, 12), (EpochEnd, ValidationPhase, 2)],
-)
-def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(
-    fit: str, data: Run, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
-) -> None:
-    """Rule 28: a resumed fit tells the loader the number of the pass that it resumes, not that of a new one."""
-    path = tmp_path / "one.ckpt"
-    whole = learner_of(Ask(path, event, phase, number), data=data)
-    whole.fit(**FITS[fit])
-    wanted = everything(whole)
-    resumed = learner_of(data=data, seed=99)
-    resumed.fit(**FITS[fit], resume=path)
-    assert everything(resumed) == wanted
-
-
-def persistent() -> Any:
-    return DataLoader(shuffled().dataset, 5, shuffle=True, num_workers=1, persistent_workers=True)
-
-
-@pytest.mark.parametrize("fit", ["epochs", "steps"])
-@pytest.mark.parametrize(
-    ("event", "phase", "number", "warned"),
-    [
-        (BatchEnd, TrainingPhase, 3, ""),
-        (EpochEnd, TrainingPhase, 1, "TrainingPhase"),
-        (BatchEnd, TrainingPhase, 9, "TrainingPhase and ValidationPhase"),
-        (BatchEnd, ValidationPhase, 3, "TrainingPhase and ValidationPhase"),
-    ],
-)
-def test_workers_that_stay_are_exact_but_for_what_they_draw(
-    fit: str, event: type[Event], phase: type[Phase], number: int, warned: str, tmp_path: Path
-) -> None:
-    """Rule 28: persistent workers keep their random state to themselves; resuming warns about that once."""
-    path = tmp_path / "one.ckpt"
-
-    def run(*callbacks: Callback, **how: Any) -> dict[str, Any]:
-        learner = learner_of(*callbacks, data=persistent, seed=99 if how else 0)
-        validation = DataLoader(shuffled().dataset, 11, num_workers=1, persistent_workers=True)
-        learner.fit(**FITS[fit], data=(learner.data[TrainingPhase], validation), **how)
-        return everything(learner)
-
-    wanted = run(Ask(path, event, phase, number))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert run(resume=path) == wanted
-    texts = [str(each.message) for each in caught if "persistent_workers" in str(each.message)]
-    assert len(texts) == bool(warned)
-    if warned:
-        assert texts[0].startswith(f"The loader for {warned} keeps its workers from one pass to the next")
-
-
-def test_every_pass_has_a_number_of_its_own_over_the_life_of_a_learner(tmp_path: Path) -> None:
-    train, valid = ByEpoch(), ByEpoch()
-    loaders = DataLoader(train, 5), DataLoader(valid, 11)
-    path = tmp_path / "one.ckpt"
-    learner = tiny_learner(Ask(path, FitEnd, Phase, 3), data=loaders, model=torch.nn.Linear(3, 2))
-    learner.validate()
-    learner.fit(2)
-    learner.validate()
-    learner.fit(steps=12, validate_every=4)  # three epochs, which take passes 2, 3 and 4
-    learner.epoch(TrainingPhase)
-    assert train.told == [0, 1, 2, 3, 4, 5]
-    # An evaluation gets the number of the training pass before it.
-    assert valid.told == [0, 0, 1, 1, 2, 3, 4]
-    learner.fit(1)
-    loaded = tiny_learner(data=loaders, model=torch.nn.Linear(3, 2))
-    loaded.load(path)
-    loaded.fit(1)
-    assert train.told[6:] == [6, 7]
-
-
-def test_a_handler_may_choose_the_number_of_a_pass() -> None:
-    data = ByEpoch()
-
-    class Choose(Callback):
-        @on(EpochBegin, TrainingPhase)
-        def choose(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
-            data.set_epoch(50)
-
-    tiny_learner(Choose(), data=DataLoader(data, 22), model=torch.nn.Linear(3, 2)).fit(2)
-    assert data.told == [0, 50, 1, 50]
 
 
 def test_epochs_are_the_total_and_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:
@@ -640,21 +357,6 @@ def test_an_executor_may_keep_state_of_its_own(tmp_path: Path) -> None:
     flushed.clear()
     tiny_learner(Ask(path, EpochEnd, TrainingPhase, 1), executor=Flushes()).fit(1)
     assert flushed == ["flush", "flush"]
-
-
-@pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
-def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[Phase], tmp_path: Path) -> None:
-    """Rule 28: after the refusal, even the log records that follow the checkpoint are still there."""
-    logs = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
-    with tiny_learner(logs, Ask(tmp_path / "one.ckpt", BatchEnd, phase, 3), n_batches=4) as learner:
-        learner.fit(1)
-    logged = (tmp_path / "log.jsonl").read_bytes()
-    with tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")), n_batches=2) as other:
-        before = dict(learner_leaves(other))
-        with pytest.raises(CheckpointError, match=rf"after batch 3 of an epoch of {phase.__name__}, .* gives only 2"):
-            other.fit(2, resume=tmp_path / "one.ckpt")
-        assert dict(learner_leaves(other)) == before
-    assert (tmp_path / "log.jsonl").read_bytes() == logged
 
 
 def test_a_run_that_was_moved_as_a_whole_goes_on_where_it_is_now(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flowtrain import (
     Access,
@@ -21,15 +22,32 @@ from flowtrain import (
     Learner,
     LearnerView,
     Phase,
+    TorchCore,
     TrainingPhase,
     ValidationPhase,
     Write,
     on,
 )
-from flowtrain.callbacks import Checkpointer, LogMetrics, SmoothLoss, throttle
+from flowtrain.callbacks import (
+    EMA,
+    Checkpointer,
+    EarlyStopping,
+    GradNorm,
+    LearningRate,
+    LogHyperParams,
+    LogMetrics,
+    LogTraces,
+    Metrics,
+    Scheduler,
+    SmoothLoss,
+    one_cycle,
+    throttle,
+)
 from flowtrain.logging import JsonlBackend
+from flowtrain.metrics import accuracy
 from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint.contents import gather
+from tests.support.logs import log_records
 
 
 def net(width: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -349,6 +367,7 @@ def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
     assert len(learner.cbstate.smooth_loss[TrainingPhase]) == 4
 
 
+@pytest.mark.usefixtures("forget_compilations")
 def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_path: Path) -> None:
     """Rule 28: ``torch.load(weights_only=True)`` reads the file, and compilation changes no name in it."""
     compiled: Any = torch.compile(net(), backend="eager")
@@ -402,3 +421,69 @@ def test_conditions_go_on_counting(tmp_path: Path) -> None:
     resumed = learner_of(counts, Checkpointer(tmp_path))
     resumed.fit(4, resume=tmp_path)
     assert counts.seen == 1  # at the fourth event
+
+
+# --- checkpoints in the first version of the format
+
+
+# The log of a fit of four epochs and the checkpoint after its second epoch, as version 0.1.0 wrote them before the
+# modules moved into packages.
+FIRST = Path(__file__).parent / "data" / "first"
+# The sums of the weights after the fourth epoch, which the fit printed when it wrote the data.
+WEIGHTS = {"0.weight": -1.39670264, "1.running_var": 2.61033368, "4.weight": 0.28827900, "4.bias": -0.05520640}
+
+
+def make_learner(folder: Path, executor: str) -> Learner:
+    torch.manual_seed(0)
+    x = torch.randn(48, 4)
+    y = (x[:, 0] > 0).long()
+    pairs = torch.utils.data.TensorDataset(x, y)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 2)
+    )
+    lines = JsonlBackend(folder / "log.jsonl")
+    return Learner(
+        model,
+        F.cross_entropy,
+        data=(
+            torch.utils.data.DataLoader(pairs, batch_size=8, shuffle=True),
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:16], y[:16]), batch_size=8),
+        ),
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+        callbacks=[
+            Metrics(accuracy),
+            Scheduler({LearningRate: one_cycle(1e-2)}),
+            EMA(0.9),
+            GradNorm(),
+            EarlyStopping(10),
+            LogMetrics(lines),
+            LogHyperParams(lines),
+            LogTraces(lines),
+            Checkpointer(folder / "checkpoints"),
+        ],
+        core=TorchCore(accumulate=2, clip_grad_norm=1.0),
+        default_callbacks="quiet",
+        executor=executor,
+    )
+
+
+def rows(path: Path) -> dict[tuple[Any, ...], float]:
+    """Return the logged values by group, name and step; more lines than values show that a value was logged twice."""
+    lines = log_records(path)
+    values = {(line["group"], line["name"], line["step"]): line["value"] for line in lines}
+    assert len(values) == len(lines)
+    return values
+
+
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+def test_the_first_format_is_resumed(tmp_path: Path, executor: str) -> None:
+    """The resumed fit gives the log and the final weights of the first one."""
+    shutil.copytree(FIRST, tmp_path / "run")
+    with make_learner(tmp_path / "run", executor) as learner:
+        learner.fit(4, resume=tmp_path / "run" / "checkpoints" / "epoch-0002.ckpt")
+        weights = {name: value.sum().item() for name, value in learner.model.state_dict().items()}
+    logged, expected = rows(tmp_path / "run" / "log.jsonl"), rows(FIRST / "log.jsonl")
+    assert logged.keys() == expected.keys()
+    if torch.__version__.startswith("2.13."):  # which wrote the data; dropout of torch 2.6 draws other numbers
+        assert {name: weights[name] for name in WEIGHTS} == pytest.approx(WEIGHTS, rel=1e-4)
+        assert logged == pytest.approx(expected, rel=1e-4)

@@ -11,7 +11,17 @@ from typing import IO, Any
 import pytest
 import torch
 
-from flowtrain import CheckpointError, EpochEnd, Learner, LearnerView, Phase, TrainingPhase, on
+from flowtrain import (
+    CheckpointError,
+    EpochEnd,
+    Learner,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    UsageError,
+    load_weights,
+    on,
+)
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.callbacks import Checkpointer
 from flowtrain.graph.executor import Mailbox
@@ -27,6 +37,7 @@ from flowtrain.training.checkpoint.files import (
     write_whole,
 )
 from tests.support.programs import Programs
+from tests.support.untyped import untyped
 
 
 def saved(path: Path, **contents: object) -> Path:
@@ -347,3 +358,24 @@ def test_weights_as_safetensors(tmp_path: Path) -> None:
     loaded.load_state_dict(safetensors.load_file(tmp_path / "epoch-0001.safetensors"))
     assert torch.equal(loaded.coeff, learner.model.coeff)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_weights_of_several_models_by_name(tmp_path: Path) -> None:
+    models = {"one": torch.nn.Linear(1, 1), "two": torch.nn.Linear(1, 1)}
+    states = {name: model.state_dict() for name, model in models.items()}
+    torch.save({"format": "flowtrain checkpoint", "version": 1, "model": states}, tmp_path / "a.ckpt")
+    found = load_weights(tmp_path / "a.ckpt")
+    for name, model in models.items():
+        model.load_state_dict(found[name])
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no checkpoint that is complete: there is no file 'latest'"):
+        load_weights(tmp_path)
+    tiny_learner(Checkpointer(tmp_path, monitor=None), n_batches=1).fit(1)
+    with pytest.raises(CheckpointError, match=r"counts as the best.*Write load_weights\(path, 'latest'\)"):
+        load_weights(tmp_path)
+    with pytest.raises(UsageError, match=r"which='last'\): which is 'best' or 'latest'"):
+        load_weights(tmp_path, untyped("last"))
+    with pytest.raises(UsageError, match=r"load_weights\(3\) takes the folder"):
+        load_weights(untyped(3))

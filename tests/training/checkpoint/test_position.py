@@ -1,21 +1,43 @@
-"""The position of a fit, and loaders that continue at a position."""
+"""The position of a fit, loaders that continue at it, and resumed runs over data that differ in each pass."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count, islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from flowtrain import CheckpointError, DataError, TrainingPhase, ValidationPhase
+from flowtrain import (
+    BatchEnd,
+    Callback,
+    CheckpointError,
+    DataError,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitEnd,
+    LearnerView,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+)
+from flowtrain.callbacks import LogMetrics
+from flowtrain.logging import JsonlBackend
+from flowtrain.testing import tiny_learner
+from flowtrain.testing.values import learner_leaves
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, loader_start, replay
 from flowtrain.training.checkpoint.rng import random_state, set_random_state
 from flowtrain.training.fit_data import loaders_by_phase
+from tests.support.resumed import FITS, Ask, Run, augmented, everything, learner_of, shuffled, with_generator
 from tests.support.untyped import untyped
 
 
-def shuffled() -> DataLoader[int]:
+def six() -> DataLoader[int]:
     return DataLoader(untyped(list(range(6))), shuffle=True)
 
 
@@ -36,21 +58,21 @@ def test_a_stream_goes_round() -> None:
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_stream_resumes_with_the_order_that_it_had(taken: int, ahead: int) -> None:
     torch.manual_seed(0)
-    stream = Stream(shuffled(), TrainingPhase(), count().__next__)
+    stream = Stream(six(), TrainingPhase(), count().__next__)
     list(islice(stream, taken))
     ahead = min(ahead, taken)
     state, random = stream.state_dict(ahead), random_state()
     torch.manual_seed(0)
-    wanted = numbers(islice(Stream(shuffled(), TrainingPhase(), count().__next__), taken + 8))[taken - ahead :]
+    wanted = numbers(islice(Stream(six(), TrainingPhase(), count().__next__), taken + 8))[taken - ahead :]
     torch.manual_seed(7)
-    resumed = Stream(shuffled(), TrainingPhase(), count().__next__)
+    resumed = Stream(six(), TrainingPhase(), count().__next__)
     resumed.resume(state)
     set_random_state(random)
     assert numbers(islice(resumed, 8 + ahead)) == wanted
 
 
 def test_a_loader_begins_again_with_what_it_drew() -> None:
-    loader = shuffled()
+    loader = six()
     begun = loader_start(loader)
     order = numbers(loader)
     assert numbers(replay(loader, begun, 4, TrainingPhase())) == order[4:]
@@ -129,3 +151,140 @@ def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches:
             check_data(state, data)
     else:
         check_data(state, data)
+
+
+# --- resumed runs
+
+
+def of_unknown_length() -> Any:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(x, x[:2] ** 2) for x in torch.rand(22, 3)])
+
+    return DataLoader(Stream(), 5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("data", [with_generator, augmented, of_unknown_length])
+@pytest.mark.parametrize("number", [2, 7])
+def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp_path: Path) -> None:
+    """Rule 28: for generators of loaders, for random data, and within an accumulation group."""
+    if data is of_unknown_length and accumulate > 1:
+        pytest.skip("one batch is drawn ahead, to know which is the last: the numbers after it differ")
+    path = tmp_path / "one.ckpt"
+    whole = learner_of(Ask(path, BatchEnd, TrainingPhase, number), data=data, accumulate=accumulate)
+    whole.fit(3)
+    wanted = everything(whole)
+    resumed = learner_of(data=data, accumulate=accumulate, seed=99)
+    resumed.fit(3, resume=path)
+    assert everything(resumed) == wanted
+
+
+class ByEpoch(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples that differ in each pass."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.told: list[int] = []
+
+    def set_epoch(self, number: int) -> None:
+        self.number = number
+        self.told.append(number)
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.full((3,), index / 20 + self.number)
+        return x, x[:2] ** 2
+
+
+def distributed() -> Any:
+    dataset = shuffled().dataset
+    return DataLoader(dataset, 5, sampler=DistributedSampler(dataset, num_replicas=1, rank=0))
+
+
+def by_epoch() -> Any:
+    return DataLoader(ByEpoch(), 5, shuffle=True)
+
+
+def wrapped() -> Any:
+    class Loader:
+        """A user's loader, which passes the number of the pass to the data, with an offset."""
+
+        def __init__(self) -> None:
+            self.inner = distributed()
+
+        def set_epoch(self, number: int) -> None:
+            self.inner.sampler.set_epoch(100 + number)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.inner)
+
+    return Loader()
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("data", [distributed, by_epoch, wrapped])
+@pytest.mark.parametrize(
+    ("event", "phase", "number"),
+    [(BatchEnd, TrainingPhase, 4), (BatchEnd, TrainingPhase, 12), (EpochEnd, ValidationPhase, 2)],
+)
+def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(
+    fit: str, data: Run, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
+) -> None:
+    """Rule 28: a resumed fit tells the loader the number of the pass that it resumes, not that of a new one."""
+    path = tmp_path / "one.ckpt"
+    whole = learner_of(Ask(path, event, phase, number), data=data)
+    whole.fit(**FITS[fit])
+    wanted = everything(whole)
+    resumed = learner_of(data=data, seed=99)
+    resumed.fit(**FITS[fit], resume=path)
+    assert everything(resumed) == wanted
+
+
+def test_every_pass_has_a_number_of_its_own_over_the_life_of_a_learner(tmp_path: Path) -> None:
+    train, valid = ByEpoch(), ByEpoch()
+    loaders = DataLoader(train, 5), DataLoader(valid, 11)
+    path = tmp_path / "one.ckpt"
+    learner = tiny_learner(Ask(path, FitEnd, Phase, 3), data=loaders, model=torch.nn.Linear(3, 2))
+    learner.validate()
+    learner.fit(2)
+    learner.validate()
+    learner.fit(steps=12, validate_every=4)  # three epochs, which take passes 2, 3 and 4
+    learner.epoch(TrainingPhase)
+    assert train.told == [0, 1, 2, 3, 4, 5]
+    # An evaluation gets the number of the training pass before it.
+    assert valid.told == [0, 0, 1, 1, 2, 3, 4]
+    learner.fit(1)
+    loaded = tiny_learner(data=loaders, model=torch.nn.Linear(3, 2))
+    loaded.load(path)
+    loaded.fit(1)
+    assert train.told[6:] == [6, 7]
+
+
+def test_a_handler_may_choose_the_number_of_a_pass() -> None:
+    data = ByEpoch()
+
+    class Choose(Callback):
+        @on(EpochBegin, TrainingPhase)
+        def choose(self, event: EpochBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+            data.set_epoch(50)
+
+    tiny_learner(Choose(), data=DataLoader(data, 22), model=torch.nn.Linear(3, 2)).fit(2)
+    assert data.told == [0, 50, 1, 50]
+
+
+@pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
+def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[Phase], tmp_path: Path) -> None:
+    """Rule 28: after the refusal, even the log records that follow the checkpoint are still there."""
+    logs = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
+    with tiny_learner(logs, Ask(tmp_path / "one.ckpt", BatchEnd, phase, 3), n_batches=4) as learner:
+        learner.fit(1)
+    logged = (tmp_path / "log.jsonl").read_bytes()
+    with tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log.jsonl")), n_batches=2) as other:
+        before = dict(learner_leaves(other))
+        with pytest.raises(CheckpointError, match=rf"after batch 3 of an epoch of {phase.__name__}, .* gives only 2"):
+            other.fit(2, resume=tmp_path / "one.ckpt")
+        assert dict(learner_leaves(other)) == before
+    assert (tmp_path / "log.jsonl").read_bytes() == logged

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,17 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from flowtrain import (
+    BatchEnd,
+    Callback,
+    EpochEnd,
+    Event,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+)
 from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from tests.support.resumed import FITS, Ask, everything, learner_of, shuffled
 
 DATA: Any = list(range(20))
 
@@ -72,3 +84,39 @@ def test_a_loader_that_keeps_its_position_is_asked_for_it() -> None:
     assert set_loader_state(loader, state)
     assert loader.at == 7
     assert not set_loader_state([1, 2], state)  # a list has no position
+
+
+def persistent() -> Any:
+    return DataLoader(shuffled().dataset, 5, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("fit", ["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("event", "phase", "number", "warned"),
+    [
+        (BatchEnd, TrainingPhase, 3, ""),
+        (EpochEnd, TrainingPhase, 1, "TrainingPhase"),
+        (BatchEnd, TrainingPhase, 9, "TrainingPhase and ValidationPhase"),
+        (BatchEnd, ValidationPhase, 3, "TrainingPhase and ValidationPhase"),
+    ],
+)
+def test_workers_that_stay_are_exact_but_for_what_they_draw(
+    fit: str, event: type[Event], phase: type[Phase], number: int, warned: str, tmp_path: Path
+) -> None:
+    """Rule 28: persistent workers keep their random state to themselves; resuming warns about that once."""
+    path = tmp_path / "one.ckpt"
+
+    def run(*callbacks: Callback, **how: Any) -> dict[str, Any]:
+        learner = learner_of(*callbacks, data=persistent, seed=99 if how else 0)
+        validation = DataLoader(shuffled().dataset, 11, num_workers=1, persistent_workers=True)
+        learner.fit(**FITS[fit], data=(learner.data[TrainingPhase], validation), **how)
+        return everything(learner)
+
+    wanted = run(Ask(path, event, phase, number))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run(resume=path) == wanted
+    texts = [str(each.message) for each in caught if "persistent_workers" in str(each.message)]
+    assert len(texts) == bool(warned)
+    if warned:
+        assert texts[0].startswith(f"The loader for {warned} keeps its workers from one pass to the next")
