@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,7 +133,9 @@ class Checkpointer(Callback):
         self._step_file = ""  # the newest file within an epoch
         self._ranked_by: list[str | None] = []  # the metric, its mode and the phase that the ranks are of
         self._loaded_from = ""  # the folder that the files of a loaded state are in
-        self._went_back = False  # whether the loaded state is of this folder, whose `best` may name a later file
+        self._latest = self._epoch_file = ""  # the newest file, and the newest one of an epoch
+        self._went_back = False  # whether the loaded state is of this folder, which may have later files
+        self._abandoned: list[str] = []  # these later files, to be removed with the next request
         self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
 
     def _phase_type(self) -> type[Phase]:
@@ -178,8 +181,9 @@ class Checkpointer(Callback):
         self._watched = (exact or found)[-1]
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
         if self._went_back and identity() is None:
-            point(self.folder, "best", self._best())
-        learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True)
+            self._abandon()
+        decide = self._take_interrupted
+        learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True, decide=decide)
 
     @on(EpochEnd, "_phase_type", access="_reads")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -219,6 +223,7 @@ class Checkpointer(Callback):
         return {  # earlier versions of flowtrain read the entry "best"
             "files": list(self._files), "best": least, "step file": self._step_file, "spare": list(self._damaged),
             "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
+            "latest": self._latest, "epoch file": self._epoch_file,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,6 +233,7 @@ class Checkpointer(Callback):
         self._damaged = list(state.get("spare", ()))  # early checkpoints lack this entry and the next two
         self._loaded_from = state.get("folder", "")
         self._rank_by(state.get("ranked by", self._ranked_by), self._ranked_by)
+        self._latest, self._epoch_file = state.get("latest", "?"), state.get("epoch file", "?")
 
     def moved(self, before: str, here: str) -> None:
         """Keep only the files that are in this folder, which may have been moved together with the checkpoint.
@@ -238,8 +244,26 @@ class Checkpointer(Callback):
         moved = os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
         self._went_back = os.path.realpath(self.folder) in (recorded, moved)
         if not self._went_back:
-            self._files, self._damaged, self._step_file = [], [], ""
+            self._files, self._damaged = [], []
+            self._step_file = self._latest = self._epoch_file = ""
         self._files = [each for each in self._files if (self.folder / each[0]).is_file()]
+
+    def _abandon(self) -> None:
+        """Let the pointers name the files of this run, and note the later files of the run that it abandons.
+
+        A fit that continues from ``latest`` would otherwise have a state that this run never had, if this one is killed
+        before its next checkpoint. That checkpoint removes the noted files.
+        """
+        point(self.folder, "best", self._best())
+        if "?" in (self._latest, self._epoch_file):  # early checkpoints lack these entries of the state
+            return
+        point(self.folder, "latest", self._latest if (self.folder / self._latest).is_file() else "")
+        own = {self._latest, self._step_file, *self._damaged, *(name for name, _ in self._files)}
+        last = _number(self._epoch_file) or 0
+        found = ((each.name, _number(each.name)) for each in self.folder.glob("*.ckpt"))
+        # A run keeps one file within an epoch, so every other one is of the abandoned run, or was left by a kill.
+        later = [name for name, number in found if number is not None and (number > last or name.startswith("step"))]
+        self._abandoned = sorted({*later} - own)
 
     def _best(self) -> str:
         """Return the name of the best file that this run has, the oldest of equals; empty if it ranks none."""
@@ -258,6 +282,7 @@ class Checkpointer(Callback):
             return False, self._take_damaged(name, kept=self.keep_top_k is None)
         self._files = [each for each in self._files if each[0] != name]
         self._files.append((name, rank))
+        self._latest = self._epoch_file = name
         best = self._best() == name
         remove = [*self._drop(), *self._replaced(name), self._step_file]
         self._step_file = ""
@@ -268,7 +293,14 @@ class Checkpointer(Callback):
         if not finite:
             return False, self._take_damaged(name, kept=False)
         before, self._step_file = self._step_file, name
+        self._latest = name
         return False, list(filter(None, [*self._replaced(name), before]))
+
+    def _take_interrupted(self, finite: bool) -> tuple[bool, list[str]]:
+        """Make the file of an interrupt the newest one; return that it is not the best, and no file to remove."""
+        if finite:
+            self._latest = _INTERRUPTED
+        return False, []
 
     def _take_damaged(self, name: str, kept: bool) -> list[str]:
         """Note a file with values that are not finite; return the files to remove, which are the earlier such files.
@@ -280,8 +312,9 @@ class Checkpointer(Callback):
 
     def _replaced(self, name: str) -> list[str]:
         """Return the files that any later checkpoint replaces, and forget them."""
-        damaged, self._damaged = self._damaged, []
-        return [_INTERRUPTED, *(each for each in damaged if each != name)]
+        replaced = [*self._damaged, *self._abandoned]
+        self._damaged, self._abandoned = [], []
+        return [_INTERRUPTED, *(each for each in replaced if each != name)]
 
     def _rank(self, phase: Phase, learner: LearnerView) -> float:
         """Return the rank of the epoch that has ended: the smaller, the better.
@@ -337,6 +370,12 @@ class Checkpointer(Callback):
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _number(name: str) -> int | None:
+    """Return the number in the name of a file that a `Checkpointer` writes; ``None`` for any other file."""
+    found = re.fullmatch(r"(?:epoch-\d{4,}|step-\d{8,})\.ckpt", name)
+    return int(re.sub(r"\D", "", name)) if found else None
 
 
 def latest_of(callbacks: Iterable[Callback]) -> Path | None:

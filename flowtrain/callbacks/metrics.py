@@ -17,11 +17,12 @@ import torch
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
-from flowtrain.callback.phases import Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
 from flowtrain.errors import UsageError, describe, is_a
+from flowtrain.graph.registry import Callbacks
 from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
 from flowtrain.metrics.track import Track
 from flowtrain.state.by_phase import epoch_of
@@ -92,6 +93,8 @@ class Metrics(Callback):
             if names.count(name) > 1:
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
         self._late = False  # whether losses on the CPU are read late too, as those of a device
+        self._loss_is_written = False  # whether a callback declares to write the loss
+        self._copies = False  # whether the loss may be written after it is recorded, so that one read late is copied
         self._no_grad = torch.no_grad()  # one object for all batches: making one costs as much as a metric
         self._weights: dict[str, list[Any]] = {"Loss": []}  # the weights of the epoch's batches, by series
         self._running: dict[tuple[Metric, Phase], Running] = {}
@@ -122,6 +125,12 @@ class Metrics(Callback):
         """Return, by the names of metrics, whether small or large values are good, for the metrics that say it."""
         return {name: mode for metric in self.metrics for name, mode in metric.modes.items()}
 
+    def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
+        """Find out whether a callback writes the loss, which may be in place."""
+        declared = [node.union for node in callbacks.nodes] if isinstance(callbacks, Callbacks) else []
+        written = {path for union in declared for path, kind in union if isinstance(kind, Write)}
+        self._loss_is_written = not written.isdisjoint({("batch",), ("batch", "loss")})
+
     def resolve_conflict(self, other: Callback) -> Resolution | None:
         """Refuse another `Metrics`, because both would record the loss. One takes any number of metrics."""
         return Unresolvable() if isinstance(other, Metrics) else None
@@ -130,6 +139,8 @@ class Metrics(Callback):
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the previous epoch, which may have been cancelled before its end."""
         self._late = learner.lag > 0
+        bundled = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
+        self._copies = self._loss_is_written or getattr(type(phase), "step", None) not in bundled
         self._weights = {"Loss": []}
         for metric in self.metrics:
             if (metric, phase) in self._running or (metric.name, repr(phase)) in self._loaded:
@@ -148,7 +159,10 @@ class Metrics(Callback):
             with self._no_grad:
                 size = self._weight(self.weight, "The weight of Metrics", learner, size)
         if loss is not None:
-            value = loss.item() if loss.is_cpu and not self._late else loss.detach()
+            if loss.is_cpu and not self._late:
+                value = loss.item()
+            else:
+                value = loss.detach().clone() if self._copies else loss.detach()
             cbstate = learner.cbstate
             cbstate.metrics_step[phase].push("Loss", value, cbstate.history[phase].steps)
             self._weights["Loss"].append(size)

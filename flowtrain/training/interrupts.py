@@ -10,11 +10,17 @@ For each dead worker torch raises an error at any line of the main thread, even 
 be taken. Therefore this error waits for the batch boundary too, and the interrupt is raised before it. Only if the main
 thread is waiting for a batch of the dead worker is the error raised at once, since that batch will never come.
 
+A second signal waits for the next instruction at which Python looks for signals if it comes while a context is entered
+or left: an exception there would leave a generator of `contextlib` neither entered nor closed, with the modes that it
+has set.
+
 The signal handlers are installed during `fit`, only in the main thread, and the earlier ones are restored after it.
 """
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
 import signal
 import threading
@@ -36,6 +42,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PATIENCE = 1.0
 """Seconds for which the error of a dead worker waits for a signal to this process, which may arrive a little later."""
+
+
+class _Signal(int):
+    """The number of a signal. Its attribute `again` sends it without a call, after which Python would look for it."""
+
+    again = property(_thread.interrupt_main)
 
 
 class Interrupts:
@@ -111,6 +123,10 @@ class Interrupts:
         """Handle SIGINT and SIGTERM: the first one is noted, the second one raises."""
         received = signal.Signals(number)
         if self._received is not None and not self._changing:
+            code = None if frame is None else frame.f_code
+            if code is not None and (code.co_filename == contextlib.__file__ or code is Interrupts.__exit__.__code__):
+                _Signal(number).again  # noqa: B018  # Python calls this handler again when it next looks for signals
+                return
             raise KeyboardInterrupt(f"{_text(received)} for the second time")
         if self._received is None:
             self._received = received

@@ -15,7 +15,6 @@ import torch
 
 from flowtrain import (
     AbstractValidationPhase,
-    BatchEnd,
     Callback,
     CancelEpochException,
     CancelFittingException,
@@ -37,18 +36,10 @@ from flowtrain.callback.access import declare
 from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
+from tests.support.checkpoints import files, pointer
 from tests.support.fired import OODPhase
 from tests.support.logs import log_records
 from tests.support.scores import scored
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(each.name.removeprefix("epoch-000").removesuffix(".ckpt") for each in folder.glob("*.ckpt"))
-
-
-def pointer(folder: Path, name: str) -> str:
-    return (folder / name).read_text().strip().removeprefix("epoch-000").removesuffix(".ckpt")
-
 
 NAN = float("nan")
 
@@ -225,62 +216,6 @@ def test_files_of_this_folder_count_wherever_it_is_now(
     assert files(b) == ["1", "2"]
     resume(b, Checkpointer(b, 1, monitor="Score", mode="min"), scores=[3, 4], epochs=4)
     assert (files(b), pointer(b, "latest"), pointer(b, "best")) == (["1", "4"], "4", "1")
-
-
-@pytest.mark.parametrize("how", ["resumed", "loaded"])
-def test_the_best_is_one_that_this_run_counts(how: str, tmp_path: Path) -> None:
-    """A run that goes back to epoch 3 abandons the later epochs, one of which was the best."""
-
-    def made(*scores: float) -> Learner:
-        keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
-        return tiny_learner(scored(*scores), keep, n_batches=1)
-
-    made(0.5, 0.3, 0.4, 0.35, 0.2).fit(5)
-    learner = made(0.35)
-    assert pointer(tmp_path, "best") == "5"
-    seen: list[str] = []
-
-    class Looks(Callback):
-        @on(EpochBegin, TrainingPhase)
-        def look(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
-            seen.append(pointer(tmp_path, "best"))
-
-    learner.add_callback(Looks())
-    if how == "resumed":
-        learner.fit(4, resume=tmp_path / "epoch-0003.ckpt")
-    else:
-        learner.load(tmp_path / "epoch-0003.ckpt")
-        learner.fit(1)
-    plain = tiny_learner(n_batches=1)
-    plain.fit(2)
-    assert seen == ["2"]
-    assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest")) == ("2", "4")
-    assert torch.equal(learner.model.coeff, plain.model.coeff)
-    assert torch.equal(load_weights(tmp_path)["coeff"], plain.model.coeff)
-    learner.load(tmp_path / "best")
-    assert learner.cbstate.history[TrainingPhase].epochs == 2
-
-
-def test_a_run_that_goes_back_to_before_its_first_epoch_has_no_best(tmp_path: Path) -> None:
-    class Asks(Callback):
-        @on(BatchEnd, TrainingPhase, access={"cbstate.history": Read()})
-        def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
-            if learner.cbstate.history[TrainingPhase].steps == 1:
-                learner.request_checkpoint(tmp_path / "early.ckpt")
-
-    def made(*scores: float) -> Learner:
-        keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
-        return tiny_learner(scored(*(score for score in scores for _ in range(2))), keep, Asks(), n_batches=2)
-
-    made(0.5, 0.2).fit(2)
-    assert pointer(tmp_path, "best") == "2"
-    learner = made(NAN)
-    learner.fit(1, resume=tmp_path / "early.ckpt")
-    plain = tiny_learner(n_batches=2)
-    plain.fit(1)
-    assert torch.equal(learner.model.coeff, plain.model.coeff)
-    assert not (tmp_path / "best").exists()
-    assert pointer(tmp_path, "latest") == "1"
 
 
 def test_two_checkpointers_go_on_in_their_own_folders(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from flowtrain import (
     Phase,
     Read,
     ResolutionError,
+    StepContext,
     TorchCore,
     TrainingPhase,
     UsageError,
@@ -659,3 +660,41 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
         found.append({name: list(each) for name, each in learner.cbstate.metrics_epoch[TrainingPhase].items()})
     assert found[0] == found[1]
     assert list(found[0]) == ["Loss", "Right"]
+
+
+class Later(CustomCallback):
+    def run_after(self) -> tuple[type[Callback], ...]:
+        return (Metrics,)
+
+
+ERASES = Later(lambda learner: learner.batch.loss.zero_(), BatchEnd, access={"batch.loss": Write()})
+TOTAL = torch.zeros(())
+
+
+class Reuses(TrainingPhase):
+    """A step that adds the losses of the epoch in one tensor, which is the loss of every batch."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        inputs, targets = raw
+        with learner.run_batch(self, inputs=inputs, targets=targets) as batch:
+            batch.outputs = learner.model(inputs)
+            loss = learner.lossfn(batch.outputs, targets)
+            learner.backward(self, loss)
+            learner.update(self)
+            batch.loss = TOTAL.add_(loss.detach())
+
+
+@pytest.mark.parametrize(("phase", "callbacks"), [(TrainingPhase(), [ERASES]), (Reuses(), [])])
+def test_a_loss_that_is_written_in_place_later_is_recorded_as_it_was(phase: Phase, callbacks: list[Callback]) -> None:
+    """A value of a device is read late, so the record must not share its memory."""
+
+    def losses(lag: int | None, *extra: Callback) -> list[Any]:
+        TOTAL.zero_()
+        core, data = TorchCore(device="cpu", lag=lag), {type(phase)(): tiny_batches(n_batches=5)}
+        learner = tiny_learner(*extra, core=core, data=data)
+        learner.fit(1)
+        return list(learner.cbstate.metrics_step[type(phase)()]["Loss"].values)
+
+    wanted = losses(None)
+    assert len({*wanted}) == 5
+    assert losses(2, *callbacks) == wanted

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,6 +84,31 @@ def test_rule_29_handlers_are_put_back_wherever_it_strikes() -> None:
     for raised in interrupted(fit, "training/interrupts.py", "contextlib.py"):
         assert raised
         assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_rule_29_a_second_signal_leaves_no_context_open() -> None:
+    """It may come after a generator has set up its context and before the block begins, or before it is left."""
+    opened: list[str] = []
+    kept: list[Any] = []  # holds the generator, as the traceback of `learner.stopped` does
+
+    @contextmanager
+    def noted() -> Generator[None]:
+        try:
+            opened.append("opened")
+            yield
+        finally:
+            opened.clear()
+
+    def fit() -> None:
+        with Interrupts(Mailbox(), lambda: None, workers=False):
+            signal.raise_signal(signal.SIGINT)
+            kept[:] = [noted()]
+            with kept[0]:
+                opened.append("entered")
+
+    for raised in interrupted(fit, "contextlib.py", "training/test_interrupts.py"):
+        assert raised
+        assert opened == []
 
 
 @pytest.mark.parametrize("number", SIGNALS)

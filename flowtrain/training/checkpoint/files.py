@@ -84,11 +84,22 @@ def target(folder: Path, pointer: str) -> str:
 
 
 def point(folder: Path, pointer: str, name: str) -> None:
-    """Let a pointer of a folder name a checkpoint of the folder, or remove the pointer if the name is empty."""
-    if not name:
-        (folder / pointer).unlink(missing_ok=True)
-    elif name != target(folder, pointer):
-        write_whole(folder / pointer, partial(_save_name, name), lambda point: None, pointer)
+    """Let a pointer of a folder name a checkpoint of the folder, or remove the pointer if the name is empty.
+
+    Raises:
+        CheckpointError: The file cannot be written. The pointer is as it was.
+    """
+    try:
+        if not name:
+            (folder / pointer).unlink(missing_ok=True)
+        elif name != target(folder, pointer):
+            write_whole(folder / pointer, partial(_save_name, name), lambda point: None, pointer)
+    except OSError as error:
+        wanted = f"name {name}" if name else "be removed"
+        raise CheckpointError(
+            f"The file {folder / pointer} must {wanted} before training continues from that checkpoint, and it cannot "
+            f"be written: {error}. Nothing has been trained. Make room, or make the folder writable, and resume again."
+        ) from error
 
 
 def real_folder(path: str | os.PathLike[str]) -> str:

@@ -1,0 +1,169 @@
+"""Checkpointer: runs that go back to an earlier checkpoint of their folder, and abandon the later ones."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowtrain import (
+    BatchEnd,
+    Callback,
+    EpochBegin,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    TrainingPhase,
+    load_weights,
+    on,
+)
+from flowtrain.callbacks import Checkpointer
+from flowtrain.testing import tiny_learner
+from tests.support.checkpoints import files, pointer
+from tests.support.programs import Programs
+from tests.support.scores import scored
+
+
+@pytest.mark.parametrize("how", ["resumed", "loaded"])
+def test_the_best_is_one_that_this_run_counts(how: str, tmp_path: Path) -> None:
+    """A run that goes back to epoch 3 abandons the later epochs, one of which was the best, with its first checkpoint.
+
+    Until then `latest` names the checkpoint that it went back to, in case that the run is killed.
+    """
+
+    def made(*scores: float) -> Learner:
+        keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+        return tiny_learner(scored(*scores), keep, n_batches=1)
+
+    made(0.5, 0.3, 0.4, 0.35, 0.2).fit(5)
+    learner = made(0.35)
+    assert pointer(tmp_path, "best") == "5"
+    seen: list[str] = []
+
+    class Looks(Callback):
+        @on(EpochBegin, TrainingPhase)
+        def look(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            seen.extend([pointer(tmp_path, "best"), pointer(tmp_path, "latest"), *files(tmp_path)])
+
+    learner.add_callback(Looks())
+    if how == "resumed":
+        learner.fit(4, resume=tmp_path / "epoch-0003.ckpt")
+    else:
+        learner.load(tmp_path / "epoch-0003.ckpt")
+        learner.fit(1)
+    plain = tiny_learner(n_batches=1)
+    plain.fit(2)
+    assert seen == ["2", "3", "1", "2", "3", "4", "5"]
+    assert files(tmp_path) == ["1", "2", "3", "4"]
+    assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest")) == ("2", "4")
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+    assert torch.equal(load_weights(tmp_path)["coeff"], plain.model.coeff)
+    learner.load(tmp_path / "best")
+    assert learner.cbstate.history[TrainingPhase].epochs == 2
+
+
+class Killed(Callback):
+    """Ends a fit with an error when its first training epoch begins, as a kill would before the next checkpoint."""
+
+    @on(EpochBegin, TrainingPhase)
+    def end(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+        raise RuntimeError("killed")
+
+
+def test_rule_28_a_run_that_went_back_and_was_killed_continues_its_own_branch(tmp_path: Path) -> None:
+    """A fit that continued from epoch 5 of the abandoned run would have five epochs."""
+    tiny_learner(Checkpointer(tmp_path, every_steps=3), n_batches=2).fit(5)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_learner(Checkpointer(tmp_path), Killed(), n_batches=2).fit(6, resume=tmp_path / "epoch-0003.ckpt")
+    learner = tiny_learner(Checkpointer(tmp_path), n_batches=2)
+    learner.fit(4, resume="auto")
+    assert learner.cbstate.history[TrainingPhase].epochs == 4
+    assert files(tmp_path) == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_goes_back_removes_no_file_that_it_did_not_write(tmp_path: Path) -> None:
+    """Ranks by another metric do not count, and their files stay, as files with names of the user's own do."""
+    names = ["step-00000004.ckpt", "epoch-0009.ckpt", "mine.ckpt", "epoch-9.ckpt"]
+    tiny_learner(Checkpointer(tmp_path, every_steps=3), n_batches=2).fit(4)
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    resumed = Checkpointer(tmp_path, monitor=None)
+    tiny_learner(resumed, n_batches=2).fit(3, resume=tmp_path / "epoch-0002.ckpt")
+    assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [
+        "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt", "epoch-9.ckpt", "mine.ckpt",
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_goes_back_to_the_checkpoint_of_the_interrupt(tmp_path: Path) -> None:
+    class Stop(Callback):
+        @on(BatchEnd, TrainingPhase, access={"cbstate.history": Read()})
+        def stop(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            if learner.cbstate.history[phase].steps == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(Checkpointer(tmp_path), Stop(), n_batches=2).fit(4)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_learner(Checkpointer(tmp_path), Killed(), n_batches=2).fit(6, resume=tmp_path)
+    assert pointer(tmp_path, "latest") == "interrupted"
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_learner(Checkpointer(tmp_path), Killed(), n_batches=2).fit(6, resume=tmp_path / "epoch-0001.ckpt")
+    assert pointer(tmp_path, "latest") == "1"
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from flowtrain import CheckpointError
+from flowtrain.callbacks import Checkpointer
+from flowtrain.testing import tiny_learner
+
+folder = Path(sys.argv[1])
+tiny_learner(Checkpointer(folder), n_batches=1).fit(3)
+learner = tiny_learner(Checkpointer(folder), n_batches=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))  # room for what tests the folder, and not for the name of a file
+try:
+    learner.fit(4, resume=folder / "epoch-0002.ckpt")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of processes")
+def test_a_disk_that_fills_while_a_run_goes_back(tmp_path: Path, programs: Programs) -> None:
+    done = programs.run(FULL, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        f"The file {tmp_path}/best must name epoch-0002.ckpt before training continues from that checkpoint, and it "
+        f"cannot be written: [Errno 27] File too large. Nothing has been trained. Make room, or make the folder "
+        f"writable, and resume again."
+    )
+    assert (pointer(tmp_path, "best"), pointer(tmp_path, "latest"), files(tmp_path)) == ("3", "3", ["1", "2", "3"])
+
+
+def test_a_run_that_goes_back_to_before_its_first_epoch_has_no_best(tmp_path: Path) -> None:
+    class Asks(Callback):
+        @on(BatchEnd, TrainingPhase, access={"cbstate.history": Read()})
+        def ask(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            if learner.cbstate.history[TrainingPhase].steps == 1:
+                learner.request_checkpoint(tmp_path / "early.ckpt")
+
+    def made(*scores: float) -> Learner:
+        keep = Checkpointer(tmp_path, monitor="Score", mode="min", restore_best=True)
+        return tiny_learner(scored(*(score for score in scores for _ in range(2))), keep, Asks(), n_batches=2)
+
+    made(0.5, 0.2).fit(2)
+    assert pointer(tmp_path, "best") == "2"
+    learner = made(float("nan"))
+    learner.fit(1, resume=tmp_path / "early.ckpt")
+    plain = tiny_learner(n_batches=2)
+    plain.fit(1)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+    assert not (tmp_path / "best").exists()
+    assert pointer(tmp_path, "latest") == "1"
