@@ -51,6 +51,7 @@ OTHERS = {
     "callback/test_modes": "the modes of modules, which phases set and the loop puts back",
     "callbacks/test_bundled": "all bundled callbacks",
     "callbacks/test_going_back": "Checkpointer: runs that go back to an earlier checkpoint",
+    "callbacks/test_merged_metrics": "the values of an epoch over several ranks",
     "callbacks/test_torchmetrics": "torchmetrics objects in `Metrics`, in checkpoints and in what watches them",
     "examples/test_programs": "the example programs, started as such",
     "executors/parallel/test_firing_timed": "firings that are measured; the other tests of firings fill a file",

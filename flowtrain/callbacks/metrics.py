@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import mul
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -23,13 +23,17 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
 from flowtrain.errors import UsageError, describe, is_a
 from flowtrain.graph.registry import Callbacks
-from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
+from flowtrain.metrics.metric import Metric, check_weight, values_of
+from flowtrain.metrics.running import Running, check_mergeable
 from flowtrain.metrics.track import Track
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.device_values import Reading
 from flowtrain.training.fit_data import unlimited
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "exact_parts"]
+
+_Sums: TypeAlias = tuple[list[float], list[float]]
+"""The values of batches times their weights, and the weights, or numbers with the same sums."""
 
 
 class Metrics(Callback):
@@ -51,6 +55,12 @@ class Metrics(Callback):
     host does not wait for the values: they stay on the device, at most 256 of each name, until they are read, at the
     latest for the mean of the epoch.
 
+    In a training of several ranks the value of an epoch is that of the batches of all ranks, equal on every rank: the
+    means are bit for bit those of one process with these batches, and the states of a torchmetrics object are merged as
+    it declares. Values of batches are those of the rank itself. An object of your own that accumulates batches, and is
+    no torchmetrics object, needs the two methods with which a callback merges ranks, ``rank_state()`` and
+    ``merge_ranks(states)``.
+
     Reads ``batch.inputs``, ``batch.targets`` and ``batch.loss``, with metrics or a weight also ``batch.outputs``, and
     the entries that are tracked; ``cbstate.history``, so it runs after `Recorder`; and ``data`` at `EpochBegin`. Writes
     the series of its names in ``cbstate.metrics_step`` and ``cbstate.metrics_epoch``. Costs an entry of the series for
@@ -65,6 +75,7 @@ class Metrics(Callback):
 
     Raises:
         UsageError: An argument is no metric, two metrics have one name, or `weight` cannot be called.
+        RankError: With several ranks: nothing says how the values that an object has accumulated on them are merged.
 
     >>> from flowtrain import ValidationPhase
     >>> from flowtrain.metrics import accuracy
@@ -102,6 +113,9 @@ class Metrics(Callback):
         self._quick: Phase | None = None  # the phase whose batch size is known to be the length of its inputs
         self._loader_size: int | None = None  # the batch size of the loader, if it is known
         self._warned: set[Phase] = set()
+        self._phase: Phase | None = None  # the phase of the present epoch, or of one that was not complete
+        self._series: Callable[[Phase], Any] = lambda phase: {}  # returns the series that `record` writes
+        self._of_ranks: Sequence[dict[str, Any]] | None = None  # what each rank has measured in the present epoch
 
     def _steps(self) -> list[str]:
         """Return the paths of the series with a value for each batch."""
@@ -135,6 +149,11 @@ class Metrics(Callback):
         """Refuse another `Metrics`, because both would record the loss. One takes any number of metrics."""
         return Unresolvable() if isinstance(other, Metrics) else None
 
+    def setup(self, learner: LearnerView) -> None:
+        """Keep a way to the series of batches for `rank_state`, which is called between two events."""
+        steps = learner.cbstate.metrics_step
+        self._series = lambda phase: steps[phase]  # a function, so that a copy of this callback copies no series
+
     @on(EpochBegin, access={"data": Read()})
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the previous epoch, which may have been cancelled before its end."""
@@ -142,8 +161,9 @@ class Metrics(Callback):
         bundled = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
         self._copies = self._loss_is_written or getattr(type(phase), "step", None) not in bundled
         self._weights = {"Loss": []}
+        self._phase, self._of_ranks = phase, None
         for metric in self.metrics:
-            if (metric, phase) in self._running or (metric.name, repr(phase)) in self._loaded:
+            if self._has_run(metric, phase):
                 self._run(metric, phase).reset()
         self._loader_size = _samples(learner.data.get(phase))
         self._quick = None
@@ -263,38 +283,78 @@ class Metrics(Callback):
                 parts, number = [(parts, number)], max(number, default=1)
             self._loaded[name, phase] = parts, number
 
+    def _has_run(self, metric: Metric, phase: Phase) -> bool:
+        return (metric, phase) in self._running or (metric.name, repr(phase)) in self._loaded
+
     def _run(self, metric: Metric, phase: Phase) -> Running:
         """Return the running value of a metric in a phase, made at the first call with the state of a checkpoint."""
         running = self._running.get((metric, phase))
         if running is None:
-            running = self._running[metric, phase] = Running(metric)
+            running = self._running[metric, phase] = Running(metric.f, metric.name, on_step=metric.on_step)
             loaded = self._loaded.pop((metric.name, repr(phase)), None)
             if loaded is not None:
                 running.load_state_dict(*loaded)
         return running
 
+    def rank_state(self) -> dict[str, Any]:
+        """Return the sums that the means of the present epoch consist of, and the states of torchmetrics objects.
+
+        Raises:
+            RankError: An object of a user accumulates batches, and does not say how those of several ranks are merged.
+        """
+        phase, running = self._phase, dict[int, Any]()
+        for place, metric in enumerate(self.metrics):
+            if metric.accumulates:
+                check_mergeable(metric.f, metric.name)
+                if phase is not None and self._has_run(metric, phase):
+                    running[place] = self._run(metric, phase).rank_state()
+        sums = {} if phase is None else self._sums(self._series(phase))
+        return {"sums": {name: [exact_parts(each) for each in pair] for name, pair in sums.items()}, "running": running}
+
+    def merge_ranks(self, states: Sequence[dict[str, Any]]) -> None:
+        """Keep what all ranks have measured, for the end of the epoch. Later batches of this rank may still follow."""
+        self._of_ranks = states
+
+    def _sums(self, steps: Any) -> dict[str, _Sums]:
+        """Return the weighted values and the weights of this rank in the epoch, by the series in `steps` that has them.
+
+        A value with weight 0 is left out, because it may be NaN: so is the loss of a batch whose tokens are all
+        ignored.
+        """
+        found: dict[str, _Sums] = {}
+        for name, weights in self._weights.items():
+            if weights:
+                pairs = zip(steps[name].since(-len(weights)), _numbers(weights), strict=True)
+                counted = [pair for pair in pairs if pair[1]]
+                found[name] = [mul(*pair) for pair in counted], [weight for _, weight in counted]
+        return found
+
     @on(EpochEnd, access="_of_epochs")
     def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the values of the epoch."""
         epoch, steps = epoch_of(learner.cbstate.history, phase), learner.cbstate.metrics_step
-        results = learner.cbstate.metrics_epoch[phase]
-        if learner.cbstate.history[phase].steps_epoch:
-            for track in self._tracks:
-                track.check_recorded(phase, steps)
-        for metric in (None, *self.metrics):
+        results, states = learner.cbstate.metrics_epoch, self._of_ranks
+        sums = self._sums(steps[phase]) if states is None else _joined(state["sums"] for state in states)
+        for place, metric in enumerate((None, *self.metrics), start=-1):
             if metric is not None and metric.accumulates:
-                found = self._accumulated(metric, phase)
+                found = self._accumulated(place, metric, phase)
             else:
                 own = "Loss" if metric is None else metric.name
-                weights = {name: each for name, each in self._weights.items() if name.partition(".")[0] == own and each}
-                found = {name: _mean(steps[phase][name].since(-len(each)), each) for name, each in weights.items()}
+                found = {name: _mean(*each) for name, each in sums.items() if name.partition(".")[0] == own}
             for name, value in found.items():
-                results.push(name, value, epoch)
+                results[phase].push(name, value, epoch)
+        self._phase = self._of_ranks = None
+        if learner.cbstate.history[phase].steps_epoch:
+            for track in self._tracks:
+                # Another rank may have recorded it in its batches.
+                track.check_recorded(phase, [*steps.values(), *results.values()])
 
-    def _accumulated(self, metric: Metric, phase: Phase) -> dict[str, Any]:
+    def _accumulated(self, place: int, metric: Metric, phase: Phase) -> dict[str, Any]:
         if not isinstance(phase, metric.phase):
             return {}
         running = self._run(metric, phase)  # also in an epoch that resumes at its end, whose state is only loaded
+        if self._of_ranks is not None:
+            running.merge_ranks([state["running"].get(place) for state in self._of_ranks])
         found = values_of(metric, running.compute()) if running.updates else {}
         running.reset()  # now, because a metric may have kept all outputs of the epoch in memory
         return found
@@ -328,18 +388,42 @@ def _samples(loader: object) -> int | None:
     return loader.batch_size if endless or len(loader) > 1 else None
 
 
-def _mean(values: Sequence[float], weights: Sequence[Any]) -> float:
-    """Return the weighted mean of the values, rounded once, so that it does not depend on their order.
+def _joined(states: Iterable[dict[str, _Sums]]) -> dict[str, _Sums]:
+    """Return the sums of all ranks by series; the ranks need not have the same series."""
+    joined: dict[str, _Sums] = {}
+    for state in states:
+        for name, (products, weights) in state.items():
+            mine = joined.setdefault(name, ([], []))
+            mine[0].extend(products)
+            mine[1].extend(weights)
+    return joined
 
-    A value with weight 0 is left out, because it may be NaN: so is the loss of a batch whose tokens are all ignored.
-    """
-    counted = [(value, weight) for value, weight in zip(values, _numbers(weights), strict=True) if weight]
-    total = sum(weight for _, weight in counted)
-    products = [mul(*each) for each in counted]
+
+def _mean(products: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the quotient of two sums, each rounded once, so that it does not depend on the order of the batches."""
     try:
+        total = math.fsum(weights)
         return math.fsum(products) / total if total else math.nan
     except (OverflowError, ValueError):  # fsum refuses sums that are too large, and infinities of both signs
-        return float(sum(products)) / total
+        return float(sum(products)) / sum(weights)
+
+
+def exact_parts(numbers: Sequence[float]) -> list[float]:
+    """Return a few numbers with exactly the same sum, by which ranks exchange the sum of any number of batches.
+
+    >>> exact_parts([0.1, 0.2, 1e17])
+    [1e+17, 0.30000000000000004, -2.7755575615628914e-17]
+    """
+    parts: list[float] = []
+    try:
+        # Each part is the rounded sum of what the parts before it leave, so the rest soon is zero.
+        while rest := math.fsum([*numbers, *(-part for part in parts)]):
+            parts.append(rest)
+            if not math.isfinite(rest):
+                break
+    except (OverflowError, ValueError):  # as in `_mean`
+        return [float(sum(numbers))]
+    return parts
 
 
 def _numbers(weights: Sequence[Any]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowtrain.callback.access import Access, Write
@@ -22,6 +22,9 @@ class Recorder(Callback):
     not if an error or `CancelFittingException` ends it. Each update of each of several optimizers counts. The updates
     of a batch are added when the batch ends or is cancelled; the update of an accumulation group that the epoch has not
     filled (rule 16) is added when the epoch ends.
+
+    In a training of several ranks each rank counts its own batches until the epoch ends. Then all ranks have the counts
+    of the rank with the most: in an evaluation a rank may have fewer batches than another one, or none.
 
     Writes ``cbstate.history``, so callbacks that read it run after this one. Reads no other state, and runs after no
     other callback. Costs a few additions for each batch.
@@ -43,14 +46,19 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.ends: dict[str, list[tuple[int, int, int, int]]] = {}
         self._updates = 0  # the updates of the learner at the end of the last batch
+        self._phase: Phase | None = None  # the phase of the present epoch, or of one that was not complete
+        self._counts: Callable[[Phase], Counts | None] = lambda phase: None  # returns the counts of a phase
+        self._of_ranks: Sequence[Counts | None] = ()  # the counts of each rank in the present epoch
 
     def state_access(self) -> Access:
         """Declare a write of ``cbstate.history``."""
         return {"cbstate.history": Write()}
 
     def setup(self, learner: LearnerView) -> None:
-        """Count the updates that the learner makes from now on."""
+        """Count the updates that the learner makes from now on, and keep a way to the counts for `rank_state`."""
         self._updates = learner.updates
+        history = learner.cbstate.history
+        self._counts = lambda phase: history[phase]  # a function, so that a copy of this callback copies no counts
 
     @on(EpochBegin)
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
@@ -59,6 +67,7 @@ class Recorder(Callback):
         epochs, steps, _, updates = history[phase]
         history[phase] = Counts((epochs, steps, 0, updates))
         self._updates = learner.updates
+        self._phase, self._of_ranks = phase, ()
 
     @on(BatchEnd)
     def count_batch(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
@@ -87,11 +96,23 @@ class Recorder(Callback):
             history[phase] = Counts((epochs, steps, steps_epoch, updates + made - self._updates))
             self._updates = made
 
+    def rank_state(self) -> Counts | None:
+        """Return the counts of the phase of the present epoch."""
+        return None if self._phase is None else self._counts(self._phase)
+
+    def merge_ranks(self, states: Sequence[Counts | None]) -> None:
+        """Keep the counts of all ranks for the end of the epoch."""
+        self._of_ranks = states
+
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Count the epoch, and note the numbers of batches at its end."""
-        self._add_updates(phase, learner)
         history = learner.cbstate.history
+        counted = [counts for counts in self._of_ranks if counts is not None]
+        if counted:
+            history[phase] = Counts(map(max, zip(*counted, strict=True)))
+        self._phase, self._of_ranks = None, ()
+        self._add_updates(phase, learner)
         epochs, steps, steps_epoch, updates = history[phase]
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
         trained = sum(counts[1] for other, counts in history.items() if isinstance(other, AbstractTrainingPhase))

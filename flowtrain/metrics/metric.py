@@ -1,41 +1,27 @@
 """A metric: a function of outputs and targets, or a torchmetrics object, with a name and the phases it is computed in.
 
 A function gives a value for each batch. A torchmetrics object accumulates batches and gives a value at the end of the
-epoch: `Running` has a clone of the object for each phase. `values_of` makes single numbers with names of a value.
+epoch (`flowtrain.metrics.running`). `values_of` makes single numbers with names of a value.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, cast, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError, describe, is_a, is_type
+from flowtrain.metrics.running import Accumulator, Running
 
-__all__ = ["Accumulator", "Metric", "Running", "check_weight", "values_of"]
+__all__ = ["Metric", "check_weight", "values_of"]
 
 _MOST = 2000
 """A value with more numbers than this, and without labels, is not taken for one number for each class."""
-
-
-@runtime_checkable
-class Accumulator(Protocol):
-    """The methods of a torchmetrics object that are used (https://lightning.ai/docs/torchmetrics)."""
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch."""
-
-    def compute(self) -> Any:
-        """Return the value over all batches since `reset`."""
-
-    def reset(self) -> Any:
-        """Forget all batches."""
 
 
 class Metric:
@@ -75,7 +61,7 @@ class Metric:
 
     def __init__(
         self,
-        f: Callable[..., Any],
+        f: Callable[..., Any] | Accumulator,
         name: str | None = None,
         phase: type[Phase] = Phase,
         *,
@@ -164,9 +150,7 @@ class Metric:
                 raise UsageError(f"The metric {name} is a tuple, such as a curve{_take(self)}")
         state = torch.get_rng_state()
         try:
-            running = Running(self)
-            for module in running.total.modules():
-                module.sync_on_compute = False  # other processes of a distributed run do not compute it now
+            running = Running(self.f, self.name)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics warns that `compute` comes before `update`
                 value = running.compute()
@@ -292,134 +276,6 @@ def check_weight(weight: Any, what: str) -> Any:
             f"{what} returned {weight!r:.200}; what a batch counts in the mean of an epoch is a number, at least 0."
         )
     return weight
-
-
-class Running:
-    """A torchmetrics object in one phase: it is reset for each epoch, and moved to the device of the batches.
-
-    Args:
-        metric: The metric, whose torchmetrics object is cloned.
-
-    Attributes:
-        total: The clone that accumulates the batches of the epoch.
-        updates: The number of these batches.
-    """
-
-    def __init__(self, metric: Metric) -> None:
-        self.total = _fresh(metric.f)
-        self.updates = 0
-        self._placed = False  # whether the clones are on the device of the batches
-        self._single = _fresh(metric.f) if metric.on_step else None  # a second clone, for the values of batches
-        self._first = _plain(self.total)  # the plain attributes before the first batch
-
-    def update(self, outputs: Any, targets: Any) -> None:
-        """Add a batch."""
-        if not self._placed:
-            self._placed = True
-            device = next((each.device for each in (outputs, targets) if isinstance(each, torch.Tensor)), None)
-            parts: list[Any] = [self.total, self._single]
-            for each in parts:
-                if device is not None and hasattr(each, "to"):
-                    each.to(device)
-        self.total.update(outputs, targets)
-        self.updates += 1
-
-    def value_of(self, outputs: Any, targets: Any) -> Any:
-        """Return the value of one batch alone, or NaN if a single batch has no value, such as R2 of one sample."""
-        single = self._single
-        assert single is not None  # only metrics with `on_step` are asked for values of batches
-        single.reset()
-        single.update(outputs, targets)
-        try:
-            return _computed(single)
-        except (ValueError, RuntimeError, ZeroDivisionError):
-            return math.nan
-        finally:
-            single.reset()
-
-    def compute(self) -> Any:
-        """Return the value over the batches of the epoch; for a collection, a mapping from names to values."""
-        return _computed(self.total)
-
-    def reset(self) -> None:
-        """Forget the batches."""
-        if self.updates:
-            self.total.reset()
-            self.updates, self._placed = 0, False
-
-    def state_dict(self) -> tuple[list[Any], int]:
-        """Return the state and the changed plain attributes of each clone, and the number of updates."""
-        return [_state_of(each, self._first) for each in (self.total, self._single) if each is not None], self.updates
-
-    def load_state_dict(self, parts: Sequence[Any], updates: int) -> None:
-        """Restore the state that `state_dict` returned."""
-        self.updates, self._placed = updates, False
-        for f, (state, plain) in zip((self.total, self._single), parts, strict=False):
-            if f is not None:
-                _load_state(f, state, plain)
-
-
-def _state_of(f: Any, first: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-    """Return the state of a torchmetrics object, and the plain attributes of each of its modules that have changed."""
-    if not isinstance(f, torch.nn.Module):
-        return f.state_dict() if hasattr(f, "state_dict") else copy.deepcopy(vars(f)), []
-    if isinstance(f, torch.nn.ModuleDict):
-        list(f.items())  # members that share their state have it in one of them; `items` copies it to the others
-    changed = [
-        {name: value for name, value in own.items() if name not in before or before[name] is not value}
-        for own, before in zip(_plain(f), first, strict=True)
-    ]
-    return f.state_dict(), changed
-
-
-def _load_state(f: Any, state: dict[str, Any], plain: Sequence[Any]) -> None:
-    if not isinstance(f, torch.nn.Module) and not hasattr(f, "load_state_dict"):
-        vars(f).update(copy.deepcopy(state))
-        return
-    if state:
-        f.load_state_dict(state)
-    for module, own in zip(f.modules() if plain else (), plain, strict=True):
-        own = own if isinstance(own, Mapping) else {"_update_count": own}  # early checkpoints have only this number
-        for name, value in own.items():
-            setattr(module, name, value)
-
-
-def _plain(f: Any) -> list[dict[str, Any]]:
-    """Return the plain attributes of each module of a torchmetrics object that are not in its ``state_dict``.
-
-    Some objects keep more than their declared state, such as the number of values in a window, or the least value of
-    all epochs.
-    """
-    found = []
-    for part in f.modules() if isinstance(f, torch.nn.Module) else ():
-        left_out = {*getattr(part, "_defaults", ()), "_computed", "_forward_cache", "_cache"}  # the state, and caches
-        kinds = (int, float, str, bool, torch.Tensor)
-        found.append({name: each for name, each in vars(part).items() if type(each) in kinds and name not in left_out})
-    return found
-
-
-def _fresh(f: Any) -> Any:
-    """Return a clone of a torchmetrics object without batches, whose whole state is in its ``state_dict``."""
-    clone = f.clone() if hasattr(f, "clone") else copy.deepcopy(f)
-    clone.reset()  # the user may have updated the object
-    parts: list[Any] = [*clone.modules()] if isinstance(clone, torch.nn.Module) else []
-    for part in parts:
-        if hasattr(part, "persistent"):
-            part.persistent(mode=True)  # of each part, because a wrapper does not pass this on to its metric
-    members = [*clone.values()] if isinstance(clone, torch.nn.ModuleDict) else []
-    if any(isinstance(child, Accumulator) for member in members for child in member.children()):
-        # A collection finds members with equal states and updates only one of them. It wrongly takes a wrapper, which
-        # has no state of its own, for equal to another member.
-        vars(clone).update(_enable_compute_groups=False, _groups_checked=False, _groups={})
-    return clone
-
-
-def _computed(f: Any) -> Any:
-    # Compute the members of a collection one by one: its own `compute` leaves out the name of the member for a wrapper.
-    if not isinstance(f, torch.nn.ModuleDict):
-        return f.compute()
-    members: list[tuple[str, Any]] = [*f.items()]
-    return {name: member.compute() for name, member in members}
 
 
 def _higher_is_better(f: Any) -> bool | None:

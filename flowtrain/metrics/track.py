@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -80,12 +80,12 @@ class Track(Metric):
             name = "".join(part[:1].upper() + part[1:] for part in entry.split("_"))
         super().__init__(read, name, phase, mode=mode, weight=weight, labels=labels)
 
-    def check_recorded(self, phase: Phase, recorded: Mapping[Phase, Mapping[str, Any]]) -> None:
+    def check_recorded(self, phase: Phase, recorded: Iterable[Iterable[str]]) -> None:
         """Check, after an epoch with complete batches, that the value is there in some phase.
 
         Args:
             phase: The phase of the epoch.
-            recorded: The series of batches by phase and name.
+            recorded: The names of the series that each phase has recorded.
 
         Raises:
             MissingStateError: No phase has recorded it, and this one should have: it trains, or the user has named it.
@@ -94,7 +94,7 @@ class Track(Metric):
             return
         if self.path and self.path.partition(".")[2] in (phase.provides or ()):
             return  # a group of gradients that is longer than the epoch leaves its batches without ``grad_norm``
-        if any(name.partition(".")[0] == self.name for series in recorded.values() for name in series):
+        if any(name.partition(".")[0] == self.name for names in recorded for name in names):
             return
         raise MissingStateError(
             self.path or "batch",

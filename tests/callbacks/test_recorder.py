@@ -17,6 +17,7 @@ from flowtrain import (
     CancelEpochException,
     CancelFittingException,
     EpochBegin,
+    Learner,
     LearnerView,
     Phase,
     Read,
@@ -31,6 +32,7 @@ from flowtrain.callbacks import Recorder
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
+from tests.support.merged import ranked
 from tests.support.phases import OtherValidation, TwoModels
 
 Counted = tuple[int, int, int, int]
@@ -161,3 +163,17 @@ def test_every_optimizer_has_updates() -> None:
 def test_two_recorders_conflict() -> None:
     with pytest.raises(WriteConflictError, match=r"Recorder and Recorder#2 .*cbstate.history"):
         tiny_learner(Recorder(), Recorder())
+
+
+def test_at_the_end_of_an_epoch_all_ranks_have_the_counts_of_the_rank_with_the_most_batches() -> None:
+    def make(batches: int, first: Callback) -> Learner:
+        return tiny_learner(first, data={ValidationPhase: tiny_batches(n_batches=batches)})
+
+    def run(learner: Learner) -> None:
+        learner.validate()
+        learner.validate()
+
+    for learner in ranked(make, [3, 1, 2], run):
+        assert learner.cbstate.history[ValidationPhase] == (2, 6, 3, 0)
+        [recorder] = [each for each in learner.callbacks if isinstance(each, Recorder)]
+        assert recorder.ends == {"ValidationPhase": [(0, 3, 0, 0), (0, 6, 0, 0)]}

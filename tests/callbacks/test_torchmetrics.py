@@ -44,7 +44,6 @@ from flowtrain.callbacks import (
     reduce_on_plateau,
 )
 from flowtrain.logging import JsonlBackend
-from flowtrain.metrics.metric import Running
 from flowtrain.testing import assert_equivalent
 from flowtrain_dask import DaskExecutor
 from tests.support.logs import log_fields, log_records
@@ -267,20 +266,6 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch(
     resumed = learner_of("stopped")
     resumed.fit(2, resume=tmp_path / "stopped" / f"step-{step:08d}.ckpt")
     assert str(result(resumed)) == str(result(whole))  # compared as text, because NaN does not equal itself
-
-
-def test_its_state_is_on_the_device_of_what_it_is_given_also_after_a_resume() -> None:
-    """The meta device stands for an accelerator: it computes nothing, but torch checks that devices agree."""
-    metric, batch = Metric(regression.MeanSquaredError(), on_step=True), torch.zeros(3, device="meta")
-    first = Running(metric)
-    first.update(batch, batch)
-    assert first.total.sum_squared_error.device.type == "meta"
-    on_cpu = Running(metric)
-    on_cpu.update(torch.zeros(3), torch.zeros(3))
-    second = Running(metric)
-    second.load_state_dict(*on_cpu.state_dict())
-    second.update(batch, batch)
-    assert second.value_of(batch, batch).device.type == second.total.sum_squared_error.device.type == "meta"
 
 
 # --- several values

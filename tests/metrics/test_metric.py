@@ -14,7 +14,7 @@ import torch
 
 from flowtrain import UsageError, ValidationPhase
 from flowtrain.metrics import accuracy, top_k_accuracy
-from flowtrain.metrics.metric import Metric, Running, check_weight, values_of
+from flowtrain.metrics.metric import Metric, check_weight, values_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
@@ -115,25 +115,6 @@ def test_arguments_that_mean_nothing(options: dict[str, Any], text: str) -> None
 def test_a_weight_is_a_number(weight: Any) -> None:
     with pytest.raises(UsageError, match=r"^It returned .*; what a batch counts in the mean of an epoch is a number"):
         check_weight(weight, "It")
-
-
-def test_a_torchmetrics_object_goes_on_where_another_was() -> None:
-    metric = Metric(torchmetrics.MeanMetric())
-    first, second = Running(metric), Running(metric)
-    first.update(torch.tensor(1.0), torch.tensor(1.0))
-    first.update(torch.tensor(2.0), torch.tensor(1.0))
-    second.load_state_dict(*first.state_dict())
-    second.update(torch.tensor(6.0), torch.tensor(1.0))
-    assert second.compute() == 3.0
-    assert (second.updates, second.total.update_count) == (3, 3)
-
-
-def test_what_a_checkpoint_of_the_first_format_holds() -> None:
-    metric = Metric(torchmetrics.MeanMetric())
-    second = Running(metric)
-    second.load_state_dict([({"mean_value": torch.tensor(3.0), "weight": torch.tensor(2.0)}, [2])], 2)
-    second.update(torch.tensor(6.0), torch.tensor(1.0))
-    assert (second.compute(), second.updates, second.total.update_count) == (3.0, 3, 3)
 
 
 class Curve(torchmetrics.Metric):
