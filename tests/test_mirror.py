@@ -62,7 +62,9 @@ OTHERS = {
     "executors/test_deferred_values": "the values that deferred callbacks see",
     "executors/test_drawing": "deferred callbacks that draw random numbers",
     "executors/test_properties": "the parallel executor compared with the serial one, on random examples",
+    "ranks/test_data": "the data of several ranks, in real processes",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
+    "training/checkpoint/test_sharded": "resume with the share that one of several ranks has in a loader",
     "training/test_interrupts_groups": "signals to a group of processes; the file is also the program that gets them",
     "training/test_model_inputs": "models of several inputs, in the loop and in callbacks",
 }

@@ -120,9 +120,12 @@ class CombinedLoader:
         # generator of their own: how many there are changes no number of training.
         if self.mode == "max_size_cycle":
             seeds.manual_seed(_draw(None))
+        for _, loader in named:
+            _set_round(loader, 0)
         passes = [iter(loader) for _, loader in named]
         # Which loaders have ended is kept for the whole epoch: it is over when each has been passed through once.
         ended: set[int] = set()
+        rounds = [0] * len(named)
         first = True
         while True:
             batch: list[Any] = []
@@ -138,7 +141,8 @@ class CombinedLoader:
                 return
             for place, (name, loader) in enumerate(named):
                 if batch[place] is _END:
-                    passes[place], batch[place] = _again(name, loader, _draw(seeds))
+                    rounds[place] += 1
+                    passes[place], batch[place] = _again(name, loader, _draw(seeds), rounds[place])
             first = False
             yield dict(zip(self.loaders, batch, strict=True)) if isinstance(self.loaders, Mapping) else tuple(batch)
 
@@ -161,8 +165,9 @@ def _draw(generator: torch.Generator | None) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
 
-def _again(name: Any, loader: Iterable[Any], seed: int) -> tuple[Iterator[Any], Any]:
-    """Begin another pass of a loader in the middle of an epoch; return its iterator and its first batch."""
+def _again(name: Any, loader: Iterable[Any], seed: int, number: int) -> tuple[Iterator[Any], Any]:
+    """Begin pass `number` of a loader in the middle of an epoch; return its iterator and its first batch."""
+    _set_round(loader, number)
     with _seeded(seed):  # a loader draws its order when the first batch is taken
         batches = iter(loader)
         batch = next(batches, _END)
@@ -192,6 +197,19 @@ def _seeded(seed: int) -> Generator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(numbers)
+
+
+def _set_round(loader: Any, number: int) -> None:
+    """Tell a loader of several ranks how often it has been begun again in this epoch, since its order follows from it.
+
+    Any other loader shuffles anew with the random numbers of the pass.
+    """
+    sampler: Any = loader.sampler if isinstance(loader, torch.utils.data.DataLoader) else None
+    while type(sampler) is torch.utils.data.BatchSampler:
+        sampler = sampler.sampler
+    setter = getattr(sampler, "set_round", None)
+    if setter is not None:
+        setter(number)
 
 
 def _own(loader: Any, method: str, *state: Any) -> Any:

@@ -26,6 +26,7 @@ from flowtrain.callback.phases import (
     ValidationPhase,
 )
 from flowtrain.data.loaders import DATA_EXAMPLE, LimitedLoader, check_iterable, empty, is_array, length, make_loader
+from flowtrain.data.sharding import without_share
 from flowtrain.errors import DataError, UsageError, describe, is_a, is_whole, whole_number
 from flowtrain.state.by_phase import PhaseMap
 
@@ -151,12 +152,12 @@ def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> N
 
 
 def check_gave(count: int, phase: Phase, loader: object) -> None:
-    """Check, after a pass over a loader, that it gave at least one batch.
+    """Check, after a pass over a loader, that it gave at least one batch, or other ranks have all batches.
 
     Raises:
         DataError: `count` is 0.
     """
-    if not count:
+    if not count and not without_share(loader):
         raise DataError(empty(f"for {phase!r}", loader))
 
 

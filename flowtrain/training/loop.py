@@ -352,7 +352,7 @@ class Loop:
             self.dispatch.mailbox.empty()
         batches = loader
         if resuming and position.begun is not None:
-            batches = replay(loader, position.begun, position.batches, phase)
+            batches = replay(loader, position.begun, position.batches, phase, position.early)
             checkpoints.restore_epoch()
         else:
             if resuming:

@@ -15,6 +15,7 @@ from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.data.loaders import length
+from flowtrain.data.rank_batches import RankBatches
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
@@ -45,6 +46,8 @@ class Position:
         begun: The `loader_start` of the open epoch; ``None`` before its loader is iterated.
         batches: The number of batches of the open epoch that a checkpoint had, when the fit resumed from it.
         stream: The training loader of a fit by steps with ``validate_every``, whose passes span epochs.
+        source: The batches of the open epoch, if a batch may be taken from them before the one before it is trained.
+        early: The `states_before` the batch that had been taken early in the checkpoint from which the fit resumed.
     """
 
     def __init__(self, unit: str = "") -> None:
@@ -54,6 +57,8 @@ class Position:
         self.phase = ""
         self.begun: dict[str, Any] | None = None
         self.stream: Stream | None = None
+        self.source: RankBatches | None = None
+        self.early: dict[str, Any] | None = None
         self._resuming = False
         self._stepping = ""  # the phase whose batches are steps
         self._least = 1  # the steps of an epoch without a batch
@@ -78,6 +83,7 @@ class Position:
     def begin_epoch(self, phase: Phase) -> None:
         """Note that an epoch of `phase` begins with its first batch."""
         self.phase, self.begun, self.batches = repr(phase), None, 0
+        self.source = self.early = None
 
     def end_epoch(self, batches: int) -> None:
         """Note that the epoch has ended after `batches` batches: after its last one, or by a cancel of the epoch."""
@@ -87,7 +93,7 @@ class Position:
             self.steps += batches or self._least
             if self.stream is not None and self._ahead(batches):
                 self.stream.put_back()
-        self.phase, self.begun = "", None
+        self.phase, self.begun, self.source = "", None, None
 
     def end_round(self) -> None:
         """Note that the epochs of all phases in this round are complete."""
@@ -114,6 +120,7 @@ class Position:
             "phase": self.phase,
             "batches": batches if self.phase else 0,
             "begun": self.begun,
+            "early": None if self.source is None else self.source.before(batches - self.batches),
             "stream": None if self.stream is None else self.stream.state_dict(self._ahead(batches)),
         }
 
@@ -131,6 +138,7 @@ class Position:
         position = cls(state["unit"])
         position.rounds, position.steps, position.done = state["rounds"], state["steps"], list(state["done"])
         position.phase, position.batches, position.begun = state["phase"], state["batches"], state["begun"]
+        position.early = state.get("early")  # early checkpoints lack it
         position._resuming = bool(position.phase)
         return position
 
@@ -215,7 +223,9 @@ def _too_short(batches: int, phase: Phase, available: int) -> CheckpointError:
     )
 
 
-def replay(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase) -> Iterator[Any]:
+def replay(
+    loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase, early: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
     """Return an iterator of a loader after its first batches, with the random numbers of the pass that is repeated.
 
     Args:
@@ -223,6 +233,8 @@ def replay(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase:
         begun: The `loader_start` of the pass.
         batches: The number of batches to take from the iterator and drop.
         phase: The phase that the batches are for.
+        early: The `states_before` the next batch was taken, if it was taken before the model drew its numbers for the
+            last of these batches; ``None`` if it was taken after that.
 
     Raises:
         CheckpointError: The loader gives fewer than `batches` batches.
@@ -232,13 +244,17 @@ def replay(loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase:
         set_random_state(begun["random"])
     set_loader_state(loader, begun["loader"])
     iterator = iter(loader)
-    if not batches:  # a loader draws its order at the first batch: take it now, before the generators change again
-        return chain(list(islice(iterator, 1)), iterator)
     missing = object()
     for number in range(batches):
         if next(iterator, missing) is missing:
             raise _too_short(batches, phase, number)
-    return iterator
+    if early is not None:
+        set_loader_state(loader, early["loader"])
+        set_random_state(early["random"])
+    elif batches:
+        return iterator
+    # Take the next batch now, before the generators change again. A loader draws its order at the first batch.
+    return chain(list(islice(iterator, 1)), iterator)
 
 
 class Stream:

@@ -28,6 +28,7 @@ __all__ = [
     "set_loader_state",
     "set_random_state",
     "start_workers",
+    "states_before",
     "stop_workers",
     "unmoved",
 ]
@@ -60,8 +61,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
-    """Return the states of a loader's generators, its own ``state_dict()`` if it has one, and whether workers run."""
+    """Return the states of a loader's generators, its own ``state_dict()`` if it has one, and whether workers run.
+
+    The seeds of its `DistributedSampler` objects are part of it, because the order of a pass follows from them.
+    """
     state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)], "own": None}
+    state["seeds"] = [sampler.seed for sampler in _distributed(loader)]
     state["workers"] = any(_runs(part) for part in _persistent(loader))
     if _keeps_its_own(loader):
         state["own"] = loader.state_dict()
@@ -73,6 +78,8 @@ def set_loader_state(loader: Any, state: Mapping[str, Any]) -> bool:
     # Not strict: a fit may resume with another loader, which has fewer generators or more.
     for generator, each in zip(_generators(loader), state["generators"], strict=False):
         generator.set_state(each)
+    for sampler, seed in zip(_distributed(loader), state.get("seeds", ()), strict=False):  # early checkpoints lack them
+        sampler.seed = seed
     if state["own"] is not None and _keeps_its_own(loader):
         loader.load_state_dict(state["own"])
         return True
@@ -129,6 +136,16 @@ def unmoved(loader: Any) -> Generator[None]:
         stop_workers(loader, state)
         set_loader_state(loader, state)
         set_random_state(before)
+
+
+def states_before(loader: Any) -> dict[str, Any]:
+    """Return the generators from which the next batch of a loader is drawn; `RankBatches` takes that batch early."""
+    generators = [generator.get_state() for generator in _generators(loader)]
+    return {"random": random_state(), "loader": {"generators": generators, "own": None}}
+
+
+def _distributed(loader: Any) -> list[torch.utils.data.DistributedSampler[Any]]:
+    return [part for part in loader_parts(loader) if isinstance(part, torch.utils.data.DistributedSampler)]
 
 
 def _persistent(loader: Any) -> list[torch.utils.data.DataLoader[Any]]:
