@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from tests.support import examples
 
 _find_device = devices.find_device
 _attach = torch_core.TorchCore.attach
+_swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
 
 
 def _schedule() -> Schedule:
@@ -49,6 +50,15 @@ def _attach_there(self: torch_core.TorchCore, state: Any, optimizer: Any) -> Non
     _attach(self, state, optimizer)
 
 
+def _swap_unless_shared(here: torch.Tensor, there: torch.Tensor) -> None:
+    """Swap two tensors, unless they share their storage: a parameter that is on the device already stays as it is.
+
+    torch refuses to swap a frozen parameter that was trained before, and other devices let it be.
+    """
+    if here.untyped_storage()._cdata != there.untyped_storage()._cdata:
+        _swap(here, there)
+
+
 _device = install()
 _device.machine.begin(_schedule())
 # Tests compare parameters of a learner, which are on the device here, with those of a loop by hand, which are not.
@@ -57,6 +67,7 @@ _device.operators.refuses_the_cpu = False
 _device.operators.draws = torch.default_generator
 # A parameter that moves stays the same object, as on CUDA, whose tensors are of the same kind as the CPU's.
 torch.__future__.set_swap_module_params_on_conversion(True)
+torch.utils.swap_tensors = _swap_unless_shared
 torch_core.TorchCore.attach = _attach_there  # type: ignore[method-assign]
 examples.__dict__["ORDINARY"] = 10  # drawn examples in a test: each operation takes a hundred times as long here
 # So do optimizers for lists of parameters, which are the default on a device.
