@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from flowtrain.errors import CoreError, UsageError, nearest
 
 __all__ = [
+    "IMPLEMENTATION",
     "OptimizerFactory",
     "check_trained",
     "clip_gradients",
@@ -39,6 +40,9 @@ __all__ = [
     "takes_found_inf",
     "zeroing",
 ]
+
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+"""The options of torch's optimizers that say how an update is computed. They belong to the device and the program."""
 
 _ZERO_GRAD = Optimizer.zero_grad
 
@@ -244,7 +248,7 @@ def fused(wanted: Any, params: Iterable[torch.nn.Parameter], slow: Collection[st
     if not (isinstance(made, type) and issubclass(made, Optimizer) and made.__module__.startswith("torch.optim.")):
         return wanted
     # With any of these arguments the user has chosen an implementation.
-    if {"fused", "foreach", "capturable", "differentiable"} & {*given}:
+    if {*IMPLEMENTATION} & {*given}:
         return wanted
     if "fused" not in inspect.signature(made).parameters:
         return wanted

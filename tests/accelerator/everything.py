@@ -23,6 +23,7 @@ from flowtrain.core import devices, optimizers, torch_core
 from flowtrain.core.prefetch import Transfer
 from tests.accelerator.simulated.backend import install
 from tests.accelerator.simulated.machine import Schedule
+from tests.accelerator.simulated.tensors import is_simulated
 from tests.support import examples
 
 _find_device = devices.find_device
@@ -55,7 +56,7 @@ def _swap_unless_shared(here: torch.Tensor, there: torch.Tensor) -> None:
 
     torch refuses to swap a frozen parameter that was trained before, and other devices let it be.
     """
-    if here.untyped_storage()._cdata != there.untyped_storage()._cdata:
+    if not is_simulated(here) or here.untyped_storage().data_ptr() != there.untyped_storage().data_ptr():
         _swap(here, there)
 
 

@@ -238,6 +238,7 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
     assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # one lane for each of two backends
 
 
+@pytest.mark.cpu_only("the interrupted run is a process of its own, which computes on the CPU")
 @pytest.mark.parametrize(
     ("executor", "number", "where"),
     [("dask", signal.SIGTERM, "thread"), ("local", signal.SIGINT, "process, worker tcp:")],

@@ -261,10 +261,9 @@ def test_a_callback_of_another_learner_is_refused_before_anything_is_set_up() ->
     with pytest.raises(CallbackError) as caught:
         tiny_learner(Metrics(), first)
     assert str(caught.value) == (
-        "First belongs to another learner, Learner(TinyModel, TorchCore(device='cpu', precision='fp32', accumulate=1), "
-        "executor='serial'), and would bring along the state it has gathered there. Make a new First(...) for each "
-        "learner, such as one for each fold of a cross-validation. To move it with that state, write "
-        "other.remove_callback('First') first."
+        f"First belongs to another learner, {learner!r}, and would bring along the state it has gathered there. Make a "
+        "new First(...) for each learner, such as one for each fold of a cross-validation. To move it with that state, "
+        "write other.remove_callback('First') first."
     )
     assert first.setups == 1
     other = tiny_learner()

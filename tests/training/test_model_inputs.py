@@ -97,14 +97,20 @@ def losses(learner: Learner, phase: type[TrainingPhase | ValidationPhase]) -> li
 
 
 COMPILED = {"backend": "aot_eager"}
+NOT_COMPILED = pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
 
 
 @pytest.mark.usefixtures("forget_compilations")
 @pytest.mark.parametrize("form", ["nested", "flat", "named", "mapping"])
 @pytest.mark.parametrize(
     "core",
-    [{}, {"precision": "bf16"}, {"accumulate": 2}, {"compile": COMPILED}, {"compile": {**COMPILED, "loss": True}}],
-    ids=["plain", "bf16", "accumulate", "compile", "compile loss"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"accumulate": 2}, id="accumulate"),
+        pytest.param({"compile": COMPILED}, id="compile", marks=NOT_COMPILED),
+        pytest.param({"compile": {**COMPILED, "loss": True}}, id="compile loss", marks=NOT_COMPILED),
+    ],
 )
 def test_a_model_of_several_inputs_trains_as_one_in_a_wrapper(form: str, core: Any) -> None:
     lossfn = model_loss if form == "mapping" else cross_entropy
@@ -119,6 +125,7 @@ def test_a_model_of_several_inputs_trains_as_one_in_a_wrapper(form: str, core: A
     assert losses(found, SeveralValid) == pytest.approx(losses(expected, ValidationPhase), rel=1e-5)
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_metrics_see_the_outputs_of_the_model() -> None:
     hits = Metric(lambda outputs, targets: accuracy(outputs.logits, targets), name="Accuracy")
     data = batches("mapping")
@@ -178,6 +185,7 @@ def test_a_model_that_gives_no_loss_is_explained() -> None:
     )
 
 
+@pytest.mark.cpu_only("calls the model with tensors of the CPU")
 @pytest.mark.parametrize("form", ["nested", "flat", "named", "mapping"])
 def test_predictions_of_a_model_of_several_inputs(form: str) -> None:
     """Labels in a mapping are left out, so that the model computes no loss, which could not be concatenated."""

@@ -178,6 +178,7 @@ def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Calla
     assert str(caught.value) == f"Split.split(raw) must return (inputs, targets), got {got}."
 
 
+@pytest.mark.cpu_only("looks for the tensor of the loader itself")
 @pytest.mark.parametrize("made", [tuple, list, Pair._make])
 def test_a_split_that_gives_a_pair(monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any]) -> None:
     monkeypatch.setattr(Split, "made", staticmethod(made))
@@ -429,6 +430,7 @@ def test_a_model_that_raises_says_with_which_input() -> None:
     assert short(watch.names) == "F( E( B( Bx Ex F)"
 
 
+@pytest.mark.cpu_only("the simulated device finds a wrong type only when it computes")
 def test_a_step_that_swallows_an_exception_has_its_batch_cancelled() -> None:
     class Robust(TrainingPhase):
         def step(self, learner: StepContext, raw: Any) -> None:

@@ -40,6 +40,7 @@ from torch.nn.parameter import is_lazy
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
+from flowtrain.core.optimizers import IMPLEMENTATION
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import CountsMap
@@ -262,7 +263,11 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in by_name(state.optimizer).items():
         changes.groups.arrange(name, contents["optimizer"][name])
-        optimizer.load_state_dict(packer.copy(contents["optimizer"][name]["state"], "optimizer"))
+        saved = packer.copy(contents["optimizer"][name]["state"], "optimizer")
+        # A checkpoint of the CPU says that the optimizer is not fused, and on a device the learner's is.
+        for there, here in zip(saved.get("param_groups", ()), optimizer.param_groups, strict=False):
+            there |= {option: here[option] for option in IMPLEMENTATION if option in here}
+        optimizer.load_state_dict(saved)
     core.load_state_dict(contents["core"])
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])

@@ -40,6 +40,7 @@ from flowtrain.callbacks import (
     Metrics,
     Scheduler,
     SmoothLoss,
+    StopOnNaNLoss,
     one_cycle,
     throttle,
 )
@@ -421,6 +422,25 @@ def test_conditions_go_on_counting(tmp_path: Path) -> None:
     resumed = learner_of(counts, Checkpointer(tmp_path))
     resumed.fit(4, resume=tmp_path)
     assert counts.seen == 1  # at the fourth event
+
+
+@pytest.mark.parametrize(("there", "here"), [(None, True), (True, None)])
+def test_an_optimizer_computes_as_the_program_says(there: bool | None, here: bool | None, tmp_path: Path) -> None:
+    """On an accelerator optimizers are fused, and the guard against NaN needs that; on the CPU they are not."""
+
+    def made(fused: bool | None, *callbacks: Callback) -> Learner:
+        torch.manual_seed(0)
+        optimizer = partial(torch.optim.Adam, lr=0.1, fused=fused)
+        return learner_of(StopOnNaNLoss(), *callbacks, model=net(), optimizer=optimizer, core=TorchCore("cpu", lag=2))
+
+    made(there, Checkpointer(tmp_path)).fit(1)
+    resumed, whole = made(here, Checkpointer(tmp_path)), made(here)
+    resumed.fit(2, resume=tmp_path)
+    whole.fit(2)
+    group = resumed.core.optimizer.param_groups[0]
+    assert (group["fused"], group["foreach"], group["lr"]) == (here, None, 0.1)
+    for param, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(param, expected)
 
 
 # --- checkpoints in the first version of the format
