@@ -37,9 +37,9 @@ def _schedule() -> Schedule:
     return found
 
 
-def _found(wanted: Any, models: Any) -> Any:
+def _found(wanted: Any, models: Any, number: int | None = None) -> Any:
     """Find a device for a learner: the simulated one instead of the CPU."""
-    found = _find_device(wanted, models)
+    found = _find_device(wanted, models, number)
     # Where the CPU is meant, optimizers go through the parameters one by one: fused ones round differently.
     optimizers.fused.__defaults__ = (("cpu", "sim") if found.type == "cpu" else ("cpu",),)
     return _find_device("sim", models) if found.type == "cpu" else found
