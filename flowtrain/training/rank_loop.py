@@ -20,6 +20,7 @@ from flowtrain.errors import (
     CancelException,
     DataError,
     RankError,
+    RemoteError,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
@@ -104,13 +105,19 @@ class RankLoop(Loop):
     def _interrupt(self, failures: list[BaseException]) -> None:
         """End the fit for a signal to any rank, at a point that all ranks have reached."""
         self.ranks.ending = True
+        own: BaseException | None = None
         try:
             if self.ranks.leave is not None:
                 self.ranks.leave()
             self.checkpoints.interrupted()
-            raise KeyboardInterrupt("training was interrupted on another rank")
         except BaseException as failure:
-            failures.append(failure)
+            own = failure
+        try:
+            reasons = self.ranks.world.exchange("" if own is None else str(own))
+            others = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
+            failures.append(KeyboardInterrupt(others) if own is None else own)
+        except RemoteError as lost:
+            failures.append(lost if own is None else own)
 
     def _merge(self, phase: Phase, failures: list[BaseException]) -> None:
         states: dict[str, Any] = {}
@@ -175,6 +182,7 @@ class RankLoop(Loop):
         step = self.steps.step_of(phase)
         number = done
         while total is None or number < total:
+            self.ranks.begin_batch("")
             try:
                 raw = next(fed)
             except StopIteration:
@@ -186,7 +194,8 @@ class RankLoop(Loop):
                 self.steps.tell(phase, early)
                 raise early from None
             except BaseException as failure:
-                self._tell_next(phase, failure)
+                if not self.ranks.knows(failure):
+                    self._tell_next(phase, failure)
                 raise
             number += 1
             self.scopes.batch_number = number
@@ -275,8 +284,8 @@ class RankLoop(Loop):
     def _until_last(self, source: Iterator[Any]) -> Iterator[Any]:
         """Yield batches until any rank has no further one, which all ranks tell each other before each batch."""
         ranks = self.ranks
-        following = next(source, _NONE)
         while True:
+            following = next(source, _NONE)  # after the batch before, with which the other ranks would meet an error
             ranks.begin_batch("flags")
             mine = ranks.flags()
             mine[END] = int(following is _NONE)
@@ -284,9 +293,7 @@ class RankLoop(Loop):
             ranks.join(sums, None)
             if sums[END]:
                 return
-            raw, following = following, next(source, _NONE)
-            yield raw
-            del raw
+            yield following
 
     def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an evaluation until a signal has come to this rank."""

@@ -145,8 +145,17 @@ class RankSteps(Steps):
             self._state.batch.grad_norm = norm
         core.step(names)
         self._state.updates += 1
-        if on.update_end is not None:
+        if on.update_end is None:
+            return
+        try:
             on.update_end(end, phase)
+        except CancelException as cancel:
+            if not (self.wraps(phase) and begin.in_batch):
+                raise
+            # The other ranks complete this batch, as all ranks have agreed: so does this one, and counts it.
+            self._scopes.locate(cancel, phase)
+            if not isinstance(cancel, CancelBatchException):
+                self._ranks.carried = self._ranks.carried or cancel
 
     def _decides(self, phase: Phase) -> bool:
         """Tell whether one rank alone may refuse an update: a callback of the user runs between gradients and update.
