@@ -100,28 +100,42 @@ def in_turns(
     repetitions: int = REPETITIONS,
     warmup: int = 3,
     clock: Clock = WALL,
+    before: Callable[[], object] | None = None,
 ) -> list[tuple[float, ...]]:
-    """Time several functions in turns; return the seconds of each function for each repetition."""
+    """Time several functions in turns; return the seconds of each function for each repetition.
+
+    `before` is called before each timing, such as a barrier at which several processes wait for each other.
+    """
+
+    def timed(run: Callable[[], object]) -> float:
+        if before is not None:
+            before()
+        return seconds(run, clock)
+
     gc.collect()  # only once, because a collection before each timing would empty the caches of the processor
     gc.disable()
     try:
         for _ in range(warmup):
             for run in runs:
                 run()
-        return [tuple(seconds(run, clock) for run in runs) for _ in range(repetitions)]
+        return [tuple(map(timed, runs)) for _ in range(repetitions)]
     finally:
         gc.enable()
 
 
 def in_turns_afresh(
-    make: Sequence[Callable[[], Callable[[], object]]], rounds: int, repetitions: int, clock: Clock = WALL
+    make: Sequence[Callable[[], Callable[[], object]]],
+    rounds: int,
+    repetitions: int,
+    clock: Clock = WALL,
+    before: Callable[[], object] | None = None,
 ) -> list[tuple[float, ...]]:
     """Make new functions for each of several rounds, and time them in turns.
 
     Two models that are made alike differ by up to a percent in speed for as long as they live, depending on their place
     in memory. Making them several times averages this difference out.
     """
-    return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, 1, clock)]
+    return [row for _ in range(rounds) for row in in_turns([each() for each in make], repetitions, 1, clock, before)]
 
 
 def ratios(times: Sequence[tuple[float, ...]], which: int = 1, floor: int = 0) -> Figure:

@@ -8,6 +8,7 @@ their output and their checkpoints are off.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
@@ -23,10 +24,11 @@ Logs = Callable[[torch.nn.Module, torch.Tensor, int], None]
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> Callable[[], object]:
-    """Return a function that trains for one epoch in Lightning."""
+def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None, **options: Any) -> Callable[[], object]:
+    """Return a function that trains for one epoch in Lightning; `options` are arguments of its trainer."""
     lightning: Any = import_module("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each fit would print the hardware
+    warnings.filterwarnings("ignore", module="lightning")  # and a warning of its own code
 
     class Module(lightning.LightningModule):  # type: ignore[misc]  # an optional peer is untyped
         def __init__(self) -> None:
@@ -55,7 +57,7 @@ def lightning_fit(model: torch.nn.Module, data: Batches, logs: Logs | None) -> C
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[Logger()],
+            **{"callbacks": [Logger()], **options},
         )
         trainer.fit(module, _Loader(data))
 

@@ -15,10 +15,16 @@ LIMIT = 700
 
 # Modules without a file of their own, and the file that tests them.
 ELSEWHERE = {
+    "core/data_parallel": "ranks/test_same_training",
+    "core/settings": "core/test_torch_core",
+    "core/world": "ranks/test_one_alone",
     "examples/classifier": "examples/test_programs",
     "examples/distillation": "examples/test_programs",
     "examples/huggingface": "examples/test_programs",
     "testing/probes": "testing/test_contract",
+    "training/rank_loop": "ranks/test_one_alone",
+    "training/rank_steps": "ranks/test_one_alone",
+    "training/ranks": "ranks/test_one_alone",
 }
 
 # The files that test no single module, and their subjects.
@@ -62,8 +68,12 @@ OTHERS = {
     "executors/test_deferred_values": "the values that deferred callbacks see",
     "executors/test_drawing": "deferred callbacks that draw random numbers",
     "executors/test_properties": "the parallel executor compared with the serial one, on random examples",
+    "ranks/test_collectives": "the number of messages between ranks in a batch",
     "ranks/test_data": "the data of several ranks, in real processes",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
+    "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
+    "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
+    "ranks/test_torchrun": "programs under torchrun itself",
     "training/checkpoint/test_sharded": "resume with the share that one of several ranks has in a loader",
     "training/test_interrupts_groups": "signals to a group of processes; the file is also the program that gets them",
     "training/test_model_inputs": "models of several inputs, in the loop and in callbacks",

@@ -1,0 +1,77 @@
+"""The number of collectives in a batch: those by which DDP sends gradients, and none of flowtrain's own.
+
+Every process group numbers its collectives, also those that DDP starts in C++, so they can be counted exactly. The
+collectives of an epoch and of a fit are removed by comparing a long fit with a short one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from flowtrain import Learner, TorchCore
+from tests.ranks.by_hand import classes, train
+from tests.support.ranks import Ranks
+
+FEW, MANY = 8, 24
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def collectives() -> int:
+    """Return how many collectives this rank has taken part in, in all groups."""
+    world: Any = vars(dist.distributed_c10d)["_world"]
+    return sum(group._get_sequence_number_for_group() for group in world.pg_map)
+
+
+def model(norm: bool) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 16), *[nn.BatchNorm1d(16)] * norm, nn.Linear(16, 4))
+
+
+def by_hand(norm: bool, accumulate: int) -> float:
+    """Return the collectives of a batch by hand."""
+    dist.init_process_group("gloo")
+    counts = [collectives()]
+    for batches in (FEW, MANY):
+        train(model(norm), SGD, [classes(batches)], accumulate)
+        counts.append(collectives())
+    return (counts[2] - 2 * counts[1] + counts[0]) / (MANY - FEW)
+
+
+def ours(
+    norm: bool, accumulate: int, defaults: Literal[False, "quiet"], phase: Literal["training", "validation"]
+) -> float:
+    """Return the collectives of a batch of a learner."""
+    dist.init_process_group("gloo")
+    counts = list[int]()
+    for batches in (FEW, MANY):
+        data = (classes(batches), classes(2)) if phase == "training" else (classes(4), classes(batches))
+        core = TorchCore(device="cpu", accumulate=accumulate)
+        with Learner(
+            model(norm), cross_entropy, data=data, optimizer=SGD, core=core, default_callbacks=defaults
+        ) as learner:
+            before = collectives()
+            learner.fit(1)
+            counts.append(collectives() - before)
+    return (counts[1] - counts[0]) / (MANY - FEW)
+
+
+@pytest.mark.parametrize("defaults", [False, "quiet"])
+@pytest.mark.parametrize(("norm", "accumulate"), [(False, 1), (False, 4), (True, 1)])
+def test_a_training_batch_has_those_of_the_gradients(
+    norm: bool, accumulate: int, defaults: Literal[False, "quiet"], ranks: Ranks
+) -> None:
+    # By hand DDP also sends the two buffers of batch norm, which flowtrain makes equal at the end of an epoch.
+    assert ranks.values(by_hand, norm, accumulate) == [1 / accumulate + 2 * norm] * 2
+    assert ranks.values(ours, norm, accumulate, defaults, "training") == [1 / accumulate] * 2
+
+
+@pytest.mark.parametrize("defaults", [False, "quiet"])
+def test_a_batch_of_validation_has_none(defaults: Literal[False, "quiet"], ranks: Ranks) -> None:
+    assert ranks.values(ours, True, 1, defaults, "validation") == [0, 0]

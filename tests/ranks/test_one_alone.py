@@ -1,0 +1,292 @@
+"""What one rank does alone: all ranks end together and say why, or train on with equal weights and counts.
+
+Cancels and errors that are raised before the update count in their batch on all ranks; those that are raised later
+count in the next one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flowtrain import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossBegin,
+    Phase,
+    TorchCore,
+    TrainingPhase,
+    UpdateBegin,
+    UpdateEnd,
+    ValidationPhase,
+)
+from tests.ranks.alone import (
+    BATCHES,
+    Alone,
+    End,
+    FailingLoader,
+    FailingLoss,
+    FailingModel,
+    FailingOptimizer,
+    SizedFailingLoader,
+    Unsized,
+    by_hand,
+    fit,
+)
+from tests.ranks.by_hand import classes, differing
+from tests.support.ranks import Outcome, Ranks, rank, returned
+
+TIME = 10.0
+"""Seconds in which all ranks must have ended."""
+
+EARLY: list[type[Event]] = [BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin]
+LATE: list[type[Event]] = [UpdateEnd, BatchEnd]
+AROUND: list[type[Event]] = [FitBegin, EpochBegin, EpochEnd, FitEnd]
+VALIDATING: list[type[Event]] = [EpochBegin, BatchBegin, LossBegin, BatchEnd, EpochEnd]
+CANCELS = ["batch", "epoch", "fit"]
+
+
+Result = tuple[End, dict[str, Any]]
+"""The end of a rank, and the weights of a training by hand with which its own are compared."""
+
+
+def run(ranks: Ranks, function: Callable[..., Result], *arguments: Any) -> tuple[Result, Result]:
+    """Return the results of both ranks, which must have come in time."""
+    zero, one = returned(ranks.run_on(2, TIME, function, *arguments))
+    return zero, one
+
+
+def act(event: type[Event], phase: type[Phase], action: str, nth: int) -> Result:
+    """Act on rank 1 alone; return the end, and the weights by hand as if all ranks had acted before the update."""
+    dist.init_process_group("gloo")
+    end = fit(Alone(event, phase, action, nth))
+    batches = classes(BATCHES)
+    epochs = {"batch": [batches[:1] + batches[2:], batches], "epoch": [batches[:1], batches]}
+    return end, by_hand(*epochs.get(action, [batches[:1]]))
+
+
+def check_error(zero: End, one: End) -> None:
+    """Check that rank 1 has its own error, and rank 0 one that says so."""
+    assert one.error is not None
+    assert zero.error is not None
+    assert (one.error.kind, one.error.text) == ("ValueError", "only here")
+    assert zero.error.kind == "RemoteError"
+    assert "rank 1: ValueError: only here" in zero.error.text
+    assert zero.events.endswith("F)")
+    assert one.events.endswith("F)")
+
+
+def check_stopped(zero: End, one: End) -> None:
+    """Check that both fits were ended by the cancel of rank 1."""
+    assert one.stopped == "only here"
+    assert zero.stopped is not None
+    assert "only here" in zero.stopped
+
+
+@pytest.mark.parametrize("event", EARLY)
+@pytest.mark.parametrize("action", [*CANCELS, "error"])
+def test_before_the_update_it_counts_in_this_batch(event: type[Event], action: str, ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, act, event, TrainingPhase, action, 2)
+    assert zero.unlike(one) == []
+    assert zero.events == one.events
+    assert differing(zero.weights, expected) == []
+    if action == "error":
+        check_error(zero, one)
+    elif action == "fit":
+        check_stopped(zero, one)
+    else:
+        assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("event", LATE)
+@pytest.mark.parametrize("action", [*CANCELS, "error"])
+def test_after_it_all_ranks_still_end_alike(event: type[Event], action: str, ranks: Ranks) -> None:
+    (zero, _), (one, _) = run(ranks, act, event, TrainingPhase, action, 2)
+    if action == "error":
+        check_error(zero, one)
+        return
+    assert zero.unlike(one) == []
+    if action == "fit":
+        check_stopped(zero, one)
+    else:
+        assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
+        assert zero.counts[0] == one.counts[0] == 2
+
+
+@pytest.mark.parametrize("event", AROUND)
+@pytest.mark.parametrize("action", [*CANCELS, "error"])
+def test_at_the_ends_of_epoch_and_fit(event: type[Event], action: str, ranks: Ranks) -> None:
+    (zero, _), (one, _) = run(ranks, act, event, Phase, action, 1)
+    assert zero.unlike(one) == []
+    if action == "error":
+        check_error(zero, one)
+    elif action == "fit" and event is not FitEnd:
+        check_stopped(zero, one)
+    else:
+        assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("event", VALIDATING)
+@pytest.mark.parametrize("action", [*CANCELS, "error"])
+def test_in_validation(event: type[Event], action: str, ranks: Ranks) -> None:
+    (zero, _), (one, _) = run(ranks, act, event, ValidationPhase, action, 1)
+    assert zero.unlike(one) == []
+    if action == "error":
+        check_error(zero, one)
+    elif action == "fit":
+        check_stopped(zero, one)
+    else:
+        assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
+
+
+def fail_in(place: str, nth: int) -> Result:
+    dist.init_process_group("gloo")
+    batches, data = classes(BATCHES), dict[str, Any]()
+    if "loader" in place:
+        kind = SizedFailingLoader if place == "loader with a length" else FailingLoader
+        data["data"] = (kind(batches), classes(2))
+    elif place == "loss":
+        data["lossfn"] = FailingLoss(nth)
+    elif place == "optimizer":
+        data["optimizer"] = lambda params: FailingOptimizer(params, lr=0.1)
+    elif place == "model":
+        data["model"] = FailingModel(nth)
+    return fit(**data), by_hand(batches[: 2 if "loader" in place else nth - 1])
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("place", ["model", "loss"])
+def test_an_error_of_model_or_loss_ends_all(place: str, nth: int, ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, fail_in, place, nth)
+    assert zero.unlike(one) == []
+    if place == "loss":
+        assert one.error is not None
+        assert one.error.cause is not None
+        assert (one.error.kind, one.error.cause.text) == ("LossError", "only here")
+        assert zero.error is not None
+        assert zero.error.kind == "RemoteError"
+        assert "rank 1: LossError: " in zero.error.text
+        assert differing(zero.weights, expected) == []
+    else:
+        check_error(zero, one)
+
+
+@pytest.mark.parametrize("place", ["loader with a length", "loader without a length"])
+def test_an_error_of_a_loader_ends_all(place: str, ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, fail_in, place, 2)
+    assert zero.unlike(one) == []
+    check_error(zero, one)
+    assert differing(zero.weights, expected) == []
+
+
+def test_an_error_of_an_optimizer_ends_all(ranks: Ranks) -> None:
+    (zero, _), (one, _) = run(ranks, fail_in, "optimizer", 2)
+    check_error(zero, one)
+
+
+def lose(value: float) -> Result:
+    dist.init_process_group("gloo")
+    batches = classes(BATCHES)
+    expected = by_hand(batches[:1])
+    if rank() == 1:
+        batches[1] = (torch.full_like(batches[1][0], value), batches[1][1])
+    return fit(data=(batches, classes(2))), expected
+
+
+def test_a_nan_on_one_rank_stops_all_before_the_update(ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, lose, float("nan"))
+    assert zero.unlike(one) == []
+    assert differing(zero.weights, expected) == []
+    assert one.stopped is not None
+    assert zero.stopped is not None
+    assert one.stopped.startswith("The loss is NaN in batch 2 of epoch 1")
+    assert "The loss is NaN in batch 2 of epoch 1" in zero.stopped
+
+
+@pytest.mark.parametrize("event", [BatchBegin, BatchEnd])
+@pytest.mark.parametrize("action", ["SIGTERM", "SIGINT", "SIGTERM to all", "SIGINT to all"])
+def test_a_signal_interrupts_all(event: type[Event], action: str, ranks: Ranks) -> None:
+    (zero, _), (one, _) = run(ranks, act, event, TrainingPhase, action, 2)
+    assert zero.unlike(one) == []
+    for end in (zero, one):
+        assert end.error is not None
+        assert end.error.kind == "KeyboardInterrupt"
+        assert action.split()[0] in end.error.text
+        assert end.events.endswith("F)")
+
+
+def uneven(kind: str, own: int, other: int, accumulate: int) -> Result:
+    """Train with `own` batches on rank 1 and `other` batches on rank 0."""
+    dist.init_process_group("gloo")
+    batches = classes(own if rank() == 1 else other)
+    data: Any = Unsized(batches) if kind == "without a length" else batches
+    end = fit(data=(data, classes(1 + rank())), core=TorchCore(device="cpu", accumulate=accumulate))
+    return end, by_hand(*[batches[: min(own, other)]] * 2)
+
+
+@pytest.mark.parametrize("kind", ["with a length", "without a length"])
+@pytest.mark.parametrize(("own", "other"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_epoch_is_as_long_as_the_shortest(kind: str, own: int, other: int, accumulate: int, ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, uneven, kind, own, other, accumulate)
+    assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
+    assert zero.unlike(one) == []
+    assert zero.counts[:2] == (2, 6)
+    if accumulate == 1:
+        assert differing(zero.weights, expected) == []
+
+
+def leave(event: type[Event], action: str, timeout: float) -> None:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+    fit(Alone(event, TrainingPhase, action, 2), raises=True)
+
+
+def launch(ranks: Ranks, event: type[Event], action: str, timeout: float = 60) -> tuple[Outcome[None], Outcome[None]]:
+    zero, one = ranks.run_on(2, TIME, leave, event, action, timeout)
+    assert "timed out" not in (zero.ended, one.ended), f"{zero}\n{one}"
+    return zero, one
+
+
+@pytest.mark.parametrize("event", [BatchBegin, BatchEnd, EpochEnd])
+def test_a_rank_that_is_killed_ends_all(event: type[Event], ranks: Ranks) -> None:
+    zero, one = launch(ranks, event, "SIGKILL")
+    assert (zero.code, one.code) == (1, -signal.SIGKILL)
+
+
+def test_a_rank_that_stands_still_ends_all_after_the_time_out(ranks: Ranks) -> None:
+    zero, one = launch(ranks, BatchBegin, "SIGSTOP", timeout=2)
+    assert (zero.code, one.code) == (1, -signal.SIGKILL)
+    assert zero.error is not None
+
+
+@pytest.mark.parametrize(("action", "code"), [("error", 1), ("SIGTERM", -signal.SIGINT), ("fit", 0), ("batch", 0)])
+def test_the_exit_codes_are_those_of_one_process(action: str, code: int, ranks: Ranks) -> None:
+    zero, one = launch(ranks, BatchBegin, action)
+    assert (zero.code, one.code) == (code, code)
+
+
+def disagree() -> Result:
+    dist.init_process_group("gloo")
+    batches = classes(BATCHES)
+    cancels = [Alone(BatchBegin, TrainingPhase, action, 2, number) for number, action in enumerate(["batch", "fit"])]
+    return fit(*cancels), by_hand(batches[:1])
+
+
+def test_of_two_ranks_the_worse_one_decides(ranks: Ranks) -> None:
+    (zero, expected), (one, _) = run(ranks, disagree)
+    assert zero.unlike(one) == []
+    assert differing(zero.weights, expected) == []
+    check_stopped(zero, one)
