@@ -157,7 +157,7 @@ class Learner:
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
-        found = latest_of(self.callbacks) if resume == "auto" else resume
+        found = self.loop.agreed(latest_of(self.callbacks)) if resume == "auto" else resume
         self._calls.fit(epochs, steps, validate_every, limit_batches, data, found)
         return self.history
 

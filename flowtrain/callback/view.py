@@ -56,6 +56,16 @@ class LearnerView:
         """The number of batches after which to read values of the device; 0 where reading waits for nothing."""
         return getattr(self._state, "lag", 0)  # a snapshot has no lag: its values are on the host already
 
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together, from 0; 0 in a training of one process."""
+        return getattr(self._state, "rank", 0)  # deferred handlers run for the main rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that train together; 1 in a training of one process."""
+        return getattr(self._state, "world_size", 1)
+
     def fire(self, event: Event) -> None:
         """Fire an event in the current phase, as soon as the current event has ended.
 

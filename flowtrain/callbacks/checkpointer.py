@@ -153,7 +153,8 @@ class Checkpointer(Callback):
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
-        if identity() is None:  # a dry run makes no folder
+        writes = identity() is None and learner.rank == 0  # neither a dry run nor a further rank makes a folder
+        if writes:
             self._try_folder()
             if not event.resumed:
                 self._warn_of_others()
@@ -180,7 +181,7 @@ class Checkpointer(Callback):
             )
         self._watched = (exact or found)[-1]
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
-        if self._went_back and identity() is None:
+        if self._went_back and writes:
             self._abandon()
         decide = self._take_interrupted
         learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True, decide=decide)

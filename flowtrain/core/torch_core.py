@@ -192,6 +192,7 @@ class TorchCore:
         allow_tf32(self.device, self.settings.tf32)
         self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
         if self.world is not None:
+            state.rank, state.world_size = self.world.rank, self.world.size
             call = self.model if "" in self.models else None
             options = check_ddp(self.settings.ddp, self.accumulate)
             self.parallel = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)

@@ -60,6 +60,19 @@ class World:
         self.guarded(dist.all_gather_object, found, value, group=self._group)
         return found
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks on the main rank, in the order of the ranks; an empty list on any other.
+
+        Args:
+            value: The value of this rank. It is pickled.
+
+        Raises:
+            RemoteError: A rank has ended or stands still.
+        """
+        found: list[Any] | None = [None] * self.size if self.main else None
+        self.guarded(dist.gather_object, value, found, dst=0, group=self._group)
+        return found or []
+
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Return the sums over all ranks of these numbers, of which every rank gives equally many.
 

@@ -254,6 +254,8 @@ class LearnerState:
         requests: Checkpoints that handlers of the current event asked for, each with the name of the callback.
         updates: How many updates of optimizers the learner has made.
         lag: After how many batches a value of the device is read; 0 where reading does not wait.
+        rank: The number of this process among those that train together, from 0.
+        world_size: The number of processes that train together.
     """
 
     __slots__ = (
@@ -270,8 +272,10 @@ class LearnerState:
         "optimizer",
         "optimizers",
         "params",
+        "rank",
         "requests",
         "updates",
+        "world_size",
     )
 
     def __init__(self) -> None:
@@ -288,7 +292,8 @@ class LearnerState:
         self.draws = Draws()
         self.fired: list[tuple[str, Any]] = []
         self.requests: list[tuple[str, Any]] = []
-        self.lag = 0
+        self.lag = self.rank = 0
+        self.world_size = 1
         self.updates = 0
 
     def moved(self) -> LearnerState:

@@ -70,7 +70,7 @@ class Calls:
             with self._using(chosen):
                 try:
                     if resume is not None:
-                        self._loop.checkpoints.resume(resume, chosen, "epochs" if steps is None else "steps")
+                        self._loop.resume(resume, chosen, "epochs" if steps is None else "steps")
                     self.stopped = self._loop.fit(chosen, epochs, steps, validate_every)
                 except BaseException as failure:
                     Interrupts.short(failure)
@@ -163,9 +163,31 @@ class Calls:
             )
         # A loader draws from the generators even if it does not shuffle, and may keep its own position.
         with unmoved(loader):
-            outputs = loop.outputs(phase, (_inputs(phase, raw) for raw in loader))
+            outputs = self._outputs(phase, (_inputs(phase, raw) for raw in loader))
         check_gave(len(outputs), phase, loader)
         return _joined(outputs)
+
+    def _outputs(self, phase: Phase, inputs: Iterable[Any]) -> list[Any]:
+        """Return copies on the CPU of the outputs of the model for each of these inputs, in the mode of a phase.
+
+        No event is fired, and no batch is opened.
+        """
+        loop, core, found = self._loop, self._loop.core, list[Any]()
+        own = phase if isinstance(phase, AbstractValidationPhase) else None
+        loop.scopes.begin_call()  # so that the model cannot start training
+        try:
+            with loop.mode(phase):
+                for each in inputs:
+                    placed = core.place(each) if core.places else each
+                    try:
+                        outputs = core.model(placed) if own is None else own.call_model(core.model, placed)
+                    except (TypeError, ValueError, RuntimeError) as error:
+                        error.add_note(f"raised by the model in predict(), called with {describe(placed)}")
+                        raise
+                    found.append(mapped(outputs, _to_cpu))
+        finally:
+            loop.scopes.close_step()
+        return found
 
     # --- the end, and checks
 
@@ -255,6 +277,11 @@ def _inputs(phase: Phase, raw: Any) -> Any:
             f"(inputs, targets), and learner.predict(loader, MyPhase)."
         )
     return raw[0]
+
+
+def _to_cpu(item: Any, part: object) -> Any:
+    """Return a copy of a tensor, as the model or the loader may use its memory again; see `mapped` for the rest."""
+    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else INSIDE
 
 
 def _joined(batches: Sequence[Any]) -> Any:

@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowtrain.callback.events import (
     EpochBegin,
     EpochCancelled,
@@ -25,17 +23,15 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.core.optimizers import check_trained
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import length
-from flowtrain.data.nested import INSIDE, mapped
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
     CancelException,
     CancelFittingException,
-    describe,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
@@ -51,7 +47,7 @@ from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import Steps, detach_loss
 
-__all__ = ["LEFT_OPEN", "Loop"]
+__all__ = ["LEFT_OPEN", "Loop", "attempt"]
 
 _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
 _REST_BEGIN, _REST_END = UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
@@ -80,7 +76,7 @@ class Loop:
         self.scopes = Scopes()
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
-        self.checkpoints = Checkpoints(state, core, executor, self.scopes, self.sinks, self.dispatch.mailbox)
+        self.checkpoints = self._make_checkpoints()
         self.dispatch.checkpoint = self.checkpoints.take
         self.steps = self._make_steps()
 
@@ -89,6 +85,18 @@ class Loop:
     def _make_steps(self) -> Steps:
         """Return the object that runs batches."""
         return Steps(self.state, self.core, self.scopes, self.dispatch, self.checkpoints)
+
+    def _make_checkpoints(self) -> Checkpoints:
+        """Return the object that takes checkpoints and resumes from them."""
+        return Checkpoints(self.state, self.core, self.executor, self.scopes, self.sinks, self.dispatch.mailbox)
+
+    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
+        """Let the next fit begin at the position of a checkpoint; see `Checkpoints.resume`."""
+        self.checkpoints.resume(path, data, unit)
+
+    def agreed(self, value: Any) -> Any:
+        """Return a value on which all ranks agree: that of the main rank."""
+        return value
 
     def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
         """Return the context in which signals end the fit; `Interrupts` describes the arguments."""
@@ -156,13 +164,13 @@ class Loop:
         """
         self.scopes.open_fit()
         failures: list[BaseException] = []
-        _attempt(failures, self._begin_fit, data, epochs, steps, validate_every)
+        attempt(failures, self._begin_fit, data, epochs, steps, validate_every)
         self._meet("FitBegin", failures)
         if not failures:
             if epochs is not None:
-                _attempt(failures, self._fit_epochs, data, epochs, validate_every or 1)
+                attempt(failures, self._fit_epochs, data, epochs, validate_every or 1)
             else:
-                _attempt(failures, self._fit_steps, data, steps or 0, validate_every)
+                attempt(failures, self._fit_steps, data, steps or 0, validate_every)
             if failures:
                 self._meet("", failures)
         self.scopes.end_fit()
@@ -173,7 +181,7 @@ class Loop:
         # again at the end, because the writer and the sinks may have put in calls meanwhile.
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
-            _attempt(failures, finish)
+            attempt(failures, finish)
         self._meet("FitEnd", failures)
         stopped: BaseException | None = None
         try:
@@ -258,7 +266,7 @@ class Loop:
         """
         scopes, position = self.scopes, self.checkpoints.position
         failures: list[BaseException] = []
-        with self._mode(phase):
+        with self.mode(phase):
             scopes.open_epoch(phase)
             self.state.show(BatchState())
             try:
@@ -273,14 +281,14 @@ class Loop:
                 self.steps.see_memory_error(failure, phase)
                 failures.append(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
-                    _attempt(failures, self.dispatch.mailbox.empty)
+                    attempt(failures, self.dispatch.mailbox.empty)
             self._meet("the end of the batches", failures)
             # The completed batch is shown before the update of the groups, because handlers of this update read that
             # batch.
             self._show(scopes.completed)
             self._update_unfilled(phase, failures)
             self.core.groups.last_batch = False
-            _attempt(failures, self.core.end_groups)  # a device that has failed fails here too
+            attempt(failures, self.core.end_groups)  # a device that has failed fails here too
             self._merge(phase, failures)
             scopes.end_epoch()
             if not failures:
@@ -318,7 +326,7 @@ class Loop:
         scopes.close_batch()
 
     @contextmanager
-    def _mode(self, phase: Phase) -> Generator[None]:
+    def mode(self, phase: Phase) -> Generator[None]:
         """Give a context in which the modules have the modes of a phase: training or evaluation.
 
         ``core.modes`` holds the modes that the user has set, because a checkpoint saves the modes of the user.
@@ -398,7 +406,7 @@ class Loop:
         """Run one batch outside of an epoch, in the mode of its phase, and return the state of the batch."""
         try:
             self.scopes.begin_call()  # so that a handler of this batch can start neither a fit nor another step
-            with self._mode(phase):
+            with self.mode(phase):
                 try:
                     self.steps.step_of(phase)(raw)
                     if self.scopes.batch:
@@ -411,28 +419,6 @@ class Loop:
         finally:
             self.scopes.close_step()
         return self.state.batch
-
-    def outputs(self, phase: Phase, inputs: Iterable[Any]) -> list[Any]:
-        """Return copies on the CPU of the outputs of the model for each of these inputs, in the mode of a phase.
-
-        No event is fired, and no batch is opened.
-        """
-        core, found = self.core, list[Any]()
-        own = phase if isinstance(phase, AbstractValidationPhase) else None
-        self.scopes.begin_call()  # so that the model cannot start training
-        try:
-            with self._mode(phase):
-                for each in inputs:
-                    placed = core.place(each) if core.places else each
-                    try:
-                        outputs = core.model(placed) if own is None else own.call_model(core.model, placed)
-                    except (TypeError, ValueError, RuntimeError) as error:
-                        error.add_note(f"raised by the model in predict(), called with {describe(placed)}")
-                        raise
-                    found.append(mapped(outputs, _to_cpu))
-        finally:
-            self.scopes.close_step()
-        return found
 
 
 def _why_stopped(failures: list[BaseException], saved: Sequence[Path]) -> str:
@@ -456,12 +442,7 @@ def _why_stopped(failures: list[BaseException], saved: Sequence[Path]) -> str:
     return f"{text} ({'; '.join(notes)})"
 
 
-def _to_cpu(item: Any, part: object) -> Any:
-    """Return a copy of a tensor, as the model or the loader may use its memory again; see `mapped` for the rest."""
-    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else INSIDE
-
-
-def _attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
+def attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
     """Call a function and add its failure to `failures`, because the rest of the fit is closed before it is raised."""
     try:
         do(*args)

@@ -24,8 +24,11 @@ from flowtrain.errors import (
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
+from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop
 from flowtrain.training.rank_steps import RankSteps
@@ -67,13 +70,34 @@ class RankLoop(Loop):
         self._known = True  # whether all ranks know the number of batches of the present epoch
         self._compared: set[Phase] = set()  # phases whose first batch was compared with those of the other ranks
         super().__init__(state, core, executor)
+        self.sinks.run = Run(world.exchange(self.sinks.run.id)[0])
 
     def _make_steps(self) -> Steps:
         return RankSteps(
             self.state, self.core, self.scopes, self.dispatch, self.checkpoints, self.ranks, self._parallel
         )
 
+    def _make_checkpoints(self) -> Checkpoints:
+        return RankCheckpoints(
+            self.state, self.core, self.executor, self.scopes, self.sinks, self.dispatch.mailbox, self.ranks.world
+        )
+
     # --- fit and epoch
+
+    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
+        """Let the next fit begin at the position of a checkpoint on all ranks, or on none."""
+        self.ranks.begin()
+        failures: list[BaseException] = []
+        try:
+            super().resume(path, data, unit)
+        except BaseException as failure:
+            failures.append(failure)
+        self.ranks.meet("the checkpoint to resume from", failures)
+        self._raise(failures)
+
+    def agreed(self, value: Any) -> Any:
+        """Return the value of the main rank."""
+        return self.ranks.world.exchange(value)[0]
 
     def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
         self.ranks.begin()

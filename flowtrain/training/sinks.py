@@ -128,7 +128,7 @@ class Sinks:
                 f"The run of the checkpoint logged to {', '.join(left)}, and the learner does not: its "
                 f"records stay, even those after the checkpoint. New records go to {', '.join(new)}.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return found
 

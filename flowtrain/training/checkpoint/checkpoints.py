@@ -43,6 +43,7 @@ from flowtrain.training.checkpoint.contents import (
 )
 from flowtrain.training.checkpoint.files import Writer, find_file, read, real_folder
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, warn_of_workers
+from flowtrain.training.checkpoint.rank_parts import check_size
 from flowtrain.training.checkpoint.rng import (
     loader_state,
     random_state,
@@ -135,8 +136,7 @@ class Checkpoints:
         self._waiting.clear()
 
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
-        loss = vars(self._state.batch).get("loss")
-        finite = self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
+        finite = self._is_finite()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
         failures: list[BaseException] = []
         for request in [_decide(request, finite) for request in requests]:
@@ -145,11 +145,20 @@ class Checkpoints:
                 # state and generators of the learner are still a mixture of two positions.
                 gathered = self._again if self._again is not None else self._gather(request.judged)
                 run = {**gathered["run"], "folder": real_folder(request.path)}
-                self.writer.submit({**gathered, "finite": finite, "run": run}, request)
+                self._write({**gathered, "finite": finite, "run": run}, request)
             except CheckpointError as failure:  # raised below, after the other checkpoints are taken
                 failures.append(failure)
         if failures:
             raise_worst(failures)
+
+    def _is_finite(self) -> bool:
+        """Tell whether the parameters and the last loss are finite."""
+        loss = vars(self._state.batch).get("loss")
+        return self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
+
+    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
+        """Begin to write a checkpoint."""
+        self.writer.submit(contents, request)
 
     def interrupted(self) -> None:
         """Take the checkpoints that were requested for the case of an interrupt, and wait until they are written.
@@ -281,6 +290,8 @@ class Checkpoints:
         contents = self._read(path)
         position = contents["position"]
         check_fits(contents, self._state, self._core, self.changes)
+        if not self._same_size(contents):
+            contents.pop("ranks", None)
         if position["unit"] != unit:
             where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can resume from it"
             raise CheckpointError(
@@ -309,6 +320,14 @@ class Checkpoints:
         # If it is saved again, its positions are those of the present sinks, wherever it is saved.
         self.resumed = self._again = {**contents, "run": {**run, "positions": positions}}
 
+    def _same_size(self, contents: Mapping[str, Any]) -> bool:
+        """Tell whether as many processes have written a checkpoint as resume from it; warn if not.
+
+        Raises:
+            CheckpointError: It was taken within an epoch by several processes.
+        """
+        return check_size(contents, 1, stacklevel=7)
+
     def _load_lanes(self, lanes: Any) -> None:
         if self._resumable is not None and lanes is not None:
             self._resumable.load_state_dict(lanes)
@@ -321,7 +340,7 @@ class Checkpoints:
                 f"The checkpoint has the state of {', '.join(missing)}, and the learner has no callback of that name: "
                 f"the fit continues without that state.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         otherwise = self.changes.built_otherwise(contents.get("structure"))
         if otherwise:
@@ -330,7 +349,7 @@ class Checkpoints:
                 f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
                 f"continues with this learner. For the same result build it as the other one was built.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         warn_of_workers(contents, data)
 

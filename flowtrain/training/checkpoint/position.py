@@ -212,7 +212,7 @@ def warn_of_workers(contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
             f"workers draw from here on (an augmentation) is not what they would have drawn without the "
             f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

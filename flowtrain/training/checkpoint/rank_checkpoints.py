@@ -1,0 +1,101 @@
+"""Checkpoints of several ranks: the main rank writes one file, with the parts of all ranks in it.
+
+All ranks request the same checkpoints at the same points, copy their state there, and send their parts to the main rank
+(`flowtrain.training.checkpoint.rank_parts`). Training continues while the main rank writes. Every rank resumes from the
+file, which therefore lies in a folder that all of them can read.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flowtrain.callback.view import CheckpointRequest
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.core.world import World
+from flowtrain.errors import CheckpointError
+from flowtrain.graph.executor import Executor, Mailbox
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
+from flowtrain.training.scopes import Scopes
+from flowtrain.training.sinks import Sinks
+
+__all__ = ["RankCheckpoints"]
+
+
+class RankCheckpoints(Checkpoints):
+    """Takes and restores checkpoints on one of several ranks. The arguments are those of `Checkpoints`.
+
+    Args:
+        world: The ranks.
+    """
+
+    def __init__(
+        self,
+        state: LearnerState,
+        core: TorchCore,
+        executor: Executor,
+        scopes: Scopes,
+        sinks: Sinks,
+        mailbox: Mailbox,
+        world: World,
+    ) -> None:
+        super().__init__(state, core, executor, scopes, sinks, mailbox)
+        self._world = world
+        self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
+
+    # --- take
+
+    def _is_finite(self) -> bool:
+        return all(self._world.exchange(super()._is_finite()))
+
+    def _gather(self, judged: bool) -> dict[str, Any]:
+        """Return the contents on the main rank; on any other rank what it would write alone."""
+        failure: CheckpointError | None = None
+        contents: dict[str, Any] = {}
+        try:
+            contents = super()._gather(judged)
+        except CheckpointError as raised:
+            failure = raised
+        known = digests(contents) if self._world.main and failure is None else {}
+        found = self._world.exchange(("" if failure is None else str(failure), known))
+        if failure is not None:
+            raise failure
+        wrong = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(found) if reason]
+        if wrong:
+            raise CheckpointError("; ".join(wrong))
+        parts = self._world.gather(None if self._world.main else reduced(contents, found[0][1]))
+        return {**contents, "ranks": parts[1:]} if self._world.main else contents
+
+    def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
+        if self._core.parallel is not None:
+            self._core.parallel.share_buffers()
+        super()._submit(requests)
+
+    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
+        if self._world.main:
+            super()._write(contents, request)
+
+    # --- restore
+
+    def _read(self, path: Any) -> dict[str, Any]:
+        return part_of(super()._read(path), self._world.rank, self._world.size)
+
+    def _same_size(self, contents: Mapping[str, Any]) -> bool:
+        same = check_size(contents, self._world.size, stacklevel=8 if self._world.main else None)
+        self._reseed = not same
+        return same
+
+    def _set_random(self, contents: Mapping[str, Any]) -> None:
+        super()._set_random(contents)
+        if self._reseed and self._world.rank:
+            seed = int(torch.randint(2**62, ()).item()) + self._world.rank  # drawn from the generator of the main rank
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(seed % 2**32)
