@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ their declarations and docstrings: do not edit it, run `python docs/reference.py
 
 The last column shows how a callback is made; *reads*, *writes* and *runs after* are those of this instance. It runs
 after the bundled callbacks that write the state that it reads, and after a callback of yours that does. *Deferrable*
-callbacks only consume, so an executor may run them beside training.
+callbacks only consume, so an executor may run them beside training. *Ranks* are the processes of one training that run
+the handlers: every one, or the main rank only.
 """
 
 
@@ -89,7 +90,7 @@ def page() -> str:
     public = [getattr(flowtrain.callbacks, name) for name in flowtrain.callbacks.__all__]
     kinds = sorted((each for each in public if _is_callback(each)), key=lambda kind: kind.__name__)
     rows = [_row(kind) for kind in kinds]
-    titles = ["callback", "purpose", "at", "reads", "writes", "runs after", "made as"]
+    titles = ["callback", "purpose", "at", "reads", "writes", "runs after", "ranks", "made as"]
     table = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     sections = [line for kind in kinds for line in _section(kind)]
     return "\n".join([_HEAD, *table, *rows, "", *sections]).rstrip() + "\n"
@@ -112,6 +113,7 @@ def _row(kind: type[Callback]) -> str:
         _code(reads),
         _code(writes) + (" its backends" if callback.backends else ""),
         _code(after),
+        _ranks(callback, writes),
         f"`{source}`",
     ]
     return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
@@ -137,6 +139,11 @@ def _access(callback: Callback) -> tuple[list[str], list[str]]:
     reads = [dotted(path) for path, kind in declared if isinstance(kind, Read)]
     writes = [dotted(path) for path, kind in declared if isinstance(kind, Write)]
     return reads, writes
+
+
+def _ranks(callback: Callback, writes: Sequence[str]) -> str:
+    """Return the ranks that run the handlers; without a setting the paths that are written decide, see `Callback`."""
+    return callback.ranks or ("every" if any(not path.startswith("resource.") for path in writes) else "main")
 
 
 def _events(callback: Callback) -> list[str]:

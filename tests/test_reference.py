@@ -46,6 +46,7 @@ def test_a_row_says_what_the_callback_declares(reference: Any) -> None:
         "`batch.loss`, `cbstate.history`",
         "`cbstate.smooth_loss`",
         "`Recorder`",
+        "every",
         "`SmoothLoss()`",
     ]
 

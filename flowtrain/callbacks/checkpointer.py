@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 from flowtrain.callback.access import Access, Read
 from flowtrain.callback.callback import Callback, on
-from flowtrain.callback.conditions import Every
+from flowtrain.callback.conditions import Every, EverySeconds
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.stopping.criterion import Mode, direction, several
-from flowtrain.errors import CheckpointError, UsageError, is_a, is_type, whole_number
+from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, is_type, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point, target
@@ -74,6 +74,7 @@ class Checkpointer(Callback):
             data lacks the phase, or two callbacks have one folder. At the end of an epoch: the metric is not computed
             in that phase.
         MissingStateError: When the learner is built: there is no metric of that name.
+        RankError: At `FitBegin`: a ``throttle(seconds=...)`` decides on several ranks, each of which has a clock.
         CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
             full; the last complete checkpoint stays.
 
@@ -83,6 +84,8 @@ class Checkpointer(Callback):
     ...     sorted(os.listdir(folder))
     ['best', 'epoch-0003.ckpt', 'latest']
     """
+
+    ranks = "every"  # all ranks ask for the same checkpoints, each of which has a part of every rank
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class Checkpointer(Callback):
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
+        self._check_clock(learner.world_size)
         writes = identity() is None and learner.rank == 0  # neither a dry run nor a further rank makes a folder
         if writes:
             self._try_folder()
@@ -349,6 +353,20 @@ class Checkpointer(Callback):
         dropped = [name for name, _ in self._files if name not in kept]
         self._files = [each for each in self._files if each[0] in kept]
         return dropped
+
+    def _check_clock(self, ranks: int) -> None:
+        """Check that the ranks agree on when a checkpoint is taken, since each of them takes part in it.
+
+        Raises:
+            RankError: A clock decides it.
+        """
+        clocks = [each for each in self.conditions if isinstance(each, EverySeconds)]
+        if clocks and ranks > 1:
+            raise RankError(
+                f"throttle({self.name}, {clocks[0].event_type.__name__}, seconds={clocks[0].seconds:g}) depends on a "
+                f"clock, and all {ranks} ranks take part in a checkpoint: where their clocks disagree, one would wait "
+                f"for the others for ever. Count batches instead: Checkpointer(..., every_steps=1000)."
+            )
 
     def _try_folder(self) -> None:
         try:

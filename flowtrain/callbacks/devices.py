@@ -35,6 +35,8 @@ class DeviceStats(Callback):
       current GPU (https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management), if there is a GPU. Another
       accelerator has its own name there, as in ``"Device.XpuMemory"``, if its module in torch reports memory.
 
+    In a training of several ranks each rank records its own process and its own GPU.
+
     Reads ``cbstate.history``, so it runs after `Recorder`. Costs a call of the driver for each name when it records,
     and an addition otherwise. There is no synchronisation with a GPU.
 

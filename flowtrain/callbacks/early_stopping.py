@@ -27,7 +27,8 @@ class EarlyStopping(Callback):
     reason, and the epoch. Phases that come later in ``data`` do not run in that epoch. Criteria continue over several
     fits, and are reset by the fit after the one that they have ended. A run that they have ended ends at once if it is
     resumed from its last checkpoint, unless its criteria are changed: then the fit continues. Outside of `fit`, as in
-    ``learner.validate()``, no metric is watched.
+    ``learner.validate()``, no metric is watched. In a training of several ranks the main rank decides for all of them,
+    so that there is one clock for `flowtrain.callbacks.stopping.TimeLimit`.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; and ``data`` at `FitBegin`. Writes no state.
@@ -54,6 +55,8 @@ class EarlyStopping(Callback):
     >>> EarlyStopping(GL(alpha=5), TimeLimit(3600), monitor="Accuracy", mode="max").criterion
     Disjunction(GL(5), TimeLimit(3600))
     """
+
+    ranks = "main"
 
     def __init__(
         self,

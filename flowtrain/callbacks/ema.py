@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -36,6 +36,10 @@ class EMA(Averaging):
     safetensors file, since these are the weights that were judged. It holds the trained weights as ``trained``, with
     which ``fit(resume=...)`` continues, bit for bit. After ``learner.load(...)`` the model has the averages until
     training continues.
+
+    In a training of several ranks each rank averages the weights, which are equal on all of them. Running statistics
+    are those of the batches of a rank until the epoch ends: then all ranks have the averages of the main rank, as they
+    have its statistics.
 
     Reads ``model`` at `BatchEnd`, and at `EpochEnd` and `EpochCancelled` of training. Writes it at `EpochBegin` of
     training and of validation phases, at `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`, so it
@@ -87,10 +91,26 @@ class EMA(Averaging):
     def more_averaged(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the running statistics of normalisation layers, with their names, if buffers are averaged."""
         for name, buffer in module.named_buffers() if self.buffers else ():
-            if name.rpartition(".")[2].startswith("running_") and buffer.is_floating_point():
+            if _is_running(name) and buffer.is_floating_point():
                 yield name, buffer
+
+    def rank_state(self) -> dict[str, torch.Tensor] | None:
+        """Return the averages of running statistics, on the CPU; ``None`` without any."""
+        if not self.buffers:
+            return None
+        return {name: each.cpu() for name, each in self.averages.items() if _is_running(name)}
+
+    def merge_ranks(self, states: Sequence[dict[str, torch.Tensor] | None]) -> None:
+        """Take the averages of running statistics from the main rank."""
+        for name, average in (states[0] or {}).items():
+            self.averages[name].copy_(average)
 
     @property
     def alike(self) -> str:
         """The argument that a callback must have to load the averages, as the end of a sentence."""
         return f", made with buffers={self.buffers}"
+
+
+def _is_running(name: str) -> bool:
+    """Tell whether a buffer has the name of a running statistic, such as ``"norm.running_mean"``."""
+    return name.rpartition(".")[2].startswith("running_")

@@ -29,10 +29,11 @@ _ROWS = 100
 class MetricsPrinter(Callback):
     """Print the metrics of each epoch in one line, on a terminal or into a file; in a notebook show them in a table.
 
-    A line also has the time of the epoch, from `EpochBegin` on, and the number of samples a second if the loader has a
-    ``batch_size``. If a callback such as `EarlyStopping` ends the fit, or Ctrl-C does, the last line says why, where,
-    and with which checkpoint to continue. The number in a line is the number of the training epoch; an evaluation has
-    the number of the training epoch before it. In a notebook a fit has one table, with a row for each of these numbers.
+    A line also has the time of the epoch, from `EpochBegin` on, and the number of samples a second, of all ranks
+    together, if the loader has a ``batch_size``. If a callback such as `EarlyStopping` ends the fit, or Ctrl-C does,
+    the last line says why, where, and with which checkpoint to continue. The number in a line is the number of the
+    training epoch; an evaluation has the number of the training epoch before it. In a notebook a fit has one table,
+    with a row for each of these numbers.
 
     Reads ``cbstate.metrics_epoch``, ``cbstate.history`` and ``data`` at `EpochEnd`, so it runs after `Metrics` and
     `Recorder`. Writes to the terminal, ``resource.terminal``, and no state. Costs a line of output for each epoch.
@@ -83,7 +84,8 @@ class MetricsPrinter(Callback):
         if self._table is not None:
             self._table.add(epochs, repr(phase), values, seconds)
             return
-        rate = rate_text(samples_given(learner.data.get(phase), history[phase].steps - before), seconds)
+        given = samples_given(learner.data.get(phase), history[phase].steps - before)
+        rate = rate_text(given, seconds, learner.world_size)
         texts = [*(f"{name} {value}" for name, value in values.items()), _time_text(seconds), *rate]
         line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(texts)}"
         # Names of metrics may hold brackets, which rich would read as markup. The line is not wrapped, so that a file
@@ -140,11 +142,17 @@ def number_text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def rate_text(samples: int | None, seconds: float) -> list[str]:
-    """Return how many samples there are in a second, as a list of one text, or an empty list if it is not known."""
+def rate_text(samples: int | None, seconds: float, world_size: int) -> list[str]:
+    """Return how many samples there are in a second, as a list of one text, or an empty list if it is not known.
+
+    Args:
+        samples: The samples of this rank; ``None`` if their number is not known.
+        seconds: The time.
+        world_size: The number of ranks, each of which has about as many samples.
+    """
     if not samples or seconds <= 0:
         return []
-    rate = samples / seconds
+    rate = samples * world_size / seconds
     return [f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s"]
 
 

@@ -32,7 +32,8 @@ class Profiler(Callback):
     A trace is a file ``batch-000005.pt.trace.json``, with the number of its last batch in the life of the learner. Open
     it with https://ui.perfetto.dev or ``chrome://tracing``; TensorBoard's profiler plugin reads the folder. The trace
     shows the operators, the kernels of the device, and what each waits for, of the training thread: handlers that an
-    executor runs on other threads are not in it.
+    executor runs on other threads are not in it. Of several ranks the main rank is profiled; with ``profiler.ranks =
+    "every"`` all are, and the files of the others begin with ``rank-1-`` and so on.
 
     Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this keeps it
     on the training thread. It runs after no certain callback: put it last in the list, so that a batch includes the
@@ -97,6 +98,7 @@ class Profiler(Callback):
         }
         self.activities = None if activities is None else list(activities)
         self.files: list[Path] = []
+        self._rank = 0
         self._batches = 0  # in the life of the learner
         self._cycles = 0  # that are complete in this fit
         self._left = 0  # the batches of this cycle that are left
@@ -118,6 +120,7 @@ class Profiler(Callback):
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Switch the profiler on."""
         self._stop()  # if a second interrupt has broken off the last fit
+        self._rank = learner.rank
         if identity() is not None:  # a dry run, which writes no files
             return
         try:
@@ -173,7 +176,8 @@ class Profiler(Callback):
 
     def _write(self, profile: Any) -> None:
         """Write a trace, under its name only when it is complete."""
-        path = self.folder / f"batch-{self._batches:06d}.pt.trace.json"
+        of_rank = f"rank-{self._rank}-" if self._rank else ""
+        path = self.folder / f"{of_rank}batch-{self._batches:06d}.pt.trace.json"
         part = path.with_name(f".{path.name}")
         profile.export_chrome_trace(str(part))
         os.replace(part, path)

@@ -42,7 +42,8 @@ class ProgressBar(Callback):
 
     The bar has the loss, and the metrics that callbacks of the learner monitor, such as `EarlyStopping` and
     `Checkpointer`: the value of the batch, or of the last epoch of this phase for a metric that batches do not have. It
-    has the number of samples a second in this epoch if the loader has a ``batch_size``. On an accelerator the values
+    has the number of samples a second in this epoch, of all ranks together, if the loader has a ``batch_size``. Of
+    several ranks the main rank has the bar, with the values of its own batches. On an accelerator the values
     are requested from the device at a redraw, and shown at a redraw that is ``TorchCore(lag=2)`` batches later or more.
 
     Reads ``data`` and ``cbstate.history``, and ``cbstate.metrics_step`` and ``cbstate.metrics_epoch`` if a callback
@@ -139,7 +140,8 @@ class ProgressBar(Callback):
         self._update_values(phase, learner, counts.steps)
         done = counts.steps_epoch if self._since is None else counts.steps - self._since
         begun, before = self._begun
-        rate = rate_text(samples_given(learner.data.get(phase), counts.steps - before), now - begun)
+        given = samples_given(learner.data.get(phase), counts.steps - before)
+        rate = rate_text(given, now - begun, learner.world_size)
         texts = [*(f"{name} {number_text(value)}" for name, value in self._values.items()), *rate]
         if self._line is not None:
             self._draw(self._line, now, done, texts)

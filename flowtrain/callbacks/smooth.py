@@ -20,7 +20,8 @@ __all__ = ["SmoothLoss"]
 class SmoothLoss(Callback):
     """Keep an exponential moving average of the training loss in ``cbstate.smooth_loss[phase]``.
 
-    The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3).
+    The average is corrected for its start at zero, as in Adam (https://arxiv.org/abs/1412.6980, section 3). In a
+    training of several ranks it is that of the batches of the rank.
 
     Reads ``batch.loss`` and ``cbstate.history`` at `BatchEnd`, so it runs after `Recorder`. Writes
     ``cbstate.smooth_loss``. Costs a few operations on one number for each training batch; on an accelerator the average

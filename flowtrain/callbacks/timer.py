@@ -30,7 +30,8 @@ class Timer(Callback):
     A cancelled batch records no time of its own; its time is part of the epoch's. An epoch that is ended by an error or
     `CancelFittingException` records no time. The clock is the clock of the host: the work of a GPU counts at the point
     where the host waits for it. Handlers count too: at `BatchBegin` and `BatchEnd` a handler that runs before this
-    callback belongs to the time that ends there, a handler that runs after it to the time that begins.
+    callback belongs to the time that ends there, a handler that runs after it to the time that begins. In a training of
+    several ranks the times are those of the rank: a rank that is quick waits for the others within ``"Time.Step"``.
 
     Reads ``cbstate.history``, so it runs after `Recorder`. Costs two readings of the clock and two numbers in memory
     for each batch, and no synchronisation with a GPU.

@@ -141,7 +141,8 @@ class Run:
     Attributes:
         id: The identifier of the run; a resumed run has the same one again.
         resumed: Whether the run is resumed from a checkpoint; then `LoggerBackend.restore` is called after `open`.
-        rank: The rank of the process in a distributed run; only the process with rank 0 writes.
+        rank: The rank of the process in a distributed run; only the process with rank 0 writes, unless the backend has
+            a sink for each rank.
     """
 
     id: str
@@ -164,9 +165,12 @@ class LoggerBackend(ABC):
 
     Attributes:
         accepts: The types of loggables that `encode` takes. `log` gives the backend no others.
+        per_rank: Whether each process (*rank*) of a training has a sink of its own. Otherwise only the first one, the
+            main rank, writes.
     """
 
     accepts: ClassVar[tuple[type[Loggable], ...]] = (Loggable,)
+    per_rank: bool = False
 
     @property
     @abstractmethod
@@ -177,7 +181,8 @@ class LoggerBackend(ABC):
     def open(self, run: Run) -> None:
         """Prepare to write records after the records that the sink has already.
 
-        In a process with another rank than 0 the backend must not write, neither now nor later.
+        In a process with another rank than 0 the backend must not write, neither now nor later, unless it has a sink
+        for each rank.
 
         Raises:
             LoggingError: The sink cannot be written, or a package is missing. Training has not begun then.

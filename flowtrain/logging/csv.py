@@ -38,7 +38,8 @@ class CsvBackend(FileBackend):
     Give each run its own file: rows are added after those that the table has.
 
     Args:
-        path: The file, such as ``"runs/a/values.csv"``; it is made with its folders when training begins.
+        path: The file, such as ``"runs/a/values.csv"``; it is made with its folders when training begins. With
+            ``{rank}`` in it, as in ``"runs/a/values-{rank}.csv"``, each rank of a training writes a file of its own.
         append: Whether the table may have rows of another run. Otherwise training begins with a warning of them.
     """
 

@@ -14,6 +14,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import torch
+
 from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import HOLD, File, LoggerBackend, Run
 
@@ -21,6 +23,8 @@ __all__ = [
     "AppendingFile",
     "FileBackend",
     "not_open",
+    "of_rank",
+    "process_rank",
     "read_file",
     "replace_file",
     "unwritable",
@@ -170,16 +174,31 @@ def unwritable(path: str, error: OSError) -> LoggingError:
     return LoggingError(f"{path} cannot be written: {reason}. Log to a path in a folder that you may write to.")
 
 
+def of_rank(path: str) -> str:
+    """Return a path with the rank of this process instead of ``{rank}``; it is 0 in a training of one process."""
+    return path.replace("{rank}", str(process_rank()))
+
+
+def process_rank() -> int:
+    """Return the rank of this process in a distributed run; 0 in a run of one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
+
+
 class FileBackend(LoggerBackend):
     """The base of backends that append to one file. A subclass opens the file and defines the format of a record.
 
     Args:
-        path: The file or its folder. It is made absolute, so that it does not depend on the working directory.
+        path: The file or its folder. It is made absolute, so that it does not depend on the working directory. With
+            ``{rank}`` in it, as in ``"log-{rank}.jsonl"``, each rank writes a file of its own.
         append: Whether records of another run are expected there. Otherwise `open` warns of them.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        self._given = os.path.abspath(os.fspath(path))
+        self.path = of_rank(self._given)
+        self.per_rank = self.path != self._given
         self.append = append
         self._file: AppendingFile | None = None
         self._silent = False
@@ -187,8 +206,8 @@ class FileBackend(LoggerBackend):
 
     @property
     def sink(self) -> str:
-        """The path without symbolic links."""
-        return os.path.realpath(self.path)
+        """The path without symbolic links. It is the same on every rank, so a ``{rank}`` in it stays."""
+        return os.path.realpath(self._given)
 
     @abstractmethod
     def _open_file(self, run: Run) -> AppendingFile:
@@ -197,7 +216,7 @@ class FileBackend(LoggerBackend):
     def open(self, run: Run) -> None:
         """Open the file, or make it. Records in it are kept, with a warning if they are of another run."""
         self.close()
-        self._silent = run.rank != 0
+        self._silent = run.rank != 0 and not self.per_rank
         if self._silent:
             return
         if not self.append and not run.resumed and run.id != self._run:

@@ -54,7 +54,8 @@ class JsonlBackend(FileBackend):
     returns, and on the disk when `flush` returns.
 
     Args:
-        path: The file, such as ``"runs/a/log.jsonl"``; it is made with its folders when training begins.
+        path: The file, such as ``"runs/a/log.jsonl"``; it is made with its folders when training begins. With
+            ``{rank}`` in it, as in ``"runs/a/log-{rank}.jsonl"``, each rank of a training writes a file of its own.
         append: Whether the file may have records of another run. Otherwise training begins with a warning of them.
 
     >>> JsonlBackend("/tmp/log.jsonl").encode(Value(0.5), "Loss", 1, ("Step", "TrainingPhase"))[:61]

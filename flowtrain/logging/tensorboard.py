@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -38,7 +39,7 @@ from flowtrain.logging.backend import (
 )
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.files import AppendingFile, not_open, unwritable, warn_of_others
+from flowtrain.logging.files import AppendingFile, not_open, of_rank, unwritable, warn_of_others
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import flat, number, refused, settings
 
@@ -59,7 +60,8 @@ class TensorBoardBackend(LoggerBackend):
     hyperparameters of the run in the HPARAMS tab. The backend does not take `File`. Needs ``flowtrain[tensorboard]``.
 
     Args:
-        path: The folder of the run, such as ``"runs/a"``; it is made when training begins.
+        path: The folder of the run, such as ``"runs/a"``; it is made when training begins. With ``{rank}`` in it, as in
+            ``"runs/a-{rank}"``, each rank of a training writes into a folder of its own.
         by_phase: ``False`` writes all records into `path` itself, with the phase in the tag, such as
             ``Epoch/TrainingPhase/Loss``. A resumed run that has begun so continues so in any case.
         append: Whether the folder may have event files of another run, whose curves TensorBoard joins with these.
@@ -77,7 +79,9 @@ class TensorBoardBackend(LoggerBackend):
                 f"TensorBoardBackend(by_phase={by_phase!r}): by_phase is True if each phase is a run of its own, or "
                 f"False for one run with the phase in the tags."
             )
-        self.path = os.path.abspath(os.fspath(path))  # so that it does not depend on the working directory
+        self._given = os.path.abspath(os.fspath(path))  # so that it does not depend on the working directory
+        self.path = of_rank(self._given)
+        self.per_rank = self.path != self._given
         self.by_phase, self.append = by_phase, append
         self._opened = ""  # the id of the run that the backend was last opened for
         self._run: Run | None = None  # the run that the backend is open for
@@ -86,8 +90,8 @@ class TensorBoardBackend(LoggerBackend):
 
     @property
     def sink(self) -> str:
-        """The folder without symbolic links."""
-        return os.path.realpath(self.path)
+        """The folder without symbolic links. It is the same on every rank, so a ``{rank}`` in it stays."""
+        return os.path.realpath(self._given)
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
         """Return the name of a folder and a framed ``Event``."""
@@ -101,7 +105,7 @@ class TensorBoardBackend(LoggerBackend):
     def open(self, run: Run) -> None:
         """Open the files of the run, or find out that files can be made. Records in the files are kept."""
         self.close()
-        self._run = run
+        self._run = run = replace(run, rank=0) if self.per_rank else run
         if run.rank != 0:
             return
         needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from flowtrain.errors import CancelException, LoggingError, is_a
+from flowtrain.errors import CancelException, LoggingError, RankError, is_a
 from flowtrain.graph.nodes import Node
 from flowtrain.logging.backend import LoggerBackend, Outcome, Run
+from flowtrain.logging.files import process_rank
 
 __all__ = ["Sinks"]
 
@@ -86,7 +87,7 @@ class Sinks:
         new = {sink: used for sink, used in self._used.items() if sink not in self._open}
         if not new:
             return
-        run = replace(self.run, rank=_rank())
+        run = replace(self.run, rank=process_rank())
 
         def begin(backend: LoggerBackend) -> None:
             """Open a backend for this learner."""
@@ -314,11 +315,10 @@ def _each(used: Mapping[str, _Used], what: str, call: Callable[[LoggerBackend], 
     return done
 
 
-def _rank() -> int:
-    """Return the rank of this process in a distributed run; 0 in a run of one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
+def _processes() -> int:
+    """Return the number of processes that torch has joined."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if joined else 1
 
 
 def _used_by(nodes: Iterable[Node]) -> dict[str, _Used]:
@@ -326,6 +326,7 @@ def _used_by(nodes: Iterable[Node]) -> dict[str, _Used]:
 
     Raises:
         LoggingError: Two backends write to the same place, or a callback logs to an object that is no backend.
+        RankError: Several ranks would write to one place.
     """
     found: dict[str, _Used] = {}
     for node in nodes:
@@ -337,6 +338,12 @@ def _used_by(nodes: Iterable[Node]) -> dict[str, _Used]:
                     f'{type(node.callback).__name__}(TensorBoardBackend("runs/a")).'
                 )
         for backend in node.backends:
+            if node.callback.ranks == "every" and not backend.per_rank and _processes() > 1:
+                raise RankError(
+                    f"{name} has ranks = 'every' and logs to {backend!r}, which has one sink for all ranks: "
+                    f"{_processes()} processes would mix their records. Log to a path with the rank in it, as in "
+                    f'JsonlBackend("runs/log-{{rank}}.jsonl"), or leave ranks out: then only the main rank writes.'
+                )
             other, names = found.setdefault(backend.sink, _Used(backend, []))
             if other is not backend:
                 raise LoggingError(

@@ -15,6 +15,7 @@ import torch
 
 from flowtrain import (
     AbstractValidationPhase,
+    BatchEnd,
     Callback,
     CancelEpochException,
     CancelFittingException,
@@ -33,7 +34,8 @@ from flowtrain import (
     on,
 )
 from flowtrain.callback.access import declare
-from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metrics
+from flowtrain.callbacks import Checkpointer, EarlyStopping, LogMetrics, Metrics, throttle
+from flowtrain.errors import RankError
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import assert_equivalent, record_access, tiny_batches, tiny_learner
 from tests.support.checkpoints import files, pointer
@@ -596,3 +598,15 @@ def test_two_in_one_folder_are_refused_before_training(tmp_path: Path) -> None:
     apart = tiny_learner(Checkpointer(tmp_path / "one"), Checkpointer(tmp_path / "two"))
     apart.fit(1)
     assert (tmp_path / "two" / "latest").read_text() == "epoch-0001.ckpt\n"
+
+
+def test_a_clock_decides_on_no_checkpoint_of_several_ranks(tmp_path: Path) -> None:
+    learner = tiny_learner(throttle(Checkpointer(tmp_path, every_steps=1), BatchEnd, seconds=600))
+    learner.state.world_size = 2
+    with pytest.raises(RankError) as raised:
+        learner.fit(1)
+    assert str(raised.value) == (
+        "throttle(Checkpointer, BatchEnd, seconds=600) depends on a clock, and all 2 ranks take part in a checkpoint: "
+        "where their clocks disagree, one would wait for the others for ever. Count batches instead: "
+        "Checkpointer(..., every_steps=1000)."
+    )

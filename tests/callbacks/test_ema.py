@@ -17,6 +17,7 @@ from flowtrain import (
     Callback,
     EpochEnd,
     FitEnd,
+    Learner,
     LearnerView,
     Read,
     TorchCore,
@@ -29,6 +30,7 @@ from flowtrain import (
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import EMA, Checkpointer, Recorder, throttle
 from flowtrain.testing import TinyModel, record_access, tiny_batches, tiny_learner
+from tests.support.merged import ranked
 from tests.support.models import mixed_model
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -121,6 +123,27 @@ def test_what_has_no_mean_is_not_averaged(buffers: bool, tmp_path: Path) -> None
     other.fit(2, resume=tmp_path / "epoch-0001.ckpt")
     for name, average in ema.averages.items():
         assert torch.equal(again.averages[name], average), name
+
+
+def test_all_ranks_have_the_averaged_statistics_of_the_main_rank() -> None:
+    def make(batches: list[Any], first: Callback) -> Learner:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+        return tiny_learner(first, EMA(0.5, buffers=True), model=model, data=batches, optimizer=partial(SGD, lr=0.0))
+
+    def averages(learner: Learner) -> list[tuple[str, Any]]:
+        [ema] = [each for each in learner.callbacks if isinstance(each, EMA)]
+        return [(name, average.tolist()) for name, average in ema.averages.items()]
+
+    parts = [tiny_batches(n_batches=3), tiny_batches(n_batches=6)[3:]]
+    alone = []
+    for part in parts:
+        alone.append(make(part, Recorder()))
+        alone[-1].fit(2)
+    both = ranked(make, parts, lambda learner: learner.fit(2))
+    assert averages(both[0]) == averages(both[1]) == averages(alone[0])
+    assert averages(alone[1]) != averages(alone[0])
+    assert EMA(0.5).rank_state() is None
 
 
 def test_two_halves_are_a_whole() -> None:

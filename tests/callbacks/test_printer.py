@@ -28,6 +28,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, Metric, Metrics, MetricsPrinter, Recorder
+from flowtrain.callbacks.printer import rate_text
 from flowtrain.testing import tiny_learner
 from tests.support.clock import Clock, Tick
 from tests.support.console import printed
@@ -196,3 +197,9 @@ def test_by_default_it_prints_to_standard_output(
     ]
     assert errors == ""
     assert output.replace("\n", "").isprintable()
+
+
+def test_the_rate_is_that_of_all_ranks() -> None:
+    assert rate_text(300, 2.0, 1) == ["150 samples/s"]
+    assert rate_text(300, 2.0, 4) == ["600 samples/s"]
+    assert rate_text(None, 2.0, 4) == []

@@ -220,3 +220,11 @@ def test_the_next_fit_ends_what_an_interrupt_has_left_on(tmp_path: Path) -> None
     learner.fit(1)
     assert [name for name, _ in traces(profiler)] == ["batch-000004", "batch-000008"]
     assert is_off()
+
+
+def test_the_traces_of_a_further_rank_have_names_of_their_own(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path)
+    learner = tiny_learner(profiler)
+    learner.state.rank = 1
+    learner.fit(1)
+    assert [path.name for path in profiler.files] == ["rank-1-batch-000005.pt.trace.json"]

@@ -165,6 +165,19 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend, TensorBoardBackend])
+def test_a_path_with_the_rank_in_it_is_written_by_every_rank(kind: type[FileBackend], tmp_path: Path) -> None:
+    """The sink has the same name on every rank, because the ranks compare what they write."""
+    backend = kind(tmp_path / "log-{rank}")
+    assert (backend.per_rank, kind(tmp_path / "log").per_rank) == (True, False)
+    assert (backend.path, backend.sink) == (str(tmp_path / "log-0"), str(tmp_path / "log-{rank}"))
+    backend.open(Run("a", rank=1))
+    backend.write(backend.encode(Value(1), "Loss", 1, STEP))
+    assert backend.flush()
+    backend.close()
+    assert (tmp_path / "log-0").exists()
+
+
 def test_a_subclass_that_writes_in_its_own_way_gets_every_record(tmp_path: Path) -> None:
     """The number of calls of its `write` must not depend on the executor."""
     found: list[bytes] = []
