@@ -369,6 +369,7 @@ def test_what_was_recorded_since_is_gone_after_load(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("forget_compilations")
+@pytest.mark.cpu_only("torch.compile cannot trace a device that is written in Python")
 def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_path: Path) -> None:
     """Rule 28: ``torch.load(weights_only=True)`` reads the file, and compilation changes no name in it."""
     compiled: Any = torch.compile(net(), backend="eager")

@@ -156,6 +156,9 @@ def test_data_that_is_known_to_be_too_short(stream: object, phase: str, batches:
 # --- resumed runs
 
 
+DRAWS_AHEAD = pytest.mark.cpu_only("docs/checkpoints.md: with prefetch, numbers drawn within an epoch differ")
+
+
 def of_unknown_length() -> Any:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -165,7 +168,7 @@ def of_unknown_length() -> Any:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("data", [with_generator, augmented, of_unknown_length])
+@pytest.mark.parametrize("data", [with_generator, pytest.param(augmented, marks=DRAWS_AHEAD), of_unknown_length])
 @pytest.mark.parametrize("number", [2, 7])
 def test_rule_28_loaders_and_groups(data: Run, number: int, accumulate: int, tmp_path: Path) -> None:
     """Rule 28: for generators of loaders, for random data, and within an accumulation group."""
