@@ -148,7 +148,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = find_file(path)
     try:
-        contents: Any = torch.load(file, map_location="cpu", weights_only=True)  # a file of others must not run code
+        with warnings.catch_warnings():  # torch 2.14 says that it checks sparse tensors, which can be slow
+            warnings.filterwarnings("ignore", "Validating sparse tensor invariants", UserWarning)
+            # A file of others must not run code.
+            contents: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, or it is "
