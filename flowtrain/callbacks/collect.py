@@ -40,6 +40,7 @@ class GarbageCollect(Callback):
     """
 
     audited = False
+    ranks = "every"  # each process has a collector of its own
 
     def __init__(self, every: int = 100) -> None:
         self.every = whole_number("GarbageCollect(): every", every)

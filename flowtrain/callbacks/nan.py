@@ -42,6 +42,7 @@ class StopOnNaNLoss(Callback):
     """
 
     stops_at_nan = True
+    ranks = "every"  # each rank has a loss of its own
 
     def __init__(self) -> None:
         self._late: Lagged | None = None  # the losses that are read late; None if losses are read at once

@@ -68,6 +68,7 @@ class SanityCheck(Callback):
     """
 
     audited = False
+    ranks = "every"  # each rank has data of its own, and a sharded model runs on all ranks together
 
     def __init__(self) -> None:
         self.skipped: list[str] = []
