@@ -70,6 +70,7 @@ OTHERS = {
     "executors/test_properties": "the parallel executor compared with the serial one, on random examples",
     "ranks/test_collectives": "the number of messages between ranks in a batch",
     "ranks/test_data": "the data of several ranks, in real processes",
+    "ranks/test_declarations": "declared exchanges between ranks, and refusals, with real processes",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",

@@ -341,6 +341,8 @@ def why_serial(plan: Plan, main: frozenset[int], workers: int, parallel: Paralle
         return "one handler"
     if is_chain(plan):
         return "one chain"
+    if any(planned.exchange is not None for planned in plan.handlers):
+        return "the ranks exchange values, all in the same order"
     if plan.always:
         return "every handler runs, even after an interrupt"
     if len(main) == len(plan):

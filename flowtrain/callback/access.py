@@ -38,6 +38,7 @@ __all__ = [
     "dotted",
     "granted",
     "meet",
+    "merged",
     "render",
     "union",
 ]
@@ -211,7 +212,7 @@ def _check_collective(path: Path, kind: Read | Write, other: Read | Write | None
         owner: The source of the declaration.
     """
     said = f"{owner} declares {dotted(path)!r}: {kind!r}"
-    if other not in (None, kind) and (collective(kind) or (other is not None and collective(other))):
+    if other is not None and other != kind and (collective(kind) or collective(other)):
         raise AccessError(
             f"{said}, and declares the same path with {other!r}. A path has one of them: a handler that needs both "
             f"values is two handlers, each with its own @on(..., access=...)."
@@ -306,6 +307,15 @@ def union(declarations: Iterable[Declaration]) -> Declaration:
         for path, kind in declaration:
             strongest[path] = _stronger(strongest.get(path), kind)
     return tuple(sorted(strongest.items(), key=lambda item: item[0]))
+
+
+def merged(found: Declaration, declared: Mapping[Path, Read | Write]) -> Declaration:
+    """Return the access that a run has found, with the exchanges that are declared: no run can find these."""
+    return tuple(
+        (path, known if type(known) is type(kind) and collective(known) else kind)
+        for path, kind in found
+        for known in [declared.get(path, kind)]
+    )
 
 
 def granted(declaration: Declaration, path: Path) -> Read | Write | None:

@@ -65,6 +65,9 @@ class Callback:
         ranks: The processes (*ranks*) that run the handlers, in a training of several: ``"every"`` one, or ``"main"``,
             the first one only. With ``None`` it is the main rank for a callback that writes nothing but resources, as
             a logger does, and every rank for all other callbacks.
+        agrees: Whether the author says that the handlers write the same on every rank although they read state that
+            differs between ranks. Otherwise several ranks refuse a callback that reads such state and writes shared
+            state without an exchange.
     """
 
     name: str = ""
@@ -81,6 +84,7 @@ class Callback:
     renaming: ClassVar[str] = ""
     lasting: ClassVar[tuple[str, ...]] = ()
     ranks: Literal["every", "main"] | None = None
+    agrees: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -54,7 +54,7 @@ class LogHistograms(Callback):
         names = ("Weights", "Gradients") if self.gradients else ("Weights",)
         return [("Step", AbstractTrainingPhase, name) for name in names]
 
-    @on(BatchEnd, AbstractTrainingPhase, access={"params": Read(), "cbstate.history": Read()})
+    @on(BatchEnd, AbstractTrainingPhase, access={"params": Read(gather=True), "cbstate.history": Read()})
     def log_weights(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Log the parameters after a batch."""
         step, group = learner.cbstate.history[phase].steps, ("Step", repr(phase))
@@ -64,7 +64,7 @@ class LogHistograms(Callback):
     @on(
         UpdateBegin,
         AbstractTrainingPhase,
-        access={"batch.grads": Read(), "cbstate.history": Read()},
+        access={"batch.grads": Read(gather=True), "cbstate.history": Read()},
         enabled="gradients",
     )
     def log_gradients(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:

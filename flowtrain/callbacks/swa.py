@@ -87,6 +87,7 @@ class SWA(Averaging):
 
     first = "it begins with start_epoch or start_update, so fit for longer, or begin earlier"
     lasting = ("counts",)
+    agrees = True  # what differs between ranks is the statistics alone, and `prepares` sends those of the main rank
 
     def __init__(
         self,
@@ -150,8 +151,12 @@ class SWA(Averaging):
     # --- the statistics of BatchNorm
 
     def prepares(self) -> Access:
-        """Return the access of the handlers that renew the statistics: also the training data and random numbers."""
-        return {**super().prepares(), "data": Read(), "resource.rng": Write()}
+        """Return the access of the handlers that renew the statistics: also the training data and random numbers.
+
+        Each of several ranks renews the statistics with its own data, and then all get those of the main rank.
+        """
+        sent: Access = dict.fromkeys(super().prepares(), Write(broadcast=True))
+        return {**sent, "data": Read(), "resource.rng": Write()}
 
     def found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
         """Find the layers of BatchNorm."""

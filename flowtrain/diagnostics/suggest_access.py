@@ -12,21 +12,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from flowtrain.callback.access import (
-    WHOLE,
-    Declaration,
-    Path,
-    Read,
-    Write,
-    canonical,
-    declare,
-    dotted,
-    render,
-    union,
-)
+from flowtrain.callback.access import Declaration, Path, Read, Write, canonical, declare, dotted, merged, render, union
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
@@ -235,7 +224,7 @@ class _Probe:
             for _, handler in self.subject.handlers()
         }
         handlers = {
-            name: _with_collectives(_minimal({**_resources(own), **log}), own)
+            name: merged(_minimal({**_resources(own), **log}), own)
             for name, log in self.logs.items()
             for own in [declared.get(name, {})]
         }
@@ -295,19 +284,6 @@ def _log_write(log: Log, changed: Path, reach: Reach) -> None:
     log[next(iter([*named, *reached]), declarable(changed))] = Write()
 
 
-def _with_collectives(found: Declaration, declared: Mapping[Path, Read | Write]) -> Declaration:
-    """Add the exchanges between ranks that a callback declares to the access that it needs: no run can find these."""
-    kept: list[tuple[Path, Read | Write]] = []
-    for path, kind in found:
-        known = declared.get(path)
-        if isinstance(known, Read) and isinstance(kind, Read):
-            kind = replace(kind, reduce=known.reduce, gather=known.gather)
-        elif isinstance(known, Write) and isinstance(kind, Write):
-            kind = known
-        kept.append((path, kind))
-    return tuple(kept)
-
-
 def _minimal(log: Mapping[Path, Read | Write]) -> Declaration:
     """Return a log as a declaration, without the paths that a shorter path covers."""
     kept: dict[Path, Read | Write] = {}
@@ -349,9 +325,7 @@ class RecordingView(GuardedView):
     def __getattr__(self, name: str) -> Any:
         state, log, shown = self._state, self._log, self._shown
         if name in ("batch", "cbstate"):
-            declared = self._owner.declaration
-            lists = [path for path, kind in declared if isinstance(kind, Read) and kind.gather and path not in WHOLE]
-            return _RecordedNamespace(getattr(state, name), (name,), log, shown, lists)
+            return _RecordedNamespace(getattr(state, name), (name,), log, shown, self._owner.gathered)
         if name == "optimizer":
             return _RecordedNamespace(state.optimizers, (name,), log)
         if name == "params" or (name == "model" and isinstance(state.model, Named)):
@@ -370,18 +344,13 @@ class _RecordedNamespace:
         path: The path of the object.
         log: The log of the view.
         shown: Makes the value that a handler sees, such as a detached tensor; by default the value itself.
-        gathered: The paths at which the handler sees a list of the values of all ranks.
+        lists: The paths at which the handler sees a list of the values of all ranks.
     """
 
     def __init__(
-        self,
-        target: Any,
-        path: Path,
-        log: Log,
-        shown: Callable[[Any], Any] | None = None,
-        gathered: Sequence[Path] = (),
+        self, target: Any, path: Path, log: Log, shown: Callable[[Any], Any] | None = None, lists: Sequence[Path] = ()
     ) -> None:
-        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself, _gathered=gathered)
+        self.__dict__.update(_target=target, _path=path, _log=log, _shown=shown or _itself, _lists=lists)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -399,7 +368,7 @@ class _RecordedNamespace:
         if path[0] == "cbstate" and kind_of_series(value) is SeriesMap:
             return _RecordedMapping(value, path, self._log)
         _read(self._log, path, optional=value is None)
-        return [self._shown(value)] if path in self._gathered else self._shown(value)
+        return [self._shown(value)] if path in self._lists else self._shown(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._log[*self._path, name] = Write()

@@ -17,6 +17,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
+from flowtrain.graph.shared_state import place_of
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, Named, State
 
@@ -212,10 +213,14 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
 def check_exchanged(nodes: Iterable[Node]) -> None:
     """Check that no series of the bundled callbacks is exchanged between ranks: it grows, and is never replaced.
 
+    This holds in one process too, so that a callback that works there works on several ranks.
+
     Raises:
         AccessError: A callback declares ``reduce=``, ``gather=`` or ``broadcast=`` for such an entry of ``cbstate``.
+        CallbackError: `Callback.ranks` has a wrong value.
     """
     for node in nodes:
+        place_of(node)
         for declaration in node.access.values():
             for path, kind in declaration:
                 if path[0] != "cbstate" or not collective(kind) or path[1] not in CONTAINERS:

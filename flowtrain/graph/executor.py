@@ -303,11 +303,14 @@ def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: 
     caught: type[BaseException] = BaseException if plan.always else Exception
     for position in range(start + 1, len(plan.handlers)):
         planned = plan.handlers[position]
-        if plan.ancestors[position] & failed and not plan.always:
+        left_out = not plan.always and bool(plan.ancestors[position] & failed)
+        if left_out:
             failed |= 1 << position
-            continue
         try:
-            planned.call(event, phase, planned.view)
+            if not left_out:
+                planned.call(event, phase, planned.view)
+            else:  # other ranks may run this handler, and would wait for the values of this one
+                planned.stay_away(event, phase)
         except caught as raised:  # collected, so that the remaining handlers still run
             failures.append((planned, raised))
             failed |= 1 << position

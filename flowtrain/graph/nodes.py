@@ -6,8 +6,9 @@ There is one `Order` for each event and phase, since callbacks need an order onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowtrain.callback.access import Declaration
@@ -15,6 +16,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
+from flowtrain.errors import CallbackError, is_a, is_type
 from flowtrain.logging.backend import LoggerBackend
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 CallbackGraph: TypeAlias = "networkx.DiGraph[Any]"
 
-__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "to_networkx"]
+__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "to_networkx", "unique_names"]
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, since nodes are keys of dictionaries
@@ -38,6 +40,7 @@ class Node:
         union: The union of the declarations of all handlers and of `Callback.state_access`.
         backends: The logging backends that the callback holds.
         sinks: The declaration of the backends as resources, which `access` and `union` include.
+        exchanges: Whether a handler exchanges values with other ranks, so that all handlers run on the training thread.
     """
 
     callback: Callback
@@ -48,6 +51,7 @@ class Node:
     union: Declaration
     backends: tuple[LoggerBackend, ...] = ()
     sinks: Declaration = ()
+    exchanges: bool = False
 
     def stated(self, declaration: Declaration) -> Declaration:
         """Return a declaration of this callback without `sinks`, which a user never writes."""
@@ -127,3 +131,52 @@ def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[P
     for (before, after), (texts, events) in edges.items():
         graph.add_edge(before, after, reason="; ".join(texts), events=tuple(events))
     return graph
+
+
+def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
+    """Return each callback with its name: its own, or the name of its type, with a number where that name is taken.
+
+    Raises:
+        CallbackError: An object is no callback, a callback is there twice, or two callbacks have set the same name.
+    """
+    for callback in callbacks:
+        if is_type(callback, Callback):
+            name = getattr(callback, "__name__", "")
+            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
+        if not is_a(callback, Callback):
+            raise CallbackError(
+                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
+                f"CustomCallback(f, EpochEnd, TrainingPhase)."
+            )
+    if len({id(callback) for callback in callbacks}) < len(callbacks):  # by id, as a user may define __eq__
+        twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
+        raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
+    own = [callback.name for callback in callbacks if not _is_automatic(callback)]
+    for name in own:
+        if own.count(name) > 1:
+            raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
+    taken = set(own)
+    # When the list changes, callbacks keep the names that they were given before: checkpoints refer to these.
+    keeps_name: set[int] = set()
+    for callback in callbacks:
+        if _is_automatic(callback) and callback.name and callback.name not in taken:
+            taken.add(callback.name)
+            keeps_name.add(id(callback))
+    numbers: dict[str, Iterator[int]] = {}
+    named = []
+    for callback in callbacks:
+        name = callback.name
+        if _is_automatic(callback) and id(callback) not in keeps_name:
+            kind, name = type(callback).__name__, ""
+            while not name or name in taken:
+                number = next(numbers.setdefault(kind, count(1)))
+                name = kind if number == 1 else f"{kind}#{number}"
+            taken.add(name)
+        named.append((callback, name))
+    return named
+
+
+def _is_automatic(callback: Callback) -> bool:
+    """Tell whether the name of a callback is empty or was made here, from its type and a number."""
+    kind, _, number = callback.name.partition("#")
+    return not callback.name or (kind == type(callback).__name__ and (not number or number.isdigit()))

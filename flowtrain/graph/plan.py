@@ -20,7 +20,9 @@ from flowtrain.callback.events import Event, FitEnd
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
+from flowtrain.graph.exchange import Exchange
 from flowtrain.graph.nodes import Edge, Node, Order
+from flowtrain.graph.shared_state import Peers, runs_here
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import Draws, own_numbers
@@ -42,6 +44,8 @@ class PlannedHandler:
         call: The function that asks the conditions, if there are any, and then calls the handler.
         view: The view of the handler, to be passed to `call`.
         conditions: The conditions of the callback that `call` asks first.
+        exchange: The exchanges between ranks that `call` takes part in; ``None`` if there are none. Such a handler runs
+            on the training thread, in serial order, so that all ranks come to their exchanges in the same order.
     """
 
     node: Node
@@ -49,6 +53,7 @@ class PlannedHandler:
     call: Call
     view: LearnerView
     conditions: tuple[Condition, ...] = ()
+    exchange: Exchange | None = None
 
     @property
     def callback(self) -> Callback:
@@ -63,6 +68,12 @@ class PlannedHandler:
     def with_call(self, call: Call) -> PlannedHandler:
         """Return this handler with another function to call, under the same conditions."""
         return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
+
+    def stay_away(self, event: Event, phase: Phase) -> None:
+        """Take part in the exchanges between ranks without a value, because this rank does not run the handler."""
+        if self.exchange is not None:
+            # The conditions are asked: their counts stay the same on every rank.
+            self.with_call(self.exchange.stay_away).call(event, phase, self.view)
 
 
 Failed: TypeAlias = tuple[PlannedHandler, BaseException]
@@ -106,6 +117,13 @@ class Plan:
             first, *rest = reasons or [""]
             yield f"{position + 1:3}. {planned.label:{width}}  {first}".rstrip()
             yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
+            if planned.exchange is not None:
+                yield from (f"{'':5}{line}" for line in planned.exchange.explain())
+
+    def stay_away(self, event: Event, phase: Phase) -> None:
+        """Take part in the exchanges of an event that this rank does not fire, since it has left the batch or epoch."""
+        for planned in self.handlers:
+            planned.stay_away(event, phase)
 
     def with_calls(self, calls: Mapping[int, Call]) -> Plan:
         """Return the same plan with other functions to call at some positions, under the same conditions."""
@@ -122,6 +140,7 @@ def make_plan(
     order: Order,
     state: LearnerState,
     watch: Callable[[PlannedHandler], Call] | None = None,
+    peers: Peers | None = None,
 ) -> Plan:
     """Bind the handlers of an order to their callbacks and to views of the state.
 
@@ -131,10 +150,18 @@ def make_plan(
         order: The callbacks in serial order.
         state: The state that the views show.
         watch: Wraps the call of each handler in a check; strict mode passes it.
+        peers: The processes, if several train together.
     """
     handlers = []
     for node, handler in zip(order.nodes, order.handlers, strict=True):
-        view = bind_view(node.access[handler], state, owner_of(node, handler))
+        exchange = None if peers is None else Exchange(peers, node, handler, event_type, phase_type, state)
+        owner = owner_of(node, handler)
+        view = bind_view(
+            node.access[handler], state, owner if not exchange else replace(owner, exchanged=exchange.values)
+        )
+        if not exchange and not runs_here(node, peers):
+            handlers.append(PlannedHandler(node, handler, _skip, view))
+            continue
         conditions = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
         call = handler.bind(node.callback)
         if node.callback.deferrable:
@@ -142,9 +169,11 @@ def make_plan(
             # The library's other conditions only count, and seeding the generators takes 25 microseconds.
             if any(map(_may_draw, conditions)):
                 conditions = (_SeededConditions(conditions, node, state.draws),)
-        planned = PlannedHandler(node, handler, call, view, conditions)
-        # The conditions are asked outside of `watch`: their counts are not state that a handler declares.
-        handlers.append(planned.with_call(planned.call if watch is None else watch(planned)))
+        planned = PlannedHandler(node, handler, call, view, conditions, exchange or None)
+        call = call if watch is None else watch(planned)
+        # The conditions are asked outside of `watch`: their counts are not state that a handler declares. They are the
+        # same on every rank, so they are asked before an exchange.
+        handlers.append(planned.with_call(exchange.around(call) if exchange else call))
     return Plan(
         event_type,
         phase_type,
@@ -250,3 +279,7 @@ def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
             call(event, phase, view)
 
     return ask
+
+
+def _skip(event: Event, phase: Phase, view: LearnerView) -> None:
+    """Stand for a handler that runs on the main rank only, so that the plan is the same on every rank."""

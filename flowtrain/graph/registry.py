@@ -11,7 +11,6 @@ An event type or phase type that is met later is checked and ordered before its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
 from typing import Any, TypeAlias, overload
 
 from flowtrain.callback.access import Declaration, Write, declare, union
@@ -25,7 +24,7 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import CallbackError, is_a, is_type, nearest
+from flowtrain.errors import CallbackError, is_a, nearest
 from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,
@@ -37,11 +36,13 @@ from flowtrain.graph.checks import (
     entries_written,
 )
 from flowtrain.graph.held_backends import backends_of
-from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx
+from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx, unique_names
 from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
+from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
+from flowtrain.graph.shared_state import Peers, check_places, check_ranks, exchanges_of, runs_here
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, State, restore_point
 from flowtrain.state.series import SeriesMap
@@ -50,7 +51,6 @@ from flowtrain.state.views import bind_view
 __all__ = [
     "Callbacks",
     "callback_graph",
-    "unique_names",
 ]
 
 _ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)  # no epoch runs in one of these
@@ -68,6 +68,11 @@ class Callbacks(Sequence[Callback]):
         before: The callbacks that the learner has now; those that stay are not set up again.
         watch: Wraps the call of each handler in a check; strict mode passes it.
         accept: The `Executor.check` of the executor. It is called last, and an exception of it refuses the callbacks.
+        peers: The processes, if several train together.
+
+    Attributes:
+        written: The entries of ``cbstate`` that callbacks of this learner have ever declared to write.
+        shared: Which state is the same on every rank, if several processes train together; otherwise ``None``.
 
     Raises:
         FlowtrainError: The declarations have no valid order, or name state that does not exist.
@@ -81,9 +86,11 @@ class Callbacks(Sequence[Callback]):
         before: Iterable[Callback] = (),
         watch: Callable[[PlannedHandler], Call] | None = None,
         accept: _Accept | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._state = state
         self._watch = watch
+        self._peers = peers
         self._resolver = Resolver()
         self._reach = Reach(state)
         self._plans: dict[_Key, Plan] = {}
@@ -104,6 +111,7 @@ class Callbacks(Sequence[Callback]):
         earlier: frozenset[str] = before.written if isinstance(before, Callbacks) else frozenset()
         check_cbstate(self._nodes, state.cbstate, earlier)
         self.written: frozenset[str] = earlier | entries_written(self._nodes)
+        self.shared = None if peers is None else check_ranks(self._nodes, peers)
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
@@ -137,12 +145,18 @@ class Callbacks(Sequence[Callback]):
         if key not in self._plans:
             if key not in self._known:
                 self._add_types(event_type, phase_type)
-            self._plans[key] = make_plan(event_type, phase_type, self._known[key], self._state, self._watch)
+            order = self._known[key]
+            self._plans[key] = make_plan(event_type, phase_type, order, self._state, self._watch, self._peers)
         return self._plans[key]
 
     def explain(self) -> str:
-        """Return a text with the serial order and the reason of every edge, for each event and phase with handlers."""
+        """Return a text with the serial order and the reason of every edge, for each event and phase with handlers.
+
+        In a training on several ranks it begins with the ranks on which each callback runs, and why.
+        """
         blocks = []
+        if self._peers is not None and self.shared is not None:
+            blocks.append(ranks_text(self._nodes, self._peers, self.shared))
         for (event, phase), order in self._known.items():
             if not order.nodes:
                 continue
@@ -201,6 +215,15 @@ class Callbacks(Sequence[Callback]):
         """The callbacks with their names and declarations."""
         return tuple(self._nodes)
 
+    @property
+    def running(self) -> tuple[Node, ...]:
+        """The callbacks whose handlers run in this process: all, except on ranks that are not the main one."""
+        return tuple(node for node in self._nodes if runs_here(node, self._peers))
+
+    def describe(self) -> Description:
+        """Return the plans of all known events as lines that ranks compare (`flowtrain.graph.plan_texts`)."""
+        return describe((*key, order) for key, order in self._known.items())
+
     def annotate(self, notes: Callable[[Plan], str]) -> None:
         """Let `explain` add the text that a function gives for each plan: `Executor.explain`."""
         self._notes = notes
@@ -253,6 +276,7 @@ class Callbacks(Sequence[Callback]):
         key = (event, *((node.position, id(handler)) for node, handler in participants))
         if key not in self._orders:
             self._orders[key] = order_event(event, phase, participants, self._resolver, self._reach)
+        check_places(event, phase, self._orders[key], self._peers)
         return self._orders[key]
 
     def _pairs(self) -> Iterator[_Key]:
@@ -283,7 +307,8 @@ class Callbacks(Sequence[Callback]):
             where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
             access[handler] = shared if handler.access is None else union([declare(handler.access, where), sinks])
         declared = union([shared, *access.values()])
-        return Node(callback, name, position, handlers, access, declared, backends, sinks)
+        exchanges = any(any(exchanges_of(each, self._peers)) for each in access.values())
+        return Node(callback, name, position, handlers, access, declared, backends, sinks, exchanges)
 
     def _call_setup(self, node: Node) -> None:
         """Call `Callback.setup` with a view, and refuse requests that only a running fit can serve."""
@@ -318,7 +343,7 @@ class Callbacks(Sequence[Callback]):
             for node in self._nodes:
                 node.callback.check_callbacks(self)
             if accept is not None:
-                accept(self._nodes, self._state)
+                accept(self.running, self._state)
         except BaseException:
             restore()
             self._state.fired.clear()  # a `setup` may have fired an event before it raised
@@ -391,52 +416,3 @@ class _Unbound(Callbacks):
 
     def _set_up(self, known: set[int], accept: _Accept | None) -> None:
         pass
-
-
-def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
-    """Return each callback with its name: its own, or the name of its type, with a number where that name is taken.
-
-    Raises:
-        CallbackError: An object is no callback, a callback is there twice, or two callbacks have set the same name.
-    """
-    for callback in callbacks:
-        if is_type(callback, Callback):
-            name = getattr(callback, "__name__", "")
-            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
-        if not is_a(callback, Callback):
-            raise CallbackError(
-                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
-                f"CustomCallback(f, EpochEnd, TrainingPhase)."
-            )
-    if len({id(callback) for callback in callbacks}) < len(callbacks):  # by id, as a user may define __eq__
-        twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
-        raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
-    own = [callback.name for callback in callbacks if not _is_automatic(callback)]
-    for name in own:
-        if own.count(name) > 1:
-            raise CallbackError(f"Two callbacks have the name {name!r}. A name is unique in a learner: change one.")
-    taken = set(own)
-    # When the list changes, callbacks keep the names that they were given before: checkpoints refer to these.
-    keeps_name: set[int] = set()
-    for callback in callbacks:
-        if _is_automatic(callback) and callback.name and callback.name not in taken:
-            taken.add(callback.name)
-            keeps_name.add(id(callback))
-    numbers: dict[str, Iterator[int]] = {}
-    named = []
-    for callback in callbacks:
-        name = callback.name
-        if _is_automatic(callback) and id(callback) not in keeps_name:
-            kind, name = type(callback).__name__, ""
-            while not name or name in taken:
-                number = next(numbers.setdefault(kind, count(1)))
-                name = kind if number == 1 else f"{kind}#{number}"
-            taken.add(name)
-        named.append((callback, name))
-    return named
-
-
-def _is_automatic(callback: Callback) -> bool:
-    """Tell whether the name of a callback is empty or was made here, from its type and a number."""
-    kind, _, number = callback.name.partition("#")
-    return not callback.name or (kind == type(callback).__name__ and (not number or number.isdigit()))

@@ -84,7 +84,8 @@ class Owner:
         """
         exchanged = self.exchanged
         if exchanged is not None and path in exchanged:
-            return self.shown(exchanged[path], path)
+            found = exchanged[path]
+            return [self.shown(value, path) for value in found] if path in self.gathered else self.shown(found, path)
         if path in WHOLE:  # every rank has all of it
             return find()
         if exchanged is not None:
@@ -105,6 +106,11 @@ class Owner:
         if self.consumes and not (path[0] == "params" and self.keeps_params):
             value = detached(value)
         return readonly(value, dotted(path))
+
+    @property
+    def gathered(self) -> list[Path]:
+        """The paths at which the handler sees a list of the values of all ranks."""
+        return [path for path, kind in self.declaration if isinstance(kind, Read) and kind.gather and path not in WHOLE]
 
     @property
     def keeps_params(self) -> bool:

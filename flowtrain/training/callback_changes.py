@@ -16,11 +16,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import BackwardEnd, BatchEnd, Event, UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.errors import CallbackError
-from flowtrain.graph.nodes import Node
+from flowtrain.graph.nodes import Node, unique_names
 from flowtrain.graph.plan import Call, PlannedHandler
-from flowtrain.graph.registry import Callbacks, unique_names
+from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.shared_state import Peers
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.loop import Loop
 
@@ -65,6 +67,7 @@ class CallbackChanges:
     def __init__(self, loop: Loop, learner: str) -> None:
         self.closed = False
         self._loop, self._learner = loop, learner
+        self._peers = _peers(loop)
 
     def use(self, callbacks: list[Callback], watched: Callable[[PlannedHandler], Call] | None) -> None:
         """Make these the callbacks of the learner. Callbacks that it had before are not set up again.
@@ -80,14 +83,14 @@ class CallbackChanges:
         before: Iterable[Callback] = state.callbacks
         self._check_free(callbacks)
         phases = [type(phase) for phase in state.data]
-        made = Callbacks(callbacks, state, phases, before, watched, self._accept)
+        made = Callbacks(callbacks, state, phases, before, watched, self._accept, self._peers)
         made.annotate(loop.executor.explain)
         state.callbacks = made
         core.need_grad_norm(any(map(_sees_norm, made.nodes)))
         core.guard_nan(any(callback.stops_at_nan for callback in made))
         loop.dispatch.use(made)
         self._own(made, before)
-        loop.sinks.use(made.nodes)  # last, because closing an old sink may raise, and by now the change is complete
+        loop.sinks.use(made.running)  # last, because closing an old sink may raise, and by now the change is complete
 
     def replace_optimizer(self, wanted: Any, watched: Callable[[PlannedHandler], Call] | None) -> Any:
         """Train with another optimizer from now on; return the one before, or all of them by name.
@@ -145,6 +148,19 @@ class CallbackChanges:
             for part in callback.stateful():
                 gone = partial(_forget, _owners, id(part))
                 _owners[id(part)] = _Owner(weakref.ref(part, gone), me, self._learner, callback.name)
+
+
+def _peers(loop: Loop) -> Peers | None:
+    """Return the processes that train together; ``None`` for one process."""
+    core = loop.core
+    if core.world is None:
+        return None
+    in_batch: tuple[type[Event], ...] = ()
+    if core.parallel is not None and core.parallel.wraps:  # the ranks agree on a batch when they send its gradients
+        in_batch = (UpdateBegin, UpdateEnd)
+        if core.accumulate == 1:
+            in_batch = (BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd)
+    return Peers(core.world.rank, core.world.size, core.world.exchange, in_batch=in_batch)
 
 
 def _sees_norm(node: Node) -> bool:

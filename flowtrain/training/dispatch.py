@@ -133,6 +133,7 @@ class Dispatch:
         requests: The checkpoints that handlers of the current event have requested.
         mailbox: The calls that the training thread makes between two batches.
         checkpoint: A function that takes the requested checkpoints; ``None`` without checkpoints.
+        met: The types of the events with exchanges between ranks that were fired since this set was cleared.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Dispatch:
         self.requests = state.requests
         self.mailbox = Mailbox()
         self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
+        self.met: set[type[Event]] = set()
         self._scopes = scopes
         self._sinks = sinks
         self._in_a_batch = _IN_A_BATCH - {UpdateBegin, UpdateEnd} if accumulates else _IN_A_BATCH
@@ -166,8 +168,8 @@ class Dispatch:
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """The callbacks in use, with their names and declarations."""
-        return self._callbacks.nodes if self._callbacks is not None else ()
+        """The callbacks whose handlers run in this process, with their names and declarations."""
+        return self._callbacks.running if self._callbacks is not None else ()
 
     @property
     def run(self) -> Run:
@@ -190,8 +192,30 @@ class Dispatch:
             if self._closed:
                 raise ExecutorError("The learner is closed: its executor has given back all it held. Make a new one.")
             plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
-            self._by_type[key] = self.executor.compile(plan) if isinstance(plan, Plan) and plan.handlers else None
+            self._by_type[key] = self._compile(plan) if isinstance(plan, Plan) and plan.handlers else None
         return self._by_type[key]
+
+    def _compile(self, plan: Plan) -> Runner:
+        """Return the runner of a plan, which notes its event in `met` if the ranks exchange values at it."""
+        runner = self.executor.compile(plan)
+        if all(planned.exchange is None for planned in plan.handlers):
+            return runner
+        met, event_type = self.met, plan.event_type
+
+        def run(event: Event, phase: Phase) -> None:
+            """Note the event, and run its handlers."""
+            met.add(event_type)
+            runner(event, phase)
+
+        return run
+
+    def stay_away(self, event: Event, phase: Phase) -> None:
+        """Take part in the exchanges of an event that is not fired here, since this rank has left the batch or epoch.
+
+        Without this the other ranks, which fire the event, would wait for the values of this rank.
+        """
+        if self._callbacks is not None:
+            self._callbacks.plan(type(event), type(phase)).stay_away(event, phase)
 
     def close(self) -> None:
         """Fire no more events, and delete every reference that leads back to this object."""

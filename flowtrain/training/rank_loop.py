@@ -24,6 +24,7 @@ from flowtrain.errors import (
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
+from flowtrain.graph.plan_texts import first_difference
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
@@ -117,8 +118,15 @@ class RankLoop(Loop):
             planned = [super()._planned_updates(data, *counts)]
         except BaseException as failure:
             failures.append(failure)
-        found = self.ranks.meet("the plan of the fit", failures, planned[0])
+        told = self.ranks.meet("the plan of the fit", failures, (planned[0], self.state.callbacks.describe()))
         self._raise(failures)
+        difference = first_difference([plans for _, plans in told]) if told else ""
+        if difference:
+            raise RankError(
+                f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
+                f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
+            )
+        found = [updates for updates, _ in told]
         return min(found) if found and None not in found else None
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:

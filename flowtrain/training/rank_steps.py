@@ -16,8 +16,7 @@ from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, Upda
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CancelBatchException, CancelException, merge
-from flowtrain.graph.plan import Plan
+from flowtrain.errors import CancelBatchException, CancelException, RankError, RemoteError, merge
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
@@ -63,6 +62,7 @@ class RankSteps(Steps):
         on, core, scopes, ranks = self._runners[phase], self._core, self._scopes, self._ranks
         wrapped = self.wraps(phase)
         ranks.begin_batch("gradients" if wrapped else "flags")
+        self._dispatch.met.clear()
         if wrapped:
             self._parallel.send(core.groups.fills)
             if not self._parallel.sends:
@@ -166,7 +166,7 @@ class RankSteps(Steps):
         key = (callbacks, phase)
         if key != self._asked:
             plans = [callbacks.plan(event, type(phase)) for event in (BackwardEnd, UpdateBegin)]
-            handlers = [planned for plan in plans if isinstance(plan, Plan) for planned in plan.handlers]
+            handlers = [planned for plan in plans for planned in plan.handlers]
             own = any(not type(planned.callback).__module__.startswith("flowtrain.") for planned in handlers)
             self._asked, self._decision = key, own
         return self._decision
@@ -202,6 +202,8 @@ class RankSteps(Steps):
     def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """See `Steps.cancel_batch`. Before the sync point of the batch, all ranks are told of the failure there."""
         ranks = self._ranks
+        if not ranks.told and self.wraps(phase):
+            self._stay_away(phase)
         if ranks.owed:
             failure = self.tell(phase, failure)
         if ranks.told:  # also on a rank whose backward pass has not begun: its group is that of the other ranks
@@ -214,3 +216,18 @@ class RankSteps(Steps):
                 self._core.due(None)
                 self._counted = True
         super().cancel_batch(phase, failure, *ends)
+
+    def _stay_away(self, phase: Phase) -> None:
+        """Take part in the exchanges of values that the other ranks still make in the batch that this rank leaves.
+
+        Before the gradients there are none, so the others learn of the failure before the next one.
+        """
+        if self._ranks.owed == "gradients" or self._in_group(phase):
+            return
+        update = (UpdateEnd(), _BATCH_END) if not self._ranks.owed else ()  # the others make no update otherwise
+        try:
+            for event in (_BACKWARD_END, UpdateBegin(), *update):
+                if type(event) not in self._dispatch.met:
+                    self._dispatch.stay_away(event, phase)
+        except (RankError, RemoteError):
+            return  # the failure of this rank is told at the next sync point

@@ -64,6 +64,10 @@ class _Report(NamedTuple):
     value: Any
 
 
+_ELSEWHERE = _Report("an exchange of values for a handler", [0] * FLAGS, "", None)
+"""Stands for the message of a rank that is not at a sync point."""
+
+
 class Ranks:
     """The sync points of one learner, on one rank.
 
@@ -140,10 +144,11 @@ class Ranks:
         mine = merge(failures) if failures else None
         flags = self.flags(mine)
         try:
-            reports = self.world.exchange(_Report(point, flags, "" if mine is None else _text(mine), value))
+            told = self.world.exchange(_Report(point, flags, "" if mine is None else _text(mine), value))
         except RemoteError as lost:
             failures.append(lost)
             return []
+        reports = [each if isinstance(each, _Report) else _ELSEWHERE for each in told]
         sums = [sum(each) for each in zip(*(report.flags for report in reports), strict=True)]
         points = {report.point for report in reports}
         self.over = point != FIT_END and FIT_END in points

@@ -38,7 +38,8 @@ from flowtrain import (
 from flowtrain.callback.handler import Handler
 from flowtrain.callbacks import Recorder
 from flowtrain.errors import HandlerError
-from flowtrain.graph.registry import Callbacks, unique_names
+from flowtrain.graph.nodes import unique_names
+from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.series import SeriesMap

@@ -1,7 +1,8 @@
 """The decision which callbacks are deferred, which of them share a lane, and where each lane runs.
 
-A deferrable callback stays in place in two cases:
+A deferrable callback stays in place in three cases:
 
+- It exchanges values with other ranks, which all ranks do in the serial order, on the training thread.
 - A callback in place must run after it, because it names it in ``run_after`` or shares a resource with it. A callback
   that stays for this reason can be the reason for another one, so `decide` repeats the question until nothing changes.
 - It may draw random numbers, and its lane would be a thread of this process. Python, numpy and torch have one generator
@@ -223,7 +224,9 @@ def _is_users(module: str) -> bool:
 
 
 def _needed_in_place(node: Node, in_place: Sequence[Node]) -> str:
-    """Return why a callback must stay in place because of others in place; empty if it need not."""
+    """Return why a callback must stay in place because of other ranks or callbacks; empty if it need not."""
+    if node.exchanges:
+        return "it exchanges values with other ranks"
     for other in in_place:
         if _runs_after(other, node):
             return f"{other.name} runs in place, after it"

@@ -1,0 +1,180 @@
+"""Rules 31 to 35 with real processes: declared exchanges, refusals, and the comparison of plans."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowtrain import (
+    Access,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    Event,
+    Learner,
+    LearnerView,
+    LossBegin,
+    Phase,
+    Read,
+    TrainingPhase,
+    UpdateBegin,
+    UpdateEnd,
+    Write,
+    on,
+)
+from flowtrain.callbacks import LearningRateMonitor, LogMetrics, Recorder
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.logging import JsonlBackend
+from tests.support.ranks import Ranks, rank
+
+
+class LossRate(Callback):
+    """Makes the learning rate follow the loss of all ranks, and sends the worst loss of the main rank."""
+
+    def __init__(self, *, reduced: bool = True) -> None:
+        self.reduced = reduced
+        self.rates: list[float] = []
+
+    def state_access(self) -> Access:
+        return {
+            "batch.loss": Read(reduce="mean") if self.reduced else Read(),
+            "optimizer.hyperparams": Write(),
+            "cbstate.rate": Write(broadcast=True),
+        }
+
+    @on(BatchEnd, TrainingPhase)
+    def follow(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        rate = 0.01 + float(learner.batch.loss) / 100
+        learner.optimizer.hyperparams[0]["lr"] = rate
+        learner.cbstate.rate = (rank(), rate)
+        self.rates.append(rate)
+
+
+class CancelAt(Callback):
+    """Cancels the second batch on the second rank, at an event."""
+
+    ranks = "every"
+
+    def __init__(self, event_type: type[Event], failure: type[BaseException]) -> None:
+        self.event_type, self.failure = event_type, failure
+        self.count = 0
+
+    @on("event_type", TrainingPhase)
+    def cancel(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.count += 1
+        if self.count == 2 and rank() == 1:
+            raise self.failure("only here")
+
+
+def learner(*callbacks: Callback, executor: str = "serial") -> Learner:
+    torch.manual_seed(0)
+    made = torch.Generator().manual_seed(rank())
+    batches = [(torch.randn(4, 3, generator=made), torch.randn(4, 1, generator=made)) for _ in range(5)]
+    return Learner(
+        torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, data={TrainingPhase: batches},
+        optimizer=partial(torch.optim.SGD, lr=0.1), core=TorchCore(device="cpu"), callbacks=callbacks,
+        default_callbacks="quiet", executor=executor,
+    )  # fmt: skip
+
+
+def state_of(made: Learner, follow: LossRate) -> Any:
+    weights = [param.tolist() for param in made.model.parameters()]
+    return weights, made.optimizer.param_groups[0]["lr"], made.cbstate.rate, follow.rates
+
+
+def train(executor: str) -> Any:
+    follow = LossRate()
+    with learner(follow, executor=executor) as made:
+        made.fit(2)
+        text = made.callbacks.explain()
+        return state_of(made, follow), text
+
+
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+def test_a_rate_that_follows_the_loss_is_the_same_on_every_rank(executor: str, ranks: Ranks) -> None:
+    (first, text), (second, _) = ranks.values(train, executor)
+    assert first == second
+    assert len(first[3]) == 10
+    assert len(set(first[3])) == 10
+    assert first[2][0] == 0  # sent by the main rank
+    assert "2 ranks, of which this is 0" in text
+    assert "exchange before: every rank gets the mean of batch.loss of all ranks" in text
+
+
+EVENTS = [BatchBegin, LossBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
+
+
+def cancel(event: type[Event], failure: type[BaseException], *, first: bool) -> Any:
+    follow, stop = LossRate(), CancelAt(event, failure)
+    with learner(*((stop, follow) if first else (follow, stop))) as made:
+        try:
+            made.fit(2)
+        except Exception as error:
+            return type(error).__name__, len(follow.rates)
+        return state_of(made, follow)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_batch_that_one_rank_leaves_makes_no_rank_wait(event: type[Event], first: bool, ranks: Ranks) -> None:
+    one, two = ranks.run_on(2, 20, cancel, event, CancelBatchException, first=first)
+    assert (one.ended, two.ended) == ("returned", "returned"), f"{one}\n{two}"
+    assert one.value == two.value
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_error_on_one_rank_makes_no_rank_wait(event: type[Event], ranks: Ranks) -> None:
+    one, two = ranks.run_on(2, 20, cancel, event, ValueError, first=True)
+    assert (one.ended, two.ended) == ("returned", "returned"), f"{one}\n{two}"
+    assert (one.value or "")[0] == "RemoteError"
+    assert (two.value or "")[0] == "ValueError"
+    assert (one.value or "")[1] == (two.value or "")[1]
+
+
+def refuse() -> Any:
+    learner(LossRate(reduced=False))
+
+
+def test_a_rate_of_each_rank_is_refused(ranks: Ranks) -> None:
+    for outcome in ranks.run(refuse):
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("LossRate reads batch.loss, which differs between ranks")
+
+
+def differ() -> Any:
+    more = [LearningRateMonitor()] if rank() else []
+    learner(Recorder(), *more).fit(1)
+
+
+def test_different_callbacks_are_refused_when_a_fit_begins(ranks: Ranks) -> None:
+    for outcome in ranks.run(differ):
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert outcome.error.text == (
+            "The ranks have different callbacks: rank 1 has LearningRateMonitor.look on every rank "
+            "{cbstate.history: Read(), cbstate.tracehistory.LearningRate: Write(), optimizer.hyperparams: Read()} at "
+            "(UpdateBegin, TrainingPhase), the main rank has nothing more. Give the learner the same callbacks, in "
+            'the same order, on every rank; with ranks = "main" one of them runs on the main rank only.'
+        )
+
+
+def log(place: str) -> Any:
+    with learner(LogMetrics(JsonlBackend(place))) as made:
+        made.fit(3)
+    return rank()
+
+
+def test_a_logger_writes_on_the_main_rank_only(ranks: Ranks, tmp_path: Path) -> None:
+    place = tmp_path / "log.jsonl"
+    assert ranks.values(log, str(place)) == [0, 1]
+    records = [json.loads(line) for line in place.read_text("utf-8").splitlines()]
+    losses = [each["step"] for each in records if each["name"] == "Loss" and each["group"] == "Epoch/TrainingPhase"]
+    assert losses == [1, 2, 3]
