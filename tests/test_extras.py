@@ -101,6 +101,18 @@ print(sorted(load_file(os.path.join("folder", file))))
 history = tiny_learner(n_batches=4).fit(1)
 print(history.to_pandas()[["epoch", "update", "metric"]].values.tolist())
 """,
+    "torchdata": """
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from flowtrain.callbacks import Checkpointer
+x = torch.arange(8.0).unsqueeze(1)
+def made():
+    return tiny_learner(Checkpointer("run", every_steps=1), data=StatefulDataLoader(TensorDataset(x, 3 * x), 2))
+made().fit(steps=3)
+learner = made()
+learner.fit(steps=6, resume="run")
+print(learner.cbstate.history)
+""",
     "transformers": """
 from contextlib import redirect_stdout
 from flowtrain.examples import huggingface
@@ -145,6 +157,7 @@ LoggingError 'flowtrain[wandb]'
     "tensorboard": "Epoch/Loss 1 2\n",
     "safetensors": "['coeff']\n",
     "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
+    "torchdata": "{TrainingPhase: Counts(epochs=2, steps=6, steps_epoch=2, updates=6)}\n",
     "transformers": "True\n",
     "plot": "True\n",
     "dask": "True\nTrue\n",

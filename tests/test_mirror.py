@@ -76,6 +76,7 @@ OTHERS = {
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
     "ranks/test_torchrun": "programs under torchrun itself",
     "ranks/test_measured": "what several ranks measure and log",
+    "training/checkpoint/test_stateful_loader": "resume with a loader that keeps its position",
     "training/checkpoint/test_sharded": "resume with the share that one of several ranks has in a loader",
     "training/test_interrupts_groups": "signals to a group of processes; the file is also the program that gets them",
     "training/test_model_inputs": "models of several inputs, in the loop and in callbacks",

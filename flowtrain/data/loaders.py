@@ -33,8 +33,11 @@ __all__ = [
     "check_iterable",
     "empty",
     "is_array",
+    "keeps_position",
     "length",
     "make_loader",
+    "own_state",
+    "set_own_state",
 ]
 
 DATA_EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, ValidationPhase: b}"
@@ -148,13 +151,12 @@ class CombinedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the loaders that keep their own position, and ``None`` for the others."""
-        return {"loaders": [_own(loader, "state_dict") for _, loader in self.named()]}
+        return {"loaders": [own_state(loader) for _, loader in self.named()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         for (_, loader), each in zip(self.named(), state["loaders"], strict=False):
-            if each is not None:
-                _own(loader, "load_state_dict", each)
+            set_own_state(loader, each)
 
     def __repr__(self) -> str:
         return f"CombinedLoader({', '.join(str(name) for name, _ in self.named())}; {self.mode})"
@@ -212,10 +214,42 @@ def _set_round(loader: Any, number: int) -> None:
         setter(number)
 
 
-def _own(loader: Any, method: str, *state: Any) -> Any:
-    if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
-        return getattr(loader, method)(*state)
-    return None
+def keeps_position(loader: Any) -> bool:
+    """Tell whether a loader is a ``StatefulDataLoader`` of torchdata, which continues after its last batch."""
+    module = sys.modules.get("torchdata.stateful_dataloader")
+    return module is not None and isinstance(loader, module.StatefulDataLoader)
+
+
+def own_state(loader: Any) -> Any:
+    """Return the state that a loader keeps itself; ``None`` if it keeps none, or keeps one and was not begun yet."""
+    if not _is_stateful(loader):
+        return None
+    # Before its first pass torchdata's loader would begin one for this, and draw random numbers.
+    if keeps_position(loader) and loader._iterator is None:
+        return loader.next_iter_state
+    return loader.state_dict()
+
+
+def set_own_state(loader: Any, state: Any, *, within: bool = False) -> None:
+    """Restore the state that `own_state` returned. The generators of the process are restored after this.
+
+    Args:
+        loader: The loader. It is not changed if it keeps no state.
+        state: The state. ``None`` makes torchdata's loader one that was not begun yet.
+        within: Whether the next iterator of torchdata's loader continues the pass, instead of beginning one.
+    """
+    if keeps_position(loader):
+        loader.load_state_dict(state or {})
+        if state is not None:
+            loader.state_dict()  # makes the iterator now, which draws random numbers: the next pass must not draw them
+            if not within and not state["_iterator_finished"]:
+                iter(loader)  # the pass was left before its end, and the run began a new one after it
+    elif state is not None and _is_stateful(loader):
+        loader.load_state_dict(state)
+
+
+def _is_stateful(loader: Any) -> bool:
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 class LimitedLoader:

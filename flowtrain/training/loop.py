@@ -39,7 +39,7 @@ from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.position import Position, Stream, loader_start, replay
+from flowtrain.training.checkpoint.position import Position, Stream, loader_start
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.interrupts import Interrupts
@@ -360,7 +360,7 @@ class Loop:
             self.dispatch.mailbox.empty()
         batches = loader
         if resuming and position.begun is not None:
-            batches = replay(loader, position.begun, position.batches, phase, position.early)
+            batches = checkpoints.replay(loader, phase)
             checkpoints.restore_epoch()
         else:
             if resuming:

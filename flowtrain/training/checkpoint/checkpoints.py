@@ -13,7 +13,7 @@ checkpoint holds, so that a resumed fit continues to count from there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,14 @@ from flowtrain.training.checkpoint.contents import (
     without_callback,
 )
 from flowtrain.training.checkpoint.files import Writer, find_file, read, real_folder
-from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, warn_of_workers
+from flowtrain.training.checkpoint.position import (
+    Position,
+    Stream,
+    check_data,
+    open_pass,
+    replay,
+    warn_of_workers,
+)
 from flowtrain.training.checkpoint.rank_parts import check_size
 from flowtrain.training.checkpoint.rng import (
     loader_state,
@@ -396,8 +403,18 @@ class Checkpoints:
     def resume_stream(self, stream: Stream) -> None:
         """Bring the stream of a fit by steps back to its position in the checkpoint that the fit resumes."""
         if self.resumed is not None and self.resumed["position"]["stream"] is not None:
-            stream.resume(self.resumed["position"]["stream"])
+            stream.resume(self.resumed["position"]["stream"], self._reached(stream.phase))
             self._set_random(self.resumed)
+
+    def replay(self, loader: Any, phase: Phase) -> Iterator[Any]:
+        """Return the batches that are left of the epoch in which the fit resumes; see `position.replay`."""
+        position = self.position
+        begun, batches, reached = position.begun or {}, position.batches, self._reached(phase)
+        return replay(loader, begun, batches, phase, early=position.early, reached=reached)
+
+    def _reached(self, phase: Phase) -> Mapping[str, Any] | None:
+        """Return the state of the loader of a phase in the checkpoint that the fit resumes."""
+        return None if self.resumed is None else self.resumed["loaders"].get(repr(phase))
 
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
@@ -428,9 +445,10 @@ class Checkpoints:
         for phase, loader in self._state.data.items():
             if repr(phase) in contents["loaders"]:
                 state = contents["loaders"][repr(phase)]
-                if open_pass(contents["position"], phase)[0] is None:  # `replay` starts the workers of an open pass
+                between = open_pass(contents["position"], phase)[0] is None
+                if between:  # `replay` starts the workers of an open pass, and brings its loader to its position
                     start_workers(loader, state)
-                set_loader_state(loader, state)
+                set_loader_state(loader, state, own=between)
         set_random_state(contents["random"])
         self._set_draws(contents)
 

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.data.loaders import length
+from flowtrain.data.loaders import keeps_position, length, set_own_state
 from flowtrain.data.rank_batches import RankBatches
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
@@ -26,7 +26,7 @@ from flowtrain.training.checkpoint.rng import (
     set_random_state,
     start_workers,
 )
-from flowtrain.training.fit_data import check_gave, set_epoch
+from flowtrain.training.fit_data import check_gave, has_workers, set_epoch, unlimited
 
 __all__ = ["Position", "Stream", "check_data", "loader_start", "open_pass", "replay", "warn_of_workers"]
 
@@ -193,27 +193,33 @@ def open_pass(state: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any] | 
 
 
 def warn_of_workers(contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
-    """Warn of persistent workers whose random numbers a checkpoint cannot hold.
+    """Warn of workers whose random numbers a checkpoint cannot hold, and which do not draw them again.
 
     Args:
         contents: The contents of the checkpoint.
         data: The loaders of the fit that resumes.
     """
-    found: list[str] = []
+    stay: list[str] = []
+    anew: list[str] = []
     for phase, loader in data.items():
-        begun, _ = open_pass(contents["position"], phase)
+        begun, batches = open_pass(contents["position"], phase)
         state = begun["loader"] if begun is not None else contents["loaders"].get(repr(phase), {})
         if state.get("workers") and keeps_workers(loader):
-            found.append(repr(phase))
-    if found:
-        warnings.warn(
-            f"The loader for {' and '.join(found)} keeps its workers from one pass to the next "
-            f"(persistent_workers=True), and no checkpoint holds the states of their random numbers: what the "
-            f"workers draw from here on (an augmentation) is not what they would have drawn without the "
-            f"interruption. If they draw nothing, all is exact. Otherwise write persistent_workers=False.",
-            UserWarning,
-            stacklevel=7,
-        )
+            stay.append(repr(phase))
+        elif begun is not None and batches and keeps_position(unlimited(loader)) and has_workers(loader):
+            anew.append(repr(phase))
+    for found, what, remedy in (
+        (stay, "keeps its workers from one pass to the next (persistent_workers=True)", "persistent_workers=False"),
+        (anew, "continues within a pass with new workers (StatefulDataLoader)", "num_workers=0, or take a DataLoader"),
+    ):
+        if found:
+            warnings.warn(
+                f"The loader for {' and '.join(found)} {what}, and no checkpoint holds the states of their random "
+                f"numbers: what the workers draw from here on (an augmentation) is not what they would have drawn "
+                f"without the interruption. If they draw nothing, all is exact. Otherwise write {remedy}.",
+                UserWarning,
+                stacklevel=7,
+            )
 
 
 def _too_short(batches: int, phase: Phase, available: int) -> CheckpointError:
@@ -224,7 +230,12 @@ def _too_short(batches: int, phase: Phase, available: int) -> CheckpointError:
 
 
 def replay(
-    loader: Iterable[Any], begun: Mapping[str, Any], batches: int, phase: Phase, early: Mapping[str, Any] | None = None
+    loader: Any,
+    begun: Mapping[str, Any],
+    batches: int,
+    phase: Phase,
+    early: Mapping[str, Any] | None = None,
+    reached: Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
     """Return an iterator of a loader after its first batches, with the random numbers of the pass that is repeated.
 
@@ -235,21 +246,27 @@ def replay(
         phase: The phase that the batches are for.
         early: The `states_before` the next batch was taken, if it was taken before the model drew its numbers for the
             last of these batches; ``None`` if it was taken after that.
+        reached: The `loader_state` after these batches. A loader that keeps its position continues there and draws no
+            batch again, unless it had given one more batch, which was held for prefetch.
 
     Raises:
         CheckpointError: The loader gives fewer than `batches` batches.
     """
+    kept = unlimited(loader)
+    if batches and reached is not None and reached.get("given") == batches and keeps_position(kept):
+        set_own_state(kept, reached["own"], within=True)
+        return islice(kept, None if kept is loader else loader.most - batches)
     start_workers(loader, begun["loader"])
+    set_loader_state(loader, begun["loader"])
     if begun["random"] is not None:
         set_random_state(begun["random"])
-    set_loader_state(loader, begun["loader"])
-    iterator = iter(loader)
+    iterator: Iterator[Any] = iter(loader)
     missing = object()
     for number in range(batches):
         if next(iterator, missing) is missing:
             raise _too_short(batches, phase, number)
     if early is not None:
-        set_loader_state(loader, early["loader"])
+        set_loader_state(loader, early["loader"], own=False)
         set_random_state(early["random"])
     elif batches:
         return iterator
@@ -268,6 +285,7 @@ class Stream:
         number: Called when a pass begins; returns the number of the pass, for `set_epoch`.
 
     Attributes:
+        phase: The phase that the batches are for.
         given: The number of batches given so far.
 
     Raises:
@@ -276,7 +294,8 @@ class Stream:
 
     def __init__(self, loader: Iterable[Any], phase: Phase, number: Callable[[], int]) -> None:
         self.given = 0
-        self._loader, self._phase, self._number = loader, phase, number
+        self.phase = phase
+        self._loader, self._number = loader, number
         self._pass: tuple[dict[str, Any] | None, int] = (None, 0)  # its `loader_start`, and the batches it has given
         self._previous: tuple[dict[str, Any] | None, int] = (None, 0)  # the same of the pass before
         self._resumed: Iterable[Any] | None = None
@@ -303,7 +322,7 @@ class Stream:
                     self._pass = begun, count
                     self.given += 1
                     yield raw
-            check_gave(count, self._phase, self._loader)
+            check_gave(count, self.phase, self._loader)
 
     def put_back(self) -> None:
         """Give the last batch again: prefetch had taken it for an epoch that was cancelled before that batch."""
@@ -312,12 +331,17 @@ class Stream:
         self.given -= 1
         self._again = True
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Return to the position that `state_dict` returned. Call this before the first batch is taken."""
+    def resume(self, state: Mapping[str, Any], reached: Mapping[str, Any] | None = None) -> None:
+        """Return to the position that `state_dict` returned. Call this before the first batch is taken.
+
+        Args:
+            state: The position.
+            reached: The `loader_state` at this position.
+        """
         if state["begun"] is not None:
             self._pass = state["begun"], state["count"]
             set_epoch(self._loader, state["begun"].get("number", 0))
-            self._resumed = replay(self._loader, state["begun"], state["count"], self._phase)
+            self._resumed = replay(self._loader, state["begun"], state["count"], self.phase, reached=reached)
 
     def state_dict(self, ahead: int) -> dict[str, Any]:
         """Return the start of the pass, and the number of its batches that training has used.

@@ -2,7 +2,7 @@
 
 The process has the generators of Python, numpy and torch, and those of the accelerator under its type, as ``"cuda"``. A
 loader has its own ``torch.Generator`` if the user gave one to the loader, its sampler or its dataset. A loader with
-``state_dict()`` and ``load_state_dict()`` keeps its position itself.
+``state_dict()`` and ``load_state_dict()`` keeps a state of its own.
 
 Worker processes have their own generators, seeded with a number that the loader draws when it starts them. A loader
 with ``persistent_workers=True`` starts its workers once, so only its first pass draws that number.
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from flowtrain.data.loaders import keeps_position, own_state, set_own_state
 from flowtrain.state.accelerator import accelerator_kind, random_states, set_random_states
-from flowtrain.training.fit_data import loader_parts
+from flowtrain.training.fit_data import loader_parts, unlimited
 
 __all__ = [
     "keeps_workers",
@@ -61,33 +62,30 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
-    """Return the states of a loader's generators, its own ``state_dict()`` if it has one, and whether workers run.
+    """Return the states of a loader's generators, the state that it keeps itself, and whether its workers run.
 
-    The seeds of its `DistributedSampler` objects are part of it, because the order of a pass follows from them.
+    The seeds of its `DistributedSampler` objects are part of it, because the order of a pass follows from them. For a
+    loader that keeps its position, ``given`` is the number of batches of its pass up to there.
     """
-    state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)], "own": None}
-    state["seeds"] = [sampler.seed for sampler in _distributed(loader)]
-    state["workers"] = any(_runs(part) for part in _persistent(loader))
-    if _keeps_its_own(loader):
-        state["own"] = loader.state_dict()
-    return state
+    kept = unlimited(loader)
+    return {
+        "generators": [generator.get_state() for generator in _generators(loader)],
+        "seeds": [sampler.seed for sampler in _distributed(loader)],
+        "workers": any(_runs(part) for part in _persistent(loader)),
+        "own": own_state(kept),
+        "given": getattr(kept._iterator, "_num_yielded", 0) if keeps_position(kept) else 0,
+    }
 
 
-def set_loader_state(loader: Any, state: Mapping[str, Any]) -> bool:
-    """Set a loader to the state that `loader_state` returned; return whether the loader keeps its position itself."""
+def set_loader_state(loader: Any, state: Mapping[str, Any], *, own: bool = True) -> None:
+    """Set a loader to the state that `loader_state` returned; without `own`, all but the state that it keeps itself."""
+    if own:  # before the generators, which this may draw from
+        set_own_state(unlimited(loader), state["own"])
     # Not strict: a fit may resume with another loader, which has fewer generators or more.
     for generator, each in zip(_generators(loader), state["generators"], strict=False):
         generator.set_state(each)
     for sampler, seed in zip(_distributed(loader), state.get("seeds", ()), strict=False):  # early checkpoints lack them
         sampler.seed = seed
-    if state["own"] is not None and _keeps_its_own(loader):
-        loader.load_state_dict(state["own"])
-        return True
-    return False
-
-
-def _keeps_its_own(loader: Any) -> bool:
-    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
 def keeps_workers(loader: Any) -> bool:
@@ -106,7 +104,7 @@ def start_workers(loader: Any, state: Mapping[str, Any]) -> None:
         state: The state that `loader_state` returned.
     """
     for part in _persistent(loader) if state.get("workers") else ():
-        if not _runs(part):
+        if not _runs(part) and not keeps_position(part):  # that one is begun with its state
             iter(part)  # a DataLoader starts its persistent workers when it is first iterated
 
 
@@ -141,7 +139,7 @@ def unmoved(loader: Any) -> Generator[None]:
 def states_before(loader: Any) -> dict[str, Any]:
     """Return the generators from which the next batch of a loader is drawn; `RankBatches` takes that batch early."""
     generators = [generator.get_state() for generator in _generators(loader)]
-    return {"random": random_state(), "loader": {"generators": generators, "own": None}}
+    return {"random": random_state(), "loader": {"generators": generators}}
 
 
 def _distributed(loader: Any) -> list[torch.utils.data.DistributedSampler[Any]]:
