@@ -13,6 +13,7 @@ from tests.accelerator.simulated.backend import can_install
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_install(), reason="this torch can have no device that is written in Python")
 def test_on_the_simulated_device() -> None:
     done = subprocess.run(

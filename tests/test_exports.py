@@ -27,7 +27,7 @@ MODULES = [
 ]
 
 # These modules are slow to import or not installed everywhere, so users import them themselves.
-LAZY = ["dask", "distributed", "matplotlib", "networkx", "rich", "sklearn", "tensorboard", "torchmetrics"]
+LAZY = ["dask", "distributed", "matplotlib", "networkx", "pandas", "rich", "sklearn", "tensorboard", "torchmetrics"]
 IMPORT = """
 import json, sys, threading
 started, start = [], threading.Thread.start

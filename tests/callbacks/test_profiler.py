@@ -125,16 +125,20 @@ class Busy(Callback):
         self.seen += 1
 
 
-def test_beside_handlers_on_other_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"parallel": "always", "workers": 4}, pytest.param({"cluster": "local"}, marks=pytest.mark.slow)],
+    ids=["threads", "processes"],
+)
+def test_beside_handlers_on_other_threads(options: dict[str, Any], tmp_path: Path) -> None:
     """The profiler runs on the training thread, and training has the serial result."""
     plain = tiny_learner()
     plain.fit(1)
-    for number, executor in enumerate((DaskExecutor(parallel="always", workers=4), DaskExecutor(cluster="local"))):
-        profiler = Profiler(tmp_path / str(number))
-        with tiny_learner(Busy(), Busy(), profiler, executor=executor) as learner:
-            learner.fit(1)
-        assert traces(profiler) == [("batch-000005", 3)]
-        assert torch.equal(learner.model.coeff, plain.model.coeff)
+    profiler = Profiler(tmp_path)
+    with tiny_learner(Busy(), Busy(), profiler, executor=DaskExecutor(**options)) as learner:
+        learner.fit(1)
+    assert traces(profiler) == [("batch-000005", 3)]
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
     assert is_off()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,9 +188,3 @@ def test_a_history_holds_neither_the_model_nor_the_learner() -> None:
     assert model() is None
     assert isinstance(history, History)
     assert len(history.rows) == 3
-
-
-def test_importing_flowtrain_imports_no_pandas() -> None:
-    code = "import sys, flowtrain; print('pandas' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert found.stdout == "False\n"

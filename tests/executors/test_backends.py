@@ -297,6 +297,7 @@ class Imported(Callback):
 """
 
 
+@pytest.mark.slow
 def test_backends_of_an_imported_class_and_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker imports the module, and so makes backends of its own; the records are those of the driver's."""
     monkeypatch.chdir(tmp_path)

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.state.random_numbers import Draws, own_numbers, seed_everything
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
+from tests.support.programs import Programs
 from tests.support.untyped import untyped
 
 # Numpy documents these two functions, but has no annotations for them.
@@ -390,10 +389,10 @@ def test_one_seed_for_all_generators_which_is_returned() -> None:
         assert flowtrain.seed_everything is seed_everything
 
 
-def test_a_program_of_its_own() -> None:
+def test_a_program_of_its_own(programs: Programs) -> None:
     program = "import flowtrain; flowtrain.seed_everything(5); import numpy; print(numpy.random.rand())"
     expected = np.random.RandomState(5).rand()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = programs.run(program)
     assert float(done.stdout) == expected
 
 

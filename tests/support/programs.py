@@ -19,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# The modules that every program finds imported. An optimizer imports torch._dynamo, which takes a second.
+PREPARED = ("torch", "torch._dynamo", "flowtrain.callbacks", "flowtrain.logging", "flowtrain.testing", "flowtrain_dask")
+
 
 def importing_the_same() -> dict[str, str]:
     """Return the environment for a program that shall import the same modules as this process."""
@@ -90,6 +93,6 @@ def become(source: str, arguments: list[str], pipes: list[str], seconds: int) ->
 
 
 if __name__ == "__main__":
-    for name in ("torch", "flowtrain.callbacks", "flowtrain.logging", "flowtrain.testing", *sys.argv[1:]):
+    for name in (*PREPARED, *sys.argv[1:]):
         importlib.import_module(name)
     become(*wait_for_work())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from flowtrain import (
 from flowtrain.callbacks import SmoothLoss, Traces, throttle
 
 Run = Callable[..., Any]
+Place: TypeAlias = tuple[type[Event], type[Phase], int]
+"""The n-th event of a type in a phase."""
 
 
 class Ask(Callback):
@@ -36,6 +38,7 @@ class Ask(Callback):
 
     def __init__(self, path: Path, event: type[Event], phase: type[Phase], number: int) -> None:
         self.path, self.wanted, self.number = path, (event, phase()), number
+        self.place = event, phase, number
         self.seen = 0
 
     @on(Event)
@@ -44,6 +47,11 @@ class Ask(Callback):
             self.seen += 1
             if self.seen == self.number:
                 learner.request_checkpoint(self.path)
+
+
+def ask_at(places: Iterable[Place], folder: Path) -> list[Ask]:
+    """Return a callback for each place, which requests a checkpoint into a file of its own."""
+    return [Ask(folder / f"{number}.ckpt", *place) for number, place in enumerate(places)]
 
 
 class Decay(Callback):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +20,7 @@ from flowtrain.graph.plan import Plan, PlannedHandler
 from flowtrain.testing import ExecutorContract, ShuffledExecutor
 from flowtrain.testing.probes import TORCH_SETTINGS, Trace, catching, messages, torch_state
 from tests.support.executors import Call, Failures, Threads
+from tests.support.programs import Programs
 
 
 class TestSerialExecutor(ExecutorContract):
@@ -476,10 +475,18 @@ def test_a_contract_without_an_executor_says_what_to_define() -> None:
     assert str(caught.value) == "Contract must define make_executor(): return a new executor."
 
 
-def test_it_needs_no_pytest() -> None:
+def test_it_needs_no_pytest(programs: Programs) -> None:
     """Only the contract itself imports pytest, so other users of `flowtrain.testing` need not have it."""
-    source = "import sys; sys.modules['pytest'] = None; import flowtrain.testing; flowtrain.testing.ExecutorContract"
-    subprocess.run([sys.executable, "-c", source], check=True)
+    source = """
+import sys
+for name in [name for name in sys.modules if name.startswith("flowtrain.testing")]:
+    del sys.modules[name]
+sys.modules["pytest"] = None
+import flowtrain.testing
+flowtrain.testing.ExecutorContract
+"""
+    done = programs.run(source)
+    assert done.returncode == 0, done.stderr
 
 
 # --- the parts of the contract

@@ -6,7 +6,6 @@ import io
 import os.path
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from flowtrain_dask.snapshots.copying import Copying
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cut
 from tests.support.encoded import closure, memory_of
+from tests.support.programs import Programs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ComplexHalf support is experimental",
@@ -467,10 +467,10 @@ def test_without_what_stays_it_is_a_pickle_like_any_other() -> None:
     assert pickle.loads(dumps({"a": (1, 2.5, "three")})) == {"a": (1, 2.5, "three")}
 
 
-def test_methods_of_a_script_that_name_a_backend_of_torch_travel() -> None:
+def test_methods_of_a_script_that_name_a_backend_of_torch_travel(programs: Programs) -> None:
     """A class of ``__main__`` is sent by value, with the modules that its methods mention."""
     script = """
-import sys, torch
+import torch
 from flowtrain_dask.cluster.codec import encode
 from flowtrain_dask.cluster.pickling import dumps
 
@@ -478,12 +478,12 @@ class Mine:
     def look(self):
         return torch.backends.mkldnn.is_available(), self.__class__.__name__
 
-sys.stdout.buffer.write(dumps(Mine()))
+print(dumps(Mine()).hex())
 encode(Mine())
 """
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
-    assert made.returncode == 0, made.stderr.decode()
-    assert loads(made.stdout).look() == (torch.backends.mkldnn.is_available(), "Mine")
+    made = programs.run(script)
+    assert made.returncode == 0, made.stderr
+    assert loads(bytes.fromhex(made.stdout)).look() == (torch.backends.mkldnn.is_available(), "Mine")
 
 
 def test_what_does_not_pickle_says_so() -> None:

@@ -421,6 +421,7 @@ def own_processes() -> set[int]:
 
 
 @pytest.mark.cpu_only("the model and a callback hold tensors of the CPU")
+@pytest.mark.slow
 def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     """Rule 26, for ``"local"``: the state comes home; a learner that is dropped leaves no process."""
     torch.manual_seed(0)

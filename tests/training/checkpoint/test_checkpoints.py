@@ -40,38 +40,36 @@ from flowtrain.callbacks import Checkpointer, LogMetrics, Metrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.logs import log_steps
-from tests.support.resumed import FITS, Ask, everything, learner_of
+from tests.support.resumed import FITS, Ask, Place, ask_at, everything, learner_of
 from tests.support.untyped import untyped
 
 Run = Callable[..., Any]
 
 
+PLACES: list[Place] = [
+    (EpochEnd, ValidationPhase, 2),
+    (EpochEnd, TrainingPhase, 2),
+    (BatchEnd, TrainingPhase, 1),
+    (BatchEnd, TrainingPhase, 10),
+    (BatchEnd, TrainingPhase, 12),
+    (BatchEnd, ValidationPhase, 3),
+    (BackwardEnd, TrainingPhase, 12),
+    (EpochBegin, TrainingPhase, 2),
+    (FitEnd, Phase, 1),
+]
+
+
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize(
-    ("event", "phase", "number"),
-    [
-        (EpochEnd, ValidationPhase, 2),
-        (EpochEnd, TrainingPhase, 2),
-        (BatchEnd, TrainingPhase, 1),
-        (BatchEnd, TrainingPhase, 10),
-        (BatchEnd, TrainingPhase, 12),
-        (BatchEnd, ValidationPhase, 3),
-        (BackwardEnd, TrainingPhase, 12),
-        (EpochBegin, TrainingPhase, 2),
-        (FitEnd, Phase, 1),
-    ],
-)
-def test_rule_28_a_resumed_run_is_the_run(
-    fit: str, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
-) -> None:
+def test_rule_28_a_resumed_run_is_the_run(fit: str, tmp_path: Path) -> None:
     """Rule 28: bit for bit, wherever the checkpoint was taken, with shuffling, dropout and schedules."""
-    path = tmp_path / "one.ckpt"
-    whole = learner_of(Ask(path, event, phase, number))
+    asks = ask_at(PLACES, tmp_path)
+    whole = learner_of(*asks)
     whole.fit(**FITS[fit])
     wanted = everything(whole)
-    resumed = learner_of(seed=99)
-    resumed.fit(**FITS[fit], resume=path)
-    assert everything(resumed) == wanted
+    for ask in asks:
+        resumed = learner_of(seed=99)
+        resumed.fit(**FITS[fit], resume=ask.path)
+        assert everything(resumed) == wanted, ask.place
 
 
 def test_epochs_are_the_total_and_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:
@@ -501,24 +499,22 @@ class Begins(Callback):
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("again", [FitBegin, EpochBegin])
-@pytest.mark.parametrize(
-    ("event", "phase", "number"),
-    [(BatchEnd, TrainingPhase, 8), (BatchEnd, ValidationPhase, 3), (EpochEnd, ValidationPhase, 2)],
-)
-def test_rule_28_a_request_at_the_beginning_of_a_fit_that_resumes(
-    event: type[Event], phase: type[Phase], number: int, again: type[Event], fit: str, tmp_path: Path
-) -> None:
+def test_rule_28_a_request_at_the_beginning_of_a_fit_that_resumes(fit: str, tmp_path: Path) -> None:
     """Rule 28: at these events the fit is not yet back at its position, so the first checkpoint is saved again."""
     counted = Begins()
-    whole = learner_of(counted, Ask(tmp_path / "one.ckpt", event, phase, number))
+    firsts = ask_at(
+        [(BatchEnd, TrainingPhase, 8), (BatchEnd, ValidationPhase, 3), (EpochEnd, ValidationPhase, 2)], tmp_path
+    )
+    whole = learner_of(counted, *firsts)
     whole.fit(**FITS[fit])
     wanted = (everything(whole), counted.epochs)
-    ask = Ask(tmp_path / "two.ckpt", again, Phase if again is FitBegin else TrainingPhase, 1)
-    for path, callbacks in (("one.ckpt", [ask]), ("two.ckpt", [])):
-        resumed = learner_of(counted := Begins(), *callbacks, seed=len(path))
-        resumed.fit(**FITS[fit], resume=tmp_path / path)
-        assert (everything(resumed), counted.epochs) == wanted
+    (tmp_path / "again").mkdir()
+    for first in firsts:
+        seconds = ask_at([(FitBegin, Phase, 1), (EpochBegin, TrainingPhase, 1)], tmp_path / "again")
+        for path, callbacks in ((first.path, seconds), *((second.path, []) for second in seconds)):
+            resumed = learner_of(counted := Begins(), *callbacks, seed=99)
+            resumed.fit(**FITS[fit], resume=path)
+            assert (everything(resumed), counted.epochs) == wanted, (first.place, path.name)
 
 
 def test_rule_28_a_request_at_the_end_of_a_fit_that_resumes_and_has_nothing_to_train(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from flowtrain import (
     DataError,
     EpochBegin,
     EpochEnd,
-    Event,
     FitEnd,
     LearnerView,
     Phase,
@@ -33,7 +32,7 @@ from flowtrain.testing.values import learner_leaves
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, loader_start, replay
 from flowtrain.training.checkpoint.rng import random_state, set_random_state
 from flowtrain.training.fit_data import loaders_by_phase
-from tests.support.resumed import FITS, Ask, Run, augmented, everything, learner_of, shuffled, with_generator
+from tests.support.resumed import FITS, Ask, Run, ask_at, augmented, everything, learner_of, shuffled, with_generator
 from tests.support.untyped import untyped
 
 
@@ -229,21 +228,18 @@ def wrapped() -> Any:
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("data", [distributed, by_epoch, wrapped])
-@pytest.mark.parametrize(
-    ("event", "phase", "number"),
-    [(BatchEnd, TrainingPhase, 4), (BatchEnd, TrainingPhase, 12), (EpochEnd, ValidationPhase, 2)],
-)
-def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(
-    fit: str, data: Run, event: type[Event], phase: type[Phase], number: int, tmp_path: Path
-) -> None:
+def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(fit: str, data: Run, tmp_path: Path) -> None:
     """Rule 28: a resumed fit tells the loader the number of the pass that it resumes, not that of a new one."""
-    path = tmp_path / "one.ckpt"
-    whole = learner_of(Ask(path, event, phase, number), data=data)
+    asks = ask_at(
+        [(BatchEnd, TrainingPhase, 4), (BatchEnd, TrainingPhase, 12), (EpochEnd, ValidationPhase, 2)], tmp_path
+    )
+    whole = learner_of(*asks, data=data)
     whole.fit(**FITS[fit])
     wanted = everything(whole)
-    resumed = learner_of(data=data, seed=99)
-    resumed.fit(**FITS[fit], resume=path)
-    assert everything(resumed) == wanted
+    for ask in asks:
+        resumed = learner_of(data=data, seed=99)
+        resumed.fit(**FITS[fit], resume=ask.path)
+        assert everything(resumed) == wanted, ask.place
 
 
 def test_every_pass_has_a_number_of_its_own_over_the_life_of_a_learner(tmp_path: Path) -> None:
