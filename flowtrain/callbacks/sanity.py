@@ -75,8 +75,7 @@ class SanityCheck(Callback):
 
     def state_access(self) -> Access:
         """Declare reads of data, model, loss function and optimizer, and the generators of random numbers."""
-        reads: Access = {name: Read() for name in ("data", "lossfn", "model", "optimizer")}
-        return {**reads, "resource.rng": Write()}
+        return {"data": Read(), "lossfn": Read(), "model": Read(), "optimizer": Read(), "resource.rng": Write()}
 
     @on(FitBegin)
     def check(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
