@@ -63,7 +63,8 @@ class Calls:
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
-            chosen = limited(self._loop.state.data if data is None else loaders_by_phase(data), limit_batches)
+            given = self._loop.state.data if data is None else loaders_by_phase(data)
+            chosen = limited(self._loop.divided(given), limit_batches)
             self.check_phases(chosen)
             check_fit_data(chosen, by_steps=steps is not None, stacklevel=3)
             self.stopped = None
@@ -93,7 +94,7 @@ class Calls:
         known = self._loop.state.data
         if data is None and phase not in known:
             raise UsageError(f"There is no data for {phase!r}. Pass it: {call}.")
-        chosen = known if data is None else loaders_by_phase({**known, phase: data})
+        chosen = self._loop.divided(known if data is None else loaders_by_phase({**known, phase: data}))
         self.check_phases([phase])
         with self._using(chosen):
             self._loop.epoch(phase, chosen[phase])

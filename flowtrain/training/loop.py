@@ -94,6 +94,10 @@ class Loop:
         """Let the next fit begin at the position of a checkpoint; see `Checkpoints.resume`."""
         self.checkpoints.resume(path, data, unit)
 
+    def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
+        """Return the loaders that this process uses of those that the user has passed."""
+        return data
+
     def agreed(self, value: Any) -> Any:
         """Return a value on which all ranks agree: that of the main rank."""
         return value
@@ -111,10 +115,6 @@ class Loop:
 
     def _merge(self, phase: Phase, failures: list[BaseException]) -> None:
         """Merge what ranks measured in an epoch, before `EpochEnd` shows it."""
-
-    def _check_gave(self, phase: Phase, loader: object) -> None:
-        """Check that the loader has given at least one batch in this epoch."""
-        check_gave(self.scopes.batch_number, phase, loader)
 
     # --- fit and epoch
 
@@ -273,7 +273,7 @@ class Loop:
                 self.core.end_groups()
                 batches = self._begin_epoch(phase, loader)
                 self._run(phase, batches, shortest(length(loader), most), most)
-                self._check_gave(phase, loader)
+                check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
             except BaseException as failure:  # raised below, after the epoch is closed

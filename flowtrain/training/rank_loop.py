@@ -6,20 +6,24 @@ into the loop, and ends each training epoch on all ranks with the same batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Never
+
+import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
+from flowtrain.data.rank_batches import agreed_length, check_ends
+from flowtrain.data.sharding import Shards, Share, check_first_batches
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
     CancelException,
     DataError,
-    RankError,
     RemoteError,
     raise_worst,
 )
@@ -38,6 +42,8 @@ from flowtrain.training.scopes import CLOSED
 from flowtrain.training.step import Steps
 
 __all__ = ["RankLoop", "make_loop"]
+
+_logger = logging.getLogger("flowtrain")
 
 _NONE = object()
 """Stands for a batch that a loader has not given, since a batch may be ``None``."""
@@ -69,6 +75,9 @@ class RankLoop(Loop):
         self.ranks = Ranks(world)
         self._parallel = parallel
         self._known = True  # whether all ranks know the number of batches of the present epoch
+        self._shards = Shards(world.rank, world.size, world.exchange(torch.initial_seed() % 2**32)[0])
+        self._shares: dict[Phase, Share] = {}
+        self._said: set[str] = set()
         self._compared: set[Phase] = set()  # phases whose first batch was compared with those of the other ranks
         super().__init__(state, core, executor)
         self.sinks.run = Run(world.exchange(self.sinks.run.id)[0])
@@ -84,6 +93,23 @@ class RankLoop(Loop):
         )
 
     # --- fit and epoch
+
+    def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
+        """Return the loaders of this rank, and tell the user once, on the main rank, what was done with them."""
+        found: PhaseMap[Any] = PhaseMap("data")
+        for phase, loader in data.items():
+            training = not isinstance(phase, AbstractValidationPhase)
+            self._shares[phase] = share = self._shards.of(loader, f"The data for {phase!r}", training=training)
+            found[phase] = share.loader
+            for note in share.notes:
+                self._say(note)
+        return found
+
+    def _say(self, line: str) -> None:
+        """Write a line for the user, once, on the main rank; an empty line is none."""
+        if line and self.ranks.world.main and line not in self._said:
+            self._said.add(line)
+            _logger.info(line)
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
         """Let the next fit begin at the position of a checkpoint on all ranks, or on none."""
@@ -168,10 +194,6 @@ class RankLoop(Loop):
         except BaseException as failure:
             failures.append(failure)
 
-    def _check_gave(self, phase: Phase, loader: object) -> None:
-        if not isinstance(phase, AbstractValidationPhase):  # a rank may have nothing to evaluate
-            super()._check_gave(phase, loader)
-
     def epoch(self, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
         if self.scopes.fit == CLOSED:
@@ -203,36 +225,38 @@ class RankLoop(Loop):
         if self.steps.wraps(phase):
             self._parallel.prepare()
         source = iter(batches)
-        done = self.scopes.batch_number
+        done = number = self.scopes.batch_number
         first, total = self._agree_on_epoch(phase, source, total)
-        left = None if total is None else total - done
-        if left == 0:
+        if first is _NONE:
             return
-        known = total is not None
         source = chain([first], source)
-        fed = iter(self.core.feed(source if known else self._until_last(source), left))
+        del first
+        # Without a length the ranks tell each other before each batch whether they have one, so none is taken early.
+        fed = iter(self.core.feed(source, total - done)) if total is not None else self._until_any_ends(phase, source)
         step = self.steps.step_of(phase)
-        number = done
         while total is None or number < total:
             self.ranks.begin_batch("")
             try:
-                raw = next(fed)
-            except StopIteration:
-                if total is None:
-                    return
-                early = CancelEpochException(
-                    f"the loader for {phase!r} has given {number} batches, and has announced {total} or more"
-                )
-                self.steps.tell(phase, early)
-                raise early from None
+                raw = next(fed, _NONE)
             except BaseException as failure:
                 if not self.ranks.knows(failure):
                     self._tell_next(phase, failure)
                 raise
+            if raw is _NONE:
+                if total is not None:
+                    self._end_early(phase, number, total)
+                return
             number += 1
             self.scopes.batch_number = number
             self._batch(phase, step, raw, more=total is None or number < total)
             del raw
+
+    def _end_early(self, phase: Phase, number: int, total: int) -> Never:
+        """End the epoch on all ranks, since the loader of this rank has given fewer batches than it announced."""
+        text = f"the loader for {phase!r} has given {number} batches, and has announced {total} or more"
+        early = DataError(text) if self.core.settings.uneven == "error" else CancelEpochException(text)
+        self._tell_next(phase, early)
+        raise early
 
     def _batch(self, phase: Phase, step: Callable[[Any], None], raw: Any, *, more: bool) -> None:
         """Run a training batch, and act on what was raised after its sync point.
@@ -275,57 +299,63 @@ class RankLoop(Loop):
         self.steps.tell(phase, failure)
 
     def _agree_on_epoch(self, phase: Phase, source: Iterator[Any], total: int | None) -> tuple[Any, int | None]:
-        """Return the first batch of this rank, and the number of batches in the epoch on all ranks.
+        """Return the first batch of this rank, and the number of batches that the epoch has on all ranks.
 
         Args:
             phase: The phase.
-            source: The batches that are left in the epoch.
+            source: The batches that are left in the epoch on this rank.
             total: The number of batches in the whole epoch on this rank; ``None`` if it is not known.
 
+        Returns:
+            The batch, `_NONE` if a rank has none; and the number, ``None`` if a rank does not know it.
+
         Raises:
-            RankError: Two ranks have the same first batch.
-            DataError: The ranks have different numbers of batches, and that is not wanted.
+            RankError: Two ranks have the same first batch, or different numbers of batches where that is not wanted.
         """
         failures: list[BaseException] = []
         first: list[Any] = [_NONE]
-        mark = ""
+        prints: tuple[str, ...] | None = None
+        share = self._shares.get(phase)
         try:
             first[0] = next(source, _NONE)
-            if phase not in self._compared and first[0] is not _NONE:
-                mark = ''
+            if first[0] is not _NONE and share is not None and phase not in self._compared:
+                prints = share.fingerprints(first[0])
         except BaseException as failure:
             failures.append(failure)
-        if first[0] is _NONE:
-            total = self.scopes.batch_number
-        found = self.ranks.meet("the first batch", failures, (total, mark))
+        found = self.ranks.meet("the first batch", failures, (total, first[0] is _NONE, prints))
         self._raise(failures)
+        what = f"The data for {phase!r}"
+        agreed = agreed_length([each for each, _, _ in found], what, self.core.settings.uneven)
+        self._known = agreed.certain
+        if any(ended for _, ended, _ in found):
+            return _NONE, None
+        marks = [each for _, _, each in found if each is not None]
+        if share is not None and len(marks) == len(found):
+            check_first_batches(marks, what, share)
         self._compared.add(phase)
-        if found:
-            _check_different(phase, [mark for _, mark in found])
-        totals = [each for each, _ in found]
-        self._known = None not in totals
-        least = min(each for each in totals if each is not None) if self._known else None
-        if self.core.settings.uneven == "error" and len(set(totals)) > 1:
-            shown = ", ".join(f"rank {rank}: {'unknown' if each is None else each}" for rank, each in enumerate(totals))
-            raise DataError(
-                f"The ranks have different numbers of batches for {phase!r} ({shown}), and uneven='error' was asked "
-                f"for. Give every rank equally many, or leave uneven= out: the epoch then ends with the shortest."
-            )
-        return first[0], least
+        self._say(agreed.note)
+        return first.pop(), agreed.most if agreed.certain else None
 
-    def _until_last(self, source: Iterator[Any]) -> Iterator[Any]:
-        """Yield batches until any rank has no further one, which all ranks tell each other before each batch."""
-        ranks = self.ranks
+    def _until_any_ends(self, phase: Phase, source: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches until any rank has no further one, which all ranks tell each other before each batch.
+
+        Raises:
+            RankError: One rank has ended and another has not, where that is not wanted.
+        """
+        ranks, number = self.ranks, self.scopes.batch_number
         while True:
-            following = next(source, _NONE)  # after the batch before, with which the other ranks would meet an error
+            held = [next(source, _NONE)]  # a list, so that nothing here keeps the batch while it is trained
             ranks.begin_batch("flags")
-            mine = ranks.flags()
-            mine[END] = int(following is _NONE)
-            sums = ranks.world.sum(mine)
+            flags = ranks.flags()
+            flags[END] = int(held[0] is _NONE)
+            sums = ranks.world.sum(flags)
             ranks.join(sums, None)
             if sums[END]:
+                if self.core.settings.uneven == "error":
+                    check_ends(ranks.world.exchange(held[0] is _NONE), number, f"The data for {phase!r}")
                 return
-            yield following
+            number += 1
+            yield held.pop()
 
     def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an evaluation until a signal has come to this rank."""
@@ -333,19 +363,3 @@ class RankLoop(Loop):
             yield raw
             if self.ranks.leave is not None:
                 return
-
-
-def _check_different(phase: Phase, marks: list[str]) -> None:
-    """Check that no two ranks have the same first batch.
-
-    Raises:
-        RankError: Two ranks have the same one.
-    """
-    for rank, mark in enumerate(marks):
-        if mark and mark in marks[:rank]:
-            raise RankError(
-                f"Rank {marks.index(mark)} and rank {rank} have got the same first batch for {phase!r}, so they would "
-                f"train on the same data. Give each rank its part: DataLoader(dataset, "
-                f"sampler=DistributedSampler(dataset)) of torch.utils.data, or batches chosen by the rank, "
-                f"torch.distributed.get_rank()."
-            )
