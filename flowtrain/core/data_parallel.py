@@ -170,7 +170,6 @@ class DataParallel:
         received: Any = self._flags.grad
         return [round(mean * self.world.size) for mean in received.tolist()]
 
-
     def absent(self, flags: Sequence[int]) -> list[int]:
         """Take part in the backward pass of the other ranks without a loss; return the sums of the flags.
 
@@ -183,6 +182,17 @@ class DataParallel:
         try:
             with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
                 return self.backward(self._ddp(), flags)
+        finally:
+            self._wrapped.absent = False
+
+    def attend(self) -> None:
+        """Call DDP without a batch whose gradients stay on this rank: its second call has a collective of its own."""
+        if self._wrapped is None:
+            return
+        self._wrapped.absent = True
+        try:
+            with torch.enable_grad():
+                self.world.guarded(self._ddp)
         finally:
             self._wrapped.absent = False
 

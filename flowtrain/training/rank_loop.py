@@ -35,9 +35,9 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
-from flowtrain.training.loop import LEFT_OPEN, Loop
+from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
 from flowtrain.training.rank_steps import RankSteps
-from flowtrain.training.ranks import END, Ranks
+from flowtrain.training.ranks import END, FIT_END, Ranks
 from flowtrain.training.scopes import CLOSED
 from flowtrain.training.step import Steps
 
@@ -156,9 +156,16 @@ class RankLoop(Loop):
         return min(found) if found and None not in found else None
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
-        self.ranks.meet(point, failures)
-        if self.ranks.interrupted and not self.ranks.ending and point != "FitEnd":
+        ranks = self.ranks
+        ranks.meet(point, failures)
+        if point == FIT_END:
+            known = ranks.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
+            if ranks.interrupted and ranks.leave is None and not known:
+                failures.append(KeyboardInterrupt("training was interrupted on another rank, after its last epoch"))
+        elif ranks.interrupted and not ranks.ending:
             self._interrupt(failures)
+        if not point and not ranks.failed:  # a cancel or an interrupt has ended the last epoch before its end
+            attempt(failures, self._parallel.share_buffers)
 
     def _interrupt(self, failures: list[BaseException]) -> None:
         """End the fit for a signal to any rank, at a point that all ranks have reached."""
@@ -346,7 +353,7 @@ class RankLoop(Loop):
         while True:
             held = [next(source, _NONE)]  # a list, so that nothing here keeps the batch while it is trained
             ranks.begin_batch("flags")
-            flags = ranks.flags()
+            flags = ranks.flags(batch=False)
             flags[END] = int(held[0] is _NONE)
             sums = ranks.world.sum(flags)
             ranks.join(sums, None)

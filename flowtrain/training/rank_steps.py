@@ -206,6 +206,11 @@ class RankSteps(Steps):
             self._stay_away(phase)
         if ranks.owed:
             failure = self.tell(phase, failure)
+        elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, Exception):
+            try:
+                self._parallel.attend()
+            except RemoteError as lost:
+                failure = merge([failure, lost])
         if ranks.told:  # also on a rank whose backward pass has not begun: its group is that of the other ranks
             self._scopes.backward = True
         elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, CancelException):

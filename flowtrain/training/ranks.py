@@ -108,16 +108,23 @@ class Ranks:
         """Tell whether all ranks know of a failure of the present batch, or of one that is at least as bad."""
         return self.told >= _place(failure) or self.ending or self.world.lost
 
-    def flags(self, failure: BaseException | None = None) -> list[int]:
+    @property
+    def failed(self) -> bool:
+        """Whether an error of a rank was told at the last sync point, or a rank is lost."""
+        return self.told == _ERROR or self.world.lost
+
+    def flags(self, failure: BaseException | None = None, *, batch: bool = True) -> list[int]:
         """Return the flags of this rank.
 
         Args:
             failure: What this rank has raised and the others do not know of yet.
+            batch: Whether a cancel of a batch that is carried is told, which must wait for the sync point of a batch.
         """
         found = [0] * FLAGS
         if self.leave is not None:
             found[INTERRUPT] = 1
-        failure = failure or self.carried
+        if failure is None and (batch or not isinstance(self.carried, CancelBatchException)):
+            failure = self.carried
         if failure is not None:
             found[_place(failure)] = 1
         return found
