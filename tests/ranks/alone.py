@@ -113,42 +113,55 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def fit(*callbacks: Callback, model: nn.Module | None = None, raises: bool = False, **options: Any) -> End:
+def fit(
+    *callbacks: Callback,
+    model: Any = None,
+    raises: bool = False,
+    phase: type[Phase] = TrainingPhase,
+    run: Callable[[Learner], object] = lambda learner: learner.fit(EPOCHS),
+    **options: Any,
+) -> End:
     """Train for two epochs of four batches each, with validation, and return the end on this rank.
 
     Args:
         callbacks: The callbacks, before one that records events.
-        model: The model, if it is not the usual one.
+        model: The model, if it is not the usual one; or several by name.
         raises: Whether an error of the fit is raised, and not returned.
+        phase: The phase that trains.
+        run: The function that trains.
         options: Arguments of the learner that replace the usual ones.
     """
     watch, error = Everywhere(), None
     chosen: dict[str, Any] = {
-        "data": (classes(BATCHES), classes(2)),
+        "data": {phase: classes(BATCHES), ValidationPhase: classes(2)},
         "optimizer": SGD,
         "default_callbacks": "quiet",
         "lossfn": cross_entropy,
         **options,
     }
-    learner = Learner(model or globals()["model"](), callbacks=[*callbacks, watch], **chosen)
-    with learner:
+    models = model or globals()["model"]()
+    with Learner(models, callbacks=[*callbacks, watch], **chosen) as learner:
         try:
-            learner.fit(EPOCHS)
+            run(learner)
         except BaseException as failure:
             if raises:
                 raise
             error = Failure.of(failure)
-        counts = tuple(learner.cbstate.history[TrainingPhase])
+        counts = tuple(learner.cbstate.history[phase])
         rows = "\n".join(map(repr, learner.history.rows))
         stopped = None if learner.stopped is None else str(learner.stopped)
-        weights = trained(learner.model, learner.optimizer)
+        pairs = [(models, learner.optimizer)]
+        if isinstance(models, dict):
+            pairs = [(models[name], learner.optimizer[name]) for name in models]
+        weights = {f"{n}{path}": bits for n, pair in enumerate(pairs) for path, bits in trained(*pair).items()}
         return End(weights, counts, rows, short(watch.names), stopped, error)
 
 
 def by_hand(*epochs: Batches) -> dict[str, Any]:
     """Return the result of a training by hand over these batches, as `End.weights` has it."""
     made = model()
-    return trained(made, train(made, SGD, [batches for batches in epochs if batches]))
+    optimizer = train(made, SGD, [batches for batches in epochs if batches])
+    return {f"0{path}": bits for path, bits in trained(made, optimizer).items()}
 
 
 class FailingLoader:

@@ -95,7 +95,7 @@ class Outcome(Generic[T]):
     def __str__(self) -> str:
         shown = [f"rank {self.rank}: {self.ended}, exit code {self.code}, after {self.seconds:.2f} s"]
         if self.error or self.code:
-            shown += [self.error.trace if self.error else "", self.out[-2000:], self.err[-4000:]]
+            shown += [self.out[-2000:], self.error.trace if self.error and not self.timed_out else self.err[-4000:]]
         return "\n".join(filter(None, shown))
 
 
