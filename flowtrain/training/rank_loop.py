@@ -24,6 +24,7 @@ from flowtrain.errors import (
     CancelEpochException,
     CancelException,
     DataError,
+    RankError,
     RemoteError,
     raise_worst,
 )
