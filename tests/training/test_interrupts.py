@@ -302,6 +302,45 @@ def test_rule_29_interrupted_again_before_the_fit_has_got_back(tmp_path: Path) -
     assert resumed.cbstate.history == whole.cbstate.history
 
 
+class Draws:
+    """A loader that draws two numbers for its order; a signal ends it between them, when it begins its n-th pass."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.passes, self.fails_at = 0, fails_at
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.passes += 1
+        shift = torch.rand(()) + torch.rand((), generator=self.generator)
+        if self.passes == self.fails_at:
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("a worker was killed while it was started")
+        shift += torch.rand(())
+        for _ in range(4):
+            x = 0.05 * (torch.rand(4, 1, generator=self.generator) + shift)
+            yield x, 3 * x
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_rule_29_a_loader_that_fails_before_its_first_batch_begins_the_epoch_again(at: int, tmp_path: Path) -> None:
+    """It may have drawn a part of its numbers then; the checkpoint has those from before."""
+
+    def run(fails_at: int = 0, resume: Path | None = None) -> list[Any]:
+        torch.manual_seed(0 if resume is None else 9)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+        learner = tiny_learner(Checkpointer(tmp_path), model=model, data=Draws(fails_at), default_callbacks="quiet")
+        learner.fit(3, resume=resume)
+        return [*(each.tolist() for each in model.parameters()), torch.rand(()).item()]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(at)
+    assert (tmp_path / "latest").read_text() == "interrupted.ckpt\n"
+    found = run(resume=tmp_path)
+    for each in tmp_path.iterdir():
+        each.unlink()
+    assert found == run()
+
+
 def test_a_checkpoint_that_cannot_be_taken_does_not_hold_up_the_interrupt(tmp_path: Path) -> None:
     class Odd(Callback):
         def state_dict(self) -> dict[str, Any]:

@@ -42,14 +42,7 @@ from flowtrain.training.checkpoint.contents import (
     without_callback,
 )
 from flowtrain.training.checkpoint.files import Writer, find_file, read, real_folder
-from flowtrain.training.checkpoint.position import (
-    Position,
-    Stream,
-    check_data,
-    open_pass,
-    replay,
-    warn_of_workers,
-)
+from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, replay, warn_of_workers
 from flowtrain.training.checkpoint.rank_parts import check_size
 from flowtrain.training.checkpoint.rng import (
     loader_state,
@@ -176,6 +169,8 @@ class Checkpoints:
         self.take_waiting()
         requests, self._on_interrupt = self._on_interrupt, []
         if requests:
+            if not self._scopes.batch_number:
+                self.position.undo_begin(self._state.data)
             self._submit(requests)
             self.writer.wait()
             self.saved = [Path(request.path) for request in requests]
@@ -408,9 +403,8 @@ class Checkpoints:
 
     def replay(self, loader: Any, phase: Phase) -> Iterator[Any]:
         """Return the batches that are left of the epoch in which the fit resumes; see `position.replay`."""
-        position = self.position
-        begun, batches, reached = position.begun or {}, position.batches, self._reached(phase)
-        return replay(loader, begun, batches, phase, early=position.early, reached=reached)
+        at = self.position
+        return replay(loader, at.begun or {}, at.batches, phase, early=at.early, reached=self._reached(phase))
 
     def _reached(self, phase: Phase) -> Mapping[str, Any] | None:
         """Return the state of the loader of a phase in the checkpoint that the fit resumes."""
@@ -446,7 +440,7 @@ class Checkpoints:
             if repr(phase) in contents["loaders"]:
                 state = contents["loaders"][repr(phase)]
                 between = open_pass(contents["position"], phase)[0] is None
-                if between:  # `replay` starts the workers of an open pass, and brings its loader to its position
+                if between:  # `replay` does this for an open pass
                     start_workers(loader, state)
                 set_loader_state(loader, state, own=between)
         set_random_state(contents["random"])

@@ -85,6 +85,20 @@ class Position:
         self.phase, self.begun, self.batches = repr(phase), None, 0
         self.source = self.early = None
 
+    def undo_begin(self, data: PhaseMap[Any]) -> None:
+        """Restore the generators to the beginning of the open epoch, whose loader has failed before its first batch.
+
+        The loader may have drawn some of its numbers, as for the seed of its workers, and not yet the others, as for
+        its order. A fit that resumes begins the pass anew.
+        """
+        if self.begun is not None:
+            for phase, loader in data.items():
+                if repr(phase) == self.phase:
+                    set_loader_state(loader, self.begun["loader"], own=False)
+            if self.begun["random"] is not None:
+                set_random_state(self.begun["random"])
+            self.begun = None
+
     def end_epoch(self, batches: int) -> None:
         """Note that the epoch has ended after `batches` batches: after its last one, or by a cancel of the epoch."""
         if self.unit:
