@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +256,31 @@ def test_dask_draws_from_a_generator_of_its_own() -> None:
     sizeof.sizeof(list(range(10_000)))
     compression.byte_sample(memoryview(bytes(10_000)), 10, 3)
     assert random.getstate() == state
+
+
+class Noise:
+    """Batches with numbers of all three generators of the process."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(6):
+            x = 0.1 * (torch.rand(4, 1) + random.random() + float(np.random.rand()))
+            yield x, 3 * x
+
+
+@pytest.mark.slow
+def test_rule_13_the_data_draws_the_same_numbers_beside_a_cluster_in_this_process(tmp_path: Path) -> None:
+    """Its scheduler and its client run in a thread of the training process."""
+
+    def run(executor: Any) -> list[Any]:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        log = LogMetrics(JsonlBackend(tmp_path / f"{executor}.jsonl"))
+        with tiny_learner(log, data=Noise(), executor=executor) as learner:
+            learner.fit(3)
+        return [learner.model.coeff.item(), random.random(), float(np.random.rand()), torch.rand(()).item()]
+
+    assert run("local") == run("serial")
 
 
 class Ends(Callback):

@@ -398,17 +398,13 @@ class Checkpoints:
     def resume_stream(self, stream: Stream) -> None:
         """Bring the stream of a fit by steps back to its position in the checkpoint that the fit resumes."""
         if self.resumed is not None and self.resumed["position"]["stream"] is not None:
-            stream.resume(self.resumed["position"]["stream"], self._reached(stream.phase))
+            stream.resume(self.resumed["position"]["stream"], self.resumed["loaders"].get(repr(stream.phase)))
             self._set_random(self.resumed)
 
     def replay(self, loader: Any, phase: Phase) -> Iterator[Any]:
         """Return the batches that are left of the epoch in which the fit resumes; see `position.replay`."""
-        at = self.position
-        return replay(loader, at.begun or {}, at.batches, phase, early=at.early, reached=self._reached(phase))
-
-    def _reached(self, phase: Phase) -> Mapping[str, Any] | None:
-        """Return the state of the loader of a phase in the checkpoint that the fit resumes."""
-        return None if self.resumed is None else self.resumed["loaders"].get(repr(phase))
+        at, reached = self.position, (self.resumed or {"loaders": {}})["loaders"].get(repr(phase))
+        return replay(loader, at.begun or {}, at.batches, phase, early=at.early, reached=reached)
 
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
