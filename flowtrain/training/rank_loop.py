@@ -7,7 +7,8 @@ into the loop, and ends each training epoch on all ranks with the same batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Never
 
@@ -17,21 +18,25 @@ from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
-from flowtrain.data.rank_batches import agreed_length, check_ends
+from flowtrain.data.rank_batches import agreed_length, check_ends, fingerprint
 from flowtrain.data.sharding import Shards, Share, check_first_batches
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
     CancelException,
+    CheckpointError,
     DataError,
+    DivergedError,
     RankError,
     RemoteError,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.plan_texts import first_difference
+from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
@@ -110,7 +115,7 @@ class RankLoop(Loop):
         """Write a line for the user, once, on the main rank; an empty line is none."""
         if line and self.ranks.world.main and line not in self._said:
             self._said.add(line)
-            _logger.info(line)
+            _logger.warning(line)  # a level that Python shows without any setting
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
         """Let the next fit begin at the position of a checkpoint on all ranks, or on none."""
@@ -158,7 +163,10 @@ class RankLoop(Loop):
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
         ranks = self.ranks
-        ranks.meet(point, failures)
+        found = ranks.meet(point, failures, self._prints() if point == "EpochEnd" and not failures else {})
+        differing = {path for each in found for path in each if each[path] != found[0].get(path)}
+        if differing:
+            failures.append(_diverged(sorted(differing), found))
         if point == FIT_END:
             known = ranks.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
             if ranks.interrupted and ranks.leave is None and not known:
@@ -167,6 +175,17 @@ class RankLoop(Loop):
             self._interrupt(failures)
         if not point and not ranks.failed:  # a cancel or an interrupt has ended the last epoch before its end
             attempt(failures, self._parallel.share_buffers)
+
+    def _prints(self) -> dict[str, str]:
+        """Return a fingerprint of each entry of ``cbstate`` that must be the same on all ranks, by its path."""
+        callbacks: Callbacks = self.state.callbacks
+        found: dict[str, str] = {}
+        for name in self.state.cbstate if callbacks.shared is not None else ():
+            if callbacks.shared is not None and not callbacks.shared.why_local(("cbstate", name)):
+                with suppress(CheckpointError):  # an object that no checkpoint can hold cannot be compared either
+                    packed = Packer().pack(getattr(self.state.cbstate, name), f"cbstate.{name}")
+                    found[f"cbstate.{name}"] = fingerprint((name, packed))
+        return found
 
     def _interrupt(self, failures: list[BaseException]) -> None:
         """End the fit for a signal to any rank, at a point that all ranks have reached."""
@@ -371,3 +390,20 @@ class RankLoop(Loop):
             yield raw
             if self.ranks.leave is not None:
                 return
+
+
+def _diverged(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> DivergedError:
+    """Return the error for shared state that is not the same on all ranks.
+
+    Args:
+        paths: The paths that differ.
+        found: For each rank a fingerprint by path.
+    """
+    ranks = [rank for rank, each in enumerate(found) if any(each.get(path) != found[0].get(path) for path in paths)]
+    return DivergedError(
+        tuple(paths),
+        f"{', '.join(paths)} must be the same on all ranks, and differs on rank {', '.join(map(str, ranks))} from the "
+        f"main rank. A callback that writes it uses what only its own rank has: the clock, random numbers, the rank, "
+        f"an attribute that it fills from batches. Declare what it reads, with Read(reduce='mean') for a value of all "
+        f"ranks, or let the main rank write it: Write(broadcast=True).",
+    )
