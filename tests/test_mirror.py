@@ -77,6 +77,7 @@ OTHERS = {
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
     "ranks/test_torchrun": "programs under torchrun itself",
+    "ranks/test_kills": "ranks that are killed, and trainings that resume",
     "ranks/test_measured": "what several ranks measure and log",
     "training/checkpoint/test_stateful_loader": "resume with a loader that keeps its position",
     "ranks/test_ways": "random ranks that cancel or fail in every way to train",

@@ -45,13 +45,16 @@ def torchrun(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.Compl
     )
 
 
-def test_the_example_trains_on_two_ranks() -> None:
+def test_the_example_trains_on_two_ranks_and_its_callbacks_print_once() -> None:
     done = torchrun("-m", "flowtrain.examples.digits", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     accuracies = re.findall(r"Accuracy on held-out digits: ([\d.]+)%", done.stdout)
     assert len(accuracies) == 2  # printed by the program itself, on each rank
     assert accuracies[0] == accuracies[1]
     assert float(accuracies[0]) > 80
+    printed = [line.split()[:3] for line in done.stdout.splitlines() if re.match(r"epoch +\d", line)]
+    phases = ("TrainingPhase", "ValidationPhase")
+    assert printed == [["epoch", epoch, phase] for epoch in ("1", "2") for phase in phases]
 
 
 def test_a_rank_that_fails_ends_the_program_with_its_reason(tmp_path: Path) -> None:
