@@ -111,7 +111,7 @@ def made():
 made().fit(steps=3)
 learner = made()
 learner.fit(steps=6, resume="run")
-print(learner.cbstate.history)
+print(dict(learner.cbstate.history))
 """,
     "transformers": """
 from contextlib import redirect_stdout
@@ -157,7 +157,7 @@ LoggingError 'flowtrain[wandb]'
     "tensorboard": "Epoch/Loss 1 2\n",
     "safetensors": "['coeff']\n",
     "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
-    "torchdata": "{TrainingPhase: Counts(epochs=2, steps=6, steps_epoch=2, updates=6)}\n",
+    "torchdata": "{TrainingPhase: Counts(epochs=2, steps=6, steps_epoch=3, updates=6)}\n",
     "transformers": "True\n",
     "plot": "True\n",
     "dask": "True\nTrue\n",
