@@ -47,7 +47,7 @@ def main() -> None:
             f"torchrun --standalone --nproc-per-node {size} -m bench.bench_ranks",
             "the loop by hand with DDP in the same file",
         )
-        for milliseconds, many, bare_goal, quiet_goal in ((1.5, 400, 1.04, 1.08), (10.0, 60, 1.02, 1.03)):
+        for milliseconds, many, bare_goal, quiet_goal in ((1.5, 1000, 1.04, 1.08), (10.0, 200, 1.02, 1.03)):
             batch, steps = calibrate(milliseconds / 1000), 4 if options.dry_run else many
             data = batches(steps, batch)
             what = f"steps of {milliseconds} ms (batches of {batch})"
