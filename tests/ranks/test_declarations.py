@@ -17,6 +17,8 @@ from flowtrain import (
     BatchEnd,
     Callback,
     CancelBatchException,
+    DivergedError,
+    EpochEnd,
     Event,
     Learner,
     LearnerView,
@@ -178,3 +180,40 @@ def test_a_logger_writes_on_the_main_rank_only(ranks: Ranks, tmp_path: Path) -> 
     records = [json.loads(line) for line in place.read_text("utf-8").splitlines()]
     losses = [each["step"] for each in records if each["name"] == "Loss" and each["group"] == "Epoch/TrainingPhase"]
     assert losses == [1, 2, 3]
+
+
+class OwnTotal(Callback):
+    """Writes an entry that differs between ranks, and declares nothing by which that could be known."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def state_access(self) -> Access:
+        return {"cbstate.total": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.total = 0
+
+    @on(EpochEnd, TrainingPhase)
+    def add(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.cbstate.total += self.step
+
+
+def total(*, own: bool) -> Any:
+    with learner(OwnTotal(1 + rank() if own else 1)) as made:
+        try:
+            made.fit(2)
+        except DivergedError as error:
+            return error.paths, str(error), made.cbstate.total
+        return made.cbstate.total
+
+
+def test_shared_state_that_differs_is_an_error_at_the_end_of_the_epoch(ranks: Ranks) -> None:
+    """Rule 41: no declaration shows the difference, and it is noticed before training uses it further."""
+    for number, (paths, text, value) in enumerate(ranks.values(total, own=True)):
+        assert paths == ("cbstate.total",)
+        assert text.startswith(
+            "cbstate.total must be the same on all ranks, and differs on rank 1 from the main rank. A callback that"
+        )
+        assert value == 1 + number  # after the first epoch
+    assert ranks.values(total, own=False) == [2, 2]
