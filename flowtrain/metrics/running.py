@@ -214,7 +214,7 @@ def _reduced(reduction: Callable[[torch.Tensor], torch.Tensor] | None, values: l
         return values[0]
     if getattr(reduction, "__name__", "") == "dim_zero_cat":
         return torch.cat(values)
-    stacked = torch.stack(values)
+    stacked = torch.stack(torch.broadcast_tensors(*values))  # torchmetrics 1.4 changes some from shape () to (1,)
     return stacked if reduction is None else reduction(stacked)
 
 
