@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, TypeAlias
 
 import torch
 
@@ -42,6 +42,9 @@ __all__ = ["Steps", "check_graph", "detach_loss"]
 _DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
 
 _NO_MEMORY = "the device ran out of memory"
+
+_Bundled: TypeAlias = AbstractTrainingPhase | AbstractValidationPhase
+"""A phase with a bundled step."""
 
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = LossBegin(), BackwardBegin(), BackwardEnd()
@@ -238,19 +241,14 @@ class Steps(StepContext):
         scopes.completed = batch
 
     def _open(
-        self,
-        phase: AbstractTrainingPhase | AbstractValidationPhase,
-        on: StepRunners,
-        raw: Any,
-        model: Callable[..., Any],
-        training: bool,
+        self, phase: _Bundled, on: StepRunners, raw: Any, model: Callable[..., Any], training: bool
     ) -> BatchState:
         """Open the batch and run it up to its loss: move the data to the device, call the model and the loss function.
 
-        `BatchBegin` is fired before the model is called, `LossBegin` before the loss function. In training the
-        gradients of the previous accumulation group are zeroed after `BatchBegin`. Inputs and outputs are read from the
-        batch again only after an event whose handlers may have replaced them. The loss is not returned, because an
-        error in the caller would keep it alive, with its graph, in the frame of its traceback.
+        `BatchBegin` is fired before the model is called, by the function `model`, and `LossBegin` before the loss
+        function. In training the gradients of the previous accumulation group are zeroed after `BatchBegin`. Inputs and
+        outputs are read from the batch again only after an event whose handlers may have replaced them. The loss is not
+        returned, because an error in the caller would keep it alive, with its graph, in the frame of its traceback.
 
         Raises:
             DataError: `split` of the phase did not return a pair.
