@@ -1,9 +1,8 @@
-"""Batches on several ranks: fingerprints that tell equal ones, the length of an epoch, and which batch is the last.
+"""Batches on several ranks: fingerprints that tell equal ones, and the length of an epoch.
 
 The ranks of one training make the same number of updates, so an epoch ends on all of them after the same batch. Where
-every loader knows its length, the smallest length decides before the epoch (`agreed_length`). A loader without a length
-is asked for the next batch while the present one is trained, so that its rank can say in time that it has no other
-(`RankBatches.last`).
+every loader knows its length, the smallest length decides before the epoch (`agreed_length`). Otherwise the ranks tell
+each other before each batch whether they have one, and the epoch ends with the first loader that ends (`check_ends`).
 """
 
 from __future__ import annotations
@@ -12,20 +11,16 @@ import ctypes
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from flowtrain.data.loaders import is_array
 from flowtrain.data.nested import PLAIN, leaves
-from flowtrain.errors import DataError, RankError
+from flowtrain.errors import RankError
 
-__all__ = ["EpochLength", "RankBatches", "agreed_length", "check_ends", "fingerprint"]
-
-_END = object()
-"""Stands for the end of a loader, since a batch may be ``None``."""
-
+__all__ = ["EpochLength", "agreed_length", "check_ends", "fingerprint"]
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -155,99 +150,3 @@ def check_ends(ended: Sequence[bool], batches: int, what: str) -> None:
             f'TorchCore(uneven="error") refuses. Give each rank equally many; or write uneven="stop": then every epoch '
             f"ends with the shortest loader."
         )
-
-
-class RankBatches:
-    """The batches of an epoch on one rank, which can be asked whether a batch is the last one.
-
-    A batch is taken from the loader when it is trained, and earlier only if `last` asks for it, or the consumer is
-    ahead itself (prefetch). A loader that is asked early draws its random numbers before the model draws those of the
-    batch before. For an exact resume a checkpoint holds the generators as they were before that (`before`).
-
-    Args:
-        batches: The batches that are left in the epoch.
-        total: How many there are; ``None`` if that is not known.
-        states: Returns the states of the generators from which the loader draws in this process. Leave it out for a
-            loader that draws nothing here, such as one with workers.
-
-    Raises:
-        DataError: While iterating: the loader gives fewer than `total` batches.
-    """
-
-    def __init__(self, batches: Iterable[Any], total: int | None, states: Callable[[], Any] | None = None) -> None:
-        self._batches, self._total, self._states = batches, total, states
-        self._source: Iterator[Any] | None = None
-        self._held: list[Any] = []  # the batch that was taken early; popped, so that nothing here keeps its memory
-        self._failure: list[BaseException] = []  # raised when the batch is wanted: the batches before it are trained
-        self._taken = 0
-        self._ended = self._failed = False
-        self._before: Any = None  # the states before the newest batch was taken
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._failure:
-            try:
-                raise self._failure[0]
-            finally:
-                self._failure.clear()  # the frames of the exception hold this object
-        if self._held:
-            return self._held.pop()
-        raw = self._take()
-        if raw is _END:
-            raise StopIteration
-        return raw
-
-    def _take(self) -> Any:
-        """Return the next batch of the loader, or `_END`."""
-        if self._ended or self._taken == self._total:
-            return _END
-        if self._source is None:
-            self._source = iter(self._batches)
-        if self._states is not None:
-            self._before = self._states()
-        self._failed = True
-        raw = next(self._source, _END)
-        self._failed = False
-        if raw is not _END:
-            self._taken += 1
-            return raw
-        self._ended = True
-        if self._total is not None:
-            raise DataError(
-                f"The loader has {self._total} batches by its length, and has given {self._taken}. Several ranks need "
-                f"the true length, because they end an epoch together: correct __len__, or leave it out."
-            )
-        return _END
-
-    def last(self, number: int) -> bool:
-        """Tell whether a batch is the last one on this rank; without a length, take the next batch from the loader.
-
-        An exception of the loader is kept until that batch is wanted, and the batch before it is not the last one.
-
-        Args:
-            number: The number of the batch among those of this object, from 1. The batch has been given.
-        """
-        if self._total is not None:
-            return number >= self._total
-        if self._taken == number and not self._ended and not self._failed:
-            try:
-                raw = self._take()
-                if raw is not _END:
-                    self._held.append(raw)
-                del raw
-            except Exception as failure:
-                self._failure.append(failure)
-        return self._ended and self._taken <= number
-
-    def before(self, number: int) -> Any:
-        """Return the states of the generators from which `replay` takes the batch that has been taken early.
-
-        Args:
-            number: The number of batches of this object that are complete.
-
-        Returns:
-            The states; ``None`` if no batch was taken early, or there is no function `states`.
-        """
-        return self._before if self._taken > number or self._ended else None

@@ -70,9 +70,7 @@ class Loop:
     """
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
-        self.state = state
-        self.core = core
-        self.executor = executor
+        self.state, self.core, self.executor = state, core, executor
         self.scopes = Scopes()
         self.sinks = Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +11,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from flowtrain import DataError, RankError
-from flowtrain.core.prefetch import ahead
-from flowtrain.data.rank_batches import EpochLength, RankBatches, agreed_length, check_ends, fingerprint
+from flowtrain import RankError
+from flowtrain.data.rank_batches import EpochLength, agreed_length, check_ends, fingerprint
 
 DATA = "The data for TrainingPhase()"
 
@@ -151,106 +148,3 @@ def test_different_ends_without_a_length_are_found_after_the_epoch() -> None:
 
 
 # --- the last batch
-
-
-class Counting:
-    """A loader without a length, which notes how many batches were taken from it."""
-
-    def __init__(self, count: int, failing: bool = False) -> None:
-        self.count, self.failing, self.taken = count, failing, 0
-
-    def __iter__(self) -> Iterator[int]:
-        for number in range(self.count):
-            self.taken = number + 1
-            yield number
-        if self.failing:
-            raise ZeroDivisionError
-
-
-def test_without_a_length_the_next_batch_is_taken_when_it_is_asked_for() -> None:
-    loader = Counting(3)
-    batches = RankBatches(loader, None)
-    assert loader.taken == 0
-    lasts = []
-    for number, raw in enumerate(batches, 1):
-        assert (raw, loader.taken) == (number - 1, number)  # not taken earlier
-        lasts.append([batches.last(number), batches.last(number)])
-        assert loader.taken == min(number + 1, 3)
-    assert lasts == [[False] * 2, [False] * 2, [True] * 2]
-
-
-def test_with_a_length_no_batch_is_taken_early() -> None:
-    loader = Counting(5)
-    batches = RankBatches(loader, 3)
-    taken = [(raw, batches.last(number), loader.taken) for number, raw in enumerate(batches, 1)]
-    assert taken == [(0, False, 1), (1, False, 2), (2, True, 3)]
-    assert list(batches) == []
-
-
-def test_a_loader_that_ends_before_its_length_is_refused() -> None:
-    batches = RankBatches(Counting(2), 3)
-    assert [next(batches), next(batches)] == [0, 1]
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert str(caught.value) == (
-        "The loader has 3 batches by its length, and has given 2. Several ranks need the true length, because they end "
-        "an epoch together: correct __len__, or leave it out."
-    )
-
-
-def test_an_exception_of_the_loader_comes_when_its_batch_is_wanted() -> None:
-    batches = RankBatches(Counting(2, failing=True), None)
-    assert [(next(batches), batches.last(number)) for number in (1, 2)] == [(0, False), (1, False)]
-    assert not batches.last(2)
-    with pytest.raises(ZeroDivisionError):
-        next(batches)
-
-
-def test_under_prefetch_the_last_batch_is_known_too() -> None:
-    """Prefetch takes a batch before it gives the one before, so nothing more is taken for `last`."""
-    loader = Counting(3)
-    batches, told = RankBatches(loader, None), list[bool]()
-    fed = ahead(batches, None, told.append)
-    assert [(raw, batches.last(number), loader.taken) for number, raw in enumerate(fed, 1)] == [
-        (0, False, 2),
-        (1, False, 3),
-        (2, True, 3),
-    ]
-    assert told == [False, False, True]
-    failing = RankBatches(Counting(2, failing=True), None)
-    fed = ahead(failing, None, told.append)
-    assert [(next(fed), failing.last(number)) for number in (1, 2)] == [(0, False), (1, False)]
-    with pytest.raises(ZeroDivisionError):
-        next(fed)
-
-
-def test_the_states_are_those_before_the_batch_that_was_taken_early() -> None:
-    states = iter(range(10))
-    batches = RankBatches(Counting(2), None, lambda: next(states))
-    assert batches.before(0) is None
-    next(batches)
-    assert batches.before(1) is None
-    assert not batches.last(1)
-    assert batches.before(1) == 1
-    next(batches)
-    assert batches.before(2) is None
-    assert batches.last(2)
-    assert batches.before(2) == 2  # the loader may have drawn numbers before it ended
-
-
-def test_no_batch_is_held_after_it_was_given() -> None:
-    made = list[weakref.ref[torch.Tensor]]()
-
-    def make(number: int) -> torch.Tensor:
-        batch = torch.tensor(number)
-        made.append(weakref.ref(batch))
-        return batch
-
-    batches = RankBatches(map(make, range(3)), None)
-    gc.disable()
-    try:
-        for number, _ in enumerate(map(id, batches), 1):
-            assert batches.last(number) == (number == 3)
-            assert [each() is not None for each in made] == [False] * number + [True] * (number < 3)
-    finally:
-        gc.enable()

@@ -197,11 +197,14 @@ class Changes:
                     found.append(f"{name} was {words[name not in there]} there and is {words[value]} here")
         return found
 
-    def missing_hooks(self, saved: Mapping[str, Any] | None) -> list[str]:
-        """Return the hooks that training had added and that are not here, or had removed and that are here.
+    def check_hooks(self, saved: Mapping[str, Any] | None) -> None:
+        """Check that the hooks that training had added are here, and those that it had removed are not.
 
         Args:
             saved: The result of `state_dict` in the checkpoint; ``None`` for an early checkpoint, which has none.
+
+        Raises:
+            CheckpointError: A hook is missing, or is here again.
         """
         now, found = self._now(), list[str]()
         for key, entry in _by_key(saved).items():
@@ -209,7 +212,12 @@ class Changes:
                 here = Counter(now.get(key, ()))
                 found += [f"{each}, added to {dotted(key)}" for each in (Counter(entry["added"]) - here)]
                 found += [f"{each}, removed from {dotted(key)}" for each in (Counter(entry["removed"]) & here)]
-        return found
+        if found:
+            raise CheckpointError(
+                f"The checkpoint was taken with other hooks: {'; '.join(found[:3])} in training, and not in this "
+                f"fit. A checkpoint holds no hooks. Add and remove them before fit, in setup, or at FitBegin, which is "
+                f"fired when a fit resumes as well."
+            )
 
     # --- restore
 

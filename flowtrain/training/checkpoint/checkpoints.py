@@ -390,7 +390,7 @@ class Checkpoints:
         if self.resumed is not None:
             position = self.resumed["position"]
             if not position["phase"]:
-                self._check_hooks(self.resumed)
+                self.changes.check_hooks(self.resumed.get("structure"))
             self._set_random(self.resumed)
             if not position["phase"] and position["stream"] is None:  # otherwise it is reached after `EpochBegin`
                 self._again = None
@@ -404,28 +404,14 @@ class Checkpoints:
     def replay(self, loader: Any, phase: Phase) -> Iterator[Any]:
         """Return the batches that are left of the epoch in which the fit resumes; see `position.replay`."""
         at, reached = self.position, (self.resumed or {"loaders": {}})["loaders"].get(repr(phase))
-        return replay(loader, at.begun or {}, at.batches, phase, early=at.early, reached=reached)
+        return replay(loader, at.begun or {}, at.batches, phase, reached)
 
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
         if self.resumed is not None:
             apply(self.resumed, self._state, self._core, self.changes)
-            self._check_hooks(self.resumed)
+            self.changes.check_hooks(self.resumed.get("structure"))
             self._set_random(self.resumed)
-
-    def _check_hooks(self, contents: Mapping[str, Any]) -> None:
-        """Check that every hook of a module at the time of the checkpoint has been added in this fit.
-
-        Raises:
-            CheckpointError: A hook is missing.
-        """
-        missing = self.changes.missing_hooks(contents.get("structure"))
-        if missing:
-            raise CheckpointError(
-                f"The checkpoint was taken with other hooks: {'; '.join(missing[:3])} in training, and not in this "
-                f"fit. A checkpoint holds no hooks. Add and remove them before fit, in setup, or at FitBegin, which is "
-                f"fired when a fit resumes as well."
-            )
 
     def release_resumed(self) -> None:
         """Release the memory of the checkpoint that the fit resumed from: its first epoch has begun."""

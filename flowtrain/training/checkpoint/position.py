@@ -15,7 +15,6 @@ from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.data.loaders import keeps_position, length, set_own_state
-from flowtrain.data.rank_batches import RankBatches
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
@@ -46,8 +45,6 @@ class Position:
         begun: The `loader_start` of the open epoch; ``None`` before its loader is iterated.
         batches: The number of batches of the open epoch that a checkpoint had, when the fit resumed from it.
         stream: The training loader of a fit by steps with ``validate_every``, whose passes span epochs.
-        source: The batches of the open epoch, if a batch may be taken from them before the one before it is trained.
-        early: The `states_before` the batch that had been taken early in the checkpoint from which the fit resumed.
     """
 
     def __init__(self, unit: str = "") -> None:
@@ -57,8 +54,6 @@ class Position:
         self.phase = ""
         self.begun: dict[str, Any] | None = None
         self.stream: Stream | None = None
-        self.source: RankBatches | None = None
-        self.early: dict[str, Any] | None = None
         self._resuming = False
         self._stepping = ""  # the phase whose batches are steps
         self._least = 1  # the steps of an epoch without a batch
@@ -83,7 +78,6 @@ class Position:
     def begin_epoch(self, phase: Phase) -> None:
         """Note that an epoch of `phase` begins with its first batch."""
         self.phase, self.begun, self.batches = repr(phase), None, 0
-        self.source = self.early = None
 
     def undo_begin(self, data: PhaseMap[Any]) -> None:
         """Restore the generators to the beginning of the open epoch, whose loader has failed before its first batch.
@@ -107,7 +101,7 @@ class Position:
             self.steps += batches or self._least
             if self.stream is not None and self._ahead(batches):
                 self.stream.put_back()
-        self.phase, self.begun, self.source = "", None, None
+        self.phase, self.begun = "", None
 
     def end_round(self) -> None:
         """Note that the epochs of all phases in this round are complete."""
@@ -134,7 +128,6 @@ class Position:
             "phase": self.phase,
             "batches": batches if self.phase else 0,
             "begun": self.begun,
-            "early": None if self.source is None else self.source.before(batches - self.batches),
             "stream": None if self.stream is None else self.stream.state_dict(self._ahead(batches)),
         }
 
@@ -152,7 +145,6 @@ class Position:
         position = cls(state["unit"])
         position.rounds, position.steps, position.done = state["rounds"], state["steps"], list(state["done"])
         position.phase, position.batches, position.begun = state["phase"], state["batches"], state["begun"]
-        position.early = state.get("early")  # early checkpoints lack it
         position._resuming = bool(position.phase)
         return position
 
@@ -248,7 +240,6 @@ def replay(
     begun: Mapping[str, Any],
     batches: int,
     phase: Phase,
-    early: Mapping[str, Any] | None = None,
     reached: Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
     """Return an iterator of a loader after its first batches, with the random numbers of the pass that is repeated.
@@ -258,8 +249,6 @@ def replay(
         begun: The `loader_start` of the pass.
         batches: The number of batches to take from the iterator and drop.
         phase: The phase that the batches are for.
-        early: The `states_before` the next batch was taken, if it was taken before the model drew its numbers for the
-            last of these batches; ``None`` if it was taken after that.
         reached: The `loader_state` after these batches. A loader that keeps its position continues there and draws no
             batch again, unless it had given one more batch, which was held for prefetch.
 
@@ -279,10 +268,7 @@ def replay(
     for number in range(batches):
         if next(iterator, missing) is missing:
             raise _too_short(batches, phase, number)
-    if early is not None:
-        set_loader_state(loader, early["loader"], own=False)
-        set_random_state(early["random"])
-    elif batches:
+    if batches:
         return iterator
     # Take the next batch now, before the generators change again. A loader draws its order at the first batch.
     return chain(list(islice(iterator, 1)), iterator)

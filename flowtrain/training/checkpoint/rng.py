@@ -29,7 +29,6 @@ __all__ = [
     "set_loader_state",
     "set_random_state",
     "start_workers",
-    "states_before",
     "stop_workers",
     "unmoved",
 ]
@@ -134,12 +133,6 @@ def unmoved(loader: Any) -> Generator[None]:
         stop_workers(loader, state)
         set_loader_state(loader, state)
         set_random_state(before)
-
-
-def states_before(loader: Any) -> dict[str, Any]:
-    """Return the generators from which the next batch of a loader is drawn; `RankBatches` takes that batch early."""
-    generators = [generator.get_state() for generator in _generators(loader)]
-    return {"random": random_state(), "loader": {"generators": generators}}
 
 
 def _distributed(loader: Any) -> list[torch.utils.data.DistributedSampler[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from flowtrain import BatchEnd, Callback, Learner, LearnerView, Read, TrainingPhase, on
 from flowtrain.data import CombinedLoader
-from flowtrain.data.rank_batches import RankBatches
 from flowtrain.data.sharding import Shards
-from flowtrain.training.checkpoint.position import Position, loader_start, replay
+from flowtrain.training.checkpoint.position import loader_start, replay
 from flowtrain.training.checkpoint.rng import (
     loader_state,
-    random_state,
     set_loader_state,
-    set_random_state,
-    states_before,
 )
 
 RANKS = 2
@@ -136,61 +131,3 @@ def test_the_seed_of_a_distributed_sampler_is_part_of_the_state_of_its_loader() 
     del state["seeds"]  # an earlier version wrote it
     set_loader_state(other, state)
     assert list(other.sampler) == list(loader(3).sampler)
-
-
-# --- batches that are taken early
-
-
-class Drawing:
-    """A loader without a length, which draws random numbers for each batch, and at its end."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(1)
-
-    def __iter__(self) -> Iterator[tuple[float, ...]]:
-        for _ in range(5):
-            yield random.random(), float(torch.rand(())), float(torch.rand((), generator=self.generator))
-        random.random()
-
-
-def epoch(position: Position, loader: Any, batches: Any, cut: int = 0) -> tuple[list[Any], Any]:
-    """Train an epoch with a model that draws; return what was drawn, and the state of the process after batch `cut`."""
-    drawn, saved, done = list[Any](), None, position.batches
-    source = position.source = RankBatches(batches, None, lambda: states_before(loader))
-    for number, raw in enumerate(source, 1):
-        last = source.last(number)
-        drawn.append((raw, random.random(), float(torch.rand(())), last))
-        if done + number == cut:
-            saved = position.state_dict(cut), random_state(), loader_state(loader)
-    return drawn, saved
-
-
-@pytest.mark.parametrize("cut", [1, 3, 4, 5])
-@pytest.mark.parametrize("again", [False, True])
-def test_rule_28_a_batch_that_was_taken_early_is_drawn_again_from_the_same_numbers(cut: int, again: bool) -> None:
-    torch.manual_seed(1)
-    random.seed(1)
-    loader, position, phase = Drawing(), Position("epochs"), TrainingPhase()
-    position.begin_epoch(phase)
-    position.begun = loader_start(loader)
-    whole, saved = epoch(position, loader, loader, cut)
-    after = random.random(), float(torch.rand(()))
-
-    def resumed(saved: Any, cut: int = 0) -> tuple[list[Any], Any]:
-        state, process, of_loader = saved
-        loader, position = Drawing(), Position.resumed(state)
-        begun = position.begun
-        assert begun is not None
-        batches = replay(loader, begun, position.batches, phase, position.early)
-        set_loader_state(loader, of_loader)
-        set_random_state(process)
-        return epoch(position, loader, batches, cut)
-
-    torch.manual_seed(7)
-    random.seed(7)
-    if again and cut < 5:  # a checkpoint of the resumed epoch is resumed too
-        _, saved = resumed(saved, cut + 1)
-        cut += 1
-    rest, _ = resumed(saved)
-    assert rest == whole[cut:]
-    assert (random.random(), float(torch.rand(()))) == after
