@@ -17,6 +17,8 @@ LIMIT = 700
 ELSEWHERE = {
     "core/data_parallel": "ranks/test_same_training",
     "core/settings": "core/test_torch_core",
+    "core/sharding": "ranks/test_sharded",
+    "state/shards": "ranks/test_sharded",
     "core/world": "ranks/test_one_alone",
     "examples/classifier": "examples/test_programs",
     "examples/distillation": "examples/test_programs",
@@ -76,6 +78,7 @@ OTHERS = {
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
+    "ranks/test_sharded": "sharded training (FSDP), compared with DDP",
     "ranks/test_torchrun": "programs under torchrun itself",
     "ranks/test_kills": "ranks that are killed, and trainings that resume",
     "ranks/test_measured": "what several ranks measure and log",

@@ -19,6 +19,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
+from flowtrain.state.shards import is_sharded, spread
 
 __all__ = ["Averaging"]
 
@@ -253,7 +254,9 @@ class Averaging(Callback):
         if self._weights and loaded:
             self._check(loaded)
         inside = self._kept is not None
-        self._start({name: average for name, average in loaded.items() if not self._weights or name in self._weights})
+        known = self._weights
+        chosen = {name: each for name, each in loaded.items() if not known or name in known}
+        self._start({name: spread(each, known.get(name)) for name, each in chosen.items()})
         self._due = state.get("due", False)  # early checkpoints lack this entry
         if inside:
             self._kept = None  # the checkpoint has put its trained weights into the model, so forget the earlier ones
@@ -329,8 +332,11 @@ def _copy(values: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
 
 
 def _alike(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Return the names of the weights in groups of one device and dtype: torch averages each group in one call."""
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    """Return the names of the weights in groups that torch averages in one call each.
+
+    A group is of one device and dtype, and all of its weights are sharded over the ranks or none is.
+    """
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[str]] = {}
     for name, weight in weights.items():
-        groups.setdefault((weight.device, weight.dtype), []).append(name)
+        groups.setdefault((weight.device, weight.dtype, is_sharded(weight)), []).append(name)
     return list(groups.values())

@@ -61,7 +61,7 @@ class GradNorm(Callback):
     @on(
         UpdateBegin,
         AbstractTrainingPhase,
-        access={**_HISTORY, "batch.grads": Read(), "cbstate.tracehistory.GradNorm": Write()},
+        access={**_HISTORY, "batch.grads": Read(gather=True), "cbstate.tracehistory.GradNorm": Write()},
         enabled="layers",
     )
     def record_layers(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: LearnerView) -> None:

@@ -23,10 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["FLAGS", "DataParallel", "check_ddp"]
+__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "equalise"]
 
 FLAGS = 8
 """The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means."""
+
+LEAVES = 3
+"""The place of the first flag with which no rank uses what it has computed in a batch."""
 
 _SYNC_BUFFERS = next(
     name
@@ -102,7 +105,11 @@ class DataParallel:
         world: The ranks.
         wraps: Whether a bundled phase can run, because there is one model without a name.
         model: The function that a step of a bundled phase calls.
+        together: Whether a forward pass is a collective, in evaluation too, so that all ranks evaluate together.
     """
+
+    together = False
+    model: Callable[..., Any]
 
     def __init__(
         self,
@@ -113,17 +120,20 @@ class DataParallel:
         device: torch.device,
         options: Mapping[str, Any],
     ) -> None:
-        self.world, self.wraps = world, call is not None
-        self._modules = [*models.values(), *losses]
-        self._device, self._options = device, options
+        self._begin(world, [*models.values(), *losses], device)
+        self.wraps, self._options = call is not None, options
         on_cpu = device.type == "cpu"  # elsewhere reading the flags would make the host wait for the backward pass
         self._flags = torch.nn.Parameter(torch.zeros(FLAGS)) if on_cpu and call is not None else None
         self._sent = torch.zeros(FLAGS)
         self._trained: list[bool] = []
         self._wrapped = _Trained(self._modules, call, self._flags) if call is not None else None
         self._ddp: Any = None
-        self.model: Callable[..., Any] = self._run
-        _equalise(world, self._modules)
+        self.model = self._run
+        equalise(world, self._modules)
+
+    def _begin(self, world: World, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
+        """Keep what every way to train in parallel needs."""
+        self.world, self._modules, self._device = world, modules, device
 
     def prepare(self) -> None:
         """Make DDP ready for an epoch: all ranks wrap the model again if other parameters are trained than before."""
@@ -148,6 +158,22 @@ class DataParallel:
     def sends(self) -> bool:
         """Whether the gradients of this batch travel."""
         return bool(self._ddp.require_backward_grad_sync)
+
+    @property
+    def meets(self) -> bool:
+        """Whether this batch has a sync point in its backward pass."""
+        return self.sends
+
+    def discard(self) -> None:
+        """Discard what has not travelled yet, beside the gradients of the parameters."""
+
+    def own_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Return the gradients that have not travelled yet, if they are not those of the parameters."""
+        return {}
+
+    def keep_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor | None) -> bool:
+        """Keep a gradient that `own_gradients` has returned; tell whether this object keeps it."""
+        return False
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
         """Run the backward pass of a loss, and return the sums of the flags over all ranks.
@@ -217,7 +243,7 @@ class DataParallel:
         _send_to_all(self.world, [buffer for module in self._modules for buffer in module.buffers()])
 
 
-def _equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
+def equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
     """Set the parameters and buffers of all ranks to those of the main rank.
 
     Raises:

@@ -25,6 +25,7 @@ from torch._C._autograd import _profiler_enabled  # pyright: ignore[reportPrivat
 from torch.optim import Optimizer
 
 from flowtrain.errors import CoreError, UsageError, nearest
+from flowtrain.state.shards import whole
 
 __all__ = [
     "IMPLEMENTATION",
@@ -226,7 +227,7 @@ def clip_gradients(
         torch.nn.utils.clip_grads_with_norm_(params, norm_limit, norm)
     if value_limit is not None:
         torch.nn.utils.clip_grad_value_(params, value_limit)
-    return norm
+    return norm if norm is None else whole(norm)  # only now, as shards are scaled by a norm of shards
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:

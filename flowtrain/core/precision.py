@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from flowtrain.core.optimizers import scale_gradients, takes_found_inf
 from flowtrain.errors import CoreError
+from flowtrain.state.shards import own_part
 
 __all__ = ["DTYPES", "NaNGuard", "Precision", "Scaling", "all_finite", "autocast", "check_precision", "in_precision"]
 
@@ -178,15 +179,16 @@ class NaNGuard:
 
 
 def all_finite(modules: Iterable[torch.nn.Module]) -> bool:
-    """Tell whether every parameter that is trained is finite. Waits for the device, once.
+    """Tell whether every parameter that is trained, or its part on this rank, is finite. Waits for the device, once.
 
     Buffers may hold infinities, as attention masks do, and so may frozen parameters.
     """
     finite = [
         # Types of one byte, such as float8, have no `isfinite`.
-        (param.detach().float() if param.element_size() == 1 else param.detach()).isfinite().all()
+        (part.float() if part.element_size() == 1 else part).isfinite().all()
         for module in modules
         for param in module.parameters()
         if param.requires_grad and not is_lazy(param)
+        for part in [own_part(param.detach())]
     ]
     return not finite or bool(torch.stack([one.to(finite[0].device) for one in finite]).all())

@@ -12,6 +12,7 @@ from flowtrain.core.compile import check_compile
 from flowtrain.core.data_parallel import check_ddp
 from flowtrain.core.precision import DTYPES, Precision
 from flowtrain.core.prefetch import Transfer
+from flowtrain.core.sharding import Shard, check_fsdp
 from flowtrain.core.world import Parallel
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 
@@ -41,6 +42,8 @@ class Settings:
     parallel: Parallel = "auto"
     ddp: Mapping[str, Any] | None = None
     uneven: Literal["stop", "error"] = "stop"
+    shard: Shard | None = None
+    fsdp: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
@@ -62,10 +65,13 @@ class Settings:
                 raise CoreError(f"{name} is True, False{also}; got {value!r}.")
         check_compile(self.compile, self.accumulate)
         choices: dict[str, tuple[object, tuple[object, ...]]] = {
-            "parallel": (self.parallel, ("auto", "ddp", None)),
+            "parallel": (self.parallel, ("auto", "ddp", "fsdp", None)),
             "uneven": (self.uneven, ("stop", "error")),
         }
         for name, (choice, possible) in choices.items():
             if choice not in possible:
                 raise CoreError(f"{name}={choice!r} is unknown. It is one of: {', '.join(map(repr, possible))}.")
         check_ddp(self.ddp, self.accumulate)
+        if self.parallel == "fsdp" and self.ddp is not None:
+            raise CoreError(f"ddp={self.ddp!r} is for parallel='ddp'. Write fsdp={{...}} with parallel='fsdp'.")
+        check_fsdp(self.parallel, self.shard, self.fsdp, self.precision, self.compile)

@@ -40,6 +40,7 @@ from flowtrain.core.precision import (
 )
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
 from flowtrain.core.settings import Settings
+from flowtrain.core.sharding import Shard, Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
 from flowtrain.errors import CoreError
 from flowtrain.state.batch import BatchState
@@ -74,11 +75,15 @@ class TorchCore:
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
         tf32: Whether float32 products on CUDA may round to TF32, in the whole process; ``None`` changes nothing.
-        parallel: How several processes train the model: ``"ddp"``; ``"auto"``, which is DDP in the processes that
-            ``torchrun`` has started, and one process elsewhere; or ``None`` for one process.
+        parallel: How several processes train the model: ``"ddp"``; ``"fsdp"``, which shards the model
+            (`flowtrain.core.sharding`); ``"auto"``, which is DDP in the processes that ``torchrun`` has started, and
+            one process elsewhere; or ``None`` for one process.
         ddp: Arguments for `torch.nn.parallel.DistributedDataParallel`, such as ``{"find_unused_parameters": True}``.
         uneven: What happens if the loaders of several processes give different numbers of batches: ``"stop"`` ends
             each training epoch with the shortest, ``"error"`` refuses them.
+        shard: With ``"fsdp"``, which submodules are gathered and freed as one: those of a class or of several; or those
+            for which a function of ``(name, module)`` returns ``True``. The rest of the model is one more part.
+        fsdp: Arguments for `torch.distributed.fsdp.fully_shard`, such as ``{"reshard_after_forward": False}``.
 
     Raises:
         CoreError: An argument has a value that it cannot have, or the device does not exist.
@@ -121,11 +126,13 @@ class TorchCore:
         parallel: Parallel = "auto",
         ddp: Mapping[str, Any] | None = None,
         uneven: Literal["stop", "error"] = "stop",
+        shard: Shard | None = None,
+        fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = Settings(
             device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
-            parallel=parallel, ddp=ddp, uneven=uneven,
+            parallel=parallel, ddp=ddp, uneven=uneven, shard=shard, fsdp=fsdp,
         )  # fmt: skip
         # Attributes beside the settings, since a step reads them at each batch.
         self.precision: Precision = precision
@@ -182,6 +189,10 @@ class TorchCore:
         if self.settings.compile is not False:
             compiled = Compiled(models, state.lossfn, self.settings.compile, lambda: state.batch.targets)
             model, lossfn = compiled.model, compiled.lossfn
+        sharded: Sharded | None = None
+        if self.world is not None and self.settings.parallel == "fsdp":  # first, since the parameters become others
+            move_modules(self.modules, self.device, channels_last=self.settings.channels_last)
+            sharded = Sharded(self.world, self.models, self._loss_modules, self.device, self.settings, optimizer)
         made = self.make_optimizers(optimizer)
         self._state = state  # nothing below can fail, so a refused core never belongs to a learner
         state.params = self.params = Parameters(self.models)
@@ -191,8 +202,12 @@ class TorchCore:
             warn_unable(self.device, self.settings.prefetch, self.settings.lag)
         allow_tf32(self.device, self.settings.tf32)
         self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
+        self.parallel = sharded
         if self.world is not None:
             state.rank, state.world_size = self.world.rank, self.world.size
+        if sharded is not None:
+            sharded.call, self.model = self.model, sharded.model
+        elif self.world is not None:
             call = self.model if "" in self.models else None
             options = check_ddp(self.settings.ddp, self.accumulate)
             self.parallel = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
@@ -364,6 +379,8 @@ class TorchCore:
     def discard(self) -> None:
         """Discard the gradients of the open groups; the next batch begins new groups."""
         self.groups.discard()
+        if self.parallel is not None:
+            self.parallel.discard()
         if self._scaling is not None:
             self._scaling.reset()
 
@@ -406,7 +423,8 @@ class TorchCore:
         Args:
             changes: Settings that differ.
         """
-        options: dict[str, Any] = {**vars(self.settings), "compile": False, "parallel": None, **changes}
+        alone: dict[str, Any] = {"compile": False, "parallel": None, "shard": None, "fsdp": None}
+        options = {**vars(self.settings), **alone, **changes}
         core = TorchCore(**options)
         core._warned = True
         return core

@@ -22,7 +22,7 @@ from flowtrain.state.accelerator import accelerator
 
 __all__ = ["Parallel", "World", "find_world", "local_rank", "wanted_world"]
 
-Parallel = Literal["auto", "ddp"] | None
+Parallel = Literal["auto", "ddp", "fsdp"] | None
 """How several processes train one model; ``"auto"`` is DDP where ``torchrun`` has started several processes."""
 
 T = TypeVar("T")
@@ -137,8 +137,8 @@ def find_world(parallel: Parallel) -> World | None:
         parallel: The setting of the user.
 
     Raises:
-        CoreError: ``"ddp"`` is wanted, and this process was not started as one of several; or the process group of the
-            user cannot work on this machine.
+        CoreError: ``"ddp"`` or ``"fsdp"`` is wanted, and this process was not started as one of several; or the process
+            group of the user cannot work on this machine.
     """
     if parallel is None:
         return None

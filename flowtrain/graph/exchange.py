@@ -27,6 +27,7 @@ from flowtrain.errors import MissingStateError, RankError
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.shared_state import Peers, exchanges_of, place_of, runs_here
 from flowtrain.state.learner_state import LearnerState, by_name
+from flowtrain.state.shards import whole
 
 __all__ = ["Exchange", "reduced"]
 
@@ -144,7 +145,8 @@ class Exchange:
             self.values[path] = values if kind.reduce is None else _placed(reduced(values, path, kind), own[place])
         for path, _ in self._reads:
             if path in WHOLE:
-                self.values[path] = _whole(self._state.params if path == ("params",) else self._state.batch.grads)
+                tensors = self._state.params if path == ("params",) else self._state.batch.grads
+                self.values[path] = _whole(tensors, keep=self._runs)
         return True
 
     def _own(self, path: Path, kind: Read) -> Any:
@@ -215,12 +217,19 @@ def _placed(value: Any, own: Any) -> Any:
     return mapped(value, lambda item, part: item.to(device) if isinstance(item, torch.Tensor) else INSIDE, keep=True)
 
 
-def _whole(tensors: Any) -> dict[str, Any]:
-    """Return named tensors, each put together from the parts that the ranks hold. Every rank must call this."""
-    return {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items())
-    }
+def _whole(tensors: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Return named tensors, each put together from the parts that the ranks hold. Every rank must call this.
+
+    Args:
+        tensors: The tensors of this rank by name.
+        keep: Whether this rank needs the result. Otherwise it only takes part, and keeps no tensor.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        put_together = whole(tensor.detach())
+        if keep:
+            found[name] = put_together
+    return found
 
 
 def _tensors(state: LearnerState, path: Path) -> list[torch.Tensor]:

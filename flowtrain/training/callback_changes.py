@@ -160,7 +160,8 @@ def _peers(loop: Loop) -> Peers | None:
         in_batch = (UpdateBegin, UpdateEnd)
         if core.accumulate == 1:
             in_batch = (BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd)
-    return Peers(core.world.rank, core.world.size, core.world.exchange, in_batch=in_batch)
+    sharded = core.parallel is not None and core.parallel.together
+    return Peers(core.world.rank, core.world.size, core.world.exchange, sharded=sharded, in_batch=in_batch)
 
 
 def _sees_norm(node: Node) -> bool:

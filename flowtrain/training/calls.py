@@ -177,8 +177,8 @@ class Calls:
         own = phase if isinstance(phase, AbstractValidationPhase) else None
         loop.scopes.begin_call()  # so that the model cannot start training
         try:
-            with loop.mode(phase):
-                for each in inputs:
+            with loop.mode(phase), loop.predicting(phase, inputs) as given:
+                for each in given:
                     placed = core.place(each) if core.places else each
                     try:
                         outputs = core.model(placed) if own is None else own.call_model(core.model, placed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -107,6 +107,10 @@ class Loop:
     def _planned_updates(self, data: PhaseMap[Any], *counts: int | None) -> int | None:
         """Return the number of updates of a fit; `planned_updates` describes the arguments."""
         return planned_updates(data, self.core.accumulate, *counts)
+
+    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
+        """Return a context that gives these inputs, in which the model runs on each of them."""
+        return nullcontext(inputs)
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
         """Wait for the other ranks at a sync point, and add their failures to those of this one."""

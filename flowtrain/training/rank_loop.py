@@ -7,15 +7,16 @@ into the loop, and ends each training epoch on all ranks with the same batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import Any, Never
 
 import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
+from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import agreed_length, check_ends, fingerprint
@@ -43,7 +44,7 @@ from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
 from flowtrain.training.rank_steps import RankSteps
-from flowtrain.training.ranks import END, FIT_END, Ranks
+from flowtrain.training.ranks import END, FIT_END, NO_BATCH, Ranks
 from flowtrain.training.scopes import CLOSED
 from flowtrain.training.step import Steps
 
@@ -246,8 +247,12 @@ class RankLoop(Loop):
     # --- the batches of an epoch
 
     def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
+        self.steps.check_step(phase)
         if isinstance(phase, AbstractValidationPhase):
-            super()._run(phase, self._until_interrupt(batches), total, most)
+            if isinstance(self._parallel, Sharded):
+                self._evaluate(phase, self._parallel, batches, most)
+            else:
+                super()._run(phase, self._until_interrupt(batches), total, most)
             return
         if self.steps.wraps(phase):
             self._parallel.prepare()
@@ -383,6 +388,82 @@ class RankLoop(Loop):
                 return
             number += 1
             yield held.pop()
+
+    # --- evaluation of a sharded model, in which all ranks take part in each forward pass
+
+    def _evaluate(self, phase: Phase, parallel: Sharded, batches: Iterable[Any], most: int | None) -> None:
+        """Run the batches of an evaluation, as many on each rank as its loader gives."""
+        scopes, step = self.scopes, self.steps.step_of(phase)
+        with self._telling(phase, parallel):
+            left = None if most is None else most - scopes.batch_number
+            fed = self.core.feed(islice(batches, left), None)
+            for raw in self._together(phase, parallel, iter(fed)):
+                scopes.batch_number += 1
+                try:
+                    step(raw)
+                    if scopes.batch:
+                        raise CancelBatchException(LEFT_OPEN)
+                except BaseException as failure:
+                    self.steps.cancel_batch(phase, failure, CancelBatchException)
+                if self.dispatch.mailbox.calls:
+                    self.dispatch.mailbox.empty()
+                del raw
+
+    @contextmanager
+    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> Generator[Iterable[Any]]:
+        """See `Loop.predicting`. All ranks predict if the model is sharded, each with inputs of its own."""
+        if not isinstance(self._parallel, Sharded):
+            yield inputs
+            return
+        self.ranks.begin()
+        with self._telling(phase, self._parallel):
+            yield self._together(phase, self._parallel, iter(inputs))
+
+    def _together(self, phase: Phase, parallel: Sharded, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches until no rank has a further one. A rank that has none attends the forward passes of the others.
+
+        Raises:
+            DataError: A rank has no batch at all, and the model has not been evaluated before.
+        """
+        ranks = self.ranks
+        while True:
+            raw = next(batches, _NONE)
+            ranks.begin_batch("")
+            mine = ranks.flags()
+            mine[END] = int(raw is _NONE)
+            mine[NO_BATCH] = int(raw is _NONE and not parallel.knows())
+            sums = ranks.world.sum(mine)
+            ranks.join(sums, None)
+            if sums[END] == ranks.world.size or ranks.interrupted:
+                return
+            if sums[NO_BATCH]:
+                raise DataError(
+                    f"A rank has no batch for {phase!r}, and the model is sharded: it takes part in the forward passes "
+                    f"of the other ranks as in those before, and there were none. Give each rank a batch at least."
+                )
+            parallel.begin_forward()
+            if raw is _NONE:
+                parallel.gather_rest()
+                continue
+            ranks.owed = "forward"
+            yield raw
+            del raw
+
+    @contextmanager
+    def _telling(self, phase: Phase, parallel: Sharded) -> Generator[None]:
+        """Give a context for an evaluation, which tells the other ranks of a failure at their next sync point in it."""
+        try:
+            with torch.no_grad():
+                yield
+        except BaseException as failure:
+            if self.ranks.owed:  # the failure comes from within a forward pass, and no batch was open
+                self.steps.tell(phase, failure)
+            if not self.ranks.knows(failure):
+                self.ranks.begin_batch("flags")
+                raise self.steps.tell(phase, failure) from None
+            raise
+        finally:
+            parallel.reset()
 
     def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an evaluation until a signal has come to this rank."""

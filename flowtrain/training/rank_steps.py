@@ -15,8 +15,9 @@ from typing import Any
 from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
+from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CancelBatchException, CancelException, RankError, RemoteError, merge
+from flowtrain.errors import CancelBatchException, CancelException, CoreError, RankError, RemoteError, merge
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
@@ -54,6 +55,8 @@ class RankSteps(Steps):
         self._counted = False  # whether the accumulation group has counted the present batch
         self._asked: tuple[Callbacks, Phase] | None = None  # the arguments of the last call of `_decides`
         self._decision = False
+        if isinstance(parallel, Sharded):
+            parallel.agree = self._agree_before
 
     # --- the bundled step
 
@@ -65,7 +68,7 @@ class RankSteps(Steps):
         self._dispatch.met.clear()
         if wrapped:
             self._parallel.send(core.groups.fills)
-            if not self._parallel.sends:
+            if not self._parallel.meets:
                 ranks.owed = ""
         self._counted = False
         batch = self._open(phase, on, raw, self._parallel.model if wrapped else core.model, True)
@@ -75,9 +78,9 @@ class RankSteps(Steps):
         try:
             if wrapped:
                 sums = core.backward_on_ranks(batch.loss, ranks.flags())
-                if self._parallel.sends:
+                if self._parallel.meets:
                     ranks.join(sums, None)
-                    ranks.owed = "flags" if self._decides(phase) else ""
+                    ranks.owed = "flags" if self._parallel.sends and self._decides(phase) else ""
             else:
                 core.backward(batch.loss)
         except RuntimeError as error:
@@ -98,8 +101,22 @@ class RankSteps(Steps):
         scopes.completed = batch
 
     def wraps(self, phase: Phase) -> bool:
-        """Tell whether the batches of a phase run through DDP: those of a phase with the bundled step do."""
+        """Tell whether the batches of a phase run through DDP or shards: those of a phase with the bundled step do."""
         return type(phase).step is AbstractTrainingPhase.step and self._parallel.wraps
+
+    def check_step(self, phase: Phase) -> None:
+        """Check that a phase has the bundled step if the model is sharded.
+
+        Raises:
+            CoreError: It has a step of its own.
+        """
+        known = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
+        if self._parallel.together and type(phase).step not in known:
+            raise CoreError(
+                f"{phase!r} has a step of its own, in which a rank that fails could not tell the others, since each "
+                f"use of a sharded model needs all of them. Use the bundled step (split, call_model and callbacks "
+                f"change what it does), or TorchCore(parallel='ddp')."
+            )
 
     # --- any step
 
@@ -177,6 +194,12 @@ class RankSteps(Steps):
         """Tell whether the present batch goes through DDP and its gradients stay on this rank for now."""
         return self.wraps(phase) and not self._parallel.sends
 
+    def _agree_before(self) -> None:
+        """Exchange the flags before the first forward pass, in which a rank could not take part without a batch."""
+        owed = self._ranks.owed
+        self._agree()
+        self._ranks.owed = owed
+
     def _agree(self, failure: BaseException | None = None) -> None:
         """Exchange the flags of this batch by a message, and act on them as `Ranks.join` does."""
         self._ranks.join(self._ranks.world.sum(self._ranks.flags(failure)), failure)
@@ -188,8 +211,14 @@ class RankSteps(Steps):
             phase: The phase of that batch.
             failure: What this rank has raised.
         """
-        ranks = self._ranks
-        by_gradients = ranks.owed != "flags" and self.wraps(phase)
+        ranks, parallel = self._ranks, self._parallel
+        owed, by_gradients = ranks.owed, ranks.owed not in ("flags", "forward") and self.wraps(phase)
+        attends = isinstance(parallel, Sharded) and owed != "flags" and not ranks.world.lost and parallel.gather_rest()
+        if attends and owed == "forward":  # the next sync point is the one before the next batch
+            ranks.owed = ""
+            return failure
+        if ranks.world.lost:
+            return failure
         try:
             flags = ranks.flags(failure)
             ranks.join(self._parallel.absent(flags) if by_gradients else ranks.world.sum(flags), failure)

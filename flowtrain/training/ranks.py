@@ -4,7 +4,9 @@ Ranks meet at *sync points*, which come in the same order on all of them. At eac
 whether it has failed, has raised a cancel, was interrupted, or has no further batch. All ranks then see the same sums
 and act alike. The points of a fit are `FitBegin`, and for each epoch `EpochBegin`, one for each batch in training, the
 end of its batches, and `EpochEnd`; the last one is `FitEnd`. In a training batch the flags travel with the gradients
-(`flowtrain.core.data_parallel`); the batches of an evaluation have no sync point.
+(`flowtrain.core.data_parallel`); the batches of an evaluation have no sync point. A sharded model is gathered in every
+forward pass (`flowtrain.core.sharding`): a training batch then has its sync point before the backward pass, by a
+message, and an evaluation has one before each batch.
 
 A rank that fails between two points takes part in the next one, in the place of what it was about to compute, and tells
 there that it has failed: so no other rank waits for it. What a rank raises after the sync point of a batch waits for
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from flowtrain.core.data_parallel import FLAGS
+from flowtrain.core.data_parallel import FLAGS, LEAVES
 from flowtrain.core.world import World
 from flowtrain.errors import (
     CancelBatchException,
@@ -29,12 +31,13 @@ from flowtrain.errors import (
     raise_worst,
 )
 
-__all__ = ["END", "FIT_END", "INTERRUPT", "Ranks"]
+__all__ = ["END", "FIT_END", "INTERRUPT", "NO_BATCH", "Ranks"]
 
 # The places of the flags. A failure has the worst of the last four that fits.
+NO_BATCH: Final = 0
 INTERRUPT: Final = 1
 END: Final = 2
-_BATCH: Final = 3
+_BATCH: Final = LEAVES
 _EPOCH: Final = 4
 _FIT: Final = 5
 _ERROR: Final = 6
@@ -77,7 +80,8 @@ class Ranks:
     Attributes:
         world: The ranks.
         owed: The sync point that is still to come in the present batch: ``"gradients"``, in the backward pass;
-            ``"flags"``, by a message of its own; or ``""`` if there is none.
+            ``"flags"``, by a message of its own; ``"forward"``, only the rest of a forward pass in which all ranks take
+            part; or ``""`` if there is none.
         told: The place of the worst failure of the present batch that all ranks know of; 0 without one.
         interrupted: Whether a signal to any rank ends the fit at the end of this batch.
         ending: Whether all ranks know of a failure that ends the fit, so that the next sync point is the last one.

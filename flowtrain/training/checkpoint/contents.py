@@ -46,6 +46,7 @@ from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
+from flowtrain.state.shards import spread
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
@@ -75,12 +76,13 @@ def gather(
             rest.enter_context(callback.at_rest())
         contents = _gather(state, core, changes, in_memory)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
-            contents |= {"version": JUDGED, "trained": contents["model"], "model": _models(core, Packer())}
+            judging = _models(core, Packer(in_memory=in_memory))
+            contents |= {"version": JUDGED, "trained": contents["model"], "model": judging}
         return contents
 
 
 def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: bool) -> dict[str, Any]:
-    packer = Packer()
+    packer = Packer(in_memory=in_memory)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -125,7 +127,8 @@ def _callback(callback: Callback, packer: Packer) -> dict[str, Any]:
 def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     if not core.groups.open:
         return None
-    gradients = [param.grad for module in core.modules for param in module.parameters()]
+    own = {} if core.parallel is None else core.parallel.own_gradients()
+    gradients = [own.get(param, param.grad) for module in core.modules for param in module.parameters()]
     contents = {"state": core.groups.state_dict(), "gradients": gradients}
     copied: dict[str, Any] = packer.copy(contents, "the gradients")
     return copied
@@ -254,7 +257,7 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, cha
 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
-    packer = Packer()
+    packer = Packer(in_memory=True)
     with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
         changes.load_state_dict(contents.get("structure"))
     # The models come first: an optimizer casts its state to the dtype and device of its parameters, and a callback may
@@ -267,13 +270,14 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
         # A checkpoint of the CPU says that the optimizer is not fused, and on a device the learner's is.
         for there, here in zip(saved.get("param_groups", ()), optimizer.param_groups, strict=False):
             there |= {option: here[option] for option in IMPLEMENTATION if option in here}
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(_spread_state(saved, optimizer))
     core.load_state_dict(contents["core"])
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])
         params = (param for module in core.modules for param in module.parameters())
         for param, gradient in zip(params, contents["group"]["gradients"], strict=True):
-            param.grad = None if gradient is None else gradient.to(param.device, copy=True)
+            if core.parallel is None or not core.parallel.keep_gradient(param, gradient):
+                param.grad = None if gradient is None else gradient.to(param.device, copy=True)
     phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
     for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
         if not _is_written(state, name):
@@ -282,6 +286,16 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
         state.cbstate.__put__(name, packer.copy(packed, f"cbstate.{name}"), phases)
     state.updates = contents["updates"] if "updates" in contents else _counted_updates(state)
     load_callbacks(contents, state.callbacks)
+
+
+def _spread_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the saved state of an optimizer with this rank's part of what belongs to a sharded parameter."""
+    state = dict(saved["state"])
+    for group, there in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+        for param, number in zip(group["params"], there["params"], strict=False):
+            if number in state:
+                state[number] = {name: spread(value, param) for name, value in state[number].items()}
+    return {**saved, "state": state}
 
 
 def _counted_updates(state: LearnerState) -> int:
@@ -334,7 +348,9 @@ def _is_written(state: LearnerState, name: str) -> bool:
 
 def _load_module(module: Any, saved: Mapping[str, Any]) -> None:
     if isinstance(module, torch.nn.Module):
-        module.load_state_dict({key: saved[key.replace(_COMPILED, "")] for key in module.state_dict()})
+        module.load_state_dict(
+            {key: spread(saved[key.replace(_COMPILED, "")], each) for key, each in module.state_dict().items()}
+        )
 
 
 def _load_callback(callback: Callback, saved: Mapping[str, Any], of_weights: bool) -> None:

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 
 from flowtrain.errors import CheckpointError
+from flowtrain.state.encoding import SAME
 
 __all__ = ["check_size", "digests", "part_of", "parts_in", "reduced"]
 
 _LOCAL = ("random", "loaders", "position", "numbers", "passes", "cbstate", "callbacks", "group")
 """The entries of a checkpoint that each rank has for itself."""
-
-_SAME = "the tensor of the main rank"
-"""Stands, as the only key of a mapping, for a tensor that the part of the main rank has at the same place."""
 
 _LARGE = 1024
 """The number of elements from which a tensor is compared with that of the main rank."""
@@ -49,7 +47,7 @@ def reduced(contents: Mapping[str, Any], main: Mapping[tuple[Any, ...], str]) ->
         main: The `digests` of the main rank.
     """
     part: dict[str, Any] = _changed(
-        _local(contents), lambda tensor, place: {_SAME: True} if main.get(place) == _digest(tensor) else tensor
+        _local(contents), lambda tensor, place: {SAME: True} if main.get(place) == _digest(tensor) else tensor
     )
     return part
 
@@ -133,7 +131,7 @@ def _changed(item: Any, change: Callable[[torch.Tensor, tuple[Any, ...]], Any], 
 def _filled(part: Any, main: Any) -> Any:
     """Return the part of a rank with the tensors of the main rank where it left them out."""
     if isinstance(part, dict):
-        if _SAME in part:
+        if SAME in part:
             return main
         return {
             key: _filled(each, main.get(key) if isinstance(main, dict) else None) for key, each in part.items()

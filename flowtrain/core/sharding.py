@@ -1,0 +1,425 @@
+"""Sharded training: each rank keeps a part of every parameter, of its gradient, and of the state of its optimizer.
+
+`Sharded` is FSDP2, torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). The
+model is divided into *units*, which are submodules. Before a unit runs, all ranks gather its parameters, and afterwards
+they free what is not theirs. So a forward pass is a sequence of collectives, in evaluation as well as in training, and
+a rank without a batch has to take part in all of them.
+
+Ranks agree on a training batch by a message between the loss and the backward pass. A rank that fails before takes
+part in the gathers that are left, without computing anything (`Sharded.gather_rest`). It knows them from the last
+complete forward pass, since the units run in the same order in every batch. As long as there was none, all ranks agree
+once more before the forward pass.
+
+One failure cannot be told: that of one rank alone in the middle of its first forward pass, or in a backward pass. The
+other ranks then wait in a collective that this rank cannot join. It gives up all exchanges and raises its error at
+once; the others end with an error as soon as its process has ended.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from flowtrain.core.data_parallel import LEAVES, DataParallel, equalise
+from flowtrain.core.precision import Precision
+from flowtrain.core.world import World
+from flowtrain.errors import CoreError, nearest
+from flowtrain.state.shards import whole
+
+__all__ = ["Shard", "Sharded", "check_fsdp", "full_state_dict"]
+
+Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
+"""Which submodules are units of their own: those of a class or of several, or those a function says yes to."""
+
+_Place: TypeAlias = Literal["before", "inside", "after"]
+
+
+def check_fsdp(parallel: object, shard: object, options: object, precision: Precision, compiles: object) -> None:
+    """Check the arguments of `TorchCore` for sharded training.
+
+    Raises:
+        CoreError: An argument has a value that it cannot have, or needs ``parallel="fsdp"``.
+    """
+    if parallel != "fsdp":
+        for name, value in (("shard", shard), ("fsdp", options)):
+            if value is not None:
+                raise CoreError(f'{name}={value!r} is for sharded training. Write parallel="fsdp" with it.')
+        return
+    listed = shard if isinstance(shard, (list, tuple)) else [shard]
+    if not all(isinstance(each, type) and issubclass(each, torch.nn.Module) for each in listed) and (
+        shard is not None and (isinstance(shard, (type, list, tuple)) or not callable(shard))
+    ):
+        raise CoreError(
+            f"shard is a class of modules, a list of such classes, or a function of (name, module) that returns a "
+            f"bool; got {shard!r}. Write shard=torch.nn.TransformerEncoderLayer."
+        )
+    if options is not None and (not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options)):
+        raise CoreError(f"fsdp is a mapping of arguments for fully_shard, got {options!r}.")
+    refused = {
+        "module": "the model is that of the learner",
+        "ignored_params": "the gradients of these parameters would differ between the ranks",
+    }
+    for name in options or {}:
+        if name in refused:
+            raise CoreError(f"fsdp={{{name!r}: ...}} cannot be set: {refused[name]}. Leave it out.")
+    if precision == "fp16":
+        raise CoreError(
+            "precision='fp16' scales the loss by a scaler that each rank would change alone, so it cannot be used with "
+            "parallel='fsdp'. Use precision='bf16'."
+        )
+    if compiles is not False:
+        raise CoreError(
+            f"compile={compiles!r} compiles the model as a whole, and with parallel='fsdp' its parts are gathered one "
+            f"by one. Leave compile= out, and compile these parts before: `for block in model.blocks: block.compile()`."
+        )
+
+
+def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the whole ``state_dict`` of a model that several processes train, on the main rank and on the CPU.
+
+    Every rank must call this, at the same point. The parameters are put together one after the other, and only the main
+    rank keeps them. In one process, and with DDP, it is a copy of ``model.state_dict()`` on the CPU.
+
+    Args:
+        model: The model, such as ``learner.model``.
+
+    Returns:
+        The entries by name; an empty mapping on all ranks but the main one.
+    """
+    main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    found: dict[str, Any] = {}
+    for name, entry in model.state_dict().items():
+        if isinstance(entry, torch.Tensor):
+            entry = whole(entry.detach())  # a rank that left this out would make the others wait
+            entry = entry.to("cpu", copy=True) if main else None
+        if main:
+            found[name] = entry
+    return found
+
+
+class HasShards(Protocol):
+    """The settings of a core that sharding needs.
+
+    Attributes:
+        shard: Which submodules are units of their own; the rest of the model is one unit.
+        fsdp: The arguments of the user for `fully_shard`.
+    """
+
+    @property
+    def shard(self) -> Shard | None: ...
+
+    @property
+    def fsdp(self) -> Mapping[str, Any] | None: ...
+
+
+class Sharded(DataParallel):
+    """The model of one learner, sharded over the ranks, on one of them.
+
+    `torch.distributed.fsdp.fully_shard` changes the model in place: its parameters become `DTensor`, which hold the
+    part of this rank, and its class a subclass with ``FSDP`` before the name. The names of parameters stay. A model
+    that the user has sharded before is taken as it is.
+
+    Args:
+        world: The ranks.
+        models: The models by name.
+        losses: The loss function, if it is a module.
+        device: The device of the models.
+        settings: The settings of the core.
+        wanted: The optimizer that the user has passed.
+
+    Attributes:
+        call: The function that runs the model, under autocast where the settings say so.
+
+    Raises:
+        CoreError: The model, the loss function or the optimizer cannot be used with shards.
+    """
+
+    together = True
+
+    def __init__(
+        self,
+        world: World,
+        models: Mapping[str, torch.nn.Module],
+        losses: Sequence[torch.nn.Module],
+        device: torch.device,
+        settings: HasShards,
+        wanted: Any,
+    ) -> None:
+        model = models.get("")
+        if model is None:
+            raise CoreError(
+                f"parallel='fsdp' trains one model, and the learner has {', '.join(models)}. Write parallel='ddp', "
+                f"which trains several."
+            )
+        if any(param.requires_grad for module in losses for param in module.parameters()):
+            raise CoreError(
+                f"The loss function {type(losses[0]).__name__} has parameters, which parallel='fsdp' does not shard. "
+                f"Move them into the model, freeze them (requires_grad_(False)), or write parallel='ddp'."
+            )
+        self._begin(world, [model, *losses], device)
+        self.wraps = True
+        self.model = self._run
+        self.call: Callable[..., Any] = model
+        self._root: Any = model
+        self._units: list[Any] = _shard(world, model, device, settings.shard, settings.fsdp or {}, wanted)
+        self._running: list[int] = []  # the units that have run in the present forward pass, by their numbers
+        self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
+        self._place: _Place = "before"
+        self._sends = True
+        self.agree: Callable[[], None] = self._nothing
+        for number, unit in enumerate(self._units):
+            unit.register_forward_pre_hook(partial(_note, self._running, number))
+
+    @staticmethod
+    def _nothing() -> None:
+        """Stand for the sync point before the first forward pass until a loop has set it."""
+
+    # --- the forward pass
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        """Run the model, and note in which order its units run."""
+        training = torch.is_grad_enabled()
+        self._running.clear()
+        if training not in self._orders:
+            self.agree()
+        self._place = "inside"
+        outputs = self.world.guarded(self.call, *inputs, **named)
+        self._orders[training] = [*self._running]
+        self._place = "after"
+        if not training:  # torch keeps the parameters of the whole model gathered, for a backward pass
+            self._root.reshard()
+        return outputs
+
+    def knows(self) -> bool:
+        """Tell whether this rank can take part in a forward pass of the other ranks without a batch of its own."""
+        return torch.is_grad_enabled() in self._orders
+
+    def begin_forward(self) -> None:
+        """Note that a sync point before a forward pass is over."""
+        self._place = "before"
+
+    def gather_rest(self) -> bool:
+        """Take part in what is left of the present forward pass, without computing anything.
+
+        Returns:
+            Whether the other ranks have come out of their forward passes; otherwise they wait at a sync point before
+            them, or this rank cannot take part any more.
+        """
+        training = torch.is_grad_enabled()
+        order = self._orders.get(training)
+        done = len(self._running) if self._place == "inside" else 0
+        if self._place == "after":
+            return True
+        if order is None:
+            self.world.lost = self.world.lost or self._place == "inside"
+            return False
+        for number in order[done:]:
+            unit = self._units[number]
+            self.world.guarded(unit.unshard)
+            unit.reshard()
+        self._place = "after"
+        return True
+
+    # --- the backward pass
+
+    def attend(self) -> None:
+        """See `DataParallel.attend`. There is nothing to do: each batch has a sync point, and it is over."""
+
+    def prepare(self) -> None:
+        """Nothing is prepared for an epoch: units see by themselves which parameters are trained."""
+
+    def send(self, wanted: bool) -> None:
+        """Say whether the gradients of the next batch travel; without, each rank adds whole gradients of its own."""
+        self._place = "before"
+        if wanted != self._sends:
+            self._sends = wanted
+            self._root.set_requires_gradient_sync(wanted)
+
+    @property
+    def sends(self) -> bool:
+        """Whether the gradients of this batch travel."""
+        return self._sends
+
+    @property
+    def meets(self) -> bool:
+        """Whether this batch has a sync point before its backward pass: each batch has, as all ranks gather in it."""
+        return True
+
+    def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
+        """See `DataParallel.backward`. The ranks agree before, and leave the backward pass out if the batch ends."""
+        if not loss.requires_grad:
+            loss.backward()  # raises, and the other ranks are told
+        sums = self.world.sum(flags)
+        if any(sums[LEAVES:]):
+            self.reset()
+            return sums
+        try:
+            self.world.guarded(loss.backward)
+        except BaseException:
+            self.world.lost = True
+            raise
+        self._place = "before"
+        return sums
+
+    def absent(self, flags: Sequence[int]) -> list[int]:
+        """See `DataParallel.absent`."""
+        self.gather_rest()
+        sums = self.world.sum(flags)
+        self.reset()
+        return sums
+
+    def reset(self) -> None:
+        """Leave a forward pass that no backward pass follows."""
+        if self._place != "before" or self._orders:  # otherwise torch has not prepared the units yet
+            self._root.reset_iter_state()
+        self._running.clear()
+        self._place = "before"
+
+    def discard(self) -> None:
+        """Discard the gradients that each rank has added by itself and that have not travelled."""
+        for param in self._params():
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+    def own_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """See `DataParallel.own_gradients`. These gradients are whole, and belong to this rank alone."""
+        found: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for param in self._params():
+            gradient = _own_gradient(param)
+            if gradient is not None:
+                found[param.sharded_param] = gradient
+        return found
+
+    def keep_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor | None) -> bool:
+        """See `DataParallel.keep_gradient`."""
+        for known in self._params():
+            if known.sharded_param is param:
+                known.unsharded_accumulated_grad = None if gradient is None else gradient.to(param.device, copy=True)
+                return True
+        return False
+
+    def average(self, params: Any) -> None:
+        """Set the gradients of a group that has ended before its last batch to their means over all ranks."""
+        from torch.distributed.tensor import distribute_tensor
+
+        for param in self._params():
+            grad = _own_gradient(param)
+            there = self.world.sum([int(grad is not None)])[0]
+            if not there:
+                continue
+            shards = param.sharded_param
+            mean = torch.zeros(shards.shape) if grad is None else grad
+            mean = mean.to(shards.device, shards.dtype).div_(self.world.size)
+            self.world.guarded(dist.all_reduce, mean)
+            added = distribute_tensor(mean, shards.device_mesh, shards.placements)
+            shards.grad = added if shards.grad is None else shards.grad + added
+        self.discard()
+
+    def _params(self) -> list[Any]:
+        """Return torch's objects for the parameters of all units. There is no public way to the gradients in them."""
+        groups: list[Any] = []
+        for unit in self._units:
+            state = unit._get_fsdp_state()
+            groups += getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        return [param for group in groups if group is not None for param in group.fsdp_params]
+
+
+def _own_gradient(param: Any) -> torch.Tensor | None:
+    """Return the gradient of one of torch's objects for a parameter that this rank has added by itself."""
+    own: Any = getattr(param, "_unsharded_param", None)
+    found: torch.Tensor | None = param.unsharded_accumulated_grad
+    return own.grad if found is None and own is not None else found
+
+
+def _note(running: list[int], number: int, module: torch.nn.Module, inputs: Any) -> None:
+    """Note that a unit runs, whose parameters are gathered now."""
+    running.append(number)
+
+
+def _shard(
+    world: World,
+    model: torch.nn.Module,
+    device: torch.device,
+    shard: Shard | None,
+    options: Mapping[str, Any],
+    wanted: Any,
+) -> list[Any]:
+    """Shard a model in place, and return its units; `Sharded` describes the arguments and the errors."""
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+    except ImportError:  # a build of torch without torch.distributed
+        raise CoreError("parallel='fsdp' needs a torch with torch.distributed.fsdp.fully_shard.") from None
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise CoreError(
+            f"parallel='fsdp' needs a newer torch than {torch.__version__}, in which FSDPModule has reset_iter_state: "
+            f"a cancelled batch could not be left without it. Update torch, or write parallel='ddp'."
+        )
+    known = [name for name in inspect.signature(fully_shard).parameters if name not in ("module", "ignored_params")]
+    for name in options:
+        if name not in known:
+            raise CoreError(
+                f"fsdp={{{name!r}: ...}} is no argument of fully_shard.{nearest(name, known)} It has: "
+                f"{', '.join(known)}."
+            )
+    if isinstance(model, FSDPModule):
+        if shard is not None or options:
+            raise CoreError(
+                "The model is sharded already, and shard= or fsdp= was given too. Leave these out to train it as it "
+                "is, or pass the model as it was before fully_shard."
+            )
+        return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    chosen = _units(model, shard)
+    _check_before(wanted)
+    equalise(world, [model])
+    given = dict(options)
+    if "mesh" not in given:
+        given["mesh"] = init_device_mesh(device.type, (world.size,))
+    units = [*chosen, model]
+    for unit in units:
+        fully_shard(unit, **given)
+    return units
+
+
+def _units(model: torch.nn.Module, shard: Shard | None) -> list[torch.nn.Module]:
+    """Return the submodules that are units of their own, those inside of others first.
+
+    Raises:
+        CoreError: There is none.
+    """
+    if shard is None:
+        return []
+    if isinstance(shard, (type, list, tuple)):
+        kinds = tuple(shard) if isinstance(shard, (list, tuple)) else (shard,)
+        found = {name: module for name, module in model.named_modules() if name and isinstance(module, kinds)}
+    else:
+        chooses: Any = shard
+        found = {name: module for name, module in model.named_modules() if name and chooses(name, module)}
+    if not found:
+        classes = dict.fromkeys(type(module).__name__ for name, module in model.named_modules() if name)
+        raise CoreError(
+            f"shard={shard!r} fits no submodule of {type(model).__name__}, whose submodules are of "
+            f"{', '.join(classes) or 'no class'}. Write one of these classes, or leave shard= out: the model is then "
+            f"one unit."
+        )
+    return [*found.values()][::-1]
+
+
+def _check_before(wanted: Any) -> None:
+    """Check that no optimizer was made from the parameters that sharding is about to replace."""
+    for name, each in wanted.items() if isinstance(wanted, Mapping) else [("", wanted)]:
+        if isinstance(each, Optimizer):
+            what, kind = f"optimizer[{name!r}]" if name else "optimizer", type(each).__name__
+            raise CoreError(
+                f"{what} is a {kind} that was made before the model is sharded, and holds parameters that "
+                f"parallel='fsdp' replaces. Pass a function, which is called with the new ones: "
+                f"optimizer=partial(torch.optim.{kind}, lr=...); for parameter groups, a function that makes them from "
+                f"the names: optimizer=lambda params: torch.optim.{kind}(param_groups(model, ...))."
+            )
