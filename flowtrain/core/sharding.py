@@ -104,18 +104,17 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
 
 class HasShards(Protocol):
-    """The settings of a core that sharding needs.
-
-    Attributes:
-        shard: Which submodules are units of their own; the rest of the model is one unit.
-        fsdp: The arguments of the user for `fully_shard`.
-    """
+    """The settings of a core that sharding needs."""
 
     @property
-    def shard(self) -> Shard | None: ...
+    def shard(self) -> Shard | None:
+        """Which submodules are units of their own; the rest of the model is one unit."""
+        ...
 
     @property
-    def fsdp(self) -> Mapping[str, Any] | None: ...
+    def fsdp(self) -> Mapping[str, Any] | None:
+        """The arguments of the user for `fully_shard`."""
+        ...
 
 
 class Sharded(DataParallel):
