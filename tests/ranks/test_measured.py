@@ -78,7 +78,7 @@ def measured(size: int) -> tuple[dict[str, list[tuple[int, float]]], Any]:
     all_batches = batches([n for each in SIZES[size] for n in each])
     begin = sum(map(len, SIZES[size][: rank()]))
     own = all_batches[begin : begin + len(SIZES[size][rank()])]
-    learner = learner_of(batches([8, 8])[rank() % 2 :][:1], own, metrics(), lr=0.0)
+    learner = learner_of(batches([8] * size)[rank() :][:1], own, metrics(), lr=0.0)
     learner.fit(2)
     return values(learner), learner.cbstate.history[ValidationPhase]
 
