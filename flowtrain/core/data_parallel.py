@@ -65,6 +65,23 @@ def check_ddp(options: object, accumulate: int) -> dict[str, Any]:
     return dict(options)
 
 
+def check_unwrapped(models: Mapping[str, torch.nn.Module]) -> None:
+    """Check that the user has not wrapped a model for several processes.
+
+    Raises:
+        CoreError: A model is a `DistributedDataParallel`.
+    """
+    for name, model in models.items():
+        if isinstance(model, DistributedDataParallel):
+            which = f"model {name!r}" if name else "the model"
+            raise CoreError(
+                f"{which} is wrapped in DistributedDataParallel, and the learner wraps it itself: it needs the module "
+                f"to evaluate, and to write checkpoints whose names do not begin with 'module.'. Pass the module, and "
+                f"arguments for DDP as TorchCore(ddp={{...}}); or train with your own wrapper, each process for "
+                f"itself: TorchCore(parallel=None)."
+            )
+
+
 class _Trained(torch.nn.Module):
     """The module that DDP wraps: it calls the model, or computes zeros on a rank that has no outputs.
 

@@ -26,7 +26,7 @@ import torch
 from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, original
-from flowtrain.core.data_parallel import DataParallel, check_ddp
+from flowtrain.core.data_parallel import DataParallel, check_ddp, check_unwrapped
 from flowtrain.core.devices import allow_tf32, find_device, move_modules
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.core.precision import (
@@ -182,6 +182,8 @@ class TorchCore:
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.world = find_world(self.settings.parallel)
+        if self.world is not None:
+            check_unwrapped(self.models)
         self.device = find_device(self.settings.device, self.models.values(), local_rank() if self.world else None)
         check_precision(self.device, self.precision)
         model: Any = models.get("")

@@ -40,6 +40,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.checkpoint.contents import own_version
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
@@ -151,15 +152,22 @@ class RankLoop(Loop):
             planned = [super()._planned_updates(data, *counts)]
         except BaseException as failure:
             failures.append(failure)
-        told = self.ranks.meet("the plan of the fit", failures, (planned[0], self.state.callbacks.describe()))
+        value = planned[0], self.state.callbacks.describe(), _versions()
+        told = self.ranks.meet("the plan of the fit", failures, value)
         self._raise(failures)
-        difference = first_difference([plans for _, plans in told]) if told else ""
+        for number, (_, _, versions) in enumerate(told):
+            if versions != told[0][2]:
+                raise RankError(
+                    f"Rank {number} has {versions}, and the main rank has {told[0][2]}. Install the same versions "
+                    f"everywhere: others may compute, order and save in another way."
+                )
+        difference = first_difference([plans for _, plans, _ in told]) if told else ""
         if difference:
             raise RankError(
                 f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
                 f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
             )
-        found = [updates for updates, _ in told]
+        found = [updates for updates, _, _ in told]
         return min(found) if found and None not in found else None
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
@@ -471,6 +479,11 @@ class RankLoop(Loop):
             yield raw
             if self.ranks.leave is not None:
                 return
+
+
+def _versions() -> str:
+    """Return the versions that must be the same on all ranks."""
+    return f"flowtrain {own_version()} and torch {torch.__version__}"
 
 
 def _diverged(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> DivergedError:

@@ -34,6 +34,7 @@ from flowtrain import (
 from flowtrain.callbacks import LearningRateMonitor, LogMetrics, Recorder
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.logging import JsonlBackend
+from flowtrain.training.checkpoint.contents import own_version
 from tests.support.ranks import Ranks, rank
 
 
@@ -217,3 +218,38 @@ def test_shared_state_that_differs_is_an_error_at_the_end_of_the_epoch(ranks: Ra
         )
         assert value == 1 + number  # after the first epoch
     assert ranks.values(total, own=False) == [2, 2]
+
+
+def wrap(parallel: Any) -> Any:
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo")
+    wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+    core = TorchCore(device="cpu", parallel=parallel)
+    data = [(torch.randn(4, 3), torch.randn(4, 1))]
+    Learner(wrapped, torch.nn.functional.mse_loss, data=data, core=core, default_callbacks=False).fit(1)
+    return [param.tolist() for param in wrapped.parameters()]
+
+
+def test_a_model_that_the_user_has_wrapped_is_refused_or_taken_as_it_is(ranks: Ranks) -> None:
+    for outcome in ranks.run(wrap, "auto"):
+        assert outcome.ended == "CoreError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("the model is wrapped in DistributedDataParallel, and the learner wraps it")
+    one, two = ranks.values(wrap, None)
+    assert one == two
+
+
+def pretend() -> Any:
+    if rank():
+        vars(torch)["__version__"] = "2.0.0"
+    learner(Recorder()).fit(1)
+
+
+def test_other_versions_are_refused_when_a_fit_begins(ranks: Ranks) -> None:
+    version = torch.__version__
+    for outcome in ranks.run(pretend):
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("Rank 1 has flowtrain ")
+        told = f"and torch 2.0.0, and the main rank has flowtrain {own_version()} and torch {version}. Install the same"
+        assert told in outcome.error.text

@@ -50,7 +50,16 @@ from flowtrain.state.shards import spread
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
-__all__ = ["apply", "check_fits", "check_models", "gather", "load_callbacks", "load_models", "without_callback"]
+__all__ = [
+    "apply",
+    "check_fits",
+    "check_models",
+    "gather",
+    "load_callbacks",
+    "load_models",
+    "own_version",
+    "without_callback",
+]
 
 _COMPILED = "_orig_mod."
 """Torch puts this before the names of parameters in a compiled module."""
@@ -86,7 +95,7 @@ def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: b
     return {
         "format": FORMAT,
         "version": VERSION,
-        "flowtrain": _version(),
+        "flowtrain": own_version(),
         "torch": str(torch.__version__),
         "model": _models(core, packer),
         "loss module": packer.copy(_state_of(state.lossfn), "the loss function"),
@@ -134,7 +143,8 @@ def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     return copied
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Return the version of flowtrain, ``"unknown"`` if it is not installed."""
     try:
         return version("flowtrain")
     except PackageNotFoundError:  # run from a source tree
