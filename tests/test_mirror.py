@@ -25,6 +25,7 @@ ELSEWHERE = {
     "examples/huggingface": "examples/test_programs",
     "testing/probes": "testing/test_contract",
     "training/checkpoint/rank_checkpoints": "ranks/test_checkpoints",
+    "training/rank_data": "ranks/test_data",
     "training/rank_loop": "ranks/test_one_alone",
     "training/rank_steps": "ranks/test_one_alone",
     "training/ranks": "ranks/test_one_alone",

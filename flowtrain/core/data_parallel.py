@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "equalise"]
+__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "check_unwrapped", "equalise"]
 
 FLAGS = 8
 """The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means."""

@@ -103,7 +103,7 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-class HasShards(Protocol):
+class _HasShards(Protocol):
     """The settings of a core that sharding needs."""
 
     @property
@@ -147,7 +147,7 @@ class Sharded(DataParallel):
         models: Mapping[str, torch.nn.Module],
         losses: Sequence[torch.nn.Module],
         device: torch.device,
-        settings: HasShards,
+        settings: _HasShards,
         wanted: Any,
     ) -> None:
         model = models.get("")

@@ -137,15 +137,13 @@ class TorchCore:
         # Attributes beside the settings, since a step reads them at each batch.
         self.precision: Precision = precision
         self.accumulate = self.settings.accumulate
-        self.clip_grad_norm = clip_grad_norm
-        self.clip_grad_value = clip_grad_value
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self._state: LearnerState | None = None
-        self._needs_norm = False
+        self._needs_norm = self._warned = False
         self._guard: NaNGuard | None = None
         self.world: World | None = None  # the ranks that train together; ``None`` for one process
         self.parallel: DataParallel | None = None
         self.modes: Modes | None = None  # set by the loop while an epoch of a phase runs
-        self._warned = False
 
     # --- called once, by the learner
 
@@ -426,8 +424,7 @@ class TorchCore:
             changes: Settings that differ.
         """
         alone: dict[str, Any] = {"compile": False, "parallel": None, "shard": None, "fsdp": None}
-        options = {**vars(self.settings), **alone, **changes}
-        core = TorchCore(**options)
+        core = TorchCore(**{**vars(self.settings), **alone, **changes})
         core._warned = True
         return core
 

@@ -71,8 +71,7 @@ class Loop:
 
     def __init__(self, state: LearnerState, core: TorchCore, executor: Executor) -> None:
         self.state, self.core, self.executor = state, core, executor
-        self.scopes = Scopes()
-        self.sinks = Sinks()
+        self.scopes, self.sinks = Scopes(), Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
         self.checkpoints = self._make_checkpoints()
         self.dispatch.checkpoint = self.checkpoints.take
@@ -358,8 +357,7 @@ class Loop:
         if not isinstance(loader, Stream):
             set_epoch(loader, self.scopes.begin_pass(phase))  # a handler of `EpochBegin` may choose another number
         self.dispatch.fire(_EPOCH_BEGIN, phase)
-        if self.dispatch.mailbox.calls:
-            self.dispatch.mailbox.empty()
+        self.dispatch.mailbox.empty()
         batches = loader
         if resuming and position.begun is not None:
             batches = checkpoints.replay(loader, phase)

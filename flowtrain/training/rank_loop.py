@@ -6,7 +6,6 @@ into the loop, and ends each training epoch on all ranks with the same batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
@@ -19,8 +18,7 @@ from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
-from flowtrain.data.rank_batches import agreed_length, check_ends, fingerprint
-from flowtrain.data.sharding import Shards, Share, check_first_batches
+from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import (
     CancelBatchException,
     CancelEpochException,
@@ -44,18 +42,13 @@ from flowtrain.training.checkpoint.contents import own_version
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
+from flowtrain.training.rank_data import NONE, RankData
 from flowtrain.training.rank_steps import RankSteps
 from flowtrain.training.ranks import END, FIT_END, NO_BATCH, Ranks
 from flowtrain.training.scopes import CLOSED
 from flowtrain.training.step import Steps
 
 __all__ = ["RankLoop", "make_loop"]
-
-_logger = logging.getLogger("flowtrain")
-
-_NONE = object()
-"""Stands for a batch that a loader has not given, since a batch may be ``None``."""
-
 
 def make_loop(state: LearnerState, core: TorchCore, executor: Executor) -> Loop:
     """Return the loop of a learner, whose core is attached: that of one process, or that of one of several ranks."""
@@ -82,12 +75,8 @@ class RankLoop(Loop):
     ) -> None:
         self.ranks = Ranks(world)
         self._parallel = parallel
-        self._known = True  # whether all ranks know the number of batches of the present epoch
-        self._shards = Shards(world.rank, world.size, world.exchange(torch.initial_seed() % 2**32)[0])
-        self._shares: dict[Phase, Share] = {}
-        self._said: set[str] = set()
-        self._compared: set[Phase] = set()  # phases whose first batch was compared with those of the other ranks
         super().__init__(state, core, executor)
+        self._data = RankData(self.ranks, self.scopes, core.settings.uneven)
         self.sinks.run = Run(world.exchange(self.sinks.run.id)[0])
 
     def _make_steps(self) -> Steps:
@@ -103,21 +92,8 @@ class RankLoop(Loop):
     # --- fit and epoch
 
     def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """Return the loaders of this rank, and tell the user once, on the main rank, what was done with them."""
-        found: PhaseMap[Any] = PhaseMap("data")
-        for phase, loader in data.items():
-            training = not isinstance(phase, AbstractValidationPhase)
-            self._shares[phase] = share = self._shards.of(loader, f"The data for {phase!r}", training=training)
-            found[phase] = share.loader
-            for note in share.notes:
-                self._say(note)
-        return found
-
-    def _say(self, line: str) -> None:
-        """Write a line for the user, once, on the main rank; an empty line is none."""
-        if line and self.ranks.world.main and line not in self._said:
-            self._said.add(line)
-            _logger.warning(line)  # a level that Python shows without any setting
+        """Return the loaders of this rank, and tell the user once what was done with them."""
+        return self._data.divided(data)
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
         """Let the next fit begin at the position of a checkpoint on all ranks, or on none."""
@@ -136,7 +112,7 @@ class RankLoop(Loop):
 
     def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
         self.ranks.begin()
-        self._compared.clear()
+        self._data.compared.clear()
         return Interrupts(
             self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints, hold=self._hold
         )
@@ -266,23 +242,25 @@ class RankLoop(Loop):
             self._parallel.prepare()
         source = iter(batches)
         done = number = self.scopes.batch_number
-        first, total = self._agree_on_epoch(phase, source, total)
-        if first is _NONE:
+        first, total = self._data.agree_on_epoch(phase, source, total)
+        if first is NONE:
             return
         source = chain([first], source)
         del first
-        # Without a length the ranks tell each other before each batch whether they have one, so none is taken early.
-        fed = iter(self.core.feed(source, total - done)) if total is not None else self._until_any_ends(phase, source)
+        if total is not None:
+            fed = iter(self.core.feed(source, total - done))
+        else:  # the ranks tell each other before each batch whether they have one, so no batch is taken early
+            fed = self._data.until_any_ends(phase, source)
         step = self.steps.step_of(phase)
         while total is None or number < total:
             self.ranks.begin_batch("")
             try:
-                raw = next(fed, _NONE)
+                raw = next(fed, NONE)
             except BaseException as failure:
                 if not self.ranks.knows(failure):
                     self._tell_next(phase, failure)
                 raise
-            if raw is _NONE:
+            if raw is NONE:
                 if total is not None:
                     self._end_early(phase, number, total)
                 return
@@ -335,67 +313,8 @@ class RankLoop(Loop):
 
     def _tell_next(self, phase: Phase, failure: BaseException) -> None:
         """Tell the other ranks of a failure at the sync point of their next batch."""
-        self.ranks.begin_batch("gradients" if self.steps.wraps(phase) and self._known else "flags")
+        self.ranks.begin_batch("gradients" if self.steps.wraps(phase) and self._data.known else "flags")
         self.steps.tell(phase, failure)
-
-    def _agree_on_epoch(self, phase: Phase, source: Iterator[Any], total: int | None) -> tuple[Any, int | None]:
-        """Return the first batch of this rank, and the number of batches that the epoch has on all ranks.
-
-        Args:
-            phase: The phase.
-            source: The batches that are left in the epoch on this rank.
-            total: The number of batches in the whole epoch on this rank; ``None`` if it is not known.
-
-        Returns:
-            The batch, `_NONE` if a rank has none; and the number, ``None`` if a rank does not know it.
-
-        Raises:
-            RankError: Two ranks have the same first batch, or different numbers of batches where that is not wanted.
-        """
-        failures: list[BaseException] = []
-        first: list[Any] = [_NONE]
-        prints: tuple[str, ...] | None = None
-        share = self._shares.get(phase)
-        try:
-            first[0] = next(source, _NONE)
-            if first[0] is not _NONE and share is not None and phase not in self._compared:
-                prints = share.fingerprints(first[0])
-        except BaseException as failure:
-            failures.append(failure)
-        found = self.ranks.meet("the first batch", failures, (total, first[0] is _NONE, prints))
-        self._raise(failures)
-        what = f"The data for {phase!r}"
-        agreed = agreed_length([each for each, _, _ in found], what, self.core.settings.uneven)
-        self._known = agreed.certain
-        if any(ended for _, ended, _ in found):
-            return _NONE, None
-        marks = [each for _, _, each in found if each is not None]
-        if share is not None and len(marks) == len(found):
-            check_first_batches(marks, what, share)
-        self._compared.add(phase)
-        self._say(agreed.note)
-        return first.pop(), agreed.most if agreed.certain else None
-
-    def _until_any_ends(self, phase: Phase, source: Iterator[Any]) -> Iterator[Any]:
-        """Yield batches until any rank has no further one, which all ranks tell each other before each batch.
-
-        Raises:
-            RankError: One rank has ended and another has not, where that is not wanted.
-        """
-        ranks, number = self.ranks, self.scopes.batch_number
-        while True:
-            held = [next(source, _NONE)]  # a list, so that nothing here keeps the batch while it is trained
-            ranks.begin_batch("flags")
-            flags = ranks.flags(batch=False)
-            flags[END] = int(held[0] is _NONE)
-            sums = ranks.world.sum(flags)
-            ranks.join(sums, None)
-            if sums[END]:
-                if self.core.settings.uneven == "error":
-                    check_ends(ranks.world.exchange(held[0] is _NONE), number, f"The data for {phase!r}")
-                return
-            number += 1
-            yield held.pop()
 
     # --- evaluation of a sharded model, in which all ranks take part in each forward pass
 
@@ -435,11 +354,11 @@ class RankLoop(Loop):
         """
         ranks = self.ranks
         while True:
-            raw = next(batches, _NONE)
+            raw = next(batches, NONE)
             ranks.begin_batch("")
             mine = ranks.flags()
-            mine[END] = int(raw is _NONE)
-            mine[NO_BATCH] = int(raw is _NONE and not parallel.knows())
+            mine[END] = int(raw is NONE)
+            mine[NO_BATCH] = int(raw is NONE and not parallel.knows())
             sums = ranks.world.sum(mine)
             ranks.join(sums, None)
             if sums[END] == ranks.world.size or ranks.interrupted:
@@ -450,7 +369,7 @@ class RankLoop(Loop):
                     f"of the other ranks as in those before, and there were none. Give each rank a batch at least."
                 )
             parallel.begin_forward()
-            if raw is _NONE:
+            if raw is NONE:
                 parallel.gather_rest()
                 continue
             ranks.owed = "forward"
