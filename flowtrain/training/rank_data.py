@@ -41,7 +41,8 @@ class RankData:
         world = ranks.world
         self.known = True
         self.compared: set[Phase] = set()
-        self._ranks, self._scopes, self._uneven = ranks, scopes, uneven
+        self._ranks, self._scopes = ranks, scopes
+        self._uneven: Literal["stop", "error"] = uneven
         self._shards = Shards(world.rank, world.size, world.exchange(torch.initial_seed() % 2**32)[0])
         self._shares: dict[Phase, Share] = {}
         self._said: set[str] = set()

@@ -241,7 +241,7 @@ def test_a_model_that_the_user_has_wrapped_is_refused_or_taken_as_it_is(ranks: R
 
 def pretend() -> Any:
     if rank():
-        vars(torch)["__version__"] = "2.0.0"
+        pytest.MonkeyPatch().setattr(torch, "__version__", "2.0.0")
     learner(Recorder()).fit(1)
 
 
