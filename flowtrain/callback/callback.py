@@ -68,6 +68,8 @@ class Callback:
         agrees: Whether the author says that the handlers write the same on every rank although they read state that
             differs between ranks. Otherwise several ranks refuse a callback that reads such state and writes shared
             state without an exchange.
+        may_cancel: Whether a handler may raise a cancel. Several ranks ask each other before an update whether one of
+            them cancels it, unless all handlers of `BackwardEnd` and `UpdateBegin` are of callbacks that say no.
     """
 
     name: str = ""
@@ -85,6 +87,7 @@ class Callback:
     lasting: ClassVar[tuple[str, ...]] = ()
     ranks: Literal["every", "main"] | None = None
     agrees: ClassVar[bool] = False
+    may_cancel: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -42,6 +42,8 @@ class GradNorm(Callback):
     {'GradNorm.coeff': 4, 'GradNorm': 4}
     """
 
+    may_cancel = False
+
     def __init__(self, *, layers: bool = False) -> None:
         if not is_a(layers, bool):
             raise UsageError(f"GradNorm(layers={layers!r}): layers is True or False; the names come from the model.")

@@ -42,6 +42,7 @@ class LogHistograms(Callback):
 
     deferrable = True
     quiet = True
+    may_cancel = False
 
     def __init__(self, *backends: LoggerBackend, every: int = 100, gradients: bool = False, bins: int = 64) -> None:
         self.backends = checked_backends("LogHistograms", backends, Histogram)

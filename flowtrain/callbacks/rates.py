@@ -42,6 +42,8 @@ class LearningRateMonitor(Callback):
     [(1, 0.1), (5, 0.05)]
     """
 
+    may_cancel = False
+
     def __init__(self, *optimizers: str) -> None:
         for name in optimizers:
             if not is_a(name, str) or not name or "." in name:

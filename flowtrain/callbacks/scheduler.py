@@ -57,6 +57,8 @@ class Scheduler(Callback):
     <Scheduler>
     """
 
+    may_cancel = False
+
     def __init__(self, schedules: Mapping[Any, ScheduleLike | ReduceOnPlateau]) -> None:
         self.schedules: dict[Setting, Schedule | ReduceOnPlateau] = {}
         self.updates = 0

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "check_unwrapped", "equalise"]
+__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "equalise"]
 
 FLAGS = 8
-"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means."""
+"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means, but for the first."""
 
 LEAVES = 3
 """The place of the first flag with which no rank uses what it has computed in a batch."""
@@ -65,21 +66,19 @@ def check_ddp(options: object, accumulate: int) -> dict[str, Any]:
     return dict(options)
 
 
-def check_unwrapped(models: Mapping[str, torch.nn.Module]) -> None:
+def _check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
     """Check that the user has not wrapped a model for several processes.
 
     Raises:
         CoreError: A model is a `DistributedDataParallel`.
     """
-    for name, model in models.items():
-        if isinstance(model, DistributedDataParallel):
-            which = f"model {name!r}" if name else "the model"
-            raise CoreError(
-                f"{which} is wrapped in DistributedDataParallel, and the learner wraps it itself: it needs the module "
-                f"to evaluate, and to write checkpoints whose names do not begin with 'module.'. Pass the module, and "
-                f"arguments for DDP as TorchCore(ddp={{...}}); or train with your own wrapper, each process for "
-                f"itself: TorchCore(parallel=None)."
-            )
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
+        raise CoreError(
+            "The model is wrapped in DistributedDataParallel, and the learner wraps it itself: it needs the module to "
+            "evaluate, and to write checkpoints whose names do not begin with 'module.'. Pass the module, and "
+            "arguments for DDP as TorchCore(ddp={...}); or train with your own wrapper, each process for itself: "
+            "TorchCore(parallel=None)."
+        )
 
 
 class _Trained(torch.nn.Module):
@@ -103,7 +102,9 @@ class _Trained(torch.nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the model, or a zero that depends on every parameter."""
         if self.absent:
-            return torch.stack([(param * 0).sum() for param in self.parts.parameters() if param.requires_grad]).sum()
+            params = [param for param in self.parts.parameters() if param.requires_grad]
+            real = [torch.view_as_real(param) if param.is_complex() else param for param in params]
+            return torch.stack([(param * 0).sum().float() for param in real]).sum()
         return self._call[0](*inputs, **named)
 
 
@@ -127,21 +128,29 @@ class DataParallel:
 
     together = False
     model: Callable[..., Any]
-
+    found: torch.Tensor | None = None
+    """Whether the loss of a rank is NaN, on the device: the guard of all ranks skips the update then."""
     def __init__(
         self,
         world: World,
         models: Mapping[str, torch.nn.Module],
-        losses: Iterable[torch.nn.Module],
+        losses: Sequence[torch.nn.Module],
         call: Callable[..., Any] | None,
         device: torch.device,
         options: Mapping[str, Any],
     ) -> None:
         self._begin(world, [*models.values(), *losses], device)
         self.wraps, self._options = call is not None, options
+        looks = bool(options.get("find_unused_parameters"))  # DDP would take the parameter of the flags as unused
+        if looks and any(True for module in losses for _ in module.parameters()):
+            raise CoreError(
+                "ddp={'find_unused_parameters': True} takes the parameters of the loss function as unused, because DDP "
+                "does not call it. Leave the option out, or make the loss function a part of the model."
+            )
         on_cpu = device.type == "cpu"  # elsewhere reading the flags would make the host wait for the backward pass
-        self._flags = torch.nn.Parameter(torch.zeros(FLAGS)) if on_cpu and call is not None else None
-        self._sent = torch.zeros(FLAGS)
+        by_gradient = on_cpu and call is not None and not looks
+        self._flags = torch.nn.Parameter(torch.zeros(FLAGS)) if by_gradient else None
+        self._sent = torch.tensor([float(world.main), *[0.0] * (FLAGS - 1)])
         self._trained: list[bool] = []
         self._wrapped = _Trained(self._modules, call, self._flags) if call is not None else None
         self._ddp: Any = None
@@ -150,6 +159,7 @@ class DataParallel:
 
     def _begin(self, world: World, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
         """Keep what every way to train in parallel needs."""
+        _check_unwrapped(modules)
         self.world, self._modules, self._device = world, modules, device
 
     def prepare(self) -> None:
@@ -202,16 +212,31 @@ class DataParallel:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
+        if self.found is not None and self.sends:
+            self.world.guarded(dist.all_reduce, self.found, op=dist.ReduceOp.MAX)
         if self._flags is None or not self.sends or not loss.requires_grad:  # without a graph, `backward` raises
             self.world.guarded(loss.backward)
             return self.world.sum(flags) if self.sends else [0] * FLAGS
         self._flags.grad = None
         # The gradient of a product with the parameter is the other factor, whatever the loss is. The sum is the loss
         # itself, because the parameter is zero.
-        sent = torch.tensor(flags, dtype=torch.float32) if any(flags) else self._sent
+        sent = self._sent + torch.tensor(flags, dtype=torch.float32) if any(flags) else self._sent
         self.world.guarded((loss + torch.dot(self._flags, sent)).backward)
         received: Any = self._flags.grad
-        return [round(mean * self.world.size) for mean in received.tolist()]
+        sums = [round(mean * self.world.size) for mean in received.tolist()]
+        if sums[0] != 1:  # only the main rank has sent a 1 there, so what was received is this rank's own
+            raise self._unused()
+        return sums
+
+    def _unused(self) -> CoreError:
+        """Return the error for a backward pass that has not sent its gradients, because some parameters had none."""
+        named = [pair for module in self._modules for pair in module.named_parameters()]
+        names = [name for name, param in named if param.requires_grad and param.grad is None]
+        return CoreError(
+            f"Several ranks need a gradient of every parameter that requires one, and in this batch there is none of "
+            f"{', '.join(names[:5]) or 'some'}: the loss does not depend on it. Freeze what is not used, "
+            f"requires_grad_(False), or write TorchCore(ddp={{'find_unused_parameters': True}})."
+        )
 
     def absent(self, flags: Sequence[int]) -> list[int]:
         """Take part in the backward pass of the other ranks without a loss; return the sums of the flags.
@@ -266,6 +291,12 @@ def equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
     Raises:
         CoreError: The modules of a rank have other parameters or buffers than those of the main rank.
     """
+    lazy = [name for module in modules for name, param in module.named_parameters() if is_lazy(param)]
+    if lazy:
+        raise CoreError(
+            f"Several ranks need parameters whose shapes are known, and {', '.join(lazy[:5])} has none yet. Call the "
+            f"model once before, model(inputs), and then make the learner."
+        )
     tensors = [
         (f"{type(module).__name__}.{name}", tensor)
         for module in modules

@@ -77,8 +77,9 @@ def find_device(
         CoreError: The device cannot be used.
     """
     if number is not None and (found := accelerator()) is not None and wanted in ("auto", found.type):
-        select(torch.device(found.type, number))
-        wanted = f"{found.type}:{number}"
+        device = torch.device(found.type, number % torch.accelerator.device_count())  # a launcher may show one to each
+        select(device)
+        wanted = str(device)
     if wanted != "auto":
         try:
             device = torch.device(wanted)

@@ -26,7 +26,7 @@ import torch
 from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, original
-from flowtrain.core.data_parallel import DataParallel, check_ddp, check_unwrapped
+from flowtrain.core.data_parallel import DataParallel, check_ddp
 from flowtrain.core.devices import allow_tf32, find_device, move_modules
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.core.precision import (
@@ -180,9 +180,7 @@ class TorchCore:
         self.loss_name = getattr(state.lossfn, "__name__", type(state.lossfn).__name__)
         self._loss_modules = [state.lossfn] if isinstance(state.lossfn, torch.nn.Module) else []
         self.world = find_world(self.settings.parallel)
-        if self.world is not None:
-            check_unwrapped(self.models)
-        self.device = find_device(self.settings.device, self.models.values(), local_rank() if self.world else None)
+        self.device = find_device(self.settings.device, self.models.values(), local_rank())
         check_precision(self.device, self.precision)
         model: Any = models.get("")
         lossfn: Any = state.lossfn
@@ -259,6 +257,8 @@ class TorchCore:
         # A scaler needs no guard: it skips every update whose gradients are not finite.
         if wanted and late and self._scaling is None:
             self._guard = NaNGuard(self._optimizers.values(), self.device)
+        if self.parallel is not None:
+            self.parallel.found = self._guard.found if self._guard is not None else None
         self._choose()
 
     def need_grad_norm(self, needed: bool) -> None:
@@ -443,8 +443,8 @@ class TorchCore:
         return [*self.models.values(), *self._loss_modules]
 
     def __repr__(self) -> str:
-        device = self.device if self._state is not None else self.settings.device
-        shown = f"device={str(device)!r}, precision={self.precision!r}, accumulate={self.accumulate}"
+        device = str(self.device if self._state is not None else self.settings.device)
+        shown = f"device={device!r}, precision={self.precision!r}, accumulate={self.accumulate}"
         if self._state is not None and self.device.type != "cpu":
             shown += self._abilities
         return f"TorchCore({shown})"

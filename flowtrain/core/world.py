@@ -104,7 +104,7 @@ class World:
         return f"rank {self.rank} of {self.size}"
 
 
-_OF_A_CONNECTION = ("gloo", "NCCL", "Connection", "Timed out", "process group")
+_OF_A_CONNECTION = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 """Words in the errors that torch raises when a rank has ended or does not answer; gloo has no type for them."""
 
 _LOST = (
@@ -167,11 +167,14 @@ def find_world(parallel: Parallel) -> World | None:
 
 def _timeout(group: Any) -> timedelta | None:
     """Return the time-out of a process group, for the group beside it; ``None`` if torch does not tell it."""
-    try:
-        found = group._get_backend(torch.device("cpu")).options._timeout
-    except (AttributeError, RuntimeError):  # there is no public way to ask, and a group of NCCL has no such backend
-        return None
-    return found if isinstance(found, timedelta) else None
+    for device in (torch.device("cpu"), accelerator()):
+        try:
+            found = group._get_backend(device).options._timeout
+        except (AttributeError, RuntimeError, TypeError):  # a group has no backend for every device; no way is public
+            continue
+        if isinstance(found, timedelta):
+            return found
+    return None
 
 
 def _leave() -> None:

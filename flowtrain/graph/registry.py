@@ -24,7 +24,7 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import CallbackError, is_a, nearest
+from flowtrain.errors import CallbackError, RankError, is_a, nearest
 from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,
@@ -42,7 +42,7 @@ from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
-from flowtrain.graph.shared_state import Peers, check_places, check_ranks, exchanges_of, runs_here
+from flowtrain.graph.shared_state import Peers, check_places, check_ranks, exchanges_of, place_of, runs_here
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, State, restore_point
 from flowtrain.state.series import SeriesMap
@@ -219,6 +219,21 @@ class Callbacks(Sequence[Callback]):
     def running(self) -> tuple[Node, ...]:
         """The callbacks whose handlers run in this process: all, except on ranks that are not the main one."""
         return tuple(node for node in self._nodes if runs_here(node, self._peers))
+
+    def check_requests(self, names: Iterable[str]) -> None:
+        """Check that all ranks make the request of a checkpoint that callbacks of these names have made.
+
+        Raises:
+            RankError: One of them runs on the main rank only.
+        """
+        if self._peers is None:
+            return
+        for node in self._nodes:
+            if node.name in names and place_of(node).ranks == "main":
+                raise RankError(
+                    f"{node.name} requests a checkpoint and runs on the main rank only, and a checkpoint needs all "
+                    f'ranks: each gives its random numbers and its position. Set ranks = "every" in the class.'
+                )
 
     def describe(self) -> Description:
         """Return the plans of all known events as lines that ranks compare (`flowtrain.graph.plan_texts`)."""

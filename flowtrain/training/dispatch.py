@@ -311,7 +311,10 @@ class Dispatch:
     def _take_requests(self) -> list[CheckpointRequest]:
         """Return the checkpoints that handlers of the event that has ended requested, and empty their queue."""
         found = [request for _, request in self.requests]
+        names = {name for name, _ in self.requests}
         self.requests.clear()
+        if self._callbacks is not None:
+            self._callbacks.check_requests(names)
         return found
 
     def _checkpoint(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:

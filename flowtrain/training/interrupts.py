@@ -145,7 +145,7 @@ class Interrupts:
             if _waits_for_a_worker(frame):
                 self._await_signal()
                 raise
-            self._mailbox.put(partial(self._fail, failure))
+            self._hold(partial(self._fail, failure))
 
     def _await_signal(self) -> None:
         """Wait until this process has received a signal too, at most for `_PATIENCE`."""

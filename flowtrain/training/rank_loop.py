@@ -18,6 +18,7 @@ from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
+from flowtrain.data.loaders import length
 from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import (
     CancelBatchException,
@@ -34,11 +35,13 @@ from flowtrain.graph.executor import Executor
 from flowtrain.graph.plan_texts import first_difference
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Run
+from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.contents import own_version
+from flowtrain.training.checkpoint.position import Stream
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
@@ -212,6 +215,13 @@ class RankLoop(Loop):
             self.ranks.begin()
         super().epoch(phase, loader, most)
 
+    def step(self, phase: Phase, raw: Any) -> BatchState:
+        """Run one batch outside of an epoch on all ranks, each with its own; see `Loop.step`."""
+        self.ranks.begin()
+        if self.steps.wraps(phase):
+            self._parallel.prepare()
+        return super().step(phase, raw)
+
     def _begin_epoch(self, phase: Phase, loader: Iterable[Any]) -> Iterable[Any]:
         failures: list[BaseException] = []
         batches: list[Iterable[Any]] = []
@@ -242,6 +252,8 @@ class RankLoop(Loop):
             self._parallel.prepare()
         source = iter(batches)
         done = number = self.scopes.batch_number
+        if most is not None and not isinstance(batches, Stream) and length(self.state.data.get(phase, batches)) is None:
+            source, total = islice(source, most - done), None  # `most` is no length that a loader has announced
         first, total = self._data.agree_on_epoch(phase, source, total)
         if first is NONE:
             return
@@ -292,6 +304,8 @@ class RankLoop(Loop):
                 step(raw)
                 if self.scopes.batch:
                     raise CancelBatchException(LEFT_OPEN)
+                if ranks.owed == "flags" and not self.steps.wraps(phase):  # the step has opened no batch
+                    self.steps.agree()
             except BaseException as failure:
                 self.steps.cancel_batch(phase, failure, CancelBatchException)
             if self.dispatch.mailbox.calls:

@@ -12,12 +12,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, UpdateBegin, UpdateEnd
+from flowtrain.callback.access import Write
+from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, Event, UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CancelBatchException, CancelException, CoreError, RankError, RemoteError, merge
+from flowtrain.errors import CancelBatchException, CancelException, CoreError, RankError, RemoteError, is_a, merge
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
@@ -54,7 +55,8 @@ class RankSteps(Steps):
         self._ranks, self._parallel = ranks, parallel
         self._counted = False  # whether the accumulation group has counted the present batch
         self._asked: tuple[Callbacks, Phase] | None = None  # the arguments of the last call of `_decides`
-        self._decision = False
+        self._decision = self._writes = False
+        self._looked_at: Callbacks | None = None  # the callbacks of the last call of `_changes_training`
         if isinstance(parallel, Sharded):
             parallel.agree = self._agree_before
 
@@ -67,6 +69,8 @@ class RankSteps(Steps):
         ranks.begin_batch("gradients" if wrapped else "flags")
         self._dispatch.met.clear()
         if wrapped:
+            if self._changes_training():
+                self._parallel.prepare()
             self._parallel.send(core.groups.fills)
             if not self._parallel.meets:
                 ranks.owed = ""
@@ -93,12 +97,24 @@ class RankSteps(Steps):
             on.backward_end(_BACKWARD_END, phase)
         self.update(phase)
         if not wrapped:
-            self._agree()
+            self.agree()
         scopes.batch = ENDING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, phase)
         scopes.batch = CLOSED
         scopes.completed = batch
+
+    def _changes_training(self) -> bool:
+        """Tell whether a callback may change which parameters are trained: it writes the model or the parameters."""
+        callbacks: Callbacks = self._state.callbacks
+        if callbacks is not self._looked_at:
+            self._looked_at = callbacks
+            self._writes = any(
+                isinstance(kind, Write) and path[0] in ("model", "params")
+                for node in callbacks.nodes
+                for path, kind in node.union
+            )
+        return self._writes
 
     def wraps(self, phase: Phase) -> bool:
         """Tell whether the batches of a phase run through DDP or shards: those of a phase with the bundled step do."""
@@ -130,7 +146,7 @@ class RankSteps(Steps):
         self._ranks.begin_batch("flags")
         with super().run_batch(phase, **state) as batch:
             yield batch
-            self._agree()
+            self.agree()
 
     def update(self, phase: Phase, name: str | None = None) -> None:
         """See `StepContext.update`."""
@@ -142,7 +158,7 @@ class RankSteps(Steps):
         on, core = self._runners[phase], self._core
         owed = self._ranks.owed
         if not (self.wraps(phase) and begin.in_batch):
-            self._agree()
+            self.agree()
             core.average(names)
             self._ranks.owed = owed
         core.unscale(names)
@@ -155,7 +171,7 @@ class RankSteps(Steps):
                 raise
             failure = raised
         if self._decides(phase):  # whether the update is made, before any rank makes it
-            self._agree(failure)
+            self.agree(failure)
             self._ranks.owed = owed if not self.wraps(phase) else ""
         norm = core.clip(names)
         if norm is not None:
@@ -175,18 +191,28 @@ class RankSteps(Steps):
                 self._ranks.carried = self._ranks.carried or cancel
 
     def _decides(self, phase: Phase) -> bool:
-        """Tell whether one rank alone may refuse an update: a callback of the user runs between gradients and update.
-
-        The callbacks of the library decide there alike on all ranks, or not at all.
-        """
+        """Tell whether one rank alone may refuse an update: a callback between gradients and update may cancel."""
         callbacks: Callbacks = self._state.callbacks
         key = (callbacks, phase)
         if key != self._asked:
             plans = [callbacks.plan(event, type(phase)) for event in (BackwardEnd, UpdateBegin)]
-            handlers = [planned for plan in plans for planned in plan.handlers]
-            own = any(not type(planned.callback).__module__.startswith("flowtrain.") for planned in handlers)
-            self._asked, self._decision = key, own
+            self._decision = any(type(planned.callback).may_cancel for plan in plans for planned in plan.handlers)
+            self._asked = key
         return self._decision
+
+    def fire(self, event: Event, phase: Phase) -> None:
+        """See `Steps.fire`.
+
+        Raises:
+            RankError: The step has called its optimizer itself, with the gradients of this rank.
+        """
+        if is_a(event, UpdateEnd):
+            raise RankError(
+                f"{phase!r} fires UpdateEnd, as a step that calls its optimizer itself. On several ranks that update "
+                f"would use the gradients of one rank, and the models would differ. Write learner.update(self), which "
+                f"averages the gradients over the ranks."
+            )
+        super().fire(event, phase)
 
     # --- failures
 
@@ -197,10 +223,10 @@ class RankSteps(Steps):
     def _agree_before(self) -> None:
         """Exchange the flags before the first forward pass, in which a rank could not take part without a batch."""
         owed = self._ranks.owed
-        self._agree()
+        self.agree()
         self._ranks.owed = owed
 
-    def _agree(self, failure: BaseException | None = None) -> None:
+    def agree(self, failure: BaseException | None = None) -> None:
         """Exchange the flags of this batch by a message, and act on them as `Ranks.join` does."""
         self._ranks.join(self._ranks.world.sum(self._ranks.flags(failure)), failure)
 
@@ -223,7 +249,10 @@ class RankSteps(Steps):
             flags = ranks.flags(failure)
             ranks.join(self._parallel.absent(flags) if by_gradients else ranks.world.sum(flags), failure)
         except BaseException as worst:
-            if worst is not failure and not ranks.told:  # this rank cannot tell the others
+            if worst is not failure and not ranks.told:
+                # This rank cannot tell the others, as in the middle of a backward pass. They notice when its process
+                # ends, so it must not wait for them.
+                ranks.world.lost = True
                 return merge([failure, worst])
             return worst
         return failure

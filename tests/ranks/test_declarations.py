@@ -234,7 +234,7 @@ def test_a_model_that_the_user_has_wrapped_is_refused_or_taken_as_it_is(ranks: R
     for outcome in ranks.run(wrap, "auto"):
         assert outcome.ended == "CoreError"
         assert outcome.error is not None
-        assert outcome.error.text.startswith("the model is wrapped in DistributedDataParallel, and the learner wraps")
+        assert outcome.error.text.startswith("The model is wrapped in DistributedDataParallel, and the learner wraps")
     one, two = ranks.values(wrap, None)
     assert one == two
 

@@ -1,0 +1,328 @@
+"""Several ranks with what one process alone can do, or DDP alone gets wrong: equal models, or an error."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from flowtrain import (
+    AbstractTrainingPhase,
+    Access,
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    Learner,
+    LearnerView,
+    StepContext,
+    TorchCore,
+    TrainingPhase,
+    UpdateBegin,
+    UpdateEnd,
+    Write,
+    on,
+)
+from flowtrain.callbacks import CustomCallback
+from tests.support.ranks import Ranks, rank
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    made = torch.Generator().manual_seed(rank())
+    return [(torch.randn(4, 3, generator=made), torch.randn(4, 1, generator=made)) for _ in range(count)]
+
+
+def learner(model: nn.Module, *callbacks: Callback, core: TorchCore | None = None, **options: Any) -> Learner:
+    return Learner(
+        model, mse_loss, data={options.pop("phase", TrainingPhase): options.pop("data", batches())},
+        optimizer=partial(options.pop("kind", torch.optim.SGD), lr=0.1), core=core or TorchCore(device="cpu"),
+        callbacks=callbacks, default_callbacks="quiet", **options,
+    )  # fmt: skip
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+
+
+def weights(of: nn.Module) -> list[Any]:
+    return [param.tolist() for param in of.parameters()]
+
+
+class Branch(nn.Module):
+    """Uses one of its two layers, another on each rank if that is wanted."""
+
+    def __init__(self, *, apart: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 1), nn.Linear(3, 1)
+        self.apart = apart
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = (self.second if self.apart and rank() else self.first)(inputs)
+        return found
+
+
+def unused(*, find: bool, apart: bool) -> Any:
+    made = Branch(apart=apart)
+    core = TorchCore(device="cpu", ddp={"find_unused_parameters": True} if find else None)
+    learner(made, core=core).fit(1)
+    return weights(made)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_model_with_unused_parameters_trains_with_the_option_of_ddp(apart: bool, ranks: Ranks) -> None:
+    one, two = ranks.values(unused, find=True, apart=apart)
+    assert one == two
+
+
+def test_without_the_option_unused_parameters_are_named(ranks: Ranks) -> None:
+    for outcome in ranks.run_on(2, 30, unused, find=False, apart=False):
+        assert outcome.ended == "CoreError"
+        assert outcome.error is not None
+        assert "there is none of second.weight, second.bias: the loss does not depend on it" in outcome.error.text
+        assert "TorchCore(ddp={'find_unused_parameters': True})" in outcome.error.text
+
+
+def refuse_update(learner: LearnerView) -> None:
+    if not rank():
+        raise CancelBatchException("only here")
+
+
+def custom() -> Any:
+    made = learner(model(), CustomCallback(refuse_update, UpdateBegin, TrainingPhase))
+    made.fit(1)
+    return weights(made.model), made.state.updates
+
+
+def test_a_function_of_the_user_that_cancels_an_update_cancels_it_on_all_ranks(ranks: Ranks) -> None:
+    one, two = ranks.values(custom)
+    assert one == two
+    assert one[1] == 0
+
+
+class Asks(Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @on(BatchEnd, TrainingPhase)
+    def ask(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.request_checkpoint(self.path)
+
+
+def ask(path: str) -> Any:
+    learner(model(), Asks(path)).fit(1)
+
+
+def test_a_checkpoint_that_the_main_rank_alone_requests_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    one, two = ranks.run_on(2, 30, ask, str(tmp_path / "a.ckpt"))
+    assert (one.ended, two.ended) == ("RankError", "RemoteError")
+    assert one.error is not None
+    assert one.error.text.startswith("Asks requests a checkpoint and runs on the main rank only, and a checkpoint")
+
+
+class Thaw(Callback):
+    """Trains the first layer from the second batch on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_access(self) -> Access:
+        return {"model": Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def thaw(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.count += 1
+        if self.count == 2:
+            learner.model.requires_grad_(self.count == 2)
+
+
+def thaw() -> Any:
+    made = model()
+    made[0].requires_grad_(False)
+    before = weights(made[0])
+    learner(made, Thaw()).fit(1)
+    return before != weights(made[0]), weights(made)
+
+
+def test_a_layer_that_is_thawed_within_an_epoch_trains_alike(ranks: Ranks) -> None:
+    one, two = ranks.values(thaw)
+    assert one[0]
+    assert one == two
+
+
+def steps() -> Any:
+    made = learner(model())
+    for raw in batches(2):
+        made.step(TrainingPhase, raw)
+    made.fit(1)
+    return weights(made.model), made.state.updates
+
+
+def test_single_steps_train_alike(ranks: Ranks) -> None:
+    one, two = ranks.values(steps)
+    assert one == two
+    assert one[1] == 6
+
+
+class OwnUpdate(AbstractTrainingPhase):
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+            loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+            loss.backward()
+            learner.optimizer.step()
+            learner.fire(UpdateEnd(), self)
+
+
+def own_update() -> Any:
+    learner(model(), phase=OwnUpdate).fit(1)
+
+
+def test_a_step_that_calls_its_optimizer_itself_is_refused(ranks: Ranks) -> None:
+    outcomes = ranks.run_on(2, 30, own_update)
+    for outcome in outcomes:
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert "Write learner.update(self), which averages the gradients over the ranks" in outcome.error.text
+
+
+class Skips(AbstractTrainingPhase):
+    """Leaves out every batch of the second rank."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        if rank():
+            return
+        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+            batch.loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+            learner.backward(self, batch.loss)
+
+
+def skips() -> Any:
+    made = learner(model(), phase=Skips)
+    made.fit(2)
+    return weights(made.model)
+
+
+def test_a_step_that_opens_no_batch_makes_no_rank_wait(ranks: Ranks) -> None:
+    one, two = ranks.values(skips)
+    assert one == two
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        if rank():
+            raise ValueError("in the backward pass")
+        return grads[0]
+
+
+class FailsBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        apply: Any = Fails.apply
+        found: torch.Tensor = self.second(apply(self.first(inputs)))
+        return found
+
+
+def backward() -> Any:
+    learner(FailsBackward()).fit(1)
+
+
+def test_an_error_in_the_middle_of_a_backward_pass_ends_all_ranks(ranks: Ranks) -> None:
+    """The rank cannot tell the others, so it leaves without them; they notice when its process has ended."""
+    one, two = ranks.run_on(2, 30, backward)
+    assert (one.ended, two.ended) == ("RemoteError", "ValueError")
+
+
+class Rotates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs * self.turn).real.sum(1, keepdim=True)
+
+
+class Skip(Callback):
+    ranks = "every"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def skip(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.count += 1
+
+    @on(UpdateBegin, TrainingPhase)
+    def cancel(self, event: UpdateBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        if rank() and self.count == 1:
+            raise CancelBatchException("only here")
+
+
+def rotate() -> Any:
+    made = Rotates()
+    learner(made, Skip()).fit(1)
+    return torch.view_as_real(made.turn).tolist()
+
+
+def test_complex_parameters_train_alike(ranks: Ranks) -> None:
+    one, two = ranks.values(rotate)
+    assert one == two
+
+
+def lazy() -> Any:
+    learner(nn.LazyLinear(1))
+
+
+def test_parameters_without_a_shape_are_refused(ranks: Ranks) -> None:
+    for outcome in ranks.run_on(2, 30, lazy):
+        assert outcome.ended == "CoreError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("Several ranks need parameters whose shapes are known, and weight, bias")
+
+
+class Stream(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    def __iter__(self) -> Any:
+        return iter(batches(4))
+
+
+def by_steps() -> Any:
+    core = TorchCore(device="cpu", uneven="error")
+    made = learner(model(), core=core, data=torch.utils.data.DataLoader(Stream(), batch_size=None))
+    made.fit(steps=10)
+    return weights(made.model), made.state.updates
+
+
+def test_a_fit_by_steps_over_loaders_without_a_length(ranks: Ranks) -> None:
+    one, two = ranks.values(by_steps)
+    assert one == two
+    assert one[1] == 10
+
+
+def nan() -> Any:
+    data = batches()
+    if rank():
+        data[1][1].fill_(float("nan"))
+    made = learner(model(), core=TorchCore(device="cpu", lag=2), data=data, kind=partial(torch.optim.AdamW, fused=True))
+    made.fit(2)
+    return weights(made.model), type(made.stopped).__name__
+
+
+def test_a_loss_that_is_nan_on_one_rank_changes_no_weight_though_it_is_read_late(ranks: Ranks) -> None:
+    one, two = ranks.values(nan)
+    assert one == two
+    assert one[1] == "CancelFittingException"
+    assert all(torch.tensor(each).isfinite().all() for each in one[0])
