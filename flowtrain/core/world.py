@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -151,9 +152,9 @@ def find_world(parallel: Parallel) -> World | None:
                 f"parallel under torchrun."
             )
         return None
-    if not dist.is_initialized():
+    own = not dist.is_initialized()
+    if own:
         dist.init_process_group(None if accelerator() else "gloo")
-        atexit.register(_leave)
     elif dist.get_backend() == dist.Backend.NCCL and not torch.cuda.is_available():
         raise CoreError(
             "The process group uses NCCL, which needs a GPU of CUDA in every process, and this one has none. Write "
@@ -161,6 +162,7 @@ def find_world(parallel: Parallel) -> World | None:
         )
     default = dist.group.WORLD
     if default not in _groups:
+        atexit.register(_leave, own)
         _groups[default] = dist.new_group(backend="gloo", timeout=_timeout(default))
     return World(_groups[default])
 
@@ -177,8 +179,18 @@ def _timeout(group: Any) -> timedelta | None:
     return None
 
 
-def _leave() -> None:
-    """Leave the process group that `find_world` has joined, as the process ends."""
+_SETTLING = 0.1
+"""Seconds in which a thread of gloo releases the tensors of the last exchange."""
+
+
+def _leave(own: bool) -> None:
+    """End the exchanges of this process as it ends, and leave the process group if `find_world` has joined it.
+
+    A thread of gloo may still hold the tensors of the last exchange, whose release needs the interpreter. If the
+    interpreter ended meanwhile, that thread would abort the process, with an exit code that ``torchrun`` takes for a
+    failure. So the thread gets time first.
+    """
+    time.sleep(_SETTLING)
     _groups.clear()
-    if dist.is_initialized():
+    if own and dist.is_initialized():
         dist.destroy_process_group()
