@@ -238,7 +238,7 @@ class DataParallel:
             f"requires_grad_(False), or write TorchCore(ddp={{'find_unused_parameters': True}})."
         )
 
-    def absent(self, flags: Sequence[int]) -> list[int]:
+    def send_zeros(self, flags: Sequence[int]) -> list[int]:
         """Take part in the backward pass of the other ranks without a loss; return the sums of the flags.
 
         Every gradient that this rank sends is zero. The flags must tell the others not to use what they get.
@@ -253,7 +253,7 @@ class DataParallel:
         finally:
             self._wrapped.absent = False
 
-    def attend(self) -> None:
+    def forward_without_batch(self) -> None:
         """Call DDP without a batch whose gradients stay on this rank: its second call has a collective of its own."""
         if self._wrapped is None:
             return

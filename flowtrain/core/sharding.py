@@ -227,8 +227,8 @@ class Sharded(DataParallel):
 
     # --- the backward pass
 
-    def attend(self) -> None:
-        """See `DataParallel.attend`. There is nothing to do: each batch has a sync point, and it is over."""
+    def forward_without_batch(self) -> None:
+        """See `DataParallel`. There is nothing to do: each batch has a sync point, and it is over."""
 
     def prepare(self) -> None:
         """Nothing is prepared for an epoch: units see by themselves which parameters are trained."""
@@ -266,8 +266,8 @@ class Sharded(DataParallel):
         self._place = "before"
         return sums
 
-    def absent(self, flags: Sequence[int]) -> list[int]:
-        """See `DataParallel.absent`."""
+    def send_zeros(self, flags: Sequence[int]) -> list[int]:
+        """See `DataParallel.send_zeros`."""
         self.gather_rest()
         sums = self.world.sum(flags)
         self.reset()

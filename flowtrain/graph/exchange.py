@@ -117,7 +117,7 @@ class Exchange:
 
         return run
 
-    def stay_away(self, event: Event, phase: Phase, view: LearnerView) -> None:
+    def exchange_nothing(self, event: Event, phase: Phase, view: LearnerView) -> None:
         """Take part without a value, because the handler does not run on this rank; a call like that of the handler."""
         self._tell("before" if self._reads else "after", None)
 

@@ -310,7 +310,7 @@ def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: 
             if not left_out:
                 planned.call(event, phase, planned.view)
             else:  # other ranks may run this handler, and would wait for the values of this one
-                planned.stay_away(event, phase)
+                planned.exchange_nothing(event, phase)
         except caught as raised:  # collected, so that the remaining handlers still run
             failures.append((planned, raised))
             failed |= 1 << position

@@ -69,11 +69,11 @@ class PlannedHandler:
         """Return this handler with another function to call, under the same conditions."""
         return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
 
-    def stay_away(self, event: Event, phase: Phase) -> None:
+    def exchange_nothing(self, event: Event, phase: Phase) -> None:
         """Take part in the exchanges between ranks without a value, because this rank does not run the handler."""
         if self.exchange is not None:
             # The conditions are asked: their counts stay the same on every rank.
-            self.with_call(self.exchange.stay_away).call(event, phase, self.view)
+            self.with_call(self.exchange.exchange_nothing).call(event, phase, self.view)
 
 
 Failed: TypeAlias = tuple[PlannedHandler, BaseException]
@@ -120,10 +120,10 @@ class Plan:
             if planned.exchange is not None:
                 yield from (f"{'':5}{line}" for line in planned.exchange.explain())
 
-    def stay_away(self, event: Event, phase: Phase) -> None:
+    def exchange_nothing(self, event: Event, phase: Phase) -> None:
         """Take part in the exchanges of an event that this rank does not fire, since it has left the batch or epoch."""
         for planned in self.handlers:
-            planned.stay_away(event, phase)
+            planned.exchange_nothing(event, phase)
 
     def with_calls(self, calls: Mapping[int, Call]) -> Plan:
         """Return the same plan with other functions to call at some positions, under the same conditions."""

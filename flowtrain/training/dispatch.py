@@ -209,13 +209,13 @@ class Dispatch:
 
         return run
 
-    def stay_away(self, event: Event, phase: Phase) -> None:
+    def exchange_nothing(self, event: Event, phase: Phase) -> None:
         """Take part in the exchanges of an event that is not fired here, since this rank has left the batch or epoch.
 
         Without this the other ranks, which fire the event, would wait for the values of this rank.
         """
         if self._callbacks is not None:
-            self._callbacks.plan(type(event), type(phase)).stay_away(event, phase)
+            self._callbacks.plan(type(event), type(phase)).exchange_nothing(event, phase)
 
     def close(self) -> None:
         """Fire no more events, and delete every reference that leads back to this object."""

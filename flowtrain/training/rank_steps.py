@@ -247,7 +247,7 @@ class RankSteps(Steps):
             return failure
         try:
             flags = ranks.flags(failure)
-            ranks.join(self._parallel.absent(flags) if by_gradients else ranks.world.sum(flags), failure)
+            ranks.join(self._parallel.send_zeros(flags) if by_gradients else ranks.world.sum(flags), failure)
         except BaseException as worst:
             if worst is not failure and not ranks.told:
                 # This rank cannot tell the others, as in the middle of a backward pass. They notice when its process
@@ -261,12 +261,12 @@ class RankSteps(Steps):
         """See `Steps.cancel_batch`. Before the sync point of the batch, all ranks are told of the failure there."""
         ranks = self._ranks
         if not ranks.told and self.wraps(phase):
-            self._stay_away(phase)
+            self._exchange_nothing(phase)
         if ranks.owed:
             failure = self.tell(phase, failure)
         elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, Exception):
             try:
-                self._parallel.attend()
+                self._parallel.forward_without_batch()
             except RemoteError as lost:
                 failure = merge([failure, lost])
         if ranks.told:  # also on a rank whose backward pass has not begun: its group is that of the other ranks
@@ -280,7 +280,7 @@ class RankSteps(Steps):
                 self._counted = True
         super().cancel_batch(phase, failure, *ends)
 
-    def _stay_away(self, phase: Phase) -> None:
+    def _exchange_nothing(self, phase: Phase) -> None:
         """Take part in the exchanges of values that the other ranks still make in the batch that this rank leaves.
 
         Before the gradients there are none, so the others learn of the failure before the next one.
@@ -291,6 +291,6 @@ class RankSteps(Steps):
         try:
             for event in (_BACKWARD_END, UpdateBegin(), *update):
                 if type(event) not in self._dispatch.met:
-                    self._dispatch.stay_away(event, phase)
+                    self._dispatch.exchange_nothing(event, phase)
         except (RankError, RemoteError):
             return  # the failure of this rank is told at the next sync point

@@ -323,7 +323,7 @@ def test_a_rank_that_has_left_the_batch_takes_part_in_the_exchanges_of_its_event
         for step in range(6):
             rank.state.batch.loss = torch.tensor(1.0)
             if peers.rank == 1 and step in (0, 3):
-                rank.callbacks.plan(BatchEnd, TrainingPhase).stay_away(BatchEnd(), TrainingPhase())
+                rank.callbacks.plan(BatchEnd, TrainingPhase).exchange_nothing(BatchEnd(), TrainingPhase())
             else:
                 rank.fire(BatchEnd(), loss=torch.tensor(1.0))
         return len(seen)
