@@ -79,6 +79,7 @@ OTHERS = {
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
+    "ranks/test_refusals": "what ranks refuse, and what DDP alone would get wrong",
     "ranks/test_sharded": "sharded training (FSDP), compared with DDP",
     "ranks/test_torchrun": "programs under torchrun itself",
     "ranks/test_kills": "ranks that are killed, and trainings that resume",

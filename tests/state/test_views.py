@@ -560,8 +560,9 @@ def test_a_deferrable_handler_sees_the_value_detached() -> None:
     declaration = declare({"batch.loss": Read(reduce="mean"), "batch.inputs": Read(gather=True)}, "Mine")
     owner = Owner("Mine", "Mine", "state_access", declaration, consumes=True)
     view = bind_view(declaration, state, owner)
-    assert view.batch.loss == 2
-    assert not view.batch.loss.requires_grad
+    loss: torch.Tensor = view.batch.loss
+    assert not loss.requires_grad
+    assert loss.item() == 2
     assert len(view.batch.inputs) == 1
 
 
