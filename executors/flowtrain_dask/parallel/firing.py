@@ -42,6 +42,9 @@ POOL_CLOSED = "This DaskExecutor is closed: its threads have ended. Give the lea
 _LOOK = 0.05
 """The most seconds of one wait. A signal that comes just before a wait for a lock does not end it."""
 
+_START = 1.0
+"""Seconds in which a thread that was just started begins to run, unless the system gives no further thread."""
+
 Failures: TypeAlias = list[tuple[PlannedHandler, Exception]]
 """The handlers that failed, in serial order, each with its exception."""
 
@@ -240,7 +243,10 @@ class StrandPool:
             raise ExecutorError("close() was called in a handler, whose own thread it would end. Call it after fit().")
         self.closed = True
         self._tasks.put(None)
+        deadline = time.monotonic() + _START
         for thread in self._threads:
+            while thread.ident is None and time.monotonic() < deadline:  # `start` returns before the thread runs
+                time.sleep(0.001)
             while thread.is_alive():
                 thread.join()
 
