@@ -130,6 +130,7 @@ class DataParallel:
     model: Callable[..., Any]
     found: torch.Tensor | None = None
     """Whether the loss of a rank is NaN, on the device: the guard of all ranks skips the update then."""
+
     def __init__(
         self,
         world: World,
@@ -163,7 +164,7 @@ class DataParallel:
         self.world, self._modules, self._device = world, modules, device
 
     def prepare(self) -> None:
-        """Make DDP ready for an epoch: all ranks wrap the model again if other parameters are trained than before."""
+        """Make DDP ready for a batch: all ranks wrap the model again if other parameters are trained than before."""
         if self._wrapped is None:
             return
         trained = [param.requires_grad for param in self._wrapped.parameters()]

@@ -9,7 +9,9 @@ the same order; `flowtrain.training.ranks` sees to that.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -57,9 +59,10 @@ class World:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
-        found: list[Any] = [None] * self.size
-        self.guarded(dist.all_gather_object, found, value, group=self._group)
-        return found
+        own, sizes = self._packed(value)
+        parts = [torch.empty_like(own) for _ in sizes]
+        self.guarded(dist.all_gather, parts, own, group=self._group)
+        return _unpacked(parts, sizes)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks on the main rank, in the order of the ranks; an empty list on any other.
@@ -70,9 +73,23 @@ class World:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
-        found: list[Any] | None = [None] * self.size if self.main else None
-        self.guarded(dist.gather_object, value, found, dst=0, group=self._group)
-        return found or []
+        own, sizes = self._packed(value)
+        parts = [torch.empty_like(own) for _ in sizes] if self.main else []
+        self.guarded(dist.gather, own, parts if self.main else None, dst=0, group=self._group)
+        return _unpacked(parts, sizes) if self.main else []
+
+    def _packed(self, value: Any) -> tuple[torch.Tensor, list[int]]:
+        """Return a pickled value as bytes in a tensor, as long as the longest of all ranks, and the true lengths.
+
+        The functions of torch that exchange objects need NumPy, which flowtrain does not require.
+        """
+        data = bytearray(pickle.dumps(value))
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        self.guarded(dist.all_gather, sizes, torch.tensor([len(data)]), group=self._group)
+        lengths = [int(each) for each in sizes]
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+        return own, lengths
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Return the sums over all ranks of these numbers, of which every rank gives equally many.
@@ -103,6 +120,11 @@ class World:
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.size}"
+
+
+def _unpacked(parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[Any]:
+    """Return the values that other ranks have pickled into tensors of bytes."""
+    return [pickle.loads(ctypes.string_at(part.data_ptr(), size)) for part, size in zip(parts, sizes, strict=True)]
 
 
 _OF_A_CONNECTION = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")

@@ -27,7 +27,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import CustomCallback
+from flowtrain.callbacks import EMA, Checkpointer, CustomCallback
 from tests.support.ranks import Ranks, rank
 
 
@@ -326,3 +326,19 @@ def test_a_loss_that_is_nan_on_one_rank_changes_no_weight_though_it_is_read_late
     assert one == two
     assert one[1] == "CancelFittingException"
     assert all(torch.tensor(each).isfinite().all() for each in one[0])
+
+
+def bare(folder: str) -> Any:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("Numpy is not available")  # as torch says in an environment without NumPy
+
+    pytest.MonkeyPatch().setattr(torch.Tensor, "numpy", refuse)
+    made = learner(nn.Linear(3, 1), EMA(0.5), Checkpointer(folder))
+    made.fit(2)
+    return weights(made.model), made.state.updates
+
+
+def test_no_exchange_needs_numpy(ranks: Ranks, tmp_path: Path) -> None:
+    one, two = ranks.values(bare, str(tmp_path))
+    assert one == two
+    assert one[1] == 8

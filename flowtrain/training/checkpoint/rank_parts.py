@@ -7,6 +7,7 @@ averaged weight, is not sent and not saved again.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -112,8 +113,9 @@ def _local(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
+    flat = tensor.detach().contiguous()
+    content = ctypes.string_at(flat.data_ptr(), flat.nbytes)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
 def _changed(item: Any, change: Callable[[torch.Tensor, tuple[Any, ...]], Any], place: tuple[Any, ...] = ()) -> Any:
