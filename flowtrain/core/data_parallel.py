@@ -180,7 +180,8 @@ class DataParallel:
 
     def send(self, wanted: bool) -> None:
         """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""
-        self._ddp.require_backward_grad_sync = wanted
+        if self.sends is not wanted:  # an attribute of a module takes microseconds to set
+            self._ddp.require_backward_grad_sync = wanted
 
     @property
     def sends(self) -> bool:

@@ -59,10 +59,21 @@ class World:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
-        own, sizes = self._packed(value)
-        parts = [torch.empty_like(own) for _ in sizes]
+        data = bytearray(pickle.dumps(value))
+        own = torch.zeros(_LENGTH + _SHORT, dtype=torch.uint8)
+        own[:_LENGTH] = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
+        own[_LENGTH : _LENGTH + len(data)] = _bytes(data[:_SHORT])
+        parts = self._all(own)
+        sizes = [int(part[:_LENGTH].view(torch.int64)) for part in parts]
+        if max(sizes) <= _SHORT:
+            return _unpacked([part[_LENGTH:] for part in parts], sizes)
+        return _unpacked(self._all(_padded(data, max(sizes))), sizes)
+
+    def _all(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of all ranks, which have the same shape."""
+        parts = [torch.empty_like(own) for _ in range(self.size)]
         self.guarded(dist.all_gather, parts, own, group=self._group)
-        return _unpacked(parts, sizes)
+        return parts
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks on the main rank, in the order of the ranks; an empty list on any other.
@@ -73,23 +84,12 @@ class World:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
-        own, sizes = self._packed(value)
+        data = bytearray(pickle.dumps(value))
+        sizes = [int(each) for each in self._all(torch.tensor([len(data)]))]
+        own = _padded(data, max(sizes))
         parts = [torch.empty_like(own) for _ in sizes] if self.main else []
         self.guarded(dist.gather, own, parts if self.main else None, dst=0, group=self._group)
         return _unpacked(parts, sizes) if self.main else []
-
-    def _packed(self, value: Any) -> tuple[torch.Tensor, list[int]]:
-        """Return a pickled value as bytes in a tensor, as long as the longest of all ranks, and the true lengths.
-
-        The functions of torch that exchange objects need NumPy, which flowtrain does not require.
-        """
-        data = bytearray(pickle.dumps(value))
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        self.guarded(dist.all_gather, sizes, torch.tensor([len(data)]), group=self._group)
-        lengths = [int(each) for each in sizes]
-        own = torch.zeros(max(lengths), dtype=torch.uint8)
-        own[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
-        return own, lengths
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Return the sums over all ranks of these numbers, of which every rank gives equally many.
@@ -120,6 +120,25 @@ class World:
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.size}"
+
+
+_LENGTH = 8
+"""Bytes in which the first collective of an exchange carries the length of the value."""
+
+_SHORT = 2040
+"""Bytes of a value that the first collective of an exchange carries; a longer one needs a second collective."""
+
+
+def _bytes(data: bytearray) -> torch.Tensor:
+    """Return bytes as a tensor. The functions of torch that exchange objects need NumPy, which is not required."""
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _padded(data: bytearray, length: int) -> torch.Tensor:
+    """Return bytes in a tensor of a length."""
+    own = torch.zeros(length, dtype=torch.uint8)
+    own[: len(data)] = _bytes(data)
+    return own
 
 
 def _unpacked(parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[Any]:
