@@ -10,6 +10,7 @@ still write. If a learner is deleted without being closed, its backends are clos
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -54,7 +55,7 @@ class Sinks:
         self._opened = _Opened()
         self._open = self._opened.backends
         self.lease = _Lease()
-        weakref.finalize(self.lease, _abandon, self._opened)
+        self._abandon = weakref.finalize(self.lease, _abandon, self._opened)
 
     @staticmethod
     def check(nodes: Iterable[Node]) -> None:
@@ -94,7 +95,13 @@ class Sinks:
             _check_free(backend, self.lease)
             self._change(backend, partial(self._begin, backend, run))
 
-        _each(new, "opened", begin)
+        try:
+            _each(new, "opened", begin)
+        finally:
+            # When Python ends, the backends are closed before the trackers that they use end by themselves: functions
+            # that were registered last run first.
+            atexit.unregister(self._abandon)
+            atexit.register(self._abandon)
 
     def flush(self) -> dict[str, Any]:
         """Flush the open backends; return the position of each by its sink.
@@ -184,7 +191,11 @@ class Sinks:
         self._close(dict(self._open))
 
     def _close(self, opened: Mapping[str, _Used]) -> None:
-        _each(opened, "closed", lambda backend: self._change(backend, partial(self._end, backend)))
+        try:
+            _each(opened, "closed", lambda backend: self._change(backend, partial(self._end, backend)))
+        finally:
+            if not self._open:
+                atexit.unregister(self._abandon)
 
     def _begin(self, backend: LoggerBackend, run: Run) -> None:
         self._open[backend.sink] = self._used[backend.sink]
