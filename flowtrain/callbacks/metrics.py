@@ -269,8 +269,8 @@ class Metrics(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of the current epoch's batches, and the states of torchmetrics objects."""
         sizes = {name: _numbers(weights) for name, weights in self._weights.items()}
-        running = {(metric.name, repr(phase)): each for (metric, phase), each in self._running.items()}
-        kept = [(*key, *each.state_dict()) for key, each in running.items()]
+        running = self._running.items()
+        kept = [(_key(metric), repr(phase), *each.state_dict()) for (metric, phase), each in running]
         return {"sizes": sizes, "held": [*kept, *((*key, *state) for key, state in self._loaded.items())]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,14 +284,19 @@ class Metrics(Callback):
             self._loaded[name, phase] = parts, number
 
     def _has_run(self, metric: Metric, phase: Phase) -> bool:
-        return (metric, phase) in self._running or (metric.name, repr(phase)) in self._loaded
+        return (metric, phase) in self._running or self._loaded_key(metric, phase) in self._loaded
+
+    def _loaded_key(self, metric: Metric, phase: Phase) -> tuple[str, str]:
+        """Return the key of the metric's state in a checkpoint. Early checkpoints have a collection by its own name."""
+        key = _key(metric), repr(phase)
+        return key if key in self._loaded else (metric.name, repr(phase))
 
     def _run(self, metric: Metric, phase: Phase) -> Running:
         """Return the running value of a metric in a phase, made at the first call with the state of a checkpoint."""
         running = self._running.get((metric, phase))
         if running is None:
             running = self._running[metric, phase] = Running(metric.f, metric.name, on_step=metric.on_step)
-            loaded = self._loaded.pop((metric.name, repr(phase)), None)
+            loaded = self._loaded.pop(self._loaded_key(metric, phase), None)
             if loaded is not None:
                 running.load_state_dict(*loaded)
         return running
@@ -377,6 +382,11 @@ def _metric(given: Any) -> Metric:
     if isinstance(given, Metric):
         return given
     return Track(given) if is_a(given, str) and given.startswith("batch.") else Metric(given)
+
+
+def _key(metric: Metric) -> str:
+    """Return the name of a metric in checkpoints. Two collections have one name, but none of their members."""
+    return "+".join(metric.names)
 
 
 def _samples(loader: object) -> int | None:

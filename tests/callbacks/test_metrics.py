@@ -50,7 +50,8 @@ from tests.support.untyped import untyped
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torchmetrics warns about what it finds installed
-    import torchmetrics.classification
+    import torchmetrics
+    import torchmetrics.classification as tm
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -212,7 +213,7 @@ def test_an_epoch_without_a_completed_batch_records_nothing() -> None:
 def test_an_epoch_after_one_that_ended_early_begins_anew() -> None:
     """The next epoch counts neither the batches of the cancelled epoch nor direct steps."""
     data = labelled([4, 4, 2])
-    metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
+    metric = tm.MulticlassAccuracy(3, average="micro")
     cancel = CancelAt({3: CancelFittingException})
     learner = classifier(cancel, Metrics(mean_of_outputs, metric), train=data, valid=data, lr=0.0)
     learner.fit(1)
@@ -242,14 +243,9 @@ def test_a_phase_without_a_loss_or_outputs_records_what_there_is() -> None:
 @pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_torchmetrics_objects_give_their_own_result() -> None:
     train, valid = labelled([8, 8, 3]), labelled([6, 5], seed=3)
-    f1 = torchmetrics.classification.MulticlassF1Score(3, average="macro")
-    both = torchmetrics.MetricCollection(
-        {
-            "Precision": torchmetrics.classification.MulticlassPrecision(3, average="macro"),
-            "Recall": torchmetrics.classification.MulticlassRecall(3, average="macro"),
-        },
-        prefix="My",
-    )
+    f1 = tm.MulticlassF1Score(3, average="macro")
+    kinds = {"Precision": tm.MulticlassPrecision, "Recall": tm.MulticlassRecall}
+    both = torchmetrics.MetricCollection({name: f(3, average="macro") for name, f in kinds.items()}, prefix="My")
     learner = classifier(Metrics(Metric(f1, name="F1"), both), train=train, valid=valid)
     learner.fit(2)
     assert sorted(learner.cbstate.metrics_epoch[ValidationPhase]) == ["F1", "Loss", "MyPrecision", "MyRecall"]
@@ -299,8 +295,8 @@ def test_torchmetrics_objects_are_cloned_for_each_phase_and_reset_for_each_epoch
 @pytest.mark.cpu_only("calls the model with tensors of the CPU")
 def test_two_collections_keep_apart() -> None:
     data = labelled([8, 8])
-    one = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassPrecision(3, average="macro")])
-    two = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassRecall(3, average="macro")])
+    kinds = tm.MulticlassPrecision, tm.MulticlassRecall
+    one, two = (torchmetrics.MetricCollection([kind(3, average="macro")]) for kind in kinds)
     learner = classifier(Metrics(one, two), train=data, valid=data)
     learner.validate()
     for collection in (one, two):
@@ -637,7 +633,7 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
             data=[(torch.randn(n, 3, generator=generator), torch.randint(2, (n,), generator=generator)) for n in sizes],
             optimizer=partial(torch.optim.SGD, lr=0.1),
             callbacks=[
-                Metrics(Metric(right, weight=lambda outputs, targets: (targets + 1).sum()), weight=tokens),
+                Metrics(Metric(right, weight=lambda outputs, targets: (targets + 1).sum()), *both, weight=tokens),
                 Checkpointer(tmp_path / str(folder), every_steps=1),
                 CustomCallback(end, BatchEnd),
             ],
@@ -645,7 +641,8 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
             default_callbacks="quiet",
         )
 
-    sizes = [5, 1, 4, 2]
+    sizes, kinds = [5, 1, 4, 2], (tm.MulticlassPrecision, tm.MulticlassRecall)
+    both = [torchmetrics.MetricCollection([kind(2, average="macro")]) for kind in kinds]
     found = []
     for stop in (None, 2):
         generator = torch.Generator().manual_seed(0)
@@ -659,7 +656,7 @@ def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_means(lag: int, tm
             learner.fit(1, resume=tmp_path / str(stop) / "step-00000002.ckpt")
         found.append({name: list(each) for name, each in learner.cbstate.metrics_epoch[TrainingPhase].items()})
     assert found[0] == found[1]
-    assert list(found[0]) == ["Loss", "Right"]
+    assert list(found[0]) == ["Loss", "Right", "MulticlassPrecision", "MulticlassRecall"]
 
 
 class Later(CustomCallback):
