@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.pairs import Report, in_turns, in_turns_afresh, median
+from bench.pairs import Report, differences, in_turns, in_turns_afresh, median
 from bench.peers import lightning_fit
 from flowtrain import Learner, TorchCore
 
@@ -47,6 +47,11 @@ def main() -> None:
             f"torchrun --standalone --nproc-per-node {size} -m bench.bench_ranks",
             "the loop by hand with DDP in the same file",
         )
+        few = batches(1, 8)
+        times = turns([partial(by_hand, few), partial(ours, few, False)])
+        figures = [f"{median(times, which) * 1e3:.2f} ms" for which in (0, 1)]
+        found = differences(times).text(1e3, 2)
+        report.row("what a fit of one epoch costs beside its batches", *figures, f"{found} ms")
         for milliseconds, many, bare_goal, quiet_goal in ((1.5, 1000, 1.04, 1.08), (10.0, 200, 1.02, 1.03)):
             batch, steps = calibrate(milliseconds / 1000), 4 if options.dry_run else many
             data = batches(steps, batch)
