@@ -18,17 +18,19 @@ ELSEWHERE = {
     "core/data_parallel": "ranks/test_same_training",
     "core/settings": "core/test_torch_core",
     "core/sharding": "ranks/test_sharded",
-    "state/shards": "ranks/test_sharded",
+    "core/unsent_gradients": "ranks/test_sharded",
     "core/world": "ranks/test_one_alone",
     "examples/classifier": "examples/test_programs",
     "examples/distillation": "examples/test_programs",
     "examples/huggingface": "examples/test_programs",
+    "state/shards": "ranks/test_sharded",
     "testing/probes": "testing/test_contract",
     "training/checkpoint/rank_checkpoints": "ranks/test_checkpoints",
     "training/rank_data": "ranks/test_data",
     "training/rank_loop": "ranks/test_one_alone",
     "training/rank_steps": "ranks/test_one_alone",
     "training/ranks": "ranks/test_one_alone",
+    "training/sharded_evaluation": "ranks/test_sharded",
 }
 
 # The files that test no single module, and their subjects.

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["FLAGS", "LEAVES", "DataParallel", "check_ddp", "equalise"]
+__all__ = ["FLAGS", "LEAVES", "DataParallel", "equalise"]
 
 FLAGS = 8
 """The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means, but for the first."""
@@ -37,33 +38,6 @@ _SYNC_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")  # the second is the name before torch 2.13
     if name in inspect.signature(DistributedDataParallel.__init__).parameters
 )
-
-
-def check_ddp(options: object, accumulate: int) -> dict[str, Any]:
-    """Return the arguments for DDP that a user has passed.
-
-    Raises:
-        CoreError: They are no mapping from names to values, or one of them cannot work here.
-    """
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise CoreError(f"ddp is a mapping of arguments for DistributedDataParallel, got {options!r}.")
-    refused = {
-        "module": "the model is that of the learner",
-        "device_ids": "the device is that of the core: TorchCore(device=...)",
-        "output_device": "the device is that of the core: TorchCore(device=...)",
-        "process_group": "it is torch's default group: call torch.distributed.init_process_group before Learner",
-    }
-    for name in ("broadcast_buffers", "forward_sync_buffers"):
-        if options.get(name):
-            refused[name] = "buffers are made equal at the end of each epoch, which costs less"
-    if options.get("static_graph") and accumulate > 1:
-        refused["static_graph"] = "with accumulate > 1 torch computes wrong gradients with it"
-    for name, why in refused.items():
-        if name in options:
-            raise CoreError(f"ddp={{{name!r}: {options[name]!r}}} cannot be set: {why}. Leave it out.")
-    return dict(options)
 
 
 def _check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
@@ -96,12 +70,12 @@ class _Trained(torch.nn.Module):
         super().__init__()
         self.parts = torch.nn.ModuleList(modules)
         self.flags = flags
-        self.absent = False
+        self.without_batch = False
         self._call = [call]  # in a list, since a module that is an attribute would be registered a second time
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the model, or a zero that depends on every parameter."""
-        if self.absent:
+        if self.without_batch:
             params = [param for param in self.parts.parameters() if param.requires_grad]
             real = [torch.view_as_real(param) if param.is_complex() else param for param in params]
             return torch.stack([(param * 0).sum().float() for param in real]).sum()
@@ -130,6 +104,8 @@ class DataParallel:
     model: Callable[..., Any]
     found: torch.Tensor | None = None
     """Whether the loss of a rank is NaN, on the device: the guard of all ranks skips the update then."""
+    unsent: UnsentGradients | None = None
+    """The gradients that a sharded model keeps beside its parameters; ``None`` if all are those of the parameters."""
 
     def __init__(
         self,
@@ -138,8 +114,9 @@ class DataParallel:
         losses: Sequence[torch.nn.Module],
         call: Callable[..., Any] | None,
         device: torch.device,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any] | None,
     ) -> None:
+        options = options or {}
         self._begin(world, [*models.values(), *losses], device)
         self.wraps, self._options = call is not None, options
         looks = bool(options.get("find_unused_parameters"))  # DDP would take the parameter of the flags as unused
@@ -193,17 +170,6 @@ class DataParallel:
         """Whether this batch has a sync point in its backward pass."""
         return self.sends
 
-    def discard(self) -> None:
-        """Discard what has not travelled yet, beside the gradients of the parameters."""
-
-    def own_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Return the gradients that have not travelled yet, if they are not those of the parameters."""
-        return {}
-
-    def keep_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor | None) -> bool:
-        """Keep a gradient that `own_gradients` has returned; tell whether this object keeps it."""
-        return False
-
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
         """Run the backward pass of a loss, and return the sums of the flags over all ranks.
 
@@ -227,14 +193,14 @@ class DataParallel:
         received: Any = self._flags.grad
         sums = [round(mean * self.world.size) for mean in received.tolist()]
         if sums[0] != 1:  # only the main rank has sent a 1 there, so what was received is this rank's own
-            raise self._unused()
+            self._refuse_unused()
         return sums
 
-    def _unused(self) -> CoreError:
-        """Return the error for a backward pass that has not sent its gradients, because some parameters had none."""
+    def _refuse_unused(self) -> Never:
+        """Refuse a backward pass that has not sent its gradients, because some parameters had none."""
         named = [pair for module in self._modules for pair in module.named_parameters()]
         names = [name for name, param in named if param.requires_grad and param.grad is None]
-        return CoreError(
+        raise CoreError(
             f"Several ranks need a gradient of every parameter that requires one, and in this batch there is none of "
             f"{', '.join(names[:5]) or 'some'}: the loss does not depend on it. Freeze what is not used, "
             f"requires_grad_(False), or write TorchCore(ddp={{'find_unused_parameters': True}})."
@@ -248,23 +214,23 @@ class DataParallel:
         if self._wrapped is None:
             return self.world.sum(flags)
         self.send(True)
-        self._wrapped.absent = True
+        self._wrapped.without_batch = True
         try:
             with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
                 return self.backward(self._ddp(), flags)
         finally:
-            self._wrapped.absent = False
+            self._wrapped.without_batch = False
 
     def forward_without_batch(self) -> None:
         """Call DDP without a batch whose gradients stay on this rank: its second call has a collective of its own."""
         if self._wrapped is None:
             return
-        self._wrapped.absent = True
+        self._wrapped.without_batch = True
         try:
             with torch.enable_grad():
                 self.world.guarded(self._ddp)
         finally:
-            self._wrapped.absent = False
+            self._wrapped.without_batch = False
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
         """Set the gradients of parameters to their means over all ranks, by one collective for each type of number.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from flowtrain.core.compile import check_compile
-from flowtrain.core.data_parallel import check_ddp
 from flowtrain.core.precision import DTYPES, Precision
 from flowtrain.core.prefetch import Transfer
-from flowtrain.core.sharding import Shard, check_fsdp
 from flowtrain.core.world import Parallel
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "Shard"]
+
+Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
+"""Which submodules are units of their own: those of a class or of several, or those a function says yes to."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,73 @@ class Settings:
         for name, (choice, possible) in choices.items():
             if choice not in possible:
                 raise CoreError(f"{name}={choice!r} is unknown. It is one of: {', '.join(map(repr, possible))}.")
-        check_ddp(self.ddp, self.accumulate)
+        _check_ddp(self.ddp, self.accumulate)
         if self.parallel == "fsdp" and self.ddp is not None:
             raise CoreError(f"ddp={self.ddp!r} is for parallel='ddp'. Write fsdp={{...}} with parallel='fsdp'.")
-        check_fsdp(self.parallel, self.shard, self.fsdp, self.precision, self.compile)
+        _check_fsdp(self.parallel, self.shard, self.fsdp, self.precision, self.compile)
+
+
+def _check_ddp(options: object, accumulate: int) -> None:
+    """Check the arguments for DDP that a user has passed.
+
+    Raises:
+        CoreError: They are no mapping from names to values, or one of them cannot work here.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise CoreError(f"ddp is a mapping of arguments for DistributedDataParallel, got {options!r}.")
+    refused = {
+        "module": "the model is that of the learner",
+        "device_ids": "the device is that of the core: TorchCore(device=...)",
+        "output_device": "the device is that of the core: TorchCore(device=...)",
+        "process_group": "it is torch's default group: call torch.distributed.init_process_group before Learner",
+    }
+    for name in ("broadcast_buffers", "forward_sync_buffers"):
+        if options.get(name):
+            refused[name] = "buffers are made equal at the end of each epoch, which costs less"
+    if options.get("static_graph") and accumulate > 1:
+        refused["static_graph"] = "with accumulate > 1 torch computes wrong gradients with it"
+    for name, why in refused.items():
+        if name in options:
+            raise CoreError(f"ddp={{{name!r}: {options[name]!r}}} cannot be set: {why}. Leave it out.")
+
+
+def _check_fsdp(parallel: object, shard: object, options: object, precision: Precision, compiles: object) -> None:
+    """Check the arguments of `TorchCore` for sharded training.
+
+    Raises:
+        CoreError: An argument has a value that it cannot have, or needs ``parallel="fsdp"``.
+    """
+    if parallel != "fsdp":
+        for name, value in (("shard", shard), ("fsdp", options)):
+            if value is not None:
+                raise CoreError(f'{name}={value!r} is for sharded training. Write parallel="fsdp" with it.')
+        return
+    listed = shard if isinstance(shard, (list, tuple)) else [shard]
+    if not all(isinstance(each, type) and issubclass(each, torch.nn.Module) for each in listed) and (
+        shard is not None and (isinstance(shard, (type, list, tuple)) or not callable(shard))
+    ):
+        raise CoreError(
+            f"shard is a class of modules, a list of such classes, or a function of (name, module) that returns a "
+            f"bool; got {shard!r}. Write shard=torch.nn.TransformerEncoderLayer."
+        )
+    if options is not None and (not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options)):
+        raise CoreError(f"fsdp is a mapping of arguments for fully_shard, got {options!r}.")
+    refused = {
+        "module": "the model is that of the learner",
+        "ignored_params": "the gradients of these parameters would differ between the ranks",
+    }
+    for name in options or {}:
+        if name in refused:
+            raise CoreError(f"fsdp={{{name!r}: ...}} cannot be set: {refused[name]}. Leave it out.")
+    if precision == "fp16":
+        raise CoreError(
+            "precision='fp16' scales the loss by a scaler that each rank would change alone, so it cannot be used with "
+            "parallel='fsdp'. Use precision='bf16'."
+        )
+    if compiles is not False:
+        raise CoreError(
+            f"compile={compiles!r} compiles the model as a whole, and with parallel='fsdp' its parts are gathered one "
+            f"by one. Leave compile= out, and compile these parts before: `for block in model.blocks: block.compile()`."
+        )

@@ -20,64 +20,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from flowtrain.core.data_parallel import LEAVES, DataParallel, equalise
-from flowtrain.core.precision import Precision
+from flowtrain.core.settings import Settings, Shard
+from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError, nearest
 from flowtrain.state.shards import whole
 
-__all__ = ["Shard", "Sharded", "check_fsdp", "full_state_dict"]
-
-Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
-"""Which submodules are units of their own: those of a class or of several, or those a function says yes to."""
+__all__ = ["Sharded", "full_state_dict"]
 
 _Place: TypeAlias = Literal["before", "inside", "after"]
-
-
-def check_fsdp(parallel: object, shard: object, options: object, precision: Precision, compiles: object) -> None:
-    """Check the arguments of `TorchCore` for sharded training.
-
-    Raises:
-        CoreError: An argument has a value that it cannot have, or needs ``parallel="fsdp"``.
-    """
-    if parallel != "fsdp":
-        for name, value in (("shard", shard), ("fsdp", options)):
-            if value is not None:
-                raise CoreError(f'{name}={value!r} is for sharded training. Write parallel="fsdp" with it.')
-        return
-    listed = shard if isinstance(shard, (list, tuple)) else [shard]
-    if not all(isinstance(each, type) and issubclass(each, torch.nn.Module) for each in listed) and (
-        shard is not None and (isinstance(shard, (type, list, tuple)) or not callable(shard))
-    ):
-        raise CoreError(
-            f"shard is a class of modules, a list of such classes, or a function of (name, module) that returns a "
-            f"bool; got {shard!r}. Write shard=torch.nn.TransformerEncoderLayer."
-        )
-    if options is not None and (not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options)):
-        raise CoreError(f"fsdp is a mapping of arguments for fully_shard, got {options!r}.")
-    refused = {
-        "module": "the model is that of the learner",
-        "ignored_params": "the gradients of these parameters would differ between the ranks",
-    }
-    for name in options or {}:
-        if name in refused:
-            raise CoreError(f"fsdp={{{name!r}: ...}} cannot be set: {refused[name]}. Leave it out.")
-    if precision == "fp16":
-        raise CoreError(
-            "precision='fp16' scales the loss by a scaler that each rank would change alone, so it cannot be used with "
-            "parallel='fsdp'. Use precision='bf16'."
-        )
-    if compiles is not False:
-        raise CoreError(
-            f"compile={compiles!r} compiles the model as a whole, and with parallel='fsdp' its parts are gathered one "
-            f"by one. Leave compile= out, and compile these parts before: `for block in model.blocks: block.compile()`."
-        )
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
@@ -101,20 +59,6 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
         if main:
             found[name] = entry
     return found
-
-
-class _HasShards(Protocol):
-    """The settings of a core that sharding needs."""
-
-    @property
-    def shard(self) -> Shard | None:
-        """Which submodules are units of their own; the rest of the model is one unit."""
-        ...
-
-    @property
-    def fsdp(self) -> Mapping[str, Any] | None:
-        """The arguments of the user for `fully_shard`."""
-        ...
 
 
 class Sharded(DataParallel):
@@ -147,7 +91,7 @@ class Sharded(DataParallel):
         models: Mapping[str, torch.nn.Module],
         losses: Sequence[torch.nn.Module],
         device: torch.device,
-        settings: _HasShards,
+        settings: Settings,
         wanted: Any,
     ) -> None:
         model = models.get("")
@@ -167,6 +111,7 @@ class Sharded(DataParallel):
         self.call: Callable[..., Any] = model
         self._root: Any = model
         self._units: list[Any] = _shard(world, model, device, settings.shard, settings.fsdp or {}, wanted)
+        self.unsent = self._unsent = UnsentGradients(world, self._units)
         self._running: list[int] = []  # the units that have run in the present forward pass, by their numbers
         self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
         self._place: _Place = "before"
@@ -280,61 +225,9 @@ class Sharded(DataParallel):
         self._running.clear()
         self._place = "before"
 
-    def discard(self) -> None:
-        """Discard the gradients that each rank has added by itself and that have not travelled."""
-        for param in self._params():
-            param.unsharded_accumulated_grad = None
-            if hasattr(param, "_unsharded_param"):
-                param._unsharded_param.grad = None
-
-    def own_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """See `DataParallel.own_gradients`. These gradients are whole, and belong to this rank alone."""
-        found: dict[torch.nn.Parameter, torch.Tensor] = {}
-        for param in self._params():
-            gradient = _own_gradient(param)
-            if gradient is not None:
-                found[param.sharded_param] = gradient
-        return found
-
-    def keep_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor | None) -> bool:
-        """See `DataParallel.keep_gradient`."""
-        for known in self._params():
-            if known.sharded_param is param:
-                known.unsharded_accumulated_grad = None if gradient is None else gradient.to(param.device, copy=True)
-                return True
-        return False
-
     def average(self, params: Any) -> None:
         """Set the gradients of a group that has ended before its last batch to their means over all ranks."""
-        from torch.distributed.tensor import distribute_tensor
-
-        for param in self._params():
-            grad = _own_gradient(param)
-            there = self.world.sum([int(grad is not None)])[0]
-            if not there:
-                continue
-            shards = param.sharded_param
-            mean = torch.zeros(shards.shape) if grad is None else grad
-            mean = mean.to(shards.device, shards.dtype).div_(self.world.size)
-            self.world.guarded(dist.all_reduce, mean)
-            added = distribute_tensor(mean, shards.device_mesh, shards.placements)
-            shards.grad = added if shards.grad is None else shards.grad + added
-        self.discard()
-
-    def _params(self) -> list[Any]:
-        """Return torch's objects for the parameters of all units. There is no public way to the gradients in them."""
-        groups: list[Any] = []
-        for unit in self._units:
-            state = unit._get_fsdp_state()
-            groups += getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        return [param for group in groups if group is not None for param in group.fsdp_params]
-
-
-def _own_gradient(param: Any) -> torch.Tensor | None:
-    """Return the gradient of one of torch's objects for a parameter that this rank has added by itself."""
-    own: Any = getattr(param, "_unsharded_param", None)
-    found: torch.Tensor | None = param.unsharded_accumulated_grad
-    return own.grad if found is None and own is not None else found
+        self._unsent.average()
 
 
 def _note(running: list[int], number: int, module: torch.nn.Module, inputs: Any) -> None:

@@ -26,7 +26,7 @@ import torch
 from flowtrain.callback.phases import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, original
-from flowtrain.core.data_parallel import DataParallel, check_ddp
+from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.devices import allow_tf32, find_device, move_modules
 from flowtrain.core.optimizers import clip_gradients, make_optimizers, params_of, scale_gradients, zeroing
 from flowtrain.core.precision import (
@@ -39,8 +39,8 @@ from flowtrain.core.precision import (
     in_precision,
 )
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
-from flowtrain.core.settings import Settings
-from flowtrain.core.sharding import Shard, Sharded
+from flowtrain.core.settings import Settings, Shard
+from flowtrain.core.sharding import Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
 from flowtrain.errors import CoreError
 from flowtrain.state.batch import BatchState
@@ -206,8 +206,7 @@ class TorchCore:
         if sharded is not None:
             sharded.call, self.model = self.model, sharded.model
         elif self.world is not None:
-            call = self.model if "" in self.models else None
-            options = check_ddp(self.settings.ddp, self.accumulate)
+            call, options = self.model if "" in self.models else None, self.settings.ddp
             self.parallel = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
         self.use_optimizers(state, made)
 
@@ -379,8 +378,8 @@ class TorchCore:
     def discard(self) -> None:
         """Discard the gradients of the open groups; the next batch begins new groups."""
         self.groups.discard()
-        if self.parallel is not None:
-            self.parallel.discard()
+        if self.parallel is not None and self.parallel.unsent is not None:
+            self.parallel.unsent.discard()
         if self._scaling is not None:
             self._scaling.reset()
 

@@ -7,7 +7,7 @@ closes the batch, the epoch and the fit that it leaves, and `FitEnd` runs for ev
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from flowtrain.errors import (
     CancelEpochException,
     CancelException,
     CancelFittingException,
+    attempt,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
@@ -43,11 +44,12 @@ from flowtrain.training.checkpoint.position import Position, Stream, loader_star
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.interrupts import Interrupts
+from flowtrain.training.ranks import EPOCHS_BROKEN_OFF, FIT_END
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import Steps, detach_loss
 
-__all__ = ["LEFT_OPEN", "Loop", "attempt"]
+__all__ = ["LEFT_OPEN", "Loop"]
 
 _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
 _REST_BEGIN, _REST_END = UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
@@ -173,7 +175,7 @@ class Loop:
             else:
                 attempt(failures, self._fit_steps, data, steps or 0, validate_every)
             if failures:
-                self._meet("", failures)
+                self._meet(EPOCHS_BROKEN_OFF, failures)
         self.scopes.end_fit()
         broken_off = self.checkpoints.position.phase or any(not isinstance(f, CancelFittingException) for f in failures)
         end = FitEnd(_why_stopped(failures, self.checkpoints.saved), complete=not broken_off)
@@ -183,7 +185,7 @@ class Loop:
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
             attempt(failures, finish)
-        self._meet("FitEnd", failures)
+        self._meet(FIT_END, failures)
         stopped: BaseException | None = None
         try:
             if failures:
@@ -440,11 +442,3 @@ def _why_stopped(failures: list[BaseException], saved: Sequence[Path]) -> str:
     if not notes or re.search(r"\bepoch \d", text):  # a text that names the epoch says where it was
         return text
     return f"{text} ({'; '.join(notes)})"
-
-
-def attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
-    """Call a function and add its failure to `failures`, because the rest of the fit is closed before it is raised."""
-    try:
-        do(*args)
-    except BaseException as failure:
-        failures.append(failure)

@@ -29,6 +29,7 @@ from flowtrain.errors import (
     DivergedError,
     RankError,
     RemoteError,
+    attempt,
     raise_worst,
 )
 from flowtrain.graph.executor import Executor
@@ -44,14 +45,16 @@ from flowtrain.training.checkpoint.contents import own_version
 from flowtrain.training.checkpoint.position import Stream
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
-from flowtrain.training.loop import LEFT_OPEN, Loop, attempt
+from flowtrain.training.loop import LEFT_OPEN, Loop
 from flowtrain.training.rank_data import NONE, RankData
 from flowtrain.training.rank_steps import RankSteps
-from flowtrain.training.ranks import END, FIT_END, NO_BATCH, Ranks
+from flowtrain.training.ranks import EPOCHS_BROKEN_OFF, FIT_END, Ranks
 from flowtrain.training.scopes import CLOSED
+from flowtrain.training.sharded_evaluation import ShardedEvaluation
 from flowtrain.training.step import Steps
 
 __all__ = ["RankLoop", "make_loop"]
+
 
 def make_loop(state: LearnerState, core: TorchCore, executor: Executor) -> Loop:
     """Return the loop of a learner, whose core is attached: that of one process, or that of one of several ranks."""
@@ -79,6 +82,10 @@ class RankLoop(Loop):
         self.ranks = Ranks(world)
         self._parallel = parallel
         super().__init__(state, core, executor)
+        self._together: ShardedEvaluation | None = None
+        if isinstance(parallel, Sharded):
+            mailbox = self.dispatch.mailbox
+            self._together = ShardedEvaluation(self.ranks, parallel, core, self.scopes, self.steps, mailbox)
         self._data = RankData(self.ranks, self.scopes, core.settings.uneven)
         self.sinks.run = Run(world.exchange(self.sinks.run.id)[0])
 
@@ -132,21 +139,21 @@ class RankLoop(Loop):
         except BaseException as failure:
             failures.append(failure)
         value = planned[0], self.state.callbacks.describe(), _versions()
-        told = self.ranks.meet("the plan of the fit", failures, value)
+        answers = self.ranks.meet("the plan of the fit", failures, value)
         self._raise(failures)
-        for number, (_, _, versions) in enumerate(told):
-            if versions != told[0][2]:
+        for number, (_, _, versions) in enumerate(answers):
+            if versions != answers[0][2]:
                 raise RankError(
-                    f"Rank {number} has {versions}, and the main rank has {told[0][2]}. Install the same versions "
+                    f"Rank {number} has {versions}, and the main rank has {answers[0][2]}. Install the same versions "
                     f"everywhere: others may compute, order and save in another way."
                 )
-        difference = first_difference([plans for _, plans, _ in told]) if told else ""
+        difference = first_difference([plans for _, plans, _ in answers]) if answers else ""
         if difference:
             raise RankError(
                 f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
                 f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
             )
-        found = [updates for updates, _, _ in told]
+        found = [updates for updates, _, _ in answers]
         return min(found) if found and None not in found else None
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
@@ -159,9 +166,9 @@ class RankLoop(Loop):
             known = ranks.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
             if ranks.interrupted and ranks.leave is None and not known:
                 failures.append(KeyboardInterrupt("training was interrupted on another rank, after its last epoch"))
-        elif ranks.interrupted and not ranks.ending:
+        elif ranks.interrupted and not ranks.fit_ends:
             self._interrupt(failures)
-        if not point and not ranks.failed:  # a cancel or an interrupt has ended the last epoch before its end
+        if point == EPOCHS_BROKEN_OFF and not ranks.failed:  # a cancel or an interrupt has left an epoch open
             attempt(failures, self._parallel.share_buffers)
 
     def _prints(self) -> dict[str, str]:
@@ -177,7 +184,7 @@ class RankLoop(Loop):
 
     def _interrupt(self, failures: list[BaseException]) -> None:
         """End the fit for a signal to any rank, at a point that all ranks have reached."""
-        self.ranks.ending = True
+        self.ranks.fit_ends = True
         own: BaseException | None = None
         try:
             if self.ranks.leave is not None:
@@ -243,8 +250,8 @@ class RankLoop(Loop):
     def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
         self.steps.check_step(phase)
         if isinstance(phase, AbstractValidationPhase):
-            if isinstance(self._parallel, Sharded):
-                self._evaluate(phase, self._parallel, batches, most)
+            if self._together is not None:
+                self._together.run(phase, batches, most)
             else:
                 super()._run(phase, self._until_interrupt(batches), total, most)
             return
@@ -304,7 +311,7 @@ class RankLoop(Loop):
                 step(raw)
                 if self.scopes.batch:
                     raise CancelBatchException(LEFT_OPEN)
-                if ranks.owed == "flags" and not self.steps.wraps(phase):  # the step has opened no batch
+                if ranks.next_sync == "flags" and not self.steps.wraps(phase):  # the step has opened no batch
                     self.steps.agree()
             except BaseException as failure:
                 self.steps.cancel_batch(phase, failure, CancelBatchException)
@@ -313,7 +320,7 @@ class RankLoop(Loop):
         except CancelException as cancel:
             if ranks.knows(cancel):
                 raise
-            ranks.carried = cancel
+            ranks.late_cancel = cancel
             if not more:
                 raise
         except BaseException as failure:
@@ -330,81 +337,15 @@ class RankLoop(Loop):
         self.ranks.begin_batch("gradients" if self.steps.wraps(phase) and self._data.known else "flags")
         self.steps.tell(phase, failure)
 
-    # --- evaluation of a sharded model, in which all ranks take part in each forward pass
-
-    def _evaluate(self, phase: Phase, parallel: Sharded, batches: Iterable[Any], most: int | None) -> None:
-        """Run the batches of an evaluation, as many on each rank as its loader gives."""
-        scopes, step = self.scopes, self.steps.step_of(phase)
-        with self._telling(phase, parallel):
-            left = None if most is None else most - scopes.batch_number
-            fed = self.core.feed(islice(batches, left), None)
-            for raw in self._together(phase, parallel, iter(fed)):
-                scopes.batch_number += 1
-                try:
-                    step(raw)
-                    if scopes.batch:
-                        raise CancelBatchException(LEFT_OPEN)
-                except BaseException as failure:
-                    self.steps.cancel_batch(phase, failure, CancelBatchException)
-                if self.dispatch.mailbox.calls:
-                    self.dispatch.mailbox.empty()
-                del raw
-
     @contextmanager
     def predicting(self, phase: Phase, inputs: Iterable[Any]) -> Generator[Iterable[Any]]:
         """See `Loop.predicting`. All ranks predict if the model is sharded, each with inputs of its own."""
-        if not isinstance(self._parallel, Sharded):
+        if self._together is None:
             yield inputs
             return
         self.ranks.begin()
-        with self._telling(phase, self._parallel):
-            yield self._together(phase, self._parallel, iter(inputs))
-
-    def _together(self, phase: Phase, parallel: Sharded, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield batches until no rank has a further one. A rank that has none attends the forward passes of the others.
-
-        Raises:
-            DataError: A rank has no batch at all, and the model has not been evaluated before.
-        """
-        ranks = self.ranks
-        while True:
-            raw = next(batches, NONE)
-            ranks.begin_batch("")
-            mine = ranks.flags()
-            mine[END] = int(raw is NONE)
-            mine[NO_BATCH] = int(raw is NONE and not parallel.knows())
-            sums = ranks.world.sum(mine)
-            ranks.join(sums, None)
-            if sums[END] == ranks.world.size or ranks.interrupted:
-                return
-            if sums[NO_BATCH]:
-                raise DataError(
-                    f"A rank has no batch for {phase!r}, and the model is sharded: it takes part in the forward passes "
-                    f"of the other ranks as in those before, and there were none. Give each rank a batch at least."
-                )
-            parallel.begin_forward()
-            if raw is NONE:
-                parallel.gather_rest()
-                continue
-            ranks.owed = "forward"
-            yield raw
-            del raw
-
-    @contextmanager
-    def _telling(self, phase: Phase, parallel: Sharded) -> Generator[None]:
-        """Give a context for an evaluation, which tells the other ranks of a failure at their next sync point in it."""
-        try:
-            with torch.no_grad():
-                yield
-        except BaseException as failure:
-            if self.ranks.owed:  # the failure comes from within a forward pass, and no batch was open
-                self.steps.tell(phase, failure)
-            if not self.ranks.knows(failure):
-                self.ranks.begin_batch("flags")
-                raise self.steps.tell(phase, failure) from None
-            raise
-        finally:
-            parallel.reset()
+        with self._together.telling(phase):
+            yield self._together.batches(phase, iter(inputs))
 
     def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of an evaluation until a signal has come to this rank."""

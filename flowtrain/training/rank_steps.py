@@ -73,7 +73,7 @@ class RankSteps(Steps):
                 self._parallel.prepare()
             self._parallel.send(core.groups.fills)
             if not self._parallel.meets:
-                ranks.owed = ""
+                ranks.next_sync = ""
         self._counted = False
         batch = self._open(phase, on, raw, self._parallel.model if wrapped else core.model, True)
         scopes.backward = True
@@ -84,7 +84,7 @@ class RankSteps(Steps):
                 sums = core.backward_on_ranks(batch.loss, ranks.flags())
                 if self._parallel.meets:
                     ranks.join(sums, None)
-                    ranks.owed = "flags" if self._parallel.sends and self._decides(phase) else ""
+                    ranks.next_sync = "flags" if self._parallel.sends and self._decides(phase) else ""
             else:
                 core.backward(batch.loss)
         except RuntimeError as error:
@@ -156,11 +156,11 @@ class RankSteps(Steps):
     def update_due(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
         """See `Steps.update_due`. Gradients that DDP has not sent are averaged first."""
         on, core = self._runners[phase], self._core
-        owed = self._ranks.owed
+        sync = self._ranks.next_sync
         if not (self.wraps(phase) and begin.in_batch):
             self.agree()
             core.average(names)
-            self._ranks.owed = owed
+            self._ranks.next_sync = sync
         core.unscale(names)
         failure: BaseException | None = None
         try:
@@ -172,7 +172,7 @@ class RankSteps(Steps):
             failure = raised
         if self._decides(phase):  # whether the update is made, before any rank makes it
             self.agree(failure)
-            self._ranks.owed = owed if not self.wraps(phase) else ""
+            self._ranks.next_sync = sync if not self.wraps(phase) else ""
         norm = core.clip(names)
         if norm is not None:
             self._state.batch.grad_norm = norm
@@ -188,7 +188,7 @@ class RankSteps(Steps):
             # The other ranks complete this batch, as all ranks have agreed: so does this one, and counts it.
             self._scopes.locate(cancel, phase)
             if not isinstance(cancel, CancelBatchException):
-                self._ranks.carried = self._ranks.carried or cancel
+                self._ranks.late_cancel = self._ranks.late_cancel or cancel
 
     def _decides(self, phase: Phase) -> bool:
         """Tell whether one rank alone may refuse an update: a callback between gradients and update may cancel."""
@@ -222,9 +222,9 @@ class RankSteps(Steps):
 
     def _agree_before(self) -> None:
         """Exchange the flags before the first forward pass, in which a rank could not take part without a batch."""
-        owed = self._ranks.owed
+        sync = self._ranks.next_sync
         self.agree()
-        self._ranks.owed = owed
+        self._ranks.next_sync = sync
 
     def agree(self, failure: BaseException | None = None) -> None:
         """Exchange the flags of this batch by a message, and act on them as `Ranks.join` does."""
@@ -238,10 +238,10 @@ class RankSteps(Steps):
             failure: What this rank has raised.
         """
         ranks, parallel = self._ranks, self._parallel
-        owed, by_gradients = ranks.owed, ranks.owed not in ("flags", "forward") and self.wraps(phase)
-        attends = isinstance(parallel, Sharded) and owed != "flags" and not ranks.world.lost and parallel.gather_rest()
-        if attends and owed == "forward":  # the next sync point is the one before the next batch
-            ranks.owed = ""
+        sync, by_gradients = ranks.next_sync, ranks.next_sync not in ("flags", "forward") and self.wraps(phase)
+        gathered = isinstance(parallel, Sharded) and sync != "flags" and not ranks.world.lost and parallel.gather_rest()
+        if gathered and sync == "forward":  # the next sync point is the one before the next batch
+            ranks.next_sync = ""
             return failure
         if ranks.world.lost:
             return failure
@@ -249,7 +249,7 @@ class RankSteps(Steps):
             flags = ranks.flags(failure)
             ranks.join(self._parallel.send_zeros(flags) if by_gradients else ranks.world.sum(flags), failure)
         except BaseException as worst:
-            if worst is not failure and not ranks.told:
+            if worst is not failure and not ranks.known_failure:
                 # This rank cannot tell the others, as in the middle of a backward pass. They notice when its process
                 # ends, so it must not wait for them.
                 ranks.world.lost = True
@@ -260,20 +260,20 @@ class RankSteps(Steps):
     def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """See `Steps.cancel_batch`. Before the sync point of the batch, all ranks are told of the failure there."""
         ranks = self._ranks
-        if not ranks.told and self.wraps(phase):
+        if not ranks.known_failure and self.wraps(phase):
             self._exchange_nothing(phase)
-        if ranks.owed:
+        if ranks.next_sync:
             failure = self.tell(phase, failure)
         elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, Exception):
             try:
                 self._parallel.forward_without_batch()
             except RemoteError as lost:
                 failure = merge([failure, lost])
-        if ranks.told:  # also on a rank whose backward pass has not begun: its group is that of the other ranks
+        if ranks.known_failure:  # also if this backward pass has not begun: its group is that of the other ranks
             self._scopes.backward = True
         elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, CancelException):
             # The gradients of this batch stay in the group of all ranks, which is discarded with its last batch.
-            ranks.carried = ranks.carried or CancelBatchException(str(failure))
+            ranks.late_cancel = ranks.late_cancel or CancelBatchException(str(failure))
             self._scopes.backward = False
             if not self._counted:
                 self._core.due(None)
@@ -285,9 +285,9 @@ class RankSteps(Steps):
 
         Before the gradients there are none, so the others learn of the failure before the next one.
         """
-        if self._ranks.owed == "gradients" or self._in_group(phase):
+        if self._ranks.next_sync == "gradients" or self._in_group(phase):
             return
-        update = (UpdateEnd(), _BATCH_END) if not self._ranks.owed else ()  # the others make no update otherwise
+        update = (UpdateEnd(), _BATCH_END) if not self._ranks.next_sync else ()  # the others make no update otherwise
         try:
             for event in (_BACKWARD_END, UpdateBegin(), *update):
                 if type(event) not in self._dispatch.met:

@@ -16,7 +16,7 @@ that of the next batch, or for the end of the epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from flowtrain.core.data_parallel import FLAGS, LEAVES
 from flowtrain.core.world import World
@@ -31,7 +31,7 @@ from flowtrain.errors import (
     raise_worst,
 )
 
-__all__ = ["END", "FIT_END", "INTERRUPT", "NO_BATCH", "Ranks"]
+__all__ = ["END", "EPOCHS_BROKEN_OFF", "FIT_END", "INTERRUPT", "NO_BATCH", "NextSync", "Ranks"]
 
 # The places of the flags. A failure has the worst of the last four that fits.
 NO_BATCH: Final = 0
@@ -48,14 +48,21 @@ _CANCELS: dict[int, type[CancelException]] = {
     _FIT: CancelFittingException,
 }
 
-FIT_END = "FitEnd"
+EPOCHS_BROKEN_OFF: Final = "a failure that ends its epochs"
+"""The point at which a rank tells of a failure that has ended its epochs, whichever point the other ranks are at."""
+
+FIT_END: Final = "FitEnd"
+"""The last point of a fit."""
+
+NextSync: TypeAlias = Literal["gradients", "flags", "forward", ""]
+"""The next sync point of a batch; `Ranks.next_sync` says what each of these means."""
 
 
 class _Report(NamedTuple):
     """What a rank tells at a sync point outside of batches.
 
     Attributes:
-        point: The name of the point, or ``""`` if the rank failed where it cannot know which one is next.
+        point: The name of the point.
         flags: Its flags.
         reason: Its failure as text; empty without one.
         value: The value of this rank for that point.
@@ -79,56 +86,56 @@ class Ranks:
 
     Attributes:
         world: The ranks.
-        owed: The sync point that is still to come in the present batch: ``"gradients"``, in the backward pass;
+        next_sync: The sync point that is still to come in the present batch: ``"gradients"``, in the backward pass;
             ``"flags"``, by a message of its own; ``"forward"``, only the rest of a forward pass in which all ranks take
             part; or ``""`` if there is none.
-        told: The place of the worst failure of the present batch that all ranks know of; 0 without one.
+        known_failure: The place of the worst failure of the present batch that all ranks know of; 0 without one.
         interrupted: Whether a signal to any rank ends the fit at the end of this batch.
-        ending: Whether all ranks know of a failure that ends the fit, so that the next sync point is the last one.
-        over: Whether another rank has passed the last sync point of the fit.
-        carried: A cancel that was raised after the sync point of its batch, and takes effect at the next one.
+        fit_ends: Whether all ranks know of a failure that ends the fit, so that the next sync point is the last one.
+        ended_elsewhere: Whether another rank has passed the last sync point of the fit.
+        late_cancel: A cancel that was raised after the sync point of its batch, and takes effect at the next one.
         leave: A function that ends the fit for a signal to this process, at a batch boundary; ``None`` without one.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.owed = ""
-        self.told = 0
-        self.interrupted = self.ending = self.over = False
-        self.carried: BaseException | None = None
+        self.next_sync: NextSync = ""
+        self.known_failure = 0
+        self.interrupted = self.fit_ends = self.ended_elsewhere = False
+        self.late_cancel: BaseException | None = None
         self.leave: Callable[[], None] | None = None
 
     def begin(self) -> None:
         """Begin a fit, an epoch or a step that a user has called: nothing is left from before."""
-        self.owed, self.told = "", 0
-        self.interrupted = self.ending = self.over = False
-        self.carried = self.leave = None
+        self.next_sync, self.known_failure = "", 0
+        self.interrupted = self.fit_ends = self.ended_elsewhere = False
+        self.late_cancel = self.leave = None
 
-    def begin_batch(self, owed: str) -> None:
-        """Begin a training batch, whose sync point is of the kind `owed`."""
-        self.owed, self.told = owed, 0
+    def begin_batch(self, sync: NextSync) -> None:
+        """Begin a batch, whose sync point is of this kind."""
+        self.next_sync, self.known_failure = sync, 0
 
     def knows(self, failure: BaseException) -> bool:
         """Tell whether all ranks know of a failure of the present batch, or of one that is at least as bad."""
-        return self.told >= _place(failure) or self.ending or self.world.lost
+        return self.known_failure >= _place(failure) or self.fit_ends or self.world.lost
 
     @property
     def failed(self) -> bool:
         """Whether an error of a rank was told at the last sync point, or a rank is lost."""
-        return self.told == _ERROR or self.world.lost
+        return self.known_failure == _ERROR or self.world.lost
 
     def flags(self, failure: BaseException | None = None, *, batch: bool = True) -> list[int]:
         """Return the flags of this rank.
 
         Args:
             failure: What this rank has raised and the others do not know of yet.
-            batch: Whether a cancel of a batch that is carried is told, which must wait for the sync point of a batch.
+            batch: Whether a late cancel of a batch is among them; it must wait for the sync point of a batch.
         """
         found = [0] * FLAGS
         if self.leave is not None:
             found[INTERRUPT] = 1
-        if failure is None and (batch or not isinstance(self.carried, CancelBatchException)):
-            failure = self.carried
+        if failure is None and (batch or not isinstance(self.late_cancel, CancelBatchException)):
+            failure = self.late_cancel
         if failure is not None:
             found[_place(failure)] = 1
         return found
@@ -147,27 +154,27 @@ class Ranks:
             The values of all ranks in their order; an empty list if a rank has failed, or if the ranks do not meet any
             more, because one is lost or all know that the fit ends.
         """
-        if self.world.lost or (self.ending and point != FIT_END) or (self.over and point == FIT_END):
+        if self.world.lost or (self.fit_ends and point != FIT_END) or (self.ended_elsewhere and point == FIT_END):
             return []
-        if self.carried is not None:
-            failures.append(self.carried)
-            self.carried = None
+        if self.late_cancel is not None:
+            failures.append(self.late_cancel)
+            self.late_cancel = None
         mine = merge(failures) if failures else None
         flags = self.flags(mine)
         try:
-            told = self.world.exchange(_Report(point, flags, "" if mine is None else _text(mine), value))
+            found = self.world.exchange(_Report(point, flags, "" if mine is None else _text(mine), value))
         except RemoteError as lost:
             failures.append(lost)
             return []
-        reports = [each if isinstance(each, _Report) else _ELSEWHERE for each in told]
+        reports = [each if isinstance(each, _Report) else _ELSEWHERE for each in found]
         sums = [sum(each) for each in zip(*(report.flags for report in reports), strict=True)]
         points = {report.point for report in reports}
-        self.over = point != FIT_END and FIT_END in points
+        self.ended_elsewhere = point != FIT_END and FIT_END in points
         if len(points) > 1 and not _worst(sums):
             shown = ", ".join(f"rank {rank} is at {report.point}" for rank, report in enumerate(reports))
             failures.append(RankError(f"The ranks have gone different ways: {shown}."))
-            self.ending = True
-        self.told = _worst(sums)
+            self.fit_ends = True
+        self.known_failure = _worst(sums)
         self._add(sums, [report.reason for report in reports], failures)
         return [report.value for report in reports] if not failures else []
 
@@ -183,12 +190,12 @@ class Ranks:
         Raises:
             BaseException: The failure of this rank, or one that names the rank that has failed.
         """
-        self.owed = ""
+        self.next_sync = ""
         self.interrupted = self.interrupted or sums[INTERRUPT] > 0
-        self.told = _worst(sums)
-        if not self.told:
+        self.known_failure = _worst(sums)
+        if not self.known_failure:
             return
-        own, self.carried = failure or self.carried, None
+        own, self.late_cancel = failure or self.late_cancel, None
         failures = [own] if own is not None else []
         self._add(sums, self.world.exchange("" if own is None else _text(own)), failures)
         del own, failure
@@ -199,7 +206,7 @@ class Ranks:
         worst = _worst(sums)
         self.interrupted = self.interrupted or sums[INTERRUPT] > 0
         if worst in (_FIT, _ERROR):
-            self.ending = True
+            self.fit_ends = True
         mine = merge(failures) if failures else None
         if not worst or (mine is not None and _place(mine) >= worst):
             return

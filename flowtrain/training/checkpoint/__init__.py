@@ -4,7 +4,8 @@
 of a learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
 ``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
 `files` writes checkpoint files, complete or not at all; `position` knows how far a fit is in its data, `rng` the states
-of the random number generators.
+of the random number generators. `rank_checkpoints` takes the checkpoints of several ranks, and `rank_parts` has what
+differs between them.
 """
 
 __all__: list[str] = []

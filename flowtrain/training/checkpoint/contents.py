@@ -136,7 +136,8 @@ def _callback(callback: Callback, packer: Packer) -> dict[str, Any]:
 def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     if not core.groups.open:
         return None
-    own = {} if core.parallel is None else core.parallel.own_gradients()
+    unsent = None if core.parallel is None else core.parallel.unsent
+    own = {} if unsent is None else unsent.by_parameter()
     gradients = [own.get(param, param.grad) for module in core.modules for param in module.parameters()]
     contents = {"state": core.groups.state_dict(), "gradients": gradients}
     copied: dict[str, Any] = packer.copy(contents, "the gradients")
@@ -285,8 +286,9 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])
         params = (param for module in core.modules for param in module.parameters())
+        unsent = None if core.parallel is None else core.parallel.unsent
         for param, gradient in zip(params, contents["group"]["gradients"], strict=True):
-            if core.parallel is None or not core.parallel.keep_gradient(param, gradient):
+            if unsent is None or not unsent.put(param, gradient):
                 param.grad = None if gradient is None else gradient.to(param.device, copy=True)
     phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
     for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
