@@ -47,8 +47,19 @@ def move_modules(modules: Iterable[Any], device: torch.device, *, channels_last:
         modules: The modules.
         device: The device.
         channels_last: Whether to change the memory format too.
+
+    Raises:
+        CoreError: A parameter or a buffer has no values.
     """
     for module in modules:
+        named = (*module.named_parameters(), *module.named_buffers())
+        empty = [name for name, tensor in named if tensor.device.type == "meta"]
+        if empty:
+            raise CoreError(
+                f"{type(module).__name__} has tensors on the meta device, which have shapes and no values: "
+                f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}. Make the model on a real device; or write "
+                f"model.to_empty(device={str(device)!r}), and then initialise each of its tensors."
+            )
         module.to(device)
         if channels_last:
             module.to(memory_format=torch.channels_last)
@@ -85,9 +96,11 @@ def find_device(
             device = torch.device(wanted)
             if device.type == accelerator_kind() and 0 < torch.accelerator.device_count() <= (device.index or 0):
                 raise RuntimeError(f"there is no {device.type} device with this number")  # not every type refuses it
+            if device.type == "meta":
+                raise RuntimeError("its tensors have shapes and no values, so nothing can be trained there")
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-            reason = str(error).partition(". ")[0].rstrip(".")  # the rest may be pages long
+            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")  # the rest may be pages long
             raise CoreError(
                 f"device={wanted!r} cannot be used: {reason}. This process has: {', '.join(map(repr, _devices()))}. "
                 f"Write one of these, or leave device= out. Another one needs its driver, and a build of torch for it "

@@ -70,7 +70,14 @@ def test_auto_is_the_first_accelerator_or_the_cpu() -> None:
     assert repr(core).startswith(f"TorchCore(device={str(expected)!r}, precision='fp32', accumulate=1")
 
 
-NOT_THERE = ["quux", "hpu", "cuda:99", None, 2.5]
+def test_a_model_without_values() -> None:
+    with pytest.raises(CoreError, match=r"^Sequential has tensors on the meta device") as raised:
+        Learner(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, device="meta")), mse_loss, default_callbacks=False)
+    assert "values: 1.weight, 1.bias, 1.running_mean, 1.running_var, 1.num_batches_tracked. Make" in str(raised.value)
+    assert "to_empty(device='" in str(raised.value)
+
+
+NOT_THERE = ["quux", "hpu", "cuda:99", "meta", None, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,7 @@ def test_a_device_that_is_not_there(device: Any) -> None:
     with pytest.raises(CoreError, match=r"^device=.* cannot be used: ") as raised:
         find_device(device, [nn.Linear(1, 1)])
     assert repr(device) in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert "This process has: 'cpu'" in str(raised.value)
     assert str(raised.value).endswith(
         "Write one of these, or leave device= out. Another one needs its driver, and a build of torch for it "
