@@ -1,12 +1,13 @@
-"""The order of packages in imports, checked by parsing every import statement.
+"""The order of packages in imports, checked by parsing every import statement, and the docstrings of packages.
 
 A package of ``flowtrain/`` imports only from packages before it in `PACKAGES`, and no two modules import each other.
-Imports inside of functions and under ``if TYPE_CHECKING`` count as well.
+Imports inside of functions and under ``if TYPE_CHECKING`` count as well. The docstring of a package names its modules.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -41,6 +42,7 @@ OPEN_TO_DASK = ("errors", "data", "callback", "state", "logging", "metrics", "gr
 
 PACKAGE = Path(__file__).parents[1] / "flowtrain"
 EXECUTOR = Path(__file__).parents[1] / "executors" / "flowtrain_dask"
+PACKAGE_FOLDERS = [path.parent for root in (PACKAGE, EXECUTOR) for path in sorted(root.rglob("__init__.py"))][1:]
 FOREIGN = {"dask", "distributed", "flowtrain_dask"}  # executors import flowtrain, and never the other way round
 
 
@@ -147,6 +149,40 @@ def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
     assert sum(map(len, needs.values())) > 50
     order = list(TopologicalSorter(needs).static_order())  # a cycle raises an error that names it
     assert len(order) == len(known)
+
+
+@pytest.mark.parametrize("folder", PACKAGE_FOLDERS, ids=lambda folder: folder.relative_to(folder.parents[2]).as_posix())
+def test_the_docstring_of_a_package_names_its_modules_and_no_others(folder: Path) -> None:
+    """A name in backticks is a module of the package, or in the ``__all__`` of one; classes begin with a capital."""
+    modules = {path.stem for path in folder.glob("[!_]*.py")}
+    modules |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    named = set(re.findall(r"(?<!`)`([a-z_]+)`(?!`)", docstring(folder / "__init__.py")))
+    assert modules - named == set(), "modules that the docstring does not name"
+    public = {name for path in folder.glob("*.py") for name in public_names(path)}
+    assert named - modules - public == set(), "names in the docstring that are no modules"
+
+
+def test_the_two_packages_of_callbacks_say_in_their_first_line_which_is_which() -> None:
+    one, other = (docstring(PACKAGE / name / "__init__.py").splitlines()[0] for name in ("callback", "callbacks"))
+    assert one.startswith("The interface of callbacks")
+    assert other.startswith("The bundled callbacks")
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+
+
+def public_names(path: Path) -> list[str]:
+    """Return the ``__all__`` of a module, without loading it."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        match node:
+            case (ast.Assign(targets=[ast.Name(id="__all__")]) | ast.AnnAssign(target=ast.Name(id="__all__"))) as found:
+                assert found.value is not None
+                names: list[str] = ast.literal_eval(found.value)
+                return names
+            case _:
+                pass
+    return []
 
 
 def dask_complaints(file: str, source: str) -> list[str]:

@@ -1,7 +1,27 @@
-"""The bundled callbacks.
+"""The bundled callbacks, built on the interface of `flowtrain.callback`: handlers, declared state, ``run_after``.
 
-A learner adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` by default. The bundled
-callbacks use the public interface of every callback only: handlers, declared state, ``run_after``.
+A learner adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` by default. Few callbacks look
+beyond the interface: `Metrics` reads the declarations of the other callbacks, and `SanityCheck`, `ModelSummary` and
+`SWA` read batches of a loader and leave its random state as it was.
+
+=======================================  =============================================================================
+concern                                  modules
+=======================================  =============================================================================
+counts and metrics                       `recorder`, `metrics`, `smooth` (`SmoothLoss`), `traces`, `timer`,
+                                         `gradients` (`GradNorm`), `rates` (`LearningRateMonitor`), `devices`
+                                         (`DeviceStats`)
+the terminal                             `progress` (`ProgressBar`), `printer` (`MetricsPrinter`), `summary`
+                                         (`ModelSummary`); `terminal` has the console and the bar's last line
+logs                                     `logmetrics`, `logtraces`, `loghyperparams`, `loghistograms`,
+                                         `logvisualization`
+weights and hyperparameters              `averaging` is the base of `ema` and `swa`; `freeze`, `scheduler`, with the
+                                         package `schedules`
+the end of training, and its checkpoint  `early_stopping`, with the package `stopping`; `nan` (`StopOnNaNLoss`),
+                                         `checkpointer`
+examination of a run                     `sanity` (`SanityCheck`), `profiler`, `collect` (`GarbageCollect`)
+callbacks of functions and callbacks     `custom` (`CustomCallback`); `throttle` has `once`, `after`, `before` and
+                                         `when` too
+=======================================  =============================================================================
 """
 
 from __future__ import annotations

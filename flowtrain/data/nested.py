@@ -1,7 +1,9 @@
 """Nested data of users: each type of container is taken apart, and put together again around other parts.
 
 A batch, an output or an entry of ``cbstate`` may be nested in any way. All code that goes through such values uses this
-module, so that all of it knows the same types:
+module, so that all of it knows the same types. Only a checkpoint has fewer: `flowtrain.state.encoding` refuses all
+containers that ``torch.load(weights_only=True)`` could not read, so its own functions and
+`flowtrain.training.checkpoint.rank_parts` know just dicts, lists, tuples and sets. The types are:
 
 ======================================================== ============================================================
 type, and its subclasses                                 its parts

@@ -12,6 +12,12 @@ backend                   sink                                    needs         
 
 The loggables are `Value`, `Image`, `Text`, `Histogram`, `Figure`, `File` and `Settings`. A user's backend is a subclass
 of `LoggerBackend`, and `flowtrain.testing.BackendContract` tests it.
+
+`backend` has the loggables, the base class of backends, and the way of a record to its backend; `jsonl`, `csv`,
+`tensorboard`, `mlflow` and `wandb` each have one backend. These share `files` (records appended to a file, or a file
+that is replaced), `values` (plain values of what users log), `names` (the names that a tracker takes), `pictures`
+(images and figures as PNG) and `distribution` (the bins of a histogram). `extras` imports an optional package at its
+first use.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Tools for tests of callbacks, executors and logging backends.
 
-- `tiny_learner` returns a learner that is built in a millisecond; `record_access` finds the access of a callback in it.
-- `assert_equivalent` asserts that a learner has the same result under several executors, and in random legal orders.
-- `ExecutorContract` is a test class that the tests of an executor subclass; `ShuffledExecutor` is such an executor.
-- `leaks` finds objects of a batch that are still in memory after the batch, and `holders` finds their references.
-- `BackendContract` is a test class that the tests of a logging backend subclass.
+- `tiny` has `tiny_learner`, a learner that is built in a millisecond, and `record_access`, which finds the access of a
+  callback in such a learner.
+- `equivalence` has `assert_equivalent`, which asserts that a learner has the same result under several executors, and
+  in random legal orders; `values` compares the results.
+- `contract` has `ExecutorContract`, a test class that the tests of an executor subclass, and `probes` the callbacks
+  with which it watches an executor. `ShuffledExecutor` is such an executor.
+- `holders` has `leaks`, which finds objects of a batch that are still in memory after the batch, with their references.
+- `backends` has `BackendContract`, a test class that the tests of a logging backend subclass.
 """
 
 from flowtrain.testing.backends import BackendContract

@@ -6,7 +6,8 @@ because a scope that is ending cannot be cancelled any more.
 
 Scopes change through the methods here, with one exception: assignments that are made for every batch, since a method
 call would cost more than the assignment. `flowtrain.training.step` sets `batch`, `backward` and `completed`, and the
-loop sets `batch_number`.
+loop sets `batch_number`; where several ranks train, `flowtrain.training.rank_steps` and `flowtrain.training.rank_loop`
+set them in the same places.
 """
 
 from __future__ import annotations
