@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.bench_loop import digits, loader, model_of
-from bench.pairs import Figure, Report, figure, in_turns, in_turns_afresh, median, ratios, seconds
+from bench.pairs import Figure, Report, figure, in_turns, in_turns_afresh, median, microseconds, ratios, seconds
 from flowtrain import BatchEnd, Callback, Event, Learner, LearnerView, Phase, SerialExecutor, TrainingPhase, on
 from flowtrain.callbacks import Metrics
 from flowtrain.graph.executor import Executor, Runner
@@ -88,7 +88,7 @@ def goals(report: Report) -> None:
         against(report, what, bound, median(times, which), found, limit)
     # If both are equally fast, the median is above 1 in half of all runs, so the lower end of the interval decides.
     to_pool = ratios(times, 3, 1)
-    shown = f"{median(times, 1) * 1e6:.1f} µs", f"{median(times, 3) * 1e6:.1f} µs", to_pool.text()
+    shown = microseconds(median(times, 1)), microseconds(median(times, 3)), to_pool.text()
     report.row("the same, ours to the pool", *shown, "not above 1", reached=to_pool.low <= 1.0)
 
     for count in (1, 2, 4, 16):
@@ -164,8 +164,8 @@ def row(report: Report, what: str, times: Sequence[tuple[float, ...]], goal: flo
 def against(report: Report, what: str, floor: float, ours: float, found: Figure, goal: float | None) -> None:
     report.row(
         what,
-        f"{floor * 1e6:.1f} µs",
-        f"{ours * 1e6:.1f} µs",
+        microseconds(floor),
+        microseconds(ours),
         found.text(),
         "" if goal is None else f"{goal:.2f}",
         reached=None if goal is None else found.median <= goal,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.gpu_models import GPT2, Shape, language_loss, mlp
-from bench.pairs import Report, figure, in_turns, median
+from bench.pairs import Report, figure, in_turns, median, microseconds
 from flowtrain import Learner, TorchCore, TrainingPhase
 from flowtrain.core.precision import Precision, autocast
 
@@ -124,8 +124,8 @@ def slow_loader(report: Report, device: torch.device, dry: bool) -> None:
         found = figure([row[which] / steps / step for row in times])
         report.row(
             f"a loader as slow as the step ({step * 1e3:.1f} ms each): {name}",
-            f"{step * 1e6:.1f} µs",
-            f"{median(times, which) / steps * 1e6:.1f} µs",
+            microseconds(step),
+            microseconds(median(times, which) / steps),
             found.text(),
             "1.10" if which == 0 else "",
             reached=found.median <= 1.1 if which == 0 else None,

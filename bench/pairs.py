@@ -41,6 +41,7 @@ __all__ = [
     "in_turns",
     "in_turns_afresh",
     "median",
+    "microseconds",
     "ratios",
     "second_core",
     "seconds",
@@ -159,6 +160,15 @@ def median(times: Sequence[tuple[float, ...]], which: int) -> float:
     return statistics.median(row[which] for row in times)
 
 
+def microseconds(seconds: float) -> str:
+    """Return a time in microseconds, with the digits that a ratio of two such times needs.
+
+    >>> microseconds(4.123e-7), microseconds(0.0041762)
+    ('0.412 µs', '4176.2 µs')
+    """
+    return f"{seconds * 1e6:.{3 if seconds < 1e-5 else 1}f} µs"
+
+
 def second_core() -> Figure:
     """Return the time of two threads for work that one thread does in the time 1: 0.5 if two cores are free."""
     blob = random.Random(0).randbytes(400_000)
@@ -216,8 +226,8 @@ class Report:
         found = ratios(times, which)
         self.row(
             what,
-            f"{median(times, 0) / steps * 1e6:.1f} µs",
-            f"{median(times, which) / steps * 1e6:.1f} µs",
+            microseconds(median(times, 0) / steps),
+            microseconds(median(times, which) / steps),
             found.text(),
             "" if goal is None else f"{goal:.2f}",
             reached=None if goal is None else found.median <= goal,
