@@ -4,7 +4,7 @@
 for every edge; `order` finds the edges, and the conflicts that have no order; `resolver` asks callbacks for their
 answers to a conflict. `checks` finds declarations of state that does not exist. `plan` binds the handlers of one event
 and phase to their views, `registry` holds the callbacks of a learner with all their plans, `held_backends` finds the
-logging backends that a callback holds, and `executor` runs plans.
+logging backends that a callback holds, `executor` runs plans, and `drawing` shows them as pictures.
 
 Where several ranks train together, `shared_state` knows which state is the same on all of them, and refuses callbacks
 that would change that; `exchange` has the exchanges of values between ranks, and `plan_texts` writes plans as lines
