@@ -149,7 +149,7 @@ class Learner:
             `history`, which holds the metrics of all epochs of this learner, not only those of this fit.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
+            CheckpointError: A checkpoint cannot be read or does not fit, or another run uses a folder; nothing changed.
             KeyboardInterrupt: Ctrl-C or SIGTERM came, and a batch boundary was reached (rule 29).
             UsageError: A handler or a step called this, or an argument has a wrong value.
             DataError: There is no data.
@@ -157,8 +157,9 @@ class Learner:
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
         check_keywords("fit", unknown, Learner.fit)
-        found = self.loop.agreed(latest_of(self.callbacks)) if resume == "auto" else resume
-        self._calls.fit(epochs, steps, validate_every, limit_batches, data, found)
+        with self._calls.holding(waits=resume is not None):
+            found = self.loop.agreed(latest_of(self.callbacks)) if resume == "auto" else resume
+            self._calls.fit(epochs, steps, validate_every, limit_batches, data, found)
         return self.history
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:

@@ -191,6 +191,11 @@ class DaskExecutor:
         """Return the counts of each lane: its events, those that wait, and how long training waited for room in it."""
         return self._deferred.report()
 
+    @property
+    def pending(self) -> int:
+        """How many deferred events wait or are at work."""
+        return self.report().pending
+
     def _explain(self, plan: Plan) -> str:
         # `explain` may be asked of a plan that was never fired, and so has no route.
         route = self._routes.get((plan.event_type, plan.phase_type))

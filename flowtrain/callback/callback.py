@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
 from flowtrain.callback.access import Access
@@ -233,6 +234,10 @@ class Callback:
             before: The folder that the checkpoint was written into, absolute and without symbolic links.
             here: The folder that the checkpoint was read from, absolute and without symbolic links.
         """
+
+    def own_folders(self) -> Sequence[Path]:
+        """Return the folders into which no other run may write while a fit runs; the base class has none."""
+        return ()
 
     def handlers(self) -> Iterator[tuple[type, Handler]]:
         """Yield the handlers of this callback, each with the type that registers it, most derived type first.

@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -75,9 +74,10 @@ class Checkpointer(Callback):
             in that phase.
         MissingStateError: When the learner is built: there is no metric of that name.
         RankError: At `FitBegin`: a ``throttle(seconds=...)`` decides on several ranks, each of which has a clock.
-        CheckpointError: safetensors is not installed. At `FitBegin`: the folder cannot be written. Later: the disk is
-            full; the last complete checkpoint stays.
+        CheckpointError: safetensors is not installed. Before `FitBegin`: the folder cannot be written, or another run
+            uses it. Later: the disk is full; the last complete checkpoint stays.
 
+    >>> import tempfile
     >>> from flowtrain.testing import tiny_learner
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     history = tiny_learner(Checkpointer(folder, keep_top_k=1)).fit(3)
@@ -148,6 +148,10 @@ class Checkpointer(Callback):
         metric: Access = {} if self.monitor is None else {f"cbstate.metrics_epoch.{self.monitor}": Read()}
         return {"cbstate.history": Read(), **metric}
 
+    def own_folders(self) -> Sequence[Path]:
+        """Return the folder, except in a dry run, which writes no checkpoints."""
+        return () if identity() is not None else (self.folder,)
+
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values of the metric are good."""
         if self.monitor is not None:
@@ -155,13 +159,11 @@ class Checkpointer(Callback):
 
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Check that the folder can be written, find the phase, and request a checkpoint in case of an interrupt."""
+        """Find the phase, and request a checkpoint in case of an interrupt."""
         self._check_clock(learner.world_size)
         writes = identity() is None and learner.rank == 0  # neither a dry run nor a further rank makes a folder
-        if writes:
-            self._try_folder()
-            if not event.resumed:
-                self._warn_of_others()
+        if writes and not event.resumed:
+            self._warn_of_others()
         for other in learner.callbacks:
             if (
                 isinstance(other, Checkpointer)
@@ -367,17 +369,6 @@ class Checkpointer(Callback):
                 f"clock, and all {ranks} ranks take part in a checkpoint: where their clocks disagree, one would wait "
                 f"for the others for ever. Count batches instead: Checkpointer(..., every_steps=1000)."
             )
-
-    def _try_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.write(b"flowtrain")
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.name or 'Checkpointer'} cannot write into the folder {self.folder}: {error}. Nothing has been "
-                f"trained. Choose another folder, or make this one writable."
-            ) from error
 
     def _warn_of_others(self) -> None:
         latest = target(self.folder, "latest")

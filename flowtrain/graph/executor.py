@@ -30,7 +30,17 @@ from flowtrain.graph.plan import Failed, Plan
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
 
-__all__ = ["EXECUTORS", "Executor", "Mailbox", "Resumable", "Runner", "SerialExecutor", "Site", "find_executor"]
+__all__ = [
+    "EXECUTORS",
+    "Deferring",
+    "Executor",
+    "Mailbox",
+    "Resumable",
+    "Runner",
+    "SerialExecutor",
+    "Site",
+    "find_executor",
+]
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
 """A function that runs all handlers of one plan."""
@@ -212,6 +222,16 @@ class Resumable(Protocol):
 
         Not called if the executor of the interrupted fit was not `Resumable`.
         """
+
+
+@runtime_checkable
+class Deferring(Protocol):
+    """An executor that defers events; it may implement this beside `Executor`."""
+
+    @property
+    def pending(self) -> int:
+        """How many events wait or are at work. After an interrupt there may be some, which may still write logs."""
+        ...
 
 
 class SerialExecutor:

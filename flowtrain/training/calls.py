@@ -16,13 +16,15 @@ import torch
 from flowtrain.callback.events import EpochBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, ValidationPhase
 from flowtrain.data.nested import INSIDE, PLAIN, leaves, mapped
-from flowtrain.errors import DataError, ExecutorError, UsageError, describe
+from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageError, describe
+from flowtrain.graph.executor import Deferring
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
+from flowtrain.training.checkpoint.folder_lock import Folders
 from flowtrain.training.checkpoint.rng import unmoved
 from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase
 from flowtrain.training.interrupts import Interrupts
@@ -45,8 +47,43 @@ class Calls:
     def __init__(self, loop: Loop, changes: CallbackChanges) -> None:
         self.stopped: BaseException | None = None
         self._loop, self._changes = loop, changes
+        self._folders = Folders(loop.dispatch.mailbox.put)
 
     # --- calls that train
+
+    @contextmanager
+    def holding(self, *, waits: bool) -> Generator[None]:
+        """Give a context in which the folders of checkpoints belong to this learner, for a fit.
+
+        They belong to it after the fit too, as long as deferred events of it wait, which may still be written to logs.
+
+        Args:
+            waits: Whether to wait for a process that owns a folder and may be ending.
+
+        Raises:
+            CheckpointError: Another process, or another learner, trains into one of them. Nothing has been changed.
+        """
+        self.ready("fit()")
+        loop, failure = self._loop, None
+        folders = [folder for each in loop.state.callbacks for folder in each.own_folders()]
+        if folders:
+            if loop.core.world is None or loop.core.world.main:
+                try:
+                    self._folders.hold(folders, waits)
+                except BaseException as raised:  # the other ranks must not wait for this one
+                    failure = raised
+            refused = loop.agreed("" if failure is None else f"{type(failure).__name__}: {failure}")
+            if failure is not None:
+                raise failure
+            if refused:
+                raise CheckpointError(f"rank 0: {refused}")
+        try:
+            yield
+        finally:
+            if isinstance(loop.executor, Deferring) and loop.executor.pending:
+                self._folders.idle()
+            else:
+                self._folders.release()
 
     def fit(
         self,
@@ -208,6 +245,7 @@ class Calls:
             loop.sinks.note_failure(failure)
         with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
             stack.callback(let_go)
+            stack.callback(self._folders.release)
             stack.callback(loop.sinks.close)
             stack.enter_context(loop.sinks.noting_outcome(trains=False))
             stack.callback(loop.checkpoints.writer.wait)

@@ -118,15 +118,19 @@ def test_an_interrupted_run_goes_back_to_the_checkpoint_of_the_interrupt(tmp_pat
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from flowtrain import CheckpointError
+from flowtrain import Callback, CheckpointError, FitBegin, on
 from flowtrain.callbacks import Checkpointer
 from flowtrain.testing import tiny_learner
 
+class Full(Callback):
+    @on(FitBegin)
+    def fill(self, event, phase, learner):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))  # less than the name of a file
+
 folder = Path(sys.argv[1])
 tiny_learner(Checkpointer(folder), n_batches=1).fit(3)
-learner = tiny_learner(Checkpointer(folder), n_batches=1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12))  # room for what tests the folder, and not for the name of a file
+learner = tiny_learner(Full(), Checkpointer(folder), n_batches=1)
 try:
     learner.fit(4, resume=folder / "epoch-0002.ckpt")
 except CheckpointError as error:

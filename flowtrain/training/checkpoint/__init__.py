@@ -3,9 +3,9 @@
 `checkpoints` takes a checkpoint when a handler requests one, and resumes a fit from one. `contents` gathers the state
 of a learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
 ``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
-`files` writes checkpoint files, complete or not at all; `position` knows how far a fit is in its data, `rng` the states
-of the random number generators. `rank_checkpoints` takes the checkpoints of several ranks, and `rank_parts` has what
-differs between them.
+`files` writes checkpoint files, complete or not at all; `folder_lock` lets one process at a time train into a folder;
+`position` knows how far a fit is in its data, `rng` the states of the random number generators. `rank_checkpoints`
+takes the checkpoints of several ranks, and `rank_parts` has what differs between them.
 """
 
 __all__: list[str] = []

@@ -11,6 +11,7 @@ fails, the error is raised on the training thread: before its next batch, or whe
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ import torch
 from flowtrain.callback.view import POINTERS, CheckpointRequest
 from flowtrain.errors import CheckpointError, UsageError, is_a
 from flowtrain.graph.executor import Mailbox
+from flowtrain.training.checkpoint.folder_lock import check_owned
 
 __all__ = [
     "FORMAT",
@@ -54,7 +56,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reache
         reached: Called with a text at each point: ``"{what} begun"``, ``"{what} written"`` and ``"{what} renamed"``.
         what: The kind of the file, for those texts.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename between file systems is a copy
+    # In the same folder, since a rename between file systems is a copy; and under a name that no other process has.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             reached(f"{what} begun")
@@ -261,6 +264,7 @@ class Writer:
     def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
         path = Path(request.path)
         try:
+            check_owned(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, partial(_save, contents), self.reached, "checkpoint")
             if request.weights:
