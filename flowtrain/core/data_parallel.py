@@ -76,10 +76,24 @@ class _Trained(torch.nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the model, or a zero that depends on every parameter."""
         if self.without_batch:
+            sparse = _sparse(self.parts.modules())
             params = [param for param in self.parts.parameters() if param.requires_grad]
-            real = [torch.view_as_real(param) if param.is_complex() else param for param in params]
-            return torch.stack([(param * 0).sum().float() for param in real]).sum()
+            return torch.stack([_zero(param, sparse=param in sparse).float() for param in params]).sum()
         return self._call[0](*inputs, **named)
+
+
+def _sparse(modules: Iterable[torch.nn.Module]) -> set[torch.Tensor]:
+    """Return the parameters whose gradients are sparse tensors: DDP asks the same modules, and then sends no others."""
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return {module.weight for module in modules if isinstance(module, kinds) and module.sparse}
+
+
+def _zero(param: torch.Tensor, *, sparse: bool) -> torch.Tensor:
+    """Return a zero of shape ``()`` that depends on a parameter; in the backward pass its gradient is zero."""
+    if sparse:
+        nothing = torch.empty(0, dtype=torch.int64, device=param.device)
+        return torch.nn.functional.embedding(nothing, param, sparse=True).sum()
+    return ((torch.view_as_real(param) if param.is_complex() else param) * 0).sum()
 
 
 class DataParallel:
@@ -236,9 +250,17 @@ class DataParallel:
         """Set the gradients of parameters to their means over all ranks, by one collective for each type of number.
 
         A parameter that has a gradient on some ranks only counts as zero on the others; one without a gradient on any
-        rank stays without.
+        rank stays without. Sparse gradients take a collective for each parameter.
         """
-        for alike in _by_type(param for param in params if param.requires_grad):
+        sparse = _sparse(module for root in self._modules for module in root.modules())
+        trained = [param for param in params if param.requires_grad]
+        for param in trained:
+            if param in sparse:
+                own = param.grad if param.grad is not None else torch.zeros_like(param, layout=torch.sparse_coo)
+                mean = own.coalesce() / self.world.size
+                self.world.guarded(dist.all_reduce, mean)
+                param.grad = mean if mean._nnz() else None
+        for alike in _by_type(param for param in trained if param not in sparse):
             grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in alike]
             given = torch.tensor([param.grad is not None for param in alike]).to(grads[0])
             flat = torch.cat([*(grad.reshape(-1) for grad in grads), given]).div_(self.world.size)
