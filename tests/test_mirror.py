@@ -78,6 +78,7 @@ OTHERS = {
     "ranks/test_collectives": "the number of messages between ranks in a batch",
     "ranks/test_data": "the data of several ranks, in real processes",
     "ranks/test_declarations": "declared exchanges between ranks, and refusals, with real processes",
+    "ranks/test_gradients": "sparse and complex gradients of several ranks",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",

@@ -69,8 +69,12 @@ class Callback:
         agrees: Whether the author says that the handlers write the same on every rank although they read state that
             differs between ranks. Otherwise several ranks refuse a callback that reads such state and writes shared
             state without an exchange.
-        may_cancel: Whether a handler may raise a cancel. Several ranks ask each other before an update whether one of
-            them cancels it, unless all handlers of `BackwardEnd` and `UpdateBegin` are of callbacks that say no.
+        may_cancel: Whether a handler may cancel a batch or an update. Several ranks ask each other before an update
+            whether one of them cancels it, unless all handlers of `BackwardEnd` and `UpdateBegin` are of callbacks that
+            say no; and in a batch that only accumulates gradients, if handlers between `BatchBegin` and `BackwardEnd`
+            may cancel it.
+        may_checkpoint: Whether a handler of a training batch may request a checkpoint. Several ranks that accumulate
+            gradients then ask each other in every batch whether one of them has left it.
     """
 
     name: str = ""
@@ -89,6 +93,7 @@ class Callback:
     ranks: Literal["every", "main"] | None = None
     agrees: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = True
+    may_checkpoint: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

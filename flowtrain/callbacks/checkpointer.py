@@ -86,6 +86,7 @@ class Checkpointer(Callback):
     """
 
     ranks = "every"  # all ranks ask for the same checkpoints, each of which has a part of every rank
+    may_checkpoint = True
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class StopOnNaNLoss(Callback):
 
     stops_at_nan = True
     ranks = "every"  # each rank has a loss of its own
+    may_cancel = False  # it cancels no batch: ranks that accumulate gradients end the fit with the last of the group
 
     def __init__(self) -> None:
         self._late: Lagged | None = None  # the losses that are read late; None if losses are read at once

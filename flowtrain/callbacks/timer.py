@@ -51,6 +51,8 @@ class Timer(Callback):
     (8, 2)
     """
 
+    may_cancel = False
+
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         if not callable(clock):
             raise UsageError(f"Timer(clock={clock!r}): clock is a function that returns seconds, as time.perf_counter.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from flowtrain.callback.events import (
@@ -133,6 +134,7 @@ class Dispatch:
         requests: The checkpoints that handlers of the current event have requested.
         mailbox: The calls that the training thread makes between two batches.
         checkpoint: A function that takes the requested checkpoints; ``None`` without checkpoints.
+        drop: A function that is called with the requests that an error has dropped.
         met: The types of the events with exchanges between ranks that were fired since this set was cleared.
     """
 
@@ -146,6 +148,7 @@ class Dispatch:
         self.requests = state.requests
         self.mailbox = Mailbox()
         self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
+        self.drop: Callable[[Sequence[CheckpointRequest]], None] = lambda requests: None
         self.met: set[type[Event]] = set()
         self._scopes = scopes
         self._sinks = sinks
@@ -216,6 +219,19 @@ class Dispatch:
         """
         if self._callbacks is not None:
             self._callbacks.plan(type(event), type(phase)).exchange_nothing(event, phase)
+
+    def requested(self, event: Event, phase: Phase) -> list[CheckpointRequest]:
+        """Return the checkpoints that an event requests that is not fired here, since this rank has left the batch.
+
+        The handlers of callbacks that may request one are run for it. Those that exchange values run on no rank now.
+        """
+        for planned in self._callbacks.plan(type(event), type(phase)).handlers if self._callbacks is not None else ():
+            if planned.callback.may_checkpoint and planned.exchange is None:
+                with suppress(Exception):  # this rank has failed already
+                    planned.call(event, phase, planned.view)
+        found = [request for _, request in self.requests]
+        self.drop_requests()
+        return found
 
     def close(self) -> None:
         """Fire no more events, and delete every reference that leads back to this object."""
@@ -319,7 +335,10 @@ class Dispatch:
 
     def _checkpoint(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
         """Take the requested checkpoints now that no handler runs; none after an error, which may be in the state."""
-        if not requests or self.checkpoint is None or not _only_cancels(failures):
+        if not requests or self.checkpoint is None:
+            return
+        if not _only_cancels(failures):
+            self.drop(requests)
             return
         try:
             self.checkpoint(list(dict.fromkeys(requests)))
@@ -343,7 +362,7 @@ class Dispatch:
             requests = self._take_requests()
             if not self._draining:
                 self._checkpoint(requests, effective)
-            elif _only_cancels(effective):  # `drain` takes them after the events that wait, unless one of these fails
+            else:  # `drain` takes them after the events that wait, unless one of these fails
                 self._postponed += requests
             raise_worst(effective)
 

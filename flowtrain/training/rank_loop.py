@@ -14,6 +14,7 @@ from typing import Any, Never
 import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
+from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
@@ -75,6 +76,7 @@ class RankLoop(Loop):
     """
 
     steps: RankSteps
+    checkpoints: RankCheckpoints
 
     def __init__(
         self, state: LearnerState, core: TorchCore, executor: Executor, world: World, parallel: DataParallel
@@ -82,6 +84,7 @@ class RankLoop(Loop):
         self.ranks = Ranks(world)
         self._parallel = parallel
         super().__init__(state, core, executor)
+        self.dispatch.checkpoint, self.dispatch.drop = self._take, self.checkpoints.drop
         self._together: ShardedEvaluation | None = None
         if isinstance(parallel, Sharded):
             mailbox = self.dispatch.mailbox
@@ -98,6 +101,21 @@ class RankLoop(Loop):
         return RankCheckpoints(
             self.state, self.core, self.executor, self.scopes, self.sinks, self.dispatch.mailbox, self.ranks.world
         )
+
+    def _take(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Take checkpoints as `Checkpoints.take` does.
+
+        Raises:
+            RankError: The batch only accumulates gradients, and a rank that has left it could not tell the others.
+        """
+        if self.steps.alone_in_batch:
+            raise RankError(
+                "A handler of a training batch requests a checkpoint, with accumulate > 1 on several ranks. A rank "
+                "that has failed in such a batch is missed at the end of the group only, so the others would wait for it "
+                "in the checkpoint. Set may_checkpoint = True in the class of the callback: the ranks then ask each other "
+                "in each batch."
+            )
+        self.checkpoints.take(requests)
 
     # --- fit and epoch
 
@@ -158,6 +176,8 @@ class RankLoop(Loop):
 
     def _meet(self, point: str, failures: list[BaseException]) -> None:
         ranks = self.ranks
+        if failures and not ranks.fit_ends:
+            attempt(failures, self.checkpoints.miss, failures[0])
         found = ranks.meet(point, failures, self._prints() if point == "EpochEnd" and not failures else {})
         differing = {path for each in found for path in each if each[path] != found[0].get(path)}
         if differing:
@@ -324,7 +344,9 @@ class RankLoop(Loop):
             if not more:
                 raise
         except BaseException as failure:
-            if more and not ranks.knows(failure):
+            known = ranks.knows(failure)
+            self.checkpoints.miss(None if known else failure)
+            if more and not known:
                 self._tell_next(phase, failure)
             raise
         if ranks.interrupted:

@@ -13,7 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from flowtrain.callback.access import Write
-from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchEnd, Event, UpdateBegin, UpdateEnd
+from flowtrain.callback.callback import Callback
+from flowtrain.callback.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    Event,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
@@ -54,8 +64,8 @@ class RankSteps(Steps):
         super().__init__(state, core, scopes, dispatch, checkpoints)
         self._ranks, self._parallel = ranks, parallel
         self._counted = False  # whether the accumulation group has counted the present batch
-        self._asked: tuple[Callbacks, Phase] | None = None  # the arguments of the last call of `_decides`
-        self._decision = self._writes = False
+        self._asked: dict[tuple[Callbacks, Phase, bool], bool] = {}  # what `_decides` has returned, by its arguments
+        self._writes = False
         self._looked_at: Callbacks | None = None  # the callbacks of the last call of `_changes_training`
         if isinstance(parallel, Sharded):
             parallel.agree = self._agree_before
@@ -73,7 +83,7 @@ class RankSteps(Steps):
                 self._parallel.prepare()
             self._parallel.send(core.groups.fills)
             if not self._parallel.meets:
-                ranks.next_sync = ""
+                ranks.next_sync = "flags" if self._decides(phase, in_group=True) else ""
         self._counted = False
         batch = self._open(phase, on, raw, self._parallel.model if wrapped else core.model, True)
         scopes.backward = True
@@ -84,7 +94,7 @@ class RankSteps(Steps):
                 sums = core.backward_on_ranks(batch.loss, ranks.flags())
                 if self._parallel.meets:
                     ranks.join(sums, None)
-                    ranks.next_sync = "flags" if self._parallel.sends and self._decides(phase) else ""
+                    ranks.next_sync = "flags" if self._decides(phase, in_group=not self._parallel.sends) else ""
             else:
                 core.backward(batch.loss)
         except RuntimeError as error:
@@ -95,6 +105,8 @@ class RankSteps(Steps):
         batch.grads = core.grads
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, phase)
+        if ranks.next_sync and self._in_group(phase):
+            self.agree()
         self.update(phase)
         if not wrapped:
             self.agree()
@@ -190,15 +202,32 @@ class RankSteps(Steps):
             if not isinstance(cancel, CancelBatchException):
                 self._ranks.late_cancel = self._ranks.late_cancel or cancel
 
-    def _decides(self, phase: Phase) -> bool:
-        """Tell whether one rank alone may refuse an update: a callback between gradients and update may cancel."""
+    def _decides(self, phase: Phase, *, in_group: bool = False) -> bool:
+        """Tell whether all ranks must agree on the present batch by a message, after its backward pass.
+
+        They agree before an update if a callback between gradients and update may cancel. In a batch that only
+        accumulates gradients, which therefore bring no news, they agree if a callback may cancel the batch, or may
+        request a checkpoint, in which the other ranks would wait for a rank that has left the batch.
+
+        Args:
+            phase: The phase.
+            in_group: Whether the batch only accumulates gradients.
+        """
         callbacks: Callbacks = self._state.callbacks
-        key = (callbacks, phase)
-        if key != self._asked:
-            plans = [callbacks.plan(event, type(phase)) for event in (BackwardEnd, UpdateBegin)]
-            self._decision = any(type(planned.callback).may_cancel for plan in plans for planned in plan.handlers)
-            self._asked = key
-        return self._decision
+        key = (callbacks, phase, in_group)
+        if key not in self._asked:
+
+            def handling(*events: type[Event]) -> list[type[Callback]]:
+                """Return the types of the callbacks that handle one of these events."""
+                plans = [callbacks.plan(event, type(phase)) for event in events]
+                return [type(planned.callback) for plan in plans for planned in plan.handlers]
+
+            early = (BatchBegin, LossBegin, BackwardBegin) if in_group else ()
+            self._asked = {each: known for each, known in self._asked.items() if each[0] is callbacks}
+            self._asked[key] = any(kind.may_cancel for kind in handling(*early, BackwardEnd, UpdateBegin)) or (
+                in_group and any(kind.may_checkpoint for kind in handling(BatchEnd))
+            )
+        return self._asked[key]
 
     def fire(self, event: Event, phase: Phase) -> None:
         """See `Steps.fire`.
@@ -219,6 +248,13 @@ class RankSteps(Steps):
     def _in_group(self, phase: Phase) -> bool:
         """Tell whether the present batch goes through DDP and its gradients stay on this rank for now."""
         return self.wraps(phase) and not self._parallel.sends
+
+    @property
+    def alone_in_batch(self) -> bool:
+        """Whether a batch is running in which a failure of this rank would not be told to the others."""
+        phase = self._scopes.phase
+        running = self._scopes.batch != CLOSED and not isinstance(phase, AbstractValidationPhase)
+        return running and self._in_group(phase) and not self._decides(phase, in_group=True)
 
     def _agree_before(self) -> None:
         """Exchange the flags before the first forward pass, in which a rank could not take part without a batch."""
@@ -262,13 +298,16 @@ class RankSteps(Steps):
         ranks = self._ranks
         if not ranks.known_failure and self.wraps(phase):
             self._exchange_nothing(phase)
-        if ranks.next_sync:
-            failure = self.tell(phase, failure)
-        elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, Exception):
+        untold = self._scopes.batch == OPEN and not ranks.known_failure and isinstance(failure, Exception)
+        if untold and self._in_group(phase):
             try:
                 self._parallel.forward_without_batch()
             except RemoteError as lost:
                 failure = merge([failure, lost])
+        if ranks.next_sync:
+            failure = self.tell(phase, failure)
+        elif untold and not isinstance(failure, CancelException):  # the others complete the batch
+            self._checkpoints.drop(self._dispatch.requested(_BATCH_END, phase))
         if ranks.known_failure:  # also if this backward pass has not begun: its group is that of the other ranks
             self._scopes.backward = True
         elif self._scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, CancelException):

@@ -10,24 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
     Access,
+    BatchBegin,
     BatchEnd,
     Callback,
     EpochBegin,
+    EpochEnd,
+    Event,
     Learner,
     LearnerView,
     Read,
     TorchCore,
     TrainingPhase,
+    UpdateEnd,
     on,
 )
 from flowtrain.callbacks import EMA, Checkpointer
-from tests.ranks.by_hand import classes
-from tests.support.ranks import Ranks, rank
+from flowtrain.errors import RankError
+from tests.ranks.alone import Alone, End, fit
+from tests.ranks.by_hand import classes, differing
+from tests.support.ranks import Ranks, rank, returned
 from tests.support.resumed import Ask
 
 
@@ -132,3 +139,69 @@ def test_rule_42_another_number_of_ranks_is_refused_within_an_epoch(size: int, r
         assert outcome.error is not None
         assert outcome.error.text.startswith("The checkpoint was taken within an epoch by 2 ranks, and this training")
         assert "Resume with as many, or from a checkpoint of the end of an epoch" in outcome.error.text
+
+
+CHECKPOINTED: list[tuple[type[Event], str, int]] = [
+    *((event, "error", accumulate) for event in (BatchBegin, UpdateEnd, BatchEnd, EpochEnd) for accumulate in (1, 3)),
+    *((BatchBegin, action, 3) for action in ("batch", "fit")),
+    (BatchEnd, "batch", 3),
+]
+
+
+def leave(folder: str, event: type[Event], action: str, accumulate: int) -> End:
+    dist.init_process_group("gloo")
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    # In the second batch, and in the first one that updates, both of which are checkpointed.
+    nth = 1 if (event in (EpochEnd, UpdateEnd) and accumulate > 1) or event is EpochEnd else 2
+    return fit(Alone(event, TrainingPhase, action, nth), Checkpointer(folder, every_steps=1, monitor=None), core=core)
+
+
+@pytest.mark.parametrize(("event", "action", "accumulate"), CHECKPOINTED)
+def test_a_rank_that_fails_where_the_others_take_a_checkpoint_makes_none_wait(
+    event: type[Event], action: str, accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    zero, one = returned(ranks.run_on(2, 15, leave, str(tmp_path), event, action, accumulate))
+    assert differing(zero.weights, one.weights) == []
+    assert zero.counts == one.counts or event is UpdateEnd  # the batch of that rank is not complete
+    if action == "error":
+        assert one.error is not None
+        assert zero.error is not None
+        assert (one.error.kind, zero.error.kind) == ("ValueError", "RemoteError")
+        assert zero.error.text.startswith("rank 1: ValueError: only here")
+    else:
+        assert (zero.error, one.error) == (None, None)
+
+
+class Saves(Callback):
+    """Requests a checkpoint after each batch."""
+
+    ranks = "every"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    @on(BatchEnd, TrainingPhase)
+    def save(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.request_checkpoint(Path(self.folder) / "a.ckpt")
+
+
+class SaysSo(Saves):
+    may_checkpoint = True
+
+
+def save(kind: type[Saves], folder: str) -> str:
+    core = TorchCore(device="cpu", accumulate=2)
+    with Learner(
+        nn.Linear(12, 4), cross_entropy, data=classes(4), core=core, callbacks=[kind(folder)], default_callbacks="quiet"
+    ) as learner:
+        try:
+            learner.fit(1)
+        except RankError as error:
+            return str(error)
+    return ""
+
+
+def test_a_request_in_a_batch_that_only_accumulates_must_be_declared(ranks: Ranks, tmp_path: Path) -> None:
+    for text in ranks.values(save, Saves, str(tmp_path)):
+        assert "Set may_checkpoint = True in the class of the callback" in text
+    assert ranks.values(save, SaysSo, str(tmp_path)) == ["", ""]

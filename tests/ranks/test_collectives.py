@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain import Learner, TorchCore
+from flowtrain import BatchBegin, Callback, Learner, LearnerView, TorchCore, TrainingPhase, on
 from tests.ranks.by_hand import classes, train
 from tests.support.ranks import Ranks
 
@@ -44,18 +44,37 @@ def by_hand(norm: bool, accumulate: int) -> float:
     return (counts[2] - 2 * counts[1] + counts[0]) / (MANY - FEW)
 
 
+class Looks(Callback):
+    """Looks at each batch before the model does."""
+
+    @on(BatchBegin, TrainingPhase)
+    def look(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Do nothing."""
+
+
+class OnlyLooks(Looks):
+    """Says that it cancels no batch."""
+
+    may_cancel = False
+
+
 def ours(
-    norm: bool, accumulate: int, defaults: Literal[False, "quiet"], phase: Literal["training", "validation"]
+    norm: bool,
+    accumulate: int,
+    defaults: Literal[False, "quiet"],
+    phase: Literal["training", "validation"],
+    *kinds: type[Callback],
 ) -> float:
-    """Return the collectives of a batch of a learner."""
+    """Return the collectives of a batch of a learner, which has a callback of each of these kinds."""
     dist.init_process_group("gloo")
     counts = list[int]()
     for batches in (FEW, MANY):
         data = (classes(batches), classes(2)) if phase == "training" else (classes(4), classes(batches))
         core = TorchCore(device="cpu", accumulate=accumulate)
         with Learner(
-            model(norm), cross_entropy, data=data, optimizer=SGD, core=core, default_callbacks=defaults
-        ) as learner:
+            model(norm), cross_entropy, data=data, optimizer=SGD, core=core, default_callbacks=defaults,
+            callbacks=[kind() for kind in kinds],
+        ) as learner:  # fmt: skip
             before = collectives()
             learner.fit(1)
             counts.append(collectives() - before)
@@ -70,6 +89,13 @@ def test_a_training_batch_has_those_of_the_gradients(
     # By hand DDP also sends the two buffers of batch norm, which flowtrain makes equal at the end of an epoch.
     assert ranks.values(by_hand, norm, accumulate) == [1 / accumulate + 2 * norm] * 2
     assert ranks.values(ours, norm, accumulate, defaults, "training") == [1 / accumulate] * 2
+
+
+@pytest.mark.parametrize(("kind", "accumulate", "count"), [(Looks, 1, 1), (Looks, 4, 1), (OnlyLooks, 4, 1 / 4)])
+def test_a_batch_that_only_accumulates_has_a_message_if_a_callback_may_cancel_it(
+    kind: type[Callback], accumulate: int, count: float, ranks: Ranks
+) -> None:
+    assert ranks.values(ours, False, accumulate, "quiet", "training", kind) == [count] * 2
 
 
 @pytest.mark.parametrize("defaults", [False, "quiet"])

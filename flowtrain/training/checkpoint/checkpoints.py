@@ -135,6 +135,9 @@ class Checkpoints:
         self._on_interrupt.clear()
         self._waiting.clear()
 
+    def drop(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Note that an error has dropped these requests; on one of several ranks this concerns the others."""
+
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         finite = self._is_finite()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.

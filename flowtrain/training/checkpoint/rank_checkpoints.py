@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, RemoteError
 from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
@@ -26,6 +26,18 @@ from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 
 __all__ = ["RankCheckpoints"]
+
+
+class _Begins(NamedTuple):
+    """What a rank tells when a checkpoint begins.
+
+    Attributes:
+        finite: Whether its parameters and its last loss are finite.
+        reason: Why it takes no part, as text; empty if it does.
+    """
+
+    finite: bool
+    reason: str
 
 
 class RankCheckpoints(Checkpoints):
@@ -48,11 +60,46 @@ class RankCheckpoints(Checkpoints):
         super().__init__(state, core, executor, scopes, sinks, mailbox)
         self._world = world
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
+        self._missed = False  # whether an error has dropped requests here that the other ranks carry out
 
     # --- take
 
+    def drop(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Note that an error has dropped these requests on this rank."""
+        self._missed = self._missed or any(not request.on_interrupt and not request.loads for request in requests)
+
+    def drop_requests(self) -> None:
+        """See `Checkpoints.drop_requests`."""
+        self.drop(self._waiting)
+        super().drop_requests()
+
+    def miss(self, failure: BaseException | None) -> None:
+        """Tell the other ranks, which begin a checkpoint now, that this one has dropped the request, if it has.
+
+        Args:
+            failure: The error that has dropped it; ``None`` if the other ranks know of it, and begin no checkpoint.
+        """
+        if self._missed and failure is not None and not self._world.lost:
+            self._world.exchange(_Begins(False, f"{type(failure).__name__}: {failure}"))
+        self._missed = False
+
     def _is_finite(self) -> bool:
-        return all(self._world.exchange(super()._is_finite()))
+        """See `Checkpoints._is_finite`. This is where the ranks meet as they begin a checkpoint.
+
+        Raises:
+            RemoteError: A rank has failed at the event that requested the checkpoint.
+        """
+        found = self._world.exchange(_Begins(super()._is_finite(), ""))
+        failed = {
+            rank: getattr(each, "reason", "") or "it has requested none"
+            for rank, each in enumerate(found)
+            if not isinstance(each, _Begins) or each.reason
+        }
+        if failed:
+            raise RemoteError("; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items()), tuple(failed))
+        if self._core.parallel is not None:
+            self._core.parallel.share_buffers()
+        return all(each.finite for each in found)
 
     def _gather(self, judged: bool) -> dict[str, Any]:
         """Return the contents on the main rank; on any other rank what it would write alone."""
@@ -71,11 +118,6 @@ class RankCheckpoints(Checkpoints):
             raise CheckpointError("; ".join(wrong))
         parts = self._world.gather(None if self._world.main else reduced(contents, found[0][1]))
         return {**contents, "ranks": parts[1:]} if self._world.main else contents
-
-    def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
-        if self._core.parallel is not None:
-            self._core.parallel.share_buffers()
-        super()._submit(requests)
 
     def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
         if self._world.main:
