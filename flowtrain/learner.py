@@ -33,12 +33,12 @@ from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training.arguments import (
     as_list,
-    as_phase,
     check_core,
     check_keywords,
     check_lossfn,
     check_model,
     check_path,
+    given_phase,
     no_attribute,
     with_defaults,
 )
@@ -169,11 +169,11 @@ class Learner:
             CancelFittingException: A handler wants to end training, and there is no fit to end.
             UsageError: There is no loader for the phase, or a handler or a step called this.
         """
-        self._calls.epoch(as_phase(phase, "epoch"), data)
+        self._calls.epoch(given_phase(phase, "epoch"), data)
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase, `raw` as the loader would give it, and return the batch state."""
-        return self._calls.step(as_phase(phase, "step"), raw)
+        return self._calls.step(given_phase(phase, "step"), raw)
 
     def validate(self) -> Mapping[Any, Any]:
         """Run one epoch of every phase in `data` that does not train.
@@ -206,7 +206,7 @@ class Learner:
             UsageError: There is no data, the phase trains, or a handler or a step called this.
             DataError: The loader gives no batch.
         """
-        return self._calls.evaluate(data, as_phase(phase, "evaluate"))
+        return self._calls.evaluate(data, given_phase(phase, "evaluate"))
 
     def predict(self, loader: Any, phase: Phase | type[Phase] = ValidationPhase) -> Any:
         """Return the outputs of the model for all batches of a loader, concatenated along the first dimension.
@@ -231,7 +231,7 @@ class Learner:
             UsageError: There are several models, the phase trains, or a handler or a step called this.
             DataError: The loader gives no batch or unknown items, or the outputs cannot be concatenated.
         """
-        return self._calls.predict(loader, as_phase(phase, "predict"))
+        return self._calls.predict(loader, given_phase(phase, "predict"))
 
     def load(self, path: str | PathLike[str]) -> None:
         """Restore models, optimizers, scaler, ``cbstate`` and callbacks from a checkpoint.

@@ -165,7 +165,7 @@ def test_direct_epochs_and_validation() -> None:
     assert count.epochs == ["T3", "V2", "V2", "O5"]
     assert count.fit is None
     _, lonely = counted(3, None)
-    with pytest.raises(UsageError, match=r"validate\(\) has no data\. Pass data=\(train_loader, valid_loader\)"):
+    with pytest.raises(UsageError, match="has no data of a phase that does not train; the learner has TrainingPhase"):
         lonely.validate()
 
 

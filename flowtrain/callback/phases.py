@@ -49,6 +49,8 @@ __all__ = [
     "StepContext",
     "TrainingPhase",
     "ValidationPhase",
+    "as_phase",
+    "has_bundled_step",
 ]
 
 
@@ -360,6 +362,18 @@ def _mode(roots: Iterable[torch.nn.Module], *, training: bool) -> Generator[Mode
             yield modes
     finally:
         modes.end()
+
+
+def as_phase(value: object) -> Phase | None:
+    """Return a phase; for a phase type, its instance; for any other value, ``None``."""
+    phase = value() if isinstance(value, type) and issubclass(value, Phase) else value
+    return phase if isinstance(phase, Phase) else None
+
+
+def has_bundled_step(phase_type: type[Phase], kind: type[Phase] = Phase) -> bool:
+    """Tell whether the step of a phase type is that of an abstract phase: of any, or only of the phase in `kind`."""
+    step = getattr(phase_type, "step", None)
+    return any(step is each.step for each in (AbstractTrainingPhase, AbstractValidationPhase) if issubclass(each, kind))
 
 
 class Modes:

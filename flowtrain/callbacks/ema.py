@@ -69,7 +69,7 @@ class EMA(Averaging):
 
     def __init__(self, decay: float = 0.999, *, buffers: bool = False, model: str = "") -> None:
         if not is_a(decay, (int, float)) or not 0 <= decay < 1:
-            raise UsageError(f"EMA(decay={decay!r}): decay is at least 0 and below 1.")
+            raise UsageError(f"EMA(decay={decay!r}): decay is at least 0 and below 1, such as 0.999.")
         super().__init__(model)
         self.decay = decay
         self.buffers = buffers

@@ -17,7 +17,7 @@ import torch
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochEnd
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.phases import Phase, has_bundled_step
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
@@ -158,8 +158,7 @@ class Metrics(Callback):
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the previous epoch, which may have been cancelled before its end."""
         self._late = learner.lag > 0
-        bundled = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
-        self._copies = self._loss_is_written or getattr(type(phase), "step", None) not in bundled
+        self._copies = self._loss_is_written or not has_bundled_step(type(phase))
         self._weights = {"Loss": []}
         self._phase, self._of_ranks = phase, None
         for metric in self.metrics:

@@ -64,9 +64,11 @@ class ProgressBar(Callback):
     audited = False
 
     def __init__(self, redraw: float = 0.2, report: float = 60.0) -> None:
-        for name, seconds in (("redraw", redraw), ("report", report)):
+        for name, seconds, usual in (("redraw", redraw, 0.2), ("report", report, 60.0)):
             if not is_a(seconds, (int, float)) or not seconds >= 0:
-                raise UsageError(f"ProgressBar({name}={seconds!r}): {name} is a number of seconds, at least 0.")
+                raise UsageError(
+                    f"ProgressBar({name}={seconds!r}): {name} is a number of seconds, at least 0, such as {usual}."
+                )
         self.redraw = redraw
         self.report = report
         self._fit: FitBegin | None = None

@@ -43,7 +43,7 @@ class SmoothLoss(Callback):
 
     def __init__(self, beta: float = 0.98) -> None:
         if not 0 <= beta < 1:
-            raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1.")
+            raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1, such as 0.98.")
         self.beta = beta
         self._averages: dict[str, tuple[Any, int]] = {}  # by phase: the average before correction, and its batches
 

@@ -14,12 +14,12 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import on
 from flowtrain.callback.events import FitBegin, FitEnd
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
-from flowtrain.diagnostics.scratch_learner import CannotLook, aside, on_device_of
+from flowtrain.diagnostics.scratch_learner import CannotLook, on_device_of, readable_copy
 from flowtrain.errors import UsageError, whole_number
-from flowtrain.training.checkpoint.rng import unmoved
+from flowtrain.training.checkpoint.rng import restoring_loader
 
 __all__ = ["SWA"]
 
@@ -200,7 +200,7 @@ class SWA(Averaging):
             return
         [(_, model)] = self.models(learner)
         source, call = self._source(learner)
-        with unmoved(source), torch.no_grad(), self._renewing(learner, norms):
+        with restoring_loader(source), torch.no_grad(), self._renewing(learner, norms):
             for raw in islice(source, self.batches):
                 call(model, on_device_of(raw, [model]))
         self._statistics = {name: buffer.clone() for name, (buffer, _) in self.more_shown().items()}
@@ -243,9 +243,9 @@ class SWA(Averaging):
             return self.data, _call_first
         remedy = "Pass the batches to use: SWA(..., data=loader)"
         for phase, loader in learner.data.items():
-            if isinstance(phase, AbstractTrainingPhase) and type(phase).step is AbstractTrainingPhase.step:
+            if has_bundled_step(type(phase), AbstractTrainingPhase):
                 try:
-                    return aside(loader), partial(_call_split, phase)
+                    return readable_copy(loader), partial(_call_split, phase)
                 except CannotLook as reason:
                     raise self._unread(str(reason), remedy) from reason
         raise self._unread("no training phase uses the bundled step, which would tell the inputs of the model", remedy)

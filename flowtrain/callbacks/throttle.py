@@ -66,7 +66,7 @@ def throttle(
     if every is not None:
         return _attach(callback, Every(event_type, whole_number("throttle(): every", every)))
     if seconds is None or not is_positive(seconds):
-        raise UsageError(f"throttle(seconds={seconds!r}): seconds must be positive.")
+        raise UsageError(f"throttle(seconds={seconds!r}): seconds is a number above zero, such as 30.")
     return _attach(callback, EverySeconds(event_type, seconds, clock))
 
 

@@ -87,7 +87,9 @@ def _check_ddp(options: object, accumulate: int) -> None:
     if options is None:
         return
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise CoreError(f"ddp is a mapping of arguments for DistributedDataParallel, got {options!r}.")
+        raise CoreError(
+            f"ddp is a mapping of arguments for DistributedDataParallel, got {options!r}. Write ddp={{'name': value}}."
+        )
     refused = {
         "module": "the model is that of the learner",
         "device_ids": "the device is that of the core: TorchCore(device=...)",
@@ -124,14 +126,16 @@ def _check_fsdp(parallel: object, shard: object, options: object, precision: Pre
             f"bool; got {shard!r}. Write shard=torch.nn.TransformerEncoderLayer."
         )
     if options is not None and (not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options)):
-        raise CoreError(f"fsdp is a mapping of arguments for fully_shard, got {options!r}.")
+        raise CoreError(
+            f"fsdp is a mapping of arguments for fully_shard, got {options!r}. Write fsdp={{'name': value}}."
+        )
     refused = {
         "module": "the model is that of the learner",
         "ignored_params": "the gradients of these parameters would differ between the ranks",
     }
-    for name in options or {}:
+    for name, value in (options or {}).items():
         if name in refused:
-            raise CoreError(f"fsdp={{{name!r}: ...}} cannot be set: {refused[name]}. Leave it out.")
+            raise CoreError(f"fsdp={{{name!r}: {value!r}}} cannot be set: {refused[name]}. Leave it out.")
     if precision == "fp16":
         raise CoreError(
             "precision='fp16' scales the loss by a scaler that each rank would change alone, so it cannot be used with "

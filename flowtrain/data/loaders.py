@@ -113,7 +113,10 @@ class CombinedLoader:
         known = [each for each in lengths if each is not None]
         if len(known) < len(lengths):
             unknown = ", ".join(repr(name) for name, loader in self.named() if length(loader) is None)
-            raise TypeError(f"CombinedLoader does not know its length, because the length of {unknown} is not known.")
+            raise TypeError(
+                f"CombinedLoader does not know its length, because the length of {unknown} is not known. Iterate it "
+                f"without len(), or give that loader a __len__."
+            )
         return min(known) if self.mode == "min_size" else max(known)
 
     def __iter__(self) -> Iterator[Any]:

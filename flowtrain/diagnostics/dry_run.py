@@ -83,9 +83,9 @@ def dry_run(learner: LearnerParts) -> DryRun:
         Exception: A handler, the model or the loss function raised it. A note names the handler.
     """
     with same_rng():
-        data = first_batches(learner.state.data)
+        data = first_batches(learner.state.data, "learner.dry_run()")
         nodes = learner.state.callbacks.nodes
-        model, lossfn, optimizer, callbacks = copied(learner, [node.callback for node in nodes], "The dry run")
+        model, lossfn, optimizer, callbacks = copied(learner, [node.callback for node in nodes], "learner.dry_run()")
         for callback in callbacks:
             callback.conditions = ()
         with type(learner)(

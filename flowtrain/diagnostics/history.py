@@ -11,7 +11,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.diagnostics.plots import Ends, plot
 from flowtrain.errors import UsageError
 from flowtrain.logging.extras import needed
-from flowtrain.state.by_phase import as_phase
+from flowtrain.state.by_phase import phase_key
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import SeriesMap
 
@@ -76,10 +76,13 @@ class History(Mapping[Phase, SeriesMap]):
         return recorded
 
     def __getitem__(self, phase: Phase | type[Phase]) -> SeriesMap:
-        key, recorded = as_phase(phase, "history"), self._recorded()
+        key, recorded = phase_key(phase, "history"), self._recorded()
         if key not in recorded:
             known = ", ".join(map(repr, recorded)) or "none yet"
-            raise KeyError(f"The history has no epoch of {key!r}; it has phases: {known}.")
+            raise KeyError(
+                f"The history has no epoch of {key!r}; it has phases: {known}. Where one may be missing, write "
+                f"history.get({key!r})."
+            )
         # These are the series that callbacks read, so a user who changed them would change the next fit.
         series: SeriesMap = readonly(recorded[key], "history")
         return series

@@ -24,7 +24,7 @@ from flowtrain.diagnostics.scratch_learner import LearnerParts, copies
 from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
-from flowtrain.training.checkpoint.rng import unmoved
+from flowtrain.training.checkpoint.rng import restoring_loader
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]
 
@@ -169,7 +169,7 @@ def find_learning_rate(
     learner.loop.scopes.refuse_nested("find_learning_rate()")
     phase, loader = _training_data(learner)
     sweep = _Sweep(LearningRate(optimizer), start, end, updates, smoothing, divergence)
-    with unmoved(loader):  # the copy of the learner trains on the loader itself
+    with restoring_loader(loader):  # the copy of the learner trains on the loader itself
         _run(learner, sweep, phase, loader, updates)
     settled = math.ceil(1 / (1 - smoothing)) if smoothing else 0
     if not sweep.losses:
@@ -184,7 +184,9 @@ def _check(start: float, end: float, smoothing: float, divergence: float) -> Non
     if not is_positive(start) or not is_positive(end) or not start < end < math.inf:
         raise UsageError(f"find_learning_rate(start={start!r}, end={end!r}): 0 < start < end, as 1e-7 and 10.0.")
     if not 0 <= smoothing < 1:
-        raise UsageError(f"find_learning_rate(smoothing={smoothing!r}): smoothing is at least 0 and below 1.")
+        raise UsageError(
+            f"find_learning_rate(smoothing={smoothing!r}): smoothing is at least 0 and below 1, such as 0.9."
+        )
     if not divergence > 1:
         raise UsageError(f"find_learning_rate(divergence={divergence!r}): divergence is a number above 1.")
 
@@ -208,7 +210,7 @@ def _training_data(learner: LearnerParts) -> tuple[Phase, Any]:
 
 def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, updates: int) -> None:
     """Fit a copy of the learner until the sweep ends the fit."""
-    subject, model, lossfn, optimizer, others = copies(learner, sweep)
+    subject, model, lossfn, optimizer, others = copies(learner, sweep, "find_learning_rate()")
     needed = _needed(learner)
     data: PhaseMap[Any] = PhaseMap("data")
     data[phase] = loader

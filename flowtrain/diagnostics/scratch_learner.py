@@ -26,18 +26,18 @@ from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.rng import random_state, set_random_state, unmoved
+from flowtrain.training.checkpoint.rng import random_state, restoring_loader, set_random_state
 from flowtrain.training.loop import Loop
 
 __all__ = [
     "CannotLook",
     "LearnerParts",
-    "aside",
     "copied",
     "copies",
     "first_batch",
     "first_batches",
     "on_device_of",
+    "readable_copy",
     "same_rng",
     "shared_copy",
 ]
@@ -76,11 +76,16 @@ class LearnerParts(Protocol):
     ) -> None: ...
 
 
-def copies(learner: LearnerParts, callback: Callback) -> tuple[Callback, Any, Any, Any, list[Callback]]:
+def copies(learner: LearnerParts, callback: Callback, who: str) -> tuple[Callback, Any, Any, Any, list[Callback]]:
     """Return copies of a callback, the model, the loss function, the optimizer, and the learner's other callbacks.
 
     Other callbacks of the same type are left out, and those that write no state, because they would print or write
     files a second time.
+
+    Args:
+        learner: The learner.
+        callback: The callback.
+        who: The call of the user, as the subject of the message.
 
     Raises:
         UsageError: One of the objects cannot be copied.
@@ -91,7 +96,7 @@ def copies(learner: LearnerParts, callback: Callback) -> tuple[Callback, Any, An
         if type(node.callback) is not type(callback)
         and any(isinstance(kind, Write) and path[0] != "resource" for path, kind in node.union)
     ]
-    model, lossfn, optimizer, (subject, *others) = copied(learner, [callback, *others], "The dry run")
+    model, lossfn, optimizer, (subject, *others) = copied(learner, [callback, *others], who)
     return subject, model, lossfn, optimizer, others
 
 
@@ -103,7 +108,7 @@ def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tu
     Args:
         learner: The learner.
         callbacks: The callbacks.
-        who: The diagnostic, as the subject of the message.
+        who: The call of the user, as the subject of the message: ``"learner.dry_run()"``.
 
     Raises:
         UsageError: One of the objects cannot be copied.
@@ -118,40 +123,44 @@ def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tu
         ) from error
 
 
-def _copy_of(raw: Any, what: str) -> Any:
+def _copy_of(raw: Any, what: str, who: str) -> Any:
     try:
         return copy.deepcopy(raw)
     except Exception as error:
         raise UsageError(
-            f"The dry run works on copies, and {what} cannot be copied: {type(error).__name__}: {error}. Let the "
-            f"loader give tensors and plain values."
+            f"{who} works on copies, and {what} cannot be copied: {type(error).__name__}: {error}. Let the loader give "
+            f"tensors and plain values."
         ) from error
 
 
-def first_batches(data: PhaseMap[Any]) -> PhaseMap[Any]:
+def first_batches(data: PhaseMap[Any], who: str) -> PhaseMap[Any]:
     """Return a copy of the first batch of each phase, in a list that serves as a loader.
 
     Phases without a batch are left out. The loaders, the random numbers and the workers do not change.
+
+    Args:
+        data: The loader of each phase.
+        who: The call of the user, as the subject of the message.
 
     Raises:
         UsageError: There are no loaders, one of them can be iterated only once, or a batch cannot be copied.
     """
     if not data:
-        raise UsageError("The dry run needs a batch of data. Pass data= to Learner.")
+        raise UsageError(f"{who} needs a batch of data. Pass data= to Learner.")
     found: PhaseMap[Any] = PhaseMap("data")
     for phase, loader in data.items():
         if isinstance(loader, Iterator):
             raise UsageError(
-                f"The data for {phase!r} is an iterator: the dry run would use up its first batch. Pass a list, a "
+                f"The data for {phase!r} is an iterator: {who} would use up its first batch. Pass a list, a "
                 f"DataLoader, or anything that can be iterated again."
             )
         try:
-            source = aside(loader)
+            source = readable_copy(loader)
         except CannotLook:
             source = loader
-        with unmoved(source):
+        with restoring_loader(source):
             for raw in source:
-                found[phase] = [_copy_of(raw, f"the first batch of {phase!r}")]
+                found[phase] = [_copy_of(raw, f"the first batch of {phase!r}", who)]
                 break
     return found
 
@@ -177,12 +186,12 @@ def first_batch(loader: Any) -> list[Any]:
     """Return a list with a copy of the first batch of a loader; an empty list if the loader has no batch.
 
     Raises:
-        CannotLook: As for `aside`.
+        CannotLook: As for `readable_copy`.
     """
-    return copy.deepcopy(list(islice(aside(loader), 1)))
+    return copy.deepcopy(list(islice(readable_copy(loader), 1)))
 
 
-def aside(loader: Any) -> Iterable[Any]:
+def readable_copy(loader: Any) -> Iterable[Any]:
     """Return an iterable over the batches of a loader that training does not notice if it runs within `same_rng`.
 
     Only sequences can be read without a change for training, and a `torch.utils.data.DataLoader` of a dataset with
@@ -192,9 +201,9 @@ def aside(loader: Any) -> Iterable[Any]:
         CannotLook: `loader` is another one, or combines another one, or its samplers cannot be copied.
     """
     if isinstance(loader, LimitedLoader):
-        return LimitedLoader(aside(loader.loader), loader.most)
+        return LimitedLoader(readable_copy(loader.loader), loader.most)
     if isinstance(loader, CombinedLoader):
-        return loader.over([aside(each) for _, each in loader.named()])
+        return loader.over([readable_copy(each) for _, each in loader.named()])
     if isinstance(loader, Sequence):  # a handler sees the read-only twin of a list, which is a sequence too
         return loader
     if not isinstance(loader, DataLoader):

@@ -46,12 +46,12 @@ __all__ = [
 
 @dataclass(repr=False)
 class Recording:
-    """The access of a callback in a dry run.
+    """The access of a callback in a trial run, of one batch of every phase.
 
     Attributes:
         callback: The name of the callback's type.
         handlers: The least declaration of each handler that ran, by the name of the method; also of ``"setup"``.
-        idle: The handlers that no event of the dry run reached.
+        idle: The handlers that no event of the trial run reached.
         failure: The exception of a handler, after which it may have accessed more state; or ``None``.
         decorators: The decorator of each handler as source, up to the access.
         known: The dotted paths that existed, for hints.
@@ -92,48 +92,51 @@ class Recording:
                 hint = nearest(dotted(path), self.known)
                 lines += [f"There was no {dotted(path)} when it was read, so it is optional here.{hint}", ""]
         if self.idle:
-            lines += [f"No event of the dry run reached: {', '.join(self.idle)}. They may need more.", ""]
+            lines += [f"No event of the trial run reached: {', '.join(self.idle)}. They may need more.", ""]
         if self.failure is not None:
             failed = type(self.failure).__name__
-            lines += [f"The dry run ended with {failed}: {self.failure}", "The callback may need more.", ""]
+            lines += [f"The trial run ended with {failed}: {self.failure}", "The callback may need more.", ""]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"<Recording of {self.callback}: {render(self.union)}>"
 
 
-def record(learner: LearnerParts, callback: Callback) -> Recording:
+def record(learner: LearnerParts, callback: Callback, who: str = "learner.suggest_access()") -> Recording:
     """Run a copy of a callback for one batch of every phase of a learner, and return the access that it needs.
 
     Args:
         learner: The learner whose model, data and other callbacks are used. A callback of the same type is left out.
         callback: The callback. The learner need not have it, and it need not declare any access yet.
+        who: The call of the user, as the subject of the message.
 
     Raises:
         UsageError: The learner has no data, a loader can be iterated only once, or an object cannot be copied.
     """
     if not is_a(callback, Callback):
-        raise UsageError(f"This takes a callback, got {callback!r}. Write learner.suggest_access(Printer()).")
+        raise UsageError(f"{who} takes a callback, got {callback!r}. Write {who[:-1]}Printer()).")
     with same_rng():
-        data = first_batches(learner.state.data)
+        data = first_batches(learner.state.data, who)
         try:
-            return _dry_run(learner, data, callback, declared=True)
+            return _trial_run(learner, data, callback, who, declared=True)
         except _NotBuilt:
             # The callback declares an access that the learner refuses, so run it without its declarations.
-            return _dry_run(learner, data, callback, declared=False)
+            return _trial_run(learner, data, callback, who, declared=False)
 
 
 class _NotBuilt(Exception):
     """The scratch learner could not be built."""
 
 
-def _dry_run(learner: LearnerParts, data: PhaseMap[Any], callback: Callback, *, declared: bool) -> Recording:
+def _trial_run(
+    learner: LearnerParts, data: PhaseMap[Any], callback: Callback, who: str, *, declared: bool
+) -> Recording:
     """Run copies of the callback and of the learner; `declared` tells whether the callback's declarations are used.
 
     Raises:
         _NotBuilt: The scratch learner refuses the callbacks with their declarations.
     """
-    subject, model, lossfn, optimizer, others = copies(learner, callback)
+    subject, model, lossfn, optimizer, others = copies(learner, callback, who)
     probe = _Probe(subject, declared=declared)
     try:
         scratch = type(learner)(
@@ -212,10 +215,10 @@ class _Probe:
                     _log_write(log, path, Reach(state))
 
     def recording(self, failure: BaseException | None, known: tuple[str, ...]) -> Recording:
-        """Return the result of the dry run.
+        """Return the result of the trial run.
 
         Args:
-            failure: The exception that has ended the dry run, or ``None``.
+            failure: The exception that has ended the trial run, or ``None``.
             known: The dotted paths that existed.
         """
         shared = self.subject.state_access()

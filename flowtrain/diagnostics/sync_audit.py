@@ -217,11 +217,11 @@ def audit(learner: LearnerParts) -> SyncReport:
         UsageError: The learner has no data, a loader can be iterated only once, or an object cannot be copied.
     """
     with same_rng():
-        data = first_batches(learner.state.data)
+        data = first_batches(learner.state.data, "learner.audit_syncs()")
         nodes = learner.state.callbacks.nodes
         chosen = [node.callback for node in nodes if node.callback.audited and not node.backends]
         left_out = [node.name for node in nodes if node.callback not in chosen]
-        model, lossfn, optimizer, callbacks = copied(learner, chosen, "The audit")
+        model, lossfn, optimizer, callbacks = copied(learner, chosen, "learner.audit_syncs()")
         core = learner.core.like(lag=learner.state.lag or DEFAULT_LAG)
         scratch = type(learner)(
             model, lossfn, data=data, optimizer=optimizer, callbacks=(), default_callbacks=False, core=core

@@ -33,7 +33,7 @@ from flowtrain.callback.events import (
     UpdateEnd,
 )
 from flowtrain.callback.handler import Handler
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, has_bundled_step
 from flowtrain.errors import CallbackError, RankError
 from flowtrain.graph.nodes import Node, Order
 
@@ -376,7 +376,7 @@ def check_places(event_type: type[Event], phase_type: type[Phase], order: Order,
     Raises:
         RankError: Values are exchanged at an event that one rank alone may fire, or leave out.
     """
-    trains = getattr(phase_type, "step", None) is AbstractTrainingPhase.step
+    trains = has_bundled_step(phase_type, AbstractTrainingPhase)
     fine = peers is None or event_type in _OUTSIDE or (trains and event_type in peers.in_batch)
     for node, handler in () if fine else zip(order.nodes, order.handlers, strict=True):
         reads, writes = exchanges_of(node.access[handler], peers)
@@ -397,7 +397,7 @@ def _why_not_here(event_type: type[Event], phase_type: type[Phase], peers: Peers
         return "One rank alone may fire this event, and would wait for the others for ever. Exchange it at EpochEnd."
     if issubclass(phase_type, AbstractValidationPhase):
         return f"The ranks may have different numbers of batches in an evaluation.{training}"
-    if getattr(phase_type, "step", None) is not AbstractTrainingPhase.step:
+    if not has_bundled_step(phase_type, AbstractTrainingPhase):
         return (
             f"The step of {phase_type.__name__} is your own, so it is not known which events of a batch are left out "
             f"on a rank that leaves the batch. Exchange it at EpochEnd."

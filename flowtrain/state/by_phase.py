@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from flowtrain.callback.access import Path
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase, as_phase
 from flowtrain.data.nested import Attribute
 from flowtrain.state.container import Container, Freezer, Tree, changed
 from flowtrain.state.encoding import Packer, phase_of, typed, unpack
@@ -40,9 +40,9 @@ __all__ = [
     "CountsMap",
     "PhaseMap",
     "ReadOnlyPhaseMap",
-    "as_phase",
     "epoch_of",
     "kind_of_series",
+    "phase_key",
 ]
 
 V = TypeVar("V")
@@ -98,11 +98,14 @@ class PhaseMap(Container, dict[Phase, V]):
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
         # Python calls this for a key that is not in the dict: a phase type, or a phase that is met for the first time.
-        key = as_phase(phase, self._path)
+        key = phase_key(phase, self._path)
         if key not in self:
             if self.make is None:
                 known = ", ".join(repr(known) for known in self) or "none yet"
-                raise KeyError(f"{self._path} has nothing for {key!r}; it has: {known}")
+                raise KeyError(
+                    f"{self._path} has nothing for {key!r}; it has: {known}. "
+                    f"Where an entry may be missing, write .get({key!r})."
+                )
             self[key] = self._awaited[key] if key in self._awaited else self.make()
         return dict.__getitem__(self, key)
 
@@ -115,7 +118,7 @@ class PhaseMap(Container, dict[Phase, V]):
         return self._awaited[key]
 
     def __setitem__(self, phase: Phase | type[Phase], value: V) -> None:
-        key = as_phase(phase, self._path)
+        key = phase_key(phase, self._path)
         self._awaited.pop(key, None)
         dict.__setitem__(self, key, value)
         twin = self._twins()
@@ -123,14 +126,14 @@ class PhaseMap(Container, dict[Phase, V]):
             dict.__setitem__(twin, key, readonly(value, self._path))
 
     def __delitem__(self, phase: Phase | type[Phase]) -> None:
-        key = as_phase(phase, self._path)
+        key = phase_key(phase, self._path)
         dict.__delitem__(self, key)
         twin = self._twins()
         if twin is not None:
             dict.pop(twin, key, None)
 
     def __contains__(self, phase: object) -> bool:
-        return dict.__contains__(self, phase() if isinstance(phase, type) and issubclass(phase, Phase) else phase)
+        return dict.__contains__(self, as_phase(phase))
 
     def get(self, phase: Any, default: Any = None) -> Any:
         """Return the value for a phase or phase type, or the default; nothing is made."""
@@ -245,7 +248,7 @@ class CountsMap(PhaseMap[Counts]):
         super().__init__(path, lambda: _NONE)
 
     def __missing__(self, phase: Phase | type[Phase]) -> Counts:
-        return dict.get(self, as_phase(phase, self._path), _NONE)
+        return dict.get(self, phase_key(phase, self._path), _NONE)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CountsMap, (self._path,), None, None, iter(self.items())
@@ -301,7 +304,7 @@ class ReadOnlyPhaseMap(PhaseMap[V]):
             dict.__setitem__(self, phase, readonly(value, self._path))
 
     def __missing__(self, phase: Phase | type[Phase]) -> V:
-        key = as_phase(phase, self._path)
+        key = phase_key(phase, self._path)
         if key not in self._original:
             return cast(V, readonly(self._original.awaited(key), self._path))
         if not dict.__contains__(self, key):
@@ -334,17 +337,18 @@ def _nothing() -> None:
     return None
 
 
-def as_phase(phase: object, path: str) -> Phase:
+def phase_key(key: object, path: str) -> Phase:
     """Return the phase of a key: the key itself, or the phase of that type.
 
     Raises:
         KeyError: The key is neither a phase nor a type of one.
     """
-    if isinstance(phase, Phase):
-        return phase
-    if isinstance(phase, type) and issubclass(phase, Phase):
-        return phase()
-    raise KeyError(f"{path} is kept by phase, and {phase!r} is not one. Write {path}[phase] or {path}[TrainingPhase].")
+    phase = as_phase(key)
+    if phase is None:
+        raise KeyError(
+            f"{path} is kept by phase, and {key!r} is not one. Write {path}[phase] or {path}[TrainingPhase]."
+        )
+    return phase
 
 
 def kind_of_series(value: object) -> type[Series] | type[SeriesMap] | None:

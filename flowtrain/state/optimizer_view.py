@@ -41,7 +41,7 @@ class HyperParamGroup(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":
-            raise KeyError("params: the parameters are at learner.params; this group has hyperparameters only")
+            raise self._no_params()
         value = self._group[name]
         return value if self._writable else readonly(value, self._path)  # ``betas`` may be a list
 
@@ -49,8 +49,11 @@ class HyperParamGroup(MutableMapping[str, Any]):
         if not self._writable:
             raise refuse(self._path)
         if name == "params":
-            raise KeyError("params: the parameters are at learner.params; this group has hyperparameters only")
+            raise self._no_params()
         self._group[name] = value
+
+    def _no_params(self) -> KeyError:
+        return KeyError(f"{self._path}['params']: parameters are at learner.params; here are hyperparameters only")
 
     def __delitem__(self, name: str) -> None:
         if not self._writable:

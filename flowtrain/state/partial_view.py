@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from flowtrain.callback.access import WHOLE, Declaration, Path, Read, Write, dotted, granted, render, union
-from flowtrain.callback.phases import Phase
+from flowtrain.callback.phases import Phase, as_phase
 from flowtrain.errors import MissingStateError, ProtectedException, UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Tree
@@ -217,7 +217,7 @@ class Part(Mapping[Any, Any]):
         part = self._by_phase.get(key)
         if part is not None:
             return part
-        if _is_phase(key):
+        if as_phase(key) is not None:
             phase, find = key if isinstance(key, Phase) else key(), self._find
             # The function refers to `find` and not to `self`, which holds the part: that would be a reference cycle.
             part = Part(self._owner, self._path, self._tree, lambda: find()[phase])
@@ -273,7 +273,7 @@ class Part(Mapping[Any, Any]):
     def _must_write(self, key: Any) -> None:
         """Refuse to write an item that is not declared with `Write()`."""
         # A path leaves out the phase, so to replace the item of a phase is to write the container.
-        path = self._path if _is_phase(key) else (*self._path, *str(key).split("."))
+        path = self._path if as_phase(key) is not None else (*self._path, *str(key).split("."))
         if not isinstance(granted(self._owner.declaration, path), Write):
             self._owner.refuse("Write", path)
 
@@ -283,7 +283,7 @@ class Part(Mapping[Any, Any]):
 
     def __contains__(self, key: object) -> bool:
         path = (*self._path, *str(key).split("."))
-        if not _is_phase(key) and str(key) not in self._tree and granted(self._owner.declaration, path) is None:
+        if as_phase(key) is None and str(key) not in self._tree and granted(self._owner.declaration, path) is None:
             self._owner.refuse("Read", path)
         try:
             container = self._find()
@@ -313,10 +313,6 @@ class Part(Mapping[Any, Any]):
 def writes(inside: Tree) -> bool:
     """Tell whether anything in a nested declaration is a `Write`."""
     return any(writes(kind) if isinstance(kind, dict) else isinstance(kind, Write) for kind in inside.values())
-
-
-def _is_phase(key: object) -> bool:
-    return isinstance(key, Phase) or (isinstance(key, type) and issubclass(key, Phase))
 
 
 def _get_item(container: Any, name: str) -> Any:

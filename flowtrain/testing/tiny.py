@@ -110,7 +110,7 @@ def record_access(callback: Callback, *others: Callback, **learner_kwargs: Any) 
     <BLANKLINE>
     """
     learner = tiny_learner(*others, **learner_kwargs)
-    found = record(learner, callback)
+    found = record(learner, callback, "record_access()")
     learner.set_callbacks(())  # frees `others` for another learner, since only copies of them have run
     print(found)
     return found

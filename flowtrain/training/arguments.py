@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase, as_phase, has_bundled_step
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CallbackError, CoreError, UsageError, nearest, whole_number
 from flowtrain.state.learner_state import Named
 
 __all__ = [
     "as_list",
-    "as_phase",
     "check_core",
     "check_counts",
     "check_keywords",
@@ -29,6 +28,7 @@ __all__ = [
     "check_model",
     "check_path",
     "check_phase",
+    "given_phase",
     "no_attribute",
     "with_defaults",
 ]
@@ -147,7 +147,10 @@ def check_model(model: Any) -> Any:
             if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or hasattr(Mapping, name):
                 raise CoreError(f"model has the name {name!r}, which learner.model.<name> cannot be. Choose another.")
         return Named("model", model)
-    raise CoreError(f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules.")
+    raise CoreError(
+        f"model={model!r} is no torch.nn.Module, nor a mapping of names to modules. Pass a module, or "
+        f"several by name, as in model={{'gen': generator, 'disc': discriminator}}."
+    )
 
 
 def check_lossfn(lossfn: Any) -> Any:
@@ -191,12 +194,12 @@ def check_phase(phase: Phase, model: Any, modules: Iterable[torch.nn.Module]) ->
     Raises:
         CoreError: There are several models, or the step trains and every parameter is frozen.
     """
-    if isinstance(model, Named) and type(phase).step in (AbstractTrainingPhase.step, AbstractValidationPhase.step):
+    if isinstance(model, Named) and has_bundled_step(type(phase)):
         raise CoreError(
             f"{phase!r} runs one model, and the learner has {', '.join(model)}. Write a phase with "
             f"a step of its own: class MyPhase(AbstractTrainingPhase): def step(self, learner, raw): ..."
         )
-    if type(phase).step is AbstractTrainingPhase.step:
+    if has_bundled_step(type(phase), AbstractTrainingPhase):
         params = [param for module in modules for param in module.parameters()]
         # A model without parameters, such as a baseline, has nothing that could be frozen, so it passes.
         if params and not any(param.requires_grad for param in params):
@@ -240,7 +243,7 @@ def with_defaults(
     return [*chosen, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in chosen))]
 
 
-def as_phase(phase: Any, what: str) -> Phase:
+def given_phase(phase: object, what: str) -> Phase:
     """Return the phase; for a phase type, its instance.
 
     Args:
@@ -250,11 +253,10 @@ def as_phase(phase: Any, what: str) -> Phase:
     Raises:
         UsageError: `phase` is neither a phase nor a phase type.
     """
-    if isinstance(phase, Phase):
-        return phase
-    if isinstance(phase, type) and issubclass(phase, Phase):
-        return phase()
-    raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
+    found = as_phase(phase)
+    if found is None:
+        raise UsageError(f"{what}() takes a phase first, got {phase!r}. Write learner.{what}(TrainingPhase(), ...).")
+    return found
 
 
 def check_counts(epochs: object, steps: object, validate_every: object) -> tuple[int | None, ...]:
@@ -264,7 +266,10 @@ def check_counts(epochs: object, steps: object, validate_every: object) -> tuple
         UsageError: Both or neither of `epochs` and `steps` are given, or one of the numbers is not whole or below 1.
     """
     if (epochs is None) == (steps is None):
-        raise UsageError("fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000).")
+        got = "neither" if epochs is None else f"both, epochs={epochs!r} and steps={steps!r}"
+        raise UsageError(
+            f"fit() takes a number of epochs or a number of steps, got {got}. Write fit(10), or fit(steps=1000)."
+        )
     named = {"epochs": epochs, "steps": steps, "validate_every": validate_every}
     found = (None if each is None else whole_number(f"fit(): {name}", each) for name, each in named.items())
     return tuple(found)

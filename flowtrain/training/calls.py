@@ -25,7 +25,7 @@ from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.checkpoint.folder_lock import Folders
-from flowtrain.training.checkpoint.rng import unmoved
+from flowtrain.training.checkpoint.rng import restoring_loader
 from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
@@ -143,7 +143,11 @@ class Calls:
         with self._running("validate()", trains=False):
             phases = [phase for phase in self._loop.state.data if not isinstance(phase, AbstractTrainingPhase)]
             if not phases:
-                raise UsageError("validate() has no data. Pass data=(train_loader, valid_loader) to Learner.")
+                known = ", ".join(map(repr, self._loop.state.data)) or "none at all"
+                raise UsageError(
+                    f"validate() has no data of a phase that does not train; the learner has {known}. Pass "
+                    f"data=(train_loader, valid_loader) to Learner."
+                )
             measured: PhaseMap[dict[str, float]] = PhaseMap("validate()")
             for phase in phases:
                 measured[phase] = self._measured(phase, None)
@@ -200,7 +204,7 @@ class Calls:
                 f"Write learner.predict([inputs]) for one batch of inputs, or learner.predict([*batches])."
             )
         # A loader draws from the generators even if it does not shuffle, and may keep its own position.
-        with unmoved(loader):
+        with restoring_loader(loader):
             outputs = self._outputs(phase, (_inputs(phase, raw) for raw in loader))
         check_gave(len(outputs), phase, loader)
         return _joined(outputs)

@@ -25,7 +25,7 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
 from flowtrain.graph.executor import Executor, Mailbox, Runner
@@ -106,7 +106,8 @@ class _Runners(dict[Phase, StepRunners]):
             known = fires is None or event_type in fires
             setattr(found, name, self._dispatch.runner(event_type, type(phase)) if known else None)
         after = (found.backward_end, found.update_begin, found.update_end, found.batch_end)
-        own = type(phase).step is not AbstractTrainingPhase.step  # it may call the bundled one and then read the batch
+        # A step of the user's own may call the bundled one and then read the batch.
+        own = not has_bundled_step(type(phase), AbstractTrainingPhase)
         found.watched = own or any(runner is not None for runner in after)
         found.pairs = getattr(type(phase), "split", None) is AbstractTrainingPhase.split
         method = getattr(type(phase), "call_model", None)
@@ -193,7 +194,10 @@ class Dispatch:
         key = (event_type, phase_type)
         if key not in self._by_type:
             if self._closed:
-                raise ExecutorError("The learner is closed: its executor has given back all it held. Make a new one.")
+                raise ExecutorError(
+                    f"The learner is closed, so it runs no handlers of {event_type.__name__}: its executor has given "
+                    f"back all it held. Make a new one."
+                )
             plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
             self._by_type[key] = self._compile(plan) if isinstance(plan, Plan) and plan.handlers else None
         return self._by_type[key]

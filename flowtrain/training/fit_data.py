@@ -24,6 +24,7 @@ from flowtrain.callback.phases import (
     Phase,
     TrainingPhase,
     ValidationPhase,
+    as_phase,
 )
 from flowtrain.data.loaders import DATA_EXAMPLE, LimitedLoader, check_iterable, empty, is_array, length, make_loader
 from flowtrain.data.sharding import without_share
@@ -84,8 +85,8 @@ def _is_loader(value: object) -> bool:
 
 
 def _phase(key: object) -> Phase:
-    phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
-    if not isinstance(phase, Phase):
+    phase = as_phase(key)
+    if phase is None:
         raise DataError(f"data has the key {key!r}, which is no phase. Pass {DATA_EXAMPLE}.")
     if type(phase) in (Phase, AbstractTrainingPhase, AbstractValidationPhase):
         raise DataError(f"data has the key {phase!r}, which is abstract. Use a subclass of it.")
@@ -178,8 +179,8 @@ def limited(data: PhaseMap[Any], limit: object) -> PhaseMap[Any]:
     found: PhaseMap[Any] = PhaseMap("data")
     found.update(data)
     for key, each in limits.items():
-        phase = key() if isinstance(key, type) and issubclass(key, Phase) else key
-        if not isinstance(phase, Phase) or phase not in data:
+        phase = as_phase(key)
+        if phase is None or phase not in data:
             raise UsageError(
                 f"fit(limit_batches={limit!r}) limits {key!r}, and the fit has data for {', '.join(map(repr, data))}. "
                 f"Write limit_batches={{{next(iter(data))!r}: 100}}."

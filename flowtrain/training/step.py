@@ -28,7 +28,13 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, StepContext
+from flowtrain.callback.phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    StepContext,
+    has_bundled_step,
+)
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CancelException, CoreError, DataError, LossError, UsageError, describe, is_a, raise_worst
 from flowtrain.state.batch import BatchState
@@ -40,11 +46,9 @@ from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 __all__ = ["Steps", "check_graph", "detach_loss"]
 
 _DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
-
 _NO_MEMORY = "the device ran out of memory"
 
-_Bundled: TypeAlias = AbstractTrainingPhase | AbstractValidationPhase
-"""A phase with a bundled step."""
+_Bundled: TypeAlias = AbstractTrainingPhase | AbstractValidationPhase  # a phase with a bundled step
 
 _BATCH_BEGIN, _BATCH_END, _BATCH_CANCELLED = BatchBegin(), BatchEnd(), BatchCancelled()
 _LOSS_BEGIN, _BACKWARD_BEGIN, _BACKWARD_END = LossBegin(), BackwardBegin(), BackwardEnd()
@@ -167,7 +171,7 @@ class Steps(StepContext):
             on.backward_begin(_BACKWARD_BEGIN, phase)
             loss = batch.loss if shared else loss
         if not is_a(loss, torch.Tensor) or loss.numel() != 1:
-            raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}.")
+            raise CoreError(f"backward({phase!r}, loss) takes a tensor with one element, got {loss!r}. Pass the mean.")
         self._core.groups.drop_spent()
         try:
             if name is None:
@@ -307,9 +311,9 @@ class Steps(StepContext):
 
         For a bundled step this is `train` or `evaluate` itself, which saves the call of `Phase.step` for every batch.
         """
-        if isinstance(phase, AbstractTrainingPhase) and type(phase).step is AbstractTrainingPhase.step:
+        if isinstance(phase, AbstractTrainingPhase) and has_bundled_step(type(phase), AbstractTrainingPhase):
             return partial(self.train, phase)
-        if isinstance(phase, AbstractValidationPhase) and type(phase).step is AbstractValidationPhase.step:
+        if isinstance(phase, AbstractValidationPhase) and has_bundled_step(type(phase), AbstractValidationPhase):
             return partial(self.evaluate, phase)
         return partial(phase.step, self)
 
@@ -389,13 +393,15 @@ def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) 
     """
     pair: Any = phase.split(raw)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}.")
+        raise DataError(
+            f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}. Without targets: raw, None."
+        )
     return pair
 
 
 def _part_of_step(phase: Phase, batch: Mapping[str, object]) -> str:
     """Return the part of a step that has failed, by the entries that a bundled step has written before."""
-    if type(phase).step not in (AbstractTrainingPhase.step, AbstractValidationPhase.step):
+    if not has_bundled_step(type(phase)):
         return f"the step of {phase!r}"
     order = {"outputs": "the forward pass", "loss": "the loss", "grads": "the backward pass"}
     return next((part for name, part in order.items() if batch.get(name) is None), "the update")

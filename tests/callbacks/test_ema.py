@@ -198,8 +198,8 @@ def test_throttled_it_averages_now_and_then() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EMA(1.0), "EMA(decay=1.0): decay is at least 0 and below 1."),
-        (lambda: EMA(float("nan")), "EMA(decay=nan): decay is at least 0 and below 1."),
+        (lambda: EMA(1.0), "EMA(decay=1.0): decay is at least 0 and below 1, such as 0.999."),
+        (lambda: EMA(float("nan")), "EMA(decay=nan): decay is at least 0 and below 1, such as 0.999."),
         (lambda: EMA(model="a.b"), "EMA(model='a.b'): model is the name of one of several models, as in {'gen': ...}."),
         (lambda: EMA().applied().__enter__(), "EMA has no averages yet: fit a learner that has it first."),
     ],

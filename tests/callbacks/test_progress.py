@@ -653,7 +653,7 @@ def test_quiet_prints_nothing_at_all(capfd: pytest.CaptureFixture[str], terminal
 @pytest.mark.parametrize("options", [{"redraw": -1}, {"report": float("nan")}, {"redraw": "fast"}])
 def test_mistakes(options: dict[str, Any]) -> None:
     [(name, value)] = options.items()
-    message = rf"^ProgressBar\({name}={value!r}\): {name} is a number of seconds, at least 0\.$"
+    message = rf"^ProgressBar\({name}={value!r}\): {name} is a number of seconds, at least 0, such as (0\.2|60\.0)\.$"
     with pytest.raises(UsageError, match=message):
         ProgressBar(**options)
 

@@ -53,5 +53,5 @@ def test_throttled_it_averages_what_it_saw() -> None:
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, 1.5, float("nan")])
 def test_beta_is_checked(beta: float) -> None:
-    with pytest.raises(UsageError, match=rf"SmoothLoss\(beta={beta!r}\): beta is at least 0 and below 1\."):
+    with pytest.raises(UsageError, match=rf"^SmoothLoss\(beta={beta!r}\): beta is at least 0 and below 1, such as"):
         SmoothLoss(beta)

@@ -293,7 +293,7 @@ def test_the_same_under_dask() -> None:
         ((Note(), BatchEnd), {"every": -2}, r"throttle\(\): every is .* got -2\."),
         ((Note(), BatchEnd), {"every": 2.0}, r"throttle\(\): every is .* got 2\.0\."),
         ((Note(), BatchEnd), {"every": True}, r"throttle\(\): every is .* got True\."),
-        ((Note(), BatchEnd), {"seconds": 0}, r"throttle\(seconds=0\): seconds must be positive\."),
+        ((Note(), BatchEnd), {"seconds": 0}, r"throttle\(seconds=0\): seconds is a number above zero, such as 30\."),
         ((Note(), BatchEnd), {"seconds": float("nan")}, r"throttle\(seconds=nan\)"),
         ((Note(), BatchEnd), {"seconds": "1"}, r"throttle\(seconds='1'\)"),
         (

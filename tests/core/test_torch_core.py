@@ -629,6 +629,7 @@ def test_model_loss_and_data_meet_on_the_device() -> None:
         ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
         ({"channels_last": None}, "channels_last is True, False; got None."),
         ({"tf32": 1}, "tf32 is True, False or None; got 1."),
+        ({"ddp": 3}, "ddp is a mapping of arguments for DistributedDataParallel, got 3. Write ddp={'name': value}."),
     ],
 )
 def test_values_that_mean_nothing(options: dict[str, Any], text: str) -> None:
@@ -640,7 +641,7 @@ def test_values_that_mean_nothing(options: dict[str, Any], text: str) -> None:
 def test_a_core_belongs_to_one_learner() -> None:
     core = cpu()
     learner_of(Net(), core=core)
-    with pytest.raises(CoreError, match=r"belongs to another learner\. Give each learner a core of its"):
+    with pytest.raises(CoreError, match=r"^TorchCore\(.* belongs to another learner\. Give each learner a core of its"):
         learner_of(Net(), core=core)
 
 

@@ -71,7 +71,7 @@ def test_series_by_phase_are_read_only() -> None:
     assert ValidationPhase() in history
     with pytest.raises(ProtectedException, match=r"Write access to Learner\.cbstate\.metrics_epoch\.Half disallowed"):
         history[ValidationPhase].push("Half", 1.0, 3)
-    with pytest.raises(KeyError, match="The history has no epoch of AbstractTrainingPhase; it has phases: Training"):
+    with pytest.raises(KeyError, match=r"The history has no epoch of AbstractTrainingPhase; .* write history\.get"):
         history[AbstractTrainingPhase]
     with pytest.raises(KeyError, match="Half"):
         history[TrainingPhase]["Half"]

@@ -227,7 +227,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: find_learning_rate(tiny_learner(), smoothing=1.0),
-            "find_learning_rate(smoothing=1.0): smoothing is at least 0 and below 1.",
+            "find_learning_rate(smoothing=1.0): smoothing is at least 0 and below 1, such as 0.9.",
         ),
         (
             lambda: find_learning_rate(tiny_learner(), divergence=1.0),

@@ -1,4 +1,4 @@
-"""The learner on which a dry run works: copies of the model, first batches, and random numbers that are restored."""
+"""The learner on which a trial run works: copies of the model, first batches, and random numbers that are restored."""
 
 from __future__ import annotations
 
@@ -25,23 +25,57 @@ from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
 from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_rng
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 
+TRIALS: dict[str, Callable[[Learner], object]] = {
+    "learner.suggest_access()": lambda learner: learner.suggest_access(Recorder()),
+    "learner.dry_run()": lambda learner: learner.dry_run(),
+    "learner.audit_syncs()": lambda learner: learner.audit_syncs(),
+}
 
-def test_bad_input_is_refused_before_anything_is_used_up() -> None:
-    with pytest.raises(UsageError, match="The dry run needs a batch of data"):
-        tiny_learner(data=None).suggest_access(Recorder())
+
+@pytest.mark.parametrize("call", TRIALS)
+def test_bad_data_is_refused_before_a_batch_is_used_up(call: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        TRIALS[call](tiny_learner(data=None))
+    assert str(raised.value) == f"{call} needs a batch of data. Pass data= to Learner."
     batches = iter([(torch.ones(2, 1), torch.ones(2, 1))])
-    with pytest.raises(UsageError, match="The data for TrainingPhase is an iterator"):
-        tiny_learner(data=batches).suggest_access(Recorder())
+    with pytest.raises(UsageError) as raised:
+        TRIALS[call](tiny_learner(data=batches))
+    assert str(raised.value) == (
+        f"The data for TrainingPhase is an iterator: {call} would use up its first batch. Pass a list, a DataLoader, "
+        f"or anything that can be iterated again."
+    )
     assert len(list(batches)) == 1
+    with open(__file__) as file, pytest.raises(UsageError) as raised:
+        TRIALS[call](tiny_learner(data=[(torch.ones(2, 1), file)]))
+    assert str(raised.value) == (
+        f"{call} works on copies, and the first batch of TrainingPhase cannot be copied: TypeError: cannot pickle "
+        f"'_io.TextIOWrapper' object. Let the loader give tensors and plain values."
+    )
 
 
-def test_what_cannot_be_copied_is_named() -> None:
-    class HasFile(Recorder):
-        def __init__(self, file: Any) -> None:
-            self.file = file
+class HasFile(Recorder):
+    """A callback that cannot be copied."""
 
-    with open(__file__) as file, pytest.raises(UsageError, match="cannot be copied: TypeError: cannot pickle"):
-        record_access(HasFile(file))
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+
+TRIALS_OF_CALLBACKS: dict[str, Callable[[Callback], object]] = {
+    "learner.suggest_access()": lambda callback: tiny_learner().suggest_access(callback),
+    "record_access()": record_access,
+    "learner.dry_run()": lambda callback: tiny_learner(callback).dry_run(),
+    "learner.audit_syncs()": lambda callback: tiny_learner(callback).audit_syncs(),
+    "find_learning_rate()": lambda callback: find_learning_rate(tiny_learner(callback)),
+}
+
+
+@pytest.mark.parametrize("call", TRIALS_OF_CALLBACKS)
+def test_an_object_that_cannot_be_copied_is_named_with_the_call_of_the_user(call: str) -> None:
+    with open(__file__) as file, pytest.raises(UsageError) as raised:
+        TRIALS_OF_CALLBACKS[call](HasFile(file))
+    assert str(raised.value).startswith(
+        f"{call} works on copies, and an object of the learner cannot be copied: TypeError: cannot pickle"
+    )
 
 
 class Holds(Callback):
@@ -65,7 +99,7 @@ def test_copies_share_what_the_originals_share_and_leave_out_who_only_looks() ->
     shared = [1]
     subject = Holds(shared)
     learner = tiny_learner(Writes(shared), subject, MetricsPrinter())
-    copy, model, _, _, others = copies(learner, subject)
+    copy, model, _, _, others = copies(learner, subject, "learner.suggest_access()")
     assert (type(copy), model is learner.model) == (Holds, False)
     assert torch.equal(model.coeff, learner.model.coeff)
     assert [type(other) for other in others] == [Writes, Recorder, Metrics]
@@ -74,7 +108,7 @@ def test_copies_share_what_the_originals_share_and_leave_out_who_only_looks() ->
 
 def test_the_first_batch_of_every_loader() -> None:
     data = tiny_learner(data=(tiny_batches(n_batches=3), tiny_batches(n_batches=2))).data
-    found = first_batches(data)
+    found = first_batches(data, "learner.dry_run()")
     assert [(phase, len(batches)) for phase, batches in found.items()] == [(phase, 1) for phase in data]
     for phase, [(x, y)] in found.items():
         first = data[phase][0]

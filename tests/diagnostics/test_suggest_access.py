@@ -77,7 +77,7 @@ class Undeclared(Callback):
 
     @on(EpochEnd, AbstractValidationPhase)
     def other(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Handle nothing: in ValidationPhase the more specific handler runs, so a dry run never calls this one."""
+        """Handle nothing: in ValidationPhase the more specific handler runs, so a trial run never calls this one."""
 
 
 def test_a_callback_that_takes_its_access_is_told_what_to_pass(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_callback_that_declares_nothing_gets_its_whole_declaration(capsys: pyt
     assert found.idle == ("other",)
     text = capsys.readouterr().out
     assert '@on(EpochEnd, ValidationPhase, access={"cbstate.history": Read()' in text
-    assert "No event of the dry run reached: other." in text
+    assert "No event of the trial run reached: other." in text
 
 
 def test_what_is_printed_makes_the_callback_legal() -> None:
@@ -170,7 +170,7 @@ def test_a_callback_that_fails_is_reported_with_what_it_touched_until_then() -> 
 
     found = record_access(CustomCallback(fails, BatchEnd, TrainingPhase))
     assert found.union == ((("batch", "loss"), Read()),)
-    assert "The dry run ended with ValueError: the loss is 0-dimensional\nThe callback may need more." in str(found)
+    assert "The trial run ended with ValueError: the loss is 0-dimensional\nThe callback may need more." in str(found)
 
 
 def test_a_declaration_that_does_not_fit_is_no_obstacle() -> None:
@@ -233,7 +233,7 @@ def test_what_is_logged_meanwhile_is_written_nowhere(tmp_path: Path) -> None:
 
 
 def test_only_a_callback_can_be_recorded() -> None:
-    with pytest.raises(UsageError, match=r"This takes a callback, got 3\. Write learner\.suggest_access\(Printer"):
+    with pytest.raises(UsageError, match=r"suggest_access\(\) takes a callback, got 3\. Write learner\.sugg"):
         tiny_learner().suggest_access(untyped(3))
 
 
@@ -244,7 +244,7 @@ def test_a_misspelt_name_is_pointed_out() -> None:
 
 
 def test_a_learner_that_only_validates_is_not_warned_of() -> None:
-    """The dry run calls `fit` itself, so a warning about that call would not concern the user."""
+    """The trial run calls `fit` itself, so a warning about that call would not concern the user."""
 
     class Shows(Callback):
         @on(BatchEnd, ValidationPhase)

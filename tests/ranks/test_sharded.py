@@ -324,7 +324,10 @@ def test_a_checkpoint_is_whole_and_resumes_to_the_bit_sharded_or_not(ranks: Rank
         ({"fsdp": {}}, 'fsdp={} is for sharded training. Write parallel="fsdp" with it.'),
         ({"parallel": "fsdp", "shard": "Linear"}, "shard is a class of modules, a list of .* got 'Linear'"),
         ({"parallel": "fsdp", "shard": [int]}, "shard is a class of modules, a list of .* got .<class 'int'>."),
-        ({"parallel": "fsdp", "fsdp": 3}, "fsdp is a mapping of arguments for fully_shard, got 3."),
+        (
+            {"parallel": "fsdp", "fsdp": 3},
+            "fsdp is a mapping of arguments for fully_shard, got 3. Write fsdp={'name': value}.",
+        ),
         ({"parallel": "fsdp", "fsdp": {"ignored_params": ()}}, "cannot be set: the gradients of these parameters"),
         ({"parallel": "fsdp", "fsdp": {"module": 1}}, "cannot be set: the model is that of the learner. Leave it out."),
         ({"parallel": "fsdp", "precision": "fp16"}, "Use precision='bf16'."),

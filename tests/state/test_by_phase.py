@@ -40,11 +40,17 @@ def test_a_key_that_is_not_there() -> None:
     seen: PhaseMap[int] = PhaseMap("cbstate.seen")
     with pytest.raises(KeyError) as caught:
         seen[TrainingPhase]
-    assert caught.value.args == ("cbstate.seen has nothing for TrainingPhase; it has: none yet",)
+    assert caught.value.args == (
+        "cbstate.seen has nothing for TrainingPhase; it has: none yet. Where an entry may be missing, write "
+        ".get(TrainingPhase).",
+    )
     seen[ValidationPhase] = 1
     with pytest.raises(KeyError) as caught:
         seen[TrainingPhase()]
-    assert caught.value.args == ("cbstate.seen has nothing for TrainingPhase; it has: ValidationPhase",)
+    assert caught.value.args == (
+        "cbstate.seen has nothing for TrainingPhase; it has: ValidationPhase. Where an entry may be missing, write "
+        ".get(TrainingPhase).",
+    )
     for use in (lambda: seen["TrainingPhase"], lambda: seen.__setitem__("TrainingPhase", 1)):  # type: ignore[index]  # wrong on purpose
         with pytest.raises(KeyError) as caught:
             use()

@@ -35,7 +35,9 @@ def test_hyperparameters_are_the_groups_without_parameters() -> None:
     assert repr(groups[0]).startswith("HyperParamGroup({'lr': 0.1, 'momentum': 0.9")
     with pytest.raises(KeyError) as caught:
         groups[0]["params"]
-    assert caught.value.args == ("params: the parameters are at learner.params; this group has hyperparameters only",)
+    assert caught.value.args == (
+        "optimizer.hyperparams['params']: parameters are at learner.params; here are hyperparameters only",
+    )
 
 
 def test_a_writer_changes_the_optimizer_itself() -> None:

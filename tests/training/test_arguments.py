@@ -52,7 +52,8 @@ def test_a_model_needs_a_name_that_can_be_written(name: Any) -> None:
 BAD: dict[str, tuple[Callable[[], object], type[FlowtrainError], str]] = {
     "no module": (
         lambda: tiny_learner(model=print),
-        CoreError, "model=<built-in function print> is no torch.nn.Module, nor a mapping of names to modules.",
+        CoreError, "model=<built-in function print> is no torch.nn.Module, nor a mapping of names to modules. Pass a "
+        "module, or several by name, as in model={'gen': generator, 'disc': discriminator}.",
     ),
     "no modules": (lambda: tiny_learner(model={"a": 1}), CoreError, "model={'a': 1} is no torch.nn.Module, nor a map"),
     "no models": (lambda: Learner({}, mse_loss), CoreError, "model={} is no torch.nn.Module"),
@@ -138,11 +139,15 @@ def test_epoch_and_step_take_a_phase(what: str, phase: Any) -> None:
     assert str(raised.value) == expected
 
 
+TAKES = "fit() takes a number of epochs or a number of steps"
+WRITE = "Write fit(10), or fit(steps=1000)."
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
-        ((), {}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
-        ((1,), {"steps": 2}, "fit() takes a number of epochs or a number of steps: fit(10), or fit(steps=1000)."),
+        ((), {}, f"{TAKES}, got neither. {WRITE}"),
+        ((1,), {"steps": 2}, f"{TAKES}, got both, epochs=1 and steps=2. {WRITE}"),
         ((0,), {}, "fit(): epochs is a whole number, at least 1, got 0."),
         ((-3,), {}, "fit(): epochs is a whole number, at least 1, got -3."),
         ((1.5,), {}, "fit(): epochs is a whole number, at least 1, got 1.5."),

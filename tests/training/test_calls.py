@@ -151,7 +151,7 @@ def test_the_only_phase_that_evaluates_is_meant() -> None:
             UsageError,
             "There is no data for ValidationPhase. Pass it: learner.evaluate(loader).",
         ),
-        (lambda learner: learner.validate(), UsageError, "validate() has no data. Pass data=(train_loader, valid_"),
+        (lambda learner: learner.validate(), UsageError, "validate() has no data of a phase that does not "),
         (lambda learner: learner.evaluate([]), DataError, "The loader for ValidationPhase (list) gives no batch. Is"),
         (
             lambda learner: learner.evaluate(iter([])),

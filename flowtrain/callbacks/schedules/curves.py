@@ -188,7 +188,7 @@ def one_cycle(
     for name, number in (("start", start), ("end", end), ("peak", peak)):
         check_number("one_cycle", name, number)
     if not 0 <= peak <= 1:
-        raise UsageError(f"one_cycle(peak={peak}): peak is a share of the length, from 0 to 1.")
+        raise UsageError(f"one_cycle(peak={peak}): peak is a share of the length, from 0 to 1, such as 0.3.")
     if shape not in ("cosine", "linear"):
         raise UsageError(f'one_cycle(shape={shape!r}): shape is "cosine" or "linear".')
     between = _cosine if shape == "cosine" else _line

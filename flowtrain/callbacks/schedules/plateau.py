@@ -138,7 +138,7 @@ def reduce_on_plateau(
     for name, number in (("value", value), ("threshold", threshold), ("factor", factor), ("minimum", minimum)):
         check_number("reduce_on_plateau", name, number)
     if not 0 < factor < 1:
-        raise UsageError(f"reduce_on_plateau(factor={factor}): factor is above 0 and below 1.")
+        raise UsageError(f"reduce_on_plateau(factor={factor}): factor is above 0 and below 1, such as 0.1.")
     patience = whole_number("reduce_on_plateau(): patience", patience, least=0)
     cooldown = whole_number("reduce_on_plateau(): cooldown", cooldown, least=0)
     if mode not in ("min", "max", None):

@@ -101,7 +101,7 @@ def check_number(what: str, name: str, value: Any) -> None:
         UsageError: `value` is no finite number.
     """
     if not is_a(value, Real) or is_a(value, bool) or not math.isfinite(value):
-        raise UsageError(f"{what}({name}={value!r}): {name} is a finite number.")
+        raise UsageError(f"{what}({name}={value!r}): {name} is a finite number, such as 0.1.")
 
 
 def check_milestones(what: str, name: str, given: Iterable[Any]) -> list[int]:

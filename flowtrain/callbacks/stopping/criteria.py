@@ -89,7 +89,7 @@ class Patience(Criterion):
     def __init__(self, n: int = 5, min_delta: float = 0.0) -> None:
         self.n = whole_number(f"{type(self).__name__}(): n", n)
         if isinstance(min_delta, bool) or not is_a(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
-            raise UsageError(f"Patience(min_delta={min_delta!r}): min_delta is a number, at least 0.")
+            raise UsageError(f"Patience(min_delta={min_delta!r}): min_delta is a number, at least 0, such as 0.001.")
         self.min_delta = min_delta
         super().__init__()
 
@@ -174,7 +174,7 @@ class Threshold(Criterion):
 
     def __init__(self, value: float = 0.0) -> None:
         if isinstance(value, bool) or not is_a(value, (int, float)) or math.isnan(value):
-            raise UsageError(f"Threshold(value={value!r}): value is a number.")
+            raise UsageError(f"Threshold(value={value!r}): value is a number, such as 0.1.")
         self.value = value
         super().__init__()
 
@@ -209,7 +209,7 @@ class TimeLimit(Criterion):
 
     def __init__(self, limit: float | timedelta, *, clock: Callable[[], float] = time.monotonic) -> None:
         seconds = limit.total_seconds() if isinstance(limit, timedelta) else limit
-        self.seconds = check_positive("TimeLimit", "limit", seconds)
+        self.seconds = check_positive("TimeLimit", "limit", seconds, "3600, in seconds")
         self._clock = clock
         self._since: float | None = None
         super().__init__()

@@ -276,19 +276,20 @@ class Warmup(_Combination):
         return f"Warmup({self.criteria[0]!r}, {self.n})"
 
 
-def check_positive(what: str, name: str, value: float) -> float:
+def check_positive(what: str, name: str, value: float, example: str) -> float:
     """Return an argument that is a positive number.
 
     Args:
         what: The name of the class, for the message.
         name: The name of the argument.
         value: The argument.
+        example: A usual value, for the message.
 
     Raises:
         UsageError: `value` is no number above zero.
     """
     if not is_positive(value):
-        raise UsageError(f"{what}({name}={value!r}): {name} is a number above zero.")
+        raise UsageError(f"{what}({name}={value!r}): {name} is a number above zero, such as {example}.")
     return value
 
 

@@ -41,7 +41,7 @@ class GL(Criterion):
     best: float | None
 
     def __init__(self, alpha: float = 2.0) -> None:
-        self.alpha = check_positive("GL", "alpha", alpha)
+        self.alpha = check_positive("GL", "alpha", alpha, "2.0")
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
@@ -82,9 +82,9 @@ class PQ(Criterion):
     training: list[float]
 
     def __init__(self, alpha: float = 0.75, k: int = 5, tol: float = 2.0**-52) -> None:
-        self.alpha = check_positive("PQ", "alpha", alpha)
+        self.alpha = check_positive("PQ", "alpha", alpha, "0.75")
         self.k = whole_number("PQ(): k", k, least=2)
-        self.tol = check_positive("PQ", "tol", tol)
+        self.tol = check_positive("PQ", "tol", tol, "2e-16")
         super().__init__()
 
     def judge(self, loss: float, training: Sequence[float]) -> str | None:

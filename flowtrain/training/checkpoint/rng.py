@@ -26,11 +26,11 @@ __all__ = [
     "keeps_workers",
     "loader_state",
     "random_state",
+    "restoring_loader",
     "set_loader_state",
     "set_random_state",
     "start_workers",
     "stop_workers",
-    "unmoved",
 ]
 
 
@@ -120,7 +120,7 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def unmoved(loader: Any) -> Generator[None]:
+def restoring_loader(loader: Any) -> Generator[None]:
     """Give a context in which a loader may be iterated, and after which training goes on as if it had not been.
 
     The generators of the process and of the loader, and the loader's own position, are restored; persistent workers

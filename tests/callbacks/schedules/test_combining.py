@@ -93,7 +93,7 @@ def test_functions_and_numbers_are_schedules_too() -> None:
             "swa_lr() got per_epoch(cosine(1.0, end=0.0)), which counts epochs, and counts updates itself. "
             "Put per_epoch around the whole: per_epoch(swa_lr(...)).",
         ),
-        (lambda: swa_lr(1.0, float("inf"), start=2), "swa_lr(value=inf): value is a finite number."),
+        (lambda: swa_lr(1.0, float("inf"), start=2), "swa_lr(value=inf): value is a finite number, such as 0.1."),
         (lambda: swa_lr(1.0, 0.1, start=0), "swa_lr(): start is a whole number, at least 1, got 0."),
         (lambda: swa_lr(1.0, 0.1, start=1, length=-1), "swa_lr(): length is a whole number, at least 0, got -1."),
         (lambda: swa_lr(1.0, 0.1, start=1, shape=untyped("sine")), "swa_lr(shape='sine'): shape is 'cos' or 'linear'."),

@@ -149,16 +149,16 @@ def test_a_schedule_that_waits_for_the_fit() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: constant(float("nan")), "constant(value=nan): value is a finite number."),
+        (lambda: constant(float("nan")), "constant(value=nan): value is a finite number, such as 0.1."),
         (lambda: cosine(1.0, length=0), "cosine(): length is a whole number, at least 1, got 0."),
-        (lambda: polynomial(1.0, power=float("inf")), "polynomial(power=inf): power is a finite number."),
+        (lambda: polynomial(1.0, power=float("inf")), "polynomial(power=inf): power is a finite number, such as 0.1."),
         (lambda: step(1.0, 0), "step(): every is a whole number, at least 1, got 0."),
         (
             lambda: step(1.0, [3, 2]),
             "step(every=[3, 2]): every is numbers of updates, in ascending order, none twice.",
         ),
-        (lambda: one_cycle(1.0, peak=2), "one_cycle(peak=2): peak is a share of the length, from 0 to 1."),
-        (lambda: one_cycle(True), "one_cycle(max_value=True): max_value is a finite number."),
+        (lambda: one_cycle(1.0, peak=2), "one_cycle(peak=2): peak is a share of the length, from 0 to 1, such as 0.3."),
+        (lambda: one_cycle(True), "one_cycle(max_value=True): max_value is a finite number, such as 0.1."),
         (
             lambda: one_cycle(1.0, shape=untyped("square")),
             'one_cycle(shape=\'square\'): shape is "cosine" or "linear".',

@@ -46,12 +46,12 @@ def test_it_is_torchs(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 1.0}, "reduce_on_plateau(factor=1.0): factor is above 0 and below 1."),
+        ({"factor": 1.0}, "reduce_on_plateau(factor=1.0): factor is above 0 and below 1, such as 0.1."),
         ({"patience": -1}, "reduce_on_plateau(): patience is a whole number, at least 0, got -1."),
         ({"mode": "least"}, 'reduce_on_plateau(mode=\'least\'): mode is "min" or "max".'),
         ({"phase": 3}, "reduce_on_plateau(phase=3): phase is a type of phase, such as ValidationPhase."),
         ({"monitor": "a."}, "reduce_on_plateau(monitor='a.'): monitor is the name of a metric, such as \"Loss\"."),
-        ({"value": math.nan}, "reduce_on_plateau(value=nan): value is a finite number."),
+        ({"value": math.nan}, "reduce_on_plateau(value=nan): value is a finite number, such as 0.1."),
     ],
 )
 def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:

@@ -170,12 +170,12 @@ def test_a_state_that_is_taken_and_given_back_goes_on_as_if_nothing_was(
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (GL, {"alpha": 0}, r"^GL\(alpha=0\): alpha is a number above zero\."),
+        (GL, {"alpha": 0}, r"^GL\(alpha=0\): alpha is a number above zero, such as 2\.0\."),
         (GL, {"alpha": NAN}, r"^GL\(alpha=nan\)"),
-        (PQ, {"alpha": -1}, r"^PQ\(alpha=-1\): alpha is a number above zero\."),
+        (PQ, {"alpha": -1}, r"^PQ\(alpha=-1\): alpha is a number above zero, such as 0\.75\."),
         (PQ, {"k": 1}, r"^PQ\(\): k is a whole number, at least 2, got 1\."),
         (PQ, {"k": 2.5}, r"^PQ\(\): k is .* got 2\.5\."),
-        (PQ, {"tol": 0}, r"^PQ\(tol=0\): tol is a number above zero\."),
+        (PQ, {"tol": 0}, r"^PQ\(tol=0\): tol is a number above zero, such as 2e-16\."),
         (UP, {"s": 0}, r"^UP\(\): s is a whole number, at least 1, got 0\."),
         (UP, {"s": "3"}, r"^UP\(\): s is .* got '3'\."),
     ],

@@ -26,7 +26,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.data import CombinedLoader
-from flowtrain.training.checkpoint.rng import unmoved
+from flowtrain.training.checkpoint.rng import restoring_loader
 from tests.support.resumed import FITS, Ask, Noisy, everything, learner_of, shuffled
 
 module = pytest.importorskip("torchdata.stateful_dataloader")
@@ -174,7 +174,7 @@ def test_a_look_at_the_batches_leaves_no_trace(begun: bool) -> None:
         loader = stateful(shuffle=True)
         found = [x.tolist() for x, _ in loader] if begun else []
         if look:
-            with unmoved(loader):
+            with restoring_loader(loader):
                 next(iter(loader))
         return [*found, *(x.tolist() for x, _ in loader), torch.rand(1).item()]
 
