@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 from flowtrain.callback.access import Access
 from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, Marked, find_handler, mark
+from flowtrain.callback.handler import Handler, Marked, find_handler, is_bundled_event, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
@@ -391,8 +391,7 @@ def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
                 f"{handler.phase_type.__name__}. Write @on({handler.event_type.__name__})."
             )
         fires = handler.phase_type.events
-        bundled = handler.event_type.__module__ == Event.__module__
-        if handler.phase_type is Phase or fires is None or not bundled:
+        if handler.phase_type is Phase or fires is None or not is_bundled_event(handler.event_type):
             continue  # any phase; a phase that does not list its events; a user's event, which any handler may fire
         if not any(issubclass(event, handler.event_type) for event in fires):
             listed = ", ".join(event.__name__ for event in fires)

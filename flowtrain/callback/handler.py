@@ -18,7 +18,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest
 
-__all__ = ["Handler", "Marked", "find_handler", "mark"]
+__all__ = ["Handler", "Marked", "find_handler", "is_bundled_event", "mark"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +205,11 @@ def _check_function(function: Callable[..., Any], count: int = 4) -> None:
         ) from None
     except ValueError:
         return  # a builtin without a signature
+
+
+def is_bundled_event(event_type: type[Event]) -> bool:
+    """Tell whether an event type is one of the library's, which the loop fires; any handler may fire a user's event."""
+    return event_type.__module__ == Event.__module__
 
 
 def find_handler(

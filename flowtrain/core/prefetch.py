@@ -25,13 +25,11 @@ import torch
 
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.devices import change_tensors
+from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain.state.device_values import DEFAULT_LAG
 
 __all__ = ["Placement", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to", "warn_unable"]
-
-_END = object()
-"""Stands for the end of a loader, since a batch may be ``None``."""
 
 
 @runtime_checkable
@@ -229,22 +227,22 @@ def ahead(batches: Iterable[Any], transfer: Transfer | None, tell: Callable[[boo
     failure: list[Exception] = []
 
     def take() -> Any:
-        """Return the next batch while it is being moved, or `_END`; an exception of the loader is kept for later."""
+        """Return the next batch while it is being moved, or `END_OF_DATA`; keep an error of the loader for later."""
         try:
-            raw = next(source, _END)
-            return raw if transfer is None or raw is _END else transfer.start(raw)
+            raw = next(source, END_OF_DATA)
+            return raw if transfer is None or raw is END_OF_DATA else transfer.start(raw)
         except Exception as raised:  # the batches before it are trained first
             failure.append(raised)
-            return _END
+            return END_OF_DATA
 
     # Lists, whose items are popped: a variable here would keep the memory of a batch while the next one is computed.
     held = [take()]
-    while held[0] is not _END:
+    while held[0] is not END_OF_DATA:
         moving = held.pop()
         held.append(take())
         batch = [moving if transfer is None else transfer.finish(moving)]
         del moving
-        tell(held[0] is _END and not failure)
+        tell(held[0] is END_OF_DATA and not failure)
         yield batch.pop()
     if failure:
         try:

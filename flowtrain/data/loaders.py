@@ -20,7 +20,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
@@ -28,6 +28,7 @@ from flowtrain.errors import DataError, UsageError, describe
 
 __all__ = [
     "DATA_EXAMPLE",
+    "END_OF_DATA",
     "CombinedLoader",
     "LimitedLoader",
     "check_iterable",
@@ -45,8 +46,8 @@ DATA_EXAMPLE = "data=(train_loader, valid_loader), or data={TrainingPhase: a, Va
 
 _Mode: TypeAlias = Literal["min_size", "max_size_cycle"]
 
-_END = object()
-"""Stands for the end of a loader, since a batch may be ``None``."""
+END_OF_DATA: Final = object()
+"""Stands for the batch that a loader does not have any more, since a batch may be ``None``."""
 
 
 class CombinedLoader:
@@ -136,8 +137,8 @@ class CombinedLoader:
         while True:
             batch: list[Any] = []
             for place, (name, loader) in enumerate(named):
-                batch.append(next(passes[place], _END))
-                if batch[place] is _END:
+                batch.append(next(passes[place], END_OF_DATA))
+                if batch[place] is END_OF_DATA:
                     if first:
                         raise DataError(empty(f"{name!r} of CombinedLoader", loader))
                     if self.mode == "min_size":
@@ -146,7 +147,7 @@ class CombinedLoader:
             if len(ended) == len(named):
                 return
             for place, (name, loader) in enumerate(named):
-                if batch[place] is _END:
+                if batch[place] is END_OF_DATA:
                     rounds[place] += 1
                     passes[place], batch[place] = _again(name, loader, _draw(seeds), rounds[place])
             first = False
@@ -175,8 +176,8 @@ def _again(name: Any, loader: Iterable[Any], seed: int, number: int) -> tuple[It
     _set_round(loader, number)
     with _seeded(seed):  # a loader draws its order when the first batch is taken
         batches = iter(loader)
-        batch = next(batches, _END)
-    if batch is not _END:
+        batch = next(batches, END_OF_DATA)
+    if batch is not END_OF_DATA:
         return batches, batch
     if batches is loader:
         raise DataError(

@@ -7,7 +7,6 @@ each other before each batch whether they have one, and the epoch ends with the 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import pickle
@@ -18,6 +17,7 @@ import torch
 
 from flowtrain.data.loaders import is_array
 from flowtrain.data.nested import PLAIN, leaves
+from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import RankError
 
 __all__ = ["EpochLength", "agreed_length", "check_ends", "fingerprint"]
@@ -75,10 +75,8 @@ def _of_tensor(tensor: torch.Tensor) -> tuple[bytes, bool]:
         return kind + _of_tensor(sparse.indices())[0] + values, differ or 0 < sparse.values().numel() < tensor.numel()
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return kind, False
-    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().view(-1)
-    if not flat.numel():
-        return kind, False
-    return kind + ctypes.string_at(flat.data_ptr(), flat.nbytes), bool((flat != flat[0]).any())
+    flat = tensor.reshape(-1)
+    return kind + tensor_bytes(tensor), flat.numel() > 0 and bool((flat != flat[0]).any())
 
 
 class _Pickler(pickle.Pickler):

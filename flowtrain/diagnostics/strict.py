@@ -13,7 +13,6 @@ all of the state, so strict mode is for tests and for the first run of a new cal
 
 from __future__ import annotations
 
-import ctypes
 import random
 import sys
 import zlib
@@ -29,6 +28,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.nested import attributes, parts
+from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import UndeclaredWriteError
 from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.reach import Reach
@@ -214,8 +214,8 @@ def _content(value: Any) -> object:
 
 def rng_state() -> object:
     """Return a fingerprint of the random number generators: torch's, Python's, and numpy's where it is imported."""
-    states: list[object] = [zlib.crc32(_bytes(torch.get_rng_state())), hash(random.getstate())]
-    states += [zlib.crc32(_bytes(each)) for each in random_states()]
+    states: list[object] = [zlib.crc32(tensor_bytes(torch.get_rng_state())), hash(random.getstate())]
+    states += [zlib.crc32(tensor_bytes(each)) for each in random_states()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
@@ -227,14 +227,8 @@ def _tensor(value: torch.Tensor) -> object:
     version = -1 if value.is_inference() else value._version  # an inference tensor has no version counter
     content: object = None
     if value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized:
-        content = zlib.crc32(_bytes(value))
+        content = zlib.crc32(tensor_bytes(value))
     return (id(value), version, tuple(value.shape), str(value.dtype), content)
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous()
-    size = flat.numel() * flat.element_size()
-    return ctypes.string_at(flat.data_ptr(), size) if size else b""
 
 
 def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:

@@ -45,7 +45,6 @@ _NUMBERS = {
     "__repr__": "repr(tensor)", "__format__": "a tensor in a text", "__contains__": "value in tensor",
 }  # fmt: skip
 _COPIES = {"cpu": ".cpu()", "numpy": ".numpy()", "__array__": "an array of a tensor"}
-_SHAPES = {"nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "__getitem__", "index"}
 
 _ADVICE = {
     "number": "Record the tensor itself (Traces, or push it into a series), read it at EpochEnd, or run the callback "

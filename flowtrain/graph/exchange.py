@@ -27,7 +27,7 @@ from flowtrain.errors import MissingStateError, RankError
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.shared_state import Peers, exchanges_of, place_of, runs_here
 from flowtrain.state.learner_state import LearnerState, by_name
-from flowtrain.state.shards import whole
+from flowtrain.state.shards import is_sharded, whole
 
 __all__ = ["Exchange", "reduced"]
 
@@ -251,7 +251,7 @@ def _tensors(state: LearnerState, path: Path) -> list[torch.Tensor]:
         tensor
         for name, tensor in named
         if not prefix or name == prefix or name.startswith(f"{prefix}.")
-        if not hasattr(tensor, "full_tensor")
+        if not is_sharded(tensor)
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, overload
 from flowtrain.callback.access import Declaration, Write, declare, union
 from flowtrain.callback.callback import Callback, check_handlers, check_marks
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, find_handler
+from flowtrain.callback.handler import Handler, find_handler, is_bundled_event
 from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -407,14 +407,9 @@ def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]
     fires = phase.events
     if fires is None:  # the phase does not list its events, so it may fire any of the library's
         fires = AbstractTrainingPhase.events or ()
-    # The library's events are those of one module. A user's event may be fired in any phase, so it is known in all.
-    user_events = {
-        handler.event_type: None
-        for node in nodes
-        for _, handler in node.handlers
-        if handler.event_type.__module__ != Event.__module__
-    }
-    return [*fires, *user_events]
+    # A user's event may be fired in any phase, so it is known in all.
+    handled = [handler.event_type for node in nodes for _, handler in node.handlers]
+    return [*fires, *dict.fromkeys(event for event in handled if not is_bundled_event(event))]
 
 
 def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> None:

@@ -32,7 +32,7 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.handler import Handler
+from flowtrain.callback.handler import Handler, is_bundled_event
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, has_bundled_step
 from flowtrain.errors import CallbackError, RankError
 from flowtrain.graph.nodes import Node, Order
@@ -393,7 +393,7 @@ def _why_not_here(event_type: type[Event], phase_type: type[Phase], peers: Peers
     in_batch = () if peers is None else peers.in_batch
     known = ", ".join(event.__name__ for event in in_batch)
     training = f" Write @on({in_batch[-1].__name__}, TrainingPhase)." if in_batch else " Exchange it at EpochEnd."
-    if event_type.__module__ != Event.__module__ or issubclass(event_type, (BatchCancelled, EpochCancelled)):
+    if not is_bundled_event(event_type) or issubclass(event_type, (BatchCancelled, EpochCancelled)):
         return "One rank alone may fire this event, and would wait for the others for ever. Exchange it at EpochEnd."
     if issubclass(phase_type, AbstractValidationPhase):
         return f"The ranks may have different numbers of batches in an evaluation.{training}"

@@ -10,7 +10,6 @@ apart: two of them are equal if they have the same type.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import struct
 import sys
@@ -29,6 +28,7 @@ import torch
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.nested import attributes, parts, place_text
+from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.learner import Learner
@@ -219,9 +219,7 @@ def _tensor(value: torch.Tensor) -> Leaf:
     what = (str(value.dtype), tuple(value.shape), str(value.device), str(value.layout))
     if value.layout is not torch.strided or value.device.type == "meta" or value.is_quantized:
         return Leaf((*what, repr(value)), repr(value))
-    copy = value.detach().cpu().resolve_conj().resolve_neg().contiguous().clone()
-    size = copy.numel() * copy.element_size()
-    return Leaf((*what, ctypes.string_at(copy.data_ptr(), size) if size else b""), _shown_tensor(copy), copy)
+    return Leaf((*what, tensor_bytes(value)), _shown_tensor(value), value.detach().to("cpu", copy=True))
 
 
 def _shown_tensor(value: torch.Tensor) -> str:

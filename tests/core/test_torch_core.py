@@ -581,19 +581,6 @@ def test_single_steps_make_groups_too_and_an_epoch_begins_a_new_one() -> None:
 # --- devices
 
 
-def test_model_loss_and_data_meet_on_the_device() -> None:
-    seen: list[str] = []
-    look = CustomCallback(
-        lambda view: seen.extend([view.batch.inputs.device.type, view.batch.loss.device.type]),
-        BatchEnd, TrainingPhase, {"batch.inputs": Read(), "batch.loss": Read()},
-    )  # fmt: skip
-    model, lossfn = Net(), Tempered()
-    learner = learner_of(model, lossfn, callbacks=[look], core=TorchCore(device="meta"))
-    assert {param.device.type for param in (*model.parameters(), *lossfn.parameters())} == {"meta"}
-    learner.fit(1, data=batches(1))
-    assert seen == ["meta", "meta"]
-
-
 # --- arguments that the core refuses
 
 

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.data.loaders import keeps_position, length, set_own_state
+from flowtrain.data.loaders import END_OF_DATA, keeps_position, length, set_own_state
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
@@ -264,9 +264,8 @@ def replay(
     if begun["random"] is not None:
         set_random_state(begun["random"])
     iterator: Iterator[Any] = iter(loader)
-    missing = object()
     for number in range(batches):
-        if next(iterator, missing) is missing:
+        if next(iterator, END_OF_DATA) is END_OF_DATA:
             raise _too_short(batches, phase, number)
     if batches:
         return iterator
