@@ -140,6 +140,8 @@ class Unread:
 
     The copy of a chunk begins when the chunk is full. Its numbers are put into the series when the next chunk is full,
     or when a value is read. The methods take the list of values that the series holds.
+
+    Readers test without the lock whether any value is unread. So an object is true until every value has its number.
     """
 
     __slots__ = ("_moving", "_positions")
@@ -177,8 +179,8 @@ class Unread:
         """Replace the tensor at one position by a number, if it is one. Waits for the device then."""
         with _lock:
             if position in self._positions:
-                self._positions.remove(position)
                 values[position] = Reading([values[position]]).numbers()[0]
+                self._positions.remove(position)
             else:
                 self._arrive(values)
 
@@ -193,14 +195,16 @@ class Unread:
 
     def _leave(self, values: list[Any]) -> None:
         """Begin to copy all values that are on the device."""
-        positions, self._positions = self._positions, []
+        positions = self._positions
         self._moving = (positions, Reading([values[position] for position in positions]))
+        self._positions = []
         for position in positions:
             values[position] = None  # frees the memory on the device
 
     def _arrive(self, values: list[Any]) -> None:
         """Put the numbers of the chunk that is being copied into the series."""
         if self._moving is not None:
-            (positions, numbers), self._moving = self._moving, None
+            positions, numbers = self._moving
             for position, number in zip(positions, numbers.numbers(), strict=True):
                 values[position] = number
+            self._moving = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,6 +100,45 @@ def test_what_is_taken_back_is_gone_and_the_rest_is_whole(count: int, cut: int) 
     series.__rewind__(min(cut, count))
     series.push(torch.tensor(-1.0), -1)
     assert list(series) == [*((step, float(step)) for step in range(min(cut, count))), (-1, -1.0)]
+
+
+READS: dict[str, Callable[[Series], Any]] = {
+    "last": lambda series: series.last()[1],
+    "an item": lambda series: series[-1][1],
+    "values": lambda series: series.values[-1],
+    "newest": lambda series: series.newest(),
+    "since": lambda series: series.since(-1)[0],
+}
+
+
+@pytest.mark.parametrize("other", READS)
+@pytest.mark.parametrize("first", [name for name in READS if name != "newest"])
+def test_a_thread_that_reads_while_another_one_waits_for_the_value_gets_the_number(
+    first: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane reads a series while the training thread does: it must not see the place from which a tensor has gone."""
+    waits, reads = threading.Event(), threading.Event()
+    numbers = Reading.numbers
+
+    def late(of: Reading) -> list[Any]:
+        """Read the numbers after the other thread has begun to read, too."""
+        waits.set()
+        reads.wait(0.2)
+        return numbers(of)
+
+    series = late_series(1)
+    monkeypatch.setattr(Reading, "numbers", late)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(READS[first](series)))
+    thread.start()
+    assert waits.wait(10)
+    mine = READS[other](series)
+    reads.set()
+    thread.join()
+    number = series.last()[1]
+    assert type(number) is float
+    assert found == [number]
+    assert mine == number
 
 
 def test_copies_and_twins_of_a_series_in_between() -> None:
