@@ -29,7 +29,6 @@ ELSEWHERE = {
     "training/rank_data": "ranks/test_data",
     "training/rank_loop": "ranks/test_one_alone",
     "training/rank_steps": "ranks/test_one_alone",
-    "training/ranks": "ranks/test_one_alone",
     "training/sharded_evaluation": "ranks/test_sharded",
 }
 
@@ -48,7 +47,7 @@ OTHERS = {
     "test_notebook": "training in the cells of a notebook",
     "test_reference": "the generated reference of callbacks",
     "test_release": "the archives of a release",
-    "test_same_training": "three fits and their recorded losses",
+    "test_same_training": "three fits, loops by hand, and the recorded losses of both",
     "test_typing": "the types of the public interface, for both type checkers",
     "test_versions": "the program that runs the tests with other versions",
     "test_whole_numbers": "every argument that is a whole number",

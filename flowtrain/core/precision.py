@@ -177,7 +177,7 @@ class NaNGuard:
     def release(self) -> None:
         """Guard no optimizer any more."""
         for optimizer in self._guarded:
-            del optimizer.found_inf  # type: ignore[attr-defined]
+            del optimizer.found_inf  # type: ignore[attr-defined]  # set when the guard was made
         self._guarded = []
 
 

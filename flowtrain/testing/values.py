@@ -244,11 +244,12 @@ def _has_no_repr(value: object) -> bool:
 def show_difference(one: Leaf | None, other: Leaf | None) -> tuple[str, str]:
     """Return the texts of two different leaves for a message; for two tensors, their first different element."""
     if one is None or other is None:
-        return tuple("not there" if each is None else each.shown for each in (one, other))  # type: ignore[return-value]
+        return ("not there" if one is None else one.shown), ("not there" if other is None else other.shown)
     a, b = one.tensor, other.tensor
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype or a.numel() < 2:
         return one.shown, other.shown
     unequal = a.reshape(-1).view(torch.uint8) != b.reshape(-1).view(torch.uint8)
     first = int(unequal.nonzero()[0]) // a.element_size()
     index = [int(each) for each in torch.unravel_index(torch.tensor(first), a.shape)]
-    return tuple(f"{each.reshape(-1)[first].item()!r} at {index}" for each in (a, b))  # type: ignore[return-value]
+    mine, others = (each.reshape(-1)[first].item() for each in (a, b))
+    return f"{mine!r} at {index}", f"{others!r} at {index}"

@@ -76,13 +76,13 @@ class StepRunners:
         "batch_end": BatchEnd,
     }
 
-    batch_begin: Any
-    loss_begin: Any
-    backward_begin: Any
-    backward_end: Any
-    update_begin: Any
-    update_end: Any
-    batch_end: Any
+    batch_begin: Runner | None
+    loss_begin: Runner | None
+    backward_begin: Runner | None
+    backward_end: Runner | None
+    update_begin: Runner | None
+    update_end: Runner | None
+    batch_end: Runner | None
     watched: bool
     pairs: bool
     call_model: Callable[..., Any] | None

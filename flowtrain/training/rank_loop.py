@@ -111,9 +111,9 @@ class RankLoop(Loop):
         if self.steps.alone_in_batch:
             raise RankError(
                 "A handler of a training batch requests a checkpoint, with accumulate > 1 on several ranks. A rank "
-                "that fails in such a batch is missed at the end of the group only, and the others would wait for it in the "
-                "checkpoint. Set may_checkpoint = True in the class of the callback: the ranks then ask each other in "
-                "each batch."
+                "that fails in such a batch is missed at the end of the group only, and the others would wait for it "
+                "in the checkpoint. Set may_checkpoint = True in the class of the callback: the ranks then ask each "
+                "other in each batch."
             )
         self.checkpoints.take(requests)
 

@@ -33,7 +33,8 @@ from flowtrain.errors import (
 
 __all__ = ["END", "EPOCHS_BROKEN_OFF", "FIT_END", "INTERRUPT", "NO_BATCH", "NextSync", "Ranks"]
 
-# The places of the flags. A failure has the worst of the last four that fits.
+# Each flag is one number in the message of a sync point, here by its index. A rank sets at most one of the last four:
+# the worst failure that it has.
 NO_BATCH: Final = 0
 INTERRUPT: Final = 1
 END: Final = 2
@@ -65,7 +66,7 @@ class _Report(NamedTuple):
         point: The name of the point.
         flags: Its flags.
         reason: Its failure as text; empty without one.
-        value: The value of this rank for that point.
+        value: An object that this rank tells the others there, such as its plans.
     """
 
     point: str
@@ -172,7 +173,13 @@ class Ranks:
         self.ended_elsewhere = point != FIT_END and FIT_END in points
         if len(points) > 1 and not _worst(sums):
             shown = ", ".join(f"rank {rank} is at {report.point}" for rank, report in enumerate(reports))
-            failures.append(RankError(f"The ranks have gone different ways: {shown}."))
+            failures.append(
+                RankError(
+                    f"The ranks have gone different ways: {shown}. Call fit, epoch, step and evaluate in the same "
+                    f"order and with the same arguments on every rank: a condition such as `if learner.rank == 0:` "
+                    f"must not decide about these calls."
+                )
+            )
             self.fit_ends = True
         self.known_failure = _worst(sums)
         self._add(sums, [report.reason for report in reports], failures)

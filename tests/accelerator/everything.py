@@ -69,7 +69,7 @@ _device.operators.draws = torch.default_generator
 # A parameter that moves stays the same object, as on CUDA, whose tensors are of the same kind as the CPU's.
 torch.__future__.set_swap_module_params_on_conversion(True)
 torch.utils.swap_tensors = _swap_unless_shared
-torch_core.TorchCore.attach = _attach_there  # type: ignore[method-assign]
+torch_core.TorchCore.attach = _attach_there  # type: ignore[method-assign]  # for all tests
 examples.__dict__["ORDINARY"] = 10  # drawn examples in a test: each operation takes a hundred times as long here
 # So do optimizers for lists of parameters, which are the default on a device.
 sys.modules["torch.optim.optimizer"].__dict__["_get_foreach_kernels_supported_devices"] = list

@@ -13,6 +13,7 @@ import flowtrain
 from flowtrain import BatchEnd, Event, FitBegin
 from flowtrain.callback import events
 from flowtrain.callback.phases import AbstractTrainingPhase
+from tests.support.untyped import untyped
 
 ALL = [getattr(events, name) for name in events.__all__]
 
@@ -36,7 +37,7 @@ def test_every_event_is_a_documented_type_of_the_face(kind: type[Event]) -> None
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not FitBegin], ids=lambda kind: kind.__name__)
 def test_an_event_without_data_has_no_room_for_it(kind: type[Event]) -> None:
     with pytest.raises(AttributeError):
-        kind().loss = 1.0  # type: ignore[attr-defined]  # that is the point
+        untyped(kind()).loss = 1.0
 
 
 def test_the_docstring_lists_the_events_of_a_batch_in_order() -> None:
@@ -50,7 +51,7 @@ def test_fit_begin_says_how_long() -> None:
     assert FitBegin(steps=10).epochs is None
     assert repr(FitBegin(epochs=3)) == "FitBegin(epochs=3, steps=None, updates=None, resumed=False, done=0)"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FitBegin().epochs = 2  # type: ignore[misc]  # that is the point
+        untyped(FitBegin()).epochs = 2
 
 
 def test_an_event_of_ones_own_carries_fields() -> None:

@@ -44,6 +44,7 @@ from flowtrain.callbacks.averaging import Averaging
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
 from tests.support.models import mixed_model
 from tests.support.scores import scored
+from tests.support.untyped import untyped
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 AVERAGES: dict[str, Callable[[], Averaging]] = {"EMA": lambda: EMA(0.5), "SWA": lambda: SWA(start_update=1)}
@@ -129,7 +130,7 @@ class Fails(Callback):
 def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: type[BaseException], kind: str) -> None:
     mean, fails = AVERAGES[kind](), Fails(where, error("on purpose"))
     if first:  # so that it raises before the averages are swapped in or out
-        fails.state_access = dict  # type: ignore[method-assign]  # it reads nothing
+        untyped(fails).state_access = dict  # it reads nothing
     learner = tiny_learner(*((fails, mean) if first else (mean, fails)), n_batches=2)
     if issubclass(error, (ValueError, KeyboardInterrupt)):
         with pytest.raises(error):

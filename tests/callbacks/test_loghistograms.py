@@ -13,6 +13,7 @@ from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, JsonlBackend
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.logs import log_fields
+from tests.support.untyped import untyped
 
 
 def test_weights_and_gradients_of_one_batch_have_one_step(tmp_path: Path) -> None:
@@ -73,4 +74,4 @@ def test_mistakes(tmp_path: Path) -> None:
         LogHistograms(CsvBackend(tmp_path / "v.csv"))
     for wrong in (0, 1.5, True):
         with pytest.raises(UsageError, match=rf"every is a whole number, at least 1, got {wrong}\."):
-            LogHistograms(JsonlBackend(tmp_path / "log"), every=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # wrong on purpose
+            LogHistograms(JsonlBackend(tmp_path / "log"), every=untyped(wrong))

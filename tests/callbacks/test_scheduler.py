@@ -297,7 +297,7 @@ def test_a_schedule_that_is_bad_from_the_first_is_refused_when_built() -> None:
     [
         (lambda: Scheduler({}), UsageError, "Scheduler({}) takes schedules by hyperparameter"),
         (lambda: Scheduler({"lr": 0.1}), UsageError, "Scheduler got 'lr' where a hyperparameter belongs."),
-        (lambda: Scheduler({LearningRate: "x"}), UsageError, "A schedule is a function schedule(n)"),  # type: ignore[dict-item]
+        (lambda: Scheduler({LearningRate: untyped("x")}), UsageError, "A schedule is a function schedule(n)"),
         (
             lambda: Scheduler({LearningRate: 0.1, LearningRate(group=1): 0.1}),
             UsageError,

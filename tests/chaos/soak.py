@@ -94,7 +94,7 @@ class Looks(Callback):
         self._client: Any = None
         if processes is not None:
             self._pids |= {"scheduler": processes.scheduler.pid, "worker": processes.workers["w"].pid}
-            self._client = Client(processes.address, set_as_default=False)  # type: ignore[no-untyped-call]
+            self._client = Client(processes.address, set_as_default=False)  # type: ignore[no-untyped-call]  # none there
 
     def state_access(self) -> Access:
         return {}

@@ -29,6 +29,7 @@ from flowtrain.callbacks import Checkpointer, LearningRate, Scheduler, constant
 from flowtrain.core.optimizers import fused, make_optimizers, zeroing
 from tests.support.accelerator import DEVICE, needs_accelerator
 from tests.support.models import Tempered
+from tests.support.untyped import untyped
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
 
@@ -182,7 +183,7 @@ def test_on_an_accelerator_they_are_fused_by_default() -> None:
 
 def with_gradients(make: type[torch.optim.Optimizer] = torch.optim.SGD) -> tuple[Any, list[torch.nn.Parameter]]:
     model = torch.nn.Linear(3, 2)
-    optimizer: Any = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    optimizer: Any = untyped(make)(model.parameters(), lr=0.1)
     model(torch.ones(4, 3)).sum().backward()
     return optimizer, list(model.parameters())
 

@@ -397,7 +397,7 @@ def test_channels_last_reaches_model_and_data_and_changes_no_value() -> None:
 @pytest.mark.cpu_only("the CPU has neither lag nor prefetch")
 @pytest.mark.parametrize(("options", "lag"), [({}, 0), ({"lag": 3}, 3), ({"lag": 0}, 0)])
 def test_the_lag_of_the_cpu(options: dict[str, int], lag: int) -> None:
-    learner = learner_of(TorchCore("cpu", **options))  # type: ignore[arg-type]
+    learner = learner_of(TorchCore("cpu", **untyped(options)))
     assert learner.state.lag == lag
 
 

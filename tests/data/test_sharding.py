@@ -26,6 +26,7 @@ from flowtrain.data import CombinedLoader
 from flowtrain.data.loaders import LimitedLoader
 from flowtrain.data.sharding import RankSampler, Shards, Share, check_first_batches, without_share
 from flowtrain.training.fit_data import check_gave, set_epoch
+from tests.support.untyped import untyped
 
 DATA = "The data for TrainingPhase()"
 
@@ -155,9 +156,9 @@ def test_an_epoch_of_evaluation_has_each_sample_once(
 def test_a_rank_without_samples_has_an_epoch_without_batches() -> None:
     first, second = (share.loader for share in shares(DataLoader(Numbers(1)), training=False))
     assert (without_share(first), without_share(second)) == (False, True)
-    check_gave(0, None, second)  # type: ignore[arg-type]
+    check_gave(0, untyped(None), second)
     with pytest.raises(DataError, match=r"gives no batch"):
-        check_gave(0, None, first)  # type: ignore[arg-type]
+        check_gave(0, untyped(None), first)
     assert not any(map(without_share, ([], DataLoader(Numbers(0)))))
     assert without_share(LimitedLoader(second, 3))
 
@@ -195,7 +196,7 @@ class Own(DataLoader[int]):
         super().__init__(Numbers(limit), batch_size=2)
         self.more = "kept"
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's type is private
         for batch in super().__iter__():
             yield batch + 100
 

@@ -330,9 +330,9 @@ def test_a_plain_read_beats_an_optional_one_and_a_write_beats_both() -> None:
 
 def test_what_no_view_allows_is_refused_here_too() -> None:
     with pytest.raises(UsageError, match=r"it calls learner\.fit\(\) in a handler"):
-        recorded(lambda learner: learner.fit)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
+        recorded(lambda learner: untyped(learner).fit)
     with pytest.raises(AttributeError, match="Did you mean 'batch'"):
-        recorded(lambda learner: learner.bacth)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
+        recorded(lambda learner: untyped(learner).bacth)
 
 
 # --- the trial run
@@ -422,8 +422,8 @@ def test_a_shared_copy_shares_parameters_and_nothing_else() -> None:
 
 
 def test_a_model_that_cannot_be_copied() -> None:
-    model = torch.nn.Linear(1, 1)
-    model.kept = iter([1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
-    model.lock = (each for each in [1])  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = torch.nn.Linear(1, 1)
+    model.kept = iter([1])
+    model.lock = (each for each in [1])
     with pytest.raises(CannotLook, match="it cannot be copied: TypeError: cannot pickle 'generator' object"):
         shared_copy(model)

@@ -34,6 +34,7 @@ from flowtrain.diagnostics.sync_audit import Sync, watching
 from flowtrain.metrics import accuracy
 from flowtrain.state.device_values import Reading
 from flowtrain.testing import tiny_batches, tiny_learner
+from tests.support.untyped import untyped
 
 
 class Printer(Callback):
@@ -259,7 +260,7 @@ def test_the_default_loop_never_waits(options: Any, terminal: bool, monkeypatch:
     monkeypatch.setattr(console, "_force_terminal", terminal)
     bar = learner.get_callback("ProgressBar")
     assert bar is not None
-    bar.redraw = bar.report = 0.0  # type: ignore[attr-defined]  # a bar draws in every batch
+    untyped(bar).redraw = untyped(bar).report = 0.0  # a bar draws in every batch
     with watching(refuse):
         learner.fit(2)
     expected = digits_like(TorchCore("cpu", **options), callbacks=[Metrics(accuracy), SmoothLoss()])

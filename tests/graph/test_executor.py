@@ -43,6 +43,7 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite
 from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples
+from tests.support.untyped import untyped
 
 
 class Fails(Callback):
@@ -267,7 +268,7 @@ def test_fit_end_runs_for_everybody_also_through_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         learner(FailsAtEnd(ran), Interrupted(ran), Last(ran)).fit(1)
     assert ran[-1] == "Last"
-    assert [repr(other) for other in caught.value.others] == ["ValueError('first')"]  # type: ignore[attr-defined]
+    assert [repr(other) for other in untyped(caught.value).others] == ["ValueError('first')"]
 
 
 def test_a_callback_that_was_removed_is_let_go() -> None:

@@ -29,6 +29,7 @@ from flowtrain.callbacks import LogMetrics
 from flowtrain.graph.held_backends import backends_of, reachable
 from flowtrain.logging import CsvBackend, JsonlBackend, Run, Value, log
 from flowtrain.testing import tiny_learner
+from tests.support.untyped import untyped
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Talkative:
         raise AssertionError(name)
 
     @property  # type: ignore[misc]  # as a proxy does
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # as a proxy does
         raise AssertionError("class")
 
     def __eq__(self, other: object) -> bool:
@@ -220,7 +221,7 @@ def test_errors_do_not_advise_to_declare_a_backend(tmp_path: Path) -> None:
 def test_a_backend_that_may_be_declared_as_well(tmp_path: Path) -> None:
     backend = JsonlBackend(tmp_path / "log")
     callback = Inner(backend)
-    callback.state_access = lambda: {"batch.loss": Read(), backend.resource: Write()}  # type: ignore[method-assign]
+    untyped(callback).state_access = lambda: {"batch.loss": Read(), backend.resource: Write()}
     with tiny_learner(callback, n_batches=1) as learner:
         learner.fit(1)
         [node] = [node for node in learner.callbacks.nodes if node.callback is callback]

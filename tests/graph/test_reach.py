@@ -73,7 +73,7 @@ class Net(nn.Module):
         return [self.tied, self.head]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.tied(self.first(inputs)))) / self.temperature  # type: ignore[no-any-return]
+        return self.head(self.norm(self.tied(self.first(inputs)))) / self.temperature  # type: ignore[no-any-return]  # a tensor
 
 
 class Bystander(Callback):

@@ -17,6 +17,7 @@ from flowtrain.state.by_phase import CONTAINERS, Counts, CountsMap, PhaseMap
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from tests.support.fired import OODPhase
+from tests.support.untyped import untyped
 
 # --- by phase
 
@@ -51,7 +52,7 @@ def test_a_key_that_is_not_there() -> None:
         "cbstate.seen has nothing for TrainingPhase; it has: ValidationPhase. Where an entry may be missing, write "
         ".get(TrainingPhase).",
     )
-    for use in (lambda: seen["TrainingPhase"], lambda: seen.__setitem__("TrainingPhase", 1)):  # type: ignore[index]  # wrong on purpose
+    for use in (lambda: untyped(seen)["TrainingPhase"], lambda: seen.__setitem__(untyped("TrainingPhase"), 1)):
         with pytest.raises(KeyError) as caught:
             use()
         assert caught.value.args == (

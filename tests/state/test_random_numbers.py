@@ -341,7 +341,7 @@ def test_stochastic_means_something_only_for_a_consumer() -> None:
     with pytest.raises(CallbackError, match=r"Plain says stochastic = True and is not deferrable.*set deferrable = T"):
         tiny_learner(Plain())
     wrong = Consumer(lambda number: None)
-    wrong.stochastic = "yes"  # type: ignore[assignment]  # the mistake
+    untyped(wrong).stochastic = "yes"
     with pytest.raises(CallbackError, match=r"Consumer\.stochastic is 'yes'\. It is True or False"):
         tiny_learner(wrong)
 

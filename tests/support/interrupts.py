@@ -81,7 +81,7 @@ def _interrupt_once(act: Callable[[], object], number: int, within: tuple[str, .
     watch.start()
     try:
         # Python 3.12 traces opcodes only if a frame has asked for it before.
-        sys._getframe().f_trace_opcodes = True  # pyright: ignore[reportPrivateUsage]
+        sys._getframe().f_trace_opcodes = True  # pyright: ignore[reportPrivateUsage]  # documented
         sys.settrace(trace)
         act()
         sys.settrace(before)  # this call makes Python check: an interrupt that is still pending is raised here

@@ -12,6 +12,8 @@ import torch
 
 from flowtrain import Callback, Event, Phase, TrainingPhase
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.core.world import World
+from flowtrain.errors import RemoteError
 from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.shared_state import Peers
@@ -48,7 +50,11 @@ class Meeting:
         return Peers(rank, self.size, lambda value: self.exchange(rank, value), sharded)
 
     def run(self, function: Callable[[Peers], T], *, sharded: bool = False) -> list[T | BaseException]:
-        """Call a function on every rank; return the result or the exception of each rank.
+        """Call a function on every rank, with the processes as that rank sees them. See `each`."""
+        return self.each(lambda rank: function(self.peers(rank, sharded=sharded)))
+
+    def each(self, function: Callable[[int], T]) -> list[T | BaseException]:
+        """Call a function with the number of every rank; return the result or the exception of each rank.
 
         A rank that ends with an exception makes no further exchange, so that the others end with a
         ``BrokenBarrierError`` if they wait for it.
@@ -58,7 +64,7 @@ class Meeting:
         def run(rank: int) -> None:
             """Call the function on one rank."""
             try:
-                results[rank] = function(self.peers(rank, sharded=sharded))
+                results[rank] = function(rank)
             except BaseException as error:
                 results[rank] = error
                 self._barrier.abort()
@@ -69,6 +75,32 @@ class Meeting:
         for thread in threads:
             thread.join()
         return results
+
+
+class MetWorld(World):
+    """The world of one rank in a `Meeting`, whose messages are those of threads.
+
+    Args:
+        meeting: The exchanges.
+        rank: The number of this rank.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:  # not that of `World`, which needs a process group
+        self.rank, self.size = rank, meeting.size
+        self.main, self.lost = rank == 0, False
+        self._meeting = meeting
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the values of all ranks; raise a `RemoteError` if another rank has ended."""
+        try:
+            return self._meeting.exchange(self.rank, value)
+        except threading.BrokenBarrierError as error:
+            self.lost = True
+            raise RemoteError("another rank has ended", ()) from error
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Return the sums over all ranks."""
+        return [sum(each) for each in zip(*self.exchange(list(numbers)), strict=True)]
 
 
 @dataclass

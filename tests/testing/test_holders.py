@@ -17,6 +17,7 @@ from flowtrain.callbacks import Metrics, SmoothLoss, Traces
 from flowtrain.metrics import mean_squared_error
 from flowtrain.testing import holders, leaks, tiny_batches, tiny_learner
 from tests.support.nested import Slotted
+from tests.support.untyped import untyped
 
 KEPT: list[Any] = []
 
@@ -89,7 +90,7 @@ def test_chains_end_at_something_with_a_name() -> None:
     KEPT.clear()
     assert holders(thing) == [], "frames of `holders` and of its caller do not count"
     keeper = Keeper()
-    keeper.outputs = {"a": [1, thing]}  # type: ignore[assignment]
+    untyped(keeper).outputs = {"a": [1, thing]}
     assert holders(thing) == ["Keeper.outputs['a'][1]"]
 
 

@@ -50,6 +50,7 @@ from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.examples import examples
 from tests.support.fired import Raise, Watch, short, watched
 from tests.support.phases import OwnPhase
+from tests.support.untyped import untyped
 
 Script = Mapping[int, str]
 
@@ -361,7 +362,7 @@ def test_an_error_after_a_cancel_is_what_counts() -> None:
     watch, learner = watched(Raise(LossBegin, cancel), Raise(EpochCancelled, error))
     with pytest.raises(ValueError, match="later") as raised:
         learner.fit(1)
-    assert raised.value.others == (cancel,)  # type: ignore[attr-defined]  # any exception may carry them
+    assert untyped(raised.value).others == (cancel,)
     assert "also raised: CancelFittingException: first" in raised.value.__notes__
     assert short(watch.names) == "F( E( B( Bx Ex F)"
 
@@ -495,7 +496,7 @@ def test_fit_end_runs_for_every_callback_whatever_failed() -> None:
         learner.fit(1)
     assert closed == ["First", "Third", "Second"]
     assert raised.value is learner.stopped is batch_error
-    others = raised.value.others  # type: ignore[attr-defined]  # any exception may carry them
+    others = untyped(raised.value).others
     assert [repr(other) for other in others] == ["TypeError('in the epoch')", "OSError('first cannot close')"]
     notes = raised.value.__notes__
     assert "also raised: TypeError: in the epoch" in notes
@@ -535,7 +536,7 @@ def test_training_inside_a_handler_is_refused(call: Callable[[Learner], object],
     assert str(raised.value).startswith(f"{what} was called inside ")
     assert TRAINING in str(raised.value)
     assert len(learner.callbacks) == 2
-    learner.get_callback(CustomCallback).f = lambda view: None  # type: ignore[union-attr]  # it is there
+    untyped(learner.get_callback(CustomCallback)).f = lambda view: None
     watch.log.clear()
     learner.fit(1)
     assert watch.names == names_of_a_fit([SUPERVISED], 1)

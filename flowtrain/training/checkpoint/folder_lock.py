@@ -34,7 +34,7 @@ from flowtrain.errors import CheckpointError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # tested before each use
 
 __all__ = ["BEAT", "NAME", "PATIENCE", "SILENCE", "Folders", "check_owned", "started"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, is_a
 from flowtrain.training.checkpoint.attributes import without_compiled
 
 __all__ = ["ParameterGroups", "optimizer_name"]
@@ -84,8 +84,7 @@ class ParameterGroups:
                         f"instead of the old ones, and call optimizer.state.pop(old, None) for each of these."
                     )
         for param in optimizer.state:
-            # Optimizers of users may have other keys in their state.
-            if isinstance(param, torch.Tensor) and id(param) not in grouped:  # pyright: ignore[reportUnnecessaryIsInstance]
+            if is_a(param, torch.Tensor) and id(param) not in grouped:  # optimizers of users may have other keys
                 raise CheckpointError(
                     f"{optimizer_name(name)} has state of {names.get(id(param), 'a parameter')}, of shape "
                     f"{tuple(param.shape)}, which is in none of its groups. In the handler that takes a parameter out "

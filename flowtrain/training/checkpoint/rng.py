@@ -116,7 +116,7 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
     """
     for part in _persistent(loader) if not state["workers"] else ():
         # The iterator ends its workers when it is freed, and torch has no public way to it.
-        part._iterator = None  # pyright: ignore[reportPrivateUsage]
+        part._iterator = None  # pyright: ignore[reportPrivateUsage]  # see above
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Copies:
         plan = torch.empty(size, dtype=tensor.dtype, device="meta", memory_format=form)
         offset = int(tensor.storage_offset())
         if offset * tensor.itemsize + plan.nbytes <= tensor.untyped_storage().nbytes():
-            return torch.ops.aten.as_strided_(tensor, plan.size(), plan.stride(), offset)  # type: ignore[no-any-return]
+            return torch.ops.aten.as_strided_(tensor, plan.size(), plan.stride(), offset)  # type: ignore[no-any-return]  # a tensor
         if tensor.numel():
             raise NotImplementedError("aten::resize_: the simulated device enlarges no storage that is in use.")
         tensor.data = self._tensors.empty_like(plan)
@@ -58,7 +58,7 @@ class Copies:
         """Stand for ``aten::set_.source_Storage_storage_offset``, which touches no memory: the CPU's does it too."""
         op = torch.ops.aten.set_.source_Storage_storage_offset
         keys = INTERNALS.DispatchKeySet(INTERNALS.DispatchKey.CPU)
-        return op.redispatch(keys, tensor, storage, offset, size, stride)  # type: ignore[no-any-return]
+        return op.redispatch(keys, tensor, storage, offset, size, stride)  # type: ignore[no-any-return]  # a tensor
 
     def copy_from(self, source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
         """Stand for ``aten::_copy_from``: fill a tensor from another one, at least one of which is on the device."""

@@ -228,7 +228,7 @@ class Machine:
 
     def _known(self) -> Clock:
         """Return the clock of the calling thread: all work that the thread has waited for."""
-        return self._thread.__dict__.setdefault("known", {})  # type: ignore[no-any-return]
+        return self._thread.__dict__.setdefault("known", {})  # type: ignore[no-any-return]  # a dict
 
     def _advance(self) -> None:
         """Run the work that the schedule runs before the host waits."""

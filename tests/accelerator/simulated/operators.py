@@ -125,7 +125,7 @@ class Operators:
             """Return a tensor of the device with the sizes and strides of a view."""
             if view.dtype != base.dtype:
                 raise NotImplementedError(f"{op}: the simulated device has no views as another dtype.")
-            return aten.as_strided_(aten.alias(base), view.size(), view.stride(), view.storage_offset())  # type: ignore[no-any-return]
+            return aten.as_strided_(aten.alias(base), view.size(), view.stride(), view.storage_offset())  # type: ignore[no-any-return]  # a tensor
 
         return tree.tree_map_only(Tensor, alias, on_host)
 

@@ -98,7 +98,7 @@ def test_functions_and_numbers_are_schedules_too() -> None:
         (lambda: swa_lr(1.0, 0.1, start=1, length=-1), "swa_lr(): length is a whole number, at least 0, got -1."),
         (lambda: swa_lr(1.0, 0.1, start=1, shape=untyped("sine")), "swa_lr(shape='sine'): shape is 'cos' or 'linear'."),
         (
-            lambda: sequence([1.0, "x"], at=[1]),  # type: ignore[list-item]  # on purpose
+            lambda: sequence([1.0, untyped("x")], at=[1]),
             "A schedule is a function schedule(n) of the coming update, from 1, or a number; got 'x'. "
             "Write one_cycle(1e-3), or lambda n: 1e-3 / n.",
         ),

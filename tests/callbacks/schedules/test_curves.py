@@ -168,7 +168,7 @@ def test_a_schedule_that_waits_for_the_fit() -> None:
             "from_torch() got a ReduceLROnPlateau, which needs a metric. Use reduce_on_plateau(0.1, ...).",
         ),
         (
-            lambda: from_torch(lambda optimizer: None, 0.1),  # type: ignore[arg-type,return-value]  # on purpose
+            lambda: from_torch(untyped(lambda optimizer: None), 0.1),
             "from_torch(make, value): make(optimizer) returned None, which is no scheduler of torch. Write "
             "from_torch(lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), 0.1).",
         ),

@@ -22,6 +22,7 @@ from flowtrain_dask.cluster.callback_state import (
     load_state,
 )
 from tests.support.lanes import job_of
+from tests.support.untyped import untyped
 
 
 class Carrier(Callback):
@@ -126,7 +127,7 @@ def test_conditions_stay_where_they_are_asked() -> None:
 
 def test_state_that_comes_home_replaces_attributes_and_removes_those_that_are_gone() -> None:
     one = Carrier("one")
-    one.later = 1  # type: ignore[attr-defined]  # an attribute that a handler deletes
+    untyped(one).later = 1  # an attribute that a handler deletes
     there, kept = moved(one)
     del vars(there[0])["later"]
     load_state([one], kept_of(one), dump_state(there, kept))
@@ -160,7 +161,7 @@ def test_a_callback_has_its_backends_at_every_moment(tmp_path: Path) -> None:
 
 def test_what_getstate_leaves_out_is_left_out_there() -> None:
     one = Opening("one")
-    one.lock = threading.Lock()  # type: ignore[attr-defined]  # see the class
+    untyped(one).lock = threading.Lock()  # see the class
     check_can_be_sent(job_of(one), [one])
     assert "lock" not in vars(moved(one)[0][0])
 

@@ -66,7 +66,7 @@ def test_an_address_and_a_client(dask_processes: Any) -> None:
     assert stream.recent_message_log.maxlen == 10  # not a thousand, with a batch in each
     connection.close()
     assert connection.client.status == "closed"
-    with Client(dask_processes.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with Client(dask_processes.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]  # as above
         through = connect(client, 60)
         assert through is not None
         assert through.client is not client

@@ -29,6 +29,7 @@ from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.lanes.work import BatchResult
 from tests.support.lanes import Memory, job_of
 from tests.support.transports import MakeTransport, TransportContract
+from tests.support.untyped import untyped
 from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -435,6 +436,6 @@ def test_other_versions_are_refused_when_a_lane_opens(
 def test_what_does_not_pickle_is_named(connection: Connection, folder: Path) -> None:
     """Rule 19: a callback must pickle for a cluster; the attribute is named."""
     summer = Summer(Memory(), folder)
-    summer.guard = threading.Lock()  # type: ignore[attr-defined]  # what cannot travel
+    untyped(summer).guard = threading.Lock()  # it cannot be pickled
     with pytest.raises(ExecutorError, match=r"Summer cannot be sent .* its attribute 'guard', a lock, does not pickle"):
         Rig(connection, summer)

@@ -446,7 +446,7 @@ def test_rule_28_a_batch_that_fails_takes_no_checkpoint(tmp_path: Path) -> None:
     learner = learner_of(OnInterrupt(), Leave(tmp_path / "one.ckpt", signals=True, number=1), Fail())
     with pytest.raises(KeyboardInterrupt) as caught:
         learner.fit(1)
-    assert [repr(each) for each in caught.value.others] == ["ValueError('broken')"]  # type: ignore[attr-defined]
+    assert [repr(each) for each in untyped(caught.value).others] == ["ValueError('broken')"]
     learner.flush()
     assert list(tmp_path.iterdir()) == []
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -385,10 +386,10 @@ def test_writes_of_one_file_at_the_same_time_are_whole(tmp_path: Path) -> None:
     """A requeued job and its predecessor used one temporary file for both."""
     inner: list[str] = []
 
-    def write(file: object, text: bytes, then: Callable[[], None]) -> None:
-        file.write(text[:3])  # type: ignore[attr-defined]
+    def write(file: IO[bytes], text: bytes, then: Callable[[], None]) -> None:
+        file.write(text[:3])
         then()
-        file.write(text[3:])  # type: ignore[attr-defined]
+        file.write(text[3:])
 
     path = tmp_path / "latest"
 
