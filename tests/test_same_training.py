@@ -132,7 +132,7 @@ def classifier_by_hand(epochs: int = 3) -> list[float]:
                 if schedule.last_epoch + 1 < updates:
                     schedule.step()
         model.eval()
-        weights = dict(averaged.module.named_parameters())
+        weights: dict[str, Tensor] = dict(averaged.module.named_parameters())
         with torch.no_grad():
             for inputs, targets in validation:
                 losses.append(cross_entropy(functional_call(model, weights, (inputs,)), targets).item())
