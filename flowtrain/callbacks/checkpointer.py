@@ -41,8 +41,9 @@ class Checkpointer(Callback):
     The files are ``epoch-0001.ckpt`` and so on, with the number of the training epoch; an evaluation has the number of
     the training epoch before it. Outside of `fit`, as in ``learner.validate()``, no file is written. The files
     ``latest`` and ``best`` name one checkpoint each: ``learner.fit(10, resume=folder)`` resumes from the latest,
-    ``learner.load(folder + "/best")`` loads the best. A file with its final name is complete. Give each run its own
-    folder.
+    ``learner.load(folder + "/best")`` loads the best. A file with its final name is complete. If the model is sharded
+    over several processes, its tensors are in a folder beside the file, ``epoch-0001.<drawn>.shards``. Give each run
+    its own folder.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.

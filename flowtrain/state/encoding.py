@@ -16,9 +16,9 @@ import torch
 from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
-from flowtrain.state.shards import is_sharded, whole
+from flowtrain.state.shards import Pieces, is_sharded, own_pieces
 
-__all__ = ["SAME", "STORABLE", "Packer", "phase_of", "typed", "unpack"]
+__all__ = ["SAME", "SHARDED", "STORABLE", "Packer", "phase_of", "typed", "unpack"]
 
 STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
@@ -27,19 +27,21 @@ STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.d
 SAME = "the tensor of the main rank"
 """Stands, as the only key of a mapping, for a tensor that the main rank has at the same place."""
 
+SHARDED = "the number of a sharded tensor"
+"""A key of a mapping that stands for a sharded tensor, whose pieces are in the files of all ranks."""
+
 
 class Packer:
     """Copies values for one checkpoint. Tensors that share their memory share it in the copy too.
 
-    A sharded tensor is put together, for which all ranks copy the same values in the same order. The main rank has the
-    copy of it, and every other rank a mapping with the key `SAME` instead.
-
     Args:
-        in_memory: Whether the copy never leaves this process. Sharded tensors then stay sharded.
+        pieces: A list, to which the pieces of each sharded tensor are added that this rank has; the copy has a mapping
+            with the key `SHARDED` instead of the tensor. All ranks copy the same values in the same order, so a tensor
+            has the same number on all of them. Without a list sharded tensors stay sharded, on their device.
     """
 
-    def __init__(self, *, in_memory: bool = False) -> None:
-        self._in_memory = in_memory
+    def __init__(self, pieces: list[Any] | None = None) -> None:
+        self.pieces = pieces
         # Each tensor is held with its clone: if it were freed, the next one could get its address.
         self._clones: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._around: list[int] = []  # the ids of the containers that are being copied, from the outside inwards
@@ -59,7 +61,9 @@ class Packer:
         if kind in STORABLE:
             return value
         if isinstance(value, torch.Tensor):
-            return self._put_together(value) if is_sharded(value) else self._clone(value)
+            return self._sharded(value) if is_sharded(value) else self._clone(value)
+        if isinstance(value, Pieces):
+            return value
         with self._inside(value, owner, path):
             return self._container(value, owner, path)
 
@@ -96,12 +100,12 @@ class Packer:
             return self.copy(value.item(), owner, path)
         raise _refuse(value, owner, path or "itself")
 
-    def _put_together(self, tensor: torch.Tensor) -> Any:
+    def _sharded(self, tensor: torch.Tensor) -> Any:
         """Return the copy of a sharded tensor; the class describes it."""
-        if self._in_memory:
+        if self.pieces is None:
             return tensor.detach().clone()
-        found = whole(tensor.detach())  # one after the other, so that no rank holds more than one of them
-        return {SAME: True} if torch.distributed.get_rank() else found.to("cpu", copy=True)
+        self.pieces.append(own_pieces(tensor))
+        return {SHARDED: len(self.pieces) - 1, "shape": [*tensor.shape], "dtype": tensor.dtype}
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the copy of a tensor. Two objects that show the same elements, such as tied weights, have one copy."""

@@ -5,7 +5,8 @@ of a learner and restores it. `changes` handles the changes that training has ma
 ``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
 `files` writes checkpoint files, complete or not at all; `folder_lock` lets one process at a time train into a folder;
 `position` knows how far a fit is in its data, `rng` the states of the random number generators. `rank_checkpoints`
-takes the checkpoints of several ranks, and `rank_parts` has what differs between them.
+takes the checkpoints of several ranks, `rank_parts` has what differs between them, and `shard_files` knows the files in
+which each rank has its part of a sharded model.
 """
 
 __all__: list[str] = []

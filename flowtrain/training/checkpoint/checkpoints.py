@@ -51,6 +51,7 @@ from flowtrain.training.checkpoint.rng import (
     set_random_state,
     start_workers,
 )
+from flowtrain.training.checkpoint.shard_files import put_together
 from flowtrain.training.scopes import OPEN, Scopes
 from flowtrain.training.sinks import Sinks
 
@@ -146,7 +147,7 @@ class Checkpoints:
             try:
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
-                gathered = self._again if self._again is not None else self._gather(request.judged)
+                gathered = self._gather(request.judged) if self._again is None else put_together(self._again)
                 run = {**gathered["run"], "folder": real_folder(request.path)}
                 self._write({**gathered, "finite": finite, "run": run}, request)
             except CheckpointError as failure:  # raised below, after the other checkpoints are taken
@@ -360,7 +361,7 @@ class Checkpoints:
 
     def _read(self, path: Any) -> dict[str, Any]:
         """Return the contents of a checkpoint, with its present folder as the entry ``here`` of ``run``."""
-        contents, here = read(path), real_folder(find_file(path))
+        contents, here = read(path, pieces=True), real_folder(find_file(path))
         return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
     def _numbers(self, contents: Mapping[str, Any]) -> tuple[dict[Phase, int], dict[Phase, int]]:

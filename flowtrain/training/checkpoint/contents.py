@@ -46,7 +46,7 @@ from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
-from flowtrain.state.shards import spread
+from flowtrain.state.shards import Pieces, spread
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
@@ -77,21 +77,27 @@ def gather(
         judged: Whether ``model`` is to hold the parameters that evaluation judges.
         in_memory: Whether the copy never leaves this process, so that it may hold unpicklable objects.
 
+    Returns:
+        The entries by name. If the model is sharded, and the copy leaves this process, ``shards`` has the pieces that
+        this rank has (`Packer`).
+
     Raises:
         CheckpointError: A callback, ``cbstate`` or a module holds an object that a checkpoint cannot.
     """
+    packer = Packer(None if in_memory else [])
     with ExitStack() as rest:  # a callback undoes temporary changes while it is at rest, so that they are not saved
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        contents = _gather(state, core, changes, in_memory)
+        contents = _gather(state, core, changes, packer, in_memory)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
-            judging = _models(core, Packer(in_memory=in_memory))
+            judging = _models(core, Packer(packer.pieces))
             contents |= {"version": JUDGED, "trained": contents["model"], "model": judging}
-        return contents
+        return {**contents, "shards": packer.pieces} if packer.pieces else contents
 
 
-def _gather(state: LearnerState, core: TorchCore, changes: Changes, in_memory: bool) -> dict[str, Any]:
-    packer = Packer(in_memory=in_memory)
+def _gather(
+    state: LearnerState, core: TorchCore, changes: Changes, packer: Packer, in_memory: bool
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -232,7 +238,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             yield f"it has {name}, and the learner's has not"
         elif is_lazy(here[name]):  # a lazy parameter cannot be compared: it gets its shape with the first batch
             yield f"its {name} has a shape, the learner's has none yet: call the model once before, model(inputs)"
-        elif isinstance(value, torch.Tensor) and isinstance(here[name], torch.Tensor):
+        elif isinstance(value, (torch.Tensor, Pieces)) and isinstance(here[name], torch.Tensor):
             if value.shape != here[name].shape:
                 yield f"its {name} has shape {tuple(value.shape)}, the learner's {tuple(here[name].shape)}"
             elif value.dtype != here[name].dtype:
@@ -268,7 +274,7 @@ def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, cha
 
 
 def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
-    packer = Packer(in_memory=True)
+    packer = Packer()
     with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
         changes.load_state_dict(contents.get("structure"))
     # The models come first: an optimizer casts its state to the dtype and device of its parameters, and a callback may

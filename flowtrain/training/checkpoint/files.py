@@ -25,9 +25,11 @@ from flowtrain.callback.view import POINTERS, CheckpointRequest
 from flowtrain.errors import CheckpointError, UsageError, is_a
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.checkpoint.folder_lock import check_owned
+from flowtrain.training.checkpoint.shard_files import put_together, remove_shards, with_shards
 
 __all__ = [
     "FORMAT",
+    "IN_PIECES",
     "JUDGED",
     "VERSION",
     "Writer",
@@ -43,6 +45,8 @@ __all__ = [
 FORMAT, VERSION = "flowtrain checkpoint", 1
 JUDGED = 2
 """The version of a checkpoint with an entry ``trained``. A reader of version 1 would miss it and train ``model``."""
+IN_PIECES = 3
+"""The version of a checkpoint whose sharded tensors are in files beside it (`flowtrain.training.checkpoint.shards`)."""
 
 _Reached = Callable[[str], None]
 
@@ -140,11 +144,13 @@ def find_file(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *, pieces: bool = False) -> dict[str, Any]:
     """Return the contents of a checkpoint, with all tensors on the CPU.
 
     Args:
         path: As for `find_file`.
+        pieces: Whether the sharded tensors of models and optimizers become `flowtrain.state.shards.Pieces`, of which
+            only parts are read; otherwise they are put together.
 
     Raises:
         CheckpointError: The file is missing, truncated, no checkpoint, or of a version that this flowtrain cannot read.
@@ -166,12 +172,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} is no checkpoint of flowtrain: it holds {type(contents).__name__}. For weights alone call "
             f"learner.model.load_state_dict(torch.load(path))."
         )
-    if contents["version"] not in (VERSION, JUDGED):
+    if contents["version"] not in (VERSION, JUDGED, IN_PIECES):
         raise CheckpointError(
             f"{file} has version {contents['version']} of the format, written by flowtrain {contents['flowtrain']}; "
-            f"this one reads {VERSION} and {JUDGED}. Use the flowtrain that wrote it, or a later one."
+            f"this one reads {VERSION} to {IN_PIECES}. Use the flowtrain that wrote it, or a later one."
         )
-    return dict(contents)
+    return with_shards(dict(contents), file, pieces=pieces)
 
 
 def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] = "best") -> dict[str, Any]:
@@ -201,7 +207,7 @@ def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] 
                 f"yet. Write load_weights(path, 'latest')."
             )
         found = found / which if target(found, which) else found
-    models = read(found)["model"]
+    models = put_together(read(found, pieces=True)["model"])
     return dict(models[""] if list(models) == [""] else models)
 
 
@@ -226,20 +232,23 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
-    def submit(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
+    def submit(
+        self, contents: dict[str, Any] | None, request: CheckpointRequest, first: Callable[[], None] | None = None
+    ) -> None:
         """Begin to write a checkpoint, after waiting for the previous one.
 
         If ``contents["finite"]`` is false no pointer will name the checkpoint.
 
         Args:
-            contents: The contents, which the writer owns from now on.
+            contents: The contents, which the writer owns from now on; ``None`` if another rank writes them.
             request: The path, and the pointers and files to change after the write.
+            first: A function that writes other files, on the writing thread, without which there is no checkpoint.
 
         Raises:
             CheckpointError: The previous checkpoint could not be written.
         """
         self.wait()
-        job = partial(self._write, contents, request)
+        job = partial(self._write, contents, request, first)
         self._thread = threading.Thread(target=job, name="flowtrain-checkpoint")
         self._thread.start()
 
@@ -261,24 +270,16 @@ class Writer:
         if failure is not None:
             raise failure
 
-    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
+    def _write(
+        self, contents: dict[str, Any] | None, request: CheckpointRequest, first: Callable[[], None] | None
+    ) -> None:
         path = Path(request.path)
         try:
-            check_owned(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, partial(_save, contents), self.reached, "checkpoint")
-            if request.weights:
-                tensors = _weights(contents["model"])
-                beside = path.with_suffix(".safetensors")
-                write_whole(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
-            if contents["finite"]:
-                for pointer in POINTERS if request.best else POINTERS[:1]:
-                    beside = path.with_name(pointer)
-                    write_whole(beside, lambda file: _save_name(path.name, file), self.reached, pointer)
-            else:
-                self._mailbox.put(partial(_warn, path))  # on the training thread, where the user's filters apply
-            _remove(path.parent, request.remove)
-            self.reached("removed")
+            if first is not None:
+                first()
+            if contents is not None:
+                self._complete(path, contents, request)
         except BaseException as error:  # any exception, since it would be lost with this thread
             kept = target(path.parent, "latest")
             still = f"The last complete one is {path.parent / kept}." if kept else "There is no earlier checkpoint."
@@ -290,13 +291,27 @@ class Writer:
             self._failure = failure
             self._mailbox.put(self._raise)
 
+    def _complete(self, path: Path, contents: dict[str, Any], request: CheckpointRequest) -> None:
+        """Write the file of a checkpoint, then the files that name it, and remove those that it replaces."""
+        check_owned(path.parent)
+        write_whole(path, partial(torch.save, contents), self.reached, "checkpoint")
+        remove_shards(path, keep=contents.get("shards"))
+        if request.weights:
+            tensors = _weights(put_together(with_shards(contents, path, pieces=True)["model"]))
+            beside = path.with_suffix(".safetensors")
+            write_whole(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
+        if contents["finite"]:
+            for pointer in POINTERS if request.best else POINTERS[:1]:
+                beside = path.with_name(pointer)
+                write_whole(beside, lambda file: _save_name(path.name, file), self.reached, pointer)
+        else:
+            self._mailbox.put(partial(_warn, path))  # on the training thread, where the user's filters apply
+        _remove(path.parent, request.remove)
+        self.reached("removed")
+
 
 def _save_name(name: str, file: Any) -> None:
     file.write(name.encode() + b"\n")
-
-
-def _save(contents: dict[str, Any], file: Any) -> None:
-    torch.save(contents, file)
 
 
 def _weights(model: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -323,6 +338,7 @@ def _remove(folder: Path, names: tuple[str, ...]) -> None:
         if name not in kept and os.path.basename(name) == name:
             (folder / name).unlink(missing_ok=True)
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
+            remove_shards(folder / name)
 
 
 def _warn(path: Path) -> None:

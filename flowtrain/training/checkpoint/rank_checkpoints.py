@@ -3,13 +3,21 @@
 All ranks request the same checkpoints at the same points, copy their state there, and send their parts to the main rank
 (`flowtrain.training.checkpoint.rank_parts`). Training continues while the main rank writes. Every rank resumes from the
 file, which therefore lies in a folder that all of them can read.
+
+If the model is sharded, each rank also writes the pieces that it has of the sharded tensors, on the thread of its
+writer (`flowtrain.training.checkpoint.shard_files`). There the ranks tell each other, over a process group for this
+alone, whether they could write them. Only then does the main rank write the file, so that it is complete or not there.
 """
 
 from __future__ import annotations
 
 import random
+import secrets
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +29,9 @@ from flowtrain.errors import CheckpointError, RemoteError
 from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.checkpoint.files import IN_PIECES, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
+from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 
@@ -59,6 +69,7 @@ class RankCheckpoints(Checkpoints):
     ) -> None:
         super().__init__(state, core, executor, scopes, sinks, mailbox)
         self._world = world
+        self._writers: World | None = None  # the ranks, for the exchanges of the threads that write shards
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
         self._missed = False  # whether an error has dropped requests here that the other ranks carry out
 
@@ -110,18 +121,53 @@ class RankCheckpoints(Checkpoints):
         except CheckpointError as raised:
             failure = raised
         known = digests(contents) if self._world.main and failure is None else {}
-        found = self._world.exchange(("" if failure is None else str(failure), known))
+        found = self._world.exchange(("" if failure is None else str(failure), known, secrets.token_hex(4)))
         if failure is not None:
             raise failure
-        wrong = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(found) if reason]
+        wrong = [f"rank {rank}: {reason}" for rank, (reason, _, _) in enumerate(found) if reason]
         if wrong:
             raise CheckpointError("; ".join(wrong))
-        parts = self._world.gather(None if self._world.main else reduced(contents, found[0][1]))
-        return {**contents, "ranks": parts[1:]} if self._world.main else contents
+        _, known, token = found[0]
+        parts = self._world.gather(None if self._world.main else reduced(contents, known))
+        if "shards" in contents:
+            self._writers = self._writers or self._world.beside()
+        return {**contents, "ranks": parts[1:], "token": token}
 
     def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
-        if self._world.main:
-            super()._write(contents, request)
+        token, pieces = contents.pop("token", ""), contents.pop("shards", None)
+        if pieces is None:
+            if self._world.main:
+                super()._write(contents, request)
+            return
+        folder = shard_folder(Path(request.path), token)
+        named = {**contents, "version": IN_PIECES, "shards": folder.name, "shard count": self._world.size}
+        first = partial(self._write_shards, folder, pieces)
+        self.writer.submit(named if self._world.main else None, request, first)
+
+    def _write_shards(self, folder: Path, pieces: list[Any]) -> None:
+        """Write the pieces of this rank, on the thread of the writer, and wait until all ranks have written theirs.
+
+        Raises:
+            BaseException: This rank could not write its pieces.
+            CheckpointError: Another rank could not.
+            RemoteError: Another rank has ended.
+        """
+        failure: BaseException | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / shard_name(self._world.rank)
+            write_whole(path, partial(torch.save, pieces), self.writer.reached, "shards")
+        except BaseException as raised:
+            failure = raised
+        assert self._writers is not None
+        reasons = self._writers.exchange("" if failure is None else f"{type(failure).__name__}: {failure}")
+        others = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        if others and self._world.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        if failure is not None:
+            raise failure
+        if others:
+            raise CheckpointError(others)
 
     # --- restore
 

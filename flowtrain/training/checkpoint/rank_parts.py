@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flowtrain.errors import CheckpointError
-from flowtrain.state.encoding import SAME
+from flowtrain.state.encoding import SAME, SHARDED
 
 __all__ = ["check_size", "digests", "part_of", "parts_in", "reduced"]
 
@@ -133,7 +133,7 @@ def _changed(item: Any, change: Callable[[torch.Tensor, tuple[Any, ...]], Any], 
 def _filled(part: Any, main: Any) -> Any:
     """Return the part of a rank with the tensors of the main rank where it left them out."""
     if isinstance(part, dict):
-        if SAME in part:
+        if SAME in part or SHARDED in part:
             return main
         return {
             key: _filled(each, main.get(key) if isinstance(main, dict) else None) for key, each in part.items()
