@@ -75,14 +75,14 @@ def network() -> nn.Sequential:
 def learner(folder: str, *callbacks: Callback, parallel: Any = "fsdp", core: Any = None, **options: Any) -> Learner:
     """Return a learner of that model, whose layers are units of their own, with checkpoints in a folder."""
     torch.manual_seed(7 + rank())
-    shard = {"shard": nn.Linear} if parallel == "fsdp" else {}
+    shard: Any = nn.Linear if parallel == "fsdp" else None
     return Learner(
         network(),
         cross_entropy,
         data=(classes(5), classes(2)),
         optimizer=partial(torch.optim.AdamW, lr=0.01),
         callbacks=[Checkpointer(folder, **options), *callbacks],
-        core=TorchCore(parallel=parallel, **shard, **(core or {})),
+        core=TorchCore(parallel=parallel, shard=shard, **(core or {})),
         default_callbacks="quiet",
     )
 

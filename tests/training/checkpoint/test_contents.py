@@ -137,7 +137,7 @@ def test_a_file_that_is_no_checkpoint(damage: str, folder: Path) -> None:
         message = f"{file} is no checkpoint of flowtrain: it holds dict. For weights alone call learner"
     elif damage == "newer":
         torch.save({**contents, "version": 7, "flowtrain": "9.0"}, file)
-        message = f"{file} has version 7 of the format, written by flowtrain 9.0; this one reads 1 and 2. Use the flo"
+        message = f"{file} has version 7 of the format, written by flowtrain 9.0; this one reads 1 to 3. Use the flo"
     else:
         path = folder / "inside"
         path.mkdir()

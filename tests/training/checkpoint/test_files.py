@@ -96,7 +96,7 @@ def test_a_folder_without_a_checkpoint_says_what_is_in_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("contents", "text"),
     [
-        ({"version": 99}, r"has version 99 of the format, written by flowtrain 1; this one reads 1 and 2\. Use the"),
+        ({"version": 99}, r"has version 99 of the format, written by flowtrain 1; this one reads 1 to 3\. Use the"),
         ({"format": "another"}, r"is no checkpoint of flowtrain: it holds dict\. For weights alone call"),
     ],
 )
