@@ -15,6 +15,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -233,7 +234,10 @@ class Writer:
         self._failure: CheckpointError | None = None
 
     def submit(
-        self, contents: dict[str, Any] | None, request: CheckpointRequest, first: Callable[[], None] | None = None
+        self,
+        contents: dict[str, Any] | None,
+        request: CheckpointRequest,
+        around: AbstractContextManager[None] | None = None,
     ) -> None:
         """Begin to write a checkpoint, after waiting for the previous one.
 
@@ -242,13 +246,13 @@ class Writer:
         Args:
             contents: The contents, which the writer owns from now on; ``None`` if another rank writes them.
             request: The path, and the pointers and files to change after the write.
-            first: A function that writes other files, on the writing thread, without which there is no checkpoint.
+            around: A context on the writing thread, in which the file is written.
 
         Raises:
             CheckpointError: The previous checkpoint could not be written.
         """
         self.wait()
-        job = partial(self._write, contents, request, first)
+        job = partial(self._write, contents, request, around or nullcontext())
         self._thread = threading.Thread(target=job, name="flowtrain-checkpoint")
         self._thread.start()
 
@@ -271,15 +275,14 @@ class Writer:
             raise failure
 
     def _write(
-        self, contents: dict[str, Any] | None, request: CheckpointRequest, first: Callable[[], None] | None
+        self, contents: dict[str, Any] | None, request: CheckpointRequest, around: AbstractContextManager[None]
     ) -> None:
         path = Path(request.path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if first is not None:
-                first()
-            if contents is not None:
-                self._complete(path, contents, request)
+            with around:
+                if contents is not None:
+                    self._complete(path, contents, request)
         except BaseException as error:  # any exception, since it would be lost with this thread
             kept = target(path.parent, "latest")
             still = f"The last complete one is {path.parent / kept}." if kept else "There is no earlier checkpoint."

@@ -15,7 +15,8 @@ import random
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,33 +142,45 @@ class RankCheckpoints(Checkpoints):
             return
         folder = shard_folder(Path(request.path), token)
         named = {**contents, "version": IN_PIECES, "shards": folder.name, "shard count": self._world.size}
-        first = partial(self._write_shards, folder, pieces)
-        self.writer.submit(named if self._world.main else None, request, first)
+        self.writer.submit(named if self._world.main else None, request, self._with_shards(folder, pieces))
 
-    def _write_shards(self, folder: Path, pieces: list[Any]) -> None:
-        """Write the pieces of this rank, on the thread of the writer, and wait until all ranks have written theirs.
+    @contextmanager
+    def _with_shards(self, folder: Path, pieces: list[Any]) -> Generator[None]:
+        """Write the pieces of this rank, and give a context in which the main rank writes the file of the checkpoint.
+
+        Runs on the thread of the writer. The ranks meet twice: before the file is written, and when it is.
 
         Raises:
-            BaseException: This rank could not write its pieces.
+            BaseException: This rank could not write.
             CheckpointError: Another rank could not.
             RemoteError: Another rank has ended.
         """
+        try:
+            with self._agreed():
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / shard_name(self._world.rank)
+                write_whole(path, partial(torch.save, pieces), self.writer.reached, "shards")
+        except BaseException:
+            if self._world.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._agreed():
+            yield
+
+    @contextmanager
+    def _agreed(self) -> Generator[None]:
+        """Give a context that fails on all ranks if it fails on one, with the errors of `_with_shards`."""
         failure: BaseException | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / shard_name(self._world.rank)
-            write_whole(path, partial(torch.save, pieces), self.writer.reached, "shards")
+            yield
         except BaseException as raised:
             failure = raised
         assert self._writers is not None
         reasons = self._writers.exchange("" if failure is None else f"{type(failure).__name__}: {failure}")
-        others = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-        if others and self._world.main:
-            shutil.rmtree(folder, ignore_errors=True)
         if failure is not None:
             raise failure
-        if others:
-            raise CheckpointError(others)
+        if any(reasons):
+            raise CheckpointError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
 
     # --- restore
 
