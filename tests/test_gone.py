@@ -51,7 +51,7 @@ from tests.support.waiting import wait_for
 EXECUTORS: dict[str, Callable[[], Any]] = {
     "serial": lambda: "serial",
     "dask": DaskExecutor,
-    "always": partial(DaskExecutor, parallel="always", workers=2),
+    "always": partial(DaskExecutor, defer="always", parallel="always", workers=2),
 }
 
 
@@ -317,7 +317,7 @@ def test_what_waits_in_a_lane_is_written_before_its_file_is_closed(tmp_path: Pat
     go = threading.Event()
     backend = JsonlBackend(tmp_path / "log.jsonl")
     waits = LogVisualization(partial(value_when, go), backend, every=1, phase_type=TrainingPhase)
-    learner = tiny_learner(waits, executor=DaskExecutor(), n_batches=4)
+    learner = tiny_learner(waits, executor=DaskExecutor(defer="always"), n_batches=4)
     learner.loop.sinks.open()
     for raw in learner.data[TrainingPhase]:
         learner.step(TrainingPhase, raw)

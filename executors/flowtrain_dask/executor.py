@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
@@ -24,8 +24,9 @@ from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, sharing
-from flowtrain_dask.deferred.policy import Options, check_choice
+from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, Lanes, sharing
+from flowtrain_dask.deferred.placement import ConsumersOnly
+from flowtrain_dask.deferred.policy import Defer, Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
@@ -51,8 +52,9 @@ class DaskExecutor:
     The result is the serial result. Independent handlers run on threads, in the order of a dask task graph, which
     `graph` returns. The threads start when an event first runs in parallel, and end with `close` or with the learner.
 
-    A deferrable callback is taken off the training thread. Its handlers run later, in order, on exact snapshots of the
-    state that they declare to read: in threads of this process or on a cluster. `report` tells how far they are.
+    A deferrable callback is taken off the training thread where that saves time. Its handlers then run later, in order,
+    on exact snapshots of the state that they declare to read: in threads of this process or on a cluster. `report`
+    tells where each callback is, why, and how far its events are.
 
     Args:
         cluster: Where deferred callbacks run. ``None``: in threads of this process. ``"local"``: in worker processes
@@ -62,7 +64,9 @@ class DaskExecutor:
             of cores that this process may use.
         parallel: ``"auto"`` runs an event in parallel if measuring shows that this is faster, ``"always"`` if two
             handlers are independent, ``"never"`` not at all.
-        defer: Whether deferrable callbacks are deferred at all.
+        defer: ``"auto"`` leaves a deferrable callback in place until measuring shows that training is faster without
+            it, ``"always"`` or ``True`` defers it from the first event on, ``"never"`` or ``False`` not at all. With
+            `resources` ``"auto"`` is ``"always"``.
         resources: The resources that a worker of the cluster must have, such as ``{"flowtrain": 1}``; see
             ``docs/cluster.md``.
         drain_timeout: The seconds for which deferred events are still processed after training was interrupted, and
@@ -85,7 +89,7 @@ class DaskExecutor:
         *,
         workers: int | None = None,
         parallel: Parallel = "auto",
-        defer: bool = True,
+        defer: Defer | bool = "auto",
         resources: Mapping[str, float] | None = None,
         drain_timeout: float = 30.0,
         limits: Limits | None = None,
@@ -104,6 +108,7 @@ class DaskExecutor:
         self._pool = StrandPool(_cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
+        self._consumers: ConsumersOnly | None = None
         self._routes: dict[tuple[type[Event], type[Phase]], Route] = {}
 
     @property
@@ -126,7 +131,9 @@ class DaskExecutor:
         if self._site is not None and self._site is not site:
             raise ExecutorError("This DaskExecutor belongs to another learner. Give each learner its own.")
         self._site = site
-        self._serial.bind(site)
+        if self._consumers is None:
+            self._consumers = ConsumersOnly(site)
+            self._serial.bind(cast(Site, self._consumers))
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
         """Raise if the executor cannot run these callbacks; connect to the cluster if one of them is deferred to it.
@@ -151,10 +158,10 @@ class DaskExecutor:
                 "DaskExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
                 "which binds it, or call bind(site) first."
             )
-        lanes = self._deferred.use(self._site)
+        lanes = self._use(self._site)
         rewritten, shared = lanes.rewrite(plan)
-        route = self._make_route(rewritten, self._site, lanes.positions(plan))
-        route.original, route.shared = plan, shared
+        route = self._make_route(rewritten, cast(Site, self._consumers), lanes.positions(plan))
+        route.original, route.shared, route.settled = plan, shared, lanes.are_settled(plan)
         self._routes[plan.event_type, plan.phase_type] = route
         return self._wrapped(route, route.runner)
 
@@ -183,7 +190,7 @@ class DaskExecutor:
         A further line for each deferrable callback says whether it is deferred, to which lane, and why not otherwise.
         """
         if self._site is not None and not self._pool.closed:
-            self._deferred.use(self._site)  # so that the lanes are known before the first event too
+            self._use(self._site)  # so that the lanes are known before the first event too
         deferred = self._deferred.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
@@ -238,6 +245,22 @@ class DaskExecutor:
 
     # --- plans
 
+    def _use(self, site: Site) -> Lanes:
+        """Return the lanes for the callbacks of the loop, with which the runners refuse requests of these callbacks."""
+        lanes = self._deferred.use(site)
+        if self._consumers is not None and self._deferred.defer == "auto":
+            self._consumers.names = lanes.names
+        return lanes
+
+    def _compile_stale(self) -> None:
+        """Compile the plans again whose callbacks have moved, or are no longer timed."""
+        stale = self._deferred.stale
+        while stale and self._site is not None:
+            key = stale.pop()
+            route = self._routes.get(key)
+            if route is not None and route.original is not None:
+                self._site.swap(route.original, self.compile(route.original))
+
     def _make_route(self, plan: Plan, site: Site, deferred: frozenset[int]) -> Route:
         graph, serial = compile_plan(plan), self._serial.compile(plan)
         main = needs_training_thread(plan) | deferred  # a snapshot node runs there, since one thread fills a lane
@@ -259,9 +282,11 @@ class DaskExecutor:
             self._site.swap(plan, self._wrapped(route, runner))
 
     def _wrapped(self, route: Route, runner: Runner) -> Runner:
-        """Return a runner that also clears shared copies after a firing and, for `EpochBegin`, has plans measured."""
+        """Return a runner that also clears shared copies after a firing, and has plans measured and compiled again."""
         if route.shared is not None:
             runner = sharing(runner, route.shared)
+        if not route.settled:
+            runner = self._measuring(runner)
         if not issubclass(route.plan.event_type, EpochBegin):
             return runner
 
@@ -272,10 +297,24 @@ class DaskExecutor:
 
         return begin
 
+    def _measuring(self, runner: Runner) -> Runner:
+        """Return a runner of a plan whose callbacks are measured, which has plans compiled again after a decision."""
+        stale = self._deferred.stale
+
+        def run(event: Event, phase: Phase) -> None:
+            """Run the event."""
+            runner(event, phase)
+            if stale:
+                self._compile_stale()
+
+        return run
+
     def _look_again(self) -> None:
         for route in self._routes.values():
             if route.decision is not None:
                 route.decision.look_again()
+        self._deferred.look_again()
+        self._compile_stale()
 
     def _check_open(self) -> None:
         if self._pool.closed:
@@ -314,6 +353,7 @@ class Route:
         decision: The decision between inline and parallel, if there is one.
         original: The plan of the learner, without snapshot nodes.
         shared: The copies that its snapshot nodes share in one firing, if any two share one.
+        settled: Whether no callback is measured to decide where it runs.
     """
 
     plan: Plan
@@ -324,6 +364,7 @@ class Route:
     decision: Decision | None = None
     original: Plan | None = None
     shared: Shared | None = None
+    settled: bool = True
 
     def explain(self) -> str:
         """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""

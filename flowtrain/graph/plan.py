@@ -46,6 +46,7 @@ class PlannedHandler:
         conditions: The conditions of the callback that `call` asks first.
         exchange: The exchanges between ranks that `call` takes part in; ``None`` if there are none. Such a handler runs
             on the training thread, in serial order, so that all ranks come to their exchanges in the same order.
+        unasked: The function that `call` calls after the conditions; ``None`` if `call` asks none.
     """
 
     node: Node
@@ -54,6 +55,7 @@ class PlannedHandler:
     view: LearnerView
     conditions: tuple[Condition, ...] = ()
     exchange: Exchange | None = None
+    unasked: Call | None = None
 
     @property
     def callback(self) -> Callback:
@@ -67,7 +69,7 @@ class PlannedHandler:
 
     def with_call(self, call: Call) -> PlannedHandler:
         """Return this handler with another function to call, under the same conditions."""
-        return replace(self, call=_conditional(call, self.conditions) if self.conditions else call)
+        return replace(self, call=_conditional(call, self.conditions) if self.conditions else call, unasked=call)
 
     def exchange_nothing(self, event: Event, phase: Phase) -> None:
         """Take part in the exchanges between ranks without a value, because this rank does not run the handler."""

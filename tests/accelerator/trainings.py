@@ -188,10 +188,13 @@ TRAININGS: dict[str, Training] = {
     "a progress bar": Training(callbacks=(lambda: ProgressBar(redraw=0.0, report=0.0),)),
     "EMA": Training(callbacks=(lambda: EMA(0.8, buffers=True),), more=averages_of),
     "deferred callbacks": Training(
-        callbacks=(Deferred,), executor=partial(DaskExecutor, parallel="never"), more=sums_of
+        callbacks=(Deferred,), executor=partial(DaskExecutor, defer="always", parallel="never"), more=sums_of
     ),
     "deferred and accumulated": Training(
-        {"accumulate": 2}, callbacks=(Deferred,), executor=partial(DaskExecutor, parallel="always"), more=sums_of
+        {"accumulate": 2},
+        callbacks=(Deferred,),
+        executor=partial(DaskExecutor, defer="always", parallel="always"),
+        more=sums_of,
     ),
     "NaN guard": Training(data=with_nan, more=lambda learner: (str(learner.stopped), learner.core.finite())),
 }

@@ -410,7 +410,7 @@ def test_the_results_do_not_depend_on_the_executor(tmp_path: Path) -> None:
         callbacks = [metrics, Reader(), LogMetrics(JsonlBackend(files[-1]))]
         return classifier(*callbacks, train=classes([8, 4, 3]), valid=classes([5, 2], seed=1), executor=executor)
 
-    always = partial(DaskExecutor, defer=True, parallel="always")
+    always = partial(DaskExecutor, defer="always", parallel="always")
     assert_equivalent(make, executors=["dask", always], interleavings=2, ignore=["callbacks.LogMetrics.backends"])
     serial, *others = (log_fields(file, "name", "group", "step", "value") for file in files)
     assert len(serial) == 2 * (3 + 2) * 7 - 2 * 3 + 2 * 2 * 7  # small batches give no "Spread.large"

@@ -42,7 +42,7 @@ def loaders(epochs: int, method: str) -> bool:
         callbacks = LogMetrics(shared), LogHistograms(shared, every=2), Chain(own)
         with Learner(
             torch.nn.Linear(8, 3), F.cross_entropy, data=loader, callbacks=callbacks, default_callbacks="quiet",
-            executor=DaskExecutor(),
+            executor=DaskExecutor(defer="always"),
         ) as learner:  # fmt: skip
             learner.fit(epochs)
         lines = Path(own.path).read_text().count("\n")

@@ -48,7 +48,7 @@ def main() -> None:
     else:
         importlib.import_module("distributed")  # which sets the levels of its loggers
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # the scheduler's end is no surprise
-        executor = DaskExecutor(arguments.cluster)
+        executor = DaskExecutor(arguments.cluster, defer="always")
         stop = folder / "stop"
         epochs = _train(folder / "cluster", executor, arguments.seed, lambda _: stop.exists(), 0.002)
         (folder / "epochs").write_text(str(epochs))

@@ -54,7 +54,7 @@ def _soak(folder: Path, events: int, processes: DaskProcesses | None) -> bool:
     path = folder / "log.jsonl"
     looks = Looks(processes, events // _LOOKS)
     data = [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(1000)]
-    executor = DaskExecutor(None if processes is None else processes.address)
+    executor = DaskExecutor(None if processes is None else processes.address, defer="always")
     with Learner(
         torch.nn.Linear(8, 3), F.cross_entropy, data=data, callbacks=[Losses(JsonlBackend(path)), looks],
         default_callbacks=False, executor=executor,

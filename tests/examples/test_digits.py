@@ -231,11 +231,12 @@ def test_the_report_of_the_lanes_comes_last(logged: Logged) -> None:
         assert "lane" not in logged.output
         return  # the serial executor has no lanes
     after = logged.output.split(title)[1].splitlines()
-    assert after[1].split()[:5] == ["lane", "where", "events", "done", "pending"]
-    lane, where, events, done, pending, *_, records = after[2].split()
-    assert (lane, where) == ("LogMetrics+LogHyperParams+LogHistograms+LogVisualization", "thread")
-    assert (done, pending) == (events, "0")
-    assert int(records.replace(",", "")) == 2 * len(lines(logged.folder))  # one lane for each of two backends
+    name = "LogMetrics+LogHyperParams+LogHistograms+LogVisualization"
+    assert any(line.startswith((f"  {name}: in place: ", f"  {name}: lane: ")) for line in after)
+    if after[1] != "no deferred callbacks":  # the cost decides
+        assert after[1].split()[:5] == ["lane", "where", "events", "done", "pending"]
+        lane, where, events, done, pending, *_ = after[2].split()
+        assert (lane, where, done, pending) == (name, "thread", events, "0")
 
 
 @pytest.mark.cpu_only("the interrupted run is a process of its own, which computes on the CPU")
@@ -274,7 +275,8 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
     assert "epoch   1  TrainingPhase" not in with_rest.output
     assert accuracy(with_rest.output) == accuracy(serial.output)
     assert lines(folder) == lines(serial.folder)
-    assert re.search(rf"^LogMetrics\+\S+  {where}", with_rest.output, re.MULTILINE)
+    # The cost decides whether it was deferred at all.
+    assert re.search(rf"^ *LogMetrics\+\S+(  {where}|: in place: )", with_rest.output, re.MULTILINE)
 
 
 def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

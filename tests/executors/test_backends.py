@@ -152,7 +152,7 @@ MAKERS: list[Callable[[JsonlBackend, JsonlBackend], Callback]] = [
 def executor_of(kind: str, dask_processes: Any) -> Executor:
     if kind == "serial":
         return SerialExecutor()
-    return DaskExecutor(dask_processes.address if kind == "cluster" else None)
+    return DaskExecutor(dask_processes.address if kind == "cluster" else None, defer="always")
 
 
 def records(path: Path) -> list[tuple[str, int, float]]:
@@ -226,7 +226,7 @@ def test_in_place_beside_a_deferred_one(tmp_path: Path) -> None:
     backend = JsonlBackend(tmp_path / "log")
     mine = Ends(backend)
     mine.deferrable = False
-    with tiny_learner(LogMetrics(backend), mine, n_batches=1, executor=DaskExecutor()) as learner:
+    with tiny_learner(LogMetrics(backend), mine, n_batches=1, executor=DaskExecutor(defer="always")) as learner:
         learner.fit(1)
         explained = learner.callbacks.explain()
         assert "LogMetrics.log_step runs in place: Ends runs in place and shares resource." in explained

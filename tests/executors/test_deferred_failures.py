@@ -98,9 +98,9 @@ def cancel() -> None:
 def make_executor(request: pytest.FixtureRequest) -> Callable[..., DaskExecutor]:
     """Makes executors, of threads and of a cluster."""
     if request.param == "threads":
-        return DaskExecutor
+        return partial(DaskExecutor, defer="always")
     address = request.getfixturevalue("dask_processes").address
-    return partial(DaskExecutor, address)
+    return partial(DaskExecutor, address, defer="always")
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_rule_27_an_error_that_comes_late_is_raised_at_the_end_of_the_fit(tmp_pa
         fail()
 
     with tiny_learner(
-        Logs(tmp_path / "log.jsonl", 8, wait_and_fail), Meanwhile(32, go_on.set), executor=DaskExecutor()
+        Logs(tmp_path / "log.jsonl", 8, wait_and_fail), Meanwhile(32, go_on.set), executor=DaskExecutor(defer="always")
     ) as learner:
         with pytest.raises(ValueError, match="no such colour"):
             learner.fit(2)
@@ -184,7 +184,7 @@ def test_rule_27_a_cancel_in_a_lane_is_an_error(make_executor: Callable[..., Das
     with tiny_learner(Logs(tmp_path / "log.jsonl", 3, cancel), executor=make_executor()) as learner:
         with pytest.raises(DeferredCancelError, match=r"Logs.record raised CancelEpochException\('enough'\)") as caught:
             learner.fit(2)
-        assert "Set deferrable = False in Logs, or write DaskExecutor(defer=False)." in str(caught.value)
+        assert 'Set deferrable = False in Logs, or write DaskExecutor(defer="never").' in str(caught.value)
     assert log_steps(tmp_path / "log.jsonl") == [1, 2]
 
 
@@ -204,7 +204,7 @@ def test_rule_24_a_snapshot_larger_than_the_limit_goes_alone(
 
 def test_rule_24_what_is_dropped_is_counted(tmp_path: Path) -> None:
     go_on = threading.Event()
-    executor = DaskExecutor(limits=Limits(pending=4, when_full="drop"))
+    executor = DaskExecutor(defer="always", limits=Limits(pending=4, when_full="drop"))
     callback = Logs(tmp_path / "log.jsonl", 1, lambda: go_on.wait(60))
     with tiny_learner(callback, Meanwhile(16, go_on.set), executor=executor) as learner:
         learner.fit(1)
@@ -262,7 +262,7 @@ def memory():
 
 def main():
     torch.set_num_threads(1)
-    executor = DaskExecutor(sys.argv[1] or None, limits=Limits(bytes=64 << 20))
+    executor = DaskExecutor(sys.argv[1] or None, defer="always", limits=Limits(bytes=64 << 20))
     full = str(Path(__file__).with_name("full"))
     look = Look(executor, full)
     data = [(torch.ones(1 << 18, 1), torch.ones(1 << 18, 1)) for _ in range(20)]
@@ -320,7 +320,7 @@ class Stuck(Callback):
 
 def main():
     path, cluster = sys.argv[1:]
-    executor = DaskExecutor(cluster or None, limits=Limits(pending=8), drain_timeout=2.0)
+    executor = DaskExecutor(cluster or None, defer="always", limits=Limits(pending=8), drain_timeout=2.0)
     with tiny_learner(Stuck(path), executor=executor) as learner:
         learner.fit(1000)
 
@@ -388,7 +388,7 @@ def test_the_scheduler_dies_and_the_log_is_complete(
 ) -> None:
     serial, deferred = JsonlBackend(tmp_path / "serial.jsonl"), JsonlBackend(tmp_path / "deferred.jsonl")
     tiny_learner(LogMetrics(serial), LogHistograms(serial, every=4)).fit(3)
-    executor = DaskExecutor(mortal.address)
+    executor = DaskExecutor(mortal.address, defer="always")
     callbacks = LogMetrics(deferred), LogHistograms(deferred, every=4), Killing(mortal, executor)
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with tiny_learner(*callbacks, executor=executor) as learner:
@@ -402,7 +402,7 @@ def test_the_scheduler_dies_and_the_log_is_complete(
 
 def test_the_scheduler_dies_and_that_is_an_error(mortal: Any, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    executor = DaskExecutor(mortal.address, on_cluster_loss="raise")
+    executor = DaskExecutor(mortal.address, defer="always", on_cluster_loss="raise")
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     learner = tiny_learner(Logs(path), Killing(mortal, executor), executor=executor)
     with pytest.raises(ExecutorError, match=f"The cluster at {mortal.address} was lost during training"):
@@ -431,6 +431,6 @@ def test_rule_30_loader_workers_begin_beside_lanes_in_every_epoch(method: str, e
         TensorDataset(x, y), batch_size=8, num_workers=1, multiprocessing_context=method, timeout=60
     )  # fmt: skip
     path = tmp_path / "log.jsonl"
-    with tiny_learner(Logs(path), data=loader, executor=DaskExecutor()) as learner:
+    with tiny_learner(Logs(path), data=loader, executor=DaskExecutor(defer="always")) as learner:
         learner.fit(epochs)
     assert log_steps(path) == list(range(1, 8 * epochs + 1))

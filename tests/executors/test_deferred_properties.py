@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# A callback moves the lanes of an executor by hand.
 """Rules 20, 21 and 23 as a property: deferred handlers see what they would have seen in place, in that order.
 
 Drawn are callbacks that write in place and deferred ones that read, at any events and paths, with conditions, shared
@@ -230,7 +232,7 @@ def specs(draw: st.DrawFn) -> list[Spec]:
     ]
 
 
-def run(drawn: list[Spec], executor: Executor) -> tuple[Any, ...]:
+def run(drawn: list[Spec], executor: Executor, moves: Sequence[Callback] = ()) -> tuple[Any, ...]:
     """Return what all callbacks saw, the order in which those of one lane did, and the parameters."""
     torch.manual_seed(0)
     journals: dict[str | None, list[Any]] = {resource: [] for resource in RESOURCES}
@@ -238,6 +240,8 @@ def run(drawn: list[Spec], executor: Executor) -> tuple[Any, ...]:
     for number, spec in enumerate(drawn):
         callback: Callback = KINDS[number](spec, journals.get(spec.resource, []))
         callbacks.append(throttle(callback, spec.events[0], every=spec.every))
+    for number, move in enumerate(moves):  # in the list before other callbacks, and behind them
+        callbacks.insert(number * len(callbacks), move)
     learner = Learner(
         Rude(),
         Loss(),
@@ -265,5 +269,39 @@ def run(drawn: list[Spec], executor: Executor) -> tuple[Any, ...]:
 @settings(max_examples=examples(60))
 def test_deferred_handlers_see_what_they_would_have_seen_in_place(drawn: list[Spec]) -> None:
     serial = run(drawn, SerialExecutor())
-    assert run(drawn, DaskExecutor()) == serial
-    assert run(drawn, DaskExecutor(parallel="always", workers=3)) == serial
+    assert run(drawn, DaskExecutor(defer="always")) == serial
+    assert run(drawn, DaskExecutor(defer="always", parallel="always", workers=3)) == serial
+
+
+class Moves(Callback):
+    """Has lanes of the executor move at random events, in the middle of a plan too."""
+
+    def __init__(self, random: Any, executor: DaskExecutor) -> None:
+        self.random = random
+        self.executor = executor
+
+    def state_access(self) -> Access:
+        return {"resource.rng": Write()}  # on the training thread
+
+    def handlers(self) -> Iterator[tuple[type, Handler]]:
+        for event in EVENTS:
+            yield type(self), Handler(event, Phase, None, type(self).__name__, "move")
+
+    def move(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        site = self.executor._site
+        assert site is not None
+        for placement in self.executor._deferred.use(site)._planned:
+            placement.mode, placement.anchor = "lane", None  # no race decides any more
+            if self.random.random() < 0.5:
+                assert placement.move(self.random.random() < 0.5)
+
+
+@given(specs(), st.randoms(use_true_random=False), st.sampled_from(["auto", "always"]))
+@settings(max_examples=examples(60))
+def test_deferred_handlers_that_move_see_what_they_would_have_seen_in_place(
+    drawn: list[Spec], random: Any, parallel: Any
+) -> None:
+    """Rules 13, 20, 23 and 26 across every move between the place and the lane."""
+    serial = run(drawn, SerialExecutor())
+    executor = DaskExecutor(parallel=parallel, workers=3)
+    assert run(drawn, executor, [Moves(random, executor), Moves(random, executor)]) == serial

@@ -234,14 +234,14 @@ def test_any_value_is_right_in_place() -> None:
 
 def test_any_value_is_right_in_a_thread() -> None:
     """Rule 21."""
-    taker = check_values(DaskExecutor())
+    taker = check_values(DaskExecutor(defer="always"))
     assert told(taker.kept["shared"]) == told(_shared())
     assert not any(tensor.requires_grad for tensor in (taker.kept["requires_grad"], taker.kept["parameter"]))
 
 
 def test_any_value_is_right_in_a_process(dask_processes: Any) -> None:
     """Rules 21 and 26: also when it comes home again in an attribute."""
-    taker = check_values(DaskExecutor(dask_processes.address))
+    taker = check_values(DaskExecutor(dask_processes.address, defer="always"))
     assert {name: told(value) for name, value in taker.kept.items()} == {n: told(make()) for n, make in VALUES.items()}
 
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_deferred_is_refused_and_nothing_changes(
     text: str,
 ) -> None:
     """Rules 11, 19, 21 and 24: by `Learner` and by a change of callbacks; both can be used afterwards."""
-    executor = DaskExecutor(**options)
+    executor = DaskExecutor(defer="always", **options)
     with pytest.raises(kind, match=text):
         tiny_learner(Giver(before), callback(), executor=executor)
     good = Reader(LOSS)
@@ -324,7 +324,7 @@ def test_what_cannot_be_deferred_is_refused_and_nothing_changes(
 
 def test_what_is_put_into_a_batch_is_refused_when_it_is_there() -> None:
     """Rule 21: nobody knows it earlier."""
-    learner = tiny_learner(Giver(THING), Reader({"batch.values": Read()}), executor=DaskExecutor())
+    learner = tiny_learner(Giver(THING), Reader({"batch.values": Read()}), executor=DaskExecutor(defer="always"))
     text = r"learner\.batch\.values\['thing'\]\['deep'\]\[0\] is a \S*Thing"
     with learner, pytest.raises(AccessError, match=text):
         learner.fit(1)
@@ -332,7 +332,7 @@ def test_what_is_put_into_a_batch_is_refused_when_it_is_there() -> None:
 
 def test_a_callback_that_does_not_pickle_is_refused_where_it_has_to(dask_processes: Any) -> None:
     """Rule 19: and the executor serves the next learner."""
-    executor = DaskExecutor(dask_processes.address)
+    executor = DaskExecutor(dask_processes.address, defer="always")
     with pytest.raises(ExecutorError, match="Reader cannot be sent to another process: its attribute 'lock'"):
         tiny_learner(Reader(LOSS, lock=threading.Lock()), executor=executor)
     fine = Reader(LOSS)
@@ -345,7 +345,7 @@ def test_a_reader_of_whole_series_stays_in_this_process(dask_processes: Any) -> 
     """Rule 22: `explain` says so, and the report."""
     series: Access = {"cbstate.metrics_step": Read(full=True)}
     reader = Reader(series, lock=threading.Lock())  # need not pickle
-    executor = DaskExecutor(dask_processes.address)
+    executor = DaskExecutor(dask_processes.address, defer="always")
     with tiny_learner(reader, Reader(LOSS), n_batches=2, executor=executor) as learner:
         learner.fit(1)
         text = learner.callbacks.explain()

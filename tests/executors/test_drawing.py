@@ -73,7 +73,11 @@ class Late(Callback):
 
 
 def executor_at(where: Where, request: pytest.FixtureRequest) -> Any:
-    return DaskExecutor(request.getfixturevalue("dask_processes").address) if where == "cluster" else where
+    if where == "serial":
+        return where
+    return DaskExecutor(
+        request.getfixturevalue("dask_processes").address if where == "cluster" else None, defer="always"
+    )
 
 
 def learner_with(callbacks: list[Callback], executor: Any = "serial") -> Learner:
@@ -159,12 +163,12 @@ def test_explain_says_why_one_that_draws_is_not_deferred_to_a_thread(
 ) -> None:
     backend = JsonlBackend(tmp_path / "log")
     why = "runs in place: it may draw random numbers ({}), and a thread would take them from training; see stochastic"
-    assert f"Late.look {why.format('choice in Late.pick')}" in explained(Late(backend), DaskExecutor()).replace(
-        "gauss in Late.look", "choice in Late.pick"
-    )
-    assert why.format("stochastic = True") in explained(Stochastic(backend), DaskExecutor())
-    assert "Steady.look is deferred to lane Steady (a thread)" in explained(Steady(backend), DaskExecutor())
-    text = explained(Late(backend), DaskExecutor(dask_processes.address))
+    late = explained(Late(backend), DaskExecutor(defer="always"))
+    assert f"Late.look {why.format('choice in Late.pick')}" in late.replace("gauss in Late.look", "choice in Late.pick")
+    assert why.format("stochastic = True") in explained(Stochastic(backend), DaskExecutor(defer="always"))
+    steady = explained(Steady(backend), DaskExecutor(defer="always"))
+    assert "Steady.look is deferred to lane Steady (a thread)" in steady
+    text = explained(Late(backend), DaskExecutor(dask_processes.address, defer="always"))
     assert f"Late.look is deferred to lane Late ({dask_processes.address})" in text
 
 
@@ -177,10 +181,10 @@ def test_a_lane_that_cannot_leave_the_process_takes_none_that_draws(
     tmp_path: Path, dask_processes: DaskProcesses
 ) -> None:
     backend = JsonlBackend(tmp_path / "log")
-    text = explained(Whole(backend), DaskExecutor(dask_processes.address))
+    text = explained(Whole(backend), DaskExecutor(dask_processes.address, defer="always"))
     assert "Whole.look runs in place: it may draw random numbers" in text
     joined: list[Callback] = [Steady(backend), Whole(backend)]
-    with learner_with(joined, DaskExecutor(dask_processes.address)) as learner:
+    with learner_with(joined, DaskExecutor(dask_processes.address, defer="always")) as learner:
         assert "Steady.look runs in place: Whole runs in place and shares resource" in learner.callbacks.explain()
 
 
@@ -306,7 +310,7 @@ def test_one_that_draws_is_not_processed_beside_training_when_the_cluster_is_los
     draws = LogVisualization(drawn, JsonlBackend(tmp_path / "log"), every=1, access={})
     with (
         pytest.raises(ExecutorError) as caught,
-        learner_with([Ends(processes), logs, draws], DaskExecutor(processes.address)) as learner,
+        learner_with([Ends(processes), logs, draws], DaskExecutor(processes.address, defer="always")) as learner,
     ):
         learner.fit(2)
     text = str(caught.value)

@@ -211,7 +211,7 @@ def test_workers_is_a_number_of_at_least_one(workers: Any) -> None:
         ({"parallel": "yes"}, r"parallel='yes' is none of 'auto', 'always', 'never'\."),
         ({"on_error": "rise"}, r"on_error='rise' is none of 'raise', 'warn'\. Did you mean 'raise'\?"),
         ({"on_cluster_loss": "here"}, r"on_cluster_loss='here' is none of 'local', 'raise'\."),
-        ({"defer": "yes"}, r"DaskExecutor\(defer='yes'\): defer is True or False\. Write DaskExecutor\(defer=False\)"),
+        ({"defer": "yes"}, r"DaskExecutor\(defer='yes'\): defer is 'auto', where cost .* 'always' or 'never'\."),
         ({"drain_timeout": 0}, r"DaskExecutor\(drain_timeout=0\): it is a positive number of seconds, such as 30.0"),
         ({"drain_timeout": float("inf")}, r"DaskExecutor\(drain_timeout=inf\): .* at most 604,800, a week"),
         ({"limits": 5}, r"DaskExecutor\(limits=5\) is no Limits\. Write DaskExecutor\(limits=Limits\(pending=1000\)\)"),

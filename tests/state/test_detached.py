@@ -159,8 +159,8 @@ def test_a_handler_reads_the_same_in_place_as_deferred(access: Access, f: Callab
     """``.numpy()`` on the outputs once worked under dask and failed serially."""
     serial = run(access, f, "serial")
     assert len(serial) == 2
-    assert run(access, f, DaskExecutor()) == serial
-    assert run(access, f, DaskExecutor(defer=False)) == serial
+    for defer in ("auto", "always", "never"):
+        assert run(access, f, DaskExecutor(defer=defer)) == serial
     assert run(access, f, "serial", strict=True) == serial
 
 

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowtrain.callback.callback import draws_own
 from flowtrain.callback.events import Event
@@ -30,8 +30,9 @@ from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, Plan
 from flowtrain.graph.reach import Reach
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.state.random_numbers import Draws
+from flowtrain_dask.deferred.placement import Placement, PlanKey, Turn, retiring, snapshot_node
 from flowtrain_dask.deferred.policy import (
+    Defer,
     Deferral,
     Options,
     check_options,
@@ -57,26 +58,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("flowtrain")
 
 
-class _PlannedLane:
-    """The callbacks of a lane, and the lane itself from its first event on."""
-
-    def __init__(self, nodes: Sequence[Node], first: int, lanes: Lanes) -> None:
-        self.nodes = nodes
-        self.first = first  # the number of its first event, for identities
-        self.lane: Lane | None = None
-        self._lanes: Lanes = weakref.proxy(lanes)  # which refers to this object
-
-    def position(self, node: Node, handler: Handler) -> int:
-        """Return the position of a handler in the job of the lane."""
-        return [(one, each) for one in self.nodes for _, each in one.handlers].index((node, handler))
-
-    def opened(self) -> Lane:
-        """Return the lane, and make it if there is none yet."""
-        if self.lane is None:
-            self.lane = self._lanes.make_lane(self)
-        return self.lane
-
-
 class Lanes:
     """The lanes for the present callbacks of a learner.
 
@@ -88,10 +69,13 @@ class Lanes:
         sequences: In a run that is resumed, the number of earlier events of each lane by its name.
         lanes: The list to which a lane is added at its first event. It outlives this object: the lanes must end even if
             the learner is dropped, so no lane refers to the learner.
+        stale: Gets the plans that must be compiled again, because callbacks have moved or are no longer timed; ``None``
+            if all events go to the lanes, and cost does not decide.
 
     Attributes:
         deferral: The same.
         lanes: The same.
+        names: The names of the callbacks that have lanes.
         gave_up: Whether the last `flush` has left events, because training was stopped.
     """
 
@@ -103,6 +87,7 @@ class Lanes:
         connection: Connection | None,
         sequences: Mapping[str, int],
         lanes: list[Lane],
+        stale: set[PlanKey] | None,
     ) -> None:
         self.deferral = deferral
         self._options = options
@@ -110,16 +95,31 @@ class Lanes:
         self.lanes = lanes
         self._site = weakref.ref(site)
         self._pool = Pool(options.limits.bytes)
-        self._planned = [_PlannedLane(lane, sequences.get(name_of(lane), 0), self) for lane in deferral.lanes]
+        self._by_cost = stale is not None
+        turn = Turn() if self._by_cost else None
+        here: Lanes = weakref.proxy(self)  # the placements outlive this object in the plans
+        self._planned = [
+            Placement(
+                nodes,
+                name_of(nodes),
+                sequences.get(name_of(nodes), 0),
+                lambda placement: here.make_lane(placement),
+                partial(_is_stopping, self._site),
+                connection is not None and not why_here(nodes),
+                turn,
+                set() if stale is None else stale,
+            )
+            for nodes in deferral.lanes
+        ]
+        self.names = frozenset(node.name for nodes in deferral.lanes for node in nodes)
         self._planned_of = {node: planned for planned in self._planned for node in planned.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
         self._reach = Reach(site.state)
         for planned in self._planned:
-            tail = connection is not None and not why_here(planned.nodes)  # another process gets parts of series
             for node in planned.nodes:
                 for _, handler in node.handlers:
                     access = node.access[handler]
-                    taker = Taker(access, site.state, self._pool, tail=tail, lane=planned)
+                    taker = Taker(access, site.state, self._pool, tail=planned.far, lane=planned)
                     self._takers[node, handler] = taker
         self._logged: list[str] = []
         self.gave_up = False
@@ -127,8 +127,20 @@ class Lanes:
     # --- plans
 
     def positions(self, plan: Plan) -> frozenset[int]:
-        """Return the positions of the deferred handlers in a plan."""
-        return frozenset(at for at, each in enumerate(plan.handlers) if each.node in self._planned_of)
+        """Return the positions of the handlers in a plan that are deferred, or timed to decide whether they will be."""
+        found = {at for at, each in enumerate(plan.handlers) if each.node in self._planned_of}
+        if self._options.on_error == "warn":  # a failure in place is caught by the call that takes the handler's place
+            return frozenset(found)
+        return frozenset(at for at in found if self._place(plan, at) != "in place")
+
+    def are_settled(self, plan: Plan) -> bool:
+        """Return whether no callback with a handler in a plan is being measured."""
+        return all(self._place(plan, at) for at in self.positions(plan))
+
+    def _place(self, plan: Plan, at: int) -> str:
+        """Return where the handler at a position of a plan runs; empty while this is being measured."""
+        each = plan.handlers[at]
+        return self._planned_of[each.node].settled(_key(plan), each.node, each.handler)
 
     def rewrite(self, plan: Plan) -> tuple[Plan, Shared | None]:
         """Return a plan with snapshot nodes, and the mapping of copies that these share in a firing, if any two do."""
@@ -145,7 +157,11 @@ class Lanes:
             position = planned.position(each.node, each.handler)
             taker = self._takers[each.node, each.handler].sharing(groups[at])
             draws = found.state.draws if (found := self._site()) is not None and draws_own(each.callback) else None
-            calls[at] = _snapshot_node(planned, position, taker, shared, draws, each.node.name)
+            hand_over = snapshot_node(planned, position, taker, shared, draws, each.node.name)
+            here = each.call if each.unasked is None else each.unasked
+            if self._by_cost and self._options.on_error == "warn":
+                here = retiring(here, planned, each)
+            calls[at] = planned.node(_key(plan), each.node, each.handler, here, hand_over)
         return plan.with_calls(calls), shared
 
     def explain(self, plan: Plan) -> str:
@@ -154,8 +170,10 @@ class Lanes:
         for each in plan.handlers:
             planned = self._planned_of.get(each.node)
             if planned is not None:
-                where = self._where(planned.nodes)
-                parts.append(f"{each.label} is deferred to lane {name_of(planned.nodes)} ({where})")
+                place, lane = planned.report(), f"lane {planned.name} ({self._where(planned.nodes)})"
+                why = f": {place.why}" if self._by_cost else ""
+                is_at = f"is deferred to {lane}" if place.where == "lane" else f"runs in place, and not in {lane}"
+                parts.append(f"{each.label} {is_at}{why}")
             elif why := self.deferral.why_kept(each.node):
                 parts.append(f"{each.label} runs in place: {why}")
         return "\n".join(parts)
@@ -173,7 +191,7 @@ class Lanes:
     def sequences(self) -> dict[str, int]:
         """The number of events that each lane has had, by its name."""
         return {
-            name_of(planned.nodes): planned.first + (0 if planned.lane is None else planned.lane.report().events)
+            planned.name: planned.first + (0 if planned.lane is None else planned.lane.report().events)
             for planned in self._planned
         }
 
@@ -181,11 +199,17 @@ class Lanes:
         """Let the lanes that have had no event yet number their events from here on."""
         for planned in self._planned:
             if planned.lane is None:
-                planned.first = sequences.get(name_of(planned.nodes), 0)
+                planned.first = sequences.get(planned.name, 0)
 
     def report(self) -> Report:
         """Return the counts of the lanes."""
-        return Report(tuple(lane.report() for lane in self.lanes))
+        places = tuple(planned.report() for planned in self._planned) if self._by_cost else ()
+        return Report(tuple(lane.report() for lane in self.lanes), places)
+
+    def look_again(self) -> None:
+        """Have callbacks measured again whose place was decided on long ago."""
+        for planned in self._planned:
+            planned.look_again()
 
     def flush(self) -> None:
         """Wait until all events are done; then raise the failures, and log problems that a user should know of.
@@ -248,7 +272,7 @@ class Lanes:
             self._logged = troubles
             _logger.warning("flowtrain: %s", "; ".join(troubles))
 
-    def make_lane(self, planned: _PlannedLane) -> Lane:
+    def make_lane(self, planned: Placement) -> Lane:
         """Make a lane, for its first event."""
         site = self._site
         loop = site()
@@ -273,6 +297,10 @@ class Lanes:
         return lane
 
 
+def _key(plan: Plan) -> PlanKey:
+    return plan.event_type, plan.phase_type
+
+
 def _is_stopping(site: weakref.ref[Site]) -> bool:
     """Return whether training is about to stop."""
     loop = site()
@@ -293,35 +321,26 @@ def sharing(runner: Runner, shared: Shared) -> Runner:
     return run
 
 
-def _snapshot_node(
-    planned: _PlannedLane, position: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str
-) -> Call:
-    def node(event: Event, phase: Phase, view: Any) -> None:
-        """Take a snapshot of the state that the handler declares to read, and put it into the lane."""
-        seed = None if draws is None else draws.next(name)
-        snapshot = taker.take(shared)
-        (planned.lane or planned.opened()).put(position, event, phase, snapshot, snapshot.nbytes, seed)
-
-    return node
-
-
 class DeferredCallbacks:
     """The deferrable callbacks of an executor's learner.
 
     Args:
         cluster: Where they run; see `flowtrain_dask.cluster.connect.connect`.
-        defer: Whether they are deferred at all.
+        defer: Whether the cost of each callback decides where it runs, or all of them are deferred, or none is.
         resources: The resources that a worker must have.
         options: How they are run.
+
+    Attributes:
+        defer: Which of them are deferred.
+        stale: The plans that must be compiled again, because callbacks have moved or are no longer timed.
 
     Raises:
         ExecutorError: An argument has a wrong value.
     """
 
-    def __init__(self, cluster: object, defer: bool, resources: dict[str, float], options: Options) -> None:
-        check_options(defer, resources, options)
+    def __init__(self, cluster: object, defer: Defer | bool, resources: dict[str, float], options: Options) -> None:
         self._cluster = cluster
-        self._defer = defer
+        self.defer = check_options(defer, resources, options)
         self._resources = resources
         self._options = options
         self._teardown = Teardown(options.drain_timeout)
@@ -330,6 +349,7 @@ class DeferredCallbacks:
         self._lanes: Lanes | None = None
         self._sequences: dict[str, int] = {}
         self._past: tuple[LaneReport, ...] = ()
+        self.stale: set[PlanKey] = set()
         weakref.finalize(self, self._teardown.drop).atexit = False  # for a learner that nobody closes
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
@@ -366,14 +386,15 @@ class DeferredCallbacks:
             # If a change of callbacks was checked and then refused, the last decision is about other callbacks.
             deferral = self._decided[1] if self._decided[0] == nodes else self._decide(nodes, site.state)
             made: list[Lane] = []
-            lanes = Lanes(deferral, site, self._options, self._teardown.connection, sequences, made)
+            stale = self.stale if self.defer == "auto" else None
+            lanes = Lanes(deferral, site, self._options, self._teardown.connection, sequences, made, stale)
             # Together, so that an interrupt does not leave closed lanes for callbacks that are taken as decided on.
             self._past, self._sequences, self._nodes = past, sequences, nodes
             self._lanes, self._teardown.lanes = lanes, made
         return self._lanes
 
     def _decide(self, nodes: Sequence[Node], state: LearnerState) -> Deferral:
-        return decide(nodes, state, threads=self._cluster is None) if self._defer else Deferral()
+        return decide(nodes, state, threads=self._cluster is None) if self.defer != "never" else Deferral()
 
     def explain(self, plan: Plan) -> str:
         """Say in lines which handlers of a plan are deferred, and why others are not; empty if none is deferrable."""
@@ -398,7 +419,15 @@ class DeferredCallbacks:
 
     def report(self) -> Report:
         """Return the counts of all lanes; those from before a change of callbacks come first."""
-        return Report(self._past + (() if self._lanes is None else self._lanes.report().lanes))
+        if self._lanes is None:
+            return Report(self._past)
+        report = self._lanes.report()
+        return replace(report, lanes=self._past + report.lanes)
+
+    def look_again(self) -> None:
+        """Have callbacks measured again whose place was decided on long ago."""
+        if self._lanes is not None:
+            self._lanes.look_again()
 
     def flush(self) -> None:
         """Wait until all events are done, and raise the failures."""

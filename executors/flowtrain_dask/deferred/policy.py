@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -40,6 +40,7 @@ from flowtrain_dask.lanes.work import Job, LaneHandler
 from flowtrain_dask.snapshots.copiers import check_copies
 
 __all__ = [
+    "Defer",
     "Deferral",
     "Options",
     "check_choice",
@@ -275,14 +276,29 @@ _LONGEST = 604_800
 """The largest `drain_timeout` in seconds, since dask cannot wait for an infinite time."""
 
 
-def check_options(defer: object, resources: Mapping[str, float], options: Options) -> None:
+Defer: TypeAlias = Literal["auto", "always", "never"]
+"""Which deferrable callbacks are deferred; see `flowtrain_dask.executor.DaskExecutor`."""
+
+
+def check_options(defer: object, resources: Mapping[str, float], options: Options) -> Defer:
     """Check the arguments of an executor that say how callbacks are deferred.
+
+    Returns:
+        Which callbacks are deferred: with `resources`, which only some workers have, ``"auto"`` is ``"always"``.
 
     Raises:
         ExecutorError: An argument has a wrong value; the text says what to write.
     """
-    if not is_a(defer, bool):
-        raise ExecutorError(f"DaskExecutor(defer={defer!r}): defer is True or False. Write DaskExecutor(defer=False).")
+    choices: dict[object, Defer] = {"auto": "auto", "always": "always", "never": "never"}
+    if isinstance(defer, bool):
+        chosen: Defer | None = "always" if defer else "never"
+    else:
+        chosen = choices.get(defer) if isinstance(defer, str) else None
+    if chosen is None:
+        raise ExecutorError(
+            f"DaskExecutor(defer={defer!r}): defer is 'auto', where cost decides which callbacks are deferred, "
+            f"'always' or 'never'.{nearest(str(defer), [*map(str, choices)])} Write DaskExecutor(defer=\"auto\")."
+        )
     if not is_a(options.limits, Limits):
         raise ExecutorError(
             f"DaskExecutor(limits={options.limits!r}) is no Limits. Write DaskExecutor(limits=Limits(pending=1000)), "
@@ -302,6 +318,7 @@ def check_options(defer: object, resources: Mapping[str, float], options: Option
         )
     check_choice("on_error", options.on_error, ("raise", "warn"))
     check_choice("on_cluster_loss", options.on_cluster_loss, ("local", "raise"))
+    return "always" if chosen == "auto" and resources else chosen
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -328,19 +328,21 @@ class Driver:
 
     def _fail(self, failure: BaseException) -> None:
         """Hand a failure to the training thread, or log it and retire the lane."""
-        text = f"{type(failure).__name__}: {failure}"
-        self.tally.last_error = text
         if self._on_error == "warn":
-            notes = "; ".join(getattr(failure, "__notes__", ()))
-            _logger.warning(
-                "flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self._name, text, notes
-            )
-            self.refuses = self.retired = True
-            self._skip()
+            self.retire(failure)
             return
+        self.tally.last_error = f"{type(failure).__name__}: {failure}"
         self.failure = failure
         self._skip()
         self._surface(self.raise_failure)
+
+    def retire(self, failure: BaseException) -> None:
+        """Log a failure, and take no more entries. Another thread may call this if the lane is empty."""
+        self.tally.last_error = text = f"{type(failure).__name__}: {failure}"
+        notes = "; ".join(getattr(failure, "__notes__", ()))
+        _logger.warning("flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self._name, text, notes)
+        self.refuses = self.retired = True
+        self._skip()
 
     def _skip(self) -> None:
         """Skip the entries that were put before the failure is, or was, raised.

@@ -33,7 +33,7 @@ from flowtrain_dask.parallel.threads import start
 __all__ = ["Lane", "OnError"]
 
 _POLL = 0.002
-"""Seconds between two looks at a condition that is waited for."""
+"""Seconds between two looks at a condition that is waited for, at most: a wait begins with shorter ones."""
 
 
 class Lane:
@@ -132,13 +132,24 @@ class Lane:
         driver = self._driver
         goal, _ = driver.received
         deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _POLL / 64
         while not driver.refuses and (driver.done < goal or driver.collected < goal):
             driver.rush = True  # again each time: the lane's thread may have reset it before the last event was put
             self._wake_up()
             if deadline is not None and time.monotonic() >= deadline:
                 return False
-            time.sleep(_POLL)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
         return driver.done >= goal
+
+    def hurry(self) -> None:
+        """Have the events that wait processed now, and not when more have gathered."""
+        self._driver.rush = True
+        self._wake_up()
+
+    def retire(self, failure: BaseException) -> None:
+        """Log a failure of a handler that ran in place, and take no more events. The lane must be empty."""
+        self._driver.retire(failure)
 
     @property
     def over(self) -> bool:

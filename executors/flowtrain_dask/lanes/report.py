@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["LaneReport", "Report", "Stall", "Tally"]
+__all__ = ["LaneReport", "PlaceReport", "Report", "Stall", "Tally"]
 
 
 @dataclass
@@ -113,6 +113,26 @@ class LaneReport:
             yield f"{self.lane}: last error: {tally.last_error}"
 
 
+@dataclass(frozen=True)
+class PlaceReport:
+    """Where the callbacks of one lane run under ``defer="auto"``, and why.
+
+    Attributes:
+        lane: The name of the lane.
+        where: ``"in place"`` or ``"lane"``.
+        why: The reason, with the measured times.
+        in_place: The seconds of one event of the costliest handler in place; ``None`` if it is not known yet.
+        handing_over: The seconds that one event costs training to be handed over, which are a snapshot and the queue;
+            ``None`` if no event of the last race was.
+    """
+
+    lane: str
+    where: str
+    why: str
+    in_place: float | None
+    handing_over: float | None
+
+
 _HEAD = ("lane", "where", "events", "done", "pending", "MiB", "dropped", "records")
 
 
@@ -121,10 +141,12 @@ class Report:
     """The numbers of all lanes of an executor at one moment; ``print`` shows them as a table.
 
     Attributes:
-        lanes: The numbers of each lane.
+        lanes: The numbers of each lane that has had an event.
+        places: Where the callbacks of each lane run and why; empty unless cost decides (``defer="auto"``).
     """
 
     lanes: tuple[LaneReport, ...] = ()
+    places: tuple[PlaceReport, ...] = ()
 
     @property
     def dropped(self) -> int:
@@ -146,10 +168,9 @@ class Report:
         return [line for lane in self.lanes for line in lane.troubles()]
 
     def __str__(self) -> str:
-        if not self.lanes:
-            return "no deferred callbacks"
-        rows = [_row(lane) for lane in self.lanes]
-        return "\n".join([*_table([_HEAD, *rows]), *(f"  {line}" for line in self.troubles())])
+        table = _table([_HEAD, *map(_row, self.lanes)]) if self.lanes else ["no deferred callbacks"]
+        places = [f"  {each.lane}: {each.where}: {each.why}" for each in self.places]
+        return "\n".join([*table, *places, *(f"  {line}" for line in self.troubles())])
 
 
 def _row(lane: LaneReport) -> tuple[str, ...]:

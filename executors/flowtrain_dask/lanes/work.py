@@ -30,7 +30,17 @@ from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.snapshots.taker import Snapshot
 from flowtrain_dask.snapshots.view import Replica
 
-__all__ = ["BatchResult", "Entry", "Job", "LaneHandler", "Record", "Surroundings", "opened", "run_entries"]
+__all__ = [
+    "BatchResult",
+    "Entry",
+    "Job",
+    "LaneHandler",
+    "Record",
+    "Surroundings",
+    "cancel_error",
+    "opened",
+    "run_entries",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,14 +258,18 @@ def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
     handler = job.handlers[entry.handler]
     where = f"({type(entry.event).__name__}, {entry.phase!r})"
     if isinstance(failure, CancelException):
-        cancel = f"{type(failure).__name__}({str(failure)!r})"
-        error = DeferredCancelError(
-            f"{handler.label} raised {cancel} at {where}, but it is deferred: training has gone on, and there is no "
-            f"{failure.scope or 'scope'} left to end. Set deferrable = False in {handler.owner.type_name}, or write "
-            f"DaskExecutor(defer=False)."
-        )
-        # The cause is set by hand, because the exception is raised later, on the training thread.
-        error.__cause__ = failure
-        failure = error
+        failure = cancel_error(failure, handler.label, handler.owner.type_name, where)
     failure.add_note(f"raised in {handler.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")
     return failure
+
+
+def cancel_error(cancel: CancelException, label: str, type_name: str, where: str) -> DeferredCancelError:
+    """Return the error for a cancel that a handler raised in a lane, or in place where cost decides about the lane."""
+    error = DeferredCancelError(
+        f"{label} raised {type(cancel).__name__}({str(cancel)!r}) at {where}, but it is deferrable: in its lane it "
+        f"runs when training has gone on, and there is no {cancel.scope or 'scope'} left to end. Set deferrable = "
+        f'False in {type_name}, or write DaskExecutor(defer="never").'
+    )
+    # The cause is set by hand, because the exception is raised later, on the training thread.
+    error.__cause__ = cancel
+    return error

@@ -30,7 +30,7 @@ from flowtrain.graph.executor import Runner
 from flowtrain_dask.parallel.firing import TimedPlan
 from flowtrain_dask.parallel.strands import Strands
 
-__all__ = ["LEAST_GAIN", "ROUNDS", "Decision", "Mode"]
+__all__ = ["HOLD_FACTOR", "LEAST_GAIN", "ROUNDS", "Decision", "Mode", "in_ms", "is_faster"]
 
 LEAST_GAIN = 0.2e-3
 """Seconds. A plan that could save less than this by running in parallel is not raced."""
@@ -39,7 +39,7 @@ ROUNDS = 5
 """How often each way is timed in a race, at most."""
 
 _WINS = 0.95
-"""Parallel wins a race if its median is less than this fraction of the median of inline."""
+"""A new way, such as running in parallel, wins a race if its median is less than this fraction of the old way's."""
 
 _CLEAR = 1.5
 """A race ends early if every firing of one way took this many times as long as every firing of the other."""
@@ -47,7 +47,7 @@ _CLEAR = 1.5
 _LEAST_HOLD = 1.0
 """Seconds for which a decision holds at least."""
 
-_HOLD_FACTOR = 100.0
+HOLD_FACTOR = 100.0
 """A decision holds at least this many times as long as measuring and racing took."""
 
 Mode = Literal["measuring", "racing", "inline", "parallel"]
@@ -99,7 +99,7 @@ class Decision:
             self.strands = strands = self._pack(times)
             if len(strands.strands) < 2 or strands.saves < LEAST_GAIN:
                 saves = "running them together saves less than the effort"
-                self._decide("inline", f"the handlers take {_ms(strands.work)}, {saves}")
+                self._decide("inline", f"the handlers take {in_ms(strands.work)}, {saves}")
             else:
                 self._inline, self._parallel = [], []
                 self._use("racing", f"each way is timed at most {ROUNDS} times", self.race)
@@ -127,17 +127,16 @@ class Decision:
     def look_again(self) -> None:
         """Have the plan measured again at its next firing, unless it was decided too short a time ago."""
         decided = self.mode in ("inline", "parallel")
-        if decided and self._clock() - self._decided_at > max(_LEAST_HOLD, self._spent * _HOLD_FACTOR):
+        if decided and self._clock() - self._decided_at > max(_LEAST_HOLD, self._spent * HOLD_FACTOR):
             self._use("measuring", "it is timed again", self.measure)
 
     def _end_round(self) -> None:
-        inline, parallel = self._inline, self._parallel
-        clear = max(parallel) * _CLEAR < min(inline) or max(inline) * _CLEAR < min(parallel)
-        if len(inline) == ROUNDS or (len(inline) > 1 and clear):
-            one, other = statistics.median(parallel), statistics.median(inline)
+        faster = is_faster(self._parallel, self._inline)
+        if faster is not None:
+            one, other = statistics.median(self._parallel), statistics.median(self._inline)
             self.strands = self._pack(self._costs)
-            reason = f"in a race it took {_ms(one)} in parallel and {_ms(other)} inline"
-            self._decide("parallel" if one < other * _WINS else "inline", reason)
+            reason = f"in a race it took {in_ms(one)} in parallel and {in_ms(other)} inline"
+            self._decide("parallel" if faster else "inline", reason)
 
     def _decide(self, mode: Literal["inline", "parallel"], reason: str) -> None:
         self._decided_at = self._clock()
@@ -149,5 +148,20 @@ class Decision:
         self._use_runner(runner)
 
 
-def _ms(seconds: float) -> str:
+def is_faster(new: Sequence[float], old: Sequence[float]) -> bool | None:
+    """Return whether a new way is faster than the old one, which wins a draw; ``None`` as long as this is open.
+
+    Args:
+        new: The seconds of the new way in each round.
+        old: The seconds of the old way in as many rounds.
+    """
+    if len(old) < 2:
+        return None
+    if len(old) < ROUNDS and max(new) * _CLEAR >= min(old) and max(old) * _CLEAR >= min(new):
+        return None
+    return statistics.median(new) < statistics.median(old) * _WINS
+
+
+def in_ms(seconds: float) -> str:
+    """Return a time as text, in milliseconds."""
     return f"{seconds * 1e3:.2f} ms"

@@ -61,6 +61,7 @@ from flowtrain.metrics import accuracy
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 from flowtrain_dask.cluster.block import possible
+from flowtrain_dask.deferred.policy import Defer
 from flowtrain_dask.lanes.limits import WhenFull
 from flowtrain_dask.lanes.report import Report
 from tests.support.waiting import wait_for
@@ -225,17 +226,17 @@ RUNS = [fit_twice, by_hand, change_callbacks]
 @pytest.mark.parametrize("run", RUNS)
 def test_threads_give_the_serial_log_and_state(run: Callable[[Learner], None]) -> None:
     """Rules 13, 20 to 23 and 26."""
-    always = partial(DaskExecutor, parallel="always", workers=3)
-    ways: list[Callable[[], Executor]] = [DaskExecutor, always, partial(DaskExecutor, defer=False)]
+    defers: tuple[Defer, ...] = ("auto", "always", "never")
+    ways: list[Callable[[], Executor]] = [partial(DaskExecutor, defer=defer) for defer in defers]
+    ways.append(partial(DaskExecutor, defer="always", parallel="always", workers=3))
     assert_equivalent(learner_of, executors=ways, run=run, interleavings=2)
 
 
 def test_processes_give_the_serial_log_and_state(dask_processes: Any) -> None:
     """Rules 13, 22, 25 and 26: the same code on workers, for all runs on one cluster."""
     for run in RUNS:
-        assert_equivalent(
-            learner_of, executors=[partial(DaskExecutor, dask_processes.address)], run=run, interleavings=0
-        )
+        make = partial(DaskExecutor, dask_processes.address, defer="always")
+        assert_equivalent(learner_of, executors=[make], run=run, interleavings=0)
 
 
 # --- shared copies, numbers, the life of lanes
@@ -285,7 +286,7 @@ class Double(Callback):
 def test_two_readers_share_a_copy_and_not_across_a_writer() -> None:
     """Rule 20. All copies of the fit are kept, so one address is one copy."""
     first, second, late, later = Look("a"), Look("b"), Look("c", Double), Look("d", Double)
-    executor = DaskExecutor()
+    executor = DaskExecutor(defer="always")
     with tiny_learner(first, second, Double(), late, later, n_batches=4, batch_size=200, executor=executor) as learner:
         learner.fit(1)
         report = executor.report()
@@ -305,7 +306,7 @@ def test_the_number_of_an_event_has_no_gaps_and_goes_on_when_a_fit_is_resumed(tm
             learner.request_checkpoint(tmp_path / "saved")
 
     look = Look("look")
-    with tiny_learner(look, Saver(), n_batches=3, executor=DaskExecutor()) as learner:
+    with tiny_learner(look, Saver(), n_batches=3, executor=DaskExecutor(defer="always")) as learner:
         learner.fit(1)
         learner.add_callback(Sums())  # the lanes are new ones then, and count on
         learner.fit(1)
@@ -314,14 +315,14 @@ def test_the_number_of_an_event_has_no_gaps_and_goes_on_when_a_fit_is_resumed(tm
     assert look.numbers == [Identity(run, "look", number) for number in range(6)]
 
     again = Look("look")
-    with tiny_learner(again, Saver(), n_batches=3, executor=DaskExecutor()) as learner:
+    with tiny_learner(again, Saver(), n_batches=3, executor=DaskExecutor(defer="always")) as learner:
         learner.fit(3, resume=tmp_path / "saved")
     assert again.numbers == [Identity(run, "look", number) for number in range(6, 12)]
 
 
 def test_in_place_an_event_has_no_number() -> None:
     look = Look("look")
-    with tiny_learner(look, n_batches=2, executor=DaskExecutor(defer=False)) as learner:
+    with tiny_learner(look, n_batches=2, executor=DaskExecutor(defer="never")) as learner:
         learner.fit(1)
         assert "deferred" not in learner.callbacks.explain()
         assert str(learner.executor.report()) == "no deferred callbacks"  # type: ignore[attr-defined]  # dask's
@@ -334,7 +335,7 @@ def lane_threads() -> list[str]:
 
 def test_close_processes_what_waits_and_ends_the_threads() -> None:
     look = Look("look")
-    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor())
+    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor(defer="always"))
     learner.epoch(TrainingPhase)
     wait_for(lambda: lane_threads() == ["flowtrain lane look"])  # a thread may begin to run a moment later
     learner.close()
@@ -347,7 +348,7 @@ def test_close_processes_what_waits_and_ends_the_threads() -> None:
 def test_a_learner_that_is_dropped_takes_its_lanes_with_it(caplog: pytest.LogCaptureFixture) -> None:
     """No thread, and nothing that one holds, leads back to the learner; what was lost is said."""
     look = Look("look")
-    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor())
+    learner = tiny_learner(look, n_batches=3, executor=DaskExecutor(defer="always"))
     learner.fit(1)
     learner.add_callback(Sums())
     learner.fit(1)
@@ -361,7 +362,7 @@ def test_a_learner_that_is_dropped_takes_its_lanes_with_it(caplog: pytest.LogCap
 
 
 def test_an_executor_belongs_to_one_learner() -> None:
-    executor = DaskExecutor()
+    executor = DaskExecutor(defer="always")
     text = "belongs to another learner"
     with tiny_learner(Look("a"), executor=executor), pytest.raises(ExecutorError, match=text):
         tiny_learner(Look("b"), executor=executor)
@@ -386,7 +387,7 @@ def test_the_report_can_be_read_during_training_and_the_fit_ends_with_what_went_
     caplog.set_level("WARNING", logger="flowtrain")
     Slow.gate.clear()
     slow = Slow("slow")
-    executor = DaskExecutor(limits=Limits(pending=2, when_full=when_full))
+    executor = DaskExecutor(defer="always", limits=Limits(pending=2, when_full=when_full))
     reports: list[Report] = []
 
     def watch() -> None:
@@ -427,7 +428,7 @@ def test_processes_that_the_executor_started_go_with_its_learner() -> None:
     torch.manual_seed(0)
     before = own_processes()
     sums, here = Sums(), Sums()
-    learner = learner_of(DaskExecutor("local", workers=1), lambda: [sums])
+    learner = learner_of(DaskExecutor("local", workers=1, defer="always"), lambda: [sums])
     assert "Sums.sum_up is deferred to lane Sums (a process)" in learner.callbacks.explain()
     learner.fit(1)
     torch.manual_seed(0)
@@ -474,7 +475,7 @@ def test_memory_that_workers_read_is_given_back_when_the_learner_is_closed(dask_
     data = [(torch.full((1 << 18, 1), float(number)), torch.ones(1 << 18, 1)) for number in range(4)]
     gc.disable()
     try:
-        with tiny_learner(keeps, data=data, executor=DaskExecutor(dask_processes.address)) as learner:
+        with tiny_learner(keeps, data=data, executor=DaskExecutor(dask_processes.address, defer="always")) as learner:
             learner.fit(1)
             assert memory() > before, "a batch of megabytes is in such memory"
         assert memory() == before
@@ -491,7 +492,7 @@ def test_the_report_keeps_what_was_before_a_change_of_callbacks() -> None:
         @on(BatchEnd, TrainingPhase)
         def see(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None: ...
 
-    executor = DaskExecutor()
+    executor = DaskExecutor(defer="always")
     with tiny_learner(Sees(), n_batches=5, executor=executor) as learner:
         learner.fit(1)
         learner.add_callback(Sees())

@@ -51,7 +51,7 @@ class Slow(Callback):
 
 
 def train():
-    learner = tiny_learner(Slow(sys.argv[1]), executor=DaskExecutor(drain_timeout=float(sys.argv[2])))
+    learner = tiny_learner(Slow(sys.argv[1]), executor=DaskExecutor(defer="always", drain_timeout=float(sys.argv[2])))
     for raw in learner.data[TrainingPhase]:
         learner.step(TrainingPhase, raw)
     return learner
@@ -121,7 +121,7 @@ def test_the_lanes_of_a_dropped_learner_process_what_they_have(
     caplog.set_level(logging.WARNING, "flowtrain")
 
     def train() -> None:
-        learner = tiny_learner(Gated(gate, JsonlBackend(path)), executor=DaskExecutor())
+        learner = tiny_learner(Gated(gate, JsonlBackend(path)), executor=DaskExecutor(defer="always"))
         for raw in learner.data[TrainingPhase]:
             learner.step(TrainingPhase, raw)
 
@@ -138,7 +138,7 @@ def test_a_dropped_learner_whose_lanes_are_idle_takes_them_along_at_once(tmp_pat
     gate.set()
 
     def train() -> None:
-        learner = tiny_learner(Gated(gate, JsonlBackend(tmp_path / "log.jsonl")), executor=DaskExecutor())
+        learner = tiny_learner(Gated(gate, JsonlBackend(tmp_path / "log.jsonl")), executor=DaskExecutor(defer="always"))
         learner.fit(1)
 
     train()
@@ -180,7 +180,7 @@ class Sizes(Callback):
 def test_what_is_pending_is_processed_before_a_checkpoint_is_loaded(tmp_path: Path) -> None:
     """Rules 21 and 26: a load takes series back and replaces the state that pending events are to change."""
     sizes = Sizes()
-    learner = tiny_learner(sizes, Checkpointer(tmp_path), executor=DaskExecutor())
+    learner = tiny_learner(sizes, Checkpointer(tmp_path), executor=DaskExecutor(defer="always"))
     learner.fit(1)
     saved = list(sizes.found)
     assert [length for length, _ in saved] == list(range(1, 17))

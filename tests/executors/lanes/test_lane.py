@@ -239,7 +239,7 @@ def test_a_cancel_is_an_error(make_lane: MakeLane) -> None:
     assert str(caught.value) == (
         "Logger.note raised CancelFittingException('flat') at (BatchEnd, TrainingPhase), but it is deferred: "
         "training has gone on, and there is no fit left to end. Set deferrable = False in Logger, or write "
-        "DaskExecutor(defer=False)."
+        'DaskExecutor(defer="never").'
     )
 
 

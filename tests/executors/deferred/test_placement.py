@@ -1,0 +1,371 @@
+# pyright: reportPrivateUsage=false
+# The tests move callbacks by hand, and give the placements a clock.
+"""Where callbacks run under ``defer="auto"``: in place or in their lane, decided by a clock that the tests move.
+
+A handler moves the clock by its cost only where it costs training time: in place always, and in the lane if it holds
+the interpreter's lock. So the decisions do not depend on the speed of the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from flowtrain import (
+    Access,
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    CancelBatchException,
+    EpochEnd,
+    Event,
+    Learner,
+    LearnerView,
+    Phase,
+    Read,
+    TrainingPhase,
+    Write,
+    on,
+)
+from flowtrain.callbacks import LogMetrics, throttle
+from flowtrain.errors import DeferredCancelError, ExecutorError, UsageError
+from flowtrain.logging import JsonlBackend
+from flowtrain.logging.backend import identity
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor, register_copier
+from flowtrain_dask.deferred.placement import TIMED, Placement
+from flowtrain_dask.deferred.policy import Defer
+from tests.support.clock import Clock, Tick
+
+
+class Costs(Callback):
+    """A deferrable callback that notes where it runs, and takes some seconds of a clock."""
+
+    deferrable = True
+    stochastic = False
+
+    def __init__(self, clock: Clock, seconds: float, name: str = "Costs", *, holds_lock: bool = False) -> None:
+        self.clock, self.seconds, self.name, self.holds_lock = clock, seconds, name, holds_lock
+        self.places: list[str] = []
+        self.losses: list[float] = []
+        self.numbers: list[int | None] = []
+
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        self.places.append("here" if here else "lane")
+        self.losses.append(float(learner.batch.loss))
+        number = identity()
+        self.numbers.append(None if number is None else number.sequence)
+        if here or self.holds_lock:
+            self.clock.now += self.seconds
+
+
+def placements_of(learner: Learner) -> list[Placement]:
+    executor = learner.executor
+    assert isinstance(executor, DaskExecutor)
+    assert executor._site is not None
+    return executor._deferred.use(executor._site)._planned
+
+
+def timed(clock: Clock, *callbacks: Callback, **options: Any) -> Learner:
+    """Return a learner whose placements have this clock, on which a batch takes 10 ms."""
+    chosen: dict[str, Any] = {"executor": DaskExecutor(), "n_batches": 60, **options}
+    learner = tiny_learner(Tick(clock, 0.010), *callbacks, **chosen)
+    for placement in placements_of(learner):
+        placement._clock = clock
+    return learner
+
+
+def explained(learner: Learner) -> str:
+    text = learner.executor.explain(learner.callbacks.plan(BatchEnd, TrainingPhase))
+    return text.split("\n")[1]
+
+
+def test_a_callback_whose_event_costs_little_stays_in_place() -> None:
+    clock = Clock()
+    cheap = Costs(clock, 0.0001)
+    with timed(clock, cheap) as learner:
+        assert explained(learner) == "Costs.act runs in place, and not in lane Costs (a thread): it is being timed"
+        learner.fit(1)
+        assert set(cheap.places) == {"here"}
+        [place] = learner.executor.report().places  # type: ignore[attr-defined]  # dask's
+        assert (place.lane, place.where, place.handing_over) == ("Costs", "in place", None)
+        assert place.in_place == pytest.approx(0.0001)
+        why = "it takes 0.10 ms, and a lane gains nothing below 0.20 ms"
+        assert explained(learner) == f"Costs.act runs in place, and not in lane Costs (a thread): {why}"
+        report = str(learner.executor.report())  # type: ignore[attr-defined]  # dask's
+        assert report == f"no deferred callbacks\n  Costs: in place: {why}"
+
+
+def test_a_callback_that_saves_time_in_its_lane_moves_there() -> None:
+    """Two events are timed, then rounds are raced in the order A B B A; the events of the lane are numbered."""
+    clock = Clock()
+    costly = Costs(clock, 0.010)
+    with timed(clock, costly, n_batches=20) as learner:
+        learner.fit(1)
+        [place] = learner.executor.report().places  # type: ignore[attr-defined]  # dask's
+        assert (place.lane, place.where, place.handing_over) == ("Costs", "lane", 0.0)
+        assert place.in_place == pytest.approx(0.010)
+        # The first three calls are timed, the first of which does not count.
+        assert costly.places == [*["here"] * 4, "lane", "lane", "here", *["lane"] * 13]
+        assert costly.numbers == [*[None] * 4, 0, 1, None, *range(2, 15)]
+        assert explained(learner) == (
+            "Costs.act is deferred to lane Costs (a thread): 10.00 ms in place, 0.00 ms to hand over; "
+            "from one event to the next 10.00 ms with the lane and 20.00 ms without"
+        )
+    with tiny_learner(alone := Costs(clock, 0.0), n_batches=20) as learner:
+        learner.fit(1)
+    assert costly.losses == alone.losses
+
+
+def test_a_callback_that_holds_the_lock_of_the_interpreter_stays_in_place() -> None:
+    clock = Clock()
+    costly = Costs(clock, 0.010, holds_lock=True)
+    with timed(clock, costly) as learner:
+        learner.fit(1)
+        assert explained(learner).endswith("from one event to the next 20.00 ms with the lane and 20.00 ms without")
+    assert Counter(costly.places) == {"here": 55, "lane": 5}
+    assert set(costly.places[15:]) == {"here"}
+
+
+def test_a_callback_moves_back_when_its_cost_has_changed_and_not_before_its_lane_is_empty() -> None:
+    clock = Clock()
+    costly = Costs(clock, 0.010)
+    with timed(clock, costly, n_batches=20) as learner:
+        learner.fit(1)
+        costly.holds_lock = True
+        learner.fit(1)  # it is too early to measure again
+        assert set(costly.places[-20:]) == {"lane"}
+        clock.now += 100.0
+        learner.fit(1)
+        assert set(costly.places[-5:]) == {"here"}
+        # An event of no lane has no number, and the lane counts on.
+        assert [number for number in costly.numbers if number is not None] == list(range(costly.places.count("lane")))
+        clock.now += 1000.0
+        costly.holds_lock = False
+        learner.fit(1)
+        assert costly.places[-1] == "lane"
+
+
+def test_callbacks_race_one_after_the_other_and_the_frequent_ones_first() -> None:
+    """A race whose rounds are long gives way to one with short rounds."""
+    clock = Clock()
+    rare = throttle(Costs(clock, 0.050, "rare"), BatchEnd, every=10)
+    often, more = Costs(clock, 0.010, "often"), Costs(clock, 0.010, "more")
+    with timed(clock, rare, often, more, n_batches=200) as learner:
+        learner.fit(1)
+        where = {each.lane: each.where for each in learner.executor.report().places}  # type: ignore[attr-defined]
+    assert where == {"rare": "lane", "often": "lane", "more": "lane"}
+    first = {each.name: each.places.index("lane") for each in (often, more)}
+    assert first == {"often": 4, "more": 14}
+    assert rare.places.count("here") < 10
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_failure_is_the_same_in_place_and_in_the_lane(on_error: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(Costs):
+        at = 0
+
+        @on(BatchEnd, TrainingPhase)
+        def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            super().act(event, phase, learner)
+            if len(self.places) == self.at:
+                raise ValueError("no table")
+
+    for at, place in ((2, "here"), (15, "lane")):
+        clock = Clock()
+        fails = Fails(clock, 0.010, "Fails")
+        fails.at = at
+        executor = DaskExecutor(on_error=on_error)
+        with timed(clock, fails, n_batches=30, executor=executor) as learner:
+            if on_error == "raise":
+                with pytest.raises(ValueError, match="no table") as caught:
+                    learner.fit(1)
+                notes = "; ".join(caught.value.__notes__)
+                assert "raised in Fails.act at (BatchEnd, TrainingPhase)" in notes
+            else:
+                caplog.clear()
+                learner.fit(1)
+                assert "retires lane Fails, its callbacks see no more events: ValueError: no table" in caplog.text
+                assert executor.report().lanes[0].retired
+            assert (fails.places[-1], len(fails.places)) == (place, at)
+
+
+def test_a_deferrable_callback_steers_training_nowhere_wherever_it_runs() -> None:
+    class Steers(Costs):
+        do: Callable[[LearnerView], object]
+
+        @on(BatchEnd, TrainingPhase)
+        def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            self.do(learner)
+
+    class Asked(Event): ...
+
+    def cancel(learner: LearnerView) -> None:
+        raise CancelBatchException("enough")
+
+    ways: list[tuple[Callable[[LearnerView], object], type[Exception], str]] = [
+        (cancel, DeferredCancelError, r"Steers.act raised CancelBatchException\('enough'\) at \(BatchEnd, "
+         r"TrainingPhase\), but it is deferrable: .* write DaskExecutor\(defer=\"never\"\)"),
+        (lambda learner: learner.fire(Asked()), UsageError, r"Steers calls learner.fire\(Asked\(\)\)"),
+        (lambda learner: learner.request_checkpoint("x"), UsageError, r"Steers calls learner.request_checkpoint\("),
+    ]  # fmt: skip
+    for do, kind, text in ways:
+        defers: tuple[Defer, ...] = ("auto", "always")
+        for defer in defers:
+            steers = Steers(Clock(), 0.0, "Steers")
+            steers.do = do
+            with (
+                tiny_learner(steers, n_batches=3, executor=DaskExecutor(defer=defer)) as learner,
+                pytest.raises(kind, match=text),
+            ):
+                learner.fit(1)
+
+
+class Counted:
+    """An object whose copies are counted."""
+
+    copies = 0
+
+
+def copied(value: Counted) -> Counted:
+    Counted.copies += 1
+    return value
+
+
+class Owns(Callback):
+    def state_access(self) -> Access:
+        return {"cbstate.counted": Write()}
+
+    def setup(self, learner: LearnerView) -> None:
+        learner.cbstate.counted = Counted()
+
+    @on(BatchBegin)
+    def use(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None: ...
+
+
+class Reads(Costs):
+    def state_access(self) -> Access:
+        return {"batch.loss": Read(), "cbstate.counted": Read()}
+
+
+def test_the_snapshot_of_a_callback_in_place_costs_nothing() -> None:
+    """Nothing is copied, and once it is decided on a step makes the calls of a serial one."""
+    register_copier(Counted, copied)
+    Counted.copies = 0
+
+    def count(executor: Any) -> Counter[str]:
+        clock = Clock()
+        learner = tiny_learner(
+            Tick(clock), Owns(), *(Reads(clock, 0.0, f"reads{number}") for number in range(4)),
+            n_batches=TIMED + 5, executor=executor, default_callbacks=False,
+        )  # fmt: skip
+        calls = Counter[str]()
+
+        def note(frame: FrameType, event: str, argument: Any) -> None:
+            if event == "call":
+                calls[f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"] += 1
+
+        with learner:
+            if isinstance(learner.executor, DaskExecutor):
+                for placement in placements_of(learner):
+                    placement._clock = clock
+            learner.epoch(TrainingPhase)
+            batches = list(learner.data[TrainingPhase])
+            sys.setprofile(note)
+            try:
+                for raw in batches:
+                    learner.step(TrainingPhase, raw)
+            finally:
+                sys.setprofile(None)
+        return calls
+
+    serial, dask = count("serial"), count(DaskExecutor(parallel="never"))
+    assert Counted.copies == 0
+    assert {name: number for name, number in dask.items() if "dask" in name} == {}
+    assert dask == serial
+
+
+def test_always_and_never_and_the_resources_of_workers() -> None:
+    clock = Clock()
+    for defer, place in ((True, "lane"), ("always", "lane"), (False, "here"), ("never", "here")):
+        costs = Costs(clock, 0.0)
+        with tiny_learner(costs, n_batches=3, executor=DaskExecutor(defer=defer)) as learner:  # type: ignore[arg-type]
+            learner.fit(1)
+            assert learner.executor.report().places == ()  # type: ignore[attr-defined]  # dask's
+        assert costs.places == [place] * 3
+    assert DaskExecutor()._deferred.defer == "auto"
+    assert DaskExecutor("tcp://127.0.0.1:1", resources={"gpu": 1})._deferred.defer == "always"
+    assert DaskExecutor("tcp://127.0.0.1:1", resources={"gpu": 1}, defer="never")._deferred.defer == "never"
+    with pytest.raises(ExecutorError) as caught:
+        DaskExecutor(defer="alway")  # type: ignore[arg-type]  # a wrong value
+    assert str(caught.value) == (
+        "DaskExecutor(defer='alway'): defer is 'auto', where cost decides which callbacks are deferred, 'always' or "
+        "'never'. Did you mean 'always'? Write DaskExecutor(defer=\"auto\")."
+    )
+
+
+def test_the_log_of_a_callback_that_moves_is_the_serial_one(tmp_path: Path, dask_processes: Any) -> None:
+    """Its values of a series begin where the last event left off, wherever that ran, and its state comes back."""
+
+    class Moves(Callback):
+        def state_access(self) -> Access:
+            return {"resource.rng": Write()}
+
+        @on(BatchBegin)
+        def move(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+            number = next(self.numbers)
+            for placement in placements_of(self.learners[0]):
+                placement.mode, placement.anchor = "lane", None
+                assert placement.move(number % 3 == 0)
+
+        numbers: Iterator[int]
+        learners: list[Learner]
+
+    logs: list[list[str]] = []
+    makes: list[Callable[[], Any]] = [lambda: "serial", DaskExecutor, partial(DaskExecutor, dask_processes.address)]
+    for index, make in enumerate(makes):
+        path = tmp_path / f"{index}.jsonl"
+        moves = Moves()
+        with tiny_learner(moves, LogMetrics(JsonlBackend(path)), n_batches=4, executor=make()) as learner:
+            moves.numbers, moves.learners = iter(range(100)), [learner] if index else []
+            if not index:
+                learner.remove_callback(Moves)
+            learner.fit(2)
+        moves.learners.clear()
+        logs.append([line.partition('"time"')[0] for line in path.read_text().splitlines()])
+    assert logs[1:] == [logs[0]] * 2
+    assert len(logs[0]) > 8
+
+
+@pytest.mark.parametrize("event_type", [EpochEnd])
+def test_a_callback_with_few_events_is_timed_until_it_has_had_enough(event_type: type[Event]) -> None:
+    clock = Clock()
+
+    class Epochs(Costs):
+        @on(EpochEnd, TrainingPhase)
+        def end(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            here = threading.current_thread() is threading.main_thread()
+            self.places.append("end here" if here else "end lane")
+            if here:
+                self.clock.now += 1.0
+
+    epochs = Epochs(clock, 0.0)
+    with timed(clock, epochs, n_batches=40) as learner:
+        learner.fit(12)
+    ends = [place for place in epochs.places if place.startswith("end")]
+    assert ends[:4] == ["end here"] * 4
+    assert ends[-1] == "end lane"
+    assert epochs.places[-2:] == ["lane", "end lane"], "all events of the lane move together"
