@@ -12,7 +12,7 @@ for that runner. `DaskExecutor.compile` chooses the runner:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -61,7 +61,7 @@ class DaskExecutor:
             that the executor starts and ends, for callbacks that compute in Python. A ``distributed.Client``, a cluster
             object or the address of a scheduler: on that cluster, which the executor does not close.
         workers: How many handlers can run at the same time, including one on the training thread. By default the number
-            of cores that this process may use.
+            of cores that this process may use, and more if handlers wait for a disk or a network.
         parallel: ``"auto"`` runs an event in parallel if measuring shows that this is faster, ``"always"`` if two
             handlers are independent, ``"never"`` not at all.
         defer: ``"auto"`` leaves a deferrable callback in place until measuring shows that training is faster without
@@ -105,6 +105,7 @@ class DaskExecutor:
             workers = whole_number(
                 "DaskExecutor(): workers, of which the training thread is one,", workers, 1, ExecutorError
             )
+        self._bounded = workers is not None
         self._pool = StrandPool(_cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
@@ -268,11 +269,11 @@ class DaskExecutor:
         if why:
             return Route(plan, graph, serial, why)
         timed = TimedPlan(plan, self._pool, site, serial)
-        pack = partial(spread, graph, self.workers, main)
+        pack = partial(spread, graph, self.workers, main, bounded=self._bounded)
         if self.parallel == "auto":
             decision = Decision(timed, pack, partial(self._swap, plan))
             return Route(plan, graph, decision.measure, "", decision=decision)
-        strands = pack([1.0] * len(plan))  # nothing is measured, so every handler counts the same
+        strands = pack([1.0] * len(plan), ())  # nothing is measured, so every handler counts the same
         return Route(plan, graph, partial(timed.fire, strands), "parallel='always'", strands)
 
     def _swap(self, plan: Plan, runner: Runner) -> None:
@@ -400,9 +401,26 @@ def why_serial(plan: Plan, main: frozenset[int], workers: int, parallel: Paralle
     return "parallel='never'" if parallel == "never" else ""
 
 
-def spread(graph: EventGraph, workers: int, main: frozenset[int], costs: Sequence[float]) -> Strands:
-    """Spread the handlers of a graph over strands by the seconds that each takes; `main` stay on the first strand."""
-    return pack(graph.before, costs, workers, main)
+def spread(
+    graph: EventGraph,
+    workers: int,
+    main: frozenset[int],
+    costs: Sequence[float],
+    waiting: Collection[int] = (),
+    *,
+    bounded: bool = False,
+) -> Strands:
+    """Spread the handlers of a graph over strands by the seconds that each takes; `main` stay on the first strand.
+
+    Args:
+        graph: The graph.
+        workers: How many strands there may be for handlers that compute.
+        main: The positions that the training thread must run.
+        costs: The seconds that each handler takes.
+        waiting: The positions of the handlers that wait most of this time.
+        bounded: Whether there may be no more strands for these.
+    """
+    return pack(graph.before, costs, workers, main, () if bounded else waiting)
 
 
 def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:

@@ -314,7 +314,7 @@ def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
 
 def test_changed_callbacks_get_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was decided for the old plan is not put in place of the new one."""
-    for name in ("_LEAST_HOLD", "_HOLD_FACTOR"):  # plans are timed again at every `flush`
+    for name in ("_LEAST_HOLD", "HOLD_FACTOR"):  # plans are timed again at every `flush`
         monkeypatch.setattr(f"flowtrain_dask.parallel.decision.{name}", 0.0)
     counts: dict[str, int] = {}
 

@@ -183,8 +183,6 @@ class Placement:
         self._began: float | None = None  # when the present round began
         self._decided_at = 0.0
 
-    # --- the lane
-
     def position(self, node: Node, handler: Handler) -> int:
         """Return the position of a handler in the job of the lane."""
         return [(one, each) for one in self.nodes for _, each in one.handlers].index((node, handler))
@@ -315,7 +313,7 @@ class Placement:
             spot.timed = False
         if self._turn is not None:
             self._turn.give_back(self)
-        self._changed()
+        self._stale.update(spot.plan for spot in self._spots.values())
 
     def look_again(self) -> None:
         """Have the callbacks measured again, unless they were a short time ago."""
@@ -327,18 +325,13 @@ class Placement:
         elif self.mode == "in place":
             for spot in self._spots.values():
                 spot.begin()
-        self._changed()
+        self._stale.update(spot.plan for spot in self._spots.values())
 
     def retire(self, failure: BaseException) -> None:
         """Log a failure of a handler in place, and let the callbacks have no more events."""
         self.deferred, self._raced = True, None
         self.opened().retire(failure)
         self._decide("lane")
-
-    def _changed(self) -> None:
-        self._stale.update(spot.plan for spot in self._spots.values())
-
-    # --- for users
 
     def report(self) -> PlaceReport:
         """Return where the callbacks run and why, and what both ways cost."""
@@ -373,6 +366,7 @@ def snapshot_node(
         draws: Makes the seed of each event; ``None`` if the handler draws no random numbers.
         name: The name of the callback.
     """
+
     def node(event: Event, phase: Phase, view: Any) -> None:
         """Take a snapshot of the state that the handler declares to read, and put it into the lane."""
         seed = None if draws is None else draws.next(name)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal
 
@@ -58,7 +58,8 @@ class Decision:
 
     Args:
         timed: The plan, and the two ways to run it.
-        pack: Spreads the handlers over strands by the seconds that each of them takes.
+        pack: Spreads the handlers over strands by the seconds that each of them takes, and the positions of those that
+            wait most of this time.
         use: Called with the runner for the next firings whenever that changes.
         clock: Returns the time in seconds.
 
@@ -71,13 +72,13 @@ class Decision:
     def __init__(
         self,
         timed: TimedPlan,
-        pack: Callable[[Sequence[float]], Strands],
+        pack: Callable[[Sequence[float], Collection[int]], Strands],
         use: Callable[[Runner], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.mode: Mode = "measuring"
         self.reason = "not fired yet"
-        self.strands: Strands = pack([1.0] * len(timed.plan))
+        self.strands: Strands = pack([1.0] * len(timed.plan), ())
         self._timed = timed
         self._pack = pack
         self._use_runner = use
@@ -96,7 +97,7 @@ class Decision:
         times, failures = timed.inline(event, phase)
         if not failures:  # a firing that failed has skipped handlers, so its times say nothing
             self._costs, self._spent = times, sum(times)
-            self.strands = strands = self._pack(times)
+            self.strands = strands = self._pack(times, timed.waiting)
             if len(strands.strands) < 2 or strands.saves < LEAST_GAIN:
                 saves = "running them together saves less than the effort"
                 self._decide("inline", f"the handlers take {in_ms(strands.work)}, {saves}")
@@ -134,7 +135,7 @@ class Decision:
         faster = is_faster(self._parallel, self._inline)
         if faster is not None:
             one, other = statistics.median(self._parallel), statistics.median(self._inline)
-            self.strands = self._pack(self._costs)
+            self.strands = self._pack(self._costs, self._timed.waiting)
             reason = f"in a race it took {in_ms(one)} in parallel and {in_ms(other)} inline"
             self._decide("parallel" if faster else "inline", reason)
 

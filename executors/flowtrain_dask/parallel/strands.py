@@ -1,8 +1,9 @@
 """Strands: the handlers of a plan spread over threads. Each strand runs its handlers one after the other.
 
 One dask task for each handler would cost 40 to 70 microseconds of scheduling, so a strand puts many handlers into one
-task. There are at most as many strands as workers, and every strand has a thread to itself; the first strand has the
-training thread. So a strand never waits for a thread, only for a handler of another strand. `pack` makes the strands:
+task. There are at most as many strands as workers, and more for handlers that wait, for a disk or a network, and so
+need no core. Every strand has a thread to itself; the first strand has the training thread. So a strand never waits for
+a thread, only for a handler of another strand. `pack` makes the strands:
 
 1. It fuses linear chains: handlers of which each waits for the one before it alone, and nothing else waits for that.
 2. It places the chains one by one (list scheduling). Of the chains whose predecessors are placed, the one with the
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from flowtrain.callback.callback import draws_own
 from flowtrain.graph.plan import Plan
 
-__all__ = ["Strands", "fuse", "is_chain", "needs_training_thread", "pack"]
+__all__ = ["MOST_STRANDS", "Strands", "fuse", "is_chain", "needs_training_thread", "pack"]
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,26 @@ def fuse(before: Sequence[Sequence[int]], main: Collection[int]) -> list[list[in
     return chains
 
 
-def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, main: Collection[int] = ()) -> Strands:
+MOST_STRANDS = 32
+"""How many strands there are at most, if more handlers wait than there are workers."""
+
+
+def pack(
+    before: Sequence[Sequence[int]],
+    costs: Sequence[float],
+    workers: int,
+    main: Collection[int] = (),
+    waiting: Collection[int] = (),
+) -> Strands:
     """Spread handlers over strands.
 
     Args:
         before: For each position, its direct predecessors, which have smaller positions.
         costs: The seconds that each handler takes.
-        workers: How many strands there may be.
+        workers: How many strands there may be for handlers that compute.
         main: The positions that the training thread must run; they go to the first strand.
+        waiting: The positions of the handlers that wait most of their time. Chains of these alone may have strands of
+            their own beside those for `workers`.
     """
     chains = fuse(before, main)
     chain_of = {position: index for index, chain in enumerate(chains) for position in chain}
@@ -111,7 +124,8 @@ def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, 
         for one in waits_for[index]:
             to_the_end[one] = max(to_the_end[one], takes[one] + to_the_end[index])
 
-    free = [0.0] * workers
+    waits = [all(position in waiting for position in chain) for chain in chains]
+    free = [0.0] * max(workers, min(MOST_STRANDS, workers + sum(waits)))
     strands: list[list[int]] = [[] for _ in free]
     end: dict[int, float] = {}
     left = set(range(len(chains)))
@@ -125,7 +139,8 @@ def pack(before: Sequence[Sequence[int]], costs: Sequence[float], workers: int, 
             strand = 0
         else:  # on a tie the training thread takes the chain, unless handlers are left that only it may run
             reserved = any(chains[one][0] in main for one in left)
-            strand = min(range(len(free)), key=lambda one: (max(free[one], start), one == 0 and reserved, one))
+            allowed = len(free) if waits[index] else workers
+            strand = min(range(allowed), key=lambda one: (max(free[one], start), one == 0 and reserved, one))
         free[strand] = end[index] = max(free[strand], start) + takes[index]
         strands[strand] += chains[index]
         left.discard(index)

@@ -237,9 +237,9 @@ def test_a_cancel_is_an_error(make_lane: MakeLane) -> None:
     with pytest.raises(DeferredCancelError) as caught:
         lane.raise_failure()
     assert str(caught.value) == (
-        "Logger.note raised CancelFittingException('flat') at (BatchEnd, TrainingPhase), but it is deferred: "
-        "training has gone on, and there is no fit left to end. Set deferrable = False in Logger, or write "
-        'DaskExecutor(defer="never").'
+        "Logger.note raised CancelFittingException('flat') at (BatchEnd, TrainingPhase), but it is deferrable: "
+        "in its lane it runs when training has gone on, and there is no fit left to end. Set deferrable = False in "
+        'Logger, or write DaskExecutor(defer="never").'
     )
 
 

@@ -31,9 +31,11 @@ class Two:
         serial = SerialExecutor()
         serial.bind(self.site)
         self.serial = serial.compile(plan)
-        timed = TimedPlan(plan, pool, self.site, self.serial, self.clock)
+        timed = TimedPlan(plan, pool, self.site, self.serial, self.clock, self.clock)
         before = direct_predecessors(plan)
-        self.decision = Decision(timed, lambda costs: pack(before, costs, pool.workers), self.used.append, self.clock)
+        self.decision = Decision(
+            timed, lambda costs, waiting: pack(before, costs, pool.workers), self.used.append, self.clock
+        )
         self.used.append(self.decision.measure)
 
     def clock(self) -> float:

@@ -48,7 +48,10 @@ class Bench:
         self.plan = Callbacks(callbacks, self.site.state).plan(BatchEnd, TrainingPhase)
         serial = SerialExecutor()
         serial.bind(self.site)
-        self.timed = TimedPlan(self.plan, pool, self.site, serial.compile(self.plan), lambda: self.now)
+        self.waited = 0.0
+        self.timed = TimedPlan(
+            self.plan, pool, self.site, serial.compile(self.plan), lambda: self.now, lambda: self.now - self.waited
+        )
         self.strands = pack(direct_predecessors(self.plan), [1.0] * len(self.plan), pool.workers)
 
     def takes(self, seconds: float) -> Callable[[LearnerView], None]:
@@ -244,3 +247,23 @@ def test_no_frame_keeps_a_failure_alive(pool: StrandPool, way: str) -> None:
         assert [each() for each in held] == [None]
     finally:
         gc.enable()
+
+
+def test_a_handler_waits_if_it_computes_less_than_half_of_its_time(pool: StrandPool) -> None:
+    """By the processor time of its thread; after a failure nothing is known, and the last answer holds."""
+    bench: Bench
+
+    def act(seconds: float, waits: float, fails: bool = False) -> Callable[[LearnerView], None]:
+        def do(learner: LearnerView) -> None:
+            bench.now += seconds
+            bench.waited += waits
+            if fails and bench.now > 110.0:
+                raise ValueError
+
+        return do
+
+    bench = Bench(pool, A(act(1.0, 0.9)), B(act(2.0, 0.9)), C(act(3.0, 3.0, fails=True)))
+    assert bench.inline() == ([1.0, 2.0, 3.0], [])
+    assert bench.timed.waiting == {0, 2}
+    bench.inline()
+    assert bench.timed.waiting == {0, 2}

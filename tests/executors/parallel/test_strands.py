@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import Access, BatchEnd, Callback, Event, LearnerView, Phase, Write, on
-from flowtrain_dask.parallel.strands import Strands, fuse, is_chain, needs_training_thread, pack
+from flowtrain_dask.parallel.strands import MOST_STRANDS, Strands, fuse, is_chain, needs_training_thread, pack
 from tests.support.handlers import plan_of
 
 
@@ -39,15 +39,16 @@ def rounds(strands: Strands, before: list[tuple[int, ...]]) -> list[int]:
     return done
 
 
-@given(dags(), st.integers(1, 4))
+@given(dags(), st.integers(1, 4), st.one_of(st.just(frozenset[int]()), st.frozensets(st.integers(0, 12))))
 def test_strands_keep_every_edge_and_never_get_stuck(
-    dag: tuple[list[tuple[int, ...]], list[float], frozenset[int]], workers: int
+    dag: tuple[list[tuple[int, ...]], list[float], frozenset[int]], workers: int, waiting: frozenset[int]
 ) -> None:
     """Rule 13: whoever is slow, no handler starts before its predecessors, and no two strands wait for each other."""
     before, costs, home = dag
-    strands = pack(before, costs, workers, home)
+    waiting = waiting & set(range(len(before)))
+    strands = pack(before, costs, workers, home, waiting)
     assert sorted(rounds(strands, before)) == list(range(len(before)))
-    assert 1 <= len(strands.strands) <= workers
+    assert 1 <= len(strands.strands) <= workers + len(waiting)
     assert all(strands.strands[1:])
     assert home <= set(strands.strands[0]), "rule 6: what draws random numbers stays on the training thread"
     waited_for = [one for position, each in enumerate(before) for one in each if strands.waits[position] >> one & 1]
@@ -60,6 +61,16 @@ def test_longest_first_fills_the_strands_evenly() -> None:
     strands = pack([()] * 5, [1.0, 2.0, 3.0, 1.0, 5.0], 2)
     assert strands.strands == ((4, 0), (2, 1, 3))
     assert strands.saves == pytest.approx(6.0)
+
+
+def test_handlers_that_wait_have_strands_of_their_own_and_those_that_compute_share_the_cores() -> None:
+    strands = pack([()] * 4, [1.0] * 4, 2, (), range(4))
+    assert (strands.strands, strands.span) == (((0,), (1,), (2,), (3,)), 1.0)
+    strands = pack([()] * 5, [2.0, 2.0, 2.0, 1.0, 1.0], 2, (), {0, 1})
+    assert {3, 4} < set(strands.strands[0]) | set(strands.strands[1]), "two that compute, on two cores"
+    assert len(pack([()] * 99, [1.0] * 99, 2, (), range(99)).strands) == MOST_STRANDS
+    # A chain that computes at all needs a core.
+    assert len(pack([(), (0,), (), (2,)], [1.0] * 4, 1, (), {0, 2}).strands) == 1
 
 
 def test_a_chain_is_fused_and_stays_on_one_strand() -> None:
