@@ -43,6 +43,7 @@ class Settings:
     parallel: Parallel = "auto"
     ddp: Mapping[str, Any] | None = None
     uneven: Literal["stop", "error"] = "stop"
+    check_params: bool = False
     shard: Shard | None = None
     fsdp: Mapping[str, Any] | None = None
 
@@ -61,7 +62,12 @@ class Settings:
             object.__setattr__(self, "lag", lag)
         if self.prefetch is not None and not is_a(self.prefetch, (bool, Transfer)):
             raise CoreError(f"prefetch is True, False, None or a Transfer of your own; got {self.prefetch!r}.")
-        for name, value, also in (("channels_last", self.channels_last, ""), ("tf32", self.tf32, " or None")):
+        switches = (
+            ("channels_last", self.channels_last, ""),
+            ("tf32", self.tf32, " or None"),
+            ("check_params", self.check_params, ""),
+        )
+        for name, value, also in switches:
             if not is_a(value, bool) and not (also and value is None):
                 raise CoreError(f"{name} is True, False{also}; got {value!r}.")
         check_compile(self.compile, self.accumulate)
@@ -72,6 +78,11 @@ class Settings:
         for name, (choice, possible) in choices.items():
             if choice not in possible:
                 raise CoreError(f"{name}={choice!r} is unknown. It is one of: {', '.join(map(repr, possible))}.")
+        if self.parallel == "fsdp" and self.check_params:
+            raise CoreError(
+                "check_params=True compares parameters that are the same on all ranks, and with parallel='fsdp' each rank "
+                "has a part of its own. Leave it out."
+            )
         _check_ddp(self.ddp, self.accumulate)
         if self.parallel == "fsdp" and self.ddp is not None:
             raise CoreError(f"ddp={self.ddp!r} is for parallel='ddp'. Write fsdp={{...}} with parallel='fsdp'.")

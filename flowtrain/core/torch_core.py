@@ -75,12 +75,12 @@ class TorchCore:
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
         tf32: Whether float32 products on CUDA may round to TF32, in the whole process; ``None`` changes nothing.
-        parallel: How several processes train the model: ``"ddp"``; ``"fsdp"``, which shards the model
-            (`flowtrain.core.sharding`); ``"auto"``, which is DDP in the processes that ``torchrun`` has started, and
-            one process elsewhere; or ``None`` for one process.
+        parallel: How several processes train the model: ``"ddp"``; ``"fsdp"`` (`flowtrain.core.sharding`); ``"auto"``,
+            which is DDP in the processes that ``torchrun`` has started; or ``None`` for one process.
         ddp: Arguments for `torch.nn.parallel.DistributedDataParallel`, such as ``{"find_unused_parameters": True}``.
         uneven: What happens if the loaders of several processes give different numbers of batches: ``"stop"`` ends
             each training epoch with the shortest, ``"error"`` refuses them.
+        check_params: Whether several processes compare their parameters and buffers after each epoch of training.
         shard: With ``"fsdp"``, which submodules are gathered and freed as one: those of a class or of several; or those
             for which a function of ``(name, module)`` returns ``True``. The rest of the model is one more part.
         fsdp: Arguments for `torch.distributed.fsdp.fully_shard`, such as ``{"reshard_after_forward": False}``.
@@ -126,13 +126,14 @@ class TorchCore:
         parallel: Parallel = "auto",
         ddp: Mapping[str, Any] | None = None,
         uneven: Literal["stop", "error"] = "stop",
+        check_params: bool = False,
         shard: Shard | None = None,
         fsdp: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = Settings(
             device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
-            parallel=parallel, ddp=ddp, uneven=uneven, shard=shard, fsdp=fsdp,
+            parallel=parallel, ddp=ddp, uneven=uneven, check_params=check_params, shard=shard, fsdp=fsdp,
         )  # fmt: skip
         # Attributes beside the settings, since a step reads them at each batch.
         self.precision: Precision = precision

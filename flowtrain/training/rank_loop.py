@@ -129,6 +129,7 @@ class RankLoop(Loop):
         failures: list[BaseException] = []
         try:
             super().resume(path, data, unit)
+            self.checkpoints.loaded()  # what was loaded before has no effect any more
         except BaseException as failure:
             failures.append(failure)
         self.ranks.meet("the checkpoint to resume from", failures)
@@ -178,10 +179,16 @@ class RankLoop(Loop):
         ranks = self.ranks
         if failures and not ranks.fit_ends:
             attempt(failures, self.checkpoints.miss, failures[0])
-        found = ranks.meet(point, failures, self._prints() if point == "EpochEnd" and not failures else {})
+        value: dict[str, str] = {}
+        if point == "EpochEnd" and not failures:
+            value = self._prints()
+        elif point == "EpochBegin":
+            value = self.checkpoints.loaded()
+        found = ranks.meet(point, failures, value)
         differing = {path for each in found for path in each if each[path] != found[0].get(path)}
+        differing |= {path for each in found for path in found[0] if path not in each}
         if differing:
-            failures.append(_diverged(sorted(differing), found))
+            failures.append((_diverged if point == "EpochEnd" else _loaded)(sorted(differing), found))
         if point == FIT_END:
             known = ranks.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
             if ranks.interrupted and ranks.leave is None and not known:
@@ -192,9 +199,15 @@ class RankLoop(Loop):
             attempt(failures, self._parallel.share_buffers)
 
     def _prints(self) -> dict[str, str]:
-        """Return a fingerprint of each entry of ``cbstate`` that must be the same on all ranks, by its path."""
+        """Return a fingerprint by path of all that must be the same on all ranks: entries of ``cbstate``, on request
+        parameters and buffers too, after an epoch of training.
+        """
         callbacks: Callbacks = self.state.callbacks
         found: dict[str, str] = {}
+        if self.core.settings.check_params and torch.is_grad_enabled():
+            for root, model in self.core.models.items():
+                for name, tensor in (*model.named_parameters(root), *model.named_buffers(root)):
+                    found[f"model.{name}"] = fingerprint((name, tensor))
         for name in self.state.cbstate if callbacks.shared is not None else ():
             if callbacks.shared is not None and not callbacks.shared.why_local(("cbstate", name)):
                 with suppress(CheckpointError):  # an object that no checkpoint can hold cannot be compared either
@@ -380,6 +393,15 @@ class RankLoop(Loop):
 def _versions() -> str:
     """Return the versions that must be the same on all ranks."""
     return f"flowtrain {own_version()} and torch {torch.__version__}"
+
+
+def _loaded(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> RankError:
+    """Return the error for ranks that have not loaded the same checkpoints; the arguments are those of `_diverged`."""
+    shown = "; ".join(f"rank {rank}: {each.get('load', 'nothing')}" for rank, each in enumerate(found))
+    return RankError(
+        f"The ranks have not loaded the same checkpoints since their last epoch, so their models differ: {shown}. All "
+        f"ranks must call learner.load with the same file: do not put the call under `if rank == 0`."
+    )
 
 
 def _diverged(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> DivergedError:

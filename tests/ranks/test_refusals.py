@@ -28,6 +28,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import EMA, Checkpointer, CustomCallback
+from flowtrain.errors import DivergedError, RankError
 from tests.support.ranks import Ranks, rank
 
 
@@ -342,3 +343,55 @@ def test_no_exchange_needs_numpy(ranks: Ranks, tmp_path: Path) -> None:
     one, two = ranks.values(bare, str(tmp_path))
     assert one == two
     assert one[1] == 8
+
+
+class Drifts(Callback):
+    """Changes a parameter on one rank, through an object that no declaration shows."""
+
+    def __init__(self, made: nn.Module) -> None:
+        self.made = made
+
+    @on(BatchEnd, TrainingPhase)
+    def drift(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        if rank() == 1:
+            with torch.no_grad():
+                self.made.get_parameter("1.bias").add_(1e-7)
+
+    ranks = "every"
+
+
+def drift(check: bool) -> int:
+    made = model()
+    core = TorchCore(device="cpu", check_params=check)
+    with learner(made, Drifts(made), core=core) as trained:
+        try:
+            trained.fit(2)
+        except DivergedError as error:
+            assert error.paths == ("model.1.bias",)
+            assert str(error).startswith("model.1.bias must be the same on all ranks, and differs on rank 1 from the")
+        return trained.cbstate.history[TrainingPhase].epochs
+
+
+def test_parameters_that_differ_are_noticed_on_request(ranks: Ranks) -> None:
+    assert ranks.values(drift, True) == [1, 1]
+    assert ranks.values(drift, False) == [2, 2]
+
+
+def load(folder: str, which: str) -> str:
+    made = learner(model(), Checkpointer(folder, monitor=None))
+    made.fit(2)
+    if which != "one" or rank():
+        made.load(Path(folder) / f"epoch-000{1 + rank() if which == 'others' else 1}.ckpt")
+    try:
+        made.fit(1)
+    except RankError as error:
+        return str(error)
+    return ""
+
+
+def test_a_checkpoint_that_one_rank_alone_has_loaded_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
+    names = {"one": ("nothing", "epoch-0001.ckpt"), "others": ("epoch-0001.ckpt", "epoch-0002.ckpt")}
+    for which, (zero, one) in names.items():
+        for text in ranks.values(load, str(tmp_path / which), which):
+            assert f"rank 0: {zero}; rank 1: {one}. All ranks must call learner.load with the same file" in text
+    assert ranks.values(load, str(tmp_path / "same"), "same") == ["", ""]

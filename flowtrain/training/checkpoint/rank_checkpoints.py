@@ -26,11 +26,12 @@ import torch
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
+from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import CheckpointError, RemoteError
 from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.files import IN_PIECES, write_whole
+from flowtrain.training.checkpoint.files import IN_PIECES, find_file, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
 from flowtrain.training.scopes import Scopes
@@ -72,6 +73,7 @@ class RankCheckpoints(Checkpoints):
         self._world = world
         self._writers: World | None = None  # the ranks, for the exchanges of the threads that write shards
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
+        self._loads: list[str] = []  # the files that `load` has read since the last epoch began
         self._missed = False  # whether an error has dropped requests here that the other ranks carry out
 
     # --- take
@@ -183,6 +185,20 @@ class RankCheckpoints(Checkpoints):
             raise CheckpointError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
 
     # --- restore
+
+    def load(self, path: Any) -> None:
+        """See `Checkpoints.load`. All ranks must call it, which `loaded` lets them notice."""
+        super().load(path)
+        self._loads.append(find_file(path).name)
+
+    def loaded(self) -> dict[str, str]:
+        """Return the names of the files that were loaded since the last call, and a fingerprint of what they gave."""
+        names, self._loads = self._loads, []
+        if not names:
+            return {}
+        shards = any(hasattr(param, "full_tensor") for param in self._state.params.values())
+        content = "" if shards else fingerprint(("", dict(self._state.params)))
+        return {"load": " and ".join(names), "content": content}
 
     def _read(self, path: Any) -> dict[str, Any]:
         return part_of(super()._read(path), self._world.rank, self._world.size)
