@@ -71,8 +71,7 @@ class Callback:
             state without an exchange.
         may_cancel: Whether a handler may cancel a batch or an update. Several ranks ask each other before an update
             whether one of them cancels it, unless all handlers of `BackwardEnd` and `UpdateBegin` are of callbacks that
-            say no; and in a batch that only accumulates gradients, if handlers between `BatchBegin` and `BackwardEnd`
-            may cancel it.
+            say no. In a batch that only accumulates gradients the handlers from `BatchBegin` on count.
         may_checkpoint: Whether a handler of a training batch may request a checkpoint. Several ranks that accumulate
             gradients then ask each other in every batch whether one of them has left it.
     """

@@ -158,6 +158,8 @@ class Metrics(Callback):
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the previous epoch, which may have been cancelled before its end."""
         self._late = learner.lag > 0
+        if learner.rank:  # the main rank of several warns
+            self._warned.add(phase)
         self._copies = self._loss_is_written or not has_bundled_step(type(phase))
         self._weights = {"Loss": []}
         self._phase, self._of_ranks = phase, None

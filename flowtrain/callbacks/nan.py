@@ -88,12 +88,13 @@ class StopOnNaNLoss(Callback):
 
 
 def _where(phase: Phase, learner: LearnerView) -> str:
+    rank = f" on rank {learner.rank}" if learner.world_size > 1 else ""
     history = learner.cbstate.history
     if history is None:
-        return f" of {phase!r}"
+        return f" of {phase!r}{rank}"
     counts = history[phase]
     batch, epoch, step = counts.steps_epoch + 1, counts.epochs + 1, counts.steps + 1
-    return f" in batch {batch} of epoch {epoch} of {phase!r} (step {step})"
+    return f" in batch {batch} of epoch {epoch} of {phase!r} (step {step}){rank}"
 
 
 def _stop(where: str, *, late: bool) -> None:

@@ -133,7 +133,7 @@ class Scheduler(Callback):
             self._began = (self.updates, dict(self._epochs))
         before, self._planned, self._in_fit = self._planned, (event.updates, event.epochs), True
         self._stretch()
-        if event.resumed:
+        if event.resumed and not learner.rank:  # the main rank of several warns
             self._warn_of_another_length(before)
         for setting, schedule in self._stretched.items():
             if isinstance(schedule, Schedule) and schedule.is_open:

@@ -140,13 +140,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_trained(optimizers: Mapping[str, Optimizer], models: Mapping[str, torch.nn.Module], lossfn: Any) -> None:
+def check_trained(
+    optimizers: Mapping[str, Optimizer], models: Mapping[str, torch.nn.Module], lossfn: Any, *, warns: bool = True
+) -> None:
     """Check that every parameter that requires a gradient is in an optimizer, and warn if one is not.
 
     Args:
         optimizers: The optimizers by name; a single one has the empty name.
         models: The models by name; a single one has the empty name.
         lossfn: The loss function, whose parameters are trained if it is a module.
+        warns: Whether to warn: of several ranks the main one does.
 
     Raises:
         CoreError: An optimizer has a parameter of no module as well: a layer was replaced after the learner was built.
@@ -166,6 +169,8 @@ def check_trained(optimizers: Mapping[str, Optimizer], models: Mapping[str, torc
             f"{_listed(stale)} that the model no longer has. A layer was replaced after the learner was built. Make "
             f"the optimizer anew: learner.replace_optimizer(partial(torch.optim.{kinds.split()[0]}, lr=...))."
         )
+    if not warns:
+        return
     warnings.warn(
         f"{_listed(missing)} would not be trained: no optimizer has them, and they require gradients. Freeze them, "
         f"requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial(torch.optim."

@@ -80,8 +80,8 @@ class Settings:
                 raise CoreError(f"{name}={choice!r} is unknown. It is one of: {', '.join(map(repr, possible))}.")
         if self.parallel == "fsdp" and self.check_params:
             raise CoreError(
-                "check_params=True compares parameters that are the same on all ranks, and with parallel='fsdp' each rank "
-                "has a part of its own. Leave it out."
+                "check_params=True compares parameters that are the same on all ranks, and with parallel='fsdp' each "
+                "rank has a part of its own. Leave it out."
             )
         _check_ddp(self.ddp, self.accumulate)
         if self.parallel == "fsdp" and self.ddp is not None:

@@ -197,7 +197,7 @@ class TorchCore:
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
         self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None
-        if not self._warned:
+        if not self._warned and (self.world is None or self.world.main):
             warn_unable(self.device, self.settings.prefetch, self.settings.lag)
         allow_tf32(self.device, self.settings.tf32)
         self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
@@ -405,7 +405,7 @@ class TorchCore:
 
     def warn_switched(self) -> None:
         """Warn, once for each core, that a model in eval mode is trained in train mode."""
-        if self._warned or self.modes is None or not self.modes.switched:
+        if self._warned or self.modes is None or not self.modes.switched or (self.world and not self.world.main):
             return
         self._warned = True
         names = {id(model): f"model {name!r}" if name else "The model" for name, model in self.models.items()}

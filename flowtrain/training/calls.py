@@ -103,7 +103,7 @@ class Calls:
             given = self._loop.state.data if data is None else loaders_by_phase(data)
             chosen = limited(self._loop.divided(given), limit_batches)
             self.check_phases(chosen)
-            check_fit_data(chosen, by_steps=steps is not None, stacklevel=3)
+            check_fit_data(chosen, by_steps=steps is not None, stacklevel=None if self._loop.state.rank else 3)
             self.stopped = None
             with self._using(chosen):
                 try:

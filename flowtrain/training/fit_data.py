@@ -122,7 +122,7 @@ def check_loader(loader: Any, phase: Phase, call: str = DATA_EXAMPLE) -> None:
         raise DataError(empty(f"for {phase!r}", loader))
 
 
-def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> None:
+def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int | None) -> None:
     """Check that a fit has data, and, if it counts steps, exactly one training phase.
 
     A fit in which every phase evaluates is allowed but rarely intended, so it warns.
@@ -130,7 +130,8 @@ def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> N
     Args:
         data: The loaders by phase.
         by_steps: Whether the fit counts steps.
-        stacklevel: The frame that the warning points to, as `warnings.warn` in the caller would count it.
+        stacklevel: The frame that the warning points to, as `warnings.warn` in the caller would count it; ``None``
+            for no warning, because the main rank of several warns.
 
     Raises:
         UsageError: `data` is empty, or a fit by steps has no training phase or several.
@@ -143,7 +144,7 @@ def check_fit_data(data: PhaseMap[Any], *, by_steps: bool, stacklevel: int) -> N
             f"fit(steps=...) counts the batches of one training phase; the data has "
             f"{', '.join(training) or 'none'}. Use fit(epochs), or data with one."
         )
-    if all(isinstance(phase, AbstractValidationPhase) for phase in data):
+    if stacklevel is not None and all(isinstance(phase, AbstractValidationPhase) for phase in data):
         warnings.warn(
             f"fit() has no training phase in its data, only {', '.join(map(repr, data))}: nothing is trained. Use "
             f"validate(), or add the data to train on: data={{TrainingPhase: loader, ...}}.",

@@ -210,7 +210,8 @@ class Loop:
         # this checkpoint.
         self.checkpoints.restore_random()
         if training and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
-            check_trained(by_name(self.state.optimizer), self.core.models, self.state.lossfn)
+            optimizers, main = by_name(self.state.optimizer), not self.state.rank
+            check_trained(optimizers, self.core.models, self.state.lossfn, warns=main)
 
     def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int) -> None:
         """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""

@@ -32,7 +32,7 @@ from flowtrain.errors import CancelBatchException, CancelException, CoreError, R
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.checkpoints import Checkpoints
+from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.ranks import Ranks
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
@@ -51,13 +51,15 @@ class RankSteps(Steps):
         parallel: The models of this rank.
     """
 
+    _checkpoints: RankCheckpoints
+
     def __init__(
         self,
         state: LearnerState,
         core: TorchCore,
         scopes: Scopes,
         dispatch: Dispatch,
-        checkpoints: Checkpoints,
+        checkpoints: RankCheckpoints,
         ranks: Ranks,
         parallel: DataParallel,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from flowtrain import (
     TrainingPhase,
     UpdateBegin,
     UpdateEnd,
+    ValidationPhase,
     Write,
     on,
 )
@@ -360,21 +362,21 @@ class Drifts(Callback):
     ranks = "every"
 
 
-def drift(check: bool) -> int:
+def drift(check: bool) -> tuple[tuple[str, ...], str]:
     made = model()
     core = TorchCore(device="cpu", check_params=check)
-    with learner(made, Drifts(made), core=core) as trained:
-        try:
-            trained.fit(2)
-        except DivergedError as error:
-            assert error.paths == ("model.1.bias",)
-            assert str(error).startswith("model.1.bias must be the same on all ranks, and differs on rank 1 from the")
-        return trained.cbstate.history[TrainingPhase].epochs
+    try:
+        learner(made, Drifts(made), core=core).fit(1)
+    except DivergedError as error:
+        return error.paths, str(error)
+    return (), ""
 
 
 def test_parameters_that_differ_are_noticed_on_request(ranks: Ranks) -> None:
-    assert ranks.values(drift, True) == [1, 1]
-    assert ranks.values(drift, False) == [2, 2]
+    for paths, text in ranks.values(drift, True):
+        assert paths == ("model.1.bias",)
+        assert text.startswith("model.1.bias must be the same on all ranks, and differs on rank 1 from the main rank.")
+    assert ranks.values(drift, False) == [((), "")] * 2
 
 
 def load(folder: str, which: str) -> str:
@@ -395,3 +397,47 @@ def test_a_checkpoint_that_one_rank_alone_has_loaded_is_noticed(ranks: Ranks, tm
         for text in ranks.values(load, str(tmp_path / which), which):
             assert f"rank 0: {zero}; rank 1: {one}. All ranks must call learner.load with the same file" in text
     assert ranks.values(load, str(tmp_path / "same"), "same") == ["", ""]
+
+
+class Two(nn.Module):
+    """A layer that is trained, and one that no optimizer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.left = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.used(inputs) + self.left(inputs)
+        return found
+
+
+class Extra(Callback):
+    """Has a state, which a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": 1}
+
+
+def warned(folder: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = Two().eval()
+        options: Any = {"kind": lambda params, lr: torch.optim.SGD(made.used.parameters(), lr=lr)}
+        learner(made, Checkpointer(folder, monitor=None), Extra(), **options).fit(1)
+        learner(made, Checkpointer(folder, monitor=None), **options).fit(2, resume=folder)
+        learner(model(), phase=ValidationPhase).fit(1)
+        data = batches()
+        if rank():
+            data[-1][1].fill_(float("nan"))
+        learner(model(), data=data).fit(1)
+    return [str(each.message) for each in caught]
+
+
+def test_the_main_rank_warns_of_what_is_the_same_everywhere(ranks: Ranks, tmp_path: Path) -> None:
+    main, other = ranks.values(warned, str(tmp_path))
+    starts = ["The model is in eval mode", "left.weight, left.bias would", "The checkpoint has the state of Extra"]
+    starts += ["fit() has no training phase"]
+    assert [each for each in starts if not any(text.startswith(each) for text in main)] == []
+    assert len(other) == 1
+    assert other[0].startswith("The loss is NaN in batch 4 of epoch 1 of TrainingPhase (step 4) on rank 1. Training")

@@ -136,9 +136,6 @@ class Checkpoints:
         self._on_interrupt.clear()
         self._waiting.clear()
 
-    def drop(self, requests: Sequence[CheckpointRequest]) -> None:
-        """Note that an error has dropped these requests; on one of several ranks this concerns the others."""
-
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         finite = self._is_finite()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
@@ -340,6 +337,8 @@ class Checkpoints:
 
     def _warn(self, contents: Mapping[str, Any], data: PhaseMap[Any]) -> None:
         """Warn where the learner is not the one that the checkpoint was taken of, and so the fit may differ."""
+        if self._state.rank:  # the main rank of several warns
+            return
         missing = without_callback(contents, self._state)
         if missing:
             warnings.warn(
