@@ -20,7 +20,7 @@ from flowtrain.state.encoding import SAME, SHARDED
 
 __all__ = ["check_size", "digests", "part_of", "parts_in", "reduced"]
 
-_LOCAL = ("random", "loaders", "position", "numbers", "passes", "cbstate", "callbacks", "group")
+_LOCAL = ("random", "loaders", "position", "numbers", "passes", "cbstate", "callbacks", "group", "run")
 """The entries of a checkpoint that each rank has for itself."""
 
 _LARGE = 1024
@@ -61,17 +61,21 @@ def parts_in(contents: Mapping[str, Any]) -> int:
 def part_of(contents: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
     """Return the contents of a checkpoint as one rank has written them.
 
-    A checkpoint of another number of ranks gives every rank the part of the main rank.
+    A checkpoint of another number of ranks gives every rank the part of the main rank, but the positions of its own
+    logs, and none if it had no logs then.
 
     Args:
         contents: The contents of the file.
         rank: The rank, from 0.
         size: The number of ranks that read the checkpoint.
     """
-    if rank == 0 or parts_in(contents) != size:
+    if rank == 0:
         return dict(contents)
-    part = contents["ranks"][rank - 1]
-    return {**contents, **{name: _filled(part[name], contents[name]) for name in part}}
+    own = contents["ranks"][rank - 1] if rank < parts_in(contents) else {"run": {"positions": {}}}
+    part = own if parts_in(contents) == size else {"run": own["run"]} if "run" in own else {}
+    # The main rank has noted the folder of the checkpoint beside its own positions.
+    run = {**contents["run"], **part.get("run", {})}
+    return {**contents, **{name: _filled(part[name], contents[name]) for name in part}, "run": run}
 
 
 def check_size(contents: Mapping[str, Any], size: int, stacklevel: int | None) -> bool:

@@ -25,6 +25,7 @@ def contents_of(rank: int) -> dict[str, Any]:
         "cbstate": {"seen": [rank]},
         "callbacks": {"EMA": {"state": {"averages": averages}}},
         "group": {},
+        "run": {"id": "a", "positions": {"log-{rank}.jsonl": 10 + rank}},
     }
 
 
@@ -69,6 +70,9 @@ def test_tensors_that_differ_in_anything_are_both_held(other: torch.Tensor) -> N
 def test_another_number_of_ranks_gets_the_part_of_the_main_rank() -> None:
     for size in (1, 3):
         assert part_of(written(2), size - 1, size)["cbstate"] == {"seen": [0]}
+    folders = {**written(2), "run": {**contents_of(0)["run"], "folder": "runs/a"}}
+    for rank, positions in enumerate([{"log-{rank}.jsonl": 10}, {"log-{rank}.jsonl": 11}, {}]):
+        assert part_of(folders, rank, 3)["run"] == {"id": "a", "positions": positions, "folder": "runs/a"}
     assert parts_in(contents_of(0)) == 1
 
 
