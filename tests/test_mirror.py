@@ -87,6 +87,7 @@ OTHERS = {
     "ranks/test_sharded": "sharded training (FSDP), compared with DDP",
     "ranks/test_torchrun": "programs under torchrun itself",
     "ranks/test_kills": "ranks that are killed, and trainings that resume",
+    "ranks/test_random_callbacks": "random callbacks on several ranks, accepted and refused, with real processes",
     "ranks/test_measured": "what several ranks measure and log",
     "training/checkpoint/test_stateful_loader": "resume with a loader that keeps its position",
     "ranks/test_ways": "random ranks that cancel or fail in every way to train",
