@@ -78,8 +78,7 @@ class TorchCore:
         parallel: How several processes train the model: ``"ddp"``; ``"fsdp"`` (`flowtrain.core.sharding`); ``"auto"``,
             which is DDP in the processes that ``torchrun`` has started; or ``None`` for one process.
         ddp: Arguments for `torch.nn.parallel.DistributedDataParallel`, such as ``{"find_unused_parameters": True}``.
-        uneven: What happens if the loaders of several processes give different numbers of batches: ``"stop"`` ends
-            each training epoch with the shortest, ``"error"`` refuses them.
+        uneven: If loaders of several processes differ in length: ``"stop"`` with the shortest one, or ``"error"``.
         check_params: Whether several processes compare their parameters and buffers after each epoch of training.
         shard: With ``"fsdp"``, which submodules are gathered and freed as one: those of a class or of several; or those
             for which a function of ``(name, module)`` returns ``True``. The rest of the model is one more part.
