@@ -272,7 +272,7 @@ class Learner:
         self.loop.dispatch.close()
         self.loop.checkpoints.close()
         self.core.close()
-        self.state = self.state.moved()
+        self.state = self.state.hand_over()
         if self.stopped is not None:
             self._calls.stopped = without_frames(self.stopped)
 

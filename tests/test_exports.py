@@ -94,6 +94,21 @@ def test_the_face_exports_all_that_it_holds() -> None:
     assert not forgotten, f"export it, or import it under a name with an underscore: {forgotten}"
 
 
+@pytest.mark.parametrize(
+    ("documented", "module"),
+    [
+        ("hyperparameter", "state.hyperparameters"),
+        ("records", "logging.backend"),
+        ("schedules", "callbacks.schedules"),
+        ("stopping", "callbacks.stopping"),
+        ("summary", "callbacks.summary"),
+    ],
+)
+def test_documented_paths_of_moved_modules_are_the_modules(documented: str, module: str) -> None:
+    """A callback or a criterion that an older version has pickled is found, and is of the same class."""
+    assert importlib.import_module(f"flowtrain.{documented}") is importlib.import_module(f"flowtrain.{module}")
+
+
 def test_importing_starts_no_thread_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT], stdout=subprocess.PIPE, check=True, text=True)
     seen = json.loads(done.stdout)

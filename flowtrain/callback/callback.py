@@ -121,7 +121,7 @@ class Callback:
                     setattr(cls, attribute, value.function)
 
     @classmethod
-    def add_handler(cls, key: str, handler: Handler) -> None:
+    def _add_handler(cls, key: str, handler: Handler) -> None:
         """Register a handler for this type, and replace an earlier handler with the same key; `on` calls this.
 
         Raises:
@@ -364,7 +364,7 @@ def on(
         key = f"{function.__module__}:{function.__qualname__}"
         if function.__name__ == "_":  # functions named _ are told apart by their event and phase
             key += f" {event} {phase}"
-        callback_type.add_handler(key, handler.as_function(function))
+        callback_type._add_handler(key, handler.as_function(function))
         return function
 
     return add

@@ -19,7 +19,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import UsageError, is_a
-from flowtrain.state.shards import is_sharded, spread
+from flowtrain.state.shards import is_sharded, shard_like
 
 __all__ = ["Averaging"]
 
@@ -256,7 +256,7 @@ class Averaging(Callback):
         inside = self._kept is not None
         known = self._weights
         chosen = {name: each for name, each in loaded.items() if not known or name in known}
-        self._start({name: spread(each, known.get(name)) for name, each in chosen.items()})
+        self._start({name: shard_like(each, known.get(name)) for name, each in chosen.items()})
         self._due = state.get("due", False)  # early checkpoints lack this entry
         if inside:
             self._kept = None  # the checkpoint has put its trained weights into the model, so forget the earlier ones

@@ -51,8 +51,7 @@ class Scheduler(Callback):
             schedule has no length, and the length of the fit is not known. At an update: a schedule returns no finite
             number, or one below the least value of the hyperparameter.
 
-    >>> from flowtrain.state.hyperparameters import LearningRate, Momentum
-    >>> from flowtrain.callbacks.schedules import one_cycle
+    >>> from flowtrain.callbacks import LearningRate, Momentum, one_cycle
     >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
     <Scheduler>
     """

@@ -71,7 +71,7 @@ class TorchCore:
         lag: The number of batches after which values of the device are read, such as the loss by `StopOnNaNLoss`. By
             default 2 on an accelerator with streams and pinned memory, and 0 elsewhere.
         prefetch: Whether the next batch is moved while the current one is computed, on an accelerator with streams and
-            pinned memory (``True`` warns if it lacks them); or a `Transfer` of your own (`flowtrain.core.prefetch`).
+            pinned memory (``True`` warns if it lacks them); or a `flowtrain.Transfer` of your own.
         channels_last: Whether the model, and tensors of shape ``(batch, channels, height, width)`` in the data, get the
             memory format in which convolutions are fast.
         tf32: Whether float32 products on CUDA may round to TF32, in the whole process; ``None`` changes nothing.

@@ -17,7 +17,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
-from flowtrain.graph.shared_state import place_of
+from flowtrain.graph.shared_state import ranks_of
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, Named, State
 
@@ -220,7 +220,7 @@ def check_exchanged(nodes: Iterable[Node]) -> None:
         CallbackError: `Callback.ranks` has a wrong value.
     """
     for node in nodes:
-        place_of(node)
+        ranks_of(node)
         for declaration in node.access.values():
             for path, kind in declaration:
                 if path[0] != "cbstate" or not collective(kind) or path[1] not in CONTAINERS:

@@ -25,11 +25,11 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.data.nested import INSIDE, PLAIN, mapped, parts, place_text, rebuild
 from flowtrain.errors import MissingStateError, RankError
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.shared_state import Peers, exchanges_of, place_of, runs_here
+from flowtrain.graph.shared_state import Peers, exchanges_of, ranks_of, runs_here
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import is_sharded, whole
 
-__all__ = ["Exchange", "reduced"]
+__all__ = ["Exchange", "combined"]
 
 _Call = Callable[[Event, Phase, LearnerView], None]
 
@@ -74,7 +74,7 @@ class Exchange:
         self._peers, self._state = peers, state
         self._reads, self._writes = exchanges_of(node.access[handler], peers)
         self._runs = runs_here(node, peers)
-        self._place = place_of(node).ranks
+        self._place = ranks_of(node).ranks
         label = f"{node.name}.{handler.attribute}"
         self._where = f"{label} at ({event_type.__name__}, {phase_type.__name__})"
 
@@ -142,7 +142,7 @@ class Exchange:
         sent = [read for read in self._reads if read[0] not in WHOLE]
         for place, (path, kind) in enumerate(sent):
             values = [values[place] for values in answers]
-            self.values[path] = values if kind.reduce is None else _placed(reduced(values, path, kind), own[place])
+            self.values[path] = values if kind.reduce is None else _placed(combined(values, path, kind), own[place])
         for path, _ in self._reads:
             if path in WHOLE:
                 tensors = self._state.params if path == ("params",) else self._state.batch.grads
@@ -297,7 +297,7 @@ def _optimizers(state: LearnerState, path: Path) -> list[Any]:
 # --- one value for all ranks
 
 
-def reduced(values: Sequence[Any], path: Path, kind: Read) -> Any:
+def combined(values: Sequence[Any], path: Path, kind: Read) -> Any:
     """Return one value for those of all ranks: numbers and tensors are combined, containers item by item.
 
     Floating-point numbers are added in the order of the ranks, so the result has the same bits on every rank.
@@ -310,7 +310,7 @@ def reduced(values: Sequence[Any], path: Path, kind: Read) -> Any:
     Raises:
         RankError: The values have different types, shapes or items, or are no numbers.
 
-    >>> reduced([{"a": 1.0}, {"a": 2.0}], ("batch", "seen"), Read(reduce="mean"))
+    >>> combined([{"a": 1.0}, {"a": 2.0}], ("batch", "seen"), Read(reduce="mean"))
     {'a': 1.5}
     """
     if kind.reduce is None:

@@ -11,7 +11,7 @@ from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.graph.nodes import Node, Order
-from flowtrain.graph.shared_state import Peers, SharedState, place_of
+from flowtrain.graph.shared_state import Peers, SharedState, ranks_of
 
 __all__ = ["Description", "describe", "first_difference", "ranks_text"]
 
@@ -21,7 +21,7 @@ def ranks_text(nodes: Sequence[Node], peers: Peers, shared: SharedState) -> str:
     width = max((len(node.name) for node in nodes), default=0)
     lines = [f"{peers.size} ranks, of which this is {peers.rank}"]
     for node in nodes:
-        place, why = place_of(node)
+        place, why = ranks_of(node)
         lines.append(f"     {node.name:{width}}  on {'every rank' if place == 'every' else 'the main rank'}: {why}")
     lines += [f"     cbstate.{entry} differs between ranks: {why}" for entry, why in sorted(shared.local.items())]
     return "\n".join(lines)
@@ -39,7 +39,7 @@ def describe(orders: Iterable[tuple[type[Event], type[Phase], Order]]) -> Descri
         for node, handler in zip(order.nodes, order.handlers, strict=True):
             access = ", ".join(f"{dotted(path)}: {kind!r}" for path, kind in node.stated(node.access[handler]))
             conditions = "".join(f" if {_shown(each)}" for each in node.callback.conditions)
-            ranks = f" on {place_of(node).ranks} rank"
+            ranks = f" on {ranks_of(node).ranks} rank"
             lines.append((where, f"{node.name}.{handler.attribute}{ranks}{conditions} {{{access}}}"))
     return lines
 

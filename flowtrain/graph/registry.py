@@ -44,7 +44,7 @@ from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
-from flowtrain.graph.shared_state import Peers, check_places, check_ranks, exchanges_of, place_of, runs_here
+from flowtrain.graph.shared_state import Peers, check_exchange_events, check_ranks, exchanges_of, ranks_of, runs_here
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState, State, restore_point
 from flowtrain.state.series import SeriesMap
@@ -259,7 +259,7 @@ class Callbacks(Sequence[Callback]):
         if self._peers is None:
             return
         for node in self._nodes:
-            if node.name in names and place_of(node).ranks == "main":
+            if node.name in names and ranks_of(node).ranks == "main":
                 raise RankError(
                     f"{node.name} requests a checkpoint and runs on the main rank only, and a checkpoint needs all "
                     f'ranks: each gives its random numbers and its position. Set ranks = "every" in the class.'
@@ -321,7 +321,7 @@ class Callbacks(Sequence[Callback]):
         key = (event, *((node.position, id(handler)) for node, handler in participants))
         if key not in self._orders:
             self._orders[key] = order_event(event, phase, participants, self._resolver, self._reach)
-        check_places(event, phase, self._orders[key], self._peers)
+        check_exchange_events(event, phase, self._orders[key], self._peers)
         return self._orders[key]
 
     def _pairs(self) -> Iterator[_Key]:

@@ -40,10 +40,10 @@ from flowtrain.graph.nodes import Node, Order
 __all__ = [
     "Peers",
     "SharedState",
-    "check_places",
+    "check_exchange_events",
     "check_ranks",
     "exchanges_of",
-    "place_of",
+    "ranks_of",
     "runs_here",
 ]
 
@@ -74,14 +74,14 @@ class Peers:
         return self.rank == 0
 
 
-class _Place(NamedTuple):
+class _RunsOn(NamedTuple):
     """The ranks that run the handlers of a callback, and the reason in words."""
 
     ranks: Literal["every", "main"]
     why: str
 
 
-def place_of(node: Node) -> _Place:
+def ranks_of(node: Node) -> _RunsOn:
     """Return the ranks on which the handlers of a callback run, and why.
 
     Raises:
@@ -89,7 +89,7 @@ def place_of(node: Node) -> _Place:
     """
     said: object = node.callback.ranks
     if said in ("every", "main"):
-        return _Place("every" if said == "every" else "main", f"it says ranks = {said!r}")
+        return _RunsOn("every" if said == "every" else "main", f"it says ranks = {said!r}")
     if said is not None:
         raise CallbackError(
             f"{node.name}.ranks is {said!r}. It is 'every' or 'main', the ranks that run the handlers, or None: then a "
@@ -97,14 +97,14 @@ def place_of(node: Node) -> _Place:
         )
     written = [dotted(path) for path, kind in node.union if isinstance(kind, Write) and path[0] != "resource"]
     if not written:
-        return _Place("main", "it writes no state")
+        return _RunsOn("main", "it writes no state")
     more = f" and {len(written) - 1} more" if len(written) > 1 else ""
-    return _Place("every", f"it writes {written[0]}{more}")
+    return _RunsOn("every", f"it writes {written[0]}{more}")
 
 
 def runs_here(node: Node, peers: Peers | None) -> bool:
     """Tell whether the handlers of a callback run in this process."""
-    return peers is None or peers.main or place_of(node).ranks == "every"
+    return peers is None or peers.main or ranks_of(node).ranks == "every"
 
 
 _LOCAL: dict[Path, str] = {
@@ -234,7 +234,7 @@ def check_ranks(nodes: Sequence[Node], peers: Peers) -> SharedState:
     shared = SharedState(nodes)
     for node in nodes:
         _check_clock(node)
-        if place_of(node).ranks == "main":
+        if ranks_of(node).ranks == "main":
             _check_main(node, shared, nodes)
         else:
             _check_sources(node, shared)
@@ -248,7 +248,7 @@ def _check_main(node: Node, shared: SharedState, nodes: Sequence[Node]) -> None:
     for _, path, kind in shared.writes_shared(node):
         if not kind.broadcast:
             raise RankError(
-                f"{node.name} runs on the main rank only, since {place_of(node).why}, and writes {dotted(path)}, which "
+                f"{node.name} runs on the main rank only, since {ranks_of(node).why}, and writes {dotted(path)}, which "
                 f"must be the same on every rank: the other ranks would keep the value before. {_send(path)}, or set "
                 f'ranks = "every", so that each rank writes it.'
             )
@@ -256,10 +256,10 @@ def _check_main(node: Node, shared: SharedState, nodes: Sequence[Node]) -> None:
     for other in nodes:
         for _, path, access in _accesses(other):
             needs = isinstance(access, Read) and not access.optional and path[0] == "cbstate" and path[1:2]
-            if needs and path[1] in entries and place_of(other).ranks == "every":
+            if needs and path[1] in entries and ranks_of(other).ranks == "every":
                 raise RankError(
                     f"{other.name} reads {dotted(path)} on every rank, and {node.name}, which writes it, runs on the "
-                    f"main rank only, since {place_of(node).why}. {_send(entries[path[1]])} in {node.name}, or set "
+                    f"main rank only, since {ranks_of(node).why}. {_send(entries[path[1]])} in {node.name}, or set "
                     f'ranks = "every" there.'
                 )
 
@@ -335,7 +335,7 @@ def _check_clock(node: Node) -> None:
 
 def _check_sharded(node: Node) -> None:
     """Check that sharded parameters are read and written by all ranks together."""
-    main = place_of(node).ranks == "main"
+    main = ranks_of(node).ranks == "main"
     for _, path, kind in _accesses(node):
         gathered = isinstance(kind, Read) and kind.gather
         tensors = path[0] in ("model", "params") or path[:2] == ("batch", "grads") or path == ("batch",)
@@ -350,7 +350,7 @@ def _check_sharded(node: Node) -> None:
         if main and tensors and not gathered:
             whole = "batch.grads" if path[0] == "batch" else "params"
             raise RankError(
-                f"{node.name} runs on the main rank only, since {place_of(node).why}, and reads {dotted(path)}, which "
+                f"{node.name} runs on the main rank only, since {ranks_of(node).why}, and reads {dotted(path)}, which "
                 f"is sharded: each rank holds a part, and all ranks must help to put it together. Declare "
                 f'{{"{whole}": Read(gather=True)}}, or set ranks = "every", so that each rank reads its part.'
             )
@@ -370,7 +370,7 @@ _OUTSIDE = (FitBegin, EpochBegin, EpochEnd, FitEnd)
 """The events outside of batches that every rank fires, in the same order."""
 
 
-def check_places(event_type: type[Event], phase_type: type[Phase], order: Order, peers: Peers | None) -> None:
+def check_exchange_events(event_type: type[Event], phase_type: type[Phase], order: Order, peers: Peers | None) -> None:
     """Check that values are exchanged only at events that every rank fires.
 
     Raises:

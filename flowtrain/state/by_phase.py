@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, as_phase
 from flowtrain.data.nested import Attribute
-from flowtrain.state.container import Container, Freezer, Tree, changed
-from flowtrain.state.encoding import Packer, phase_of, typed, unpack
+from flowtrain.state.container import Container, Freezer, Tree, changed_items
+from flowtrain.state.encoding import Packer, in_types_of, phase_of, unpack
 from flowtrain.state.readonly import itself, readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
@@ -173,7 +173,7 @@ class PhaseMap(Container, dict[Phase, V]):
         return twin
 
     def __detached__(self, detach: Callable[[Any], Any]) -> PhaseMap[V]:
-        changes = changed(self.items(), detach)
+        changes = changed_items(self.items(), detach)
         if not changes:
             return self
         made = PhaseMap(self._path, self.make)
@@ -209,7 +209,7 @@ class PhaseMap(Container, dict[Phase, V]):
             # the present one, so none is made for it.
             there = self.get(phase) if kind == "value" or self.make is None else self[phase]
             if not unpack(there, kind, inside, phases):
-                self[phase] = typed(there, inside)
+                self[phase] = in_types_of(there, inside)
 
     def __mark__(self) -> dict[Phase, V]:
         return dict(self.items())

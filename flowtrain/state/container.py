@@ -34,7 +34,7 @@ from flowtrain.callback.access import Path, Read, Write
 from flowtrain.callback.phases import Phase
 from flowtrain.state.encoding import Packer
 
-__all__ = ["Container", "Freezer", "Tree", "changed", "picked"]
+__all__ = ["Container", "Freezer", "Tree", "changed_items", "declared_items"]
 
 K = TypeVar("K")
 
@@ -131,12 +131,12 @@ class Container:
         raise NotImplementedError
 
 
-def changed(items: Iterable[tuple[K, Any]], new: Callable[[Any], Any]) -> dict[K, Any]:
+def changed_items(items: Iterable[tuple[K, Any]], new: Callable[[Any], Any]) -> dict[K, Any]:
     """Return ``new(item)`` for the items, by their keys, for which it is another object."""
     return {key: made for key, item in items if (made := new(item)) is not item}
 
 
-def picked(keys: Iterable[K], inside: Tree | None) -> Iterator[tuple[K, Tree | Read | Write | None]]:
+def declared_items(keys: Iterable[K], inside: Tree | None) -> Iterator[tuple[K, Tree | Read | Write | None]]:
     """Yield the keys at which access is declared, each with the declared part of its item; ``None`` means all of it.
 
     A key may have dots in it: to declare ``encoder`` is to declare all of ``"encoder.weight"``.

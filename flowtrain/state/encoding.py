@@ -18,7 +18,7 @@ from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
 from flowtrain.state.shards import Pieces, is_sharded, own_pieces
 
-__all__ = ["SAME", "SHARDED", "STORABLE", "Packer", "phase_of", "typed", "unpack"]
+__all__ = ["SAME", "SHARDED", "STORABLE", "Packer", "in_types_of", "phase_of", "unpack"]
 
 STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
@@ -167,7 +167,7 @@ def unpack(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> 
     return True
 
 
-def typed(value: Any, content: Any) -> Any:
+def in_types_of(value: Any, content: Any) -> Any:
     """Return plain content in containers of the types that `value` has.
 
     A checkpoint holds a ``defaultdict`` as a dict and a frozenset as a set. An entry that ``setup`` has made as a
@@ -179,7 +179,7 @@ def typed(value: Any, content: Any) -> Any:
     """
     if type(content) is dict and isinstance(value, (dict, UserDict)):
         known = value.data if isinstance(value, UserDict) else value
-        items = [typed(dict.get(known, key), item) for key, item in content.items()]
+        items = [in_types_of(dict.get(known, key), item) for key, item in content.items()]
         made = like(known, items, content)
         return like(value, [], data=made) if isinstance(value, UserDict) else made
     if type(content) is set and isinstance(value, frozenset):

@@ -16,8 +16,8 @@ from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.container import Container, Freezer, Tree, changed, picked
-from flowtrain.state.encoding import Packer, typed, unpack
+from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
+from flowtrain.state.encoding import Packer, in_types_of, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
@@ -88,12 +88,13 @@ class State(Container, _Namespace):
         return self.__twins__
 
     def __detached__(self, detach: Callable[[Any], Any]) -> State:
-        changes = changed(vars(self).items(), detach)
+        changes = changed_items(vars(self).items(), detach)
         return _namespace(self._path, {**vars(self), **changes}) if changes else self
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> State:
         own = vars(self)
-        parts = {name: freezer.part(own[name], below, Attribute(name)) for name, below in picked(list(own), inside)}
+        declared = declared_items(list(own), inside)
+        parts = {name: freezer.part(own[name], below, Attribute(name)) for name, below in declared}
         return _namespace(self._path, parts)
 
     def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class State(Container, _Namespace):
             setattr(self, name, State(f"{self._path}.{name}"))
         there = vars(self).get(name)
         if not unpack(there, kind, content, phases):
-            setattr(self, name, typed(there, content))
+            setattr(self, name, in_types_of(there, content))
 
     def __mark__(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -208,7 +209,8 @@ class Named(Mapping[str, Any]):
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> Named | dict[str, Any]:
         """Return a copy of the members: a `Named`, or a plain dict if only some are declared."""
-        members = {name: freezer.part(self[name], below, Attribute(name)) for name, below in picked(self, inside)}
+        declared = declared_items(self, inside)
+        members = {name: freezer.part(self[name], below, Attribute(name)) for name, below in declared}
         return Named(self._what, members) if inside is None else members
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -296,7 +298,7 @@ class LearnerState:
         self.world_size = 1
         self.updates = 0
 
-    def moved(self) -> LearnerState:
+    def hand_over(self) -> LearnerState:
         """Return another state with all that this one holds; nothing is left in this one.
 
         Views, plans and executors hold this one in circles. The objects of a closed learner are freed with it at once,

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from flowtrain.errors import nearest
-from flowtrain.state.container import Freezer, Tree, picked
+from flowtrain.state.container import Freezer, Tree, declared_items
 from flowtrain.state.readonly import refuse
 
 __all__ = [
@@ -201,7 +201,7 @@ class NamedTensors(Mapping[str, torch.Tensor]):
         """Return the same without the tensors of which nothing is declared; ``None`` means that all are declared."""
         if inside is None:
             return self
-        declared = {self.aliases.get(name, name) for name, _ in picked([*self.tensors, *self.aliases], inside)}
+        declared = {self.aliases.get(name, name) for name, _ in declared_items([*self.tensors, *self.aliases], inside)}
         return type(self)({name: each for name, each in self.tensors.items() if name in declared}, self.aliases)
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import nearest
-from flowtrain.state.container import Container, Freezer, Tree, picked
+from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.device_values import Unread
 from flowtrain.state.encoding import Packer
 from flowtrain.state.readonly import refuse
@@ -243,7 +243,7 @@ class SeriesMap(Container, Mapping[str, Series]):
 
     def __frozen__(self, freezer: Freezer, inside: Tree | None = None) -> SeriesMap:
         made = SeriesMap(self._path)
-        made._series = {name: freezer.copy(self._series[name]) for name, _ in picked(self, inside)}
+        made._series = {name: freezer.copy(self._series[name]) for name, _ in declared_items(self, inside)}
         return made
 
     def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from flowtrain.errors import CheckpointError
 
-__all__ = ["Pieces", "is_sharded", "own_part", "own_pieces", "spread", "whole"]
+__all__ = ["Pieces", "is_sharded", "own_part", "own_pieces", "shard_like", "whole"]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -98,7 +98,7 @@ class Pieces:
         return found
 
 
-def spread(tensor: Any, like: Any) -> Any:
+def shard_like(tensor: Any, like: Any) -> Any:
     """Return the part of this rank of a whole tensor, if `like` is sharded; otherwise the tensor as it is.
 
     Args:

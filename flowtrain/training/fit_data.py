@@ -27,7 +27,7 @@ from flowtrain.callback.phases import (
     as_phase,
 )
 from flowtrain.data.loaders import DATA_EXAMPLE, LimitedLoader, check_iterable, empty, is_array, length, make_loader
-from flowtrain.data.sharding import without_share
+from flowtrain.data.rank_loaders import without_share
 from flowtrain.errors import DataError, UsageError, describe, is_a, is_whole, whole_number
 from flowtrain.state.by_phase import PhaseMap
 

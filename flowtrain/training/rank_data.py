@@ -10,7 +10,7 @@ import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.data.rank_batches import agreed_length, check_ends
-from flowtrain.data.sharding import Shards, Share, check_first_batches
+from flowtrain.data.rank_loaders import LoaderDivider, Share, check_first_batches
 from flowtrain.errors import raise_worst
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.ranks import END, Ranks
@@ -43,7 +43,7 @@ class RankData:
         self.compared: set[Phase] = set()
         self._ranks, self._scopes = ranks, scopes
         self._uneven: Literal["stop", "error"] = uneven
-        self._shards = Shards(world.rank, world.size, world.exchange(torch.initial_seed() % 2**32)[0])
+        self._divider = LoaderDivider(world.rank, world.size, world.exchange(torch.initial_seed() % 2**32)[0])
         self._shares: dict[Phase, Share] = {}
         self._said: set[str] = set()
 
@@ -52,7 +52,7 @@ class RankData:
         found: PhaseMap[Any] = PhaseMap("data")
         for phase, loader in data.items():
             training = not isinstance(phase, AbstractValidationPhase)
-            self._shares[phase] = share = self._shards.of(loader, f"The data for {phase!r}", training=training)
+            self._shares[phase] = share = self._divider.of(loader, f"The data for {phase!r}", training=training)
             found[phase] = share.loader
             for note in share.notes:
                 self._say(note)

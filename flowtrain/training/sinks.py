@@ -110,7 +110,7 @@ class Sinks:
         """
         return _each(self._open, "flushed", lambda backend: backend.flush())
 
-    def moved(self, positions: Mapping[str, Any], before: str, here: str) -> dict[str, Any]:
+    def relocated_positions(self, positions: Mapping[str, Any], before: str, here: str) -> dict[str, Any]:
         """Return positions by the present sinks, if the log files were moved together with the checkpoint.
 
         A position whose sink the learner does not have goes to the sink that has, relative to the present folder of

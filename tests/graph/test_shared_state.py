@@ -37,7 +37,7 @@ from flowtrain.callbacks import (
 )
 from flowtrain.errors import RankError
 from flowtrain.graph.registry import Callbacks
-from flowtrain.graph.shared_state import Peers, SharedState, place_of
+from flowtrain.graph.shared_state import Peers, SharedState, ranks_of
 from flowtrain.state.by_phase import CONTAINERS
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
@@ -188,7 +188,7 @@ def test_a_callback_that_merges_the_measurements_of_all_ranks() -> None:
 )
 def test_the_ranks_of_a_callback(access: Access, said: Any, place: str, why: str) -> None:
     [node] = build(at("Mine", access, ranks=said)).nodes
-    assert place_of(node) == (place, why)
+    assert ranks_of(node) == (place, why)
 
 
 def test_other_ranks_are_an_error_in_one_process_too() -> None:
@@ -447,7 +447,7 @@ def test_sharded_parameters_need_all_ranks() -> None:
 def test_the_default_callbacks_train_on_several_ranks() -> None:
     with tiny_learner(default_callbacks=True) as learner:
         built = build(*learner.callbacks)
-        assert {node.name: place_of(node).ranks for node in built.nodes} == {
+        assert {node.name: ranks_of(node).ranks for node in built.nodes} == {
             "MetricsPrinter": "main",
             "Metrics": "every",
             "ProgressBar": "main",

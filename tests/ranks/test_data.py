@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from flowtrain import RankError
-from flowtrain.data.sharding import Shards, check_first_batches
+from flowtrain.data.rank_loaders import LoaderDivider, check_first_batches
 from flowtrain.training.fit_data import set_epoch
 from tests.support.ranks import Ranks, rank
 
@@ -37,7 +37,7 @@ def passes(workers: int) -> list[list[int]]:
     dist.init_process_group("gloo")
     torch.manual_seed(rank())
     loader = DataLoader(Numbers(), 2, shuffle=True, num_workers=workers)
-    share = Shards(rank(), dist.get_world_size(), 3).of(loader, DATA, training=True)
+    share = LoaderDivider(rank(), dist.get_world_size(), 3).of(loader, DATA, training=True)
     seen = list[int]()
     for number in (0, 1):
         set_epoch(share.loader, number)
@@ -62,7 +62,7 @@ def compare(seed: int | None) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(rank() if seed is None else seed)
     batches = [{"x": torch.randn(4), "text": ["a", {"b"}], "types": [Numbers, object]}]
-    share = Shards(rank(), dist.get_world_size(), 3).of(batches, DATA, training=True)
+    share = LoaderDivider(rank(), dist.get_world_size(), 3).of(batches, DATA, training=True)
     check_first_batches(exchange(share.fingerprints(batches[0])), DATA, share)
 
 

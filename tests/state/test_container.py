@@ -20,7 +20,7 @@ from flowtrain.callbacks import Checkpointer
 from flowtrain.diagnostics.strict import fingerprint
 from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.container import Container, Freezer, Tree, picked
+from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.detached import detached
 from flowtrain.state.encoding import Packer, unpack
 from flowtrain.state.learner_state import State, Twins, restore_point
@@ -241,10 +241,10 @@ def test_what_is_declared_at_a_key_is_found_by_its_name_with_dots() -> None:
     weight, inner = Read(), Read()
     inside: Tree = {"encoder": {"weight": weight}, "all": {"": Read(), "x": inner}, "leaf": weight, "3": weight}
     keys = ["encoder.weight", "encoder", "encoder.bias", "other", "all.y", "leaf.below", 3]
-    assert list(picked(keys, inside)) == [
+    assert list(declared_items(keys, inside)) == [
         ("encoder.weight", weight), ("encoder", {"weight": weight}), ("all.y", inside["all"]), ("leaf.below", weight),
         (3, weight)]  # fmt: skip
-    assert list(picked(["a", "b.c"], None)) == [("a", None), ("b.c", None)]
+    assert list(declared_items(["a", "b.c"], None)) == [("a", None), ("b.c", None)]
 
 
 def test_a_container_with_graphs_is_copied_to_be_detached() -> None:

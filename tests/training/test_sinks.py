@@ -241,5 +241,5 @@ def test_positions_move_with_the_checkpoint(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"logged to tracker:7, and the learner does not.* New records go to CsvBackend\(.*c'\)"
     ):
-        found = sinks.moved(was, before, here)
+        found = sinks.relocated_positions(was, before, here)
     assert found == {str(tmp_path / "b" / "log"): 1, str(tmp_path / "same"): 2}

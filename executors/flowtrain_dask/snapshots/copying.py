@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from flowtrain.callback.access import Path, Read, Write, dotted
 from flowtrain.data.nested import PLAIN, Attribute, Memo, place_text
 from flowtrain.errors import AccessError
-from flowtrain.state.container import Tree, picked
+from flowtrain.state.container import Tree, declared_items
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 
@@ -135,7 +135,7 @@ class Copying:
         if frozen is not None:
             return frozen(container, self, inside)
         if isinstance(container, Mapping):
-            return {key: self.part(container[key], below, key) for key, below in picked(container, inside)}
+            return {key: self.part(container[key], below, key) for key, below in declared_items(container, inside)}
         # An attribute that does not exist yet is left out, and the view of the handler says that it is missing.
         own = {name: getattr(container, name) for name in inside if name and hasattr(container, name)}
         return Attributes({name: self.part(own[name], inside[name], Attribute(name)) for name in own})

@@ -312,7 +312,7 @@ class Checkpoints:
             apply(contents, self._state, self._core, self.changes)
             try:
                 self._load_lanes(contents["lanes"])
-                positions = self._sinks.moved(run["positions"], run["folder"], run["here"])
+                positions = self._sinks.relocated_positions(run["positions"], run["folder"], run["here"])
                 self._sinks.restore(Run(run["id"], resumed=True), positions)
             except BaseException:
                 apply(before, self._state, self._core, self.changes)

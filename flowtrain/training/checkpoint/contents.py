@@ -46,7 +46,7 @@ from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
-from flowtrain.state.shards import Pieces, spread
+from flowtrain.state.shards import Pieces, shard_like
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
 
@@ -312,7 +312,7 @@ def _spread_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
     for group, there in zip(optimizer.param_groups, saved["param_groups"], strict=False):
         for param, number in zip(group["params"], there["params"], strict=False):
             if number in state:
-                state[number] = {name: spread(value, param) for name, value in state[number].items()}
+                state[number] = {name: shard_like(value, param) for name, value in state[number].items()}
     return {**saved, "state": state}
 
 
@@ -367,7 +367,7 @@ def _is_written(state: LearnerState, name: str) -> bool:
 def _load_module(module: Any, saved: Mapping[str, Any]) -> None:
     if isinstance(module, torch.nn.Module):
         module.load_state_dict(
-            {key: spread(saved[key.replace(_COMPILED, "")], each) for key, each in module.state_dict().items()}
+            {key: shard_like(saved[key.replace(_COMPILED, "")], each) for key, each in module.state_dict().items()}
         )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from flowtrain import BatchEnd, Callback, Learner, LearnerView, Read, TrainingPhase, on
 from flowtrain.data import CombinedLoader
-from flowtrain.data.sharding import Shards
+from flowtrain.data.rank_loaders import LoaderDivider
 from flowtrain.training.checkpoint.position import loader_start, replay
 from flowtrain.training.checkpoint.rng import (
     loader_state,
@@ -58,7 +58,7 @@ def trained(
     """Train one rank; return its batches and its parameters."""
     torch.manual_seed(seed)
     random.seed(seed)
-    loader = Shards(rank, RANKS, seed).of(data, "The data", training=True).loader
+    loader = LoaderDivider(rank, RANKS, seed).of(data, "The data", training=True).loader
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.3), torch.nn.Linear(4, 2))
     with Learner(
         model, torch.nn.functional.mse_loss, data=loader, callbacks=[asks], default_callbacks=False
@@ -106,7 +106,7 @@ def test_a_combined_loader_of_a_rank_resumes(number: int, tmp_path: Path) -> Non
     def both(seed: int) -> Any:
         few, many = (DataLoader(Augmented(count), 2, shuffle=True) for count in (8, 32))
         pairs = CombinedLoader((few, many), "max_size_cycle")
-        return Shards(1, RANKS, seed).of(pairs, "The data", training=True).loader
+        return LoaderDivider(1, RANKS, seed).of(pairs, "The data", training=True).loader
 
     def plain(loader: Any) -> list[Any]:
         return [[part[0].tolist() for part in raw] for raw in loader]

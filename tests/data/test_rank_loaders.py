@@ -1,4 +1,4 @@
-"""`Shards`: the share of each rank in a loader, with its values, and what is written of loaders that nobody divides."""
+"""`LoaderDivider`: the share of each rank in a loader, with its values, and the texts about loaders that stay whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch.utils.data import (
 from flowtrain import DataError, RankError
 from flowtrain.data import CombinedLoader
 from flowtrain.data.loaders import LimitedLoader
-from flowtrain.data.sharding import RankSampler, Shards, Share, check_first_batches, without_share
+from flowtrain.data.rank_loaders import LoaderDivider, RankSampler, Share, check_first_batches, without_share
 from flowtrain.training.fit_data import check_gave, set_epoch
 from tests.support.untyped import untyped
 
@@ -76,7 +76,7 @@ class Odd(Sampler[int]):
 
 def shares(loader: Any, size: int = 2, *, training: bool, seed: int = 0, what: str = DATA) -> list[Share]:
     """Return the shares of all ranks in a loader."""
-    return [Shards(rank, size, seed).of(loader, what, training=training) for rank in range(size)]
+    return [LoaderDivider(rank, size, seed).of(loader, what, training=training) for rank in range(size)]
 
 
 def indices(share: Share) -> list[list[int]]:
@@ -168,7 +168,7 @@ def test_no_batch_on_any_rank_is_refused_on_all(count: int, batch_size: int) -> 
     loader = DataLoader(Numbers(count), batch_size, drop_last=True)
     for rank in (0, 1):
         with pytest.raises(DataError) as caught:
-            Shards(rank, 2, 0).of(loader, DATA, training=True)
+            LoaderDivider(rank, 2, 0).of(loader, DATA, training=True)
         assert str(caught.value) == (
             f"{DATA} (DataLoader) gives no batch on any of 2 ranks: each of them gets at most {count // 2} of {count} "
             f"samples, and a batch with drop_last=True has {batch_size}. Use fewer ranks, a smaller batch_size, or "
@@ -240,7 +240,7 @@ def test_workers_give_the_share_too(workers: int) -> None:
 
 def test_a_loader_is_divided_once() -> None:
     """Persistent workers belong to a loader, so a second fit gets the loader of the first one."""
-    shards, loader, limited = Shards(0, 2, 0), DataLoader(Numbers(8)), DataLoader(Numbers(6))
+    shards, loader, limited = LoaderDivider(0, 2, 0), DataLoader(Numbers(8)), DataLoader(Numbers(6))
     made = shards.of(loader, DATA, training=True).loader
     assert shards.of(loader, DATA, training=True).loader is made
     assert shards.of(loader, DATA, training=False).loader is not made
@@ -252,7 +252,7 @@ def test_a_loader_is_divided_once() -> None:
 
 
 def test_the_loader_of_a_rank_can_be_passed_again() -> None:
-    shards = Shards(1, 2, 0)
+    shards = LoaderDivider(1, 2, 0)
     made = shards.of(DataLoader(Numbers(5)), DATA, training=True)
     assert flat(made) == [1, 3, 0]
     assert shards.of(made.loader, DATA, training=True).loader is made.loader
@@ -324,7 +324,7 @@ def test_a_dataset_of_batches_is_divided() -> None:
 
 def test_the_users_distributed_sampler_is_kept_in_training() -> None:
     loader = DataLoader(Numbers(5), sampler=DistributedSampler(Numbers(5), 2, 1, seed=9))
-    assert Shards(1, 2, 0).of(loader, DATA, training=True) == Share(loader)
+    assert LoaderDivider(1, 2, 0).of(loader, DATA, training=True) == Share(loader)
 
 
 @pytest.mark.parametrize(("replicas", "rank"), [(4, 1), (2, 0), (1, 0)])
@@ -332,7 +332,7 @@ def test_the_users_distributed_sampler_is_kept_in_training() -> None:
 def test_a_sampler_for_another_rank_is_refused(replicas: int, rank: int, training: bool) -> None:
     loader = DataLoader(Numbers(8), 2, sampler=DistributedSampler(Numbers(8), replicas, rank))
     with pytest.raises(DataError) as caught:
-        Shards(1, 2, 0).of(loader, DATA, training=training)
+        LoaderDivider(1, 2, 0).of(loader, DATA, training=training)
     assert str(caught.value) == (
         f"{DATA} has a DistributedSampler with num_replicas={replicas}, rank={rank}, and this is rank 1 of 2. Leave "
         f"the sampler out, and flowtrain puts one in; or write num_replicas=torch.distributed.get_world_size(), "
@@ -348,11 +348,11 @@ def test_in_evaluation_a_sampler_that_repeats_samples_is_replaced(shuffle: bool)
         )
         return DataLoader(Numbers(count), 2, sampler=sampler)
 
-    padded = [Shards(rank, 2, 0).of(loader(5, rank), DATA, training=False) for rank in (0, 1)]
+    padded = [LoaderDivider(rank, 2, 0).of(loader(5, rank), DATA, training=False) for rank in (0, 1)]
     assert sorted(flat(padded[0]) + flat(padded[1])) == [0, 1, 2, 3, 4]
     assert flat(padded[0]) == [int(index) for index in loader(5, 0).sampler]  # the order stays
     for exact in (loader(6, 1), loader(5, 1, drop_last=True)):
-        assert Shards(1, 2, 0).of(exact, DATA, training=False) == Share(exact)
+        assert LoaderDivider(1, 2, 0).of(exact, DATA, training=False) == Share(exact)
 
 
 def test_a_sampler_of_ones_own_that_knows_its_rank_is_kept() -> None:
@@ -361,7 +361,7 @@ def test_a_sampler_of_ones_own_that_knows_its_rank_is_kept() -> None:
 
     loader = DataLoader(Numbers(5), sampler=Mine(Numbers(5), 2, 1))
     for training in (True, False):
-        assert Shards(1, 2, 0).of(loader, DATA, training=training) == Share(loader)
+        assert LoaderDivider(1, 2, 0).of(loader, DATA, training=training) == Share(loader)
 
 
 # --- loaders of loaders
@@ -396,7 +396,7 @@ def test_too_few_samples_for_a_loader_of_a_combined_one_are_refused_on_all_ranks
     both = CombinedLoader({"a": DataLoader(Numbers(1)), "b": DataLoader(Numbers(4))})
     for rank in (0, 1):
         with pytest.raises(DataError) as caught:
-            Shards(rank, 2, 0).of(both, DATA, training=False)
+            LoaderDivider(rank, 2, 0).of(both, DATA, training=False)
         assert str(caught.value) == (
             f"{DATA}: the loader 'a' of CombinedLoader has too few samples to give each of 2 ranks a batch. Use fewer "
             f"ranks, or pass it as the data of a phase of its own."
@@ -464,7 +464,7 @@ WHOLE = "flowtrain cannot divide: each of 2 ranks uses it whole."
 )
 def test_other_loaders_are_used_as_they_are(loader: Any, note: str) -> None:
     for training in (True, False):
-        share = Shards(0, 2, 0).of(loader, DATA, training=training)
+        share = LoaderDivider(0, 2, 0).of(loader, DATA, training=training)
         assert (share.loader is loader, share.notes, bool(share.remedy)) == (True, (note,), True)
 
 

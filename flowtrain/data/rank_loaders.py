@@ -1,7 +1,7 @@
 """Loaders of several ranks: each rank gets its share of the samples of a `torch.utils.data.DataLoader`.
 
-A *rank* is one of the processes that run one training together. Every rank builds the same loaders, and `Shards` makes
-the loaders that this rank uses of them. It divides the indices of a sampler where that is certain to be right::
+A *rank* is one of the processes that run one training together. Every rank builds the same loaders, and `LoaderDivider`
+makes the loaders that this rank uses of them. It divides the indices of a sampler where that is certain to be right::
 
     loader                                       training                        evaluation
     a DataLoader with a sampler of torch         its share, equally many         its share, each sample once
@@ -48,7 +48,7 @@ from flowtrain.data.loaders import CombinedLoader, LimitedLoader, length
 from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import DataError, RankError, is_whole
 
-__all__ = ["RankSampler", "Shards", "Share", "check_first_batches", "without_share"]
+__all__ = ["LoaderDivider", "RankSampler", "Share", "check_first_batches", "without_share"]
 
 _DIVISIBLE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 """The samplers of torch that draw from their own generator only. A subclass may draw from anything."""
@@ -155,7 +155,7 @@ class Share:
         return [self.remedy] if self.remedy else []
 
 
-class Shards:
+class LoaderDivider:
     """Makes the loaders of one rank, and makes each of them once, so that persistent workers stay from fit to fit.
 
     Args:
@@ -164,8 +164,9 @@ class Shards:
         seed: As for `RankSampler`; the same on all ranks.
 
     >>> from torch.utils.data import DataLoader
-    >>> of_rank = [Shards(rank, 2, seed=0).of(DataLoader(range(5)), "The data", training=False) for rank in (0, 1)]
-    >>> [[int(batch) for batch in share.loader] for share in of_rank]
+    >>> ranks = [LoaderDivider(rank, 2, seed=0) for rank in (0, 1)]
+    >>> shares = [rank.of(DataLoader(range(5)), "The data", training=False) for rank in ranks]
+    >>> [[int(batch) for batch in share.loader] for share in shares]
     [[0, 2, 4], [1, 3]]
     """
 
