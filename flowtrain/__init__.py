@@ -147,7 +147,7 @@ from flowtrain.learner import Learner
 from flowtrain.logging import backend as _backend
 from flowtrain.state import hyperparameters as _hyperparameters
 from flowtrain.state.random_numbers import seed_everything
-from flowtrain.training.checkpoint.files import load_weights
+from flowtrain.training.checkpoint.reading import load_weights
 
 __all__ = [
     "AbstractTrainingPhase",

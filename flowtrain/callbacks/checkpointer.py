@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -22,17 +21,21 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.conditions import Every, EverySeconds
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
-from flowtrain.callback.view import LearnerView
+from flowtrain.callback.view import POINTERS, LearnerView
 from flowtrain.callbacks.stopping.criterion import Mode, direction, several
 from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, is_type, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
-from flowtrain.training.checkpoint.files import point, target
+from flowtrain.training.checkpoint.files import point
+from flowtrain.training.checkpoint.reading import number_of, target
 
 __all__ = ["Checkpointer", "latest_of"]
 
 _INTERRUPTED = "interrupted.ckpt"
 """The file of the checkpoint that an interrupt takes; any later checkpoint removes it."""
+
+_START = "start.ckpt"
+"""The file of the checkpoint at the beginning of a fit; any later checkpoint removes it."""
 
 
 class Checkpointer(Callback):
@@ -42,8 +45,9 @@ class Checkpointer(Callback):
     the training epoch before it. Outside of `fit`, as in ``learner.validate()``, no file is written. The files
     ``latest`` and ``best`` name one checkpoint each: ``learner.fit(10, resume=folder)`` resumes from the latest,
     ``learner.load(folder + "/best")`` loads the best. A file with its final name is complete. If the model is sharded
-    over several processes, its tensors are in a folder beside the file, ``epoch-0001.<drawn>.shards``. Give each run
-    its own folder.
+    over several processes, its tensors are in a folder beside the file, ``epoch-0001.<drawn>.shards``. Until the first
+    of these files is written there is ``start.ckpt``, with the state after `FitBegin`, so that a run that is killed
+    early can be resumed too. Give each run its own folder.
 
     - Reads ``cbstate.metrics_epoch.<monitor>`` and ``cbstate.history`` at `EpochEnd`, so it runs after `Metrics` and
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
@@ -141,6 +145,7 @@ class Checkpointer(Callback):
         self._latest = self._epoch_file = ""  # the newest file, and the newest one of an epoch
         self._went_back = False  # whether the loaded state is of this folder, which may have later files
         self._abandoned: list[str] = []  # these later files, to be removed with the next request
+        self._removed: list[str] = []  # files that the newest one of an epoch removes after it is written
         self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
 
     def _phase_type(self) -> type[Phase]:
@@ -164,8 +169,10 @@ class Checkpointer(Callback):
         """Find the phase, and request a checkpoint in case of an interrupt."""
         self._check_clock(learner.world_size)
         writes = identity() is None and learner.rank == 0  # neither a dry run nor a further rank makes a folder
-        if writes and not event.resumed:
-            self._warn_of_others()
+        if writes:
+            self._remove_temporary()
+            if not event.resumed:
+                self._warn_of_others()
         for other in learner.callbacks:
             if (
                 isinstance(other, Checkpointer)
@@ -191,6 +198,8 @@ class Checkpointer(Callback):
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
         if self._went_back and writes:
             self._abandon()
+        if not event.resumed and not self._latest:  # no state of this class depends on the rank, so all ranks ask
+            learner.request_checkpoint(self.folder / _START, decide=self._take_start)
         decide = self._take_interrupted
         learner.request_checkpoint(self.folder / _INTERRUPTED, weights=self.weights, on_interrupt=True, decide=decide)
 
@@ -232,7 +241,7 @@ class Checkpointer(Callback):
         return {  # earlier versions of flowtrain read the entry "best"
             "files": list(self._files), "best": least, "step file": self._step_file, "spare": list(self._damaged),
             "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
-            "latest": self._latest, "epoch file": self._epoch_file,
+            "latest": self._latest, "epoch file": self._epoch_file, "removed": list(self._removed),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,8 +249,9 @@ class Checkpointer(Callback):
         self._files = [(name, rank) for name, rank in state["files"]]
         self._step_file = state["step file"]
         self._damaged = list(state.get("spare", ()))  # early checkpoints lack this entry and the next two
-        self._loaded_from = state.get("folder", "")
-        self._rank_by(state.get("ranked by", self._ranked_by), self._ranked_by)
+        self._loaded_from, self._removed = state.get("folder", ""), list(state.get("removed", ()))
+        ranked_by = state.get("ranked by", self._ranked_by)
+        self._rank_by(ranked_by, self._ranked_by if ranked_by else [])
         self._latest, self._epoch_file = state.get("latest", "?"), state.get("epoch file", "?")
 
     def moved(self, before: str, here: str) -> None:
@@ -268,11 +278,11 @@ class Checkpointer(Callback):
             return
         point(self.folder, "latest", self._latest if (self.folder / self._latest).is_file() else "")
         own = {self._latest, self._step_file, *self._damaged, *(name for name, _ in self._files)}
-        last = _number(self._epoch_file) or 0
-        found = ((each.name, _number(each.name)) for each in self.folder.glob("*.ckpt"))
+        last = number_of(self._epoch_file) or 0
+        found = ((each.name, number_of(each.name)) for each in self.folder.glob("*.ckpt"))
         # A run keeps one file within an epoch, so every other one is of the abandoned run, or was left by a kill.
         later = [name for name, number in found if number is not None and (number > last or name.startswith("step"))]
-        self._abandoned = sorted({*later} - own)
+        self._abandoned = sorted({*later, *self._removed} - own)  # a killed process may not have removed these
 
     def _best(self) -> str:
         """Return the name of the best file that this run has, the oldest of equals; empty if it ranks none."""
@@ -293,9 +303,9 @@ class Checkpointer(Callback):
         self._files.append((name, rank))
         self._latest = self._epoch_file = name
         best = self._best() == name
-        remove = [*self._drop(), *self._replaced(name), self._step_file]
+        self._removed = [*filter(None, [*self._drop(), *self._replaced(name), self._step_file])]
         self._step_file = ""
-        return best, list(filter(None, remove))
+        return best, self._removed
 
     def _take_step(self, name: str, finite: bool) -> tuple[bool, list[str]]:
         """Make this the file within an epoch; return that it is not the best, and the files to remove."""
@@ -304,6 +314,12 @@ class Checkpointer(Callback):
         before, self._step_file = self._step_file, name
         self._latest = name
         return False, list(filter(None, [*self._replaced(name), before]))
+
+    def _take_start(self, finite: bool) -> tuple[bool, list[str]]:
+        """Make the file of the beginning the newest one; return that it is not the best, and no file to remove."""
+        if finite:
+            self._latest = _START
+        return False, []
 
     def _take_interrupted(self, finite: bool) -> tuple[bool, list[str]]:
         """Make the file of an interrupt the newest one; return that it is not the best, and no file to remove."""
@@ -323,7 +339,7 @@ class Checkpointer(Callback):
         """Return the files that any later checkpoint replaces, and forget them."""
         replaced = [*self._damaged, *self._abandoned]
         self._damaged, self._abandoned = [], []
-        return [_INTERRUPTED, *(each for each in replaced if each != name)]
+        return [_START, _INTERRUPTED, *(each for each in replaced if each != name)]
 
     def _rank(self, phase: Phase, learner: LearnerView) -> float:
         """Return the rank of the epoch that has ended: the smaller, the better.
@@ -372,6 +388,20 @@ class Checkpointer(Callback):
                 f"for the others for ever. Count batches instead: Checkpointer(..., every_steps=1000)."
             )
 
+    def _remove_temporary(self) -> None:
+        """Remove the unfinished files of a process that was killed while it wrote them.
+
+        Without a ``latest`` no checkpoint was finished either, so one within an epoch, which no later one replaces, is
+        removed too.
+        """
+        for path in self.folder.glob(".*tmp"):
+            name = path.name[1:].split(".")[0]
+            if name in (*POINTERS, "start", "interrupted") or number_of(f"{name}.ckpt") is not None:
+                path.unlink(missing_ok=True)
+        if not (self.folder / POINTERS[0]).exists():
+            for path in self.folder.glob("step-*.ckpt"):
+                path.unlink(missing_ok=True)
+
     def _warn_of_others(self) -> None:
         latest = target(self.folder, "latest")
         if latest and not self._ranked_by:  # this callback has neither begun a fit nor loaded a state
@@ -382,12 +412,6 @@ class Checkpointer(Callback):
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _number(name: str) -> int | None:
-    """Return the number in the name of a file that a `Checkpointer` writes; ``None`` for any other file."""
-    found = re.fullmatch(r"(?:epoch-\d{4,}|step-\d{8,})\.ckpt", name)
-    return int(re.sub(r"\D", "", name)) if found else None
 
 
 def latest_of(callbacks: Iterable[Callback]) -> Path | None:
@@ -404,8 +428,13 @@ def latest_of(callbacks: Iterable[Callback]) -> Path | None:
             "fit(resume='auto') continues from the latest checkpoint in the folder of a Checkpointer, and the learner "
             "has no Checkpointer. Add one, as in callbacks=[Checkpointer('runs/a')], or pass the path of a checkpoint."
         )
-    found = [(folder / target(folder, "latest"), folder) for folder in folders if target(folder, "latest")]
-    written = [(file.stat().st_mtime_ns, folder) for file, folder in found if file.is_file()]
+    found = [(folder / "latest", folder / target(folder, "latest")) for folder in folders]
+    # A pointer whose checkpoint is missing counts too: the fit then continues from an earlier one, or says why not.
+    written = [
+        ((file if file.is_file() else pointer).stat().st_mtime_ns, pointer.parent)
+        for pointer, file in found
+        if pointer.is_file()
+    ]
     return max(written)[1] if written else None
 
 

@@ -230,6 +230,13 @@ class LoggerBackend(ABC):
             The position in the sink, for `restore`, as values that JSON can hold.
         """
 
+    def check(self, position: Any) -> None:  # noqa: B027  # not abstract: a backend may find out in `restore` alone
+        """Check that `restore` can go back to a position, and change nothing. It is called for all sinks before one.
+
+        Raises:
+            LoggingError: The sink is shorter than at that position, or is another one.
+        """
+
     @abstractmethod
     def restore(self, position: Any) -> None:
         """Remove the records that were written after a position. This is called after `open`, when a run is resumed.

@@ -20,11 +20,12 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import Group, Loggable, Run, Value
-from flowtrain.logging.files import AppendingFile, FileBackend, replace_file
+from flowtrain.logging.files import AppendingFile, FileBackend, impossible, remove_temporary, replace_file
 from flowtrain.logging.values import number, refused
 
 __all__ = ["CsvBackend"]
@@ -64,25 +65,39 @@ class CsvBackend(FileBackend):
             return None
         return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last)}
 
-    def restore(self, position: Any) -> None:
-        """Remove the rows, columns and cells that were written after a position.
+    def check(self, position: Any) -> None:
+        """Check that the table reaches to a position.
 
         Raises:
-            LoggingError: The table has fewer rows, or other columns, than at that position.
+            LoggingError: The table has fewer rows, or other columns, than at that position, or it is impossible.
         """
         if self._file is None or position is None:
             return
+        if not _is_position(position):
+            raise impossible(self.path, position)
         columns, count = position["columns"], position["rows"]
-        if count > self._rows or self._columns[: len(columns)] != columns:
+        # The last row is written again for each of its cells. A process that is killed meanwhile leaves the table
+        # without this row, and the position has its cells.
+        if count > self._rows + 1 or self._columns[: len(columns)] != columns:
             raise LoggingError(
                 f"{self.path} has {self._rows} rows of {', '.join(self._columns)}, and had {count} of "
                 f"{', '.join(columns)} when the checkpoint was made: it is not the same file, or has been cut. Put it "
                 f"back, or log this run to another path."
             )
-        kept = [row for row, _ in zip(self._read(), range(count), strict=False)]
-        self._rewrite(columns, [*kept[:-1], position["last"]] if kept else [])
+
+    def restore(self, position: Any) -> None:
+        """Remove the rows, columns and cells that were written after a position.
+
+        Raises:
+            LoggingError: As for `check`.
+        """
+        self.check(position)
+        if self._file is not None and position is not None:
+            kept = list(islice(self._read(), max(position["rows"] - 1, 0)))
+            self._rewrite(position["columns"], [*kept, position["last"]] if position["rows"] else [])
 
     def _open_file(self, run: Run) -> AppendingFile:
+        remove_temporary(self.path)
         file = AppendingFile(self.path, self._whole_rows)
         try:
             self._load()
@@ -148,6 +163,20 @@ class CsvBackend(FileBackend):
     def _whole_rows(self, descriptor: int) -> int:
         data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         return data.rfind(b"\n") + 1
+
+
+def _is_position(position: Any) -> bool:
+    """Tell whether a value is a position that `CsvBackend.flush` can have returned."""
+    if type(position) is not dict or position.keys() != {"columns", "rows", "last"}:
+        return False
+    columns, rows, last = position["columns"], position["rows"], position["last"]
+    return (
+        all(type(each) is list and all(type(cell) is str for cell in each) for each in (columns, last))
+        and columns[:2] == _FIXED
+        and type(rows) is int
+        and rows >= 0
+        and (2 <= len(last) <= len(columns) if rows else not last)
+    )
 
 
 def _text(rows: Iterable[Sequence[str]]) -> bytes:

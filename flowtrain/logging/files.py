@@ -7,8 +7,11 @@ of backends that append to one file.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import io
 import os
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,10 +25,12 @@ from flowtrain.logging.backend import HOLD, File, LoggerBackend, Run
 __all__ = [
     "AppendingFile",
     "FileBackend",
+    "impossible",
     "not_open",
     "of_rank",
     "process_rank",
     "read_file",
+    "remove_temporary",
     "replace_file",
     "unwritable",
     "warn_of_others",
@@ -90,17 +95,27 @@ class AppendingFile:
             for record in records:  # one by one, so that the file keeps as many records as fit
                 self.append(record)
 
-    def truncate(self, size: int) -> None:
-        """Remove all bytes after the first `size` bytes.
+    def check(self, size: Any) -> None:
+        """Check that the file has at least `size` bytes.
 
         Raises:
-            LoggingError: The file has fewer than `size` bytes.
+            LoggingError: It has fewer, or `size` is no number of bytes.
         """
+        if type(size) is not int or size < 0:
+            raise impossible(self.path, size)
         if size > self.size:
             raise LoggingError(
                 f"{self.path} has {self.size} bytes, and had {size} when the checkpoint was made: it is not the same "
                 f"file, or has been cut. Put it back, or log this run to another path."
             )
+
+    def truncate(self, size: int) -> None:
+        """Remove all bytes after the first `size` bytes.
+
+        Raises:
+            LoggingError: As for `check`.
+        """
+        self.check(size)
         os.ftruncate(self._descriptor, size)
         self.size = size
 
@@ -136,7 +151,7 @@ def replace_file(path: str, data: bytes) -> None:
     Raises:
         LoggingError: The file cannot be written. An earlier file with this path is still there.
     """
-    beside = f"{path}.{os.getpid()}.tmp"
+    beside = f"{path}.{os.getpid()}.tmp"  # `remove_temporary` knows this name
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
@@ -151,6 +166,20 @@ def replace_file(path: str, data: bytes) -> None:
             raise
     except OSError as error:
         raise LoggingError(f"{path} cannot be written: {error.strerror}. Nothing of it is left.") from error
+
+
+def remove_temporary(path: str, *, within: bool = False) -> None:
+    """Remove the unfinished files that processes have left which were killed in `replace_file`.
+
+    Args:
+        path: The path of the whole file.
+        within: Whether `path` is a folder, and the files in it and in its folders are meant.
+    """
+    found = f"{glob.escape(path)}/**/*.tmp" if within else f"{glob.escape(path)}.*.tmp"
+    for beside in glob.iglob(found, recursive=True):
+        if re.search(r"\.\d+\.tmp$", beside):
+            with contextlib.suppress(OSError):  # it is of no use, and does no harm
+                os.unlink(beside)
 
 
 def read_file(file: File) -> bytes:
@@ -251,6 +280,15 @@ class FileBackend(LoggerBackend):
         """Bring the file to the disk; return its size in bytes, or ``None`` if no file is open in this process."""
         return None if self._file is None else self._file.sync()
 
+    def check(self, position: Any) -> None:
+        """Check that the file reaches to a position.
+
+        Raises:
+            LoggingError: The file is shorter than at that position, or the position is impossible.
+        """
+        if self._file is not None and position is not None:
+            self._file.check(position)
+
     def restore(self, position: Any) -> None:
         """Remove the records that were written after a position.
 
@@ -288,6 +326,14 @@ def warn_of_others(backend: Any, before: str) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def impossible(path: str, position: Any) -> LoggingError:
+    """Return the error for a position in a file that no `flush` has returned."""
+    return LoggingError(
+        f"{path}: the checkpoint has the position {position!r:.60} in this file, which is impossible. It was changed "
+        f"after flowtrain wrote it. Pass another checkpoint. The file has not been changed."
+    )
 
 
 def not_open(backend: LoggerBackend) -> LoggingError:

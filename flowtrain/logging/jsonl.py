@@ -35,7 +35,7 @@ from urllib.parse import quote
 
 from flowtrain.logging.backend import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.distribution import distribution
-from flowtrain.logging.files import AppendingFile, FileBackend, read_file, replace_file
+from flowtrain.logging.files import AppendingFile, FileBackend, read_file, remove_temporary, replace_file
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import number, refused, settings
 
@@ -90,6 +90,8 @@ class JsonlBackend(FileBackend):
         return b"".join((_WITH_FILE, line, content)) if isinstance(loggable, (Image, Figure, File)) else line
 
     def _open_file(self, run: Run) -> AppendingFile:
+        if run.resumed:  # a process that was killed may have left a picture unfinished
+            remove_temporary(f"{self.path}.files", within=True)
         return AppendingFile(self.path, _whole_lines)
 
     def _append(self, file: AppendingFile, record: bytes) -> None:

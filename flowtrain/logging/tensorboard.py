@@ -39,7 +39,7 @@ from flowtrain.logging.backend import (
 )
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.files import AppendingFile, not_open, of_rank, unwritable, warn_of_others
+from flowtrain.logging.files import AppendingFile, impossible, not_open, of_rank, unwritable, warn_of_others
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import flat, number, refused, settings
 
@@ -146,30 +146,46 @@ class TensorBoardBackend(LoggerBackend):
         by_phase = self.by_phase and self._continues_flat != self._run.id
         return {"sizes": {self._name(file): file.sync() for file in self._files.values()}, "by_phase": by_phase}
 
-    def restore(self, position: Any) -> None:
-        """Remove the events that were written after a position.
+    def check(self, position: Any) -> None:
+        """Check that the event files reach to a position.
 
         Raises:
             LoggingError: An event file of the position is missing, or is shorter than at the position.
         """
         if self._run is None or self._run.rank != 0 or position is None:
             return
-        if "file" in position:  # early checkpoints have one file, with the phase in the tags
-            position = {"sizes": {position["file"]: position["size"]}, "by_phase": False}
-        sizes = position["sizes"]
+        if type(position) is not dict:
+            raise impossible(self.path, position)
+        sizes, by_phase = _sizes(position)
+        if type(sizes) is not dict or type(by_phase) is not bool:
+            raise impossible(self.path, position)
         missing = sizes.keys() - {self._name(file) for file in self._files.values()}
         if missing:
             raise LoggingError(
                 f"{self.path} does not have the event file {min(missing)} that the checkpoint continues. Put it "
                 f"back, or log this run to another folder."
             )
+        for file in self._files.values():
+            if self._name(file) in sizes:
+                file.check(sizes[self._name(file)])
+
+    def restore(self, position: Any) -> None:
+        """Remove the events that were written after a position.
+
+        Raises:
+            LoggingError: As for `check`.
+        """
+        self.check(position)
+        if self._run is None or self._run.rank != 0 or position is None:
+            return
+        sizes, by_phase = _sizes(position)
         for folder, file in list(self._files.items()):
             if self._name(file) in sizes:
                 file.truncate(sizes[self._name(file)])
             else:  # the phase has logged its first record after the checkpoint
                 self._files.pop(folder).close()
                 os.unlink(file.path)
-        self._continues_flat = "" if position["by_phase"] else self._run.id
+        self._continues_flat = "" if by_phase else self._run.id
 
     def close(self) -> None:
         """Close the files."""
@@ -247,6 +263,13 @@ def _place(group: Group) -> tuple[str, str]:
         return "", "/".join(group)
     folder = quote(group[1], safe=" #+,=@[]()")
     return (f"%2E{folder[1:]}" if folder.startswith(".") else folder), group[0]
+
+
+def _sizes(position: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the sizes of the event files at a position, and whether each phase has a folder of its own."""
+    if "file" in position:  # early checkpoints have one file, with the phase in the tags
+        return {position["file"]: position.get("size")}, False
+    return position.get("sizes"), position.get("by_phase")
 
 
 def _flattened(framed: bytes, folder: str) -> bytes:

@@ -155,6 +155,8 @@ class Sinks:
         try:
             self.open()
             known = {sink: used for sink, used in self._open.items() if sink in positions}
+            # All are asked before one is changed: otherwise a refusal would come when records of others are gone.
+            _each(known, "compared with a checkpoint", lambda backend: backend.check(positions[backend.sink]))
             _each(known, "brought back to a checkpoint", lambda backend: backend.restore(positions[backend.sink]))
         except BaseException:
             self.run = before  # a later fit of this learner continues its own run

@@ -283,7 +283,7 @@ def test_steps_of_which_the_newest_stays(tmp_path: Path) -> None:
     learner.loop.checkpoints.writer.reached = lambda point: seen.append(point) if point == "removed" else None
     learner.fit(2)
     assert files(tmp_path) == ["1", "2"]
-    assert len(seen) == 4  # after batches 3 and 6, and after two epochs
+    assert len(seen) == 5  # at the beginning, after batches 3 and 6, and after two epochs
     learner.fit(steps=1)
     assert sorted(each.name for each in tmp_path.glob("*.ckpt")) == [
         "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt",

@@ -24,6 +24,7 @@ from flowtrain import (
 from flowtrain.callbacks import Checkpointer
 from flowtrain.testing import tiny_learner
 from tests.support.checkpoints import files, pointer
+from tests.support.logs import log_records
 from tests.support.programs import Programs
 from tests.support.scores import scored
 
@@ -171,3 +172,63 @@ def test_a_run_that_goes_back_to_before_its_first_epoch_has_no_best(tmp_path: Pa
     assert torch.equal(learner.model.coeff, plain.model.coeff)
     assert not (tmp_path / "best").exists()
     assert pointer(tmp_path, "latest") == "1"
+
+
+EARLY = """
+import os, signal, sys
+import torch
+from flowtrain import BatchEnd, Callback, FitBegin, on
+from flowtrain.callbacks import Checkpointer, LearningRate, LogHyperParams, LogMetrics, Scheduler
+from flowtrain.schedules import one_cycle
+from flowtrain.logging import CsvBackend, JsonlBackend
+from flowtrain.testing import tiny_learner
+
+folder, at = sys.argv[1], int(sys.argv[2])
+
+class Kill(Callback):
+    count = 0
+    @on(FitBegin)
+    def begin(self, event, phase, learner):
+        if not at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    @on(BatchEnd)
+    def end(self, event, phase, learner):
+        self.count += 1
+        if self.count == at:
+            learner_.loop.checkpoints.writer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.manual_seed(3)
+logs = JsonlBackend(folder + "/log.jsonl"), CsvBackend(folder + "/log.csv")
+schedule = Scheduler({LearningRate: one_cycle(0.1)})
+callbacks = [Checkpointer(folder + "/c"), LogMetrics(*logs), schedule, LogHyperParams(*logs), Kill()]
+learner_ = tiny_learner(*callbacks, n_batches=4)
+learner_.fit(3, resume="auto")
+print(learner_.model.coeff.item(), learner_.cbstate.history)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
+def test_a_run_that_is_killed_before_its_first_epoch_ends_is_resumed(tmp_path: Path, programs: Programs) -> None:
+    """The checkpoint at the beginning brings the logs back to there: a fit that began anew would double records."""
+    whole = programs.run(EARLY, str(tmp_path / "whole"), "-1")
+    assert whole.returncode == 0, whole.stderr
+    for at in ("1", "3"):
+        killed = programs.run(EARLY, str(tmp_path / "killed"), at)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert pointer(tmp_path / "killed" / "c", "latest") == "start"
+    resumed = programs.run(EARLY, str(tmp_path / "killed"), "-1")
+    assert (resumed.returncode, resumed.stdout) == (0, whole.stdout), resumed.stderr
+    assert log_records(tmp_path / "killed" / "log.jsonl") == log_records(tmp_path / "whole" / "log.jsonl")
+    assert (tmp_path / "killed" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    assert [*sorted(each.name for each in (tmp_path / "killed" / "c").iterdir())] == [
+        "best", "epoch-0001.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt", "latest",
+    ]  # fmt: skip
+
+
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    for name in (".epoch-0001.ckpt.1a.tmp", ".latest.2b.tmp", ".start.ckpt.tmp", "step-00000004.ckpt", ".mine.tmp"):
+        (tmp_path / name).touch()
+    tiny_learner(Checkpointer(tmp_path), n_batches=1).fit(1)
+    left = sorted(each.name for each in tmp_path.iterdir())
+    assert left == [".mine.tmp", "best", "epoch-0001.ckpt", "latest"]

@@ -42,7 +42,7 @@ from flowtrain import (
 from flowtrain.callbacks import Checkpointer, CustomCallback, EarlyStopping, Metric, Metrics, Recorder
 from flowtrain.metrics import accuracy, mean_absolute_error, top_k_accuracy
 from flowtrain.testing import tiny_batches, tiny_learner
-from flowtrain.training.checkpoint.files import find_file
+from flowtrain.training.checkpoint.reading import find_file
 from tests.support.examples import examples
 from tests.support.fired import CancelAt
 from tests.support.models import Scale

@@ -101,3 +101,38 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
 def test_values_only(tmp_path: Path) -> None:
     with pytest.raises(LoggingError, match=r"CsvBackend\('.*v\.csv'\) takes Value, and got a Text\."):
         CsvBackend(tmp_path / "v.csv").encode(Text("t"), "Name", 1, STEP)
+
+
+def test_a_table_without_its_last_row_is_brought_back(tmp_path: Path) -> None:
+    """Each cell of a row writes the row again: a process that is killed meanwhile leaves the table without the row."""
+    path = tmp_path / "values.csv"
+    backend = CsvBackend(path)
+    backend.open(Run("a"))
+    for step in (1, 2, 3):
+        write(backend, "a", step, step / 2)
+        write(backend, "b", step, step / 4)
+    position, whole = backend.flush(), path.read_bytes()
+    backend.close()
+    for rows in (3, 2):
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[: rows + 1]))
+        backend = CsvBackend(path)
+        backend.open(Run("a", resumed=True))
+        backend.restore(position)
+        backend.close()
+        assert path.read_bytes() == whole
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    backend = CsvBackend(path)
+    backend.open(Run("a", resumed=True))
+    with pytest.raises(LoggingError, match=r"has 1 rows of .* and had 3 of"):
+        backend.restore(position)
+    backend.close()
+
+
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in ("values.csv.tmp", "other.csv.12.tmp", "values.csv.a.tmp")]
+    for path in (*kept, tmp_path / "values.csv.12.tmp"):
+        path.touch()
+    backend = CsvBackend(tmp_path / "values.csv")
+    backend.open(Run("a"))
+    backend.close()
+    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "values.csv"}

@@ -130,3 +130,16 @@ def plain(line: bytes) -> dict[str, Any]:
 
     found: dict[str, Any] = json.loads(line, parse_constant=refuse)
     return found
+
+
+def test_unfinished_pictures_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    """Only a run that is resumed looks for them."""
+    folder = tmp_path / "log.jsonl.files" / "Step" / "Picture"
+    folder.mkdir(parents=True)
+    for name in ("1.png", "2.png.34.tmp", "notes.tmp"):
+        (folder / name).touch()
+    for resumed, left in ((False, ["1.png", "2.png.34.tmp", "notes.tmp"]), (True, ["1.png", "notes.tmp"])):
+        backend = JsonlBackend(tmp_path / "log.jsonl")
+        backend.open(Run("a", resumed=resumed))
+        backend.close()
+        assert sorted(each.name for each in folder.iterdir()) == left

@@ -35,7 +35,7 @@ from flowtrain import (
 from flowtrain.callbacks import EMA, Checkpointer
 from flowtrain.core.sharding import full_state_dict
 from flowtrain.state.shards import Pieces
-from flowtrain.training.checkpoint.files import read
+from flowtrain.training.checkpoint.reading import read
 from tests.ranks.by_hand import classes
 from tests.support.ranks import Outcome, Ranks, rank, returned, send
 from tests.support.resumed import Ask

@@ -41,9 +41,11 @@ from flowtrain.training.checkpoint.contents import (
     load_models,
     without_callback,
 )
-from flowtrain.training.checkpoint.files import Writer, find_file, read, real_folder
+from flowtrain.training.checkpoint.files import Writer
+from flowtrain.training.checkpoint.form import check_form
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, replay, warn_of_workers
 from flowtrain.training.checkpoint.rank_parts import check_size
+from flowtrain.training.checkpoint.reading import read, real_folder
 from flowtrain.training.checkpoint.rng import (
     loader_state,
     random_state,
@@ -360,7 +362,9 @@ class Checkpoints:
 
     def _read(self, path: Any) -> dict[str, Any]:
         """Return the contents of a checkpoint, with its present folder as the entry ``here`` of ``run``."""
-        contents, here = read(path, pieces=True), real_folder(find_file(path))
+        contents = read(path, pieces=True)
+        check_form(contents)
+        here = real_folder(path)
         return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
 
     def _numbers(self, contents: Mapping[str, Any]) -> tuple[dict[Phase, int], dict[Phase, int]]:

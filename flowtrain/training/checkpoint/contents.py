@@ -30,8 +30,8 @@ learner's earlier state is restored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,13 +42,13 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
 from flowtrain.core.optimizers import IMPLEMENTATION
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CheckpointError
+from flowtrain.errors import CheckpointError, FlowtrainError
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import Pieces, shard_like
 from flowtrain.training.checkpoint.changes import Changes
-from flowtrain.training.checkpoint.files import FORMAT, JUDGED, VERSION
+from flowtrain.training.checkpoint.reading import FORMAT, JUDGED, VERSION
 
 __all__ = [
     "apply",
@@ -168,6 +168,26 @@ def _state_of(module: Any) -> dict[str, Any]:
 # --- check
 
 
+@contextmanager
+def _explained() -> Generator[None]:
+    """Give a context in which an unforeseen error is one of the checkpoint, whose entries have impossible contents.
+
+    Raises:
+        CheckpointError: Another error than one of flowtrain was raised in the body.
+    """
+    try:
+        yield
+    except (FlowtrainError, OSError):  # a callback may have a file that is gone
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The checkpoint has contents that cannot be loaded: {type(error).__name__}: {error}. It was changed after "
+            f"flowtrain wrote it, or the model or optimizer refuses its state. Pass another checkpoint. Nothing has "
+            f"been changed."
+        ) from error
+
+
+@_explained()
 def check_fits(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     """Check that the contents of a checkpoint fit a learner.
 
@@ -196,6 +216,7 @@ def check_fits(contents: Mapping[str, Any], state: LearnerState, core: TorchCore
             )
 
 
+@_explained()
 def check_models(contents: Mapping[str, Any], core: TorchCore) -> None:
     """Check that the models of a checkpoint have the names, shapes and dtypes of the models of a core.
 
@@ -259,6 +280,7 @@ def _other_optimizer(
 # --- restore
 
 
+@_explained()
 def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
     """Put a learner into the state of a checkpoint that `check_fits` has passed. `contents` is not changed.
 

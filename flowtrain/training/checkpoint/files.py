@@ -14,40 +14,23 @@ import os
 import secrets
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 
 from flowtrain.callback.view import POINTERS, CheckpointRequest
-from flowtrain.errors import CheckpointError, UsageError, is_a
+from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.checkpoint.folder_lock import check_owned
+from flowtrain.training.checkpoint.reading import comment, target
 from flowtrain.training.checkpoint.shard_files import put_together, remove_shards, with_shards
 
-__all__ = [
-    "FORMAT",
-    "IN_PIECES",
-    "JUDGED",
-    "VERSION",
-    "Writer",
-    "find_file",
-    "load_weights",
-    "point",
-    "read",
-    "real_folder",
-    "target",
-    "write_whole",
-]
-
-FORMAT, VERSION = "flowtrain checkpoint", 1
-JUDGED = 2
-"""The version of a checkpoint with an entry ``trained``. A reader of version 1 would miss it and train ``model``."""
-IN_PIECES = 3
-"""The version of a checkpoint whose sharded tensors are in files beside it (`flowtrain.training.checkpoint.shards`)."""
+__all__ = ["Writer", "point", "write_whole"]
 
 _Reached = Callable[[str], None]
 
@@ -83,14 +66,6 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reache
     reached(f"{what} renamed")
 
 
-def target(folder: Path, pointer: str) -> str:
-    """Return the name of the file that a pointer names, or an empty string if the folder has no such pointer."""
-    try:
-        return (folder / pointer).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
 def point(folder: Path, pointer: str, name: str) -> None:
     """Let a pointer of a folder name a checkpoint of the folder, or remove the pointer if the name is empty.
 
@@ -108,112 +83,6 @@ def point(folder: Path, pointer: str, name: str) -> None:
             f"The file {folder / pointer} must {wanted} before training continues from that checkpoint, and it cannot "
             f"be written: {error}. Nothing has been trained. Make room, or make the folder writable, and resume again."
         ) from error
-
-
-def real_folder(path: str | os.PathLike[str]) -> str:
-    """Return the folder that a file is in, absolute and without symbolic links."""
-    return os.path.dirname(os.path.realpath(path))
-
-
-def find_file(path: str | os.PathLike[str]) -> Path:
-    """Return the path of the checkpoint file that a user's path means.
-
-    Args:
-        path: A checkpoint file; a folder, which means the file that its ``latest`` names; or the pointer ``latest`` or
-            ``best`` of a folder.
-
-    Raises:
-        CheckpointError: The folder has no ``latest``, or the file does not exist.
-    """
-    found = Path(path)
-    if found.is_dir():
-        if not (found / "latest").is_file():
-            kept = ", ".join(sorted(each.name for each in found.iterdir() if not each.name.startswith("."))[:5])
-            raise CheckpointError(
-                f"The folder {found} has no checkpoint that is complete: there is no file 'latest' in it (it holds: "
-                f"{kept or 'nothing'}). Pass the folder of a Checkpointer, or a checkpoint's file."
-            )
-        found = found / "latest"
-    if found.name in POINTERS:
-        name = target(found.parent, found.name)
-        if name:
-            found = found.parent / name
-    if not found.is_file():
-        raise CheckpointError(
-            f"There is no checkpoint {found}: no such file. Pass the folder of a Checkpointer, or a checkpoint's file."
-        )
-    return found
-
-
-def read(path: str | os.PathLike[str], *, pieces: bool = False) -> dict[str, Any]:
-    """Return the contents of a checkpoint, with all tensors on the CPU.
-
-    Args:
-        path: As for `find_file`.
-        pieces: Whether the sharded tensors of models and optimizers become `flowtrain.state.shards.Pieces`, of which
-            only parts are read; otherwise they are put together.
-
-    Raises:
-        CheckpointError: The file is missing, truncated, no checkpoint, or of a version that this flowtrain cannot read.
-    """
-    file = find_file(path)
-    try:
-        with warnings.catch_warnings():  # torch 2.14 says that it checks sparse tensors, which can be slow
-            warnings.filterwarnings("ignore", "Validating sparse tensor invariants", UserWarning)
-            # A file of others must not run code.
-            contents: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
-        raise CheckpointError(
-            f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, or it is "
-            f"something else. Pass another checkpoint: the files of a Checkpointer are complete when they have their "
-            f"name, and its folder stands for the latest one."
-        ) from error
-    if not isinstance(contents, Mapping) or contents.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file} is no checkpoint of flowtrain: it holds {type(contents).__name__}. For weights alone call "
-            f"learner.model.load_state_dict(torch.load(path))."
-        )
-    if contents["version"] not in (VERSION, JUDGED, IN_PIECES):
-        raise CheckpointError(
-            f"{file} has version {contents['version']} of the format, written by flowtrain {contents['flowtrain']}; "
-            f"this one reads {VERSION} to {IN_PIECES}. Use the flowtrain that wrote it, or a later one."
-        )
-    return with_shards(dict(contents), file, pieces=pieces)
-
-
-def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] = "best") -> dict[str, Any]:
-    """Return the weights of a checkpoint on the CPU, for ``model.load_state_dict`` in a program without a learner.
-
-    They are the weights that were evaluated: those of `flowtrain.callbacks.EMA` and its like where these are used.
-
-    Args:
-        path: The folder of a `flowtrain.callbacks.Checkpointer`, or the file of a checkpoint.
-        which: Which checkpoint of a folder.
-
-    Returns:
-        The ``state_dict`` of the model; with several models a mapping from the name of each model to its.
-
-    Raises:
-        CheckpointError: The folder has no such checkpoint, or the file cannot be read.
-    """
-    if not is_a(path, (str, os.PathLike)):
-        raise UsageError(f"load_weights({path!r}) takes the folder of a Checkpointer, or the path of a checkpoint.")
-    if which not in POINTERS:
-        raise UsageError(f"load_weights(which={which!r}): which is 'best' or 'latest'.")
-    found = Path(path)
-    if found.is_dir():
-        if which == "best" and not target(found, "best") and target(found, "latest"):
-            raise CheckpointError(
-                f"No checkpoint of {found} counts as the best: its Checkpointer has no monitor, or has ranked no epoch "
-                f"yet. Write load_weights(path, 'latest')."
-            )
-        found = found / which if target(found, which) else found
-    models = put_together(read(found, pieces=True)["model"])
-    return dict(models[""] if list(models) == [""] else models)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 class Writer:
@@ -297,7 +166,7 @@ class Writer:
     def _complete(self, path: Path, contents: dict[str, Any], request: CheckpointRequest) -> None:
         """Write the file of a checkpoint, then the files that name it, and remove those that it replaces."""
         check_owned(path.parent)
-        write_whole(path, partial(torch.save, contents), self.reached, "checkpoint")
+        write_whole(path, partial(_save, contents), self.reached, "checkpoint")
         remove_shards(path, keep=contents.get("shards"))
         if request.weights:
             tensors = _weights(put_together(with_shards(contents, path, pieces=True)["model"]))
@@ -315,6 +184,31 @@ class Writer:
 
 def _save_name(name: str, file: Any) -> None:
     file.write(name.encode() + b"\n")
+
+
+class _Summed:
+    """A file that is open for writing, and the CRC-32 of all bytes that were written into it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.sum = 0
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        self.sum = zlib.crc32(data, self.sum)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Pass the bytes to the operating system."""
+        self._file.flush()
+
+
+def _save(contents: dict[str, Any], file: IO[bytes]) -> None:
+    """Write a checkpoint, and its checksum as the comment of the zip archive, before which its length stands."""
+    summed: Any = _Summed(file)  # torch needs `write` and `flush` of a file alone
+    torch.save(contents, summed)
+    file.seek(-2, os.SEEK_END)
+    file.write(comment(summed.sum))
 
 
 def _weights(model: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -31,8 +31,9 @@ from flowtrain.errors import CheckpointError, RemoteError
 from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.files import IN_PIECES, find_file, write_whole
+from flowtrain.training.checkpoint.files import write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
+from flowtrain.training.checkpoint.reading import IN_PIECES, find_file
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks

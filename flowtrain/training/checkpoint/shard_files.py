@@ -55,7 +55,7 @@ def with_shards(contents: dict[str, Any], path: Path, *, pieces: bool) -> dict[s
     Args:
         contents: The contents of the file.
         path: The file.
-        pieces: As for `flowtrain.training.checkpoint.files.read`.
+        pieces: As for `flowtrain.training.checkpoint.reading.read`.
 
     Raises:
         CheckpointError: The files of the shards are missing or damaged.

@@ -120,7 +120,7 @@ def test_one_of_another_model_or_optimizer(options: dict[str, Any], message: str
 def test_a_file_that_is_no_checkpoint(damage: str, folder: Path) -> None:
     file = folder / "epoch-0001.ckpt"
     contents = torch.load(file, weights_only=True)
-    message = f"{file} cannot be read as a checkpoint: .* truncated, or it is something else"
+    message = f"{file} cannot be read as a checkpoint: .* truncated, damaged, or something else"
     path = file
     if damage in ("missing", "pointer"):
         file.unlink()
