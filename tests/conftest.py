@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tensors of the tests are so small that several torch threads would mostly wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
+
+# Every worker of a loader with a fork server would import torch for two seconds: the server imports it once.
+multiprocessing.set_forkserver_preload(["torch"])
 
 # A shell starts programs in the background with this signal ignored, and the programs of the tests inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

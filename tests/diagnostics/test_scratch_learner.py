@@ -24,6 +24,7 @@ from flowtrain import (
 from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
 from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_rng
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
+from tests.support.loaders import end_workers
 
 TRIALS: dict[str, Callable[[Learner], object]] = {
     "learner.suggest_access()": lambda learner: learner.suggest_access(Recorder()),
@@ -166,6 +167,7 @@ def test_workers_that_stay_are_started_by_the_fit(call: str, capsys: pytest.Capt
         for each in before:
             each(learner)
         learner.fit(2)
+        end_workers([loader])
         return [list(learner.cbstate.metrics_step[TrainingPhase]["Loss"]), draw()]
 
     assert fit(CALLS[call]) == fit()

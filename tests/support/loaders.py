@@ -1,8 +1,9 @@
-"""Loaders that fail, and data with invalid values."""
+"""Loaders that fail, data with invalid values, and the end of workers that stay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,6 +21,16 @@ class Failing:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from self.batches
         raise ZeroDivisionError
+
+
+def end_workers(loaders: Iterable[Any]) -> None:
+    """End the workers that loaders keep from one pass to the next.
+
+    A learner and its loaders are freed by garbage collection. It may close the queue of a worker before it frees the
+    loader, and then torch waits five seconds for that worker.
+    """
+    for loader in loaders:
+        vars(loader)["_iterator"] = None
 
 
 def batches_with(value: float, at: int, n_batches: int) -> Batches:

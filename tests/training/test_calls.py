@@ -37,6 +37,7 @@ from flowtrain.callbacks import EMA, Metric, Metrics
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase, Raise, Watch
+from tests.support.loaders import end_workers
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -289,6 +290,7 @@ def test_workers_that_stay_are_started_by_the_fit() -> None:
         if predicts:
             assert learner.predict(loader).shape == (16, 1)
         learner.fit(2)
+        end_workers([loader])
         return [list(learner.cbstate.metrics_step[TrainingPhase]["Loss"]), *draws()[:1]]
 
     assert fit(predicts=True) == fit(predicts=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import (
     AbstractValidationPhase,
@@ -571,6 +573,13 @@ def test_fit_by_steps_with_an_epoch_that_is_cancelled_before_its_first_batch() -
     watch, learner = watched(*(Raise(EpochBegin, CancelEpochException(), nth) for nth in range(1, 9)), n_batches=2)
     learner.fit(steps=4, validate_every=2)
     assert short(watch.names) == "F( E( E) E( E) F)"
+
+
+def test_a_fit_by_steps_that_ends_within_a_pass_ends_the_workers_of_its_loader() -> None:
+    data = DataLoader(TensorDataset(*map(torch.cat, zip(*tiny_batches(), strict=True))), batch_size=4, num_workers=1)
+    learner = tiny_learner(data=data)
+    learner.fit(steps=3, validate_every=2)
+    assert not multiprocessing.active_children()
 
 
 def test_cancelled_batches_are_steps_too() -> None:

@@ -191,6 +191,8 @@ class Checkpoints:
         """Forget the requests and the position of the fit, which is over."""
         self.drop_requests()
         self.release_resumed()
+        if self.position.stream is not None:
+            self.position.stream.close()
         self.position = Position()
         self.saved = []
 

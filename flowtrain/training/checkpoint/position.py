@@ -9,7 +9,7 @@ were complete are taken from it and dropped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -304,7 +304,7 @@ class Stream:
     def __iter__(self) -> Iterator[Any]:
         return self._batches
 
-    def _run(self) -> Iterator[Any]:
+    def _run(self) -> Generator[Any]:
         while True:
             source, self._resumed = self._resumed, None
             begun, count = self._pass
@@ -322,6 +322,14 @@ class Stream:
                     self.given += 1
                     yield raw
             check_gave(count, self.phase, self._loader)
+
+    def close(self) -> None:
+        """End the open pass, and so the workers of the loader.
+
+        The generator and this stream refer to each other, so otherwise garbage collection would end them later. It may
+        close the queue of a worker first, and then torch waits five seconds for that worker.
+        """
+        self._batches.close()
 
     def put_back(self) -> None:
         """Give the last batch again: prefetch had taken it for an epoch that was cancelled before that batch."""

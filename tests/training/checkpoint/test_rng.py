@@ -23,6 +23,7 @@ from flowtrain import (
     ValidationPhase,
 )
 from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
+from tests.support.loaders import end_workers
 from tests.support.resumed import FITS, Ask, everything, learner_of, shuffled
 
 DATA: Any = list(range(20))
@@ -110,6 +111,7 @@ def test_workers_that_stay_are_exact_but_for_what_they_draw(
         learner = learner_of(*callbacks, data=persistent, seed=99 if how else 0)
         validation = DataLoader(shuffled().dataset, 11, num_workers=1, persistent_workers=True)
         learner.fit(**FITS[fit], data=(learner.data[TrainingPhase], validation), **how)
+        end_workers(learner.data.values())
         return everything(learner)
 
     wanted = run(Ask(path, event, phase, number))

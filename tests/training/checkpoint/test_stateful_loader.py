@@ -27,6 +27,7 @@ from flowtrain import (
 )
 from flowtrain.data import CombinedLoader
 from flowtrain.training.checkpoint.rng import restoring_loader
+from tests.support.loaders import end_workers
 from tests.support.resumed import FITS, Ask, Noisy, everything, learner_of, shuffled
 
 module = pytest.importorskip("torchdata.stateful_dataloader")
@@ -93,6 +94,7 @@ def fit(data: Callable[[], Any], *callbacks: Callback, seed: int = 0, accumulate
     """Return all results of a fit, with another such loader for the validation."""
     learner = learner_of(*callbacks, data=data, seed=seed, accumulate=accumulate)
     learner.fit(**how, data=(learner.data[TrainingPhase], stateful(shuffle=True)))
+    end_workers(learner.data.values())
     return everything(learner)
 
 
