@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.dask_processes import DaskProcesses
+from tests.support.programs import Programs
 
 
 @pytest.fixture(scope="session")
@@ -19,13 +20,23 @@ def dask_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskPro
     processes.close()
 
 
+@pytest.fixture(scope="session")
+def schedulers() -> Iterator[Programs]:
+    """Forks schedulers, which must work without flowtrain."""
+    made = Programs("distributed.cli.dask_scheduler", bare=True)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def make_dask_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], DaskProcesses]]:
-    """Starts clusters for one test, without workers."""
+def make_dask_processes(
+    tmp_path_factory: pytest.TempPathFactory, schedulers: Programs, programs: Programs
+) -> Iterator[Callable[[], DaskProcesses]]:
+    """Starts clusters for one test, without workers. Their processes are forked, unlike those of `dask_processes`."""
     made: list[DaskProcesses] = []
 
     def make() -> DaskProcesses:
-        made.append(DaskProcesses(tmp_path_factory.mktemp("dask")))
+        made.append(DaskProcesses(tmp_path_factory.mktemp("dask"), (schedulers, programs)))
         return made[-1]
 
     yield make

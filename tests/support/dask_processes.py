@@ -1,19 +1,38 @@
-"""A dask cluster of real processes, started as a user does: ``dask scheduler`` and ``dask worker``."""
+"""A dask cluster of real processes, started as a user does: ``dask scheduler`` and ``dask worker``.
+
+They can be forked instead from processes that have imported dask, torch and flowtrain, which takes a worker three
+seconds.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.programs import importing_the_same
+from tests.support.programs import Programs, Started, importing_the_same
 from tests.support.waiting import wait_for
+
+_PROGRAM = """
+import json, os, sys
+import dask
+from distributed.cli.dask_{} import main
+os.chdir(sys.argv.pop(1))
+os.environ.update(json.loads(sys.argv.pop(1)))
+dask.config.refresh()
+main()
+"""
 
 
 class DaskProcesses:
     """A scheduler and workers on 127.0.0.1, each a process of its own.
+
+    Args:
+        folder: A folder for the files and the logs of the processes.
+        forked: Forks the scheduler, and forks the workers; without it each is started with the command of dask.
 
     Attributes:
         address: The scheduler's.
@@ -21,9 +40,9 @@ class DaskProcesses:
         workers: The processes of the workers, by name.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+    def __init__(self, folder: Path, forked: tuple[Programs, Programs] | None = None) -> None:
+        self.folder, self._forked = folder, forked
+        self.workers: dict[str, subprocess.Popen[bytes] | Started] = {}
         self.stopped: set[int] = set()
         info = folder / "scheduler.json"
         self.scheduler = self._start(
@@ -32,7 +51,7 @@ class DaskProcesses:
         wait_for(lambda: info.exists() and info.read_text().rstrip().endswith("}"), 60)
         self.address: str = json.loads(info.read_text())["address"]
 
-    def start_worker(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, name: str, *options: str) -> subprocess.Popen[bytes] | Started:
         """Start a worker with one thread, and without a nanny that would start it again."""
         process = self._start(
             "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1",
@@ -65,12 +84,20 @@ class DaskProcesses:
             if process.poll() is None:
                 process.kill()
                 process.wait(20)
+            if isinstance(process, Started):
+                process.close()
 
-    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+    def _start(self, kind: str, *options: str) -> subprocess.Popen[bytes] | Started:
+        log = self.folder / f"{kind}.log"
+        if self._forked is not None:
+            programs = self._forked[kind == "worker"]
+            settings = json.dumps({name: value for name, value in os.environ.items() if name.startswith("DASK_")})
+            return programs.start(_PROGRAM.format(kind), str(self.folder), settings, *options, log=log)
         environment = importing_the_same()
-        if command[0] == "scheduler":  # the scheduler must work without flowtrain
+        if kind == "scheduler":  # the scheduler must work without flowtrain
             del environment["PYTHONPATH"]
-        with (self.folder / f"{command[0]}.log").open("ab") as log:
+        with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "dask", *command], stdout=log, stderr=log, env=environment, cwd=self.folder
-            )
+                [sys.executable, "-m", "dask", kind, *options],
+                stdout=output, stderr=output, env=environment, cwd=self.folder,
+            )  # fmt: skip

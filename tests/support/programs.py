@@ -3,6 +3,7 @@
 `Programs` forks them from a process that has imported torch and flowtrain: an import takes seconds each time, a fork
 takes milliseconds. A forked program has its own standard output and error, its own arguments and environment, and exits
 as an interpreter does. Only a test of the effects of an import needs an interpreter that has not imported anything.
+`Programs.run` waits until a program has ended, `Programs.start` does not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,18 +30,56 @@ def importing_the_same() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
+class Started:
+    """A program that runs, with some of the methods of `subprocess.Popen`.
+
+    Attributes:
+        pid: The process id.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._process = os.pidfd_open(pid)
+
+    def poll(self, seconds: float = 0) -> int | None:
+        """Return 0 if the program has ended, ``None`` if it still runs after this time."""
+        return 0 if select.select([self._process], [], [], seconds)[0] else None
+
+    def wait(self, seconds: float) -> int:
+        """Wait until the program has ended."""
+        if self.poll(seconds) is None:
+            raise subprocess.TimeoutExpired(f"the process {self.pid}", seconds)
+        return 0
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, if the program still runs."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._process, number)
+
+    def kill(self) -> None:
+        """Kill the program."""
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Free the handle of the process."""
+        os.close(self._process)
+
+
 class Programs:
-    """Runs programs, one after the other.
+    """Runs programs, one after the other, or starts them.
 
     Args:
         modules: Names of modules that programs find imported, besides torch and flowtrain.
+        bare: Whether they find only these modules imported, and cannot import flowtrain from here.
     """
 
-    def __init__(self, *modules: str) -> None:
-        command = [sys.executable, "-P", str(Path(__file__).resolve()), *modules]
+    def __init__(self, *modules: str, bare: bool = False) -> None:
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), *(() if bare else PREPARED), *modules]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._parent = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=importing_the_same()
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment if bare else importing_the_same(),
+        )  # fmt: skip
 
     def run(self, source: str, *arguments: str, seconds: int = 120) -> subprocess.CompletedProcess[str]:
         """Run a program; return its exit code and its output.
@@ -56,9 +96,21 @@ class Programs:
             pipes = [os.path.join(place, name) for name in ("out", "err")]
             for pipe in pipes:
                 os.mkfifo(pipe)
-            print(json.dumps([source, ["-c", *arguments], pipes, seconds]), file=self._parent.stdin, flush=True)
+            print(json.dumps([True, source, ["-c", *arguments], pipes, seconds]), file=self._parent.stdin, flush=True)
             texts = [*readers.map(read, pipes)]
             return subprocess.CompletedProcess(arguments, int(self._parent.stdout.readline()), *texts)
+
+    def start(self, source: str, *arguments: str, log: Path, seconds: int = 600) -> Started:
+        """Start a program; `run` describes the arguments.
+
+        Args:
+            log: The file to which the program appends its output.
+        """
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        work = [False, source, ["-c", *arguments], [str(log), str(log)], seconds]
+        print(json.dumps(work), file=self._parent.stdin, flush=True)
+        return Started(int(self._parent.stdout.readline()))
 
     def close(self) -> None:
         """End the process that forks."""
@@ -72,12 +124,24 @@ def read(path: str) -> str:
 
 def wait_for_work() -> list[Any]:
     """Wait for programs and fork for each; in the child, return the program that it shall run."""
+    started = set[int]()
+
+    def collect(number: int, frame: object) -> None:
+        started.difference_update([pid for pid in started if os.waitpid(pid, os.WNOHANG)[0]])
+
+    signal.signal(signal.SIGCHLD, collect)
     for line in sys.stdin:
+        work: list[Any] = json.loads(line)
+        waits = work.pop(0)
         child = os.fork()
         if not child:
-            work: list[Any] = json.loads(line)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return work
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        if waits:
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        else:
+            print(child, flush=True)
+            started.add(child)
     os._exit(0)  # an interpreter with torch takes seconds to exit
 
 
@@ -85,7 +149,7 @@ def become(source: str, arguments: list[str], pipes: list[str], seconds: int) ->
     """Run the text of a program as the main module of this process."""
     signal.alarm(seconds)
     for number, path in enumerate(pipes, start=1):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = arguments
     main = sys.modules["__main__"] = ModuleType("__main__")
@@ -93,6 +157,6 @@ def become(source: str, arguments: list[str], pipes: list[str], seconds: int) ->
 
 
 if __name__ == "__main__":
-    for name in (*PREPARED, *sys.argv[1:]):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     become(*wait_for_work())

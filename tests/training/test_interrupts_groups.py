@@ -1,21 +1,25 @@
 """Rule 29 in real process groups: the workers of a data loader get the signal too, wherever training is.
 
-This file is also the program that gets the signal. It runs in a session of its own, with workers, sends a signal to its
-whole group, catches the `KeyboardInterrupt`, resumes, and compares the result with a run that was not interrupted.
+One program interrupts all cases, in four processes side by side: torch may wait five seconds for workers that have
+died. Each process is in a session of its own. Case after case it trains with workers, sends a signal to its whole
+group, catches the `KeyboardInterrupt`, resumes, and compares the result with a run that was not interrupted.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ from flowtrain.callbacks import Checkpointer, LogHistograms
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from tests.support.programs import Programs
 
 pytestmark = pytest.mark.slow
 
@@ -177,62 +182,80 @@ def way_of(case: dict[str, Any]) -> tuple[int, str]:
     return case.get("accumulate", 1), str(case.get("fit"))
 
 
-def run(name: str, number: signal.Signals, **options: Any) -> None:
-    """Interrupt and resume a case; print its name and its results."""
-    case = CASES[name]
-    wanted, text = whole(*way_of(case)), "it was not interrupted"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        try:
-            train(case, number, folder, interrupt=True, **options)
-        except KeyboardInterrupt as interrupt:
-            text = str(interrupt)
-        if text != f"training was interrupted by {number.name}":
-            print(f"{name}: {text}")
-        latest = (folder / "latest").read_text().strip() if (folder / "latest").exists() else "nothing"
-        if latest != "interrupted.ckpt":
-            print(f"{name}: the latest checkpoint is {latest}")
-            return
-        found = train(case, number, folder, interrupt=False, resume=folder, **options)
-        print(f"{name}: {'equal' if found == wanted else f'{found} is not {wanted}'}", flush=True)
+@dataclass(frozen=True)
+class Job:
+    """An interrupt of a case: the signal, how the workers of the data loader start, the executor, the case."""
+
+    number: signal.Signals
+    start: str
+    executor: str
+    case: str
+
+    def run(self) -> None:
+        """Interrupt and resume the case; print this job and how it ended."""
+        case, options = CASES[self.case], {"start": self.start, "executor": self.executor}
+        text = "it was not interrupted"
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            try:
+                train(case, self.number, folder, interrupt=True, **options)
+            except KeyboardInterrupt as interrupt:
+                text = str(interrupt)
+            if text != f"training was interrupted by {self.number.name}":
+                print(f"{self}: {text}", flush=True)
+            latest = (folder / "latest").read_text().strip() if (folder / "latest").exists() else "nothing"
+            if latest != "interrupted.ckpt":
+                print(f"{self}: the latest checkpoint is {latest}", flush=True)
+                return
+            found = train(case, self.number, folder, interrupt=False, resume=folder, **options)
+            wanted = whole(*way_of(case))
+            print(f"{self}: {'equal' if found == wanted else f'{found} is not {wanted}'}", flush=True)
 
 
-def main(number: signal.Signals, names: list[str], **options: Any) -> None:
+AGAIN = ["within a batch", "waiting for a batch"]  # in a process that was interrupted before
+GROUPS = {number.name: [Job(number, "fork", "serial", name) for name in [*CASES, *AGAIN]] for number in (TERM, INT)}
+# Ctrl-C ends the workers of a fork server as if their work were done, so torch reports it only later.
+GROUPS["workers that end without an error"] = [Job(INT, "forkserver", "serial", "waiting in the only epoch")]
+GROUPS["callbacks in processes"] = [Job(TERM, "fork", "local", name) for name in AGAIN]
+JOBS = list(chain.from_iterable(GROUPS.values()))
+AT_ONCE = 4
+
+
+def main() -> None:
+    """Run all jobs: the program."""
+    signal.signal(TERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     multiprocessing.set_forkserver_preload(["torch", "flowtrain_dask"])
-    for name in names:
-        run(name, number, **options)
+    for case in CASES.values():
+        whole(*way_of(case))
+    gc.collect()  # in this process, whose children the workers of these runs were
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_in_a_session, args=(JOBS[first::AT_ONCE],)) for first in range(AT_ONCE)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
-def signalled(*arguments: str) -> list[str]:
-    """Run this file as a program in a session of its own; return the lines that it prints."""
-    program = subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", __file__, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, errors = program.communicate(timeout=900)
-    finally:
-        program.kill()
-    assert program.returncode == 0, errors
-    return output.splitlines()
+def run_in_a_session(jobs: list[Job]) -> None:
+    os.setsid()
+    for job in jobs:
+        job.run()
 
 
-@pytest.mark.parametrize("number", [TERM, INT])
-def test_rule_29_a_signal_to_the_group_leaves_a_checkpoint_wherever_training_is(number: signal.Signals) -> None:
-    names = [*CASES, "within a batch", "waiting for a batch"]
-    assert signalled(number.name, "fork", "serial", *names) == [f"{name}: equal" for name in names]
+@pytest.fixture(scope="module")
+def ended(programs: Programs) -> str:
+    """Return what the program prints."""
+    done = programs.run(f"from {__name__} import main; main()", seconds=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
-def test_rule_29_workers_that_end_without_an_error_when_interrupted() -> None:
-    """Ctrl-C ends the workers of a fork server as if their work were done, so torch reports it only later."""
-    lines = signalled("SIGINT", "forkserver", "serial", "waiting in the only epoch")
-    assert lines == ["waiting in the only epoch: equal"]
-
-
-def test_rule_29_a_signal_to_the_group_with_callbacks_in_processes() -> None:
-    names = ["within a batch", "waiting for a batch"]
-    assert signalled("SIGTERM", "fork", "local", *names) == [f"{name}: equal" for name in names]
+@pytest.mark.parametrize("group", GROUPS)
+def test_rule_29_a_signal_to_the_group_leaves_a_checkpoint_wherever_training_is(group: str, ended: str) -> None:
+    lines = Counter(ended.splitlines())
+    missing = Counter(f"{job}: equal" for job in GROUPS[group]) - lines
+    assert not missing, ended
 
 
 class Deadly(Noisy):
@@ -262,9 +285,3 @@ def test_a_worker_that_dies_without_an_interrupt_is_an_error(
     assert learner.cbstate.history[TrainingPhase].steps == 2
     assert not (tmp_path / "interrupted.ckpt").exists()
     assert (signal.getsignal(TERM), signal.getsignal(INT)) == before
-
-
-if __name__ == "__main__":
-    signal.signal(TERM, signal.SIG_DFL)
-    chosen, start, executor, *cases = sys.argv[1:]
-    main(signal.Signals[chosen], cases, start=start, executor=executor)
