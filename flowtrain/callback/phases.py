@@ -373,7 +373,9 @@ def as_phase(value: object) -> Phase | None:
 def has_bundled_step(phase_type: type[Phase], kind: type[Phase] = Phase) -> bool:
     """Tell whether the step of a phase type is that of an abstract phase: of any, or only of the phase in `kind`."""
     step = getattr(phase_type, "step", None)
-    return any(step is each.step for each in (AbstractTrainingPhase, AbstractValidationPhase) if issubclass(each, kind))
+    if step is AbstractTrainingPhase.step:
+        return issubclass(AbstractTrainingPhase, kind)
+    return step is AbstractValidationPhase.step and issubclass(AbstractValidationPhase, kind)
 
 
 class Modes:

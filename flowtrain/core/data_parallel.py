@@ -28,10 +28,13 @@ from flowtrain.errors import CoreError
 __all__ = ["FLAGS", "LEAVES", "DataParallel", "equalise"]
 
 FLAGS = 8
-"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means, but for the first."""
+"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means.
+
+Among gradients the first flag is a 1 of the main rank instead, by which a rank sees that the flags have travelled.
+"""
 
 LEAVES = 3
-"""The place of the first flag with which no rank uses what it has computed in a batch."""
+"""The first of the flags that mean a failure, by its index. If any rank sets one of them, no rank makes the update."""
 
 _SYNC_BUFFERS = next(
     name
@@ -150,7 +153,7 @@ class DataParallel:
         equalise(world, self._modules)
 
     def _begin(self, world: World, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
-        """Keep what every way to train in parallel needs."""
+        """Keep the arguments that DDP and FSDP share."""
         _check_unwrapped(modules)
         self.world, self._modules, self._device = world, modules, device
 

@@ -122,7 +122,7 @@ class Share:
 
     Attributes:
         loader: The loader of this rank; the user's own loader if it is used as it is.
-        notes: Lines for the user: what was done with which loader.
+        notes: Lines for the user that say how each loader is divided.
         remedy: What to write if the loader gives all ranks the same samples; empty if that is impossible.
         least: The smallest number of batches that a rank gets; ``None`` if it is not known.
         inner: For a `CombinedLoader` the shares of its loaders, by name or place.
@@ -330,18 +330,18 @@ def without_share(loader: Any) -> bool:
     return length(loader) == 0 and isinstance(_innermost(getattr(loader, "sampler", None)), RankSampler)
 
 
-def check_first_batches(prints: Sequence[Sequence[str]], what: str, share: Share) -> None:
+def check_first_batches(fingerprints: Sequence[Sequence[str]], what: str, share: Share) -> None:
     """Check that no two ranks got the same first batch.
 
     Args:
-        prints: The `Share.fingerprints` of the first batch of each rank, in the order of the ranks.
+        fingerprints: The `Share.fingerprints` of the first batch of each rank, in the order of the ranks.
         what: The subject of the message, such as ``"The data for TrainingPhase()"``.
         share: The share of one of the ranks.
 
     Raises:
         RankError: Two ranks got the same batch.
     """
-    for remedy, each in zip(share.remedies(), zip(*prints, strict=True), strict=True):
+    for remedy, each in zip(share.remedies(), zip(*fingerprints, strict=True), strict=True):
         for rank, print_ in enumerate(each):
             if print_ and print_ in each[:rank]:
                 raise RankError(

@@ -135,7 +135,7 @@ def _setting(value: Any, where: str, around: tuple[int, ...]) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if id(value) in around:
-        raise LoggingError(f"{where} holds itself: {value!r:.80}. Leave it out, or write a name in its place.")
+        raise LoggingError(f"{where} holds itself: {value!r:.80}. Leave it out, or write a name instead.")
     if isinstance(value, Mapping):
         return settings(value, where, around)
     if isinstance(value, (list, tuple, set, frozenset)):

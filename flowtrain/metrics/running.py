@@ -91,7 +91,7 @@ class Running:
             self.updates, self._placed = 0, False
 
     def rank_state(self) -> tuple[int, Any] | None:
-        """Return the number of batches of this rank and what they have added, on the CPU; ``None`` without a batch."""
+        """Return the number of batches of this rank and their state, on the CPU; ``None`` without a batch."""
         if not self.updates:
             return None
         if _merges_itself(self.total):
@@ -132,7 +132,7 @@ class Running:
 
 
 def check_mergeable(f: Any, name: str) -> None:
-    """Check that what several ranks have accumulated in an object can be merged.
+    """Check that the states of an object on several ranks can be merged.
 
     Raises:
         RankError: The object is no torchmetrics object, and does not say how it is merged.

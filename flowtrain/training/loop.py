@@ -79,7 +79,7 @@ class Loop:
         self.dispatch.checkpoint = self.checkpoints.take
         self.steps = self._make_steps()
 
-    # --- what `flowtrain.training.rank_loop.RankLoop` does in another way, or in addition, on each of several ranks
+    # --- the parts of a fit that `flowtrain.training.rank_loop.RankLoop` replaces where several ranks train
 
     def _make_steps(self) -> Steps:
         """Return the object that runs batches."""
@@ -94,19 +94,19 @@ class Loop:
         self.checkpoints.resume(path, data, unit)
 
     def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """Return the loaders that this process uses of those that the user has passed."""
+        """Return the loaders that this process uses: those of the user, or the shares of this rank."""
         return data
 
     def agreed(self, value: Any) -> Any:
-        """Return a value on which all ranks agree: that of the main rank."""
+        """Return the value of the main rank, which in one process is `value`. Every rank calls this together."""
         return value
 
-    def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
+    def _interrupts(self, workers: bool, on_terminal: bool) -> Interrupts:
         """Return the context in which signals end the fit; `Interrupts` describes the arguments."""
-        return Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints)
+        return Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=on_terminal)
 
     def _planned_updates(self, data: PhaseMap[Any], *counts: int | None) -> int | None:
-        """Return the number of updates of a fit; `planned_updates` describes the arguments."""
+        """Return the number of updates of a fit, the same on all ranks; `planned_updates` describes the arguments."""
         return planned_updates(data, self.core.accumulate, *counts)
 
     def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
@@ -117,7 +117,7 @@ class Loop:
         """Wait for the other ranks at a sync point, and add their failures to those of this one."""
 
     def _merge(self, phase: Phase, failures: list[BaseException]) -> None:
-        """Merge what ranks measured in an epoch, before `EpochEnd` shows it."""
+        """Merge the measurements of all ranks in an epoch, before `EpochEnd` shows them."""
 
     # --- fit and epoch
 
@@ -142,8 +142,9 @@ class Loop:
         """
         try:
             workers = any(has_workers(loader) for loader in data.values())
-            prints = any(path == ("resource", "terminal") for node in self.dispatch.nodes for path, _ in node.union)
-            with self._interrupts(workers, prints):
+            paths = {path for node in self.dispatch.nodes for path, _ in node.union}
+            on_terminal = ("resource", "terminal") in paths
+            with self._interrupts(workers, on_terminal):
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
+from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.data.rank_batches import agreed_length, check_ends
 from flowtrain.data.rank_loaders import LoaderDivider, Share, check_first_batches
 from flowtrain.errors import raise_worst
@@ -16,12 +17,9 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.ranks import END, Ranks
 from flowtrain.training.scopes import Scopes
 
-__all__ = ["NONE", "RankData"]
+__all__ = ["RankData"]
 
 _logger = logging.getLogger("flowtrain")
-
-NONE = object()
-"""Stands for a batch that a loader has not given, since a batch may be ``None``."""
 
 
 class RankData:
@@ -48,7 +46,7 @@ class RankData:
         self._said: set[str] = set()
 
     def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """Return the loaders of this rank, and tell the user once, on the main rank, what was done with them."""
+        """Return the loaders of this rank, and tell the user once, on the main rank, how they are divided."""
         found: PhaseMap[Any] = PhaseMap("data")
         for phase, loader in data.items():
             training = not isinstance(phase, AbstractValidationPhase)
@@ -73,29 +71,29 @@ class RankData:
             total: The number of batches in the whole epoch on this rank; ``None`` if it is not known.
 
         Returns:
-            The batch, `NONE` if a rank has none; and the number, ``None`` if a rank does not know it.
+            The batch, `END_OF_DATA` if a rank has none; and the number, ``None`` if a rank does not know it.
 
         Raises:
             RankError: Two ranks have the same first batch, or different numbers of batches where that is not wanted.
         """
         failures: list[BaseException] = []
-        first: list[Any] = [NONE]
-        prints: tuple[str, ...] | None = None
+        first: list[Any] = [END_OF_DATA]
+        fingerprints: tuple[str, ...] | None = None
         share = self._shares.get(phase)
         try:
-            first[0] = next(source, NONE)
-            if first[0] is not NONE and share is not None and phase not in self.compared:
-                prints = share.fingerprints(first[0])
+            first[0] = next(source, END_OF_DATA)
+            if first[0] is not END_OF_DATA and share is not None and phase not in self.compared:
+                fingerprints = share.fingerprints(first[0])
         except BaseException as failure:
             failures.append(failure)
-        found = self._ranks.meet("the first batch", failures, (total, first[0] is NONE, prints))
+        found = self._ranks.meet("the first batch", failures, (total, first[0] is END_OF_DATA, fingerprints))
         if failures:
             raise_worst(failures)
         what = f"The data for {phase!r}"
         agreed = agreed_length([each for each, _, _ in found], what, self._uneven)
         self.known = agreed.certain
         if any(ended for _, ended, _ in found):
-            return NONE, None
+            return END_OF_DATA, None
         marks = [each for _, _, each in found if each is not None]
         if share is not None and len(marks) == len(found):
             check_first_batches(marks, what, share)
@@ -111,15 +109,15 @@ class RankData:
         """
         ranks, number = self._ranks, self._scopes.batch_number
         while True:
-            held = [next(source, NONE)]  # a list, so that nothing here keeps the batch while it is trained
+            held = [next(source, END_OF_DATA)]  # a list, so that nothing here keeps the batch while it is trained
             ranks.begin_batch("flags")
             flags = ranks.flags(batch=False)
-            flags[END] = int(held[0] is NONE)
+            flags[END] = int(held[0] is END_OF_DATA)
             sums = ranks.world.sum(flags)
             ranks.join(sums, None)
             if sums[END]:
                 if self._uneven == "error":
-                    check_ends(ranks.world.exchange(held[0] is NONE), number, f"The data for {phase!r}")
+                    check_ends(ranks.world.exchange(held[0] is END_OF_DATA), number, f"The data for {phase!r}")
                 return
             number += 1
             yield held.pop()

@@ -19,7 +19,7 @@ from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
-from flowtrain.data.loaders import length
+from flowtrain.data.loaders import END_OF_DATA, length
 from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import (
     CancelBatchException,
@@ -47,7 +47,7 @@ from flowtrain.training.checkpoint.position import Stream
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop
-from flowtrain.training.rank_data import NONE, RankData
+from flowtrain.training.rank_data import RankData
 from flowtrain.training.rank_steps import RankSteps
 from flowtrain.training.ranks import EPOCHS_BROKEN_OFF, FIT_END, Ranks
 from flowtrain.training.scopes import CLOSED
@@ -120,7 +120,7 @@ class RankLoop(Loop):
     # --- fit and epoch
 
     def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """Return the loaders of this rank, and tell the user once what was done with them."""
+        """Return the loaders of this rank, and tell the user once how they are divided."""
         return self._data.divided(data)
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
@@ -139,11 +139,11 @@ class RankLoop(Loop):
         """Return the value of the main rank."""
         return self.ranks.world.exchange(value)[0]
 
-    def _interrupts(self, workers: bool, prints: bool) -> Interrupts:
+    def _interrupts(self, workers: bool, on_terminal: bool) -> Interrupts:
         self.ranks.begin()
         self._data.compared.clear()
         return Interrupts(
-            self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=prints, hold=self._hold
+            self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=on_terminal, hold=self._hold
         )
 
     def _hold(self, leave: Callable[[], None]) -> None:
@@ -181,7 +181,7 @@ class RankLoop(Loop):
             attempt(failures, self.checkpoints.miss, failures[0])
         value: dict[str, str] = {}
         if point == "EpochEnd" and not failures:
-            value = self._prints()
+            value = self._fingerprints()
         elif point == "EpochBegin":
             value = self.checkpoints.loaded()
         found = ranks.meet(point, failures, value)
@@ -198,10 +198,12 @@ class RankLoop(Loop):
         if point == EPOCHS_BROKEN_OFF and not ranks.failed:  # a cancel or an interrupt has left an epoch open
             attempt(failures, self._parallel.share_buffers)
 
-    def _prints(self) -> dict[str, str]:
+    def _fingerprints(self) -> dict[str, str]:
         """Return a fingerprint by path of all that must be the same on all ranks: entries of ``cbstate``, on request
         parameters and buffers too, after an epoch of training.
         """
+        # A value is compared together with its name, since values without a text, such as an empty tensor, have no
+        # fingerprint of their own.
         callbacks: Callbacks = self.state.callbacks
         found: dict[str, str] = {}
         if self.core.settings.check_params and torch.is_grad_enabled():
@@ -295,7 +297,7 @@ class RankLoop(Loop):
         if most is not None and not isinstance(batches, Stream) and length(self.state.data.get(phase, batches)) is None:
             source, total = islice(source, most - done), None  # `most` is no length that a loader has announced
         first, total = self._data.agree_on_epoch(phase, source, total)
-        if first is NONE:
+        if first is END_OF_DATA:
             return
         source = chain([first], source)
         del first
@@ -307,12 +309,12 @@ class RankLoop(Loop):
         while total is None or number < total:
             self.ranks.begin_batch("")
             try:
-                raw = next(fed, NONE)
+                raw = next(fed, END_OF_DATA)
             except BaseException as failure:
                 if not self.ranks.knows(failure):
                     self._tell_next(phase, failure)
                 raise
-            if raw is NONE:
+            if raw is END_OF_DATA:
                 if total is not None:
                     self._end_early(phase, number, total)
                 return

@@ -24,7 +24,7 @@ from flowtrain.callback.events import (
     UpdateBegin,
     UpdateEnd,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, has_bundled_step
 from flowtrain.core.data_parallel import DataParallel
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
@@ -132,7 +132,7 @@ class RankSteps(Steps):
 
     def wraps(self, phase: Phase) -> bool:
         """Tell whether the batches of a phase run through DDP or shards: those of a phase with the bundled step do."""
-        return type(phase).step is AbstractTrainingPhase.step and self._parallel.wraps
+        return self._parallel.wraps and has_bundled_step(type(phase), AbstractTrainingPhase)
 
     def check_step(self, phase: Phase) -> None:
         """Check that a phase has the bundled step if the model is sharded.
@@ -140,8 +140,7 @@ class RankSteps(Steps):
         Raises:
             CoreError: It has a step of its own.
         """
-        known = (AbstractTrainingPhase.step, AbstractValidationPhase.step)
-        if self._parallel.together and type(phase).step not in known:
+        if self._parallel.together and not has_bundled_step(type(phase)):
             raise CoreError(
                 f"{phase!r} has a step of its own, in which a rank that fails could not tell the others, since each "
                 f"use of a sharded model needs all of them. Use the bundled step (split, call_model and callbacks "

@@ -8,9 +8,9 @@ end of its batches, and `EpochEnd`; the last one is `FitEnd`. In a training batc
 forward pass (`flowtrain.core.sharding`): a training batch then has its sync point before the backward pass, by a
 message, and an evaluation has one before each batch.
 
-A rank that fails between two points takes part in the next one, in the place of what it was about to compute, and tells
-there that it has failed: so no other rank waits for it. What a rank raises after the sync point of a batch waits for
-that of the next batch, or for the end of the epoch.
+A rank that fails between two points takes part in the next one, instead of its own computation, and tells there that it
+has failed: so no other rank waits for it. What a rank raises after the sync point of a batch waits for that of the next
+batch, or for the end of the epoch.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Ranks:
         """Return the flags of this rank.
 
         Args:
-            failure: What this rank has raised and the others do not know of yet.
+            failure: The failure of this rank that the others do not know of yet.
             batch: Whether a late cancel of a batch is among them; it must wait for the sync point of a batch.
         """
         found = [0] * FLAGS

@@ -17,10 +17,10 @@ import torch
 from flowtrain.callback.phases import Phase
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
+from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.errors import CancelBatchException, DataError
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.loop import LEFT_OPEN
-from flowtrain.training.rank_data import NONE
 from flowtrain.training.rank_steps import RankSteps
 from flowtrain.training.ranks import END, NO_BATCH, Ranks
 from flowtrain.training.scopes import Scopes
@@ -91,11 +91,11 @@ class ShardedEvaluation:
         """
         ranks, parallel = self._ranks, self._parallel
         while True:
-            raw = next(source, NONE)
+            raw = next(source, END_OF_DATA)
             ranks.begin_batch("")
             mine = ranks.flags()
-            mine[END] = int(raw is NONE)
-            mine[NO_BATCH] = int(raw is NONE and not parallel.knows())
+            mine[END] = int(raw is END_OF_DATA)
+            mine[NO_BATCH] = int(raw is END_OF_DATA and not parallel.knows())
             sums = ranks.world.sum(mine)
             ranks.join(sums, None)
             if sums[END] == ranks.world.size or ranks.interrupted:
@@ -106,7 +106,7 @@ class ShardedEvaluation:
                     f"of the other ranks as in those before, and there were none. Give each rank a batch at least."
                 )
             parallel.begin_forward()
-            if raw is NONE:
+            if raw is END_OF_DATA:
                 parallel.gather_rest()
                 continue
             ranks.next_sync = "forward"

@@ -32,7 +32,7 @@ from flowtrain import (
 from flowtrain.callback.handler import Handler
 from flowtrain.callbacks import throttle, when
 from flowtrain.errors import RankError
-from flowtrain.graph.exchange import reduced
+from flowtrain.graph.exchange import combined
 from flowtrain.graph.executor import Executor, SerialExecutor
 from flowtrain.graph.shared_state import Peers
 from flowtrain_dask import DaskExecutor
@@ -409,7 +409,7 @@ class Pair(NamedTuple):
     ],
 )
 def test_numbers_and_containers(values: list[Any], how: Any, found: Any) -> None:
-    made = reduced(values, ("batch", "x"), Read(reduce=how))
+    made = combined(values, ("batch", "x"), Read(reduce=how))
     assert made == found
     assert type(made) is type(found)
 
@@ -429,7 +429,7 @@ def test_numbers_and_containers(values: list[Any], how: Any, found: Any) -> None
     ],
 )
 def test_tensors_element_by_element(values: list[torch.Tensor], how: Any, found: torch.Tensor) -> None:
-    made = reduced(values, ("batch", "x"), Read(reduce=how))
+    made = combined(values, ("batch", "x"), Read(reduce=how))
     assert torch.equal(made, found)
     assert made.dtype == found.dtype
 
@@ -437,8 +437,8 @@ def test_tensors_element_by_element(values: list[torch.Tensor], how: Any, found:
 @pytest.mark.parametrize("how", ["min", "max", "sum", "mean"])
 def test_nan_on_one_rank_is_nan_on_all(how: Any) -> None:
     for values in ([float("nan"), 1.0], [1.0, float("nan")]):
-        number = reduced(values, ("batch", "x"), Read(reduce=how))
-        tensor = reduced([torch.tensor(value) for value in values], ("batch", "x"), Read(reduce=how))
+        number = combined(values, ("batch", "x"), Read(reduce=how))
+        tensor = combined([torch.tensor(value) for value in values], ("batch", "x"), Read(reduce=how))
         assert number != number
         assert tensor.isnan()
 
@@ -464,7 +464,7 @@ def test_nan_on_one_rank_is_nan_on_all(how: Any) -> None:
 )
 def test_values_that_have_no_sum(values: list[Any], text: str) -> None:
     with pytest.raises(RankError) as error:
-        reduced(values, ("batch", "x"), Read(reduce="sum"))
+        combined(values, ("batch", "x"), Read(reduce="sum"))
     assert str(error.value).startswith(text)
 
 

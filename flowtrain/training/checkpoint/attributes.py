@@ -41,9 +41,9 @@ __all__ = [
     "Key",
     "NotRecorded",
     "Object",
-    "dotted",
     "find_owners",
     "frozensets",
+    "key_text",
     "put",
     "record",
     "recorded",
@@ -70,7 +70,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def dotted(key: Key) -> str:
+def key_text(key: Key) -> str:
     """Return the name of the state for messages: the owner's, then its own, as in ``model.0.p``."""
     return f"{key[1]}.{key[2]}" if key[2] else key[1]
 

@@ -24,9 +24,9 @@ from flowtrain.training.checkpoint.attributes import (
     Key,
     NotRecorded,
     Object,
-    dotted,
     find_owners,
     frozensets,
+    key_text,
     put,
     record,
     restored,
@@ -118,8 +118,8 @@ class Changes:
             changed.append(self._entry(key, before, value, packer))
         return {
             "changed": changed,
-            "frozen": [dotted(key) for key, value in began.items() if key[0] == "requires_grad" and not value],
-            "eval": [dotted(key) for key, value in began.items() if key[0] == "mode" and not value],
+            "frozen": [key_text(key) for key, value in began.items() if key[0] == "requires_grad" and not value],
+            "eval": [key_text(key) for key, value in began.items() if key[0] == "mode" and not value],
         }
 
     def _entry(self, key: Key, before: Any, value: Any, packer: Packer) -> dict[str, Any]:
@@ -131,9 +131,9 @@ class Changes:
             return {**entry, "gone": True}
         if isinstance(value, Object):
             return {**entry, "object": value.value}
-        found: Any = restored(value, dotted(key))
+        found: Any = restored(value, key_text(key))
         on_device = any(isinstance(leaf, torch.Tensor) and not leaf.is_cpu for _, leaf in leaves(found))
-        plain = packer.copy(found, dotted(key))
+        plain = packer.copy(found, key_text(key))
         return {**entry, "value": plain, "frozensets": frozensets(found), "device": on_device}
 
     def _check_object(self, key: Key, before: Any, value: Any) -> None:
@@ -149,7 +149,7 @@ class Changes:
         more = f", or define get_extra_state() and set_extra_state() in {type(module).__name__}"
         more = more if isinstance(module, torch.nn.Module) else ""
         raise CheckpointError(
-            f"{dotted(key)} cannot be in a checkpoint: training has replaced it by {value!r:.80} "
+            f"{key_text(key)} cannot be in a checkpoint: training has replaced it by {value!r:.80} "
             f"({type(value).__name__}). A checkpoint holds changed attributes that are tensors or plain values (None, "
             f"bool, int, float, str, bytes; dict, list, tuple and set of them). Keep a plain value in the attribute "
             f"and build the object from it{more}. If a forward pass only caches a value there, set the attribute to "
@@ -192,7 +192,7 @@ class Changes:
         ):
             there: set[str] = set(() if saved is None else saved[listed])
             for key, value in self._beginning().items():
-                name = dotted(key)
+                name = key_text(key)
                 if saved is not None and key[0] == kind and value is (name in there):
                     found.append(f"{name} was {words[name not in there]} there and is {words[value]} here")
         return found
@@ -210,8 +210,8 @@ class Changes:
         for key, entry in _by_key(saved).items():
             if key[0] == "hooks":
                 here = Counter(now.get(key, ()))
-                found += [f"{each}, added to {dotted(key)}" for each in (Counter(entry["added"]) - here)]
-                found += [f"{each}, removed from {dotted(key)}" for each in (Counter(entry["removed"]) & here)]
+                found += [f"{each}, added to {key_text(key)}" for each in (Counter(entry["added"]) - here)]
+                found += [f"{each}, removed from {key_text(key)}" for each in (Counter(entry["removed"]) & here)]
         if found:
             raise CheckpointError(
                 f"The checkpoint was taken with other hooks: {'; '.join(found[:3])} in training, and not in this "
@@ -251,7 +251,7 @@ class Changes:
             ):
                 continue
             elif before is not ABSENT:
-                value = restored(before, dotted(key))
+                value = restored(before, key_text(key))
             elif isinstance(present, (NotRecorded, Object)):
                 continue  # an object in a new attribute is not saved, so it is not removed either
             else:

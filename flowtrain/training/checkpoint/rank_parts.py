@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that differ between the ranks of a training: random numbers, position, what they measured.
+"""The parts of a checkpoint that differ between the ranks of a training: random numbers, position and measurements.
 
 Models and optimizers are the same on all ranks, so the checkpoint holds them once, as the main rank has them. Its entry
 ``"ranks"`` holds the part of every other rank. A tensor of a part that is equal to that of the main rank, such as an
@@ -7,7 +7,6 @@ averaged weight, is not sent and not saved again.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import CheckpointError
 from flowtrain.state.encoding import SAME, SHARDED
 
@@ -117,9 +117,7 @@ def _local(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous()
-    content = ctypes.string_at(flat.data_ptr(), flat.nbytes)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(tensor_bytes(tensor)).hexdigest()}"
 
 
 def _changed(item: Any, change: Callable[[torch.Tensor, tuple[Any, ...]], Any], place: tuple[Any, ...] = ()) -> Any:
@@ -139,9 +137,7 @@ def _filled(part: Any, main: Any) -> Any:
     if isinstance(part, dict):
         if SAME in part or SHARDED in part:
             return main
-        return {
-            key: _filled(each, main.get(key) if isinstance(main, dict) else None) for key, each in part.items()
-        }
+        return {key: _filled(each, main.get(key) if isinstance(main, dict) else None) for key, each in part.items()}
     if isinstance(part, (list, tuple)):
         known = main if isinstance(main, (list, tuple)) and len(main) == len(part) else [None] * len(part)
         return type(part)([_filled(each, known[number]) for number, each in enumerate(part)])

@@ -121,7 +121,7 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring_loader(loader: Any) -> Generator[None]:
-    """Give a context in which a loader may be iterated, and after which training goes on as if it had not been.
+    """Give a context in which a loader may be iterated, and after which training continues as if it had not been.
 
     The generators of the process and of the loader, and the loader's own position, are restored; persistent workers
     that were started in the context are stopped. Workers that ran before keep what they have drawn meanwhile.
