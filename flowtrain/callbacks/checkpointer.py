@@ -236,7 +236,7 @@ class Checkpointer(Callback):
         learner.request_checkpoint(self.folder / name, weights=self.weights, decide=decide)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the files with their ranks, the best of which is the least, and the metric of the ranks."""
+        """Return the names of the files with their ranks, of which the least is best, and the metric of the ranks."""
         least = math.inf if self.monitor is None else min((rank for _, rank in self._files), default=math.inf)
         return {  # earlier versions of flowtrain read the entry "best"
             "files": list(self._files), "best": least, "step file": self._step_file, "spare": list(self._damaged),
