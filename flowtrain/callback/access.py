@@ -37,8 +37,8 @@ __all__ = [
     "declare",
     "dotted",
     "granted",
-    "meet",
     "merged",
+    "overlap",
     "render",
     "union",
 ]
@@ -255,7 +255,7 @@ def _check_covering(declared: Mapping[Path, Read | Write], owner: str) -> None:
             continue
         for other, access in declared.items():
             above = other == path[: len(other)]
-            if other != path and meet(path, other) and (not above or isinstance(access, Write)):
+            if other != path and overlap(path, other) and (not above or isinstance(access, Write)):
                 raise AccessError(
                     f"{owner} declares {dotted(path)!r}: {kind!r}, and {dotted(other)!r}: {access!r}, which reaches "
                     f"the value of this rank alone. Leave one of them out."
@@ -363,7 +363,7 @@ def canonical(path: Path) -> Path:
     return ("model", *path[1:]) if path[0] == "params" else path
 
 
-def meet(one: Path, other: Path) -> bool:
+def overlap(one: Path, other: Path) -> bool:
     """Tell whether two canonical paths overlap: they are equal, or one is a prefix of the other.
 
     Two paths that do not overlap may still reach one object, such as a parameter that an optimizer holds:

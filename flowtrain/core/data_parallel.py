@@ -119,7 +119,7 @@ class DataParallel:
 
     together = False
     model: Callable[..., Any]
-    found: torch.Tensor | None = None
+    nan_seen: torch.Tensor | None = None
     """Whether the loss of a rank is NaN, on the device: the guard of all ranks skips the update then."""
     unsent: UnsentGradients | None = None
     """The gradients that a sharded model keeps beside its parameters; ``None`` if all are those of the parameters."""
@@ -197,8 +197,8 @@ class DataParallel:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
-        if self.found is not None and self.sends:
-            self.world.guarded(dist.all_reduce, self.found, op=dist.ReduceOp.MAX)
+        if self.nan_seen is not None and self.sends:
+            self.world.guarded(dist.all_reduce, self.nan_seen, op=dist.ReduceOp.MAX)
         if self._flags is None or not self.sends or not loss.requires_grad:  # without a graph, `backward` raises
             self.world.guarded(loss.backward)
             return self.world.sum(flags) if self.sends else [0] * FLAGS

@@ -156,23 +156,23 @@ class NaNGuard:
         device: The device of the losses.
 
     Attributes:
-        found: A tensor of shape ``()`` on the device: 1 if a loss was NaN, otherwise 0.
+        nan_seen: A tensor of shape ``()`` on the device: 1 if a loss was NaN, otherwise 0.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], device: torch.device) -> None:
         self._guarded = [optimizer for optimizer in optimizers if takes_found_inf(optimizer)]
-        self.found = torch.zeros((), device=device)
+        self.nan_seen = torch.zeros((), device=device)
         for optimizer in self._guarded:
-            optimizer.found_inf = self.found  # type: ignore[attr-defined]  # the attribute that their step looks for
+            optimizer.found_inf = self.nan_seen  # type: ignore[attr-defined]  # the attribute that their step looks for
 
     def see(self, loss: torch.Tensor) -> None:
         """Take note of the loss of a batch, before its update. Does not wait for the device."""
         value = loss.detach().reshape(())
-        self.found.logical_or_(value != value)  # only NaN differs from itself
+        self.nan_seen.logical_or_(value != value)  # only NaN differs from itself
 
     def clear(self) -> None:
         """Let updates pass again."""
-        self.found.zero_()
+        self.nan_seen.zero_()
 
     def release(self) -> None:
         """Guard no optimizer any more."""

@@ -257,7 +257,7 @@ class TorchCore:
         if wanted and late and self._scaling is None:
             self._guard = NaNGuard(self._optimizers.values(), self.device)
         if self.parallel is not None:
-            self.parallel.found = self._guard.found if self._guard is not None else None
+            self.parallel.nan_seen = self._guard.nan_seen if self._guard is not None else None
         self._choose()
 
     def need_grad_norm(self, needed: bool) -> None:

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from flowtrain.callback.access import Access, Declaration, Read, Write, meet
+from flowtrain.callback.access import Access, Declaration, Read, Write, overlap
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
@@ -238,7 +238,7 @@ def _needed(learner: LearnerParts) -> set[str]:
     while waiting:
         reads = [path for path in _paths(nodes[waiting.pop()], Read) if path[0] == "cbstate"]
         for name in usable - found:
-            if any(meet(path, read) for path in _paths(nodes[name], Write) for read in reads):
+            if any(overlap(path, read) for path in _paths(nodes[name], Write) for read in reads):
                 found.add(name)
                 waiting.append(name)
     return found

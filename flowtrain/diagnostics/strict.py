@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet, render, union
+from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, overlap, render, union
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
@@ -122,7 +122,7 @@ def _advice(planned: PlannedHandler, found: Sequence[Path], declaration: Declara
 def _to_declare(found: Sequence[Path], declaration: Declaration) -> set[Path]:
     """Return the paths to declare for changes. Parameters that are read as ``params`` are declared under that path."""
     aliases = [path for path, _ in declaration if path != canonical(path)]
-    return {next((alias for alias in aliases if meet(canonical(alias), path)), declarable(path)) for path in found}
+    return {next((alias for alias in aliases if overlap(canonical(alias), path)), declarable(path)) for path in found}
 
 
 _DEPTH = 3

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flowtrain.callback.access import Declaration, Path, Read, Write, collective, dotted, meet
+from flowtrain.callback.access import Declaration, Path, Read, Write, collective, dotted, overlap
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -184,7 +184,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
     written = {path for _, path in _writes(nodes, "cbstate")}
     for node in nodes:
         for path in _reads(node.union, "cbstate"):
-            if any(meet(path, other) for other in written) or (path[1] not in stale and _exists(path, cbstate)):
+            if any(overlap(path, other) for other in written) or (path[1] not in stale and _exists(path, cbstate)):
                 continue
             entry = path[1]
             siblings = sorted({other[2] for other in written if len(other) > 2 and other[1] == entry})
@@ -198,7 +198,7 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
                 remedy = f"Add flowtrain.callbacks.{provider}, which provides cbstate.{entry}."
             elif len(path) > 2 and path[2].endswith("Phase"):
                 remedy = f"A path leaves out the phase: declare {dotted((*path[:2], *path[3:]))!r}."
-            elif entry == "metrics_step" and any(meet(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
+            elif entry == "metrics_step" and any(overlap(("cbstate", "metrics_epoch", *path[2:]), w) for w in written):
                 # The metric exists, and `Metrics` computes it for epochs only.
                 known, hint = f" {dotted(path[2:])} is computed at the end of an epoch.", ""
                 remedy = "For a value of each batch as well give Metrics a Metric(f, on_step=True)."
@@ -310,7 +310,7 @@ def check_made(nodes: Sequence[Node], cbstate: State) -> None:
             if _exists(path, cbstate):
                 continue
             entry = path[:3] if path[1] in cbstate else path[:2]
-            writers = [writer for writer, written in _writes(nodes, "cbstate") if meet(path, written)]
+            writers = [writer for writer, written in _writes(nodes, "cbstate") if overlap(path, written)]
             names = ", ".join(dict.fromkeys(writer.name for writer in writers))
             kind = type(writers[0].callback).__name__
             raise MissingStateError(

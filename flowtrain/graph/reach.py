@@ -13,8 +13,8 @@ written like a path, and stands for one piece of state:
   optimizer comes between the two parts.
 - Any other path is a region itself.
 
-A region covers everything below it. Two paths meet where a region of one covers a region of the other. Two callbacks
-conflict where their paths meet and at least one of them writes; `meetings` finds all such pairs.
+A region covers everything below it. Two paths overlap where a region of one covers a region of the other. Two callbacks
+conflict where their paths overlap and at least one of them writes; `meetings` finds all such pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, meet
+from flowtrain.callback.access import Declaration, Path, Write, canonical, dotted, overlap
 from flowtrain.callback.events import BatchBegin
 from flowtrain.state.learner_state import LearnerState, Named, by_name
 
@@ -59,9 +59,9 @@ class Reach:
             self._cache[path] = tuple(sorted(self._find(path)))
         return self._cache[path]
 
-    def meet(self, one: Path, other: Path) -> bool:
+    def overlap(self, one: Path, other: Path) -> bool:
         """Tell whether two paths reach one piece of state."""
-        return any(meet(region, reached) for region in self(one) for reached in self(other))
+        return any(overlap(region, reached) for region in self(one) for reached in self(other))
 
     def _find(self, path: Path) -> set[Path]:
         """Return the regions that a path reaches, without the cache."""
@@ -113,7 +113,7 @@ class Reach:
         with_params = [
             region
             for region in regions
-            if region[0] == "model" and (not self._modules or any(meet(region, param) for param in self._parameters))
+            if region[0] == "model" and (not self._modules or any(overlap(region, param) for param in self._parameters))
         ]
         return regions | {(_GRADS, *region[1:]) for region in with_params}
 
@@ -132,7 +132,7 @@ class Reach:
         A write of a gradient does not change the value of its parameter, although both paths reach the gradient.
         """
         regions = self(changed) if changed[:2] == ("batch", "grads") else (changed,)
-        return any(meet(region, reached) for region in regions for reached in self(path))
+        return any(overlap(region, reached) for region in regions for reached in self(path))
 
     # --- modules and tensors with several names
 
@@ -142,7 +142,7 @@ class Reach:
         regions = {path}
         for names in self._shared:
             for name in names:
-                if meet(name, path):
+                if overlap(name, path):
                     regions |= {(*other, *path[len(name) :]) for other in names}
         return regions
 
@@ -302,7 +302,7 @@ class Meeting:
     def why(self) -> str:
         """The region in brackets, for a message that names both paths; empty where the paths themselves overlap."""
         one, other = map(canonical, self.paths)
-        return "" if meet(one, other) else f" (both reach {dotted(self.region)})"
+        return "" if overlap(one, other) else f" (both reach {dotted(self.region)})"
 
 
 def meetings(declarations: Sequence[Declaration], reach: Reach | None = None) -> Iterator[Meeting]:

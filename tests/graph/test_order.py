@@ -33,7 +33,7 @@ from flowtrain import (
     on,
     resolve,
 )
-from flowtrain.callback.access import Declaration, Path, meet
+from flowtrain.callback.access import Declaration, Path, overlap
 from flowtrain.callbacks import Recorder
 from flowtrain.graph.nodes import Order
 from flowtrain.graph.order import order_setup
@@ -331,7 +331,7 @@ def conflict(one: Declaration, other: Declaration) -> bool:
         return ("model", *path[1:]) if path[0] == "params" else path
 
     return any(
-        meet(name(path), name(also)) and (isinstance(kind, Write) or isinstance(like, Write))
+        overlap(name(path), name(also)) and (isinstance(kind, Write) or isinstance(like, Write))
         for path, kind in one
         for also, like in other
     )

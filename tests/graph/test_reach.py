@@ -243,7 +243,7 @@ def test_no_change_is_seen_through_a_path_that_the_model_of_conflicts_keeps_apar
     reach = Reach(make().state)
     seen = {(one, other) for one in paths for other in seen_through(make, paths, one)}
     parts = {path: tuple(path.split(".")) for path in paths}
-    known = {(one, other) for one in paths for other in paths if reach.meet(parts[one], parts[other])}
+    known = {(one, other) for one in paths for other in paths if reach.overlap(parts[one], parts[other])}
     assert {(path, path) for path in paths} <= seen
     assert seen <= known, sorted(seen - known)
     # `MORE` lists the few pairs that `Reach` reports without a visible change; more would refuse independent callbacks.
@@ -502,7 +502,7 @@ def naive(several: Sequence[Declaration]) -> set[Any]:
         for first, second in itertools.combinations(range(len(several)), 2)
         for one, how in several[first]
         for other, what in several[second]
-        if reach.meet(one, other) and (isinstance(how, Write) or isinstance(what, Write))
+        if reach.overlap(one, other) and (isinstance(how, Write) or isinstance(what, Write))
     }
 
 

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowtrain import Access, Event, Read, TrainingPhase, ValidationPhase, Write
-from flowtrain.callback.access import ROOTS, Declaration, Path, declare, dotted, granted, meet, union
+from flowtrain.callback.access import ROOTS, Declaration, Path, declare, dotted, granted, overlap, union
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import FlowtrainError, MissingStateError, ProtectedException, UsageError
 from flowtrain.state.learner_state import Named
@@ -120,7 +120,7 @@ def test_an_access_is_granted_or_its_declaration_is_printed(
         with pytest.raises(ProtectedException) as caught:
             touch(view_of(declaration, made(), decorator))
         refused, text = caught.value, str(caught.value)
-        assert meet(tuple(refused.path.split(".")), touch.path)
+        assert overlap(tuple(refused.path.split(".")), touch.path)
         assert text.startswith(f"{refused.access} access to Learner.{refused.path} disallowed.\n")
         wider = pasted(text)
         if "The container was read" in text or "() writes." in text:

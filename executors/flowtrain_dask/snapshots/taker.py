@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from copy import copy
 from typing import Any, TypeAlias
 
-from flowtrain.callback.access import Declaration, Path, Write, dotted, meet
+from flowtrain.callback.access import Declaration, Path, Write, dotted, overlap
 from flowtrain.errors import UsageError
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.reach import Reach
@@ -188,7 +188,7 @@ def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None)
         # A copy of parameters has no gradients, so writing gradients does not make it outdated.
         regions = [region for region in reach(path) if path[0] == "batch" or region[0] != "batch.grads"]
         earlier = ((at, written) for at, written in writes if at < before)
-        return max((at for at, written in earlier if any(meet(written, region) for region in regions)), default=-1)
+        return max((at for at, written in earlier if any(overlap(written, region) for region in regions)), default=-1)
 
     return {
         position: {
