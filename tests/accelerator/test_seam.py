@@ -13,6 +13,7 @@ import torch
 
 from flowtrain import TorchCore
 from flowtrain.callbacks import DeviceStats
+from flowtrain.core.devices import find_device
 from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.state import accelerator as seam
 from flowtrain.state.accelerator import (
@@ -39,6 +40,18 @@ def test_what_is_there() -> None:
     assert not has_streams(torch.device("cpu"))
     assert not has_streams(torch.device("cuda")), "it is not the accelerator of this process"
     assert current_stream() == torch.accelerator.current_stream()
+
+
+def test_a_process_of_several_gets_the_device_of_its_number_among_those_that_it_sees() -> None:
+    """A launcher may show each process one device only, whose number is 0 then, whatever its LOCAL_RANK is."""
+    count, before = torch.accelerator.device_count(), torch.accelerator.current_device_index()
+    try:
+        for number in range(2 * count + 1):
+            assert find_device("auto", [], number) == torch.device("sim", number % count)
+            assert torch.accelerator.current_device_index() == number % count
+        assert find_device("cpu", [], 1) == torch.device("cpu")
+    finally:
+        torch.accelerator.set_device_index(before)
 
 
 def test_a_scope_puts_the_stream_back_whatever_ends_it() -> None:

@@ -7,24 +7,30 @@ count in the next one.
 from __future__ import annotations
 
 import datetime
+import multiprocessing
+import os
 import signal
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import (
     BackwardBegin,
     BackwardEnd,
     BatchBegin,
     BatchEnd,
+    Callback,
     EpochBegin,
     EpochEnd,
     Event,
     FitBegin,
     FitEnd,
+    LearnerView,
     LossBegin,
     Phase,
     TorchCore,
@@ -32,6 +38,7 @@ from flowtrain import (
     UpdateBegin,
     UpdateEnd,
     ValidationPhase,
+    on,
 )
 from tests.ranks.alone import (
     BATCHES,
@@ -225,6 +232,47 @@ def test_a_signal_interrupts_all(event: type[Event], action: str, ranks: Ranks) 
         assert end.error is not None
         assert end.error.kind == "KeyboardInterrupt"
         assert action.split()[0] in end.error.text
+        assert end.events.endswith("F)")
+
+
+class SignalsGroup(Callback):
+    """Sends a signal to ranks and to the workers of their loaders, as a terminal and a scheduler do, in batch 2."""
+
+    ranks = "every"
+
+    def __init__(self, number: signal.Signals, on_ranks: tuple[int, ...]) -> None:
+        self.number, self.on_ranks, self.left = number, on_ranks, 2
+
+    @on(BatchBegin, TrainingPhase)
+    def send(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        self.left -= 1
+        if not self.left and rank() in self.on_ranks:
+            group = [str(child.pid) for child in multiprocessing.active_children()] + [str(os.getpid())]
+            # Another process sends it: a worker takes a signal of its parent for the end of the data.
+            subprocess.run(["kill", f"-{self.number.value}", *group], check=True, start_new_session=True)
+
+
+def signal_group(number: signal.Signals, on_ranks: tuple[int, ...]) -> Result:
+    dist.init_process_group("gloo")
+    both = [[torch.cat(each) for each in zip(*classes(BATCHES, of_rank), strict=True)] for of_rank in range(2)]
+    tensors = [torch.stack(each, 1).flatten(0, 1) for each in zip(*both, strict=True)]  # divided sample by sample
+    data = DataLoader(TensorDataset(*tensors), 6, num_workers=1, multiprocessing_context="fork")
+    return fit(SignalsGroup(number, on_ranks), data=(data, classes(2))), by_hand(classes(BATCHES)[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_ranks", [(0, 1), (1,)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_of_loaders_too_interrupts_all(
+    number: signal.Signals, on_ranks: tuple[int, ...], ranks: Ranks
+) -> None:
+    (zero, expected), (one, _) = run(ranks, signal_group, number, on_ranks)
+    assert zero.unlike(one) == []
+    assert differing(zero.weights, expected) == []
+    for end in (zero, one):
+        assert end.error is not None
+        assert end.error.kind == "KeyboardInterrupt"
+        assert number.name in end.error.text
         assert end.events.endswith("F)")
 
 
