@@ -101,3 +101,30 @@ def test_a_batch_that_only_accumulates_has_a_message_if_a_callback_may_cancel_it
 @pytest.mark.parametrize("defaults", [False, "quiet"])
 def test_a_batch_of_validation_has_none(defaults: Literal[False, "quiet"], ranks: Ranks) -> None:
     assert ranks.values(ours, True, 1, defaults, "validation") == [0, 0]
+
+
+def around(validates: bool) -> tuple[int, int]:
+    """Return the collectives of an epoch, and of a fit beside its epochs, without those of its batches."""
+    dist.init_process_group("gloo")
+    counts = list[int]()
+    for epochs in (1, 3):
+        data = (classes(FEW), classes(2)) if validates else classes(FEW)
+        core = TorchCore(device="cpu")
+        with Learner(
+            model(False), cross_entropy, data=data, optimizer=SGD, core=core, default_callbacks="quiet"
+        ) as learner:
+            learner.fit(1)  # DDP is made, and its buckets are sent, in the first fit
+            before = collectives()
+            learner.fit(epochs)
+            counts.append(collectives() - before - epochs * FEW)
+    epoch = (counts[1] - counts[0]) // 2
+    return epoch, counts[0] - epoch
+
+
+@pytest.mark.parametrize(("validates", "epoch", "fit"), [(False, 5, 3), (True, 9, 4)])
+def test_the_collectives_of_an_epoch_and_of_a_fit(validates: bool, epoch: int, fit: int, ranks: Ranks) -> None:
+    """An epoch meets at its begin, the end of its batches, the merging and its end; training at its first batch too.
+
+    A fit meets for its plan, which takes two collectives if it is longer than the first one carries, and at its ends.
+    """
+    assert ranks.values(around, validates) == [(epoch, fit)] * 2
