@@ -42,7 +42,7 @@ from flowtrain.core.prefetch import Placement, Transfer, warn_unable
 from flowtrain.core.settings import Settings, Shard
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
-from flowtrain.errors import CoreError, nearest
+from flowtrain.errors import CoreError
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
@@ -327,9 +327,8 @@ class TorchCore:
     def _check_name(self, method: str, name: str) -> None:
         """Check that there is an optimizer of a name, for a method that a step has called with it."""
         if name not in self._optimizers:
-            known = ", ".join(repr(known) for known in self._optimizers if known)
-            has = f"{known}.{nearest(name, self._optimizers)}" if known else "one without a name. Leave name= out."
-            raise CoreError(f"{method}(name={name!r}): there is no such optimizer; the learner has {has}")
+            has = ", ".join(map(repr, filter(None, self._optimizers))) or "one without a name: leave name= out"
+            raise CoreError(f"{method}(name={name!r}): there is no such optimizer; the learner has {has}.")
 
     def due(self, name: str | None) -> list[str]:
         """Count a batch for one optimizer, or for all, and return the optimizers whose group is complete.

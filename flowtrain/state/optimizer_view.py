@@ -40,20 +40,19 @@ class HyperParamGroup(MutableMapping[str, Any]):
         self._writable = writable
 
     def __getitem__(self, name: str) -> Any:
-        if name == "params":
-            raise self._no_params()
+        self._refuse_parameters(name)
         value = self._group[name]
         return value if self._writable else readonly(value, self._path)  # ``betas`` may be a list
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not self._writable:
             raise refuse(self._path)
-        if name == "params":
-            raise self._no_params()
+        self._refuse_parameters(name)
         self._group[name] = value
 
-    def _no_params(self) -> KeyError:
-        return KeyError(f"{self._path}['params']: parameters are at learner.params; here are hyperparameters only")
+    def _refuse_parameters(self, name: str) -> None:
+        if name == "params":
+            raise KeyError(f"{self._path}['params']: parameters are at learner.params; here are hyperparameters only")
 
     def __delitem__(self, name: str) -> None:
         if not self._writable:

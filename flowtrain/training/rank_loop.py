@@ -325,7 +325,10 @@ class RankLoop(Loop):
 
     def _end_early(self, phase: Phase, number: int, total: int) -> Never:
         """End the epoch on all ranks, since the loader of this rank has given fewer batches than it announced."""
-        text = f"the loader for {phase!r} has given {number} batches, and has announced {total} or more"
+        text = (
+            f"The loader for {phase!r} has given {number} batches, and its length is at least {total}. Let its __len__ "
+            f"return the number of batches that it gives, or raise a TypeError."
+        )
         early = DataError(text) if self.core.settings.uneven == "error" else CancelEpochException(text)
         self._tell_next(phase, early)
         raise early

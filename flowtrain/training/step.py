@@ -393,9 +393,7 @@ def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) 
     """
     pair: Any = phase.split(raw)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise DataError(
-            f"{phase!r}.split(raw) must return (inputs, targets), got {describe(pair)}. Without targets: raw, None."
-        )
+        raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), or (raw, None), got {describe(pair)}.")
     return pair
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from flowtrain import RankError
+from flowtrain import RankError, TorchCore
 from flowtrain.data.rank_loaders import LoaderDivider, check_first_batches
+from flowtrain.testing import tiny_learner
 from flowtrain.training.fit_data import set_epoch
 from tests.support.ranks import Ranks, rank
 
@@ -76,3 +78,37 @@ def test_all_ranks_refuse_the_same_first_batch(ranks: Ranks) -> None:
             f"DataLoader over a dataset, which flowtrain divides; or let each rank have batches of its own, such as "
             f"batches[rank::{size}] with rank = torch.distributed.get_rank()."
         }
+
+
+class Overstated:
+    """A loader whose length says 5, and which gives 3 batches on rank 1."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number in range(3 if rank() else 5):
+            yield torch.full((2, 1), number + rank() / 2), torch.ones(2, 1)
+
+
+def overstated(uneven: Literal["stop", "error"]) -> tuple[int, str]:
+    """Return the number of updates of two epochs, and the parameter."""
+    with tiny_learner(data=Overstated(), core=TorchCore(device="cpu", uneven=uneven)) as learner:
+        learner.fit(2)
+        return learner.state.updates, repr(learner.model.coeff.item())
+
+
+def test_a_loader_with_fewer_batches_than_its_length_ends_the_epoch_on_all_ranks(ranks: Ranks) -> None:
+    one, two = ranks.values(overstated, "stop")
+    assert one == two
+    assert one[0] == 6
+    text = (
+        "The loader for TrainingPhase has given 3 batches, and its length is at least 5. Let its __len__ return the "
+        "number of batches that it gives, or raise a TypeError."
+    )
+    other, own = ranks.run_on(2, 30, overstated, "error")
+    assert (other.ended, own.ended) == ("RemoteError", "DataError")
+    assert own.error is not None
+    assert other.error is not None
+    assert own.error.text == text
+    assert other.error.text == f"rank 1: DataError: {text}"

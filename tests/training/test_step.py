@@ -175,9 +175,7 @@ def test_a_split_that_gives_no_pair(monkeypatch: pytest.MonkeyPatch, made: Calla
     learner = quiet(cross_entropy, model=torch.nn.Linear(4, 2), data={Split: [(X, Y)]})
     with pytest.raises(DataError) as caught:
         learner.fit(1)
-    assert str(caught.value) == (
-        f"Split.split(raw) must return (inputs, targets), got {got}. Without targets: raw, None."
-    )
+    assert str(caught.value) == f"Split.split(raw) must return (inputs, targets), or (raw, None), got {got}."
 
 
 @pytest.mark.cpu_only("looks for the tensor of the loader itself")
@@ -336,7 +334,7 @@ def test_update_of_an_optimizer_that_is_not_there() -> None:
                 learner.update(self, "gen")
 
     _, learner = watched(data={Wrong: [1]})
-    with pytest.raises(CoreError, match=r"no such optimizer; the learner has one without a name\. Leave name= out\."):
+    with pytest.raises(CoreError, match=r"no such optimizer; the learner has one without a name: leave name= out\."):
         learner.fit(1)
 
 
