@@ -62,6 +62,7 @@ OTHERS = {
     "accelerator/test_trainings": "whole trainings on the simulated accelerator",
     "callback/test_modes": "the modes of modules, which phases set and the loop puts back",
     "callbacks/test_bundled": "all bundled callbacks",
+    "callbacks/test_changed_at_resume": "every bundled callback: dropped, added or renamed at a resume",
     "callbacks/test_going_back": "Checkpointer: runs that go back to an earlier checkpoint",
     "callbacks/test_merged_metrics": "the values of an epoch over several ranks",
     "callbacks/test_torchmetrics": "torchmetrics objects in `Metrics`, in checkpoints and in what watches them",

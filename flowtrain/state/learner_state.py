@@ -7,7 +7,7 @@ of a handler is replaced as a whole (`batch`); state that callbacks share has a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from flowtrain.callback.access import Path
@@ -15,12 +15,13 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
-from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.by_phase import CountsMap, PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
 from flowtrain.state.encoding import Packer, in_types_of, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
+from flowtrain.state.series import Series, SeriesMap
 
 __all__ = ["LearnerState", "Named", "State", "Twins", "by_name", "restore_point"]
 
@@ -115,10 +116,12 @@ class State(Container, _Namespace):
             phases: Phases by name, for those that the learner has data for.
         """
         [(kind, content)] = packed.items()
-        # A callback that this learner does not have may have made the namespace in the run that was saved. It is made
-        # here before it is filled, because its entries may be containers, and only a namespace fills these.
-        if kind == State.__kind__ and vars(self).get(name) is None:
-            setattr(self, name, State(f"{self._path}.{name}"))
+        # A callback that this learner does not have may have made the container in the run that was saved. It is made
+        # here before it is filled: other callbacks may read it, and only a container fills those within it.
+        if vars(self).get(name) is None:
+            made = _empty(kind, content, f"{self._path}.{name}")
+            if made is not None:
+                setattr(self, name, made)
         there = vars(self).get(name)
         if not unpack(there, kind, content, phases):
             setattr(self, name, in_types_of(there, content))
@@ -235,6 +238,20 @@ class Named(Mapping[str, Any]):
 def by_name(value: Any) -> dict[str, Any]:
     """Return models or optimizers by name; one that is not in a `Named` has the empty name."""
     return dict(value) if isinstance(value, Named) else {"": value}
+
+
+def _empty(kind: str, content: Any, path: str) -> Container | None:
+    """Return an empty container for packed content, or ``None`` if content of this kind is in no container."""
+    if kind == PhaseMap.__kind__:
+        inside = {each for packed in content.values() for each in packed}
+        make = _MAKERS.get(inside.pop()) if len(inside) == 1 else None
+        made: PhaseMap[Any] = PhaseMap(path, make=None if make is None else partial(make, path))
+        return made
+    make = _MAKERS.get(kind)
+    return None if make is None else make(path)
+
+
+_MAKERS: dict[str, Callable[[str], Container]] = {each.__kind__: each for each in (State, Series, SeriesMap, CountsMap)}
 
 
 class LearnerState:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 import torch
 
@@ -19,6 +20,44 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["ReadOnlySeries", "ReadOnlySeriesMap", "Series", "SeriesMap"]
+
+_ITEM = 8
+"""The bytes of a packed step or value."""
+
+
+class _Packed:
+    """The steps and values of a series as bytes: what is packed for one checkpoint is not packed again for the next.
+
+    The tensors of a checkpoint that is being written share this memory. They do not change, because only the memory
+    after them is filled; when it is full, twice as much takes its place.
+    """
+
+    __slots__ = ("_count", "_steps", "_values")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the series. The memory is left to the tensors that share it."""
+        self._count = 0
+        self._steps, self._values = bytearray(), bytearray()
+
+    def grown(self, steps: list[int], values: list[Any]) -> dict[str, Any] | None:
+        """Return the whole series as two tensors of length n; ``None`` if it is empty, or a new value is no float."""
+        new, count = values[self._count :], len(values)
+        if not count or any(type(value) is not float for value in new):
+            return None
+        begin, end = _ITEM * self._count, _ITEM * count
+        if end > len(self._steps):
+            more = bytes(2 * end - begin)
+            self._steps, self._values = self._steps[:begin] + more, self._values[:begin] + more
+        self._steps[begin:end] = array("q", steps[self._count :]).tobytes()
+        self._values[begin:end] = array("d", new).tobytes()
+        self._count = count
+        return {
+            "steps": torch.frombuffer(memoryview(self._steps)[:end], dtype=torch.int64),
+            "values": torch.frombuffer(memoryview(self._values)[:end], dtype=torch.float64),
+        }
 
 
 class Series(Container):
@@ -43,7 +82,7 @@ class Series(Container):
     ([1, 2], [0.5, 0.25])
     """
 
-    __slots__ = ("_late", "_path", "_steps", "_unread", "_values")
+    __slots__ = ("_late", "_packed", "_path", "_steps", "_unread", "_values")
     __kind__ = "series"
 
     rewound: ClassVar[int] = 0
@@ -55,6 +94,7 @@ class Series(Container):
         self._steps: list[int] = []
         self._values: list[Any] = []
         self._unread = Unread()
+        self._packed = _Packed()
 
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
@@ -116,10 +156,14 @@ class Series(Container):
         return self.__copy__()
 
     def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
+        # A long history of numbers is written and read much faster as tensors, and packed once: a checkpoint converts
+        # the values since the one before, however long the series is.
+        if self._unread:
+            self._unread.settle(self._values)
+        packed = self._packed.grown(self._steps, self._values)
+        if packed is not None:
+            return packed
         values = self.since(0)
-        if values and all(type(value) is float for value in values):
-            # A long history of numbers is staged, written and read much faster as tensors.
-            return {"steps": torch.tensor(self._steps), "values": torch.tensor(values, dtype=torch.float64)}
         return {"steps": packer.copy(self._steps, path), "values": packer.copy(values, path)}
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
@@ -137,6 +181,7 @@ class Series(Container):
             self._unread.forget(self._values, mark)
         Series.rewound += 1
         del self._values[mark:], self._steps[mark:]
+        self._packed.clear()  # a checkpoint that is being written may hold the memory, so it is not written again
 
     def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
         if len(self):
@@ -144,7 +189,8 @@ class Series(Container):
 
     def __getstate__(self) -> object:
         self.since(0)  # a copy or a pickle holds no values of a device
-        return object.__getstate__(self)
+        _, state = cast("tuple[None, dict[str, Any]]", object.__getstate__(self))
+        return None, {**state, "_packed": _Packed()}
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -206,7 +252,7 @@ class ReadOnlySeries(Series):
 
     def __init__(self, series: Series) -> None:
         self._path, self._steps, self._values = series._path, series._steps, series._values
-        self._late, self._unread = series._late, series._unread
+        self._late, self._unread, self._packed = series._late, series._unread, series._packed
 
     def push(self, value: Any, step: int) -> None:
         """Refuse."""

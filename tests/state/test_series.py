@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain.errors import ProtectedException
+from flowtrain.state.encoding import Packer
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from tests.support.untyped import untyped
@@ -212,3 +214,91 @@ def test_a_name_that_is_not_there_is_named() -> None:
     for each in (series, readonly(series, "cbstate.metrics_epoch")):
         with pytest.raises(KeyError, match=r"cbstate\.metrics_epoch has no series 'Los'; it has: Loss\. Did you mean"):
             _ = each["Los"]
+
+
+# --- packed for checkpoints
+
+
+def pushed(count: int, values: Callable[[int], Any] = float) -> Series:
+    series = Series("cbstate.x")
+    for step in range(count):
+        series.push(values(step), step)
+    return series
+
+
+def packed(series: Series) -> tuple[list[int], list[float]]:
+    found = series.__packed__(Packer(), "cbstate.x")
+    return found["steps"].tolist(), found["values"].tolist()
+
+
+class Sliced(list[Any]):
+    """A list that counts the items that were taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        self.taken += len(found) if isinstance(at, slice) else 1
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("before", [10, 1_000, 100_000])
+def test_a_checkpoint_converts_what_is_new_however_long_the_series_is(before: int) -> None:
+    series = pushed(before)
+    packed(series)
+    inside = untyped(series)
+    inside._steps, inside._values = Sliced(inside._steps), Sliced(inside._values)
+    for step in range(7):
+        series.push(0.5, before + step)
+    packed(series)
+    assert (inside._steps.taken, inside._values.taken) == (7, 7)
+    packed(series)
+    assert (inside._steps.taken, inside._values.taken) == (7, 7)
+
+
+def test_what_is_packed_stays_as_it_was_while_the_series_changes() -> None:
+    """A checkpoint is written while training goes on, and while a run goes back."""
+    series = pushed(3)
+    first = series.__packed__(Packer(), "")
+    for step in range(3, 5000):
+        series.push(float(step), step)
+        if step % 500 == 0:
+            assert packed(series)[1] == [float(each) for each in range(step + 1)]
+    last = series.__packed__(Packer(), "")
+    series.__rewind__(2)
+    series.push(-1.0, 2)
+    assert packed(series) == ([0, 1, 2], [0.0, 1.0, -1.0])
+    assert first["values"].tolist() == [0.0, 1.0, 2.0]
+    assert last["steps"].tolist() == list(range(5000))
+    assert last["values"].untyped_storage().nbytes() == 5000 * 8  # torch saves the whole storage of a tensor
+
+
+@pytest.mark.parametrize("other", [1, None, "a", torch.ones(2)])
+def test_other_values_are_packed_as_they_are(other: Any) -> None:
+    series = pushed(3)
+    packed(series)
+    series.push(other, 3)
+    found: dict[str, Any] = {}
+    for _ in range(2):
+        found = series.__packed__(Packer(), "")
+        assert (found["steps"], found["values"][:3]) == ([0, 1, 2, 3], [0.0, 1.0, 2.0])
+        last = found["values"][3]
+        assert torch.equal(last, other) if isinstance(other, torch.Tensor) else last == other
+    again = Series("cbstate.x")
+    again.__fill__(found, {})
+    assert len(again) == 4
+    assert Series("cbstate.x").__packed__(Packer(), "") == {"steps": [], "values": []}
+
+
+def test_copies_and_pickles_have_no_packed_memory() -> None:
+    series = pushed(1000)
+    size = len(pickle.dumps(series))
+    packed(series)
+    assert len(pickle.dumps(series)) == size
+    copied = copy.deepcopy(series)
+    copied.push(1.0, 1000)
+    assert (len(packed(copied)[0]), len(packed(series)[0])) == (1001, 1000)
