@@ -273,7 +273,7 @@ class Slow(Callback):
 def recovery(report: Report) -> None:
     """Kill the worker that processes events, and time until the lane continues on the other worker."""
     took: list[float] = []
-    with cluster(2) as (address, processes), Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with cluster(2) as (address, processes), Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]  # no annotations
         executor = DaskExecutor(address)
         learner = learner_of(16, batches(4), (Slow(),), executor)
         learner.fit(1)

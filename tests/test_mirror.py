@@ -42,6 +42,7 @@ OTHERS = {
     "test_exports": "the public names of all packages",
     "test_extras": "the extras of the package, each without the others",
     "test_gone": "learners that are dropped, and then freed",
+    "test_ignores": "the lines that type checkers ignore, each with its reason",
     "test_layers": "which package imports from which",
     "test_mirror": "the files of tests",
     "test_nested": "every function that walks through values of users",

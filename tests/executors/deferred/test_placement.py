@@ -166,7 +166,7 @@ def test_callbacks_race_one_after_the_other_and_the_frequent_ones_first() -> Non
     often, more = Costs(clock, 0.010, "often"), Costs(clock, 0.010, "more")
     with timed(clock, rare, often, more, n_batches=200) as learner:
         learner.fit(1)
-        where = {each.lane: each.where for each in learner.executor.report().places}  # type: ignore[attr-defined]
+        where = {each.lane: each.where for each in learner.executor.report().places}  # type: ignore[attr-defined]  # dask's
     assert where == {"rare": "lane", "often": "lane", "more": "lane"}
     first = {each.name: each.places.index("lane") for each in (often, more)}
     assert first == {"often": 4, "more": 14}
@@ -302,7 +302,7 @@ def test_always_and_never_and_the_resources_of_workers() -> None:
     clock = Clock()
     for defer, place in ((True, "lane"), ("always", "lane"), (False, "here"), ("never", "here")):
         costs = Costs(clock, 0.0)
-        with tiny_learner(costs, n_batches=3, executor=DaskExecutor(defer=defer)) as learner:  # type: ignore[arg-type]
+        with tiny_learner(costs, n_batches=3, executor=DaskExecutor(defer=defer)) as learner:  # type: ignore[arg-type]  # words
             learner.fit(1)
             assert learner.executor.report().places == ()  # type: ignore[attr-defined]  # dask's
         assert costs.places == [place] * 3
