@@ -293,7 +293,9 @@ def main() -> int:
         if name not in wholes:
             wholes[name] = place / f"whole {name}"
             wholes[name].mkdir()
-            assert attempt(wholes[name], VARIANTS[name], "serial", None)[1] == 0, (wholes[name] / "output.txt").read_text()
+            assert attempt(wholes[name], VARIANTS[name], "serial", None)[1] == 0, (
+                wholes[name] / "output.txt"
+            ).read_text()
         folder = place / str(number)
         folder.mkdir()
         before = kills.total()

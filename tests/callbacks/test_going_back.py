@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from flowtrain import (
     BatchEnd,
     Callback,
+    CheckpointError,
     EpochBegin,
     Learner,
     LearnerView,
@@ -232,3 +234,36 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> Non
     tiny_learner(Checkpointer(tmp_path), n_batches=1).fit(1)
     left = sorted(each.name for each in tmp_path.iterdir())
     assert left == [".mine.tmp", "best", "epoch-0001.ckpt", "latest"]
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a file"])
+def test_a_folder_that_is_deleted_meanwhile(becomes: str, tmp_path: Path) -> None:
+    """The next checkpoint makes the folder again. If it cannot, the error names the file, and the fit begins anew."""
+    folder = tmp_path / "c"
+
+    class Deletes(Callback):
+        begun = 0
+
+        @on(EpochBegin, TrainingPhase)
+        def delete(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
+            self.begun += 1
+            if self.begun == 2:
+                made.loop.checkpoints.writer.wait()
+                shutil.rmtree(folder)
+                if becomes == "a file":
+                    folder.touch()
+
+    whole = tiny_learner(n_batches=2)
+    whole.fit(3)
+    learner = made = tiny_learner(Checkpointer(folder), Deletes(), n_batches=2)
+    if becomes == "a file":
+        with pytest.raises(CheckpointError, match=r"epoch-000\d\.ckpt could not be written: .*no earlier checkpoint"):
+            learner.fit(3)
+        folder.unlink()
+        learner.close()
+        learner = tiny_learner(Checkpointer(folder), n_batches=2)
+        learner.fit(3, resume="auto")
+    else:
+        learner.fit(3)
+        assert files(folder) == ["2", "3"]
+    assert torch.equal(learner.model.coeff, whole.model.coeff)
