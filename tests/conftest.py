@@ -40,9 +40,9 @@ settings.load_profile("ordinary")  # the option --hypothesis-profile=long is rea
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a cluster; other slow tests have their marks in the source."""
+    """Mark the tests that use a cluster or several ranks; other slow tests have their marks in the source."""
     for item in items:
-        if {"dask_processes", "make_dask_processes"} & set(getattr(item, "fixturenames", ())):
+        if {"dask_processes", "make_dask_processes", "ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
 
 
