@@ -364,7 +364,8 @@ def on(
         key = f"{function.__module__}:{function.__qualname__}"
         if function.__name__ == "_":  # functions named _ are told apart by their event and phase
             key += f" {event} {phase}"
-        callback_type._add_handler(key, handler.as_function(function))
+        registered = handler.as_function(function)
+        callback_type._add_handler(key, registered)  # pyright: ignore[reportPrivateUsage]  # of this module
         return function
 
     return add
