@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
 
-# Every worker of a loader with a fork server would import torch for two seconds: the server imports it once.
-multiprocessing.set_forkserver_preload(["torch"])
+# Every worker of a loader with a fork server would import these for two seconds and more: the server imports them once.
+multiprocessing.set_forkserver_preload(["pytest", "torch", "flowtrain.callbacks", "flowtrain.testing"])
 
 # A shell starts programs in the background with this signal ignored, and the programs of the tests inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
