@@ -14,6 +14,7 @@ without kills: parameters, optimizer, histories, state of callbacks, generators,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -244,7 +245,8 @@ def attempt(folder: Path, variant: Variant, executor: str, draw: random.Random |
             os._exit(code)
     if where == "moment":
         time.sleep(delay)
-        (os.killpg if group else os.kill)(process, ENDS[name]) if os.waitpid(process, os.WNOHANG)[0] == 0 else None
+        with contextlib.suppress(ProcessLookupError):  # it may have ended, and may not lead a group yet
+            (os.killpg if group else os.kill)(process, ENDS[name])
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return where if where == "full disk" else f"{name}{' to the group' if group else ''} at a random {where}", code
 
