@@ -7,12 +7,12 @@ a rank without a batch has to take part in all of them.
 
 Ranks agree on a training batch by a message between the loss and the backward pass. A rank that fails before takes
 part in the gathers that are left, without computing anything (`Sharded.gather_rest`). It knows them from the last
-complete forward pass, since the units run in the same order in every batch. As long as there was none, all ranks agree
-once more before the forward pass.
+complete forward pass, since the units run in the same order in every batch. In the first forward pass no rank knows the
+order yet, so all of them agree before each unit, by a message.
 
-One failure cannot be told: that of one rank alone in the middle of its first forward pass, or in a backward pass. The
-other ranks then wait in a collective that this rank cannot join. It gives up all exchanges and raises its error at
-once; the others end with an error as soon as its process has ended.
+One failure cannot be told: that of one rank alone in a backward pass. The other ranks then wait in a collective that
+this rank cannot join. It gives up all exchanges and raises its error at once; the others end with an error as soon as
+its process has ended.
 """
 
 from __future__ import annotations
@@ -115,14 +115,20 @@ class Sharded(DataParallel):
         self._running: list[int] = []  # the units that have run in the present forward pass, by their numbers
         self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
         self._place: _Place = "before"
+        self._first = False  # whether this is a forward pass whose order of units is not known yet
         self._sends = True
         self.agree: Callable[[], None] = self._nothing
         for number, unit in enumerate(self._units):
+            unit.register_forward_pre_hook(self._before_unit, prepend=True)  # before that of torch, which gathers
             unit.register_forward_pre_hook(partial(_note, self._running, number))
 
     @staticmethod
     def _nothing() -> None:
-        """Stand for the sync point before the first forward pass until a loop has set it."""
+        """Stand for the sync points within the first forward pass until a loop has set them."""
+
+    def _before_unit(self, module: torch.nn.Module, inputs: Any) -> None:
+        if self._first:
+            self.agree()
 
     # --- the forward pass
 
@@ -130,10 +136,15 @@ class Sharded(DataParallel):
         """Run the model, and note in which order its units run."""
         training = torch.is_grad_enabled()
         self._running.clear()
-        if training not in self._orders:
-            self.agree()
-        self._place = "inside"
-        outputs = self.world.guarded(self.call, *inputs, **named)
+        self._first, self._place = training not in self._orders, "inside"
+        try:
+            outputs = self.world.guarded(self.call, *inputs, **named)
+        except BaseException:
+            if self._first:  # the other ranks are at a sync point, within this forward pass or behind it
+                self.reset()
+            raise
+        finally:
+            self._first = False
         self._orders[training] = [*self._running]
         self._place = "after"
         if not training:  # torch keeps the parameters of the whole model gathered, for a backward pass
@@ -152,8 +163,8 @@ class Sharded(DataParallel):
         """Take part in what is left of the present forward pass, without computing anything.
 
         Returns:
-            Whether the other ranks have come out of their forward passes; otherwise they wait at a sync point before
-            them, or this rank cannot take part any more.
+            Whether this rank has come out of the forward pass; otherwise the other ranks wait at a sync point before
+            it or within the first one.
         """
         training = torch.is_grad_enabled()
         order = self._orders.get(training)
@@ -161,7 +172,6 @@ class Sharded(DataParallel):
         if self._place == "after":
             return True
         if order is None:
-            self.world.lost = self.world.lost or self._place == "inside"
             return False
         for number in order[done:]:
             unit = self._units[number]
@@ -220,7 +230,7 @@ class Sharded(DataParallel):
 
     def reset(self) -> None:
         """Leave a forward pass that no backward pass follows."""
-        if self._place != "before" or self._orders:  # otherwise torch has not prepared the units yet
+        if self._running or self._orders:  # otherwise torch has not prepared the units yet
             self._root.reset_iter_state()
         self._running.clear()
         self._place = "before"

@@ -70,7 +70,7 @@ class RankSteps(Steps):
         self._writes = False
         self._looked_at: Callbacks | None = None  # the callbacks of the last call of `_changes_training`
         if isinstance(parallel, Sharded):
-            parallel.agree = self._agree_before
+            parallel.agree = self._agree_within
 
     # --- the bundled step
 
@@ -257,8 +257,8 @@ class RankSteps(Steps):
         running = self._scopes.batch != CLOSED and not isinstance(phase, AbstractValidationPhase)
         return running and self._in_group(phase) and not self._decides(phase, in_group=True)
 
-    def _agree_before(self) -> None:
-        """Exchange the flags before the first forward pass, in which a rank could not take part without a batch."""
+    def _agree_within(self) -> None:
+        """Exchange the flags before a unit of a sharded model gathers in its first forward pass."""
         sync = self._ranks.next_sync
         self.agree()
         self._ranks.next_sync = sync

@@ -191,14 +191,14 @@ def test_an_error_on_one_rank_ends_on_all(ranks: Ranks) -> None:
 class Fails(nn.Module):
     """Raise in the middle of the model on rank 1, at the batch of a number."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, failure: type[Exception] = ValueError) -> None:
         super().__init__()
-        self.at, self.seen = at, 0
+        self.at, self.seen, self.failure = at, 0, failure
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.seen += 1
         if rank() == 1 and self.seen == self.at:
-            raise ValueError("inside the model")
+            raise self.failure("inside the model")
         return inputs
 
 
@@ -208,7 +208,10 @@ def fail_inside(at: int) -> None:
     Learner(model, cross_entropy, data=(classes(3), classes(2)), core=core, default_callbacks="quiet").fit(2)
 
 
-@pytest.mark.parametrize("at", [2, 5, 7], ids=["training", "evaluation", "second epoch"])
+IN_FORWARD = {1: "first", 2: "training", 4: "first evaluation", 5: "evaluation", 7: "second epoch"}
+
+
+@pytest.mark.parametrize("at", IN_FORWARD, ids=IN_FORWARD.get)
 def test_an_error_within_the_model_ends_on_all(at: int, ranks: Ranks) -> None:
     zero, one = ranks.run(fail_inside, at)
     assert (zero.ended, one.ended) == ("RemoteError", "ValueError"), f"{zero}\n{one}"
@@ -216,13 +219,36 @@ def test_an_error_within_the_model_ends_on_all(at: int, ranks: Ranks) -> None:
     assert "rank 1: ValueError: inside the model" in zero.error.text
 
 
-def test_an_error_within_the_first_forward_pass_ends_when_its_process_has_ended(ranks: Ranks) -> None:
-    zero, one = ranks.run(fail_inside, 1)
-    assert (zero.ended, one.ended) == ("RemoteError", "ValueError"), f"{zero}\n{one}"
-    assert zero.error is not None
-    assert "another rank that has ended" in zero.error.text
-    assert one.error is not None
-    assert one.error.text == "inside the model"
+def cancel_inside(at: int) -> tuple[int, float]:
+    """Cancel a batch in the middle of the model on rank 1; return the number of updates and the sum of the weights."""
+    model = nn.Sequential(nn.Linear(12, 7), Fails(at, CancelBatchException), nn.Linear(7, 4))
+    core = TorchCore(parallel="fsdp", shard=nn.Linear)
+    made = Learner(model, cross_entropy, data=(classes(3), classes(2)), core=core, default_callbacks="quiet")
+    made.fit(2)
+    return made.state.updates, sum(float(whole(param.detach()).double().sum()) for param in model.parameters())
+
+
+@pytest.mark.parametrize("at", IN_FORWARD, ids=IN_FORWARD.get)
+def test_a_cancel_within_the_model_has_the_same_effect_on_all(at: int, ranks: Ranks) -> None:
+    zero, one = ranks.values(cancel_inside, at)
+    assert zero == one
+    assert zero[0] == (6 if "evaluation" in IN_FORWARD[at] else 5)
+
+
+def fail_and_stay() -> str:
+    """Catch the error of the first forward pass, and stay alive until the others have ended theirs."""
+    try:
+        fail_inside(1)
+    except Exception as failure:
+        torch.distributed.barrier()  # which the other rank reaches only if it was told
+        return f"{type(failure).__name__}: {failure}"
+    return "returned"
+
+
+def test_a_process_that_stays_alive_after_its_first_forward_pass_keeps_nobody_waiting(ranks: Ranks) -> None:
+    zero, one = ranks.values(fail_and_stay)
+    assert zero.startswith("RemoteError: rank 1: ValueError: inside the model")
+    assert one == "ValueError: inside the model"
 
 
 def averaged(parallel: Any, kind: Any, *arguments: Any, **options: Any) -> tuple[str, dict[str, Tensor]]:
