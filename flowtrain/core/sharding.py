@@ -278,6 +278,7 @@ def _shard(
                 "is, or pass the model as it was before fully_shard."
             )
         return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    _check_options(world, device, options)
     chosen = _units(model, shard)
     _check_before(wanted)
     equalise(world, [model])
@@ -286,8 +287,40 @@ def _shard(
         given["mesh"] = init_device_mesh(device.type, (world.size,))
     units = [*chosen, model]
     for unit in units:
-        fully_shard(unit, **given)
+        try:
+            fully_shard(unit, **given)
+        except Exception as error:  # as the arguments of the user, and their combinations, are those of torch
+            raise CoreError(
+                f"fully_shard cannot shard {type(unit).__name__} with fsdp={dict(options)!r}: {type(error).__name__}: "
+                f"{error}. Change fsdp=, or write parallel='ddp'."
+            ) from error
     return units
+
+
+def _check_options(world: World, device: torch.device, options: Mapping[str, Any]) -> None:
+    """Check the mesh and the offloading that the user wants, which torch would refuse late, or on some ranks only.
+
+    Raises:
+        CoreError: The mesh has not all ranks, or no names; or memory would be pinned and there is no accelerator.
+    """
+    mesh: Any = options.get("mesh")
+    if mesh is not None and mesh.size() != world.size:
+        raise CoreError(
+            f"fsdp={{'mesh': ...}} is a mesh of {mesh.size()} ranks, and {world.size} train. All of them train one "
+            f"model: write init_device_mesh({device.type!r}, ({world.size},)), or two numbers whose product is "
+            f"{world.size}."
+        )
+    if mesh is not None and mesh.ndim > 1 and not mesh.mesh_dim_names:
+        raise CoreError(
+            f"fsdp={{'mesh': ...}} is a mesh of shape {tuple(mesh.shape)} without names, by which fully_shard tells "
+            f"what is replicated and what is sharded. Write init_device_mesh({device.type!r}, {tuple(mesh.shape)}, "
+            f"mesh_dim_names=('replicate', 'shard'))."
+        )
+    if device.type == "cpu" and getattr(options.get("offload_policy"), "pin_memory", False):
+        raise CoreError(
+            "fsdp={'offload_policy': CPUOffloadPolicy()} pins memory, for which there is no accelerator here. Write "
+            "CPUOffloadPolicy(pin_memory=False), or leave it out: the model is in the memory of the CPU anyway."
+        )
 
 
 def _units(model: torch.nn.Module, shard: Shard | None) -> list[torch.nn.Module]:

@@ -25,7 +25,8 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.learner_state import LearnerState, by_name
+from flowtrain.state.shards import is_sharded
 from flowtrain.training.checkpoint.rng import random_state, restoring_loader, set_random_state
 from flowtrain.training.loop import Loop
 
@@ -114,6 +115,11 @@ def copied(learner: LearnerParts, callbacks: Iterable[Callback], who: str) -> tu
         UsageError: One of the objects cannot be copied.
     """
     state = learner.state
+    if any(is_sharded(param) for module in by_name(state.model).values() for param in module.parameters()):
+        raise UsageError(
+            f"{who} works on copies, and a model that is sharded over several processes cannot be copied. Try it with "
+            f"a small model that is not sharded: TorchCore(parallel=None)."
+        )
     try:
         return copy.deepcopy((state.model, state.lossfn, state.optimizer, list(callbacks)), {id(state): state})
     except Exception as error:

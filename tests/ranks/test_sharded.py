@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
@@ -31,7 +32,9 @@ from flowtrain import (
     TorchCore,
     TrainingPhase,
     UpdateBegin,
+    UsageError,
     ValidationPhase,
+    find_learning_rate,
     on,
 )
 from flowtrain.callbacks import EMA, SWA, Checkpointer, Freeze, GradNorm, LogHistograms, SanityCheck
@@ -340,6 +343,70 @@ def test_a_checkpoint_is_whole_and_resumes_to_the_bit_sharded_or_not(ranks: Rank
             assert torch.equal(weight, whole_run[1][name]), (first, then, name)
 
 
+# --- meshes, offloading, and what else a learner does
+
+
+def placed(how: str, size: int) -> tuple[dict[str, Tensor], str, Any]:
+    """Train with DDP, or sharded in some way; return the weights, the history and an evaluation."""
+    options: Any = None
+    if how == "mesh":
+        torch.distributed.init_process_group("gloo")
+        options = {"mesh": init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))}
+    elif how == "offload":
+        options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    made = learner("ddp" if how == "ddp" else "fsdp", norm=False, fsdp=options)
+    history = made.fit(2)
+    return full_state_dict(made.model), str(history), made.evaluate(classes(1 + rank()))
+
+
+@pytest.mark.parametrize(("how", "size"), [("plain", 4), ("mesh", 4), ("offload", 2)])
+def test_meshes_offloading_and_four_ranks_train_as_ddp(how: str, size: int, ranks: Ranks) -> None:
+    one, other = (returned(ranks.run_on(size, 60, placed, each, size))[0] for each in ("ddp", how))
+    assert one[1] == other[1]
+    assert one[2].keys() == other[2].keys()
+    for name, weight in one[0].items():  # gloo adds the gradients of four ranks in another order
+        torch.testing.assert_close(weight, other[0][name], atol=1e-5 if size > 2 else 0, rtol=0)
+
+
+def other_calls(parallel: Any) -> tuple[Any, ...]:
+    """Do what a learner can do beside a fit; return the results."""
+    swa = SWA(1)
+    made = learner(parallel, swa)
+    for raw in classes(2):
+        made.step(TrainingPhase(), raw)
+    stepped = full_state_dict(made.model)
+    made.fit(2)
+    rows = made.validate()
+    with swa.applied():
+        averaged = full_state_dict(made.model)
+    return stepped, str(rows), averaged, made.evaluate(classes(3 - rank())), full_state_dict(made.model)
+
+
+def test_steps_validation_and_applied_averages_are_those_of_ddp(ranks: Ranks) -> None:
+    one, other = ranks.values(other_calls, "ddp")[0], ranks.values(other_calls, "fsdp")[0]
+    assert one[1] == other[1]
+    assert one[3] == other[3]
+    for place in (0, 2, 4):
+        assert [name for name, each in one[place].items() if not torch.equal(each, other[place][name])] == []
+
+
+def on_copies() -> list[str]:
+    made, found = learner("fsdp"), list[str]()
+    for call in (Learner.dry_run, Learner.audit_syncs, find_learning_rate):
+        with pytest.raises(UsageError) as raised:
+            call(made)
+        found.append(str(raised.value))
+    made.fit(1)
+    return found
+
+
+def test_what_works_on_copies_is_refused(ranks: Ranks) -> None:
+    for texts in ranks.values(on_copies):
+        for text in texts:
+            assert "works on copies, and a model that is sharded over several processes cannot be copied." in text
+            assert "TorchCore(parallel=None)" in text
+
+
 # --- refusals
 
 
@@ -424,13 +491,17 @@ def refused() -> list[str]:
     attempt({}, phase=OwnStep())
     attempt({}, model)
     attempt({"shard": nn.Linear}, model)
+    attempt({"fsdp": {"mesh": init_device_mesh("cpu", (1,))}})
+    attempt({"fsdp": {"mesh": init_device_mesh("cpu", (2, 1))}})
+    attempt({"fsdp": {"offload_policy": CPUOffloadPolicy()}})
+    attempt({"fsdp": {"reshard_after_forward": "often"}})
     return found
 
 
 def test_what_cannot_be_sharded(ranks: Ranks) -> None:
     zero, one = returned(ranks.run_on(2, 60, refused))
     assert zero == one
-    nothing, function, unknown, optimizer, several, loss, step, model, twice = zero
+    nothing, function, unknown, optimizer, several, loss, step, model, twice, part, unnamed, pinned, often = zero
     assert "fits no submodule of Sequential, whose submodules are of Linear, ReLU. Write one of these" in nothing
     assert function == "accepted"
     assert "'reshard': ...} is no argument of fully_shard." in unknown
@@ -443,3 +514,8 @@ def test_what_cannot_be_sharded(ranks: Ranks) -> None:
     assert "TorchCore(parallel='ddp')" in step
     assert model == "accepted"
     assert "The model is sharded already, and shard= or fsdp= was given too." in twice
+    assert "is a mesh of 1 ranks, and 2 train. All of them train one model: write init_device_mesh('cpu', (2,))" in part
+    assert "is a mesh of shape (2, 1) without names" in unnamed
+    assert "Write init_device_mesh('cpu', (2, 1), mesh_dim_names=('replicate', 'shard'))." in unnamed
+    assert "Write CPUOffloadPolicy(pin_memory=False), or leave it out" in pinned
+    assert "fully_shard cannot shard Sequential with fsdp={'reshard_after_forward': 'often'}: " in often
