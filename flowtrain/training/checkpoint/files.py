@@ -30,7 +30,7 @@ from flowtrain.training.checkpoint.folder_lock import check_owned
 from flowtrain.training.checkpoint.reading import comment, target
 from flowtrain.training.checkpoint.shard_files import put_together, remove_shards, with_shards
 
-__all__ = ["Writer", "point", "write_whole"]
+__all__ = ["Writer", "point", "save", "write_whole"]
 
 _Reached = Callable[[str], None]
 
@@ -166,7 +166,7 @@ class Writer:
     def _complete(self, path: Path, contents: dict[str, Any], request: CheckpointRequest) -> None:
         """Write the file of a checkpoint, then the files that name it, and remove those that it replaces."""
         check_owned(path.parent)
-        write_whole(path, partial(_save, contents), self.reached, "checkpoint")
+        write_whole(path, partial(save, contents), self.reached, "checkpoint")
         remove_shards(path, keep=contents.get("shards"))
         if request.weights:
             tensors = _weights(put_together(with_shards(contents, path, pieces=True)["model"]))
@@ -203,8 +203,8 @@ class _Summed:
         self._file.flush()
 
 
-def _save(contents: dict[str, Any], file: IO[bytes]) -> None:
-    """Write a checkpoint, and its checksum as the comment of the zip archive, before which its length stands."""
+def save(contents: Any, file: IO[bytes]) -> None:
+    """Write tensors and plain values, and their checksum as the comment of the zip archive, before which its length stands."""
     summed: Any = _Summed(file)  # torch needs `write` and `flush` of a file alone
     torch.save(contents, summed)
     file.seek(-2, os.SEEK_END)

@@ -31,7 +31,7 @@ from flowtrain.errors import CheckpointError, RemoteError
 from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.files import write_whole
+from flowtrain.training.checkpoint.files import save, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
 from flowtrain.training.checkpoint.reading import IN_PIECES, find_file
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
@@ -162,7 +162,7 @@ class RankCheckpoints(Checkpoints):
             with self._agreed():
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / shard_name(self._world.rank)
-                write_whole(path, partial(torch.save, pieces), self.writer.reached, "shards")
+                write_whole(path, partial(save, pieces), self.writer.reached, "shards")
         except BaseException:
             if self._world.main:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -41,7 +41,7 @@ FORMAT, VERSION = "flowtrain checkpoint", 1
 JUDGED = 2
 """The version of a checkpoint with an entry ``trained``. A reader of version 1 would miss it and train ``model``."""
 IN_PIECES = 3
-"""The version of a checkpoint whose sharded tensors are in files beside it (`flowtrain.training.checkpoint.shards`)."""
+"""The version of a checkpoint with sharded tensors in files beside it (`flowtrain.training.checkpoint.shard_files`)."""
 
 _COMMENT, _MARK = struct.Struct("<H16s8s"), b"flowtrain crc32 "
 """The comment of a checkpoint: the length of the rest in bytes, a mark, and the CRC-32 in hexadecimal digits."""
@@ -184,7 +184,7 @@ def _read_file(file: Path, pieces: bool) -> dict[str, Any]:
             f"{file} has version {version} of the format, written by flowtrain {contents.get('flowtrain')}; "
             f"this one reads {VERSION} to {IN_PIECES}. Use the flowtrain that wrote it, or a later one."
         )
-    return with_shards(dict(contents), file, pieces=pieces)
+    return with_shards(dict(contents), file, pieces=pieces, check=_check_sum)
 
 
 def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] = "best") -> dict[str, Any]:

@@ -49,13 +49,16 @@ def remove_shards(path: Path, keep: str | None = None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def with_shards(contents: dict[str, Any], path: Path, *, pieces: bool) -> dict[str, Any]:
+def with_shards(
+    contents: dict[str, Any], path: Path, *, pieces: bool, check: Callable[[Path], None] | None = None
+) -> dict[str, Any]:
     """Return the contents of a checkpoint with its sharded tensors.
 
     Args:
         contents: The contents of the file.
         path: The file.
         pieces: As for `flowtrain.training.checkpoint.reading.read`.
+        check: A function that checks the checksum of a file before it is used; ``None`` for files just written.
 
     Raises:
         CheckpointError: The files of the shards are missing or damaged.
@@ -63,14 +66,6 @@ def with_shards(contents: dict[str, Any], path: Path, *, pieces: bool) -> dict[s
     if "shards" not in contents:
         return contents
     folder, files = path.parent / os.path.basename(contents["shards"]), list[Any]()  # never outside of that folder
-    try:
-        for rank in range(contents["shard count"]):  # the memory of the tensors is the file, and a file runs no code
-            files.append(torch.load(folder / shard_name(rank), map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, ...
-        raise CheckpointError(
-            f"The checkpoint {path} is of a sharded model, whose tensors are in the folder {folder}, and that cannot "
-            f"be read: {error}. Keep the folder beside the file, also when you move it, or pass another checkpoint."
-        ) from error
 
     def found(item: Mapping[str, Any], lazily: bool) -> Any:
         """Return the tensor for a mapping that stands for one."""
@@ -78,11 +73,23 @@ def with_shards(contents: dict[str, Any], path: Path, *, pieces: bool) -> dict[s
         tensor = Pieces(item["shape"], item["dtype"], own)
         return tensor if lazily else tensor.whole()
 
-    return {
-        name: entry if name == "ranks" else _replaced(entry, found, pieces and name in _BY_PART)
-        for name, entry in contents.items()
-        if name not in ("shards", "shard count")
-    }
+    try:
+        for rank in range(contents["shard count"]):
+            file = folder / shard_name(rank)
+            if check is not None:
+                check(file)
+            # The memory of the tensors is the file, of which only the parts are read that are used.
+            files.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        return {
+            name: entry if name == "ranks" else _replaced(entry, found, pieces and name in _BY_PART)
+            for name, entry in contents.items()
+            if name not in ("shards", "shard count")
+        }
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, ...
+        raise CheckpointError(
+            f"The checkpoint {path} is of a sharded model, whose tensors are in the folder {folder}, and that cannot "
+            f"be used: {error}. Keep the folder beside the file, also when you move it, or pass another checkpoint."
+        ) from error
 
 
 def put_together(contents: Any) -> Any:
