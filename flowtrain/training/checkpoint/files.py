@@ -204,7 +204,7 @@ class _Summed:
 
 
 def save(contents: Any, file: IO[bytes]) -> None:
-    """Write tensors and plain values, and their checksum as the comment of the zip archive, before which its length stands."""
+    """Write plain values and tensors, and their checksum as the comment of the archive, after its length."""
     summed: Any = _Summed(file)  # torch needs `write` and `flush` of a file alone
     torch.save(contents, summed)
     file.seek(-2, os.SEEK_END)
