@@ -81,8 +81,9 @@ def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool
 
     made: dict[str, tuple[Callable[[], Learner], float | None]] = {
         "in place": (lambda: logged("serial", lambda: "serial"), None),
-        "deferred to a thread": (lambda: logged("thread", DaskExecutor), None),
-        "deferred to a cluster": (lambda: logged("cluster", lambda: DaskExecutor(address)), 1.04),
+        "deferred to a thread": (lambda: logged("thread", partial(DaskExecutor, defer="always")), None),
+        "deferred to a cluster": (lambda: logged("sent", partial(DaskExecutor, address, defer="always")), None),
+        "with a cluster, as the cost decides": (lambda: logged("cluster", partial(DaskExecutor, address)), 1.04),
     }
     for name, (make, goal) in made.items():
         times = loops_in_turns([without, make], 60, 1000)  # in turns, because the speed of a machine changes
@@ -133,7 +134,7 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
     times = epochs_in_turns([without, lambda: logged("serial", "serial")], 30)
     report.ratio(f"{what}, in place; floor: without it", times, None, steps=1)
     with beside(tensors) as process:
-        made = [without, lambda: logged("process", DaskExecutor(address)), without]
+        made = [without, lambda: logged("process", DaskExecutor(address, defer="always")), without]
         times = loops_in_turns(made, 30, 200, process)
     report.ratio(f"{what}, deferred to a process; floor: without it", times, 1.08, steps=1)
     report.ratio(
@@ -149,7 +150,7 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
             log = partial(log_histograms, opened(folder / f"histograms-{name}.jsonl"))
             times = in_turns([timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30)
             report.ratio(f"the same histograms in {name}, in place; floor: without them", times, None, steps=1)
-    found = backlogs(logged("backlog", DaskExecutor(address)), 1000, 30)
+    found = backlogs(logged("backlog", DaskExecutor(address, defer="always")), 1000, 30)
     grown = figure([end - half for half, end in found])
     report.row(
         "the same for 30 times 1,000 batches, events that wait, on average over the second and over the last quarter",
@@ -224,7 +225,7 @@ def throughput(report: Report, folder: Path) -> None:
 
     rates: list[float] = []
     files: list[list[str]] = []
-    executors: list[str | Executor] = ["serial", *(DaskExecutor() for _ in range(30))]
+    executors: list[str | Executor] = ["serial", *(DaskExecutor(defer="always") for _ in range(30))]
     data = [(torch.randn(4, 4), torch.randint(2, (4,))) for _ in range(400)]
     for executor in executors:
         path = folder / f"throughput{len(files)}.jsonl"
@@ -274,7 +275,7 @@ def recovery(report: Report) -> None:
     """Kill the worker that processes events, and time until the lane continues on the other worker."""
     took: list[float] = []
     with cluster(2) as (address, processes), Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]  # no annotations
-        executor = DaskExecutor(address)
+        executor = DaskExecutor(address, defer="always")
         learner = learner_of(16, batches(4), (Slow(),), executor)
         learner.fit(1)
         for _ in range(30):

@@ -12,7 +12,7 @@ for that runner. `DaskExecutor.compile` chooses the runner:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -271,8 +271,8 @@ class DaskExecutor:
         timed = TimedPlan(plan, self._pool, site, serial)
         pack = partial(spread, graph, self.workers, main, bounded=self._bounded)
         if self.parallel == "auto":
-            decision = Decision(timed, pack, partial(self._swap, plan))
-            return Route(plan, graph, decision.measure, "", decision=decision)
+            decision = Decision(timed, pack, partial(self._swap, plan), key=_key(plan, main, self.workers))
+            return Route(plan, graph, decision.first, "", decision=decision)
         strands = pack([1.0] * len(plan), ())  # nothing is measured, so every handler counts the same
         return Route(plan, graph, partial(timed.fire, strands), "parallel='always'", strands)
 
@@ -335,6 +335,14 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # less than the machine has, in a container or under a batch system
     return os.cpu_count() or 1
+
+
+def _key(plan: Plan, main: frozenset[int], workers: int) -> Hashable:
+    """Return a key that is equal for the plans of all learners with the same handlers in the same order."""
+    # Names and not types: the key outlives the learner.
+    kinds = [plan.event_type, plan.phase_type, *(type(each.callback) for each in plan.handlers)]
+    names = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return names, tuple(each.handler.attribute for each in plan.handlers), plan.ancestors, main, workers
 
 
 Parallel: TypeAlias = Literal["auto", "always", "never"]

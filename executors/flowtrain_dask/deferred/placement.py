@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -98,14 +99,15 @@ class Spot:
 
 
 class Turn:
-    """Lets one lane race at a time.
-
-    Attributes:
-        holder: The lane that races.
-    """
+    """Lets one lane race at a time."""
 
     def __init__(self) -> None:
-        self.holder: Placement | None = None
+        self._holder: weakref.ref[Placement] | None = None  # which refers to this object
+
+    @property
+    def holder(self) -> Placement | None:
+        """The lane that races."""
+        return None if self._holder is None else self._holder()
 
     def take(self, placement: Placement) -> bool:
         """Let a lane race if no other one does; return whether it races.
@@ -115,13 +117,13 @@ class Turn:
         """
         holder = self.holder
         if holder is None or holder.last < placement.last:
-            self.holder = placement
+            self._holder = weakref.ref(placement)
         return self.holder is placement
 
     def give_back(self, placement: Placement) -> None:
         """Let another lane race."""
         if self.holder is placement:
-            self.holder = None
+            self._holder = None
 
 
 class Placement:
@@ -213,8 +215,6 @@ class Placement:
             pass
         return not lane.over and lane.idle
 
-    # --- the handlers
-
     def settled(self, plan: PlanKey, node: Node, handler: Handler) -> Literal["", "in place", "lane"]:
         """Return where a handler of a plan runs; empty while this is being measured."""
         if self.mode == "lane":
@@ -268,8 +268,6 @@ class Placement:
             spot.timed = False
             self._decided_at = self._clock()
             self._stale.add(spot.plan)
-
-    # --- the race
 
     def _turn_of_anchor(self) -> None:
         """End a round of the race, and begin the next one, at an event of the anchor."""

@@ -14,13 +14,16 @@ A plan goes through these modes (`Decision.mode`):
 
 When an epoch begins, the plan is measured again (`Decision.look_again`), but so seldom that measuring and racing take
 at most a hundredth of the time even if one of the ways is very slow.
+
+A process remembers the plans for which parallel has won. For a plan with the same handlers, of a further learner or
+after a change of callbacks, the race comes first, and begins in parallel: in a short fit the first firing counts.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -44,6 +47,8 @@ _WINS = 0.95
 _CLEAR = 1.5
 """A race ends early if every firing of one way took this many times as long as every firing of the other."""
 
+_RACE = f"each way is timed at most {ROUNDS} times"
+
 _LEAST_HOLD = 1.0
 """Seconds for which a decision holds at least."""
 
@@ -52,9 +57,15 @@ HOLD_FACTOR = 100.0
 
 Mode = Literal["measuring", "racing", "inline", "parallel"]
 
+_won: dict[Hashable, tuple[list[float], frozenset[int]]] = {}
+"""By the key of a plan for which parallel has won last: the seconds of each handler, and the handlers that wait."""
+
+_REMEMBERED = 1000
+"""How many plans are remembered; the one that was decided on first is forgotten first."""
+
 
 class Decision:
-    """How one plan is run, and why. The first runner of the plan is `measure`.
+    """How one plan is run, and why.
 
     Args:
         timed: The plan, and the two ways to run it.
@@ -62,6 +73,7 @@ class Decision:
             wait most of this time.
         use: Called with the runner for the next firings whenever that changes.
         clock: Returns the time in seconds.
+        key: Equal for the plans of this process that have the same handlers; ``None``: nothing is remembered.
 
     Attributes:
         mode: Whether the next firing measures, races, or runs in the way that was decided on.
@@ -75,6 +87,7 @@ class Decision:
         pack: Callable[[Sequence[float], Collection[int]], Strands],
         use: Callable[[Runner], None],
         clock: Callable[[], float] = time.perf_counter,
+        key: Hashable = None,
     ) -> None:
         self.mode: Mode = "measuring"
         self.reason = "not fired yet"
@@ -88,6 +101,17 @@ class Decision:
         self._parallel: list[float] = []  # the same of the parallel firings
         self._spent = 0.0  # the seconds that measuring and racing have taken
         self._decided_at = 0.0
+        self._key = key
+        known = _won.get(key)
+        if known is not None:
+            self._costs, timed.waiting = list(known[0]), known[1]
+            self.strands = pack(*known)
+            self.mode, self.reason = "racing", _RACE
+
+    @property
+    def first(self) -> Runner:
+        """The first runner of the plan."""
+        return self.measure if self.mode == "measuring" else self.race
 
     def measure(self, event: Event, phase: Phase) -> None:
         """Run inline, time each handler, and decide whether a race is worth it."""
@@ -103,7 +127,7 @@ class Decision:
                 self._decide("inline", f"the handlers take {in_ms(strands.work)}, {saves}")
             else:
                 self._inline, self._parallel = [], []
-                self._use("racing", f"each way is timed at most {ROUNDS} times", self.race)
+                self._use("racing", _RACE, self.race)
         return timed.settle(failures, event, phase)
 
     def race(self, event: Event, phase: Phase) -> None:
@@ -142,6 +166,11 @@ class Decision:
     def _decide(self, mode: Literal["inline", "parallel"], reason: str) -> None:
         self._decided_at = self._clock()
         timed = self._timed
+        _won.pop(self._key, None)
+        if mode == "parallel" and self._key is not None:
+            _won[self._key] = self._costs, timed.waiting
+            if len(_won) > _REMEMBERED:
+                del _won[next(iter(_won))]
         self._use(mode, reason, timed.serial if mode == "inline" else partial(timed.fire, self.strands))
 
     def _use(self, mode: Mode, reason: str, runner: Runner) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callbacks import LogMetrics, throttle
+from flowtrain.callbacks import Checkpointer, LogMetrics, throttle
 from flowtrain.errors import DeferredCancelError, ExecutorError, UsageError
 from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import identity
@@ -317,30 +317,77 @@ def test_always_and_never_and_the_resources_of_workers() -> None:
     )
 
 
+class Moves(Callback):
+    """Moves all callbacks to their lanes at every third batch, and back at the next one."""
+
+    learners: list[Learner]
+
+    def __init__(self) -> None:
+        self.numbers = iter(range(100))
+
+    def state_access(self) -> Access:
+        return {"resource.rng": Write()}  # on the training thread
+
+    @on(BatchBegin)
+    def move(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
+        number = next(self.numbers)
+        for placement in placements_of(self.learners[0]):
+            placement.mode, placement.anchor = "lane", None
+            moved = placement.move(number % 3 == 0)
+            assert moved or (placement.lane is not None and placement.lane.over), "it has failed, and nobody knows yet"
+
+
+def test_a_run_whose_callbacks_move_is_resumed_as_a_serial_one(tmp_path: Path) -> None:
+    """Rules 13, 26 and 28: a checkpoint after each epoch, moves, and an error at any of five events."""
+
+    class Counts(Costs):
+        def state_dict(self) -> dict[str, Any]:
+            return {"losses": list(self.losses)}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.losses = list(state["losses"])
+
+        @on(BatchEnd, TrainingPhase)
+        def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            super().act(event, phase, learner)
+            if len(self.losses) == self.fails_at:
+                raise ValueError("broken")
+
+        fails_at = 0
+
+    def fit(name: str, fails_at: int, executor: Any, **options: Any) -> tuple[list[float], list[str]]:
+        folder = tmp_path / name
+        counts, moves = Counts(Clock(), 0.0), Moves()
+        counts.fails_at = fails_at
+        callbacks = [counts, LogMetrics(JsonlBackend(folder / "log.jsonl")), Checkpointer(folder / "saved")]
+        more = [] if executor == "serial" else [moves]
+        with tiny_learner(*more, *callbacks, n_batches=5, executor=executor) as learner:
+            moves.learners = [learner]
+            if fails_at:
+                with pytest.raises(ValueError, match="broken"):
+                    learner.fit(3, **options)
+            else:
+                learner.fit(3, **options)
+            moves.learners.clear()
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        return counts.losses, [line.partition('"time"')[0] for line in lines]
+
+    serial = fit("serial", 0, "serial")
+    for fails_at in range(6, 11):
+        name = f"failed{fails_at}"
+        fit(name, fails_at, DaskExecutor())
+        assert fit(name, 0, DaskExecutor(), resume="auto") == serial
+
+
 def test_the_log_of_a_callback_that_moves_is_the_serial_one(tmp_path: Path, dask_processes: Any) -> None:
     """Its values of a series begin where the last event left off, wherever that ran, and its state comes back."""
-
-    class Moves(Callback):
-        def state_access(self) -> Access:
-            return {"resource.rng": Write()}
-
-        @on(BatchBegin)
-        def move(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
-            number = next(self.numbers)
-            for placement in placements_of(self.learners[0]):
-                placement.mode, placement.anchor = "lane", None
-                assert placement.move(number % 3 == 0)
-
-        numbers: Iterator[int]
-        learners: list[Learner]
-
     logs: list[list[str]] = []
     makes: list[Callable[[], Any]] = [lambda: "serial", DaskExecutor, partial(DaskExecutor, dask_processes.address)]
     for index, make in enumerate(makes):
         path = tmp_path / f"{index}.jsonl"
         moves = Moves()
         with tiny_learner(moves, LogMetrics(JsonlBackend(path)), n_batches=4, executor=make()) as learner:
-            moves.numbers, moves.learners = iter(range(100)), [learner] if index else []
+            moves.learners = [learner]
             if not index:
                 learner.remove_callback(Moves)
             learner.fit(2)

@@ -17,7 +17,7 @@ from tests.support.handlers import Does, plan_of
 class Two:
     """Two independent handlers; the test says what a firing takes, inline by handler, in parallel as a whole."""
 
-    def __init__(self, pool: StrandPool, one: float, other: float, parallel: float) -> None:
+    def __init__(self, pool: StrandPool, one: float, other: float, parallel: float, key: str | None = None) -> None:
         self.costs = [one, other]
         self.parallel = parallel
         self.now = 0.0
@@ -34,9 +34,9 @@ class Two:
         timed = TimedPlan(plan, pool, self.site, self.serial, self.clock, self.clock)
         before = direct_predecessors(plan)
         self.decision = Decision(
-            timed, lambda costs, waiting: pack(before, costs, pool.workers), self.used.append, self.clock
+            timed, lambda costs, waiting: pack(before, costs, pool.workers), self.used.append, self.clock, key
         )
-        self.used.append(self.decision.measure)
+        self.used.append(self.decision.first)
 
     def clock(self) -> float:
         return self.now
@@ -210,3 +210,18 @@ def test_an_event_that_a_handler_fires_on_a_strand_runs_inline(pool: StrandPool)
         pool.busy = False
     assert two.mode() == "measuring"
     assert len(two.used) == 1
+
+
+def test_a_plan_for_which_parallel_has_won_in_this_process_begins_in_parallel(pool: StrandPool) -> None:
+    """A further learner with the same handlers; if it loses there, it begins inline the next time."""
+    key = "test_decision"
+    two = Two(pool, 2e-3, 2e-3, 2.2e-3, key)
+    two.fire(5)
+    assert two.mode() == "parallel"
+    again = Two(pool, 2e-3, 2e-3, 2.2e-3, key)
+    assert (again.mode(), again.decision.strands.work) == ("racing", 4e-3)
+    assert again.fire(6) == [*ROUND * 2, *["parallel"] * 2]
+    loses = Two(pool, 2e-3, 2e-3, 7e-3, key)
+    assert loses.fire(5) == [*ROUND * 2, "inline"]
+    assert Two(pool, 2e-3, 2e-3, 2.2e-3, key).fire() == ["inline"]
+    assert Two(pool, 2e-3, 2e-3, 2.2e-3, "another").mode() == "measuring"
