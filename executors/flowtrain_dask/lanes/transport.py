@@ -16,6 +16,7 @@ from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
 
 __all__ = [
+    "SLOW",
     "Abandoned",
     "OnLoss",
     "ThreadTransport",
@@ -88,6 +89,10 @@ _SECONDS = 1.0
 """How long `process` runs further events before it returns, so that the records of the first ones are written."""
 
 
+SLOW = 0.002
+"""Seconds. Events in this process that take at least so long each are processed as they come."""
+
+
 class ThreadTransport:
     """Runs the batches of one lane on the calling thread.
 
@@ -95,12 +100,14 @@ class ThreadTransport:
         job: The job of the lane.
         callbacks: The callbacks of the lane.
         linger: For how many seconds a lane lets events gather. Without it, each wake-up would slow training down.
+            Events that take at least `SLOW` seconds each do not gather: a wake-up is a small part of their time, and a
+            short fit would wait for them at its end.
     """
 
     where = "thread"
 
     def __init__(self, job: Job, callbacks: Sequence[Callback], linger: float = 0.05) -> None:
-        self.linger = linger
+        self.linger = self._linger = linger
         self.largest = 8 << 20
         self._job = job
         self._callbacks = callbacks
@@ -112,14 +119,18 @@ class ThreadTransport:
         self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
     ) -> BatchResult:
         """Run a batch, until the lane is closed or it is time to write records."""
-        end = time.monotonic() + _SECONDS
+        begin = time.monotonic()
+        end = begin + _SECONDS
 
         def enough() -> bool:
             """Return whether to hand the records over now."""
             return time.monotonic() >= end or closing()
 
         # The handlers are not seeded: a thread beside training must leave the generators of the process alone.
-        return run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)
+        result = run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, gate, enough)
+        slow = time.monotonic() - begin >= SLOW * max(1, result.done)
+        self.linger = 0.0 if slow else self._linger
+        return result
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
         """Do nothing: the handlers have changed the callbacks themselves."""

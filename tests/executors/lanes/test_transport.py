@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from flowtrain.logging.backend import Identity
 from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.transport import ThreadTransport, Transport
+from flowtrain_dask.lanes.transport import SLOW, ThreadTransport, Transport
 from tests.support.lanes import job_of
 from tests.support.transports import Adder, MakeTransport, TransportContract, entries_of
 
@@ -103,3 +104,17 @@ def test_a_lane_that_is_held_does_not_begin() -> None:
     rig.gate.release()
     thread.join(20)
     assert rig.callback.total == 1
+
+
+def test_events_that_take_long_do_not_gather() -> None:
+    """They are processed as they come, so that a short fit does not wait for them at its end; until they are quick."""
+
+    def slowly() -> bool:
+        time.sleep(2 * SLOW)
+        return False
+
+    rig = Rig()
+    rig.process(1, 2, closing=slowly)
+    assert rig.transport.linger == 0.0
+    rig.process(*range(1000), first=2)
+    assert rig.transport.linger == 0.05
